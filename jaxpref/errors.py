@@ -1,0 +1,10 @@
+"""The one exception of wrong input: every room raises it, the command line prints it."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used.
+
+    The message is one line that names the file, the row (1-based) and the field where
+    there are any, says what was found there, and says what to do about it.  The command
+    line prints it without a traceback and exits with code 2.
+    """
