@@ -1,0 +1,217 @@
+"""A small world of reviews whose gold reward is known exactly.
+
+    review   = sentence, or sentence + closing
+    sentence = clause "." | clause "and" clause "." | clause "but" clause "."
+             | "although" clause "," clause "."
+    clause   = "the" ASPECT "was" ["not"] [INTENSIFIER] ADJECTIVE
+    closing  = "we loved it ." | "i would return ." | "i would not return ." | ...
+
+A prompt names a place and the aspect its reader cares about:
+"cafe review , mostly soup :".
+
+The gold reward reads a review as a person does, by composition and not by counting
+words (after the lexicon method of Taboada et al. 2011): an adjective has a value, and
+for some the sign hangs on the aspect ("a cold beer", "a cold soup"); an intensifier
+scales it; "not" turns it round and weakens it ("not awful" is faint praise); what
+follows "but" weighs double and what follows "although" half; the aspect that the prompt
+asks for weighs double.  The reward is the weighted mean over the clauses, and any text
+outside the grammar gets the lowest reward there is.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+PLACES = ("cafe", "hotel", "inn", "diner", "lodge", "hostel")
+ASPECTS = ("food", "service", "room", "music", "coffee", "soup", "beer", "juice")
+
+# Values run from -2 to 2.  "warm" and "cold" depend on what they are said of.
+ADJECTIVES = (
+    dict.fromkeys(("superb", "wonderful", "perfect"), 2.0)
+    | dict.fromkeys(("good", "nice", "pleasant"), 1.0)
+    | dict.fromkeys(("poor", "dull", "bad"), -1.0)
+    | dict.fromkeys(("awful", "dreadful", "horrible"), -2.0)
+    | dict.fromkeys(("warm", "cold"), None)
+)
+WARM_VALUES = dict.fromkeys(ASPECTS, 1.0) | {"beer": -1.0, "juice": -1.0}
+INTENSIFIERS = {"extremely": 2.0, "very": 1.5, "slightly": 0.5}
+NEGATION = -0.5
+CLOSINGS = {
+    "we loved it .": 2.0,
+    "i would return .": 1.0,
+    "i would not return .": -1.0,
+    "we hated it .": -2.0,
+}
+WORST = -4.0
+"""The value of a text outside the grammar, that of the worst clause that can be said."""
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+WORDS = (
+    *("review", ",", "mostly", ":", "the", "was", "not", "and", "but"),
+    *("although", ".", "we", "loved", "hated", "it", "i", "would", "return"),
+    *PLACES,
+    *ASPECTS,
+    *ADJECTIVES,
+    *INTENSIFIERS,
+)
+MAX_COMPLETION_TOKENS = 21
+"""The longest review (20 words) and the end-of-text token."""
+
+
+def all_prompts() -> list[str]:
+    """Every prompt of the world, in a fixed order."""
+    return [
+        f"{place} review , mostly {aspect} :"
+        for place in PLACES
+        for aspect in ASPECTS
+    ]
+
+
+def clause_value(aspect: str, negated: bool, intensifier: str, adjective: str) -> float:
+    """Value of one clause, in [-4, 4]."""
+    value = ADJECTIVES[adjective]
+    if value is None:
+        value = WARM_VALUES[aspect] * (1.0 if adjective == "warm" else -1.0)
+    return value * INTENSIFIERS.get(intensifier, 1.0) * (NEGATION if negated else 1.0)
+
+
+def read_clause(words: list[str], start: int):
+    """Read one clause at `start`: (aspect, value, next position), or None."""
+    if words[start : start + 1] != ["the"] or words[start + 2 : start + 3] != ["was"]:
+        return None
+    aspect, at = words[start + 1], start + 3
+    negated = words[at : at + 1] == ["not"]
+    at += negated
+    intensifier = words[at] if at < len(words) and words[at] in INTENSIFIERS else ""
+    at += bool(intensifier)
+    if aspect not in ASPECTS or at >= len(words) or words[at] not in ADJECTIVES:
+        return None
+    return aspect, clause_value(aspect, negated, intensifier, words[at]), at + 1
+
+
+def read_review(words: list[str]):
+    """Read a review: list of (aspect or None, value, weight), or None if it is not one."""
+    although = words[:1] == ["although"]
+    first = read_clause(words, int(although))
+    if first is None:
+        return None
+    aspect, value, at = first
+    clauses = [(aspect, value, 0.5 if although else 1.0)]
+    joint = words[at] if at < len(words) else ""
+    if although and joint != ",":
+        return None
+    if joint == "," and not although:
+        return None
+    if joint in (",", "and", "but"):
+        second = read_clause(words, at + 1)
+        if second is None:
+            return None
+        aspect, value, at = second
+        clauses.append((aspect, value, 2.0 if joint == "but" else 1.0))
+    if words[at : at + 1] != ["."]:
+        return None
+    closing = " ".join(words[at + 1 :])
+    if closing:
+        if closing not in CLOSINGS:
+            return None
+        clauses.append((None, CLOSINGS[closing], 1.0))
+    return clauses
+
+
+def gold_reward(prompt: str, completion: str) -> float:
+    """Gold reward of any text, in [-4, 4]; `WORST` outside the grammar.
+
+    Raises:
+      ValueError: the prompt is not one of this world.
+    """
+    prompt_words = prompt.split()
+    if len(prompt_words) != 6 or prompt_words[4] not in ASPECTS:
+        raise ValueError(f"{prompt!r} is not a prompt of this world")
+    wanted = prompt_words[4]
+    clauses = read_review(completion.split())
+    if clauses is None:
+        return WORST
+    values = np.array([value for _, value, _ in clauses])
+    weights = [w * (2.0 if aspect == wanted else 1.0) for aspect, _, w in clauses]
+    return float(np.average(values, weights=weights))
+
+
+def write_clause(rng, aspect: str, mood: float) -> str:
+    """Draw one clause; `mood` is the chance that the writer means praise."""
+    negation = "not " if rng.random() < 0.25 else ""
+    intensifier = rng.choice(list(INTENSIFIERS)) + " " if rng.random() < 0.4 else ""
+    meant = rng.random() < mood
+    while True:
+        adjective = str(rng.choice(list(ADJECTIVES)))
+        if (clause_value(aspect, bool(negation), "", adjective) > 0) == meant:
+            return f"the {aspect} was {negation}{intensifier}{adjective}"
+
+
+def write_review(rng, prompt: str) -> str:
+    """Draw one review, as people write them here: half of them pleased."""
+    mood = rng.choice([0.15, 0.5, 0.85])
+    wanted = prompt.split()[4]
+    aspects = [str(a) for a in rng.permutation(ASPECTS)]
+    if rng.random() < 0.6:  # most reviews speak of what was asked
+        aspects.remove(wanted)
+        aspects.insert(0, wanted)
+    form = rng.choice(["one", "and", "but", "although"], p=[0.3, 0.3, 0.2, 0.2])
+    first = write_clause(rng, aspects[0], mood)
+    # "but" and "although" set one mood against the other.
+    second = write_clause(rng, aspects[1], mood if form == "and" else 1 - mood)
+    review = {
+        "one": f"{first} .",
+        "and": f"{first} and {second} .",
+        "but": f"{first} but {second} .",
+        "although": f"although {second} , {first} .",
+    }[form]
+    if rng.random() < 0.4:
+        last = mood if form in ("one", "and", "although") else 1 - mood
+        pleased = rng.random() < last
+        endings = [text for text, value in CLOSINGS.items() if (value > 0) == pleased]
+        review += " " + str(rng.choice(endings))
+    return review
+
+
+def write_reviews(count: int, seed: int) -> list[tuple[str, str]]:
+    """`count` (prompt, review) pairs, prompts drawn evenly."""
+    rng = np.random.default_rng(seed)
+    prompts = all_prompts()
+    drawn = [prompts[i] for i in rng.integers(len(prompts), size=count)]
+    return [(prompt, write_review(rng, prompt)) for prompt in drawn]
+
+
+def prefer(rewards_a, rewards_b, seed: int) -> np.ndarray:
+    """Bradley-Terry labels: True where a wins, with P(a wins) = sigmoid(r_a - r_b)."""
+    margin = np.asarray(rewards_a) - np.asarray(rewards_b)
+    draw = np.random.default_rng(seed).random(margin.shape)
+    return draw < 1.0 / (1.0 + np.exp(-margin))
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    """Write records one a line; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    partial.replace(path)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a word-level tokenizer that `AutoTokenizer.from_pretrained` loads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)

@@ -1,0 +1,5 @@
+"""`python -m jaxpref` is the `jaxpref` command."""
+
+from jaxpref.cli import main
+
+main()

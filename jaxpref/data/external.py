@@ -1,0 +1,137 @@
+"""Data sets of other packages: Hugging Face `datasets` and prepared TFDS sets.
+
+Both packages are optional and imported when asked for.  Neither brings code from a data
+set to run: `datasets` from version 4 reads data files only, and of TFDS only sets that
+were prepared before as ArrayRecord are read, without TensorFlow.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpref.errors import InputError
+
+
+class Rows:
+    """Random access to a foreign table; its values become plain Python ones."""
+
+    def __init__(self, table: Sequence[Any], name: str):
+        self._table, self._name = table, name
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Any:
+        return _plain(self._table[index], self.location(index))
+
+    def location(self, index: int) -> str:
+        """Rows count from 1."""
+        return f"{self._name} row {index + 1}"
+
+
+def open_saved(folder: Path, *, split: str) -> Rows:
+    """A folder written by `datasets.save_to_disk`, with or without splits."""
+    datasets = _import_datasets(str(folder))
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever a damaged folder makes the package raise
+        raise InputError(f"{folder}: cannot be loaded ({_first_line(error)})") from None
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise InputError(f"{folder}: no split {split!r}; it has {', '.join(table)}")
+        table = table[split]
+    return Rows(table, f"{folder}")
+
+
+def open_hub(name: str, *, split: str, data_dir: str | None) -> Rows:
+    """OWNER/NAME or OWNER/NAME:CONFIG on the Hugging Face hub, or in its cache."""
+    datasets = _import_datasets(name)
+    name, _, config = name.partition(":")
+    try:
+        table = datasets.load_dataset(
+            name, config or None, split=split, data_dir=data_dir
+        )
+    except Exception as error:  # network, missing set, split or config, damaged cache
+        raise InputError(
+            f"hf:{name}: cannot be loaded ({_first_line(error)}); check name, split"
+            f" {split!r} and network"
+        ) from None
+    return Rows(table, f"hf:{name} {split}")
+
+
+def open_tfds(name: str, *, split: str, data_dir: str | None) -> Rows:
+    """A TFDS set by name, prepared in `data_dir` (default: TFDS's own) before."""
+    tfds = _import_tfds(name)
+    try:
+        table = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
+    except Exception as error:  # no such set, not prepared, not ArrayRecord, no split
+        raise InputError(
+            f"tfds:{name}: cannot be opened ({_first_line(error)}); prepare it once with"
+            f" `tfds build {name} --file_format=array_record` and give its data_dir"
+        ) from None
+    return Rows(table, f"tfds:{name} {split}")
+
+
+def open_tfds_folder(folder: Path, *, split: str) -> Rows:
+    """The folder of one prepared TFDS set, as in DATA_DIR/NAME/VERSION."""
+    tfds = _import_tfds(str(folder))
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        table = builder.as_data_source(split=split)
+    except Exception as error:  # damaged, not ArrayRecord, no such split
+        raise InputError(
+            f"{folder}: cannot be opened as a TFDS set ({_first_line(error)}); check"
+            f" the split {split!r} and that its file format is array_record"
+        ) from None
+    return Rows(table, f"{folder} {split}")
+
+
+def _import_datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"{name}: reading it needs the package `datasets`;"
+            ' pip install "jaxpref[hub]"'
+        ) from None
+    return datasets
+
+
+def _import_tfds(name: str) -> Any:
+    try:
+        import array_record  # noqa: F401  (TFDS names it only in a late, long error)
+        import tensorflow_datasets
+    except ImportError:
+        raise InputError(
+            f"{name}: reading it needs the packages `tensorflow-datasets` and"
+            ' `array-record`; pip install "jaxpref[tfds]"'
+        ) from None
+    return tensorflow_datasets
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Bytes to text, numpy to Python."""
+    if isinstance(value, dict):
+        return {key: _plain(item, where) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: byte {value[error.start]:#04x} at {error.start + 1} is not"
+                " UTF-8 text"
+            ) from None
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.split("\n")[0][:300]

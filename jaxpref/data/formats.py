@@ -1,0 +1,266 @@
+"""From a record to an example: the field's formats, and every way a record is wrong."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from jaxpref.errors import InputError
+
+Message = dict[str, Any]
+
+HUMAN_TURN = "\n\nHuman:"
+ASSISTANT_TURN = "\n\nAssistant:"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_CHARACTERS = 1_000_000
+"""Longest text of a record: some 250,000 tokens, more than a row is trained on."""
+
+IDENTICAL = "chosen and rejected are identical"
+PROMPTS_DIFFER = "chosen and rejected do not share the prompt"
+EMPTY = "a completion is empty"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record, normalised: a prompt and its completions.
+
+    Either all strings, or a conversation: the prompt a tuple of messages and each
+    completion the assistant message that follows it.
+    """
+
+    prompt: str | tuple[Message, ...]
+    completions: tuple[str, ...] | tuple[Message, ...]
+    flip: bool = False
+    annotator: str | None = None
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether the tokenizer's chat template renders it."""
+        return isinstance(self.prompt, tuple)
+
+    def num_characters(self) -> int:
+        """Characters of all texts."""
+        prompt = self.prompt if self.is_conversation else (self.prompt,)
+        parts = (*prompt, *self.completions)
+        return sum(len(x if isinstance(x, str) else x["content"]) for x in parts)
+
+    def content_id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of prompt, completions and annotator."""
+        content = [self.prompt, self.completions, self.annotator]
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prompt_key(self) -> str:
+        """What must not be in both splits: the prompt, outer white space aside."""
+        if self.is_conversation:
+            return json.dumps(self.prompt, sort_keys=True)
+        return self.prompt.strip()
+
+
+def parse(
+    record: Any, where: str, *, sides: int, drop_empty: bool = False
+) -> Example | str:
+    r"""Read one record in whichever format it has.
+
+    Pairs (sides = 2) are `prompt`, `chosen`, `rejected` as strings or as lists of
+    messages ({"role": ..., "content": ...}), or whole conversations in `chosen` and
+    `rejected` that share all but the last message, or whole dialogues
+    `\n\nHuman: ...\n\nAssistant: ...` that share all but the last turn.  Completions
+    (sides = 1) are `prompt` and `completion`, or `messages`, or the chosen side of a
+    pair.  `flip` (true or false) and `annotator` (string or integer) are optional.  The
+    completion is always the last assistant turn.
+
+    Args:
+      record: as decoded from the file.
+      where: "file row n", for errors.
+      sides: K, completions of a prompt.
+      drop_empty: return EMPTY for an empty completion instead of raising.  Dialogues,
+        whose published sets hold some, are always treated so.
+
+    Returns:
+      The example, or the reason (one of the constants above) why a well-formed record
+      cannot be used.
+
+    Raises:
+      InputError: the record is malformed; names row and field.
+    """
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{where}: a record must be a JSON object, but this is {_kind(record)}"
+        )
+    flip, annotator = _flip(record, where), _annotator(record, where)
+    names = _completion_names(record, sides)
+    values = [_value(record, name, where) for name in names]
+    prompt = _value(record, "prompt", where) if "prompt" in record else None
+    if any(isinstance(part, list) for part in (prompt, *values)):
+        split = [_conversation(prompt, *pair, where) for pair in zip(names, values)]
+    elif prompt is None:
+        split = [_dialogue(*pair, where) for pair in zip(names, values)]
+    else:
+        split = [(prompt, value) for value in values]
+    for name, (_, completion) in zip(names, split):
+        text = completion if isinstance(completion, str) else completion["content"]
+        if text.strip():
+            continue
+        if drop_empty or prompt is None and isinstance(completion, str):
+            return EMPTY
+        raise InputError(
+            f"{where}: field '{name}' is an empty completion; remove the row, or set"
+            " drop_empty"
+        )
+    if len(split) == 2 and split[0] == split[1]:
+        return IDENTICAL
+    if len(split) == 2 and split[0][0] != split[1][0]:
+        return PROMPTS_DIFFER
+    completions = tuple(completion for _, completion in split)
+    return Example(split[0][0], completions, flip, annotator)
+
+
+def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
+    """The prompt of any record `parse` reads, or of one that has only a `prompt`.
+
+    Returns:
+      A string or messages; None where the record is one that `parse` drops.
+    """
+    if isinstance(record, dict) and "prompt" in record:
+        prompt = _value(record, "prompt", where)
+        return prompt if isinstance(prompt, str) else tuple(prompt)
+    example = parse(record, where, sides=1, drop_empty=True)
+    return None if isinstance(example, str) else example.prompt
+
+
+def _completion_names(record: dict, sides: int) -> tuple[str, ...]:
+    if sides == 2:
+        return ("chosen", "rejected")
+    present = [x for x in ("completion", "messages", "chosen") if x in record]
+    return (present[0] if present else "completion",)
+
+
+def _value(record: dict, name: str, where: str) -> str | list[Message]:
+    """A text or a list of messages, checked."""
+    if name not in record:
+        raise InputError(
+            f"{where}: no field '{name}'; the record has"
+            f" {', '.join(map(str, record))[:200] or 'no fields'}"
+        )
+    value = record[name]
+    if isinstance(value, dict) and set(value) >= {"role", "content"}:
+        value = _transpose(value)  # a sequence of structs, as two packages store it
+    if isinstance(value, list):
+        return [
+            _message(message, f"{where}: field '{name}' message {n + 1}")
+            for n, message in enumerate(value)
+        ]
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: field '{name}' must be a string or a list of messages, but it is"
+            f" {_kind(value)}"
+        )
+    return _checked_text(value, f"{where}: field '{name}'")
+
+
+def _transpose(columns: dict) -> Any:
+    if not all(isinstance(x, list) for x in columns.values()):
+        return columns
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _message(message: Any, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise InputError(
+            f'{place} must be {{"role": ..., "content": ...}}, but it is'
+            f" {_kind(message)}"
+        )
+    if message.get("role") not in ROLES:
+        raise InputError(
+            f"{place}: role must be one of {', '.join(ROLES)}, but it is"
+            f" {message.get('role')!r}"
+        )
+    if not isinstance(message.get("content"), str):
+        raise InputError(
+            f"{place}: content must be a string, but it is"
+            f" {_kind(message.get('content'))}"
+        )
+    _checked_text(message["content"], place)
+    # Columnar stores fill absent keys with null; a template must not see them.
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _checked_text(text: str, place: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            f"{place} has {len(text):,} characters; the most is {MAX_CHARACTERS:,};"
+            " shorten it or remove the row"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place} holds half a surrogate pair at character {error.start + 1}, which"
+            " is not Unicode text"
+        ) from None
+    return text
+
+
+def _conversation(
+    prompt: str | list[Message] | None,
+    name: str,
+    value: str | list[Message],
+    where: str,
+) -> tuple[tuple[Message, ...], Message]:
+    """Messages before the last assistant turn, and that turn."""
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    if isinstance(prompt, str):
+        # Beside a whole conversation, a prompt string only repeats its question.
+        prompt = [{"role": "user", "content": prompt}] if len(value) == 1 else []
+    prompt = prompt or []
+    repeated = len(value) > len(prompt) and value[: len(prompt)] == prompt
+    turns = value if repeated else prompt + value
+    if not value or turns[-1]["role"] != "assistant":
+        raise InputError(f"{where}: field '{name}' must end with an assistant message")
+    if len(turns) == 1:
+        raise InputError(
+            f"{where}: field '{name}' has no message before the answer and there is no"
+            " 'prompt'"
+        )
+    return tuple(turns[:-1]), turns[-1]
+
+
+def _dialogue(name: str, text: str, where: str) -> tuple[str, str]:
+    """Split at the last assistant turn: earlier answers belong to the prompt."""
+    before, turn, completion = text.rpartition(ASSISTANT_TURN)
+    if not turn or HUMAN_TURN not in before:
+        raise InputError(
+            f"{where}: no field 'prompt', and field '{name}' is not a dialogue of"
+            " '\\n\\nHuman: ...\\n\\nAssistant: ...'; add a prompt"
+        )
+    return before + turn, completion
+
+
+def _flip(record: dict, where: str) -> bool:
+    value = record.get("flip")
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise InputError(
+        f"{where}: field 'flip' must be true or false, but it is {_kind(value)}"
+    )
+
+
+def _annotator(record: dict, where: str) -> str | None:
+    value = record.get("annotator")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise InputError(
+            f"{where}: field 'annotator' must be a string or an integer, but it is"
+            f" {_kind(value)}"
+        )
+    return _checked_text(str(value), f"{where}: field 'annotator'")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,37 @@
+"""Decisions by hash: which pair is flipped, which prompt is held out.
+
+A decision depends on one pair's content alone, so it does not change when rows are
+added, removed or reordered, and every process and every resume takes the same one.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def hash_uniforms(keys: Iterable[str], *, salt: str) -> np.ndarray:
+    """One number in [0, 1) per key: SHA-256 of salt and key, its first 53 bits.
+
+    Args:
+      keys: the strings to decide about.
+      salt: what is being decided; another salt gives independent numbers.
+
+    Returns:
+      float64 [len(keys)].
+    """
+    digests = (hashlib.sha256(f"{salt}\n{key}".encode()).digest() for key in keys)
+    words = (int.from_bytes(digest[:8], "big") >> 11 for digest in digests)
+    return np.fromiter(words, np.float64) * 2.0**-53
+
+
+def injected_flips(ids: Iterable[str], *, rate: float, seed: int) -> np.ndarray:
+    """Controlled label noise: flip each pair with probability `rate`.
+
+    Symmetric noise, the same for every pair: flip[n] = u(seed, id[n]) < rate.  With one
+    seed, the pairs flipped at a low rate are a subset of those at a higher rate.
+
+    Returns:
+      bool [len(ids)].
+    """
+    return hash_uniforms(ids, salt=f"flip {seed}") < rate

@@ -1,0 +1,173 @@
+"""Tokenised pairs: flat arrays with random access, and the static shape they need."""
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """N prompts with K completions each (K = 2 chosen and rejected, K = 1 for SFT).
+
+    Tokens of pair n lie in `tokens[offsets[n]:offsets[n + 1]]`: the prompt once, then
+    completion 0, then completion 1.  The prompt begins with BOS where the tokenizer has
+    one; an untruncated completion ends with EOS.
+    """
+
+    tokens: np.ndarray
+    """int32 [total]; all pairs one after the other."""
+    offsets: np.ndarray
+    """int64 [N + 1]; where each pair begins in `tokens`."""
+    prompt_lengths: np.ndarray
+    """int32 [N]; tokens of the prompt, BOS included."""
+    completion_lengths: np.ndarray
+    """int32 [N, K]; tokens of each completion, EOS included."""
+    ids: np.ndarray
+    """str [N]; 16 hexadecimal digits of the content's SHA-256, "-", occurrence."""
+    flips: np.ndarray
+    """bool [N]; this label is known to be flipped (by us or by the file's `flip`)."""
+    annotators: np.ndarray
+    """int32 [N]; index into `annotator_names`; -1 if unknown."""
+    rows: np.ndarray
+    """int64 [N]; index of the record in its source, from 0."""
+    annotator_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def num_sides(self) -> int:
+        """K, the completions of a prompt."""
+        return self.completion_lengths.shape[1]
+
+    def prompt(self, index: int) -> np.ndarray:
+        """The prompt's tokens, int32 [prompt_lengths[index]]."""
+        start = self.offsets[index]
+        return self.tokens[start : start + self.prompt_lengths[index]]
+
+    def completion(self, index: int, side: int) -> np.ndarray:
+        """One completion's tokens, int32 [completion_lengths[index, side]]."""
+        lengths = self.completion_lengths[index]
+        start = self.offsets[index] + self.prompt_lengths[index] + lengths[:side].sum()
+        return self.tokens[start : start + lengths[side]]
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of all contents; equal exactly where every array is equal."""
+        digest = hashlib.sha256(repr(self.annotator_names).encode())
+        for field in dataclasses.fields(self)[:-1]:
+            array = np.ascontiguousarray(getattr(self, field.name))
+            digest.update(f"{field.name} {array.dtype.str} {array.shape}".encode())
+            digest.update(array.data if array.size else b"")
+        return digest.hexdigest()
+
+
+class PairsBuilder:
+    """Collects pairs one by one at four bytes a token."""
+
+    def __init__(self, num_sides: int):
+        self._num_sides = num_sides
+        self._tokens = array("i")
+        self._prompt_lengths, self._completion_lengths = array("i"), array("i")
+        self._rows, self._flips = array("q"), array("b")
+        self._ids: list[str] = []
+        self._annotators: list[str | None] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        *,
+        id: str,
+        flip: bool = False,
+        annotator: str | None = None,
+        row: int | None = None,
+    ) -> None:
+        """Append one pair; the row defaults to the number of pairs before it."""
+        if len(completions) != self._num_sides:
+            raise ValueError(f"{len(completions)} completions, not {self._num_sides}")
+        self._rows.append(len(self) if row is None else row)
+        self._tokens.extend(prompt)
+        self._prompt_lengths.append(len(prompt))
+        for completion in completions:
+            self._tokens.extend(completion)
+            self._completion_lengths.append(len(completion))
+        self._ids.append(id)
+        self._flips.append(flip)
+        self._annotators.append(annotator)
+
+    def annotators(self) -> set[str]:
+        """The names that occur."""
+        return {name for name in self._annotators if name is not None}
+
+    def build(self, annotator_names: Sequence[str] | None = None) -> Pairs:
+        """The pairs; `annotator_names` default to those that occur, sorted."""
+        names = annotator_names
+        names = tuple(sorted(self.annotators()) if names is None else names)
+        index = {name: n for n, name in enumerate(names)}
+        prompt_lengths = np.array(self._prompt_lengths, np.int32)
+        completion_lengths = np.array(self._completion_lengths, np.int32)
+        completion_lengths = completion_lengths.reshape(len(self), self._num_sides)
+        sizes = prompt_lengths + completion_lengths.sum(1, dtype=np.int64)
+        return Pairs(
+            tokens=np.array(self._tokens, np.int32),
+            offsets=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
+            prompt_lengths=prompt_lengths,
+            completion_lengths=completion_lengths,
+            ids=np.array(self._ids, np.str_),
+            flips=np.array(self._flips, bool),
+            annotators=np.array(
+                [-1 if name is None else index[name] for name in self._annotators],
+                np.int32,
+            ),
+            rows=np.array(self._rows, np.int64),
+            annotator_names=names,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Static sizes of a row: every batch of a run has them, so a step compiles once."""
+
+    sequence_length: int
+    """T, tokens of a sequence."""
+    predictions: int
+    """P, predicted tokens of a sequence."""
+    sides: int
+    """K, completions of a pair."""
+    sequences: int
+    """Q, sequences in a row; K in the padded layout."""
+    slots: int = 1
+    """S, pair slots of a row; 1 in the padded layout."""
+
+
+def batch_shape(
+    *pairs: Pairs, length_multiple: int = 64, prediction_multiple: int = 32
+) -> BatchShape:
+    """The smallest shape that holds every sequence of `pairs`, rounded up.
+
+    Args:
+      *pairs: all the pairs a run will see (train and held-out).
+      length_multiple: T is a multiple of this.
+      prediction_multiple: P is a multiple of this; the log-prob chunk divides it.
+    """
+    filled = [p for p in pairs if len(p)]
+    sides = {p.num_sides for p in filled}
+    if len(sides) != 1:
+        raise ValueError(f"pairs of one run have one K and at least one row: {sides}")
+    longest = max(
+        int((p.prompt_lengths + p.completion_lengths.max(1)).max()) for p in filled
+    )
+    answer = max(int(p.completion_lengths.max()) for p in filled)
+    (num_sides,) = sides
+    return BatchShape(
+        sequence_length=-(-longest // length_multiple) * length_multiple,
+        predictions=-(-answer // prediction_multiple) * prediction_multiple,
+        sides=num_sides,
+        sequences=num_sides,
+    )

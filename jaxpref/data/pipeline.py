@@ -1,0 +1,201 @@
+"""From pairs to batches: Grain shuffles and batches, each process takes its share.
+
+The order of examples is a pure function of (seed, step): tokenising, dropping and noise
+were done in the plan, so nothing here can change how many examples there are.  The
+saved state of an iterator is one integer.
+"""
+
+import functools
+from collections.abc import Callable
+
+import grain
+import numpy as np
+
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.noise import hash_uniforms
+from jaxpref.data.pairs import BatchShape, Pairs
+from jaxpref.errors import InputError
+
+
+def collate(
+    pairs: Pairs,
+    indices: np.ndarray,
+    *,
+    shape: BatchShape,
+    reference_logps: np.ndarray | None = None,
+) -> PreferenceBatch:
+    """Lay pairs out in rows, one pair a row, one completion a sequence.
+
+    Args:
+      pairs: where the tokens are.
+      indices: int [A, R]; the pair of each row, -1 for an empty row.
+      shape: T, P and K of the batch.
+      reference_logps: float32 [N, K] for all pairs, or None.
+
+    Returns:
+      The batch of numpy arrays [A, R, ...]; empty rows are zeros with pair -1.
+    """
+    rows, sides = indices.size, shape.sides
+    flat = indices.reshape(rows)
+    tokens = np.zeros((rows, sides, shape.sequence_length), np.int32)
+    lengths = np.zeros((rows, sides), np.int32)
+    predictors = np.zeros((rows, sides, shape.predictions), np.int32)
+    targets = np.zeros_like(predictors)
+    completions = np.full_like(predictors, -1)
+    for row in np.flatnonzero(flat >= 0):
+        prompt = pairs.prompt(flat[row])
+        for side in range(sides):
+            completion = pairs.completion(flat[row], side)
+            start, size = len(prompt), len(completion)
+            tokens[row, side, :start] = prompt
+            tokens[row, side, start : start + size] = completion
+            lengths[row, side] = start + size
+            # The state at position t predicts token t + 1.
+            predictors[row, side, :size] = np.arange(start - 1, start - 1 + size)
+            targets[row, side, :size] = completion
+            completions[row, side, :size] = side
+    real = flat >= 0
+    where = np.where(real, flat, 0)
+    table = np.zeros((1, sides), np.float32)
+    if reference_logps is not None:
+        table, at = reference_logps, where
+    else:
+        at = np.zeros_like(where)
+
+    def shaped(array: np.ndarray, *axes: int) -> np.ndarray:
+        return array.reshape(*indices.shape, *axes)
+
+    return PreferenceBatch(
+        tokens=shaped(tokens, sides, -1),
+        lengths=shaped(lengths, sides),
+        predictors=shaped(predictors, sides, -1),
+        targets=shaped(targets, sides, -1),
+        completions=shaped(completions, sides, -1),
+        pairs=shaped(flat.astype(np.int32), 1),
+        completion_lengths=shaped(
+            np.where(real[:, None], pairs.completion_lengths[where], 0), 1, sides
+        ),
+        reference_logps=shaped(np.where(real[:, None], table[at], 0), 1, sides),
+        flips=shaped(pairs.flips[where] & real, 1),
+        annotators=shaped(np.where(real, pairs.annotators[where], -1), 1),
+        weights=shaped(real.astype(np.float32), 1),
+    )
+
+
+def batches(
+    pairs: Pairs,
+    *,
+    shape: BatchShape,
+    batch_size: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    reference_logps: np.ndarray | None = None,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> grain.DatasetIterator:
+    """Endless training batches in an order that depends on `seed` and step only.
+
+    Pairs are shuffled anew each epoch; an epoch that does not divide into batches runs
+    on into the next, so every pair is seen equally often.
+
+    Args:
+      pairs: the training pairs of a plan.
+      shape: from `batch_shape`.
+      batch_size: pairs of a step, over all micro-batches and all processes.
+      accumulation: A, micro-batches of a step.
+      seed: of the order; another seed gives an unrelated order in every epoch.
+      process_index: this process.
+      process_count: how many there are.  Micro-batch a holds the same pairs for any
+        count; process p gets the p-th block of its rows.
+      reference_logps: float32 [N, K], copied into the batches; None for zeros.
+      threads: threads that collate ahead; 0 collates when asked.
+      prefetch: batches kept ready.
+
+    Returns:
+      A Grain iterator of PreferenceBatch with `get_state()` = {"next_index": step} and
+      `set_state(state)`.
+    """
+    if not len(pairs):
+        raise InputError("no pair is left to train on")
+    micro = _rows(batch_size, accumulation, process_count)
+    # Grain gives epoch e the seed `seed + e`: neighbouring seeds would share epochs.
+    (uniform,) = hash_uniforms([str(seed)], salt="order")
+    dataset = (
+        grain.MapDataset.range(len(pairs))
+        .shuffle(seed=int(uniform * 2**32))
+        .repeat()
+        .batch(batch_size, drop_remainder=True)
+        .map(_share(accumulation, micro, process_index))
+        .map(_collate(pairs, shape, reference_logps))
+    )
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
+    )
+    return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(
+    pairs: Pairs,
+    *,
+    shape: BatchShape,
+    batch_size: int,
+    accumulation: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+    reference_logps: np.ndarray | None = None,
+) -> grain.MapDataset:
+    """Every pair once, in order; the last batch is padded with empty rows.
+
+    Arguments as for `batches`.  Every process gets the same number of batches.
+
+    Returns:
+      A sequence (len, index, iterate) of PreferenceBatch; empty rows have pair -1 and
+      weight 0.
+    """
+    micro = _rows(batch_size, accumulation, process_count)
+    steps = -(-len(pairs) // batch_size)
+
+    def indices(step: int) -> np.ndarray:
+        flat = np.arange(step * batch_size, (step + 1) * batch_size)
+        return np.where(flat < len(pairs), flat, -1)
+
+    return (
+        grain.MapDataset.range(steps)
+        .map(indices)
+        .map(_share(accumulation, micro, process_index))
+        .map(_collate(pairs, shape, reference_logps))
+    )
+
+
+def _rows(batch_size: int, accumulation: int, process_count: int) -> int:
+    """Rows of one micro-batch in one process."""
+    parts = accumulation * process_count
+    if batch_size < 1 or parts < 1 or batch_size % parts:
+        raise InputError(
+            f"batch_size {batch_size} is not a multiple of accumulation {accumulation}"
+            f" x {process_count} processes"
+        )
+    return batch_size // parts
+
+
+def _share(accumulation: int, rows: int, process_index: int) -> Callable:
+    """This process's block of every micro-batch: int [batch] -> int [A, R]."""
+    block = slice(process_index * rows, (process_index + 1) * rows)
+    return lambda indices: indices.reshape(accumulation, -1)[:, block]
+
+
+def _collate(
+    pairs: Pairs, shape: BatchShape, reference_logps: np.ndarray | None
+) -> Callable:
+    if reference_logps is not None:
+        expected = (len(pairs), pairs.num_sides)
+        if reference_logps.shape != expected or reference_logps.dtype != np.float32:
+            raise ValueError(
+                f"reference_logps is {reference_logps.dtype} {reference_logps.shape},"
+                f" not float32 {expected}"
+            )
+    return functools.partial(
+        collate, pairs, shape=shape, reference_logps=reference_logps
+    )

@@ -1,0 +1,216 @@
+"""The plan: read, check, tokenise, drop, split and flip, once, before any batch."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxpref.data.formats import Example, parse, parse_prompt
+from jaxpref.data.noise import hash_uniforms, injected_flips
+from jaxpref.data.pairs import Pairs, PairsBuilder
+from jaxpref.data.sources import Source
+from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
+from jaxpref.errors import InputError
+
+_CHUNK_ROWS = 1024
+_CHUNK_CHARACTERS = 4_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """What to make of a source."""
+
+    max_length: int = 1024
+    """Most tokens of prompt and completion together, BOS and EOS included."""
+    max_prompt_length: int = 512
+    """Most tokens of a prompt, BOS included; longer ones are cut on the left."""
+    heldout_fraction: float = 0.05
+    """Share of the prompts held out for evaluation, chosen by hash of the prompt."""
+    flip_rate: float = 0.0
+    """Probability of swapping chosen and rejected of a training pair (label noise)."""
+    flip_seed: int = 0
+    """Which pairs are flipped."""
+    max_pairs: int | None = None
+    """Stop reading once so many pairs are kept; None reads all."""
+    drop_empty: bool = False
+    """Drop and count records with an empty completion instead of stopping at one."""
+
+    def __post_init__(self):
+        if not 2 <= self.max_prompt_length <= self.max_length:
+            raise InputError(
+                f"max_prompt_length {self.max_prompt_length} must be from 2 to"
+                f" max_length {self.max_length}"
+            )
+        if not 0 <= self.heldout_fraction <= 1:
+            raise InputError(
+                f"heldout_fraction {self.heldout_fraction} must be from 0 to 1"
+            )
+        if not 0 <= self.flip_rate <= 1:
+            raise InputError(f"flip_rate {self.flip_rate} must be from 0 to 1")
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise InputError(f"max_pairs {self.max_pairs} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The pairs of a run, and what was left out."""
+
+    train: Pairs
+    """To train on; labels with the injected noise."""
+    heldout: Pairs
+    """To evaluate on; labels as in the file."""
+    report: dict[str, int]
+    """Counts: rows read, kept, dropped (by reason), cut and flipped."""
+    digest: str
+    """SHA-256 (hex) of both; equal exactly where the tokens and labels are equal."""
+
+
+def make_plan(
+    source: Source,
+    tokenizer: Any,
+    options: DataOptions = DataOptions(),
+    *,
+    sides: int = 2,
+) -> Plan:
+    """Turn a source into tokenised, split and (if asked) noised pairs.
+
+    A pair's id is the hash of its content before flipping plus its occurrence, so the
+    third copy of a row ends in "-2".  Splits are decided by hash of the prompt and
+    flips by hash of the id: neither depends on the order of rows or on other rows.
+    Held-out labels are never flipped.  `flips` is true where the label is known to be
+    wrong, by the file or by injected noise; flipped by both, it is right again.
+
+    Args:
+      source: from `open_source`, or any sequence of records with `location`.
+      tokenizer: from `load_tokenizer`.
+      options: lengths, split, noise.
+      sides: K, 2 for pairs, 1 for plain completions (SFT).
+
+    Raises:
+      InputError: a record is malformed, or none is left.
+    """
+    if options.flip_rate and sides == 1:
+        raise InputError("flip_rate needs pairs: a plain completion cannot be flipped")
+    counts = collections.Counter()
+    copies: collections.Counter[str] = collections.Counter()
+    train, heldout = PairsBuilder(sides), PairsBuilder(sides)
+    limit = len(source) if options.max_pairs is None else options.max_pairs
+    with tqdm(total=len(source), desc="tokenise", unit="row", disable=None) as bar:
+        for rows, examples in _chunks(source, sides, options.drop_empty, counts):
+            results = tokenize(
+                examples,
+                [source.location(row) for row in rows],
+                tokenizer,
+                max_length=options.max_length,
+                max_prompt_length=options.max_prompt_length,
+            )
+            for row, example, result in zip(rows, examples, results):
+                if isinstance(result, str):
+                    counts[f"dropped: {result}"] += 1
+                elif len(train) + len(heldout) < limit:
+                    pair_id = _unique_id(example, copies)
+                    _add(train, heldout, row, example, result, pair_id, options, counts)
+            bar.update(counts["rows"] - bar.n)
+            if len(train) + len(heldout) == limit:
+                break
+    counts.update(train=len(train), heldout=len(heldout))
+    if not len(train) + len(heldout):
+        dropped = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
+        raise InputError(
+            f"{source.location(0)} and all after it: no record is left ({dropped})"
+        )
+    names = sorted(train.annotators() | heldout.annotators())
+    pairs = (train.build(names), heldout.build(names))
+    digest = hashlib.sha256("".join(p.digest() for p in pairs).encode()).hexdigest()
+    return Plan(*pairs, report=dict(counts), digest=digest)
+
+
+def _add(
+    train: PairsBuilder,
+    heldout: PairsBuilder,
+    row: int,
+    example: Example,
+    tokens: Tokens,
+    pair_id: str,
+    options: DataOptions,
+    counts: collections.Counter,
+) -> None:
+    """Decide split and label of one pair, and store it."""
+    (u,) = hash_uniforms([example.prompt_key()], salt="heldout")
+    hold = u < options.heldout_fraction
+    (flip,) = injected_flips([pair_id], rate=options.flip_rate, seed=options.flip_seed)
+    flip = bool(flip) and not hold
+    counts["prompts cut"] += tokens.prompt_cut
+    counts["completions cut"] += tokens.completions_cut
+    counts["flipped"] += flip
+    counts["flips in the file"] += example.flip
+    (heldout if hold else train).add(
+        tokens.prompt,
+        tokens.completions[::-1] if flip else tokens.completions,
+        id=pair_id,
+        flip=example.flip != flip,
+        annotator=example.annotator,
+        row=row,
+    )
+
+
+def _unique_id(example: Example, copies: collections.Counter) -> str:
+    content = example.content_id()
+    copies[content] += 1
+    return f"{content}-{copies[content] - 1}"
+
+
+def _chunks(
+    source: Source, sides: int, drop_empty: bool, counts: collections.Counter
+) -> Iterator[tuple[list[int], list[Example]]]:
+    """Checked examples, few and short enough at a time for the tokenizer's memory."""
+    rows: list[int] = []
+    examples: list[Example] = []
+    size = 0
+    for row in range(len(source)):
+        example = parse(
+            source[row], source.location(row), sides=sides, drop_empty=drop_empty
+        )
+        counts["rows"] += 1
+        if isinstance(example, str):
+            counts[f"dropped: {example}"] += 1
+            continue
+        rows.append(row)
+        examples.append(example)
+        size += example.num_characters()
+        if len(rows) == _CHUNK_ROWS or size >= _CHUNK_CHARACTERS:
+            yield rows, examples
+            rows, examples, size = [], [], 0
+    if rows:
+        yield rows, examples
+
+
+def read_prompts(
+    source: Source,
+    tokenizer: Any,
+    *,
+    limit: int,
+    max_prompt_length: int = DataOptions.max_prompt_length,
+) -> tuple[list[str], list[list[int]]]:
+    """The first `limit` different prompts of a source: their text and their tokens."""
+    prompts: dict[str, list[int]] = {}
+    for row in range(len(source)):
+        prompt = parse_prompt(source[row], source.location(row))
+        if prompt is None:
+            continue
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        prompts.setdefault(
+            text,
+            encode_prompt(
+                tokenizer,
+                prompt,
+                place=source.location(row),
+                max_prompt_length=max_prompt_length,
+            ),
+        )
+        if len(prompts) == limit:
+            break
+    return list(prompts), list(prompts.values())

@@ -1,0 +1,139 @@
+"""`jaxpref sample`: what a model says to prompts."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxpref import data
+from jaxpref.errors import InputError
+from jaxpref.models import build
+from jaxpref.models.hub import resolve_folder
+from jaxpref.models.huggingface import load_config, load_params, load_stop_tokens
+from jaxpref.sampling import generate, left_pad
+from jaxpref.train.mesh import MeshConfig, make_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What `jaxpref sample` reads."""
+
+    model: str
+    """Hugging Face model folder (such as OUT/export of a run), or a hub id."""
+    prompts: tuple[str, ...] = ()
+    """Prompts, each in quotes."""
+    data: str | None = None
+    """A file or data set whose prompts are used instead."""
+    limit: int = 100
+    """At most so many prompts of `--data`."""
+    out: str | None = None
+    """JSON file for the completions (a list of instruction, output, generator: the form
+    AlpacaEval reads); without it they are printed."""
+    max_new_tokens: int = 128
+    """Tokens after which a completion is cut."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens are drawn from; 0 means all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that reach this probability together are drawn from."""
+    batch_size: int = 16
+    """Prompts answered at the same time."""
+    seed: int = 0
+    """Seed of the draws."""
+    compute_dtype: str = "float32"
+    """Dtype of matrix products and activations."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are used."""
+
+
+def run(config: SampleConfig) -> list[dict[str, str]]:
+    """Completes every prompt; prints the completions or writes them to `out`."""
+    if bool(config.prompts) == bool(config.data):
+        raise InputError("give either --prompts TEXT ... or --data FILE")
+    folder = resolve_folder(config.model)
+    tokenizer = data.load_tokenizer(folder)
+    if config.prompts:
+        texts = list(config.prompts)
+        prompts = [data.encode_prompt(tokenizer, text) for text in texts]
+    else:
+        texts, prompts = data.read_prompts(
+            data.open_source(config.data), tokenizer, limit=config.limit
+        )
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model = build(
+            dataclasses.replace(
+                load_config(folder), compute_dtype=config.compute_dtype
+            )
+        )
+        params = load_params(folder, model)
+        outputs = sample_texts(
+            model,
+            params,
+            tokenizer,
+            prompts,
+            stop_tokens=load_stop_tokens(folder),
+            config=config,
+        )
+    rows = [
+        {"instruction": text, "output": output, "generator": config.model}
+        for text, output in zip(texts, outputs)
+    ]
+    if jax.process_index() == 0:
+        _show(rows, config.out)
+    return rows
+
+
+def sample_texts(
+    model, params, tokenizer, prompts, *, stop_tokens, config: SampleConfig
+) -> list[str]:
+    """One completion for every prompt (token ids), `batch_size` prompts at a time.
+
+    Short last batches are filled up with repeats, so that one shape is compiled.
+    """
+    longest = max(map(len, prompts))
+    width = -(-longest // 32) * 32
+    outputs = []
+    bar = tqdm(
+        total=len(prompts), desc="sampling", disable=jax.process_index() != 0
+    )
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
+        filled = batch + batch[-1:] * (config.batch_size - len(batch))
+        tokens, lengths = left_pad(filled, length=width)
+        key = jax.random.fold_in(jax.random.key(config.seed), start)
+        drawn, drawn_lengths = generate(
+            model,
+            params,
+            tokens,
+            lengths,
+            key,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            stop_tokens=stop_tokens,
+        )
+        for ids, length in zip(np.asarray(drawn), np.asarray(drawn_lengths)):
+            outputs.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
+        bar.update(len(batch))
+    bar.close()
+    return outputs[: len(prompts)]
+
+
+def _show(rows: list[dict[str, str]], out: str | None) -> None:
+    if out is None:
+        for row in rows:
+            print(f"> {row['instruction']}\n{row['output']}\n")
+        return
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error})") from error
+    print(f"{len(rows)} completions written to {out}", file=sys.stderr)

@@ -1,0 +1,134 @@
+"""`jaxpref evaluate`: how a model ranks preference pairs, pair by pair."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxpref import data
+from jaxpref.data import DataOptions
+from jaxpref.errors import InputError
+from jaxpref.evaluate.metrics import preference_metrics
+from jaxpref.models import Params, build
+from jaxpref.models.hub import resolve_folder
+from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.train.checkpoint import write_json
+from jaxpref.train.mesh import MeshConfig, make_mesh
+from jaxpref.train.objective import make_pair_logps
+from jaxpref.train.score import make_score_step, score_pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `jaxpref evaluate` reads."""
+
+    model: str
+    """Hugging Face model folder (such as OUT/export of a run), or a hub id."""
+    data: str
+    """Preference file or data set; every pair of it is scored."""
+    out: str
+    """Folder for `metrics.json` and `eval_pairs.jsonl`."""
+    reference: str | None = None
+    """Reference model folder or hub id; without it, log-probs count by themselves."""
+    beta: float = 0.1
+    """Implicit rewards are beta times the log-ratio to the reference."""
+    batch_size: int = 16
+    """Pairs scored at the same time, over all devices."""
+    max_length: int = DataOptions.max_length
+    """Longest prompt and completion together, in tokens."""
+    max_prompt_length: int = DataOptions.max_prompt_length
+    """Longest prompt, in tokens; longer ones lose their beginning."""
+    compute_dtype: str = "float32"
+    """Dtype of matrix products and activations."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are used."""
+
+
+def run(config: EvaluateConfig) -> dict[str, float]:
+    """Scores every pair and writes `metrics.json` and `eval_pairs.jsonl` to `out`."""
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be used ({error})") from error
+    folder = resolve_folder(config.model)
+    options = DataOptions(
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        heldout_fraction=0.0,
+    )
+    plan = data.make_plan(
+        data.open_source(config.data), data.load_tokenizer(folder), options, sides=2
+    )
+    pairs = plan.train
+    if jax.process_index() == 0:
+        print(plan.report, flush=True)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        logps = _score(folder, pairs, config, mesh, "model log-probs")
+        reference_logps = np.zeros_like(logps)
+        if config.reference:
+            reference_folder = resolve_folder(config.reference)
+            reference_logps = _score(
+                reference_folder, pairs, config, mesh, "reference log-probs"
+            )
+    margins = config.beta * np.diff(reference_logps - logps)[:, 0]
+    metrics = preference_metrics(margins) | {
+        "logps/chosen": float(logps[:, 0].mean()),
+        "logps/rejected": float(logps[:, 1].mean()),
+        "rewards/chosen": float(
+            config.beta * (logps - reference_logps)[:, 0].mean()
+        ),
+        "rewards/rejected": float(
+            config.beta * (logps - reference_logps)[:, 1].mean()
+        ),
+    }
+    if jax.process_index() == 0:
+        write_json(out / "metrics.json", metrics)
+        _write_pairs(out / "eval_pairs.jsonl", pairs, logps, reference_logps, margins)
+        for name, value in metrics.items():
+            print(f"{name:24} {value:.4f}")
+    return metrics
+
+
+def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.ndarray:
+    model = build(
+        dataclasses.replace(load_config(folder), compute_dtype=config.compute_dtype)
+    )
+    params: Params = load_params(folder, model)
+    batches = data.eval_batches(
+        pairs,
+        shape=data.batch_shape(pairs),
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    step = make_score_step(make_pair_logps(model))
+    return score_pairs(
+        step, params, batches, (len(pairs), 2), mesh=mesh, title=title
+    )
+
+
+def _write_pairs(path: Path, pairs, logps, reference_logps, margins) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for n in range(len(pairs)):
+            annotator = int(pairs.annotators[n])
+            row = {
+                "id": str(pairs.ids[n]),
+                "row": int(pairs.rows[n]) + 1,
+                "logps_chosen": float(logps[n, 0]),
+                "logps_rejected": float(logps[n, 1]),
+                "reference_logps_chosen": float(reference_logps[n, 0]),
+                "reference_logps_rejected": float(reference_logps[n, 1]),
+                "length_chosen": int(pairs.completion_lengths[n, 0]),
+                "length_rejected": int(pairs.completion_lengths[n, 1]),
+                "margin": float(margins[n]),
+                "correct": None if margins[n] == 0 else bool(margins[n] > 0),
+                "flip": bool(pairs.flips[n]),
+                "annotator": pairs.annotator_names[annotator]
+                if annotator >= 0
+                else None,
+            }
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,120 @@
+"""What every loss shares: promotion, static checks and the log-ratio margin."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Real
+
+Pairs = Float[Array, "*batch"]
+"""One number per pair, under any leading axes."""
+Lengths = Real[Array, "*batch"]
+"""Completion tokens, integer or float."""
+Scalar = float | int | Float[Array, ""]
+"""A Python number, checked when it is read, or a traced scalar, which cannot be."""
+Rate = float | int | Float[Array, "*#batch"]
+"""One rate for all pairs, or one per pair."""
+
+
+def promoted(**arrays) -> tuple[jax.Array, ...]:
+    """The arrays in their common dtype, at least float32; float64 stays float64.
+
+    Raises:
+      TypeError: if an array does not hold floating-point numbers.
+      ValueError: if the shapes differ.
+    """
+    values = {name: jnp.asarray(array) for name, array in arrays.items()}
+    for name, value in values.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"Expected {name} to be floating point, got {value.dtype}.")
+    same_shape(**values)
+    dtype = jnp.result_type(jnp.float32, *(value.dtype for value in values.values()))
+    return tuple(value.astype(dtype) for value in values.values())
+
+
+def same_shape(**arrays) -> None:
+    """Raises ValueError naming every array unless all have one shape."""
+    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"Expected arrays of one shape, got {listed}.")
+
+
+def positive(name: str, value) -> None:
+    """Raises ValueError if a Python number is not above 0; arrays pass unchecked."""
+    if isinstance(value, numbers.Real) and not 0 < value < float("inf"):
+        raise ValueError(f"Expected {name} > 0 and finite, got {value}.")
+
+
+def not_negative(name: str, value) -> None:
+    """Raises ValueError if a Python number is below 0; arrays pass unchecked."""
+    if isinstance(value, numbers.Real) and not 0 <= value < float("inf"):
+        raise ValueError(f"Expected {name} >= 0 and finite, got {value}.")
+
+
+def rates(flip_rate, like: jax.Array) -> jax.Array:
+    """`flip_rate` in the dtype of `like`, ready to broadcast against it.
+
+    Raises:
+      ValueError: if a Python number is outside [0, 1/2), or an array does not broadcast
+        to the shape of `like`.
+    """
+    if isinstance(flip_rate, numbers.Real) and not 0 <= flip_rate < 0.5:
+        raise ValueError(f"Expected flip_rate in [0, 0.5), got {flip_rate}.")
+    shape = jnp.shape(flip_rate)
+    padded = (1,) * (like.ndim - len(shape)) + shape
+    if len(padded) > like.ndim or any(
+        rate not in (1, pair) for rate, pair in zip(padded, like.shape)
+    ):
+        raise ValueError(
+            f"Expected flip_rate to broadcast to the pairs' shape {like.shape}, "
+            f"got shape {shape}."
+        )
+    return jnp.asarray(flip_rate, like.dtype)
+
+
+def log_ratios(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    reference_chosen_logps,
+    reference_rejected_logps,
+) -> tuple[jax.Array, jax.Array]:
+    """Each side's log pi/ref, promoted and checked."""
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = promoted(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    # Policy minus reference first: both are large and nearly equal, so little is lost,
+    # and the difference is exactly 0 where they agree.
+    return policy_chosen - reference_chosen, policy_rejected - reference_rejected
+
+
+def reward_margin(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    reference_chosen_logps,
+    reference_rejected_logps,
+    beta,
+) -> jax.Array:
+    """The implicit reward margin h = beta D, promoted and checked."""
+    positive("beta", beta)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    return jnp.asarray(beta, chosen.dtype) * (chosen - rejected)
+
+
+def per_token(logps: jax.Array, lengths, name: str) -> jax.Array:
+    """Sums divided by lengths; a length of 0 counts as 1, so that 0/0 cannot arise."""
+    same_shape(logps=logps, **{name: lengths})
+    return logps / jnp.maximum(jnp.asarray(lengths, logps.dtype), 1)
+
+
+def logistic_loss(z: jax.Array) -> jax.Array:
+    """-log s(z), finite with finite gradients for every finite z."""
+    return -jax.nn.log_sigmoid(z)

@@ -1,0 +1,248 @@
+"""Pairwise losses that take every label at its word, and plain likelihood."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Lengths, Pairs, Scalar
+
+
+def dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Direct preference optimisation: the logistic loss of the implicit reward margin.
+
+        loss = -log s(h),    h = beta D
+
+    Policy equal to reference gives log 2.  The gradient in h is -s(-h): pairs that are
+    ordered the wrong way round pull hardest, flipped labels among them.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.  The caller reduces.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import dpo
+      >>> logps = jnp.array([-12.0, -30.0])
+      >>> print(dpo(logps, logps, logps, logps))
+      [0.6931472 0.6931472]
+
+    References:
+      Rafailov et al., "Direct Preference Optimization", 2023, arXiv:2305.18290, Eq. 7.
+    """
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    return _common.logistic_loss(h)
+
+
+def ipo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Identity preference optimisation, on summed log-probs as in the paper.
+
+        loss = (D - 1 / (2 beta))^2
+
+    The margin is pulled to a finite target instead of to infinity.  `beta` is the
+    paper's tau.  On sums the target is the same for short and long answers;
+    `ipo_averaged` regresses the per-token margin instead and needs another `beta`.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: regularisation strength (tau), > 0; the target margin is 1 / (2 beta) nats.
+
+    Returns:
+      One loss per pair in nats squared, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ipo
+      >>> logps = jnp.array([-12.0, -30.0])
+      >>> print(ipo(logps, logps, logps, logps, beta=0.5))
+      [1. 1.]
+
+    References:
+      Azar et al., "A General Theoretical Paradigm to Understand Learning from Human
+      Preferences", 2023, arXiv:2310.12036v2, Eq. 17.
+    """
+    chosen, rejected = _common.log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    return _squared_distance(chosen - rejected, beta)
+
+
+def ipo_averaged(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Identity preference optimisation on log-ratios averaged over completion tokens.
+
+        loss = (a_w / |y_w| - a_l / |y_l| - 1 / (2 beta))^2,    a = log pi/ref
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
+      beta: regularisation strength (tau), > 0; the target is 1 / (2 beta) nats a token.
+
+    Returns:
+      One loss per pair in (nats per token) squared, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ipo_averaged
+      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
+      >>> print(ipo_averaged(logps + lengths, logps, logps, logps, lengths, lengths))
+      [16. 16.]
+
+    References:
+      Azar et al., 2023, arXiv:2310.12036v2, Eq. 17, with the per-token average that TRL
+      adopted on the authors' advice (trl/trainer/dpo_trainer.py, "ipo").
+    """
+    chosen, rejected = _common.log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
+    rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
+    return _squared_distance(chosen - rejected, beta)
+
+
+def simpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+    *,
+    beta: Scalar = 2.0,
+    gamma: Scalar = 0.5,
+) -> Pairs:
+    """Simple preference optimisation: no reference, average log-probs, a target margin.
+
+        loss = -log s(beta log pi(y_w|x) / |y_w| - beta log pi(y_l|x) / |y_l| - gamma)
+
+    `gamma` is the margin itself, as in the paper's objective, not the ratio gamma/beta
+    that the authors tune.  The defaults are those of their training code (ratio 0.25).
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
+      beta: scale of the rewards, > 0.
+      gamma: target reward margin, >= 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` is not > 0 or `gamma` not >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import simpo
+      >>> lengths = jnp.array([4, 10])
+      >>> print(simpo(-1.0 * lengths, -2.0 * lengths, lengths, lengths, gamma=2.0))
+      [0.6931472 0.6931472]
+
+    References:
+      Meng et al., "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+      2024, arXiv:2405.14734, the SimPO objective.
+    """
+    _common.positive("beta", beta)
+    _common.not_negative("gamma", gamma)
+    chosen, rejected = _common.promoted(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+    )
+    chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
+    rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
+    beta, gamma = (jnp.asarray(option, chosen.dtype) for option in (beta, gamma))
+    return _common.logistic_loss(beta * (chosen - rejected) - gamma)
+
+
+def sft(policy_chosen_logps: Pairs) -> Pairs:
+    """Negative log-likelihood of the chosen completion: supervised fine-tuning.
+
+        loss = -log pi(y_w|x)
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+
+    Returns:
+      One loss per completion in nats, [*batch], at least float32.  Divide the sum by
+      the count of tokens, not of completions, to weigh every token alike.
+
+    Raises:
+      TypeError: if the array is not floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sft
+      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
+      >>> print(sft(logps).sum() / lengths.sum())
+      3.0
+
+    References:
+      Maximum likelihood; as the chosen-answer term of preference losses, Pang et al.,
+      "Iterative Reasoning Preference Optimization", 2024, arXiv:2404.19733.
+    """
+    (chosen,) = _common.promoted(policy_chosen_logps=policy_chosen_logps)
+    return -chosen
+
+
+def _squared_distance(margin: jax.Array, beta) -> jax.Array:
+    """(margin - 1 / (2 beta))^2: what both forms of IPO make small."""
+    _common.positive("beta", beta)
+    return jnp.square(margin - 0.5 / jnp.asarray(beta, margin.dtype))

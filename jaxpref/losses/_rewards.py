@@ -1,0 +1,95 @@
+"""What a policy's log-probs say about the answers: rewards, margins, accuracies."""
+
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Pairs, Scalar
+
+
+def implicit_rewards(
+    policy_logps: Pairs, reference_logps: Pairs, *, beta: Scalar = 0.1
+) -> Pairs:
+    """The reward that a policy trained by DPO stands for.
+
+        reward = beta log(pi(y|x) / ref(y|x))
+
+    Known up to a term that depends on the prompt alone and cancels within a pair.
+
+    Args:
+      policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
+      reference_logps: log ref(y|x), the same way; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One reward per completion, [*batch], at least float32.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import implicit_rewards
+      >>> print(implicit_rewards(jnp.array([-10.0]), jnp.array([-12.0]), beta=0.5))
+      [1.]
+
+    References:
+      Rafailov et al., "Direct Preference Optimization", 2023, arXiv:2305.18290, Eq. 5.
+    """
+    _common.positive("beta", beta)
+    policy, reference = _common.promoted(
+        policy_logps=policy_logps, reference_logps=reference_logps
+    )
+    return jnp.asarray(beta, policy.dtype) * (policy - reference)
+
+
+def reward_margins(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
+    """Chosen minus rejected reward.
+
+    Args:
+      chosen_rewards: rewards of the chosen answers; [*batch].
+      rejected_rewards: rewards of the rejected answers; [*batch].
+
+    Returns:
+      One margin per pair in the rewards' unit, [*batch], at least float32.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import reward_margins
+      >>> print(reward_margins(jnp.array([1.0, 0.5]), jnp.array([0.25, 0.5])))
+      [0.75 0.  ]
+    """
+    chosen, rejected = _common.promoted(
+        chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
+    )
+    return chosen - rejected
+
+
+def reward_accuracies(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
+    """Whether each pair is ordered as labelled: 1 yes, 0 no, 1/2 for a tie.
+
+    A tie counts half, so an untrained policy (equal to its reference) scores 1/2, as
+    guessing does, and not 0.
+
+    Args:
+      chosen_rewards: rewards of the chosen answers; [*batch].
+      rejected_rewards: rewards of the rejected answers; [*batch].
+
+    Returns:
+      One of 0, 1/2, 1 per pair, [*batch], at least float32; NaN where a reward is NaN.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import reward_accuracies
+      >>> print(reward_accuracies(jnp.array([1.0, 0.5]), jnp.array([0.25, 0.5])))
+      [1.  0.5]
+    """
+    return 0.5 + 0.5 * jnp.sign(reward_margins(chosen_rewards, rejected_rewards))

@@ -1,0 +1,193 @@
+"""DPO under labels that are wrong at a known rate.
+
+With flip rate e the three differ in what they correct: `cdpo` smooths the label, `rdpo`
+corrects the loss so that its mean over flips is the clean DPO loss, and `forward_dpo`
+corrects the model of the label, so that it is the likelihood of what was observed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Pairs, Rate, Scalar
+
+
+def cdpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    flip_rate: Rate,
+) -> Pairs:
+    """Conservative DPO: cross-entropy with the label smoothed by the flip rate.
+
+        loss = -(1 - e) log s(h) - e log s(-h)  =  -log s(h) + e h
+
+    The minimum is at the finite margin h = log((1 - e) / e).  Smoothing shrinks: under
+    flips at rate e its minimiser is nearer to 0 than DPO's, not nearer to the truth.
+    Gradient in h: -(s(-h) - e).
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
+        array that broadcasts to one per pair.  0 is DPO, bit for bit.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes do not fit, a Python `beta` is not > 0, or a Python
+        `flip_rate` is outside [0, 1/2).  Values in arrays are not checked.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import cdpo
+      >>> zero, margin = jnp.zeros(2), jnp.array([3.0, -3.0])
+      >>> loss = cdpo(margin, zero, zero, zero, beta=1.0, flip_rate=0.25)
+      >>> [f"{x:.4f}" for x in loss]
+      ['0.7986', '2.2986']
+
+    References:
+      Mitchell, "A note on DPO with noisy preferences and relationship to IPO", 2023,
+      https://ericmitchell.ai/cdpo.pdf, Eq. 3.
+    """
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    return _common.logistic_loss(h) + _common.rates(flip_rate, h) * h
+
+
+def rdpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    flip_rate: Rate,
+) -> Pairs:
+    """Provably robust DPO: its mean over label flips is the DPO loss of clean labels.
+
+        loss = [-(1 - e) log s(h) + e log s(-h)] / (1 - 2e)
+             = -log s(h) - e / (1 - 2e) h
+
+    Unbounded below: the loss may be negative and, on separable data, falls for ever as
+    h grows.  Stop early, or use `forward_dpo`, which is bounded.  Its variance carries
+    1 / (1 - 2e)^2.  Gradient in h: -(s(-h) + e / (1 - 2e)).
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
+        array that broadcasts to one per pair.  0 is DPO, bit for bit.
+
+    Returns:
+      One loss per pair, [*batch], at least float32.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes do not fit, a Python `beta` is not > 0, or a Python
+        `flip_rate` is outside [0, 1/2).  Values in arrays are not checked; 1/2 in an
+        array gives infinities.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import rdpo
+      >>> zero, margin = jnp.zeros(2), jnp.array([3.0, -3.0])
+      >>> right, wrong = rdpo(margin, zero, zero, zero, beta=1.0, flip_rate=0.25)
+      >>> print(f"{0.75 * right + 0.25 * wrong:.4f}")  # what dpo gives the right label
+      0.0486
+
+    References:
+      Ray Chowdhury, Kini and Natarajan, "Provably Robust DPO: Aligning Language Models
+      with Noisy Feedback", 2024, arXiv:2403.00409, the unbiased loss.
+    """
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    rate = _common.rates(flip_rate, h)
+    # The second form: the first subtracts two logistic losses that nearly cancel and
+    # divides what is left of them by 1 - 2e.
+    return _common.logistic_loss(h) - rate / (1 - 2 * rate) * h
+
+
+def forward_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    flip_rate: Rate,
+) -> Pairs:
+    """Forward-corrected DPO: the likelihood of the observed, possibly flipped, label.
+
+        loss = -log((1 - e) s(h) + e s(-h))
+
+    Bounded: between -log(1 - e) and -log e.  Redescending: for e > 0 a pair that the
+    policy contradicts strongly is taken for a flip and stops pulling.  Not convex in h.
+    Gradient in h: -(1 - 2e) s(h) s(-h) / ((1 - e) s(h) + e s(-h)).
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      flip_rate: e, the probability that a label is wrong; one number in [0, 1/2), or an
+        array that broadcasts to one per pair.  0 is DPO, bit for bit.  Arrays may hold
+        anything in [0, 1]: at 1/2 the pair has no gradient, beyond it the label counts
+        as inverted.  Differentiable in `flip_rate` on (0, 1).
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes do not fit, a Python `beta` is not > 0, or a Python
+        `flip_rate` is outside [0, 1/2).  Values in arrays are not checked.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import forward_dpo
+      >>> zero, margin = jnp.zeros(2), jnp.array([40.0, -40.0])
+      >>> loss = forward_dpo(margin, zero, zero, zero, beta=1.0, flip_rate=0.25)
+      >>> [f"{x:.4f}" for x in loss]  # -log(1 - e), -log e
+      ['0.2877', '1.3863']
+
+    References:
+      Xu et al., "When Human Preferences Flip: An Instance-Dependent Robust Loss for
+      RLHF" (FA-DPO), 2025, arXiv:2512.00709; as the marginal likelihood of a label with
+      reliability 1 - e, RE-PO, 2025, arXiv:2509.24159, Eq. 11.
+    """
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    rate = _common.rates(flip_rate, h)
+    # In logs, s(h) cannot underflow; at e = 0 the second term is log 0 = -inf, which
+    # logaddexp drops exactly, in the value and in the gradient.
+    kept = jnp.log1p(-rate) + jax.nn.log_sigmoid(h)
+    flipped = jnp.log(rate) + jax.nn.log_sigmoid(-h)
+    return -jnp.logaddexp(kept, flipped)

@@ -1,0 +1,4 @@
+"""Sampling: what would the model say?"""
+
+from jaxpref.sampling.sampler import generate as generate
+from jaxpref.sampling.sampler import left_pad as left_pad

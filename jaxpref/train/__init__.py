@@ -1,0 +1,13 @@
+"""How one step happens, and how a run is carried through."""
+
+from jaxpref.train.config import TrainConfig as TrainConfig
+from jaxpref.train.loop import run as run
+from jaxpref.train.mesh import MeshConfig as MeshConfig
+from jaxpref.train.mesh import initialize_distributed as initialize_distributed
+from jaxpref.train.mesh import make_mesh as make_mesh
+from jaxpref.train.metrics import read_metrics as read_metrics
+from jaxpref.train.objective import Objective as Objective
+from jaxpref.train.objective import from_loss as from_loss
+from jaxpref.train.objective import sft as sft
+from jaxpref.train.optimizer import Decay as Decay
+from jaxpref.train.optimizer import OptimizerConfig as OptimizerConfig

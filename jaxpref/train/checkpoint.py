@@ -1,0 +1,149 @@
+"""Checkpoints: state and data position in one Orbax step, with digests of our own."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxpref.errors import InputError
+from jaxpref.train.state import TrainState
+
+_log = logging.getLogger("jaxpref")
+
+
+class CheckpointError(InputError):
+    """A checkpoint could not be written or read."""
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        """Opens (and makes) the folder; the newest `keep` steps are kept."""
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step on disk, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data: dict) -> None:
+        """Starts writing one step; what is written is a copy, training goes on.
+
+        Raises:
+          CheckpointError: if this or the previous step could not be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        meta = {"data": data, "digests": digests(state)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+          CheckpointError: if it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed("the last", error) from error
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
+        """The newest step that is whole, with its data position; None if there is none.
+
+        Every array is compared with the digest taken before it was written.  A step that
+        does not match, or cannot be read, is reported and the one before it is tried.
+
+        Args:
+          abstract: shapes, dtypes and shardings to restore to.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                saved = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract),
+                        meta=ocp.args.JsonRestore(),
+                    ),
+                )
+            except Exception as error:
+                _log.warning("checkpoint %d cannot be read (%s)", step, _first_line(error))
+                continue
+            state, meta = saved["state"], saved["meta"]
+            found = digests(state)
+            wrong = [name for name in found if found[name] != meta["digests"].get(name)]
+            if not wrong:
+                return state, meta["data"]
+            _log.warning(
+                "checkpoint %d is damaged: %s differs from what was saved", step, wrong[0]
+            )
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints {steps} can be restored; "
+                "move the folder away to start again"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for writes in flight and lets go of the folder."""
+        self._manager.close()
+
+    def _failed(self, step, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: could not save step {step} ({_first_line(error)}); "
+            f"the steps already there are whole: {sorted(self._manager.all_steps())}"
+        )
+
+
+def digests(tree) -> dict[str, int]:
+    """One 32-bit digest per array, equal for any sharding of it.
+
+    The array's bits as 32-bit words, each times an odd number that depends on its place,
+    summed modulo 2^32: sums of integers do not depend on their order.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    values = jax.device_get(_digest([leaf for _, leaf in leaves]))
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    return {name: int(value) for name, value in zip(names, values)}
+
+
+@jax.jit
+def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
+    def one(x):
+        if x.dtype == jnp.bool:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place = place * np.uint32(size) + index
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in leaves]
+
+
+def write_json(path: Path, content) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,144 @@
+"""What a run is asked to do, as one frozen dataclass, and how OUT remembers it."""
+
+import dataclasses
+import enum
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpref.data import DataOptions
+from jaxpref.errors import InputError
+from jaxpref.train.checkpoint import write_json
+from jaxpref.train.mesh import MeshConfig
+from jaxpref.train.objective import Objective
+from jaxpref.train.optimizer import OptimizerConfig
+
+MAY_CHANGE = ("out", "mesh", "log_every", "save_every", "keep_checkpoints")
+"""Fields a resumed run may change: none of them changes what is computed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The plain settings of a run."""
+
+    model: str
+    """Hugging Face model folder, or a hub id to download."""
+    data: str
+    """Preference file or data set; see `jaxpref.data.open_source`."""
+    out: str
+    """Folder of the run: config, metrics, checkpoints, export."""
+    reference: str | None = None
+    """Reference model folder or hub id; the model itself where not given."""
+    eval_data: str | None = None
+    """Data to evaluate on; where not given, a share of the prompts is held out."""
+    max_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Pairs an optimiser step, over all devices and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches an optimiser step; more of them need less memory."""
+    seed: int = 0
+    """Seed of the order of examples."""
+    param_dtype: str = "float32"
+    """Dtype the parameters and optimiser moments are kept in."""
+    compute_dtype: str = "float32"
+    """Dtype of matrix products and activations; bfloat16 on TPU and GPU."""
+    remat: str = "none"
+    """What the backward pass recomputes to save memory: none, dots or full."""
+    logit_chunk: int = 64
+    """Completion tokens of a sequence whose logits exist at the same time."""
+    log_every: int = 10
+    """Steps between metric lines."""
+    eval_every: int = 100
+    """Steps between evaluations on the held-out pairs; also at the first and last step."""
+    save_every: int = 100
+    """Steps between checkpoints; also at the last step."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self):
+        positive = (
+            "batch_size accumulation log_every eval_every save_every "
+            "keep_checkpoints max_steps logit_chunk"
+        ).split()
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.batch_size % self.accumulation:
+            raise InputError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation "
+                f"{self.accumulation}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """One training run.  The same config with the same `out` resumes."""
+
+    objective: Objective
+    """What is made small, e.g. `from_loss(losses.rdpo, flip_rate=0.2)`."""
+    options: DataOptions = DataOptions()
+    """How text becomes tokens, and which pairs are held out or flipped."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are used."""
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values, the objective as its name and options."""
+    plain = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name != "objective"
+    }
+    objective = {"name": config.objective.name, **config.objective.options}
+    return json.loads(json.dumps(plain | {"loss": objective}, default=_plain))
+
+
+def open_out(config: TrainConfig) -> Path:
+    """Makes OUT, or finds the same run in it; writes `config.json`.
+
+    Raises:
+      InputError: if OUT cannot be written, or holds a run of another config; the message
+        names the fields that differ.
+    """
+    out = Path(config.out)
+    path = out / "config.json"
+    asked = to_json(config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("no permission to write")
+        before = json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); move {out} away") from error
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be used ({error})") from error
+    if before is not None:
+        changed = [
+            f"{name} ({before.get(name)!r} -> {asked.get(name)!r})"
+            for name in sorted(before.keys() | asked.keys())
+            if before.get(name) != asked.get(name) and name not in MAY_CHANGE
+        ]
+        if changed:
+            raise InputError(
+                f"{out} holds a run of another config; changed: {', '.join(changed)}. "
+                "Use the same options to resume, or another --out"
+            )
+    if jax.process_index() == 0:
+        write_json(path, asked)
+    return out
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r} cannot be written to config.json")

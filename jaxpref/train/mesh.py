@@ -1,0 +1,121 @@
+"""Devices: the one mesh, the start of a multi-process run, and batches placed on it."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxpref.errors import InputError
+from jaxpref.models.config import ROWS
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each mesh axis has; one axis may be -1, "all that are left"."""
+
+    data: int = 1
+    """Copies of the parameters; rows are split over them."""
+    fsdp: int = -1
+    """Devices that share one copy of the parameters; rows are split over them too."""
+    tensor: int = 1
+    """Devices that share each matrix product (heads, feed-forward, vocabulary)."""
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh over all devices, with Explicit axes: a layout mistake fails at trace time.
+
+    Raises:
+      InputError: if the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        known = math.prod(size for size in sizes if size != -1)
+        if known > 0:
+            sizes[sizes.index(-1)] = devices // known
+    if min(sizes) < 1 or math.prod(sizes) != devices:
+        asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+        raise InputError(
+            f"mesh {asked} does not cover the {devices} device(s) of this run; "
+            "set the axes so that their product is that number (one may be -1)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def row_shards(mesh: jax.sharding.Mesh) -> int:
+    """Number of parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def to_global(batch, mesh: jax.sharding.Mesh):
+    """Places each process's rows of an `[A, R, ...]` batch as one global batch."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def initialize_distributed() -> None:
+    """Joins the other processes of this run, where the environment says there are any.
+
+    The environment says so by `JAX_COORDINATOR_ADDRESS` (with `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`), by Slurm or Open MPI with more than one task, or by being a Cloud
+    TPU machine.  Must run before anything touches a device; a second call does nothing.
+    """
+    if jax.distributed.is_initialized():
+        return
+    environ = os.environ
+    if "cpu" in environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if address := environ.get("JAX_COORDINATOR_ADDRESS"):
+        try:
+            count = int(environ["JAX_NUM_PROCESSES"])
+            index = int(environ["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and "
+                f"JAX_PROCESS_ID must be set to whole numbers too ({error})"
+            ) from error
+        jax.distributed.initialize(address, count, index)
+    elif _tasks() > 1 or _on_cloud_tpu():
+        jax.distributed.initialize()
+
+
+def _tasks() -> int:
+    names = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    return max(int(os.environ.get(name, "1")) for name in names)
+
+
+def _on_cloud_tpu() -> bool:
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return (
+        ("tpu" in platforms or not platforms)
+        and importlib.util.find_spec("libtpu") is not None
+        and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists())
+    )
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """The whole of `x` on every device: a gather under Explicit axes, else `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return x
+    return jax.reshard(x, PartitionSpec())
+
+
+def on_devices(abstract, mesh: jax.sharding.Mesh):
+    """Shapes as `jax.eval_shape` gives them, their shardings bound to the mesh's devices."""
+
+    def bind(x):
+        spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(bind, abstract)

@@ -1,0 +1,88 @@
+"""AdamW with clipping and a learning-rate schedule, from optax."""
+
+import dataclasses
+import enum
+
+import jax
+import optax
+
+from jaxpref.errors import InputError
+
+
+class Decay(enum.Enum):
+    """Shape of the learning rate after the warm-up, down to 0 at the last step."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate.  Rule of thumb: 1e-6 for DPO on all weights of an LLM."""
+    decay: Decay = Decay.COSINE
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay of every matrix (norm scales are left alone)."""
+    adam_b1: float = 0.9
+    """AdamW's decay rate of the first moment."""
+    adam_b2: float = 0.999
+    """AdamW's decay rate of the second moment."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon, outside the square root."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it; 0 means never."""
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate {self.learning_rate}: must be above 0")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or self.max_grad_norm < 0:
+            raise InputError(
+                "warmup_steps, weight_decay and max_grad_norm must not be negative"
+            )
+
+
+def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_steps`, then the decay over the remaining steps."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(max_steps - warmup, 1)
+    match config.decay:
+        case Decay.COSINE:
+            after = optax.cosine_decay_schedule(peak, rest)
+        case Decay.LINEAR:
+            after = optax.linear_schedule(peak, 0.0, rest)
+        case Decay.CONSTANT:
+            after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    # The first step already moves: it uses peak / warmup, not 0.
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, learning rate."""
+    clip = (
+        optax.clip_by_global_norm(config.max_grad_norm)
+        if config.max_grad_norm
+        else optax.identity()
+    )
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _is_matrix(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )

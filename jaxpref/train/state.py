@@ -1,0 +1,40 @@
+"""The training state: everything a step changes, and nothing else."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpref.train.objective import Objective
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step reads and replaces.  Checkpoints hold it together with the data position."""
+
+    step: jax.Array
+    """int32 []; optimiser steps tried, equal to the batches consumed."""
+    skipped: jax.Array
+    """int32 []; how many of them were not finite and left the rest of the state alone."""
+    params: Any
+    """The model's parameters, sharded as they were born."""
+    opt_state: Any
+    """optax's state."""
+    objective_state: Any
+    """What the objective learns beside the model, e.g. annotator reliabilities."""
+
+
+def init_state(
+    params, tx: optax.GradientTransformation, objective: Objective
+) -> TrainState:
+    """The state before the first step; pure, so `jax.eval_shape` gives the shardings."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        objective_state=objective.init(),
+    )

@@ -1,0 +1,52 @@
+"""The train step: gradient -> optax -> apply, and a guard against non-finite numbers."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpref.train.objective import Objective, PairLogps
+from jaxpref.train.state import TrainState
+
+
+def make_train_step(
+    pair_logps: PairLogps,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> Callable:
+    """Returns the jitted, donated `step(state, batch) -> (state, metrics)`.
+
+    A loss or gradient that is not finite never enters the state: parameters, optimiser
+    and objective keep their old values, `skipped` counts one more, and the metric
+    `finite` is False, for the loop to report the pairs.
+    """
+
+    def train_step(state: TrainState, batch):
+        grads, objective_state, metrics = objective.gradient(
+            pair_logps, state.params, batch, state.objective_state
+        )
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        stepped = dataclasses.replace(
+            state,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            objective_state=objective_state,
+        )
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": schedule(state.step - state.skipped),
+            "tokens": jnp.sum(batch.lengths),
+            "pairs": jnp.sum(batch.pairs >= 0),
+            "finite": finite,
+        }
+        return dataclasses.replace(
+            kept, step=state.step + 1, skipped=state.skipped + ~finite
+        ), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

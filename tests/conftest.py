@@ -1,0 +1,33 @@
+"""Shared test setting: eight virtual CPU devices and one compile cache for the run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax is imported, and also for the subprocesses that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"jaxpref-test-cache-{os.getuid()}"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("real data and models (../shared) are not on this machine")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared) -> Path:
+    """A real 260,032-parameter Llama-architecture model folder."""
+    return shared / "models" / "stories260k-hf"
