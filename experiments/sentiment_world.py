@@ -1,13 +1,13 @@
 """A small world of reviews whose gold reward is known exactly.
 
-    review   = sentence, or sentence + closing
-    sentence = clause "." | clause "and" clause "." | clause "but" clause "."
+    review   = clause "." [closing]
+             | clause "and" clause "." | clause "but" clause "."
              | "although" clause "," clause "."
     clause   = "the" ASPECT "was" ["not"] [INTENSIFIER] ADJECTIVE
     closing  = "we loved it ." | "i would return ." | "i would not return ." | ...
 
 A prompt names a place and the aspect its reader cares about:
-"cafe review , mostly soup :".
+"cafe , mostly soup :".
 
 The gold reward reads a review as a person does, by composition and not by counting
 words (after the lexicon method of Taboada et al. 2011): an adjective has a value, and
@@ -48,21 +48,21 @@ WORST = -4.0
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = (
-    *("review", ",", "mostly", ":", "the", "was", "not", "and", "but"),
+    *(",", "mostly", ":", "the", "was", "not", "and", "but"),
     *("although", ".", "we", "loved", "hated", "it", "i", "would", "return"),
     *PLACES,
     *ASPECTS,
     *ADJECTIVES,
     *INTENSIFIERS,
 )
-MAX_COMPLETION_TOKENS = 21
-"""The longest review (20 words) and the end-of-text token."""
+MAX_COMPLETION_TOKENS = 16
+"""The longest review (15 words) and the end-of-text token."""
 
 
 def all_prompts() -> list[str]:
     """Every prompt of the world, in a fixed order."""
     return [
-        f"{place} review , mostly {aspect} :"
+        f"{place} , mostly {aspect} :"
         for place in PLACES
         for aspect in ASPECTS
     ]
@@ -113,7 +113,7 @@ def read_review(words: list[str]):
         return None
     closing = " ".join(words[at + 1 :])
     if closing:
-        if closing not in CLOSINGS:
+        if closing not in CLOSINGS or len(clauses) > 1:
             return None
         clauses.append((None, CLOSINGS[closing], 1.0))
     return clauses
@@ -126,9 +126,9 @@ def gold_reward(prompt: str, completion: str) -> float:
       ValueError: the prompt is not one of this world.
     """
     prompt_words = prompt.split()
-    if len(prompt_words) != 6 or prompt_words[4] not in ASPECTS:
+    if len(prompt_words) != 5 or prompt_words[3] not in ASPECTS:
         raise ValueError(f"{prompt!r} is not a prompt of this world")
-    wanted = prompt_words[4]
+    wanted = prompt_words[3]
     clauses = read_review(completion.split())
     if clauses is None:
         return WORST
@@ -151,12 +151,12 @@ def write_clause(rng, aspect: str, mood: float) -> str:
 def write_review(rng, prompt: str) -> str:
     """Draw one review, as people write them here: half of them pleased."""
     mood = rng.choice([0.15, 0.5, 0.85])
-    wanted = prompt.split()[4]
+    wanted = prompt.split()[3]
     aspects = [str(a) for a in rng.permutation(ASPECTS)]
     if rng.random() < 0.6:  # most reviews speak of what was asked
         aspects.remove(wanted)
         aspects.insert(0, wanted)
-    form = rng.choice(["one", "and", "but", "although"], p=[0.3, 0.3, 0.2, 0.2])
+    form = rng.choice(["one", "and", "but", "although"], p=[0.4, 0.2, 0.2, 0.2])
     first = write_clause(rng, aspects[0], mood)
     # "but" and "although" set one mood against the other.
     second = write_clause(rng, aspects[1], mood if form == "and" else 1 - mood)
@@ -166,9 +166,8 @@ def write_review(rng, prompt: str) -> str:
         "but": f"{first} but {second} .",
         "although": f"although {second} , {first} .",
     }[form]
-    if rng.random() < 0.4:
-        last = mood if form in ("one", "and", "although") else 1 - mood
-        pleased = rng.random() < last
+    if form == "one" and rng.random() < 0.7:
+        pleased = rng.random() < mood
         endings = [text for text, value in CLOSINGS.items() if (value > 0) == pleased]
         review += " " + str(rng.choice(endings))
     return review

@@ -247,7 +247,7 @@ def test_a_run_writes_what_it_promises(inputs, tmp_path):
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == [1, 2, 3]
     assert lines[1]["loss"] == pytest.approx(
-        losses.rdpo(*jnp.zeros(4), flip_rate=0.2), abs=1e-6
+        float(losses.rdpo(*jnp.zeros(4), flip_rate=0.2)), abs=1e-6
     )
     assert {
         "rewards/chosen",

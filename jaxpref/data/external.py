@@ -68,8 +68,8 @@ def open_tfds(name: str, *, split: str, data_dir: str | None) -> Rows:
         table = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
     except Exception as error:  # no such set, not prepared, not ArrayRecord, no split
         raise InputError(
-            f"tfds:{name}: cannot be opened ({_first_line(error)}); prepare it once with"
-            f" `tfds build {name} --file_format=array_record` and give its data_dir"
+            f"tfds:{name}: cannot be opened ({_tfds_reason(error)}); prepare it once"
+            f" (`tfds build {name} --file_format=array_record`), give its data_dir"
         ) from None
     return Rows(table, f"tfds:{name} {split}")
 
@@ -82,10 +82,17 @@ def open_tfds_folder(folder: Path, *, split: str) -> Rows:
         table = builder.as_data_source(split=split)
     except Exception as error:  # damaged, not ArrayRecord, no such split
         raise InputError(
-            f"{folder}: cannot be opened as a TFDS set ({_first_line(error)}); check"
+            f"{folder}: cannot be opened as a TFDS set ({_tfds_reason(error)}); check"
             f" the split {split!r} and that its file format is array_record"
         ) from None
     return Rows(table, f"{folder} {split}")
+
+
+def _tfds_reason(error: Exception) -> str:
+    if isinstance(error, AttributeError) and "FieldDescriptor" in str(error):
+        # Seen with tensorflow-datasets 4.9.9 and protobuf 7.
+        return 'this tensorflow-datasets needs `pip install "protobuf<7"`'
+    return _first_line(error)
 
 
 def _import_datasets(name: str) -> Any:

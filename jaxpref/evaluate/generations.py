@@ -10,10 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpref import data
+from jaxpref.data.formats import parse
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params, load_stop_tokens
+from jaxpref.models.hub import resolve_folder, stop_tokens
+from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train.mesh import MeshConfig, make_mesh
 
@@ -61,15 +62,11 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         texts = list(config.prompts)
         prompts = [data.encode_prompt(tokenizer, text) for text in texts]
     else:
-        texts, prompts = data.read_prompts(
-            data.open_source(config.data), tokenizer, limit=config.limit
-        )
+        texts, prompts = _read_prompts(config.data, tokenizer, config.limit)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = build(
-            dataclasses.replace(
-                load_config(folder), compute_dtype=config.compute_dtype
-            )
+            dataclasses.replace(load_config(folder), compute_dtype=config.compute_dtype)
         )
         params = load_params(folder, model)
         outputs = sample_texts(
@@ -77,7 +74,7 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
             params,
             tokenizer,
             prompts,
-            stop_tokens=load_stop_tokens(folder),
+            stop_tokens=stop_tokens(folder),
             config=config,
         )
     rows = [
@@ -99,9 +96,7 @@ def sample_texts(
     longest = max(map(len, prompts))
     width = -(-longest // 32) * 32
     outputs = []
-    bar = tqdm(
-        total=len(prompts), desc="sampling", disable=jax.process_index() != 0
-    )
+    bar = tqdm(total=len(prompts), desc="sampling", disable=jax.process_index() != 0)
     for start in range(0, len(prompts), config.batch_size):
         batch = prompts[start : start + config.batch_size]
         filled = batch + batch[-1:] * (config.batch_size - len(batch))
@@ -115,7 +110,7 @@ def sample_texts(
             key,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            top_k=config.top_k,
+            top_k=config.top_k or None,
             top_p=config.top_p,
             stop_tokens=stop_tokens,
         )
@@ -124,6 +119,25 @@ def sample_texts(
         bar.update(len(batch))
     bar.close()
     return outputs[: len(prompts)]
+
+
+def _read_prompts(path: str, tokenizer, limit: int):
+    """Texts and token ids of the first prompts of a file of prompts, pairs or dialogues."""
+    source = data.open_source(path)
+    texts, prompts = [], []
+    for row in range(min(len(source), limit)):
+        record, where = source[row], source.location(row)
+        if isinstance(record, dict) and record.keys() <= {"prompt", "id"}:
+            record = record | {"completion": "-"}  # a prompt alone is enough here
+        example = parse(record, where, sides=1, drop_empty=True)
+        if isinstance(example, str):
+            continue
+        prompt = example.prompt
+        texts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+        prompts.append(data.encode_prompt(tokenizer, prompt, place=where))
+    if not prompts:
+        raise InputError(f"{path}: holds no prompt")
+    return texts, prompts
 
 
 def _show(rows: list[dict[str, str]], out: str | None) -> None:

@@ -11,7 +11,7 @@ from jaxpref import data
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate.metrics import preference_metrics
-from jaxpref.models import Params, build
+from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.checkpoint import write_json
@@ -78,12 +78,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     metrics = preference_metrics(margins) | {
         "logps/chosen": float(logps[:, 0].mean()),
         "logps/rejected": float(logps[:, 1].mean()),
-        "rewards/chosen": float(
-            config.beta * (logps - reference_logps)[:, 0].mean()
-        ),
-        "rewards/rejected": float(
-            config.beta * (logps - reference_logps)[:, 1].mean()
-        ),
+        "rewards/chosen": float(config.beta * (logps - reference_logps)[:, 0].mean()),
+        "rewards/rejected": float(config.beta * (logps - reference_logps)[:, 1].mean()),
     }
     if jax.process_index() == 0:
         write_json(out / "metrics.json", metrics)
@@ -97,7 +93,7 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
     model = build(
         dataclasses.replace(load_config(folder), compute_dtype=config.compute_dtype)
     )
-    params: Params = load_params(folder, model)
+    params = load_params(folder, model)
     batches = data.eval_batches(
         pairs,
         shape=data.batch_shape(pairs),
@@ -106,9 +102,7 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
         process_count=jax.process_count(),
     )
     step = make_score_step(make_pair_logps(model))
-    return score_pairs(
-        step, params, batches, (len(pairs), 2), mesh=mesh, title=title
-    )
+    return score_pairs(step, params, batches, (len(pairs), 2), mesh=mesh, title=title)
 
 
 def _write_pairs(path: Path, pairs, logps, reference_logps, margins) -> None:

@@ -36,7 +36,7 @@ def cdpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
-        array that broadcasts to one per pair.  0 is DPO, bit for bit.
+        array that broadcasts to one per pair.  0 is DPO exactly.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -93,7 +93,7 @@ def rdpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
-        array that broadcasts to one per pair.  0 is DPO, bit for bit.
+        array that broadcasts to one per pair.  0 is DPO exactly.
 
     Returns:
       One loss per pair, [*batch], at least float32.
@@ -153,7 +153,7 @@ def forward_dpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       flip_rate: e, the probability that a label is wrong; one number in [0, 1/2), or an
-        array that broadcasts to one per pair.  0 is DPO, bit for bit.  Arrays may hold
+        array that broadcasts to one per pair.  0 is DPO exactly.  Arrays may hold
         anything in [0, 1]: at 1/2 the pair has no gradient, beyond it the label counts
         as inverted.  Differentiable in `flip_rate` on (0, 1).
 

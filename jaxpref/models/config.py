@@ -40,8 +40,8 @@ class RopeScaling:
         if self.factor <= 0 or self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
                 f"rotary positions: factor={self.factor}, low_freq_factor="
-                f"{self.low_freq_factor}, high_freq_factor={self.high_freq_factor}; they "
-                "must be positive and low < high"
+                f"{self.low_freq_factor}, high_freq_factor={self.high_freq_factor}; "
+                "they must be positive and low < high"
             )
 
 
@@ -140,7 +140,7 @@ class ModelConfig:
             initializer_range=get("initializer_range", float, 0.02),
         )
         try:
-            return cls(**sizes, **_rope(fields, source, context))
+            return cls(**sizes, **_rope(fields, context))
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
 
@@ -196,17 +196,17 @@ def _field(fields: dict, source, name: str, kind: type, default=None):
     return kind(value)
 
 
-def _rope(fields: dict, source, context: int) -> dict:
+def _rope(fields: dict, context: int) -> dict:
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise InputError(f"{source}: field rope_scaling is {rope!r}, not an object")
+        raise InputError(f"field rope_scaling is {rope!r}, not an object")
     rope = {"rope_theta": fields.get("rope_theta", 10000.0), **rope}
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1))
     if partial != 1:
         raise InputError(
-            f"{source}: field partial_rotary_factor is {partial!r}; only 1 is supported"
+            f"field partial_rotary_factor is {partial!r}; only 1 is supported"
         )
-    get = functools.partial(_field, rope, f"{source}: rotary positions")
+    get = functools.partial(_field, rope, "rotary positions")
     theta, kind = get("rope_theta", float), rope.get("rope_type", rope.get("type"))
     if kind in (None, "default"):
         return {"rope_theta": theta, "rope_scaling": None}

@@ -108,7 +108,7 @@ class Model:
         return transformer.final_norm(x)
 
     def head(self, params: Params) -> jax.Array:
-        """The LM head [D, V] in the parameter dtype; the embedding transposed if tied."""
+        """The LM head [D, V] in the parameter dtype (if tied, the embedding turned)."""
         return self._transformer(params).head_weight()
 
     def logits(self, params: Params, tokens, positions=None, mask=None) -> jax.Array:

@@ -1,5 +1,6 @@
 """A model's folder, by path or by its id on the Hugging Face hub."""
 
+import json
 from pathlib import Path
 
 from jaxpref.errors import InputError
@@ -31,3 +32,17 @@ def resolve_folder(model: str) -> Path:
         raise InputError(
             f"{model}: no such folder, and the hub gave no model of that name ({reason})"
         ) from error
+
+
+def stop_tokens(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a completion: `eos_token_id`, one or several.
+
+    `generation_config.json` decides, and `config.json` where it says nothing.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (found,)
+    return ()

@@ -175,8 +175,8 @@ def save(
             _move_into_place(temporary, folder)
     except OSError as error:
         raise InputError(
-            f"{folder}: the model cannot be written ({error.strerror}); free some space "
-            "or choose another folder"
+            f"{folder}: the model cannot be written ({error.strerror}); free some "
+            "space or choose another folder"
         ) from None
     finally:
         if writes:

@@ -34,8 +34,8 @@ def token_logps(hidden, head, predictors, targets, *, chunk_size: int) -> jax.Ar
 
     Args:
         hidden: [B, T, D], the final hidden states.
-        head: [D, V].  Keep it in the parameter dtype: its gradient is summed over chunks
-            in that dtype; the factors are in the dtype of `hidden`.
+        head: [D, V].  Keep it in the parameter dtype: its gradient is summed over
+            chunks in that dtype; the factors are in the dtype of `hidden`.
         predictors: int [B, P], positions whose hidden state predicts each target.
         targets: int [B, P], the predicted tokens.
         chunk_size: predicted positions of every row in one chunk; P is padded to a

@@ -17,7 +17,7 @@ def left_pad(prompts: Sequence[Sequence[int]], length: int | None = None):
 
     Args:
         prompts: token ids of each prompt, none of them empty.
-        length: the width; by default the longest prompt's.  A fixed width saves compiles.
+        length: the width T, which if fixed saves compiles; by default the longest.
 
     Returns:
         Tokens, int32 [B, T], and lengths, int32 [B].
@@ -51,11 +51,11 @@ def generate(
 ):
     """Samples a continuation of every prompt.
 
-    Each token is drawn from softmax(logits / temperature), cut to the `top_k` most likely
-    tokens and then to the smallest set of most likely ones whose probability reaches
-    `top_p` (Holtzman et al. 2020, arXiv:1904.09751); tokens that tie with the last one
-    kept are kept.  Compiles once for each shape, `max_new_tokens`, number of stop tokens
-    and choice of greedy, plain or filtered sampling; all other settings are data.
+    Each token is drawn from softmax(logits / temperature), cut to the `top_k` most
+    likely tokens and then to the smallest set of most likely ones whose probability
+    reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751); tokens that tie with the
+    last one kept are kept.  Compiles once for each shape, `max_new_tokens`, number of
+    stop tokens and choice of greedy, plain or filtered sampling; the rest is data.
 
     Args:
         model: the model.
@@ -65,14 +65,14 @@ def generate(
         lengths: int [B], real tokens of each prompt.
         key: a random key.
         max_new_tokens: N.
-        temperature: 0 takes the most likely token (then top_k and top_p change nothing).
+        temperature: 0 takes the most likely token, whatever top_k and top_p are.
         top_k: None keeps all tokens.
         top_p: in (0, 1]; 1 keeps all tokens.
         stop_tokens: a row ends with the first of these that it draws.
 
     Returns:
-        New tokens, int32 [B, N], padded on the right with 0, and their count in each row,
-        int32 [B], the stop token included.
+        New tokens, int32 [B, N], padded on the right with 0, and their count in each
+        row, int32 [B], the stop token included.
 
     Raises:
         InputError: an option out of its range, or B does not suit the mesh.
@@ -168,7 +168,7 @@ def _generate(
 
 
 def keep_likely(logits, top_k, top_p):
-    """Logits [B, V] with -inf outside the `top_k` and then `top_p` most likely tokens."""
+    """Logits [B, V], -inf outside the `top_k` and then `top_p` most likely tokens."""
     ranked = jnp.sort(logits, axis=-1, descending=True)
     ranks = jnp.arange(logits.shape[-1])
     ranked = jnp.where(ranks < top_k, ranked, -jnp.inf)

@@ -1,0 +1,192 @@
+"""The doors between the rooms, read from the imports."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "jaxpref"
+
+ARRAYS = {"jax", "jaxtyping"}
+READERS = {
+    "array_record",
+    "datasets",
+    "etils",
+    "grain",
+    "numpy",
+    "tensorflow_datasets",
+    "tokenizers",
+    "transformers",
+}
+DOORS = {
+    # room: (other rooms it may import, packages it may import)
+    "losses": (set(), ARRAYS),
+    "noise": ({"losses"}, ARRAYS),
+    "gradients": (set(), ARRAYS),
+    "data": ({"errors"}, READERS | {"jax"}),
+    "models": (
+        {"errors"},
+        ARRAYS | {"flax", "numpy", "safetensors", "ml_dtypes", "huggingface_hub"},
+    ),
+    "sampling": ({"errors", "models"}, ARRAYS | {"numpy"}),
+    "train": (
+        {"errors", "losses", "noise", "gradients", "data", "models", "sampling"},
+        ARRAYS | {"numpy", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
+    ),
+    "evaluate": (
+        {"errors", "losses", "noise", "data", "sampling", "models"},
+        ARRAYS | {"numpy"},
+    ),
+    "report": ({"errors"}, {"matplotlib"}),
+    "plan": ({"errors", "models", "train"}, ARRAYS | {"numpy", "optax"}),
+    "errors": (set(), set()),
+    "__init__": (set(), set()),
+    # Nobody imports the last ones, and they may import every room above.
+    "cli": (None, {"jax", "tyro"}),
+    "__main__": ({"cli"}, set()),
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found += [(node.lineno, f"{node.module}.{a.name}") for a in node.names]
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+each_file = pytest.mark.parametrize(
+    "path", FILES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
+
+
+@each_file
+def test_imports_keep_to_the_doors(path):
+    room = room_of(path)
+    assert room in DOORS, f"{room}: a new room needs a line in DOORS"
+    rooms, packages = DOORS[room]
+    if rooms is None:
+        rooms = set(DOORS) - {"cli", "__main__"}
+    for line, name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "jaxpref":
+            target = rest.split(".")[0]
+            # `from jaxpref import __version__` opens no door.
+            allowed = rooms | {room, "__version__"}
+            assert target in allowed, f"{path}:{line}: {room} must not import {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in packages, f"{path}:{line}: {room} must not import {name}"
+
+
+@pytest.mark.parametrize("room", ["data"])
+def test_data_knows_jax_only_to_register_the_batch(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        for line, name in imports(path):
+            if name.split(".")[0] == "jax":
+                assert name.startswith("jax.tree_util"), f"{path}:{line}: {name}"
+
+
+def test_nobody_imports_the_command_line_or_experiments():
+    for path in FILES:
+        for line, name in imports(path):
+            where = f"{path}:{line}: {name}"
+            assert name.split(".")[0] != "experiments", where
+            if room_of(path) != "__main__":
+                assert not f"{name}.".startswith("jaxpref.cli."), where
+    for path in (ROOT / "experiments").rglob("*.py"):
+        for line, name in imports(path):
+            assert not f"{name}.".startswith("jaxpref.cli."), f"{path}:{line}: {name}"
+
+
+def test_plan_does_not_read_data():
+    assert "data" not in DOORS["plan"][0]
+
+
+def test_nnx_stays_in_two_files():
+    """Flax NNX writes the model; everything else sees parameters and functions."""
+    writers = {
+        PACKAGE / "models" / name for name in ("transformer.py", "functional.py")
+    }
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = getattr(node, "id", None) or getattr(node, "attr", None)
+            if isinstance(node, ast.alias):
+                name = node.name.split(".")[-1]
+            if name == "nnx":
+                assert path in writers, f"{path} mentions nnx"
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "nnx"
+            ):
+                where = f"{path}:{node.lineno}: nnx.{node.attr}"
+                assert node.attr not in {"jit", "grad", "Optimizer"}, where
+                if node.attr in {"split", "merge"}:
+                    assert path.name == "functional.py", where
+
+
+def test_no_private_or_experimental_jax():
+    for path in FILES:
+        for line, name in imports(path):
+            where = f"{path}:{line}: {name}"
+            assert not name.startswith(("jax._src", "jax.experimental")), where
+
+
+@each_file
+def test_files_stay_readable(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 500
+
+
+LOADED = """
+import sys
+import jax, jaxtyping
+before = set(sys.modules)
+import jaxpref.losses
+print(*sorted(set(sys.modules) - before))
+print(*sorted(before))
+"""
+NEVER = {"flax", "optax", "orbax", "grain", "transformers", "torch", "beartype"}
+WITH_JAX = {
+    "jax",
+    "jaxlib",
+    "jaxtyping",
+    "ml_dtypes",
+    "numpy",
+    "opt_einsum",
+    "scipy",
+    "wadler_lindig",
+}
+
+
+def test_losses_load_nothing_but_jax_and_jaxtyping():
+    """In a process of its own, compared with what jax and jaxtyping load."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    added, before = (set(line.split()) for line in done.stdout.splitlines())
+    ours = {name for name in added if name.split(".")[0] == "jaxpref"}
+    assert "jaxpref.losses" in ours
+    for name in ours - {"jaxpref"}:
+        assert name.startswith("jaxpref.losses"), f"importing losses loads {name}"
+    tops = {name.split(".")[0] for name in added - ours} - sys.stdlib_module_names
+    assert tops <= WITH_JAX
+    assert not NEVER & {name.split(".")[0] for name in added | before}

@@ -1,0 +1,279 @@
+"""Every format the field uses, and every way a record or a file can be wrong."""
+
+import gzip
+import json
+import sys
+import time
+
+import pytest
+
+from jaxpref.data import DataOptions, ListSource, make_plan, open_source
+from jaxpref.data.formats import EMPTY, IDENTICAL, PROMPTS_DIFFER, Example, parse
+from jaxpref.errors import InputError
+from tests.data_tokenizers import byte_tokenizer, synthetic_pairs, write_lines
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+OTHER, LATER = {"role": "assistant", "content": "b"}, {"role": "user", "content": "r"}
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+AS_STRINGS = Example("q", ("a", "b"))
+AS_MESSAGES = Example((USER,), (ANSWER, OTHER))
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (PAIR, AS_STRINGS),
+        (PAIR | {"flip": None, "annotator": None, "source": 3}, AS_STRINGS),
+        (PAIR | {"flip": True}, Example("q", ("a", "b"), flip=True)),
+        (PAIR | {"annotator": "w1"}, Example("q", ("a", "b"), annotator="w1")),
+        (PAIR | {"annotator": 7}, Example("q", ("a", "b"), annotator="7")),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+            AS_MESSAGES,
+        ),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, AS_MESSAGES),
+        ({"prompt": "q", "chosen": [ANSWER], "rejected": [OTHER]}, AS_MESSAGES),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, AS_MESSAGES),
+        # The prompt is often repeated in front of both answers.
+        (
+            {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+            AS_MESSAGES,
+        ),
+        (
+            {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+            AS_MESSAGES,
+        ),
+        # A sequence of structs comes out of columnar stores transposed and with nulls.
+        (
+            {
+                "chosen": {"role": ["user", "assistant"], "content": ["q", "a"]},
+                "rejected": [USER, OTHER | {"tool_calls": None}],
+            },
+            AS_MESSAGES,
+        ),
+        (
+            {
+                "chosen": [USER, ANSWER, LATER, ANSWER],
+                "rejected": [USER, ANSWER, LATER, OTHER],
+            },
+            Example((USER, ANSWER, LATER), (ANSWER, OTHER)),
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: c",
+                "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: d",
+            },
+            Example(
+                "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:", (" c", " d")
+            ),
+        ),
+        (PAIR | {"rejected": "a"}, IDENTICAL),
+        ({"chosen": [USER, ANSWER], "rejected": [LATER, OTHER]}, PROMPTS_DIFFER),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, IDENTICAL),
+        (
+            {
+                "chosen": "\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: r\n\nAssistant: b",
+            },
+            PROMPTS_DIFFER,
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: q\n\nAssistant: ",
+            },
+            EMPTY,
+        ),
+    ],
+)
+def test_pairs(record, expected):
+    assert parse(record, "f row 1", sides=2) == expected
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        ({"prompt": "q", "completion": "a"}, Example("q", ("a",))),
+        ({"prompt": "", "completion": "a"}, Example("", ("a",))),
+        (PAIR, Example("q", ("a",))),
+        ({"prompt": "q", "chosen": "a"}, Example("q", ("a",))),
+        ({"messages": [USER, ANSWER]}, Example((USER,), (ANSWER,))),
+        (
+            {"messages": [USER, ANSWER, LATER, OTHER]},
+            Example((USER, ANSWER, LATER), (OTHER,)),
+        ),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a"},
+         Example("\n\nHuman: q\n\nAssistant:", (" a",))),
+    ],
+)  # fmt: skip
+def test_completions(record, expected):
+    assert parse(record, "f row 1", sides=1) == expected
+
+
+def without(name):
+    return {key: value for key, value in PAIR.items() if key != name}
+
+
+BAD_RECORDS = {
+    "missing prompt": (without("prompt"), "no field 'prompt'"),
+    "missing chosen": (without("chosen"), "no field 'chosen'"),
+    "missing rejected": (without("rejected"), "no field 'rejected'"),
+    "misspelt": (without("chosen") | {"chozen": "a"}, "has prompt, rejected, chozen"),
+    "null prompt": (PAIR | {"prompt": None}, "field 'prompt' must be.*null"),
+    "null chosen": (PAIR | {"chosen": None}, "field 'chosen' must be.*null"),
+    "number": (PAIR | {"rejected": 3}, "field 'rejected' must be.*int"),
+    "object": (PAIR | {"rejected": {"text": "b"}}, "field 'rejected'.*an object"),
+    "empty": (PAIR | {"rejected": ""}, "field 'rejected' is an empty completion"),
+    "white space": (PAIR | {"chosen": " \n"}, "field 'chosen' is an empty completion"),
+    "a list": (["q", "a", "b"], "must be a JSON object, but this is a list"),
+    "a string": ("q", "must be a JSON object, but this is a string"),
+    "null record": (None, "must be a JSON object, but this is null"),
+    "bad flip": (PAIR | {"flip": 1}, "field 'flip' must be true or false"),
+    "flip text": (PAIR | {"flip": "false"}, "field 'flip' must be true or false"),
+    "bad annotator": (PAIR | {"annotator": 1.5}, "field 'annotator' must be"),
+    "annotator bool": (PAIR | {"annotator": True}, "field 'annotator' must be"),
+    "surrogate": (PAIR | {"chosen": "a\ud800"}, "field 'chosen'.*surrogate"),
+    "10 MB": (PAIR | {"chosen": "a" * 10**7}, "field 'chosen'.*10,000,000 characters"),
+    "bad role": (
+        PAIR | {"chosen": [{"role": "bot", "content": "a"}]},
+        "field 'chosen' message 1: role must be one of",
+    ),
+    "message of parts": (
+        PAIR | {"chosen": [ANSWER | {"content": [{"type": "text", "text": "a"}]}]},
+        "field 'chosen' message 1: content must be a string, but it is a list",
+    ),
+    "not a message": (PAIR | {"prompt": ["q"]}, "field 'prompt' message 1 must be"),
+    "ends with user": (
+        {"chosen": [USER, ANSWER], "rejected": [USER]},
+        "field 'rejected' must end with an assistant message",
+    ),
+    "no messages": (PAIR | {"chosen": []}, "field 'chosen' must end with an assistant"),
+    "answer alone": (
+        {"chosen": [ANSWER], "rejected": [OTHER]},
+        "field 'chosen' has no message before the answer",
+    ),
+    "empty message": (
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"content": ""}]},
+        "field 'rejected' is an empty completion",
+    ),
+    "no dialogue": (
+        {"chosen": "Human: q Assistant: a", "rejected": "b"},
+        "no field 'prompt', and field 'chosen' is not a dialogue",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_bad_records_name_file_row_and_field(kind, tmp_path):
+    record, expected = BAD_RECORDS[kind]
+    path = write_lines(tmp_path / "pairs.jsonl", [PAIR, PAIR, record])
+    started = time.monotonic()
+    with pytest.raises(InputError, match=expected) as error:
+        make_plan(open_source(path), byte_tokenizer())
+    assert f"{path} row 3" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert time.monotonic() - started < 20
+
+
+BAD_BYTES = {
+    "not JSON": (b'{"prompt": \n', "row 2: not JSON"),
+    "not UTF-8": (b'{"prompt": "caf\xe9"}\n', "row 2: byte 0xe9 .*not UTF-8"),
+    "UTF-16": ('{"prompt": "q"}\n'.encode("utf-16"), "row 2: .*not UTF-8"),
+    "truncated": (b'{"prompt": "q", "chosen": "a", "rej', "row 2: not JSON"),
+    "too deep": (b"[" * 200_000 + b"\n", "row 2: not usable JSON"),
+    "huge number": (b'{"prompt": ' + b"9" * 5000 + b"}\n", "row 2: not usable JSON"),
+    "10 MB of garbage": (b"x" * 10**7 + b"\n", "row 2: not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_BYTES)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_bad_bytes_name_file_and_row(kind, suffix, tmp_path):
+    raw, expected = BAD_BYTES[kind]
+    path = tmp_path / f"pairs{suffix}"
+    contents = json.dumps(PAIR).encode() + b"\n" + raw
+    path.write_bytes(gzip.compress(contents, 1) if suffix[-1] == "z" else contents)
+    with pytest.raises(InputError, match=expected) as error:
+        make_plan(open_source(path), byte_tokenizer())
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def _gzip_cut(path):
+    path.write_bytes(gzip.compress(json.dumps(PAIR).encode() * 99)[:-20])
+
+
+BAD_FILES = {
+    "missing file": ("pairs.jsonl", lambda path: None, "no such file"),
+    "empty": ("pairs.jsonl", lambda path: path.write_text(""), "holds no records"),
+    "blank": ("pairs.jsonl", lambda path: path.write_text("\n \n"), "no records"),
+    "empty list": ("pairs.json", lambda path: path.write_text("[]"), "no records"),
+    "cut list": ("pairs.json", lambda path: path.write_text('[{"p'), "not JSON"),
+    "cut gzip": ("pairs.jsonl.gz", _gzip_cut, "gzip file ends too early"),
+    "no gzip": ("p.jsonl.gz", lambda path: path.write_text("{}"), "not a sound gzip"),
+    "unknown": ("pairs.csv", lambda path: path.write_text("a,b"), "unknown kind"),
+    "folder": ("pairs", lambda path: path.mkdir(), "folder holds no data set"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_are_one_line(kind, tmp_path):
+    name, write, expected = BAD_FILES[kind]
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=expected) as error:
+        open_source(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_left_is_an_error_with_counts():
+    source = ListSource([PAIR | {"rejected": "a"}] * 3, "pairs.jsonl")
+    with pytest.raises(InputError, match="pairs.jsonl row 1 .*no record is left") as e:
+        make_plan(source, byte_tokenizer())
+    assert "identical 3" in str(e.value)
+
+
+def test_empty_completions_can_be_dropped():
+    records = [PAIR, PAIR | {"chosen": ""}]
+    options = DataOptions(drop_empty=True, heldout_fraction=0)
+    plan = make_plan(ListSource(records), byte_tokenizer(), options)
+    assert len(plan.train) == 1 and plan.report[f"dropped: {EMPTY}"] == 1
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(max_prompt_length=9, max_length=8), "max_prompt_length 9"),
+        (dict(max_prompt_length=1), "max_prompt_length 1"),
+        (dict(heldout_fraction=1.5), "heldout_fraction 1.5"),
+        (dict(flip_rate=-0.1), "flip_rate -0.1"),
+        (dict(flip_rate=float("nan")), "flip_rate nan"),
+        (dict(max_pairs=0), "max_pairs 0"),
+    ],
+)
+def test_bad_options(options, expected):
+    with pytest.raises(InputError, match=expected):
+        DataOptions(**options)
+
+
+def test_flips_need_pairs():
+    with pytest.raises(InputError, match="flip_rate needs pairs"):
+        make_plan(
+            ListSource(synthetic_pairs(2)),
+            byte_tokenizer(),
+            DataOptions(flip_rate=0.1),
+            sides=1,
+        )
+
+
+@pytest.mark.parametrize("name", ["hf:owner/name", "owner-of/some-name"])
+def test_missing_datasets_package_names_the_extra(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r'pip install "jaxpref\[hub\]"'):
+        open_source(name)
+
+
+def test_missing_tfds_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError, match=r'pip install "jaxpref\[tfds\]"'):
+        open_source("tfds:name")

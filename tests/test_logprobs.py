@@ -1,0 +1,135 @@
+"""Token log-probs: the value, its gradient, its memory and its layouts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxpref.models import token_logps
+
+B, T, D, V, P = 4, 9, 6, 10, 7
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    predictors = rng.integers(0, T, (B, P))
+    predictors[:, -2:] = 0  # unused places repeat a position
+    return (
+        rng.normal(size=(B, T, D)).astype(np.float32),
+        rng.normal(size=(D, V)).astype(np.float32),
+        predictors,
+        rng.integers(0, V, (B, P)),
+        rng.normal(size=(B, P)).astype(np.float32),
+    )
+
+
+def oracle(hidden, head, predictors, targets, weights):
+    """Log-probs and the gradients of their weighted sum, float64, from the definition."""
+    hidden, head = hidden.astype(np.float64), head.astype(np.float64)
+    logps = np.zeros(targets.shape)
+    d_hidden, d_head = np.zeros_like(hidden), np.zeros_like(head)
+    for b, p in np.ndindex(*targets.shape):
+        h, y = hidden[b, predictors[b, p]], targets[b, p]
+        z = h @ head
+        log_softmax = z - z.max() - np.log(np.exp(z - z.max()).sum())
+        logps[b, p] = log_softmax[y]
+        dz = weights[b, p] * (np.eye(V)[y] - np.exp(log_softmax))
+        d_hidden[b, predictors[b, p]] += head @ dz
+        d_head += np.outer(h, dz)
+    return logps, d_hidden, d_head
+
+
+def weighted_sum(chunk_size):
+    def f(hidden, head, predictors, targets, weights):
+        logps = token_logps(hidden, head, predictors, targets, chunk_size=chunk_size)
+        return jnp.sum(logps * weights), logps
+
+    return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+def test_value_and_gradients_are_those_of_log_softmax(inputs, chunk_size):
+    (_, logps), (d_hidden, d_head) = jax.jit(weighted_sum(chunk_size))(*inputs)
+    expected = oracle(*inputs)
+    assert logps.dtype == jnp.float32 and logps.shape == (B, P)
+    for found, wanted in zip((logps, d_hidden, d_head), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+
+
+def test_large_logits_stay_finite(inputs):
+    hidden, head, *rest = inputs
+    (_, logps), gradients = weighted_sum(2)(1e4 * hidden, head, *rest)
+    expected, *_ = oracle(1e4 * hidden, head, *rest)
+    np.testing.assert_allclose(logps, expected, rtol=1e-6)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_bfloat16_states_give_float32_sums(inputs):
+    hidden, head, *rest = inputs
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    head = jnp.asarray(head, jnp.bfloat16).astype(jnp.float32)
+    (_, logps), (d_hidden, d_head) = weighted_sum(2)(hidden, head, *rest)
+    expected, _, d_head_expected = oracle(np.asarray(hidden, np.float32), head, *rest)
+    assert (logps.dtype, d_hidden.dtype, d_head.dtype) == ("float32", "bfloat16", "float32")
+    np.testing.assert_allclose(logps, expected, rtol=0, atol=2e-6)
+    # The cotangents of the logits are rounded to bfloat16 once, 2^-8 relative.
+    np.testing.assert_allclose(d_head, d_head_expected, rtol=0, atol=0.05)
+
+
+def subjaxprs(jaxpr):
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from subjaxprs(inner)
+
+
+def test_no_array_with_a_vocabulary_axis_exceeds_a_chunk():
+    # Sizes that no other product of axes equals, so that shapes identify themselves.
+    B, T, D, V, P, C = 2, 53, 3, 101, 48, 4
+    args = (
+        jnp.zeros((B, T, D)),
+        jnp.zeros((D, V)),
+        jnp.zeros((B, P), jnp.int32),
+        jnp.zeros((B, P), jnp.int32),
+        jnp.zeros((B, P)),
+    )
+    closed = jax.make_jaxpr(weighted_sum(C))(*args)
+    shapes = {
+        variable.aval.shape
+        for jaxpr in subjaxprs(closed.jaxpr)
+        for equation in jaxpr.eqns
+        for variable in (*equation.invars, *equation.outvars)
+        if V in getattr(variable.aval, "shape", ())
+    }
+    assert (B, C, V) in shapes  # the search looks into the scan
+    largest = max(np.prod(s) for s in shapes if D not in s)
+    assert largest == B * C * V
+    # And so in what XLA makes of it.
+    hlo = jax.jit(weighted_sum(C)).lower(*args).compile().as_text()
+    for size in (T, P, P // C):
+        for shape in (f"[{B},{size},{V}]", f"[{size},{B},{V}]", f"[{size},{B},{C},{V}]"):
+            assert shape not in hlo
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)])
+def test_every_mesh_gives_the_same(inputs, sizes):
+    (_, expected), expected_gradients = jax.jit(weighted_sum(3))(*inputs)
+    devices = jax.devices()[: int(np.prod(sizes))]
+    types = (AxisType.Explicit,) * 3
+    names = ("data", "fsdp", "tensor")
+    with jax.set_mesh(jax.make_mesh(sizes, names, axis_types=types, devices=devices)):
+        head = jax.reshard(inputs[1], jax.P(None, "tensor"))  # vocabulary sharded
+        hidden = jax.reshard(inputs[0], jax.P(("data", "fsdp"), None, None))
+        (_, logps), gradients = jax.jit(weighted_sum(3))(hidden, head, *inputs[2:])
+        assert jax.typeof(logps).sharding.spec[0] == ("data", "fsdp")
+        assert jax.typeof(gradients[1]).sharding.spec[1] == "tensor"
+    np.testing.assert_allclose(logps, expected, rtol=0, atol=2e-6)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
