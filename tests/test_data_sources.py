@@ -110,13 +110,15 @@ def tfds_folder(tmp_path_factory):
 
     class TinyPairs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # no checksum file beside this test
 
         def _info(self):
             message = tfds.features.Sequence({"role": text, "content": text})
-            return self.dataset_info_from_configs(
+            return tfds.core.DatasetInfo(
+                builder=self,
                 features=tfds.features.FeaturesDict(
                     {"prompt": text, "chosen": text, "rejected": message}
-                )
+                ),
             )
 
         def _split_generators(self, dl_manager):

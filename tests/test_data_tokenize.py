@@ -144,7 +144,9 @@ def test_missing_tokenizer_is_one_line(tmp_path):
 # ---- 13: one answer is a prefix of the other ---------------------------------------
 
 
-@pytest.mark.parametrize("first, second", [("The", "The sky"), ("b ", "b"), ("ab", "a")])
+@pytest.mark.parametrize(
+    "first, second", [("The", "The sky"), ("b ", "b"), ("ab", "a")]
+)
 def test_answer_that_is_a_prefix_of_the_other(first, second):
     tok = byte_tokenizer(merges=())
     result = one(tok, Example("? ", (first, second)))
@@ -167,7 +169,9 @@ def test_long_prompt_is_cut_on_the_left_behind_bos():
 
 def test_long_completions_are_cut_on_the_right_without_a_false_eos():
     tok = byte_tokenizer(merges=())
-    result = one(tok, Example("x", ("1234", "56789")), max_length=6, max_prompt_length=6)
+    result = one(
+        tok, Example("x", ("1234", "56789")), max_length=6, max_prompt_length=6
+    )
     assert result.completions == [ids(tok, *"1234"), ids(tok, *"5678")]
     assert result.completions_cut == 2
     fits = one(tok, Example("x", ("123", "56789")), max_length=6, max_prompt_length=6)

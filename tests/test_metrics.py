@@ -1,4 +1,4 @@
-"""Accuracy, calibration and intervals against definitions, scipy and known statistics."""
+"""Accuracy, calibration and intervals against definitions and scipy."""
 
 import math
 
@@ -70,24 +70,25 @@ def test_bootstrap_interval_is_the_normal_one_for_many_samples():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=4000)
     low, high = evaluate.bootstrap_interval(values, confidence=0.9)
     half = norm.ppf(0.95) * values.std() / math.sqrt(len(values))
-    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half],
-                               atol=0.1 * half)  # fmt: skip
+    expected = [values.mean() - half, values.mean() + half]
+    np.testing.assert_allclose([low, high], expected, atol=0.1 * half)
     assert (low, high) == evaluate.bootstrap_interval(values, confidence=0.9)
     assert evaluate.bootstrap_interval(np.full(5, 2.0)) == (2.0, 2.0)
 
 
-def test_pair_metrics_is_one_flat_record():
-    chosen, rejected = np.array([1.0, 2.0, 0.0]), np.array([0.0, 2.0, 1.0])
-    record = evaluate.pair_metrics(chosen, rejected)
+def test_preference_metrics_is_one_flat_record():
+    margins = np.array([1.0, 0.0, -1.0])
+    record = evaluate.preference_metrics(margins)
     assert record["pairs"] == 3
     assert record["rewards/accuracies"] == 0.5
-    assert record["rewards/chosen"] == record["rewards/rejected"] == 1.0
+    low, high = record["rewards/accuracies_low"], record["rewards/accuracies_high"]
+    assert (low, high) == evaluate.wilson_interval(0.5, 3)
     assert record["rewards/margins"] == 0.0
-    assert (
-        record["rewards/accuracies/low"], record["rewards/accuracies/high"]
-    ) == evaluate.wilson_interval(0.5, 3)  # fmt: skip
-    assert record["calibration/brier"] == evaluate.brier_score(chosen - rejected)
-    assert all(isinstance(value, float | int) for value in record.values())
+    assert record["rewards/margins_low"] <= 0 <= record["rewards/margins_high"]
+    assert record["calibration/brier"] == evaluate.brier_score(margins)
+    assert all(type(value) in (int, float) for value in record.values())
+    single = evaluate.preference_metrics(margins.astype(np.float32))
+    assert single == record
 
 
 @pytest.mark.parametrize("margins", [[], [1.0, float("nan")], [[1.0]]])
@@ -109,5 +110,3 @@ def test_arguments_out_of_range_are_refused():
         evaluate.wilson_interval(0.5, 0)
     with pytest.raises(ValueError, match="bins >= 1, got 0"):
         evaluate.reliability_bins(np.ones(3), bins=0)
-    with pytest.raises(ValueError, match="one shape"):
-        evaluate.pair_metrics(np.ones(3), np.ones(2))

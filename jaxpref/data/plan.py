@@ -67,6 +67,10 @@ class Plan:
     digest: str
     """SHA-256 (hex) of both; equal exactly where the tokens and labels are equal."""
 
+    def describe(self) -> str:
+        """The report in one line, counts of nothing left out."""
+        return ", ".join(f"{name} {count}" for name, count in self.report.items() if count)
+
 
 def make_plan(
     source: Source,

@@ -6,7 +6,7 @@ from jaxpref.evaluate.metrics import brier_score as brier_score
 from jaxpref.evaluate.metrics import (
     expected_calibration_error as expected_calibration_error,
 )
-from jaxpref.evaluate.metrics import pair_metrics as pair_metrics
+from jaxpref.evaluate.metrics import preference_metrics as preference_metrics
 from jaxpref.evaluate.metrics import reliability_bins as reliability_bins
 from jaxpref.evaluate.metrics import wilson_interval as wilson_interval
 
@@ -15,7 +15,7 @@ __all__ = [
     "bootstrap_interval",
     "brier_score",
     "expected_calibration_error",
-    "pair_metrics",
+    "preference_metrics",
     "reliability_bins",
     "wilson_interval",
 ]

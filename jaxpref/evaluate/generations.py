@@ -16,6 +16,7 @@ from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder, stop_tokens
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.sampling import generate, left_pad
+from jaxpref.train.config import Dtype
 from jaxpref.train.mesh import MeshConfig, make_mesh
 
 
@@ -46,7 +47,7 @@ class SampleConfig:
     """Prompts answered at the same time."""
     seed: int = 0
     """Seed of the draws."""
-    compute_dtype: str = "float32"
+    compute_dtype: Dtype = "float32"
     """Dtype of matrix products and activations."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""

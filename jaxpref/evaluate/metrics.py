@@ -183,41 +183,32 @@ def bootstrap_interval(
     return float(lower), float(upper)
 
 
-def pair_metrics(
-    chosen_rewards: Float[np.ndarray, " pairs"],
-    rejected_rewards: Float[np.ndarray, " pairs"],
-) -> dict[str, float]:
+def preference_metrics(margins: Float[np.ndarray, " pairs"]) -> dict[str, float]:
     """Everything above for one set of held-out pairs, as a flat record.
 
     Args:
-      chosen_rewards: rewards of the chosen answers, in nats; [pairs].
-      rejected_rewards: rewards of the rejected answers, in nats; [pairs].
+      margins: reward margins in nats; [pairs].
 
     Returns:
-      `pairs`, `rewards/chosen`, `rewards/rejected`, `rewards/margins` (means),
-      `rewards/accuracies` with its 95 % interval `.../low` and `.../high`,
+      `pairs`, `rewards/accuracies` with its 95 % Wilson interval (`..._low`,
+      `..._high`), the mean `rewards/margins` with its 95 % bootstrap interval,
       `calibration/ece` and `calibration/brier`.
 
     Raises:
-      ValueError: if the shapes differ, there is no pair, or a margin is NaN.
+      ValueError: if there is no pair or a margin is NaN.
     """
-    chosen = np.asarray(chosen_rewards, np.float64)
-    rejected = np.asarray(rejected_rewards, np.float64)
-    if chosen.shape != rejected.shape:
-        raise ValueError(
-            f"Expected rewards of one shape, got {chosen.shape} and {rejected.shape}."
-        )
-    margins = chosen - rejected
+    margins = _checked(margins)
     share = accuracy(margins)
-    low, high = wilson_interval(share, len(margins))
+    accuracy_low, accuracy_high = wilson_interval(share, len(margins))
+    margin_low, margin_high = bootstrap_interval(margins)
     return {
         "pairs": len(margins),
-        "rewards/chosen": float(np.mean(chosen)),
-        "rewards/rejected": float(np.mean(rejected)),
-        "rewards/margins": float(np.mean(margins)),
         "rewards/accuracies": share,
-        "rewards/accuracies/low": low,
-        "rewards/accuracies/high": high,
+        "rewards/accuracies_low": accuracy_low,
+        "rewards/accuracies_high": accuracy_high,
+        "rewards/margins": float(np.mean(margins)),
+        "rewards/margins_low": margin_low,
+        "rewards/margins_high": margin_high,
         "calibration/ece": expected_calibration_error(margins),
         "calibration/brier": brier_score(margins),
     }

@@ -15,6 +15,7 @@ from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.checkpoint import write_json
+from jaxpref.train.config import Dtype
 from jaxpref.train.mesh import MeshConfig, make_mesh
 from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.score import make_score_step, score_pairs
@@ -40,7 +41,7 @@ class EvaluateConfig:
     """Longest prompt and completion together, in tokens."""
     max_prompt_length: int = DataOptions.max_prompt_length
     """Longest prompt, in tokens; longer ones lose their beginning."""
-    compute_dtype: str = "float32"
+    compute_dtype: Dtype = "float32"
     """Dtype of matrix products and activations."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
@@ -64,7 +65,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     )
     pairs = plan.train
     if jax.process_index() == 0:
-        print(plan.report, flush=True)
+        print(f"{config.data}: {plan.describe()}", flush=True)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         logps = _score(folder, pairs, config, mesh, "model log-probs")
@@ -74,16 +75,16 @@ def run(config: EvaluateConfig) -> dict[str, float]:
             reference_logps = _score(
                 reference_folder, pairs, config, mesh, "reference log-probs"
             )
-    margins = config.beta * np.diff(reference_logps - logps)[:, 0]
-    metrics = preference_metrics(margins) | {
+    rewards = config.beta * (logps - reference_logps)
+    metrics = preference_metrics(rewards[:, 0] - rewards[:, 1]) | {
+        "rewards/chosen": float(rewards[:, 0].mean()),
+        "rewards/rejected": float(rewards[:, 1].mean()),
         "logps/chosen": float(logps[:, 0].mean()),
         "logps/rejected": float(logps[:, 1].mean()),
-        "rewards/chosen": float(config.beta * (logps - reference_logps)[:, 0].mean()),
-        "rewards/rejected": float(config.beta * (logps - reference_logps)[:, 1].mean()),
     }
     if jax.process_index() == 0:
         write_json(out / "metrics.json", metrics)
-        _write_pairs(out / "eval_pairs.jsonl", pairs, logps, reference_logps, margins)
+        _write_pairs(out / "eval_pairs.jsonl", pairs, logps, reference_logps, rewards)
         for name, value in metrics.items():
             print(f"{name:24} {value:.4f}")
     return metrics
@@ -105,7 +106,8 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
     return score_pairs(step, params, batches, (len(pairs), 2), mesh=mesh, title=title)
 
 
-def _write_pairs(path: Path, pairs, logps, reference_logps, margins) -> None:
+def _write_pairs(path: Path, pairs, logps, reference_logps, rewards) -> None:
+    margins = rewards[:, 0] - rewards[:, 1]
     with path.open("w", encoding="utf-8") as file:
         for n in range(len(pairs)):
             annotator = int(pairs.annotators[n])

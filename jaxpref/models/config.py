@@ -249,6 +249,7 @@ class Specs:
     hidden: P = P(ROWS, None, None)
     features: P = P(ROWS, None, "tensor")
     heads: P = P(ROWS, None, "tensor", None)
+    groups: P = P(ROWS, None, "tensor", None, None)
     mask: P = P(ROWS, None, None, None)
     cache: P = P(None, ROWS, None, "tensor", None)
 

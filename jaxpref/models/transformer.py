@@ -43,6 +43,28 @@ def rotate(x, cos, sin):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def attention(q, k, v, mask):
+    """Grouped-query attention [B, T, H, K], scaled by 1/sqrt(K).
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, S, G, K]; query head h reads key head h // (H / G).
+        v: [B, S, G, K].
+        mask: bool [B, 1, T, S], or None for causal.
+    """
+    if q.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+    # That function's softmax is float32 for every input, and float64 is there to check
+    # everything else to many digits.
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    grouped = jnp.reshape(q, (B, T, G, H // G, K), out_sharding=on_mesh(SPECS.groups))
+    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k) * K**-0.5
+    seen = jnp.tri(T, S, dtype=bool) if mask is None else mask[:, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e300), axis=-1)
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights, v)
+    return jnp.reshape(out, (B, T, H, K), out_sharding=on_mesh(SPECS.heads))
+
+
 def _normal(rngs, config, shape, spec, scale=1.0):
     # Drawn in its layout: no device ever holds the whole weight.
     key, dtype = rngs.params(), jnp.dtype(config.param_dtype)
@@ -92,7 +114,7 @@ class Block(nnx.Module):
 
     def attend(self, x, q, k, v, mask):
         """Adds grouped-query attention; a mask [B, 1, T, S], or None for causal."""
-        a = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+        a = attention(q, k, v, mask)
         return x + self._project("bthk,hkd->btd", a, self.output, SPECS.hidden)
 
     def mlp(self, x):

@@ -5,7 +5,7 @@ import enum
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -15,6 +15,8 @@ from jaxpref.train.checkpoint import write_json
 from jaxpref.train.mesh import MeshConfig
 from jaxpref.train.objective import Objective
 from jaxpref.train.optimizer import OptimizerConfig
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 MAY_CHANGE = ("out", "mesh", "log_every", "save_every", "keep_checkpoints")
 """Fields a resumed run may change: none of them changes what is computed."""
@@ -42,11 +44,11 @@ class RunConfig:
     """Micro-batches an optimiser step; more of them need less memory."""
     seed: int = 0
     """Seed of the order of examples."""
-    param_dtype: str = "float32"
+    param_dtype: Dtype = "float32"
     """Dtype the parameters and optimiser moments are kept in."""
-    compute_dtype: str = "float32"
+    compute_dtype: Dtype = "float32"
     """Dtype of matrix products and activations; bfloat16 on TPU and GPU."""
-    remat: str = "none"
+    remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes to save memory: none, dots or full."""
     logit_chunk: int = 64
     """Completion tokens of a sequence whose logits exist at the same time."""

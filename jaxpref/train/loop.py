@@ -215,8 +215,7 @@ def _plan(config: TrainConfig, tokenizer) -> data.Plan:
         held = make(data.open_source(config.eval_data), options=clean)
         plan = dataclasses.replace(plan, heldout=held.train)
     if jax.process_index() == 0:
-        counts = ", ".join(f"{name} {n}" for name, n in plan.report.items() if n)
-        print(f"{config.data}: {counts}", flush=True)
+        print(f"{config.data}: {plan.describe()}", flush=True)
     return plan
 
 

@@ -1,0 +1,24 @@
+"""Reports: how is it shown?
+
+Plain records (lists of dicts) in, PNG figures and one self-contained HTML file out.
+"""
+
+from jaxpref.report.html import Figure as Figure
+from jaxpref.report.html import Section as Section
+from jaxpref.report.html import Table as Table
+from jaxpref.report.html import mean_spread as mean_spread
+from jaxpref.report.html import write_html as write_html
+from jaxpref.report.plots import bars as bars
+from jaxpref.report.plots import reward_against_kl as reward_against_kl
+from jaxpref.report.plots import training_curves as training_curves
+
+__all__ = [
+    "Figure",
+    "Section",
+    "Table",
+    "bars",
+    "mean_spread",
+    "reward_against_kl",
+    "training_curves",
+    "write_html",
+]

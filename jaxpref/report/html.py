@@ -1,0 +1,218 @@
+"""One HTML file that carries everything it shows: text, tables and figures."""
+
+import base64
+import dataclasses
+import html
+import math
+import mimetypes
+import os
+import re
+import statistics
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxpref.errors import InputError
+from jaxpref.report.style import CSS
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table; the first column names its rows."""
+
+    columns: Sequence[str]
+    """Headings."""
+    rows: Sequence[Sequence[object]]
+    """Cells: text as it stands, floats with four significant digits, None as a dash."""
+    caption: str = ""
+    """What is counted, in which unit, over what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """An image file, shown with a caption; the file's bytes go into the report."""
+
+    path: str | Path
+    caption: str = ""
+    """What is to be seen; also what a screen reader says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it, in order.
+
+    Text is split at blank lines into paragraphs; a paragraph whose lines are all
+    indented is shown as it stands (a command), and `backticks` mark code.
+    """
+
+    title: str
+    parts: Sequence[str | Table | Figure]
+
+
+def write_html(
+    path: str | Path, title: str, sections: Sequence[Section], *, summary: str = ""
+) -> None:
+    """Writes the report as one file that needs no other and asks no network.
+
+    Everything given is escaped; nothing is read as HTML.  The file appears whole or not
+    at all.
+
+    Args:
+      path: where to write.
+      title: of the page.
+      sections: what it holds, in order.
+      summary: the result in a sentence or two, shown under the title.
+
+    Raises:
+      InputError: if a figure cannot be read or the report not be written.
+      ValueError: if a row of a table has not one cell for each column.
+    """
+    body = "\n".join(_section(number, s) for number, s in enumerate(sections, 1))
+    lead = f'<div class="lead">{_text(summary)}</div>' if summary else ""
+    page = _PAGE.format(title=html.escape(title), css=CSS, lead=lead, body=body)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot write the report ({error.strerror}); "
+            "free the space or choose another folder"
+        ) from error
+
+
+def mean_spread(values: Sequence[float], *, digits: int = 2) -> str:
+    """`mean ± standard deviation` of runs that differ in the seed, for a table's cell.
+
+    Args:
+      values: one number a run; a single one is shown without a spread.
+      digits: decimals.
+
+    Returns:
+      The text; an en dash where there is no value.
+    """
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        mean = f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return _minus(mean)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+<main>
+<header><h1>{title}</h1>
+{lead}</header>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _section(number: int, section: Section) -> str:
+    parts = "\n".join(_part(part) for part in section.parts)
+    title = html.escape(section.title)
+    return f'<section id="s{number}">\n<h2>{title}</h2>\n{parts}\n</section>'
+
+
+def _part(part: str | Table | Figure) -> str:
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Figure):
+        return _figure(part)
+    return _text(part)
+
+
+def _text(text: str) -> str:
+    blocks = re.split(r"\n\s*\n", textwrap.dedent(text).strip("\n"))
+    return "\n".join(_paragraph(block) for block in blocks if block.strip())
+
+
+def _paragraph(block: str) -> str:
+    if all(line.startswith("  ") for line in block.splitlines() if line.strip()):
+        return f"<pre>{html.escape(textwrap.dedent(block))}</pre>"
+    return f"<p>{_inline(block)}</p>"
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text.strip()))
+
+
+def _table(table: Table) -> str:
+    for row in table.rows:
+        if len(row) != len(table.columns):
+            raise ValueError(
+                f"Expected {len(table.columns)} cells for {list(table.columns)}, "
+                f"got {list(row)}."
+            )
+    cells = [[_cell(value) for value in row] for row in table.rows]
+    numeric = [
+        bool(cells) and all(re.match(r"([−+.]?\d|–$|$)", row[c]) for row in cells)
+        for c in range(len(table.columns))
+    ]
+    style = lambda c: ' class="n"' if numeric[c] and c else ""
+    head = "".join(
+        f'<th scope="col"{style(c)}>{_inline(name)}</th>'
+        for c, name in enumerate(table.columns)
+    )
+    body = "\n".join(
+        f'<tr><th scope="row">{_inline(row[0])}</th>'
+        + "".join(f"<td{style(c)}>{_inline(row[c])}</td>" for c in range(1, len(row)))
+        + "</tr>"
+        for row in cells
+    )
+    caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
+    return (
+        f'<div class="scroll"><table>{caption}\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, float):
+        return _minus(f"{value:.4g}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _minus(str(value))
+    return str(value)
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
+
+
+def _figure(figure: Figure) -> str:
+    path = Path(figure.path)
+    kind, _ = mimetypes.guess_type(path.name)
+    if kind not in {"image/png", "image/jpeg", "image/svg+xml"}:
+        raise InputError(
+            f"{path}: not a PNG, JPEG or SVG image; draw the figure as one"
+        )
+    try:
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot read the figure ({error.strerror}); "
+            "draw it before writing the report"
+        ) from error
+    alt = html.escape(figure.caption.replace("`", ""))
+    caption = f"<figcaption>{_inline(figure.caption)}</figcaption>"
+    return (
+        f'<figure><img alt="{alt}" src="data:{kind};base64,{data}">'
+        f"{caption if figure.caption else ''}</figure>"
+    )

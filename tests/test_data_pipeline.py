@@ -1,0 +1,252 @@
+"""Batches: the same for any process count, resumable, and aligned with their tokens."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxpref.data import (
+    DataOptions,
+    ListSource,
+    PreferenceBatch,
+    batch_shape,
+    batches,
+    eval_batches,
+    make_plan,
+)
+from jaxpref.errors import InputError
+from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
+
+TOKENIZER = byte_tokenizer()
+RECORDS = [
+    record | {"annotator": n % 3} for n, record in enumerate(synthetic_pairs(70))
+]
+PLAN = make_plan(
+    ListSource(RECORDS), TOKENIZER, DataOptions(flip_rate=0.3, heldout_fraction=0.3)
+)
+SHAPE = batch_shape(PLAN.train, PLAN.heldout)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def train(**options):
+    return batches(PLAN.train, shape=SHAPE, **(dict(batch_size=8, seed=3) | options))
+
+
+def assert_equal(first, second):
+    for field in dataclasses.fields(PreferenceBatch):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=field.name)
+
+
+def joined(parts):
+    """The global batch: every process's rows one after the other."""
+    return PreferenceBatch(
+        **{
+            field.name: np.concatenate([getattr(part, field.name) for part in parts], 1)
+            for field in dataclasses.fields(PreferenceBatch)
+        }
+    )
+
+
+def test_shapes_dtypes_and_layout():
+    batch = next(train(accumulation=2))
+    t, p = SHAPE.sequence_length, SHAPE.predictions
+    assert t % 64 == 0 and p % 32 == 0
+    expected = {
+        "tokens": (np.int32, (2, 4, 2, t)),
+        "lengths": (np.int32, (2, 4, 2)),
+        "predictors": (np.int32, (2, 4, 2, p)),
+        "targets": (np.int32, (2, 4, 2, p)),
+        "completions": (np.int32, (2, 4, 2, p)),
+        "pairs": (np.int32, (2, 4, 1)),
+        "completion_lengths": (np.int32, (2, 4, 1, 2)),
+        "reference_logps": (np.float32, (2, 4, 1, 2)),
+        "flips": (np.bool_, (2, 4, 1)),
+        "annotators": (np.int32, (2, 4, 1)),
+        "weights": (np.float32, (2, 4, 1)),
+    }
+    for name, (dtype, shape) in expected.items():
+        array = getattr(batch, name)
+        assert (array.dtype, array.shape) == (dtype, shape), name
+
+
+def test_every_row_is_its_pair_and_every_target_follows_its_predictor():
+    for batch in take(train(accumulation=2), 10):
+        for a, r, q in np.ndindex(batch.lengths.shape):
+            n = batch.pairs[a, r, 0]
+            prompt, completion = PLAN.train.prompt(n), PLAN.train.completion(n, q)
+            length, size = batch.lengths[a, r, q], len(completion)
+            tokens = batch.tokens[a, r, q]
+            assert tokens[:length].tolist() == [*prompt, *completion]
+            assert not tokens[length:].any()
+            used = batch.completions[a, r, q] >= 0
+            assert used.tolist() == [True] * size + [False] * (SHAPE.predictions - size)
+            assert (batch.completions[a, r, q][used] == q).all()
+            targets = batch.targets[a, r, q]
+            assert (tokens[batch.predictors[a, r, q] + 1] == targets)[used].all()
+            # The first target is the first token of the answer, the last is EOS.
+            assert targets[0] == completion[0]
+            assert targets[size - 1] == TOKENIZER.eos_token_id
+            assert (
+                not targets[~used].any() and not batch.predictors[a, r, q][~used].any()
+            )
+            assert batch.completion_lengths[a, r, 0, q] == size
+            record = RECORDS[PLAN.train.rows[n]]
+            names = ("chosen", "rejected")
+            side = names[1 - q] if batch.flips[a, r, 0] else names[q]
+            text = TOKENIZER.decode(tokens[:length])
+            assert text == f"<s>{record['prompt']}{record[side]}</s>"
+            assert batch.annotators[a, r, 0] == record["annotator"]
+            assert batch.weights[a, r, 0] == 1 and batch.mask[a, r, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_process_count_sees_the_same_batches(count, accumulation):
+    whole = train(accumulation=accumulation)
+    parts = [
+        train(accumulation=accumulation, process_index=p, process_count=count)
+        for p in range(count)
+    ]
+    for _ in range(15):  # more than two epochs
+        pieces = [next(part) for part in parts]
+        assert pieces[0].tokens.shape[:2] == (accumulation, 8 // accumulation // count)
+        assert_equal(joined(pieces), next(whole))
+
+
+def test_accumulation_cuts_the_same_batch():
+    for one, four in zip(take(train(), 9), take(train(accumulation=4), 9)):
+        assert one.pairs.ravel().tolist() == four.pairs.ravel().tolist()
+
+
+def test_every_epoch_has_every_pair_once_in_a_new_order():
+    size = len(PLAN.train)
+    stream = np.concatenate([b.pairs.ravel() for b in take(train(), 3 * size // 8 + 1)])
+    epochs = [stream[n * size : (n + 1) * size].tolist() for n in range(3)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_neighbouring_seeds_share_no_epoch():
+    size = len(PLAN.train)
+    orders = set()
+    for seed in range(6):
+        iterator = train(seed=seed, batch_size=size)
+        orders |= {tuple(b.pairs.ravel()) for b in take(iterator, 4)}
+    assert len(orders) == 24
+
+
+def test_the_order_is_pinned():
+    """A change here changes every run's order of examples: say so in the changelog."""
+    first = [batch.pairs.ravel().tolist() for batch in take(train(), 2)]
+    assert first == [[35, 3, 49, 30, 25, 44, 16, 37], [15, 1, 33, 19, 47, 17, 31, 20]]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_resumed_from_one_integer(threads):
+    straight = take(train(), 20)
+    iterator = train(threads=threads)
+    take(iterator, 7)
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert state == {"next_index": 7}
+    next(iterator)
+    resumed = train(threads=threads)
+    resumed.set_state(state)
+    for batch, expected in zip(take(resumed, 13), straight[7:]):
+        assert_equal(batch, expected)
+    # Another process count goes on in the same place.
+    halves = [train(process_index=p, process_count=2) for p in range(2)]
+    for half in halves:
+        half.set_state(state)
+    assert_equal(joined([next(half) for half in halves]), straight[7])
+
+
+def test_reference_logps_travel_with_their_pair():
+    table = np.random.default_rng(0).normal(size=(len(PLAN.train), 2))
+    table = table.astype(np.float32)
+    for batch in take(train(reference_logps=table), 5):
+        np.testing.assert_array_equal(batch.reference_logps, table[batch.pairs])
+    for wrong in (table[:-1], table[:, :1], table.astype(np.float64)):
+        with pytest.raises(ValueError, match="reference_logps is"):
+            train(reference_logps=wrong)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
+    size = len(PLAN.heldout)
+    assert size % 8
+    table = np.arange(2 * size, dtype=np.float32).reshape(size, 2) + 1
+    parts = [
+        eval_batches(
+            PLAN.heldout,
+            shape=SHAPE,
+            batch_size=8,
+            process_index=p,
+            process_count=count,
+            reference_logps=table,
+        )
+        for p in range(count)
+    ]
+    assert {len(part) for part in parts} == {-(-size // 8)}
+    whole = [joined(pieces) for pieces in zip(*parts, strict=True)]
+    stream = np.concatenate([batch.pairs.ravel() for batch in whole])
+    assert stream.tolist() == [*range(size), *[-1] * (-size % 8)]
+    last = whole[-1]
+    empty = ~last.mask[..., 0]
+    assert empty.sum() == -size % 8
+    for field in dataclasses.fields(PreferenceBatch):
+        filler = -1 if field.name in ("pairs", "completions", "annotators") else 0
+        assert (getattr(last, field.name)[empty] == filler).all(), field.name
+    assert (last.weights[..., 0] == ~empty).all()
+    np.testing.assert_array_equal(
+        last.reference_logps[~empty][:, 0], table[-(size % 8) :]
+    )
+
+
+def test_no_pair_to_evaluate_is_no_batch():
+    plan = make_plan(ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0))
+    assert list(eval_batches(plan.heldout, shape=SHAPE, batch_size=8)) == []
+
+
+def test_padding_is_told_by_length_and_not_by_id():
+    """EOS has id 0, which is also what padding is filled with."""
+    tokenizer = byte_tokenizer(first=("</s>", "<s>"))
+    plan = make_plan(ListSource(RECORDS), tokenizer, DataOptions(heldout_fraction=0))
+    shape = batch_shape(plan.train)
+    batch = next(batches(plan.train, shape=shape, batch_size=4))
+    last = np.take_along_axis(batch.tokens, batch.lengths[..., None] - 1, -1)
+    assert not last.any()
+    ends = np.take_along_axis(
+        batch.completions, batch.completion_lengths[:, :, 0, :, None] - 1, -1
+    )
+    assert (ends >= 0).all()
+
+
+def test_plain_completions_have_one_side():
+    plan = make_plan(
+        ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0), sides=1
+    )
+    shape = batch_shape(plan.train)
+    assert (shape.sides, shape.sequences) == (1, 1)
+    batch = next(batches(plan.train, shape=shape, batch_size=4))
+    assert batch.tokens.shape[:3] == (1, 4, 1)
+    assert batch.completion_lengths.shape == (1, 4, 1, 1)
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(InputError, match="batch_size 8 is not a multiple"):
+        train(accumulation=3)
+    with pytest.raises(InputError, match="x 16 processes"):
+        train(process_count=16)
+    empty = make_plan(
+        ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=1)
+    ).train
+    with pytest.raises(InputError, match="no pair is left to train on"):
+        batches(empty, shape=SHAPE, batch_size=8)
+    with pytest.raises(ValueError, match="one K"):
+        batch_shape(empty)

@@ -1,0 +1,269 @@
+"""The transformer: against plain numpy, and the same in every layout and policy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxpref.errors import InputError
+from jaxpref.models import ModelConfig, RopeScaling, build
+from jaxpref.models.config import inverse_frequencies
+
+CONFIG = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    initializer_range=0.3,
+)
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=16)
+B, T = 8, 7
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, T))
+
+
+def replace(**changes):
+    return build(dataclasses.replace(CONFIG, **changes))
+
+
+def mesh(*sizes):
+    names, types = ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.set_mesh(jax.make_mesh(sizes, names, axis_types=types, devices=devices))
+
+
+def numpy_logits(config, params, tokens):
+    """Logits [T, V] of one sequence in float64, one position and one head at a time."""
+    c, group = config, config.num_heads // config.num_kv_heads
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def norm(x, gain):
+        return x / np.sqrt((x**2).mean() + c.rms_norm_eps) * gain
+
+    def turn(x, position):
+        out = np.zeros_like(x)
+        for i, f in enumerate(inverse_frequencies(c)):
+            j, angle = i + c.head_dim // 2, position * f
+            out[i] = x[i] * np.cos(angle) - x[j] * np.sin(angle)
+            out[j] = x[j] * np.cos(angle) + x[i] * np.sin(angle)
+        return out
+
+    stream = [p["embed"][token] for token in tokens]
+    for i in range(c.num_layers):
+        w = {name: a[i] for name, a in p["layers"].items()}
+        normed = [norm(x, w["attention_norm"]) for x in stream]
+        for t in range(len(stream)):
+            added = np.zeros(c.hidden_size)
+            for h in range(c.num_heads):
+                g = h // group
+                q = turn(normed[t] @ w["query"][:, h], t)
+                scores = [
+                    q @ turn(normed[s] @ w["key"][:, g], s) / np.sqrt(c.head_dim)
+                    for s in range(t + 1)
+                ]
+                weights = np.exp(scores) / np.exp(scores).sum()
+                values = [normed[s] @ w["value"][:, g] for s in range(t + 1)]
+                added += (weights @ np.array(values)) @ w["output"][h]
+            stream[t] = stream[t] + added
+        for t, x in enumerate(stream):
+            h = norm(x, w["mlp_norm"])
+            gate = h @ w["gate"]
+            stream[t] = x + (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
+    head = p["embed"].T if c.tie_word_embeddings else p["head"]
+    return np.array([norm(x, p["norm"]) @ head for x in stream])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), LLAMA3])
+def test_logits_are_those_of_plain_numpy(tied, scaling):
+    model = replace(tie_word_embeddings=tied, rope_scaling=scaling)
+    params = model.init(jax.random.key(0))
+    assert ("head" in params) != tied
+    rng = np.random.default_rng(1)  # gains other than one
+    params = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape), params)
+    params = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    logits = jax.jit(model.logits)(params, TOKENS[:1])[0]
+    assert logits.dtype == jnp.float32
+    expected = numpy_logits(model.config, params, TOKENS[0])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(
+        model.head(params), params["embed"].T if tied else params["head"]
+    )
+
+
+def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
+    config = dataclasses.replace(CONFIG, head_dim=64, rope_theta=500000.0)
+    plain = np.array(inverse_frequencies(config))
+    llama3 = dataclasses.replace(LLAMA3, original_max_position_embeddings=8192)
+    scaled = np.array(
+        inverse_frequencies(dataclasses.replace(config, rope_scaling=llama3))
+    )
+    wavelength = 2 * np.pi / plain
+    short, long = wavelength < 8192 / 4, wavelength > 8192 / 1
+    assert short.any() and long.any() and (~short & ~long).any()
+    np.testing.assert_allclose(scaled[short], plain[short])
+    np.testing.assert_allclose(scaled[long], plain[long] / 8)
+    between = scaled[~short & ~long] / plain[~short & ~long]
+    assert np.all((between > 1 / 8) & (between < 1)) and np.all(np.diff(between) < 0)
+
+
+def test_later_tokens_and_padding_on_the_right_change_nothing():
+    model = build(CONFIG)
+    params = model.init(jax.random.key(0))
+    changed = TOKENS.copy()
+    changed[:, 5:] = 0
+    a, b = (np.asarray(model.hidden(params, t)) for t in (TOKENS, changed))
+    np.testing.assert_array_equal(a[:, :5], b[:, :5])
+    assert np.abs(a[:, 5:] - b[:, 5:]).max() > 0.1
+
+
+def test_mask_and_positions_pack_two_sequences_into_one_row():
+    model = build(CONFIG)
+    params = model.init(jax.random.key(0))
+    row = np.concatenate([TOKENS[0, :4], TOKENS[1, :3]])[None]
+    segment, positions = np.array([0] * 4 + [1] * 3), [[0, 1, 2, 3, 0, 1, 2]]
+    mask = (segment[:, None] == segment) & np.tril(np.ones((T, T), bool))
+    packed = model.hidden(params, row, jnp.array(positions), jnp.array(mask[None]))
+    np.testing.assert_allclose(
+        packed[0, :4], model.hidden(params, TOKENS[:1, :4])[0], atol=2e-6
+    )
+    np.testing.assert_allclose(
+        packed[0, 4:], model.hidden(params, TOKENS[1:2, :3])[0], atol=2e-6
+    )
+
+
+def test_a_cache_gives_what_the_whole_sequence_gives():
+    model = build(CONFIG)
+    params = model.init(jax.random.key(0))
+    lengths = np.array([4, 1, 3, 2])
+    tokens = np.zeros((4, 4), int)
+    for row, n in enumerate(lengths):
+        tokens[row, 4 - n :] = TOKENS[row, :n]
+    cache = model.empty_cache(4, 6)
+    hidden, cache = jax.jit(model.prefill)(params, tokens, lengths, cache)
+    found = [hidden[:, -1]]
+    for step in range(2):
+        following = TOKENS[np.arange(4), lengths + step][:, None]
+        hidden, cache = jax.jit(model.decode)(params, following, cache)
+        found.append(hidden[:, 0])
+    assert int(cache.filled) == 6
+    for row, n in enumerate(lengths):
+        expected = model.hidden(params, TOKENS[row : row + 1, : n + 2])[0, n - 1 :]
+        np.testing.assert_allclose(
+            np.stack([h[row] for h in found]), expected, rtol=0, atol=2e-6
+        )
+
+
+def loss(model):
+    def f(params, tokens):
+        hidden = model.hidden(params, tokens).astype(jnp.float32)
+        return jnp.mean(hidden * jnp.cos(jnp.arange(hidden.shape[-1])))
+
+    return jax.jit(jax.value_and_grad(f))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)]
+)
+def test_every_mesh_gives_the_same(sizes):
+    model = build(CONFIG)
+    params = jax.jit(model.init)(jax.random.key(0))
+    expected = loss(model)(params, TOKENS)
+    logits = model.logits(params, TOKENS)
+    with mesh(*sizes):
+        sharded = jax.jit(model.init)(jax.random.key(0))
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        assert jax.tree.map(jax.typeof, sharded) == jax.tree.map(jax.typeof, shapes)
+        assert jax.typeof(sharded["layers"]["query"]).sharding.spec == P(
+            None, "fsdp", "tensor", None
+        )
+        jax.tree.map(np.testing.assert_array_equal, sharded, params)
+        found = loss(model)(sharded, TOKENS)
+        assert jax.tree.map(jax.typeof, found[1]) == jax.tree.map(jax.typeof, sharded)
+        found_logits = jax.jit(model.logits)(sharded, TOKENS)
+        assert jax.typeof(found_logits).sharding.spec == P(
+            ("data", "fsdp"), None, "tensor"
+        )
+    np.testing.assert_allclose(found_logits, logits, rtol=0, atol=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    jax.tree.map(close, found, expected)
+
+
+def test_remat_changes_memory_and_not_the_gradient():
+    expected, kept = None, {}
+    for remat in ("none", "dots", "full"):
+        model = replace(remat=remat, num_layers=4)
+        params = model.init(jax.random.key(0))
+        found = loss(model)(params, TOKENS)
+        expected = expected or found
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+        jax.tree.map(close, found, expected)
+        _, backward = jax.vjp(lambda p: model.hidden(p, TOKENS), params)
+        kept[remat] = sum(a.nbytes for a in jax.tree.leaves(backward))
+    assert kept["none"] > kept["dots"] > kept["full"]
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_gradients():
+    model = replace(compute_dtype="bfloat16")
+    params = model.init(jax.random.key(0))
+    assert model.hidden(params, TOKENS).dtype == jnp.bfloat16
+    assert model.logits(params, TOKENS).dtype == jnp.float32
+    _, gradients = loss(model)(params, TOKENS)
+    assert {a.dtype for a in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    exact = build(CONFIG).logits(params, TOKENS)
+    error = jnp.abs(model.logits(params, TOKENS) - exact).max() / jnp.abs(exact).max()
+    assert error < 0.03  # 2^-8 a rounding, some ten roundings deep
+    half = replace(param_dtype="bfloat16").init(jax.random.key(0))
+    assert {a.dtype for a in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+
+
+def test_float64_compute_is_float64_throughout():
+    with jax.enable_x64(True):
+        model = replace(param_dtype="float64", compute_dtype="float64")
+        params = model.init(jax.random.key(0))
+        logits = jax.jit(model.logits)(params, TOKENS)
+        expected = numpy_logits(model.config, params, TOKENS[0])
+        np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-12)
+        mask = jnp.tile(jnp.tri(T, dtype=bool), (B, 1, 1))
+        masked = jax.jit(model.logits)(params, TOKENS, mask=mask)
+        np.testing.assert_allclose(masked, logits, rtol=0, atol=1e-12)
+        with mesh(2, 2, 2):
+            sharded = jax.jit(model.init)(jax.random.key(0))
+            found = jax.jit(model.logits)(sharded, TOKENS)
+        np.testing.assert_allclose(found, logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "sizes, changes, words",
+    [
+        ((1, 1, 4), {}, "tensor=4 does not divide the model's num_kv_heads=2"),
+        ((1, 1, 2), {"vocab_size": 33}, "tensor=2 does not divide .* vocab_size=33"),
+        ((1, 4, 1), {"vocab_size": 34}, "fsdp=4 does not divide .* vocab_size=34"),
+        ((1, 1, 2), {"intermediate_size": 25}, "intermediate_size=25"),
+        ((1, 8, 1), {"hidden_size": 12}, "fsdp=8 does not divide .* hidden_size=12"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_named(sizes, changes, words):
+    with mesh(*sizes), pytest.raises(InputError, match=words):
+        jax.eval_shape(replace(**changes).init, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"head_dim": 5}, "head_dim=5 is odd"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"remat": "all"}, "remat is 'all'; use none, dots or full"),
+        ({"compute_dtype": "fp8"}, "compute_dtype is 'fp8'"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_an_input_error(changes, words):
+    with pytest.raises(InputError, match=words):
+        replace(**changes)
