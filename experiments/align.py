@@ -30,6 +30,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import tyro
 
 from jaxpref import losses, report
@@ -80,25 +81,60 @@ class AlignConfig:
 
 
 def main(config: AlignConfig) -> None:
-    """Runs both losses and compares them."""
+    """Runs both losses, then compares them."""
     initialize_distributed()
     out = Path(config.out)
     arms = {
         "dpo": from_loss(losses.dpo, beta=config.beta),
-        "rdpo": from_loss(
-            losses.rdpo, beta=config.beta, flip_rate=config.flip_rate
-        ),
+        "rdpo": from_loss(losses.rdpo, beta=config.beta, flip_rate=config.flip_rate),
     }
-    rows, curves = [], {}
+    heldout = {}
     for name, objective in arms.items():
         run(train_config(config, objective, out / name))
         lines = read_metrics(out / name / "metrics.jsonl")
-        heldout = [line for line in lines if "eval_loss" in line]
-        curves[name] = heldout
-        rows.append({"loss": name} | before_and_after(heldout))
+        heldout[name] = [line for line in lines if "eval_loss" in line]
+    if jax.process_index() == 0:
+        write_report(config, heldout, out)
+
+
+def write_report(
+    config: AlignConfig, heldout: dict[str, list[dict]], out: Path
+) -> None:
+    """`results.json`, `curves.png` and `report.html` from the held-out metric lines."""
+    rows = [{"loss": name} | before_and_after(lines) for name, lines in heldout.items()]
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    records = [
+        {"arm": name, **line} for name, lines in heldout.items() for line in lines
+    ]
+    report.training_curves(
+        out / "curves.png",
+        records,
+        {
+            "eval_rewards/accuracies": "held-out accuracy",
+            "eval_rewards/margins": "held-out margin",
+        },
+        title="Held-out pairs during training",
+    )
+    table = report.Table(list(rows[0]), [list(row.values()) for row in rows])
+    command = (
+        f"    python -m experiments.align --model {config.model} --data {config.data} "
+        f"--flip-rate {config.flip_rate} --max-steps {config.max_steps}"
+    )
+    section = report.Section(
+        "Before and after",
+        [
+            "Implicit-reward accuracy on prompts never trained on; before training the "
+            "policy is its reference, so every pair is a tie and counts half.",
+            table,
+            report.Figure(out / "curves.png", "accuracy and margin during training"),
+            "Made by",
+            command,
+        ],
+    )
+    report.write_html(out / "report.html", "Aligning a model on a file", [section])
     for row in rows:
-        print(row)
+        print("  ".join(f"{k} {v:.4f}" if k != "loss" else v for k, v in row.items()))
+    print(f"report: {out / 'report.html'}")
 
 
 def train_config(config: AlignConfig, objective, out: Path) -> TrainConfig:

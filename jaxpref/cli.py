@@ -178,5 +178,3 @@ def _documented_arguments(function: Callable) -> dict[str, str]:
 
 def _summary(function: Callable) -> str:
     return inspect.getdoc(function).splitlines()[0]
-
-

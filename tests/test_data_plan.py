@@ -198,11 +198,12 @@ def test_annotators_are_indexed_by_sorted_name():
 
 def test_max_pairs_stops_early():
     records = [*synthetic_pairs(10), "not a record"]
-    plan = plan_of(synthetic_pairs(10), max_pairs=4, heldout_fraction=0)
-    assert plan.train.rows.tolist() == [0, 1, 2, 3]
+    records[1] = records[0] | {"rejected": records[0]["chosen"]}
+    plan = plan_of(records, max_pairs=5, heldout_fraction=0)
+    assert plan.train.rows.tolist() == [0, 2, 3, 4, 5]
     assert (
         plan.train.ids.tolist()
-        == plan_of(records[:10], heldout_fraction=0).train.ids[:4].tolist()
+        == plan_of(records[:10], heldout_fraction=0).train.ids[:5].tolist()
     )
 
 

@@ -135,7 +135,10 @@ def test_tokenizer_without_eos_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_missing_tokenizer_is_one_line(tmp_path):
+@pytest.mark.parametrize("contents", [None, "{}", "[1", '{"model": 3}'])
+def test_missing_or_broken_tokenizer_is_one_line(tmp_path, contents):
+    if contents:
+        (tmp_path / "tokenizer.json").write_text(contents)
     with pytest.raises(InputError, match="no usable tokenizer") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)

@@ -26,7 +26,7 @@ def inputs():
 
 
 def oracle(hidden, head, predictors, targets, weights):
-    """Log-probs and the gradients of their weighted sum, float64, from the definition."""
+    """Log-probs and the gradients of their weighted sum, in float64."""
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     logps = np.zeros(targets.shape)
     d_hidden, d_head = np.zeros_like(hidden), np.zeros_like(head)
@@ -75,8 +75,8 @@ def test_bfloat16_states_give_float32_sums(inputs):
     assert d_hidden.dtype == jnp.bfloat16
     assert logps.dtype == d_head.dtype == jnp.float32
     np.testing.assert_allclose(logps, expected, rtol=0, atol=2e-6)
-    # Each of the four chunks' shares is rounded to bfloat16, half of 2^-8 relative; their
-    # sum is not.
+    # Each of the four chunks' shares is rounded to bfloat16, half of 2^-8 relative;
+    # their sum is not.
     atol = 4 * 2**-9 * np.abs(d_head_expected).max()
     np.testing.assert_allclose(d_head, d_head_expected, rtol=0, atol=atol)
 

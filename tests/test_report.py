@@ -175,7 +175,8 @@ def test_everything_given_is_escaped(tmp_path, picture):
     text = path.read_text("utf-8")
     assert "<script" not in text and "<b>" not in text
     seen = "".join(Page(text).text)
-    assert seen.count('<script>alert("x")</script> & \'"> {css}') == 9
+    # Title, h1, summary, h2, p, pre, table caption, heading, cell, figure caption.
+    assert seen.count('<script>alert("x")</script> & \'"> {css}') == 10
 
 
 def test_report_errors_are_one_line(tmp_path, picture):

@@ -229,7 +229,9 @@ def config_for(inputs, out, **changes) -> TrainConfig:
         out=str(out),
         objective=from_loss(losses.rdpo, flip_rate=0.2),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        options=data.DataOptions(max_length=64, max_prompt_length=32, heldout_fraction=0.2),
+        options=data.DataOptions(
+            max_length=64, max_prompt_length=32, heldout_fraction=0.2
+        ),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         max_steps=6,
         batch_size=8,

@@ -17,7 +17,9 @@ def make_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    vocab = {
+        word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])
+    }
     while len(vocab) % 8:  # divisible by every test mesh
         vocab[f"<extra_{len(vocab)}>"] = len(vocab)
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -54,7 +56,9 @@ def tiny_params(model, seed: int = 0):
     abstract = jax.eval_shape(model.init, jax.random.key(0))
 
     def draw(path, leaf):
-        scale, mean = (0.02, 1.0) if "norm" in jax.tree_util.keystr(path) else (0.2, 0.0)
+        scale, mean = (
+            (0.02, 1.0) if "norm" in jax.tree_util.keystr(path) else (0.2, 0.0)
+        )
         values = np.asarray(rng.normal(mean, scale, leaf.shape), leaf.dtype)
         if leaf.sharding is None:
             return jax.numpy.asarray(values)

@@ -13,7 +13,7 @@ class PreferenceBatch:
 
     Axes: A accumulation (micro-batches), R rows (sharded over `data` and `fsdp`), Q
     sequences in a row, T tokens of a sequence, P predicted tokens of a sequence, S pair
-    slots of a row, K sides of a pair (0 chosen, 1 rejected; K = 1 for plain completions).
+    slots of a row, K sides of a pair (0 chosen, 1 rejected; only 0 for SFT).
 
     In the padded layout a row is one pair: S = 1, Q = K, and sequence q holds the prompt
     followed by completion q.  Packed layouts put several pairs into one sequence; losses,
@@ -24,19 +24,19 @@ class PreferenceBatch:
     tokens: np.ndarray
     """int32 [A, R, Q, T]; padded on the right with 0."""
     lengths: np.ndarray
-    """int32 [A, R, Q]; real tokens of each sequence.  Masks come from lengths, never ids."""
+    """int32 [A, R, Q]; real tokens of each sequence; masks come from them, never from ids."""
     predictors: np.ndarray
-    """int32 [A, R, Q, P]; the position whose hidden state predicts each target; 0 if unused."""
+    """int32 [A, R, Q, P]; the position whose state predicts each target; 0 if unused."""
     targets: np.ndarray
     """int32 [A, R, Q, P]; the completion tokens (EOS included); 0 if unused."""
     completions: np.ndarray
-    """int32 [A, R, Q, P]; `slot * K + side` of the completion a target belongs to; -1 if unused."""
+    """int32 [A, R, Q, P]; `slot * K + side` of each target's completion; -1 if unused."""
     pairs: np.ndarray
     """int32 [A, R, S]; index of the pair in the plan; -1 marks an empty slot."""
     completion_lengths: np.ndarray
     """int32 [A, R, S, K]; target tokens of each completion."""
     reference_logps: np.ndarray
-    """float32 [A, R, S, K]; log-probs under the reference model; 0 where none is used."""
+    """float32 [A, R, S, K]; log-probs under the reference model; 0 if none is used."""
     flips: np.ndarray
     """bool [A, R, S]; this label was flipped by us (known only for injected noise)."""
     annotators: np.ndarray
@@ -46,5 +46,5 @@ class PreferenceBatch:
 
     @property
     def mask(self):
-        """bool [A, R, S]; True where a slot holds a pair."""
+        """Whether each slot holds a pair, bool [A, R, S]."""
         return self.pairs >= 0

@@ -9,7 +9,7 @@ from jaxpref.errors import InputError
 
 Message = dict[str, Any]
 
-HUMAN_TURN = "\n\nHuman:"
+HUMAN_TURN = "Human:"
 ASSISTANT_TURN = "\n\nAssistant:"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CHARACTERS = 1_000_000
@@ -230,7 +230,7 @@ def _conversation(
 def _dialogue(name: str, text: str, where: str) -> tuple[str, str]:
     """Split at the last assistant turn: earlier answers belong to the prompt."""
     before, turn, completion = text.rpartition(ASSISTANT_TURN)
-    if not turn or HUMAN_TURN not in before:
+    if not turn or not before.lstrip().startswith(HUMAN_TURN):
         raise InputError(
             f"{where}: no field 'prompt', and field '{name}' is not a dialogue of"
             " '\\n\\nHuman: ...\\n\\nAssistant: ...'; add a prompt"

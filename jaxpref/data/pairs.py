@@ -43,6 +43,12 @@ class Pairs:
         """K, the completions of a prompt."""
         return self.completion_lengths.shape[1]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with a completion; 0 if there are no pairs."""
+        lengths = self.prompt_lengths[:, None] + self.completion_lengths
+        return int(lengths.max(initial=0))
+
     def prompt(self, index: int) -> np.ndarray:
         """The prompt's tokens, int32 [prompt_lengths[index]]."""
         start = self.offsets[index]
@@ -160,9 +166,7 @@ def batch_shape(
     sides = {p.num_sides for p in filled}
     if len(sides) != 1:
         raise ValueError(f"pairs of one run have one K and at least one row: {sides}")
-    longest = max(
-        int((p.prompt_lengths + p.completion_lengths.max(1)).max()) for p in filled
-    )
+    longest = max(p.longest for p in filled)
     answer = max(int(p.completion_lengths.max()) for p in filled)
     (num_sides,) = sides
     return BatchShape(

@@ -130,10 +130,7 @@ def batches(
         .map(_share(accumulation, micro, process_index))
         .map(_collate(pairs, shape, reference_logps))
     )
-    options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
-    )
-    return iter(dataset.to_iter_dataset(options))
+    return iter(dataset.to_iter_dataset(_ahead(threads, prefetch)))
 
 
 def eval_batches(
@@ -145,14 +142,15 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     reference_logps: np.ndarray | None = None,
-) -> grain.MapDataset:
+    threads: int = 2,
+    prefetch: int = 4,
+) -> grain.IterDataset:
     """Every pair once, in order; the last batch is padded with empty rows.
 
     Arguments as for `batches`.  Every process gets the same number of batches.
 
     Returns:
-      A sequence (len, index, iterate) of PreferenceBatch; empty rows have pair -1 and
-      weight 0.
+      An iterable of ceil(N / batch_size) batches; empty rows have pair -1 and weight 0.
     """
     micro = _rows(batch_size, accumulation, process_count)
     steps = -(-len(pairs) // batch_size)
@@ -161,12 +159,19 @@ def eval_batches(
         flat = np.arange(step * batch_size, (step + 1) * batch_size)
         return np.where(flat < len(pairs), flat, -1)
 
-    return (
+    dataset = (
         grain.MapDataset.range(steps)
         .map(indices)
         .map(_share(accumulation, micro, process_index))
         .map(_collate(pairs, shape, reference_logps))
     )
+    return dataset.to_iter_dataset(_ahead(threads, prefetch))
+
+
+def _ahead(threads: int, prefetch: int) -> grain.ReadOptions:
+    # Grain's default of 500 elements ahead is meant for examples, not for batches.
+    buffer = prefetch if threads else 0
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
 
 
 def _rows(batch_size: int, accumulation: int, process_count: int) -> int:

@@ -69,7 +69,9 @@ class Plan:
 
     def describe(self) -> str:
         """The report in one line, counts of nothing left out."""
-        return ", ".join(f"{name} {count}" for name, count in self.report.items() if count)
+        return ", ".join(
+            f"{name} {count}" for name, count in self.report.items() if count
+        )
 
 
 def make_plan(
@@ -103,7 +105,14 @@ def make_plan(
     train, heldout = PairsBuilder(sides), PairsBuilder(sides)
     limit = len(source) if options.max_pairs is None else options.max_pairs
     with tqdm(total=len(source), desc="tokenise", unit="row", disable=None) as bar:
-        for rows, examples in _chunks(source, sides, options.drop_empty, counts):
+        chunks = _chunks(
+            source,
+            sides=sides,
+            drop_empty=options.drop_empty,
+            size=min(_CHUNK_ROWS, limit),
+            counts=counts,
+        )
+        for rows, examples in chunks:
             results = tokenize(
                 examples,
                 [source.location(row) for row in rows],
@@ -168,12 +177,17 @@ def _unique_id(example: Example, copies: collections.Counter) -> str:
 
 
 def _chunks(
-    source: Source, sides: int, drop_empty: bool, counts: collections.Counter
+    source: Source,
+    *,
+    sides: int,
+    drop_empty: bool,
+    size: int,
+    counts: collections.Counter,
 ) -> Iterator[tuple[list[int], list[Example]]]:
     """Checked examples, few and short enough at a time for the tokenizer's memory."""
     rows: list[int] = []
     examples: list[Example] = []
-    size = 0
+    characters = 0
     for row in range(len(source)):
         example = parse(
             source[row], source.location(row), sides=sides, drop_empty=drop_empty
@@ -184,10 +198,10 @@ def _chunks(
             continue
         rows.append(row)
         examples.append(example)
-        size += example.num_characters()
-        if len(rows) == _CHUNK_ROWS or size >= _CHUNK_CHARACTERS:
+        characters += example.num_characters()
+        if len(rows) == size or characters >= _CHUNK_CHARACTERS:
             yield rows, examples
-            rows, examples, size = [], [], 0
+            rows, examples, characters = [], [], 0
     if rows:
         yield rows, examples
 

@@ -41,8 +41,8 @@ def load_tokenizer(model: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        line = str(error).strip().split("\n")[0]
+    except Exception as error:  # the backends raise plain exceptions on a bad file
+        line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"{model}: no usable tokenizer ({line})") from None
     if tokenizer.eos_token_id is None:
         raise InputError(

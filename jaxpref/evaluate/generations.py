@@ -10,7 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpref import data
-from jaxpref.data.formats import parse
 from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder, stop_tokens
@@ -63,7 +62,9 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         texts = list(config.prompts)
         prompts = [data.encode_prompt(tokenizer, text) for text in texts]
     else:
-        texts, prompts = _read_prompts(config.data, tokenizer, config.limit)
+        texts, prompts = data.read_prompts(
+            data.open_source(config.data), tokenizer, limit=config.limit
+        )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = build(
@@ -120,25 +121,6 @@ def sample_texts(
         bar.update(len(batch))
     bar.close()
     return outputs[: len(prompts)]
-
-
-def _read_prompts(path: str, tokenizer, limit: int):
-    """Texts and token ids of the first prompts of a file of prompts, pairs or dialogues."""
-    source = data.open_source(path)
-    texts, prompts = [], []
-    for row in range(min(len(source), limit)):
-        record, where = source[row], source.location(row)
-        if isinstance(record, dict) and record.keys() <= {"prompt", "id"}:
-            record = record | {"completion": "-"}  # a prompt alone is enough here
-        example = parse(record, where, sides=1, drop_empty=True)
-        if isinstance(example, str):
-            continue
-        prompt = example.prompt
-        texts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-        prompts.append(data.encode_prompt(tokenizer, prompt, place=where))
-    if not prompts:
-        raise InputError(f"{path}: holds no prompt")
-    return texts, prompts
 
 
 def _show(rows: list[dict[str, str]], out: str | None) -> None:

@@ -83,7 +83,9 @@ class Checkpoints:
                     ),
                 )
             except Exception as error:
-                _log.warning("checkpoint %d cannot be read (%s)", step, _first_line(error))
+                _log.warning(
+                    "checkpoint %d cannot be read (%s)", step, _first_line(error)
+                )
                 continue
             state, meta = saved["state"], saved["meta"]
             found = digests(state)
@@ -91,7 +93,9 @@ class Checkpoints:
             if not wrong:
                 return state, meta["data"]
             _log.warning(
-                "checkpoint %d is damaged: %s differs from what was saved", step, wrong[0]
+                "checkpoint %d is damaged: %s differs from what was saved",
+                step,
+                wrong[0],
             )
         if steps:
             raise CheckpointError(

@@ -117,7 +117,9 @@ def open_out(config: TrainConfig) -> Path:
             raise PermissionError("no permission to write")
         before = json.loads(path.read_text()) if path.exists() else None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); move {out} away") from error
+        raise InputError(
+            f"{path}: not valid JSON ({error}); move {out} away"
+        ) from error
     except OSError as error:
         raise InputError(f"--out {out}: cannot be used ({error})") from error
     if before is not None:

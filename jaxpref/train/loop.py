@@ -83,9 +83,16 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     }
 
     # ---- model, optimiser, state: restored, or born from the model folder ---------
+    model_config = load_config(folder)
+    longest = max(plan.train.longest, plan.heldout.longest)
+    if longest > model_config.max_position_embeddings:
+        raise InputError(
+            f"{config.model}: a sequence of {longest} tokens is longer than the model's "
+            f"{model_config.max_position_embeddings} positions; set --max-length"
+        )
     model = build(
         dataclasses.replace(
-            load_config(folder),
+            model_config,
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
             remat=config.remat,
@@ -213,7 +220,8 @@ def _plan(config: TrainConfig, tokenizer) -> data.Plan:
         clean = dataclasses.replace(whole, flip_rate=0.0)
         plan = make(data.open_source(config.data), options=whole)
         held = make(data.open_source(config.eval_data), options=clean)
-        plan = dataclasses.replace(plan, heldout=held.train)
+        digest = plan.digest + held.digest
+        plan = dataclasses.replace(plan, heldout=held.train, digest=digest)
     if jax.process_index() == 0:
         print(f"{config.data}: {plan.describe()}", flush=True)
     return plan

@@ -54,11 +54,15 @@ def make_pair_logps(model: Model, *, chunk_size: int = 64) -> PairLogps:
             flat(batch.targets),
             chunk_size=chunk_size,
         )
-        logps = jnp.reshape(logps, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden))
+        logps = jnp.reshape(
+            logps, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
+        )
         sums = losses.sum_by_completion(
             logps, batch.completions, num_completions=slots * sides
         )
-        return jnp.reshape(sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden))
+        return jnp.reshape(
+            sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden)
+        )
 
     return pair_logps
 
@@ -131,7 +135,9 @@ def pair_arrays(logps: jax.Array, batch: PreferenceBatch) -> dict[str, jax.Array
 
 def _accumulated(loss, options, count) -> Objective:
     parameters = inspect.signature(loss).parameters.values()
-    inspect.signature(loss).bind(*(None for p in parameters if p.kind != p.KEYWORD_ONLY), **options)
+    inspect.signature(loss).bind(
+        *(None for p in parameters if p.kind != p.KEYWORD_ONLY), **options
+    )
     reads = tuple(p.name for p in parameters if p.kind != p.KEYWORD_ONLY)
     defaults = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
     options = defaults | options

@@ -37,7 +37,9 @@ def make_train_step(
             opt_state=opt_state,
             objective_state=objective_state,
         )
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), stepped, state
+        )
         metrics |= {
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.skipped),

@@ -74,7 +74,9 @@ def torch_logps(model, batch):
     ends = torch.tensor(batch.lengths[0]).reshape(-1, 1)
     starts = ends - torch.tensor(batch.completion_lengths[0]).reshape(-1, 1)
     position = torch.arange(1, length)[None]
-    return (chosen * ((position >= starts) & (position < ends))).sum(-1).reshape(rows, 2)
+    return (
+        (chosen * ((position >= starts) & (position < ends))).sum(-1).reshape(rows, 2)
+    )
 
 
 def torch_losses(folder, iterator, *, dtype, learning_rate):
@@ -102,7 +104,9 @@ def torch_losses(folder, iterator, *, dtype, learning_rate):
         with torch.no_grad():  # kept in float32, as jaxpref keeps them on disk
             before = torch_logps(reference, batch).float().to(dtype)
         ratio = torch_logps(model, batch) - before
-        loss = -torch.nn.functional.logsigmoid(BETA * (ratio[:, 0] - ratio[:, 1])).mean()
+        loss = -torch.nn.functional.logsigmoid(
+            BETA * (ratio[:, 0] - ratio[:, 1])
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         gradients = [p.grad for p in model.parameters()]
@@ -120,7 +124,9 @@ def torch_losses(folder, iterator, *, dtype, learning_rate):
     # hence the smaller learning rate there.
     [("float64", 1e-3, 1e-8), ("float32", 1e-6, 1e-5)],
 )
-def test_twenty_steps_of_dpo(stories260k, shared, tmp_path, dtype, learning_rate, tolerance):
+def test_twenty_steps_of_dpo(
+    stories260k, shared, tmp_path, dtype, learning_rate, tolerance
+):
     pairs_file = shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz"
     ours = jaxpref_losses(
         stories260k, pairs_file, tmp_path, dtype=dtype, learning_rate=learning_rate
