@@ -23,19 +23,19 @@ from pathlib import Path
 
 import numpy as np
 
-PLACES = ("cafe", "hotel", "inn", "diner", "lodge", "hostel")
-ASPECTS = ("food", "service", "room", "music", "coffee", "soup", "beer", "juice")
+PLACES = ("cafe", "hotel", "inn", "diner")
+ASPECTS = ("food", "service", "room", "coffee", "soup", "beer")
 
 # Values run from -2 to 2.  "warm" and "cold" depend on what they are said of.
 ADJECTIVES = (
-    dict.fromkeys(("superb", "wonderful", "perfect"), 2.0)
-    | dict.fromkeys(("good", "nice", "pleasant"), 1.0)
-    | dict.fromkeys(("poor", "dull", "bad"), -1.0)
-    | dict.fromkeys(("awful", "dreadful", "horrible"), -2.0)
+    dict.fromkeys(("superb", "wonderful"), 2.0)
+    | dict.fromkeys(("good", "nice"), 1.0)
+    | dict.fromkeys(("poor", "dull"), -1.0)
+    | dict.fromkeys(("awful", "horrible"), -2.0)
     | dict.fromkeys(("warm", "cold"), None)
 )
-WARM_VALUES = dict.fromkeys(ASPECTS, 1.0) | {"beer": -1.0, "juice": -1.0}
-INTENSIFIERS = {"extremely": 2.0, "very": 1.5, "slightly": 0.5}
+WARM_VALUES = dict.fromkeys(ASPECTS, 1.0) | {"beer": -1.0}
+INTENSIFIERS = {"very": 2.0, "slightly": 0.5}
 NEGATION = -0.5
 CLOSINGS = {
     "we loved it .": 2.0,
@@ -43,8 +43,11 @@ CLOSINGS = {
     "i would not return .": -1.0,
     "we hated it .": -2.0,
 }
+SHARPNESS = 2.0
+"""How surely people see a difference: they tell reviews one point apart right 88 times
+of 100, s(2).  It is finite, so that labels are soft and DPO's optimum is finite too."""
 WORST = -4.0
-"""The value of a text outside the grammar, that of the worst clause that can be said."""
+"""The value of a text outside the grammar: that of the worst clause there is."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = (
@@ -61,11 +64,7 @@ MAX_COMPLETION_TOKENS = 16
 
 def all_prompts() -> list[str]:
     """Every prompt of the world, in a fixed order."""
-    return [
-        f"{place} , mostly {aspect} :"
-        for place in PLACES
-        for aspect in ASPECTS
-    ]
+    return [f"{place} , mostly {aspect} :" for place in PLACES for aspect in ASPECTS]
 
 
 def clause_value(aspect: str, negated: bool, intensifier: str, adjective: str) -> float:
@@ -91,7 +90,7 @@ def read_clause(words: list[str], start: int):
 
 
 def read_review(words: list[str]):
-    """Read a review: list of (aspect or None, value, weight), or None if it is not one."""
+    """Read a review: [(aspect or None, value, weight), ...], or None if it is not one."""
     although = words[:1] == ["although"]
     first = read_clause(words, int(although))
     if first is None:
@@ -182,10 +181,32 @@ def write_reviews(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def prefer(rewards_a, rewards_b, seed: int) -> np.ndarray:
-    """Bradley-Terry labels: True where a wins, with P(a wins) = sigmoid(r_a - r_b)."""
-    margin = np.asarray(rewards_a) - np.asarray(rewards_b)
+    """Bradley-Terry labels: True where a wins, P(a wins) = s(SHARPNESS (r_a - r_b))."""
+    margin = SHARPNESS * (np.asarray(rewards_a) - np.asarray(rewards_b))
     draw = np.random.default_rng(seed).random(margin.shape)
     return draw < 1.0 / (1.0 + np.exp(-margin))
+
+
+def best_possible(rewards: np.ndarray, beta: float) -> tuple[float, float]:
+    """Reward and KL of the policy that DPO on unlimited clean labels ends at.
+
+    It is pi(y|x) = ref(y|x) exp(SHARPNESS r(x, y) / beta) / Z(x) (Rafailov et al. 2023,
+    equation 4), and no policy has a higher reward at its KL.
+
+    Args:
+      rewards: gold rewards of samples from the reference, [prompts, samples].
+      beta: DPO's beta.
+
+    Returns:
+      (mean reward, mean KL to the reference in nats), both means over prompts.
+    """
+    tilt = SHARPNESS * rewards / beta
+    tilt = tilt - tilt.max(axis=1, keepdims=True)
+    normaliser = np.exp(tilt).mean(axis=1, keepdims=True)
+    weights = np.exp(tilt) / normaliser / rewards.shape[1]
+    reward = np.sum(weights * rewards, axis=1)
+    kl = np.sum(weights * (tilt - np.log(normaliser)), axis=1)
+    return float(reward.mean()), float(kl.mean())
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:

@@ -7,11 +7,14 @@ the help of its docstring, so an option that the chosen loss does not read is an
 import dataclasses
 import inspect
 import logging
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
+import jax
 import tyro
 
 from jaxpref import losses
@@ -78,7 +81,9 @@ def train(argv: Sequence[str]) -> None:
         optimizer=arguments.optimizer,
         mesh=arguments.mesh,
     )
-    print(f"exported to {run(config)}")
+    export = run(config)
+    if jax.process_index() == 0:
+        print(f"exported to {export}")
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -101,25 +106,32 @@ def main() -> None:
     if name not in COMMANDS:
         width = max(map(len, COMMANDS))
         listed = "\n".join(f"  {k:{width}}  {v.__doc__}" for k, v in COMMANDS.items())
+        if name not in ("", "-h", "--help", "help"):
+            _fail(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
         print(
             f"usage: jaxpref COMMAND [options]\n\n{listed}\n\n"
             "`jaxpref COMMAND --help` explains a command's options."
         )
-        sys.exit(0 if name in ("-h", "--help", "help") else 2)
+        sys.exit(0 if name else 2)
     try:
         initialize_distributed()
+        # After jax.distributed, which would note a SIGTERM and carry on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         COMMANDS[name](argv)
     except InputError as error:
-        sys.exit(_complain(str(error)))
+        _fail(str(error))
     except OSError as error:
-        sys.exit(_complain(f"{error.filename or 'I/O'}: {error.strerror or error}"))
+        _fail(f"{error.filename or 'I/O'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; the same command resumes", code=130))
+        _fail("interrupted; the same command resumes", code=130)
 
 
-def _complain(message: str, *, code: int = 2) -> int:
+def _fail(message: str, *, code: int = 2) -> NoReturn:
     print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return code
+    if jax.distributed.is_initialized():
+        # An orderly exit would wait for the other processes, which wait for this one.
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parse(config: type, argv: Sequence[str], command: Callable) -> Any:
@@ -149,7 +161,7 @@ def _take_loss(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _options(loss: Callable) -> type:
-    """A dataclass of the loss's keyword-only parameters, documented by its docstring."""
+    """A dataclass of the loss's keyword-only parameters, with its docstring's help."""
     documented = _documented_arguments(loss)
     fields = []
     for parameter in inspect.signature(loss).parameters.values():

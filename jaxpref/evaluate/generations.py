@@ -1,7 +1,6 @@
 """`jaxpref sample`: what a model says to prompts."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -11,10 +10,11 @@ from tqdm import tqdm
 
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.models import build
+from jaxpref.models import ModelConfig, build
 from jaxpref.models.hub import resolve_folder, stop_tokens
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.sampling import generate, left_pad
+from jaxpref.train.checkpoint import write_json
 from jaxpref.train.config import Dtype
 from jaxpref.train.mesh import MeshConfig, make_mesh
 
@@ -41,7 +41,7 @@ class SampleConfig:
     top_k: int = 0
     """Only the k most likely tokens are drawn from; 0 means all."""
     top_p: float = 1.0
-    """Only the most likely tokens that reach this probability together are drawn from."""
+    """Only the likeliest tokens that reach this probability together are drawn from."""
     batch_size: int = 16
     """Prompts answered at the same time."""
     seed: int = 0
@@ -50,6 +50,11 @@ class SampleConfig:
     """Dtype of matrix products and activations."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
+
+    def __post_init__(self):
+        for name in ("limit", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
 
 
 def run(config: SampleConfig) -> list[dict[str, str]]:
@@ -65,10 +70,12 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         texts, prompts = data.read_prompts(
             data.open_source(config.data), tokenizer, limit=config.limit
         )
+    model_config = load_config(folder)
+    _check_prompts(prompts, model_config, config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = build(
-            dataclasses.replace(load_config(folder), compute_dtype=config.compute_dtype)
+            dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
         )
         params = load_params(folder, model)
         outputs = sample_texts(
@@ -123,14 +130,28 @@ def sample_texts(
     return outputs[: len(prompts)]
 
 
+def _check_prompts(prompts, model_config: ModelConfig, config: SampleConfig) -> None:
+    if not prompts:
+        raise InputError(f"{config.data}: holds no prompt")
+    for row, prompt in enumerate(prompts, start=1):
+        if len(prompt) + config.max_new_tokens > model_config.max_position_embeddings:
+            raise InputError(
+                f"prompt {row}: its {len(prompt)} tokens and --max-new-tokens "
+                f"{config.max_new_tokens} exceed the model's "
+                f"{model_config.max_position_embeddings} positions"
+            )
+        if max(prompt) >= model_config.vocab_size:
+            raise InputError(
+                f"prompt {row}: the tokenizer of {config.model} gives token "
+                f"{max(prompt)}, but its embedding has {model_config.vocab_size} rows; "
+                "use the tokenizer that belongs to the model"
+            )
+
+
 def _show(rows: list[dict[str, str]], out: str | None) -> None:
     if out is None:
         for row in rows:
             print(f"> {row['instruction']}\n{row['output']}\n")
         return
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error})") from error
+    write_json(Path(out), rows)
     print(f"{len(rows)} completions written to {out}", file=sys.stderr)

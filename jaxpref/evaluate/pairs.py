@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -14,9 +15,10 @@ from jaxpref.evaluate.metrics import preference_metrics
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.train.checkpoint import write_json
+from jaxpref.train.checkpoint import write_json, write_whole
 from jaxpref.train.config import Dtype
-from jaxpref.train.mesh import MeshConfig, make_mesh
+from jaxpref.train.inputs import check_fits
+from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
 from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.score import make_score_step, score_pairs
 
@@ -46,6 +48,10 @@ class EvaluateConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
+    def __post_init__(self):
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"beta {self.beta}: must be above 0 and finite")
+
 
 def run(config: EvaluateConfig) -> dict[str, float]:
     """Scores every pair and writes `metrics.json` and `eval_pairs.jsonl` to `out`."""
@@ -67,6 +73,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     if jax.process_index() == 0:
         print(f"{config.data}: {plan.describe()}", flush=True)
     mesh = make_mesh(config.mesh)
+    check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
         logps = _score(folder, pairs, config, mesh, "model log-probs")
         reference_logps = np.zeros_like(logps)
@@ -91,9 +98,9 @@ def run(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.ndarray:
-    model = build(
-        dataclasses.replace(load_config(folder), compute_dtype=config.compute_dtype)
-    )
+    model_config = load_config(folder)
+    check_fits(config.data, pairs, str(folder), model_config)
+    model = build(dataclasses.replace(model_config, compute_dtype=config.compute_dtype))
     params = load_params(folder, model)
     batches = data.eval_batches(
         pairs,
@@ -108,23 +115,22 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
 
 def _write_pairs(path: Path, pairs, logps, reference_logps, rewards) -> None:
     margins = rewards[:, 0] - rewards[:, 1]
-    with path.open("w", encoding="utf-8") as file:
-        for n in range(len(pairs)):
-            annotator = int(pairs.annotators[n])
-            row = {
-                "id": str(pairs.ids[n]),
-                "row": int(pairs.rows[n]) + 1,
-                "logps_chosen": float(logps[n, 0]),
-                "logps_rejected": float(logps[n, 1]),
-                "reference_logps_chosen": float(reference_logps[n, 0]),
-                "reference_logps_rejected": float(reference_logps[n, 1]),
-                "length_chosen": int(pairs.completion_lengths[n, 0]),
-                "length_rejected": int(pairs.completion_lengths[n, 1]),
-                "margin": float(margins[n]),
-                "correct": None if margins[n] == 0 else bool(margins[n] > 0),
-                "flip": bool(pairs.flips[n]),
-                "annotator": pairs.annotator_names[annotator]
-                if annotator >= 0
-                else None,
-            }
-            file.write(json.dumps(row) + "\n")
+    lines = []
+    for n in range(len(pairs)):
+        annotator = int(pairs.annotators[n])
+        row = {
+            "id": str(pairs.ids[n]),
+            "row": int(pairs.rows[n]) + 1,
+            "logps_chosen": float(logps[n, 0]),
+            "logps_rejected": float(logps[n, 1]),
+            "reference_logps_chosen": float(reference_logps[n, 0]),
+            "reference_logps_rejected": float(reference_logps[n, 1]),
+            "length_chosen": int(pairs.completion_lengths[n, 0]),
+            "length_rejected": int(pairs.completion_lengths[n, 1]),
+            "margin": float(margins[n]),
+            "correct": None if margins[n] == 0 else bool(margins[n] > 0),
+            "flip": bool(pairs.flips[n]),
+            "annotator": pairs.annotator_names[annotator] if annotator >= 0 else None,
+        }
+        lines.append(json.dumps(row) + "\n")
+    write_whole(path, "".join(lines))

@@ -66,8 +66,8 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
         """The newest step that is whole, with its data position; None if there is none.
 
-        Every array is compared with the digest taken before it was written.  A step that
-        does not match, or cannot be read, is reported and the one before it is tried.
+        Every array is compared with the digest taken before it was written.  A step
+        that does not match, or cannot be read, is reported and the one before is tried.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to.
@@ -106,7 +106,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for writes in flight and lets go of the folder."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._failed("the last", error) from error
 
     def _failed(self, step, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -118,8 +121,8 @@ class Checkpoints:
 def digests(tree) -> dict[str, int]:
     """One 32-bit digest per array, equal for any sharding of it.
 
-    The array's bits as 32-bit words, each times an odd number that depends on its place,
-    summed modulo 2^32: sums of integers do not depend on their order.
+    The array's bits as 32-bit words, each times an odd number that depends on its
+    place, summed modulo 2^32: sums of integers do not depend on their order.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     values = jax.device_get(_digest([leaf for _, leaf in leaves]))
@@ -142,11 +145,31 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
     return [one(leaf) for leaf in leaves]
 
 
-def write_json(path: Path, content) -> None:
-    """Writes a JSON file whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+      InputError: if it cannot be written; what was there before is untouched.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_json(path: Path, content) -> None:
+    """Writes a JSON file whole or not at all; errors as `write_whole`."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The error of a file that could not be written."""
+    return InputError(
+        f"{path}: cannot be written ({error.strerror or error}); make room or choose "
+        "another --out; the same command resumes"
+    )
 
 
 def _first_line(error: Exception) -> str:

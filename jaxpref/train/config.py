@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
@@ -48,6 +49,8 @@ class RunConfig:
     """Dtype the parameters and optimiser moments are kept in."""
     compute_dtype: Dtype = "float32"
     """Dtype of matrix products and activations; bfloat16 on TPU and GPU."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the exported weights."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes to save memory: none, dots or full."""
     logit_chunk: int = 64
@@ -55,7 +58,7 @@ class RunConfig:
     log_every: int = 10
     """Steps between metric lines."""
     eval_every: int = 100
-    """Steps between evaluations on the held-out pairs; also at the first and last step."""
+    """Steps between evaluations on the held-out pairs; also at first and last step."""
     save_every: int = 100
     """Steps between checkpoints; also at the last step."""
     keep_checkpoints: int = 2
@@ -102,11 +105,11 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def open_out(config: TrainConfig) -> Path:
-    """Makes OUT, or finds the same run in it; writes `config.json`.
+    """Makes OUT, or finds the same run in it.
 
     Raises:
-      InputError: if OUT cannot be written, or holds a run of another config; the message
-        names the fields that differ.
+      InputError: if OUT cannot be written, or holds a run of another config; the
+        message names the fields that differ.
     """
     out = Path(config.out)
     path = out / "config.json"
@@ -115,13 +118,16 @@ def open_out(config: TrainConfig) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise PermissionError("no permission to write")
-        before = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: not valid JSON ({error}); move {out} away"
-        ) from error
+        before = json.loads(path.read_text("utf-8")) if path.exists() else None
+        if not isinstance(before, dict | None):
+            raise ValueError("not an object")
     except OSError as error:
         raise InputError(f"--out {out}: cannot be used ({error})") from error
+    except ValueError as error:
+        raise InputError(
+            f"{path}: not the config of a run ({error}); put it back, or use another "
+            "--out"
+        ) from error
     if before is not None:
         changed = [
             f"{name} ({before.get(name)!r} -> {asked.get(name)!r})"
@@ -133,9 +139,19 @@ def open_out(config: TrainConfig) -> Path:
                 f"{out} holds a run of another config; changed: {', '.join(changed)}. "
                 "Use the same options to resume, or another --out"
             )
-    if jax.process_index() == 0:
-        write_json(path, asked)
     return out
+
+
+def remember(config: TrainConfig, out: Path) -> None:
+    """Writes `config.json`: from here on OUT belongs to this config.
+
+    Called once everything else was found to be usable, so that a first attempt with a
+    wrong option does not bind OUT to it.
+    """
+    # Not before every process has compared: they may share the folder.
+    multihost_utils.sync_global_devices("config.json was read")
+    if jax.process_index() == 0:
+        write_json(out / "config.json", to_json(config))
 
 
 def _plain(value):

@@ -1,15 +1,11 @@
 """The training run, from the first file read to the exported model, as one story."""
 
+import contextlib
 import dataclasses
 import functools
-import logging
-import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from jaxpref import data
 from jaxpref.errors import InputError
@@ -19,33 +15,30 @@ from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.models.huggingface import save as save_folder
 from jaxpref.train import reference
 from jaxpref.train.checkpoint import Checkpoints
-from jaxpref.train.config import TrainConfig, open_out
+from jaxpref.train.config import TrainConfig, open_out, remember
+from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.mesh import (
+    check_rows,
     initialize_distributed,
     make_mesh,
     on_devices,
-    row_shards,
     to_global,
 )
-from jaxpref.train.metrics import MetricsWriter
+from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
 from jaxpref.train.state import TrainState, init_state
 from jaxpref.train.step import make_train_step
 
-_log = logging.getLogger("jaxpref")
-
-MAX_SKIPPED_IN_A_ROW = 10
-"""Steps that may be non-finite one after another before the run gives up."""
-
 
 def run(config: TrainConfig) -> Path:
     """Trains `config.model` on `config.data` and exports it.
 
-    The same config and `out` resume after a kill: on the same software, devices, mesh and
-    process count to the same bits.  Written to `out`: `config.json`, `metrics.jsonl`,
-    `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging Face folder).
+    The same config and `out` resume after a kill: on the same software, devices, mesh
+    and process count to the same bits.  Written to `out`: `config.json`,
+    `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
+    Face folder).
 
     Returns:
       The exported folder.
@@ -62,17 +55,12 @@ def run(config: TrainConfig) -> Path:
 
 def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     objective = config.objective
-    rows = config.batch_size // config.accumulation
-    if rows % row_shards(mesh):
-        raise InputError(
-            f"batch_size / accumulation = {rows} rows cannot be split over "
-            f"data x fsdp = {row_shards(mesh)} devices; make it a multiple"
-        )
+    check_rows(config.batch_size, config.accumulation, mesh)
 
     # ---- data: text -> tokens -> a fixed plan -------------------------------------
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
-    plan = _plan(config, tokenizer)
+    plan = read_plan(config, tokenizer)
     shape = data.batch_shape(plan.train, plan.heldout)
     split = {
         "shape": shape,
@@ -84,12 +72,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
 
     # ---- model, optimiser, state: restored, or born from the model folder ---------
     model_config = load_config(folder)
-    longest = max(plan.train.longest, plan.heldout.longest)
-    if longest > model_config.max_position_embeddings:
-        raise InputError(
-            f"{config.model}: a sequence of {longest} tokens is longer than the model's "
-            f"{model_config.max_position_embeddings} positions; set --max-length"
-        )
+    check_fits(config.data, plan.train, config.model, model_config)
+    heldout_from = config.eval_data or config.data
+    check_fits(heldout_from, plan.heldout, config.model, model_config)
     model = build(
         dataclasses.replace(
             model_config,
@@ -122,10 +107,17 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         reference_folder = (
             resolve_folder(config.reference) if config.reference else folder
         )
-        digest = reference.weights_digest(reference_folder, config.compute_dtype)
+        if load_config(reference_folder) != model_config:
+            raise InputError(
+                f"{config.reference}: its config.json describes another model than "
+                f"{config.model}; a reference has the same sizes"
+            )
+        digest = ""  # only the first process reads and writes the table
+        if jax.process_index() == 0:
+            digest = reference.weights_digest(reference_folder, config.compute_dtype)
         for name, pairs in (("train", plan.train), ("heldout", plan.heldout)):
             path = out / "reference" / f"{name}.npz"
-            tables[name] = _from_first_process(
+            tables[name] = reference.from_first_process(
                 functools.partial(reference.load_table, path, pairs, digest),
                 (len(pairs), objective.sides),
             )
@@ -158,11 +150,11 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         batches.set_state(next_index)
     train_step = make_train_step(pair_logps, objective, tx, schedule)
     start = int(state.step)
+    remember(config, out)
     writer = MetricsWriter(out, resumed_at=start)
-    late = _LateMetrics(config, writer, plan.train, start)
+    late = LateMetrics(writer, config=config, pairs=plan.train, start=start)
 
     def evaluate(state: TrainState) -> None:
-        late.flush()
         if not len(plan.heldout):
             return
         table = score(
@@ -186,128 +178,23 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         meta = {"iterator": batches.get_state(), "plan": plan.digest}
         checkpoints.save(int(state.step), state, meta)
 
-    try:
+    closing = contextlib.closing
+    with closing(checkpoints), closing(writer), closing(late):
         for step in range(start, config.max_steps):
             if step % config.eval_every == 0:
-                evaluate(state)
+                with late.paused():
+                    evaluate(state)
             if step % config.save_every == 0:
-                save(state)
+                with late.paused():
+                    save(state)
             batch = next(batches)
             state, metrics = train_step(state, to_global(batch, mesh))
             late.push(step + 1, metrics)
-        evaluate(state)
-        save(state)
-        checkpoints.wait()
-    finally:
-        late.close()
-        writer.close()
-        checkpoints.close()
+        with late.paused():
+            evaluate(state)
+            save(state)
+            checkpoints.wait()
 
     export = out / "export"
-    save_folder(export, model, state.params, source_folder=folder)
+    save_folder(export, model, state.params, folder, config.export_dtype)
     return export
-
-
-def _plan(config: TrainConfig, tokenizer) -> data.Plan:
-    """The pairs of the run; `eval_data` takes the place of a held-out share."""
-    make = functools.partial(
-        data.make_plan, tokenizer=tokenizer, sides=config.objective.sides
-    )
-    if config.eval_data is None:
-        plan = make(data.open_source(config.data), options=config.options)
-    else:
-        whole = dataclasses.replace(config.options, heldout_fraction=0.0)
-        clean = dataclasses.replace(whole, flip_rate=0.0)
-        plan = make(data.open_source(config.data), options=whole)
-        held = make(data.open_source(config.eval_data), options=clean)
-        digest = plan.digest + held.digest
-        plan = dataclasses.replace(plan, heldout=held.train, digest=digest)
-    if jax.process_index() == 0:
-        print(f"{config.data}: {plan.describe()}", flush=True)
-    return plan
-
-
-class _LateMetrics:
-    """Fetches a step's metrics only after the next step is on its way."""
-
-    def __init__(self, config: TrainConfig, writer: MetricsWriter, pairs, start: int):
-        self._config, self._writer, self._pairs = config, writer, pairs
-        self._waiting = None
-        self._skipped_in_a_row = 0
-        self._tokens = self._pairs_done = 0
-        self._since = time.perf_counter()
-        self._bar = tqdm(
-            total=config.max_steps,
-            initial=start,
-            desc=config.objective.name,
-            unit="step",
-            disable=jax.process_index() != 0,
-        )
-
-    def push(self, step: int, metrics: dict) -> None:
-        waiting, self._waiting = self._waiting, (step, metrics)
-        if waiting is not None:
-            self._write(*waiting)
-
-    def flush(self) -> None:
-        if self._waiting is not None:
-            self._write(*self._waiting)
-            self._waiting = None
-
-    def close(self) -> None:
-        self._bar.close()
-
-    def _write(self, step: int, metrics: dict) -> None:
-        metrics = jax.device_get(metrics)
-        finite, nonfinite = metrics.pop("finite"), metrics.pop("nonfinite_pairs")
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if not finite:
-            self._report(step, nonfinite)
-        self._tokens += int(metrics.pop("tokens"))
-        self._pairs_done += int(metrics.pop("pairs"))
-        self._bar.update()
-        if step == 1:  # the first step is mostly compilation: not a rate
-            self._restart_clock()
-        if step % self._config.log_every == 0 or step in (1, self._config.max_steps):
-            values = {name: float(value) for name, value in metrics.items()}
-            seconds = time.perf_counter() - self._since
-            if self._tokens:
-                values["tokens_per_second"] = self._tokens / seconds
-                values["pairs_per_second"] = self._pairs_done / seconds
-            self._restart_clock()
-            self._writer.write(step, values)
-            shown = {"loss": f"{values['loss']:.4f}"}
-            if "rewards/accuracies" in values:
-                shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
-            self._bar.set_postfix(shown)
-
-    def _restart_clock(self) -> None:
-        self._tokens = self._pairs_done = 0
-        self._since = time.perf_counter()
-
-    def _report(self, step: int, nonfinite: np.ndarray) -> None:
-        ids = [self._pairs.ids[i] for i in nonfinite.ravel() if i >= 0]
-        _log.warning(
-            "step %d: the loss or its gradient is not finite; the step was skipped. %s",
-            step,
-            f"Pairs with a non-finite loss: {', '.join(ids)}"
-            if ids
-            else "Every pair's loss is finite: the gradient overflowed",
-        )
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise InputError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last at "
-                f"step {step}; lower --learning-rate or use float32"
-            )
-
-
-def _from_first_process(load, shape: tuple[int, int]) -> np.ndarray | None:
-    """What process 0 finds on its disk, on every process."""
-    table = load() if jax.process_index() == 0 else None
-    if jax.process_count() == 1:
-        return table
-    found = multihost_utils.broadcast_one_to_all(np.asarray(table is not None))
-    if not found:
-        return None
-    blank = np.zeros(shape, np.float32) if table is None else table
-    return np.asarray(multihost_utils.broadcast_one_to_all(blank))

@@ -29,7 +29,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh over all devices, with Explicit axes: a layout mistake fails at trace time.
+    """The mesh over all devices; by Explicit axes a layout mistake fails when traced.
 
     Raises:
       InputError: if the sizes do not multiply to the number of devices.
@@ -52,6 +52,15 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
 def row_shards(mesh: jax.sharding.Mesh) -> int:
     """Number of parts the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def check_rows(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError unless a micro-batch can be split over the mesh."""
+    if batch_size < 1 or batch_size % (accumulation * row_shards(mesh)):
+        raise InputError(
+            f"batch_size {batch_size} is not a multiple of accumulation {accumulation} "
+            f"x {row_shards(mesh)} devices (data x fsdp)"
+        )
 
 
 def to_global(batch, mesh: jax.sharding.Mesh):
@@ -103,7 +112,7 @@ def _on_cloud_tpu() -> bool:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """The whole of `x` on every device: a gather under Explicit axes, else `x` itself."""
+    """The whole of `x` on every device: a gather under Explicit axes, else `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.are_all_axes_explicit:
         return x
@@ -111,7 +120,7 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def on_devices(abstract, mesh: jax.sharding.Mesh):
-    """Shapes as `jax.eval_shape` gives them, their shardings bound to the mesh's devices."""
+    """Shapes from `jax.eval_shape`, their shardings bound to the mesh's devices."""
 
     def bind(x):
         spec = x.sharding.spec if x.sharding is not None else PartitionSpec()

@@ -1,12 +1,28 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and the progress bar."""
 
+import contextlib
 import json
+import logging
 import math
-import os
+import time
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+from tqdm import tqdm
+
+from jaxpref.data import Pairs
+from jaxpref.errors import InputError
+from jaxpref.train.checkpoint import cannot_write, write_whole
+from jaxpref.train.config import TrainConfig
+
+_log = logging.getLogger("jaxpref")
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Steps that may be non-finite one after another before the run gives up."""
 
 
 class MetricsWriter:
@@ -22,31 +38,153 @@ class MetricsWriter:
         Args:
           out: folder of the run.
           resumed_at: the restored step, 0 for a new run.
+
+        Raises:
+          InputError: if a file cannot be written; so also in `write` and `close`.
         """
+        self._path = out / "metrics.jsonl"
         self._file = self._board = None
         if jax.process_index() == 0:
-            path = out / "metrics.jsonl"
-            _keep_before(path, resumed_at)
-            self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(
-                str(out / "tensorboard"), purge_step=resumed_at, flush_secs=30
-            )
+            _keep_before(self._path, resumed_at)
+            board = out / "tensorboard"
+            with self._writing():
+                self._file = self._path.open("a", encoding="utf-8")
+                board.mkdir(exist_ok=True)
+                # Not SummaryWriter: its thread dies of a full disk and then blocks us.
+                self._board = EventsWriter(str(board / "events"))
+                restart = SessionLog(status=SessionLog.START)
+                self._board.write_event(
+                    Event(step=resumed_at, session_log=restart, wall_time=time.time())
+                )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line and flushes it; non-finite numbers are written as null."""
         if self._file is None:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                summary = scalar(name, value)
+                self._board.write_event(
+                    Event(step=step, summary=summary, wall_time=time.time())
+                )
+            self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes both files."""
         if self._file is not None:
-            self._file.close()
-            self._board.close()
+            with self._writing():
+                self._file.close()
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+
+class LateMetrics:
+    """Fetches a step's metrics only after the next step is on its way.
+
+    `tokens_per_second` and `pairs_per_second` are of training alone: the clock stands
+    still within `paused`, and the first step of a process, which compiles, is left out.
+    """
+
+    def __init__(
+        self, writer: MetricsWriter, *, config: TrainConfig, pairs: Pairs, start: int
+    ):
+        """Shows the progress bar.
+
+        Args:
+          writer: where metric lines go.
+          config: of the run.
+          pairs: the training pairs, to name those whose loss is not finite.
+          start: steps done before this process began.
+        """
+        self._config, self._writer, self._pairs = config, writer, pairs
+        self._waiting = None
+        self._compiled = False
+        self._skipped_in_a_row = 0
+        self._restart_clock()
+        self._bar = tqdm(
+            total=config.max_steps,
+            initial=start,
+            desc=config.objective.name,
+            unit="step",
+            disable=jax.process_index() != 0,
+        )
+
+    def push(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a step that was started, writes those of the one before.
+
+        Raises:
+          InputError: after `MAX_SKIPPED_IN_A_ROW` steps that were not finite.
+        """
+        waiting, self._waiting = self._waiting, (step, metrics)
+        if waiting is not None:
+            self._write(*waiting)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Waits for the step on its way, writes its metrics, and stops the clock."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._write(*waiting)
+        self._seconds += time.perf_counter() - self._since
+        yield
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
+
+    def _write(self, step: int, metrics: dict) -> None:
+        metrics = jax.device_get(metrics)
+        finite, nonfinite = metrics.pop("finite"), metrics.pop("nonfinite_pairs")
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if not finite:
+            self._report(step, nonfinite)
+        self._tokens += int(metrics.pop("tokens"))
+        self._pairs_done += int(metrics.pop("pairs"))
+        self._bar.update()
+        if not self._compiled:
+            self._compiled = True
+            self._restart_clock()
+        if step % self._config.log_every == 0 or step in (1, self._config.max_steps):
+            values = {name: float(value) for name, value in metrics.items()}
+            if self._tokens:
+                seconds = self._seconds + time.perf_counter() - self._since
+                values["tokens_per_second"] = self._tokens / seconds
+                values["pairs_per_second"] = self._pairs_done / seconds
+            self._restart_clock()
+            self._writer.write(step, values)
+            shown = {"loss": f"{values['loss']:.4f}"}
+            if "rewards/accuracies" in values:
+                shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
+            self._bar.set_postfix(shown)
+
+    def _restart_clock(self) -> None:
+        self._tokens = self._pairs_done = 0
+        self._seconds, self._since = 0.0, time.perf_counter()
+
+    def _report(self, step: int, nonfinite: np.ndarray) -> None:
+        ids = [self._pairs.ids[i] for i in nonfinite.ravel() if i >= 0]
+        _log.warning(
+            "step %d: the loss or its gradient is not finite; the step was skipped. %s",
+            step,
+            f"Pairs with a non-finite loss: {', '.join(ids)}"
+            if ids
+            else "Every pair's loss is finite: the gradient overflowed",
+        )
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise InputError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last at "
+                f"step {step}; lower --learning-rate or use float32"
+            )
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -72,6 +210,4 @@ def _keep_before(path: Path, step: int) -> None:
         for line in read_metrics(path)
         if line["step"] < step or (line["step"] == step and "loss" in line)
     ]
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(replacement, path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,7 +1,7 @@
 """Objectives: from a loss to a gradient.
 
-An objective is a pair `(init, gradient)` that the train step calls without knowing which
-one it is:
+An objective is a pair `(init, gradient)` that the train step calls without knowing
+which one it is:
 
     gradient(pair_logps, params, batch, state) -> (gradients, state, metrics)
 
@@ -10,6 +10,7 @@ noise and of gradient mixing lives in their rooms; here it meets a model and a b
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.errors import InputError
 from jaxpref.models import Model, token_logps
 from jaxpref.models.config import SPECS, on_mesh
 from jaxpref.train.mesh import replicated
@@ -30,8 +32,8 @@ PairLogps = Callable[[Any, PreferenceBatch], jax.Array]
 def make_pair_logps(model: Model, *, chunk_size: int = 64) -> PairLogps:
     """Completion log-probs of the rows of a batch under a model.
 
-    The backbone runs on every token, the LM head on completion tokens only, `chunk_size`
-    of them at a time.
+    The backbone runs on every token, the LM head on completion tokens only,
+    `chunk_size` of them at a time.
 
     Args:
       model: the functional model.
@@ -82,7 +84,7 @@ class Objective:
     gradient: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
     """`gradient(pair_logps, params, batch, state) -> (gradients, state, metrics)`."""
     losses: Callable[[jax.Array, PreferenceBatch, Any], jax.Array]
-    """`losses(logps, batch, state) -> [..., S]`; one loss per pair, 0 in empty slots."""
+    """`losses(logps, batch, state) -> [..., S]`; one a pair, 0 in empty slots."""
     count: Callable[[PreferenceBatch], jax.Array]
     """`count(batch)`: what a sum of losses is divided by, over the global batch."""
 
@@ -108,7 +110,7 @@ def from_loss(loss: Callable[..., jax.Array], **options) -> Objective:
       **options: its hyper-parameters.
 
     Raises:
-      TypeError: if an option is unknown to the loss or a required one is missing.
+      InputError: if an option is unknown to the loss, missing, or out of its range.
     """
     return _accumulated(loss, options, lambda batch: jnp.sum(batch.pairs >= 0))
 
@@ -135,10 +137,13 @@ def pair_arrays(logps: jax.Array, batch: PreferenceBatch) -> dict[str, jax.Array
 
 def _accumulated(loss, options, count) -> Objective:
     parameters = inspect.signature(loss).parameters.values()
-    inspect.signature(loss).bind(
-        *(None for p in parameters if p.kind != p.KEYWORD_ONLY), **options
-    )
     reads = tuple(p.name for p in parameters if p.kind != p.KEYWORD_ONLY)
+    # Traced, not run: a bad option is found here, before any model is loaded.
+    pair = [jax.ShapeDtypeStruct((1,), jnp.float32)] * len(reads)
+    try:
+        jax.eval_shape(functools.partial(loss, **options), *pair)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"loss {loss.__name__}: {error}") from error
     defaults = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
     options = defaults | options
 
@@ -189,8 +194,8 @@ def reward_metrics(
 ) -> dict[str, jax.Array]:
     """Means over the pairs of log-probs and implicit rewards, under the field's names.
 
-    Implicit rewards are in the loss's own convention: beta (log pi - log pi_ref) where it
-    reads a reference, beta log pi where it does not, averaged over tokens where it
+    Implicit rewards are in the loss's own convention: beta (log pi - log pi_ref) where
+    it reads a reference, beta log pi where it does not, averaged over tokens where it
     averages them.  Ties count half in `rewards/accuracies`.
     """
     mask = batch.pairs >= 0

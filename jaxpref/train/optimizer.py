@@ -2,8 +2,10 @@
 
 import dataclasses
 import enum
+import math
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxpref.errors import InputError
@@ -39,12 +41,16 @@ class OptimizerConfig:
     """Gradients with a larger global norm are scaled down to it; 0 means never."""
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate {self.learning_rate}: must be above 0")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or self.max_grad_norm < 0:
+        if not 0 < self.learning_rate < math.inf:
             raise InputError(
-                "warmup_steps, weight_decay and max_grad_norm must not be negative"
+                f"learning_rate {self.learning_rate}: must be above 0 and finite"
             )
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 0")
+        for name in ("adam_b1", "adam_b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be in [0, 1)")
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
@@ -58,11 +64,14 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
             after = optax.linear_schedule(peak, 0.0, rest)
         case Decay.CONSTANT:
             after = optax.constant_schedule(peak)
-    if not warmup:
-        return after
-    # The first step already moves: it uses peak / warmup, not 0.
-    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
-    return optax.join_schedules([rise, after], [warmup])
+
+    def schedule(step):
+        step = jnp.asarray(step, float)  # int32 / int is float32 even in a float64 run
+        # The first step already moves: it uses peak / warmup, not 0.
+        rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+        return rise * after(jnp.maximum(step - warmup, 0))
+
+    return schedule
 
 
 def make_optimizer(

@@ -14,7 +14,7 @@ from jaxpref.train.objective import Objective, PairLogps, reward_metrics
 
 
 def make_score_step(pair_logps: PairLogps) -> Callable:
-    """The jitted `(params, batch) -> (logps [A, R, S, K], pairs [A, R, S])`, replicated.
+    """The jitted `(params, batch) -> (logps [A, R, S, K], pairs [A, R, S])`.
 
     It maps over the same micro-batches as the train step, so that both run the same
     kernels on the same shapes and a loss of their difference starts at its known value.

@@ -13,12 +13,12 @@ from jaxpref.train.objective import Objective
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and replaces.  Checkpoints hold it together with the data position."""
+    """What a step reads and replaces; checkpoints add the data position."""
 
     step: jax.Array
     """int32 []; optimiser steps tried, equal to the batches consumed."""
     skipped: jax.Array
-    """int32 []; how many of them were not finite and left the rest of the state alone."""
+    """int32 []; how many of them were not finite and changed nothing else."""
     params: Any
     """The model's parameters, sharded as they were born."""
     opt_state: Any
@@ -30,7 +30,7 @@ class TrainState:
 def init_state(
     params, tx: optax.GradientTransformation, objective: Objective
 ) -> TrainState:
-    """The state before the first step; pure, so `jax.eval_shape` gives the shardings."""
+    """The state before the first step; pure, so `jax.eval_shape` gives shardings."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

@@ -1,4 +1,4 @@
-"""The train step: gradient -> optax -> apply, and a guard against non-finite numbers."""
+"""The train step: gradient -> optax -> apply, and a guard against non-finite values."""
 
 import dataclasses
 from collections.abc import Callable

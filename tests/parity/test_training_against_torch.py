@@ -79,9 +79,30 @@ def torch_logps(model, batch):
     )
 
 
-def torch_losses(folder, iterator, *, dtype, learning_rate):
-    from transformers import LlamaForCausalLM
+def rotary_in_full_precision(self, x, position_ids):
+    """LlamaRotaryEmbedding.forward without its float32: for the float64 comparison."""
+    half = self.config.head_dim // 2
+    theta = self.config.rope_parameters["rope_theta"]
+    frequencies = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = position_ids[..., None].double() * frequencies
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
+
+def rms_norm_in_full_precision(self, x):
+    """LlamaRMSNorm.forward without its float32: for the float64 comparison."""
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * (x * scale)
+
+
+def torch_losses(folder, iterator, *, dtype, learning_rate, monkeypatch):
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama import modeling_llama as llama
+
+    if dtype == torch.float64:
+        rotary, norm = llama.LlamaRotaryEmbedding, llama.LlamaRMSNorm
+        monkeypatch.setattr(rotary, "forward", rotary_in_full_precision)
+        monkeypatch.setattr(norm, "forward", rms_norm_in_full_precision)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     norms = [p for n, p in model.named_parameters() if "norm" in n]
@@ -125,7 +146,7 @@ def torch_losses(folder, iterator, *, dtype, learning_rate):
     [("float64", 1e-3, 1e-8), ("float32", 1e-6, 1e-5)],
 )
 def test_twenty_steps_of_dpo(
-    stories260k, shared, tmp_path, dtype, learning_rate, tolerance
+    stories260k, shared, tmp_path, monkeypatch, dtype, learning_rate, tolerance
 ):
     pairs_file = shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz"
     ours = jaxpref_losses(
@@ -136,6 +157,7 @@ def test_twenty_steps_of_dpo(
         batches(stories260k, pairs_file),
         dtype=getattr(torch, dtype),
         learning_rate=learning_rate,
+        monkeypatch=monkeypatch,
     )
     assert len(ours) == STEPS
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)

@@ -1,0 +1,70 @@
+"""What a run reads, checked against its model before anything is computed."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from jaxpref import data
+from jaxpref.data import Pairs
+from jaxpref.errors import InputError
+from jaxpref.models import ModelConfig
+from jaxpref.train.config import TrainConfig
+
+
+def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
+    """The pairs of the run; `eval_data` takes the place of a held-out share.
+
+    Raises:
+      InputError: if a record is wrong, or no pair is left to train on.
+    """
+    make = functools.partial(
+        data.make_plan, tokenizer=tokenizer, sides=config.objective.sides
+    )
+    if config.eval_data is None:
+        plan = make(data.open_source(config.data), options=config.options)
+    else:
+        whole = dataclasses.replace(config.options, heldout_fraction=0.0)
+        clean = dataclasses.replace(whole, flip_rate=0.0)
+        plan = make(data.open_source(config.data), options=whole)
+        held = make(data.open_source(config.eval_data), options=clean)
+        digest = plan.digest + held.digest
+        plan = dataclasses.replace(plan, heldout=held.train, digest=digest)
+    if not len(plan.train):
+        raise InputError(
+            f"{config.data}: no pair is left to train on ({plan.describe()}); lower "
+            "--heldout-fraction"
+        )
+    if jax.process_index() == 0:
+        print(f"{config.data}: {plan.describe()}", flush=True)
+    return plan
+
+
+def check_fits(source: str, pairs: Pairs, model: str, config: ModelConfig) -> None:
+    """Whether a model has an embedding for every token and a place for every position.
+
+    XLA clamps an index out of range without a word, so it must be found here.
+
+    Raises:
+      InputError: naming the first row that does not fit.
+    """
+    if pairs.longest > config.max_position_embeddings:
+        raise InputError(
+            f"{source} row {_row_of_longest(pairs)}: a sequence of {pairs.longest} "
+            f"tokens is longer than the {config.max_position_embeddings} positions of "
+            f"{model}; lower --max-length"
+        )
+    outside = np.flatnonzero(pairs.tokens >= config.vocab_size)
+    if len(outside):
+        pair = np.searchsorted(pairs.offsets, outside[0], side="right") - 1
+        raise InputError(
+            f"{source} row {pairs.rows[pair] + 1}: the tokenizer of {model} gives "
+            f"token {pairs.tokens[outside[0]]}, but its embedding has "
+            f"{config.vocab_size} rows; use the tokenizer that belongs to the model"
+        )
+
+
+def _row_of_longest(pairs: Pairs) -> int:
+    lengths = pairs.prompt_lengths + pairs.completion_lengths.max(1)
+    return int(pairs.rows[lengths.argmax()]) + 1
