@@ -90,7 +90,7 @@ def read_clause(words: list[str], start: int):
 
 
 def read_review(words: list[str]):
-    """Read a review: [(aspect or None, value, weight), ...], or None if it is not one."""
+    """Read a review: [(aspect or None, value, weight), ...]; None if it is not one."""
     although = words[:1] == ["although"]
     first = read_clause(words, int(although))
     if first is None:
@@ -207,6 +207,15 @@ def best_possible(rewards: np.ndarray, beta: float) -> tuple[float, float]:
     reward = np.sum(weights * rewards, axis=1)
     kl = np.sum(weights * (tilt - np.log(normaliser)), axis=1)
     return float(reward.mean()), float(kl.mean())
+
+
+def best_possible_curve(rewards: np.ndarray, beta: float) -> list[dict]:
+    """The exact frontier, from the reference itself to DPO's optimum at `beta`."""
+    curve = [{"reward": float(rewards.mean()), "kl": 0.0}]
+    for scale in 2.0 ** np.arange(5, -0.01, -0.25):
+        reward, kl = best_possible(rewards, beta * scale)
+        curve.append({"reward": reward, "kl": kl})
+    return curve
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:

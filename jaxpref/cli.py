@@ -102,6 +102,10 @@ COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample}
 def main() -> None:
     """Entry point; wrong input is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # A write that fails is raised and told in one line; Orbax would also log it, once
+    # for every array and with its traceback.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     name, argv = (sys.argv + [""])[1], sys.argv[2:]
     if name not in COMMANDS:
         width = max(map(len, COMMANDS))

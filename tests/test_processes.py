@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny import make_model_folder, make_pairs_file
+from safetensors.numpy import load_file
 
-from jaxpref.models import tensor_file
 from jaxpref.train import read_metrics
+from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,7 +113,8 @@ def test_two_processes_are_one(inputs, tmp_path):
     # Both die at the fifth batch; the same command finishes what they began.
     two = command(inputs, tmp_path / "two")
     killed = run_processes(two, 2, batches_before_death=4)
-    assert [code for code, *_ in killed] == [-signal.SIGKILL] * 2, killed[0][2]
+    # The second may notice the first one's death before its own comes.
+    assert killed[0][0] == -signal.SIGKILL and killed[1][0] != 0, killed[0][2]
     assert not (tmp_path / "two" / "export").exists()
     resumed = run_processes(two, 2)
     assert [code for code, *_ in resumed] == [0, 0], [r[2][-3000:] for r in resumed]
@@ -131,7 +132,7 @@ def test_two_processes_are_one(inputs, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), (a, name)
 
     weights = [
-        tensor_file.read(tmp_path / name / "export" / "model.safetensors")
+        load_file(tmp_path / name / "export" / "model.safetensors")
         for name in ("one", "two")
     ]
     for name, expected in weights[0].items():
@@ -140,6 +141,8 @@ def test_two_processes_are_one(inputs, tmp_path):
 
 def test_wrong_input_ends_every_process(inputs, tmp_path):
     argv = [*command(inputs, tmp_path / "run"), "--batch-size", "6"]
-    for code, _, err in run_processes(argv, 2):
-        assert code == 2
-        assert [x for x in err.splitlines() if x.startswith("jaxpref: error: batch_si")]
+    first, second = run_processes(argv, 2)
+    complaints = [x for x in first[2].splitlines() if x.startswith("jaxpref: error: ")]
+    assert len(complaints) == 1 and "batch_size 6" in complaints[0]
+    # Without the first process the others are ended by jax.distributed, if not before.
+    assert first[0] == 2 and second[0] != 0

@@ -51,16 +51,14 @@ class SampleConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
-    def __post_init__(self):
-        for name in ("limit", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
-
 
 def run(config: SampleConfig) -> list[dict[str, str]]:
     """Completes every prompt; prints the completions or writes them to `out`."""
     if bool(config.prompts) == bool(config.data):
         raise InputError("give either --prompts TEXT ... or --data FILE")
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} {getattr(config, name)}: must be at least 1")
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
     if config.prompts:
@@ -105,28 +103,28 @@ def sample_texts(
     longest = max(map(len, prompts))
     width = -(-longest // 32) * 32
     outputs = []
-    bar = tqdm(total=len(prompts), desc="sampling", disable=jax.process_index() != 0)
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        filled = batch + batch[-1:] * (config.batch_size - len(batch))
-        tokens, lengths = left_pad(filled, length=width)
-        key = jax.random.fold_in(jax.random.key(config.seed), start)
-        drawn, drawn_lengths = generate(
-            model,
-            params,
-            tokens,
-            lengths,
-            key,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k or None,
-            top_p=config.top_p,
-            stop_tokens=stop_tokens,
-        )
-        for ids, length in zip(np.asarray(drawn), np.asarray(drawn_lengths)):
-            outputs.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
-        bar.update(len(batch))
-    bar.close()
+    quiet = jax.process_index() != 0
+    with tqdm(total=len(prompts), desc="sampling", disable=quiet) as bar:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = prompts[start : start + config.batch_size]
+            filled = batch + batch[-1:] * (config.batch_size - len(batch))
+            tokens, lengths = left_pad(filled, length=width)
+            key = jax.random.fold_in(jax.random.key(config.seed), start)
+            drawn, drawn_lengths = generate(
+                model,
+                params,
+                tokens,
+                lengths,
+                key,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k or None,
+                top_p=config.top_p,
+                stop_tokens=stop_tokens,
+            )
+            for ids, length in zip(np.asarray(drawn), np.asarray(drawn_lengths)):
+                outputs.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
+            bar.update(len(batch))
     return outputs[: len(prompts)]
 
 

@@ -17,7 +17,7 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.checkpoint import write_json, write_whole
 from jaxpref.train.config import Dtype
-from jaxpref.train.inputs import check_fits
+from jaxpref.train.inputs import check_finite, check_fits
 from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
 from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.score import make_score_step, score_pairs
@@ -48,19 +48,18 @@ class EvaluateConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
-    def __post_init__(self):
-        if not 0 < self.beta < math.inf:
-            raise InputError(f"beta {self.beta}: must be above 0 and finite")
-
 
 def run(config: EvaluateConfig) -> dict[str, float]:
     """Scores every pair and writes `metrics.json` and `eval_pairs.jsonl` to `out`."""
+    if not 0 < config.beta < math.inf:
+        raise InputError(f"beta {config.beta}: must be above 0 and finite")
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be used ({error})") from error
     folder = resolve_folder(config.model)
+    reference_folder = resolve_folder(config.reference) if config.reference else None
     options = DataOptions(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -77,8 +76,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     with jax.set_mesh(mesh):
         logps = _score(folder, pairs, config, mesh, "model log-probs")
         reference_logps = np.zeros_like(logps)
-        if config.reference:
-            reference_folder = resolve_folder(config.reference)
+        if reference_folder is not None:
             reference_logps = _score(
                 reference_folder, pairs, config, mesh, "reference log-probs"
             )
@@ -110,7 +108,9 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
         process_count=jax.process_count(),
     )
     step = make_score_step(make_pair_logps(model))
-    return score_pairs(step, params, batches, (len(pairs), 2), mesh=mesh, title=title)
+    logps = score_pairs(step, params, batches, (len(pairs), 2), mesh=mesh, title=title)
+    check_finite(config.data, pairs, str(folder), logps)
+    return logps
 
 
 def _write_pairs(path: Path, pairs, logps, reference_logps, rewards) -> None:

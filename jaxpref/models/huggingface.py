@@ -1,12 +1,9 @@
 """Hugging Face model folders (config.json + safetensors), read and written.
 
-Adding a family is a name table here and, where its mathematics differs, a flag in
-`ModelConfig`.
+Adding a family is a table in `huggingface_names` and, where its mathematics differs, a
+flag in `ModelConfig`.
 """
 
-import contextlib
-import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -17,53 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxpref.errors import InputError
-from jaxpref.models import tensor_file
 from jaxpref.models.config import ModelConfig, check_mesh
 from jaxpref.models.functional import Model, Params
+from jaxpref.models.huggingface_config import config_from_hf, config_to_hf, read_json
+from jaxpref.models.huggingface_names import LLAMA, Name
 
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """Where one of our arrays lies in a folder.
-
-    `inputs` is how many of its leading axes (behind the layer axis) are the inputs of a
-    matrix.  The folder holds `[outputs, inputs]`, each flattened; 0 is stored as it is.
-    """
-
-    template: str
-    inputs: int = 0
-
-    @property
-    def stacked(self) -> bool:
-        """Whether ours has a leading layer axis, and the folder one tensor a layer."""
-        return "{}" in self.template
-
-    def tensors(self, shape) -> list[str]:
-        """The names of the tensors that make up our array of this shape."""
-        return [self.template.format(i) for i in range(shape[0] if self.stacked else 1)]
-
-    def stored_shape(self, shape) -> tuple[int, ...]:
-        """The shape of each of them."""
-        shape, n = tuple(shape[1:] if self.stacked else shape), self.inputs
-        return (math.prod(shape[n:]), math.prod(shape[:n])) if n else shape
-
-
-LLAMA = {
-    "embed": Name("model.embed_tokens.weight"),
-    "layers.attention_norm": Name("model.layers.{}.input_layernorm.weight"),
-    "layers.query": Name("model.layers.{}.self_attn.q_proj.weight", 1),
-    "layers.key": Name("model.layers.{}.self_attn.k_proj.weight", 1),
-    "layers.value": Name("model.layers.{}.self_attn.v_proj.weight", 1),
-    "layers.output": Name("model.layers.{}.self_attn.o_proj.weight", 2),
-    "layers.mlp_norm": Name("model.layers.{}.post_attention_layernorm.weight"),
-    "layers.gate": Name("model.layers.{}.mlp.gate_proj.weight", 1),
-    "layers.up": Name("model.layers.{}.mlp.up_proj.weight", 1),
-    "layers.down": Name("model.layers.{}.mlp.down_proj.weight", 1),
-    "norm": Name("model.norm.weight"),
-    "head": Name("lm_head.weight", 1),
-}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What weights may be stored as: the format's names and numpy's."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -89,7 +50,7 @@ def load_config(folder: str | Path) -> ModelConfig:
         InputError: no readable config.json, or a field that this model cannot honour.
     """
     path = Path(folder) / "config.json"
-    return ModelConfig.from_hf_json(_read_json(path), path)
+    return config_from_hf(read_json(path), path)
 
 
 def load_params(folder: str | Path, model: Model) -> Params:
@@ -107,15 +68,9 @@ def load_params(folder: str | Path, model: Model) -> Params:
     check_mesh(model.config)
     stored = _stored(folder)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    expected = {}
-
-    def expect(name, leaf):
-        stored_shape = name.stored_shape(leaf.shape)
-        expected.update(dict.fromkeys(name.tensors(leaf.shape), stored_shape))
-
-    _map_leaves(expect, shapes)
-    _check(folder, model, stored, expected)
-    return _map_leaves(functools.partial(_load_leaf, folder, stored), shapes)
+    _check(folder, model, stored, shapes)
+    leaves = [_load_leaf(folder, stored, *entry) for entry in _named_leaves(shapes)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def save(
@@ -140,25 +95,28 @@ def save(
         source_folder: where the model came from: its tokenizer files are copied, and
             fields of its config.json that the model does not use (token ids) are kept.
         dtype: "float32", "float16" or "bfloat16"; by default that of the parameters.
-        max_file_bytes: weights beyond this size are split over several files.
+        max_file_bytes: weights beyond this size are split over several files; one
+            file's weights are held in host memory at a time.
 
     Raises:
         InputError: the folder cannot be written, or a weight is not finite in `dtype`.
     """
     folder = Path(folder).resolve()
     dtype = np.dtype(jnp.dtype(dtype or model.config.param_dtype))
-    if dtype not in tensor_file.NAMES:
-        raise InputError(f"{folder}: weights are saved in {list(tensor_file.DTYPES)}")
+    if dtype.name not in DTYPES.values():
+        raise InputError(
+            f"{folder}: weights are saved in {', '.join(DTYPES.values())}, not {dtype}"
+        )
     fields = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if source_folder is not None:
         source = Path(source_folder)
         if not source.is_dir():
             raise InputError(f"{source}: no such folder to copy the tokenizer from")
         if (source / "config.json").exists():
-            fields |= _read_json(source / "config.json")
+            fields |= read_json(source / "config.json")
             for older_or_newer_name in ("dtype", "rope_parameters"):
                 fields.pop(older_or_newer_name, None)
-    fields |= model.config.to_hf_json() | {"torch_dtype": dtype.name}
+    fields |= config_to_hf(model.config) | {"torch_dtype": dtype.name}
 
     temporary = folder.parent / f".{folder.name}.partial"
     writes = jax.process_index() == 0
@@ -166,59 +124,71 @@ def save(
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            _write_json(temporary / "config.json", fields)
         _write_weights(temporary if writes else None, params, dtype, max_file_bytes)
         if writes:
-            _write_json(temporary / "config.json", fields)
             for name in TOKENIZER_FILES if source_folder is not None else ():
                 if (source / name).exists():
                     shutil.copyfile(source / name, temporary / name)
             _move_into_place(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{folder}: the model cannot be written ({error.strerror}); free some "
-            "space or choose another folder"
+            f"{folder}: the model cannot be written ({reason}); free some space or "
+            "choose another folder"
         ) from None
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _map_leaves(function, tree):
-    """`function(name, leaf)` for each leaf of parameters."""
+def _named_leaves(tree) -> list[tuple[Name, jax.Array]]:
+    """The leaves of parameters in the tree's order, and where each lies in a folder."""
     key = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(LLAMA[key(path)], leaf), tree
-    )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(LLAMA[key(path)], leaf) for path, leaf in leaves]
 
 
 # --- reading
 
 
-def _read_json(path: Path) -> dict:
+def _open(path: Path) -> dict:
+    """The tensors of a file by name; indexing one reads that part of it from disk."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        file = safe_open(path, framework="np")
+        tensors = {name: file.get_slice(name) for name in file.keys()}
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file; give the folder of a Hugging Face model"
+            f"{path}: no such file; the folder is incomplete, copy it again"
         ) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); copy it again") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: holds {type(fields).__name__}, not a JSON object")
-    return fields
+        raise InputError(
+            f"{path}: cannot be read ({error}); check its rights"
+        ) from None
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: not a complete safetensors file ({error}); copy or download it "
+            "again"
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.get_dtype() not in DTYPES:
+            raise InputError(
+                f"{path}: tensor {name} is stored as {tensor.get_dtype()}; convert the "
+                "weights to float32, float16 or bfloat16"
+            )
+    return tensors
 
 
-def _stored(folder: Path) -> dict[str, np.ndarray]:
+def _stored(folder: Path) -> dict:
+    """The tensors of every file of a folder by name."""
     if (folder / WEIGHTS).exists():
-        return tensor_file.read(folder / WEIGHTS)
+        return _open(folder / WEIGHTS)
     if not (folder / INDEX).exists():
         raise InputError(
             f"{folder}: has neither {WEIGHTS} nor {INDEX}; only safetensors are read, "
             "so convert other weights first"
         )
-    index = _read_json(folder / INDEX).get("weight_map")
+    index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(
         isinstance(file, str) and file == Path(file).name for file in index.values()
     ):
@@ -227,20 +197,21 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
         )
     stored = {}
     for file in sorted(set(index.values())):
-        stored |= tensor_file.read(folder / file)
+        stored |= _open(folder / file)
     for name, file in index.items():
         if name not in stored:
             raise InputError(f"{folder / file}: tensor {name} is indexed, but missing")
     return stored
 
 
-def _check(folder, model, stored, expected):
+def _check(folder, model, stored, shapes):
+    expected = {}
+    for name, leaf in _named_leaves(shapes):
+        stored_shape = name.stored_shape(leaf.shape)
+        expected |= dict.fromkeys(name.tensors(leaf.shape), stored_shape)
     head, embed = LLAMA["head"].template, LLAMA["embed"].template
-    extra = [
-        name
-        for name in stored
-        if name not in expected and not name.endswith("rotary_emb.inv_freq")
-    ]
+    extra = [name for name in stored if name not in expected]
+    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
     missing = [name for name in expected if name not in stored]
     if missing:
         hint = "; set tie_word_embeddings if it is tied" if missing == [head] else ""
@@ -249,7 +220,7 @@ def _check(folder, model, stored, expected):
             f"{len(expected)} are){hint}"
         )
     if extra == [head] and model.config.tie_word_embeddings:
-        if not np.array_equal(stored[head], stored[embed]):
+        if not np.array_equal(stored[head][:], stored[embed][:]):
             raise InputError(
                 f"{folder}: tensor {head} differs from {embed}, but config.json says "
                 "tie_word_embeddings; set it to false"
@@ -260,10 +231,11 @@ def _check(folder, model, stored, expected):
             f"{model.config.num_layers} layers ({len(extra)} such); check config.json"
         )
     for name, shape in expected.items():
-        if stored[name].shape != shape:
+        found = stored[name].get_shape()
+        if found != list(shape):
             raise InputError(
-                f"{folder}: tensor {name} has shape {list(stored[name].shape)}, but "
-                f"config.json asks for {list(shape)}; the two do not belong together"
+                f"{folder}: tensor {name} has shape {found}, but config.json asks for "
+                f"{list(shape)}; the two do not belong together"
             )
 
 
@@ -272,12 +244,14 @@ def _load_leaf(folder, stored, name: Name, leaf):
     inner_shape = leaf.shape[1:] if name.stacked else leaf.shape
 
     def read(tensor, index):
-        # Transposing and splitting an axis are views: only `index` is read from disk.
-        view = stored[tensor].T.reshape(inner_shape) if name.inputs else stored[tensor]
-        values = view[index].astype(leaf.dtype)
+        values = stored[tensor][name.stored_index(inner_shape, index)]
+        values = values.astype(leaf.dtype)
         if not np.isfinite(values).all():
             raise InputError(f"{folder}: tensor {tensor} holds NaN or infinite values")
-        return values
+        if name.inputs == 0:
+            return values
+        sizes = [len(range(n)[s]) for s, n in zip(index, inner_shape, strict=True)]
+        return values.T.reshape(sizes)
 
     def piece(index):
         bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
@@ -304,44 +278,34 @@ def _write_json(path: Path, fields: dict) -> None:
 
 def _write_weights(folder: Path | None, params, dtype, max_file_bytes):
     """Writes the weights into `folder`, or with None only helps to gather them."""
-    tensors = []  # (name, shape, how to get it), in the order in which they are written
-
-    def add(name, leaf):
-        shape = name.stored_shape(leaf.shape)
+    files, size = [[]], 0  # of each file the arguments of _gather, in writing order
+    for name, leaf in _named_leaves(params):
+        nbytes = math.prod(name.stored_shape(leaf.shape)) * dtype.itemsize
         for layer, tensor in enumerate(name.tensors(leaf.shape)):
-            tensors.append(
-                (tensor, shape, functools.partial(_gather, name, leaf, layer))
-            )
-
-    _map_leaves(add, params)
-    files, size = [[]], 0
-    for tensor in tensors:
-        nbytes = math.prod(tensor[1]) * dtype.itemsize
-        if size + nbytes > max_file_bytes and files[-1]:
-            files, size = [*files, []], 0
-        files[-1].append(tensor)
-        size += nbytes
+            if size + nbytes > max_file_bytes and files[-1]:
+                files, size = [*files, []], 0
+            files[-1].append((tensor, name, leaf, layer))
+            size += nbytes
 
     index = {}
     for i, tensors in enumerate(files):
         file = WEIGHTS
         if len(files) > 1:
             file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        layout = {tensor: shape for tensor, shape, _ in tensors}
-        tensor_file.write(
-            None if folder is None else folder / file,
-            layout,
-            dtype,
-            (gather(tensor, dtype) for tensor, _, gather in tensors),
-        )
-        index |= dict.fromkeys(layout, file)
+        values = {entry[0]: _gather(*entry, dtype) for entry in tensors}
+        index |= dict.fromkeys(values, file)
+        if folder is not None:
+            save_file(values, folder / file, metadata={"format": "pt"})
+            # The library makes files that only their owner can read.
+            shutil.copymode(folder / "config.json", folder / file)
+        del values  # before the next file's are gathered
     if len(files) > 1 and folder is not None:
-        total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-        metadata = {"total_size": total * dtype.itemsize}
-        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": index})
+        total = dtype.itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
+        table = {"metadata": {"total_size": total}, "weight_map": index}
+        _write_json(folder / INDEX, table)
 
 
-def _gather(name: Name, leaf, layer, tensor, dtype) -> np.ndarray:
+def _gather(tensor: str, name: Name, leaf, layer, dtype) -> np.ndarray:
     value = leaf[layer] if name.stacked else leaf
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         value = jax.device_put(value, NamedSharding(value.sharding.mesh, P()))
@@ -349,9 +313,9 @@ def _gather(name: Name, leaf, layer, tensor, dtype) -> np.ndarray:
         value = np.asarray(value).astype(dtype)
     if not np.isfinite(value).all():
         raise InputError(f"tensor {tensor} is not finite in {dtype}; nothing was saved")
-    if name.inputs == 0:
-        return value
-    return value.reshape(math.prod(value.shape[: name.inputs]), -1).T
+    if name.inputs:
+        value = value.reshape(math.prod(value.shape[: name.inputs]), -1).T
+    return np.ascontiguousarray(value)  # or the library saves the wrong order
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
@@ -364,5 +328,4 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     # Weights of an earlier save under other names would be read in place of ours.
     for path in [*folder.glob("model*.safetensors"), folder / INDEX]:
         if path.name not in written:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -36,10 +37,15 @@ class Checkpoints:
         """Starts writing one step; what is written is a copy, training goes on.
 
         Raises:
-          CheckpointError: if this or the previous step could not be written.
+          CheckpointError: if there is no room for it, or if this or the previous step
+            could not be written.
         """
         if step in self._manager.all_steps():
             return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise self._failed(OSError(f"{needed:,} bytes needed, {free:,} are free"))
         meta = {"data": data, "digests": digests(state)}
         try:
             self._manager.save(
@@ -49,7 +55,7 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -61,7 +67,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._failed("the last", error) from error
+            raise self._failed(error) from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
         """The newest step that is whole, with its data position; None if there is none.
@@ -109,12 +115,12 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:
-            raise self._failed("the last", error) from error
+            raise self._failed(error) from error
 
-    def _failed(self, step, error: Exception) -> CheckpointError:
+    def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder}: could not save step {step} ({_first_line(error)}); "
-            f"the steps already there are whole: {sorted(self._manager.all_steps())}"
+            f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); "
+            f"make room, and the same command resumes from step {self.latest_step()}"
         )
 
 

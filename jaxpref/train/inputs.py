@@ -65,6 +65,17 @@ def check_fits(source: str, pairs: Pairs, model: str, config: ModelConfig) -> No
         )
 
 
+def check_finite(source: str, pairs: Pairs, model: str, logps: np.ndarray) -> None:
+    """Raises InputError naming the first row whose log-probs [N, K] are not finite."""
+    wrong = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+    if len(wrong):
+        raise InputError(
+            f"{source} row {pairs.rows[wrong[0]] + 1}: its log-probs under {model} are "
+            f"not finite ({len(wrong)} such rows); check the weights, or set "
+            "--compute-dtype float32"
+        )
+
+
 def _row_of_longest(pairs: Pairs) -> int:
     lengths = pairs.prompt_lengths + pairs.completion_lengths.max(1)
     return int(pairs.rows[lengths.argmax()]) + 1

@@ -16,7 +16,7 @@ from jaxpref.models.huggingface import save as save_folder
 from jaxpref.train import reference
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_out, remember
-from jaxpref.train.inputs import check_fits, read_plan
+from jaxpref.train.inputs import check_finite, check_fits, read_plan
 from jaxpref.train.mesh import (
     check_rows,
     initialize_distributed,
@@ -115,7 +115,11 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         digest = ""  # only the first process reads and writes the table
         if jax.process_index() == 0:
             digest = reference.weights_digest(reference_folder, config.compute_dtype)
-        for name, pairs in (("train", plan.train), ("heldout", plan.heldout)):
+        sets = (
+            ("train", plan.train, config.data),
+            ("heldout", plan.heldout, heldout_from),
+        )
+        for name, pairs, source in sets:
             path = out / "reference" / f"{name}.npz"
             tables[name] = reference.from_first_process(
                 functools.partial(reference.load_table, path, pairs, digest),
@@ -130,6 +134,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
                     (len(pairs), objective.sides),
                     title=f"reference log-probs ({name})",
                 )
+                check_finite(source, pairs, str(reference_folder), tables[name])
                 if jax.process_index() == 0:
                     reference.save_table(path, tables[name], pairs, digest)
         if reference_folder != folder:

@@ -54,7 +54,7 @@ def load_table(path: Path, pairs: Pairs, digest: str) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             logps, ids = stored["logps"], stored["ids"]
             contents, weights = str(stored["contents"]), str(stored["weights"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from jaxpref.models import ModelConfig, RopeScaling, build
 from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.models.huggingface_config import config_to_hf
 from jaxpref.sampling import generate, left_pad
 
 pytestmark = pytest.mark.parity
@@ -205,7 +206,7 @@ def test_our_config_reads_as_its_config(tmp_path):
         fields = json.loads((tmp_path / "config.json").read_text())
         assert "rope_parameters" in fields
         config = load_config(tmp_path)
-        again = transformers.LlamaConfig(**config.to_hf_json())
+        again = transformers.LlamaConfig(**config_to_hf(config))
         for name in ("rope_type", "rope_theta", "factor", "low_freq_factor"):
             found, wanted = (c.rope_parameters.get(name) for c in (again, theirs))
             assert found == wanted
