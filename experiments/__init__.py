@@ -1,0 +1,1 @@
+"""What was claimed, and how it is reproduced: one file an experiment."""

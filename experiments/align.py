@@ -1,29 +1,29 @@
-"""Align a model folder on a preference file, with and without a robust loss.
+r"""Align a model folder on a preference file, with and without a robust loss.
 
 Claim
-    The engine of `jaxpref train` runs unchanged from a 260-thousand-parameter model on a
-    laptop CPU to a real instruct model on an accelerator: rDPO (Chowdhury et al. 2024,
-    arXiv:2403.00409) and DPO (Rafailov et al. 2023, arXiv:2305.18290) on the same pairs,
-    in the same order, from the same reference.
+    The engine of `jaxpref train` runs unchanged from a 260-thousand-parameter model on
+    a laptop CPU to a real instruct model on an accelerator: rDPO (Chowdhury et al.
+    2024, arXiv:2403.00409) and DPO (Rafailov et al. 2023, arXiv:2305.18290) on the same
+    pairs, in the same order, from the same reference.
 
 Commands
     On a CPU or GPU machine with access to the Hugging Face hub:
 
-        python -m experiments.align --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        python -m experiments.align --model HuggingFaceTB/SmolLM2-135M-Instruct \
             --data Anthropic/hh-rlhf --flip-rate 0.2 --out runs/align
 
     On every worker of a TPU pod: the same with `--compute-dtype bfloat16`.
     With a folder and a file:
 
-        python -m experiments.align --model MODEL_DIR --data pairs.jsonl --out runs/align
+        python -m experiments.align --model DIR --data pairs.jsonl --out runs/align
 
 Expected
-    One table: held-out accuracy and margin before and after, for each loss.  The time is
-    that of two `jaxpref train` runs of `--max-steps` steps.
+    One table: held-out accuracy and margin before and after, for each loss.  The time
+    is that of two `jaxpref train` runs of `--max-steps` steps.
 
 Written to OUT
-    `dpo/` and `rdpo/` (complete runs with `metrics.jsonl` and `export/`), `results.json`,
-    `curves.png`, `report.html`.
+    `dpo/` and `rdpo/` (complete runs with `metrics.jsonl` and `export/`),
+    `results.json`, `curves.png`, `report.html`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The one exception of wrong input: every room raises it, the command line prints it."""
+"""The one exception of wrong input: rooms raise it, the command line prints it."""
 
 
 class InputError(ValueError):

@@ -15,22 +15,23 @@ class PreferenceBatch:
     sequences in a row, T tokens of a sequence, P predicted tokens of a sequence, S pair
     slots of a row, K sides of a pair (0 chosen, 1 rejected; only 0 for SFT).
 
-    In the padded layout a row is one pair: S = 1, Q = K, and sequence q holds the prompt
-    followed by completion q.  Packed layouts put several pairs into one sequence; losses,
-    noise and the loop only ever see `[A, R, S, K]` log-probs, so they do not change.
+    In the padded layout a row is one pair: S = 1, Q = K, and sequence q holds the
+    prompt followed by completion q.  Packed layouts put several pairs into one
+    sequence; losses, noise and the loop only ever see `[A, R, S, K]` log-probs, so they
+    do not change.
     A pair never leaves its row, so nothing scatters between rows.
     """
 
     tokens: np.ndarray
     """int32 [A, R, Q, T]; padded on the right with 0."""
     lengths: np.ndarray
-    """int32 [A, R, Q]; real tokens of each sequence; masks come from them, never from ids."""
+    """int32 [A, R, Q]; real tokens of each sequence; masks come from them, not ids."""
     predictors: np.ndarray
-    """int32 [A, R, Q, P]; the position whose state predicts each target; 0 if unused."""
+    """int32 [A, R, Q, P]; the position that predicts each target; 0 if unused."""
     targets: np.ndarray
     """int32 [A, R, Q, P]; the completion tokens (EOS included); 0 if unused."""
     completions: np.ndarray
-    """int32 [A, R, Q, P]; `slot * K + side` of each target's completion; -1 if unused."""
+    """int32 [A, R, Q, P]; `slot * K + side` of each target's owner; -1 if unused."""
     pairs: np.ndarray
     """int32 [A, R, S]; index of the pair in the plan; -1 marks an empty slot."""
     completion_lengths: np.ndarray

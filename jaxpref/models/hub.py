@@ -30,7 +30,7 @@ def resolve_folder(model: str) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"{model}: no such folder, and the hub gave no model of that name ({reason})"
+            f"{model}: no such folder, and the hub has no such model either ({reason})"
         ) from error
 
 

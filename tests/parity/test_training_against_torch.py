@@ -1,4 +1,4 @@
-"""Twenty steps of DPO on a real model and real pairs, against a torch loop written here.
+"""Twenty steps of DPO on a real model and real pairs, against a torch loop in here.
 
 The torch side shares nothing with jaxpref but the order of the tokenised pairs: its own
 model, log-probs, loss, clipping, schedule and optimiser.
