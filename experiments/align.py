@@ -28,6 +28,7 @@ Written to OUT
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -35,15 +36,15 @@ import tyro
 
 from jaxpref import losses, report
 from jaxpref.data import DataOptions
+from jaxpref.errors import InputError
 from jaxpref.train import (
     Decay,
     OptimizerConfig,
     TrainConfig,
     from_loss,
-    initialize_distributed,
-    read_metrics,
     run,
 )
+from jaxpref.train.entry import entry_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,25 +83,25 @@ class AlignConfig:
 
 def main(config: AlignConfig) -> None:
     """Runs both losses, then compares them."""
-    initialize_distributed()
+    if not config.heldout_fraction:
+        raise InputError("--heldout-fraction 0 leaves no pair to compare the losses on")
     out = Path(config.out)
     arms = {
         "dpo": from_loss(losses.dpo, beta=config.beta),
         "rdpo": from_loss(losses.rdpo, beta=config.beta, flip_rate=config.flip_rate),
     }
-    heldout = {}
     for name, objective in arms.items():
         run(train_config(config, objective, out / name))
+    if jax.process_index() == 0:
+        write_report(config, tuple(arms), out)
+
+
+def write_report(config: AlignConfig, arms: Sequence[str], out: Path) -> None:
+    """`results.json`, `curves.png`, `report.html` from the held-out metric lines."""
+    heldout = {}
+    for name in arms:
         lines = read_metrics(out / name / "metrics.jsonl")
         heldout[name] = [line for line in lines if "eval_loss" in line]
-    if jax.process_index() == 0:
-        write_report(config, heldout, out)
-
-
-def write_report(
-    config: AlignConfig, heldout: dict[str, list[dict]], out: Path
-) -> None:
-    """`results.json`, `curves.png` and `report.html` from the held-out metric lines."""
     rows = [{"loss": name} | before_and_after(lines) for name, lines in heldout.items()]
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     records = [
@@ -116,9 +117,9 @@ def write_report(
         title="Held-out pairs during training",
     )
     table = report.Table(list(rows[0]), [list(row.values()) for row in rows])
-    command = (
-        f"    python -m experiments.align --model {config.model} --data {config.data} "
-        f"--flip-rate {config.flip_rate} --max-steps {config.max_steps}"
+    options = dataclasses.asdict(config).items()
+    command = "    python -m experiments.align" + "".join(
+        f" --{name.replace('_', '-')} {value}" for name, value in options
     )
     section = report.Section(
         "Before and after",
@@ -151,7 +152,6 @@ def train_config(config: AlignConfig, objective, out: Path) -> TrainConfig:
         compute_dtype=config.compute_dtype,
         options=DataOptions(
             max_length=config.max_length,
-            max_prompt_length=config.max_length // 2,
             max_pairs=config.max_pairs,
             heldout_fraction=config.heldout_fraction,
         ),
@@ -176,4 +176,5 @@ def before_and_after(heldout: list[dict]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(AlignConfig, description=__doc__))
+    with entry_point():
+        main(tyro.cli(AlignConfig, description=__doc__))

@@ -218,6 +218,15 @@ def best_possible_curve(rewards: np.ndarray, beta: float) -> list[dict]:
     return curve
 
 
+def read_rewards(path: Path) -> np.ndarray:
+    """Gold rewards of all samples in a file of pairs, [prompts, samples]."""
+    by_prompt: dict[str, list[float]] = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        by_prompt.setdefault(row["prompt"], []).extend(row["rewards"])
+    fewest = min(map(len, by_prompt.values()))
+    return np.array([rewards[:fewest] for rewards in by_prompt.values()])
+
+
 def write_jsonl(path: Path, records: list[dict]) -> None:
     """Write records one a line; the file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")

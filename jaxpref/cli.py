@@ -6,15 +6,11 @@ the help of its docstring, so an option that the chosen loss does not read is an
 
 import dataclasses
 import inspect
-import logging
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-import jax
 import tyro
 
 from jaxpref import losses
@@ -26,11 +22,11 @@ from jaxpref.train import (
     OptimizerConfig,
     TrainConfig,
     from_loss,
-    initialize_distributed,
     run,
     sft,
 )
 from jaxpref.train.config import RunConfig
+from jaxpref.train.entry import entry_point, fail
 
 LOSSES = {
     loss.__name__: loss
@@ -101,41 +97,19 @@ COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample}
 
 def main() -> None:
     """Entry point; wrong input is one line on stderr and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    # A write that fails is raised and told in one line; Orbax would also log it, once
-    # for every array and with its traceback.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     name, argv = (sys.argv + [""])[1], sys.argv[2:]
     if name not in COMMANDS:
         width = max(map(len, COMMANDS))
         listed = "\n".join(f"  {k:{width}}  {v.__doc__}" for k, v in COMMANDS.items())
         if name not in ("", "-h", "--help", "help"):
-            _fail(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
+            fail(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
         print(
             f"usage: jaxpref COMMAND [options]\n\n{listed}\n\n"
             "`jaxpref COMMAND --help` explains a command's options."
         )
         sys.exit(0 if name else 2)
-    try:
-        initialize_distributed()
-        # After jax.distributed, which would note a SIGTERM and carry on.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with entry_point():
         COMMANDS[name](argv)
-    except InputError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename or 'I/O'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes", code=130)
-
-
-def _fail(message: str, *, code: int = 2) -> NoReturn:
-    print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        # An orderly exit would wait for the other processes, which wait for this one.
-        os._exit(code)
-    sys.exit(code)
 
 
 def _parse(config: type, argv: Sequence[str], command: Callable) -> Any:

@@ -8,3 +8,11 @@ class InputError(ValueError):
     there are any, says what was found there, and says what to do about it.  The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for our own one line: at most 200 characters.
+
+    The first line of its message, or the name of its type where it says nothing.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

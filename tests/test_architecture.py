@@ -27,7 +27,7 @@ DOORS = {
     "sampling": ({"errors", "models"}, ARRAYS | {"numpy"}),
     "train": (
         {"errors", "losses", "noise", "gradients", "data", "models", "sampling"},
-        ARRAYS | {"numpy", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
+        ARRAYS | {"numpy", "optax", "orbax", "tensorboardX", "tqdm"},
     ),
     "evaluate": (
         {"errors", "losses", "noise", "data", "sampling", "models", "train"},

@@ -8,12 +8,22 @@ import time
 import pytest
 
 from jaxpref.data import DataOptions, ListSource, make_plan, open_source
-from jaxpref.data.formats import EMPTY, IDENTICAL, PROMPTS_DIFFER, Example, parse
+from jaxpref.data.formats import (
+    EMPTY,
+    HUMAN_LAST,
+    IDENTICAL,
+    PROMPTS_DIFFER,
+    Example,
+    parse,
+    parse_prompt,
+    prompt_key,
+)
 from jaxpref.errors import InputError
 from tests.data_tokenizers import byte_tokenizer, synthetic_pairs, write_lines
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER, LATER = {"role": "assistant", "content": "b"}, {"role": "user", "content": "r"}
+SYSTEM = {"role": "system", "content": "s"}
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 AS_STRINGS = Example("q", ("a", "b"))
 AS_MESSAGES = Example((USER,), (ANSWER, OTHER))
@@ -43,6 +53,48 @@ AS_MESSAGES = Example((USER,), (ANSWER, OTHER))
             {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
             AS_MESSAGES,
         ),
+        # A prompt string is dropped only where the conversation holds it.
+        (
+            {"prompt": " q\n", "chosen": [SYSTEM, USER, ANSWER], "rejected": "b"},
+            PROMPTS_DIFFER,
+        ),
+        (
+            {
+                "prompt": "q ",
+                "chosen": [SYSTEM, USER, ANSWER],
+                "rejected": [SYSTEM, USER, OTHER],
+            },
+            Example((SYSTEM, USER), (ANSWER, OTHER)),
+        ),
+        (
+            {
+                "prompt": "q",
+                "chosen": [ANSWER, LATER, ANSWER],
+                "rejected": [ANSWER, LATER, OTHER],
+            },
+            Example((USER, ANSWER, LATER), (ANSWER, OTHER)),
+        ),
+        # A list is joined with the turns where they overlap.
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": "b"},
+            Example((SYSTEM, USER), (ANSWER, OTHER)),
+        ),
+        (
+            {
+                "prompt": [USER],
+                "chosen": [SYSTEM, USER, ANSWER],
+                "rejected": [SYSTEM, USER, OTHER],
+            },
+            Example((SYSTEM, USER), (ANSWER, OTHER)),
+        ),
+        (
+            {"prompt": [SYSTEM], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+            Example((SYSTEM, USER), (ANSWER, OTHER)),
+        ),
+        (
+            {"prompt": [USER, ANSWER, USER], "chosen": "a", "rejected": [OTHER]},
+            Example((USER, ANSWER, USER), (ANSWER, OTHER)),
+        ),
         # A sequence of structs comes out of columnar stores transposed and with nulls.
         (
             {
@@ -66,6 +118,49 @@ AS_MESSAGES = Example((USER,), (ANSWER, OTHER))
             Example(
                 "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:", (" c", " d")
             ),
+        ),
+        # A prompt beside whole dialogues is part of them, with or without its mark.
+        *(
+            (
+                {
+                    "prompt": prompt,
+                    "chosen": "\n\nHuman: q\n\nAssistant: a",
+                    "rejected": "\n\nHuman: q\n\nAssistant: b",
+                },
+                Example("\n\nHuman: q\n\nAssistant:", (" a", " b")),
+            )
+            for prompt in ("\n\nHuman: q\n\nAssistant:", "Human: q", "q", "")
+        ),
+        (
+            {
+                "prompt": "\n\nHuman: q\n\nAssistant:",
+                "chosen": "\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: r\n\nAssistant: b",
+            },
+            PROMPTS_DIFFER,
+        ),
+        # But a text that only begins like its prompt, or is a dialogue itself, stays.
+        (
+            {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi!"},
+            Example("Hi", ("Hi there", "Hi!")),
+        ),
+        (
+            {
+                "prompt": "Write a dialogue.",
+                "chosen": "Human: q\n\nAssistant: a",
+                "rejected": "Human: q\n\nAssistant: b",
+            },
+            Example(
+                "Write a dialogue.",
+                ("Human: q\n\nAssistant: a", "Human: q\n\nAssistant: b"),
+            ),
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: q\n\nAssistant: b\n\nHuman: thanks",
+            },
+            HUMAN_LAST,
         ),
         (PAIR | {"rejected": "a"}, IDENTICAL),
         ({"chosen": [USER, ANSWER], "rejected": [LATER, OTHER]}, PROMPTS_DIFFER),
@@ -110,6 +205,37 @@ def test_completions(record, expected):
     assert parse(record, "f row 1", sides=1) == expected
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": "q", "chosen": [SYSTEM, USER, ANSWER], "rejected": [OTHER]},
+        {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": "b"},
+        {"prompt": "q", "messages": [USER, ANSWER, LATER, OTHER]},
+        {"prompt": "q", "completion": [ANSWER]},
+        {"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"},
+        PAIR,
+    ],
+)
+def test_the_prompt_to_sample_from_is_that_of_training(record):
+    assert parse_prompt(record, "row 1") == parse(record, "row 1", sides=1).prompt
+
+
+def test_a_prompt_without_a_completion():
+    assert parse_prompt({"prompt": "q", "chosen": None}, "row 1") == "q"
+    assert parse_prompt({"prompt": [SYSTEM, USER]}, "row 1") == (SYSTEM, USER)
+    with pytest.raises(InputError, match="row 1: field 'prompt' has no messages"):
+        parse_prompt({"prompt": []}, "row 1")
+
+
+def test_prompts_count_as_one_whatever_their_outer_white_space():
+    padded = USER | {"content": " q\n"}
+    assert prompt_key((SYSTEM, padded)) == prompt_key((SYSTEM, USER))
+    assert prompt_key((SYSTEM, USER)) != prompt_key((USER,)) != prompt_key("q")
+    assert prompt_key((USER,)) != prompt_key((LATER,))
+    assert prompt_key(" q") == prompt_key("q\n")
+
+
 def without(name):
     return {key: value for key, value in PAIR.items() if key != name}
 
@@ -152,6 +278,22 @@ BAD_RECORDS = {
         {"chosen": [ANSWER], "rejected": [OTHER]},
         "field 'chosen' has no message before the answer",
     ),
+    "another question": (
+        {"prompt": "Q1", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        "field 'chosen' begins with another question than 'prompt' asks",
+    ),
+    "another question in a list": (
+        {"prompt": [LATER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        "field 'chosen' begins with another question",
+    ),
+    "another question on one side": (
+        {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [LATER, OTHER]},
+        "field 'rejected' begins with another question",
+    ),
+    "another system message": (
+        {"prompt": [SYSTEM, USER], "chosen": [LATER, ANSWER], "rejected": "b"},
+        "field 'chosen' begins with another question",
+    ),
     "empty message": (
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"content": ""}]},
         "field 'rejected' is an empty completion",
@@ -177,6 +319,10 @@ def test_bad_records_name_file_row_and_field(kind, tmp_path):
 
 BAD_BYTES = {
     "not JSON": (b'{"prompt": \n', "row 2: not JSON"),
+    "field twice": (
+        b'{"prompt": "q", "chosen": "a", "chosen": "c", "rejected": "b"}\n',
+        "row 2: .*field 'chosen' stands there twice; keep one",
+    ),
     "not UTF-8": (b'{"prompt": "caf\xe9"}\n', "row 2: byte 0xe9 .*not UTF-8"),
     "UTF-16": ('{"prompt": "q"}\n'.encode("utf-16"), "row 2: .*not UTF-8"),
     "truncated": (b'{"prompt": "q", "chosen": "a", "rej', "row 2: not JSON"),
@@ -245,6 +391,7 @@ def test_empty_completions_can_be_dropped():
     [
         (dict(max_prompt_length=9, max_length=8), "max_prompt_length 9"),
         (dict(max_prompt_length=1), "max_prompt_length 1"),
+        (dict(max_length=3), "max_prompt_length 1 must be from 2 to max_length 3"),
         (dict(heldout_fraction=1.5), "heldout_fraction 1.5"),
         (dict(flip_rate=-0.1), "flip_rate -0.1"),
         (dict(flip_rate=float("nan")), "flip_rate nan"),
@@ -254,6 +401,15 @@ def test_empty_completions_can_be_dropped():
 def test_bad_options(options, expected):
     with pytest.raises(InputError, match=expected):
         DataOptions(**options)
+
+
+def test_a_prompt_takes_half_the_length_unless_said_otherwise():
+    assert DataOptions(max_length=256).longest_prompt == 128
+    assert DataOptions(max_length=256, max_prompt_length=7).longest_prompt == 7
+    long = [{"prompt": "q" * 99, "chosen": "a", "rejected": "b"}]
+    options = DataOptions(max_length=20, heldout_fraction=0)
+    plan = make_plan(ListSource(long), byte_tokenizer(), options)
+    assert plan.train.prompt_lengths.tolist() == [10]
 
 
 def test_flips_need_pairs():

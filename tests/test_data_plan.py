@@ -18,11 +18,17 @@ from jaxpref.data import (
     open_source,
     read_prompts,
 )
-from jaxpref.data.noise import hash_uniforms, injected_flips
+from jaxpref.data.hashing import hash_uniforms, injected_flips
 from jaxpref.data.tokenize import SAME_TOKENS
+from jaxpref.errors import InputError
 from tests.data_tokenizers import CHATML, byte_tokenizer, ids, synthetic_pairs
 
 TOKENIZER = byte_tokenizer()
+
+
+def uniform(text):
+    """The first 53 bits of SHA-256 as a number in [0, 1)."""
+    return (int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) >> 11) / 2**53
 
 
 def plan_of(records, **options):
@@ -70,7 +76,7 @@ def test_counts_on_real_dialogues(dialogues, stories260k):
         assert all(pairs.tokens[pairs.offsets[:-1]] == 1)
         assert (pairs.tokens == 1).sum() == len(pairs)
     shape = batch_shape(plan.train, plan.heldout)
-    assert (shape.sequence_length, shape.sides, shape.slots) == (512, 2, 1)
+    assert (shape.sequence_length, shape.sides) == (512, 2)
     with gzip.open(dialogues, "rt", encoding="utf-8") as file:
         lines = file.readlines()
     for n in (0, 1, len(plan.train) - 1):
@@ -96,6 +102,9 @@ def test_ids_are_the_hash_of_the_content_and_its_occurrence():
     assert stem == hashlib.sha256(content.encode()).hexdigest()[:16]
     assert [names[0], names[2], names[3]] == [f"{stem}-{n}" for n in range(3)]
     assert names[1].endswith("-0") and names[1] != names[0]
+    (name,) = plan_of([pair | {"annotator": 3}], heldout_fraction=0).train.ids
+    content = json.dumps(["q", ["a", "b"], "3"])
+    assert name == hashlib.sha256(content.encode()).hexdigest()[:16] + "-0"
 
 
 def test_flips_splits_and_ids_do_not_depend_on_order_or_other_rows():
@@ -127,6 +136,17 @@ def test_flips_swap_training_labels_only():
     n = len(noisy.train)
     assert abs(noisy.train.flips.sum() - 0.4 * n) < 5 * (n * 0.24) ** 0.5
     assert plan_of(records, flip_rate=1.0, **options).train.flips.all()
+
+
+def test_flips_and_splits_are_pinned():
+    """A change here flips and holds out other pairs in every run: no such change."""
+    records = synthetic_pairs(200)
+    for seed in (0, 1):
+        plan = plan_of(records, flip_rate=0.3, flip_seed=seed, heldout_fraction=0.4)
+        for pair_id, flip in zip(plan.train.ids, plan.train.flips):
+            assert flip == (uniform(f"flip {seed}\n{pair_id}") < 0.3)
+        expected = [n for n in range(200) if uniform(f"heldout\nquestion {n}") < 0.4]
+        assert plan.heldout.rows.tolist() == expected
 
 
 def test_flip_decisions_are_uniform_nested_and_seeded():
@@ -175,7 +195,7 @@ def test_conversations_split_by_prompt():
     tokenizer = byte_tokenizer(template=CHATML)
     records = [
         {
-            "prompt": [{"role": "user", "content": f"q{n % 20}"}],
+            "prompt": [{"role": "user", "content": f"q{n % 20}" + " " * (n % 3)}],
             "chosen": f"yes {n}",
             "rejected": "no",
         }
@@ -234,6 +254,18 @@ def test_digest_changes_exactly_with_the_contents():
     assert len({plan.digest, *(other.digest for other in others)}) == 6
 
 
+def test_digest_leaves_out_names_and_places():
+    records = [r | {"annotator": f"w{n % 2}"} for n, r in enumerate(synthetic_pairs(9))]
+    dropped = {"prompt": "q", "chosen": "same", "rejected": "same"}
+    named = [r | {"annotator": r["annotator"] + "x"} for r in records]
+    plan = plan_of(records, heldout_fraction=0)
+    for other in ([dropped, *records], named):
+        other = plan_of(other, heldout_fraction=0)
+        assert other.digest == plan.digest
+    assert other.train.ids.tolist() != plan.train.ids.tolist()
+    assert plan_of(records[::-1], heldout_fraction=0).digest != plan.digest
+
+
 def test_pairs_without_a_difference_are_dropped_and_cuts_counted():
     records = [
         {"prompt": "q", "chosen": "same start 1", "rejected": "same start 2"},
@@ -272,3 +304,41 @@ def test_prompts_to_sample_from():
     assert names == ["q", "\n\nHuman: r\n\nAssistant:"]
     assert tokens[0] == ids(TOKENIZER, "<s>", "q")
     assert len(read_prompts(ListSource(records), TOKENIZER, limit=9)[0]) == 3
+
+
+def test_prompts_to_sample_from_are_told_apart_by_all_their_messages(monkeypatch):
+    tokenizer = byte_tokenizer(template=CHATML)
+
+    def user(text):
+        return {"role": "user", "content": text}
+
+    yes = {"role": "assistant", "content": "yes"}
+    records = [
+        {"prompt": [user("a"), yes, user("go on")]},
+        {"prompt": [user("b"), yes, user("go on")]},
+        {"prompt": [user("b"), yes, user("go on ")]},
+        {"prompt": "c", "chosen": [yes]},
+    ]
+    calls = []
+    encode = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer,
+        "apply_chat_template",
+        lambda *args, **options: calls.append(args) or encode(*args, **options),
+    )
+    names, tokens = read_prompts(ListSource(records), tokenizer, limit=9)
+    assert names == ["go on", "go on", "c"] and len(calls) == 3
+    assert tokens[0] != tokens[1]
+    with pytest.raises(InputError, match="records row 2: field 'prompt' has no"):
+        read_prompts(ListSource([{"prompt": "q"}, {"prompt": []}]), tokenizer, limit=9)
+
+
+def test_long_prompts_to_sample_from_are_cut_as_in_training():
+    records = [{"prompt": "x" * 2000 + "yz", "chosen": "a", "rejected": "b"}]
+    _, (cut,) = read_prompts(
+        ListSource(records), TOKENIZER, limit=1, max_prompt_length=3
+    )
+    assert cut == ids(TOKENIZER, "<s>", "y", "z")
+    _, (default,) = read_prompts(ListSource(records), TOKENIZER, limit=1)
+    plan = plan_of(records, heldout_fraction=0)
+    assert default == plan.train.prompt(0).tolist() and len(default) == 512

@@ -45,6 +45,16 @@ def test_text_that_is_not_ascii(tmp_path):
     assert contents(open_source(path)) == [record]
 
 
+def test_a_file_refuses_options_it_has_no_use_for(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", RECORDS)
+    with pytest.raises(InputError, match="has no splits; leave out split 'test'"):
+        open_source(f"{path}?split=test")
+    with pytest.raises(InputError, match="has no splits; leave out split 'train'"):
+        open_source(path, split="train")
+    with pytest.raises(InputError, match="leave out data_dir 'd'"):
+        open_source(path, data_dir="d")
+
+
 def test_options_after_a_question_mark(tmp_path):
     with pytest.raises(InputError, match="after '[?]' come split=NAME"):
         open_source("hf:owner/name?splot=test")
@@ -77,6 +87,9 @@ def test_saved_hugging_face_sets(tmp_path):
     assert contents(open_source(tmp_path / "one")) == messages
     assert contents(open_source(tmp_path / "two", split="test")) == messages
     assert len(open_source(f"{tmp_path / 'two'}?split=train")) == 1
+    assert len(open_source(tmp_path / "two")) == 1
+    with pytest.raises(InputError, match="it has no splits; leave out split 'train'"):
+        open_source(tmp_path / "one", split="train")
     with pytest.raises(InputError, match="no split 'dev'; it has"):
         open_source(tmp_path / "two", split="dev")
     plan = make_plan(
@@ -95,6 +108,39 @@ def test_hub_id_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="hf:owner/no-such: cannot be loaded") as error:
         open_source("owner/no-such")
     assert "\n" not in str(error.value)
+
+
+def test_hub_sets_are_asked_for_by_name_config_split_and_folder(monkeypatch):
+    pytest.importorskip("datasets", reason="needs the hub extra")
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((args, options))
+        return RECORDS
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source = open_source("hf:o/n:cfg?split=test&data_dir=d")
+    assert contents(source) == RECORDS and source.location(1) == "hf:o/n test row 2"
+    open_source("o/n")
+    assert calls == [
+        (("o/n", "cfg"), {"split": "test", "data_dir": "d"}),
+        (("o/n", None), {"split": "train", "data_dir": None}),
+    ]
+
+
+def test_tfds_sets_are_never_downloaded(monkeypatch):
+    pytest.importorskip("tensorflow_datasets", reason="needs the tfds extra")
+    pytest.importorskip("array_record", reason="needs the tfds extra")
+    calls = []
+
+    def data_source(*args, **options):
+        calls.append((args, options))
+        return RECORDS
+
+    monkeypatch.setattr("tensorflow_datasets.data_source", data_source)
+    assert contents(open_source("tfds:n/c:1.0.0?data_dir=d")) == RECORDS
+    expected = {"split": "train", "data_dir": "d", "download": False}
+    assert calls == [(("n/c:1.0.0",), expected)]
 
 
 @pytest.fixture(scope="module")

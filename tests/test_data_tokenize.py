@@ -8,6 +8,7 @@ import pytest
 from jaxpref.data import load_tokenizer
 from jaxpref.data.formats import Example, parse
 from jaxpref.data.tokenize import (
+    INNER_END,
     NO_PROMPT,
     NO_ROOM,
     NO_TOKENS,
@@ -44,22 +45,20 @@ def assistant(text):
 # ---- 11: merges across the boundary ------------------------------------------------
 
 
-def test_boundary_merge_is_split_at_the_common_token_prefix():
-    tok = byte_tokenizer()
-    result = one(tok, Example("xa", ("bz", "c")))
-    assert result.prompt == ids(tok, "<s>", "x")
-    assert result.completions[0] == ids(tok, "ab", "z", "</s>")
-    assert result.completions[1] == ids(tok, "a", "c", "</s>")
+BOUNDARIES = [
+    ("xa", {"bz": ("ab", "z"), "c": ("a", "c")}),
+    ("xab", {"c": ("abc",), "d": ("ab", "d")}),  # the shortest shared prompt
+]
 
 
-def test_two_merges_leave_the_shortest_shared_prompt():
+@pytest.mark.parametrize("prompt, expected", BOUNDARIES)
+@pytest.mark.parametrize("order", [1, -1])
+def test_boundary_merge_is_split_at_the_common_token_prefix(prompt, expected, order):
     tok = byte_tokenizer()
-    result = one(tok, Example("xab", ("c", "d")))  # "abc" is one token, "ab" "d" two
+    texts = tuple(expected)[::order]
+    result = one(tok, Example(prompt, texts))
     assert result.prompt == ids(tok, "<s>", "x")
-    assert result.completions == [
-        ids(tok, "abc", "</s>"),
-        ids(tok, "ab", "d", "</s>"),
-    ]
+    assert result.completions == [ids(tok, *expected[x], "</s>") for x in texts]
 
 
 def test_no_character_is_lost_or_invented_on_real_dialogues(shared, stories260k):
@@ -107,6 +106,31 @@ def test_bos_and_eos_written_in_the_text_are_not_doubled(variant):
     result = one(tok, Example(f"{bos}x", (f"y{eos}", f"z{eos}{eos}")))
     assert result.prompt == ids(tok, bos, "x")
     assert result.completions == [ids(tok, "y", eos), ids(tok, "z", eos)]
+
+
+@pytest.mark.parametrize(
+    "text, bos", [("y</s>z", "<s>"), ("y<s>z", "<s>"), ("y</s>z<s>", None)]
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_completion_that_goes_on_after_its_end_is_dropped(text, bos, order):
+    tok = byte_tokenizer(bos=bos)
+    assert one(tok, Example("x", ("n", text)[::order])) == INNER_END
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_eos_inside_an_answer_of_a_conversation_drops_it(order):
+    tok = byte_tokenizer(template=LLAMA)
+    sides = (assistant("good</s>evil"), assistant("n"))[::order]
+    assert one(tok, Example(messages("q"), sides)) == INNER_END
+
+
+def test_a_chat_rendered_beforehand_keeps_its_markers():
+    tok = byte_tokenizer(bos=None, eos="<|im_end|>", merges=())
+    turn = ("<|im_start|>", "q", "<|im_end|>", "Ċ", "<|im_start|>")
+    text = "<|im_start|>q<|im_end|>\n<|im_start|>"
+    result = one(tok, Example(text, ("y<|im_end|>\n", "n")))
+    assert result.prompt == ids(tok, *turn)
+    assert result.completions == [ids(tok, x, "<|im_end|>") for x in "yn"]
 
 
 def test_no_bos_where_the_tokenizer_has_none():
@@ -264,6 +288,49 @@ def test_template_that_rewrites_the_question_is_refused():
     tok = byte_tokenizer(template=template)
     with pytest.raises(InputError, match="f.jsonl row 1: .*prompt differently"):
         one(tok, Example(messages("q"), (assistant("y"),)))
+
+
+def test_template_that_rewrites_a_question_that_stands_there_twice_is_refused():
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}{{ ' last' if loop.last }}]"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    tok = byte_tokenizer(template=template)
+    with pytest.raises(InputError, match="f.jsonl row 1: .*prompt differently"):
+        one(tok, Example(messages("yes", "ok", "yes"), (assistant("y"),)))
+
+
+def test_template_that_strips_earlier_thoughts():
+    template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}",
+    ).replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    tok = byte_tokenizer(bos=None, eos="<|im_end|>", merges=(), template=template)
+    prompt = messages("q", "<think>t</think>a", "r")
+    result = one(tok, Example(prompt, (assistant("y"), assistant("<think>u</think>n"))))
+    text = (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tok.decode(result.prompt) == text
+    assert result.completions[0] == ids(tok, "y", "<|im_end|>")
+
+
+def test_template_that_closes_a_conversation_with_eos():
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant:"
+        "<think>{% else %}{{ eos_token }}{% endif %}"
+    )
+    tok = byte_tokenizer(bos=None, merges=(), template=template)
+    result = one(tok, Example(messages("q"), (assistant("y"),)))
+    assert tok.decode(result.prompt) == "user:q<|im_end|>\nassistant:"
+    assert result.completions == [ids(tok, "y", "<|im_end|>", "Ċ", "</s>")]
+    # With the end of turn as EOS, what the template writes behind it is no target.
+    template = template.replace("{{ eos_token }}", "</s>").replace("<think>", "")
+    tok = byte_tokenizer(bos="</s>", eos="<|im_end|>", merges=(), template=template)
+    result = one(tok, Example(messages("q"), (assistant("y"),)))
+    assert result.completions == [ids(tok, "y", "<|im_end|>")]
 
 
 def test_template_that_refuses_a_role_is_one_line():

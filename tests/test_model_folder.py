@@ -127,6 +127,18 @@ def test_a_mesh_reads_and_writes_the_same_bits(folder, tmp_path, sizes):
     assert bits(tmp_path / "inside") == bits(tmp_path / "outside") == stored
 
 
+def test_the_real_model_on_a_mesh_gives_the_same_logits(stories260k):
+    tokens = np.random.default_rng(0).integers(0, 512, (4, 16))
+    model, params = load(stories260k)
+    expected = jax.jit(model.logits)(params, tokens)
+    assert np.ptp(expected) > 10
+    names, types = ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), names, axis_types=types)):
+        model, params = load(stories260k)
+        found = jax.jit(model.logits)(params, tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def test_a_mesh_reads_each_part_of_a_matrix_once(folder, monkeypatch):
     read = []
 

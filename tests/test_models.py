@@ -39,6 +39,25 @@ def mesh(*sizes):
     return jax.set_mesh(jax.make_mesh(sizes, names, axis_types=types, devices=devices))
 
 
+def numpy_frequencies(config):
+    """By the wavelength, a feature pair at a time; nothing of ours but the config."""
+    s, out = config.rope_scaling, []
+    for i in range(config.head_dim // 2):
+        f = 1 / config.rope_theta ** (2 * i / config.head_dim)
+        if s is not None and s.kind == "linear":
+            f = f / s.factor
+        elif s is not None:
+            context, wavelength = s.original_max_position_embeddings, 2 * np.pi / f
+            if wavelength > context / s.low_freq_factor:
+                f = f / s.factor
+            elif wavelength >= context / s.high_freq_factor:
+                low, high = s.low_freq_factor, s.high_freq_factor
+                smooth = (context / wavelength - low) / (high - low)
+                f = (1 - smooth) * f / s.factor + smooth * f
+        out.append(f)
+    return out
+
+
 def numpy_logits(config, params, tokens):
     """Logits [T, V] of one sequence in float64, one position and one head at a time."""
     c, group = config, config.num_heads // config.num_kv_heads
@@ -49,7 +68,7 @@ def numpy_logits(config, params, tokens):
 
     def turn(x, position):
         out = np.zeros_like(x)
-        for i, f in enumerate(inverse_frequencies(c)):
+        for i, f in enumerate(numpy_frequencies(c)):
             j, angle = i + c.head_dim // 2, position * f
             out[i] = x[i] * np.cos(angle) - x[j] * np.sin(angle)
             out[j] = x[j] * np.cos(angle) + x[i] * np.sin(angle)
@@ -96,6 +115,26 @@ def test_logits_are_those_of_plain_numpy(tied, scaling):
     np.testing.assert_array_equal(
         model.head(params), params["embed"].T if tied else params["head"]
     )
+
+
+@pytest.mark.parametrize(
+    "theta, scaling, expected",
+    [
+        (1e4, RopeScaling("linear", 4.0), [0.25, 0.025, 0.0025, 0.00025]),
+        (
+            5e5,
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+            [1.0, 0.03760603070259094, 0.0005248460220173001, 6.647869668086059e-06],
+        ),
+    ],
+    ids=["linear", "llama3"],
+)
+def test_frequencies_are_those_of_transformers(theta, scaling, expected):
+    """What transformers 5's ROPE_INIT_FUNCTIONS give, in float32."""
+    config = dataclasses.replace(
+        CONFIG, head_dim=8, rope_theta=theta, rope_scaling=scaling
+    )
+    np.testing.assert_allclose(inverse_frequencies(config), expected, rtol=3e-7)
 
 
 def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
@@ -159,6 +198,16 @@ def test_a_cache_gives_what_the_whole_sequence_gives():
         np.testing.assert_allclose(
             np.stack([h[row] for h in found]), expected, rtol=0, atol=2e-6
         )
+
+
+def test_more_tokens_than_the_cache_holds_are_refused():
+    model = build(CONFIG)
+    params = model.init(jax.random.key(0))
+    lengths = np.full(2, 5)
+    model.prefill(params, TOKENS[:2, :5], lengths, model.empty_cache(2, 5))
+    for call in (model.prefill, jax.jit(model.prefill)):
+        with pytest.raises(ValueError, match="at most 4 tokens, .* cache, got 5"):
+            call(params, TOKENS[:2, :5], lengths, model.empty_cache(2, 4))
 
 
 def loss(model):
@@ -254,6 +303,17 @@ def test_float64_compute_is_float64_throughout():
 def test_a_mesh_that_does_not_divide_the_model_is_named(sizes, changes, words):
     with mesh(*sizes), pytest.raises(InputError, match=words):
         jax.eval_shape(replace(**changes).init, jax.random.key(0))
+
+
+@pytest.mark.parametrize("automatic", [0, 2])
+def test_a_mesh_that_is_not_explicit_is_named(automatic):
+    types = [AxisType.Explicit] * 3
+    types[automatic] = AxisType.Auto
+    names = ("data", "fsdp", "tensor")
+    made = jax.make_mesh((2, 2, 2), names, axis_types=tuple(types))
+    words = "Auto.*axis_types=.jax.sharding.AxisType.Explicit"
+    with jax.set_mesh(made), pytest.raises(InputError, match=words):
+        build(CONFIG).init(jax.random.key(0))
 
 
 @pytest.mark.parametrize(

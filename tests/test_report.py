@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.colors
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -62,16 +63,97 @@ def test_every_arm_is_drawn_in_its_colour(tmp_path, draw):
     assert not shows(tmp_path / "figure.png", PALETTE[len(ARMS)])
 
 
-def test_bars_name_every_arm(tmp_path):
-    """Bars are translucent, so the seeds' rings carry the pure colour."""
-    path = tmp_path / "bars.png"
-    records = [r for r in RECORDS if r["step"] == 2]
-    report.bars(path, records, "reward", reference=1.0, reference_label="clean run")
-    for color in PALETTE[: len(ARMS)]:
-        assert shows(path, color)
-    size = path.stat().st_size
-    report.bars(path, records[:1], "reward")
-    assert path.stat().st_size < size
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every figure that is saved, in order."""
+    figures, savefig = [], matplotlib.figure.Figure.savefig
+
+    def keep(figure, *args, **options):
+        figures.append(figure)
+        return savefig(figure, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return figures
+
+
+def legend(figure):
+    (box,) = figure.legends
+    return [text.get_text() for text in box.get_texts()]
+
+
+def segments(lines):
+    return [segment.tolist() for segment in lines.get_segments()]
+
+
+def test_the_frontier_shows_runs_their_mean_and_their_deviations(tmp_path, drawn):
+    run = lambda seed, *at: [
+        {"arm": "a", "seed": seed, "step": step, "kl": x, "reward": y}
+        for step, x, y in at
+    ]
+    # Last points: kl 1, 2, 3 and reward 10, 20, 60; the first run comes out of order.
+    records = run(0, (2, 1.0, 10.0), (0, 0.0, 5.0), (1, 4.0, 80.0))
+    records += run(1, (2, 2.0, 20.0)) + run(2, (2, 3.0, 60.0))
+    records += [{"arm": "b", "kl": 7.0, "reward": -1.0}]
+    report.reward_against_kl(tmp_path / "x.png", records, title="Title")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    assert figure.get_suptitle() == "Title" and legend(figure) == ["a", "b"]
+    assert axes.get_xlabel() == "KL to the reference (nats)"
+    assert axes.get_ylabel() == "gold reward"
+    assert axes.lines[0].get_xydata().tolist() == [[0, 5], [4, 80], [1, 10]]
+    means = [c for c in axes.collections if not c.get_label().startswith("_")]
+    assert [c.get_offsets().tolist() for c in means] == [[[2, 30]], [[7, -1]]]
+    across, up = axes.containers[0].lines[2]
+    assert segments(across) == [[[1, 30], [3, 30]]]
+    deviation = 700**0.5  # of 10, 20, 60
+    np.testing.assert_allclose(
+        segments(up), [[[2, 30 - deviation], [2, 30 + deviation]]]
+    )
+    for bar in axes.containers[1].lines[2]:  # one seed has no deviation
+        assert segments(bar) == [[[7, -1], [7, -1]]]
+
+
+def test_curves_show_means_and_bands_of_one_deviation(tmp_path, drawn):
+    values = {0: (1.0, 2.0, 6.0), 1: (5.0, 5.0, 5.0), 2: (8.0,)}
+    records = [
+        {"arm": "a", "step": step, "loss": value, "kl": 10 * value}
+        for step in (2, 0, 1)
+        for value in values[step]
+    ]
+    records += [{"arm": "b", "step": 0, "loss": 4.0}, {"arm": "b", "step": 1}]
+    report.training_curves(
+        tmp_path / "x.png", records, {"loss": "the loss", "kl": "KL"}, title="Title"
+    )
+    (figure,) = drawn
+    assert figure.get_suptitle() == "Title" and legend(figure) == ["a", "b"]
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == ["the loss", "KL"]
+    assert {axes.get_xlabel() for axes in panels} == {"step"}
+    loss, kl = panels
+    assert loss.lines[0].get_xydata().tolist() == [[0, 3], [1, 5], [2, 8]]
+    assert loss.lines[1].get_xydata().tolist() == [[0, 4]]
+    assert kl.lines[0].get_xydata().tolist() == [[0, 30], [1, 50], [2, 80]]
+    assert len(kl.lines[1].get_xydata()) == 0
+    (band,) = loss.collections[0].get_paths()
+    edge = lambda choose: [
+        choose(y for x, y in band.vertices if x == step) for step in (0, 1, 2)
+    ]
+    deviation = 7**0.5  # of 1, 2, 6
+    np.testing.assert_allclose(edge(min), [3 - deviation, 5, 8])
+    np.testing.assert_allclose(edge(max), [3 + deviation, 5, 8])
+
+
+@pytest.mark.parametrize("count, shape", [(1, (1, 1)), (3, (1, 3)), (4, (2, 3))])
+def test_every_metric_has_a_panel(tmp_path, drawn, count, shape):
+    metrics = [f"m{n}" for n in range(count)]
+    records = [{"arm": "a", "step": 0} | dict.fromkeys(metrics, 1.0)]
+    report.training_curves(tmp_path / "x.png", records, metrics, x_label="a sweep")
+    (figure,) = drawn
+    titles = [a.get_title(loc="left") for a in figure.axes if a.get_visible()]
+    assert titles == metrics
+    grid = figure.axes[0].get_subplotspec().get_gridspec()
+    assert (grid.nrows, grid.ncols) == shape
+    assert figure.axes[0].get_xlabel() == "a sweep"
 
 
 def test_a_metric_only_some_records_have(tmp_path):
@@ -95,8 +177,51 @@ def test_nothing_to_draw_is_an_error(tmp_path):
         report.reward_against_kl(
             path, [{"arm": "a", "kl": 1.0, "reward": 1.0}, {"arm": "a", "reward": 1.0}]
         )
+    with pytest.raises(InputError, match="no records to draw"):
+        report.training_curves(path, [], ["loss"])
+    with pytest.raises(InputError, match="no metrics to draw"):
+        report.training_curves(path, RECORDS, [])
+    with pytest.raises(InputError, match="no record has a number 'rewrad'"):
+        report.training_curves(path, RECORDS, ["reward", "rewrad"])
+    with pytest.raises(InputError, match="no record has a number 'v'"):
+        report.training_curves(path, [{"arm": "a", "step": 0, "v": None}], ["v"])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("value", ["0.5", float("nan"), float("inf"), [1.0]])
+def test_what_is_no_finite_number_is_named(tmp_path, value):
+    path = tmp_path / "figure.png"
+    good = {"arm": "a", "step": 0, "kl": 1.0, "reward": 1.0}
+    for name in ("kl", "reward", "step"):
+        words = f"record 2: '{name}' is .*; only finite numbers"
+        with pytest.raises(InputError, match=words):
+            report.reward_against_kl(path, [good, good | {name: value}])
+    for name in ("step", "kl"):
+        words = f"figure.png: record 2: '{name}' is .*; only finite numbers"
+        with pytest.raises(InputError, match=words):
+            report.training_curves(path, [good, good | {name: value}], ["kl"])
+    assert not path.exists()
+
+
+def test_a_figure_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "figure.png"
+    draw = lambda path: report.training_curves(path, RECORDS, ["kl"])
+    path.write_text("old")
+    with monkeypatch.context() as patch:
+
+        def full(source, target):
+            assert path.read_text() == "old"
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(os, "replace", full)
+        with pytest.raises(InputError, match="write the figure .No space left"):
+            draw(path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    draw(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(InputError, match="cannot write the figure"):
-        report.bars(tmp_path / "no" / "x.png", [{"arm": "a", "v": 1.0}], "v")
+        draw(tmp_path / "no" / "x.png")
 
 
 class Page(HTMLParser):
@@ -127,8 +252,9 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def picture(tmp_path):
-    report.bars(tmp_path / "bars.png", [{"arm": "a", "v": 1.0}], "v")
-    return tmp_path / "bars.png"
+    path = tmp_path / "curve.png"
+    report.training_curves(path, [{"arm": "a", "step": 0, "v": 1.0}], ["v"])
+    return path
 
 
 def test_report_is_one_file_with_everything_in_it(tmp_path, picture):
@@ -139,7 +265,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, picture):
         caption="Over 3 seeds.",
     )
     sections = [
-        report.Section("Result", [table, report.Figure(picture, "The bars.")]),
+        report.Section("Result", [table, report.Figure(picture, "The curve.")]),
         report.Section(
             "Protocol", ["One.\n\n    jaxpref train\n      --out x\n\nTwo."]
         ),
@@ -162,7 +288,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, picture):
     assert text.count('class="n"') == 2 * 3  # the two columns of numbers are aligned
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"https?://|@import|url\(|<script|<link", text)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bars.png", "report.html"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.html"]
 
 
 def test_everything_given_is_escaped(tmp_path, picture):
@@ -198,14 +324,16 @@ def test_report_errors_are_one_line(tmp_path, picture):
     with pytest.raises(InputError, match="cannot write the report"):
         write("text", path=tmp_path / "taken")
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "bars.png", "report.html", "taken",
+        "curve.png", "report.html", "taken",
     ]  # fmt: skip
 
 
 def test_mean_spread():
     assert report.mean_spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert report.mean_spread([-0.5], digits=1) == "−0.5"
-    assert report.mean_spread([]) == "–"
+    assert report.mean_spread([1.0, 1.0]) == "1.00 ± 0.00"
+    assert report.mean_spread([]) == report.mean_spread(np.array([])) == "–"
+    assert report.mean_spread(np.array([-1, 0, 1], np.float32)) == "0.00 ± 1.00"
 
 
 def test_report_loads_neither_jax_nor_pyplot():

@@ -67,6 +67,14 @@ def test_filters_keep_what_the_definition_keeps(temperature, top_k, top_p):
     np.testing.assert_array_equal(np.isfinite(kept), expected > 0)
 
 
+@pytest.mark.parametrize("top_k", [3000, 4095, 4096])
+def test_top_p_of_one_cuts_nothing_of_a_large_vocabulary(top_k):
+    """The float32 sum of the others' probabilities reaches 1 before the last token."""
+    logits = np.linspace(0, 16, 4096, dtype=np.float32)[None]
+    kept = sampler_module.keep_likely(jnp.asarray(logits), top_k, jnp.float32(1))
+    np.testing.assert_array_equal(np.isfinite(kept)[0], np.arange(4096) >= 4096 - top_k)
+
+
 @pytest.mark.parametrize("temperature, top_k, top_p", FILTERS)
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     rows = 2048

@@ -76,8 +76,8 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
         reference = score_pairs(
             make_score_step(pair_logps),
             params,
-            data.eval_batches(pairs, **split),
-            (len(pairs), objective.sides),
+            pairs,
+            split=split,
             mesh=mesh,
             title="reference",
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, first_line
 
 
 class Rows:
@@ -31,17 +31,20 @@ class Rows:
         return f"{self._name} row {index + 1}"
 
 
-def open_saved(folder: Path, *, split: str) -> Rows:
+def open_saved(folder: Path, *, split: str | None) -> Rows:
     """A folder written by `datasets.save_to_disk`, with or without splits."""
     datasets = _import_datasets(str(folder))
     try:
         table = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever a damaged folder makes the package raise
-        raise InputError(f"{folder}: cannot be loaded ({_first_line(error)})") from None
+        raise InputError(f"{folder}: cannot be loaded ({first_line(error)})") from None
     if isinstance(table, datasets.DatasetDict):
+        split = split or "train"
         if split not in table:
             raise InputError(f"{folder}: no split {split!r}; it has {', '.join(table)}")
         table = table[split]
+    elif split is not None:
+        raise InputError(f"{folder}: it has no splits; leave out split {split!r}")
     return Rows(table, f"{folder}")
 
 
@@ -55,7 +58,7 @@ def open_hub(name: str, *, split: str, data_dir: str | None) -> Rows:
         )
     except Exception as error:  # network, missing set, split or config, damaged cache
         raise InputError(
-            f"hf:{name}: cannot be loaded ({_first_line(error)}); check name, split"
+            f"hf:{name}: cannot be loaded ({first_line(error)}); check name, split"
             f" {split!r} and network"
         ) from None
     return Rows(table, f"hf:{name} {split}")
@@ -92,7 +95,7 @@ def _tfds_reason(error: Exception) -> str:
     if isinstance(error, AttributeError) and "FieldDescriptor" in str(error):
         # Seen with tensorflow-datasets 4.9.9 and protobuf 7.
         return 'this tensorflow-datasets needs `pip install "protobuf<7"`'
-    return _first_line(error)
+    return first_line(error)
 
 
 def _import_datasets(name: str) -> Any:
@@ -137,8 +140,3 @@ def _plain(value: Any, where: str) -> Any:
                 " UTF-8 text"
             ) from None
     return value
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.split("\n")[0][:300]

@@ -18,6 +18,9 @@ MAX_CHARACTERS = 1_000_000
 IDENTICAL = "chosen and rejected are identical"
 PROMPTS_DIFFER = "chosen and rejected do not share the prompt"
 EMPTY = "a completion is empty"
+HUMAN_LAST = "a dialogue does not end with the assistant's turn"
+
+_COMPLETIONS = ("completion", "messages", "chosen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Example:
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def prompt_key(self) -> str:
-        """What must not be in both splits: the prompt, outer white space aside."""
-        if self.is_conversation:
-            return json.dumps(self.prompt, sort_keys=True)
-        return self.prompt.strip()
+
+def prompt_key(prompt: str | tuple[Message, ...]) -> str:
+    """Equal for prompts that count as one: outer white space of texts set aside."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    bare = [message | {"content": message["content"].strip()} for message in prompt]
+    return json.dumps(bare, sort_keys=True)
 
 
 def parse(
@@ -68,7 +73,8 @@ def parse(
     `\n\nHuman: ...\n\nAssistant: ...` that share all but the last turn.  Completions
     (sides = 1) are `prompt` and `completion`, or `messages`, or the chosen side of a
     pair.  `flip` (true or false) and `annotator` (string or integer) are optional.  The
-    completion is always the last assistant turn.
+    completion is always the last assistant turn.  A `prompt` that a conversation or a
+    dialogue repeats is taken once.
 
     Args:
       record: as decoded from the file.
@@ -94,8 +100,11 @@ def parse(
     prompt = _value(record, "prompt", where) if "prompt" in record else None
     if any(isinstance(part, list) for part in (prompt, *values)):
         split = [_conversation(prompt, *pair, where) for pair in zip(names, values)]
-    elif prompt is None:
+    elif prompt is None or _in_dialogues(prompt, values):
+        prompt = None
         split = [_dialogue(*pair, where) for pair in zip(names, values)]
+        if any("\n\n" + HUMAN_TURN in completion for _, completion in split):
+            return HUMAN_LAST
     else:
         split = [(prompt, value) for value in values]
     for name, (_, completion) in zip(names, split):
@@ -117,13 +126,21 @@ def parse(
 
 
 def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
-    """The prompt of any record `parse` reads, or of one that has only a `prompt`.
+    """The prompt that `parse` finds, or that of a record without any completion.
 
     Returns:
       A string or messages; None where the record is one that `parse` drops.
+
+    Raises:
+      InputError: the record is malformed, or its prompt has no messages.
     """
-    if isinstance(record, dict) and "prompt" in record:
+    completions = isinstance(record, dict) and any(
+        record.get(name) is not None for name in _COMPLETIONS
+    )
+    if isinstance(record, dict) and "prompt" in record and not completions:
         prompt = _value(record, "prompt", where)
+        if prompt == []:
+            raise InputError(f"{where}: field 'prompt' has no messages; give one")
         return prompt if isinstance(prompt, str) else tuple(prompt)
     example = parse(record, where, sides=1, drop_empty=True)
     return None if isinstance(example, str) else example.prompt
@@ -132,7 +149,7 @@ def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
 def _completion_names(record: dict, sides: int) -> tuple[str, ...]:
     if sides == 2:
         return ("chosen", "rejected")
-    present = [x for x in ("completion", "messages", "chosen") if x in record]
+    present = [x for x in _COMPLETIONS if x in record]
     return (present[0] if present else "completion",)
 
 
@@ -212,19 +229,45 @@ def _conversation(
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     if isinstance(prompt, str):
-        # Beside a whole conversation, a prompt string only repeats its question.
-        prompt = [{"role": "user", "content": prompt}] if len(value) == 1 else []
-    prompt = prompt or []
-    repeated = len(value) > len(prompt) and value[: len(prompt)] == prompt
-    turns = value if repeated else prompt + value
-    if not value or turns[-1]["role"] != "assistant":
+        prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
+    if not value or value[-1]["role"] != "assistant":
         raise InputError(f"{where}: field '{name}' must end with an assistant message")
-    if len(turns) == 1:
+    turns = _joined(prompt or [], value[:-1])
+    if turns is None:
+        raise InputError(
+            f"{where}: field '{name}' begins with another question than 'prompt' asks;"
+            " remove one of the two"
+        )
+    if not turns:
         raise InputError(
             f"{where}: field '{name}' has no message before the answer and there is no"
             " 'prompt'"
         )
-    return tuple(turns[:-1]), turns[-1]
+    return tuple(turns), value[-1]
+
+
+def _joined(prompt: list[Message], turns: list[Message]) -> list[Message] | None:
+    """The prompt, then the turns; what both hold once; None if they contradict."""
+    asked, said = (
+        [(message["role"], message["content"].strip()) for message in part]
+        for part in (prompt, turns)
+    )
+    for size in range(min(len(asked), len(said)), 0, -1):
+        if asked[-size:] == said[:size]:
+            return prompt + turns[size:]
+    if not asked or not said or said[0][0] in ("assistant", "tool"):
+        return prompt + turns
+    if any(said[n : n + len(asked)] == asked for n in range(len(said))):
+        return turns
+    follows = said[0][0] == "user" and asked[-1][0] != "user"
+    return prompt + turns if follows else None
+
+
+def _in_dialogues(prompt: str, values: list[str]) -> bool:
+    """Whether the values are whole dialogues, one at least with this prompt in it."""
+    parts = [value.rpartition(ASSISTANT_TURN) for value in values]
+    whole = all(turn and x.lstrip().startswith(HUMAN_TURN) for x, turn, _ in parts)
+    return whole and any(prompt.strip() in x + turn for x, turn, _ in parts)
 
 
 def _dialogue(name: str, text: str, where: str) -> tuple[str, str]:

@@ -61,11 +61,21 @@ class Pairs:
         return self.tokens[start : start + lengths[side]]
 
     def digest(self) -> str:
-        """SHA-256 (hex) of all contents; equal exactly where every array is equal."""
-        digest = hashlib.sha256(repr(self.annotator_names).encode())
-        for field in dataclasses.fields(self)[:-1]:
-            array = np.ascontiguousarray(getattr(self, field.name))
-            digest.update(f"{field.name} {array.dtype.str} {array.shape}".encode())
+        """SHA-256 (hex) of tokens, lengths, flips and annotators.
+
+        Equal exactly where a run would see the same pairs in the same order; names,
+        and where the pairs stand in their file, are left out.
+        """
+        digest = hashlib.sha256()
+        for name in (
+            "tokens",
+            "prompt_lengths",
+            "completion_lengths",
+            "flips",
+            "annotators",
+        ):
+            array = np.ascontiguousarray(getattr(self, name))
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
             digest.update(array.data if array.size else b"")
         return digest.hexdigest()
 
@@ -145,11 +155,7 @@ class BatchShape:
     predictions: int
     """P, predicted tokens of a sequence."""
     sides: int
-    """K, completions of a pair."""
-    sequences: int
-    """Q, sequences in a row; K in the padded layout."""
-    slots: int = 1
-    """S, pair slots of a row; 1 in the padded layout."""
+    """K, completions of a pair; in the padded layout also Q, sequences of a row."""
 
 
 def batch_shape(
@@ -173,5 +179,4 @@ def batch_shape(
         sequence_length=-(-longest // length_multiple) * length_multiple,
         predictions=-(-answer // prediction_multiple) * prediction_multiple,
         sides=num_sides,
-        sequences=num_sides,
     )

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.data.noise import hash_uniforms
+from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.pairs import BatchShape, Pairs
 from jaxpref.errors import InputError
 

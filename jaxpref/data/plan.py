@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxpref.data.formats import Example, parse, parse_prompt
-from jaxpref.data.noise import hash_uniforms, injected_flips
+from jaxpref.data.formats import Example, parse, parse_prompt, prompt_key
+from jaxpref.data.hashing import hash_uniforms, injected_flips
 from jaxpref.data.pairs import Pairs, PairsBuilder
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
@@ -25,8 +25,9 @@ class DataOptions:
 
     max_length: int = 1024
     """Most tokens of prompt and completion together, BOS and EOS included."""
-    max_prompt_length: int = 512
-    """Most tokens of a prompt, BOS included; longer ones are cut on the left."""
+    max_prompt_length: int | None = None
+    """Most tokens of a prompt, BOS included; longer ones are cut on the left.  None
+    means half of max_length."""
     heldout_fraction: float = 0.05
     """Share of the prompts held out for evaluation, chosen by hash of the prompt."""
     flip_rate: float = 0.0
@@ -39,9 +40,9 @@ class DataOptions:
     """Drop and count records with an empty completion instead of stopping at one."""
 
     def __post_init__(self):
-        if not 2 <= self.max_prompt_length <= self.max_length:
+        if not 2 <= self.longest_prompt <= self.max_length:
             raise InputError(
-                f"max_prompt_length {self.max_prompt_length} must be from 2 to"
+                f"max_prompt_length {self.longest_prompt} must be from 2 to"
                 f" max_length {self.max_length}"
             )
         if not 0 <= self.heldout_fraction <= 1:
@@ -52,6 +53,12 @@ class DataOptions:
             raise InputError(f"flip_rate {self.flip_rate} must be from 0 to 1")
         if self.max_pairs is not None and self.max_pairs < 1:
             raise InputError(f"max_pairs {self.max_pairs} must be positive")
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
+        half = self.max_length // 2
+        return half if self.max_prompt_length is None else self.max_prompt_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Plan:
     report: dict[str, int]
     """Counts: rows read, kept, dropped (by reason), cut and flipped."""
     digest: str
-    """SHA-256 (hex) of both; equal exactly where the tokens and labels are equal."""
+    """SHA-256 (hex) of both; equal exactly where tokens, labels, known flips, annotator
+    indices and order are equal."""
 
     def describe(self) -> str:
         """The report in one line, counts of nothing left out."""
@@ -104,7 +112,9 @@ def make_plan(
     copies: collections.Counter[str] = collections.Counter()
     train, heldout = PairsBuilder(sides), PairsBuilder(sides)
     limit = len(source) if options.max_pairs is None else options.max_pairs
-    with tqdm(total=len(source), desc="tokenise", unit="row", disable=None) as bar:
+    with tqdm(
+        total=len(source), desc="tokenise", unit="row", leave=False, disable=None
+    ) as bar:
         chunks = _chunks(
             source,
             sides=sides,
@@ -118,7 +128,7 @@ def make_plan(
                 [source.location(row) for row in rows],
                 tokenizer,
                 max_length=options.max_length,
-                max_prompt_length=options.max_prompt_length,
+                max_prompt_length=options.longest_prompt,
             )
             for row, example, result in zip(rows, examples, results):
                 if isinstance(result, str):
@@ -152,7 +162,7 @@ def _add(
     counts: collections.Counter,
 ) -> None:
     """Decide split and label of one pair, and store it."""
-    (u,) = hash_uniforms([example.prompt_key()], salt="heldout")
+    (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_fraction
     (flip,) = injected_flips([pair_id], rate=options.flip_rate, seed=options.flip_seed)
     flip = bool(flip) and not hold
@@ -211,24 +221,28 @@ def read_prompts(
     tokenizer: Any,
     *,
     limit: int,
-    max_prompt_length: int = DataOptions.max_prompt_length,
+    max_prompt_length: int = DataOptions().longest_prompt,
 ) -> tuple[list[str], list[list[int]]]:
-    """The first `limit` different prompts of a source: their text and their tokens."""
-    prompts: dict[str, list[int]] = {}
+    """The first `limit` different prompts of a source, as they are in training.
+
+    Returns:
+      The text of each (of a conversation its last message), and its tokens.
+    """
+    texts: list[str] = []
+    tokens: list[list[int]] = []
+    seen: set[str] = set()
     for row in range(len(source)):
-        prompt = parse_prompt(source[row], source.location(row))
-        if prompt is None:
+        place = source.location(row)
+        prompt = parse_prompt(source[row], place)
+        if prompt is None or prompt_key(prompt) in seen:
             continue
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        prompts.setdefault(
-            text,
+        seen.add(prompt_key(prompt))
+        texts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+        tokens.append(
             encode_prompt(
-                tokenizer,
-                prompt,
-                place=source.location(row),
-                max_prompt_length=max_prompt_length,
-            ),
+                tokenizer, prompt, place=place, max_prompt_length=max_prompt_length
+            )
         )
-        if len(prompts) == limit:
+        if len(texts) == limit:
             break
-    return list(prompts), list(prompts.values())
+    return texts, tokens

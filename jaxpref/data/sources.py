@@ -86,7 +86,7 @@ class JsonLines:
 def decode_json(raw: bytes, where: str) -> Any:
     """UTF-8 JSON to Python values; `where` names the place in an error."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where}: byte {raw[error.start]:#04x} at position {error.start + 1} is"
@@ -101,8 +101,17 @@ def decode_json(raw: bytes, where: str) -> Any:
         raise InputError(f"{where}: not usable JSON ({error})") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice[:100]!r} stands there twice; keep one of them")
+    return record
+
+
 def open_source(
-    data: str | Path, *, split: str = "train", data_dir: str | None = None
+    data: str | Path, *, split: str | None = None, data_dir: str | None = None
 ) -> Source:
     """Open preference data by what it is.
 
@@ -112,9 +121,9 @@ def open_source(
         "hf:OWNER/NAME:CONFIG" or a bare OWNER/NAME for the Hugging Face hub, or
         "tfds:NAME" or "tfds:NAME/CONFIG:VERSION".  "?split=test" and
         "?data_dir=DIR" (or both with "&") may follow any name but a file's.
-      split: of a data set that has splits; a file has none.
+      split: of a data set that has splits ("train" unless given); others refuse it.
       data_dir: where a TFDS set was prepared, or the folder inside a hub data set
-        (Anthropic/hh-rlhf has "helpful-base").
+        (Anthropic/hh-rlhf has "helpful-base"); others refuse it.
 
     Raises:
       InputError: nothing usable is there, or an optional package is missing.
@@ -127,12 +136,18 @@ def open_source(
             raise InputError(f"{data}: after '?' come split=NAME and data_dir=DIR only")
         split, data_dir = options.get("split", split), options.get("data_dir", data_dir)
     if text.startswith("tfds:"):
-        return external.open_tfds(text[5:], split=split, data_dir=data_dir)
+        return external.open_tfds(text[5:], split=split or "train", data_dir=data_dir)
     if text.startswith("hf:"):
-        return external.open_hub(text[3:], split=split, data_dir=data_dir)
+        return external.open_hub(text[3:], split=split or "train", data_dir=data_dir)
     if _exists(text):
         path = Path(text)
-        return _open_folder(path, split) if path.is_dir() else _open_json(path)
+        if data_dir is not None:
+            raise InputError(f"{text}: leave out data_dir {data_dir!r}; it is on disk")
+        if path.is_dir():
+            return _open_folder(path, split)
+        if split is not None:
+            raise InputError(f"{text}: a file has no splits; leave out split {split!r}")
+        return _open_json(path)
     looks_like_hub_id = (
         text.count("/") == 1
         and not text.startswith((".", "/", "~"))
@@ -140,7 +155,7 @@ def open_source(
         and not _exists(text.split("/")[0])
     )
     if looks_like_hub_id:
-        return external.open_hub(text, split=split, data_dir=data_dir)
+        return external.open_hub(text, split=split or "train", data_dir=data_dir)
     raise InputError(f"{text}: no such file or folder; give {_KINDS}")
 
 
@@ -151,11 +166,11 @@ def _exists(text: str) -> bool:
         raise InputError(f"{text[:200]}: cannot be read ({error})") from None
 
 
-def _open_folder(path: Path, split: str) -> Source:
+def _open_folder(path: Path, split: str | None) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return external.open_saved(path, split=split)
     if (path / "features.json").is_file():
-        return external.open_tfds_folder(path, split=split)
+        return external.open_tfds_folder(path, split=split or "train")
     raise InputError(f"{path}: this folder holds no data set; give {_KINDS}")
 
 

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpref.data.formats import Example, Message
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, first_line
 
 NO_TOKENS = "a completion has no tokens"
 NO_PROMPT = "the prompt has no tokens and the tokenizer has no BOS"
+INNER_END = "a completion holds BOS or EOS before its end"
 NO_ROOM = "the prompt leaves no room for the completion"
 SAME_TOKENS = "chosen and rejected are identical once tokenised and cut"
 
@@ -42,8 +43,9 @@ def load_tokenizer(model: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except Exception as error:  # the backends raise plain exceptions on a bad file
-        line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise InputError(f"{model}: no usable tokenizer ({line})") from None
+        raise InputError(
+            f"{model}: no usable tokenizer ({first_line(error)})"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{model}: the tokenizer has no end-of-sequence token, so no answer would"
@@ -62,8 +64,12 @@ def tokenize(
 ) -> list[Tokens | str]:
     """Tokenise examples in two calls of the tokenizer.
 
-    BOS: once, at the start, wherever the tokenizer defines one, whether it or the chat
+    BOS: once at the start, wherever the tokenizer defines one, whether it or the chat
     template adds it or not.  EOS: once, at the end of each completion that is not cut.
+    Special tokens written in a text become those tokens, as in other frameworks: a
+    prompt may be a chat rendered beforehand, with the BOS and EOS of earlier turns.  A
+    completion that holds either before its end is dropped: it goes on after its end,
+    and content cannot be told from markup there.
     A prompt longer than `max_prompt_length` loses tokens on the left, behind its BOS.
     A completion that then ends beyond `max_length` loses tokens on the right, its EOS
     among them: a cut answer does not end there, and no EOS is put in its place.
@@ -88,7 +94,7 @@ def tokenize(
     results: list[Tokens | str] = []
     for example in examples:
         prompt, *wholes = (next(encoded) for _ in (0, *example.completions))
-        split = _split(prompt, wholes, example.is_conversation, tokenizer)
+        split = _split(prompt, wholes, tokenizer)
         results.append(
             split
             if isinstance(split, str)
@@ -137,16 +143,17 @@ def render(example: Example, place: str, tokenizer: Any) -> list[str]:
         _template([*example.prompt, message], place, tokenizer, False)
         for message in example.completions
     ]
-    # Some templates open the answer differently or drop earlier thoughts once there is
-    # an answer; the question itself must read the same.
-    question = example.prompt[-1]["content"].strip()
-    for whole in wholes:
-        if not whole.startswith(prompt):
-            if question not in os.path.commonprefix([prompt, whole]):
-                raise InputError(
-                    f"{place}: the chat template writes the prompt differently when an"
-                    " answer follows it; use a template that does not"
-                )
+    if not all(whole.startswith(prompt) for whole in wholes):
+        # Some templates open the answer differently once there is one, with a thought
+        # for example.  What comes before it must read the same; only an EOS that closes
+        # a conversation without an answer may go.
+        question = _template(list(example.prompt), place, tokenizer, False).rstrip()
+        question = question.removesuffix(tokenizer.eos_token).rstrip()
+        if not all(text.startswith(question) for text in (prompt, *wholes)):
+            raise InputError(
+                f"{place}: the chat template writes the prompt differently when an"
+                " answer follows it; use a template that does not"
+            )
     return [prompt, *wholes]
 
 
@@ -166,8 +173,9 @@ def _template(messages: list, place: str, tokenizer: Any, open_answer: bool) -> 
             messages, tokenize=False, add_generation_prompt=open_answer
         )
     except (TemplateError, TypeError, ValueError) as error:
-        line = str(error).strip().split("\n")[0]
-        raise InputError(f"{place}: the chat template refuses it ({line})") from None
+        raise InputError(
+            f"{place}: the chat template refuses it ({first_line(error)})"
+        ) from None
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -186,7 +194,7 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _split(
-    prompt: list[int], wholes: list[list[int]], is_conversation: bool, tokenizer: Any
+    prompt: list[int], wholes: list[list[int]], tokenizer: Any
 ) -> tuple[list[int], list[list[int]]] | str:
     """Prompt without BOS, and completions with EOS."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -197,26 +205,25 @@ def _split(
         return NO_PROMPT
     completions = []
     for whole in wholes:
-        completion = whole[shared:]
-        if is_conversation:
-            completion = _end_of_turn(completion, tokenizer)
+        completion = _end_of_turn(whole[shared:], tokenizer)
         while completion and completion[-1] == eos:
             completion.pop()
         if not completion:
             return NO_TOKENS
+        if bos in completion or eos in completion:
+            return INNER_END
         completions.append([*completion, eos])
     return prompt[:shared], completions
 
 
 def _end_of_turn(completion: list[int], tokenizer: Any) -> list[int]:
-    """Drop the line break that a template writes after EOS."""
+    """Drop the line break or other markup that a template writes after EOS."""
     eos = tokenizer.eos_token_id
-    if eos not in completion:
+    if eos not in completion or completion[-1] == eos:
         return completion
     end = len(completion) - completion[::-1].index(eos)
-    if end < len(completion) and not tokenizer.decode(completion[end:]).strip():
-        return completion[:end]
-    return completion
+    rest = tokenizer.decode(completion[end:], skip_special_tokens=True)
+    return completion if rest.strip() else completion[:end]
 
 
 def _cut(

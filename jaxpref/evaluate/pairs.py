@@ -41,8 +41,9 @@ class EvaluateConfig:
     """Pairs scored at the same time, over all devices."""
     max_length: int = DataOptions.max_length
     """Longest prompt and completion together, in tokens."""
-    max_prompt_length: int = DataOptions.max_prompt_length
-    """Longest prompt, in tokens; longer ones lose their beginning."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
+    their beginning."""
     compute_dtype: Dtype = "float32"
     """Dtype of matrix products and activations."""
     mesh: MeshConfig = MeshConfig()
@@ -100,15 +101,14 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
     check_fits(config.data, pairs, str(folder), model_config)
     model = build(dataclasses.replace(model_config, compute_dtype=config.compute_dtype))
     params = load_params(folder, model)
-    batches = data.eval_batches(
-        pairs,
-        shape=data.batch_shape(pairs),
-        batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    split = {
+        "shape": data.batch_shape(pairs),
+        "batch_size": config.batch_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
     step = make_score_step(make_pair_logps(model))
-    logps = score_pairs(step, params, batches, (len(pairs), 2), mesh=mesh, title=title)
+    logps = score_pairs(step, params, pairs, split=split, mesh=mesh, title=title)
     check_finite(config.data, pairs, str(folder), logps)
     return logps
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxpref.errors import InputError
@@ -49,7 +50,9 @@ class ModelConfig:
     """Sizes and numerics of a decoder-only transformer.
 
     Parameters are stored in `param_dtype` and cast to `compute_dtype` where they are
-    used; norms, rotary angles, attention weights and log-probs are float32 or wider.
+    used.  Norms, rotary angles, the softmax over keys and log-probs are computed in
+    float32 or wider; the angles' cosines and sines and the attention weights are then
+    rounded to `compute_dtype`, as transformers does.
     `remat` says what the backward pass recomputes within a layer: "none", "dots" (all
     but the matrix products with weights) or "full" (everything).
     """
@@ -142,11 +145,18 @@ def place(x: jax.Array, spec: P) -> jax.Array:
 
 def check_mesh(config: ModelConfig) -> None:
     """Raises InputError if the mesh that is set cannot hold the model evenly."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = dict(mesh.shape)
     if not sizes:
         return
     if set(sizes) != {"data", "fsdp", "tensor"}:
         raise InputError(f"mesh: axes are {list(sizes)}; use data, fsdp and tensor")
+    if set(mesh.axis_types) != {AxisType.Explicit}:
+        types = ", ".join(t.name for t in mesh.axis_types)
+        raise InputError(
+            f"mesh: the axes' types are {types}; make it with "
+            "axis_types=(jax.sharding.AxisType.Explicit,) * 3"
+        )
     both = ("fsdp", "tensor")
     for name, axes in {
         "num_kv_heads": ("tensor",),

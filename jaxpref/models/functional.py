@@ -74,7 +74,8 @@ class Model:
         gives shapes and layouts without any memory.
 
         Raises:
-            InputError: the mesh does not divide the model's sizes.
+            InputError: the mesh's axes are not Explicit `data`, `fsdp` and `tensor`, or
+                they do not divide the model's sizes.
         """
         check_mesh(self.config)
         module = Transformer(self.config, nnx.Rngs(key))
@@ -133,13 +134,28 @@ class Model:
             tokens: int [B, T], row b's prompt in its last `lengths[b]` places.
             lengths: int [B].
             cache: an empty cache of length >= T.
+
+        Raises:
+            ValueError: the prompts are longer than the cache.
         """
         start = place(tokens.shape[1] - lengths, SPECS.rows)
         cache = dataclasses.replace(cache, start=start.astype(jnp.int32))
         return self.decode(params, tokens, cache)
 
     def decode(self, params: Params, tokens, cache: Cache):
-        """Hidden states [B, T, D] of the next T tokens [B, T], and the grown cache."""
+        """Hidden states [B, T, D] of the next T tokens [B, T], and the grown cache.
+
+        The caller keeps within the cache: filled + T <= its length.  `filled` is data,
+        so a step too many raises nothing; it overwrites the last slots.
+
+        Raises:
+            ValueError: T alone is more than the cache's length.
+        """
+        if tokens.shape[1] > cache.keys.shape[2]:
+            raise ValueError(
+                f"Expected at most {cache.keys.shape[2]} tokens, the length of the "
+                f"cache, got {tokens.shape[1]}."
+            )
         slots = cache.filled + jnp.arange(tokens.shape[1])
         positions = jnp.maximum(slots[None] - cache.start[:, None], 0)
         keys = jnp.arange(cache.keys.shape[2])

@@ -1,9 +1,9 @@
 """A model's folder, by path or by its id on the Hugging Face hub."""
 
-import json
 from pathlib import Path
 
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, first_line
+from jaxpref.models.huggingface_config import read_json
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -28,9 +28,9 @@ def resolve_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=_WANTED))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"{model}: no such folder, and the hub has no such model either ({reason})"
+            f"{model}: no such folder, and the hub gave no such model either "
+            f"({first_line(error)})"
         ) from error
 
 
@@ -38,11 +38,20 @@ def stop_tokens(folder: Path) -> tuple[int, ...]:
     """The tokens that end a completion: `eos_token_id`, one or several.
 
     `generation_config.json` decides, and `config.json` where it says nothing.
+
+    Raises:
+      InputError: if one of them is no JSON object, or has anything but whole numbers.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found = read_json(path).get("eos_token_id")
             if found is not None:
-                return tuple(found) if isinstance(found, list) else (found,)
+                tokens = found if isinstance(found, list) else [found]
+                if not all(type(token) is int for token in tokens):
+                    raise InputError(
+                        f"{path}: field eos_token_id is {found!r}; give a token's id "
+                        "or a list of them"
+                    )
+                return tuple(tokens)
     return ()

@@ -8,7 +8,6 @@ from jaxpref.report.html import Section as Section
 from jaxpref.report.html import Table as Table
 from jaxpref.report.html import mean_spread as mean_spread
 from jaxpref.report.html import write_html as write_html
-from jaxpref.report.plots import bars as bars
 from jaxpref.report.plots import reward_against_kl as reward_against_kl
 from jaxpref.report.plots import training_curves as training_curves
 
@@ -16,7 +15,6 @@ __all__ = [
     "Figure",
     "Section",
     "Table",
-    "bars",
     "mean_spread",
     "reward_against_kl",
     "training_curves",

@@ -5,14 +5,14 @@ import dataclasses
 import html
 import math
 import mimetypes
-import os
 import re
-import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxpref.errors import InputError
+from jaxpref.report.files import write_whole
+from jaxpref.report.seeds import mean_and_deviation
 from jaxpref.report.style import CSS
 
 
@@ -70,17 +70,7 @@ def write_html(
     body = "\n".join(_section(number, s) for number, s in enumerate(sections, 1))
     lead = f'<div class="lead">{_text(summary)}</div>' if summary else ""
     page = _PAGE.format(title=html.escape(title), css=CSS, lead=lead, body=body)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot write the report ({error.strerror}); "
-            "free the space or choose another folder"
-        ) from error
+    write_whole(path, page.encode("utf-8"), what="report")
 
 
 def mean_spread(values: Sequence[float], *, digits: int = 2) -> str:
@@ -93,12 +83,11 @@ def mean_spread(values: Sequence[float], *, digits: int = 2) -> str:
     Returns:
       The text; an en dash where there is no value.
     """
-    if not values:
+    if len(values) == 0:
         return "–"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) > 1:
-        mean = f"{mean} ± {statistics.stdev(values):.{digits}f}"
-    return _minus(mean)
+    mean, deviation = mean_and_deviation(values)
+    spread = f" ± {deviation:.{digits}f}" if len(values) > 1 else ""
+    return _minus(f"{mean:.{digits}f}{spread}")
 
 
 _PAGE = """<!DOCTYPE html>

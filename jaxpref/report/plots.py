@@ -5,9 +5,9 @@ their colours in the order in which they first appear, so figures drawn from rec
 one order agree in colour.  Nothing here touches pyplot's global state or a display.
 """
 
+import io
 import math
 import numbers
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxpref.errors import InputError
-from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
+from jaxpref.report.files import write_whole
+from jaxpref.report.seeds import mean_and_deviation
+from jaxpref.report.style import MATPLOTLIB, PALETTE
 
 Record = Mapping[str, Any]
 
@@ -53,24 +55,25 @@ def reward_against_kl(
       title: above the figure.
 
     Raises:
-      InputError: if there is nothing to draw or the file cannot be written.
+      InputError: if there is nothing to draw, something that is no finite number, or
+        the file cannot be written.
     """
-    arms = _grouped(points, arm, needs=(x, y), path=path)
+    arms = _grouped(points, arm, needs=(x, y), allows=(order,), path=path)
     with matplotlib.rc_context(MATPLOTLIB):
         figure = Figure(figsize=(6.6, 4.3), layout="constrained")
         axes = figure.add_subplot()
         for color, (name, records) in zip(_colors(arms), arms.items()):
             ends = []
             for run in _grouped(records, seed, path=path).values():
-                run = sorted(run, key=lambda record: record.get(order, 0))
+                run = sorted(run, key=lambda record: record.get(order) or 0)
                 at = [record[x] for record in run], [record[y] for record in run]
                 axes.plot(*at, color=color, lw=1, alpha=0.35, zorder=2)
                 axes.scatter(*at, color=color, s=9, alpha=0.35, lw=0, zorder=2)
                 ends.append((run[-1][x], run[-1][y]))
-            (x_mean, x_spread), (y_mean, y_spread) = map(_mean_spread, zip(*ends))
+            (x_mean, x_spread), (y_mean, y_spread) = map(mean_and_deviation, zip(*ends))
             axes.errorbar(
-                x_mean, y_mean, y_spread, x_spread, color=color, fmt="none", lw=1.2,
-                zorder=3,
+                x_mean, y_mean, yerr=y_spread, xerr=x_spread, color=color, fmt="none",
+                lw=1.2, zorder=3,
             )  # fmt: skip
             axes.scatter(
                 x_mean, y_mean, color=color, s=64, edgecolor="white", lw=1.2, zorder=4,
@@ -98,7 +101,8 @@ def training_curves(
     Args:
       path: the PNG to write.
       records: records with the fields `x` and `arm` and some of the metrics; several
-        records of one arm at one `x` are seeds.
+        records of one arm at one `x` are seeds.  A metric may be missing or None in
+        some records, not in all.
       metrics: field names, or a mapping from field names to panel titles.
       x: name of the horizontal field.
       arm: name of the field that groups.
@@ -106,10 +110,18 @@ def training_curves(
       title: above the figure.
 
     Raises:
-      InputError: if there is nothing to draw or the file cannot be written.
+      InputError: if there is nothing to draw, something that is no finite number, or
+        the file cannot be written.
     """
     titles = metrics if isinstance(metrics, Mapping) else {m: m for m in metrics}
-    arms = _grouped(records, arm, needs=(x,), path=path)
+    if not titles:
+        raise InputError(f"{path}: no metrics to draw; name at least one")
+    arms = _grouped(records, arm, needs=(x,), allows=titles, path=path)
+    for metric in titles:
+        if all(run.get(metric) is None for runs in arms.values() for run in runs):
+            raise InputError(
+                f"{path}: no record has a number {metric!r} to draw; check the name"
+            )
     columns = min(len(titles), 3)
     rows = math.ceil(len(titles) / columns)
     with matplotlib.rc_context(MATPLOTLIB):
@@ -117,12 +129,13 @@ def training_curves(
             figsize=(max(6.6, 2.8 * columns), 2.6 * rows + 0.6), layout="constrained"
         )
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, (metric, panel_title) in zip(panels, titles.items()):
+        # `panels` last: `zip` takes from what is before the one that ends.
+        for (metric, panel_title), axes in zip(titles.items(), panels):
             for color, (name, runs) in zip(_colors(arms), arms.items()):
                 found = [run for run in runs if run.get(metric) is not None]
                 at = _grouped(sorted(found, key=lambda run: run[x]), x, path=path)
                 stats = [
-                    _mean_spread([r[metric] for r in same]) for same in at.values()
+                    mean_and_deviation(r[metric] for r in same) for same in at.values()
                 ]
                 low = [mean - spread for mean, spread in stats]
                 high = [mean + spread for mean, spread in stats]
@@ -139,78 +152,33 @@ def training_curves(
         _finish(figure, figure.axes[0], path, title=title)
 
 
-def bars(
-    path: str | Path,
-    records: Iterable[Record],
-    value: str,
-    *,
-    arm: str = "arm",
-    label: str | None = None,
-    reference: float | None = None,
-    reference_label: str = "",
-    title: str = "",
-) -> None:
-    """One bar for each arm, the mean over its seeds, with every seed as a dot.
-
-    Args:
-      path: the PNG to write.
-      records: records with the fields `value` and `arm`; several of one arm are seeds.
-      value: name of the field to show.
-      arm: name of the field that groups.
-      label: axis label; the field's name if None.
-      reference: where to draw a line to compare with, e.g. 1 for all of the gain.
-      reference_label: what that line is.
-      title: above the figure.
-
-    Raises:
-      InputError: if there is nothing to draw or the file cannot be written.
-    """
-    arms = _grouped(records, arm, needs=(value,), path=path)
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Figure(figsize=(6.6, 0.42 * len(arms) + 1.3), layout="constrained")
-        axes = figure.add_subplot()
-        for place, (color, (_, runs)) in enumerate(zip(_colors(arms), arms.items())):
-            seeds = [run[value] for run in runs]
-            mean, _ = _mean_spread(seeds)
-            axes.barh(place, mean, height=0.56, color=color, alpha=0.8, lw=0)
-            axes.scatter(
-                seeds, [place] * len(seeds), s=18, color="white", edgecolor=color,
-                lw=1.2, zorder=4,
-            )  # fmt: skip
-            end = max([mean, 0.0, *seeds])
-            axes.annotate(
-                f"{mean:.2f}", (end, place), (8, 0), textcoords="offset points",
-                va="center", fontsize=9,
-            )  # fmt: skip
-        axes.set_yticks(range(len(arms)), [str(name) for name in arms])
-        axes.tick_params(axis="y", length=0, labelcolor=MATPLOTLIB["text.color"])
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.axvline(0, color=MATPLOTLIB["axes.edgecolor"], lw=0.8, zorder=3)
-        axes.spines["left"].set_visible(False)
-        axes.margins(x=0.1)
-        axes.set_xlabel(value if label is None else label)
-        if reference is not None:
-            axes.axvline(reference, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1)
-            axes.annotate(
-                reference_label, (reference, 1), (0, 4), textcoords="offset points",
-                xycoords=("data", "axes fraction"), ha="center", fontsize=8.5,
-                color=FAINT,
-            )  # fmt: skip
-        _finish(figure, axes, path, title=title)
-
-
 def _grouped(
-    records: Iterable[Record], field: str, *, path, needs: Sequence[str] = ()
+    records: Iterable[Record],
+    field: str,
+    *,
+    path,
+    needs: Sequence[str] = (),
+    allows: Iterable[str] = (),
 ) -> dict[Any, list[Record]]:
-    """Records by the value of a field, in order of first appearance."""
+    """Records by the value of a field, in order of first appearance.
+
+    Raises InputError unless every record has the numbers that are needed and what it
+    has of those that are allowed is a number; NaN and infinity are none.
+    """
     groups: dict[Any, list[Record]] = {}
     for number, record in enumerate(records, 1):
         for name in needs:
-            if not isinstance(record.get(name), numbers.Real):
+            if record.get(name) is None:
                 raise InputError(
                     f"{path}: record {number} has no number {name!r} to draw "
                     f"(it has {', '.join(map(repr, record))})"
+                )
+        for name in (*needs, *allows):
+            value = record.get(name, 0)
+            if value is not None and not _drawable(value):
+                raise InputError(
+                    f"{path}: record {number}: {name!r} is {value!r}; only finite "
+                    "numbers can be drawn"
                 )
         groups.setdefault(record.get(field), []).append(record)
     if needs and not groups:
@@ -218,9 +186,8 @@ def _grouped(
     return groups
 
 
-def _mean_spread(values: Sequence[float]) -> tuple[float, float]:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread
+def _drawable(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _colors(arms: Mapping) -> list[str]:
@@ -241,10 +208,6 @@ def _finish(figure: Figure, axes, path: str | Path, *, title: str) -> None:
             handles, labels, loc="outside lower left", fontsize=9,
             ncols=math.ceil(len(labels) / lines),
         )  # fmt: skip
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot write the figure ({error.strerror}); "
-            "free the space or choose another folder"
-        ) from error
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue(), what="figure")

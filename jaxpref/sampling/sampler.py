@@ -174,5 +174,7 @@ def keep_likely(logits, top_k, top_p):
     ranked = jnp.where(ranks < top_k, ranked, -jnp.inf)
     p = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
-    kept = jnp.where((before < top_p) & (ranks < top_k), ranked, jnp.inf)
+    # Of many tokens the rounded sum can reach 1 before the last.
+    nucleus = (before < top_p) | (top_p >= 1)
+    kept = jnp.where(nucleus & (ranks < top_k), ranked, jnp.inf)
     return jnp.where(logits >= jnp.min(kept, axis=-1, keepdims=True), logits, -jnp.inf)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, first_line
 from jaxpref.train.state import TrainState
 
 _log = logging.getLogger("jaxpref")
@@ -90,7 +90,7 @@ class Checkpoints:
                 )
             except Exception as error:
                 _log.warning(
-                    "checkpoint %d cannot be read (%s)", step, _first_line(error)
+                    "checkpoint %d cannot be read (%s)", step, first_line(error)
                 )
                 continue
             state, meta = saved["state"], saved["meta"]
@@ -119,7 +119,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); "
+            f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
             f"make room, and the same command resumes from step {self.latest_step()}"
         )
 
@@ -176,7 +176,3 @@ def cannot_write(path: Path, error: OSError) -> InputError:
         f"{path}: cannot be written ({error.strerror or error}); make room or choose "
         "another --out; the same command resumes"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -64,6 +64,11 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
 
+    @property
+    def heldout_from(self) -> str:
+        """Where the pairs that are evaluated on come from."""
+        return self.eval_data or self.data
+
     def __post_init__(self):
         positive = (
             "batch_size accumulation log_every eval_every save_every "
@@ -91,6 +96,13 @@ class TrainConfig(RunConfig):
     """AdamW and its schedule."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reference is not None and not self.objective.needs_reference:
+            raise InputError(
+                f"--reference {self.reference}: {self.objective.name} reads none"
+            )
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

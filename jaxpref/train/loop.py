@@ -16,7 +16,7 @@ from jaxpref.models.huggingface import save as save_folder
 from jaxpref.train import reference
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_out, remember
-from jaxpref.train.inputs import check_finite, check_fits, read_plan
+from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.mesh import (
     check_rows,
     initialize_distributed,
@@ -73,8 +73,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     # ---- model, optimiser, state: restored, or born from the model folder ---------
     model_config = load_config(folder)
     check_fits(config.data, plan.train, config.model, model_config)
-    heldout_from = config.eval_data or config.data
-    check_fits(heldout_from, plan.heldout, config.model, model_config)
+    check_fits(config.heldout_from, plan.heldout, config.model, model_config)
     model = build(
         dataclasses.replace(
             model_config,
@@ -84,7 +83,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         )
     )
     pair_logps = make_pair_logps(model, chunk_size=config.logit_chunk)
-    score_step = make_score_step(pair_logps)
+    score = functools.partial(
+        score_pairs, make_score_step(pair_logps), split=split, mesh=mesh
+    )
     schedule = make_schedule(config.optimizer, config.max_steps)
     tx = make_optimizer(config.optimizer, schedule)
     new_state = functools.partial(init_state, tx=tx, objective=objective)
@@ -99,60 +100,20 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         )
 
     # ---- reference log-probs, then the reference weights are dropped --------------
-    score = functools.partial(score_pairs, score_step, mesh=mesh)
-    ordered = functools.partial(data.eval_batches, **split)
-    params = None
-    tables = {"train": None, "heldout": None}
-    if objective.needs_reference:
-        reference_folder = (
-            resolve_folder(config.reference) if config.reference else folder
-        )
-        if load_config(reference_folder) != model_config:
-            raise InputError(
-                f"{config.reference}: its config.json describes another model than "
-                f"{config.model}; a reference has the same sizes"
-            )
-        digest = ""  # only the first process reads and writes the table
-        if jax.process_index() == 0:
-            digest = reference.weights_digest(reference_folder, config.compute_dtype)
-        sets = (
-            ("train", plan.train, config.data),
-            ("heldout", plan.heldout, heldout_from),
-        )
-        for name, pairs, source in sets:
-            path = out / "reference" / f"{name}.npz"
-            tables[name] = reference.from_first_process(
-                functools.partial(reference.load_table, path, pairs, digest),
-                (len(pairs), objective.sides),
-            )
-            if tables[name] is None:
-                if params is None:
-                    params = load_params(reference_folder, model)
-                tables[name] = score(
-                    params,
-                    ordered(pairs),
-                    (len(pairs), objective.sides),
-                    title=f"reference log-probs ({name})",
-                )
-                check_finite(source, pairs, str(reference_folder), tables[name])
-                if jax.process_index() == 0:
-                    reference.save_table(path, tables[name], pairs, digest)
-        if reference_folder != folder:
-            params = None
+    params = load_params(folder, model) if restored is None else None
+    tables = reference.make_tables(config, plan, out, model, params, score)
     if restored is None:
-        if params is None:
-            params = load_params(folder, model)
-        state, next_index = jax.jit(new_state, donate_argnums=0)(params), None
+        state = jax.jit(new_state, donate_argnums=0)(params)
     else:
-        state, next_index = restored[0], restored[1]["iterator"]
+        state = restored[0]
     del params
 
     # ---- the loop: evaluate, save, next batch, step, write the previous metrics ---
     batches = data.batches(
         plan.train, seed=config.seed, reference_logps=tables["train"], **split
     )
-    if next_index is not None:
-        batches.set_state(next_index)
+    if restored is not None:
+        batches.set_state(restored[1]["iterator"])
     train_step = make_train_step(pair_logps, objective, tx, schedule)
     start = int(state.step)
     remember(config, out)
@@ -162,12 +123,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     def evaluate(state: TrainState) -> None:
         if not len(plan.heldout):
             return
-        table = score(
-            state.params,
-            ordered(plan.heldout),
-            (len(plan.heldout), objective.sides),
-            title=f"evaluation at step {int(state.step)}",
-        )
+        title = f"evaluation at step {int(state.step)}"
+        table = score(state.params, plan.heldout, title=title)
         writer.write(
             int(state.step),
             evaluation_metrics(

@@ -5,6 +5,8 @@ pair and the same compute dtype; otherwise it is made anew, always from the refe
 model's own folder and never from weights that were trained.
 """
 
+import dataclasses
+import functools
 import hashlib
 import os
 import zipfile
@@ -16,8 +18,83 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxpref.data import Pairs
+from jaxpref.data import Pairs, Plan
+from jaxpref.errors import InputError
+from jaxpref.models import Model, ModelConfig
+from jaxpref.models.hub import resolve_folder
+from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.checkpoint import cannot_write
+from jaxpref.train.config import TrainConfig
+from jaxpref.train.inputs import check_finite
+
+
+def make_tables(
+    config: TrainConfig,
+    plan: Plan,
+    out: Path,
+    model: Model,
+    params,
+    score: Callable[..., np.ndarray],
+) -> dict[str, np.ndarray | None]:
+    """Log-probs `[N, K]` of the `train` and `heldout` pairs under the reference.
+
+    Args:
+      config: of the run.
+      plan: its pairs.
+      out: its folder; tables lie in `reference/`.
+      model: the model; a reference has the same sizes.
+      params: parameters of `config.model` before training, or None where the run is
+        resumed: then they are read again if a table must be made.
+      score: `score(params, pairs, title=...)`.
+
+    Returns:
+      A table for each set, None where the loss reads no reference.
+
+    Raises:
+      InputError: if the reference is another kind of model, or gives log-probs that are
+        not finite.
+    """
+    sets = {
+        "train": (plan.train, config.data),
+        "heldout": (plan.heldout, config.heldout_from),
+    }
+    if not config.objective.needs_reference:
+        return dict.fromkeys(sets)
+    folder = resolve_folder(config.reference or config.model)
+    if config.reference is not None:
+        params = None
+        if _sizes(load_config(folder)) != _sizes(model.config):
+            raise InputError(
+                f"{config.reference}: its config.json describes another model than "
+                f"{config.model}; a reference has the same sizes"
+            )
+    digest = ""  # only the first process reads and writes the tables
+    if jax.process_index() == 0:
+        digest = weights_digest(folder, config.compute_dtype)
+    tables = {}
+    for name, (pairs, source) in sets.items():
+        path = out / "reference" / f"{name}.npz"
+        table = from_first_process(
+            functools.partial(load_table, path, pairs, digest),
+            (len(pairs), pairs.num_sides),
+        )
+        if table is None:
+            if params is None:
+                params = load_params(folder, model)
+            title = f"reference log-probs ({name})"
+            table = score(params, pairs, title=title)
+            check_finite(source, pairs, str(folder), table)
+            if jax.process_index() == 0:
+                save_table(path, table, pairs, digest)
+        tables[name] = table
+    return tables
+
+
+def _sizes(config: ModelConfig) -> ModelConfig:
+    """A config without what a run may choose: dtypes and rematerialisation."""
+    return dataclasses.replace(
+        config, param_dtype="float32", compute_dtype="float32", remat="none"
+    )
 
 
 def weights_digest(folder: Path, compute_dtype: str) -> str:

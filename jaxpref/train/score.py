@@ -1,12 +1,14 @@
 """Log-probs of every pair of a set under fixed parameters."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxpref import data
 from jaxpref.data import Pairs
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.train.mesh import replicated, to_global
@@ -30,9 +32,9 @@ def make_score_step(pair_logps: PairLogps) -> Callable:
 def score_pairs(
     score_step: Callable,
     params,
-    batches: Iterable[PreferenceBatch],
-    shape: tuple[int, int],
+    pairs: Pairs,
     *,
+    split: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
     title: str,
 ) -> np.ndarray:
@@ -41,14 +43,15 @@ def score_pairs(
     Args:
       score_step: from `make_score_step`.
       params: the model's parameters.
-      batches: every pair of the set exactly once; this process's rows of each batch.
-      shape: (pairs in the set, K).
+      pairs: N pairs of K sides.
+      split: arguments of `data.eval_batches`: shape, batch size, this process.
       mesh: the mesh the batches are placed on.
       title: shown at the progress bar.
 
     Returns:
       float32 [N, K]; the whole table on every process.
     """
+    shape = (len(pairs), pairs.num_sides)
     table = np.full(shape, np.nan, np.float32)
     seen = np.zeros(shape[0], bool)
     bar = tqdm(
@@ -56,14 +59,15 @@ def score_pairs(
         desc=title,
         unit="pair",
         leave=False,
-        disable=jax.process_index() != 0,
+        # Only for a terminal: in a log these short bars would hide the rest.
+        disable=None if jax.process_index() == 0 else True,
     )
     with bar:
-        for batch in batches:
-            logps, pairs = map(np.asarray, score_step(params, to_global(batch, mesh)))
-            real = pairs >= 0
-            table[pairs[real]] = logps[real]
-            seen[pairs[real]] = True
+        for batch in data.eval_batches(pairs, **split):
+            logps, index = map(np.asarray, score_step(params, to_global(batch, mesh)))
+            real = index >= 0
+            table[index[real]] = logps[real]
+            seen[index[real]] = True
             bar.update(int(real.sum()))
     if not seen.all():
         raise RuntimeError(f"{title}: {int((~seen).sum())} pairs were never scored")

@@ -1,0 +1,47 @@
+"""What every entry point does around its work."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+
+from jaxpref.errors import InputError
+from jaxpref.train.mesh import initialize_distributed
+
+
+@contextlib.contextmanager
+def entry_point() -> Iterator[None]:
+    """Joins the run's other processes; wrong input becomes one line and exit code 2.
+
+    An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # A write that fails is raised and told in one line; Orbax would also log it, once
+    # for every array and with its traceback.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        initialize_distributed()
+        # After jax.distributed, which would note a SIGTERM and carry on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        yield
+    except InputError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'I/O'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        fail("interrupted; the same command resumes", code=130)
+
+
+def fail(message: str, *, code: int = 2) -> NoReturn:
+    """Prints one line to stderr and ends the process."""
+    print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        # An orderly exit would wait for the other processes, which wait for this one.
+        os._exit(code)
+    sys.exit(code)
