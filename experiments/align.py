@@ -42,6 +42,7 @@ from jaxpref.train import (
     OptimizerConfig,
     TrainConfig,
     from_loss,
+    read_metrics,
     run,
 )
 from jaxpref.train.entry import entry_point
