@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
+import jax
 import tyro
 
 from jaxpref import losses

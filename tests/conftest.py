@@ -19,6 +19,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As `initialize_distributed` sets it, for tests that go around it.
+os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
 
 import pytest
 

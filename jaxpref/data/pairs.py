@@ -159,14 +159,14 @@ class BatchShape:
 
 
 def batch_shape(
-    *pairs: Pairs, length_multiple: int = 64, prediction_multiple: int = 32
+    *pairs: Pairs, length_multiple: int = 8, prediction_multiple: int = 8
 ) -> BatchShape:
     """The smallest shape that holds every sequence of `pairs`, rounded up.
 
     Args:
       *pairs: all the pairs a run will see (train and held-out).
       length_multiple: T is a multiple of this.
-      prediction_multiple: P is a multiple of this; the log-prob chunk divides it.
+      prediction_multiple: P is a multiple of this.
     """
     filled = [p for p in pairs if len(p)]
     sides = {p.num_sides for p in filled}

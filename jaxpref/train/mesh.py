@@ -78,6 +78,9 @@ def initialize_distributed() -> None:
     `JAX_PROCESS_ID`), by Slurm or Open MPI with more than one task, or by being a Cloud
     TPU machine.  Must run before anything touches a device; a second call does nothing.
     """
+    # Several virtual CPU devices with two steps in flight can wait for each other for
+    # ever: each step holds threads that the other one needs.  Other backends ignore it.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.distributed.is_initialized():
         return
     environ = os.environ
