@@ -10,8 +10,8 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
     # Eight devices on two busy cores may wait long for each other: XLA would abort.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-    "--xla_cpu_collective_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300 "
+    "--xla_cpu_collective_timeout_seconds=300",
 )
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
@@ -19,7 +19,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# As `initialize_distributed` sets it, for tests that go around it.
+# As `initialize_distributed` sets them, for tests that go around it.
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
 
 import pytest

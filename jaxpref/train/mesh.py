@@ -78,9 +78,8 @@ def initialize_distributed() -> None:
     `JAX_PROCESS_ID`), by Slurm or Open MPI with more than one task, or by being a Cloud
     TPU machine.  Must run before anything touches a device; a second call does nothing.
     """
-    # Several virtual CPU devices with two steps in flight can wait for each other for
-    # ever: each step holds threads that the other one needs.  Other backends ignore it.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        _make_room_for_virtual_devices()
     if jax.distributed.is_initialized():
         return
     environ = os.environ
@@ -98,6 +97,17 @@ def initialize_distributed() -> None:
         jax.distributed.initialize(address, count, index)
     elif _tasks() > 1 or _on_cloud_tpu():
         jax.distributed.initialize()
+
+
+def _make_room_for_virtual_devices() -> None:
+    """Keeps XLA's CPU collectives from waiting for each other for ever.
+
+    A collective blocks a thread of XLA's pool until all devices have come, and a device
+    may block several at once.  With as many threads as devices, which is the default,
+    none may be left for the device that the others wait for.
+    """
+    os.environ.setdefault("NPROC", "64")  # threads of XLA's pools
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _tasks() -> int:
