@@ -220,7 +220,7 @@ def test_a_figure_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     draw(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="cannot write the figure"):
+    with pytest.raises(InputError, match="cannot be written"):
         draw(tmp_path / "no" / "x.png")
 
 
@@ -317,11 +317,11 @@ def test_report_errors_are_one_line(tmp_path, picture):
     with pytest.raises(ValueError, match="Expected 2 cells .* got .*'x'"):
         write(report.Table(["a", "b"], [["x"]]))
     assert not page.exists()
-    with pytest.raises(InputError, match="cannot write the report"):
+    with pytest.raises(InputError, match="cannot be written"):
         write("text", path=tmp_path / "absent" / "report.html")
     page.write_text("old")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(InputError, match="cannot write the report"):
+    with pytest.raises(InputError, match="cannot be written"):
         write("text", path=tmp_path / "taken")
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "curve.png", "report.html", "taken",

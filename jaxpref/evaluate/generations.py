@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from jaxpref import data
 from jaxpref.errors import InputError
+from jaxpref.files import write_json
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.hub import resolve_folder, stop_tokens
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.sampling import generate, left_pad
-from jaxpref.train.checkpoint import write_json
 from jaxpref.train.config import Dtype
 from jaxpref.train.mesh import MeshConfig, make_mesh
 

@@ -12,10 +12,10 @@ from jaxpref import data
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate.metrics import preference_metrics
+from jaxpref.files import write_json, write_whole
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.train.checkpoint import write_json, write_whole
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_finite, check_fits
 from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxpref.errors import InputError
-from jaxpref.report.files import write_whole
+from jaxpref.files import write_whole
 from jaxpref.report.seeds import mean_and_deviation
 from jaxpref.report.style import CSS
 
@@ -70,7 +70,7 @@ def write_html(
     body = "\n".join(_section(number, s) for number, s in enumerate(sections, 1))
     lead = f'<div class="lead">{_text(summary)}</div>' if summary else ""
     page = _PAGE.format(title=html.escape(title), css=CSS, lead=lead, body=body)
-    write_whole(path, page.encode("utf-8"), what="report")
+    write_whole(path, page)
 
 
 def mean_spread(values: Sequence[float], *, digits: int = 2) -> str:

@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxpref.errors import InputError
-from jaxpref.report.files import write_whole
+from jaxpref.files import write_whole
 from jaxpref.report.seeds import mean_and_deviation
 from jaxpref.report.style import MATPLOTLIB, PALETTE
 
@@ -210,4 +210,4 @@ def _finish(figure: Figure, axes, path: str | Path, *, title: str) -> None:
         )  # fmt: skip
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    write_whole(path, image.getvalue(), what="figure")
+    write_whole(path, image.getvalue())

@@ -1,6 +1,5 @@
 """Checkpoints: state and data position in one Orbax step, with digests of our own."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -149,30 +148,3 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
         return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
     return [one(leaf) for leaf in leaves]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-      InputError: if it cannot be written; what was there before is untouched.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def write_json(path: Path, content) -> None:
-    """Writes a JSON file whole or not at all; errors as `write_whole`."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """The error of a file that could not be written."""
-    return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); make room or choose "
-        "another --out; the same command resumes"
-    )

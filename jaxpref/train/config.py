@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
-from jaxpref.train.checkpoint import write_json
+from jaxpref.files import write_json
 from jaxpref.train.mesh import MeshConfig
 from jaxpref.train.objective import Objective
 from jaxpref.train.optimizer import OptimizerConfig

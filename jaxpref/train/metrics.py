@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jaxpref.data import Pairs
 from jaxpref.errors import InputError
-from jaxpref.train.checkpoint import cannot_write, write_whole
+from jaxpref.files import cannot_write, write_whole
 from jaxpref.train.config import TrainConfig
 
 _log = logging.getLogger("jaxpref")

@@ -20,10 +20,10 @@ from jax.experimental import multihost_utils
 
 from jaxpref.data import Pairs, Plan
 from jaxpref.errors import InputError
+from jaxpref.files import cannot_write
 from jaxpref.models import Model, ModelConfig
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.train.checkpoint import cannot_write
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.inputs import check_finite
 
