@@ -27,7 +27,6 @@ Written to OUT
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +36,7 @@ import tyro
 from jaxpref import losses, report
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
+from jaxpref.files import write_json
 from jaxpref.train import (
     Decay,
     OptimizerConfig,
@@ -104,7 +104,7 @@ def write_report(config: AlignConfig, arms: Sequence[str], out: Path) -> None:
         lines = read_metrics(out / name / "metrics.jsonl")
         heldout[name] = [line for line in lines if "eval_loss" in line]
     rows = [{"loss": name} | before_and_after(lines) for name, lines in heldout.items()]
-    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(out / "results.json", rows)
     records = [
         {"arm": name, **line} for name, lines in heldout.items() for line in lines
     ]

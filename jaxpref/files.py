@@ -33,5 +33,5 @@ def cannot_write(path: str | Path, error: OSError) -> InputError:
     """The error of a file that could not be written."""
     return InputError(
         f"{path}: cannot be written ({error.strerror or error}); make room or choose "
-        "another folder; the same command resumes"
+        "another folder"
     )

@@ -214,7 +214,7 @@ def test_a_figure_appears_whole_or_not_at_all(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         patch.setattr(os, "replace", full)
-        with pytest.raises(InputError, match="write the figure .No space left"):
+        with pytest.raises(InputError, match="be written .No space left"):
             draw(path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     draw(path)

@@ -47,7 +47,7 @@ class Checkpoints:
             raise self._failed(OSError(f"{needed:,} bytes needed, {free:,} are free"))
         meta = {"data": data, "digests": digests(state)}
         try:
-            self._manager.save(
+            saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
@@ -55,6 +55,8 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(error) from error
+        if not saved:
+            raise self._failed(OSError(f"step {step} was refused"))
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -72,13 +74,14 @@ class Checkpoints:
         """The newest step that is whole, with its data position; None if there is none.
 
         Every array is compared with the digest taken before it was written.  A step
-        that does not match, or cannot be read, is reported and the one before is tried.
+        that does not match, or cannot be read, is reported and the one before is tried;
+        once one is whole, the damaged ones are deleted, to be written again.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for number, step in enumerate(steps):
             try:
                 saved = self._manager.restore(
                     step,
@@ -96,6 +99,8 @@ class Checkpoints:
             found = digests(state)
             wrong = [name for name in found if found[name] != meta["digests"].get(name)]
             if not wrong:
+                for damaged in steps[:number]:
+                    self._manager.delete(damaged)
                 return state, meta["data"]
             _log.warning(
                 "checkpoint %d is damaged: %s differs from what was saved",
@@ -140,10 +145,12 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
     def one(x):
         if x.dtype == jnp.bool:
             x = x.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        # Wider than 32 bits: bitcasting adds an axis of 32-bit words.
+        word = f"uint{8 * min(x.dtype.itemsize, 4)}"
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(word))
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, size in enumerate(bits.shape):
+            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * np.uint32(size) + index
         return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 

@@ -17,7 +17,7 @@ from jaxpref.train.mesh import MeshConfig
 from jaxpref.train.objective import Objective
 from jaxpref.train.optimizer import OptimizerConfig
 
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Dtype = Literal["float32", "bfloat16", "float64"]
 
 MAY_CHANGE = ("out", "mesh", "log_every", "save_every", "keep_checkpoints")
 """Fields a resumed run may change: none of them changes what is computed."""
@@ -36,7 +36,7 @@ class RunConfig:
     reference: str | None = None
     """Reference model folder or hub id; the model itself where not given."""
     eval_data: str | None = None
-    """Data to evaluate on; where not given, a share of the prompts is held out."""
+    """Data to evaluate on, in place of held-out prompts of `--data`."""
     max_steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 32
@@ -60,7 +60,7 @@ class RunConfig:
     eval_every: int = 100
     """Steps between evaluations on the held-out pairs; also at first and last step."""
     save_every: int = 100
-    """Steps between checkpoints; also at the last step."""
+    """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
 
@@ -99,6 +99,9 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if "float64" in (self.param_dtype, self.compute_dtype):
+            if not jax.config.jax_enable_x64:
+                raise InputError("float64 needs JAX_ENABLE_X64=1 in the environment")
         if self.reference is not None and not self.objective.needs_reference:
             raise InputError(
                 f"--reference {self.reference}: {self.objective.name} reads none"
@@ -123,6 +126,11 @@ def open_out(config: TrainConfig) -> Path:
       InputError: if OUT cannot be written, or holds a run of another config; the
         message names the fields that differ.
     """
+    if "://" in config.out:
+        raise InputError(
+            f"--out {config.out}: only folders are written to; mount the bucket, for "
+            "example with gcsfuse"
+        )
     out = Path(config.out)
     path = out / "config.json"
     asked = to_json(config)

@@ -98,10 +98,16 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             f"{config.data}: its pairs are not those that the run in {out} began with; "
             "restore the file, or use another --out"
         )
+    digest = reference.reference_digest(config)
+    if restored is not None and digest and restored[1]["reference"] != digest:
+        raise InputError(
+            f"{config.reference or config.model}: its weights are not those that the "
+            f"run in {out} began with; restore them, or use another --out"
+        )
 
     # ---- reference log-probs, then the reference weights are dropped --------------
     params = load_params(folder, model) if restored is None else None
-    tables = reference.make_tables(config, plan, out, model, params, score)
+    tables = reference.make_tables(config, plan, out, model, params, score, digest)
     if restored is None:
         state = jax.jit(new_state, donate_argnums=0)(params)
     else:
@@ -137,7 +143,11 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         )
 
     def save(state: TrainState) -> None:
-        meta = {"iterator": batches.get_state(), "plan": plan.digest}
+        meta = {
+            "iterator": batches.get_state(),
+            "plan": plan.digest,
+            "reference": digest,
+        }
         checkpoints.save(int(state.step), state, meta)
 
     closing = contextlib.closing
@@ -146,7 +156,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             if step % config.eval_every == 0:
                 with late.paused():
                     evaluate(state)
-            if step % config.save_every == 0:
+            if step % config.save_every == 0 and step > start:
                 with late.paused():
                     save(state)
             batch = next(batches)

@@ -61,6 +61,18 @@ def check_rows(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> N
             f"batch_size {batch_size} is not a multiple of accumulation {accumulation} "
             f"x {row_shards(mesh)} devices (data x fsdp)"
         )
+    # Each process fills one block of the rows, so the mesh must give it just that.
+    rows = batch_size // accumulation
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    mine = sharding.addressable_devices_indices_map((rows,)).values()
+    held = {i for (part,) in mine for i in range(*part.indices(rows))}
+    size = rows // jax.process_count()
+    first = jax.process_index() * size
+    if held != set(range(first, first + size)):
+        raise InputError(
+            "the mesh gives several processes the same rows: keep tensor within one "
+            "process, so that data x fsdp is a multiple of the processes"
+        )
 
 
 def to_global(batch, mesh: jax.sharding.Mesh):

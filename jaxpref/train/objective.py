@@ -163,10 +163,13 @@ def _accumulated(loss, options, count) -> Objective:
             (_, aux), grads = jax.value_and_grad(summed, has_aux=True)(params, micro)
             return jax.tree.map(jnp.add, total, grads), aux
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        # Summed in float32 or wider, whatever the parameters are kept in.
+        wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p)), params)
         total, (logps, values) = jax.lax.scan(accumulate, zeros, batch)
         divisor = jnp.maximum(count(batch), 1)
-        grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), total)
+        mean = lambda g, p: (g / divisor.astype(g.dtype)).astype(p.dtype)
+        grads = jax.tree.map(mean, total, params)
         bad = jnp.where(jnp.isfinite(values), -1, batch.pairs)
         metrics = {
             "loss": jnp.sum(values) / divisor,

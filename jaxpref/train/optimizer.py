@@ -12,7 +12,7 @@ from jaxpref.errors import InputError
 
 
 class Decay(enum.Enum):
-    """Shape of the learning rate after the warm-up, down to 0 at the last step."""
+    """Shape of the learning rate after the warm-up; all but CONSTANT end at 0."""
 
     COSINE = "cosine"
     LINEAR = "linear"
@@ -45,6 +45,8 @@ class OptimizerConfig:
             raise InputError(
                 f"learning_rate {self.learning_rate}: must be above 0 and finite"
             )
+        if not 0 < self.adam_eps < math.inf:
+            raise InputError(f"adam_eps {self.adam_eps}: must be above 0 and finite")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 0")

@@ -1,7 +1,7 @@
 """Reference log-probs: computed once before training, kept on disk beside the run.
 
 A file is used again only if it was made from the same weights, the same tokens of every
-pair and the same compute dtype; otherwise it is made anew, always from the reference
+pair and the same dtypes; otherwise it is made anew, always from the reference
 model's own folder and never from weights that were trained.
 """
 
@@ -35,6 +35,7 @@ def make_tables(
     model: Model,
     params,
     score: Callable[..., np.ndarray],
+    digest: str,
 ) -> dict[str, np.ndarray | None]:
     """Log-probs `[N, K]` of the `train` and `heldout` pairs under the reference.
 
@@ -46,6 +47,7 @@ def make_tables(
       params: parameters of `config.model` before training, or None where the run is
         resumed: then they are read again if a table must be made.
       score: `score(params, pairs, title=...)`.
+      digest: from `reference_digest`.
 
     Returns:
       A table for each set, None where the loss reads no reference.
@@ -68,9 +70,6 @@ def make_tables(
                 f"{config.reference}: its config.json describes another model than "
                 f"{config.model}; a reference has the same sizes"
             )
-    digest = ""  # only the first process reads and writes the tables
-    if jax.process_index() == 0:
-        digest = weights_digest(folder, config.compute_dtype)
     tables = {}
     for name, (pairs, source) in sets.items():
         path = out / "reference" / f"{name}.npz"
@@ -97,9 +96,16 @@ def _sizes(config: ModelConfig) -> ModelConfig:
     )
 
 
-def weights_digest(folder: Path, compute_dtype: str) -> str:
-    """SHA-256 of a model folder's config and weights, and of the dtype they run in."""
-    digest = hashlib.sha256(compute_dtype.encode())
+def reference_digest(config: TrainConfig) -> str:
+    """SHA-256 of the reference's config and weights, and of the dtypes they run in.
+
+    Empty where the loss reads no reference, and in all processes but the first, which
+    alone reads and writes tables and compares.
+    """
+    if not config.objective.needs_reference or jax.process_index() != 0:
+        return ""
+    folder = resolve_folder(config.reference or config.model)
+    digest = hashlib.sha256(f"{config.param_dtype} {config.compute_dtype}".encode())
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.name.encode())
         with path.open("rb") as file:

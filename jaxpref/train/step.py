@@ -19,7 +19,7 @@ def make_train_step(
 ) -> Callable:
     """Returns the jitted, donated `step(state, batch) -> (state, metrics)`.
 
-    A loss or gradient that is not finite never enters the state: parameters, optimiser
+    A loss, gradient or update that is not finite never enters the state: parameters, optimiser
     and objective keep their old values, `skipped` counts one more, and the metric
     `finite` is False, for the loop to report the pairs.
     """
@@ -29,8 +29,12 @@ def make_train_step(
             pair_logps, state.params, batch, state.objective_state
         )
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        finite = (
+            jnp.isfinite(metrics["loss"])
+            & jnp.isfinite(norm)
+            & jnp.isfinite(optax.tree.norm(updates))
+        )
         stepped = dataclasses.replace(
             state,
             params=optax.apply_updates(state.params, updates),
