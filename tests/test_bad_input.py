@@ -115,7 +115,8 @@ def the_complaint(err: str, *fragments: str, tracebacks: bool = False) -> str:
     assert tracebacks or "Traceback" not in err
     lines = [line for line in err.splitlines() if line.strip()]
     complaints = [line for line in lines if line.startswith("jaxpref: error: ")]
-    assert len(complaints) == 1 and lines[-1] == complaints[0], err
+    assert len(complaints) == 1, err
+    assert tracebacks or lines[-1] == complaints[0], err
     for fragment in fragments:
         assert fragment in complaints[0], complaints[0]
     return complaints[0]
@@ -487,11 +488,11 @@ def test_a_run_killed_before_its_export_only_exports(resumable, monkeypatch):
 
 def test_ten_steps_in_a_row_that_are_not_finite(inputs, refuse):
     argv = inputs.train(max_steps=40, learning_rate=1e38, max_grad_norm=0)
-    refuse(argv, "10 steps in a row", "step 11", "--learning-rate")
+    refuse(argv, "10 steps in a row", "step 10", "--learning-rate")
     lines = read_metrics(inputs.out / "metrics.jsonl")
-    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 11)]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 10)]
     steps = {path.name for path in (inputs.out / "checkpoints").iterdir()}
-    assert {"8", "10"} <= steps
+    assert {"6", "8"} <= steps
 
 
 def fingerprint(folder: Path) -> dict[str, bytes]:
@@ -554,8 +555,8 @@ def test_a_run_that_is_struck_resumes(
     assert struck.returncode == code, struck.stderr
     # The threads of tensorstore print tracebacks of their own where a write fails.
     the_complaint(struck.stderr, fragment, tracebacks=blow == "disk full")
-    kept = {p.name for p in (inputs.out / "checkpoints").iterdir()} & {"0", "2", "4"}
-    assert "4" not in kept and kept >= ({"0"} if blow == "disk full" else {"0", "2"})
+    kept = {p.name for p in (inputs.out / "checkpoints").iterdir()} & {"2", "4"}
+    assert kept == {"2"} or (blow == "disk full" and not kept)
     assert not (inputs.out / "export").exists()
     monkeypatch.setattr(sys, "argv", ["jaxpref", *inputs.train()])
     cli.main()
@@ -573,3 +574,22 @@ def test_no_room_for_a_checkpoint(inputs, refuse, monkeypatch):
     full = usage._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     refuse(inputs.train(), "checkpoints", "bytes needed, 1,000 are free")
+
+
+def test_other_weights_on_resume(inputs, refuse):
+    struck = [str(ROOT), "SIGTERM", "4", *inputs.train()]
+    command = [sys.executable, "-c", STRUCK, *struck]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    make_model_folder(inputs.folder / "model", seed=1)
+    refuse(inputs.train(), "weights are not those", "another --out")
+
+
+@pytest.mark.parametrize("option", ["param_dtype", "compute_dtype"])
+def test_float64_where_jax_has_none(inputs, refuse, option):
+    refuse(inputs.train(**{option: "float64"}), "JAX_ENABLE_X64=1")
+
+
+def test_a_bucket_as_out(inputs, refuse):
+    refuse(inputs.train(out="gs://bucket/run"), "--out gs://bucket/run", "mount")
+    assert not Path("gs:").exists()

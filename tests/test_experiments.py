@@ -1,7 +1,12 @@
 """Every experiment runs from its command to its report, as small as it can be."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import align
@@ -47,3 +52,61 @@ def test_align_refuses_to_compare_on_nothing(tmp_path):
     with pytest.raises(InputError, match="heldout-fraction"):
         align.main(config)
     assert not (tmp_path / "align").exists()
+
+
+def noisy_sentiment(*options, timeout):
+    """The command as a user types it, on one device."""
+    root = Path(__file__).resolve().parents[1]
+    script = str(root / "experiments" / "noisy_sentiment.py")
+    return subprocess.run(
+        [sys.executable, script, *map(str, options)],
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_noisy_sentiment_from_its_command_to_its_report(tmp_path):
+    out = tmp_path / "smoke"
+    first = noisy_sentiment("--smoke", "--out", out, timeout=600)
+    assert first.returncode == 0, first.stderr[-2000:]
+    made = json.loads((out / "results.json").read_text())
+    arms = ["DPO, no flips", "DPO", "rDPO", "forward DPO"]
+    assert [run["arm"] for run in made["runs"]] == arms
+    for run in made["runs"]:
+        assert all(np.isfinite([run["reward"], run["kl"], run["kept"]]))
+        assert run["kl"] > 0
+    assert made["reference"]["kl"] == 0
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert 'src="http' not in page and "<link" not in page
+    for name in ("reward_kl.png", "training.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+    # The same command trains nothing again, and says what it did not time.
+    again = noisy_sentiment("--smoke", "--out", out, timeout=600)
+    assert again.returncode == 0, again.stderr[-2000:]
+    resumed = json.loads((out / "results.json").read_text())
+    assert resumed.pop("seconds") is None and made.pop("seconds") > 0
+    assert resumed == made
+    assert "8/8 [" in first.stderr and " 1/8 [" not in again.stderr
+
+    # Another protocol in the same folder is refused in one line.
+    other = noisy_sentiment("--out", out, timeout=600)
+    assert other.returncode == 2 and "pairs was 640, is 16384" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+def test_flipped_labels_hurt_dpo_and_the_corrected_losses_keep_most(tmp_path):
+    done = noisy_sentiment("--out", tmp_path / "default", timeout=3600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = json.loads((tmp_path / "default" / "results.json").read_text())["runs"]
+    kept = {
+        arm: np.mean([run["kept"] for run in runs if run["arm"] == arm])
+        for arm in ("DPO", "rDPO", "forward DPO")
+    }
+    assert kept["DPO"] < 0.3
+    assert kept["rDPO"] > 0.5
+    assert kept["forward DPO"] > 0.5

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 
@@ -29,7 +30,7 @@ from jaxpref.train import (
     sft,
 )
 from jaxpref.train.checkpoint import Checkpoints, digests
-from jaxpref.train.mesh import AXES, on_devices, to_global
+from jaxpref.train.mesh import AXES, check_rows, on_devices, to_global
 from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import make_score_step, score_pairs
@@ -154,6 +155,58 @@ def test_what_is_not_finite_never_enters_the_state(pairs):
         state, metrics = step(state, to_global(batch, mesh))
         assert digests((state.params, state.opt_state)) != before
         assert (int(state.step), int(state.skipped)) == (2, 1)
+
+
+def test_an_update_that_is_not_finite_never_enters_the_state(pairs):
+    objective = from_loss(losses.dpo, beta=0.5)
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        model = build(tiny_config())
+        schedule = make_schedule(OPTIMIZER, 100)
+        broken = optax.stateless(lambda updates, _: jax.tree.map(jnp.log, updates))
+        tx = optax.chain(make_optimizer(OPTIMIZER, schedule), broken)
+        state = init_state(tiny_params(model), tx, objective)
+        step = make_train_step(make_pair_logps(model), objective, tx, schedule)
+        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+        batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+        before = digests((state.params, state.opt_state))
+        state, metrics = step(state, to_global(batch, mesh))
+        assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+        assert not bool(metrics["finite"])
+        assert digests((state.params, state.opt_state)) == before
+
+
+def test_rows_that_several_processes_hold_are_refused(monkeypatch):
+    mesh = mesh_of(2, 1, 1)
+    check_rows(8, 2, mesh)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # but all rows are held here
+    with pytest.raises(InputError, match="same rows"):
+        check_rows(8, 2, mesh)
+
+
+def test_the_digest_sees_every_bit_of_wide_numbers():
+    with jax.enable_x64(True):
+        found = {digests([jnp.float64(x)])["[0]"] for x in (1.0, -1.0, 2.0, 1 + 2e-16)}
+    assert len(found) == 4
+
+
+def test_bfloat16_gradients_are_summed_in_float32(pairs):
+    """Many equal micro-batches: a bfloat16 sum would stop growing."""
+    objective = from_loss(losses.dpo, beta=0.5)
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+        one = next(data.batches(pairs, shape=shape, batch_size=1, threads=0))
+        many = jax.tree.map(lambda x: np.repeat(x, 600, axis=0), one)
+        # The "model" is one weight: log-probs (w, 0) for every pair.
+        logps = lambda w, batch: (
+            w.astype(jnp.float32) * jnp.array([1.0, 0.0]) * (batch.weights[..., None])
+        )
+        w = jnp.bfloat16(0.25)
+        (a, *_), (b, *_) = (
+            objective.gradient(logps, w, jax.tree.map(jnp.asarray, x), {})
+            for x in (one, many)
+        )
+        np.testing.assert_allclose(float(a), float(b), rtol=2**-7)
 
 
 def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):

@@ -56,6 +56,10 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
     """Completes every prompt; prints the completions or writes them to `out`."""
     if bool(config.prompts) == bool(config.data):
         raise InputError("give either --prompts TEXT ... or --data FILE")
+    if jax.process_count() > 1:
+        raise InputError("sampling runs in one process; start it on one machine")
+    if config.out is not None:
+        write_json(Path(config.out), [])  # to fail now rather than after the sampling
     for name in ("limit", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} {getattr(config, name)}: must be at least 1")

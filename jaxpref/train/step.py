@@ -19,9 +19,9 @@ def make_train_step(
 ) -> Callable:
     """Returns the jitted, donated `step(state, batch) -> (state, metrics)`.
 
-    A loss, gradient or update that is not finite never enters the state: parameters, optimiser
-    and objective keep their old values, `skipped` counts one more, and the metric
-    `finite` is False, for the loop to report the pairs.
+    A loss, gradient or update that is not finite never enters the state: parameters,
+    optimiser and objective keep their old values, `skipped` counts one more, and the
+    metric `finite` is False, for the loop to report the pairs.
     """
 
     def train_step(state: TrainState, batch):
