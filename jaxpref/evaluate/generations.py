@@ -1,6 +1,8 @@
 """`jaxpref sample`: what a model says to prompts."""
 
 import dataclasses
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from tqdm import tqdm
 
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import cannot_write, write_json
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.hub import resolve_folder, stop_tokens
 from jaxpref.models.huggingface import load_config, load_params
@@ -59,7 +61,7 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
     if jax.process_count() > 1:
         raise InputError("sampling runs in one process; start it on one machine")
     if config.out is not None:
-        write_json(Path(config.out), [])  # to fail now rather than after the sampling
+        _check_writable(Path(config.out))  # now rather than after the sampling
     for name in ("limit", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} {getattr(config, name)}: must be at least 1")
@@ -148,6 +150,15 @@ def _check_prompts(prompts, model_config: ModelConfig, config: SampleConfig) -> 
                 f"{max(prompt)}, but its embedding has {model_config.vocab_size} rows; "
                 "use the tokenizer that belongs to the model"
             )
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "not a file that may be written")
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _show(rows: list[dict[str, str]], out: str | None) -> None:
