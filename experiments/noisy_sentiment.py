@@ -140,7 +140,7 @@ def make_arms(protocol: Protocol) -> list[Arm]:
     beta = protocol.beta
     arms = [Arm("DPO, no flips", losses.dpo, 0.0, {"beta": beta})]
     for rate in protocol.flip_rates:
-        at = f" at {rate:.0%}" if len(protocol.flip_rates) > 1 else ""
+        at = f", {100 * rate:.0f} % flips"
         known = {"beta": beta, "flip_rate": rate}
         arms += [
             Arm(f"DPO{at}", losses.dpo, rate, {"beta": beta}),

@@ -67,12 +67,15 @@ def noisy_sentiment(*options, timeout):
     )
 
 
+FLIPPED = ["DPO, 40 % flips", "rDPO, 40 % flips", "forward DPO, 40 % flips"]
+
+
 def test_noisy_sentiment_from_its_command_to_its_report(tmp_path):
     out = tmp_path / "smoke"
     first = noisy_sentiment("--smoke", "--out", out, timeout=600)
     assert first.returncode == 0, first.stderr[-2000:]
     made = json.loads((out / "results.json").read_text())
-    arms = ["DPO, no flips", "DPO", "rDPO", "forward DPO"]
+    arms = ["DPO, no flips", *FLIPPED]
     assert [run["arm"] for run in made["runs"]] == arms
     for run in made["runs"]:
         assert all(np.isfinite([run["reward"], run["kl"], run["kept"]]))
@@ -105,8 +108,9 @@ def test_flipped_labels_hurt_dpo_and_the_corrected_losses_keep_most(tmp_path):
     runs = json.loads((tmp_path / "default" / "results.json").read_text())["runs"]
     kept = {
         arm: np.mean([run["kept"] for run in runs if run["arm"] == arm])
-        for arm in ("DPO", "rDPO", "forward DPO")
+        for arm in FLIPPED
     }
-    assert kept["DPO"] < 0.3
-    assert kept["rDPO"] > 0.5
-    assert kept["forward DPO"] > 0.5
+    dpo, rdpo, forward = kept.values()
+    assert dpo < 0.3
+    assert rdpo > 0.5
+    assert forward > 0.5
