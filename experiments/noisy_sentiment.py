@@ -25,7 +25,7 @@ Expected
         rDPO, 40 %       0.77 ± 0.04       0.78 ± 0.11           0.78 ± 0.06       2 %
         forward, 40 %    1.07 ± 0.19       2.42 ± 0.53           1.09 ± 0.18       2 %
 
-    Time: 7.4 minutes on two cores (jax 0.10.2, CPU), 10.3 CPU minutes.  The corrected
+    Time: 5.8 and 7.4 minutes in two runs on two cores (jax 0.10.2, CPU).  The corrected
     losses pay for their reward with more KL than the clean run: rDPO a little, forward
     DPO nearly four times as much.  What flips take from DPO is partly scale and not
     direction: its accuracy on clean held-out pairs ends at that of forward DPO (0.67;
