@@ -94,8 +94,7 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         {"instruction": text, "output": output, "generator": config.model}
         for text, output in zip(texts, outputs)
     ]
-    if jax.process_index() == 0:
-        _show(rows, config.out)
+    _show(rows, config.out)
     return rows
 
 
@@ -109,8 +108,7 @@ def sample_texts(
     longest = max(map(len, prompts))
     width = -(-longest // 32) * 32
     outputs = []
-    quiet = jax.process_index() != 0
-    with tqdm(total=len(prompts), desc="sampling", disable=quiet) as bar:
+    with tqdm(total=len(prompts), desc="sampling") as bar:
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
             filled = batch + batch[-1:] * (config.batch_size - len(batch))
