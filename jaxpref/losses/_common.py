@@ -4,7 +4,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Bool, Float, Real
 
 Pairs = Float[Array, "*batch"]
 """One number per pair, under any leading axes."""
@@ -14,6 +14,8 @@ Scalar = float | int | Float[Array, ""]
 """A Python number, checked when it is read, or a traced scalar, which cannot be."""
 Rate = float | int | Float[Array, "*#batch"]
 """One rate for all pairs, or one per pair."""
+Mask = Bool[Array, "*batch"] | None
+"""Which pairs are real; None if all are."""
 
 
 def promoted(**arrays) -> tuple[jax.Array, ...]:
@@ -118,3 +120,25 @@ def per_token(logps: jax.Array, lengths, name: str) -> jax.Array:
 def logistic_loss(z: jax.Array) -> jax.Array:
     """-log s(z), finite with finite gradients for every finite z."""
     return -jax.nn.log_sigmoid(z)
+
+
+def mask(where, like: jax.Array) -> jax.Array:
+    """`where` as booleans in the shape of `like`; all true where it is None.
+
+    Raises:
+      ValueError: if the shapes differ.
+    """
+    if where is None:
+        return jnp.ones_like(like, bool)
+    same_shape(pairs=like, where=where)
+    return jnp.asarray(where, bool)
+
+
+def mean(values: jax.Array, where: jax.Array) -> jax.Array:
+    """Mean over every axis of the real pairs; 0 where there is none.
+
+    The batch a coupled loss is defined on is the global one: under `jit` the sum runs
+    over every device.
+    """
+    total = jnp.sum(jnp.where(where, values, 0))
+    return total / jnp.maximum(jnp.sum(where), 1).astype(values.dtype)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jaxpref.losses import _common
 from jaxpref.losses._common import Pairs, Scalar
 
+__all__ = ["implicit_rewards", "reward_accuracies", "reward_margins"]
+
 
 def implicit_rewards(
     policy_logps: Pairs, reference_logps: Pairs, *, beta: Scalar = 0.1

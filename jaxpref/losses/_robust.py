@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxpref.losses import _common
 from jaxpref.losses._common import Pairs, Rate, Scalar
 
+__all__ = ["cdpo", "forward_dpo", "rdpo"]
+
 
 def cdpo(
     policy_chosen_logps: Pairs,

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+__all__ = ["sum_by_completion"]
+
 
 def sum_by_completion(
     token_logps: Float[Array, "*rows sequences predictions"],

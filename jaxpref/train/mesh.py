@@ -136,14 +136,6 @@ def _on_cloud_tpu() -> bool:
     )
 
 
-def replicated(x: jax.Array) -> jax.Array:
-    """The whole of `x` on every device: a gather under Explicit axes, else `x`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.are_all_axes_explicit:
-        return x
-    return jax.reshard(x, PartitionSpec())
-
-
 def on_devices(abstract, mesh: jax.sharding.Mesh):
     """Shapes from `jax.eval_shape`, their shardings bound to the mesh's devices."""
 

@@ -23,7 +23,7 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.models import Model, token_logps
 from jaxpref.models.config import SPECS, on_mesh
-from jaxpref.train.mesh import replicated
+from jaxpref.sharding import replicated
 
 PairLogps = Callable[[Any, PreferenceBatch], jax.Array]
 """`(params, batch without its A axis) -> float32 [R, S, K]` completion log-probs."""

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from jaxpref import data
 from jaxpref.data import Pairs
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.train.mesh import replicated, to_global
+from jaxpref.sharding import replicated
+from jaxpref.train.mesh import to_global
 from jaxpref.train.objective import Objective, PairLogps, reward_metrics
 
 

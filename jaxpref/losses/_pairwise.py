@@ -1,10 +1,12 @@
-"""Pairwise losses that take every label at its word, and plain likelihood."""
+"""Pairwise losses of the log-ratio margin that take every label at its word."""
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
 from jaxpref.losses._common import Lengths, Pairs, Scalar
+
+__all__ = ["dpo", "ipo", "ipo_averaged"]
 
 
 def dpo(
@@ -156,90 +158,6 @@ def ipo_averaged(
     chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
     rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
     return _squared_distance(chosen - rejected, beta)
-
-
-def simpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    chosen_lengths: Lengths,
-    rejected_lengths: Lengths,
-    *,
-    beta: Scalar = 2.0,
-    gamma: Scalar = 0.5,
-) -> Pairs:
-    """Simple preference optimisation: no reference, average log-probs, a target margin.
-
-        loss = -log s(beta log pi(y_w|x) / |y_w| - beta log pi(y_l|x) / |y_l| - gamma)
-
-    `gamma` is the margin itself, as in the paper's objective, not the ratio gamma/beta
-    that the authors tune.  The defaults are those of their training code (ratio 0.25).
-
-    Args:
-      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
-      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
-      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
-      rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
-      beta: scale of the rewards, > 0.
-      gamma: target reward margin, >= 0.
-
-    Returns:
-      One loss per pair, [*batch], at least float32; >= 0.
-
-    Raises:
-      TypeError: if a log-prob array is not floating point.
-      ValueError: if shapes differ, or a Python `beta` is not > 0 or `gamma` not >= 0.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import simpo
-      >>> lengths = jnp.array([4, 10])
-      >>> print(simpo(-1.0 * lengths, -2.0 * lengths, lengths, lengths, gamma=2.0))
-      [0.6931472 0.6931472]
-
-    References:
-      Meng et al., "SimPO: Simple Preference Optimization with a Reference-Free Reward",
-      2024, arXiv:2405.14734, the SimPO objective.
-    """
-    _common.positive("beta", beta)
-    _common.not_negative("gamma", gamma)
-    chosen, rejected = _common.promoted(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-    )
-    chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
-    rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
-    beta, gamma = (jnp.asarray(option, chosen.dtype) for option in (beta, gamma))
-    return _common.logistic_loss(beta * (chosen - rejected) - gamma)
-
-
-def sft(policy_chosen_logps: Pairs) -> Pairs:
-    """Negative log-likelihood of the chosen completion: supervised fine-tuning.
-
-        loss = -log pi(y_w|x)
-
-    Args:
-      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
-
-    Returns:
-      One loss per completion in nats, [*batch], at least float32.  Divide the sum by
-      the count of tokens, not of completions, to weigh every token alike.
-
-    Raises:
-      TypeError: if the array is not floating point.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import sft
-      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
-      >>> print(sft(logps).sum() / lengths.sum())
-      3.0
-
-    References:
-      Maximum likelihood; as the chosen-answer term of preference losses, Pang et al.,
-      "Iterative Reasoning Preference Optimization", 2024, arXiv:2404.19733.
-    """
-    (chosen,) = _common.promoted(policy_chosen_logps=policy_chosen_logps)
-    return -chosen
 
 
 def _squared_distance(margin: jax.Array, beta) -> jax.Array:

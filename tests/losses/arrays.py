@@ -1,0 +1,44 @@
+"""Inputs that float32 holds exactly, drawn for a loss by the names of its arrays."""
+
+import numpy as np
+
+from tests.losses.row import Row
+
+PAIRS = 16
+RANGES = {
+    "logps": (-8.0, 0.0),
+    "rewards": (-4.0, 4.0),
+    "kls": (0.0, 8.0),
+    "weights": (-2.0, 0.0),
+}
+
+
+def arrays_of(row: Row, *, extreme=True, seed=0, pairs=PAIRS) -> list[np.ndarray]:
+    """One array for each name the loss reads; the first begins with the extremes."""
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for name in row.reads:
+        kind = name.split("_")[-1]
+        if kind == "lengths":
+            # Powers of two keep every quotient exact.
+            drawn.append(2.0 ** rng.integers(0, 5, pairs))
+        else:
+            low, high = row.draw.get(name) or RANGES[kind]
+            drawn.append(np.round(rng.uniform(low, high, pairs) * 2**10) / 2**10)
+    if extreme:
+        drawn[0][: len(row.extremes)] = row.extremes
+    return drawn
+
+
+def differentiable(row: Row) -> list[int]:
+    """Positions of the arrays a model's gradient flows through."""
+    moving = lambda n: n.startswith("policy") or n.endswith(("rewards", "kls"))
+    return [i for i, name in enumerate(row.reads) if moving(name)]
+
+
+def swapped(row: Row, arrays):
+    """The same pairs with chosen and rejected exchanged."""
+    exchange = {"chosen": "rejected", "rejected": "chosen"}
+    values = dict(zip(row.reads, arrays))
+    other = lambda name: "_".join(exchange.get(w, w) for w in name.split("_"))
+    return [values[other(name)] for name in row.reads]
