@@ -5,6 +5,7 @@ the help of its docstring, so an option that the chosen loss does not read is an
 """
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -25,24 +26,20 @@ from jaxpref.train import (
     from_loss,
     run,
     sft,
+    trainable,
 )
 from jaxpref.train.config import RunConfig
 from jaxpref.train.entry import entry_point, fail
 
+OBJECTIVES = {make.__name__: make for make in (sft,)}
+"""Losses that are trained otherwise than by their mean over the pairs."""
+
 LOSSES = {
-    loss.__name__: loss
-    for loss in (
-        losses.dpo,
-        losses.cdpo,
-        losses.rdpo,
-        losses.forward_dpo,
-        losses.ipo,
-        losses.ipo_averaged,
-        losses.simpo,
-        losses.sft,
-    )
-}
-"""The one table behind `--loss`."""
+    name: getattr(losses, name)
+    for name in sorted(losses.__all__)
+    if trainable(getattr(losses, name))
+} | OBJECTIVES
+"""The one table behind `--loss`: every public loss that a batch of pairs can feed."""
 
 Options = TypeVar("Options")
 Flat = tyro.conf.arg(name="")
@@ -71,9 +68,10 @@ def train(argv: Sequence[str]) -> None:
         config=(tyro.conf.EnumChoicesFromValues,),
     )
     chosen = vars(arguments.loss)
+    make = OBJECTIVES.get(name) or functools.partial(from_loss, LOSSES[name])
     config = TrainConfig(
         **vars(arguments.run),
-        objective=sft() if name == "sft" else from_loss(LOSSES[name], **chosen),
+        objective=make(**chosen),
         options=arguments.options,
         optimizer=arguments.optimizer,
         mesh=arguments.mesh,
@@ -144,7 +142,7 @@ def _options(loss: Callable) -> type:
     documented = _documented_arguments(loss)
     fields = []
     for parameter in inspect.signature(loss).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name == "where":
             continue
         kind = Annotated[float, tyro.conf.arg(help=documented[parameter.name])]
         if parameter.default is parameter.empty:

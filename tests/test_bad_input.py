@@ -463,13 +463,13 @@ def test_no_checkpoint_that_can_be_restored(resumable, refuse):
 
 def test_damaged_reference_log_probs_are_made_anew(resumable, monkeypatch):
     tables = sorted((resumable.out / "reference").iterdir())
-    before = [np.load(path)["logps"] for path in tables]
+    before = [np.load(path)["reference_logps"] for path in tables]
     tables[0].write_bytes(tables[0].read_bytes()[:200])
     tables[1].write_bytes(b"PK\x03\x04 torn")
     monkeypatch.setattr(sys, "argv", ["jaxpref", *resumable.train()])
     cli.main()
     for path, expected in zip(tables, before, strict=True):
-        np.testing.assert_array_equal(np.load(path)["logps"], expected)
+        np.testing.assert_array_equal(np.load(path)["reference_logps"], expected)
 
 
 def test_a_run_killed_before_its_export_only_exports(resumable, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,18 +40,17 @@ def train(**options):
 def assert_equal(first, second):
     for field in dataclasses.fields(PreferenceBatch):
         a, b = getattr(first, field.name), getattr(second, field.name)
+        if field.name == "reference":
+            assert a.keys() == b.keys()
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+            continue
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b, err_msg=field.name)
 
 
 def joined(parts):
     """The global batch: every process's rows one after the other."""
-    return PreferenceBatch(
-        **{
-            field.name: np.concatenate([getattr(part, field.name) for part in parts], 1)
-            for field in dataclasses.fields(PreferenceBatch)
-        }
-    )
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays, 1), *parts)
 
 
 def test_shapes_dtypes_and_layout():
@@ -66,7 +66,6 @@ def test_shapes_dtypes_and_layout():
         "completions": (np.int32, (2, 4, 2, p)),
         "pairs": (np.int32, (2, 4, 1)),
         "completion_lengths": (np.int32, (2, 4, 1, 2)),
-        "reference_logps": (np.float32, (2, 4, 1, 2)),
         "flips": (np.bool_, (2, 4, 1)),
         "annotators": (np.int32, (2, 4, 1)),
         "weights": (np.float32, (2, 4, 1)),
@@ -74,6 +73,7 @@ def test_shapes_dtypes_and_layout():
     for name, (dtype, shape) in expected.items():
         array = getattr(batch, name)
         assert (array.dtype, array.shape) == (dtype, shape), name
+    assert batch.reference == {}
 
 
 def test_every_row_is_its_pair_and_every_target_follows_its_predictor():
@@ -167,14 +167,15 @@ def test_resumed_from_one_integer(threads):
     assert_equal(joined([next(half) for half in halves]), straight[7])
 
 
-def test_reference_logps_travel_with_their_pair():
+def test_reference_scores_travel_with_their_pair():
     table = np.random.default_rng(0).normal(size=(len(PLAN.train), 2))
     table = table.astype(np.float32)
-    for batch in take(train(reference_logps=table), 5):
-        np.testing.assert_array_equal(batch.reference_logps, table[batch.pairs])
+    for batch in take(train(reference={"one": table, "two": -table}), 5):
+        np.testing.assert_array_equal(batch.reference["one"], table[batch.pairs])
+        np.testing.assert_array_equal(batch.reference["two"], -table[batch.pairs])
     for wrong in (table[:-1], table[:, :1], table.astype(np.float64)):
-        with pytest.raises(ValueError, match="reference_logps is"):
-            train(reference_logps=wrong)
+        with pytest.raises(ValueError, match="one is"):
+            train(reference={"one": wrong})
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -189,7 +190,7 @@ def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
             batch_size=8,
             process_index=p,
             process_count=count,
-            reference_logps=table,
+            reference={"one": table},
         )
         for p in range(count)
     ]
@@ -202,10 +203,11 @@ def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
     assert empty.sum() == -size % 8
     for field in dataclasses.fields(PreferenceBatch):
         filler = -1 if field.name in ("pairs", "completions", "annotators") else 0
-        assert (getattr(last, field.name)[empty] == filler).all(), field.name
+        for array in jax.tree.leaves(getattr(last, field.name)):
+            assert (array[empty] == filler).all(), field.name
     assert (last.weights[..., 0] == ~empty).all()
     np.testing.assert_array_equal(
-        last.reference_logps[~empty][:, 0], table[-(size % 8) :]
+        last.reference["one"][~empty][:, 0], table[-(size % 8) :]
     )
 
 

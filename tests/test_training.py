@@ -1,6 +1,7 @@
 """The step and the run: known values, invariances, resume, and what never gets in."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,9 +32,9 @@ from jaxpref.train import (
 )
 from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.mesh import AXES, check_rows, on_devices, to_global
-from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import make_score_step, score_pairs
+from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
@@ -65,7 +66,7 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         model = build(tiny_config())
-        pair_logps = make_pair_logps(model, chunk_size=4)
+        scores = make_scores(model, objective.needs, chunk_size=4)
         schedule = make_schedule(OPTIMIZER, 100)
         tx = make_optimizer(OPTIMIZER, schedule)
         params = tiny_params(model)
@@ -74,22 +75,20 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
             batch_size=8,
             accumulation=accumulation,
         )
-        reference = score_pairs(
-            make_score_step(pair_logps),
-            params,
-            pairs,
-            split=split,
-            mesh=mesh,
-            title="reference",
+        score = functools.partial(
+            score_pairs, make_score_step(scores), split=split, mesh=mesh, title=""
         )
+        kept = (
+            jax.tree.map(jnp.copy, params) if objective.needs_live_reference else None
+        )
+        found = score(params, pairs, kept)
+        stored = {n: found[n.replace("reference", "policy")] for n in objective.stored}
         state = jax.jit(lambda p: init_state(p, tx, objective))(params)
-        step = make_train_step(pair_logps, objective, tx, schedule)
-        batches = data.batches(
-            pairs, seed=3, reference_logps=reference, threads=0, **split
-        )
+        step = make_train_step(scores, objective, tx, schedule)
+        batches = data.batches(pairs, seed=3, reference=stored, threads=0, **split)
         history = []
         for _ in range(steps):
-            state, metrics = step(state, to_global(next(batches), mesh))
+            state, metrics = step(state, to_global(next(batches), mesh), kept)
             history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         return np.array(history), jax.device_get(state.params), step
 
@@ -139,12 +138,15 @@ def test_what_is_not_finite_never_enters_the_state(pairs):
         schedule = make_schedule(OPTIMIZER, 100)
         tx = make_optimizer(OPTIMIZER, schedule)
         state = init_state(tiny_params(model), tx, objective)
-        step = make_train_step(make_pair_logps(model), objective, tx, schedule)
+        step = make_train_step(make_scores(model), objective, tx, schedule)
         shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-        batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
-        reference = batch.reference_logps.copy()
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batch = next(
+            data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
+        )
+        reference = batch.reference["reference_logps"].copy()
         reference[0, 5, 0, 1] = np.nan
-        bad = dataclasses.replace(batch, reference_logps=reference)
+        bad = dataclasses.replace(batch, reference={"reference_logps": reference})
         before = digests((state.params, state.opt_state))
         state, metrics = step(state, to_global(bad, mesh))
         assert digests((state.params, state.opt_state)) == before
@@ -166,9 +168,12 @@ def test_an_update_that_is_not_finite_never_enters_the_state(pairs):
         broken = optax.stateless(lambda updates, _: jax.tree.map(jnp.log, updates))
         tx = optax.chain(make_optimizer(OPTIMIZER, schedule), broken)
         state = init_state(tiny_params(model), tx, objective)
-        step = make_train_step(make_pair_logps(model), objective, tx, schedule)
+        step = make_train_step(make_scores(model), objective, tx, schedule)
         shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-        batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batch = next(
+            data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
+        )
         before = digests((state.params, state.opt_state))
         state, metrics = step(state, to_global(batch, mesh))
         assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
@@ -195,15 +200,20 @@ def test_bfloat16_gradients_are_summed_in_float32(pairs):
     objective = from_loss(losses.dpo, beta=0.5)
     with jax.set_mesh(mesh_of(1, 1, 1)):
         shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-        one = next(data.batches(pairs, shape=shape, batch_size=1, threads=0))
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        one = next(
+            data.batches(pairs, shape=shape, batch_size=1, threads=0, reference=zeros)
+        )
         many = jax.tree.map(lambda x: np.repeat(x, 600, axis=0), one)
         # The "model" is one weight: log-probs (w, 0) for every pair.
-        logps = lambda w, batch: (
-            w.astype(jnp.float32) * jnp.array([1.0, 0.0]) * (batch.weights[..., None])
-        )
+        scores = lambda w, batch: {
+            "policy_logps": w.astype(jnp.float32)
+            * jnp.array([1.0, 0.0])
+            * batch.weights[..., None]
+        }
         w = jnp.bfloat16(0.25)
         (a, *_), (b, *_) = (
-            objective.gradient(logps, w, jax.tree.map(jnp.asarray, x), {})
+            objective.gradient(scores, w, jax.tree.map(jnp.asarray, x), {})
             for x in (one, many)
         )
         np.testing.assert_allclose(float(a), float(b), rtol=2**-7)
@@ -218,9 +228,12 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         tx = make_optimizer(OPTIMIZER, schedule)
         make = lambda p: init_state(p, tx, objective)
         state = jax.jit(make)(tiny_params(model))
-        step = make_train_step(make_pair_logps(model), objective, tx, schedule)
+        step = make_train_step(make_scores(model), objective, tx, schedule)
         shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-        batches = data.batches(pairs, shape=shape, batch_size=8, threads=0)
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batches = data.batches(
+            pairs, shape=shape, batch_size=8, threads=0, reference=zeros
+        )
         state, _ = step(state, to_global(next(batches), mesh))
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
         saved = digests(state)

@@ -36,8 +36,9 @@ class PreferenceBatch:
     """int32 [A, R, S]; index of the pair in the plan; -1 marks an empty slot."""
     completion_lengths: np.ndarray
     """int32 [A, R, S, K]; target tokens of each completion."""
-    reference_logps: np.ndarray
-    """float32 [A, R, S, K]; log-probs under the reference model; 0 if none is used."""
+    reference: dict[str, np.ndarray]
+    """By name, float32 [A, R, S, K]: what was computed of the completions beforehand
+    under the reference model (`reference_logps`, ...); empty if nothing was."""
     flips: np.ndarray
     """bool [A, R, S]; this label was flipped by us (known only for injected noise)."""
     annotators: np.ndarray

@@ -6,7 +6,7 @@ saved state of an iterator is one integer.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grain
 import numpy as np
@@ -22,7 +22,7 @@ def collate(
     indices: np.ndarray,
     *,
     shape: BatchShape,
-    reference_logps: np.ndarray | None = None,
+    reference: Mapping[str, np.ndarray] | None = None,
 ) -> PreferenceBatch:
     """Lay pairs out in rows, one pair a row, one completion a sequence.
 
@@ -30,7 +30,7 @@ def collate(
       pairs: where the tokens are.
       indices: int [A, R]; the pair of each row, -1 for an empty row.
       shape: T, P and K of the batch.
-      reference_logps: float32 [N, K] for all pairs, or None.
+      reference: float32 [N, K] arrays of all pairs by name, or None.
 
     Returns:
       The batch of numpy arrays [A, R, ...]; empty rows are zeros with pair -1.
@@ -56,11 +56,6 @@ def collate(
             completions[row, side, :size] = side
     real = flat >= 0
     where = np.where(real, flat, 0)
-    table = np.zeros((1, sides), np.float32)
-    if reference_logps is not None:
-        table, at = reference_logps, where
-    else:
-        at = np.zeros_like(where)
 
     def shaped(array: np.ndarray, *axes: int) -> np.ndarray:
         return array.reshape(*indices.shape, *axes)
@@ -75,7 +70,10 @@ def collate(
         completion_lengths=shaped(
             np.where(real[:, None], pairs.completion_lengths[where], 0), 1, sides
         ),
-        reference_logps=shaped(np.where(real[:, None], table[at], 0), 1, sides),
+        reference={
+            name: shaped(np.where(real[:, None], table[where], 0), 1, sides)
+            for name, table in (reference or {}).items()
+        },
         flips=shaped(pairs.flips[where] & real, 1),
         annotators=shaped(np.where(real, pairs.annotators[where], -1), 1),
         weights=shaped(real.astype(np.float32), 1),
@@ -91,7 +89,7 @@ def batches(
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    reference_logps: np.ndarray | None = None,
+    reference: Mapping[str, np.ndarray] | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> grain.DatasetIterator:
@@ -109,7 +107,7 @@ def batches(
       process_index: this process.
       process_count: how many there are.  Micro-batch a holds the same pairs for any
         count; process p gets the p-th block of its rows.
-      reference_logps: float32 [N, K], copied into the batches; None for zeros.
+      reference: float32 [N, K] arrays by name, copied into the batches, or None.
       threads: threads that collate ahead; 0 collates when asked.
       prefetch: batches kept ready.
 
@@ -128,7 +126,7 @@ def batches(
         .repeat()
         .batch(batch_size, drop_remainder=True)
         .map(_share(accumulation, micro, process_index))
-        .map(_collate(pairs, shape, reference_logps))
+        .map(_collate(pairs, shape, reference))
     )
     return iter(dataset.to_iter_dataset(_ahead(threads, prefetch)))
 
@@ -141,7 +139,7 @@ def eval_batches(
     accumulation: int = 1,
     process_index: int = 0,
     process_count: int = 1,
-    reference_logps: np.ndarray | None = None,
+    reference: Mapping[str, np.ndarray] | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> grain.IterDataset:
@@ -163,7 +161,7 @@ def eval_batches(
         grain.MapDataset.range(steps)
         .map(indices)
         .map(_share(accumulation, micro, process_index))
-        .map(_collate(pairs, shape, reference_logps))
+        .map(_collate(pairs, shape, reference))
     )
     return dataset.to_iter_dataset(_ahead(threads, prefetch))
 
@@ -192,15 +190,12 @@ def _share(accumulation: int, rows: int, process_index: int) -> Callable:
 
 
 def _collate(
-    pairs: Pairs, shape: BatchShape, reference_logps: np.ndarray | None
+    pairs: Pairs, shape: BatchShape, reference: Mapping[str, np.ndarray] | None
 ) -> Callable:
-    if reference_logps is not None:
-        expected = (len(pairs), pairs.num_sides)
-        if reference_logps.shape != expected or reference_logps.dtype != np.float32:
+    expected = (len(pairs), pairs.num_sides)
+    for name, table in (reference or {}).items():
+        if table.shape != expected or table.dtype != np.float32:
             raise ValueError(
-                f"reference_logps is {reference_logps.dtype} {reference_logps.shape},"
-                f" not float32 {expected}"
+                f"{name} is {table.dtype} {table.shape}, not float32 {expected}"
             )
-    return functools.partial(
-        collate, pairs, shape=shape, reference_logps=reference_logps
-    )
+    return functools.partial(collate, pairs, shape=shape, reference=reference)

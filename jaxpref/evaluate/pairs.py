@@ -19,8 +19,8 @@ from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_finite, check_fits
 from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
-from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.score import make_score_step, score_pairs
+from jaxpref.train.scores import make_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,9 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    step = make_score_step(make_pair_logps(model))
-    logps = score_pairs(step, params, pairs, split=split, mesh=mesh, title=title)
+    step = make_score_step(make_scores(model))
+    scores = score_pairs(step, params, pairs, split=split, mesh=mesh, title=title)
+    logps = scores["policy_logps"]
     check_finite(config.data, pairs, str(folder), logps)
     return logps
 

@@ -14,25 +14,64 @@ Throughout, for a prompt x with chosen answer y_w and rejected answer y_l:
 """
 
 from jaxpref.losses import (
+    _batch,
+    _corrections,
+    _diagnostics,
+    _divergence,
+    _dynamic,
+    _length,
     _likelihood,
+    _listwise,
     _pairwise,
     _reference_free,
+    _reward_models,
     _rewards,
     _robust,
     _sequence,
+    _sides,
+    _symmetric,
+    _token,
+    _unpaired,
+    _weights,
 )
+from jaxpref.losses._batch import *
+from jaxpref.losses._corrections import *
+from jaxpref.losses._diagnostics import *
+from jaxpref.losses._divergence import *
+from jaxpref.losses._dynamic import *
+from jaxpref.losses._length import *
 from jaxpref.losses._likelihood import *
+from jaxpref.losses._listwise import *
 from jaxpref.losses._pairwise import *
 from jaxpref.losses._reference_free import *
+from jaxpref.losses._reward_models import *
 from jaxpref.losses._rewards import *
 from jaxpref.losses._robust import *
 from jaxpref.losses._sequence import *
+from jaxpref.losses._sides import *
+from jaxpref.losses._symmetric import *
+from jaxpref.losses._token import *
+from jaxpref.losses._unpaired import *
+from jaxpref.losses._weights import *
 
 # A file of the room says itself what it exports, so that a new loss touches one file.
 __all__: list[str] = []
+__all__ += _batch.__all__
+__all__ += _corrections.__all__
+__all__ += _diagnostics.__all__
+__all__ += _divergence.__all__
+__all__ += _dynamic.__all__
+__all__ += _length.__all__
 __all__ += _likelihood.__all__
+__all__ += _listwise.__all__
 __all__ += _pairwise.__all__
 __all__ += _reference_free.__all__
+__all__ += _reward_models.__all__
 __all__ += _rewards.__all__
 __all__ += _robust.__all__
 __all__ += _sequence.__all__
+__all__ += _sides.__all__
+__all__ += _symmetric.__all__
+__all__ += _token.__all__
+__all__ += _unpaired.__all__
+__all__ += _weights.__all__

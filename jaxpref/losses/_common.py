@@ -54,6 +54,24 @@ def not_negative(name: str, value) -> None:
         raise ValueError(f"Expected {name} >= 0 and finite, got {value}.")
 
 
+def between(name: str, value, low: float, high: float) -> None:
+    """Raises ValueError if a Python number is outside the open (low, high)."""
+    if isinstance(value, numbers.Real) and not low < value < high:
+        raise ValueError(f"Expected {name} in ({low}, {high}), got {value}.")
+
+
+def fraction(name: str, value) -> None:
+    """Raises ValueError if a Python number is outside the closed [0, 1]."""
+    if isinstance(value, numbers.Real) and not 0 <= value <= 1:
+        raise ValueError(f"Expected {name} in [0, 1], got {value}.")
+
+
+def finite(name: str, value) -> None:
+    """Raises ValueError if a Python number is not finite; arrays pass unchecked."""
+    if isinstance(value, numbers.Real) and not abs(value) < float("inf"):
+        raise ValueError(f"Expected {name} finite, got {value}.")
+
+
 def rates(flip_rate, like: jax.Array) -> jax.Array:
     """`flip_rate` in the dtype of `like`, ready to broadcast against it.
 
@@ -111,6 +129,14 @@ def reward_margin(
     return jnp.asarray(beta, chosen.dtype) * (chosen - rejected)
 
 
+def reward_difference(chosen_rewards, rejected_rewards) -> jax.Array:
+    """r_w - r_l, promoted and checked."""
+    chosen, rejected = promoted(
+        chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
+    )
+    return chosen - rejected
+
+
 def per_token(logps: jax.Array, lengths, name: str) -> jax.Array:
     """Sums divided by lengths; a length of 0 counts as 1, so that 0/0 cannot arise."""
     same_shape(logps=logps, **{name: lengths})
@@ -120,6 +146,20 @@ def per_token(logps: jax.Array, lengths, name: str) -> jax.Array:
 def logistic_loss(z: jax.Array) -> jax.Array:
     """-log s(z), finite with finite gradients for every finite z."""
     return -jax.nn.log_sigmoid(z)
+
+
+def flipped_logistic_loss(z: jax.Array, rate: jax.Array) -> jax.Array:
+    """-log((1 - e) s(z) + e s(-z)): a label that is wrong at the rate e."""
+    # In logs, s(z) cannot underflow; at e = 0 the second term is log 0 = -inf, which
+    # logaddexp drops exactly, in the value and in the gradient.
+    kept = jnp.log1p(-rate) + jax.nn.log_sigmoid(z)
+    flipped = jnp.log(rate) + jax.nn.log_sigmoid(-z)
+    return -jnp.logaddexp(kept, flipped)
+
+
+def clipped_exp(x: jax.Array) -> jax.Array:
+    """exp(x), held at exp(80): the largest that float32 carries through a gradient."""
+    return jnp.exp(jnp.minimum(x, 80))
 
 
 def mask(where, like: jax.Array) -> jax.Array:

@@ -1,9 +1,27 @@
-"""Plain likelihood, and preference losses with a likelihood term beside them."""
+"""Plain likelihood, and preference losses with a likelihood term beside them.
+
+`rpo` and `iterative_rpo` are DPO plus a multiple of `sft` and differ in how they count
+it.  Any other mixture is a sum.  Mixed preference optimisation (MPO), for one, weighs a
+preference, a quality and a generation loss by 0.8, 0.2 and 1 (Wang et al., "Enhancing
+the Reasoning Ability of Multimodal Large Language Models via Mixed Preference
+Optimization", 2024, arXiv:2411.10442):
+
+    >>> import jax.numpy as jnp
+    >>> from jaxpref.losses import bco_pair, dpo, sft
+    >>> logps = [jnp.array([x]) for x in (-12.0, -40.0, -20.0, -30.0)]
+    >>> quality = bco_pair(*logps, beta=0.1)
+    >>> loss = 0.8 * dpo(*logps) + 0.2 * quality + 1.0 * sft(logps[0])
+    >>> [f"{x:.4f}" for x in loss]
+    ['12.2593']
+"""
+
+import jax
+import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs
+from jaxpref.losses._common import Lengths, Pairs, Scalar
 
-__all__ = ["sft"]
+__all__ = ["iterative_rpo", "rpo", "sft"]
 
 
 def sft(policy_chosen_logps: Pairs) -> Pairs:
@@ -32,5 +50,131 @@ def sft(policy_chosen_logps: Pairs) -> Pairs:
       Maximum likelihood; as the chosen-answer term of preference losses, Pang et al.,
       "Iterative Reasoning Preference Optimization", 2024, arXiv:2404.19733.
     """
+    return _nll(policy_chosen_logps)
+
+
+def rpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.01,
+    eta: Scalar = 0.005,
+) -> Pairs:
+    """Regularised preference optimisation: DPO, and the chosen answer's likelihood.
+
+        loss = -log s(h) - eta beta log pi(y_w|x),    h = beta D
+
+    The likelihood of a baseline policy's answers, here the chosen ones, is what is left
+    of an adversary over reward models: it keeps the policy from answers that only look
+    good because the data is silent about them.  The likelihood is a sum over tokens, as
+    in the paper's main results, and is weighted by eta beta, not by eta alone.
+
+    Unlike under DPO, a pair far beyond its margin still pulls its chosen answer up.  A
+    flipped label pulls the worse answer up as hard.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      eta: strength of the regulariser relative to the KL penalty, >= 0; 0 is DPO.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, a Python `beta` is not > 0 or a Python `eta` is not
+        >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import rpo
+      >>> logps = jnp.array([-200.0])
+      >>> [f"{x:.4f}" for x in rpo(logps, logps, logps, logps)]
+      ['0.7031']
+
+    References:
+      Liu et al., "Provably Mitigating Overoptimization in RLHF: Your SFT Loss is
+      Implicitly an Adversarial Regularizer", 2024, arXiv:2405.16436, the RPO objective.
+      Authors' code: YSLIU627/Regularized-Preference-Optimization,
+      alignment-handbook/scripts/rpo_trainer.py and recipes/zephyr-7b-beta/rpo.
+    """
+    _common.not_negative("eta", eta)
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    weight = jnp.asarray(eta, h.dtype) * jnp.asarray(beta, h.dtype)
+    return _common.logistic_loss(h) + weight * _nll(policy_chosen_logps)
+
+
+def iterative_rpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    *,
+    beta: Scalar = 0.1,
+    alpha: Scalar = 1.0,
+) -> Pairs:
+    """Iterative reasoning preference optimisation: DPO, and the likelihood per token.
+
+        loss = -log s(h) - alpha log pi(y_w|x) / |y_w|,    h = beta D
+
+    The likelihood is averaged over the tokens of each chosen answer, so that long
+    reasoning does not weigh more than short.  The name's iterations, in which the pairs
+    are sampled anew from the trained policy, are the caller's.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      alpha: weight of the likelihood per token, >= 0; 0 is DPO.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ, a Python `beta` is not > 0 or a Python `alpha` is
+        not >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import iterative_rpo
+      >>> logps, lengths = jnp.array([-200.0]), jnp.array([100])
+      >>> [f"{x:.4f}" for x in iterative_rpo(logps, logps, logps, logps, lengths)]
+      ['2.6931']
+
+    References:
+      Pang et al., "Iterative Reasoning Preference Optimization", 2024,
+      arXiv:2404.19733, the DPO + NLL objective.
+    """
+    _common.not_negative("alpha", alpha)
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    nll = _nll(policy_chosen_logps)
+    nll = _common.per_token(nll, chosen_lengths, "chosen_lengths")
+    return _common.logistic_loss(h) + jnp.asarray(alpha, h.dtype) * nll
+
+
+def _nll(policy_chosen_logps) -> jax.Array:
+    """-log pi(y_w|x), promoted and checked: what every likelihood term is made of."""
     (chosen,) = _common.promoted(policy_chosen_logps=policy_chosen_logps)
     return -chosen

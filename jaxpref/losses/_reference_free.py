@@ -1,11 +1,16 @@
 """Pairwise losses that need no reference model."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
 from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._sequence import log_odds
 
-__all__ = ["simpo"]
+__all__ = ["alpha_po", "cpo", "mapo", "orpo", "simpo"]
+
+LARGEST_EXPONENT = 10.0
+"""Of AlphaPO's power: beyond it the reward is flat, so that it stays finite."""
 
 
 def simpo(
@@ -50,13 +55,276 @@ def simpo(
       Meng et al., "SimPO: Simple Preference Optimization with a Reference-Free Reward",
       2024, arXiv:2405.14734, the SimPO objective.
     """
+    chosen, rejected = _averages(
+        policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
+    )
+    return _beyond_target(chosen - rejected, beta, gamma)
+
+
+def alpha_po(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+    *,
+    alpha: Scalar = 0.25,
+    beta: Scalar = 2.5,
+    gamma: Scalar = 0.25,
+) -> Pairs:
+    """AlphaPO: SimPO with a reward whose shape is a parameter.
+
+        loss = -log s(beta (r_w - r_l) - gamma)
+        r = (1 - p^-alpha) / alpha,    log p = log pi(y|x) / |y|
+
+    alpha = 0 is SimPO's r = log p, alpha = -1 the linear reward.  The reward's slope is
+    p^-alpha: for alpha > 0 it grows as an answer gets unlikely.  The exponent
+    -alpha log p is cut at 10 so that all stays finite: beyond it (-40 nats a token at
+    the default) an answer has no gradient.  The defaults are those reported for
+    Mistral-7B-Instruct (tuned as gamma / beta, there 0.1).
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
+      alpha: shape of the reward, any finite number.
+      beta: scale of the rewards, > 0.
+      gamma: target reward margin, >= 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ, or a Python `alpha` is not finite, `beta` not > 0 or
+        `gamma` not >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import alpha_po
+      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
+      >>> print(alpha_po(logps, logps, lengths, lengths, gamma=0.0))
+      [0.6931472 0.6931472]
+
+    References:
+      Gupta et al., "AlphaPO: Reward Shape Matters for LLM Alignment", 2025,
+      arXiv:2501.03884, the AlphaPO objective.
+      Code: huggingface/trl, trl/experimental/cpo/cpo_trainer.py, `cpo_loss`.
+    """
+    _common.finite("alpha", alpha)
+    chosen, rejected = _averages(
+        policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
+    )
+    alpha = jnp.asarray(alpha, chosen.dtype)
+
+    def reward(logp):
+        # expm1 keeps what a small alpha leaves of 1 - p^-alpha; at 0 it is the limit.
+        power = jnp.expm1(jnp.minimum(-alpha * logp, LARGEST_EXPONENT))
+        return jnp.where(alpha == 0, logp, -power / jnp.where(alpha == 0, 1, alpha))
+
+    return _beyond_target(reward(chosen) - reward(rejected), beta, gamma)
+
+
+def cpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    *,
+    beta: Scalar = 0.1,
+    nll_weight: Scalar = 1.0,
+) -> Pairs:
+    """Contrastive preference optimisation: no reference, and a likelihood term.
+
+        loss = -log s(beta (log pi(y_w|x) - log pi(y_l|x))) - c log pi(y_w|x) / |y_w|
+
+    DPO under a uniform reference, held near the data by the likelihood of the chosen
+    answer.  The preference term reads sums; the likelihood term, as in the authors' and
+    TRL's code, is a mean over tokens (theirs over all chosen tokens of a batch, here
+    over those of each answer; the paper writes the sum).  Its weight c is `nll_weight`.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      beta: scale of the log-prob margin, > 0.
+      nll_weight: weight of the likelihood term, >= 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` is not > 0 or `nll_weight` not
+        >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import cpo
+      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
+      >>> print(cpo(logps, logps, lengths))
+      [3.6931472 3.6931472]
+
+    References:
+      Xu et al., "Contrastive Preference Optimization: Pushing the Boundaries of LLM
+      Performance in Machine Translation", 2024, arXiv:2401.08417, the CPO objective.
+      Code: fe1ixxu/ALMA, utils/cpo_trainer.py, `cpo_loss` and `get_batch_metrics`.
+    """
     _common.positive("beta", beta)
-    _common.not_negative("gamma", gamma)
+    _common.not_negative("nll_weight", nll_weight)
     chosen, rejected = _common.promoted(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
     )
-    chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
-    rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
-    beta, gamma = (jnp.asarray(option, chosen.dtype) for option in (beta, gamma))
-    return _common.logistic_loss(beta * (chosen - rejected) - gamma)
+    average = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
+    beta, weight = (jnp.asarray(option, chosen.dtype) for option in (beta, nll_weight))
+    return _common.logistic_loss(beta * (chosen - rejected)) - weight * average
+
+
+def orpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Odds-ratio preference optimisation: fine-tuning with a preference term beside it.
+
+        loss = -a_w - beta log s(log odds(a_w) - log odds(a_l))
+        log odds(a) = a - log(1 - exp(a)),    a = log pi(y|x) / |y|
+
+    `beta` is the paper's lambda, as in TRL: it weighs the preference term and is no
+    temperature.  The likelihood term is the mean over the answer's tokens.  Averages
+    above -1e-6 count as -1e-6 in the odds, which have no bound at 0; see `log_odds`.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
+      beta: weight of the odds-ratio term (lambda), > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import orpo
+      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
+      >>> print(orpo(logps, logps, lengths, lengths))
+      [3.0693147 3.0693147]
+
+    References:
+      Hong, Lee and Thorne, "ORPO: Monolithic Preference Optimization without Reference
+      Model", 2024, arXiv:2403.07691, Eqs. 4 and 7.
+      Code: xfactlab/orpo, src/orpo_trainer.py, `compute_loss`.
+    """
+    chosen, rejected = _averages(
+        policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
+    )
+    return _likelihood_and_margin(
+        chosen, log_odds(chosen) - log_odds(rejected), weight=beta
+    )
+
+
+def mapo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+    *,
+    beta: Scalar = 0.1,
+    scale: Scalar = 1.0,
+) -> Pairs:
+    """Margin-aware preference optimisation, its likelihood margin for language models.
+
+        loss = x_w - beta log s(scale (g(x_w) - g(x_l)))
+        g(x) = x / (exp(x) - 1),    x = -log pi(y|x) / |y|
+
+    g falls from 1 at x = 0 to 0, so that the margin is in (-1, 1) and an answer that is
+    already unlikely pulls no more.  Derived here from the authors' loss for diffusion
+    models: where they have the squared error of the noise and the number of denoising
+    steps, this has the negative log-likelihood of a token and `scale`, 1 by default.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
+      beta: weight of the margin term, > 0.
+      scale: what the margin is multiplied with, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` or `scale` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import mapo
+      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
+      >>> print(mapo(logps, logps, lengths, lengths))
+      [3.0693147 3.0693147]
+
+    References:
+      Hong et al., "Margin-aware Preference Optimization for Aligning Diffusion Models
+      without Reference", 2024, arXiv:2406.06424, the MaPO objective.
+      Code: mapo-t2i/mapo, utils.py, `compute_loss`.
+    """
+    _common.positive("scale", scale)
+    chosen, rejected = _averages(
+        policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
+    )
+    margin = _x_over_expm1(-chosen) - _x_over_expm1(-rejected)
+    return _likelihood_and_margin(
+        chosen, jnp.asarray(scale, margin.dtype) * margin, weight=beta
+    )
+
+
+def _averages(
+    policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
+) -> tuple[jax.Array, jax.Array]:
+    """Each side's log pi per token, promoted and checked."""
+    chosen, rejected = _common.promoted(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+    )
+    return (
+        _common.per_token(chosen, chosen_lengths, "chosen_lengths"),
+        _common.per_token(rejected, rejected_lengths, "rejected_lengths"),
+    )
+
+
+def _beyond_target(difference: jax.Array, beta, gamma) -> jax.Array:
+    """Logistic loss of a scaled reward difference that should exceed gamma."""
+    _common.positive("beta", beta)
+    _common.not_negative("gamma", gamma)
+    beta, gamma = (jnp.asarray(option, difference.dtype) for option in (beta, gamma))
+    return _common.logistic_loss(beta * difference - gamma)
+
+
+def _likelihood_and_margin(
+    average: jax.Array, margin: jax.Array, *, weight
+) -> jax.Array:
+    """Negative log-likelihood per token, and the logistic loss of a margin beside it."""
+    _common.positive("beta", weight)
+    return jnp.asarray(weight, margin.dtype) * _common.logistic_loss(margin) - average
+
+
+def _x_over_expm1(x: jax.Array) -> jax.Array:
+    """x / (exp(x) - 1), finite with finite gradients for every finite x; 1 at 0."""
+    t = jnp.abs(x)
+    small = t < 0.25
+    # Bernoulli's series: near 0 the quotient's gradient is a difference of large terms.
+    t2 = jnp.where(small, t, 0) ** 2
+    series = 1 - t / 2 + t2 / 12 * (1 - t2 / 60 * (1 - t2 / 42 * (1 - t2 / 40)))
+    away = jnp.where(small, 1.0, t)
+    quotient = away * jnp.exp(-away) / -jnp.expm1(-away)
+    # g(-t) = t + g(t), so that only falling exponentials are needed.
+    return jnp.maximum(-x, 0) + jnp.where(small, series, quotient)

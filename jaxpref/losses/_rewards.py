@@ -65,10 +65,7 @@ def reward_margins(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
       >>> print(reward_margins(jnp.array([1.0, 0.5]), jnp.array([0.25, 0.5])))
       [0.75 0.  ]
     """
-    chosen, rejected = _common.promoted(
-        chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
-    )
-    return chosen - rejected
+    return _common.reward_difference(chosen_rewards, rejected_rewards)
 
 
 def reward_accuracies(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
@@ -94,4 +91,5 @@ def reward_accuracies(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
       >>> print(reward_accuracies(jnp.array([1.0, 0.5]), jnp.array([0.25, 0.5])))
       [1.  0.5]
     """
-    return 0.5 + 0.5 * jnp.sign(reward_margins(chosen_rewards, rejected_rewards))
+    margins = _common.reward_difference(chosen_rewards, rejected_rewards)
+    return 0.5 + 0.5 * jnp.sign(margins)

@@ -1,8 +1,9 @@
-"""DPO under labels that are wrong at a known rate.
+"""DPO under labels that may be wrong.
 
-With flip rate e the three differ in what they correct: `cdpo` smooths the label, `rdpo`
-corrects the loss so that its mean over flips is the clean DPO loss, and `forward_dpo`
-corrects the model of the label, so that it is the likelihood of what was observed.
+With a known flip rate e the first three differ in what they correct: `cdpo` smooths the
+label, `rdpo` corrects the loss so that its mean over flips is the clean DPO loss, and
+`forward_dpo` corrects the model of the label, so that it is the likelihood of what was
+observed.  `ropo` knows no rate: it adds a loss whose direction flips do not change.
 """
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxpref.losses import _common
 from jaxpref.losses._common import Pairs, Rate, Scalar
 
-__all__ = ["cdpo", "forward_dpo", "rdpo"]
+__all__ = ["cdpo", "forward_dpo", "rdpo", "ropo"]
 
 
 def cdpo(
@@ -187,9 +188,65 @@ def forward_dpo(
         reference_rejected_logps,
         beta,
     )
-    rate = _common.rates(flip_rate, h)
-    # In logs, s(h) cannot underflow; at e = 0 the second term is log 0 = -inf, which
-    # logaddexp drops exactly, in the value and in the gradient.
-    kept = jnp.log1p(-rate) + jax.nn.log_sigmoid(h)
-    flipped = jnp.log(rate) + jax.nn.log_sigmoid(-h)
-    return -jnp.logaddexp(kept, flipped)
+    return _common.flipped_logistic_loss(h, _common.rates(flip_rate, h))
+
+
+def ropo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    alpha: Scalar = 14.0,
+) -> Pairs:
+    """Robust preference optimisation: DPO plus a noise-tolerant loss.
+
+        loss = 4 alpha / (1 + alpha)^2 [-log s(h) + alpha s(-h)]
+
+    The second term is symmetric, s(-h) + s(h) = 1: flips at any rate e < 1/2 scale its
+    mean and keep its direction.  For alpha >= 1 the weight of a pair, minus the
+    gradient in h, is at most 1, at s(-h) = (1 + alpha) / (2 alpha), and falls beyond to
+    4 alpha / (1 + alpha)^2.  This is the loss alone; the paper's filtering and
+    rejection sampling are a matter of the data.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      alpha: weight of the noise-tolerant term against DPO's, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` or `alpha` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ropo
+      >>> zero, margin = jnp.zeros(2), jnp.array([3.0, -3.0])
+      >>> loss = ropo(margin, zero, zero, zero, beta=1.0)
+      >>> [f"{x:.4f}" for x in loss]
+      ['0.1773', '4.0780']
+
+    References:
+      Liang et al., "ROPO: Robust Preference Optimization for Large Language Models",
+      2024, arXiv:2404.04102, the robust loss.
+      nissymori/SymPO, alignment/train/trainers.py, `ROPOTrainer`, and
+      alignment/config/loss/ropo.yaml for alpha (not the authors' code).
+    """
+    _common.positive("alpha", alpha)
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    alpha = jnp.asarray(alpha, h.dtype)
+    scale = 4 * alpha / jnp.square(1 + alpha)
+    return scale * (_common.logistic_loss(h) + alpha * jax.nn.sigmoid(-h))

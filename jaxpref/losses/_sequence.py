@@ -1,16 +1,30 @@
-"""From token log-probs to completion log-probs."""
+"""From tokens to completions: sums, averages, prefixes, odds and divergences."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["sum_by_completion"]
+from jaxpref.losses import _common
+from jaxpref.losses._common import Lengths, Pairs
+
+__all__ = [
+    "average_logps",
+    "log_odds",
+    "sum_by_completion",
+    "sum_prefix_by_completion",
+    "sum_weighted_by_completion",
+    "token_kls",
+]
+
+CERTAIN = -1e-6
+"""Average log-probs above it count as it: float32 cannot tell them from certainty."""
+
+TokenValues = Float[Array, "*rows sequences predictions"]
+Owners = Int[Array, "*rows sequences predictions"]
 
 
 def sum_by_completion(
-    token_logps: Float[Array, "*rows sequences predictions"],
-    completions: Int[Array, "*rows sequences predictions"],
-    *,
-    num_completions: int,
+    token_logps: TokenValues, completions: Owners, *, num_completions: int
 ) -> Float[Array, "*rows completions"]:
     """Sums the token log-probs of each completion of a row.
 
@@ -42,25 +56,256 @@ def sum_by_completion(
       >>> print(sum_by_completion(logps, owner, num_completions=3))
       [ -3. -28.   0.]
     """
-    token_logps, completions = jnp.asarray(token_logps), jnp.asarray(completions)
-    if not jnp.issubdtype(token_logps.dtype, jnp.floating):
+    (values,) = _common.promoted(token_logps=token_logps)
+    return _sum_where(values, _owned(values, completions, num_completions))
+
+
+def sum_weighted_by_completion(
+    token_logps: TokenValues,
+    token_weights: TokenValues,
+    completions: Owners,
+    *,
+    num_completions: int,
+) -> Float[Array, "*rows completions"]:
+    """Sums each completion's token values, every token with a weight of its own.
+
+        out[..., c] = sum of token_weights token_logps where completions == c
+
+    For token masks, hard or learned: gradients flow into values and weights.  Weights
+    of 1 are `sum_by_completion`.  What padding holds does not matter, in either array.
+
+    Args:
+      token_logps: log-prob, log-ratio or KL of each target token; [*rows, Q, P].
+      token_weights: what to multiply it with; [*rows, Q, P].
+      completions: index of the completion that each target belongs to, below
+        `num_completions`; -1 where the position is padding; [*rows, Q, P].
+      num_completions: completions of a row, counting empty ones; static.
+
+    Returns:
+      Weighted sums, [*rows, num_completions], at least float32; 0 where a completion
+      has no token.
+
+    Raises:
+      TypeError: if values or weights are not floating point or `completions` not
+        integer.
+      ValueError: if shapes differ, have less than two axes, or `num_completions` < 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sum_weighted_by_completion
+      >>> logps, weights = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[1.0, 0.5, 0.0]])
+      >>> owner = jnp.array([[0, 0, 1]])
+      >>> print(sum_weighted_by_completion(logps, weights, owner, num_completions=2))
+      [-2.  0.]
+
+    References:
+      Christopoulou et al., "SparsePO: Controlling Preference Alignment of LLMs via
+      Sparse Token Masks", 2024, arXiv:2410.05102, the masked rewards and divergences.
+    """
+    values, weights = _common.promoted(
+        token_logps=token_logps, token_weights=token_weights
+    )
+    own = _owned(values, completions, num_completions)
+    # Both dropped before they meet: 0 times the NaN of padding would be NaN.
+    used = jnp.asarray(completions) >= 0
+    product = jnp.where(used, values, 0) * jnp.where(used, weights, 0)
+    return _sum_where(product, own)
+
+
+def sum_prefix_by_completion(
+    token_logps: TokenValues,
+    completions: Owners,
+    prefix_lengths: Int[Array, "*rows completions"],
+    *,
+    num_completions: int,
+) -> Float[Array, "*rows completions"]:
+    """Sums the token log-probs of the first tokens of each completion.
+
+        out[..., c] = sum over the first prefix_lengths[..., c] tokens of completion c
+
+    Tokens of a completion are counted in the order of the row, sequence after sequence.
+    A prefix as long as the completion, or longer, is `sum_by_completion`.
+
+    Args:
+      token_logps: log-prob of each target token, nats; [*rows, Q, P].
+      completions: index of the completion that each target belongs to, below
+        `num_completions`; -1 where the position is padding; [*rows, Q, P].
+      prefix_lengths: tokens of each completion that count; [*rows, num_completions].
+      num_completions: completions of a row, counting empty ones; static.
+
+    Returns:
+      Summed log-probs, [*rows, num_completions], at least float32; 0 where no token
+      counts.
+
+    Raises:
+      TypeError: if `token_logps` is not floating point, or `completions` or
+        `prefix_lengths` not integer.
+      ValueError: if shapes do not fit or `num_completions` < 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sum_prefix_by_completion
+      >>> logps = jnp.array([[-1.0, -2.0, -4.0], [-8.0, -16.0, 0.0]])
+      >>> owner = jnp.array([[0, 0, 0], [1, 1, -1]])
+      >>> shorter = jnp.array([2, 2])
+      >>> print(sum_prefix_by_completion(logps, owner, shorter, num_completions=2))
+      [ -3. -24.]
+
+    References:
+      Liu et al., "Length Desensitization in Direct Preference Optimization" (LD-DPO),
+      2024, arXiv:2409.06411, the tokens up to the length that both answers share.
+    """
+    (values,) = _common.promoted(token_logps=token_logps)
+    own = _owned(values, completions, num_completions)
+    prefix_lengths = jnp.asarray(prefix_lengths)
+    if not jnp.issubdtype(prefix_lengths.dtype, jnp.integer):
         raise TypeError(
-            f"Expected token_logps to be floating point, got {token_logps.dtype}."
+            f"Expected prefix_lengths to be integer, got {prefix_lengths.dtype}."
         )
+    shape = values.shape[:-2] + (num_completions,)
+    if prefix_lengths.shape != shape:
+        raise ValueError(
+            f"Expected prefix_lengths of shape {shape}, got {prefix_lengths.shape}."
+        )
+    count = own.astype(jnp.int32)
+    # The how-manieth token of its completion each is: within its sequence, and after
+    # all those of earlier sequences.
+    within = jnp.cumsum(count, axis=-2)
+    totals = jnp.sum(count, axis=-2)
+    earlier = jnp.cumsum(totals, axis=-2) - totals
+    nth = within + earlier[..., None, :]
+    return _sum_where(values, own & (nth <= prefix_lengths[..., None, None, :]))
+
+
+def average_logps(logps: Pairs, lengths: Lengths) -> Pairs:
+    """Log-probs per token: sums divided by lengths.
+
+        out = log pi(y|x) / |y|
+
+    Args:
+      logps: log pi(y|x) summed over completion tokens, nats; [*batch].
+      lengths: |y|, completion tokens; 0 counts as 1; [*batch].
+
+    Returns:
+      Averages in nats per token, [*batch], at least float32.
+
+    Raises:
+      TypeError: if `logps` is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import average_logps
+      >>> print(average_logps(jnp.array([-12.0, 0.0]), jnp.array([4, 0])))
+      [-3.  0.]
+    """
+    (logps,) = _common.promoted(logps=logps)
+    return _common.per_token(logps, lengths, "lengths")
+
+
+def log_odds(average_logps: Pairs) -> Pairs:
+    """Log-odds of a completion whose probability is its average token's.
+
+        out = log p - log(1 - p),    log p = log pi(y|x) / |y|
+
+    Stable at both ends: log(1 - p) is computed from log p without forming p.  Log-probs
+    above -1e-6 count as -1e-6, with no gradient: there the odds are without bound and
+    float32 cannot tell the log-prob from 0.
+
+    Args:
+      average_logps: log-probs per token, see `average_logps`; below 0; [*batch].
+
+    Returns:
+      Log-odds, [*batch], at least float32; at most 13.8.
+
+    Raises:
+      TypeError: if the array is not floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import log_odds
+      >>> odds = jnp.exp(log_odds(jnp.log(jnp.array([0.5, 0.75]))))
+      >>> [f"{x:.4f}" for x in odds]
+      ['1.0000', '3.0000']
+
+    References:
+      Hong, Lee and Thorne, "ORPO: Monolithic Preference Optimization without Reference
+      Model", 2024, arXiv:2403.07691, Eq. 4.
+    """
+    (logps,) = _common.promoted(average_logps=average_logps)
+    logps = jnp.minimum(logps, CERTAIN)
+    return logps - _log1mexp(logps)
+
+
+def token_kls(
+    policy_log_probs: Float[Array, "*tokens vocabulary"],
+    reference_log_probs: Float[Array, "*tokens vocabulary"],
+) -> Float[Array, "*tokens"]:
+    """KL(ref || pi) at each position, from two tables of log-probabilities.
+
+        out = sum_v ref(v) (log ref(v) - log pi(v))
+
+    Summed over a completion (`sum_by_completion`) it is the sequential KL divergence
+    that token-level losses read.  The direction is the reference's: its mean, not the
+    policy's.  Tokens that the reference excludes (log-prob -inf) add 0.
+
+    Args:
+      policy_log_probs: log pi(v | prefix), normalised, nats; [*tokens, V].
+      reference_log_probs: log ref(v | prefix), normalised, nats; [*tokens, V].
+
+    Returns:
+      Divergences in nats, [*tokens], at least float32; >= 0 up to rounding.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import token_kls
+      >>> policy, reference = jnp.log(jnp.array([0.25, 0.75])), jnp.log(jnp.ones(2) / 2)
+      >>> print(f"{token_kls(policy, reference):.4f}")
+      0.1438
+
+    References:
+      Zeng et al., "Token-level Direct Preference Optimization", 2024, arXiv:2404.11999,
+      the sequential KL divergence.
+    """
+    policy, reference = _common.promoted(
+        policy_log_probs=policy_log_probs, reference_log_probs=reference_log_probs
+    )
+    possible = reference > -jnp.inf
+    policy = jnp.where(possible, policy, 0)
+    reference = jnp.where(possible, reference, 0)
+    terms = jnp.exp(reference) * (reference - policy)
+    return jnp.sum(jnp.where(possible, terms, 0), axis=-1)
+
+
+def _log1mexp(a: jax.Array) -> jax.Array:
+    """log(1 - exp(a)) for a < 0, to full precision and with finite gradients."""
+    near = a > -0.6931472
+    # Each branch sees a harmless number where the other one is taken.
+    close, far = jnp.where(near, a, -1.0), jnp.where(near, -1.0, a)
+    return jnp.where(near, jnp.log(-jnp.expm1(close)), jnp.log1p(-jnp.exp(far)))
+
+
+def _owned(values: jax.Array, completions, num_completions: int) -> jax.Array:
+    """Whether each token belongs to each completion: [*rows, Q, P, C]."""
+    completions = jnp.asarray(completions)
     if not jnp.issubdtype(completions.dtype, jnp.integer):
         raise TypeError(f"Expected completions to be integer, got {completions.dtype}.")
-    if token_logps.shape != completions.shape or token_logps.ndim < 2:
+    if values.shape != completions.shape or values.ndim < 2:
         raise ValueError(
             "Expected two arrays of one shape [..., Q, P], got "
-            f"token_logps {token_logps.shape}, completions {completions.shape}."
+            f"token_logps {values.shape}, completions {completions.shape}."
         )
     if num_completions < 1:
         raise ValueError(f"Expected num_completions >= 1, got {num_completions}.")
-    dtype = jnp.promote_types(token_logps.dtype, jnp.float32)
     # [..., Q, P, C] exists on paper only: XLA fuses the comparison into the sum.
     index = jnp.arange(num_completions, dtype=completions.dtype)
     index = index.reshape((1,) * completions.ndim + (num_completions,))
-    own = completions[..., None] == index
-    return jnp.sum(
-        jnp.where(own, token_logps.astype(dtype)[..., None], 0), axis=(-3, -2)
-    )
+    return completions[..., None] == index
+
+
+def _sum_where(values: jax.Array, own: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(own, values[..., None], 0), axis=(-3, -2))

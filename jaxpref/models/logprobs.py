@@ -1,4 +1,9 @@
-"""Log-probs of given tokens, without logits for the whole sequence."""
+"""Log-probs of given tokens, without logits for the whole sequence.
+
+The head runs on the predictor positions only, `chunk_size` of them at a time, and the
+backward pass computes each chunk's logits again: the largest arrays with a vocabulary
+axis, besides the head and its gradient, are `[B, chunk_size, V]`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +31,6 @@ def token_logps(hidden, head, predictors, targets, *, chunk_size: int) -> jax.Ar
 
     out[b, p] = log_softmax(hidden[b, predictors[b, p]] @ head)[targets[b, p]]
 
-    The head runs on the predictor positions only, `chunk_size` of them at a time, and
-    the backward pass computes each chunk's logits again: the largest array with a
-    vocabulary axis, besides the head and its gradient, is [B, chunk_size, V].  The
-    target's logit is selected by comparison and not by a gather, so V may be sharded
-    over `tensor`.
-
     Args:
         hidden: [B, T, D], the final hidden states.
         head: [D, V].  Keep it in the parameter dtype: its gradient is summed over
@@ -45,24 +44,82 @@ def token_logps(hidden, head, predictors, targets, *, chunk_size: int) -> jax.Ar
         Log-probs [B, P], float32 (float64 for float64 hidden states).  Unused places
         hold some finite number: mask them when summing.
     """
+
+    def chunk(t, h):
+        z = project(h, head)
+        return (_logps(z, t),)
+
+    (logps,) = _over_chunks(chunk, predictors, targets, (hidden,), chunk_size)
+    return logps
+
+
+def token_logps_and_collisions(
+    hidden, head, predictors, targets, *, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logps`, and the log-probability that two draws give the same token.
+
+    collision[b, p] = log sum_v pi(v)^2 = logsumexp(2 z) - 2 logsumexp(z), z the logits
+    """
+
+    def chunk(t, h):
+        z = project(h, head)
+        total = jax.nn.logsumexp(z, axis=-1)
+        return _logps(z, t), jax.nn.logsumexp(2 * z, axis=-1) - 2 * total
+
+    return _over_chunks(chunk, predictors, targets, (hidden,), chunk_size)
+
+
+def token_logps_and_kls(
+    hidden,
+    head,
+    reference_hidden,
+    reference_head,
+    predictors,
+    targets,
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_logps` of a policy and of a reference, and KL(reference || policy).
+
+    kl[b, p] = sum_v ref(v) (log ref(v) - log pi(v)), in nats, over the vocabulary at
+    the position that predicts target p.
+    """
+
+    def chunk(t, h, reference_h):
+        z, reference_z = project(h, head), project(reference_h, reference_head)
+        log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+        log_r = reference_z - jax.nn.logsumexp(reference_z, axis=-1, keepdims=True)
+        kls = jnp.sum(jnp.exp(log_r) * (log_r - log_p), axis=-1)
+        return _logps(z, t), _logps(reference_z, t), kls
+
+    hiddens = (hidden, reference_hidden)
+    return _over_chunks(chunk, predictors, targets, hiddens, chunk_size)
+
+
+def _logps(z, t) -> jax.Array:
+    # Selected by comparison and not by a gather, so V may be sharded over `tensor`.
+    chosen = jnp.arange(z.shape[-1]) == t[..., None]
+    z_t = jnp.sum(jnp.where(chosen, z, 0), axis=-1)
+    return z_t - jax.nn.logsumexp(z, axis=-1)
+
+
+def _over_chunks(function, predictors, targets, hiddens, chunk_size: int):
+    """`function(targets [B, c], *hiddens [B, c, D])` over P, chunk by chunk."""
     B, P = targets.shape
     chunk_size = min(chunk_size, P)
     padding = ((0, 0), (0, -P % chunk_size))
     predictors = jnp.pad(place(predictors, SPECS.tokens), padding)
     targets = jnp.pad(place(targets, SPECS.tokens), padding)
-    hidden = place(hidden, SPECS.hidden)
     # A gather within its own row: under vmap it needs no annotation.
-    hidden = jax.vmap(lambda h, i: h[i])(hidden, predictors)
-
-    @jax.checkpoint
-    def chunk(h, t):
-        z = project(h, head)
-        chosen = jnp.arange(z.shape[-1]) == t[..., None]
-        z_t = jnp.sum(jnp.where(chosen, z, 0), axis=-1)
-        return z_t - jax.nn.logsumexp(z, axis=-1)
-
-    split = lambda a: jnp.moveaxis(a.reshape(B, -1, chunk_size, *a.shape[2:]), 1, 0)
-    _, logps = jax.lax.scan(
-        lambda carry, xs: (carry, chunk(*xs)), None, (split(hidden), split(targets))
+    at_predictors = lambda hidden: jax.vmap(lambda h, i: h[i])(
+        place(hidden, SPECS.hidden), predictors
     )
-    return jnp.moveaxis(logps, 0, 1).reshape(B, -1)[:, :P]
+    split = lambda a: jnp.moveaxis(a.reshape(B, -1, chunk_size, *a.shape[2:]), 1, 0)
+    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :P]
+    checkpointed = jax.checkpoint(function)
+    _, outs = jax.lax.scan(
+        lambda carry, xs: (carry, checkpointed(*xs)),
+        None,
+        (split(targets), *(split(at_predictors(h)) for h in hiddens)),
+    )
+    return jax.tree.map(join, outs)

@@ -9,5 +9,6 @@ from jaxpref.train.metrics import read_metrics as read_metrics
 from jaxpref.train.objective import Objective as Objective
 from jaxpref.train.objective import from_loss as from_loss
 from jaxpref.train.objective import sft as sft
+from jaxpref.train.objective import trainable as trainable
 from jaxpref.train.optimizer import Decay as Decay
 from jaxpref.train.optimizer import OptimizerConfig as OptimizerConfig

@@ -25,9 +25,9 @@ from jaxpref.train.mesh import (
     to_global,
 )
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
-from jaxpref.train.objective import make_pair_logps
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
+from jaxpref.train.scores import make_scores
 from jaxpref.train.state import TrainState, init_state
 from jaxpref.train.step import make_train_step
 
@@ -82,9 +82,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             remat=config.remat,
         )
     )
-    pair_logps = make_pair_logps(model, chunk_size=config.logit_chunk)
+    scores = make_scores(model, objective.needs, chunk_size=config.logit_chunk)
     score = functools.partial(
-        score_pairs, make_score_step(pair_logps), split=split, mesh=mesh
+        score_pairs, make_score_step(scores), split=split, mesh=mesh
     )
     schedule = make_schedule(config.optimizer, config.max_steps)
     tx = make_optimizer(config.optimizer, schedule)
@@ -105,9 +105,15 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             f"run in {out} began with; restore them, or use another --out"
         )
 
-    # ---- reference log-probs, then the reference weights are dropped --------------
+    # ---- the reference: scored once and dropped, or kept where that is not enough --
     params = load_params(folder, model) if restored is None else None
     tables = reference.make_tables(config, plan, out, model, params, score, digest)
+    kept = None
+    if objective.needs_live_reference:
+        kept = reference.load_reference(config, model)
+        if jax.process_index() == 0:
+            print(f"{objective.name} keeps the reference's weights in memory: it reads")
+            print("whole distributions, which cannot be stored beforehand", flush=True)
     if restored is None:
         state = jax.jit(new_state, donate_argnums=0)(params)
     else:
@@ -116,11 +122,11 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
 
     # ---- the loop: evaluate, save, next batch, step, write the previous metrics ---
     batches = data.batches(
-        plan.train, seed=config.seed, reference_logps=tables["train"], **split
+        plan.train, seed=config.seed, reference=tables["train"], **split
     )
     if restored is not None:
         batches.set_state(restored[1]["iterator"])
-    train_step = make_train_step(pair_logps, objective, tx, schedule)
+    train_step = make_train_step(scores, objective, tx, schedule)
     start = int(state.step)
     remember(config, out)
     writer = MetricsWriter(out, resumed_at=start)
@@ -130,12 +136,12 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         if not len(plan.heldout):
             return
         title = f"evaluation at step {int(state.step)}"
-        table = score(state.params, plan.heldout, title=title)
+        found = score(state.params, plan.heldout, kept, title=title)
         writer.write(
             int(state.step),
             evaluation_metrics(
                 objective,
-                table,
+                found,
                 tables["heldout"],
                 plan.heldout,
                 state.objective_state,
@@ -160,7 +166,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
                 with late.paused():
                     save(state)
             batch = next(batches)
-            state, metrics = train_step(state, to_global(batch, mesh))
+            state, metrics = train_step(state, to_global(batch, mesh), kept)
             late.push(step + 1, metrics)
         with late.paused():
             evaluate(state)

@@ -3,7 +3,7 @@
 An objective is a pair `(init, gradient)` that the train step calls without knowing
 which one it is:
 
-    gradient(pair_logps, params, batch, state) -> (gradients, state, metrics)
+    gradient(scores, params, batch, state) -> (gradients, state, metrics)
 
 `from_loss` makes one from any per-pair loss of `jaxpref.losses`.  The mathematics of
 noise and of gradient mixing lives in their rooms; here it meets a model and a batch.
@@ -21,52 +21,8 @@ import jax.numpy as jnp
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
-from jaxpref.models import Model, token_logps
-from jaxpref.models.config import SPECS, on_mesh
 from jaxpref.sharding import replicated
-
-PairLogps = Callable[[Any, PreferenceBatch], jax.Array]
-"""`(params, batch without its A axis) -> float32 [R, S, K]` completion log-probs."""
-
-
-def make_pair_logps(model: Model, *, chunk_size: int = 64) -> PairLogps:
-    """Completion log-probs of the rows of a batch under a model.
-
-    The backbone runs on every token, the LM head on completion tokens only,
-    `chunk_size` of them at a time.
-
-    Args:
-      model: the functional model.
-      chunk_size: completion tokens of a sequence whose logits exist at the same time.
-
-    Returns:
-      A pure function from parameters and `[R, ...]` batch fields to `[R, S, K]` sums of
-      token log-probs.
-    """
-
-    def pair_logps(params, batch: PreferenceBatch):
-        rows, sequences, _ = batch.tokens.shape
-        _, slots, sides = batch.completion_lengths.shape
-        flat = lambda x: x.reshape(rows * sequences, *x.shape[2:])
-        hidden = model.hidden(params, flat(batch.tokens))
-        logps = token_logps(
-            hidden,
-            model.head(params),
-            flat(batch.predictors),
-            flat(batch.targets),
-            chunk_size=chunk_size,
-        )
-        logps = jnp.reshape(
-            logps, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
-        )
-        sums = losses.sum_by_completion(
-            logps, batch.completions, num_completions=slots * sides
-        )
-        return jnp.reshape(
-            sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden)
-        )
-
-    return pair_logps
+from jaxpref.train.scores import PROVIDED, Scores, pair_arrays, without_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +34,18 @@ class Objective:
     options: Mapping[str, Any]
     """The loss's hyper-parameters, defaults filled in."""
     reads: tuple[str, ...]
-    """Names of the arrays the loss takes, in its order; see `pair_arrays`."""
+    """Names of the arrays the loss takes, in its order; see `scores.PROVIDED`."""
     init: Callable[[], Any]
     """`init() -> state`."""
     gradient: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
-    """`gradient(pair_logps, params, batch, state) -> (gradients, state, metrics)`."""
-    losses: Callable[[jax.Array, PreferenceBatch, Any], jax.Array]
-    """`losses(logps, batch, state) -> [..., S]`; one a pair, 0 in empty slots."""
+    """`gradient(scores, params, batch, state) -> (gradients, state, metrics)`, where
+    `scores(params, batch without its A axis)` gives a model's `Scores`."""
+    losses: Callable[[Scores, PreferenceBatch, Any], jax.Array]
+    """`losses(scores, batch, state) -> [..., S]`; one a pair, 0 in empty slots."""
     count: Callable[[PreferenceBatch], jax.Array]
     """`count(batch)`: what a sum of losses is divided by, over the global batch."""
+    metrics: Callable[[Scores, PreferenceBatch], dict[str, jax.Array]]
+    """`metrics(scores, batch)`: see `reward_metrics`."""
 
     @property
     def sides(self) -> int:
@@ -94,16 +53,44 @@ class Objective:
         return 2 if any("rejected" in name for name in self.reads) else 1
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The scores it reads, named without their sides."""
+        names = (without_side(name) for name in self.reads)
+        return frozenset(name for name in names if name in PROVIDED)
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads log-probs under a reference model."""
-        return any("reference" in name for name in self.reads)
+        """Whether it reads anything of a reference model."""
+        return self.needs_live_reference or bool(self.stored)
+
+    @property
+    def needs_live_reference(self) -> bool:
+        """Whether the reference's weights must stay: it reads whole distributions."""
+        return "kls" in self.needs
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """The scores of the reference that are computed once, before training."""
+        if self.needs_live_reference:
+            return frozenset()
+        return frozenset(name for name in self.needs if name.startswith("reference_"))
+
+
+def trainable(loss: Callable) -> bool:
+    """Whether everything a loss reads can be computed of a batch of pairs."""
+    reads = _reads(loss)
+    return "policy_chosen_logps" in reads and all(
+        without_side(name) in PROVIDED for name in reads
+    )
 
 
 def from_loss(loss: Callable[..., jax.Array], **options) -> Objective:
     """The objective "mean of `loss` over the pairs of the global batch".
 
     Micro-batches add their sums and the total is divided by the number of pairs of the
-    whole batch, so the result does not depend on accumulation, processes or mesh.
+    whole batch, so the result does not depend on accumulation, processes or mesh.  A
+    loss that couples the pairs of a batch (it takes `where`) sees the whole of it: with
+    more than one micro-batch, log-probs are computed a first time without gradients.
 
     Args:
       loss: a per-pair loss; its positional parameter names say which arrays it reads.
@@ -112,87 +99,123 @@ def from_loss(loss: Callable[..., jax.Array], **options) -> Objective:
     Raises:
       InputError: if an option is unknown to the loss, missing, or out of its range.
     """
-    return _accumulated(loss, options, lambda batch: jnp.sum(batch.pairs >= 0))
+    return _mean_of(loss, options, lambda batch: jnp.sum(batch.pairs >= 0))
 
 
 def sft() -> Objective:
     """Supervised fine-tuning: mean negative log-likelihood of the completion tokens."""
     tokens = lambda batch: jnp.sum(batch.completion_lengths[..., 0])
-    return _accumulated(losses.sft, {}, tokens)
+    return _mean_of(losses.sft, {}, tokens)
 
 
-def pair_arrays(logps: jax.Array, batch: PreferenceBatch) -> dict[str, jax.Array]:
-    """The arrays a loss may ask for by name, each `[..., S]`.
-
-    Empty slots hold log-probs 0 and lengths 1, so that no loss divides by zero there.
-    """
-    arrays = {}
-    for k, side in enumerate(("chosen", "rejected")[: logps.shape[-1]]):
-        lengths = jnp.maximum(batch.completion_lengths[..., k], 1)
-        arrays[f"policy_{side}_logps"] = logps[..., k]
-        arrays[f"reference_{side}_logps"] = batch.reference_logps[..., k]
-        arrays[f"{side}_lengths"] = lengths.astype(logps.dtype)
-    return arrays
+Prepare = Callable[[dict, jax.Array, Any], tuple[jax.Array, Any]]
+"""`(arrays, where, state) -> (where, state)`: before a training step of a loss with
+running statistics, which pairs it sees and the statistics it leaves behind."""
 
 
-def _accumulated(loss, options, count) -> Objective:
-    parameters = inspect.signature(loss).parameters.values()
-    reads = tuple(p.name for p in parameters if p.kind != p.KEYWORD_ONLY)
-    # Traced, not run: a bad option is found here, before any model is loaded.
-    pair = [jax.ShapeDtypeStruct((1,), jnp.float32)] * len(reads)
-    try:
-        jax.eval_shape(functools.partial(loss, **options), *pair)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"loss {loss.__name__}: {error}") from error
-    defaults = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
-    options = defaults | options
+def _mean_of(
+    loss: Callable[..., jax.Array],
+    options: Mapping[str, Any],
+    count: Callable[[PreferenceBatch], jax.Array],
+    *,
+    init: Callable[[], Any] = dict,
+    prepare: Prepare | None = None,
+) -> Objective:
+    reads = _reads(loss)
+    _check(loss, options, init())
+    coupled = "where" in inspect.signature(loss).parameters
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind == p.KEYWORD_ONLY and p.name != "where"
+    }
+    options = defaults | dict(options)
 
-    def pair_losses(logps, batch, state):
-        del state  # a plain loss learns nothing beside the model
-        arrays = pair_arrays(logps, batch)
-        values = loss(*(arrays[name] for name in reads), **options)
-        return jnp.where(batch.pairs >= 0, values * batch.weights, 0.0)
+    @functools.cache
+    def per_token() -> bool:
+        # Not before a run has joined its processes: it touches a device.
+        with jax.ensure_compile_time_eval():
+            return _averages(loss, reads, options, init())
 
-    def gradient(pair_logps, params, batch, state):
-        def summed(params, micro):
-            logps = pair_logps(params, micro)
-            values = pair_losses(logps, micro, state)
-            return jnp.sum(values), (logps, values)
+    def metrics(scores, batch):
+        return reward_metrics(scores, batch, per_token(), options)
 
-        def accumulate(total, micro):
-            (_, aux), grads = jax.value_and_grad(summed, has_aux=True)(params, micro)
-            return jax.tree.map(jnp.add, total, grads), aux
+    def pair_losses(scores, batch, state, where=None):
+        arrays = pair_arrays(reads, scores, batch, state)
+        real = batch.pairs >= 0
+        where = real if where is None else where
+        coupling = {"where": where} if coupled else {}
+        values = loss(*arrays.values(), **options, **coupling)
+        if prepare is not None:
+            # The mean over the pairs it sees, whatever the sum is divided by.
+            values *= jnp.sum(real) / jnp.maximum(jnp.sum(where), 1)
+        return jnp.where(where, values * batch.weights, 0.0)
+
+    def slopes(scores, batch, state):
+        """The summed losses' slopes in the scores, the losses, and the next state."""
+        where = batch.pairs >= 0
+        following = state
+        if prepare is not None:
+            arrays = pair_arrays(reads, scores, batch, state)
+            where, following = prepare(arrays, where, state)
+
+        def summed(scores):
+            values = pair_losses(scores, batch, state, where)
+            return jnp.sum(values), values
+
+        cotangents, values = jax.grad(summed, has_aux=True)(scores)
+        return cotangents, values, following
+
+    def gradient(scores, params, batch, state):
+        ahead = own = None
+        if coupled and len(batch.pairs) > 1:
+            # All pairs must have their log-probs before one of them has a gradient.
+            first = jax.lax.map(lambda micro: scores(params, micro), batch)
+            ahead, values, following = slopes(first, batch, state)
+
+        def backward(total, xs):
+            micro, cotangents = xs
+            out, pull = jax.vjp(lambda p: scores(p, micro), params)
+            own = None
+            if cotangents is None:
+                cotangents, *own = slopes(out, micro, state)
+            (grads,) = pull(cotangents)
+            return jax.tree.map(jnp.add, total, grads), (out, own)
 
         # Summed in float32 or wider, whatever the parameters are kept in.
         wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p)), params)
-        total, (logps, values) = jax.lax.scan(accumulate, zeros, batch)
+        total, (out, own) = jax.lax.scan(backward, zeros, (batch, ahead))
+        if ahead is None:
+            values, states = own
+            # One micro-batch, or one state for all: a plain loss leaves it as it was.
+            following = jax.tree.map(lambda x: x[0], states)
         divisor = jnp.maximum(count(batch), 1)
         mean = lambda g, p: (g / divisor.astype(g.dtype)).astype(p.dtype)
         grads = jax.tree.map(mean, total, params)
         bad = jnp.where(jnp.isfinite(values), -1, batch.pairs)
-        metrics = {
+        found = {
             "loss": jnp.sum(values) / divisor,
             "nonfinite_pairs": replicated(bad),
         }
-        metrics |= reward_metrics(logps, batch, reads, options)
-        return grads, state, metrics
+        return grads, following, found | metrics(out, batch)
 
     return Objective(
         name=loss.__name__,
         options=options,
         reads=reads,
-        init=dict,
+        init=init,
         gradient=gradient,
         losses=pair_losses,
         count=count,
+        metrics=metrics,
     )
 
 
 def reward_metrics(
-    logps: jax.Array,
+    scores: Scores,
     batch: PreferenceBatch,
-    reads: tuple[str, ...],
+    per_token: bool,
     options: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
     """Means over the pairs of log-probs and implicit rewards, under the field's names.
@@ -204,11 +227,13 @@ def reward_metrics(
     mask = batch.pairs >= 0
     pairs = jnp.maximum(jnp.sum(mask), 1)
     mean = lambda x: jnp.sum(jnp.where(mask, x, 0.0)) / pairs
+    logps = scores["policy_logps"]
     metrics = {"logps/chosen": mean(logps[..., 0])}
     if logps.shape[-1] == 1:
         return metrics
-    rewards = options.get("beta", 1.0) * (logps - batch.reference_logps)
-    if "chosen_lengths" in reads:
+    reference = dict(batch.reference) | scores
+    rewards = options.get("beta", 1.0) * (logps - reference.get("reference_logps", 0))
+    if per_token:
         rewards = rewards / jnp.maximum(batch.completion_lengths, 1)
     chosen, rejected = rewards[..., 0], rewards[..., 1]
     return metrics | {
@@ -218,3 +243,45 @@ def reward_metrics(
         "rewards/accuracies": mean(losses.reward_accuracies(chosen, rejected)),
         "rewards/margins": mean(chosen - rejected),
     }
+
+
+def _reads(loss: Callable) -> tuple[str, ...]:
+    parameters = inspect.signature(loss).parameters.values()
+    return tuple(p.name for p in parameters if p.kind != p.KEYWORD_ONLY)
+
+
+def _check(loss: Callable, options: Mapping[str, Any], state) -> None:
+    """Traces the loss, so that a bad option is found before any model is loaded."""
+    pair = jax.ShapeDtypeStruct((1,), jnp.float32)
+    reads = _reads(loss)
+    try:
+        if "where" in options:
+            raise TypeError("where is the engine's: it masks empty slots")
+        jax.eval_shape(
+            functools.partial(loss, **options),
+            *(state.get(name, pair) for name in reads),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"loss {loss.__name__}: {error}") from error
+
+
+def _averages(loss: Callable, reads, options: Mapping[str, Any], state) -> bool:
+    """Whether the loss looks at log-probs a token: then so do the reward metrics.
+
+    Told by its pull on the rejected answer, which halves where all answers are twice as
+    long and as unlikely, and the policy still equals its reference.
+    """
+    if "rejected_lengths" not in reads:
+        return False
+
+    def pull(tokens: float):
+        def summed(rejected):
+            arrays = {name: jnp.full(1, -tokens) for name in reads}
+            arrays |= {n: jnp.full(1, tokens) for n in reads if n.endswith("lengths")}
+            arrays |= {n: state[n] for n in reads if n in state}
+            arrays["policy_rejected_logps"] = rejected
+            return jnp.sum(loss(**arrays, **options))
+
+        return float(jax.grad(summed)(jnp.full(1, -tokens))[0])
+
+    return abs(pull(2.0) / pull(1.0) - 0.5) < 1e-3

@@ -1,4 +1,4 @@
-"""Reference log-probs: computed once before training, kept on disk beside the run.
+"""The reference's scores: computed once before training, kept on disk beside the run.
 
 A file is used again only if it was made from the same weights, the same tokens of every
 pair and the same dtypes; otherwise it is made anew, always from the reference
@@ -11,7 +11,7 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -34,10 +34,10 @@ def make_tables(
     out: Path,
     model: Model,
     params,
-    score: Callable[..., np.ndarray],
+    score: Callable[..., dict[str, np.ndarray]],
     digest: str,
-) -> dict[str, np.ndarray | None]:
-    """Log-probs `[N, K]` of the `train` and `heldout` pairs under the reference.
+) -> dict[str, dict[str, np.ndarray]]:
+    """What the objective reads of the reference, for the `train` and `heldout` pairs.
 
     Args:
       config: of the run.
@@ -50,7 +50,8 @@ def make_tables(
       digest: from `reference_digest`.
 
     Returns:
-      A table for each set, None where the loss reads no reference.
+      Float32 [N, K] by name, for each set; nothing where the loss reads no reference
+      or keeps its weights.
 
     Raises:
       InputError: if the reference is another kind of model, or gives log-probs that are
@@ -60,33 +61,47 @@ def make_tables(
         "train": (plan.train, config.data),
         "heldout": (plan.heldout, config.heldout_from),
     }
-    if not config.objective.needs_reference:
-        return dict.fromkeys(sets)
-    folder = resolve_folder(config.reference or config.model)
+    names = config.objective.stored
+    if not names:
+        return {name: {} for name in sets}
     if config.reference is not None:
         params = None
-        if _sizes(load_config(folder)) != _sizes(model.config):
-            raise InputError(
-                f"{config.reference}: its config.json describes another model than "
-                f"{config.model}; a reference has the same sizes"
-            )
     tables = {}
     for name, (pairs, source) in sets.items():
         path = out / "reference" / f"{name}.npz"
-        table = from_first_process(
-            functools.partial(load_table, path, pairs, digest),
-            (len(pairs), pairs.num_sides),
+        shape = (len(pairs), pairs.num_sides)
+        found = from_first_process(
+            functools.partial(load_tables, path, names, pairs, digest),
+            {reference: np.zeros(shape, np.float32) for reference in sorted(names)},
         )
-        if table is None:
+        if found is None:
             if params is None:
-                params = load_params(folder, model)
+                params = load_reference(config, model)
             title = f"reference log-probs ({name})"
-            table = score(params, pairs, title=title)
-            check_finite(source, pairs, str(folder), table)
+            scores = score(params, pairs, title=title)
+            # The policy's own kernels, so that both agree to the bit at the start.
+            found = {key: scores[key.replace("reference", "policy")] for key in names}
+            for table in found.values():
+                check_finite(source, pairs, config.reference or config.model, table)
             if jax.process_index() == 0:
-                save_table(path, table, pairs, digest)
-        tables[name] = table
+                save_tables(path, found, pairs, digest)
+        tables[name] = found
     return tables
+
+
+def load_reference(config: TrainConfig, model: Model):
+    """The reference's parameters, always from its own folder.
+
+    Raises:
+      InputError: if the reference is another kind of model.
+    """
+    folder = resolve_folder(config.reference or config.model)
+    if _sizes(load_config(folder)) != _sizes(model.config):
+        raise InputError(
+            f"{config.reference}: its config.json describes another model than "
+            f"{config.model}; a reference has the same sizes"
+        )
+    return load_params(folder, model)
 
 
 def _sizes(config: ModelConfig) -> ModelConfig:
@@ -114,15 +129,17 @@ def reference_digest(config: TrainConfig) -> str:
     return digest.hexdigest()
 
 
-def save_table(path: Path, table: np.ndarray, pairs: Pairs, digest: str) -> None:
-    """Writes log-probs `[N, K]` by pair id and content digest, whole or not at all."""
+def save_tables(
+    path: Path, tables: dict[str, np.ndarray], pairs: Pairs, digest: str
+) -> None:
+    """Writes tables `[N, K]` by pair id and content digest, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.savez(
                 file,
-                logps=table,
+                **tables,
                 ids=pairs.ids,
                 contents=np.asarray(pairs.digest()),
                 weights=np.asarray(digest),
@@ -132,13 +149,15 @@ def save_table(path: Path, table: np.ndarray, pairs: Pairs, digest: str) -> None
         raise cannot_write(path, error) from error
 
 
-def load_table(path: Path, pairs: Pairs, digest: str) -> np.ndarray | None:
-    """The stored log-probs in the order of `pairs`; None unless they are these."""
+def load_tables(
+    path: Path, names: Iterable[str], pairs: Pairs, digest: str
+) -> dict[str, np.ndarray] | None:
+    """The stored tables in the order of `pairs`; None unless they are these."""
     if not path.exists():
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            logps, ids = stored["logps"], stored["ids"]
+            tables, ids = {name: stored[name] for name in names}, stored["ids"]
             contents, weights = str(stored["contents"]), str(stored["weights"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None  # damaged: made anew
@@ -146,20 +165,19 @@ def load_table(path: Path, pairs: Pairs, digest: str) -> np.ndarray | None:
         weights == digest
         and np.array_equal(ids, pairs.ids)
         and contents == pairs.digest()
-        and np.isfinite(logps).all()
+        and all(np.isfinite(table).all() for table in tables.values())
     )
-    return logps if same else None
+    return tables if same else None
 
 
 def from_first_process(
-    load: Callable[[], np.ndarray | None], shape: tuple[int, int]
-) -> np.ndarray | None:
+    load: Callable[[], dict[str, np.ndarray] | None], blank: dict[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
     """What process 0 finds on its disk, on every process."""
-    table = load() if jax.process_index() == 0 else None
+    tables = load() if jax.process_index() == 0 else None
     if jax.process_count() == 1:
-        return table
-    found = multihost_utils.broadcast_one_to_all(np.asarray(table is not None))
+        return tables
+    found = multihost_utils.broadcast_one_to_all(np.asarray(tables is not None))
     if not found:
         return None
-    blank = np.zeros(shape, np.float32) if table is None else table
-    return np.asarray(multihost_utils.broadcast_one_to_all(blank))
+    return jax.device_get(multihost_utils.broadcast_one_to_all(tables or blank))

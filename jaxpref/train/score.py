@@ -13,19 +13,21 @@ from jaxpref.data import Pairs
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.sharding import replicated
 from jaxpref.train.mesh import to_global
-from jaxpref.train.objective import Objective, PairLogps, reward_metrics
+from jaxpref.train.objective import Objective
+from jaxpref.train.scores import ScoreFunction
 
 
-def make_score_step(pair_logps: PairLogps) -> Callable:
-    """The jitted `(params, batch) -> (logps [A, R, S, K], pairs [A, R, S])`.
+def make_score_step(scores: ScoreFunction) -> Callable:
+    """The jitted `(params, batch, reference) -> (scores, pairs [A, R, S])`.
 
     It maps over the same micro-batches as the train step, so that both run the same
     kernels on the same shapes and a loss of their difference starts at its known value.
     """
 
-    def score_step(params, batch):
-        logps = jax.lax.map(lambda micro: pair_logps(params, micro), batch)
-        return replicated(logps), replicated(batch.pairs)
+    def score_step(params, batch, reference=None):
+        of_micro = lambda micro: scores(params, micro, reference)
+        out = jax.lax.map(of_micro, batch)
+        return jax.tree.map(replicated, (out, batch.pairs))
 
     return jax.jit(score_step)
 
@@ -34,26 +36,28 @@ def score_pairs(
     score_step: Callable,
     params,
     pairs: Pairs,
+    reference=None,
     *,
     split: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
     title: str,
-) -> np.ndarray:
+) -> dict[str, np.ndarray]:
     """Scores a whole set.
 
     Args:
       score_step: from `make_score_step`.
       params: the model's parameters.
       pairs: N pairs of K sides.
+      reference: the reference's parameters, where the scores need them.
       split: arguments of `data.eval_batches`: shape, batch size, this process.
       mesh: the mesh the batches are placed on.
       title: shown at the progress bar.
 
     Returns:
-      float32 [N, K]; the whole table on every process.
+      float32 [N, K] by name; whole tables on every process.
     """
     shape = (len(pairs), pairs.num_sides)
-    table = np.full(shape, np.nan, np.float32)
+    tables = {}
     seen = np.zeros(shape[0], bool)
     bar = tqdm(
         total=shape[0],
@@ -65,20 +69,23 @@ def score_pairs(
     )
     with bar:
         for batch in data.eval_batches(pairs, **split):
-            logps, index = map(np.asarray, score_step(params, to_global(batch, mesh)))
+            batch = to_global(batch, mesh)
+            scores, index = jax.device_get(score_step(params, batch, reference))
             real = index >= 0
-            table[index[real]] = logps[real]
+            for name, values in scores.items():
+                table = tables.setdefault(name, np.full(shape, np.nan, np.float32))
+                table[index[real]] = values[real]
             seen[index[real]] = True
             bar.update(int(real.sum()))
     if not seen.all():
         raise RuntimeError(f"{title}: {int((~seen).sum())} pairs were never scored")
-    return table
+    return tables
 
 
 def evaluation_metrics(
     objective: Objective,
-    logps: np.ndarray,
-    reference_logps: np.ndarray | None,
+    scores: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
     pairs: Pairs,
     state,
 ) -> dict[str, float]:
@@ -86,13 +93,11 @@ def evaluation_metrics(
 
     Args:
       objective: what the run makes small.
-      logps: float32 [N, K] under the trained model.
-      reference_logps: float32 [N, K] under the reference, or None.
+      scores: float32 [N, K] by name, of the trained model.
+      reference: float32 [N, K] by name, of the reference.
       pairs: the set's N pairs.
       state: the objective's state.
     """
-    if reference_logps is None:
-        reference_logps = np.zeros_like(logps)
     count = len(pairs)
     no_tokens = np.zeros((count, 1, 0), np.int32)
     batch = PreferenceBatch(
@@ -102,14 +107,15 @@ def evaluation_metrics(
         targets=no_tokens,
         completions=no_tokens,
         pairs=np.arange(count, dtype=np.int32)[:, None],
-        completion_lengths=pairs.completion_lengths[:, None, : logps.shape[1]],
-        reference_logps=reference_logps[:, None],
+        completion_lengths=pairs.completion_lengths[:, None, : objective.sides],
+        reference={name: table[:, None] for name, table in reference.items()},
         flips=pairs.flips[:, None],
         annotators=pairs.annotators[:, None],
         weights=np.ones((count, 1), np.float32),
     )
-    batch, logps = jax.tree.map(jnp.asarray, (batch, logps[:, None]))
-    losses = objective.losses(logps, batch, state)
+    scores = {name: table[:, None] for name, table in scores.items()}
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    losses = objective.losses(scores, batch, state)
     metrics = {"loss": losses.sum() / objective.count(batch)}
-    metrics |= reward_metrics(logps, batch, objective.reads, objective.options)
+    metrics |= objective.metrics(scores, batch)
     return {f"eval_{name}": float(value) for name, value in metrics.items()}

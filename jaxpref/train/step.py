@@ -1,32 +1,39 @@
 """The train step: gradient -> optax -> apply, and a guard against non-finite values."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpref.train.objective import Objective, PairLogps
+from jaxpref.train.objective import Objective
+from jaxpref.train.scores import ScoreFunction
 from jaxpref.train.state import TrainState
 
 
 def make_train_step(
-    pair_logps: PairLogps,
+    scores: ScoreFunction,
     objective: Objective,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> Callable:
-    """Returns the jitted, donated `step(state, batch) -> (state, metrics)`.
+    """Returns the jitted, donated `step(state, batch, reference) -> (state, metrics)`.
+
+    `reference` is the reference's parameters, or None where the objective needs none.
 
     A loss, gradient or update that is not finite never enters the state: parameters,
     optimiser and objective keep their old values, `skipped` counts one more, and the
     metric `finite` is False, for the loop to report the pairs.
     """
 
-    def train_step(state: TrainState, batch):
+    def train_step(state: TrainState, batch, reference=None):
         grads, objective_state, metrics = objective.gradient(
-            pair_logps, state.params, batch, state.objective_state
+            functools.partial(scores, reference=reference),
+            state.params,
+            batch,
+            state.objective_state,
         )
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -7,8 +7,13 @@ from tests.losses.row import Row
 PAIRS = 16
 RANGES = {
     "logps": (-8.0, 0.0),
+    "margins": (0.0, 3.0),
     "rewards": (-4.0, 4.0),
+    "strengths": (1.0, 3.0),
+    "ties": (0.0, 1.0),
     "kls": (0.0, 8.0),
+    "ratios": (-4.0, 4.0),
+    "mean": (-2.0, 2.0),
     "weights": (-2.0, 0.0),
 }
 
@@ -24,21 +29,28 @@ def arrays_of(row: Row, *, extreme=True, seed=0, pairs=PAIRS) -> list[np.ndarray
             drawn.append(2.0 ** rng.integers(0, 5, pairs))
         else:
             low, high = row.draw.get(name) or RANGES[kind]
-            drawn.append(np.round(rng.uniform(low, high, pairs) * 2**10) / 2**10)
+            # A moving statistic is one number for all pairs.
+            shape = () if name.startswith("running") else pairs
+            drawn.append(np.round(rng.uniform(low, high, shape) * 2**10) / 2**10)
     if extreme:
         drawn[0][: len(row.extremes)] = row.extremes
     return drawn
 
 
+def of_pairs(change, arrays):
+    """`change` of every array with one number a pair; moving statistics stay."""
+    return [change(array) if np.ndim(array) else array for array in arrays]
+
+
 def differentiable(row: Row) -> list[int]:
     """Positions of the arrays a model's gradient flows through."""
-    moving = lambda n: n.startswith("policy") or n.endswith(("rewards", "kls"))
+    moving = lambda n: n.startswith("policy") or n.endswith(("rewards", "kls", "ratios"))
     return [i for i, name in enumerate(row.reads) if moving(name)]
 
 
 def swapped(row: Row, arrays):
-    """The same pairs with chosen and rejected exchanged."""
+    """The same pairs with chosen and rejected exchanged; what has no other side stays."""
     exchange = {"chosen": "rejected", "rejected": "chosen"}
     values = dict(zip(row.reads, arrays))
     other = lambda name: "_".join(exchange.get(w, w) for w in name.split("_"))
-    return [values[other(name)] for name in row.reads]
+    return [values.get(other(name), values[name]) for name in row.reads]

@@ -1,5 +1,8 @@
 """Rows of jaxpref/losses/_pairwise.py."""
 
+import numpy as np
+from scipy.special import expit, log_expit
+
 from jaxpref import losses
 from tests.losses.row import (
     LOG2,
@@ -21,6 +24,42 @@ def averaged_margin(pc, pr, rc, rr, chosen_lengths, rejected_lengths):
     return (pc - rc) / chosen_lengths - (pr - rr) / rejected_lengths
 
 
+def hinge_mirror(loss, swapped, *arrays, beta):
+    h = reward_margin(*arrays, beta=beta)
+    return loss - swapped + h + np.clip(h, -1, 1)
+
+
+def exo(*arrays, beta, label_smoothing):
+    """KL of two distributions over {chosen, rejected}, the model's first."""
+    h = reward_margin(*arrays, beta=beta)
+    model = np.stack([expit(h), expit(-h)])
+    log_model = np.stack([log_expit(h), log_expit(-h)])
+    target = np.array([1 - label_smoothing, label_smoothing], h.dtype)
+    log_target = np.log(target).reshape(2, *[1] * h.ndim)
+    return (model * (log_model - log_target)).sum(0)
+
+
+def exo_mirror(loss, swapped, *arrays, beta, label_smoothing):
+    """The entropies are the same; the cross-entropies are not."""
+    h = reward_margin(*arrays, beta=beta)
+    odds = np.log1p(-label_smoothing) - np.log(label_smoothing)
+    return loss - swapped + (expit(h) - expit(-h)) * odds
+
+
+def log_ratio_modulated(h, tau):
+    exponential = np.exp(log_expit(h / tau) - h)
+    return (1 - expit(h / tau)) * logistic(h) + exponential
+
+
+def discopop(*arrays, beta, tau):
+    return log_ratio_modulated(reward_margin(*arrays, beta=beta), tau)
+
+
+def discopop_mirror(loss, swapped, *arrays, beta, tau):
+    h = reward_margin(*arrays, beta=beta)
+    return loss - swapped - log_ratio_modulated(h, tau) + log_ratio_modulated(-h, tau)
+
+
 ROWS = (
     Row(
         loss=losses.dpo,
@@ -29,6 +68,45 @@ ROWS = (
         options=({}, {"beta": 1.0}),
         at_reference=lambda **_: LOG2,
         mirror=logistic_mirror,
+        shifts=MARGIN_SHIFTS,
+    ),
+    Row(
+        loss=losses.dove,
+        oracle=lambda *a, beta: logistic(reward_margin(*a, beta=beta)),
+        defaults={"beta": 0.1},
+        options=({}, {"beta": 1.0}),
+        at_reference=lambda **_: LOG2,
+        special=(({}, losses.dpo, {}), ({"beta": 0.7}, losses.dpo, {"beta": 0.7})),
+        mirror=logistic_mirror,
+        shifts=MARGIN_SHIFTS,
+    ),
+    Row(
+        loss=losses.hinge,
+        oracle=lambda *a, beta: np.maximum(0, 1 - reward_margin(*a, beta=beta)),
+        defaults={"beta": 0.05},
+        options=({}, {"beta": 0.75}),
+        at_reference=lambda **_: 1.0,
+        mirror=hinge_mirror,
+        shifts=MARGIN_SHIFTS,
+    ),
+    Row(
+        loss=losses.exo_pair,
+        oracle=exo,
+        defaults={"beta": 0.1, "label_smoothing": 1e-3},
+        options=({}, {"label_smoothing": 0.25}, {"beta": 1.0, "label_smoothing": 0.1}),
+        at_reference=lambda beta, label_smoothing: (
+            -np.log(4 * label_smoothing * (1 - label_smoothing)) / 2
+        ),
+        mirror=exo_mirror,
+        shifts=MARGIN_SHIFTS,
+    ),
+    Row(
+        loss=losses.discopop,
+        oracle=discopop,
+        defaults={"beta": 0.05, "tau": 0.05},
+        options=({}, {"beta": 1.0}, {"beta": 0.1, "tau": 0.5}),
+        at_reference=lambda **_: 0.5 + LOG2 / 2,
+        mirror=discopop_mirror,
         shifts=MARGIN_SHIFTS,
     ),
     Row(

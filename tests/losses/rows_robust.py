@@ -1,7 +1,7 @@
 """Rows of jaxpref/losses/_robust.py."""
 
 import numpy as np
-from scipy.special import log_expit, logsumexp
+from scipy.special import expit, log_expit, logsumexp
 
 from jaxpref import losses
 from tests.losses.row import LOG2, MARGIN_SHIFTS, Row, logistic, reward_margin
@@ -27,6 +27,17 @@ def rdpo(*arrays, beta, flip_rate):
     h = reward_margin(*arrays, beta=beta)
     difference = (1 - flip_rate) * logistic(h) - flip_rate * logistic(-h)
     return difference / (1 - 2 * flip_rate)
+
+
+def ropo(*arrays, beta, alpha):
+    h = reward_margin(*arrays, beta=beta)
+    tolerant = 4 * alpha**2 / (1 + alpha) ** 2 * expit(-h)
+    return 4 * alpha / (1 + alpha) ** 2 * logistic(h) + tolerant
+
+
+def ropo_mirror(loss, swapped, *arrays, beta, alpha):
+    h = reward_margin(*arrays, beta=beta)
+    return loss - swapped + 4 * alpha / (1 + alpha) ** 2 * (h + alpha * np.tanh(h / 2))
 
 
 ROWS = (
@@ -63,6 +74,17 @@ ROWS = (
         base=losses.dpo,
         # The two labels' probabilities sum to 1.
         mirror=lambda loss, swapped, *_, **__: np.exp(-loss) + np.exp(-swapped) - 1,
+        shifts=MARGIN_SHIFTS,
+    ),
+    Row(
+        loss=losses.ropo,
+        oracle=ropo,
+        defaults={"beta": 0.1, "alpha": 14.0},
+        options=({}, {"beta": 1.0, "alpha": 2.0}),
+        at_reference=lambda alpha, **_: (
+            4 * alpha / (1 + alpha) ** 2 * (LOG2 + alpha / 2)
+        ),
+        mirror=ropo_mirror,
         shifts=MARGIN_SHIFTS,
     ),
 )

@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 
 import jaxpref.losses
 from jaxpref import losses
-from tests.losses.arrays import PAIRS, arrays_of, differentiable, swapped
+from tests.losses.arrays import PAIRS, arrays_of, differentiable, of_pairs, swapped
 from tests.losses.row import Row
 from tests.losses.table import TABLE
 
@@ -93,8 +93,9 @@ def oracle_gradients(row: Row, arrays, options, step=2.0**-17):
 
 def test_every_loss_has_a_row():
     functions = [getattr(losses, name) for name in losses.__all__]
+    first = {"policy_chosen_logps", "chosen_rewards", "chosen_masked_log_ratios"}
     pairwise = lambda f: (
-        {"policy_chosen_logps", "chosen_rewards"} & set(inspect.signature(f).parameters)
+        first & set(inspect.signature(f).parameters)
         and not f.__name__.startswith("reward_")
     )
     assert {f.__name__ for f in functions if pairwise(f)} == {r.name for r in TABLE}
@@ -245,17 +246,20 @@ def test_jit_vmap_sharded_and_eager_agree(row):
         with jax.set_mesh(mesh):
             spec = PartitionSpec(("data", "fsdp"))
             sharding = jax.NamedSharding(mesh, spec)
-            placed = [jax.device_put(a, sharding) for a in arrays]
+            placed = of_pairs(
+                functools.partial(jax.device_put, device=sharding), arrays
+            )
             sharded = jax.jit(both)(*placed)
             if kind is AxisType.Explicit:
                 for value in jax.tree.leaves(sharded):
                     assert jax.typeof(value).sharding.spec == spec
                 # The engine's batch: rows in the middle, slots behind.
                 cube = PartitionSpec(None, ("data", "fsdp"))
-                cubes = [
-                    jax.device_put(a.reshape(1, 8, 2), jax.NamedSharding(mesh, cube))
-                    for a in arrays
-                ]
+                rows = of_pairs(lambda a: a.reshape(1, 8, 2), arrays)
+                place = functools.partial(
+                    jax.device_put, device=jax.NamedSharding(mesh, cube)
+                )
+                cubes = of_pairs(place, rows)
                 jax.tree.map(
                     lambda ours, theirs: close(np.asarray(ours).reshape(-1), theirs),
                     jax.jit(both)(*cubes),
@@ -282,7 +286,7 @@ def test_leading_axes_are_free(row):
     options = row.options[-1]
     arrays = on_device(arrays_of(row), jnp.float32)
     flat = row.loss(*arrays, **options)
-    cube = row.loss(*(array.reshape(2, 4, 2) for array in arrays), **options)
+    cube = row.loss(*of_pairs(lambda a: a.reshape(2, 4, 2), arrays), **options)
     assert cube.shape == (2, 4, 2)
     np.testing.assert_allclose(cube.reshape(-1), flat, rtol=2e-6, atol=1e-6)
 
@@ -304,17 +308,18 @@ def test_padding_changes_nothing(row):
     """Pairs that `where` leaves out may hold anything, NaN included."""
     options = row.options[-1]
     real = arrays_of(row, extreme=False)
-    real = [a[: PAIRS - 5] for a in real]
+    real = of_pairs(lambda a: a[: PAIRS - 5], real)
     where = jnp.arange(PAIRS) % 3 > 0
     where = where & (jnp.cumsum(where) <= PAIRS - 5)
     count = int(where.sum())
-    padded = []
-    for array in real:
+
+    def padding(array):
         whole = np.full(PAIRS, np.nan)
         whole[np.asarray(where)] = array[:count]
-        padded.append(whole)
-    alone = on_device([a[:count] for a in real], jnp.float32)
-    padded = on_device(padded, jnp.float32)
+        return whole
+
+    alone = on_device(of_pairs(lambda a: a[:count], real), jnp.float32)
+    padded = on_device(of_pairs(padding, real), jnp.float32)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-6)
     value = row.loss(*padded, where=where, **options)
     close(value[where], row.loss(*alone, **options))
@@ -405,6 +410,8 @@ def test_wrong_shapes_are_named(row):
     """What a caller sees without the run-time annotation checks of this test run."""
     loss = functools.partial(inspect.unwrap(row.loss), **row.options[-1])
     for i, name in enumerate(row.reads):
+        if name.startswith("running"):
+            continue
         arrays = on_device(arrays_of(row), jnp.float32)
         arrays[i] = arrays[i][:3]
         with pytest.raises(ValueError, match=rf"one shape, got .*{name} \(3,\)"):

@@ -121,3 +121,32 @@ def test_forward_dpo_learns_its_rate():
         arrays = on_device(arrays_of(CDPO, extreme=False), jnp.float64)
         loss = lambda rate: losses.forward_dpo(*arrays, flip_rate=rate)
         check_grads(jax.jit(loss), (jnp.full(PAIRS, 0.2),), order=1, modes=("rev",))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 14.0])
+def test_ropo_weighs_no_pair_above_1(alpha):
+    """P8: the largest weight is 1, at s(-h) = (1 + alpha) / (2 alpha)."""
+    with jax.enable_x64(True):
+        h = jnp.asarray(np.linspace(-30, 30, 6001))
+        zero = jnp.zeros_like(h)
+        arrays = [h, zero, zero, zero]
+        weight = -policy_gradient(losses.ropo, arrays, beta=1.0, alpha=alpha)
+        assert weight.max() <= 1 + 1e-12
+        np.testing.assert_allclose(weight[0], 4 * alpha / (1 + alpha) ** 2, rtol=1e-9)
+        if alpha > 1:
+            top = jnp.full(1, -logit((1 + alpha) / (2 * alpha)))
+            arrays = [top, *[jnp.zeros(1)] * 3]
+            most = -policy_gradient(losses.ropo, arrays, beta=1.0, alpha=alpha)
+            np.testing.assert_allclose(most, 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_ropo_without_its_dpo_term_does_not_turn_under_flips(rate):
+    """P8: for alpha -> infinity, mean over flips = (1 - 2e) loss + constant."""
+    with jax.enable_x64(True):
+        h = jnp.asarray(np.linspace(-30, 30, 601))
+        zero = jnp.zeros_like(h)
+        loss = functools.partial(losses.ropo, beta=1.0, alpha=1e12)
+        kept, flipped = loss(h, zero, zero, zero), loss(zero, h, zero, zero)
+        mean = (1 - rate) * kept + rate * flipped
+        np.testing.assert_allclose(mean, (1 - 2 * rate) * kept + 4 * rate, rtol=1e-9)

@@ -1,0 +1,301 @@
+"""Pairwise losses in which the pairs of a batch are weighed or matched together.
+
+The batch is the global one, whatever way it lies on devices.  Each function still
+returns one number per pair: their mean over the real pairs is the paper's loss of the
+batch, in value and in gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.sharding import replicated
+
+__all__ = ["aot", "aot_unpaired", "dr_dpo", "kl_dpo"]
+
+
+def dr_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    beta_prime: Scalar = 1.0,
+    where: Mask = None,
+) -> Pairs:
+    """Distributionally robustified DPO: trusts the pairs that fit.
+
+        batch loss = L = -b' log mean_i exp(-l_i / b'),    l_i = -log s(h_i)
+        loss_i     = w_i l_i + b' mean_j w_j log w_j,    w_i = exp((L - l_i) / b')
+
+    with w held fixed.  The second line is the first in its dual form: reweigh the batch
+    to a smaller loss and pay b' for every nat that the weights are away from uniform.
+    They have mean 1, as the softmax of -l / b' times the number of pairs, so loss_i has
+    mean L, in gradient too.  b' -> infinity is DPO, b' -> 0 the smallest of its losses
+    in the batch; L is never above the mean of DPO.  A contradicted pair loses weight,
+    flips among them.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      beta_prime: b' > 0, how much a departure from uniform weights costs.
+      where: which pairs are real, [*batch]; None if all are.  What the others hold
+        (NaN included) does not matter.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; 0 where not real.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` or `beta_prime` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import dr_dpo
+      >>> zero, margin = jnp.zeros(2), jnp.array([2.0, -2.0])
+      >>> print(f"{dr_dpo(margin, zero, zero, zero, beta=1.0).mean():.4f}")  # log 2
+      0.6931
+
+    References:
+      Wu et al., "Towards Robust Alignment of Language Models: Distributionally
+      Robustifying Direct Preference Optimization", 2024, arXiv:2407.07880, the Dr. DPO
+      objective.
+      junkangwu/Dr_DPO, README.md and trainers.py, "DrDPO".
+    """
+    _common.positive("beta_prime", beta_prime)
+    losses, where = _dpo_losses(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+        where,
+    )
+    cost = jnp.asarray(beta_prime, losses.dtype)
+    fixed = jax.lax.stop_gradient(losses)
+    soft_minimum = _soft_minimum(fixed, cost, where)
+    weights = jnp.exp((soft_minimum - fixed) / cost)
+    # b' log w_i = L - l_i and mean w = 1, so the price is what is left of L.
+    price = soft_minimum - _common.mean(weights * fixed, where)
+    return jnp.where(where, weights * losses + price, 0)
+
+
+def kl_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    tau: Scalar = 1.0,
+    max_weight: Scalar = 10.0,
+    where: Mask = None,
+) -> Pairs:
+    """Kullback-Leibler DPO: prepares for the preferences that fit worst.
+
+        loss_i = w_i l_i,    l_i = -log s(h_i)
+        w_i    = min(exp((l_i - mean l) / tau), max_weight), held fixed
+
+    Robust to a shift of the preferences, not to flips: a contradicted pair GAINS
+    weight, the opposite of `dr_dpo`.  tau -> infinity is DPO.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      tau: temperature of the weights, > 0, nats of loss.
+      max_weight: the most a pair may weigh, > 0.
+      where: which pairs are real, [*batch]; None if all are.  What the others hold
+        (NaN included) does not matter.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0; 0 where not real.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, or a Python `beta`, `tau` or `max_weight` is not
+        > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import kl_dpo
+      >>> logps = jnp.array([-12.0, -30.0])
+      >>> print(kl_dpo(logps, logps, logps, logps))  # all alike: DPO
+      [0.6931472 0.6931472]
+
+    References:
+      Xu et al., "Robust LLM Alignment via Distributionally Robust Direct Preference
+      Optimization", 2025, arXiv:2502.01930, KLDPO, its tractable form.
+      TheBlackCat22/distributionally_robust_dpo, src/kldpo.py, for the cap and tau.
+    """
+    _common.positive("tau", tau)
+    _common.positive("max_weight", max_weight)
+    losses, where = _dpo_losses(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+        where,
+    )
+    tau, most = (jnp.asarray(option, losses.dtype) for option in (tau, max_weight))
+    excess = (losses - _common.mean(losses, where)) / tau
+    # Capped as an exponent, so that it cannot overflow.
+    weights = jax.lax.stop_gradient(jnp.exp(jnp.minimum(excess, jnp.log(most))))
+    return jnp.where(where, weights * losses, 0)
+
+
+def aot(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.01,
+    where: Mask = None,
+) -> Pairs:
+    """Alignment via optimal transport, paired: margins matched by rank, not by pair.
+
+        loss_i = -log s(beta (m_i - r_(i)))
+
+    m is the policy's margin log pi(y_w|x) - log pi(y_l|x), r the reference's, and r_(i)
+    the reference margin whose rank in the batch is that of m_i.  The mean asks the
+    distribution of margins, not each margin, to exceed the reference's.  It does not
+    change if the reference margins are permuted.  With one pair it is DPO.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      where: which pairs are real, [*batch]; None if all are.  What the others hold
+        (NaN included) does not matter.
+
+    Returns:
+      One loss per pair, at the place of its policy margin, [*batch], at least float32;
+      >= 0; 0 where not real.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import aot
+      >>> zero, margin = jnp.zeros(2), jnp.array([3.0, 1.0])
+      >>> print(aot(margin, zero, margin[::-1], zero))  # the same margins, elsewhere
+      [0.6931472 0.6931472]
+
+    References:
+      Melnyk et al., "Distributional Preference Alignment of LLMs via Optimal
+      Transport", 2024, arXiv:2406.05882, Section 3, paired.
+      huggingface/trl, trl/trainer/dpo_trainer.py, "aot", without label smoothing.
+    """
+    chosen, rejected, reference_chosen, reference_rejected = _common.promoted(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    margins = chosen - rejected
+    return _rank_losses(margins, reference_chosen - reference_rejected, beta, where)
+
+
+def aot_unpaired(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.01,
+    where: Mask = None,
+) -> Pairs:
+    """Alignment via optimal transport, unpaired: log-ratios matched by rank.
+
+        loss_i = -log s(beta (a_i - b_(i)))
+
+    a = log pi/ref of the chosen answers, b of the rejected ones, and b_(i) the rejected
+    log-ratio whose rank in the batch is that of a_i.  The mean asks the distribution of
+    chosen rewards to exceed that of the rejected ones; which answer was compared with
+    which does not matter, so the two sides may be permuted independently.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      where: which pairs are real, [*batch]; None if all are.  What the others hold
+        (NaN included) does not matter.
+
+    Returns:
+      One loss per pair, at the place of its chosen answer, [*batch], at least float32;
+      >= 0; 0 where not real.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import aot_unpaired
+      >>> zero, ratios = jnp.zeros(2), jnp.array([3.0, 1.0])
+      >>> print(aot_unpaired(ratios, ratios[::-1], zero, zero))
+      [0.6931472 0.6931472]
+
+    References:
+      Melnyk et al., "Distributional Preference Alignment of LLMs via Optimal
+      Transport", 2024, arXiv:2406.05882, Section 3, unpaired.
+      huggingface/trl, trl/trainer/dpo_trainer.py, "aot_unpaired", without label
+      smoothing.
+    """
+    chosen, rejected = _common.log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    return _rank_losses(chosen, rejected, beta, where)
+
+
+def _dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta, where):
+    """DPO's losses, log 2 where not real, and the mask."""
+    h = _common.reward_margin(
+        chosen, rejected, reference_chosen, reference_rejected, beta
+    )
+    where = _common.mask(where, h)
+    # Masked while everything is linear: what is not real has no slope to be NaN.
+    return _common.logistic_loss(jnp.where(where, h, 0)), where
+
+
+def _soft_minimum(losses: jax.Array, cost: jax.Array, where: jax.Array) -> jax.Array:
+    """-b' log mean exp(-l / b') of the real losses; 0 if there is none."""
+    least = jnp.min(jnp.where(where, losses, jnp.inf))
+    least = jnp.where(jnp.any(where), least, 0)
+    fall = (least - losses) / cost
+    # Near uniform weights log1p keeps what the cost is about to multiply; far from
+    # them the plain mean is the one that does not cancel.
+    little = _common.mean(jnp.expm1(fall), where)
+    whole = _common.mean(jnp.exp(fall), where)
+    return least - cost * jnp.where(little > -0.5, jnp.log1p(little), jnp.log(whole))
+
+
+def _rank_losses(values: jax.Array, others: jax.Array, beta, where) -> jax.Array:
+    """-log s(beta (value - the other of its rank)), ranked among the real pairs."""
+    _common.positive("beta", beta)
+    where = _common.mask(where, values)
+    # What is not real sorts behind everything that is.
+    flat = lambda x: replicated(jnp.where(where, x, jnp.inf)).reshape(-1)
+    ranks = jnp.argsort(jnp.argsort(flat(values)))
+    matched = jnp.sort(flat(others))[ranks].reshape(values.shape)
+    gap = jnp.where(where, values - matched, 0)
+    losses = _common.logistic_loss(jnp.asarray(beta, values.dtype) * gap)
+    return jnp.where(where, losses, 0)

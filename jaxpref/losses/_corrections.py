@@ -1,0 +1,156 @@
+"""Corrections for flipped labels that turn any pairwise loss into a robust one.
+
+Both call a loss twice, on the pair and on the pair with its answers exchanged, so a
+loss qualifies if it names every array it reads for the chosen answer again for the
+rejected one, and looks at one pair at a time.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Rate
+
+__all__ = ["forward_corrected", "unbiased"]
+
+
+def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
+    """The loss whose mean over label flips is `loss` on clean labels.
+
+        corrected = [(1 - e) loss(pair) - e loss(exchanged)] / (1 - 2e)
+                  = loss(pair) + e / (1 - 2e) [loss(pair) - loss(exchanged)]
+
+    `unbiased(dpo, e)` is `rdpo`.  It keeps the minimiser of the clean loss at the price
+    of a spread that grows as 1 / (1 - 2e).  It may be negative, and is unbounded below
+    where `loss` is unbounded above: stop early, or use `forward_corrected`.  e = 0 is
+    `loss`.
+
+    Args:
+      loss: a pairwise loss: a function of arrays that its positional parameters name
+        for both answers (policy_chosen_logps and policy_rejected_logps, chosen_rewards
+        and rejected_rewards, ...), one loss per pair out.
+      flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
+        array that broadcasts to one per pair.  Differentiable.
+
+    Returns:
+      A function with the parameters of `loss`.
+
+    Raises:
+      TypeError: if an array has no counterpart for the other answer, or `loss` couples
+        the pairs of a batch (takes `where`): its mean over independent flips is not
+        made of those two terms.
+      ValueError: if a Python `flip_rate` is outside [0, 1/2); when called, if an array
+        of rates does not broadcast to the pairs.  Values in arrays are not checked; 1/2
+        in an array gives infinities.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import unbiased, ipo
+      >>> zero, margin = jnp.zeros(2), jnp.array([3.0, -3.0])
+      >>> right, wrong = unbiased(ipo, 0.25)(margin, zero, zero, zero, beta=0.5)
+      >>> print(f"{0.75 * right + 0.25 * wrong:.4f}")  # what ipo gives the right label
+      4.0000
+
+    References:
+      Natarajan et al., "Learning with Noisy Labels", NeurIPS 2013, the unbiased
+      estimator of a loss, here for flips at one rate both ways.
+      Ray Chowdhury, Kini and Natarajan, 2024, arXiv:2403.00409, for DPO.
+    """
+
+    def correct(pair, exchanged):
+        rate = _common.rates(flip_rate, pair)
+        # The second form: the first subtracts two numbers that may nearly cancel and
+        # divides what is left of them by 1 - 2e.
+        return pair + rate / (1 - 2 * rate) * (pair - exchanged)
+
+    return _corrected(loss, flip_rate, correct, "unbiased")
+
+
+def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
+    """The likelihood of the observed label under the preference that `loss` implies.
+
+        p         = s(loss(exchanged) - loss(pair))
+        corrected = -log((1 - e) p + e (1 - p))
+
+    p is the probability of the label if preferences follow exp(-loss).
+    `forward_corrected(dpo, e)` is `forward_dpo`.  Bounded, between -log(1 - e) and
+    -log e.  Redescending: a pair contradicted strongly is taken for a flip.  Only the
+    difference of the two losses is left, and what they have in common no longer counts:
+    e = 0 is the logistic loss of that difference, which is `loss` for DPO but not IPO.
+
+    Args:
+      loss: a pairwise loss: a function of arrays that its positional parameters name
+        for both answers (policy_chosen_logps and policy_rejected_logps, chosen_rewards
+        and rejected_rewards, ...), one loss per pair out.
+      flip_rate: e, the probability that a label is wrong; one number in [0, 1/2), or an
+        array that broadcasts to one per pair and may hold anything in [0, 1].
+        Differentiable on (0, 1), so that it can be learnt.
+
+    Returns:
+      A function with the parameters of `loss`.
+
+    Raises:
+      TypeError: if an array has no counterpart for the other answer, or `loss` couples
+        the pairs of a batch (takes `where`).
+      ValueError: if a Python `flip_rate` is outside [0, 1/2); when called, if an array
+        of rates does not broadcast to the pairs.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import forward_corrected, ipo
+      >>> zero, margin = jnp.zeros(2), jnp.array([40.0, -40.0])
+      >>> loss = forward_corrected(ipo, 0.25)(margin, zero, zero, zero)
+      >>> [f"{x:.4f}" for x in loss]  # -log(1 - e), -log e
+      ['0.2877', '1.3863']
+
+    References:
+      Cao et al., "Robust Preference Optimization: Aligning Language Models with Noisy
+      Preference Feedback" (RE-PO), 2025, arXiv:2509.24159, Eq. 2 and 3.
+    """
+
+    def correct(pair, exchanged):
+        rate = _common.rates(flip_rate, pair)
+        return _common.flipped_logistic_loss(exchanged - pair, rate)
+
+    return _corrected(loss, flip_rate, correct, "forward_corrected")
+
+
+def _corrected(loss: Callable, flip_rate, correct: Callable, how: str) -> Callable:
+    """`correct(loss(pair), loss(exchanged))`, called as `loss` is."""
+    name = getattr(loss, "__name__", None) or loss.func.__name__
+    signature = inspect.signature(loss)
+    parameters = signature.parameters.values()
+    reads = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    if "where" in signature.parameters:
+        raise TypeError(
+            f"Expected a loss of one pair at a time, got {name}, which couples the "
+            "pairs of a batch: their flips cannot be undone one by one."
+        )
+    others = {array: _other_answer(array) for array in reads}
+    alone = [array for array, other in others.items() if other not in others]
+    if alone or all(array == other for array, other in others.items()):
+        missing = ", ".join(f"{array} but not {others[array]}" for array in alone)
+        raise TypeError(
+            f"Expected a loss that names its arrays for both answers, got {name}, "
+            f"which reads {missing or ', '.join(reads)}."
+        )
+    # Its range alone; the shape waits for the pairs.
+    _common.rates(flip_rate if jnp.ndim(flip_rate) == 0 else 0.0, jnp.zeros(()))
+
+    def corrected(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs).arguments
+        exchanged = {others.get(key, key): value for key, value in arguments.items()}
+        return correct(loss(**arguments), loss(**exchanged))
+
+    corrected.__name__ = corrected.__qualname__ = f"{how}_{name}"
+    corrected.__signature__ = signature
+    corrected.__doc__ = f"`{how}` of `{name}`, whose parameters it has."
+    return corrected
+
+
+def _other_answer(name: str) -> str:
+    """The name with chosen and rejected exchanged."""
+    exchange = {"chosen": "rejected", "rejected": "chosen"}
+    return "_".join(exchange.get(word, word) for word in name.split("_"))

@@ -1,0 +1,465 @@
+"""What to look at beside the loss: ranking, displacement, calibration, divergence.
+
+Nothing here is made small.  Everything is one number per pair or per sample and the
+caller averages, but for the calibration error, which is one number for all pairs.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Lengths, Mask, Pairs, Scalar
+
+__all__ = [
+    "brier_score",
+    "ches",
+    "expected_calibration_error",
+    "idealized_ranking_accuracy",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "length_normalized_ches",
+    "ranking_accuracy",
+    "ranking_difficulty",
+]
+
+Hidden = Float[Array, "*batch width"]
+"""One hidden state per answer."""
+Outcomes = Num[Array, "*batch"]
+"""What happened: 1, 0, or 1/2 for a tie."""
+
+_LARGEST_EXPONENT = 80.0
+"""exp of it, and sums of that over a batch, are finite in float32."""
+
+
+def ranking_accuracy(chosen_logps: Pairs, rejected_logps: Pairs) -> Pairs:
+    """Whether the policy itself finds the chosen answer at least as likely.
+
+        accuracy = 1 if log pi(y_w|x) >= log pi(y_l|x) else 0
+
+    Of log-probs, not of rewards: a policy may be far above its reference on every
+    chosen answer and still prefer the rejected one.  Ties count 1, as in the paper;
+    `reward_accuracies(chosen_logps, rejected_logps)` differs in counting them 1/2.
+
+    Args:
+      chosen_logps: log pi(y_w|x) summed (or averaged) over completion tokens; [*batch].
+      rejected_logps: log pi(y_l|x), the same way; [*batch].
+
+    Returns:
+      One of 0 and 1 per pair, [*batch], at least float32; NaN where a log-prob is NaN.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ranking_accuracy
+      >>> print(ranking_accuracy(jnp.array([-3.0, -5.0]), jnp.array([-3.0, -4.0])))
+      [1. 0.]
+
+    References:
+      Chen et al., "Preference Learning Algorithms Do Not Learn Preference Rankings",
+      2024, arXiv:2405.19534, the ranking accuracy.
+    """
+    chosen, rejected = _common.promoted(
+        chosen_logps=chosen_logps, rejected_logps=rejected_logps
+    )
+    return _indicator(chosen + rejected, chosen >= rejected)
+
+
+def idealized_ranking_accuracy(
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    preference_probabilities: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    eps: Scalar = 1e-3,
+) -> Pairs:
+    """The ranking accuracy of the policy that minimises DPO perfectly.
+
+        accuracy = 1 if log(ref(y_w|x) / ref(y_l|x)) + logit(a) / beta > 0 else 0
+
+    The left side is log pi*(y_w|x) / pi*(y_l|x).  Needs no training: what is below 1
+    here, DPO with this reference and this beta cannot learn to rank.
+
+    Args:
+      reference_chosen_logps: log ref(y_w|x) summed over completion tokens; [*batch].
+      reference_rejected_logps: log ref(y_l|x), the same way; [*batch].
+      preference_probabilities: a, the share of annotators who prefer y_w; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      eps: shares are kept this far from 0 and 1, where the logit is infinite; in
+        (0, 1/2).
+
+    Returns:
+      One of 0 and 1 per pair, [*batch], at least float32; NaN where an input is NaN.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` is not > 0 or `eps` outside
+        (0, 1/2).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import idealized_ranking_accuracy
+      >>> chosen, rejected = jnp.array([-30.0, -90.0]), jnp.array([-20.0, -20.0])
+      >>> print(idealized_ranking_accuracy(chosen, rejected, jnp.array([0.8, 0.8])))
+      [1. 0.]
+
+    References:
+      Chen et al., "Preference Learning Algorithms Do Not Learn Preference Rankings",
+      2024, arXiv:2405.19534, Theorem 3.1.
+      angie-chen55/pref-learning-ranking-acc, rlhf_minimizer_client.py, for `eps`.
+    """
+    _common.positive("beta", beta)
+    if isinstance(eps, numbers.Real) and not 0 < eps < 0.5:
+        raise ValueError(f"Expected eps in (0, 0.5), got {eps}.")
+    chosen, rejected, shares = _common.promoted(
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+        preference_probabilities=preference_probabilities,
+    )
+    shares = jnp.clip(shares, eps, 1 - eps)
+    log_odds = jnp.log(shares) - jnp.log1p(-shares)
+    margin = (chosen - rejected) + log_odds / jnp.asarray(beta, chosen.dtype)
+    return _indicator(margin, margin > 0)
+
+
+def ranking_difficulty(
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """How small DPO's loss must get before the policy ranks a pair as labelled.
+
+        threshold = -log s(beta c),    c = log ref(y_l|x) / ref(y_w|x)
+
+    `ranking_accuracy` is 1 exactly where `dpo` is at most this.  log 2 where the
+    reference is undecided; the smaller, the harder: where the reference prefers the
+    rejected answer by c nats, the loss has to fall to about exp(-beta c).
+
+    Args:
+      reference_chosen_logps: log ref(y_w|x) summed over completion tokens; [*batch].
+      reference_rejected_logps: log ref(y_l|x), the same way; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; > 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ranking_difficulty
+      >>> chosen, rejected = jnp.array([-20.0, -60.0]), jnp.array([-20.0, -20.0])
+      >>> [f"{x:.4f}" for x in ranking_difficulty(chosen, rejected)]
+      ['0.6931', '0.0181']
+
+    References:
+      Chen et al., "Preference Learning Algorithms Do Not Learn Preference Rankings",
+      2024, arXiv:2405.19534, Theorem 4.1.
+    """
+    _common.positive("beta", beta)
+    chosen, rejected = _common.promoted(
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    beta = jnp.asarray(beta, chosen.dtype)
+    return _common.logistic_loss(beta * (rejected - chosen))
+
+
+def ches(chosen_hidden_sums: Hidden, rejected_hidden_sums: Hidden) -> Pairs:
+    """The centred hidden embedding similarity of a pair.
+
+        score = <S_w, S_l> - ||S_w||^2
+
+    The higher, the more training on the pair tends to lower the likelihood of both
+    answers (likelihood displacement): such pairs are filtered out beforehand.
+
+    Args:
+      chosen_hidden_sums: S_w, the sum of the last layer's hidden states at the |y_w|
+        positions that predict a token of y_w, so from the prompt's last token to the
+        last but one of the answer; [*batch, width].
+      rejected_hidden_sums: S_l, the same for y_l; [*batch, width].
+
+    Returns:
+      One score per pair, [*batch], at least float32.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ches
+      >>> print(ches(jnp.array([1.0, 2.0]), jnp.array([3.0, 2.0])))
+      2.0
+
+    References:
+      Razin et al., "Unintentional Unalignment: Likelihood Displacement in Direct
+      Preference Optimization", 2024, arXiv:2410.08847, the CHES score.
+      princeton-nlp/unintentional-unalignment, ches/ches.py.
+    """
+    chosen, rejected = _common.promoted(
+        chosen_hidden_sums=chosen_hidden_sums,
+        rejected_hidden_sums=rejected_hidden_sums,
+    )
+    # One product of the difference: the two terms are large and nearly equal.
+    return jnp.sum(chosen * (rejected - chosen), axis=-1)
+
+
+def length_normalized_ches(
+    chosen_hidden_sums: Hidden,
+    rejected_hidden_sums: Hidden,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+) -> Pairs:
+    """`ches` of the means of the hidden states instead of their sums.
+
+        score = <S_w, S_l> / (|y_w| |y_l|) - ||S_w||^2 / |y_w|^2
+
+    To compare pairs of different lengths: sums grow with the answer.
+
+    Args:
+      chosen_hidden_sums: S_w as for `ches`; [*batch, width].
+      rejected_hidden_sums: S_l, the same for y_l; [*batch, width].
+      chosen_lengths: |y_w|, hidden states in the sum; 0 counts as 1; [*batch].
+      rejected_lengths: |y_l|, hidden states in the sum; 0 counts as 1; [*batch].
+
+    Returns:
+      One score per pair, [*batch], at least float32.
+
+    Raises:
+      TypeError: if a hidden state is not floating point.
+      ValueError: if shapes do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import length_normalized_ches
+      >>> sums = jnp.array([[1.0, 2.0]]), jnp.array([[6.0, 4.0]])
+      >>> print(length_normalized_ches(*sums, jnp.array([1]), jnp.array([2])))
+      [2.]
+
+    References:
+      Razin et al., "Unintentional Unalignment: Likelihood Displacement in Direct
+      Preference Optimization", 2024, arXiv:2410.08847, the length-normalised CHES
+      score.
+      princeton-nlp/unintentional-unalignment, ches/ches.py, `length_normalize`.
+    """
+    chosen, rejected = _common.promoted(
+        chosen_hidden_sums=chosen_hidden_sums,
+        rejected_hidden_sums=rejected_hidden_sums,
+    )
+    return ches(
+        _averaged(chosen, chosen_lengths, "chosen_lengths"),
+        _averaged(rejected, rejected_lengths, "rejected_lengths"),
+    )
+
+
+def brier_score(probabilities: Pairs, outcomes: Outcomes) -> Pairs:
+    """Squared error of a predicted probability.
+
+        score = (p - outcome)^2
+
+    Its mean is 0 for an oracle and 1/4 for always saying 1/2.
+
+    Args:
+      probabilities: p, that the first answer is preferred, in [0, 1]; [*batch].
+      outcomes: 1 if it was, 0 if not, 1/2 for a tie; [*batch].
+
+    Returns:
+      One score per pair, [*batch], at least float32; in [0, 1].
+
+    Raises:
+      TypeError: if `probabilities` is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import brier_score
+      >>> print(brier_score(jnp.array([0.5, 1.0, 1.0]), jnp.array([1, 1, 0])))
+      [0.25 0.   1.  ]
+
+    References:
+      Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950.
+    """
+    (probabilities,) = _common.promoted(probabilities=probabilities)
+    return jnp.square(probabilities - _outcomes(probabilities, outcomes))
+
+
+def expected_calibration_error(
+    probabilities: Pairs,
+    outcomes: Outcomes,
+    *,
+    bins: int = 10,
+    where: Mask = None,
+) -> Float[Array, ""]:
+    """Distance between how sure the predictions are and how often they are right.
+
+        sum over bins of  pairs in bin / pairs * |accuracy - confidence|
+
+    A prediction is the likelier answer, its confidence max(p, 1 - p) in [1/2, 1]; at
+    p = 1/2 it is half right whatever happens.  Bins are equally wide.
+
+    Args:
+      probabilities: p, that the first answer is preferred, in [0, 1]; [*batch].
+      outcomes: 1 if it was, 0 if not, 1/2 for a tie; [*batch].
+      bins: equal-width bins of [1/2, 1]; the upper edge belongs to the next bin.
+      where: which pairs are real; the others may hold anything; [*batch].
+
+    Returns:
+      One number in [0, 1] for all pairs, [], at least float32; 0 if there is no pair,
+      NaN if a real pair's input is.
+
+    Raises:
+      TypeError: if `probabilities` is not floating point.
+      ValueError: if shapes differ or `bins` < 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import expected_calibration_error
+      >>> sure = jnp.array([0.75, 0.75, 0.25, 0.25])
+      >>> print(expected_calibration_error(sure, jnp.array([1, 1, 0, 1])))
+      0.0
+      >>> print(expected_calibration_error(sure, jnp.array([1, 1, 0, 0])))
+      0.25
+
+    References:
+      Guo et al., "On Calibration of Modern Neural Networks", 2017, arXiv:1706.04599,
+      Eq. 3.
+    """
+    if bins < 1:
+        raise ValueError(f"Expected bins >= 1, got {bins}.")
+    (probabilities,) = _common.promoted(probabilities=probabilities)
+    outcomes = _outcomes(probabilities, outcomes)
+    where = _common.mask(where, probabilities)
+    # Before any arithmetic: what padding holds must not matter.
+    probabilities = jnp.where(where, probabilities, 0.5)
+    outcomes = jnp.where(where, outcomes, 0.5)
+    confidence = jnp.maximum(probabilities, 1 - probabilities)
+    hits = 0.5 + jnp.sign(probabilities - 0.5) * (outcomes - 0.5)
+    gaps = jnp.where(where, hits - confidence, 0)
+    # NaN is no bin's: it is put into one, so that it shows.
+    index = jnp.clip(((confidence - 0.5) * 2 * bins).astype(jnp.int32), 0, bins - 1)
+    numbered = jnp.arange(bins).reshape((1,) * index.ndim + (bins,))
+    own = index[..., None] == numbered
+    sums = jnp.sum(jnp.where(own, gaps[..., None], 0), axis=tuple(range(index.ndim)))
+    return jnp.sum(jnp.abs(sums)) / jnp.maximum(jnp.sum(where), 1).astype(sums.dtype)
+
+
+def kl_k1(log_ratios: Pairs) -> Pairs:
+    """The plain estimate of KL(pi||ref) from a sample of pi.
+
+        k1 = l,    l = log pi(y|x) / ref(y|x),  y ~ pi
+
+    Unbiased; of high variance, and often negative although KL is not.
+
+    Args:
+      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
+
+    Returns:
+      One estimate per sample in nats, [*batch], at least float32.
+
+    Raises:
+      TypeError: if the array is not floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import kl_k1
+      >>> print(kl_k1(jnp.array([0.5, -0.5])))
+      [ 0.5 -0.5]
+
+    References:
+      Schulman, "Approximating KL Divergence", 2020,
+      http://joschu.net/blog/kl-approx.html.
+    """
+    (log_ratios,) = _common.promoted(log_ratios=log_ratios)
+    return log_ratios
+
+
+def kl_k2(log_ratios: Pairs) -> Pairs:
+    """The squared estimate of KL(pi||ref) from a sample of pi.
+
+        k2 = l^2 / 2,    l = log pi(y|x) / ref(y|x),  y ~ pi
+
+    Biased, little where the two are close; of low variance, and >= 0.
+
+    Args:
+      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
+
+    Returns:
+      One estimate per sample in nats, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if the array is not floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import kl_k2
+      >>> print(kl_k2(jnp.array([0.5, -0.5])))
+      [0.125 0.125]
+
+    References:
+      Schulman, "Approximating KL Divergence", 2020,
+      http://joschu.net/blog/kl-approx.html.
+    """
+    (log_ratios,) = _common.promoted(log_ratios=log_ratios)
+    return 0.5 * jnp.square(log_ratios)
+
+
+def kl_k3(log_ratios: Pairs) -> Pairs:
+    """The estimate of KL(pi||ref) from a sample of pi that is unbiased and never < 0.
+
+        k3 = exp(-l) - 1 + l,    l = log pi(y|x) / ref(y|x),  y ~ pi
+
+    k1 with a control variate: exp(-l) - 1 = ref/pi - 1 has mean 0 under pi.  The
+    exponent -l is clipped at 80: beyond, float32 overflows.
+
+    Args:
+      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
+
+    Returns:
+      One estimate per sample in nats, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if the array is not floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import kl_k3
+      >>> [f"{x:.4f}" for x in kl_k3(jnp.array([0.5, -0.5]))]
+      ['0.1065', '0.1487']
+
+    References:
+      Schulman, "Approximating KL Divergence", 2020,
+      http://joschu.net/blog/kl-approx.html.
+    """
+    (log_ratios,) = _common.promoted(log_ratios=log_ratios)
+    return jnp.expm1(jnp.minimum(-log_ratios, _LARGEST_EXPONENT)) + log_ratios
+
+
+def _indicator(like: jax.Array, holds: jax.Array) -> jax.Array:
+    """1 where it holds, else 0; NaN where `like` is NaN."""
+    return jnp.where(jnp.isnan(like), like, holds.astype(like.dtype))
+
+
+def _averaged(sums: jax.Array, lengths, name: str) -> jax.Array:
+    """Sums of hidden states divided by lengths; a length of 0 counts as 1."""
+    lengths = jnp.asarray(lengths, sums.dtype)
+    if lengths.shape != sums.shape[:-1]:
+        raise ValueError(
+            f"Expected {name} of shape {sums.shape[:-1]}, got {lengths.shape}."
+        )
+    return sums / jnp.maximum(lengths, 1)[..., None]
+
+
+def _outcomes(probabilities: jax.Array, outcomes) -> jax.Array:
+    """`outcomes` in the dtype of `probabilities`, of the same shape."""
+    _common.same_shape(probabilities=probabilities, outcomes=outcomes)
+    return jnp.asarray(outcomes, probabilities.dtype)

@@ -1,0 +1,261 @@
+"""DPO made less fond of length: normalised, regularised or desensitised.
+
+A summed log-ratio grows with the answer, so DPO pays for length.  The three cures here:
+`ln_dpo` averages over tokens, `r_dpo` charges every token a price, and `ld_dpo` counts
+less what the longer answer adds beyond the length of the shorter.
+"""
+
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Lengths, Pairs, Scalar
+
+__all__ = ["ld_dpo", "length_desensitized", "ln_dpo", "r_dpo"]
+
+
+def ln_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+    *,
+    beta: Scalar = 5.0,
+) -> Pairs:
+    """Length-normalised DPO: log-ratios averaged over completion tokens.
+
+        loss = -log s(beta (a_w / |y_w| - a_l / |y_l|)),    a = log pi/ref
+
+    Policy equal to reference gives log 2.  Averages are smaller than sums by the
+    length, hence the large `beta`, which is Tulu 3's.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
+      rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
+      beta: inverse temperature of the KL penalty per token, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ln_dpo
+      >>> logps, lengths = jnp.array([-12.0, -30.0]), jnp.array([4, 10])
+      >>> print(ln_dpo(logps, logps, logps, logps, lengths, lengths))
+      [0.6931472 0.6931472]
+
+    References:
+      Lambert et al., "Tulu 3: Pushing Frontiers in Open Language Model Post-Training",
+      2024, arXiv:2411.15124, length-normalised DPO.
+      Authors' code: allenai/open-instruct, docs/tulu3.md (dpo_norm, beta 5); TRL,
+      trl/trainer/dpo_trainer.py, "sigmoid_norm".
+    """
+    _common.positive("beta", beta)
+    chosen, rejected = _common.log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
+    rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
+    return _common.logistic_loss(jnp.asarray(beta, chosen.dtype) * (chosen - rejected))
+
+
+def r_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+    *,
+    beta: Scalar = 0.1,
+    alpha: Scalar,
+) -> Pairs:
+    """Length-regularised DPO: a price per token, taken off the reward.
+
+        loss = -log s(h + alpha (|y_w| - |y_l|)),    h = beta D
+
+    DPO for the reward r(x, y) - alpha |y|: its optimum has r = beta log pi/ref +
+    alpha |y| up to a term of the prompt, and the pair's difference of that is the
+    logit.  So a chosen answer that is longer is in part explained by its length and
+    pulls less; one that is shorter pulls more.  0 is DPO exactly.  Not rDPO, the robust
+    loss for flipped labels, which is `rdpo`.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      chosen_lengths: |y_w|, completion tokens; [*batch].
+      rejected_lengths: |y_l|, completion tokens; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      alpha: reward that one token costs, >= 0.  It adds up over the difference in
+        lengths, so small values do much; tune it to the data.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a log-prob array is not floating point.
+      ValueError: if shapes differ, a Python `beta` is not > 0 or a Python `alpha` is
+        not >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import r_dpo
+      >>> logps, long, short = jnp.zeros(1), jnp.array([50]), jnp.array([10])
+      >>> [f"{x:.4f}" for x in r_dpo(*[logps] * 4, long, short, alpha=0.05)]
+      ['0.1269']
+
+    References:
+      Park et al., "Disentangling Length from Quality in Direct Preference
+      Optimization", 2024, arXiv:2403.19159, the length-regularised objective; derived
+      above from the length-penalised reward.
+    """
+    _common.not_negative("alpha", alpha)
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    _common.same_shape(
+        policy_chosen_logps=h,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    # Lengths first: unsigned integers would wrap below 0.
+    chosen, rejected = (
+        jnp.asarray(lengths, h.dtype) for lengths in (chosen_lengths, rejected_lengths)
+    )
+    return _common.logistic_loss(h + jnp.asarray(alpha, h.dtype) * (chosen - rejected))
+
+
+def ld_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    policy_chosen_prefix_logps: Pairs,
+    policy_rejected_prefix_logps: Pairs,
+    reference_chosen_prefix_logps: Pairs,
+    reference_rejected_prefix_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    alpha: Scalar = 0.5,
+) -> Pairs:
+    """Length-desensitised DPO: what the longer answer adds counts alpha.
+
+        loss = -log s(beta (a'_w - a'_l)),    a' = log pi'/ref'
+        log pi' = log pi(prefix) + alpha (log pi - log pi(prefix)), and so for ref
+
+    The prefix is an answer's first min(|y_w|, |y_l|) tokens: the shorter answer is all
+    prefix, and of the longer one the tail is discounted, under policy and reference
+    alike.  alpha = 1 is DPO; alpha = 0 drops the tail.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      policy_chosen_prefix_logps: log pi of the chosen answer's prefix, nats; [*batch].
+      policy_rejected_prefix_logps: log pi of the rejected answer's prefix; [*batch].
+      reference_chosen_prefix_logps: log ref of the chosen answer's prefix; [*batch].
+      reference_rejected_prefix_logps: log ref of the rejected answer's prefix;
+        [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      alpha: weight of the tail in [0, 1].  The best value depends on the model; 1/2 is
+        where the paper says to start.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, a Python `beta` is not > 0 or a Python `alpha` is
+        outside [0, 1].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import ld_dpo
+      >>> zero, total, prefix = jnp.zeros(1), jnp.array([30.0]), jnp.array([10.0])
+      >>> loss = ld_dpo(total, zero, zero, zero, prefix, zero, zero, zero)
+      >>> [f"{x:.4f}" for x in loss]  # dpo at a margin of 20 nats, not 30
+      ['0.1269']
+
+    References:
+      Liu et al., "Length Desensitization in Direct Preference Optimization", 2024,
+      arXiv:2409.06411, the length-desensitised likelihood.
+      TRL, trl/trainer/dpo_trainer.py, "ld_alpha": the reference is treated the same.
+    """
+    _common.positive("beta", beta)
+    _common.fraction("alpha", alpha)
+    # One check for all eight, so that whichever is wrong is named.
+    pc, pr, rc, rr, pc_prefix, pr_prefix, rc_prefix, rr_prefix = _common.promoted(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+        policy_chosen_prefix_logps=policy_chosen_prefix_logps,
+        policy_rejected_prefix_logps=policy_rejected_prefix_logps,
+        reference_chosen_prefix_logps=reference_chosen_prefix_logps,
+        reference_rejected_prefix_logps=reference_rejected_prefix_logps,
+    )
+    # The discount is linear: of the log-ratio it is the log-ratio of the discounted.
+    # In this order what policy and reference share cancels first.
+    chosen = _discounted(pc - rc, pc_prefix - rc_prefix, alpha)
+    rejected = _discounted(pr - rr, pr_prefix - rr_prefix, alpha)
+    return _common.logistic_loss(jnp.asarray(beta, chosen.dtype) * (chosen - rejected))
+
+
+def length_desensitized(logps: Pairs, prefix_logps: Pairs, *, alpha: Scalar) -> Pairs:
+    """Log-probs in which what comes after the prefix counts alpha.
+
+        out = log pi(prefix) + alpha (log pi - log pi(prefix))
+
+    What `ld_dpo` does to its log-probs, for use with any other loss of summed
+    log-probs.
+
+    Args:
+      logps: log pi(y|x) summed over all completion tokens, nats; [*batch].
+      prefix_logps: log pi summed over the first tokens of the completion, as many as
+        the shorter answer of its pair has, nats; [*batch].
+      alpha: weight of the rest, in [0, 1]; 1 gives `logps`, 0 `prefix_logps`.
+
+    Returns:
+      One log-prob per completion in nats, [*batch], at least float32.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `alpha` is outside [0, 1].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import length_desensitized
+      >>> print(length_desensitized(jnp.array([-30.0]), jnp.array([-10.0]), alpha=0.5))
+      [-20.]
+
+    References:
+      Liu et al., "Length Desensitization in Direct Preference Optimization", 2024,
+      arXiv:2409.06411, the length-desensitised likelihood.
+    """
+    _common.fraction("alpha", alpha)
+    whole, prefix = _common.promoted(logps=logps, prefix_logps=prefix_logps)
+    return _discounted(whole, prefix, alpha)
+
+
+def _discounted(whole, prefix, alpha):
+    """The prefix in full and alpha of the rest."""
+    return prefix + jnp.asarray(alpha, whole.dtype) * (whole - prefix)

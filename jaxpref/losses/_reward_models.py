@@ -1,0 +1,441 @@
+"""Losses that train reward models: a number for an answer, learnt from comparisons.
+
+They read rewards, not log-probs, so each also trains a policy when it is given
+`implicit_rewards`: `bradley_terry` of them is `dpo`.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Real
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Pairs, Scalar
+
+__all__ = [
+    "bradley_terry",
+    "center_rewards",
+    "davidson",
+    "general_preference",
+    "margin_bradley_terry",
+    "rao_kupper",
+    "reward_regression",
+    "scaled_bradley_terry",
+    "skew_symmetric_score",
+]
+
+Labels = Real[Array, "*batch"]
+"""What annotators said beside the order, one number per pair, integer or float."""
+Embeddings = Float[Array, "*batch embedding"]
+"""One vector of even length per answer."""
+Eigenscales = Float[Array, "*batch planes"] | None
+"""One weight for each two coordinates of the embeddings; None if all are 1."""
+
+
+def bradley_terry(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
+    """The likelihood of the label under the Bradley-Terry model.
+
+        loss = -log s(r_w - r_l)
+
+    Equal rewards give log 2.  Rewards are learnt up to a constant of the prompt: see
+    `center_rewards`.  A contradicted pair pulls with s(r_l - r_w), up to 1.
+
+    Args:
+      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
+      rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.  The caller reduces.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import bradley_terry
+      >>> print(bradley_terry(jnp.array([1.5, 0.0]), jnp.array([1.5, 0.0])))
+      [0.6931472 0.6931472]
+
+    References:
+      Ouyang et al., "Training Language Models to Follow Instructions with Human
+      Feedback", 2022, arXiv:2203.02155, the reward model's loss.
+      Bradley and Terry, "Rank Analysis of Incomplete Block Designs", 1952.
+    """
+    return _common.logistic_loss(
+        _common.reward_difference(chosen_rewards, rejected_rewards)
+    )
+
+
+def margin_bradley_terry(
+    chosen_rewards: Pairs, rejected_rewards: Pairs, preference_margins: Labels
+) -> Pairs:
+    """Bradley-Terry with an annotated margin that the rewards must differ by.
+
+        loss = -log s(r_w - r_l - m)
+
+    A margin of 0 is `bradley_terry`.
+
+    Args:
+      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
+      rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
+      preference_margins: m, larger for clearer preferences, nats, e.g. 3 for
+        significantly better, 2 for better, 1 for slightly better; integer or float;
+        [*batch].
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a reward array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import margin_bradley_terry
+      >>> print(margin_bradley_terry(jnp.ones(2), jnp.zeros(2), jnp.array([1, 1])))
+      [0.6931472 0.6931472]
+
+    References:
+      Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models", 2023,
+      arXiv:2307.09288, the ranking loss with a margin.
+      trl/trainer/reward_trainer.py, "margin".
+    """
+    difference = _common.reward_difference(chosen_rewards, rejected_rewards)
+    labels = _labels(difference, preference_margins=preference_margins)
+    return _common.logistic_loss(difference - labels)
+
+
+def scaled_bradley_terry(
+    chosen_rewards: Pairs, rejected_rewards: Pairs, preference_strengths: Labels
+) -> Pairs:
+    """Bradley-Terry weighted by how strong the annotated preference is.
+
+        loss = -m log s(r_w - r_l)
+
+    As if a pair had been drawn m times.  Unlike a margin, the strength says nothing
+    about how far apart the rewards must be.  A strength of 1 is `bradley_terry`.  The
+    paper's best reward model starts from one trained by `reward_regression` and is then
+    trained by this loss: the two follow each other and are not added.
+
+    Args:
+      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
+      rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
+      preference_strengths: m >= 0, integer or float; in the paper 1 for slightly
+        better, 2 for better, 3 for much better; [*batch].
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a reward array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import scaled_bradley_terry
+      >>> print(scaled_bradley_terry(jnp.ones(2), jnp.ones(2), jnp.array([1, 3])))
+      [0.6931472 2.0794415]
+
+    References:
+      Wang et al., "HelpSteer2-Preference: Complementing Ratings with Preferences",
+      2024, arXiv:2410.01257, the scaled Bradley-Terry loss.
+    """
+    difference = _common.reward_difference(chosen_rewards, rejected_rewards)
+    labels = _labels(difference, preference_strengths=preference_strengths)
+    return labels * _common.logistic_loss(difference)
+
+
+def rao_kupper(
+    chosen_rewards: Pairs,
+    rejected_rewards: Pairs,
+    ties: Labels,
+    *,
+    theta: Scalar = 3.0,
+) -> Pairs:
+    """The likelihood of a win or of a tie where small differences are not perceived.
+
+        loss = -(1 - t) log P(win) - t log P(tie)
+        P(win) = s(d - a),  P(tie) = (theta^2 - 1) s(d - a) s(-d - a)
+
+    with d = r_w - r_l and a = log theta, the threshold of perception in nats.  Tied
+    pairs pull the rewards together.  Without ties, theta -> 1 is `bradley_terry`.  The
+    default makes equal answers tie half of the time, (theta - 1) / (theta + 1) = 1/2.
+
+    Args:
+      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  In a tie the
+        order does not matter.
+      rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
+      ties: t, 1 where the annotator called a tie, 0 where not; anything between is the
+        share of annotators who did; [*batch].
+      theta: how often answers tie, > 1.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a reward array is not floating point.
+      ValueError: if shapes differ or a Python `theta` is not > 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import rao_kupper
+      >>> loss = rao_kupper(jnp.zeros(2), jnp.zeros(2), jnp.array([0.0, 1.0]))
+      >>> [f"{p:.4f}" for p in jnp.exp(-loss)]  # a win, a tie
+      ['0.2500', '0.5000']
+
+    References:
+      Rao and Kupper, "Ties in Paired-Comparison Experiments: A Generalization of the
+      Bradley-Terry Model", 1967.
+      For policies, with this default: Chen et al., "On Extending Direct Preference
+      Optimization to Accommodate Ties", 2024, arXiv:2409.17431, DPO-RK.
+    """
+    if isinstance(theta, numbers.Real) and not 1 < theta < float("inf"):
+        raise ValueError(f"Expected theta > 1 and finite, got {theta}.")
+    difference = _common.reward_difference(chosen_rewards, rejected_rewards)
+    labels = _labels(difference, ties=ties)
+    theta = jnp.asarray(theta, difference.dtype)
+    win = _common.logistic_loss(difference - jnp.log(theta))
+    # A tie is a win and a loss at once, times a constant.
+    lost = _common.logistic_loss(-difference - jnp.log(theta))
+    return win + labels * (lost - jnp.log((theta - 1) * (theta + 1)))
+
+
+def davidson(
+    chosen_rewards: Pairs,
+    rejected_rewards: Pairs,
+    ties: Labels,
+    *,
+    nu: Scalar = 2.0,
+) -> Pairs:
+    """The likelihood of a win or of a tie where ties do not change the odds of a win.
+
+        loss = -(1 - t) log P(win) - t log P(tie)
+        P(win) : P(loss) : P(tie) = exp(d) : 1 : nu exp(d / 2)
+
+    with d = r_w - r_l: a tie has the geometric mean of the two answers' weights.  Tied
+    pairs pull the rewards together.  Without ties, nu -> 0 is `bradley_terry`.  The
+    default makes equal answers tie half of the time, nu / (2 + nu) = 1/2.
+
+    Args:
+      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  In a tie the
+        order does not matter.
+      rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
+      ties: t, 1 where the annotator called a tie, 0 where not; anything between is the
+        share of annotators who did; [*batch].
+      nu: how often answers tie, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if a reward array is not floating point.
+      ValueError: if shapes differ or a Python `nu` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import davidson
+      >>> loss = davidson(jnp.zeros(2), jnp.zeros(2), jnp.array([0.0, 1.0]))
+      >>> [f"{p:.4f}" for p in jnp.exp(-loss)]  # a win, a tie
+      ['0.2500', '0.5000']
+
+    References:
+      Davidson, "On Extending the Bradley-Terry Model to Accommodate Ties in Paired
+      Comparison Experiments", 1970.
+      For policies, with this default (there nu is written 2 nu_D, nu_D = 1): Chen et
+      al., "On Extending Direct Preference Optimization to Accommodate Ties", 2024,
+      arXiv:2409.17431, DPO-D.
+    """
+    _common.positive("nu", nu)
+    difference = _common.reward_difference(chosen_rewards, rejected_rewards)
+    labels = _labels(difference, ties=ties)
+    weight = jnp.log(jnp.asarray(nu, difference.dtype))
+    half = 0.5 * difference
+    win = jnp.logaddexp(_common.logistic_loss(difference), weight - half)
+    return win + labels * (half - weight)
+
+
+def reward_regression(rewards: Pairs, targets: Labels) -> Pairs:
+    """Squared distance of a reward from a rating.
+
+        loss = (r - target)^2
+
+    For a model that predicts several attributes the last axis may hold them.  To train
+    on ratings and on preferences at once add `bradley_terry` of the same rewards.
+
+    Args:
+      rewards: predicted ratings; [*batch].
+      targets: annotated ratings in the same unit, integer or float; [*batch].
+
+    Returns:
+      One loss per answer (and attribute) in the rating's unit squared, [*batch], at
+      least float32; >= 0.
+
+    Raises:
+      TypeError: if `rewards` is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import reward_regression
+      >>> print(reward_regression(jnp.array([3.5, 1.0]), jnp.array([4, 1])))
+      [0.25 0.  ]
+
+    References:
+      Wang et al., "HelpSteer2-Preference: Complementing Ratings with Preferences",
+      2024, arXiv:2410.01257, the regression reward models.
+    """
+    (rewards,) = _common.promoted(rewards=rewards)
+    _common.same_shape(rewards=rewards, targets=targets)
+    return jnp.square(rewards - jnp.asarray(targets, rewards.dtype))
+
+
+def center_rewards(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
+    """A penalty that fixes the constant which comparisons leave open.
+
+        loss = (r_w + r_l)^2
+
+    To be added with a small weight: `bradley_terry(w, l) + 0.01 * center_rewards(w, l)`
+    (0.01 is TRL's advice).  Bradley-Terry sees differences alone, and this term is
+    smallest where the rewards of a pair have mean 0.
+
+    Args:
+      chosen_rewards: r_w, rewards of the chosen answers; [*batch].
+      rejected_rewards: r_l, rewards of the rejected answers; [*batch].
+
+    Returns:
+      One loss per pair in the rewards' unit squared, [*batch], at least float32;
+      >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import center_rewards
+      >>> print(center_rewards(jnp.array([2.0, 3.0]), jnp.array([-2.0, 1.0])))
+      [ 0. 16.]
+
+    References:
+      Eisenstein et al., "Helping or Herding? Reward Model Ensembles Mitigate but do not
+      Eliminate Reward Hacking", 2023, arXiv:2312.09244, Eq. 2.
+      trl/trainer/reward_trainer.py, `center_rewards_coefficient`.
+    """
+    chosen, rejected = _common.promoted(
+        chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
+    )
+    return jnp.square(chosen + rejected)
+
+
+def skew_symmetric_score(
+    chosen_embeddings: Embeddings,
+    rejected_embeddings: Embeddings,
+    *,
+    eigenscales: Eigenscales = None,
+) -> Pairs:
+    """By how much one embedded answer is preferred to another, cycles allowed.
+
+        score = sum over planes p of  c_p (w_2p l_2p+1 - w_2p+1 l_2p)
+
+    Swapping the answers turns its sign, and an answer against itself scores 0.  Three
+    answers a third of a turn apart in one plane beat each other in a circle, which no
+    reward can say.  Planes enough make every skew-symmetric table of scores.
+
+    Args:
+      chosen_embeddings: w; [*batch, 2k].  The authors scale them to unit length.
+      rejected_embeddings: l; [*batch, 2k].
+      eigenscales: c >= 0, the weight of each plane for this prompt; [*batch, k]; None
+        counts all alike.
+
+    Returns:
+      One score per pair, [*batch], at least float32.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or the embedding's length is not even.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import skew_symmetric_score
+      >>> east, north = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> print(skew_symmetric_score(east, north), skew_symmetric_score(north, east))
+      1.0 -1.0
+
+    References:
+      Zhang et al., "Beyond Bradley-Terry Models: A General Preference Model for
+      Language Model Alignment", 2024, arXiv:2410.02197, the preference score.
+      general-preference/general-preference-model, general_preference/models/loss.py.
+    """
+    return _score(chosen_embeddings, rejected_embeddings, eigenscales)
+
+
+def general_preference(
+    chosen_embeddings: Embeddings,
+    rejected_embeddings: Embeddings,
+    *,
+    tau: Scalar = 0.1,
+    eigenscales: Eigenscales = None,
+) -> Pairs:
+    """Bradley-Terry on a skew-symmetric score instead of a difference of rewards.
+
+        loss = -log s(score / tau),    score = skew_symmetric_score
+
+    Learns intransitive preferences.  Equal embeddings give log 2.
+
+    Args:
+      chosen_embeddings: embeddings of the chosen answers; [*batch, 2k].
+      rejected_embeddings: embeddings of the rejected answers; [*batch, 2k].
+      tau: temperature of the scores, > 0.
+      eigenscales: see `skew_symmetric_score`; [*batch, k].
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, the embedding's length is not even, or a Python
+        `tau` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import general_preference
+      >>> east, north = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> print(f"{general_preference(east, north, tau=1.0):.4f}")
+      0.3133
+
+    References:
+      Zhang et al., "Beyond Bradley-Terry Models: A General Preference Model for
+      Language Model Alignment", 2024, arXiv:2410.02197, the general preference model.
+      general-preference/general-preference-model, general_preference/models/loss.py.
+    """
+    _common.positive("tau", tau)
+    score = _score(chosen_embeddings, rejected_embeddings, eigenscales)
+    return _common.logistic_loss(score / jnp.asarray(tau, score.dtype))
+
+
+def _score(chosen_embeddings, rejected_embeddings, eigenscales) -> jax.Array:
+    """See `skew_symmetric_score`."""
+    chosen, rejected = _common.promoted(
+        chosen_embeddings=chosen_embeddings, rejected_embeddings=rejected_embeddings
+    )
+    if chosen.ndim < 1 or chosen.shape[-1] % 2:
+        raise ValueError(
+            f"Expected embeddings of an even length, got shape {chosen.shape}."
+        )
+    planes = (
+        chosen[..., 0::2] * rejected[..., 1::2]
+        - chosen[..., 1::2] * rejected[..., 0::2]
+    )
+    if eigenscales is not None:
+        planes, scales = _common.promoted(planes=planes, eigenscales=eigenscales)
+        planes = planes * scales
+    return jnp.sum(planes, axis=-1)
+
+
+def _labels(like: jax.Array, **labels) -> jax.Array:
+    """One array of annotations in the dtype of `like`, of the same shape."""
+    _common.same_shape(rewards=like, **labels)
+    (values,) = labels.values()
+    return jnp.asarray(values, like.dtype)

@@ -1,0 +1,297 @@
+"""Losses that bound what a contradicted pair can do, without knowing the flip rate.
+
+A loss with l(h) + l(-h) constant has, under flips at any rate e < 1/2, the clean loss
+times 1 - 2e plus a constant as its mean: the noise leaves the minimiser where it was.
+`sympo_*` are such losses.  `power_dpo` runs from DPO to the first of them, and
+`holder_dpo` stops listening to a pair that the policy strongly contradicts.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Pairs, Scalar
+
+__all__ = [
+    "holder_dpo",
+    "power_dpo",
+    "sympo_ramp",
+    "sympo_sigmoid",
+    "sympo_unhinged",
+]
+
+
+def sympo_sigmoid(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Symmetric preference optimisation with the sigmoid loss.
+
+        loss = s(-h)
+
+    Symmetric: loss(h) + loss(-h) = 1, so flips at any rate e < 1/2 scale the mean loss
+    by 1 - 2e and shift it, no more.  Bounded, not convex; the gradient -s(h) s(-h)
+    vanishes on both sides, so a strongly contradicted pair stops pulling.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; between 0 and 1.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sympo_sigmoid
+      >>> zero, margin = jnp.zeros(3), jnp.array([40.0, 0.0, -40.0])
+      >>> print(sympo_sigmoid(margin, zero, zero, zero, beta=1.0).round(4))
+      [0.  0.5 1. ]
+
+    References:
+      Nishimori et al., "On Symmetric Losses for Robust Policy Optimization with Noisy
+      Preferences" (SymPO), 2025, arXiv:2505.24709, the sigmoid loss.
+      nissymori/SymPO, alignment/train/loss.py, `sigmoid_loss`.  Clipping the rewards is
+      an option there, off by default, and not part of the loss here.
+    """
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    return jax.nn.sigmoid(-h)
+
+
+def sympo_ramp(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Symmetric preference optimisation with the symmetric ramp loss.
+
+        loss = min(1, max(0, (1 - h) / 2))
+
+    Symmetric: loss(h) + loss(-h) = 1, so flips at any rate e < 1/2 scale the mean loss
+    by 1 - 2e and shift it, no more.  The gradient in h is -1/2 for |h| < 1 and 0 beyond
+    (taken as -1/4 at |h| = 1): pairs outside the ramp, right or wrong, do not pull.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; between 0 and 1.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sympo_ramp
+      >>> zero, margin = jnp.zeros(4), jnp.array([2.0, 0.5, 0.0, -2.0])
+      >>> print(sympo_ramp(margin, zero, zero, zero, beta=1.0))
+      [0.   0.25 0.5  1.  ]
+
+    References:
+      Nishimori et al., "On Symmetric Losses for Robust Policy Optimization with Noisy
+      Preferences" (SymPO), 2025, arXiv:2505.24709, the symmetric ramp loss.
+      nissymori/SymPO, alignment/train/loss.py, `symmetric_ramp_loss`.
+    """
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    return jnp.clip(0.5 - 0.5 * h, 0, 1)
+
+
+def sympo_unhinged(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Symmetric preference optimisation with the unhinged loss.
+
+        loss = 1 - h
+
+    Symmetric: loss(h) + loss(-h) = 2, so flips at any rate e < 1/2 scale the mean loss
+    by 1 - 2e and shift it, no more.  Convex, and unbounded below: every pair pulls with
+    the same force for ever, so what holds the policy must come from elsewhere.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; of either sign.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sympo_unhinged
+      >>> zero, margin = jnp.zeros(2), jnp.array([3.0, -3.0])
+      >>> print(sympo_unhinged(margin, zero, zero, zero, beta=1.0))
+      [-2.  4.]
+
+    References:
+      Nishimori et al., "On Symmetric Losses for Robust Policy Optimization with Noisy
+      Preferences" (SymPO), 2025, arXiv:2505.24709, the unhinged loss.
+      nissymori/SymPO, alignment/train/loss.py, `unhinged_loss`.
+    """
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    return 1 - h
+
+
+def power_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    power: Scalar = 0.7,
+) -> Pairs:
+    """DPO with the generalised cross-entropy in place of the logarithm.
+
+        loss = (1 - s(h)^q) / q,    q = `power`
+
+    q -> 0 is DPO, q = 1 is `sympo_sigmoid`.  Bounded by 1/q.  Gradient in h:
+    -s(h)^q s(-h), DPO's times s(h)^q, so a strongly contradicted pair stops pulling.
+    The loss is that of noisy classification, put on the preference probability s(h)
+    here; no paper on preferences is followed.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      power: q in (0, 1], what is traded of the logarithm's speed for robustness.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; between 0 and 1/q.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, a Python `beta` is not > 0, or a Python `power` is
+        outside (0, 1].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import power_dpo
+      >>> zero, margin = jnp.zeros(2), jnp.array([40.0, -40.0])
+      >>> print(power_dpo(margin, zero, zero, zero, beta=1.0, power=0.5).round(4))
+      [0. 2.]
+
+    References:
+      Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
+      Networks with Noisy Labels", 2018, arXiv:1805.07836, the loss L_q, with its q.
+    """
+    if isinstance(power, numbers.Real) and not 0 < power <= 1:
+        raise ValueError(f"Expected power in (0, 1], got {power}.")
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    q = jnp.asarray(power, h.dtype)
+    # expm1: 1 - s(h)^q would lose what is left of it where s(h) is near 1 or q near 0.
+    return -jnp.expm1(q * jax.nn.log_sigmoid(h)) / q
+
+
+def holder_dpo(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    gamma: Scalar = 2.0,
+) -> Pairs:
+    """Holder-DPO: the density-power divergence in place of the KL divergence.
+
+        loss = gamma s(h)^(1 + gamma) - (1 + gamma) s(h)^gamma
+
+    Bounded: between -1 (label agreed with) and 0 (label contradicted).  Redescending:
+    the gradient in h, -gamma (1 + gamma) s(h)^gamma s(-h)^2, vanishes as h falls, so a
+    strongly contradicted pair is taken for a flip and stops pulling.  Not convex.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+      gamma: how fast contradicted pairs are let go, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; between -1 and 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` or `gamma` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import holder_dpo
+      >>> zero, margin = jnp.zeros(3), jnp.array([40.0, 0.0, -40.0])
+      >>> print(holder_dpo(margin, zero, zero, zero, beta=1.0).round(4))
+      [-1.  -0.5 -0. ]
+
+    References:
+      Fujisawa, Adachi and Osborne, "Scalable Valuation of Human Feedback through
+      Provably Robust Model Alignment" (Holder-DPO), 2025, arXiv:2505.17859, the
+      objective with phi(t) = gamma - (1 + gamma) t and the integral replaced by the
+      empirical mean, as in its Appendix D.
+    """
+    _common.positive("gamma", gamma)
+    h = _common.reward_margin(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+    )
+    gamma = jnp.asarray(gamma, h.dtype)
+    # s^gamma (gamma s - 1 - gamma), with s written so that nothing cancels near 1.
+    return -jnp.exp(gamma * jax.nn.log_sigmoid(h)) * (1 + gamma * jax.nn.sigmoid(-h))

@@ -1,0 +1,217 @@
+"""Pairwise losses of token-level divergences from the reference.
+
+They read sequential divergences beside the log-probs: KL(ref || pi) summed over the
+positions of a completion, see `token_kls` and `sum_by_completion`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Pairs, Scalar
+
+__all__ = ["sparse_po", "tdpo1", "tdpo2"]
+
+
+def tdpo1(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    chosen_kls: Pairs,
+    rejected_kls: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Token-level DPO, first form: the margin less the difference of the divergences.
+
+        loss = -log s(beta (D - (KL_l - KL_w)))
+
+    Derived from a KL constraint at every token instead of on whole answers.  Equal
+    divergences give DPO.  Gradients flow through all of it: the chosen answer's
+    divergence is pushed up and the rejected one's down, which `tdpo2` mends.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      chosen_kls: KL_w, KL(ref || pi) summed over the positions of y_w, nats; [*batch].
+      rejected_kls: KL_l, the same way; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import tdpo1
+      >>> logps, kls = jnp.array([-12.0, -30.0]), jnp.array([1.0, 2.0])
+      >>> print(tdpo1(logps, logps, logps, logps, kls, kls))
+      [0.6931472 0.6931472]
+
+    References:
+      Zeng et al., "Token-level Direct Preference Optimization", 2024, arXiv:2404.11999,
+      the TDPO1 objective.
+      Code: Vance0124/Token-level-Direct-Preference-Optimization, trainers.py,
+      `tdpo_loss`.
+    """
+    chosen, rejected, kl_w, kl_l = _log_ratios_and_kls(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        chosen_kls,
+        rejected_kls,
+    )
+    return _logistic(chosen - rejected - (kl_l - kl_w), beta)
+
+
+def tdpo2(
+    policy_chosen_logps: Pairs,
+    policy_rejected_logps: Pairs,
+    reference_chosen_logps: Pairs,
+    reference_rejected_logps: Pairs,
+    chosen_kls: Pairs,
+    rejected_kls: Pairs,
+    *,
+    alpha: Scalar = 0.5,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Token-level DPO, second form: the chosen answer's divergence is held fixed.
+
+        loss = -log s(beta (D - alpha (KL_l - sg[KL_w])))
+
+    sg[.] passes no gradient, so nothing pushes the policy away from the reference on
+    the chosen answer; `alpha` weighs the divergences.  alpha = 0 is DPO.
+
+    Args:
+      policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
+      policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
+      reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
+      reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
+      chosen_kls: KL_w, KL(ref || pi) summed over the positions of y_w, nats; [*batch].
+      rejected_kls: KL_l, the same way; [*batch].
+      alpha: weight of the divergences, >= 0.
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ, or a Python `beta` is not > 0 or `alpha` not >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import tdpo2
+      >>> logps, kls = jnp.array([-12.0, -30.0]), jnp.array([1.0, 2.0])
+      >>> print(tdpo2(logps, logps, logps, logps, kls, kls))
+      [0.6931472 0.6931472]
+
+    References:
+      Zeng et al., "Token-level Direct Preference Optimization", 2024, arXiv:2404.11999,
+      the TDPO2 objective.
+      Code: Vance0124/Token-level-Direct-Preference-Optimization, trainers.py,
+      `tdpo_loss`.
+    """
+    _common.not_negative("alpha", alpha)
+    chosen, rejected, kl_w, kl_l = _log_ratios_and_kls(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        chosen_kls,
+        rejected_kls,
+    )
+    alpha = jnp.asarray(alpha, chosen.dtype)
+    difference = kl_l - jax.lax.stop_gradient(kl_w)
+    return _logistic(chosen - rejected - alpha * difference, beta)
+
+
+def sparse_po(
+    chosen_masked_log_ratios: Pairs,
+    rejected_masked_log_ratios: Pairs,
+    chosen_masked_kls: Pairs,
+    rejected_masked_kls: Pairs,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """SparsePO: token-level DPO in which masks weigh every token's reward and KL.
+
+        loss = -log s(beta (u - d))
+        u = sum_t m_u(t) log pi(t)/ref(t) over y_w, less the same over y_l
+        d = sum_t m_d(t) KL(ref || pi)(t) over y_l, less the same over y_w
+
+    The masks m_u and m_d, >= 0, are the caller's, fixed or learned: the sums come from
+    `sum_weighted_by_completion`, through which masks get their gradients.  All ones
+    is `tdpo1`; m_d = 0 and m_u = 1 is DPO.  The paper's sparsity penalty is the sum of
+    the masks times a weight (0 by default), added to the loss.
+
+    Args:
+      chosen_masked_log_ratios: sum of m_u log pi/ref over tokens of y_w; [*batch].
+      rejected_masked_log_ratios: the same over y_l; [*batch].
+      chosen_masked_kls: sum of m_d KL(ref || pi) over positions of y_w; [*batch].
+      rejected_masked_kls: the same over y_l; [*batch].
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per pair, [*batch], at least float32; >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sparse_po
+      >>> ratios, kls = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
+      >>> print(sparse_po(ratios, ratios, kls, kls))
+      [0.6931472 0.6931472]
+
+    References:
+      Christopoulou et al., "SparsePO: Controlling Preference Alignment of LLMs via
+      Sparse Token Masks", 2024, arXiv:2410.05102, the SparsePO objective.
+      Code: huawei-noah/HEBO, SparsePO/src/trainers/sparse_trainer.py.
+    """
+    chosen, rejected, kl_w, kl_l = _common.promoted(
+        chosen_masked_log_ratios=chosen_masked_log_ratios,
+        rejected_masked_log_ratios=rejected_masked_log_ratios,
+        chosen_masked_kls=chosen_masked_kls,
+        rejected_masked_kls=rejected_masked_kls,
+    )
+    return _logistic(chosen - rejected - (kl_l - kl_w), beta)
+
+
+def _log_ratios_and_kls(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    reference_chosen_logps,
+    reference_rejected_logps,
+    chosen_kls,
+    rejected_kls,
+) -> tuple[jax.Array, ...]:
+    """Each side's log pi/ref and divergence, promoted and checked."""
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected, kl_w, kl_l = (
+        _common.promoted(
+            policy_chosen_logps=policy_chosen_logps,
+            policy_rejected_logps=policy_rejected_logps,
+            reference_chosen_logps=reference_chosen_logps,
+            reference_rejected_logps=reference_rejected_logps,
+            chosen_kls=chosen_kls,
+            rejected_kls=rejected_kls,
+        )
+    )
+    chosen, rejected = _common.log_ratios(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected
+    )
+    return chosen, rejected, kl_w, kl_l
+
+
+def _logistic(margin: jax.Array, beta) -> jax.Array:
+    _common.positive("beta", beta)
+    return _common.logistic_loss(jnp.asarray(beta, margin.dtype) * margin)

@@ -1,0 +1,318 @@
+"""Losses of single answers that somebody liked or did not: no pairs needed.
+
+`desirable` says which of the two an answer is.  Means that couple the answers of a
+batch are functions of their own (`kto_kl`, `bco_shift`), so that the losses stay one
+number per answer and a caller may keep running means of them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxpref.losses import _common
+from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._rewards import implicit_rewards
+
+__all__ = ["apo_zero_unpaired", "bco", "bco_shift", "kto", "kto_kl", "udm_weights"]
+
+Labels = Bool[Array, "*batch"]
+"""Whether each answer is desirable."""
+
+
+def kto(
+    policy_logps: Pairs,
+    reference_logps: Pairs,
+    desirable: Labels,
+    kl: Scalar,
+    *,
+    beta: Scalar = 0.1,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+) -> Pairs:
+    """Kahneman-Tversky optimisation: gains and losses against a reference point.
+
+        loss = w_D (1 - s(beta (a - z)))  if desirable
+               w_U (1 - s(beta (z - a)))  if not,    a = log pi(y|x)/ref(y|x)
+
+    The reference point z is `kl`, an estimate of KL(pi || ref) from mismatched answers,
+    see `kto_kl`; no gradient flows through it.  Bounded: answers far on either side of
+    z stop pulling, mislabelled ones among them.  The authors advise weights such that
+    w_D n_D / (w_U n_U) is in [1, 4/3].
+
+    Args:
+      policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
+      reference_logps: log ref(y|x) under the frozen reference; [*batch].
+      desirable: whether the answer is desirable; [*batch].
+      kl: the reference point z in nats, >= 0; one number for all.
+      beta: steepness, > 0.
+      desirable_weight: w_D, >= 0.
+      undesirable_weight: w_U, >= 0.
+
+    Returns:
+      One loss per answer, [*batch], at least float32; between 0 and its weight.
+
+    Raises:
+      TypeError: if log-probs are not floating point or `desirable` not boolean.
+      ValueError: if shapes differ, or a Python `beta` is not > 0, or a weight or `kl`
+        not >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import kto
+      >>> logps = jnp.array([-12.0, -30.0])
+      >>> print(kto(logps, logps, jnp.array([True, False]), 0.0))
+      [0.5 0.5]
+
+    References:
+      Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization",
+      2024, arXiv:2402.01306, Eq. 7.
+      Code: huggingface/trl, trl/trainer/kto_trainer.py, "kto".
+    """
+    _common.not_negative("kl", kl)
+    _common.not_negative("desirable_weight", desirable_weight)
+    _common.not_negative("undesirable_weight", undesirable_weight)
+    rewards = implicit_rewards(policy_logps, reference_logps, beta=beta)
+    point, w_d, w_u = (
+        jnp.asarray(number, rewards.dtype)
+        for number in (beta * kl, desirable_weight, undesirable_weight)
+    )
+    value = _signed(rewards - jax.lax.stop_gradient(point), desirable)
+    # 1 - s(v) as s(-v), which does not round to 0.
+    return jnp.where(desirable, w_d, w_u) * jax.nn.sigmoid(-value)
+
+
+def kto_kl(
+    policy_mismatched_logps: Pairs,
+    reference_mismatched_logps: Pairs,
+    *,
+    where: Mask = None,
+) -> Float[Array, ""]:
+    """The reference point of `kto`: mean log-ratio of answers to other prompts.
+
+        out = max(0, mean of log pi(y'|x)/ref(y'|x)),    y' an answer to another prompt
+
+    The mean is over the real answers of the whole batch, under `jit` over every device;
+    no gradient flows through it.
+
+    Args:
+      policy_mismatched_logps: log pi(y'|x) summed over completion tokens; [*batch].
+      reference_mismatched_logps: log ref(y'|x), the same way; [*batch].
+      where: which answers are real; all if None; [*batch].
+
+    Returns:
+      One number in nats, [], at least float32; >= 0, and 0 if no answer is real.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import kto_kl
+      >>> print(kto_kl(jnp.array([-10.0, -30.0]), jnp.array([-12.0, -31.0])))
+      1.5
+
+    References:
+      Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization",
+      2024, arXiv:2402.01306, the reference point z_0.
+      Code: huggingface/trl, trl/trainer/kto_trainer.py, "kl".
+    """
+    policy, reference = _common.promoted(
+        policy_mismatched_logps=policy_mismatched_logps,
+        reference_mismatched_logps=reference_mismatched_logps,
+    )
+    ratios = jax.lax.stop_gradient(policy - reference)
+    return jnp.maximum(_common.mean(ratios, _common.mask(where, ratios)), 0)
+
+
+def apo_zero_unpaired(
+    policy_logps: Pairs,
+    reference_logps: Pairs,
+    desirable: Labels,
+    *,
+    beta: Scalar = 0.1,
+) -> Pairs:
+    """Anchored preference optimisation of single answers: KTO with its point at 0.
+
+        loss = 1 - s(beta a) if desirable, s(beta a) if not,    a = log pi(y|x)/ref(y|x)
+
+    Desirable answers should become likelier than under the reference, others less
+    likely; the two halves of a pair sum to the paired loss.  Bounded.
+
+    Args:
+      policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
+      reference_logps: log ref(y|x) under the frozen reference; [*batch].
+      desirable: whether the answer is desirable; [*batch].
+      beta: steepness, > 0.
+
+    Returns:
+      One loss per answer, [*batch], at least float32; between 0 and 1.
+
+    Raises:
+      TypeError: if log-probs are not floating point or `desirable` not boolean.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import apo_zero_unpaired
+      >>> logps = jnp.array([-12.0, -30.0])
+      >>> print(apo_zero_unpaired(logps, logps, jnp.array([True, False])))
+      [0.5 0.5]
+
+    References:
+      D'Oosterlinck et al., "Anchored Preference Optimization and Contrastive Revisions",
+      2024, arXiv:2408.06266, APO-zero, Eq. 7.
+      Code: huggingface/trl, trl/trainer/kto_trainer.py, "apo_zero_unpaired".
+    """
+    return kto(policy_logps, reference_logps, desirable, 0.0, beta=beta)
+
+
+def bco(
+    policy_logps: Pairs,
+    reference_logps: Pairs,
+    desirable: Labels,
+    running_shift: Scalar,
+    *,
+    beta: Scalar = 0.01,
+) -> Pairs:
+    """Binary classifier optimisation: cross-entropy of shifted implicit rewards.
+
+        loss = -log s(r - d) if desirable, -log s(d - r) if not,    r = beta log pi/ref
+
+    For any shift d the two halves of a pair sum to more than their DPO loss; the gap is
+    least at d = (r_w + r_l) / 2, whence `bco_shift`.  No gradient flows through d.
+    Unlike `kto` unbounded: mislabelled answers keep pulling.
+
+    Args:
+      policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
+      reference_logps: log ref(y|x) under the frozen reference; [*batch].
+      desirable: whether the answer is desirable; [*batch].
+      running_shift: d, in the unit of the rewards r; one number for all.
+      beta: inverse temperature of the KL penalty, > 0.
+
+    Returns:
+      One loss per answer, [*batch], at least float32; >= 0.  Multiply those of
+      undesirable answers by `udm_weights` where prompts differ between the classes.
+
+    Raises:
+      TypeError: if log-probs are not floating point or `desirable` not boolean.
+      ValueError: if shapes differ, a Python `beta` is not > 0 or `running_shift` not
+        finite.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import bco
+      >>> logps = jnp.array([-12.0, -30.0])
+      >>> print(bco(logps, logps, jnp.array([True, False]), 0.0))
+      [0.6931472 0.6931472]
+
+    References:
+      Jung et al., "Binary Classifier Optimization for Large Language Model Alignment",
+      2024, arXiv:2404.04656, the BCO objective with reward shift.
+      Code: huggingface/trl, trl/trainer/bco_trainer.py, `bco_loss`.
+    """
+    _common.finite("running_shift", running_shift)
+    rewards = implicit_rewards(policy_logps, reference_logps, beta=beta)
+    shift = jax.lax.stop_gradient(jnp.asarray(running_shift, rewards.dtype))
+    return _common.logistic_loss(_signed(rewards - shift, desirable))
+
+
+def bco_shift(
+    rewards: Pairs, desirable: Labels, *, where: Mask = None
+) -> Float[Array, ""]:
+    """The reward shift of `bco` in one batch: midway between the classes' means.
+
+        out = (mean of r over desirable + mean of r over undesirable) / 2
+
+    The authors keep an exponential moving average of it.  Means are over the whole
+    batch, under `jit` over every device; no gradient flows through them.  Classes count
+    alike however many answers they have (TRL averages all answers in one mean).
+
+    Args:
+      rewards: implicit rewards, see `implicit_rewards`; [*batch].
+      desirable: whether the answer is desirable; [*batch].
+      where: which answers are real; all if None; [*batch].
+
+    Returns:
+      One number in the rewards' unit, [], at least float32; where the batch holds one
+      class only, that class's mean, and 0 if no answer is real.
+
+    Raises:
+      TypeError: if `rewards` is not floating point or `desirable` not boolean.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import bco_shift
+      >>> rewards, desirable = jnp.array([2.0, 4.0, -1.0]), jnp.array([True, True, False])
+      >>> print(bco_shift(rewards, desirable))
+      1.0
+
+    References:
+      Jung et al., "Binary Classifier Optimization for Large Language Model Alignment",
+      2024, arXiv:2404.04656, the reward shift.
+    """
+    (rewards,) = _common.promoted(rewards=rewards)
+    _check_labels(rewards, desirable)
+    rewards = jax.lax.stop_gradient(rewards)
+    real = _common.mask(where, rewards)
+    liked, not_liked = real & desirable, real & ~desirable
+    total = _common.mean(rewards, liked) + _common.mean(rewards, not_liked)
+    # The mean of an empty class is 0: it adds nothing, and must not halve the other.
+    return jnp.where(jnp.any(liked) & jnp.any(not_liked), total / 2, total)
+
+
+def udm_weights(
+    probabilities: Pairs, *, low: Scalar = 0.5, high: Scalar = 10.0
+) -> Pairs:
+    """Weights that match the prompts of undesirable answers to those of desirable ones.
+
+        out = clip(f / (1 - f), low, high),    f = P(x has a desirable answer)
+
+    Underlying distribution matching: f is a classifier's probability that a prompt came
+    from the desirable half, and f / (1 - f) the ratio of the two densities, up to that
+    of the classes.  No gradient flows through the weights.
+
+    Args:
+      probabilities: f of each undesirable answer's prompt, in [0, 1]; [*batch].
+      low: the least weight, >= 0.
+      high: the greatest weight, >= `low`.
+
+    Returns:
+      One weight per answer, [*batch], at least float32; in [low, high].
+
+    Raises:
+      TypeError: if the array is not floating point.
+      ValueError: if a Python `low` is not >= 0, or a Python `high` below a Python `low`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import udm_weights
+      >>> print(udm_weights(jnp.array([0.0, 0.5, 0.75, 1.0])))
+      [ 0.5  1.   3.  10. ]
+
+    References:
+      Jung et al., "Binary Classifier Optimization for Large Language Model Alignment",
+      2024, arXiv:2404.04656, underlying distribution matching.
+      Code: huggingface/trl, trl/trainer/bco_trainer.py, `_get_udm_weight`.
+    """
+    _common.not_negative("low", low)
+    _common.not_negative("high", high)
+    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
+        raise ValueError(f"Expected low <= high, got {low} and {high}.")
+    (f,) = _common.promoted(probabilities=probabilities)
+    return jax.lax.stop_gradient(jnp.clip(f / (1 - f), low, high))
+
+
+def _signed(values: jax.Array, desirable) -> jax.Array:
+    """What should be large: the value of a desirable answer, minus that of others."""
+    _check_labels(values, desirable)
+    return jnp.where(desirable, values, -values)
+
+
+def _check_labels(values: jax.Array, desirable) -> None:
+    _common.same_shape(values=values, desirable=desirable)
+    dtype = jnp.asarray(desirable).dtype
+    # Labels of -1 and 1 would both be true.
+    if dtype != jnp.bool_:
+        raise TypeError(f"Expected desirable to be boolean, got {dtype}.")

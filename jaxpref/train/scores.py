@@ -1,0 +1,124 @@
+"""What a model says of a batch: the arrays that losses are fed with, by name.
+
+A loss reads `policy_chosen_logps`; a model scores all completions at once.  So arrays
+are kept by the loss's name without its side (`policy_logps`), with an axis of sides.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref import losses
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.models import Model, logprobs
+from jaxpref.models.config import SPECS, on_mesh
+
+Scores = dict[str, jax.Array]
+"""Name without its side -> float32 `[..., R, S, K]`."""
+ScoreFunction = Callable[..., Scores]
+"""`(params, batch without its A axis, reference=None) -> Scores`."""
+
+PROVIDED = {
+    "policy_logps": "log-probs summed over a completion's tokens",
+    "policy_prefix_logps": "the same over its first min(|y_w|, |y_l|) tokens",
+    "log_weights": "mean over its tokens of log pi(y_t) - log sum_v pi(v)^2",
+    "kls": "KL(ref || pi) summed over its positions; keeps the reference's weights",
+    "reference_logps": "as for the policy, under the reference",
+    "reference_prefix_logps": "as for the policy, under the reference",
+    "lengths": "its tokens",
+}
+"""What a loss may ask for, and what it is of each completion."""
+
+
+def without_side(name: str) -> str:
+    """`policy_chosen_logps` -> `policy_logps`."""
+    return name.replace("chosen_", "").replace("rejected_", "")
+
+
+def make_scores(
+    model: Model,
+    needs: frozenset[str] = frozenset({"policy_logps"}),
+    *,
+    chunk_size: int = 64,
+) -> ScoreFunction:
+    """Scores of the rows of a batch under a model.
+
+    The backbone runs on every token, the LM head on completion tokens only,
+    `chunk_size` of them at a time; what needs whole distributions is summed up chunk by
+    chunk too.
+
+    Args:
+      model: the functional model; a reference has the same sizes.
+      needs: names out of `PROVIDED` that are wanted beside `policy_logps`.
+      chunk_size: completion tokens of a sequence whose logits exist at the same time.
+
+    Returns:
+      A pure function from parameters, `[R, ...]` batch fields and, where `kls` are
+      needed, the reference's parameters, to `[R, S, K]` scores.
+    """
+
+    def scores(params, batch: PreferenceBatch, reference=None) -> Scores:
+        rows, sequences, _ = batch.tokens.shape
+        _, slots, sides = batch.completion_lengths.shape
+        flat = lambda x: x.reshape(rows * sequences, *x.shape[2:])
+        read = lambda p: (model.hidden(p, flat(batch.tokens)), model.head(p))
+        asked = (flat(batch.predictors), flat(batch.targets))
+        of_tokens = {}
+        if "kls" in needs:
+            # The reference is a constant, whoever asks for a gradient.
+            fixed = jax.lax.stop_gradient(read(reference))
+            logps, reference_logps, kls = logprobs.token_logps_and_kls(
+                *read(params), *fixed, *asked, chunk_size=chunk_size
+            )
+            of_tokens = {"reference_logps": reference_logps, "kls": kls}
+        elif "log_weights" in needs:
+            logps, collisions = logprobs.token_logps_and_collisions(
+                *read(params), *asked, chunk_size=chunk_size
+            )
+            of_tokens = {"log_weights": logps - collisions}
+        else:
+            logps = logprobs.token_logps(*read(params), *asked, chunk_size=chunk_size)
+        of_tokens["policy_logps"] = logps
+
+        def per_completion(sum_tokens, of_token):
+            of_token = jnp.reshape(
+                of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
+            )
+            sums = sum_tokens(
+                of_token, batch.completions, num_completions=slots * sides
+            )
+            return jnp.reshape(
+                sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden)
+            )
+
+        sums = {
+            name: per_completion(losses.sum_by_completion, of_token)
+            for name, of_token in of_tokens.items()
+        }
+        if "log_weights" in needs:
+            sums["log_weights"] /= jnp.maximum(batch.completion_lengths, 1)
+        return sums
+
+    return scores
+
+
+def pair_arrays(
+    reads: tuple[str, ...], scores: Scores, batch: PreferenceBatch, state: Any
+) -> dict[str, jax.Array]:
+    """The arrays that a loss reads, each `[..., S]`; running statistics are scalars.
+
+    Empty slots hold log-probs 0 and lengths 1, so that no loss divides by zero there.
+    """
+    sides = {"chosen": 0, "rejected": 1}
+    lengths = jnp.maximum(batch.completion_lengths, 1).astype(jnp.float32)
+    available = {"lengths": lengths} | dict(batch.reference) | scores
+
+    def find(name: str) -> jax.Array:
+        if name.startswith("running_"):
+            return state[name]
+        (side,) = (k for word, k in sides.items() if word in name.split("_"))
+        return available[without_side(name)][..., side]
+
+    return {name: find(name) for name in reads}

@@ -1,0 +1,242 @@
+"""What the generic corrections for flipped labels promise, for every pairwise loss."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+
+from jaxpref import losses
+from tests.losses.arrays import PAIRS, arrays_of, differentiable, swapped
+from tests.losses.row import Row
+from tests.losses.table import TABLE
+from tests.losses.test_battery import on_device
+
+
+def exchangeable(row: Row) -> bool:
+    """Whether the loss reads for one answer what it reads for the other."""
+    exchange = {"chosen": "rejected", "rejected": "chosen"}
+    other = lambda name: "_".join(exchange.get(w, w) for w in name.split("_"))
+    return all(other(name) in row.reads for name in row.reads)
+
+
+ONE_BY_ONE = [row for row in TABLE if not row.coupled and exchangeable(row)]
+REFUSED = [row for row in TABLE if row not in ONE_BY_ONE]
+FOUR = next(row for row in TABLE if row.loss is losses.dpo)
+every_row = pytest.mark.parametrize("row", ONE_BY_ONE, ids=lambda row: row.name)
+
+
+def value_and_slopes(row, loss, arrays, **options):
+    total = lambda *a: loss(*a, **options).sum()
+    slopes = jax.grad(total, argnums=tuple(differentiable(row)))(*arrays)
+    return loss(*arrays, **options), slopes
+
+
+def test_most_losses_can_be_corrected():
+    """Only what couples the batch or reads one answer cannot."""
+    assert len(ONE_BY_ONE) > len(REFUSED)
+    assert {"dpo", "ipo", "simpo", "wpo"} <= {row.name for row in ONE_BY_ONE}
+
+
+@every_row
+@pytest.mark.parametrize("rate", [0.1, 0.45])
+def test_mean_over_flips_is_the_clean_loss(row, rate):
+    """(1 - e) corrected(pair) + e corrected(exchanged) = loss(pair), slopes too."""
+    options = row.options[-1]
+    arrays = arrays_of(row)
+    with jax.enable_x64(True):
+        corrected = losses.unbiased(row.loss, rate)
+        kept = corrected(*on_device(arrays, jnp.float64), **options)
+        flipped = corrected(*on_device(swapped(row, arrays), jnp.float64), **options)
+        clean = row.loss(*on_device(arrays, jnp.float64), **options)
+        mean = (1 - rate) * kept + rate * flipped
+        size = np.abs(kept) + np.abs(flipped) + 1
+        assert (np.abs(mean - clean) <= 1e-13 * size).all()
+
+
+@every_row
+def test_slopes_of_the_mean_over_flips_are_the_clean_ones(row):
+    options, rate = row.options[-1], 0.3
+    with jax.enable_x64(True):
+        arrays = on_device(arrays_of(row, extreme=False), jnp.float64)
+        corrected = losses.unbiased(row.loss, rate)
+
+        def mean(*arrays, **options):
+            exchanged = swapped(row, arrays)
+            kept, flipped = (
+                corrected(*arrays, **options),
+                corrected(*exchanged, **options),
+            )
+            return (1 - rate) * kept + rate * flipped
+
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9),
+            value_and_slopes(row, mean, arrays, **options),
+            value_and_slopes(row, row.loss, arrays, **options),
+        )
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rate_0_is_the_loss_bit_for_bit(row, dtype):
+    options = row.options[-1]
+    arrays = on_device(arrays_of(row), dtype)
+    for rate in (0, 0.0, jnp.zeros(PAIRS)):
+        jax.tree.map(
+            functools.partial(np.testing.assert_array_equal, strict=True),
+            value_and_slopes(row, losses.unbiased(row.loss, rate), arrays, **options),
+            value_and_slopes(row, row.loss, arrays, **options),
+        )
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
+def test_finite_at_extremes(row, dtype, correction):
+    arrays = on_device(arrays_of(row), dtype)
+    corrected = correction(row.loss, 0.3)
+    for value in jax.tree.leaves(
+        value_and_slopes(row, corrected, arrays, **row.options[-1])
+    ):
+        assert np.isfinite(np.asarray(value, np.float32)).all()
+
+
+@every_row
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_forward_corrected_is_a_likelihood(row, rate):
+    """exp(-corrected) of both labels sum to 1; bounded by -log(1 - e) and -log e."""
+    options = row.options[-1]
+    arrays = arrays_of(row)
+    with jax.enable_x64(True):
+        corrected = losses.forward_corrected(row.loss, rate)
+        kept = corrected(*on_device(arrays, jnp.float64), **options)
+        flipped = corrected(*on_device(swapped(row, arrays), jnp.float64), **options)
+        np.testing.assert_allclose(np.exp(-kept) + np.exp(-flipped), 1, rtol=1e-12)
+        assert (kept >= -np.log1p(-rate) - 1e-12).all()
+        assert (kept <= -np.log(rate) + 1e-12).all()
+
+
+PAIRS_OF_FORMS = [
+    (losses.unbiased, losses.rdpo),
+    (losses.forward_corrected, losses.forward_dpo),
+]
+
+
+@pytest.mark.parametrize(("correction", "special"), PAIRS_OF_FORMS)
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.45, "per pair"])
+def test_corrected_dpo_is_rdpo_and_forward_dpo(correction, special, rate):
+    """At margins of +-1e4 too, in value and in gradient."""
+    rate = np.linspace(0, 0.45, PAIRS) if rate == "per pair" else rate
+    for x64, dtype, tolerance in (
+        (True, jnp.float64, 1e-11),
+        (False, jnp.float32, 2e-6),
+    ):
+        with jax.enable_x64(x64):
+            arrays = on_device(arrays_of(FOUR), dtype)
+            rates = jnp.asarray(rate, dtype) if np.ndim(rate) else rate
+            jax.tree.map(
+                functools.partial(
+                    np.testing.assert_allclose, rtol=tolerance, atol=tolerance
+                ),
+                value_and_slopes(FOUR, correction(losses.dpo, rates), arrays, beta=1.0),
+                value_and_slopes(FOUR, special, arrays, beta=1.0, flip_rate=rates),
+            )
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "logit"),
+    [
+        (losses.dpo, {"beta": 0.5}, lambda d, beta: beta * d),
+        (losses.ipo, {"beta": 0.5}, lambda d, beta: 2 * d / beta),
+    ],
+)
+def test_preference_probabilities_in_closed_form(loss, options, logit):
+    """P6: what DPO and IPO imply for the probability of a label, at rate 0."""
+    with jax.enable_x64(True):
+        margin, zero = jnp.linspace(-6, 6, 25), jnp.zeros(25)
+        ours = losses.forward_corrected(loss, 0)(margin, zero, zero, zero, **options)
+        expected = -jax.nn.log_sigmoid(logit(margin, **options))
+        np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_rates_can_be_learnt():
+    with jax.enable_x64(True):
+        arrays = on_device(arrays_of(FOUR, extreme=False), jnp.float64)
+        for correction in (losses.unbiased, losses.forward_corrected):
+            loss = lambda rate, c=correction: c(losses.ipo, rate)(*arrays)
+            rates = jnp.full(PAIRS, 0.2)
+            check_grads(jax.jit(loss), (rates,), order=1, modes=("fwd", "rev"))
+
+
+@pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
+def test_corrected_losses_introduce_themselves(correction):
+    """As a training loop reads them: name, arrays, options and their defaults."""
+    corrected = correction(losses.simpo, 0.2)
+    assert corrected.__name__ == f"{correction.__name__}_simpo"
+    assert inspect.signature(corrected) == inspect.signature(losses.simpo)
+    assert inspect.unwrap(corrected) is corrected
+    assert "simpo" in corrected.__doc__
+    arrays = on_device(
+        arrays_of(next(r for r in TABLE if r.name == "simpo")), "float32"
+    )
+    by_name = dict(zip(inspect.signature(corrected).parameters, arrays))
+    np.testing.assert_array_equal(
+        corrected(*arrays, gamma=1.0), corrected(gamma=1.0, **by_name)
+    )
+    partial = correction(functools.partial(losses.ipo, beta=0.5), 0.2)
+    assert partial.__name__ == f"{correction.__name__}_ipo"
+    four = on_device(arrays_of(FOUR), jnp.float32)
+    np.testing.assert_array_equal(
+        partial(*four), correction(losses.ipo, 0.2)(*four, beta=0.5)
+    )
+    with pytest.raises(TypeError, match="missing a required argument"):
+        corrected(*arrays[:2])
+
+
+@pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
+def test_jit_vmap_and_sharded_agree(correction):
+    loss = functools.partial(correction(losses.ipo, 0.2), beta=1.0)
+    arrays = on_device(arrays_of(FOUR, extreme=False), jnp.float32)
+    eager = loss(*arrays)
+    assert eager.dtype == jnp.float32 and eager.shape == (PAIRS,)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-6)
+    close(jax.jit(loss)(*arrays), eager)
+    close(jax.vmap(loss)(*arrays), eager)
+    close(loss(*(a.reshape(2, 8) for a in arrays)).reshape(-1), eager)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, PartitionSpec("data"))
+        sharded = jax.jit(loss)(*(jax.device_put(a, sharding) for a in arrays))
+        assert jax.typeof(sharded).sharding.spec == PartitionSpec("data")
+    close(sharded, eager)
+
+
+@pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
+def test_losses_that_cannot_be_corrected_are_refused(correction, row):
+    why = "couples the pairs" if row.coupled else r"reads \w+ but not \w+"
+    with pytest.raises(TypeError, match=f"got {row.name}, which {why}"):
+        correction(row.loss, 0.2)
+
+
+@pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
+def test_wrong_rates_are_refused(correction):
+    correction = inspect.unwrap(correction)
+    for rate in (-0.1, 0.5, 1, float("nan")):
+        with pytest.raises(ValueError, match=rf"flip_rate in \[0, 0.5\), got {rate}"):
+            correction(losses.dpo, rate)
+    arrays = on_device(arrays_of(FOUR), jnp.float32)
+    with pytest.raises(ValueError, match=r"flip_rate to broadcast .* \(16,\), got"):
+        correction(losses.dpo, jnp.full(3, 0.1))(*arrays)
+    with pytest.raises(TypeError, match="both answers, got square, which reads x"):
+        correction(lambda_named("square"), 0.1)
+
+
+def lambda_named(name):
+    function = lambda x: x
+    function.__name__ = name
+    return function

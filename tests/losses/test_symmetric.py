@@ -1,0 +1,89 @@
+"""What the symmetric and the bounded losses promise; the battery is elsewhere."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import losses
+
+SYMMETRIC = {
+    "sympo_ramp": 1.0,
+    "sympo_sigmoid": 1.0,
+    "sympo_unhinged": 2.0,
+}
+BOUNDED = ("holder_dpo", "power_dpo", "sympo_ramp", "sympo_sigmoid")
+
+
+def curve(name, h, **options):
+    """The slope and the value of a loss at reward margins `h`."""
+    loss = functools.partial(getattr(losses, name), beta=1.0, **options)
+    h = jnp.asarray(h)
+    zero = jnp.zeros_like(h)
+    slope = jax.grad(lambda z: loss(z, zero, zero, zero).sum())(h)
+    return slope, loss(h, zero, zero, zero)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.45])
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_flips_scale_and_shift_a_symmetric_loss(name, rate):
+    """P8: (1 - e) loss(h) + e loss(-h) = (1 - 2e) loss(h) + e constant."""
+    with jax.enable_x64(True):
+        h = np.linspace(-30, 30, 601)
+        slope, loss = curve(name, h)
+        other_slope, other = curve(name, -h)
+        mean = (1 - rate) * loss + rate * other
+        expected = (1 - 2 * rate) * loss + rate * SYMMETRIC[name]
+        mean_slope = (1 - rate) * slope - rate * other_slope
+        np.testing.assert_allclose(mean, expected, rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(mean_slope, (1 - 2 * rate) * slope, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_strongly_contradicted_pairs_stop_pulling(name):
+    """Redescending: the slope at h = -40 is nothing against the slope at h = 0."""
+    with jax.enable_x64(True):
+        slope, loss = curve(name, [-1e4, -40.0, 0.0])
+        assert abs(slope[0]) == 0 and abs(slope[1]) < 1e-10 and slope[2] < -0.2
+        assert np.isfinite(loss).all() and abs(loss[0] - loss[1]) < 1e-10
+
+
+@pytest.mark.parametrize("power", [0.1, 0.5, 1.0])
+def test_power_dpo_weighs_dpo(power):
+    """Its slope is DPO's times s(h)^q, and its values lie in [0, 1/q]."""
+    with jax.enable_x64(True):
+        h = np.linspace(-20, 20, 401)
+        slope, loss = curve("power_dpo", h, power=power)
+        plain, _ = curve("dpo", h)
+        weight = jax.nn.sigmoid(jnp.asarray(h)) ** power
+        np.testing.assert_allclose(slope, plain * weight, rtol=1e-10, atol=1e-15)
+        assert (loss >= 0).all() and (loss <= 1 / power).all()
+
+
+def test_power_dpo_near_0_is_dpo():
+    with jax.enable_x64(True):
+        h = np.linspace(-20, 20, 401)
+        for got, expected in zip(curve("power_dpo", h, power=1e-9), curve("dpo", h)):
+            np.testing.assert_allclose(got, expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 8.0])
+def test_holder_dpo_slope(gamma):
+    """-gamma (1 + gamma) s(h)^gamma s(-h)^2: the influence that redescends."""
+    with jax.enable_x64(True):
+        h = np.linspace(-20, 20, 401)
+        slope, loss = curve("holder_dpo", h, gamma=gamma)
+        s = jax.nn.sigmoid(jnp.asarray(h))
+        t = jax.nn.sigmoid(-jnp.asarray(h))
+        expected = -gamma * (1 + gamma) * s**gamma * t**2
+        np.testing.assert_allclose(slope, expected, rtol=1e-10, atol=1e-15)
+        assert (loss <= 0).all() and (loss >= -1).all()
+
+
+@pytest.mark.parametrize("power", [0, -0.5, 1.1, float("nan")])
+def test_power_out_of_range_is_refused(power):
+    zero = jnp.zeros(2)
+    with pytest.raises(ValueError, match=rf"power in \(0, 1\], got {power}"):
+        losses.power_dpo(zero, zero, zero, zero, power=power)

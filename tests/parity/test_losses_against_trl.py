@@ -1,0 +1,364 @@
+"""Losses against TRL 1.16, through TRL's own `compute_loss`, in value and in gradient.
+
+What TRL does otherwise than jaxpref, found here and not copied.  Every line is asserted
+by the test named after it.
+
+    TRL                                       jaxpref                      test
+    ----------------------------------------  ---------------------------  -------------
+    DPO trainer
+    "sigmoid" ignores label_smoothing         `cdpo` is its own loss       smoothing
+    "robust" takes label_smoothing >= 1/2     refused                      robust_range
+      (a warning; at 1/2 it divides by 0)
+    "exo_pair" holds its smoothing in         in the precision of the      exo_precision
+      float32 whatever the log-probs          log-probs
+    alpha_divergence fails in float64         any float                    alpha_float64
+    f_alpha_divergence_coef c                 alpha = 1 - c, the paper's   dpo_trainer
+    forward_kl overflows at a log-ratio       exponent clipped at 80       forward_kl
+      below -88: gradient NaN
+    "discopop" is 0 * infinity = NaN at       finite                       discopop
+      large negative margins
+    use_weighting weighs by w_w w_l           by min(1, w_w w_l), as the   wpo_cap
+                                              authors' code
+    "hinge" at its kink: gradient 0           the mean of both sides       hinge_kink
+    "ipo", "sigmoid_norm" count the first     lengths are those of the     promptless
+      token of an answer without a prompt,    tokens in the sums
+      which has no log-prob
+    "sft" is the mean over all tokens of      a sum for each pair; the     dpo_trainer
+      the batch                               caller divides
+    rewards/accuracies: a tie counts 0        a tie counts 1/2             metrics
+    rewards/* under an f-divergence, or       the caller says which        metrics
+      under ld_alpha: beta times the plain
+      (discounted) log-ratio
+
+    KTO trainer
+    the KL needs log-probs of a second        given to the loss            kto
+      batch, rotated by one within it; each
+      row weighs alike, the mean is over
+      desirable and undesirable together
+
+    CPO trainer (experimental)
+    likelihood: mean over the batch's tokens  mean over each answer's      cpo_likelihood
+    "simpo" adds its likelihood by default    `simpo` has none             simpo
+      (cpo_alpha 1)
+    label_smoothing on every logistic loss    no such option; equals       cpo_smoothing
+                                              `cdpo`, reference 0
+    alpha: 1 - exp(logp)^-alpha, inf - inf    exponent clipped             alpha_po
+      = NaN for an improbable answer
+    loss_type "alphapo" is documented and     `alpha_po`                   alpha_po
+      refused; it is "simpo" with alpha
+
+    ORPO trainer (experimental)
+    likelihood of prompt AND answer, mean     of the answer, mean over     orpo
+      over the batch's tokens                 its tokens
+    log(1 - p) is -inf at p = 1: NaN          average held below -1e-6     orpo_certain
+
+    Reward trainer
+    accuracy: a tie counts 0                  a tie counts 1/2             reward_ties
+
+Options of TRL without a counterpart here: label_smoothing of "aot" and "aot_unpaired",
+"hinge" and "ipo" of the CPO and TPO trainers (`hinge` and `ipo_averaged` with a
+reference of 0, or `ipo`, are the same numbers).
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl", "1.16", reason="needs TRL 1.16")
+
+import jax.numpy as jnp
+
+from jaxpref import losses
+from tests.parity import trl_losses as trl
+from tests.parity.trl_losses import assert_agree, mean, ours, theirs
+
+pytestmark = pytest.mark.parity
+
+def same(loss_type, loss, *betas, **more):
+    return [
+        Case({"loss_type": loss_type, "beta": b}, loss, {"beta": b}, **more)
+        for b in betas
+    ]
+
+
+def smoothed(loss_type, loss, name, *rates, **more):
+    return [
+        Case(
+            {"loss_type": loss_type, "beta": beta, "label_smoothing": rate},
+            loss,
+            {"beta": beta, name: rate},
+            **more,
+        )
+        for beta in (0.1, 1.0)
+        for rate in rates
+    ]
+
+
+DPO_CASES = [
+    *same("sigmoid", "dpo", 0.01, 0.1, 2.0),
+    *same("hinge", "hinge", 0.05, 0.7),
+    *same("ipo", "ipo_averaged", 0.01, 0.1, 1.0),
+    # Not both large: the loss is then near 0, where it is a difference of equals.
+    *smoothed("exo_pair", "exo_pair", "label_smoothing", 1e-3, dtypes=("float32",)),
+    *same("nca_pair", "nca_pair", 0.01, 1.0),
+    *smoothed("robust", "rdpo", "flip_rate", 0.0, 0.1, 0.3, 31 / 64),
+    *same("bco_pair", "bco_pair", 0.01, 1.0),
+    *same("sppo_hard", "sppo_hard", 0.001, 0.1),
+    *same("aot", "aot", 0.01, 1.0),
+    *same("aot_unpaired", "aot_unpaired", 0.01, 1.0),
+    *same("apo_zero", "apo_zero", 0.1, 1.0),
+    *same("apo_down", "apo_down", 0.1, 1.0),
+    *[
+        Case(
+            {"loss_type": "discopop", "beta": beta, "discopop_tau": tau},
+            "discopop",
+            {"beta": beta, "tau": tau},
+            batches=ORDINARY,
+        )
+        for beta in (0.05, 0.5)
+        for tau in (0.05, 1.0)
+    ],
+    *same("sigmoid_norm", "ln_dpo", 0.1, 5.0),
+    *[
+        Case(
+            {"f_divergence_type": theirs, "beta": beta},
+            name,
+            {"beta": beta},
+            batches=batches,
+        )
+        for theirs, name, batches in (
+            ("forward_kl", "forward_kl_dpo", ORDINARY),
+            ("js_divergence", "js_dpo", (0, 1, 2, 3, 4)),
+        )
+        for beta in (0.1, 1.0)
+    ],
+    *[
+        Case(
+            {
+                "f_divergence_type": "alpha_divergence",
+                "beta": beta,
+                "f_alpha_divergence_coef": 1 - alpha,
+            },
+            "alpha_dpo",
+            {"beta": beta, "alpha": alpha},
+            dtypes=("float32",),
+        )
+        for beta in (0.1, 1.0)
+        for alpha in (0.25, 0.5, 0.75)
+    ],
+    *[
+        Case({"ld_alpha": alpha, "beta": 0.1}, "ld_dpo", {"alpha": alpha, "beta": 0.1})
+        for alpha in (0.0, 0.25, 1.0)
+    ],
+    *same("sigmoid", "wpo", 0.01, 0.1),
+]
+for case in DPO_CASES:
+    if case.loss == "wpo":
+        case.trl["use_weighting"] = True
+
+
+def dpo_loss(tokens, **options):
+    trainer = trl.dpo_trainer(tokens, **options)
+    return theirs(trainer, tokens.inputs, tokens.policy)
+
+
+@pytest.mark.parametrize("case, dtype", dtypes_of(DPO_CASES))
+def test_dpo_trainer(case, dtype):
+    objective = mean(getattr(losses, case.loss), **case.options)
+    for index in case.batches:
+        tokens = batch(index, dtype)
+        wanted = dpo_loss(tokens, **case.trl)
+        assert_agree(our_loss(tokens, objective), wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dpo_trainer_sft(dtype):
+    objective = lambda policy_chosen_logps, chosen_lengths: likelihood(
+        policy_chosen_logps, chosen_lengths
+    )
+    for index in range(5):
+        tokens = batch(index, dtype)
+        wanted = dpo_loss(tokens, loss_type="sft")
+        assert_agree(our_loss(tokens, objective), wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_losses_are_sums(dtype):
+    """MPO: TRL's loss_weights are additions here."""
+
+    def objective(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        chosen_lengths,
+    ):
+        four = (
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+        )
+        pairs = 0.8 * losses.dpo(*four) + 0.2 * losses.bco_pair(*four, beta=0.1)
+        return jnp.mean(pairs) + 0.5 * likelihood(policy_chosen_logps, chosen_lengths)
+
+    for index in range(5):
+        tokens = batch(index, dtype)
+        wanted = dpo_loss(
+            tokens,
+            loss_type=("sigmoid", "bco_pair", "sft"),
+            loss_weights=[0.8, 0.2, 0.5],
+        )
+        assert_agree(our_loss(tokens, objective), wanted, dtype)
+
+
+def test_reference_columns_are_the_reference_model():
+    tokens = batch(2, "float32")
+    trainer = trl.dpo_trainer(tokens)
+    trainer.precompute_ref_logps = True
+    trainer.ref_model = None
+    names = ("chosen", "rejected")
+    columns = {f"ref_{s}_logps": tokens.arrays[f"reference_{s}_logps"] for s in names}
+    value, gradient = theirs(trainer, tokens.inputs | columns, tokens.policy)
+    wanted, wanted_gradient = dpo_loss(tokens)
+    assert value == wanted
+    np.testing.assert_array_equal(gradient, wanted_gradient)
+
+
+def test_metrics():
+    tokens = batch(2, "float32")
+    tied = tokens.reference.clone()
+    tied[[0, 8]] = tokens.policy.detach()[[0, 8]]  # a pair at the reference
+    tokens = dataclasses.replace(tokens, reference=tied)
+
+    def logged(name, **options):
+        trainer = trl.dpo_trainer(tokens, beta=0.3, **options)
+        theirs(trainer, tokens.inputs, tokens.policy)
+        (value,) = trainer._metrics["train"][f"rewards/{name}"]
+        return value
+
+    numbers = {n: jnp.asarray(t.detach().numpy()) for n, t in tokens.arrays.items()}
+    rewards = {
+        side: losses.implicit_rewards(
+            numbers[f"policy_{side}_logps"],
+            numbers[f"reference_{side}_logps"],
+            beta=0.3,
+        )
+        for side in ("chosen", "rejected")
+    }
+    for side, values in rewards.items():
+        np.testing.assert_allclose(logged(side), values.mean(), rtol=1e-6)
+    margins = losses.reward_margins(rewards["chosen"], rewards["rejected"])
+    np.testing.assert_allclose(logged("margins"), margins.mean(), rtol=1e-6)
+    right = losses.reward_accuracies(rewards["chosen"], rewards["rejected"])
+    assert (np.asarray(right) == 0.5).sum() == 1
+    # The tie counts half here and nothing there: half of one pair in eight.
+    assert float(right.mean()) == logged("accuracies") + 0.5 / 8
+
+    # What TRL logs as rewards is beta times the plain log-ratio under any divergence.
+    forward = logged("margins", f_divergence_type="forward_kl")
+    np.testing.assert_allclose(forward, margins.mean(), rtol=1e-6)
+    discounted = {
+        side: losses.length_desensitized(
+            numbers[f"policy_{side}_logps"] - numbers[f"reference_{side}_logps"],
+            numbers[f"policy_{side}_prefix_logps"]
+            - numbers[f"reference_{side}_prefix_logps"],
+            alpha=0.25,
+        )
+        for side in ("chosen", "rejected")
+    }
+    wanted = 0.3 * (discounted["chosen"] - discounted["rejected"]).mean()
+    np.testing.assert_allclose(logged("margins", ld_alpha=0.25), wanted, rtol=1e-5)
+
+
+def test_smoothing_is_ignored_by_sigmoid():
+    tokens = batch(2, "float32")
+    plain, smooth = dpo_loss(tokens), dpo_loss(tokens, label_smoothing=0.3)
+    assert plain[0] == smooth[0]
+    np.testing.assert_array_equal(plain[1], smooth[1])
+    assert_agree(our_loss(tokens, mean(losses.dpo)), smooth)
+    value, _ = our_loss(tokens, mean(losses.cdpo, flip_rate=0.3))
+    assert abs(value / smooth[0] - 1) > 1e-2
+
+
+def test_robust_range():
+    tokens = batch(2, "float32")
+    value, gradient = dpo_loss(tokens, loss_type="robust", label_smoothing=0.5)
+    assert not np.isfinite(value) and not np.isfinite(gradient).all()
+    value, gradient = dpo_loss(tokens, loss_type="robust", label_smoothing=0.7)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    for rate in (0.5, 0.7):
+        with pytest.raises(ValueError, match="flip_rate"):
+            our_loss(tokens, mean(losses.rdpo, flip_rate=rate))
+
+
+def test_exo_precision():
+    tokens = batch(2, "float64")
+    value, _ = dpo_loss(tokens, loss_type="exo_pair", label_smoothing=1e-3)
+    exact, _ = our_loss(tokens, mean(losses.exo_pair, beta=0.1, label_smoothing=1e-3))
+    assert 1e-10 < abs(value / exact - 1) < 1e-7
+
+
+def test_alpha_float64():
+    with pytest.raises(KeyError):
+        dpo_loss(batch(2, "float64"), f_divergence_type="alpha_divergence")
+
+
+@pytest.mark.parametrize(
+    "options, loss, ours",
+    [
+        ({"f_divergence_type": "forward_kl"}, "forward_kl_dpo", {"beta": 0.1}),
+        ({"loss_type": "discopop", "beta": 1.0}, "discopop", {"beta": 1.0}),
+    ],
+    ids=["forward_kl", "discopop"],
+)
+def test_overflow(options, loss, ours):
+    tokens = batch(4, "float32")
+    value, gradient = dpo_loss(tokens, **options)
+    assert not np.isfinite(value) and np.isnan(gradient).any()
+    value, gradient = our_loss(tokens, mean(getattr(losses, loss), **ours))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_wpo_cap():
+    tokens = batch(2, "float32")
+    unlikely = tokens.log_squares - 1.5 * tokens.targets
+    tokens = dataclasses.replace(tokens, log_squares=unlikely)
+    numbers = {n: jnp.asarray(t.detach().numpy()) for n, t in tokens.arrays.items()}
+    weights = jnp.exp(numbers["chosen_log_weights"] + numbers["rejected_log_weights"])
+    assert weights.min() < 1 < weights.max()
+    four = [numbers[name] for name in trl.reads(losses.dpo)]
+    uncapped = float(jnp.mean(weights * losses.dpo(*four, beta=0.1)))
+    capped = float(jnp.mean(jnp.minimum(weights, 1) * losses.dpo(*four, beta=0.1)))
+    value, _ = dpo_loss(tokens, use_weighting=True)
+    np.testing.assert_allclose(value, uncapped, rtol=1e-6)
+    value, _ = our_loss(tokens, mean(losses.wpo, beta=0.1))
+    np.testing.assert_allclose(value, capped, rtol=1e-6)
+
+
+def test_hinge_kink():
+    tokens = batch(0, "float32")
+    policy = tokens.reference.clone()
+    policy[0, tokens.targets[0].argmax()] += 2  # h = 1 exactly at beta 1/2
+    tokens = dataclasses.replace(tokens, policy=policy.requires_grad_())
+    value, gradient = dpo_loss(tokens, loss_type="hinge", beta=0.5)
+    assert value == 0 and not gradient.any()
+    value, gradient = our_loss(tokens, mean(losses.hinge, beta=0.5))
+    assert value == 0
+    np.testing.assert_array_equal(np.unique(gradient), [-0.25, 0, 0.25])
+
+
+@pytest.mark.parametrize(
+    "loss_type, loss", [("ipo", "ipo_averaged"), ("sigmoid_norm", "ln_dpo")]
+)
+def test_promptless(loss_type, loss):
+    tokens = trl.draw(5, 4, prompts=(0, 0), lengths=(2, 8))
+    objective = mean(getattr(losses, loss), beta=0.1)
+    wanted = dpo_loss(tokens, loss_type=loss_type)
+    value, _ = our_loss(tokens, objective)
+    assert abs(value / wanted[0] - 1) > 1e-3
+    longer = {n: t + n.endswith("_lengths") for n, t in tokens.arrays.items()}
+    assert_agree(ours(objective, longer, tokens.policy), wanted)
