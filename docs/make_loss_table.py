@@ -28,6 +28,8 @@ SHARE = 0.8
 FLIPS = 0.3
 HUGE = 1e6
 """Nothing that is not an exponential gets so far."""
+MOVING = ("logps", "log_ratios", "rewards")
+"""How the names of those arrays end that training changes."""
 
 INTRODUCTION = f"""\
 # The losses
@@ -40,7 +42,7 @@ How to read the tables of losses of pairs:
 - *Bounded*: whether the loss has a least and a greatest value as the log-probs (or
   rewards) of the two answers move apart or together.
 - *Contradicted pair*: how hard a pair that the model puts {2 * FAR:.0f} nats the wrong
-  way round (of {FAR / 2:.0f} tokens) pulls at the chosen answer, as a multiple of a pair
+  way round ({FAR / 2:.0f} tokens) pulls at the chosen answer, as a multiple of a pair
   with margin 0. "-> 0": redescending, the pair is taken for a flip; "grows": the more
   wrong, the harder. In a batch of {PAIRS} whose other pairs have margin 0.
 - *Margin learnt*: one prompt with two answers of one token, a reference that gives
@@ -98,9 +100,18 @@ class Entry:
     @property
     def is_of_pairs(self) -> bool:
         """Whether it is a loss of two answers' log-probs or rewards."""
-        kinds = ({"policy_chosen_logps", "policy_rejected_logps"},
-                 {"chosen_rewards", "rejected_rewards"})  # fmt: skip
-        return self.is_loss and any(kind <= set(self.reads) for kind in kinds)
+        mine = {name for name in self.reads if name.endswith(MOVING)}
+        return self.is_loss and any(n != swapped(n) in mine for n in mine)
+
+    @property
+    def is_of_rewards(self) -> bool:
+        """Whether it reads rewards, which may be any number, and not log-probs."""
+        return any(name.endswith("rewards") for name in self.reads)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads what a reference model says."""
+        return any("reference" in n or n.endswith("log_ratios") for n in self.reads)
 
     def section(self, title: str) -> str:
         """The text of one section of the docstring, on one line."""
@@ -149,8 +160,9 @@ def arrays(entry: Entry, chosen, rejected, reference, *, length) -> list[jax.Arr
             found.append(jnp.asarray(float(name.endswith("std")), chosen.dtype))
         elif name.startswith("reference"):
             found.append(jnp.full_like(chosen, reference))
-        elif name.endswith(("logps", "rewards")):
-            found.append(rejected if "rejected" in name else chosen)
+        elif name.endswith(MOVING):
+            value = rejected if "rejected" in name else chosen
+            found.append(value - reference * name.endswith("ratios"))
         elif name.endswith("lengths"):
             found.append(jnp.full_like(chosen, length))
         else:
@@ -165,11 +177,6 @@ def options_of(entry: Entry, flip_rate: float) -> dict:
     return {n: flip_rate if n == "flip_rate" else 0.5 for n in missing}
 
 
-def is_of_rewards(entry: Entry) -> bool:
-    """Whether it reads rewards, which may be any number, and not log-probs."""
-    return "chosen_rewards" in entry.reads
-
-
 def far_out(entry: Entry) -> tuple[str, str]:
     """Whether it is bounded, and how hard a contradicted pair pulls.
 
@@ -177,7 +184,7 @@ def far_out(entry: Entry) -> tuple[str, str]:
     """
     options = options_of(entry, FLIPS)
     # Far below 0, so that log-probs stay log-probs when they rise.
-    base = 0.0 if is_of_rewards(entry) else -4 * FAR
+    base = 0.0 if entry.is_of_rewards else -4 * FAR
     first = jnp.arange(PAIRS) == 0
 
     def summed(up, down):
@@ -202,10 +209,12 @@ def far_out(entry: Entry) -> tuple[str, str]:
     rises = rises or max(whole) > HUGE
     bounded = [side for side, no in (("below", falls), ("above", rises)) if not no]
 
-    undecided, *way, before, last = map(abs, pulls[8:].tolist())
-    if max(way) > HUGE * undecided or last > max(1.5 * before, undecided):
+    undecided, *_, earlier, before, last = pulls = list(map(abs, pulls[8:].tolist()))
+    explodes = max(pulls) > HUGE * undecided > 0
+    # Each step is twice as long as the one before: what levels off gains less and less.
+    if explodes or last - before > max(before - earlier, 0.01 * last):
         pull = "grows"
-    elif last < 0.01 * undecided:
+    elif last < 0.01 * max(pulls):
         pull = "-> 0"
     else:
         pull = f"x {number(last / undecided)}" if undecided else number(last)
@@ -215,51 +224,47 @@ def far_out(entry: Entry) -> tuple[str, str]:
 def margins_learnt(entry: Entry) -> tuple[float, float]:
     """Where training comes to rest on clean and on flipped labels."""
 
-    def slope(options, share):
+    def risk(margin, wrong, flip_rate):
+        if entry.is_of_rewards:
+            first, second = margin / 2, -margin / 2
+        else:
+            first = jax.nn.log_sigmoid(margin)
+            second = jax.nn.log_sigmoid(-margin)
+        chosen = jnp.where(wrong, second, first)
+        rejected = jnp.where(wrong, first, second)
+        batch = arrays(entry, chosen, rejected, -math.log(2), length=1.0)
+        options = options_of(entry, flip_rate)
+        return jnp.mean(entry.function(*batch, **options))
+
+    slopes = jax.jit(jax.vmap(jax.grad(risk), (0, None, None)))
+
+    def learnt(flip_rate):
+        share = SHARE * (1 - flip_rate) + (1 - SHARE) * flip_rate
         wrong = jnp.arange(PAIRS) >= round(share * PAIRS)
+        return rest(lambda margins: slopes(margins, wrong, jnp.asarray(flip_rate)))
 
-        def risk(margin):
-            if is_of_rewards(entry):
-                first, second = margin / 2, -margin / 2
-            else:
-                first = jax.nn.log_sigmoid(margin)
-                second = jax.nn.log_sigmoid(-margin)
-            chosen = jnp.where(wrong, second, first)
-            rejected = jnp.where(wrong, first, second)
-            batch = arrays(entry, chosen, rejected, -math.log(2), length=1.0)
-            return jnp.mean(entry.function(*batch, **options))
-
-        return jax.vmap(jax.grad(risk))
-
-    observed = SHARE * (1 - FLIPS) + (1 - SHARE) * FLIPS
-    return (
-        rest(slope(options_of(entry, 0.0), SHARE)),
-        rest(slope(options_of(entry, FLIPS), observed)),
-    )
+    return learnt(0.0), learnt(FLIPS)
 
 
-def rest(slope: Callable) -> float:
+def rest(slopes_at: Callable) -> float:
     """Downhill from 0: where the slope turns, where a plateau begins, or infinity."""
-    start = float(slope(jnp.zeros(1))[0])
+    steps = 256
+    points = [0.0, *(2.0 ** (18 * i / steps - 7) for i in range(steps))]
+    start = slopes_at(jnp.array(points)).tolist()[0]
     if start == 0:
         return 0.0
-    way = -math.copysign(1.0, start)
-    flat = 1e-9 * abs(start)
-    points = jnp.concatenate([jnp.zeros(1), jnp.geomspace(2.0**-7, 2.0**11, 256)])
+    way, flat = -math.copysign(1.0, start), 1e-9 * abs(start)
     for _ in range(3):
-        slopes = way * slope(way * points)
-        turned = jnp.flatnonzero(slopes > -flat)
-        if not turned.size:
+        slopes = [way * s for s in slopes_at(way * jnp.array(points)).tolist()]
+        stop = next((i for i, slope in enumerate(slopes) if slope > -flat), None)
+        if stop is None:
             return way * math.inf
-        stop = int(turned[0])
-        before, after = slopes[stop - 1], slopes[stop]
-        edges = points[stop - 1], points[stop]
-        points = jnp.linspace(*edges, len(points))
+        (low, before), (high, after) = list(zip(points, slopes))[stop - 1 : stop + 1]
+        points = [low + (high - low) * i / steps for i in range(steps + 1)]
     # It only gets flatter and flatter: no minimum.
     if after < flat and before > -10 * flat:
         return way * math.inf
-    margin = float(edges[1])
-    return way * margin if margin > 1e-6 else 0.0
+    return way * high if high > 1e-6 else 0.0
 
 
 # Writing.
@@ -320,7 +325,7 @@ def measured(entry: Entry) -> list[str]:
         linked(entry),
         *entry.source,
         defaults(entry),
-        yes(any(name.startswith("reference") for name in entry.reads)),
+        yes(entry.needs_reference),
         yes(entry.coupled),
         *far_out(entry),
         under_flips(*margins_learnt(entry)),
@@ -347,7 +352,7 @@ def page() -> str:
             ("Losses of pairs, for policies", False),
             ("Losses of pairs, for reward models", True),
         ):
-            chosen = [e for e in of_pairs if is_of_rewards(e) == of_rewards]
+            chosen = [e for e in of_pairs if e.is_of_rewards == of_rewards]
             lines += [f"## {title}\n", *table(header, [measured(e) for e in chosen])]
     others = [entry for entry in entries if not entry.is_of_pairs]
     for file in sorted({entry.file for entry in others}):

@@ -23,6 +23,7 @@ from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
+    beta_dpo,
     from_loss,
     run,
     sft,
@@ -31,7 +32,7 @@ from jaxpref.train import (
 from jaxpref.train.config import RunConfig
 from jaxpref.train.entry import entry_point, fail
 
-OBJECTIVES = {make.__name__: make for make in (sft,)}
+OBJECTIVES = {make.__name__: make for make in (beta_dpo, sft)}
 """Losses that are trained otherwise than by their mean over the pairs."""
 
 LOSSES = {

@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from scipy.special import log_softmax
 
-from jaxpref.models import token_logps
+from jaxpref.models.logprobs import (
+    token_logps,
+    token_logps_and_collisions,
+    token_logps_and_kls,
+)
 
 B, T, D, V, P = 4, 9, 6, 10, 7
 
@@ -140,3 +145,71 @@ def test_every_mesh_gives_the_same(inputs, sizes):
     np.testing.assert_allclose(logps, expected, rtol=0, atol=2e-6)
     for found, wanted in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+
+
+def distributions(hidden, head, predictors):
+    """Log-probabilities [B, P, V] at every predictor, in float64."""
+    rows = np.asarray(hidden, np.float64)[np.arange(B)[:, None], predictors]
+    return log_softmax(rows @ np.asarray(head, np.float64), axis=-1)
+
+
+def test_collisions_are_the_chance_of_drawing_a_token_twice(inputs):
+    hidden, head, predictors, targets, _ = inputs
+    logps, collisions = token_logps_and_collisions(
+        hidden, head, predictors, targets, chunk_size=3
+    )
+    table = distributions(hidden, head, predictors)
+    expected = np.log(np.square(np.exp(table)).sum(-1))
+    np.testing.assert_allclose(collisions, expected, atol=2e-6)
+    alone = token_logps(hidden, head, predictors, targets, chunk_size=3)
+    np.testing.assert_array_equal(logps, alone)
+
+
+def test_divergence_from_the_reference_and_its_gradient(inputs):
+    hidden, head, predictors, targets, weights = inputs
+    rng = np.random.default_rng(1)
+    other, other_head = (
+        (x + 0.3 * rng.normal(size=x.shape)).astype(np.float32) for x in (hidden, head)
+    )
+
+    def summed(hidden):
+        logps, reference_logps, kls = token_logps_and_kls(
+            hidden, head, other, other_head, predictors, targets, chunk_size=3
+        )
+        return jnp.sum(kls * weights), (logps, reference_logps, kls)
+
+    gradient, found = jax.jit(jax.grad(summed, has_aux=True))(hidden)
+    policy = distributions(hidden, head, predictors)
+    reference = distributions(other, other_head, predictors)
+    at = (np.arange(B)[:, None], np.arange(P), targets)
+    kls = (np.exp(reference) * (reference - policy)).sum(-1)
+    for ours, expected in zip(found, (policy[at], reference[at], kls), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=3e-6)
+    # d KL(ref || pi) / d logits = pi - ref
+    slopes = weights[..., None] * ((np.exp(policy) - np.exp(reference)) @ head.T)
+    expected = np.zeros(hidden.shape)
+    for b, p in np.ndindex(B, P):
+        expected[b, predictors[b, p]] += slopes[b, p]
+    np.testing.assert_allclose(gradient, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 2, 2)])
+def test_distributions_on_a_sharded_vocabulary(inputs, sizes):
+    hidden, head, predictors, targets, _ = inputs
+    asked = (predictors, targets)
+    both = lambda h, w, p, t: (
+        token_logps_and_collisions(h, w, p, t, chunk_size=3),
+        token_logps_and_kls(h, w, 2 * h, w, p, t, chunk_size=3),
+    )
+    expected = jax.jit(both)(hidden, head, *asked)
+    axes = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Explicit,) * 3)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+        place = lambda x: jax.device_put(np.tile(x, (2,) + (1,) * (x.ndim - 1)), rows)
+        columns = jax.NamedSharding(mesh, jax.P(None, "tensor"))
+        found = jax.jit(both)(
+            place(hidden), jax.device_put(head, columns), *map(place, asked)
+        )
+    for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(np.asarray(ours)[:B], one, atol=2e-6)

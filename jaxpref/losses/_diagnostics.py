@@ -4,8 +4,6 @@ Nothing here is made small.  Everything is one number per pair or per sample and
 caller averages, but for the calibration error, which is one number for all pairs.
 """
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -30,9 +28,6 @@ Hidden = Float[Array, "*batch width"]
 """One hidden state per answer."""
 Outcomes = Num[Array, "*batch"]
 """What happened: 1, 0, or 1/2 for a tie."""
-
-_LARGEST_EXPONENT = 80.0
-"""exp of it, and sums of that over a batch, are finite in float32."""
 
 
 def ranking_accuracy(chosen_logps: Pairs, rejected_logps: Pairs) -> Pairs:
@@ -115,8 +110,7 @@ def idealized_ranking_accuracy(
       angie-chen55/pref-learning-ranking-acc, rlhf_minimizer_client.py, for `eps`.
     """
     _common.positive("beta", beta)
-    if isinstance(eps, numbers.Real) and not 0 < eps < 0.5:
-        raise ValueError(f"Expected eps in (0, 0.5), got {eps}.")
+    _common.between("eps", eps, 0.0, 0.5)
     chosen, rejected, shares = _common.promoted(
         reference_chosen_logps=reference_chosen_logps,
         reference_rejected_logps=reference_rejected_logps,
@@ -441,7 +435,7 @@ def kl_k3(log_ratios: Pairs) -> Pairs:
       http://joschu.net/blog/kl-approx.html.
     """
     (log_ratios,) = _common.promoted(log_ratios=log_ratios)
-    return jnp.expm1(jnp.minimum(-log_ratios, _LARGEST_EXPONENT)) + log_ratios
+    return jnp.expm1(jnp.minimum(-log_ratios, 80)) + log_ratios
 
 
 def _indicator(like: jax.Array, holds: jax.Array) -> jax.Array:

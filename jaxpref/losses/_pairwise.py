@@ -59,10 +59,10 @@ def dpo(
 
 
 def dove(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_joint_logps: Pairs,
+    policy_rejected_joint_logps: Pairs,
+    reference_chosen_joint_logps: Pairs,
+    reference_rejected_joint_logps: Pairs,
     *,
     beta: Scalar = 0.1,
 ) -> Pairs:
@@ -76,11 +76,12 @@ def dove(
     instruction on both sides its tokens cancel, and the loss is `dpo`.
 
     Args:
-      policy_chosen_logps: log pi(I_w, R_w), instruction and response together, summed
-        over the tokens of both, nats; [*batch].
-      policy_rejected_logps: log pi(I_l, R_l), the same way; [*batch].
-      reference_chosen_logps: log ref(I_w, R_w) under the frozen reference; [*batch].
-      reference_rejected_logps: log ref(I_l, R_l) under the frozen reference; [*batch].
+      policy_chosen_joint_logps: log pi(I_w, R_w), instruction and response together,
+        summed over the tokens of both, nats; [*batch].
+      policy_rejected_joint_logps: log pi(I_l, R_l), the same way; [*batch].
+      reference_chosen_joint_logps: log ref(I_w, R_w) under the frozen reference;
+        [*batch].
+      reference_rejected_joint_logps: log ref(I_l, R_l), the same way; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
 
     Returns:
@@ -104,12 +105,16 @@ def dove(
       preference objective.
       Authors' code: Hritikbansal/dove, a DPO trainer that keeps the prompt's labels.
     """
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = (
+        _common.promoted(
+            policy_chosen_joint_logps=policy_chosen_joint_logps,
+            policy_rejected_joint_logps=policy_rejected_joint_logps,
+            reference_chosen_joint_logps=reference_chosen_joint_logps,
+            reference_rejected_joint_logps=reference_rejected_joint_logps,
+        )
+    )
     h = _common.reward_margin(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta,
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta
     )
     return _common.logistic_loss(h)
 

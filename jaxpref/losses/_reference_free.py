@@ -312,13 +312,13 @@ def _beyond_target(difference: jax.Array, beta, gamma) -> jax.Array:
 def _likelihood_and_margin(
     average: jax.Array, margin: jax.Array, *, weight
 ) -> jax.Array:
-    """Negative log-likelihood per token, and the logistic loss of a margin beside it."""
+    """Negative log-likelihood per token, and a margin's logistic loss beside it."""
     _common.positive("beta", weight)
     return jnp.asarray(weight, margin.dtype) * _common.logistic_loss(margin) - average
 
 
 def _x_over_expm1(x: jax.Array) -> jax.Array:
-    """x / (exp(x) - 1), finite with finite gradients for every finite x; 1 at 0."""
+    """X / (exp(x) - 1), finite with finite gradients for every finite x; 1 at 0."""
     t = jnp.abs(x)
     small = t < 0.25
     # Bernoulli's series: near 0 the quotient's gradient is a difference of large terms.

@@ -4,8 +4,6 @@ They read rewards, not log-probs, so each also trains a policy when it is given
 `implicit_rewards`: `bradley_terry` of them is `dpo`.
 """
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
@@ -191,8 +189,7 @@ def rao_kupper(
       For policies, with this default: Chen et al., "On Extending Direct Preference
       Optimization to Accommodate Ties", 2024, arXiv:2409.17431, DPO-RK.
     """
-    if isinstance(theta, numbers.Real) and not 1 < theta < float("inf"):
-        raise ValueError(f"Expected theta > 1 and finite, got {theta}.")
+    _common.between("theta", theta, 1.0, float("inf"))
     difference = _common.reward_difference(chosen_rewards, rejected_rewards)
     labels = _labels(difference, ties=ties)
     theta = jnp.asarray(theta, difference.dtype)

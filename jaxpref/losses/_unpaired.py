@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses import _common
 from jaxpref.losses._common import Mask, Pairs, Scalar
-from jaxpref.losses._rewards import implicit_rewards
 
 __all__ = ["apo_zero_unpaired", "bco", "bco_shift", "kto", "kto_kl", "udm_weights"]
 
@@ -71,12 +70,11 @@ def kto(
     _common.not_negative("kl", kl)
     _common.not_negative("desirable_weight", desirable_weight)
     _common.not_negative("undesirable_weight", undesirable_weight)
-    rewards = implicit_rewards(policy_logps, reference_logps, beta=beta)
-    point, w_d, w_u = (
-        jnp.asarray(number, rewards.dtype)
-        for number in (beta * kl, desirable_weight, undesirable_weight)
+    value = _signed(policy_logps, reference_logps, desirable, beta * kl, beta)
+    w_d, w_u = (
+        jnp.asarray(weight, value.dtype)
+        for weight in (desirable_weight, undesirable_weight)
     )
-    value = _signed(rewards - jax.lax.stop_gradient(point), desirable)
     # 1 - s(v) as s(-v), which does not round to 0.
     return jnp.where(desirable, w_d, w_u) * jax.nn.sigmoid(-value)
 
@@ -160,11 +158,13 @@ def apo_zero_unpaired(
       [0.5 0.5]
 
     References:
-      D'Oosterlinck et al., "Anchored Preference Optimization and Contrastive Revisions",
-      2024, arXiv:2408.06266, APO-zero, Eq. 7.
+      D'Oosterlinck et al., "Anchored Preference Optimization and Contrastive Revisions:
+      Addressing Underspecification in Alignment", 2024, arXiv:2408.06266, APO-zero,
+      Eq. 7.
       Code: huggingface/trl, trl/trainer/kto_trainer.py, "apo_zero_unpaired".
     """
-    return kto(policy_logps, reference_logps, desirable, 0.0, beta=beta)
+    value = _signed(policy_logps, reference_logps, desirable, 0.0, beta)
+    return jax.nn.sigmoid(-value)
 
 
 def bco(
@@ -212,9 +212,9 @@ def bco(
       Code: huggingface/trl, trl/trainer/bco_trainer.py, `bco_loss`.
     """
     _common.finite("running_shift", running_shift)
-    rewards = implicit_rewards(policy_logps, reference_logps, beta=beta)
-    shift = jax.lax.stop_gradient(jnp.asarray(running_shift, rewards.dtype))
-    return _common.logistic_loss(_signed(rewards - shift, desirable))
+    return _common.logistic_loss(
+        _signed(policy_logps, reference_logps, desirable, running_shift, beta)
+    )
 
 
 def bco_shift(
@@ -244,8 +244,8 @@ def bco_shift(
     Examples:
       >>> import jax.numpy as jnp
       >>> from jaxpref.losses import bco_shift
-      >>> rewards, desirable = jnp.array([2.0, 4.0, -1.0]), jnp.array([True, True, False])
-      >>> print(bco_shift(rewards, desirable))
+      >>> rewards = jnp.array([2.0, 4.0, -1.0])
+      >>> print(bco_shift(rewards, jnp.array([True, True, False])))
       1.0
 
     References:
@@ -283,7 +283,7 @@ def udm_weights(
 
     Raises:
       TypeError: if the array is not floating point.
-      ValueError: if a Python `low` is not >= 0, or a Python `high` below a Python `low`.
+      ValueError: if a Python `low` or `high` is not >= 0, or `high` below `low`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -304,14 +304,20 @@ def udm_weights(
     return jax.lax.stop_gradient(jnp.clip(f / (1 - f), low, high))
 
 
-def _signed(values: jax.Array, desirable) -> jax.Array:
-    """What should be large: the value of a desirable answer, minus that of others."""
-    _check_labels(values, desirable)
-    return jnp.where(desirable, values, -values)
+def _signed(policy_logps, reference_logps, desirable, shift, beta) -> jax.Array:
+    """What should be large: beta log pi/ref - shift, with a minus if undesirable."""
+    _common.positive("beta", beta)
+    policy, reference = _common.promoted(
+        policy_logps=policy_logps, reference_logps=reference_logps
+    )
+    _check_labels(policy, desirable)
+    rewards = jnp.asarray(beta, policy.dtype) * (policy - reference)
+    shift = jax.lax.stop_gradient(jnp.asarray(shift, policy.dtype))
+    return jnp.where(desirable, rewards - shift, shift - rewards)
 
 
-def _check_labels(values: jax.Array, desirable) -> None:
-    _common.same_shape(values=values, desirable=desirable)
+def _check_labels(answers: jax.Array, desirable) -> None:
+    _common.same_shape(answers=answers, desirable=desirable)
     dtype = jnp.asarray(desirable).dtype
     # Labels of -1 and 1 would both be true.
     if dtype != jnp.bool_:

@@ -7,6 +7,7 @@ from jaxpref.train.mesh import initialize_distributed as initialize_distributed
 from jaxpref.train.mesh import make_mesh as make_mesh
 from jaxpref.train.metrics import read_metrics as read_metrics
 from jaxpref.train.objective import Objective as Objective
+from jaxpref.train.objective import beta_dpo as beta_dpo
 from jaxpref.train.objective import from_loss as from_loss
 from jaxpref.train.objective import sft as sft
 from jaxpref.train.objective import trainable as trainable

@@ -17,11 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.sharding import replicated
+from jaxpref.train.rewards import averages_tokens, reward_metrics
 from jaxpref.train.scores import PROVIDED, Scores, pair_arrays, without_side
 
 
@@ -99,13 +101,74 @@ def from_loss(loss: Callable[..., jax.Array], **options) -> Objective:
     Raises:
       InputError: if an option is unknown to the loss, missing, or out of its range.
     """
-    return _mean_of(loss, options, lambda batch: jnp.sum(batch.pairs >= 0))
+    return _mean_of(loss, options, _pairs)
 
 
 def sft() -> Objective:
     """Supervised fine-tuning: mean negative log-likelihood of the completion tokens."""
     tokens = lambda batch: jnp.sum(batch.completion_lengths[..., 0])
     return _mean_of(losses.sft, {}, tokens)
+
+
+def beta_dpo(
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.6,
+    drop_rate: float = 0.2,
+    momentum: float = 0.9,
+) -> Objective:
+    """beta-DPO: a beta that follows the batch, and unusual pairs left out of it.
+
+    Its state is the moving mean and standard deviation of the margins, and the number
+    of batches, which the random choice of each batch depends on.
+
+    Args:
+      beta: the beta of a batch whose margins are as usual, > 0.
+      alpha: how far beta follows the batch, per nat of margin, >= 0.
+      drop_rate: the part of a batch's pairs that is left out, in [0, 1).
+      momentum: the part of the moving moments that stays, in [0, 1].
+
+    Raises:
+      InputError: if an option is out of its range.
+    """
+    if not 0 <= drop_rate < 1:
+        raise InputError(
+            f"loss beta_dpo: Expected drop_rate in [0, 1), got {drop_rate}."
+        )
+    if not 0 <= momentum <= 1:
+        raise InputError(f"loss beta_dpo: momentum {momentum}: must be in [0, 1]")
+
+    def init():
+        moments = {"running_mean": np.float32(0), "running_std": np.float32(0)}
+        return moments | {"batches": np.int32(0)}
+
+    def prepare(arrays, where, state):
+        chosen = arrays["policy_chosen_logps"] - arrays["reference_chosen_logps"]
+        rejected = arrays["policy_rejected_logps"] - arrays["reference_rejected_logps"]
+        margins = chosen - rejected
+        mean, std = losses.margin_moments(
+            margins,
+            state["running_mean"],
+            state["running_std"],
+            momentum=momentum,
+            where=where,
+        )
+        key = jax.random.fold_in(jax.random.key(0), state["batches"])
+        selected = losses.beta_dpo_selection(
+            margins, mean, std, key, drop_rate=drop_rate, where=where
+        )
+        batches = state["batches"] + 1
+        return selected, {"running_mean": mean, "running_std": std, "batches": batches}
+
+    objective = _mean_of(
+        losses.beta_dpo,
+        {"beta": beta, "alpha": alpha},
+        _pairs,
+        init=init,
+        prepare=prepare,
+    )
+    own = {"drop_rate": drop_rate, "momentum": momentum}
+    return dataclasses.replace(objective, options=dict(objective.options) | own)
 
 
 Prepare = Callable[[dict, jax.Array, Any], tuple[jax.Array, Any]]
@@ -135,7 +198,7 @@ def _mean_of(
     def per_token() -> bool:
         # Not before a run has joined its processes: it touches a device.
         with jax.ensure_compile_time_eval():
-            return _averages(loss, reads, options, init())
+            return averages_tokens(loss, reads, options, init())
 
     def metrics(scores, batch):
         return reward_metrics(scores, batch, per_token(), options)
@@ -160,7 +223,7 @@ def _mean_of(
             where, following = prepare(arrays, where, state)
 
         def summed(scores):
-            values = pair_losses(scores, batch, state, where)
+            values = pair_losses(scores, batch, following, where)
             return jnp.sum(values), values
 
         cotangents, values = jax.grad(summed, has_aux=True)(scores)
@@ -212,37 +275,8 @@ def _mean_of(
     )
 
 
-def reward_metrics(
-    scores: Scores,
-    batch: PreferenceBatch,
-    per_token: bool,
-    options: Mapping[str, Any],
-) -> dict[str, jax.Array]:
-    """Means over the pairs of log-probs and implicit rewards, under the field's names.
-
-    Implicit rewards are in the loss's own convention: beta (log pi - log pi_ref) where
-    it reads a reference, beta log pi where it does not, averaged over tokens where it
-    averages them.  Ties count half in `rewards/accuracies`.
-    """
-    mask = batch.pairs >= 0
-    pairs = jnp.maximum(jnp.sum(mask), 1)
-    mean = lambda x: jnp.sum(jnp.where(mask, x, 0.0)) / pairs
-    logps = scores["policy_logps"]
-    metrics = {"logps/chosen": mean(logps[..., 0])}
-    if logps.shape[-1] == 1:
-        return metrics
-    reference = dict(batch.reference) | scores
-    rewards = options.get("beta", 1.0) * (logps - reference.get("reference_logps", 0))
-    if per_token:
-        rewards = rewards / jnp.maximum(batch.completion_lengths, 1)
-    chosen, rejected = rewards[..., 0], rewards[..., 1]
-    return metrics | {
-        "logps/rejected": mean(logps[..., 1]),
-        "rewards/chosen": mean(chosen),
-        "rewards/rejected": mean(rejected),
-        "rewards/accuracies": mean(losses.reward_accuracies(chosen, rejected)),
-        "rewards/margins": mean(chosen - rejected),
-    }
+def _pairs(batch: PreferenceBatch) -> jax.Array:
+    return jnp.sum(batch.pairs >= 0)
 
 
 def _reads(loss: Callable) -> tuple[str, ...]:
@@ -263,25 +297,3 @@ def _check(loss: Callable, options: Mapping[str, Any], state) -> None:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"loss {loss.__name__}: {error}") from error
-
-
-def _averages(loss: Callable, reads, options: Mapping[str, Any], state) -> bool:
-    """Whether the loss looks at log-probs a token: then so do the reward metrics.
-
-    Told by its pull on the rejected answer, which halves where all answers are twice as
-    long and as unlikely, and the policy still equals its reference.
-    """
-    if "rejected_lengths" not in reads:
-        return False
-
-    def pull(tokens: float):
-        def summed(rejected):
-            arrays = {name: jnp.full(1, -tokens) for name in reads}
-            arrays |= {n: jnp.full(1, tokens) for n in reads if n.endswith("lengths")}
-            arrays |= {n: state[n] for n in reads if n in state}
-            arrays["policy_rejected_logps"] = rejected
-            return jnp.sum(loss(**arrays, **options))
-
-        return float(jax.grad(summed)(jnp.full(1, -tokens))[0])
-
-    return abs(pull(2.0) / pull(1.0) - 0.5) < 1e-3

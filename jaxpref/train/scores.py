@@ -4,6 +4,7 @@ A loss reads `policy_chosen_logps`; a model scores all completions at once.  So 
 are kept by the loss's name without its side (`policy_logps`), with an axis of sides.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,21 @@ def make_scores(
             name: per_completion(losses.sum_by_completion, of_token)
             for name, of_token in of_tokens.items()
         }
+        if "policy_prefix_logps" in needs:
+            # What the longer answer has beyond the shorter one is the tail.
+            shorter = jnp.min(batch.completion_lengths, axis=-1, keepdims=True)
+            prefix_lengths = jnp.broadcast_to(shorter, batch.completion_lengths.shape)
+            prefix_lengths = jnp.reshape(
+                prefix_lengths,
+                (rows, slots * sides),
+                out_sharding=on_mesh(SPECS.tokens),
+            )
+            sums["policy_prefix_logps"] = per_completion(
+                functools.partial(
+                    losses.sum_prefix_by_completion, prefix_lengths=prefix_lengths
+                ),
+                logps,
+            )
         if "log_weights" in needs:
             sums["log_weights"] /= jnp.maximum(batch.completion_lengths, 1)
         return sums

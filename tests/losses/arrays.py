@@ -44,12 +44,13 @@ def of_pairs(change, arrays):
 
 def differentiable(row: Row) -> list[int]:
     """Positions of the arrays a model's gradient flows through."""
-    moving = lambda n: n.startswith("policy") or n.endswith(("rewards", "kls", "ratios"))
+    ends = ("rewards", "kls", "ratios")
+    moving = lambda n: n.startswith("policy") or n.endswith(ends)
     return [i for i, name in enumerate(row.reads) if moving(name)]
 
 
 def swapped(row: Row, arrays):
-    """The same pairs with chosen and rejected exchanged; what has no other side stays."""
+    """The same pairs, chosen and rejected exchanged; what has no other side stays."""
     exchange = {"chosen": "rejected", "rejected": "chosen"}
     values = dict(zip(row.reads, arrays))
     other = lambda name: "_".join(exchange.get(w, w) for w in name.split("_"))

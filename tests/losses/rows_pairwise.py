@@ -60,6 +60,11 @@ def discopop_mirror(loss, swapped, *arrays, beta, tau):
     return loss - swapped - log_ratio_modulated(h, tau) + log_ratio_modulated(-h, tau)
 
 
+JOINT_SHIFTS = tuple(
+    tuple(name.replace("_logps", "_joint_logps") for name in names)
+    for names in MARGIN_SHIFTS
+)
+
 ROWS = (
     Row(
         loss=losses.dpo,
@@ -76,9 +81,8 @@ ROWS = (
         defaults={"beta": 0.1},
         options=({}, {"beta": 1.0}),
         at_reference=lambda **_: LOG2,
-        special=(({}, losses.dpo, {}), ({"beta": 0.7}, losses.dpo, {"beta": 0.7})),
         mirror=logistic_mirror,
-        shifts=MARGIN_SHIFTS,
+        shifts=JOINT_SHIFTS,
     ),
     Row(
         loss=losses.hinge,

@@ -63,10 +63,12 @@ def test_dr_dpo_limits():
 
 
 def test_dr_dpo_single_precision_survives_a_large_beta_prime():
-    """b' multiplies what a logarithm near 1 has kept."""
+    """b' multiplies what a logarithm near 1 has kept; the weights are off by 1e-5."""
     arrays = [array.astype(jnp.float32) for array in four()]
     ours = losses.dr_dpo(*arrays, beta=1.0, beta_prime=1e6)
-    np.testing.assert_allclose(ours, losses.dpo(*arrays, beta=1.0), rtol=1e-4)
+    np.testing.assert_allclose(
+        ours, losses.dpo(*arrays, beta=1.0), rtol=3e-5, atol=3e-5
+    )
 
 
 def test_dr_dpo_and_kl_dpo_lean_opposite_ways():

@@ -224,6 +224,7 @@ def test_properties_hold_for_any_input(row, data):
             )
             np.testing.assert_allclose(residual, 0, atol=1e-9)
         for names in row.shifts:
+            assert set(names) <= set(row.reads)
             moved = [a + shift * (n in names) for a, n in zip(arrays, row.reads)]
             after = loss(*on_device(moved, jnp.float64))
             np.testing.assert_allclose(after, value, rtol=1e-9, atol=1e-9)

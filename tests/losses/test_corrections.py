@@ -178,7 +178,6 @@ def test_corrected_losses_introduce_themselves(correction):
     corrected = correction(losses.simpo, 0.2)
     assert corrected.__name__ == f"{correction.__name__}_simpo"
     assert inspect.signature(corrected) == inspect.signature(losses.simpo)
-    assert inspect.unwrap(corrected) is corrected
     assert "simpo" in corrected.__doc__
     arrays = on_device(
         arrays_of(next(r for r in TABLE if r.name == "simpo")), "float32"
@@ -223,6 +222,10 @@ def test_losses_that_cannot_be_corrected_are_refused(correction, row):
         correction(row.loss, 0.2)
 
 
+def square(x):
+    return x * x
+
+
 @pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
 def test_wrong_rates_are_refused(correction):
     correction = inspect.unwrap(correction)
@@ -233,10 +236,4 @@ def test_wrong_rates_are_refused(correction):
     with pytest.raises(ValueError, match=r"flip_rate to broadcast .* \(16,\), got"):
         correction(losses.dpo, jnp.full(3, 0.1))(*arrays)
     with pytest.raises(TypeError, match="both answers, got square, which reads x"):
-        correction(lambda_named("square"), 0.1)
-
-
-def lambda_named(name):
-    function = lambda x: x
-    function.__name__ = name
-    return function
+        correction(square, 0.1)

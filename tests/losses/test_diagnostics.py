@@ -348,7 +348,7 @@ def test_ranking_refuses_wrong_beta(name, beta):
 @pytest.mark.parametrize("eps", [0, 0.5, -1.0, float("nan")])
 def test_ranking_refuses_wrong_eps(eps):
     function, arrays = inputs_of("idealized_ranking_accuracy")
-    with pytest.raises(ValueError, match=rf"eps in \(0, 0.5\), got {eps}"):
+    with pytest.raises(ValueError, match=rf"eps in \(0.0, 0.5\), got {eps}"):
         function(*arrays, eps=eps)
 
 

@@ -1,67 +1,68 @@
 """Losses against TRL 1.16, through TRL's own `compute_loss`, in value and in gradient.
 
 What TRL does otherwise than jaxpref, found here and not copied.  Every line is asserted
-by the test named after it.
+by the test whose name holds the words in the third column, here or, for the trainers
+beside DPO's, in `test_losses_against_trl_others`.
 
-    TRL                                       jaxpref                      test
-    ----------------------------------------  ---------------------------  -------------
+    TRL                                       jaxpref                     test
+    ----------------------------------------  --------------------------  -------------
     DPO trainer
-    "sigmoid" ignores label_smoothing         `cdpo` is its own loss       smoothing
-    "robust" takes label_smoothing >= 1/2     refused                      robust_range
-      (a warning; at 1/2 it divides by 0)
-    "exo_pair" holds its smoothing in         in the precision of the      exo_precision
-      float32 whatever the log-probs          log-probs
-    alpha_divergence fails in float64         any float                    alpha_float64
-    f_alpha_divergence_coef c                 alpha = 1 - c, the paper's   dpo_trainer
-    forward_kl overflows at a log-ratio       exponent clipped at 80       forward_kl
-      below -88: gradient NaN
-    "discopop" is 0 * infinity = NaN at       finite                       discopop
+    "sigmoid" ignores label_smoothing         `cdpo` is its own loss      smoothing
+    "robust" takes label_smoothing >= 1/2     refused                     robust_range,
+      (a warning; at 1/2 it divides by 0)                                 genuine
+    "exo_pair" holds its smoothing in         in the precision of the     exo_precision
+      float32 whatever the log-probs            log-probs
+    alpha_divergence fails in float64         any float                   alpha_float64
+    f_alpha_divergence_coef is 1 - alpha      the paper's alpha           dpo_trainer
+    forward_kl overflows at log-ratios below  exponent clipped at 80      overflow
+      -88: NaN gradient
+    "discopop" is 0 times infinity, NaN, at   finite                      overflow
       large negative margins
-    use_weighting weighs by w_w w_l           by min(1, w_w w_l), as the   wpo_cap
-                                              authors' code
-    "hinge" at its kink: gradient 0           the mean of both sides       hinge_kink
-    "ipo", "sigmoid_norm" count the first     lengths are those of the     promptless
-      token of an answer without a prompt,    tokens in the sums
+    use_weighting weighs by w_w w_l           by min(1, w_w w_l), as the  wpo_cap
+                                                authors' code
+    "hinge" at its kink: gradient 0           mean of both sides'         hinge_kink
+    "ipo", "sigmoid_norm" count the first     lengths are those of the    promptless
+      token of an answer without a prompt,      tokens in the sums
       which has no log-prob
-    "sft" is the mean over all tokens of      a sum for each pair; the     dpo_trainer
-      the batch                               caller divides
-    rewards/accuracies: a tie counts 0        a tie counts 1/2             metrics
-    rewards/* under an f-divergence, or       the caller says which        metrics
-      under ld_alpha: beta times the plain
-      (discounted) log-ratio
+    "sft" is a mean over the batch's tokens   one sum for each pair       sft
+    rewards/accuracies: a tie counts 0        1/2                         metrics
+    rewards/* is beta times the log-ratio,    the caller decides          metrics
+      also under an f-divergence; under
+      ld_alpha that of discounted log-probs
 
     KTO trainer
-    the KL needs log-probs of a second        given to the loss            kto
-      batch, rotated by one within it; each
-      row weighs alike, the mean is over
-      desirable and undesirable together
+    mismatched answers: those of one batch    log-probs of mismatched     kto_trainer_
+      rotated by one, so that a batch of one    answers are an argument     rotates
+      has its own answer
+    mean over the losses that are not NaN     NaN is shown                kto_drops
 
     CPO trainer (experimental)
-    likelihood: mean over the batch's tokens  mean over each answer's      cpo_likelihood
-    "simpo" adds its likelihood by default    `simpo` has none             simpo
-      (cpo_alpha 1)
-    label_smoothing on every logistic loss    no such option; equals       cpo_smoothing
-                                              `cdpo`, reference 0
-    alpha: 1 - exp(logp)^-alpha, inf - inf    exponent clipped             alpha_po
-      = NaN for an improbable answer
-    loss_type "alphapo" is documented and     `alpha_po`                   alpha_po
-      refused; it is "simpo" with alpha
+    likelihood: a mean over the batch's       over each answer's tokens   cpo_nll
+      tokens
+    "simpo" has a likelihood beside it        `simpo` has none            simpo_has
+      unless cpo_alpha is 0
+    "sigmoid" with label_smoothing            `cdpo`, reference 0         cpo_smoothing
+    alpha: infinity - infinity, NaN, for      exponent clipped            alpha_po
+      improbable answers
+    loss_type "alphapo" is refused, "simpo"   `alpha_po`                  alpha_po
+      with alpha is it
 
     ORPO trainer (experimental)
-    likelihood of prompt AND answer, mean     of the answer, mean over     orpo
-      over the batch's tokens                 its tokens
-    log(1 - p) is -inf at p = 1: NaN          average held below -1e-6     orpo_certain
+    likelihood of prompt AND answer, mean     of the answer, mean over    orpo
+      over the batch's tokens                   its tokens
+    preference term in float32 always         in the precision of the     orpo
+                                                log-probs
+    NaN gradient for an answer of             its average counts as       orpo_certain
+      probability 1                             -1e-6
 
     Reward trainer
-    accuracy: a tie counts 0                  a tie counts 1/2             reward_ties
+    accuracy: a tie counts 0                  1/2                         reward_ties
 
-Options of TRL without a counterpart here: label_smoothing of "aot" and "aot_unpaired",
-"hinge" and "ipo" of the CPO and TPO trainers (`hinge` and `ipo_averaged` with a
-reference of 0, or `ipo`, are the same numbers).
+Options of TRL without a counterpart here: label_smoothing of "aot" and "aot_unpaired"
+and of the CPO trainer's "simpo", and use_weighting of other losses than "sigmoid".
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -73,91 +74,96 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from tests.parity import trl_losses as trl
-from tests.parity.trl_losses import assert_agree, mean, ours, theirs
+from tests.parity.trl_losses import (
+    DTYPES,
+    Case,
+    assert_agree,
+    batch,
+    dtypes_of,
+    likelihood,
+    mean,
+    our_loss,
+    ours,
+    theirs,
+)
 
 pytestmark = pytest.mark.parity
 
+ORDINARY = (0, 1, 2, 3)
+
+
 def same(loss_type, loss, *betas, **more):
+    """Cases whose only option is beta; `more` are TRL's."""
     return [
-        Case({"loss_type": loss_type, "beta": b}, loss, {"beta": b}, **more)
-        for b in betas
+        Case({"loss_type": loss_type, "beta": beta} | more, loss, {"beta": beta})
+        for beta in betas
     ]
 
 
-def smoothed(loss_type, loss, name, *rates, **more):
-    return [
-        Case(
-            {"loss_type": loss_type, "beta": beta, "label_smoothing": rate},
-            loss,
-            {"beta": beta, name: rate},
-            **more,
-        )
-        for beta in (0.1, 1.0)
-        for rate in rates
-    ]
+def robust(rate, **more):
+    theirs = {"loss_type": "robust", "beta": 0.1, "label_smoothing": rate}
+    return Case(theirs, "rdpo", {"beta": 0.1, "flip_rate": rate}, **more)
+
+
+def exo(beta):
+    # Not a large smoothing with a large beta: the loss, a KL divergence, is then near 0
+    # and a difference of equals on both sides.
+    theirs = {"loss_type": "exo_pair", "beta": beta, "label_smoothing": 1e-3}
+    ours = {"beta": beta, "label_smoothing": 1e-3}
+    return Case(theirs, "exo_pair", ours, dtypes=("float32",))
+
+
+def discopop(beta, tau):
+    theirs = {"loss_type": "discopop", "beta": beta, "discopop_tau": tau}
+    return Case(theirs, "discopop", {"beta": beta, "tau": tau}, batches=ORDINARY)
+
+
+def divergence(theirs, loss, beta, **more):
+    return Case(
+        {"f_divergence_type": theirs, "beta": beta}, loss, {"beta": beta}, **more
+    )
+
+
+def alpha_divergence(alpha, beta):
+    theirs = {"f_divergence_type": "alpha_divergence", "beta": beta}
+    theirs["f_alpha_divergence_coef"] = 1 - alpha
+    ours = {"alpha": alpha, "beta": beta}
+    return Case(theirs, "alpha_dpo", ours, dtypes=("float32",))
 
 
 DPO_CASES = [
     *same("sigmoid", "dpo", 0.01, 0.1, 2.0),
     *same("hinge", "hinge", 0.05, 0.7),
     *same("ipo", "ipo_averaged", 0.01, 0.1, 1.0),
-    # Not both large: the loss is then near 0, where it is a difference of equals.
-    *smoothed("exo_pair", "exo_pair", "label_smoothing", 1e-3, dtypes=("float32",)),
+    *map(exo, (0.1, 1.0)),
     *same("nca_pair", "nca_pair", 0.01, 1.0),
-    *smoothed("robust", "rdpo", "flip_rate", 0.0, 0.1, 0.3, 31 / 64),
+    *map(robust, (0.0, 0.1, 0.3)),
+    # Here both lose digits in float32.
+    robust(0.49, dtypes=("float64",)),
     *same("bco_pair", "bco_pair", 0.01, 1.0),
     *same("sppo_hard", "sppo_hard", 0.001, 0.1),
     *same("aot", "aot", 0.01, 1.0),
     *same("aot_unpaired", "aot_unpaired", 0.01, 1.0),
     *same("apo_zero", "apo_zero", 0.1, 1.0),
     *same("apo_down", "apo_down", 0.1, 1.0),
-    *[
-        Case(
-            {"loss_type": "discopop", "beta": beta, "discopop_tau": tau},
-            "discopop",
-            {"beta": beta, "tau": tau},
-            batches=ORDINARY,
-        )
-        for beta in (0.05, 0.5)
-        for tau in (0.05, 1.0)
-    ],
+    *(discopop(beta, tau) for beta in (0.05, 0.5) for tau in (0.05, 1.0)),
     *same("sigmoid_norm", "ln_dpo", 0.1, 5.0),
-    *[
-        Case(
-            {"f_divergence_type": theirs, "beta": beta},
-            name,
-            {"beta": beta},
-            batches=batches,
-        )
-        for theirs, name, batches in (
-            ("forward_kl", "forward_kl_dpo", ORDINARY),
-            ("js_divergence", "js_dpo", (0, 1, 2, 3, 4)),
-        )
+    *(divergence("js_divergence", "js_dpo", beta) for beta in (0.1, 1.0)),
+    *(
+        divergence("forward_kl", "forward_kl_dpo", beta, batches=ORDINARY)
         for beta in (0.1, 1.0)
-    ],
-    *[
-        Case(
-            {
-                "f_divergence_type": "alpha_divergence",
-                "beta": beta,
-                "f_alpha_divergence_coef": 1 - alpha,
-            },
-            "alpha_dpo",
-            {"beta": beta, "alpha": alpha},
-            dtypes=("float32",),
-        )
-        for beta in (0.1, 1.0)
+    ),
+    *(
+        alpha_divergence(alpha, beta)
         for alpha in (0.25, 0.5, 0.75)
-    ],
-    *[
+        for beta in (0.1, 1)
+    ),
+    *(
         Case({"ld_alpha": alpha, "beta": 0.1}, "ld_dpo", {"alpha": alpha, "beta": 0.1})
         for alpha in (0.0, 0.25, 1.0)
-    ],
-    *same("sigmoid", "wpo", 0.01, 0.1),
+    ),
+    *same("sigmoid", "wpo", 0.01, 0.1, use_weighting=True),
 ]
-for case in DPO_CASES:
-    if case.loss == "wpo":
-        case.trl["use_weighting"] = True
 
 
 def dpo_loss(tokens, **options):
@@ -362,3 +368,115 @@ def test_promptless(loss_type, loss):
     assert abs(value / wanted[0] - 1) > 1e-3
     longer = {n: t + n.endswith("_lengths") for n, t in tokens.arrays.items()}
     assert_agree(ours(objective, longer, tokens.policy), wanted)
+
+
+# Trainers made by their own constructors, on a real model.
+
+TEXTS = (
+    ("Once upon a time", " there was a cat.", " the dog."),
+    ("Tom", " was sad.", " saw a big red ball and smiled."),
+    ("The big dog", " sat", " ran"),
+)
+
+
+@pytest.fixture(scope="module")
+def genuine(stories260k, tmp_path_factory):
+    """`make(trainer class, config class, rows, **options)`, policy and reference."""
+    import transformers
+    from datasets import Dataset
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(stories260k)
+
+    def model(seed, scale):
+        made = transformers.AutoModelForCausalLM.from_pretrained(
+            stories260k, dtype=torch.float32
+        )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in made.parameters():
+                weight += scale * torch.randn(weight.shape, generator=generator)
+        return made
+
+    def make(kind, config, rows, **options):
+        settings = config(
+            output_dir=str(tmp_path_factory.mktemp("trl")),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            **options,
+        )
+        return kind(
+            model=model(0, 0.0),
+            ref_model=model(1, 0.02),
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def test_genuine_dpo_trainer(genuine):
+    rows = [dict(zip(("prompt", "chosen", "rejected"), texts)) for texts in TEXTS]
+    options = {"loss_type": "robust", "label_smoothing": 0.5, "use_weighting": True}
+    options["per_device_train_batch_size"] = 3
+    trainer = genuine(trl.DPOTrainer, trl.DPOConfig, rows, **options)  # not refused
+    inputs = next(iter(trainer.get_train_dataloader()))
+    assert not np.isfinite(trainer.compute_loss(trainer.model, inputs).item())
+
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    question = {"input_ids": inputs["input_ids"], "labels": labels}
+    question |= {"attention_mask": inputs["attention_mask"], "fused_lm_head": True}
+    with torch.no_grad():
+        policy, reference = (
+            model(**question).log_probs for model in (trainer.model, trainer.ref_model)
+        )
+        del question["fused_lm_head"]
+        logits = trainer.model(**question).logits[:, :-1]
+    squares = losses.log_collisions(jnp.asarray(logits.numpy()))
+    tokens = trl.Tokens(
+        ids=inputs["input_ids"],
+        mask=inputs["completion_mask"],
+        attention=inputs["attention_mask"],
+        policy=policy.requires_grad_(),
+        reference=reference,
+        log_squares=torch.tensor(np.array(squares)),
+    )
+    for changes, loss in (
+        ({"loss_types": ["sigmoid"], "use_weighting": False}, "dpo"),
+        ({"loss_types": ["ipo"]}, "ipo_averaged"),
+        ({"loss_types": ["sigmoid"], "ld_alpha": 0.5}, "ld_dpo"),
+        ({"ld_alpha": None, "use_weighting": True}, "wpo"),
+    ):
+        vars(trainer).update(changes)
+        wanted = trainer.compute_loss(trainer.model, inputs).item()
+        value, _ = our_loss(tokens, mean(getattr(losses, loss), beta=0.1))
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+
+    # Our log-weights, from all that they are made of.
+    mask = tokens.targets.numpy().astype(bool)
+    weights = losses.wpo_log_weights(
+        *map(jnp.asarray, (policy.detach().numpy(), squares, mask))
+    )
+    sides = [tokens.arrays[f"{side}_log_weights"] for side in ("chosen", "rejected")]
+    np.testing.assert_allclose(weights, torch.cat(sides), rtol=1e-6)
+
+
+def test_genuine_kto_trainer_rotates_within_batches(genuine):
+    answers = [" was " + word for word in "a big red sad cat".split()]
+    rows = [
+        {"prompt": "Tom", "completion": answer, "label": bool(index % 2)}
+        for index, answer in enumerate(answers)
+    ]
+    trainer = genuine(
+        trl.KTOTrainer, trl.KTOConfig, rows, per_device_train_batch_size=2
+    )
+    own, other = (
+        list(trainer.train_dataset[name])
+        for name in ("completion_ids", "KL_completion_ids")
+    )
+    assert other == [own[1], own[0], own[3], own[2], own[4]]
+    # The odd row at the end is "mismatched" with its own answer.
+    assert other[-1] == own[-1]

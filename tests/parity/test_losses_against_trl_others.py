@@ -1,3 +1,35 @@
+"""Losses against TRL 1.16: the trainers beside DPO's.  For the table of what TRL does
+otherwise, see `test_losses_against_trl`.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl", "1.16", reason="needs TRL 1.16")
+
+import jax.numpy as jnp
+
+from jaxpref import losses
+from tests.parity import trl_losses as trl
+from tests.parity.trl_losses import (
+    DTYPES,
+    Case,
+    assert_agree,
+    dtypes_of,
+    likelihood,
+    mean,
+    our_loss,
+    ours,
+    theirs,
+)
+
+pytestmark = pytest.mark.parity
+
+
 # KTO.
 
 
@@ -84,9 +116,7 @@ def test_kto_drops_what_is_not_a_number():
 # Without a reference: CPO, SimPO, AlphaPO, ORPO, TPO.
 
 
-@functools.cache
-def logits(index, dtype, **options) -> trl.Tokens:
-    return trl.draw(dtype=dtype, logits=True, **BATCHES[index], **options)
+logits = functools.partial(trl.batch, logits=True)
 
 
 def free_loss(kind, tokens, **options):
@@ -108,42 +138,27 @@ def with_zero_reference(loss, **options):
     return objective
 
 
+def free_case(loss, *, beta, gamma=None, alpha=None):
+    theirs = {"loss_type": "simpo", "beta": beta, "cpo_alpha": 0.0}
+    theirs |= {"simpo_gamma": gamma, "alpha": alpha or 0.0}
+    ours = {"beta": beta, "gamma": gamma, "alpha": alpha}
+    ours = {name: value for name, value in ours.items() if value is not None}
+    if loss == "cpo":
+        theirs["loss_type"] = "sigmoid"
+        ours["nll_weight"] = 0.0
+    return Case(theirs, loss, ours, batches=(0, 1, 2, 3))
+
+
 FREE_CASES = [
-    *[
-        Case(
-            {"loss_type": "sigmoid", "beta": beta, "cpo_alpha": 0.0},
-            "cpo",
-            {"beta": beta, "nll_weight": 0.0},
-        )
-        for beta in (0.1, 1.0)
-    ],
-    *[
-        Case(
-            {
-                "loss_type": "simpo",
-                "beta": beta,
-                "simpo_gamma": gamma,
-                "cpo_alpha": 0.0,
-            },
-            "simpo",
-            {"beta": beta, "gamma": gamma},
-        )
-        for beta, gamma in ((2.0, 0.5), (10.0, 3.0), (2.5, 0.0))
-    ],
-    *[
-        Case(
-            {
-                "loss_type": "simpo",
-                "beta": 2.5,
-                "simpo_gamma": gamma,
-                "alpha": alpha,
-                "cpo_alpha": 0.0,
-            },
-            "alpha_po",
-            {"beta": 2.5, "gamma": gamma, "alpha": alpha},
-        )
-        for gamma, alpha in ((0.25, 0.25), (0.5, 1.0), (0.25, -0.5), (0.0, -1.0))
-    ],
+    free_case("cpo", beta=0.1),
+    free_case("cpo", beta=1.0),
+    free_case("simpo", beta=2.0, gamma=0.5),
+    free_case("simpo", beta=10.0, gamma=3.0),
+    free_case("simpo", beta=2.5, gamma=0.0),
+    free_case("alpha_po", beta=2.5, gamma=0.25, alpha=0.25),
+    free_case("alpha_po", beta=2.5, gamma=0.5, alpha=1.0),
+    free_case("alpha_po", beta=2.5, gamma=0.25, alpha=-0.5),
+    free_case("alpha_po", beta=2.5, gamma=0.0, alpha=-1.0),
 ]
 
 
@@ -158,7 +173,7 @@ def test_cpo_trainer(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight", [1.0, 0.2])
-def test_cpo_likelihood(dtype, weight):
+def test_cpo_nll(dtype, weight):
     def of_the_batch(policy_chosen_logps, policy_rejected_logps, chosen_lengths):
         arrays = (policy_chosen_logps, policy_rejected_logps, chosen_lengths)
         pairs = jnp.mean(losses.cpo(*arrays, nll_weight=0.0))
@@ -238,15 +253,16 @@ def test_orpo(dtype, beta):
         return jnp.mean(pairs) + likelihood(whole_chosen_logps, whole_chosen_lengths)
 
     of_answers = mean(losses.orpo, beta=beta)
+    rtol = trl.RTOL["float32"]  # TRL's preference term is in float32 always
     for index in range(5):
         tokens = logits(index, dtype, prompts=(2, 5))
         wanted = free_loss("orpo", tokens, beta=beta)
-        assert_agree(our_loss(tokens, with_prompt), wanted, dtype)
+        assert_agree(our_loss(tokens, with_prompt), wanted, rtol=rtol)
         assert abs(our_loss(tokens, of_answers)[0] / wanted[0] - 1) > 1e-3
         # The first token of all is never predicted: a prompt of one is no prompt.
         tokens = logits(index, dtype, prompts=(1, 1), lengths=(5, 5))
         wanted = free_loss("orpo", tokens, beta=beta)
-        assert_agree(our_loss(tokens, of_answers), wanted, dtype)
+        assert_agree(our_loss(tokens, of_answers), wanted, rtol=rtol)
 
 
 def test_orpo_certain():

@@ -1,0 +1,82 @@
+"""The page of losses is the one its script makes, and the script measures rightly."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scipy.special import logit
+
+from jaxpref import losses
+
+SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "make_loss_table.py"
+
+
+@pytest.fixture(scope="module")
+def maker():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_is_up_to_date(maker):
+    made, kept = maker.page().splitlines(), maker.PAGE.read_text("utf-8").splitlines()
+    changed = [f"- {a}\n+ {b}" for a, b in zip(kept, made) if a != b]
+    hint = "run `python docs/make_loss_table.py`\n" + "\n".join(changed[:5])
+    assert made == kept, hint
+
+
+def test_every_function_is_on_the_page_once():
+    page = SCRIPT.with_name("losses.md").read_text("utf-8")
+    assert {
+        name: page.count(f"[`{name}`]") for name in losses.__all__
+    } == dict.fromkeys(losses.__all__, 1)
+
+
+CLEAN, OBSERVED = 0.8, 0.62
+LEARNT = {
+    # Closed forms at P(w > l) = .8 and a flip rate of .3.
+    "dpo": (10 * logit(CLEAN), 10 * logit(OBSERVED)),
+    "cdpo": (10 * logit(CLEAN), 10 * logit(0.7 * OBSERVED + 0.3 * (1 - OBSERVED))),
+    "rdpo": (10 * logit(CLEAN), 10 * logit(CLEAN)),
+    "forward_dpo": (10 * logit(CLEAN), 10 * logit(CLEAN)),
+    "ipo": (5 * (2 * CLEAN - 1), 5 * (2 * OBSERVED - 1)),
+    "bradley_terry": (logit(CLEAN), logit(OBSERVED)),
+    "hinge": (20, 20),
+    "sympo_ramp": (10, 10),
+    "sympo_sigmoid": (np.inf, np.inf),
+    "center_rewards": (0, 0),
+}
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_margins_learnt_are_the_closed_forms(maker, name):
+    with jax.enable_x64(True):
+        learnt = maker.margins_learnt(maker.Entry(getattr(losses, name)))
+    np.testing.assert_allclose(learnt, LEARNT[name], rtol=1e-4)
+
+
+FAR_OUT = {
+    "dpo": ("below", "x 2"),
+    "ipo": ("below", "grows"),
+    "rdpo": ("no", "x 1.4"),  # 1 + e / (1 - 2e) over 1/2 + e / (1 - 2e)
+    "forward_dpo": ("below and above", "-> 0"),
+    "hinge": ("below", "x 1"),
+    "center_rewards": ("below", "0"),
+    "forward_kl_dpo": ("below", "grows"),
+}
+
+
+@pytest.mark.parametrize("name", FAR_OUT)
+def test_bounds_and_pulls_are_the_known_ones(maker, name):
+    with jax.enable_x64(True):
+        assert maker.far_out(maker.Entry(getattr(losses, name))) == FAR_OUT[name]
+
+
+def test_source_is_the_first_reference(maker):
+    paper, equation = maker.Entry(losses.dpo).source
+    assert paper.endswith("2023, [2305.18290](https://arxiv.org/abs/2305.18290)")
+    assert equation == "7"
+    assert maker.Entry(losses.reward_margins).source == ("", "")

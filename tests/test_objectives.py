@@ -1,0 +1,194 @@
+"""Losses in the engine: what they are fed, and what a batch may be split into."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import data, losses
+from jaxpref.cli import LOSSES
+from jaxpref.errors import InputError
+from jaxpref.models import build
+from jaxpref.train import beta_dpo, from_loss
+from jaxpref.train.rewards import averages_tokens
+from jaxpref.train.scores import make_scores
+from tests.test_training import few_steps, pairs  # noqa: F401
+from tests.tiny import tiny_config, tiny_params
+
+COUPLED = {
+    "dr_dpo": from_loss(losses.dr_dpo, beta=0.5),
+    "kl_dpo": from_loss(losses.kl_dpo, beta=0.5),
+    "aot": from_loss(losses.aot, beta=0.5),
+    "aot_unpaired": from_loss(losses.aot_unpaired, beta=0.5),
+    "gamma_simpo": from_loss(losses.gamma_simpo, beta=2.0, gamma=0.5),
+    "beta_dpo": beta_dpo(beta=0.5, alpha=0.6),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_coupled_loss_sees_the_whole_batch(pairs, name):  # noqa: F811
+    """Micro-batches and devices change nothing but rounding, and couple for certain."""
+    whole, _, _ = few_steps(pairs, objective=COUPLED[name])
+    split, _, step = few_steps(pairs, objective=COUPLED[name], accumulation=4)
+    np.testing.assert_allclose(split, whole, rtol=1e-4)
+    assert step._cache_size() == 1
+    if name in ("dr_dpo", "beta_dpo"):
+        sharded, _, _ = few_steps(pairs, objective=COUPLED[name], sizes=(4, 1, 2))
+        np.testing.assert_allclose(sharded, whole, rtol=1e-4)
+
+
+LIVE = {
+    "tdpo1": from_loss(losses.tdpo1, beta=0.5),
+    "tdpo2": from_loss(losses.tdpo2, beta=0.5),
+    "wpo": from_loss(losses.wpo, beta=0.5),
+    "ld_dpo": from_loss(losses.ld_dpo, beta=0.5),
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_losses_of_more_than_log_probs(pairs, name):  # noqa: F811
+    """They start where DPO starts, and do not depend on the layout."""
+    history, _, step = few_steps(pairs, objective=LIVE[name])
+    assert step._cache_size() == 1
+    if name == "wpo":  # log 2 times weights of at most 1
+        assert 0 < history[0, 0] < np.log(2)
+    else:
+        assert history[0, 0] == pytest.approx(np.log(2), abs=1e-6)
+    sharded, _, _ = few_steps(
+        pairs, objective=LIVE[name], sizes=(2, 2, 2), accumulation=2
+    )
+    np.testing.assert_allclose(sharded, history, rtol=1e-4)
+
+
+def test_only_whole_distributions_keep_the_reference():
+    live = {name for name, o in (COUPLED | LIVE).items() if o.needs_live_reference}
+    assert live == {"tdpo1", "tdpo2"}
+    assert LIVE["ld_dpo"].stored == {"reference_logps", "reference_prefix_logps"}
+    assert LIVE["wpo"].stored == {"reference_logps"}
+    assert not COUPLED["gamma_simpo"].needs_reference
+    assert LIVE["tdpo1"].needs_reference and not LIVE["tdpo1"].stored
+
+
+def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F811
+    model = build(tiny_config())
+    params, reference = tiny_params(model), tiny_params(model, seed=1)
+    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+    batch = next(data.batches(pairs, shape=shape, batch_size=4, threads=0))
+    micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+    found = {}
+    for needs in ("kls", "log_weights", "policy_prefix_logps"):
+        scores = make_scores(model, frozenset({needs}), chunk_size=4)
+        found |= jax.jit(scores)(params, micro, reference)
+    for row, n in enumerate(batch.pairs[0, :, 0]):
+        prompt = pairs.prompt(n)
+        shorter = min(len(pairs.completion(n, side)) for side in (0, 1))
+        for side in (0, 1):
+            completion = pairs.completion(n, side)
+            tokens = jnp.asarray([[*prompt, *completion]])
+            at = slice(len(prompt) - 1, -1)
+            table, other = (
+                np.asarray(jax.nn.log_softmax(model.logits(p, tokens)[0, at]), float)
+                for p in (params, reference)
+            )
+            logps = table[np.arange(len(completion)), completion]
+            expected = {
+                "policy_logps": logps.sum(),
+                "policy_prefix_logps": logps[:shorter].sum(),
+                "reference_logps": other[np.arange(len(completion)), completion].sum(),
+                "kls": (np.exp(other) * (other - table)).sum(),
+                "log_weights": (logps - np.log(np.exp(2 * table).sum(-1))).mean(),
+            }
+            for name, value in expected.items():
+                ours = found[name][row, 0, side]
+                np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
+
+
+REQUIRED = {
+    "alpha_dpo": {"alpha": 0.5},
+    "cdpo": {"flip_rate": 0.2},
+    "chi_po": {"max_reward": 2.0},
+    "flex_dpo": {"chosen_beta": 0.1, "rejected_beta": 0.05},
+    "forward_dpo": {"flip_rate": 0.2},
+    "gamma_po": {"gamma": 0.5},
+    "r_dpo": {"alpha": 0.05},
+    "rdpo": {"flip_rate": 0.2},
+}
+"""Options without a default, for the losses that have some."""
+
+
+def test_rewards_are_averaged_where_the_loss_averages():
+    averaged = set()
+    for name, loss in LOSSES.items():
+        if name in ("beta_dpo", "sft"):
+            continue
+        objective = from_loss(loss, **REQUIRED.get(name, {}))
+        if averages_tokens(loss, objective.reads, objective.options, {}):
+            averaged.add(name)
+    assert averaged == {
+        "alpha_po",
+        "gamma_simpo",
+        "ipo_averaged",
+        "ln_dpo",
+        "mapo",
+        "orpo",
+        "simpo",
+    }
+
+
+def test_the_command_line_has_every_loss_that_pairs_can_feed():
+    unreachable = {"dove"}  # it reads log-probs of instruction and response together
+    pairwise = {
+        name
+        for name in losses.__all__
+        if any("chosen" in p and "logps" in p for p in arguments(name))
+    }
+    assert set(LOSSES) == pairwise - unreachable
+
+
+def arguments(name):
+    code = getattr(getattr(losses, name), "__wrapped__", getattr(losses, name)).__code__
+    return code.co_varnames[: code.co_argcount]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"drop_rate": 1.0}, "drop_rate 1.0"), ({"momentum": -1}, "")],
+)
+def test_options_of_beta_dpo_are_checked(options, named):
+    with pytest.raises(InputError, match=named):
+        beta_dpo(**options)
+    with pytest.raises(InputError, match="beta > 0"):
+        beta_dpo(beta=0.0)
+
+
+def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
+    objective = beta_dpo(beta=0.5, drop_rate=0.5)
+    model = build(tiny_config())
+    scores = make_scores(model, objective.needs, chunk_size=4)
+    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+    batch = next(
+        data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
+    )
+    batch = jax.tree.map(jnp.asarray, batch)
+    params, state = tiny_params(model), objective.init()
+    _, after, metrics = jax.jit(objective.gradient, static_argnums=0)(
+        scores, params, batch, state
+    )
+    logps = scores(params, jax.tree.map(lambda x: x[0], batch))["policy_logps"][:, 0]
+    margins = np.asarray(logps[:, 0] - logps[:, 1], float)
+    assert int(after["batches"]) == 1
+    np.testing.assert_allclose(after["running_mean"], 0.1 * margins.mean(), rtol=1e-4)
+    np.testing.assert_allclose(
+        after["running_std"], 0.1 * margins.std(ddof=1), rtol=1e-4
+    )
+    # The loss is the mean over four of the eight pairs, at one beta for all of them.
+    found = float(metrics["loss"])
+    candidates = []
+    for chosen in range(2**8):
+        mask = np.array([chosen >> i & 1 for i in range(8)], bool)
+        if mask.sum() == 4:
+            usual = 0.1 * margins.mean()
+            beta = max(1e-3, 0.5 * (1 + 0.6 * (margins[mask].mean() - usual)))
+            candidates.append(np.log1p(np.exp(-beta * margins[mask])).mean())
+    assert np.abs(np.array(candidates) - found).min() < 1e-5
