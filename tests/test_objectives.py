@@ -12,6 +12,8 @@ from jaxpref.models import build
 from jaxpref.train import beta_dpo, from_loss
 from jaxpref.train.rewards import averages_tokens
 from jaxpref.train.scores import make_scores
+from tests.losses.table import TABLE
+from tests.test_train_losses import REQUIRED
 from tests.test_training import few_steps, pairs  # noqa: F401
 from tests.tiny import tiny_config, tiny_params
 
@@ -25,7 +27,13 @@ COUPLED = {
 }
 
 
-@pytest.mark.parametrize("name", COUPLED)
+SLOW = {"kl_dpo", "aot_unpaired", "gamma_simpo"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in COUPLED],
+)
 def test_a_coupled_loss_sees_the_whole_batch(pairs, name):  # noqa: F811
     """Micro-batches and devices change nothing but rounding, and couple for certain."""
     whole, _, _ = few_steps(pairs, objective=COUPLED[name])
@@ -103,19 +111,6 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
                 np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
 
 
-REQUIRED = {
-    "alpha_dpo": {"alpha": 0.5},
-    "cdpo": {"flip_rate": 0.2},
-    "chi_po": {"max_reward": 2.0},
-    "flex_dpo": {"chosen_beta": 0.1, "rejected_beta": 0.05},
-    "forward_dpo": {"flip_rate": 0.2},
-    "gamma_po": {"gamma": 0.5},
-    "r_dpo": {"alpha": 0.05},
-    "rdpo": {"flip_rate": 0.2},
-}
-"""Options without a default, for the losses that have some."""
-
-
 def test_rewards_are_averaged_where_the_loss_averages():
     averaged = set()
     for name, loss in LOSSES.items():
@@ -137,22 +132,15 @@ def test_rewards_are_averaged_where_the_loss_averages():
 
 def test_the_command_line_has_every_loss_that_pairs_can_feed():
     unreachable = {"dove"}  # it reads log-probs of instruction and response together
-    pairwise = {
-        name
-        for name in losses.__all__
-        if any("chosen" in p and "logps" in p for p in arguments(name))
+    of_log_probs = {
+        row.name for row in TABLE if any(name.endswith("logps") for name in row.reads)
     }
-    assert set(LOSSES) == pairwise - unreachable
-
-
-def arguments(name):
-    code = getattr(getattr(losses, name), "__wrapped__", getattr(losses, name)).__code__
-    return code.co_varnames[: code.co_argcount]
+    assert set(LOSSES) == of_log_probs - unreachable
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"drop_rate": 1.0}, "drop_rate 1.0"), ({"momentum": -1}, "")],
+    [({"drop_rate": 1.0}, "drop_rate 1.0"), ({"momentum": -1}, "momentum -1")],
 )
 def test_options_of_beta_dpo_are_checked(options, named):
     with pytest.raises(InputError, match=named):

@@ -132,9 +132,7 @@ def beta_dpo(
       InputError: if an option is out of its range.
     """
     if not 0 <= drop_rate < 1:
-        raise InputError(
-            f"loss beta_dpo: Expected drop_rate in [0, 1), got {drop_rate}."
-        )
+        raise InputError(f"loss beta_dpo: drop_rate {drop_rate}: must be in [0, 1)")
     if not 0 <= momentum <= 1:
         raise InputError(f"loss beta_dpo: momentum {momentum}: must be in [0, 1]")
 

@@ -1,0 +1,62 @@
+"""`jaxpref train --loss NAME`: ten steps of each on a real model and real pairs."""
+
+import math
+import sys
+
+import pytest
+
+from jaxpref import cli
+from jaxpref.train import read_metrics
+
+FAST = {"dr_dpo", "orpo", "rdpo", "tdpo2"}
+"""Separable, reference-free, coupled, and with a live reference; the rest are slow."""
+
+REQUIRED = {
+    "alpha_dpo": {"alpha": 0.5},
+    "cdpo": {"flip_rate": 0.2},
+    "chi_po": {"max_reward": 2.0},
+    "flex_dpo": {"chosen_beta": 0.1, "rejected_beta": 0.05},
+    "forward_dpo": {"flip_rate": 0.2},
+    "gamma_po": {"gamma": 0.5},
+    "r_dpo": {"alpha": 0.05},
+    "rdpo": {"flip_rate": 0.2},
+}
+"""Options without a default, for the losses that have some."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
+        for name in cli.LOSSES
+    ],
+)
+def test_ten_steps(name, stories260k, shared, tmp_path, monkeypatch, capsys):
+    options = {
+        "loss": name,
+        "model": stories260k,
+        "data": shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz",
+        "out": tmp_path / "run",
+        "max-steps": 10,
+        "batch-size": 8,
+        "accumulation": 2,
+        "max-length": 64,
+        "max-pairs": 60,
+        "heldout-fraction": 0.2,
+        "log-every": 1,
+        "learning-rate": 1e-4,
+        "mesh.data": 2,
+        "mesh.tensor": 2,
+    } | {f"loss.{key}": value for key, value in REQUIRED.get(name, {}).items()}
+    flags = [text for k, v in options.items() for text in (f"--{k}", str(v))]
+    monkeypatch.setattr(sys, "argv", ["jaxpref", "train", *flags])
+    cli.main()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [*range(1, 11)]
+    assert all(math.isfinite(line["loss"]) for line in steps)
+    assert all(math.isfinite(line["grad_norm"]) for line in steps)
+    before, after = (line for line in lines if "eval_loss" in line)
+    assert before["eval_loss"] != after["eval_loss"]
+    assert ("keeps the reference" in capsys.readouterr().out) == name.startswith("tdpo")
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
