@@ -93,6 +93,18 @@ def rates(flip_rate, like: jax.Array) -> jax.Array:
     return jnp.asarray(flip_rate, like.dtype)
 
 
+def correction(flip_rate, like: jax.Array) -> jax.Array:
+    """What undoes flips at the rate e, e / (1 - 2e); checked as `rates` does.
+
+    Of a Python number it is taken before rounding: near 1/2 in float32, 1 - 2e keeps
+    few of its digits.
+    """
+    rate = rates(flip_rate, like)
+    if isinstance(flip_rate, numbers.Real):
+        return jnp.asarray(flip_rate / (1 - 2 * flip_rate), like.dtype)
+    return rate / (1 - 2 * rate)
+
+
 def log_ratios(
     policy_chosen_logps,
     policy_rejected_logps,

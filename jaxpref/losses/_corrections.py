@@ -60,10 +60,9 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
     """
 
     def correct(pair, exchanged):
-        rate = _common.rates(flip_rate, pair)
         # The second form: the first subtracts two numbers that may nearly cancel and
         # divides what is left of them by 1 - 2e.
-        return pair + rate / (1 - 2 * rate) * (pair - exchanged)
+        return pair + _common.correction(flip_rate, pair) * (pair - exchanged)
 
     return _corrected(loss, flip_rate, correct, "unbiased")
 

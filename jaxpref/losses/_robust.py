@@ -126,10 +126,9 @@ def rdpo(
         reference_rejected_logps,
         beta,
     )
-    rate = _common.rates(flip_rate, h)
     # The second form: the first subtracts two logistic losses that nearly cancel and
     # divides what is left of them by 1 - 2e.
-    return _common.logistic_loss(h) - rate / (1 - 2 * rate) * h
+    return _common.logistic_loss(h) - _common.correction(flip_rate, h) * h
 
 
 def forward_dpo(
