@@ -111,7 +111,9 @@ class Entry:
     @property
     def needs_reference(self) -> bool:
         """Whether it reads what a reference model says."""
-        return any("reference" in n or n.endswith("log_ratios") for n in self.reads)
+        return any(
+            n.startswith("reference_") or n.endswith("log_ratios") for n in self.reads
+        )
 
     def section(self, title: str) -> str:
         """The text of one section of the docstring, on one line."""

@@ -142,7 +142,7 @@ def ranking_difficulty(
       beta: inverse temperature of the KL penalty, > 0.
 
     Returns:
-      One loss per pair, [*batch], at least float32; > 0.
+      One threshold per pair, a DPO loss, [*batch], at least float32; > 0.
 
     Raises:
       TypeError: if an array is not floating point.
