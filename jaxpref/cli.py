@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
 import jax
@@ -31,27 +31,38 @@ from jaxpref.train import (
 )
 from jaxpref.train.config import RunConfig
 from jaxpref.train.entry import entry_point, fail
+from jaxpref.train.noise import em, em_weighted, re_po
 
 OBJECTIVES = {make.__name__: make for make in (beta_dpo, sft)}
 """Losses that are trained otherwise than by their mean over the pairs."""
 
 LOSSES = {
-    name: getattr(losses, name)
-    for name in sorted(losses.__all__)
-    if trainable(getattr(losses, name))
-} | OBJECTIVES
+    name: OBJECTIVES.get(name) or getattr(losses, name)
+    for name in sorted({*losses.__all__, *OBJECTIVES})
+    if name in OBJECTIVES or trainable(getattr(losses, name))
+}
 """The one table behind `--loss`: every public loss that a batch of pairs can feed."""
 
+LEARNT = {make.__name__: make for make in (em, em_weighted, re_po)}
+"""The table behind `--objective`: what is learnt of the labels beside the policy."""
+
 Options = TypeVar("Options")
+Learnt = TypeVar("Learnt")
 Flat = tyro.conf.arg(name="")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainArguments(Generic[Options]):
+class Plain:
+    """Options of no `--objective`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments(Generic[Options, Learnt]):
     """What `jaxpref train` reads."""
 
     run: Annotated[RunConfig, Flat]
     loss: Options
+    objective: Learnt
     options: Annotated[DataOptions, Flat] = DataOptions()
     optimizer: Annotated[OptimizerConfig, Flat] = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -59,17 +70,28 @@ class TrainArguments(Generic[Options]):
 
 def train(argv: Sequence[str]) -> None:
     """Train a model on preference pairs (or, with --loss sft, on completions)."""
-    name, argv = _take_loss(argv)
-    described = "\n".join(f"  {k}: {_summary(v)}" for k, v in LOSSES.items())
+    name, argv = _take("--loss", argv, LOSSES, default="dpo")
+    learnt, argv = _take("--objective", argv, LEARNT, default=None)
+    if learnt and name in OBJECTIVES:
+        raise InputError(f"--objective {learnt}: {name} has an objective of its own")
+    described = "\n\n".join(
+        f"{title}\n" + "\n".join(f"  {k}: {_summary(v)}" for k, v in table.items())
+        for title, table in (
+            ("Losses, chosen by --loss NAME:", LOSSES),
+            ("What to learn of the labels' noise, by --objective NAME:", LEARNT),
+        )
+    )
+    wrapper = LEARNT.get(learnt)
     arguments = tyro.cli(
-        TrainArguments[_options(LOSSES[name])],
+        TrainArguments[_options(LOSSES[name]), _options(wrapper) if wrapper else Plain],
         args=argv,
-        prog=f"jaxpref train --loss {name}",
-        description=f"{train.__doc__}\n\nLosses, chosen by --loss NAME:\n{described}",
+        prog=f"jaxpref train --loss {name}"
+        + (f" --objective {learnt}" if learnt else ""),
+        description=f"{train.__doc__}\n\n{described}",
         config=(tyro.conf.EnumChoicesFromValues,),
     )
-    chosen = vars(arguments.loss)
-    make = OBJECTIVES.get(name) or functools.partial(from_loss, LOSSES[name])
+    chosen = vars(arguments.loss) | vars(arguments.objective)
+    make = OBJECTIVES.get(name) or functools.partial(wrapper or from_loss, LOSSES[name])
     config = TrainConfig(
         **vars(arguments.run),
         objective=make(**chosen),
@@ -122,19 +144,21 @@ def _parse(config: type, argv: Sequence[str], command: Callable) -> Any:
     )
 
 
-def _take_loss(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of `--loss`, and the rest: the loss decides which options exist."""
-    argv, name = list(argv), "dpo"
+def _take(
+    flag: str, argv: Sequence[str], table: Mapping[str, Any], default: str | None
+) -> tuple[str | None, list[str]]:
+    """The name after `flag`, which decides what options exist, and the rest."""
+    argv, name = list(argv), default
     for index, argument in enumerate(argv):
-        if argument == "--loss" or argument.startswith("--loss="):
+        if argument == flag or argument.startswith(f"{flag}="):
             given = argument.split("=", 1)[1:] or argv[index + 1 : index + 2]
             if not given:
-                raise InputError("--loss: expected a name after it")
+                raise InputError(f"{flag}: expected a name after it")
             name = given[0]
             del argv[index : index + 1 + ("=" not in argument)]
             break
-    if name not in LOSSES:
-        raise InputError(f"--loss {name}: expected one of {', '.join(LOSSES)}")
+    if name not in table and name != default:
+        raise InputError(f"{flag} {name}: expected one of {', '.join(table)}")
     return name, argv
 
 

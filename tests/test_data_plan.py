@@ -18,7 +18,8 @@ from jaxpref.data import (
     open_source,
     read_prompts,
 )
-from jaxpref.data.hashing import hash_uniforms, injected_flips
+from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.noise import flip_symmetric
 from jaxpref.data.tokenize import SAME_TOKENS
 from jaxpref.errors import InputError
 from tests.data_tokenizers import CHATML, byte_tokenizer, ids, synthetic_pairs
@@ -155,13 +156,13 @@ def test_flip_decisions_are_uniform_nested_and_seeded():
     assert u.min() >= 0 and u.max() < 1
     histogram = np.histogram(u, bins=10, range=(0, 1))[0]
     assert np.abs(histogram - 2000).max() < 5 * (20_000 * 0.09) ** 0.5
-    low = injected_flips(keys, rate=0.1, seed=0)
-    high = injected_flips(keys, rate=0.3, seed=0)
-    other = injected_flips(keys, rate=0.3, seed=1)
+    low = flip_symmetric(keys, rate=0.1, seed=0)
+    high = flip_symmetric(keys, rate=0.3, seed=0)
+    other = flip_symmetric(keys, rate=0.3, seed=1)
     assert (high | ~low).all()
     assert abs((high & other).mean() - 0.09) < 0.01
-    assert not injected_flips(keys, rate=0.0, seed=0).any()
-    assert injected_flips(keys, rate=1.0, seed=0).all()
+    assert not flip_symmetric(keys, rate=0.0, seed=0).any()
+    assert flip_symmetric(keys, rate=1.0, seed=0).all()
 
 
 def test_flips_of_the_file_are_kept_and_a_second_flip_restores():

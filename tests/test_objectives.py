@@ -1,5 +1,8 @@
 """Losses in the engine: what they are fed, and what a batch may be split into."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +44,38 @@ def test_a_coupled_loss_sees_the_whole_batch(pairs, name):  # noqa: F811
     np.testing.assert_allclose(split, whole, rtol=1e-4)
     assert step._cache_size() == 1
     if name in ("dr_dpo", "beta_dpo"):
-        sharded, _, _ = few_steps(pairs, objective=COUPLED[name], sizes=(4, 1, 2))
+        sharded, _, step = few_steps(pairs, objective=COUPLED[name], sizes=(4, 1, 2))
+        assert step._cache_size() == 1
         np.testing.assert_allclose(sharded, whole, rtol=1e-4)
+
+
+def few_pairs(pairs, count, **options):  # noqa: F811
+    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+    options |= dict(shape=shape, batch_size=count, threads=0, reference=zeros)
+    return jax.tree.map(jnp.asarray, next(data.batches(pairs, **options)))
+
+
+def one_weight_step(objective, batch, dtype=jnp.float32):
+    """Gradient, next state and metrics of a "model" of log-probs w for every token."""
+    scores = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
+    step = jax.jit(objective.gradient, static_argnums=0)
+    return step(scores, dtype(-1), batch, objective.init(0))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("name", sorted(COUPLED.keys() - {"gamma_simpo"}))
+def test_the_pair_that_is_not_finite_is_named_and_no_other(pairs, name, accumulation):  # noqa: F811
+    objective = COUPLED[name]
+    batch = few_pairs(pairs, 8, accumulation=accumulation)
+    logps = batch.reference["reference_logps"]
+    where = (0, 5, 0, 1) if accumulation == 1 else (2, 1, 0, 1)
+    bad = {"reference_logps": logps.at[where].set(jnp.nan)}
+    batch = dataclasses.replace(batch, reference=bad)
+    _, _, metrics = one_weight_step(objective, batch)
+    assert not np.isfinite(metrics["loss"])
+    named = np.asarray(metrics["nonfinite_pairs"])
+    assert named[named >= 0].tolist() == [batch.pairs[where[:3]]]
 
 
 LIVE = {
@@ -117,7 +150,7 @@ def test_rewards_are_averaged_where_the_loss_averages():
         if name in ("beta_dpo", "sft"):
             continue
         objective = from_loss(loss, **REQUIRED.get(name, {}))
-        if averages_tokens(loss, objective.reads, objective.options, {}):
+        if averages_tokens(loss, objective.reads, objective.options):
             averaged.add(name)
     assert averaged == {
         "alpha_po",
@@ -130,12 +163,48 @@ def test_rewards_are_averaged_where_the_loss_averages():
     }
 
 
+def test_steps_can_be_traced_for_devices_that_are_only_described():
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), (jax.sharding.AxisType.Explicit,))
+    objective = from_loss(losses.simpo)
+    logps = jax.ShapeDtypeStruct((1, 4, 1, 2), jnp.float32)
+    scores = {"policy_logps": logps}
+    empty = jnp.zeros((1, 4, 1), jnp.int32)
+    batch = types.SimpleNamespace(
+        pairs=empty, completion_lengths=jnp.ones((1, 4, 1, 2), jnp.int32), reference={}
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = jax.eval_shape(lambda s: objective.metrics(s, batch, {}), scores)
+    assert found["rewards/margins"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("loss", "missing"),
+    [
+        (losses.dove, "joint"),
+        (losses.beta_dpo, "running_mean"),
+        (losses.margin_bradley_terry, "preference_margins"),
+    ],
+)
+def test_a_loss_that_pairs_cannot_feed_is_refused_at_once(loss, missing):
+    with pytest.raises(InputError, match=missing):
+        from_loss(loss)
+
+
+def test_a_side_with_a_beta_of_its_own_is_rewarded_by_it(pairs):  # noqa: F811
+    objective = from_loss(losses.flex_dpo, chosen_beta=0.5, rejected_beta=0.25)
+    _, _, metrics = one_weight_step(objective, batch := few_pairs(pairs, 8))
+    chosen, rejected = np.asarray(batch.completion_lengths).mean((0, 1, 2))
+    assert metrics["rewards/chosen"] == pytest.approx(-0.5 * chosen)
+    assert metrics["rewards/rejected"] == pytest.approx(-0.25 * rejected)
+
+
 def test_the_command_line_has_every_loss_that_pairs_can_feed():
     unreachable = {"dove"}  # it reads log-probs of instruction and response together
     of_log_probs = {
         row.name for row in TABLE if any(name.endswith("logps") for name in row.reads)
     }
-    assert set(LOSSES) == of_log_probs - unreachable
+    of_rewards = {"bradley_terry"}  # the others read what only an annotator knows
+    assert set(LOSSES) == (of_log_probs - unreachable) | of_rewards
 
 
 @pytest.mark.parametrize(
@@ -149,6 +218,23 @@ def test_options_of_beta_dpo_are_checked(options, named):
         beta_dpo(beta=0.0)
 
 
+def test_the_state_keeps_its_dtypes_under_wider_scores(pairs):  # noqa: F811
+    """Or it would not come back from a checkpoint."""
+    objective = beta_dpo()
+    with jax.enable_x64(True):
+        grad, after, _ = one_weight_step(objective, few_pairs(pairs, 4), jnp.float64)
+    assert grad.dtype == jnp.float64 and after["running_mean"] != 0
+    dtypes = lambda state: {name: value.dtype for name, value in state.items()}
+    assert dtypes(after) == dtypes(objective.init(0))
+
+
+@pytest.mark.parametrize(("count", "drop_rate"), [(1, 0.2), (2, 0.9)])
+def test_beta_dpo_leaves_no_batch_empty(pairs, count, drop_rate):  # noqa: F811
+    objective = beta_dpo(drop_rate=drop_rate)
+    grad, _, metrics = one_weight_step(objective, few_pairs(pairs, count))
+    assert metrics["loss"] > 0 and grad != 0
+
+
 def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     objective = beta_dpo(beta=0.5, drop_rate=0.5)
     model = build(tiny_config())
@@ -159,7 +245,7 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
         data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
     )
     batch = jax.tree.map(jnp.asarray, batch)
-    params, state = tiny_params(model), objective.init()
+    params, state = tiny_params(model), objective.init(0)
     _, after, metrics = jax.jit(objective.gradient, static_argnums=0)(
         scores, params, batch, state
     )

@@ -23,15 +23,3 @@ def hash_uniforms(keys: Iterable[str], *, salt: str) -> np.ndarray:
     digests = (hashlib.sha256(f"{salt}\n{key}".encode()).digest() for key in keys)
     words = (int.from_bytes(digest[:8], "big") >> 11 for digest in digests)
     return np.fromiter(words, np.float64) * 2.0**-53
-
-
-def injected_flips(ids: Iterable[str], *, rate: float, seed: int) -> np.ndarray:
-    """Controlled label noise: flip each pair with probability `rate`.
-
-    Symmetric noise, the same for every pair: flip[n] = u(seed, id[n]) < rate.  With one
-    seed, the pairs flipped at a low rate are a subset of those at a higher rate.
-
-    Returns:
-      bool [len(ids)].
-    """
-    return hash_uniforms(ids, salt=f"flip {seed}") < rate

@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 from jaxpref.data.formats import Example, parse, parse_prompt, prompt_key
-from jaxpref.data.hashing import hash_uniforms, injected_flips
+from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.noise import flip_symmetric, read_rates
 from jaxpref.data.pairs import Pairs, PairsBuilder
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
@@ -34,6 +35,12 @@ class DataOptions:
     """Probability of swapping chosen and rejected of a training pair (label noise)."""
     flip_seed: int = 0
     """Which pairs are flipped."""
+    flip_annotators: str | None = None
+    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}; pairs of other
+    annotators have flip_rate."""
+    flip_longer: float | None = None
+    """Flip rate of the training pairs whose chosen completion has more characters than
+    the rejected one; the others have flip_rate.  None makes no difference."""
     max_pairs: int | None = None
     """Stop reading once so many pairs are kept; None reads all."""
     drop_empty: bool = False
@@ -51,6 +58,13 @@ class DataOptions:
             )
         if not 0 <= self.flip_rate <= 1:
             raise InputError(f"flip_rate {self.flip_rate} must be from 0 to 1")
+        if self.flip_longer is not None and not 0 <= self.flip_longer <= 1:
+            raise InputError(f"flip_longer {self.flip_longer} must be from 0 to 1")
+        if self.flip_annotators and self.flip_longer is not None:
+            raise InputError(
+                "flip_annotators and flip_longer both say how often a pair is flipped: "
+                "give one of them"
+            )
         if self.max_pairs is not None and self.max_pairs < 1:
             raise InputError(f"max_pairs {self.max_pairs} must be positive")
 
@@ -59,6 +73,17 @@ class DataOptions:
         """Most tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
         half = self.max_length // 2
         return half if self.max_prompt_length is None else self.max_prompt_length
+
+    @property
+    def injects_noise(self) -> bool:
+        """Whether any pair may be flipped."""
+        return bool(self.flip_rate or self.flip_longer or self.flip_annotators)
+
+    def without_noise(self) -> "DataOptions":
+        """The same with labels as in the file."""
+        return dataclasses.replace(
+            self, flip_rate=0.0, flip_annotators=None, flip_longer=None
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +131,9 @@ def make_plan(
     Raises:
       InputError: a record is malformed, or none is left.
     """
-    if options.flip_rate and sides == 1:
+    if options.injects_noise and sides == 1:
         raise InputError("flip_rate needs pairs: a plain completion cannot be flipped")
+    rates = read_rates(options.flip_annotators) if options.flip_annotators else {}
     counts = collections.Counter()
     copies: collections.Counter[str] = collections.Counter()
     train, heldout = PairsBuilder(sides), PairsBuilder(sides)
@@ -135,7 +161,10 @@ def make_plan(
                     counts[f"dropped: {result}"] += 1
                 elif len(train) + len(heldout) < limit:
                     pair_id = _unique_id(example, copies)
-                    _add(train, heldout, row, example, result, pair_id, options, counts)
+                    _add(
+                        train, heldout, row, example, result, pair_id, options, rates,
+                        counts,
+                    )  # fmt: skip
             bar.update(counts["rows"] - bar.n)
             if len(train) + len(heldout) == limit:
                 break
@@ -146,6 +175,12 @@ def make_plan(
             f"{source.location(0)} and all after it: no record is left ({dropped})"
         )
     names = sorted(train.annotators() | heldout.annotators())
+    if rates and not rates.keys() & set(names):
+        raise InputError(
+            f"{options.flip_annotators}: no pair of {source.location(0)} and all after "
+            f"it is by one of its annotators; the pairs' are "
+            f"{', '.join(names[:5]) or 'not named'}"
+        )
     pairs = (train.build(names), heldout.build(names))
     digest = hashlib.sha256("".join(p.digest() for p in pairs).encode()).hexdigest()
     return Plan(*pairs, report=dict(counts), digest=digest)
@@ -159,12 +194,14 @@ def _add(
     tokens: Tokens,
     pair_id: str,
     options: DataOptions,
+    rates: Mapping[str, float],
     counts: collections.Counter,
 ) -> None:
     """Decide split and label of one pair, and store it."""
     (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_fraction
-    (flip,) = injected_flips([pair_id], rate=options.flip_rate, seed=options.flip_seed)
+    rate = _flip_rate(example, options, rates)
+    (flip,) = flip_symmetric([pair_id], rate=rate, seed=options.flip_seed)
     flip = bool(flip) and not hold
     counts["prompts cut"] += tokens.prompt_cut
     counts["completions cut"] += tokens.completions_cut
@@ -178,6 +215,22 @@ def _add(
         annotator=example.annotator,
         row=row,
     )
+
+
+def _flip_rate(
+    example: Example, options: DataOptions, rates: Mapping[str, float]
+) -> float:
+    """How often this pair's label is flipped: by annotator, by length, or as all."""
+    if example.annotator in rates:
+        return rates[example.annotator]
+    if options.flip_longer is not None:
+        # Characters and not tokens: the same pairs are flipped for every model.
+        chosen, rejected = (
+            len(text if isinstance(text, str) else text["content"])
+            for text in example.completions
+        )
+        return options.flip_longer if chosen > rejected else options.flip_rate
+    return options.flip_rate
 
 
 def _unique_id(example: Example, copies: collections.Counter) -> str:

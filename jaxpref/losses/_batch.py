@@ -1,8 +1,9 @@
 """Pairwise losses in which the pairs of a batch are weighed or matched together.
 
-The batch is the global one, whatever way it lies on devices.  Each function still
-returns one number per pair: their mean over the real pairs is the paper's loss of the
-batch, in value and in gradient.
+The batch is the global one, whatever way it lies on devices; only inside `shard_map`
+or `pmap` does a function see one device's pairs and take them for the batch.  Each
+function still returns one number per pair: their mean over the real pairs is the
+paper's loss of the batch, in value and in gradient.
 """
 
 import jax
@@ -278,7 +279,7 @@ def _dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta, wh
 
 def _soft_minimum(losses: jax.Array, cost: jax.Array, where: jax.Array) -> jax.Array:
     """-b' log mean exp(-l / b') of the real losses; 0 if there is none."""
-    least = jnp.min(jnp.where(where, losses, jnp.inf))
+    least = jnp.min(losses, initial=jnp.inf, where=where)
     least = jnp.where(jnp.any(where), least, 0)
     fall = (least - losses) / cost
     # Near uniform weights log1p keeps what the cost is about to multiply; far from

@@ -42,32 +42,44 @@ def same_shape(**arrays) -> None:
         raise ValueError(f"Expected arrays of one shape, got {listed}.")
 
 
+def one_number(name: str, value) -> None:
+    """Raises ValueError for text, and for an array with axes: it would broadcast."""
+    if isinstance(value, str) or jnp.ndim(value):
+        got = repr(value) if isinstance(value, str) else f"shape {jnp.shape(value)}"
+        raise ValueError(f"Expected {name} to be one number, got {got}.")
+
+
 def positive(name: str, value) -> None:
     """Raises ValueError if a Python number is not above 0; arrays pass unchecked."""
+    one_number(name, value)
     if isinstance(value, numbers.Real) and not 0 < value < float("inf"):
         raise ValueError(f"Expected {name} > 0 and finite, got {value}.")
 
 
 def not_negative(name: str, value) -> None:
     """Raises ValueError if a Python number is below 0; arrays pass unchecked."""
+    one_number(name, value)
     if isinstance(value, numbers.Real) and not 0 <= value < float("inf"):
         raise ValueError(f"Expected {name} >= 0 and finite, got {value}.")
 
 
 def between(name: str, value, low: float, high: float) -> None:
     """Raises ValueError if a Python number is outside the open (low, high)."""
+    one_number(name, value)
     if isinstance(value, numbers.Real) and not low < value < high:
         raise ValueError(f"Expected {name} in ({low}, {high}), got {value}.")
 
 
 def fraction(name: str, value) -> None:
     """Raises ValueError if a Python number is outside the closed [0, 1]."""
+    one_number(name, value)
     if isinstance(value, numbers.Real) and not 0 <= value <= 1:
         raise ValueError(f"Expected {name} in [0, 1], got {value}.")
 
 
 def finite(name: str, value) -> None:
     """Raises ValueError if a Python number is not finite; arrays pass unchecked."""
+    one_number(name, value)
     if isinstance(value, numbers.Real) and not abs(value) < float("inf"):
         raise ValueError(f"Expected {name} finite, got {value}.")
 
@@ -101,6 +113,7 @@ def correction(flip_rate, like: jax.Array) -> jax.Array:
     """
     rate = rates(flip_rate, like)
     if isinstance(flip_rate, numbers.Real):
+        flip_rate = float(flip_rate)
         return jnp.asarray(flip_rate / (1 - 2 * flip_rate), like.dtype)
     return rate / (1 - 2 * rate)
 
@@ -172,6 +185,16 @@ def flipped_logistic_loss(z: jax.Array, rate: jax.Array) -> jax.Array:
 def clipped_exp(x: jax.Array) -> jax.Array:
     """exp(x), held at exp(80): the largest that float32 carries through a gradient."""
     return jnp.exp(jnp.minimum(x, 80))
+
+
+def scalar(name: str, value, like: jax.Array) -> jax.Array:
+    """One number in the dtype of `like`.
+
+    Raises:
+      ValueError: if it has axes, which would broadcast against the pairs.
+    """
+    one_number(name, value)
+    return jnp.asarray(value, like.dtype)
 
 
 def mask(where, like: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """Corrections for flipped labels that turn any pairwise loss into a robust one.
 
-Both call a loss twice, on the pair and on the pair with its answers exchanged, so a
-loss qualifies if it names every array it reads for the chosen answer again for the
-rejected one, and looks at one pair at a time.
+All call a loss twice, on the pair and on the pair with its answers exchanged, so a loss
+qualifies if it reads some array for both answers, under names that say which, and looks
+at one pair at a time.  An array that it reads for one answer alone (CPO's
+chosen_lengths) is asked for the other one too, after the loss's own arrays.
 """
 
 import inspect
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxpref.losses import _common
 from jaxpref.losses._common import Rate
 
-__all__ = ["forward_corrected", "unbiased"]
+__all__ = ["forward_corrected", "gibbs_logits", "unbiased"]
 
 
 def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
@@ -35,10 +36,11 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
         array that broadcasts to one per pair.  Differentiable.
 
     Returns:
-      A function with the parameters of `loss`.
+      A function with the parameters of `loss`, and the arrays that it reads for one
+      answer alone for the other one too.
 
     Raises:
-      TypeError: if an array has no counterpart for the other answer, or `loss` couples
+      TypeError: if no array has a counterpart for the other answer, or `loss` couples
         the pairs of a batch (takes `where`): its mean over independent flips is not
         made of those two terms.
       ValueError: if a Python `flip_rate` is outside [0, 1/2); when called, if an array
@@ -64,13 +66,15 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
         # divides what is left of them by 1 - 2e.
         return pair + _common.correction(flip_rate, pair) * (pair - exchanged)
 
-    return _corrected(loss, flip_rate, correct, "unbiased")
+    corrected = _in_both_orders(loss, correct, "unbiased")
+    _check_range(flip_rate)
+    return corrected
 
 
 def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
     """The likelihood of the observed label under the preference that `loss` implies.
 
-        p         = s(loss(exchanged) - loss(pair))
+        p         = s(z),    z = loss(exchanged) - loss(pair), the `gibbs_logits`
         corrected = -log((1 - e) p + e (1 - p))
 
     p is the probability of the label if preferences follow exp(-loss).
@@ -88,10 +92,11 @@ def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
         Differentiable on (0, 1), so that it can be learnt.
 
     Returns:
-      A function with the parameters of `loss`.
+      A function with the parameters of `loss`, and the arrays that it reads for one
+      answer alone for the other one too.
 
     Raises:
-      TypeError: if an array has no counterpart for the other answer, or `loss` couples
+      TypeError: if no array has a counterpart for the other answer, or `loss` couples
         the pairs of a batch (takes `where`).
       ValueError: if a Python `flip_rate` is outside [0, 1/2); when called, if an array
         of rates does not broadcast to the pairs.
@@ -108,19 +113,61 @@ def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
       Cao et al., "Robust Preference Optimization: Aligning Language Models with Noisy
       Preference Feedback" (RE-PO), 2025, arXiv:2509.24159, Eq. 2 and 3.
     """
+    logits = gibbs_logits(loss)
+    _check_range(flip_rate)
 
-    def correct(pair, exchanged):
-        rate = _common.rates(flip_rate, pair)
-        return _common.flipped_logistic_loss(exchanged - pair, rate)
+    def corrected(*args, **kwargs):
+        z = logits(*args, **kwargs)
+        return _common.flipped_logistic_loss(z, _common.rates(flip_rate, z))
 
-    return _corrected(loss, flip_rate, correct, "forward_corrected")
+    signature = inspect.signature(logits)
+    return _introduced(corrected, loss, signature, "forward_corrected")
 
 
-def _corrected(loss: Callable, flip_rate, correct: Callable, how: str) -> Callable:
-    """`correct(loss(pair), loss(exchanged))`, called as `loss` is."""
-    name = getattr(loss, "__name__", None) or loss.func.__name__
+def gibbs_logits(loss: Callable) -> Callable:
+    """The logit of the preference that `loss` implies: its margin in nats.
+
+        z = loss(exchanged) - loss(pair),    P(y_w is preferred) = s(z)
+
+    Preferences that follow exp(-loss) have it.  DPO: h.  IPO: 2 D / beta.  SimPO:
+    log s(m - gamma) - log s(-m - gamma), with m its margin.  CPO: beta times the
+    log-prob margin, plus nll_weight times that of the averages.  Only the difference of
+    the two losses counts; what they have in common does not.
+
+    Args:
+      loss: a pairwise loss: a function of arrays that its positional parameters name
+        for both answers (policy_chosen_logps and policy_rejected_logps, chosen_rewards
+        and rejected_rewards, ...), one loss per pair out.
+
+    Returns:
+      A function with the parameters of `loss`, and the arrays that it reads for one
+      answer alone for the other one too; [*batch] out, at least float32.
+
+    Raises:
+      TypeError: if no array has a counterpart for the other answer, or `loss` couples
+        the pairs of a batch (takes `where`).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import gibbs_logits, ipo
+      >>> zero, margin = jnp.zeros(2), jnp.array([3.0, -3.0])
+      >>> print(gibbs_logits(ipo)(margin, zero, zero, zero, beta=0.5))
+      [ 12. -12.]
+
+    References:
+      Cao et al., "Robust Preference Optimization: Aligning Language Models with Noisy
+      Preference Feedback" (RE-PO), 2025, arXiv:2509.24159, Eq. 2.
+    """
+    return _in_both_orders(
+        loss, lambda pair, exchanged: exchanged - pair, "gibbs_logits"
+    )
+
+
+def _in_both_orders(loss: Callable, combine: Callable, how: str) -> Callable:
+    """`combine(loss(pair), loss(exchanged))`, called as `loss` is."""
+    name = _name(loss)
     signature = inspect.signature(loss)
-    parameters = signature.parameters.values()
+    parameters = list(signature.parameters.values())
     reads = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     if "where" in signature.parameters:
         raise TypeError(
@@ -129,24 +176,46 @@ def _corrected(loss: Callable, flip_rate, correct: Callable, how: str) -> Callab
         )
     others = {array: _other_answer(array) for array in reads}
     alone = [array for array, other in others.items() if other not in others]
-    if alone or all(array == other for array, other in others.items()):
+    if all(array == other or array in alone for array, other in others.items()):
         missing = ", ".join(f"{array} but not {others[array]}" for array in alone)
         raise TypeError(
             f"Expected a loss that names its arrays for both answers, got {name}, "
             f"which reads {missing or ', '.join(reads)}."
         )
-    # Its range alone; the shape waits for the pairs.
-    _common.rates(flip_rate if jnp.ndim(flip_rate) == 0 else 0.0, jnp.zeros(()))
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    asked = [inspect.Parameter(others[array], kind) for array in alone]
+    parameters[len(reads) : len(reads)] = asked
+    others |= {others[array]: array for array in alone}
+    called_as = signature.replace(parameters=parameters)
 
-    def corrected(*args, **kwargs):
-        arguments = signature.bind(*args, **kwargs).arguments
+    def both(*args, **kwargs):
+        arguments = called_as.bind(*args, **kwargs).arguments
         exchanged = {others.get(key, key): value for key, value in arguments.items()}
-        return correct(loss(**arguments), loss(**exchanged))
+        own = lambda given: {
+            k: v for k, v in given.items() if k in signature.parameters
+        }
+        return combine(loss(**own(arguments)), loss(**own(exchanged)))
 
-    corrected.__name__ = corrected.__qualname__ = f"{how}_{name}"
-    corrected.__signature__ = signature
-    corrected.__doc__ = f"`{how}` of `{name}`, whose parameters it has."
-    return corrected
+    return _introduced(both, loss, called_as, how)
+
+
+def _introduced(function: Callable, loss: Callable, signature, how: str) -> Callable:
+    """`function` with the name, signature and docstring of `how` applied to `loss`."""
+    function.__name__ = function.__qualname__ = f"{how}_{_name(loss)}"
+    function.__signature__ = signature
+    function.__doc__ = f"`{how}` of `{_name(loss)}`, whose parameters it has."
+    return function
+
+
+def _name(loss: Callable) -> str:
+    """Its own name, or that of what a `functools.partial` wraps."""
+    inner = getattr(loss, "func", loss)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def _check_range(flip_rate) -> None:
+    """Raises ValueError for a number out of range; a shape waits for the pairs."""
+    _common.rates(flip_rate if jnp.ndim(flip_rate) == 0 else 0.0, jnp.zeros(()))
 
 
 def _other_answer(name: str) -> str:

@@ -82,7 +82,7 @@ def beta_dpo(
     margins = chosen - rejected
     where = _common.mask(where, margins)
     margins = jnp.where(where, margins, 0)
-    usual = _scalar("running_mean", running_mean, margins)
+    usual = _common.scalar("running_mean", running_mean, margins)
     beta, alpha = (jnp.asarray(option, margins.dtype) for option in (beta, alpha))
     excess = _common.mean(margins, where) - usual
     batch_beta = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
@@ -144,7 +144,7 @@ def margin_moments(
     stays = jnp.asarray(momentum, margins.dtype)
 
     def moved(name, old, new):
-        old = _scalar(name, old, margins)
+        old = _common.scalar(name, old, margins)
         new = stays * old + (1 - stays) * new
         return jax.lax.stop_gradient(jnp.where(jnp.any(where), new, old))
 
@@ -204,8 +204,8 @@ def beta_dpo_selection(
     _common.fraction("drop_rate", drop_rate)
     (margins,) = _common.promoted(margins=margins)
     where = _common.mask(where, margins)
-    mean = _scalar("running_mean", running_mean, margins)
-    std = _scalar("running_std", running_std, margins)
+    mean = _common.scalar("running_mean", running_mean, margins)
+    std = _common.scalar("running_std", running_std, margins)
     # All margins alike give a standard deviation of 0, and an equal chance.
     std = jnp.maximum(std, jnp.finfo(margins.dtype).tiny)
     distance = jnp.where(margins == mean, 0, (margins - mean) / std)
@@ -213,7 +213,7 @@ def beta_dpo_selection(
     far = jnp.sqrt(jnp.finfo(margins.dtype).max) / 4
     log_weights = -0.5 * jnp.square(jnp.clip(distance, -far, far))
     # Against the likeliest, so that the noise is not lost where all are far outside.
-    likeliest = jnp.max(jnp.where(where, log_weights, -jnp.inf))
+    likeliest = jnp.max(log_weights, initial=-jnp.inf, where=where)
     log_weights = jnp.where(where, log_weights - likeliest, -jnp.inf)
     scores = replicated(log_weights).reshape(-1)
     noise = jax.random.gumbel(key, scores.shape, scores.dtype)
@@ -365,13 +365,6 @@ def gamma_simpo(
     return jnp.where(where, _common.logistic_loss(h - targets), 0)
 
 
-def _scalar(name: str, value, like: jax.Array) -> jax.Array:
-    """One number in the dtype of `like`."""
-    if jnp.ndim(value):
-        raise ValueError(f"Expected {name} to be one number, got {jnp.shape(value)}.")
-    return jnp.asarray(value, like.dtype)
-
-
 def _target_margins(h: jax.Array, gamma, tau, where) -> tuple[jax.Array, jax.Array]:
     """gamma-PO's mean target and the targets g, held fixed.
 
@@ -390,9 +383,8 @@ def _target_margins(h: jax.Array, gamma, tau, where) -> tuple[jax.Array, jax.Arr
         too_low = lambda u: (
             tau * u + gamma * jax.nn.sigmoid(gamma * jnp.exp(u) - h) < slope
         )
-        low = jnp.minimum((slope - gamma) / tau, most) + jnp.zeros_like(h)
-        high = jnp.minimum(slope / tau, most) + jnp.zeros_like(h)
-        return _halved(too_low, low, high)
+        low, high = (slope - gamma) / tau, slope / tau
+        return _halved(too_low, jnp.minimum(low, most), jnp.minimum(high, most))
 
     too_low = lambda slope: _common.mean(jnp.exp(logs(slope)), where) < 1
     slope = _halved(too_low, jnp.zeros_like(gamma), gamma)
@@ -411,6 +403,9 @@ def _halved(too_low, low: jax.Array, high: jax.Array) -> jax.Array:
         up = too_low(middle)
         return jnp.where(up, middle, low), jnp.where(up, high, middle)
 
+    # What a loop carries keeps its shape and its layout: those of the answer.
+    like = jnp.zeros_like(low) * too_low(low)
+    low, high = low + like, high + like
     steps = jnp.finfo(low.dtype).nmant + 8
     low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
     return (low + high) / 2

@@ -186,9 +186,8 @@ def _in_place(values, scores: jax.Array, real: jax.Array, name: str) -> jax.Arra
 def _softplus_sum(differences: jax.Array, where: jax.Array) -> jax.Array:
     """log(1 + sum of exp(differences) where `where`), over the last axis."""
     some = jnp.any(where, axis=-1)
-    lowest = jnp.where(some, -jnp.inf, 0)
-    top = jnp.max(jnp.where(where, differences, lowest[..., None]), axis=-1)
-    top = jax.lax.stop_gradient(top)
+    top = jnp.max(differences, axis=-1, initial=-jnp.inf, where=where)
+    top = jax.lax.stop_gradient(jnp.where(some, top, 0))
     terms = jnp.exp(jnp.where(where, differences - top[..., None], -jnp.inf))
     # Where nothing is summed, the logarithm and its gradient see a harmless 1.
     total = jnp.where(some, jnp.sum(terms, axis=-1), 1)

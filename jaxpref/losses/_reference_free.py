@@ -9,9 +9,6 @@ from jaxpref.losses._sequence import log_odds
 
 __all__ = ["alpha_po", "cpo", "mapo", "orpo", "simpo"]
 
-LARGEST_EXPONENT = 10.0
-"""Of AlphaPO's power: beyond it the reward is flat, so that it stays finite."""
-
 
 def simpo(
     policy_chosen_logps: Pairs,
@@ -78,9 +75,9 @@ def alpha_po(
 
     alpha = 0 is SimPO's r = log p, alpha = -1 the linear reward.  The reward's slope is
     p^-alpha: for alpha > 0 it grows as an answer gets unlikely.  The exponent
-    -alpha log p is cut at 10 so that all stays finite: beyond it (-40 nats a token at
-    the default) an answer has no gradient.  The defaults are those reported for
-    Mistral-7B-Instruct (tuned as gamma / beta, there 0.1).
+    -alpha log p is held at 80, the largest that float32 carries through a gradient.
+    The defaults are those reported for Mistral-7B-Instruct (tuned as gamma / beta,
+    there 0.1).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -119,7 +116,7 @@ def alpha_po(
 
     def reward(logp):
         # expm1 keeps what a small alpha leaves of 1 - p^-alpha; at 0 it is the limit.
-        power = jnp.expm1(jnp.minimum(-alpha * logp, LARGEST_EXPONENT))
+        power = jnp.expm1(jnp.minimum(-alpha * logp, 80))
         return jnp.where(alpha == 0, logp, -power / jnp.where(alpha == 0, 1, alpha))
 
     return _beyond_target(reward(chosen) - reward(rejected), beta, gamma)

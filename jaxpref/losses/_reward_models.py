@@ -192,11 +192,13 @@ def rao_kupper(
     _common.between("theta", theta, 1.0, float("inf"))
     difference = _common.reward_difference(chosen_rewards, rejected_rewards)
     labels = _labels(difference, ties=ties)
-    theta = jnp.asarray(theta, difference.dtype)
-    win = _common.logistic_loss(difference - jnp.log(theta))
+    threshold = jnp.log(jnp.asarray(theta, difference.dtype))
+    # Of a Python number taken before rounding: near 1 nothing may be left of it.
+    odds = jnp.log(jnp.asarray((theta - 1) * (theta + 1), difference.dtype))
+    win = _common.logistic_loss(difference - threshold)
     # A tie is a win and a loss at once, times a constant.
-    lost = _common.logistic_loss(-difference - jnp.log(theta))
-    return win + labels * (lost - jnp.log((theta - 1) * (theta + 1)))
+    lost = _common.logistic_loss(-difference - threshold)
+    return win + labels * (lost - odds)
 
 
 def davidson(

@@ -338,7 +338,8 @@ def dpop(
         reference_rejected_logps,
         beta,
     )
-    lost = jnp.asarray(penalty, chosen.dtype) * jnp.maximum(-chosen, 0)
+    # relu, whose slope at 0 is 0: training starts there, and maximum's is 1/2.
+    lost = jnp.asarray(penalty, chosen.dtype) * jax.nn.relu(-chosen)
     return _common.logistic_loss(chosen - rejected - lost)
 
 

@@ -5,6 +5,8 @@ batch are functions of their own (`kto_kl`, `bco_shift`), so that the losses sta
 number per answer and a caller may keep running means of them.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -52,8 +54,8 @@ def kto(
 
     Raises:
       TypeError: if log-probs are not floating point or `desirable` not boolean.
-      ValueError: if shapes differ, or a Python `beta` is not > 0, or a weight or `kl`
-        not >= 0.
+      ValueError: if shapes differ, `kl` is not one number, or a Python `beta` is not
+        > 0, or a weight or `kl` not >= 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -70,13 +72,13 @@ def kto(
     _common.not_negative("kl", kl)
     _common.not_negative("desirable_weight", desirable_weight)
     _common.not_negative("undesirable_weight", undesirable_weight)
-    value = _signed(policy_logps, reference_logps, desirable, beta * kl, beta)
+    value = _signed(policy_logps, reference_logps, desirable, beta, kl=kl)
     w_d, w_u = (
         jnp.asarray(weight, value.dtype)
         for weight in (desirable_weight, undesirable_weight)
     )
     # 1 - s(v) as s(-v), which does not round to 0.
-    return jnp.where(desirable, w_d, w_u) * jax.nn.sigmoid(-value)
+    return jnp.where(jnp.asarray(desirable), w_d, w_u) * jax.nn.sigmoid(-value)
 
 
 def kto_kl(
@@ -163,7 +165,7 @@ def apo_zero_unpaired(
       Eq. 7.
       Code: huggingface/trl, trl/trainer/kto_trainer.py, "apo_zero_unpaired".
     """
-    value = _signed(policy_logps, reference_logps, desirable, 0.0, beta)
+    value = _signed(policy_logps, reference_logps, desirable, beta)
     return jax.nn.sigmoid(-value)
 
 
@@ -196,8 +198,8 @@ def bco(
 
     Raises:
       TypeError: if log-probs are not floating point or `desirable` not boolean.
-      ValueError: if shapes differ, a Python `beta` is not > 0 or `running_shift` not
-        finite.
+      ValueError: if shapes differ, `running_shift` is not one number, or a Python
+        `beta` is not > 0 or `running_shift` not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -212,9 +214,10 @@ def bco(
       Code: huggingface/trl, trl/trainer/bco_trainer.py, `bco_loss`.
     """
     _common.finite("running_shift", running_shift)
-    return _common.logistic_loss(
-        _signed(policy_logps, reference_logps, desirable, running_shift, beta)
+    value = _signed(
+        policy_logps, reference_logps, desirable, beta, running_shift=running_shift
     )
+    return _common.logistic_loss(value)
 
 
 def bco_shift(
@@ -253,7 +256,7 @@ def bco_shift(
       2024, arXiv:2404.04656, the reward shift.
     """
     (rewards,) = _common.promoted(rewards=rewards)
-    _check_labels(rewards, desirable)
+    desirable = _labels(rewards, desirable)
     rewards = jax.lax.stop_gradient(rewards)
     real = _common.mask(where, rewards)
     liked, not_liked = real & desirable, real & ~desirable
@@ -298,27 +301,38 @@ def udm_weights(
     """
     _common.not_negative("low", low)
     _common.not_negative("high", high)
-    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
+    both = isinstance(low, numbers.Real) and isinstance(high, numbers.Real)
+    if both and low > high:
         raise ValueError(f"Expected low <= high, got {low} and {high}.")
     (f,) = _common.promoted(probabilities=probabilities)
     return jax.lax.stop_gradient(jnp.clip(f / (1 - f), low, high))
 
 
-def _signed(policy_logps, reference_logps, desirable, shift, beta) -> jax.Array:
-    """What should be large: beta log pi/ref - shift, with a minus if undesirable."""
+def _signed(
+    policy_logps, reference_logps, desirable, beta, *, kl=0.0, running_shift=0.0
+) -> jax.Array:
+    """What should be large: beta (log pi/ref - kl) - running_shift, minus if disliked.
+
+    No gradient flows through the two points of reference.
+    """
     _common.positive("beta", beta)
     policy, reference = _common.promoted(
         policy_logps=policy_logps, reference_logps=reference_logps
     )
-    _check_labels(policy, desirable)
-    rewards = jnp.asarray(beta, policy.dtype) * (policy - reference)
-    shift = jax.lax.stop_gradient(jnp.asarray(shift, policy.dtype))
-    return jnp.where(desirable, rewards - shift, shift - rewards)
+    desirable = _labels(policy, desirable)
+    kl, shift = (
+        jax.lax.stop_gradient(_common.scalar(name, value, policy))
+        for name, value in (("kl", kl), ("running_shift", running_shift))
+    )
+    value = jnp.asarray(beta, policy.dtype) * (policy - reference - kl) - shift
+    return jnp.where(desirable, value, -value)
 
 
-def _check_labels(answers: jax.Array, desirable) -> None:
+def _labels(answers: jax.Array, desirable) -> jax.Array:
+    """`desirable`, promoted to an array and checked."""
+    desirable = jnp.asarray(desirable)
     _common.same_shape(answers=answers, desirable=desirable)
-    dtype = jnp.asarray(desirable).dtype
     # Labels of -1 and 1 would both be true.
-    if dtype != jnp.bool_:
-        raise TypeError(f"Expected desirable to be boolean, got {dtype}.")
+    if desirable.dtype != jnp.bool_:
+        raise TypeError(f"Expected desirable to be boolean, got {desirable.dtype}.")
+    return desirable

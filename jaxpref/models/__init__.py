@@ -10,3 +10,4 @@ from jaxpref.models.functional import Model as Model
 from jaxpref.models.functional import Params as Params
 from jaxpref.models.functional import build as build
 from jaxpref.models.logprobs import token_logps as token_logps
+from jaxpref.models.reward import RewardModel as RewardModel

@@ -1,5 +1,7 @@
 """Hugging Face model folders (config.json + safetensors), read and written.
 
+A folder holds a language model (`AutoModelForCausalLM`) or a reward model
+(`AutoModelForSequenceClassification` with one label); which one, its config.json says.
 Adding a family is a table in `huggingface_names` and, where its mathematics differs, a
 flag in `ModelConfig`.
 """
@@ -22,11 +24,19 @@ from jaxpref.models.config import ModelConfig, check_mesh
 from jaxpref.models.functional import Model, Params
 from jaxpref.models.huggingface_config import config_from_hf, config_to_hf, read_json
 from jaxpref.models.huggingface_names import LLAMA, Name
+from jaxpref.models.reward import Padding, RewardModel
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What weights may be stored as: the format's names and numpy's."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+REWARD_FIELDS = {
+    "architectures": ["LlamaForSequenceClassification"],
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+}
+"""What config.json says of a reward model: one label, whose logit is the score."""
 
 TOKENIZER_FILES = (
     "generation_config.json",
@@ -53,12 +63,32 @@ def load_config(folder: str | Path) -> ModelConfig:
     return config_from_hf(read_json(path), path)
 
 
-def load_params(folder: str | Path, model: Model) -> Params:
+def is_reward_model(folder: str | Path) -> bool:
+    """Whether a folder's config.json is that of a sequence classifier.
+
+    Raises:
+        InputError: no readable config.json.
+    """
+    architectures = read_json(Path(folder) / "config.json").get("architectures")
+    return any(str(a).endswith("SequenceClassification") for a in architectures or ())
+
+
+def load_params(
+    folder: str | Path,
+    model: Model | RewardModel,
+    head_key: jax.Array | None = None,
+) -> Params:
     """The weights of a folder, cast to the model's `param_dtype`.
 
     Under a mesh (`jax.set_mesh`) every process reads only the parts that its own
     devices hold.  A tied model's folder may hold `lm_head.weight` if it equals the
     embedding; stored rotary frequencies are ignored.
+
+    Args:
+        folder: the folder.
+        model: a language or a reward model, as the folder holds.
+        head_key: a random key.  With it a reward model takes the backbone of a language
+            model's folder, and a new head of its own; read only there.
 
     Raises:
         InputError: a tensor is missing, extra, of another shape or dtype, or holds a
@@ -67,19 +97,25 @@ def load_params(folder: str | Path, model: Model) -> Params:
     folder = Path(folder)
     check_mesh(model.config)
     stored = _stored(folder)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes, drawn = jax.eval_shape(model.init, jax.random.key(0)), {}
+    without_score = "score" in shapes and LLAMA["score"].template not in stored
+    if head_key is not None and without_score:
+        stored.pop(LLAMA["head"].template, None)
+        del shapes["score"]
+        drawn = {"score": jax.jit(model.new_score)(head_key)}
     _check(folder, model, stored, shapes)
     leaves = [_load_leaf(folder, stored, *entry) for entry in _named_leaves(shapes)]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves) | drawn
 
 
 def save(
     folder: str | Path,
-    model: Model,
+    model: Model | RewardModel,
     params: Params,
     source_folder: str | Path | None = None,
     dtype: str | None = None,
     *,
+    padding: Padding | None = None,
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes config.json and safetensors that `transformers` loads.
@@ -95,6 +131,9 @@ def save(
         source_folder: where the model came from: its tokenizer files are copied, and
             fields of its config.json that the model does not use (token ids) are kept.
         dtype: "float32", "float16" or "bfloat16"; by default that of the parameters.
+        padding: from `reward.padding_of`; a reward model's config.json and tokenizer
+            name it, a language model's stay as they are.  Without it `transformers`
+            refuses to score more than one sequence at a time.
         max_file_bytes: weights beyond this size are split over several files; one
             file's weights are held in host memory at a time.
 
@@ -117,6 +156,10 @@ def save(
             for older_or_newer_name in ("dtype", "rope_parameters"):
                 fields.pop(older_or_newer_name, None)
     fields |= config_to_hf(model.config) | {"torch_dtype": dtype.name}
+    if isinstance(model, RewardModel):
+        fields |= REWARD_FIELDS | {"pad_token_id": padding.id if padding else None}
+    else:
+        padding = None
 
     temporary = folder.parent / f".{folder.name}.partial"
     writes = jax.process_index() == 0
@@ -130,6 +173,8 @@ def save(
             for name in TOKENIZER_FILES if source_folder is not None else ():
                 if (source / name).exists():
                     shutil.copyfile(source / name, temporary / name)
+            if padding is not None:
+                _name_padding(temporary, padding)
             _move_into_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -210,6 +255,17 @@ def _check(folder, model, stored, shapes):
         stored_shape = name.stored_shape(leaf.shape)
         expected |= dict.fromkeys(name.tensors(leaf.shape), stored_shape)
     head, embed = LLAMA["head"].template, LLAMA["embed"].template
+    score = LLAMA["score"].template
+    if score in stored and score not in expected:
+        raise InputError(
+            f"{folder}: holds a reward model (tensor {score}), which has no LM head; "
+            "give a language model, or train this one with a loss of rewards"
+        )
+    if score in expected and score not in stored:
+        raise InputError(
+            f"{folder}: holds no reward model (tensor {score} is missing); give one, "
+            "such as OUT/export of a run with --loss bradley_terry"
+        )
     extra = [name for name in stored if name not in expected]
     extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
     missing = [name for name in expected if name not in stored]
@@ -270,6 +326,21 @@ def _load_leaf(folder, stored, name: Name, leaf):
 
 
 # --- writing
+
+
+def _name_padding(folder: Path, padding: Padding) -> None:
+    """Has the tokenizer pad with it; files that say so already stay as they are."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path := folder / name).exists():
+            fields = read_json(path)
+            written = name == "tokenizer_config.json" or "pad_token" in fields
+            if written and _text(fields.get("pad_token")) != padding.token:
+                _write_json(path, fields | {"pad_token": padding.token})
+
+
+def _text(token) -> str | None:
+    """A special token's text, which older files hold in an object."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _write_json(path: Path, fields: dict) -> None:

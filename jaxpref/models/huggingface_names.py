@@ -60,4 +60,5 @@ LLAMA = {
     "layers.down": Name("model.layers.{}.mlp.down_proj.weight", 1),
     "norm": Name("model.norm.weight"),
     "head": Name("lm_head.weight", 1),
+    "score": Name("score.weight", 1),
 }

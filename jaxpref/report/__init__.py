@@ -3,8 +3,10 @@
 Plain records (lists of dicts) in, PNG figures and one self-contained HTML file out.
 """
 
+from jaxpref.report.audit import write_audit as write_audit
 from jaxpref.report.html import Figure as Figure
 from jaxpref.report.html import Section as Section
+from jaxpref.report.html import SideBySide as SideBySide
 from jaxpref.report.html import Table as Table
 from jaxpref.report.html import mean_spread as mean_spread
 from jaxpref.report.html import write_html as write_html
@@ -14,9 +16,11 @@ from jaxpref.report.plots import training_curves as training_curves
 __all__ = [
     "Figure",
     "Section",
+    "SideBySide",
     "Table",
     "mean_spread",
     "reward_against_kl",
     "training_curves",
+    "write_audit",
     "write_html",
 ]

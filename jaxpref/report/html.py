@@ -38,6 +38,17 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """Texts beside each other, as they were written: line breaks are kept."""
+
+    columns: Sequence[tuple[str, str]]
+    """Heading and text of each."""
+    title: str = ""
+    above: str = ""
+    """A text that all of them follow, e.g. the prompt; opens on demand if it is long."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A heading and what stands under it, in order.
 
@@ -46,7 +57,7 @@ class Section:
     """
 
     title: str
-    parts: Sequence[str | Table | Figure]
+    parts: Sequence[str | Table | Figure | SideBySide]
 
 
 def write_html(
@@ -90,6 +101,9 @@ def mean_spread(values: Sequence[float], *, digits: int = 2) -> str:
     return _minus(f"{mean:.{digits}f}{spread}")
 
 
+LONG = 400
+"""Characters of a text above others that are shown at once."""
+
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -118,12 +132,30 @@ def _section(number: int, section: Section) -> str:
     return f'<section id="s{number}">\n<h2>{title}</h2>\n{parts}\n</section>'
 
 
-def _part(part: str | Table | Figure) -> str:
+def _part(part: str | Table | Figure | SideBySide) -> str:
     if isinstance(part, Table):
         return _table(part)
     if isinstance(part, Figure):
         return _figure(part)
+    if isinstance(part, SideBySide):
+        return _side_by_side(part)
     return _text(part)
+
+
+def _side_by_side(part: SideBySide) -> str:
+    above = f'<div class="above">{html.escape(part.above.strip())}</div>'
+    if len(part.above) > LONG:
+        beginning = html.escape(part.above.strip()[:LONG].rsplit(None, 1)[0])
+        above = f"<details><summary>{beginning} …</summary>{above}</details>"
+    columns = "".join(
+        f"<div><h4>{_inline(heading)}</h4>{html.escape(text.strip())}</div>"
+        for heading, text in part.columns
+    )
+    title = f"<h3>{_inline(part.title)}</h3>" if part.title else ""
+    return (
+        f'<article class="beside">{title}{above if part.above else ""}'
+        f'<div class="columns">{columns}</div></article>'
+    )
 
 
 def _text(text: str) -> str:

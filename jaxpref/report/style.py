@@ -84,6 +84,16 @@ pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans 
 p code, li code, td code, caption code { background: var(--soft); border-radius: 4px;
   padding: .1em .3em; }
 pre { font-size: .84rem; }
+.beside { margin: 0 0 2rem; font-size: .92rem; line-height: 1.5;
+  overflow-wrap: anywhere; }
+.beside h3 { font-size: .92rem; font-weight: 500; margin: 0 0 .5rem; }
+.beside h4 { font-size: .85rem; font-weight: 500; color: var(--faint); margin: 0;
+  white-space: normal; }
+.above, .columns > div { white-space: pre-wrap; }
+.above, summary { color: var(--faint); margin: 0 0 .5rem; }
+.columns { display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
+.columns > div { background: var(--soft); border-radius: 6px; padding: .7rem .9rem; }
 @media print { body { background: #fff; } h2 { break-after: avoid; }
   figure, .scroll { break-inside: avoid; } }
 """

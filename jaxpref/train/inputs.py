@@ -26,7 +26,7 @@ def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
         plan = make(data.open_source(config.data), options=config.options)
     else:
         whole = dataclasses.replace(config.options, heldout_fraction=0.0)
-        clean = dataclasses.replace(whole, flip_rate=0.0)
+        clean = whole.without_noise()
         plan = make(data.open_source(config.data), options=whole)
         held = make(data.open_source(config.eval_data), options=clean)
         digest = plan.digest + held.digest

@@ -9,10 +9,11 @@ import jax
 
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.models import build
+from jaxpref.models import RewardModel, build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.models.huggingface import save as save_folder
+from jaxpref.models.reward import padding_of
 from jaxpref.train import reference
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_out, remember
@@ -74,7 +75,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     model_config = load_config(folder)
     check_fits(config.data, plan.train, config.model, model_config)
     check_fits(config.heldout_from, plan.heldout, config.model, model_config)
-    model = build(
+    make_model = RewardModel if objective.needs_rewards else build
+    model = make_model(
         dataclasses.replace(
             model_config,
             param_dtype=config.param_dtype,
@@ -88,7 +90,12 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     )
     schedule = make_schedule(config.optimizer, config.max_steps)
     tx = make_optimizer(config.optimizer, schedule)
-    new_state = functools.partial(init_state, tx=tx, objective=objective)
+    new_state = functools.partial(
+        init_state,
+        tx=tx,
+        objective=objective,
+        num_annotators=len(plan.train.annotator_names),
+    )
     params = jax.eval_shape(model.init, jax.random.key(0))
     abstract = on_devices(jax.eval_shape(new_state, params), mesh)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
@@ -106,7 +113,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         )
 
     # ---- the reference: scored once and dropped, or kept where that is not enough --
-    params = load_params(folder, model) if restored is None else None
+    params = None
+    if restored is None:
+        params = load_params(folder, model, jax.random.key(config.seed))
     tables = reference.make_tables(config, plan, out, model, params, score, digest)
     kept = None
     if objective.needs_live_reference:
@@ -174,5 +183,12 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             checkpoints.wait()
 
     export = out / "export"
-    save_folder(export, model, state.params, folder, config.export_dtype)
+    save_folder(
+        export,
+        model,
+        state.params,
+        folder,
+        config.export_dtype,
+        padding=padding_of(tokenizer),
+    )
     return export

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
@@ -37,8 +36,8 @@ class Objective:
     """The loss's hyper-parameters, defaults filled in."""
     reads: tuple[str, ...]
     """Names of the arrays the loss takes, in its order; see `scores.PROVIDED`."""
-    init: Callable[[], Any]
-    """`init() -> state`."""
+    init: Callable[[int], Any]
+    """`init(number of known annotators) -> state`."""
     gradient: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
     """`gradient(scores, params, batch, state) -> (gradients, state, metrics)`, where
     `scores(params, batch without its A axis)` gives a model's `Scores`."""
@@ -46,8 +45,8 @@ class Objective:
     """`losses(scores, batch, state) -> [..., S]`; one a pair, 0 in empty slots."""
     count: Callable[[PreferenceBatch], jax.Array]
     """`count(batch)`: what a sum of losses is divided by, over the global batch."""
-    metrics: Callable[[Scores, PreferenceBatch], dict[str, jax.Array]]
-    """`metrics(scores, batch)`: see `reward_metrics`."""
+    metrics: Callable[[Scores, PreferenceBatch, Any], dict[str, jax.Array]]
+    """`metrics(scores, batch, state)`: see `reward_metrics`, and what it learns."""
 
     @property
     def sides(self) -> int:
@@ -59,6 +58,11 @@ class Objective:
         """The scores it reads, named without their sides."""
         names = (without_side(name) for name in self.reads)
         return frozenset(name for name in names if name in PROVIDED)
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether it trains a reward model: it reads scores, not log-probs."""
+        return "rewards" in self.needs
 
     @property
     def needs_reference(self) -> bool:
@@ -78,12 +82,14 @@ class Objective:
         return frozenset(name for name in self.needs if name.startswith("reference_"))
 
 
+NOT_ALONE = (losses.center_rewards, losses.reward_accuracies, losses.reward_margins)
+"""Functions of rewards that teach no order: a penalty beside a loss, and measures."""
+
+
 def trainable(loss: Callable) -> bool:
     """Whether everything a loss reads can be computed of a batch of pairs."""
-    reads = _reads(loss)
-    return "policy_chosen_logps" in reads and all(
-        without_side(name) in PROVIDED for name in reads
-    )
+    of_pairs = {"policy_chosen_logps", "chosen_rewards"} & set(_reads(loss))
+    return bool(of_pairs) and loss not in NOT_ALONE and not _missing(loss)
 
 
 def from_loss(loss: Callable[..., jax.Array], **options) -> Objective:
@@ -99,15 +105,21 @@ def from_loss(loss: Callable[..., jax.Array], **options) -> Objective:
       **options: its hyper-parameters.
 
     Raises:
-      InputError: if an option is unknown to the loss, missing, or out of its range.
+      InputError: if an option is unknown to the loss, missing, or out of its range, or
+        the loss reads what is not known of a batch of pairs.
     """
-    return _mean_of(loss, options, _pairs)
+    if missing := _missing(loss):
+        raise InputError(
+            f"loss {loss.__name__}: reads {', '.join(missing)}, which "
+            "a batch of pairs does not have"
+        )
+    return mean_of(loss, options)
 
 
 def sft() -> Objective:
     """Supervised fine-tuning: mean negative log-likelihood of the completion tokens."""
     tokens = lambda batch: jnp.sum(batch.completion_lengths[..., 0])
-    return _mean_of(losses.sft, {}, tokens)
+    return mean_of(losses.sft, {}, count=tokens)
 
 
 def beta_dpo(
@@ -125,7 +137,7 @@ def beta_dpo(
     Args:
       beta: the beta of a batch whose margins are as usual, > 0.
       alpha: how far beta follows the batch, per nat of margin, >= 0.
-      drop_rate: the part of a batch's pairs that is left out, in [0, 1).
+      drop_rate: the part of a batch's pairs that is left out, in [0, 1); one stays.
       momentum: the part of the moving moments that stays, in [0, 1].
 
     Raises:
@@ -136,9 +148,10 @@ def beta_dpo(
     if not 0 <= momentum <= 1:
         raise InputError(f"loss beta_dpo: momentum {momentum}: must be in [0, 1]")
 
-    def init():
-        moments = {"running_mean": np.float32(0), "running_std": np.float32(0)}
-        return moments | {"batches": np.int32(0)}
+    def init(_):
+        zero = lambda: jnp.zeros((), jnp.float32)
+        batches = jnp.zeros((), jnp.int32)
+        return {"running_mean": zero(), "running_std": zero(), "batches": batches}
 
     def prepare(arrays, where, state):
         chosen = arrays["policy_chosen_logps"] - arrays["reference_chosen_logps"]
@@ -152,18 +165,17 @@ def beta_dpo(
             where=where,
         )
         key = jax.random.fold_in(jax.random.key(0), state["batches"])
+        # One pair stays, however small the batch: without any it would teach nothing.
+        all_but_one = 1 - 1 / jnp.maximum(jnp.sum(where), 1)
+        dropped = jnp.minimum(drop_rate, all_but_one)
         selected = losses.beta_dpo_selection(
-            margins, mean, std, key, drop_rate=drop_rate, where=where
+            margins, mean, std, key, drop_rate=dropped, where=where
         )
         batches = state["batches"] + 1
         return selected, {"running_mean": mean, "running_std": std, "batches": batches}
 
-    objective = _mean_of(
-        losses.beta_dpo,
-        {"beta": beta, "alpha": alpha},
-        _pairs,
-        init=init,
-        prepare=prepare,
+    objective = mean_of(
+        losses.beta_dpo, {"beta": beta, "alpha": alpha}, init=init, prepare=prepare
     )
     own = {"drop_rate": drop_rate, "momentum": momentum}
     return dataclasses.replace(objective, options=dict(objective.options) | own)
@@ -172,18 +184,43 @@ def beta_dpo(
 Prepare = Callable[[dict, jax.Array, Any], tuple[jax.Array, Any]]
 """`(arrays, where, state) -> (where, state)`: before a training step of a loss with
 running statistics, which pairs it sees and the statistics it leaves behind."""
+Learn = Callable[[dict, PreferenceBatch, Any], Any]
+"""`(arrays, batch, state) -> state`: what the whole batch, once scored, teaches beside
+the model."""
+Show = Callable[[dict, PreferenceBatch, Any], dict[str, jax.Array]]
+"""`(arrays, batch, state) -> metrics` of what was learnt."""
 
 
-def _mean_of(
+def _pairs(batch: PreferenceBatch) -> jax.Array:
+    return jnp.sum(batch.pairs >= 0)
+
+
+def mean_of(
     loss: Callable[..., jax.Array],
     options: Mapping[str, Any],
-    count: Callable[[PreferenceBatch], jax.Array],
     *,
-    init: Callable[[], Any] = dict,
+    count: Callable[[PreferenceBatch], jax.Array] = _pairs,
+    init: Callable[[int], Any] = lambda _: {},
     prepare: Prepare | None = None,
+    learn: Learn = lambda arrays, batch, state: state,
+    show: Show = lambda arrays, batch, state: {},
 ) -> Objective:
+    """The objective "sum of `loss` over the global batch, divided by `count`".
+
+    Args:
+      loss: a per-pair loss; its positional parameter names say which arrays it reads.
+      options: its hyper-parameters.
+      count: what the sum is divided by.
+      init: makes the state of an objective that learns something beside the model.
+      prepare: see `Prepare`; only for losses that couple the pairs of a batch.
+      learn: see `Learn`.
+      show: see `Show`.
+
+    Raises:
+      InputError: if an option is unknown to the loss, missing, or out of its range.
+    """
     reads = _reads(loss)
-    _check(loss, options, init())
+    _check(loss, options)
     coupled = "where" in inspect.signature(loss).parameters
     defaults = {
         p.name: p.default
@@ -194,12 +231,16 @@ def _mean_of(
 
     @functools.cache
     def per_token() -> bool:
-        # Not before a run has joined its processes: it touches a device.
-        with jax.ensure_compile_time_eval():
-            return averages_tokens(loss, reads, options, init())
+        # Not before a run has joined its processes: it touches a device.  It is ours,
+        # and not one of the mesh, which may be elsewhere or only described.
+        no_mesh = jax.sharding.AbstractMesh((), ())
+        with jax.sharding.use_abstract_mesh(no_mesh), jax.ensure_compile_time_eval():
+            return averages_tokens(loss, reads, options)
 
-    def metrics(scores, batch):
-        return reward_metrics(scores, batch, per_token(), options)
+    def metrics(scores, batch, state):
+        arrays = pair_arrays(reads, scores, batch, state)
+        shown = show(arrays, batch, state)
+        return reward_metrics(scores, batch, per_token(), options) | shown
 
     def pair_losses(scores, batch, state, where=None):
         arrays = pair_arrays(reads, scores, batch, state)
@@ -226,6 +267,16 @@ def _mean_of(
 
         cotangents, values = jax.grad(summed, has_aux=True)(scores)
         return cotangents, values, following
+
+    def nonfinite(arrays, values, pairs):
+        """The pairs to blame where a loss is not finite, -1 in place of the others."""
+        bad = ~jnp.isfinite(values)
+        if coupled:
+            # One pair may spoil the losses of all: it is the one that came spoilt.
+            come = [~jnp.isfinite(x) for x in arrays.values() if x.ndim]
+            spoilt = functools.reduce(jnp.logical_or, come) & (pairs >= 0)
+            bad = jnp.where(jnp.any(spoilt), spoilt, bad)
+        return jnp.where(bad, pairs, -1)
 
     def gradient(scores, params, batch, state):
         ahead = own = None
@@ -254,12 +305,16 @@ def _mean_of(
         divisor = jnp.maximum(count(batch), 1)
         mean = lambda g, p: (g / divisor.astype(g.dtype)).astype(p.dtype)
         grads = jax.tree.map(mean, total, params)
-        bad = jnp.where(jnp.isfinite(values), -1, batch.pairs)
+        arrays = pair_arrays(reads, out, batch, state)
         found = {
             "loss": jnp.sum(values) / divisor,
-            "nonfinite_pairs": replicated(bad),
+            "nonfinite_pairs": replicated(nonfinite(arrays, values, batch.pairs)),
         }
-        return grads, following, found | metrics(out, batch)
+        shown = metrics(out, batch, state)
+        following = learn(arrays, batch, following)
+        # In the dtypes it began with, whatever the scores have: so it is restored.
+        following = jax.tree.map(lambda x, was: x.astype(was.dtype), following, state)
+        return grads, following, found | shown
 
     return Objective(
         name=loss.__name__,
@@ -273,25 +328,32 @@ def _mean_of(
     )
 
 
-def _pairs(batch: PreferenceBatch) -> jax.Array:
-    return jnp.sum(batch.pairs >= 0)
-
-
 def _reads(loss: Callable) -> tuple[str, ...]:
     parameters = inspect.signature(loss).parameters.values()
     return tuple(p.name for p in parameters if p.kind != p.KEYWORD_ONLY)
 
 
-def _check(loss: Callable, options: Mapping[str, Any], state) -> None:
+def _missing(loss: Callable) -> list[str]:
+    """Names of the arrays it reads that are not known of a batch of pairs."""
+    return [name for name in _reads(loss) if without_side(name) not in PROVIDED]
+
+
+def _check(loss: Callable, options: Mapping[str, Any]) -> None:
     """Traces the loss, so that a bad option is found before any model is loaded."""
+    scored = {without_side(name) for name in _reads(loss)} & PROVIDED.keys()
+    if "rewards" in scored and scored - {"rewards", "lengths"}:
+        raise InputError(
+            f"loss {loss.__name__}: reads {', '.join(sorted(scored))}; a model has one "
+            "head, which gives rewards or log-probs"
+        )
     pair = jax.ShapeDtypeStruct((1,), jnp.float32)
-    reads = _reads(loss)
+    one = jax.ShapeDtypeStruct((), jnp.float32)
     try:
         if "where" in options:
             raise TypeError("where is the engine's: it masks empty slots")
         jax.eval_shape(
             functools.partial(loss, **options),
-            *(state.get(name, pair) for name in reads),
+            *(one if name.startswith("running_") else pair for name in _reads(loss)),
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"loss {loss.__name__}: {error}") from error

@@ -70,9 +70,12 @@ def make_tables(
     for name, (pairs, source) in sets.items():
         path = out / "reference" / f"{name}.npz"
         shape = (len(pairs), pairs.num_sides)
+        blank = {key: np.zeros(shape, np.float32) for key in sorted(names)}
+        if not len(pairs):  # nothing is held out
+            tables[name] = blank
+            continue
         found = from_first_process(
-            functools.partial(load_tables, path, names, pairs, digest),
-            {reference: np.zeros(shape, np.float32) for reference in sorted(names)},
+            functools.partial(load_tables, path, names, pairs, digest), blank
         )
         if found is None:
             if params is None:

@@ -117,5 +117,5 @@ def evaluation_metrics(
     batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
     losses = objective.losses(scores, batch, state)
     metrics = {"loss": losses.sum() / objective.count(batch)}
-    metrics |= objective.metrics(scores, batch)
+    metrics |= objective.metrics(scores, batch, state)
     return {f"eval_{name}": float(value) for name, value in metrics.items()}

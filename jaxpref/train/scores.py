@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.models import Model, logprobs
+from jaxpref.models import Model, RewardModel, logprobs
 from jaxpref.models.config import SPECS, on_mesh
 
 Scores = dict[str, jax.Array]
-"""Name without its side -> float32 `[..., R, S, K]`."""
+"""Name without its side -> float32 or wider `[..., R, S, K]`."""
 ScoreFunction = Callable[..., Scores]
 """`(params, batch without its A axis, reference=None) -> Scores`."""
 
@@ -28,6 +28,7 @@ PROVIDED = {
     "kls": "KL(ref || pi) summed over its positions; keeps the reference's weights",
     "reference_logps": "as for the policy, under the reference",
     "reference_prefix_logps": "as for the policy, under the reference",
+    "rewards": "a reward model's score at its last token; not beside log-probs",
     "lengths": "its tokens",
 }
 """What a loss may ask for, and what it is of each completion."""
@@ -39,7 +40,7 @@ def without_side(name: str) -> str:
 
 
 def make_scores(
-    model: Model,
+    model: Model | RewardModel,
     needs: frozenset[str] = frozenset({"policy_logps"}),
     *,
     chunk_size: int = 64,
@@ -48,11 +49,13 @@ def make_scores(
 
     The backbone runs on every token, the LM head on completion tokens only,
     `chunk_size` of them at a time; what needs whole distributions is summed up chunk by
-    chunk too.
+    chunk too.  Rewards need no LM head.
 
     Args:
-      model: the functional model; a reference has the same sizes.
-      needs: names out of `PROVIDED` that are wanted beside `policy_logps`.
+      model: the functional model, for rewards a reward model; a reference has the same
+        sizes.
+      needs: names out of `PROVIDED` that are wanted beside `policy_logps`, or `rewards`
+        in their place.
       chunk_size: completion tokens of a sequence whose logits exist at the same time.
 
     Returns:
@@ -64,6 +67,23 @@ def make_scores(
         rows, sequences, _ = batch.tokens.shape
         _, slots, sides = batch.completion_lengths.shape
         flat = lambda x: x.reshape(rows * sequences, *x.shape[2:])
+
+        def per_completion(sum_tokens, of_token, owners=batch.completions):
+            of_token = jnp.reshape(
+                of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
+            )
+            sums = sum_tokens(of_token, owners, num_completions=slots * sides)
+            return jnp.reshape(
+                sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden)
+            )
+
+        if "rewards" in needs:
+            # A token's own state is one place behind the one that predicts it.
+            at = flat(batch.predictors) + 1
+            rewards = model.rewards_at(params, flat(batch.tokens), at)
+            ends = last_tokens(batch.completions)
+            return {"rewards": per_completion(losses.sum_by_completion, rewards, ends)}
+
         read = lambda p: (model.hidden(p, flat(batch.tokens)), model.head(p))
         asked = (flat(batch.predictors), flat(batch.targets))
         of_tokens = {}
@@ -82,18 +102,6 @@ def make_scores(
         else:
             logps = logprobs.token_logps(*read(params), *asked, chunk_size=chunk_size)
         of_tokens["policy_logps"] = logps
-
-        def per_completion(sum_tokens, of_token):
-            of_token = jnp.reshape(
-                of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
-            )
-            sums = sum_tokens(
-                of_token, batch.completions, num_completions=slots * sides
-            )
-            return jnp.reshape(
-                sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden)
-            )
-
         sums = {
             name: per_completion(losses.sum_by_completion, of_token)
             for name, of_token in of_tokens.items()
@@ -120,10 +128,23 @@ def make_scores(
     return scores
 
 
+def last_tokens(owners: jax.Array) -> jax.Array:
+    """Owners [..., P] of target tokens, -1 but for the last token of each completion.
+
+    A completion's tokens stand side by side in one sequence.
+    """
+    padding = [(0, 0)] * (owners.ndim - 1) + [(0, 1)]
+    following = jnp.pad(owners[..., 1:], padding, constant_values=-1)
+    return jnp.where(owners == following, -1, owners)
+
+
 def pair_arrays(
     reads: tuple[str, ...], scores: Scores, batch: PreferenceBatch, state: Any
 ) -> dict[str, jax.Array]:
     """The arrays that a loss reads, each `[..., S]`; running statistics are scalars.
+
+    `reliabilities` are those of the pairs' annotators, out of the state; the last is
+    the one of all annotators that are not known.
 
     Empty slots hold log-probs 0 and lengths 1, so that no loss divides by zero there.
     """
@@ -134,7 +155,19 @@ def pair_arrays(
     def find(name: str) -> jax.Array:
         if name.startswith("running_"):
             return state[name]
+        if name == "reliabilities":
+            return of_annotators(state["reliability"], batch.annotators)
         (side,) = (k for word, k in sides.items() if word in name.split("_"))
         return available[without_side(name)][..., side]
 
     return {name: find(name) for name in reads}
+
+
+def of_annotators(values: jax.Array, annotators: jax.Array) -> jax.Array:
+    """Each pair's annotator's value; the last one's where it is not known (-1).
+
+    By comparison and not by a gather, so pairs may lie on any device.
+    """
+    index = jnp.where(annotators < 0, len(values) - 1, annotators)
+    own = index[..., None] == jnp.arange(len(values))
+    return jnp.sum(jnp.where(own, values, 0), axis=-1)

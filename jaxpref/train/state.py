@@ -28,7 +28,11 @@ class TrainState:
 
 
 def init_state(
-    params, tx: optax.GradientTransformation, objective: Objective
+    params,
+    tx: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    num_annotators: int = 0,
 ) -> TrainState:
     """The state before the first step; pure, so `jax.eval_shape` gives shardings."""
     return TrainState(
@@ -36,5 +40,5 @@ def init_state(
         skipped=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        objective_state=objective.init(),
+        objective_state=objective.init(num_annotators),
     )

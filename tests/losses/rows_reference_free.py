@@ -27,8 +27,8 @@ def alpha_po(pc, pr, chosen_lengths, rejected_lengths, *, alpha, beta, gamma):
         average = logps / lengths
         if alpha == 0:
             return average
-        # Cut where p^-alpha passes exp(10).
-        return (1 - np.exp(np.minimum(-alpha * average, 10))) / alpha
+        # Held where p^-alpha passes exp(80).
+        return (1 - np.exp(np.minimum(-alpha * average, 80))) / alpha
 
     margin = reward(pc, chosen_lengths) - reward(pr, rejected_lengths)
     return logistic(beta * margin - gamma)
@@ -86,6 +86,8 @@ ROWS = (
             {"alpha": 0.5, "beta": 1.0, "gamma": 0.0},
         ),
         draw=PRECISE,
+        # Beside exp(80) differences of losses lose every digit; see its own test.
+        extremes=(8.0, -20.0, 4.0, -16.0),
         special=(({"alpha": 0.0, "beta": 2.0, "gamma": 0.5}, losses.simpo, {}),),
         mirror=target_mirror,
     ),

@@ -410,6 +410,17 @@ def test_options_that_are_not_numbers_are_refused(row):
             jax.eval_shape(functools.partial(row.loss, **options), *arrays)
 
 
+@every_row
+def test_options_with_axes_are_refused(row):
+    """They would broadcast: a loss of pairs against pairs."""
+    arrays = on_device(arrays_of(row), jnp.float32)
+    loss = inspect.unwrap(row.loss)
+    for name in set(complete(row, row.options[-1])) - {"flip_rate"}:
+        for value in (jnp.ones((PAIRS, 1)), "0.1"):
+            with pytest.raises(ValueError, match=f"{name} to be one number, got"):
+                loss(*arrays, **row.options[-1] | {name: value})
+
+
 @each([row for row in TABLE if len(row.reads) > 1])
 def test_wrong_shapes_are_named(row):
     """What a caller sees without the run-time annotation checks of this test run."""

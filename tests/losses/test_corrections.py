@@ -25,7 +25,9 @@ def exchangeable(row: Row) -> bool:
 
 
 ONE_BY_ONE = [row for row in TABLE if not row.coupled and exchangeable(row)]
-REFUSED = [row for row in TABLE if row not in ONE_BY_ONE]
+ASKING = [row for row in TABLE if row.name in {"cpo", "iterative_rpo"}]
+"""What they read for the chosen answer alone is asked for the rejected one."""
+REFUSED = [row for row in TABLE if row not in ONE_BY_ONE + ASKING]
 FOUR = next(row for row in TABLE if row.loss is losses.dpo)
 every_row = pytest.mark.parametrize("row", ONE_BY_ONE, ids=lambda row: row.name)
 
@@ -147,20 +149,83 @@ def test_corrected_dpo_is_rdpo_and_forward_dpo(correction, special, rate):
             )
 
 
-@pytest.mark.parametrize(
-    ("loss", "options", "logit"),
-    [
-        (losses.dpo, {"beta": 0.5}, lambda d, beta: beta * d),
-        (losses.ipo, {"beta": 0.5}, lambda d, beta: 2 * d / beta),
-    ],
-)
-def test_preference_probabilities_in_closed_form(loss, options, logit):
-    """P6: what DPO and IPO imply for the probability of a label, at rate 0."""
+LENGTHS = np.array([4, 7, 1, 9, 2]), np.array([6, 3, 5, 1, 8])
+GIBBS = [
+    # P6: the logits in closed form; D is the margin, `per` the averages of log-probs.
+    (losses.dpo, {"beta": 0.5}, lambda w, l: 0.5 * (w - l)),
+    (losses.ipo, {"beta": 0.5}, lambda w, l: 2 * (w - l) / 0.5),
+    (
+        losses.cpo,
+        {"beta": 0.5, "nll_weight": 0.25},
+        lambda w, l: 0.5 * (w - l) + 0.25 * (w / LENGTHS[0] - l / LENGTHS[1]),
+    ),
+    (
+        losses.simpo,
+        {"beta": 2.0, "gamma": 0.7},
+        lambda w, l: np.subtract(
+            *(
+                -np.log1p(np.exp(0.7 - sign * 2 * (w / LENGTHS[0] - l / LENGTHS[1])))
+                for sign in (1, -1)
+            )
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "options", "closed_form"), GIBBS)
+def test_gibbs_logits_in_closed_form(loss, options, closed_form):
+    """P6, against what the losses imply for the probability of a label."""
+    w, l = np.linspace(-9, -3, 5), np.array([-2.0, -8.0, -6.0, -4.5, -1.0])
     with jax.enable_x64(True):
-        margin, zero = jnp.linspace(-6, 6, 25), jnp.zeros(25)
-        ours = losses.forward_corrected(loss, 0)(margin, zero, zero, zero, **options)
-        expected = -jax.nn.log_sigmoid(logit(margin, **options))
-        np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-14)
+        logits = losses.gibbs_logits(loss)
+        given = {
+            "policy_chosen_logps": jnp.asarray(w),
+            "policy_rejected_logps": jnp.asarray(l),
+            "reference_chosen_logps": jnp.zeros(5),
+            "reference_rejected_logps": jnp.zeros(5),
+            "chosen_lengths": jnp.asarray(LENGTHS[0]),
+            "rejected_lengths": jnp.asarray(LENGTHS[1]),
+        }
+        reads = inspect.signature(logits).parameters
+        given = {name: array for name, array in given.items() if name in reads}
+        ours = logits(**given, **options)
+        np.testing.assert_allclose(ours, closed_form(w, l), rtol=1e-12, atol=1e-13)
+        likelihood = losses.forward_corrected(loss, 0)(**given, **options)
+        expected = np.log1p(np.exp(-closed_form(w, l)))
+        np.testing.assert_allclose(likelihood, expected, rtol=1e-12)
+
+
+def test_gibbs_logits_of_simpo_without_target_are_its_margin():
+    """Odd in the margin m; m itself at gamma 0, of slope 2 s(gamma) at m = 0."""
+    with jax.enable_x64(True):
+        m, zero, one = jnp.linspace(-6, 6, 13), jnp.zeros(13), jnp.ones(13)
+        logits = functools.partial(losses.gibbs_logits(losses.simpo), beta=1.0)
+        at = lambda m, gamma: logits(m, zero, one, one, gamma=gamma)
+        np.testing.assert_allclose(at(m, 0.0), m, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(at(m, 0.7), -at(-m, 0.7), rtol=1e-12)
+        slope = jax.grad(lambda m: at(m, 0.7).sum())(zero)
+        np.testing.assert_allclose(slope, 2 / (1 + np.exp(-0.7)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("row", ASKING, ids=lambda row: row.name)
+def test_what_is_read_for_one_answer_is_asked_for_the_other(row):
+    """The clean loss is what is left on average, as for losses that read both."""
+    options, rate = row.options[-1], 0.3
+    lengths = jnp.arange(1, PAIRS + 1)
+    for correction in (losses.unbiased, losses.forward_corrected):
+        parameters = list(inspect.signature(correction(row.loss, rate)).parameters)
+        assert parameters[: len(row.reads) + 1] == [*row.reads, "rejected_lengths"]
+    with jax.enable_x64(True):
+        arrays = on_device(arrays_of(row, extreme=False), jnp.float64)
+        named = dict(zip(row.reads, arrays)) | {"rejected_lengths": lengths}
+        exchange = {"chosen": "rejected", "rejected": "chosen"}
+        other = lambda name: "_".join(exchange.get(w, w) for w in name.split("_"))
+        exchanged = {other(name): array for name, array in named.items()}
+        corrected = losses.unbiased(row.loss, rate)
+        kept, flipped = corrected(**named, **options), corrected(**exchanged, **options)
+        clean = row.loss(*arrays, **options)
+        mean = (1 - rate) * kept + rate * flipped
+        np.testing.assert_allclose(mean, clean, rtol=1e-10)
 
 
 def test_rates_can_be_learnt():
@@ -194,6 +259,18 @@ def test_corrected_losses_introduce_themselves(correction):
     )
     with pytest.raises(TypeError, match="missing a required argument"):
         corrected(*arrays[:2])
+
+
+class Squared:
+    def __call__(self, chosen_rewards, rejected_rewards):
+        return jnp.square(chosen_rewards - rejected_rewards - 1)
+
+
+def test_losses_may_be_objects():
+    corrected = losses.unbiased(Squared(), 0.2)
+    assert corrected.__name__ == "unbiased_Squared"
+    ours = corrected(jnp.ones(1), jnp.zeros(1))  # (0.8 * 0 - 0.2 * 4) / 0.6
+    np.testing.assert_allclose(ours, -4 / 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])

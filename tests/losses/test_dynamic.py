@@ -48,6 +48,12 @@ def test_margin_moments_of_few_pairs():
     np.testing.assert_array_equal(none, [2, 1])
 
 
+def test_no_margins_at_all():
+    none = jnp.zeros(0)
+    assert losses.beta_dpo_selection(none, 0.0, 1.0, jax.random.key(0)).shape == (0,)
+    np.testing.assert_array_equal(losses.margin_moments(none, 2.0, 1.0), [2, 1])
+
+
 def test_margin_moments_are_held_fixed_and_sharded_as_alone():
     margins = jnp.asarray(MARGINS, jnp.float32)
     slope = jax.grad(lambda m: sum(losses.margin_moments(m, 0.0, 0.0)))(margins)

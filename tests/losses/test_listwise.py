@@ -215,6 +215,16 @@ def test_two_items_are_dpo(pairs):
     close(losses.lipo_lambda(scores[:, ::-1], grades[:, ::-1]), constant * dpo)
 
 
+@every_case
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0,)])
+def test_nothing_to_rank(loss, oracle, extra, shape):
+    empty = jnp.zeros(shape)
+    value = loss(empty, *[empty] * extra)
+    assert value.shape == shape[:-1] and not value.any()
+    slope = jax.grad(lambda s: loss(s, *[empty] * extra).sum())(empty)
+    assert slope.shape == shape
+
+
 # What they promise.
 
 

@@ -56,6 +56,25 @@ def test_alpha_po_shapes():
     )
 
 
+@pytest.mark.parametrize("alpha", [0.25, 2.0, -1.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_alpha_po_is_finite_at_extremes(alpha, dtype):
+    """Answers of +-1e4 nats a token, on either side."""
+    one = jnp.ones(4)
+    chosen = jnp.asarray([1e4, -1e4, -1.0, -1.0], dtype)
+    rejected = jnp.asarray([-1.0, -1.0, 1e4, -1e4], dtype)
+    loss = lambda c, r: jnp.sum(losses.alpha_po(c, r, one, one, alpha=alpha))
+    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(chosen, rejected)
+    assert np.isfinite(value)
+    assert all(np.isfinite(np.asarray(s, np.float32)).all() for s in slopes)
+
+
+def test_alpha_po_still_pulls_at_answers_of_many_nats_a_token():
+    one, at = jnp.ones(1), jnp.asarray([-12.0])
+    slope = jax.grad(lambda c: losses.alpha_po(c, at, one, one, alpha=2.0).sum())(at)
+    assert slope < -1
+
+
 @pytest.mark.parametrize("alpha", [float("inf"), -float("inf")])
 def test_alpha_po_refuses_an_alpha_without_bound(alpha):
     arrays = on_device(arrays_of(BY_NAME["alpha_po"]), jnp.float32)

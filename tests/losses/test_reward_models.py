@@ -131,6 +131,14 @@ each_tie_model = pytest.mark.parametrize(
 )
 
 
+def test_rao_kupper_survives_a_theta_that_rounds_to_1():
+    """Without ties it is Bradley-Terry; a tie is then improbable, not impossible."""
+    chosen, rejected = jnp.array([2.0, 0.0]), jnp.zeros(2)
+    ours = losses.rao_kupper(chosen, rejected, jnp.array([0.0, 1.0]), theta=1 + 1e-9)
+    win = losses.bradley_terry(chosen, rejected)[0]
+    np.testing.assert_allclose(ours, [win, -np.log(2e-9 / 4)], rtol=1e-6)
+
+
 @each_tie_model
 def test_win_tie_and_loss_sum_to_1(name, value):
     option, _, tie_of_equals = TIES[name]

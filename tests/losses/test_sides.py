@@ -51,6 +51,14 @@ def test_apo_is_bounded_and_moves_each_side_its_way():
     assert chosen > 0 and rejected > 0
 
 
+def test_dpop_begins_as_dpo():
+    """Where policy and reference agree the penalty is 0, and so is its slope."""
+    ratios = [0.0, 0.0, 2.0], [0.0, 1.0, 1.0]
+    ours = of_ratios(losses.dpop, *ratios, beta=0.3)
+    for mine, dpo in zip(ours, of_ratios(losses.dpo, *ratios, beta=0.3)):
+        np.testing.assert_array_equal(mine, dpo)
+
+
 @pytest.mark.parametrize("beta", [1e-3, 0.5])
 def test_sppo_hard_has_its_minimum_at_its_targets(beta):
     target = 1 / (2 * beta)

@@ -75,6 +75,16 @@ def test_bounds_and_pulls_are_the_known_ones(maker, name):
         assert maker.far_out(maker.Entry(getattr(losses, name))) == FAR_OUT[name]
 
 
+def test_only_those_that_read_a_reference_need_one(maker):
+    of_pairs = [maker.Entry(getattr(losses, name)) for name in losses.__all__]
+    of_pairs = [entry for entry in of_pairs if entry.is_of_pairs]
+    assert not any(e.needs_reference for e in of_pairs if e.is_of_rewards)
+    policies = {e.name for e in of_pairs if not e.is_of_rewards}
+    free = {e.name for e in of_pairs if not e.is_of_rewards and not e.needs_reference}
+    assert free == {"alpha_po", "cpo", "gamma_simpo", "mapo", "orpo", "simpo"}
+    assert {"dove", "sparse_po", "wpo"} <= policies - free
+
+
 def test_source_is_the_first_reference(maker):
     paper, equation = maker.Entry(losses.dpo).source
     assert paper.endswith("2023, [2305.18290](https://arxiv.org/abs/2305.18290)")

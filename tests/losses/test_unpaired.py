@@ -143,6 +143,32 @@ def test_wrong_numbers():
         inspect.unwrap(losses.udm_weights)(labels)
 
 
+def test_reference_points_are_one_number_in_full_precision():
+    logps, labels = jnp.full(2, 1.2345), jnp.array([True, False])
+    for loss, name in ((losses.kto, "kl"), (losses.bco, "running_shift")):
+        half = jnp.bfloat16(1.2345)
+        value = loss(logps, 0 * logps, labels, half, beta=0.1)
+        whole = loss(logps, 0 * logps, labels, half.astype(jnp.float32), beta=0.1)
+        np.testing.assert_array_equal(value, whole)
+        for shape in ((2,), (2, 1)):
+            message = rf"{name} to be one number, got \({shape[0]},"
+            with pytest.raises(ValueError, match=message):
+                inspect.unwrap(loss)(logps, logps, labels, jnp.zeros(shape))
+
+
+def test_lists_and_numpy_numbers_will_do():
+    logps, labels = [-3.0, -4.0], [True, False]
+    bare = inspect.unwrap
+    for value in (
+        bare(losses.kto)(logps, logps, labels, np.float32(0)),
+        bare(losses.apo_zero_unpaired)(logps, logps, labels),
+    ):
+        np.testing.assert_array_equal(value, [0.5, 0.5])
+    assert bare(losses.bco_shift)(logps, labels) == -3.5
+    with pytest.raises(ValueError, match="low <= high, got 2.0 and 1.0"):
+        bare(losses.udm_weights)(logps, low=np.float32(2), high=np.float32(1))
+
+
 def test_no_gradient_through_reference_points():
     policy, reference = (jnp.asarray(a, jnp.float32) for a in drawn())
     labels = jnp.asarray(DESIRABLE)

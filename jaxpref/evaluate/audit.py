@@ -1,0 +1,448 @@
+"""`jaxpref audit`: which labels of a preference file are probably wrong, and whose.
+
+Every pair is judged by a model that was trained neither on it nor on its prompt: a
+Bradley-Terry model on frozen features, cross-fitted by prompt.  Its margins are
+calibrated together with the flip rate, and EM gives each annotator a reliability and
+each pair the probability that its label is right.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxpref import data
+from jaxpref.data import DataOptions, Pairs, Source
+from jaxpref.data.formats import Example, parse, prompt_key
+from jaxpref.errors import InputError
+from jaxpref.evaluate import features as feature_store
+from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
+from jaxpref.evaluate.estimate import Estimate, estimate
+from jaxpref.evaluate.features import Features
+from jaxpref.evaluate.metrics import accuracy, wilson_interval
+from jaxpref.files import write_json, write_whole
+from jaxpref.models import build
+from jaxpref.models.hub import resolve_folder
+from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.train.config import Dtype
+from jaxpref.train.inputs import check_fits
+from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
+
+MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
+"""Settings that a second audit into the same OUT may change."""
+STRONG = 3.0
+"""How much larger the few columns of lengths and log-probs are made than the states':
+their coefficients are penalised nine times less."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """What `jaxpref audit` reads."""
+
+    data: str
+    """Preference file or data set; every pair of it is judged."""
+    model: str
+    """Hugging Face model folder, or a hub id: its features judge the pairs."""
+    out: str
+    """Folder for `audit.jsonl`, `clean.jsonl`, `summary.json` and `report.html`."""
+    annotator_field: str | None = None
+    """Field of the records that names the annotator; `annotator` where not given."""
+    action: Literal["drop", "relabel", "soft"] = "drop"
+    """What `clean.jsonl` makes of suspicious pairs: leave them out, exchange `chosen`
+    and `rejected`, or write `p_correct` into every record."""
+    threshold: float = 0.5
+    """A pair is suspicious if the probability that its label is right is below this."""
+    assumed_flip_rate: float = 0.1
+    """Stands in for the flip rate where the pairs do not determine it."""
+    features: str | None = None
+    """Folder of cached features, OUT/features where not given; audits of one model may
+    share it."""
+    folds: int = 5
+    """Parts the prompts are divided into; a pair is judged by a model of the others."""
+    seed: int = 0
+    """Seed of that division."""
+    batch_size: int = 32
+    """Completions the model reads at the same time, over all devices."""
+    max_length: int = DataOptions.max_length
+    """Longest prompt and completion together, in tokens."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
+    their beginning."""
+    drop_empty: bool = False
+    """Leave records with an empty completion unjudged instead of stopping at one."""
+    compute_dtype: Dtype = "float32"
+    """Dtype of matrix products and activations."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are used."""
+
+    def __post_init__(self):
+        if self.folds < 2:
+            raise InputError(f"--folds {self.folds}: must be at least 2")
+        for name in ("threshold", "assumed_flip_rate"):
+            most = 1 if name == "threshold" else 0.5
+            if not 0 < getattr(self, name) < most:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0"
+                    f" and below {most}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What was found, as plain records."""
+
+    summary: dict[str, Any]
+    """As in `summary.json`."""
+    pairs: list[dict[str, Any]]
+    """As in `audit.jsonl`."""
+    suspects: list[dict[str, Any]]
+    """The most suspicious pairs with their texts: `prompt`, `chosen`, `rejected`."""
+    calibration: list[dict[str, float]]
+    """Bins of equal counts: `pairs`, mean `confidence` of the model, share of labels
+    that agree with it, and its interval."""
+
+
+def run(config: AuditConfig) -> Audit:
+    """Audits a file; writes all of OUT but the page."""
+    if jax.process_count() > 1:
+        raise InputError("an audit runs in one process; start it on one machine")
+    folder = resolve_folder(config.model)
+    source = _named_annotators(data.open_source(config.data), config.annotator_field)
+    options = DataOptions(
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        heldout_fraction=0.0,
+        drop_empty=config.drop_empty,
+    )
+    plan = data.make_plan(source, data.load_tokenizer(folder), options, sides=2)
+    pairs = plan.train
+    print(f"{config.data}: {plan.describe()}", flush=True)
+    out = _open_out(config, pairs)
+    found = _features(config, folder, pairs, Path(config.features or out / "features"))
+    examples = [_example(source, int(row)) for row in pairs.rows]
+    keys = [prompt_key(example.prompt) for example in examples]
+
+    print(f"judging {len(pairs)} pairs in {config.folds} folds", flush=True)
+    columns, lengths = differences(found)
+    fold = {
+        "folds": prompt_folds(keys, folds=config.folds, seed=config.seed),
+        "inner_folds": prompt_folds(keys, folds=config.folds, seed=config.seed + 1),
+    }
+    margins = cross_fit(columns, **fold).margins
+    by_length = cross_fit(lengths, **fold).margins
+    items, orientation = _items(feature_store.completion_keys(pairs))
+    names = [*pairs.annotator_names, *([None] if (pairs.annotators < 0).any() else [])]
+    judged = estimate(
+        margins,
+        np.where(pairs.annotators < 0, len(names) - 1, pairs.annotators),
+        items=items,
+        orientation=orientation,
+        num_annotators=len(names),
+        assumed_flip_rate=config.assumed_flip_rate,
+    )
+    summary = _summary(judged, margins, by_length, names, items, keys, plan.report)
+    rows = _rows(judged, pairs, config)
+    if pairs.flips.any():
+        summary["known_flips"] = known_flips(judged.posterior, margins, pairs.flips)
+    order = np.lexsort((margins, judged.posterior))
+    suspects = [rows[n] | _texts(examples[n]) for n in order[:20]]
+    write_whole(out / "audit.jsonl", _lines(rows))
+    write_whole(out / "clean.jsonl", _lines(_cleaned(source, rows, config.action)))
+    write_json(out / "summary.json", summary)
+    return Audit(summary, rows, suspects, agreement_bins(judged.margins))
+
+
+def differences(found: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Chosen minus rejected: columns for the model, and the log-lengths alone.
+
+    Returns:
+      float64 [N, 2 D + 3] of states, summed and average log-probs and log-lengths, and
+      [N, 1] of log-lengths, all scaled to a mean square of 1 but those few, which are
+      `STRONG` times that in the first array.
+    """
+    side = lambda values: values[:, 0].astype(np.float64) - values[:, 1]
+    lengths = found.lengths.astype(np.float64)
+    few = [found.logps, found.logps / lengths, np.log(lengths)]
+    few = scaled(np.stack([side(values) for values in few], axis=1))
+    states = scaled(side(found.states))
+    return np.concatenate([states, STRONG * few], axis=1), few[:, -1:]
+
+
+def agreement_bins(margins: np.ndarray, *, bins: int = 10) -> list[dict[str, float]]:
+    """How often labels agree with the model where it is how sure; bins of equal counts.
+
+    Args:
+      margins: calibrated, oriented by the labels; [N].
+      bins: how many; fewer where there are few pairs.
+
+    Returns:
+      `pairs`, mean `confidence`, `agreement` (ties half) and its 95 % interval `low`,
+      `high`.
+    """
+    parts = np.array_split(np.argsort(np.abs(margins)), min(bins, len(margins)))
+    records = []
+    for part in parts:
+        share = accuracy(margins[part])
+        low, high = wilson_interval(share, len(part))
+        confidence = np.mean(1 / (1 + np.exp(-np.abs(margins[part]))))
+        records.append(
+            {
+                "pairs": len(part),
+                "confidence": float(confidence),
+                "agreement": share,
+                "low": low,
+                "high": high,
+            }
+        )
+    return records
+
+
+def known_flips(
+    posterior: np.ndarray, margins: np.ndarray, flips: np.ndarray
+) -> dict[str, float]:
+    """How well flips that are known (field `flip`) were found; they are never used.
+
+    Returns:
+      `pairs`, `base_rate`, `auroc` of 1 - posterior, and of the 10 % most suspicious
+      pairs `precision` and its `lift` over the base rate.
+    """
+    order = np.lexsort((margins, posterior))
+    top = order[: max(1, len(order) // 10)]
+    base, precision = float(np.mean(flips)), float(np.mean(flips[top]))
+    return {
+        "pairs": len(flips),
+        "base_rate": base,
+        "auroc": auroc(-posterior, flips),
+        "precision": precision,
+        "lift": precision / base if base else float("nan"),
+    }
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive has a higher score than a negative; ties count half.
+
+    NaN unless there are both.
+    """
+    _, rank, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    # Mean rank of each value: those below, and half of its own.
+    below = np.cumsum(counts) - counts + (counts + 1) / 2
+    ones, zeros = int(np.sum(positive)), int(np.sum(~positive))
+    if not ones or not zeros:
+        return float("nan")
+    return float(
+        (below[rank][positive].sum() - ones * (ones + 1) / 2) / (ones * zeros)
+    )
+
+
+class _Renamed:
+    """A source whose records name their annotator in a field of the user's choice."""
+
+    def __init__(self, source: Source, field: str):
+        self._source, self._field = source, field
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        record = self._source[index]
+        if not isinstance(record, dict):
+            return record
+        name = record.get(self._field)
+        if isinstance(name, bool) or not isinstance(name, str | int | None):
+            raise InputError(
+                f"{self.location(index)}: field {self._field!r} names the annotator; "
+                f"it must be a string or an integer, but it is {name!r:.50}"
+            )
+        return record | {"annotator": name}
+
+    def original(self, index: int) -> Any:
+        """The record as it stands in the file."""
+        return self._source[index]
+
+    def location(self, index: int) -> str:
+        return self._source.location(index)
+
+
+def _named_annotators(source: Source, field: str | None) -> _Renamed:
+    """Raises InputError where no record has the field; some may lack it."""
+    name = "annotator" if field is None else field
+    if field is not None and not any(
+        isinstance(record := source[n], dict) and record.get(field) is not None
+        for n in range(len(source))
+    ):
+        first = source[0]
+        has = ", ".join(map(str, first)) if isinstance(first, dict) else "no fields"
+        raise InputError(
+            f"{source.location(0)} and all after it: no field {field!r} to tell "
+            f"annotators by; the record has {has[:200]}; change --annotator-field"
+        )
+    return _Renamed(source, name)
+
+
+def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
+    """Makes OUT, or finds the same audit in it; an interrupted one goes on."""
+    out, path = Path(config.out), Path(config.out) / "audit_config.json"
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    asked["contents"] = pairs.digest()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("no permission to write")
+        before = json.loads(path.read_text("utf-8")) if path.exists() else asked
+        if not isinstance(before, dict):
+            raise ValueError("not an object")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be used ({error})") from error
+    except ValueError as error:
+        raise InputError(
+            f"{path}: not the config of an audit ({error}); use another --out"
+        ) from error
+    changed = [
+        name
+        for name in sorted(asked.keys() | before.keys())
+        if before.get(name) != asked.get(name) and name not in MAY_CHANGE
+    ]
+    if changed:
+        raise InputError(
+            f"{out} holds another audit; changed: {', '.join(changed)}. Use the same "
+            "options to resume, or another --out"
+        )
+    write_json(path, asked)
+    return out
+
+
+def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> Features:
+    model_config = load_config(folder)
+    check_fits(config.data, pairs, str(folder), model_config)
+    mesh = make_mesh(config.mesh)
+    check_rows(config.batch_size, 1, mesh)
+    with jax.set_mesh(mesh):
+        model = build(
+            dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
+        )
+        params = load_params(folder, model)
+        return feature_store.compute(
+            pairs,
+            feature_store.make_feature_step(model),
+            params,
+            source=config.data,
+            folder=cache,
+            digest=feature_store.model_digest(folder, config.compute_dtype),
+            width=2 * model_config.hidden_size + 1,
+            batch_size=config.batch_size,
+            mesh=mesh,
+        )
+
+
+def _example(source: Source, row: int) -> Example:
+    example = parse(source[row], source.location(row), sides=2, drop_empty=True)
+    assert isinstance(example, Example)  # the plan kept it
+    return example
+
+
+def _items(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which votes judge the same pair of texts, and which of the two each prefers."""
+    _, ranks = np.unique(keys, return_inverse=True)
+    ranks = ranks.reshape(keys.shape)
+    _, items = np.unique(np.sort(ranks, axis=1), axis=0, return_inverse=True)
+    return items.ravel(), np.where(ranks[:, 0] < ranks[:, 1], 1, -1)
+
+
+def _summary(
+    judged: Estimate,
+    margins: np.ndarray,
+    by_length: np.ndarray,
+    names: Sequence[str | None],
+    items: np.ndarray,
+    prompts: Sequence[str],
+    report: dict[str, int],
+) -> dict[str, Any]:
+    def measured(values: np.ndarray) -> dict[str, Any]:
+        share = accuracy(values)
+        return {"accuracy": share, "interval": wilson_interval(share, len(values))}
+
+    annotators = [
+        {
+            "annotator": name,
+            "reliability": float(judged.reliability[k]),
+            "interval": [float(judged.lower[k]), float(judged.upper[k])],
+            "count": int(judged.counts[k]),
+        }
+        for k, name in enumerate(names)
+    ]
+    return {
+        "pairs": len(margins),
+        "items": int(items.max()) + 1,
+        "prompts": len(set(prompts)),
+        "flip_rate": judged.flip_rate,
+        "flip_rate_interval": list(judged.flip_rate_interval),
+        "identified": judged.identified,
+        "reason": judged.reason,
+        "assumed_flip_rate": judged.assumed_flip_rate,
+        "temperature": judged.temperature,
+        "model": measured(margins),
+        "length_only": measured(by_length),
+        "annotators": sorted(annotators, key=lambda a: (a["reliability"], -a["count"])),
+        "rows": report["rows"],
+        "not_judged": {
+            name.removeprefix("dropped: "): count
+            for name, count in sorted(report.items())
+            if name.startswith("dropped: ") and count
+        },
+    }
+
+
+def _rows(judged: Estimate, pairs: Pairs, config: AuditConfig) -> list[dict[str, Any]]:
+    names, rows = pairs.annotator_names, []
+    for n in range(len(pairs)):
+        p, annotator = float(judged.posterior[n]), int(pairs.annotators[n])
+        suspicious = config.action == "soft" or p < config.threshold
+        rows.append(
+            {
+                "id": str(pairs.ids[n]),
+                "row": int(pairs.rows[n]) + 1,
+                "p_correct": p,
+                "margin": float(judged.margins[n]),
+                "annotator": names[annotator] if annotator >= 0 else None,
+                "action": config.action if suspicious else "keep",
+            }
+        )
+    return rows
+
+
+def _cleaned(source: _Renamed, rows: list[dict[str, Any]], action: str):
+    """Records as in the file, in its order; those that were not judged as they are."""
+    judged = {row["row"] - 1: row for row in rows}
+    for index in range(len(source)):
+        record, row = source.original(index), judged.get(index)
+        if row is None or row["action"] == "keep":
+            yield record
+        elif action == "soft":
+            yield record | {"p_correct": row["p_correct"]}
+        elif action == "relabel":
+            exchanged = {
+                "chosen": record["rejected"],
+                "rejected": record["chosen"],
+            }
+            # A known flip that is exchanged is right again.
+            if isinstance(record.get("flip"), bool):
+                exchanged["flip"] = not record["flip"]
+            yield record | exchanged
+
+
+def _lines(records) -> str:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def _texts(example: Example) -> dict[str, str]:
+    if not example.is_conversation:
+        chosen, rejected = example.completions
+        return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
+    turns = (f"{turn['role']}: {turn['content']}" for turn in example.prompt)
+    chosen, rejected = (turn["content"] for turn in example.completions)
+    return {"prompt": "\n\n".join(turns), "chosen": chosen, "rejected": rejected}

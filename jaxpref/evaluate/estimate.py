@@ -1,0 +1,133 @@
+"""From margins to flip rate, reliabilities and posteriors, or a reason why not."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxpref.noise import calibration, em, rate
+
+CERTAIN = 100
+"""Votes of the prior for each real one where a flip rate is assumed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What N votes of K annotators say under margins that did not learn from them."""
+
+    margins: np.ndarray
+    """float64 [N]; calibrated, nats, positive where the model agrees with the label."""
+    posterior: np.ndarray
+    """float64 [N]; probability that the label is right."""
+    reliability: np.ndarray
+    """float64 [K]."""
+    lower: np.ndarray
+    """float64 [K]; 95 % credible intervals of the reliabilities begin here."""
+    upper: np.ndarray
+    """float64 [K]; and end here."""
+    counts: np.ndarray
+    """int64 [K]; votes of each annotator."""
+    temperature: float
+    """The margins that were given are divided by it."""
+    flip_rate: float
+    """Most likely share of wrong labels; not to be quoted unless `identified`."""
+    flip_rate_interval: tuple[float, float]
+    """95 %."""
+    identified: bool
+    """Whether the votes determine the flip rate."""
+    reason: str | None
+    """Why they do not."""
+    assumed_flip_rate: float | None
+    """What the posteriors stand on then; None where the rate is identified."""
+
+
+def estimate(
+    margins: Float[np.ndarray, " votes"],
+    annotators: Int[np.ndarray, " votes"],
+    *,
+    items: Int[np.ndarray, " votes"],
+    orientation: Int[np.ndarray, " votes"],
+    num_annotators: int,
+    assumed_flip_rate: float,
+) -> Estimate:
+    """Temperature, flip rate, reliabilities and posteriors.
+
+    Where each item has one vote, temperature and flip rate come from the marginal
+    likelihood of all votes; where some have several, from that of EM, to which the
+    votes on an item are evidence about each other.  If that does not determine the
+    rate, the temperature is the most likely one at the assumed rate.
+
+    Args:
+      margins: cross-fitted, of any scale, positive where the model agrees.
+      annotators: index of the annotator of each vote.
+      items: which votes judge the same pair.
+      orientation: +1 or -1, which answer of its item a vote prefers.
+      num_annotators: K.
+      assumed_flip_rate: stands in where the votes do not determine the rate.
+
+    Returns:
+      `Estimate`.
+    """
+    votes = {"items": items, "orientation": orientation}
+    z = jnp.asarray(margins, jnp.float32)
+    everyone = jnp.zeros(len(margins), jnp.int32)
+    if len(np.unique(items)) == len(items):
+        votes = {}
+        scale, pooled = calibration.fit_temperature_and_rate(z)
+        flip_rate = float(pooled.rate)
+        interval = float(pooled.lower), float(pooled.upper)
+        identified = bool(pooled.identified)
+    else:
+        scale, one = calibration.fit_temperature_and_reliability(
+            z, everyone, num_annotators=1, prior=None, **votes
+        )
+        flip_rate = 1 - float(one.reliability[0])
+        interval = 1 - float(one.upper[0]), 1 - float(one.lower[0])
+        identified = interval[1] - interval[0] < rate.WIDEST and interval[1] < 0.5
+    temperature = float(scale.temperature)
+    if not identified:
+        right = CERTAIN * len(margins) * (1 - assumed_flip_rate)
+        wrong = CERTAIN * len(margins) * assumed_flip_rate
+        scale, _ = calibration.fit_temperature_and_reliability(
+            z, everyone, num_annotators=1, prior=(right, wrong), **votes
+        )
+        temperature = float(scale.temperature) if margins.any() else 1.0
+    z = z / temperature
+    if num_annotators > 1:
+        fit, _ = rate.fit_rates(z, annotators, num_annotators=num_annotators, **votes)
+    elif identified:
+        fit = em.fit(z, annotators, num_annotators=1, **votes)
+    else:
+        fit = em.fit(z, annotators, num_annotators=1, prior=(right, wrong), **votes)
+    wide = lambda x: np.asarray(x, np.float64)
+    lower, upper = wide(fit.lower), wide(fit.upper)
+    if num_annotators == 1:  # allows for not knowing the temperature
+        lower, upper = wide([1 - interval[1]]), wide([1 - interval[0]])
+    return Estimate(
+        margins=wide(z),
+        posterior=wide(fit.posterior),
+        reliability=wide(fit.reliability),
+        lower=lower,
+        upper=upper,
+        counts=np.asarray(fit.counts, np.int64),
+        temperature=temperature,
+        flip_rate=flip_rate,
+        flip_rate_interval=interval,
+        identified=identified,
+        reason=None if identified else _reason(margins, interval),
+        assumed_flip_rate=None if identified else assumed_flip_rate,
+    )
+
+
+def _reason(margins: np.ndarray, interval: tuple[float, float]) -> str:
+    if not margins.any():
+        return (
+            "every margin is 0: no pair has a prompt of its own to be judged from, or "
+            "the answers do not differ in any feature"
+        )
+    return (
+        f"{len(margins)} labels allow any flip rate from {interval[0]:.2f} to "
+        f"{interval[1]:.2f}: a weak model and wrong labels look alike; more pairs, a "
+        "better model or several votes on a pair would tell"
+    )

@@ -1,0 +1,242 @@
+"""What a model makes of every completion: computed once, kept on disk, resumable.
+
+Files of a feature folder are named by a digest of the model, and their rows by a digest
+of prompt and completion tokens.  So rows that are added, removed, reordered or flipped,
+several votes on one pair, and an interrupted pass cost only what is new; audits of one
+model may share a folder.
+"""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxpref import data
+from jaxpref.data import BatchShape, Pairs, PairsBuilder
+from jaxpref.errors import InputError
+from jaxpref.files import cannot_write, write_whole
+from jaxpref.models import Model
+from jaxpref.models.config import SPECS, place
+from jaxpref.models.logprobs import token_logps
+from jaxpref.sharding import replicated
+from jaxpref.train.mesh import to_global
+
+BLOCK = 512
+"""Most completions in a file: what an interrupt can lose."""
+SHORTEST = 32
+"""Smallest padded length, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What is known of N pairs' completions; side 0 is the one the label prefers."""
+
+    states: np.ndarray
+    """float32 [N, 2, 2 D]; final hidden state, mean over the completion and at its
+    last token."""
+    logps: np.ndarray
+    """float32 [N, 2]; log-prob in nats, summed over the completion."""
+    lengths: np.ndarray
+    """int32 [N, 2]; tokens of the completion, EOS included."""
+
+
+def make_feature_step(model: Model, *, chunk_size: int = 64) -> Callable:
+    """The jitted `(params, batch) -> (features [A * R, 2 D + 1], pairs [A, R, 1])`.
+
+    Columns are the final hidden state's mean over the completion's tokens, the state at
+    its last token, and its summed log-prob.  Batches hold one completion a row.
+    """
+
+    def of_micro(params, batch):
+        tokens, lengths = batch.tokens[:, 0], batch.lengths[:, 0]
+        hidden = model.hidden(params, tokens)
+        logps = token_logps(
+            hidden,
+            model.head(params),
+            batch.predictors[:, 0],
+            batch.targets[:, 0],
+            chunk_size=chunk_size,
+        )
+        total = jnp.sum(jnp.where(batch.completions[:, 0] >= 0, logps, 0), axis=-1)
+        sizes = batch.completion_lengths[:, 0, 0]
+        position = jnp.arange(tokens.shape[1])[None]
+        inside = (position >= (lengths - sizes)[:, None]) & (
+            position < lengths[:, None]
+        )
+        last = position == (lengths - 1)[:, None]
+        states = place(hidden, SPECS.hidden).astype(jnp.float32)
+        pick = lambda mask: jnp.einsum("btd,bt->bd", states, mask.astype(jnp.float32))
+        mean = pick(inside) / jnp.maximum(sizes, 1)[:, None]
+        return jnp.concatenate([mean, pick(last), total[:, None]], axis=1)
+
+    def feature_step(params, batch):
+        out = jax.lax.map(lambda micro: of_micro(params, micro), batch)
+        return jax.tree.map(replicated, (out, batch.pairs))
+
+    return jax.jit(feature_step)
+
+
+def model_digest(folder: Path, compute_dtype: str) -> str:
+    """SHA-256 (hex) of a model's config and weights, and of the dtype it runs in."""
+    digest = hashlib.sha256(compute_dtype.encode())
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def compute(
+    pairs: Pairs,
+    feature_step: Callable,
+    params,
+    *,
+    source: str,
+    folder: Path,
+    digest: str,
+    width: int,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Features:
+    """Features of every completion, from `folder` where they lie there already.
+
+    Args:
+      pairs: N pairs.
+      feature_step: from `make_feature_step`.
+      params: the model's parameters.
+      source: where the pairs come from, for errors.
+      folder: where features are kept; made if missing.
+      digest: from `model_digest`.
+      width: columns of the step's result, 2 D + 1.
+      batch_size: completions at the same time, over all devices.
+      mesh: the mesh the batches are placed on.
+
+    Raises:
+      InputError: if the folder cannot be written, or the model gives numbers that are
+        not finite; names the row.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    keys = completion_keys(pairs)
+    table = _load(folder, digest, width)
+    missing = _first_of_each(keys, table)
+    with tqdm(
+        total=len(missing), desc="features", unit="completion", disable=None
+    ) as bar:
+        for shape, part in _blocks(pairs, missing):
+            values = _of_block(part, feature_step, params, shape, batch_size, mesh)
+            wrong = ~np.isfinite(values).all(axis=1)
+            if wrong.any():
+                raise InputError(
+                    f"{source} row {part.rows[wrong][0] + 1}: its hidden states are not finite"
+                    f" ({wrong.sum()} such completions); check the weights, or set"
+                    " --compute-dtype float32"
+                )
+            _save(folder, digest, part.ids, values)
+            table |= zip(part.ids.tolist(), values)
+            bar.update(len(part))
+    values = np.stack([table[key] for key in keys.ravel().tolist()])
+    values = values.reshape(len(pairs), 2, width)
+    return Features(values[..., :-1], values[..., -1], pairs.completion_lengths)
+
+
+def completion_keys(pairs: Pairs) -> np.ndarray:
+    """32 hexadecimal digits of the SHA-256 of prompt and completion; str [N, 2]."""
+    keys = []
+    for n in range(len(pairs)):
+        prompt = hashlib.sha256(pairs.prompt(n).tobytes() + b"|")
+        for side in range(2):
+            whole = prompt.copy()
+            whole.update(pairs.completion(n, side).tobytes())
+            keys.append(whole.hexdigest()[:32])
+    return np.array(keys, np.str_).reshape(len(pairs), 2)
+
+
+def _first_of_each(keys: np.ndarray, table) -> list[tuple[int, int, str]]:
+    """(pair, side, key) of every completion that is not in the table, once."""
+    found = {}
+    for (n, side), key in np.ndenumerate(keys):
+        key = str(key)
+        if key not in table and key not in found:
+            found[key] = (n, side, key)
+    return list(found.values())
+
+
+def _blocks(pairs: Pairs, missing: list) -> Iterator[tuple[BatchShape, Pairs]]:
+    """Completions of about one length together, so that little is computed for padding.
+
+    Lengths are rounded up to 2^k or 3 * 2^k, predictions to halves of that: a few dozen
+    shapes are compiled at most, whatever the data.
+    """
+
+    def shape_of(entry) -> tuple[int, int]:
+        n, side, _ = entry
+        size = int(pairs.completion_lengths[n, side])
+        length = _rounded(int(pairs.prompt_lengths[n]) + size)
+        predictions = length
+        while predictions % 2 == 0 and 2 * size <= predictions:
+            predictions //= 2
+        return length, predictions
+
+    for shape, group in itertools.groupby(sorted(missing, key=shape_of), shape_of):
+        group = list(group)
+        for start in range(0, len(group), BLOCK):
+            part = PairsBuilder(1)
+            for n, side, key in group[start : start + BLOCK]:
+                part.add(
+                    pairs.prompt(n),
+                    [pairs.completion(n, side)],
+                    id=key,
+                    row=int(pairs.rows[n]),
+                )
+            yield BatchShape(*shape, sides=1), part.build()
+
+
+def _rounded(length: int) -> int:
+    size = SHORTEST
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def _of_block(part: Pairs, feature_step, params, shape, batch_size, mesh) -> np.ndarray:
+    out = []
+    for batch in data.eval_batches(part, shape=shape, batch_size=batch_size):
+        values, index = jax.device_get(feature_step(params, to_global(batch, mesh)))
+        out.append(values.reshape(-1, values.shape[-1])[index.ravel() >= 0])
+    return np.concatenate(out)
+
+
+def _save(folder: Path, digest: str, ids: np.ndarray, values: np.ndarray) -> None:
+    # Named by what it holds, so that two passes over other data never collide.
+    content = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
+    file = io.BytesIO()
+    np.savez(file, ids=ids, values=values)
+    write_whole(folder / f"{digest[:16]}-{content}.npz", file.getvalue())
+
+
+def _load(folder: Path, digest: str, width: int) -> dict[str, np.ndarray]:
+    table = {}
+    for path in sorted(folder.glob(f"{digest[:16]}-*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                ids, values = stored["ids"], stored["values"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            continue  # damaged: made anew
+        if values.shape == (len(ids), width) and np.isfinite(values).all():
+            table |= zip(ids.tolist(), values)
+    return table

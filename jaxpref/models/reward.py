@@ -1,0 +1,178 @@
+"""Reward models: the same backbone with a scalar head in place of the LM head.
+
+An answer's score is read at its last real token, the only one that has seen all of it:
+EOS, or the token at which the answer was cut.  `transformers` calls such a model
+`AutoModelForSequenceClassification` with one label.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxpref.models.config import ROWS, SPECS, ModelConfig, on_mesh, place
+from jaxpref.models.functional import Model, Params
+
+HEAD = P(None, None)
+"""One number a feature: too small to be worth spreading."""
+PASSES = P(None, ROWS, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A transformer that scores: a config and pure functions of its parameters.
+
+    Parameters are those of `Model` without `head`, and `score` [D, 1].  The config says
+    what the backbone is; `tie_word_embeddings` means nothing here, since there is no LM
+    head.  Hashable, and with the same meshes as `Model`.
+    """
+
+    config: ModelConfig
+
+    @property
+    def backbone(self) -> Model:
+        """The model whose parameters are these without `score`."""
+        return Model(dataclasses.replace(self.config, tie_word_embeddings=True))
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters, in their layout on the mesh that is set.
+
+        Raises:
+            InputError: the mesh does not fit the model; see `Model.init`.
+        """
+        of_backbone, of_score = jax.random.split(key)
+        return self.backbone.init(of_backbone) | {"score": self.new_score(of_score)}
+
+    def new_score(self, key: jax.Array) -> jax.Array:
+        """A head [D, 1] to begin with: normal with variance 1 / (D + 1).
+
+        Scores of an untrained head are then about as large as the features.  Not zero,
+        so that two reward models of one backbone and two keys learn different things.
+
+        Source: Stiennon et al. 2020, arXiv:2009.01325.
+        """
+        size, dtype = self.config.hidden_size, jnp.dtype(self.config.param_dtype)
+        draw = jax.random.normal(key, (size, 1), dtype, out_sharding=on_mesh(HEAD))
+        return draw * jnp.asarray((size + 1) ** -0.5, dtype)
+
+    def hidden(self, params: Params, tokens, positions=None, mask=None) -> jax.Array:
+        """Final hidden states [B, T, D] of tokens [B, T]; see `Model.hidden`."""
+        backbone = {name: x for name, x in params.items() if name != "score"}
+        return self.backbone.hidden(backbone, tokens, positions, mask)
+
+    def rewards_at(self, params: Params, tokens, positions) -> jax.Array:
+        """Scores [B, P] read at `positions` int [B, P] of tokens int [B, T].
+
+        Float32, or float64 for float64 hidden states.  Rows are padded on the right.
+        """
+        hidden = self.hidden(params, tokens)
+        scores = score_states(hidden, params["score"])
+        return _take(scores, place(positions, SPECS.tokens))
+
+    def rewards(self, params: Params, tokens, lengths) -> jax.Array:
+        """Scores [B] of the first lengths[b] tokens of each row of tokens int [B, T].
+
+        A sequence of length 0 gets the score of its first place.
+        """
+        return self.rewards_at(params, tokens, _ends(lengths))[:, 0]
+
+
+def score_states(hidden, score) -> jax.Array:
+    """Scores [..., T] = hidden [..., T, D] @ score [D, 1], in float32 or wider.
+
+    The factors are in the dtype of `hidden`.
+    """
+    return jnp.einsum(
+        "btd,d->bt",
+        hidden,
+        score[:, 0].astype(hidden.dtype),
+        preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+        out_sharding=on_mesh(SPECS.tokens),
+    )
+
+
+def mc_rewards(
+    model: RewardModel,
+    params: Params,
+    tokens,
+    lengths,
+    key: jax.Array,
+    *,
+    rate: float = 0.1,
+    passes: int = 10,
+) -> jax.Array:
+    """Scores [passes, B] with dropout on the last hidden state: Monte Carlo dropout.
+
+        out[t, b] = sum_d m[t, b, d] / (1 - rate) hidden[b, d] score[d]
+
+    with independent m[t, b, d], 1 with probability 1 - rate and else 0.  The backbone,
+    which is trained without dropout, runs once and only the head's input is dropped:
+    the passes cost next to nothing, and what differs between them is the head's
+    uncertainty, not the backbone's.  Their mean is `model.rewards`.
+
+    The passes of two answers are independent, as are rows of a batch.  The noise
+    belongs to the row's place in the batch.
+
+    Args:
+        model: the reward model.
+        params: its parameters.
+        tokens: int [B, T], padded on the right.
+        lengths: int [B], real tokens of each row.
+        key: a jax random key.
+        rate: the share of features that is dropped, in [0, 1).
+        passes: T of `jaxpref.noise.uncertainty`, >= 1.
+
+    Raises:
+        ValueError: `rate` or `passes` is out of its range.
+
+    Sources: Gal and Ghahramani 2015, arXiv:1506.02142; UPO, arXiv:2409.11212, takes ten
+    passes at a rate of 0.1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"Expected rate in [0, 1), got {rate}.")
+    if passes < 1:
+        raise ValueError(f"Expected passes >= 1, got {passes}.")
+    states = _take(model.hidden(params, tokens), place(_ends(lengths), SPECS.tokens))
+    shape = (passes, states.shape[0], states.shape[2])
+    uniform = jax.random.uniform(key, shape, out_sharding=on_mesh(PASSES))
+    kept = jnp.where(uniform < rate, 0, states[:, 0] / (1 - rate))
+    return jax.vmap(lambda h: score_states(h[:, None], params["score"])[:, 0])(kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """The token that a reward model's input is padded with."""
+
+    token: str
+    """Its text, as the tokenizer's files name it."""
+    id: int
+    """Its index in the embedding."""
+
+
+def padding_of(tokenizer: Any) -> Padding | None:
+    """The token to pad a reward model's input with, or None if there is none.
+
+    `transformers` reads the score at the last token that is not the padding token.  An
+    answer ends with EOS, so where a tokenizer pads with EOS, as many do, that would be
+    the token before it.  So: the tokenizer's own padding token, else BOS, else the
+    token of unknown text, else another special token, whichever is not EOS.
+
+    Args:
+        tokenizer: of `transformers`.
+    """
+    t = tokenizer
+    for token in (t.pad_token, t.bos_token, t.unk_token, *t.all_special_tokens):
+        if token is not None and token != t.eos_token:
+            return Padding(token, t.convert_tokens_to_ids(token))
+    return None
+
+
+def _ends(lengths) -> jax.Array:
+    return jnp.maximum(lengths - 1, 0)[:, None]
+
+
+def _take(values, positions) -> jax.Array:
+    """Of values [B, T, ...] those at positions [B, P], each within its own row."""
+    return jax.vmap(lambda v, i: v[i])(values, positions)

@@ -1,0 +1,87 @@
+"""What the files of this room share: promotion, checks, and sums per annotator."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+HALVINGS = 40
+"""Of a bracket around a root: below the spacing of float32."""
+
+
+def sums(weights, annotators, where, like):
+    """Sum of the weights and number of the votes of each annotator."""
+    annotators = jnp.asarray(annotators)
+    where = jnp.ones(annotators.shape, bool) if where is None else where
+    weights = jnp.where(where, weights, 0).astype(like.dtype)
+    annotators = jnp.where(annotators < 0, like.size - 1, annotators)
+    # Compared, not scattered: a scatter along a sharded axis has no layout.
+    own = (annotators[..., None] == jnp.arange(like.size)) & where[..., None]
+    batch = tuple(range(annotators.ndim))
+    right = jnp.sum(jnp.where(own, weights[..., None], 0), axis=batch)
+    return right, jnp.sum(own, axis=batch).astype(like.dtype)
+
+
+def floating(values) -> jax.Array:
+    """`values` in at least float32."""
+    values = jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f"Expected floating-point numbers, got {values.dtype}.")
+    return values.astype(jnp.result_type(jnp.float32, values.dtype))
+
+
+def finite(logits: jax.Array) -> jax.Array:
+    """Infinities made so large that they act as such, and cancel to 0, not to NaN."""
+    most = jnp.finfo(logits.dtype).max / 4
+    return jnp.clip(logits, -most, most)
+
+
+def logit(probability, dtype) -> jax.Array:
+    """log(p / (1 - p)), finite at 0 and 1."""
+    probability = jnp.asarray(probability, dtype)
+    return finite(jnp.log(probability) - jnp.log1p(-probability))
+
+
+def pseudo_counts(prior):
+    """(a, b), Python numbers among them checked; arrays pass.
+
+    Raises:
+      ValueError: if a number is not finite and >= 0.
+    """
+    a, b = prior
+    for votes in (a, b):
+        if isinstance(votes, numbers.Real) and not 0 <= votes < float("inf"):
+            raise ValueError(f"Expected pseudo-counts (a, b) >= 0, got {prior}.")
+    return a, b
+
+
+def check_annotators(annotators, where, num_annotators) -> None:
+    """Raises ValueError for indices out of range; traced arrays pass unchecked."""
+    if isinstance(annotators, jax.core.Tracer) or isinstance(where, jax.core.Tracer):
+        return
+    least = int(jnp.min(jnp.where(where, annotators, 0)))
+    most = int(jnp.max(jnp.where(where, annotators, 0)))
+    if least < -1 or most >= num_annotators:
+        raise ValueError(
+            f"Expected annotators from -1 to {num_annotators - 1}, got {least} to "
+            f"{most}."
+        )
+    if least == -1 and most == num_annotators - 1 and num_annotators > 1:
+        raise ValueError(
+            f"Annotators hold -1 (unknown) and {most}, both of which mean the last of "
+            f"{num_annotators}: pass num_annotators={num_annotators + 1}."
+        )
+
+
+def bisect(below, low: jax.Array, high: jax.Array) -> jax.Array:
+    """Where `below` turns from true to false from low to high; an end if nowhere."""
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) / 2
+        return jax.lax.cond(
+            below(middle), lambda: (middle, high), lambda: (low, middle)
+        )
+
+    low, high = jax.lax.fori_loop(0, HALVINGS, halve, (low, high))
+    return (low + high) / 2

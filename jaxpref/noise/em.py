@@ -1,0 +1,493 @@
+"""Expectation maximisation over label noise: which votes are right, and whose.
+
+A vote is one annotator's label of one pair.  The model says how probable the label is;
+an annotator k is right with probability eta_k, its reliability, whatever the pair:
+
+    z        logit of the model's probability that the vote is right: its margin,
+             positive where the model agrees with the vote; p = s(z)
+    eta      reliability of the vote's annotator; 1 - eta is its flip rate
+    P(vote)  = eta p + (1 - eta) (1 - p)
+    w        = P(right | vote) = s(z + logit eta), the E-step
+    eta_k    = mean of w over the votes of k, the M-step
+
+z comes from a model that has not learnt from the vote (held out or cross-fitted) and is
+calibrated (`jaxpref.noise.calibration`), or the estimate is biased: a model that is too
+sure of itself makes annotators look worse, one that is not sure enough makes them look
+better.  (model, eta) and (-model, 1 - eta) explain votes equally well; the model
+decides which of the two it is, so margins with the wrong sign give 1 - eta.
+
+Ties are no votes: leave them out, or mask them with `where`, and count them yourself.
+
+Source: Cao et al., "Robust Preference Optimization: Aligning Language Models with Noisy
+Preference Feedback" (RE-PO), 2025, arXiv:2509.24159, Eq. 3 to 7.
+"""
+
+import dataclasses
+import functools
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxpref.noise import _common
+from jaxpref.sharding import replicated
+
+START = 0.9
+"""RE-PO's first guess of a reliability."""
+PRIOR = (9.0, 1.0)
+"""Ten votes at that guess."""
+POINTS = 129
+"""Of the grid on which an interval is read off a posterior."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What `fit` found; every array on all devices."""
+
+    reliability: Float[Array, " annotators"]
+    """P(a vote of this annotator is right); the mode of its posterior."""
+    lower: Float[Array, " annotators"]
+    """Where the credible interval of the reliability begins."""
+    upper: Float[Array, " annotators"]
+    """Where it ends."""
+    posterior: Float[Array, " votes"]
+    """P(this vote is right | all votes); of what is not real, of no meaning."""
+    evidence: Float[Array, " votes"]
+    """Logit of the same without knowing who voted: the margin and the other votes of
+    the item.  `posterior` is s(evidence + logit reliability)."""
+    counts: Float[Array, " annotators"]
+    """Votes of each annotator."""
+    log_likelihood: Float[Array, ""]
+    """log P(votes) at the reliabilities found, nats, without the prior."""
+    iterations: Int[Array, ""]
+    """M-steps taken."""
+    converged: Bool[Array, ""]
+    """Whether the estimated distance to the fixed point fell below the tolerance."""
+
+
+def posterior(margin_logits, reliability) -> jax.Array:
+    """The E-step for votes on pairs of their own: the probability that each is right.
+
+        w = p eta / (p eta + (1 - p) (1 - eta)) = s(z + logit eta)
+
+    z = 0, a model that knows nothing, gives eta; eta = 1/2 gives p; eta = 1 gives 1.
+    Where model and annotator are both certain and contradict each other, 1/2.
+
+    Args:
+      margin_logits: z, nats; [*batch].
+      reliability: eta in [0, 1], one number or one per vote; broadcasts.
+
+    Returns:
+      Probabilities, at least float32; [*batch].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.noise import em
+      >>> print(em.posterior(jnp.array([40.0, 0.0, -40.0]), 0.75))
+      [1.   0.75 0.  ]
+
+    References:
+      RE-PO, 2025, arXiv:2509.24159, Eq. 4.
+    """
+    margins = _common.floating(margin_logits)
+    return jax.nn.sigmoid(
+        _common.finite(margins) + _common.logit(reliability, margins.dtype)
+    )
+
+
+def likelihood_loss(margin_logits, weights) -> jax.Array:
+    """The M-step of the model, as RE-PO writes it: the likelihood of the latent label.
+
+        loss = -w log s(z) - (1 - w) log s(-z),    w held fixed
+
+    Its gradient in z is s(z) - w.  For DPO, where z is the implicit reward margin, it
+    equals `weighted_loss`; other losses it replaces by the logistic loss of their Gibbs
+    logits (`jaxpref.losses.gibbs_logits`), and what both orders of the answers have in
+    common, e.g. CPO's likelihood term, it drops.
+
+    Args:
+      margin_logits: z, nats; [*batch].
+      weights: w in [0, 1], the probability that the label is right; [*batch].
+
+    Returns:
+      One loss per vote, at least float32, >= 0; [*batch].
+
+    References:
+      RE-PO, 2025, arXiv:2509.24159, Eq. 5.
+    """
+    z = _common.floating(margin_logits)
+    w = jax.lax.stop_gradient(jnp.asarray(weights, z.dtype))
+    # -log s(z) = softplus(-z), and softplus(z) - softplus(-z) = z: one logarithm, and
+    # finite for every finite z, whatever w.
+    return -jax.nn.log_sigmoid(z) + (1 - w) * z
+
+
+def weighted_loss(loss_pair, loss_exchanged, weights) -> jax.Array:
+    """The M-step of the model that keeps the original loss.
+
+        loss = w loss(pair) + (1 - w) loss(exchanged),    w held fixed
+
+    Args:
+      loss_pair: the base loss of the pair as labelled; [*batch].
+      loss_exchanged: the base loss with chosen and rejected exchanged; [*batch].
+      weights: w in [0, 1], the probability that the label is right; [*batch].
+
+    Returns:
+      One loss per vote, [*batch]; w = 1 is the base loss.
+
+    References:
+      The other reading of RE-PO, 2025, arXiv:2509.24159, Eq. 5; its gradient is equal
+      for losses with loss(exchanged) - loss(pair) = z and a logistic form, as DPO's.
+    """
+    loss_pair = _common.floating(loss_pair)
+    w = jax.lax.stop_gradient(jnp.asarray(weights, loss_pair.dtype))
+    return w * loss_pair + (1 - w) * loss_exchanged
+
+
+def update(
+    reliability: Float[Array, " annotators"],
+    weights,
+    annotators,
+    *,
+    momentum=0.9,
+    prior=None,
+    where=None,
+) -> Float[Array, " annotators"]:
+    """The M-step of the reliabilities over one batch: a moving average.
+
+        eta_k <- m eta_k + (1 - m) (a + sum of w) / (a + b + votes)
+
+    with the sums over the votes of k in the global batch, however it lies on devices.
+    Annotators absent from the batch keep their value, bit for bit.  A batch moves an
+    annotator as far with one vote as with a hundred; `tally` does not.
+
+    Args:
+      reliability: eta, one per annotator; -1 in `annotators` means the last one.
+      weights: w, posterior probabilities that the votes are right; [*batch].
+      annotators: int index of the annotator of each vote; -1 if unknown; [*batch].
+      momentum: m, the share of the old value kept; RE-PO's alpha is 1 - m.
+      prior: None for the paper's mean, or (a, b): right and wrong votes added to every
+        batch.
+      where: which votes are real, [*batch]; None if all are.  What the others hold (NaN
+        included) does not matter.
+
+    Returns:
+      The new reliabilities, in the dtype of the old.
+
+    References:
+      RE-PO, 2025, arXiv:2509.24159, Eq. 7.
+    """
+    a, b = prior or (0.0, 0.0)
+    right, votes = _common.sums(weights, annotators, where, reliability)
+    mean = (a + right) / jnp.maximum(a + b + votes, 1e-12)
+    moved = momentum * reliability + (1 - momentum) * mean
+    return jnp.where(votes > 0, moved, reliability)
+
+
+def tally(
+    right: Float[Array, " annotators"],
+    wrong: Float[Array, " annotators"],
+    weights,
+    annotators,
+    *,
+    memory=float("inf"),
+    where=None,
+) -> tuple[jax.Array, jax.Array]:
+    """Soft counts of right and wrong votes, batch by batch: the M-step of online EM.
+
+        right_k <- exp(-n_k / memory) right_k + sum of w
+        wrong_k <- exp(-n_k / memory) wrong_k + sum of (1 - w)
+
+    n_k is the number of votes of k in the global batch: an annotator forgets by its own
+    votes, not by batches, so rare annotators are not forgotten and the size of the
+    batch does not matter.  `estimate` makes reliabilities of the counts.
+
+    Args:
+      right: soft counts so far, zeros at first; -1 in `annotators` means the last one.
+      wrong: the same of wrong votes.
+      weights: w, posterior probabilities that the votes are right; [*batch].
+      annotators: int index of the annotator of each vote; -1 if unknown; [*batch].
+      memory: the votes after which an old one counts 1/e; infinity forgets nothing.
+      where: which votes are real, [*batch]; None if all are.
+
+    Returns:
+      The new counts; those of absent annotators are the old ones, bit for bit.
+
+    References:
+      Cappé and Moulines, "Online EM Algorithm for Latent Data Models", 2009,
+      arXiv:0712.4273, for the idea.
+    """
+    new_right, votes = _common.sums(weights, annotators, where, right)
+    kept = jnp.exp(-votes / memory)
+    return kept * right + new_right, kept * wrong + (votes - new_right)
+
+
+def estimate(right, wrong, *, prior=PRIOR) -> jax.Array:
+    """Reliabilities from soft counts: (a + right) / (a + b + right + wrong).
+
+    Args:
+      right: soft counts of right votes, one per annotator.
+      wrong: soft counts of wrong votes, one per annotator.
+      prior: (a, b), right and wrong votes that everyone is given; a + b > 0.
+
+    Returns:
+      Reliabilities, one per annotator; of those without votes a / (a + b).
+
+    Raises:
+      ValueError: if `prior` is not made of two numbers >= 0 with a sum > 0.
+    """
+    a, b = _common.pseudo_counts(prior)
+    if a + b == 0:
+        raise ValueError(f"Expected a prior of more than no votes, got {prior}.")
+    return (a + right) / (a + b + right + wrong)
+
+
+def fit(
+    margin_logits: Float[Array, " votes"],
+    annotators: Int[Array, " votes"],
+    *,
+    items: Int[Array, " votes"] | None = None,
+    num_annotators: int,
+    orientation: Int[Array, " votes"] | None = None,
+    where: Bool[Array, " votes"] | None = None,
+    prior: tuple[float, float] | None = PRIOR,
+    start: float = START,
+    level: float = 0.95,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-5,
+) -> Fit:
+    """Reliabilities of annotators by EM over a whole data set, to convergence.
+
+        L_i   = M_i + sum over the votes n on item i of d_n logit eta_n
+        w_n   = s(d_n L_i)
+        eta_k = (a + sum of w over the votes of k) / (a + b + their number)
+
+    d_n = +1 where the vote prefers the first answer of its item and -1 where the
+    second, M_i = d_n z_n is the item's margin (the mean, where votes carry different
+    ones).  Votes on one item share one latent truth, so they are evidence about each
+    other.  The steps never lower the log-likelihood plus the log-prior
+    a log eta_k + b log(1 - eta_k), summed over annotators.
+
+    The credible interval is that of eta_k under its posterior given the other
+    reliabilities, on a grid; exact where each item has one vote.
+
+    Args:
+      margin_logits: z, nats, positive where the model agrees with the vote; [votes].
+      annotators: int index of the annotator; -1 if unknown, which means the last of
+        `num_annotators`: all of them are one virtual annotator; [votes].
+      items: which votes judge the same pair; any integers; None if each has its own.
+      num_annotators: K, one more than the names where some are known and some are not;
+        1 where none is known.
+      orientation: d, +1 or -1; None takes the signs of the margins, +1 for 0: right
+        where the votes on an item carry one margin up to its sign, and that is not 0.
+        Give it to fit without a model, margins all 0 (Dawid and Skene's estimator with
+        two labels and one rate per annotator).
+      where: which votes are real (ties are not); None if all are.
+      prior: (a, b), right and wrong votes that everyone is given, the mode of
+        Beta(a + 1, b + 1); None for maximum likelihood, where annotators without a vote
+        keep `start`.
+      start: first reliability of everyone without a prior; with one, a / (a + b).
+      level: probability of the credible intervals.
+      max_iterations: most M-steps.
+      tolerance: how far, in eta, from the fixed point to stop; the distance is
+        estimated from the last two steps, since EM is slow where margins are small.
+
+    Returns:
+      `Fit`.
+
+    Raises:
+      ValueError: if shapes differ, there is no vote, an option is out of range, or,
+        outside `jit`, `annotators` holds an index below -1 or beyond the last, or both
+        -1 and the last.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.noise import em
+      >>> margins = jnp.array([4.0, 4.0, 4.0, -4.0] * 50)  # 1 of 4 contradicted
+      >>> found = em.fit(margins, jnp.full(200, -1), num_annotators=1, prior=None)
+      >>> print(found.reliability.round(2))
+      [0.76]
+
+    References:
+      RE-PO, 2025, arXiv:2509.24159, Eq. 3, 4 and 6.
+      Dawid and Skene, "Maximum Likelihood Estimation of Observer Error-Rates Using the
+      EM Algorithm", 1979, for several votes on an item.
+    """
+    margins = _common.floating(margin_logits)
+    annotators = jnp.asarray(annotators)
+    given = {"annotators": annotators, "items": items}
+    given |= {"orientation": orientation, "where": where}
+    for name, array in given.items():
+        if array is not None and jnp.shape(array) != margins.shape:
+            raise ValueError(
+                f"Expected {name} of shape {margins.shape}, got {jnp.shape(array)}."
+            )
+    if margins.ndim != 1 or not margins.size:
+        raise ValueError(f"Expected one vote or more, [votes], got {margins.shape}.")
+    if num_annotators < 1 or max_iterations < 1:
+        raise ValueError(
+            "Expected num_annotators and max_iterations >= 1, got "
+            f"{num_annotators} and {max_iterations}."
+        )
+    for name, share in (("level", level), ("start", start)):
+        if isinstance(share, numbers.Real) and not 0 < share < 1:
+            raise ValueError(f"Expected {name} in (0, 1), got {share}.")
+    a, b = (0.0, 0.0) if prior is None else _common.pseudo_counts(prior)
+    where = jnp.ones(margins.shape, bool) if where is None else jnp.asarray(where, bool)
+    _common.check_annotators(annotators, where, num_annotators)
+    return _fit(
+        margins,
+        annotators,
+        items,
+        orientation,
+        where,
+        a=a,
+        b=b,
+        start=start,
+        level=level,
+        tolerance=tolerance,
+        num_annotators=num_annotators,
+        max_iterations=max_iterations,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_annotators", "max_iterations"))
+def _fit(
+    margins,
+    annotators,
+    items,
+    orientation,
+    where,
+    *,
+    a,
+    b,
+    start,
+    level,
+    tolerance,
+    num_annotators,
+    max_iterations,
+) -> Fit:
+    # A data set of scores is small: everything on every device, once.
+    margins, annotators, where = map(replicated, (margins, annotators, where))
+    dtype = margins.dtype
+    a, b, start = (jnp.asarray(x, dtype) for x in (a, b, start))
+    annotators = jnp.where(annotators < 0, num_annotators - 1, annotators)
+    real = where.astype(dtype)
+    per_annotator = lambda x: jax.ops.segment_sum(x, annotators, num_annotators)
+    counts = per_annotator(where.astype(jnp.int32))
+    votes = counts.astype(dtype)
+
+    # Masked while everything is linear, so that what is not real cannot be NaN.
+    margins = _common.finite(jnp.where(where, margins, 0))
+    if items is None:
+        sign, on_item, judged = jnp.ones_like(margins), lambda x: x, where
+    else:
+        sign = jnp.where(margins < 0, -1, 1)
+        sign = sign if orientation is None else jnp.sign(replicated(orientation))
+        sign = sign.astype(dtype)
+        _, ids = jnp.unique(
+            replicated(jnp.asarray(items)), return_inverse=True, size=margins.size
+        )
+        per_item = lambda x: jax.ops.segment_sum(x, ids, margins.size)
+        on_item = lambda x: per_item(x)[ids]
+        judges = on_item(real)
+        margins = sign * on_item(real * sign * margins) / jnp.maximum(judges, 1)
+        # One vote speaks for its item: the first real one.
+        position = jnp.arange(margins.size)
+        first = jax.ops.segment_min(
+            jnp.where(where, position, margins.size), ids, margins.size
+        )
+        judged = where & (first[ids] == position)
+
+    # The loop keeps off 0 and 1, where a contradiction has probability 0.
+    least = jnp.finfo(dtype).eps
+    bounded = lambda eta: jnp.clip(eta, least, 1 - least)
+
+    def evidence(eta):
+        """Logit that each vote is right, from its margin and the item's other votes."""
+        logits = real * sign * _common.logit(eta, dtype)[annotators]
+        return margins + sign * (on_item(logits) - logits)
+
+    def e_step(eta):
+        return jax.nn.sigmoid(evidence(eta) + _common.logit(eta, dtype)[annotators])
+
+    def m_step(eta):
+        # Sums of w - eta, not of w: near the fixed point they cancel instead of
+        # growing with the votes, and float32 keeps its digits.
+        surplus = per_annotator(real * (e_step(eta) - eta[annotators]))
+        prior = a * (1 - eta) - b * eta
+        return bounded(eta + (prior + surplus) / jnp.maximum(a + b + votes, least))
+
+    def step(carry):
+        eta, moved, _, iterations = carry
+        new = m_step(eta)
+        now = jnp.max(jnp.abs(new - eta))
+        # Steps shrink by a factor r, so r / (1 - r) of the last one is still to go.
+        ratio = jnp.clip(now / jnp.maximum(moved, least), 0, 1 - 1e-4)
+        left = now * ratio / (1 - ratio)
+        done = ((iterations > 0) & (left <= tolerance)) | (now <= 4 * least)
+        return new, now, done, iterations + 1
+
+    def going(carry):
+        return ~carry[2] & (carry[3] < max_iterations)
+
+    eta = jnp.where((a > 0) & (b > 0), a / jnp.maximum(a + b, least), start)
+    eta = bounded(jnp.full(num_annotators, eta, dtype))
+    carry = (eta, jnp.ones((), dtype), jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    eta, _, converged, iterations = jax.lax.while_loop(going, step, carry)
+
+    known = evidence(eta)
+    lower, upper = _interval(known, eta, annotators, real, a, b, level)
+    own = jnp.log(eta)[annotators], jnp.log1p(-eta)[annotators]
+    right, wrong = (jnp.where(sign > 0, x, y) for x, y in (own, own[::-1]))
+    first_better = jax.nn.log_sigmoid(sign * margins) + on_item(real * right)
+    second_better = jax.nn.log_sigmoid(-sign * margins) + on_item(real * wrong)
+    log_likelihoods = jnp.logaddexp(first_better, second_better)
+    return Fit(
+        reliability=eta,
+        lower=lower,
+        upper=upper,
+        posterior=jax.nn.sigmoid(known + _common.logit(eta, dtype)[annotators]),
+        evidence=known,
+        counts=counts,
+        log_likelihood=jnp.sum(jnp.where(judged, log_likelihoods, 0)),
+        iterations=iterations,
+        converged=converged,
+    )
+
+
+def _interval(evidence, eta, annotators, real, a, b, level):
+    """Equal tails of each annotator's posterior given the others' reliabilities.
+
+    With c = tanh(evidence / 2) a vote has likelihood proportional to 1 + (2 eta - 1) c,
+    linear in eta: relative to the estimate, 1 + (eta - estimate) u.
+    """
+    contrast = jnp.tanh(evidence / 2)
+    u = 2 * contrast / (1 + (2 * eta[annotators] - 1) * contrast)
+    per_annotator = lambda x: jax.ops.segment_sum(real * x, annotators, eta.size)
+    curvature = per_annotator(u**2) + a / eta**2 + b / (1 - eta) ** 2
+    reach = 10 * jax.lax.rsqrt(curvature)
+    low, high = jnp.clip(eta - reach, 0, 1), jnp.clip(eta + reach, 0, 1)
+    share = jnp.linspace(0, 1, POINTS, dtype=eta.dtype)[:, None]
+    grid = low + share * (high - low)
+
+    def log_posterior(at):
+        gains = jnp.log(jnp.maximum(1 + (at - eta)[annotators] * u, 0))
+        return (
+            per_annotator(gains) + xlogy(a, at / eta) + xlogy(b, (1 - at) / (1 - eta))
+        )
+
+    logs = jax.lax.map(log_posterior, grid)
+    density = jnp.exp(logs - jnp.max(logs, axis=0))
+    mass = jnp.cumsum((density[1:] + density[:-1]) / 2, axis=0)
+    mass = jnp.concatenate([jnp.zeros_like(mass[:1]), mass]) / mass[-1]
+    quantile = jax.vmap(jnp.interp, in_axes=(None, 1, 1))
+    tail = (1 - jnp.asarray(level, eta.dtype)) / 2
+    # A mode at 0 or 1 lies in a tail.
+    return (
+        jnp.minimum(quantile(tail, mass, grid), eta),
+        jnp.maximum(quantile(1 - tail, mass, grid), eta),
+    )

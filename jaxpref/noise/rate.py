@@ -1,0 +1,359 @@
+"""The flip rate: how often are labels wrong, and do the data say so?
+
+With z the margin of a label, positive where the model agrees with it, and e the flip
+rate, the label has the marginal likelihood
+
+    P(label) = (1 - e) s(z) + e s(-z) = (1 + (1 - 2e) tanh(z / 2)) / 2
+
+Here e is one number in (0, 1/2): a rate beyond 1/2 is a rate below it of a model with
+the opposite sign, so the bound chooses the model.  For fixed margins the likelihood is
+log-concave in e, its maximum unique; it knows e by the margins that are large, and not
+at all if they are 0.  `jaxpref.noise.em` fits the same likelihood, one rate per
+annotator and without the bound.
+
+An estimate is as good as the margins: not from a model that has learnt from these
+labels, and calibrated (`jaxpref.noise.calibration`).
+"""
+
+import dataclasses
+import functools
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtri
+from jaxtyping import Array, Bool, Float
+
+from jaxpref.noise import _common, em
+from jaxpref.sharding import replicated
+
+WIDEST = 0.25
+"""Half of (0, 1/2): a rate known no better than this is not identified."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RateFit:
+    """What the data say about one flip rate."""
+
+    rate: Float[Array, ""]
+    """The most likely e in (0, 1/2)."""
+    lower: Float[Array, ""]
+    """Where the profile-likelihood interval begins."""
+    upper: Float[Array, ""]
+    """Where it ends."""
+    identified: Bool[Array, ""]
+    """Whether the interval is short enough to speak of a rate; where it is not, quote
+    the interval and not `rate`."""
+    log_likelihood: Float[Array, ""]
+    """log P(labels) at `rate`, nats."""
+
+
+def rate_of(logit) -> jax.Array:
+    """The rate of an unbounded number: s(logit) / 2, in (0, 1/2), increasing.
+
+    Its slope is e (1 - 2e).
+
+    Args:
+      logit: any number, or an array of them.
+
+    Returns:
+      Rates in [0, 1/2], at least float32.
+    """
+    return jax.nn.sigmoid(_common.floating(logit)) / 2
+
+
+def logit_of(rate) -> jax.Array:
+    """The inverse of `rate_of`: log(2e / (1 - 2e)).
+
+    Args:
+      rate: e in (0, 1/2).
+
+    Returns:
+      Unbounded numbers, at least float32.
+    """
+    rate = _common.floating(rate)
+    return jnp.log(2 * rate) - jnp.log1p(-2 * rate)
+
+
+def marginal_nll(margin_logits, rate) -> jax.Array:
+    """The negative log-likelihood of labels that are wrong at a rate.
+
+        nll = -log((1 - e) s(z) + e s(-z))
+
+    `forward_dpo` as a function of the margin.  Differentiable in both; for a rate that
+    is learnt together with the model, e = rate_of(logit).
+
+    Args:
+      margin_logits: z, nats; [*batch].
+      rate: e in [0, 1], one number or one per label; broadcasts.
+
+    Returns:
+      One number per label, at least float32; [*batch].
+
+    References:
+      RE-PO, 2025, arXiv:2509.24159, Eq. 3, with eta = 1 - e.
+    """
+    z = _common.floating(margin_logits)
+    rate = jnp.asarray(rate, z.dtype)
+    # In logs nothing underflows; at e = 0 the second term is -inf, which drops out.
+    right = jnp.log1p(-rate) + jax.nn.log_sigmoid(z)
+    wrong = jnp.log(rate) + jax.nn.log_sigmoid(-z)
+    return -jnp.logaddexp(right, wrong)
+
+
+def update(
+    logit: Float[Array, ""],
+    margin_logits,
+    *,
+    step,
+    learning_rate=0.1,
+    warm_up=0,
+    annealing=float("inf"),
+    damping=1e-3,
+    where=None,
+) -> Float[Array, ""]:
+    """One step up the marginal likelihood of a batch in the rate's logit.
+
+        logit <- logit + l mean(g) / (mean(g^2) + damping)
+        g      = d log P(label) / d logit = e (1 - 2e) (s(-z) - s(z)) / P(label)
+        l      = 0 while step < warm_up, then
+                 learning_rate / (1 + (step - warm_up) / annealing)
+
+    Means over the labels of the global batch, however it lies on devices; z held fixed.
+    mean(g^2) estimates the information of a label: a step of l = 1 without damping
+    would be one of Fisher scoring.  `damping` keeps margins that say nothing yet from
+    throwing the rate about; `warm_up` waits for a model that says something.
+
+    Args:
+      logit: of the rate, see `rate_of`; one number.
+      margin_logits: z, nats; [*batch].
+      step: steps taken before this one.
+      learning_rate: l at the end of the warm-up.
+      warm_up: steps in which the logit stays as it is.
+      annealing: steps after the warm-up until l is halved; infinity keeps it.
+      damping: squared slopes per label, > 0.
+      where: which labels are real, [*batch]; None if all are.  What the others hold
+        (NaN included) does not matter.
+
+    Returns:
+      The new logit.
+    """
+    z = _common.floating(margin_logits)
+    where = jnp.ones(z.shape, bool) if where is None else where
+    z = jax.lax.stop_gradient(jnp.where(where, z, 0))
+    e = rate_of(logit)
+    slopes = e * (1 - 2 * e) * _per_rate(z, e)
+    slopes = jnp.where(where, slopes, 0)
+    labels = jnp.maximum(jnp.sum(where), 1).astype(slopes.dtype)
+    mean, square = jnp.sum(slopes) / labels, jnp.sum(slopes**2) / labels
+    after = jnp.maximum(jnp.asarray(step - warm_up, slopes.dtype), 0)
+    size = jnp.where(step < warm_up, 0, learning_rate / (1 + after / annealing))
+    moved = logit + size * mean / (square + damping)
+    return moved.astype(jnp.result_type(logit))
+
+
+def fit_rate(
+    margin_logits: Float[Array, " labels"],
+    *,
+    where: Bool[Array, " labels"] | None = None,
+    level: float = 0.95,
+    widest: float = WIDEST,
+) -> RateFit:
+    """The most likely flip rate for fixed margins, one for all annotators.
+
+    The interval holds every rate whose log-likelihood is less than half the chi-squared
+    quantile (one degree of freedom) below the maximum.  Where it reaches 1/2, labels
+    without any information are among what the data allow; a rate of 1/2 itself may also
+    mean that labels contradict the model more often than not.
+
+    Args:
+      margin_logits: z, nats; [labels].
+      where: which labels are real; None if all are.
+      level: probability with which the interval covers the rate.
+      widest: the rate counts as identified if the interval is shorter.
+
+    Returns:
+      `RateFit`; without a label, or with margins of 0, the interval is (0, 1/2).
+
+    Raises:
+      ValueError: if shapes do not fit, or `level` is not in (0, 1).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.noise import rate
+      >>> found = rate.fit_rate(jnp.array([6.0, 6.0, 6.0, -6.0] * 50))
+      >>> print(f"{found.rate:.2f} in {found.lower:.2f} to {found.upper:.2f}")
+      0.25 in 0.19 to 0.31
+      >>> bool(rate.fit_rate(jnp.array([6.0, 6.0, -6.0])).identified)
+      False
+    """
+    margins = _common.floating(margin_logits)
+    if isinstance(level, numbers.Real) and not 0 < level < 1:
+        raise ValueError(f"Expected level in (0, 1), got {level}.")
+    where = jnp.ones(margins.shape, bool) if where is None else jnp.asarray(where, bool)
+    if margins.ndim != 1 or where.shape != margins.shape:
+        raise ValueError(
+            "Expected margins [labels] and where of the same shape, got "
+            f"{margins.shape} and {where.shape}."
+        )
+    return _fit_rate(margins, where, level, widest)
+
+
+@jax.jit
+def _fit_rate(margins, where, level, widest) -> RateFit:
+    margins, where = replicated(margins), replicated(where)
+    z = _common.finite(jnp.where(where, margins, 0))
+    least = jnp.finfo(z.dtype).eps
+    zero, half = jnp.asarray(least, z.dtype), jnp.asarray(0.5 - least, z.dtype)
+    rises = lambda e: jnp.sum(_per_rate(z, e)) > 0
+    # Where nothing is known, the middle, and not an end that looks like an answer.
+    rate = jnp.where(jnp.any(z != 0), _common.bisect(rises, zero, half), 0.25)
+    per_rate = _per_rate(z, rate)
+    allowed = ndtri((1 + jnp.asarray(level, z.dtype)) / 2) ** 2 / 2
+
+    def inside(e):
+        # Relative to the maximum each term is small, so float32 keeps the difference.
+        gains = jnp.log(jnp.maximum(1 + (e - rate) * per_rate, 0))
+        return jnp.sum(gains) > -allowed
+
+    lower = _common.bisect(lambda e: ~inside(e), jnp.zeros_like(rate), rate)
+    upper = _common.bisect(inside, rate, jnp.full_like(rate, 0.5))
+    nll = marginal_nll(z, rate)
+    return RateFit(
+        rate=rate,
+        lower=lower,
+        upper=upper,
+        identified=upper - lower < widest,
+        log_likelihood=-jnp.sum(jnp.where(where, nll, 0)),
+    )
+
+
+def pooled_prior(
+    evidence: Float[Array, " votes"],
+    annotators,
+    *,
+    num_annotators: int,
+    where: Bool[Array, " votes"] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What all annotators together say about one of whom nothing else is known.
+
+        (a, b) = argmax  sum over k of log int Beta(eta; a + 1, b + 1) L_k(eta) d eta
+                         - 5/2 log(a + b + 2)
+
+    L_k is the likelihood of the votes of k.  The second term is the usual vague prior
+    of a Beta's size: a single annotator, or a few with few votes, say nothing about how
+    annotators differ, and get a prior of hardly any votes instead of one that repeats
+    their own.  (a, b) is what `em.fit` and `em.estimate` take as `prior`: annotators
+    with few votes are drawn to the mean of all, those with many keep their own.
+
+    Args:
+      evidence: logit that each vote is right, without its annotator: margins, or
+        `em.Fit.evidence` where several votes judge an item; [votes].
+      annotators: int index of the annotator; -1 if unknown, the last; [votes].
+      num_annotators: K.
+      where: which votes are real; None if all are.
+
+    Returns:
+      a and b, right and wrong votes; a + b at most 1000.
+
+    References:
+      Gelman et al., "Bayesian Data Analysis", 2013, 5.3, for the term in a + b.
+    """
+    evidence = _common.floating(evidence)
+    where = jnp.ones(evidence.shape, bool) if where is None else where
+    return _pooled_prior(evidence, annotators, where, num_annotators)
+
+
+@functools.partial(jax.jit, static_argnames="num_annotators")
+def _pooled_prior(evidence, annotators, where, num_annotators):
+    evidence, annotators, where = map(
+        replicated, (evidence, jnp.asarray(annotators), jnp.asarray(where))
+    )
+    dtype = evidence.dtype
+    annotators = jnp.where(annotators < 0, num_annotators - 1, annotators)
+    contrast = jnp.tanh(jnp.where(where, evidence, 0) / 2)
+    points = 199
+    grid = (jnp.arange(points, dtype=dtype) + 0.5) / points
+    log_likelihoods = jax.lax.map(
+        lambda eta: jax.ops.segment_sum(
+            jnp.log1p((2 * eta - 1) * contrast), annotators, num_annotators
+        ),
+        grid,
+    )
+    likelihoods = jnp.exp(log_likelihoods - jnp.max(log_likelihoods, axis=0))
+
+    def best(means, sizes):
+        """The mean a / (a + b) and log(a + b) of the best of all combinations."""
+        mean, size = (x.reshape(-1, 1) for x in jnp.meshgrid(means, sizes))
+        shape = jnp.exp(size) * (mean * jnp.log(grid) + (1 - mean) * jnp.log1p(-grid))
+        density = jax.nn.softmax(shape, axis=-1)
+        score = jnp.sum(jnp.log(density @ likelihoods), axis=-1)
+        score = score - 2.5 * jnp.log(jnp.exp(size[:, 0]) + 2)
+        chosen = jnp.argmax(score)
+        return mean[chosen, 0], size[chosen, 0]
+
+    low, high = jnp.log(jnp.asarray(0.1, dtype)), jnp.log(jnp.asarray(1000.0, dtype))
+    mean, size = best(jnp.linspace(0.02, 0.98, 49), jnp.linspace(low, high, 25))
+    for cell in (1.0, 1 / 8):
+        near = jnp.linspace(-cell, cell, 17, dtype=dtype)
+        mean, size = best(
+            jnp.clip(mean + 0.02 * near, 0.005, 0.995),
+            jnp.clip(size + (high - low) / 24 * near, low, high),
+        )
+    total = jnp.exp(size)
+    return mean * total, (1 - mean) * total
+
+
+def fit_rates(
+    margin_logits: Float[Array, " votes"],
+    annotators,
+    *,
+    items=None,
+    num_annotators: int,
+    orientation=None,
+    where: Bool[Array, " votes"] | None = None,
+    level: float = 0.95,
+) -> tuple[em.Fit, tuple[jax.Array, jax.Array]]:
+    """One rate per annotator, partially pooled: `em.fit` under `pooled_prior`.
+
+    Two rounds: what the other votes on an item say depends on the reliabilities, and
+    the prior on what they say.
+
+    Args:
+      margin_logits: z, nats; [votes].
+      annotators: int index of the annotator; -1 if unknown, the last; [votes].
+      items: which votes judge the same pair; None if each has its own.
+      num_annotators: K.
+      orientation: as in `em.fit`.
+      where: which votes are real; None if all are.
+      level: probability of the credible intervals, which take the prior as known.
+
+    Returns:
+      `em.Fit`, whose flip rates are 1 - reliability, and the prior (a, b).
+
+    Raises:
+      ValueError: as `em.fit`.
+    """
+    fit = functools.partial(
+        em.fit,
+        margin_logits,
+        annotators,
+        items=items,
+        num_annotators=num_annotators,
+        orientation=orientation,
+        where=where,
+        level=level,
+    )
+    prior, found = em.PRIOR, fit()
+    for _ in range(2):
+        prior = pooled_prior(
+            found.evidence, annotators, num_annotators=num_annotators, where=where
+        )
+        found = fit(prior=prior)
+    return found, prior
+
+
+def _per_rate(z: jax.Array, e: jax.Array) -> jax.Array:
+    """Slope of log P(label) in e: (s(-z) - s(z)) / P(label), 0 at z = 0."""
+    return -jnp.tanh(z / 2) * jnp.exp(marginal_nll(z, e))

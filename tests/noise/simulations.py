@@ -1,0 +1,183 @@
+"""Votes drawn from the model of `jaxpref.noise`: calibrated margins, known truth.
+
+    python -m tests.noise.simulations
+
+prints how often the intervals of `em`, `rate` and `calibration` cover the truth, and
+how many labels temperature and flip rate take.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import expit
+from scipy.stats import beta, norm
+
+from jaxpref.noise import calibration, em, rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Votes:
+    """numpy arrays, one entry a vote."""
+
+    margins: np.ndarray
+    annotators: np.ndarray
+    items: np.ndarray
+    orientation: np.ndarray
+    right: np.ndarray
+
+
+def votes(
+    seed, *, reliability, votes_per_item=1, items=1000, spread=2.5, annotators=None
+) -> Votes:
+    """Margins N(0, spread^2), truth as they say, annotators right at their rates.
+
+    Which annotator votes is given for every vote or drawn uniformly.
+    """
+    random = np.random.default_rng(seed)
+    reliability = np.atleast_1d(reliability)
+    margin = random.normal(0, spread, items)
+    first_better = random.random(items) < expit(margin)
+    item = np.repeat(np.arange(items), votes_per_item)
+    if annotators is None:
+        annotators = random.integers(0, len(reliability), len(item))
+    right = random.random(len(item)) < reliability[annotators]
+    orientation = np.where(first_better[item] == right, 1, -1)
+    return Votes(orientation * margin[item], annotators, item, orientation, right)
+
+
+def fit(data: Votes, *, dtype=np.float32, margins=None, **options) -> em.Fit:
+    """`em.fit` of the votes, items shared."""
+    margins = data.margins if margins is None else margins
+    return em.fit(
+        jnp.asarray(margins, dtype),
+        jnp.asarray(data.annotators),
+        items=jnp.asarray(data.items),
+        orientation=jnp.asarray(data.orientation),
+        **options,
+    )
+
+
+def log_likelihood(data: Votes, reliability, margins=None) -> float:
+    """The marginal log-likelihood in numpy, item by item, both truths spelt out."""
+    margins = data.margins if margins is None else margins
+    reliability = np.asarray(reliability, np.float64)
+    total = 0.0
+    for item in np.unique(data.items):
+        on = data.items == item
+        eta, d = reliability[data.annotators[on]], data.orientation[on]
+        first = expit((d * margins[on]).mean())
+        if_first = np.prod(np.where(d > 0, eta, 1 - eta))
+        if_second = np.prod(np.where(d > 0, 1 - eta, eta))
+        total += np.log(first * if_first + (1 - first) * if_second)
+    return total
+
+
+def counted_interval(found: em.Fit, data: Votes, level=0.95):
+    """The rival: Beta(1 + sum w, 1 + sum (1 - w)), as if posteriors were counts."""
+    k = found.reliability.size
+    right = np.bincount(data.annotators, np.asarray(found.posterior), k)
+    wrong = np.bincount(data.annotators, minlength=k) - right
+    tail = (1 - level) / 2
+    return tuple(beta.ppf(q, 1 + right, 1 + wrong) for q in (tail, 1 - tail))
+
+
+def laplace_interval(found: em.Fit, data: Votes, level=0.95):
+    """The other: normal around the estimate, of the curvature there."""
+    eta = np.asarray(found.reliability, np.float64)
+    at, c = eta[data.annotators], np.tanh(np.asarray(found.evidence, np.float64) / 2)
+    slopes = 2 * c / (1 + (2 * at - 1) * c)
+    curvature = np.bincount(data.annotators, slopes**2, eta.size)
+    half = norm.ppf((1 + level) / 2) / np.sqrt(np.maximum(curvature, 1e-12))
+    return eta - half, eta + half
+
+
+def covered(interval, truth) -> float:
+    """Share of intervals with the truth inside."""
+    lower, upper = (np.asarray(end) for end in interval)
+    return float(np.mean((lower <= truth) & (truth <= upper)))
+
+
+def em_coverage(seed, *, reliability, count, votes_per_item=1, annotators=1000):
+    """Of 95 % intervals of `annotators` alike: the grid's, the counts', Laplace's."""
+    who = np.tile(np.arange(annotators), count)
+    if votes_per_item > 1:
+        # An annotator votes once on an item, beside ever changing others.
+        random = np.random.default_rng(seed + 1)
+        who = np.concatenate([random.permutation(annotators) for _ in range(count)])
+    data = votes(
+        seed,
+        reliability=np.full(annotators, reliability),
+        votes_per_item=votes_per_item,
+        items=len(who) // votes_per_item,
+        annotators=who,
+        spread=2.0,
+    )
+    found = fit(data, num_annotators=annotators, prior=None)
+    intervals = (
+        (found.lower, found.upper),
+        counted_interval(found, data),
+        laplace_interval(found, data),
+    )
+    return tuple(covered(interval, reliability) for interval in intervals)
+
+
+def rate_runs(seeds, *, flip_rate, labels, scale=1.0, spread=2.5):
+    """`fit_rate` at the true scale, and temperature and rate together, for each seed."""
+    runs = []
+    for seed in seeds:
+        data = votes(seed, reliability=1 - flip_rate, items=labels, spread=spread)
+        margins = jnp.asarray(data.margins, np.float32)
+        alone = rate.fit_rate(margins)
+        runs.append((alone, *calibration.fit_temperature_and_rate(scale * margins)))
+    return runs
+
+
+def main() -> None:
+    """The tables, in about two minutes on two cores."""
+    print("coverage of 95 % intervals, 1000 annotators each: grid, counts, Laplace")
+    for votes_per_item in (1, 5):
+        for reliability in (0.6, 0.8, 0.95):
+            for count in (10, 100, 1000):
+                shares = em_coverage(
+                    0,
+                    reliability=reliability,
+                    count=count,
+                    votes_per_item=votes_per_item,
+                )
+                row = " ".join(f"{share:.3f}" for share in shares)
+                print(f"{votes_per_item} an item, eta {reliability}, {count}: {row}")
+    print(
+        "200 data sets: labels, spread, rate; covered: rate alone, rate and T jointly;"
+    )
+    print("median width of the two intervals of the rate; identified; error of rate, T")
+    for spread in (1.0, 2.5):
+        for labels in (300, 1000, 3000, 10000):
+            for e in (0.2, 0.4):
+                runs = rate_runs(range(200), flip_rate=e, labels=labels, spread=spread)
+                alone, temperature, jointly = zip(*runs)
+                ends = lambda fits: [
+                    np.array([f.lower for f in fits]),
+                    np.array([f.upper for f in fits]),
+                ]
+                width = lambda fits: np.median(np.subtract(*ends(fits)[::-1]))
+                shares = [covered(ends(alone), e), covered(ends(jointly), e)]
+                shares += [covered(ends(temperature), 1.0)]
+                known = [
+                    np.mean([f.identified for f in fits]) for fits in (alone, jointly)
+                ]
+                error = np.median([abs(f.rate - e) for f in jointly])
+                factor = np.exp(
+                    np.median([abs(np.log(f.temperature)) for f in temperature])
+                )
+                row = " ".join(f"{s:.3f}" for s in shares)
+                widths = f"{width(alone):.3f} {width(jointly):.3f}"
+                print(
+                    f"{labels} {spread} {e}: {row}; {widths}; "
+                    f"{known[0]:.2f} {known[1]:.2f}; {error:.3f} x{factor:.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

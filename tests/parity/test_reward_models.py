@@ -1,0 +1,106 @@
+"""Reward models against transformers' sequence classifiers on torch."""
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from jaxpref.models import RewardModel
+from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.models.reward import Padding, padding_of
+
+pytestmark = pytest.mark.parity
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LENGTHS = np.array([30, 1, 7, 22])
+PAD = 1
+
+
+def sequences(vocab_size, left=False):
+    """Random tokens that end with EOS, padded."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, vocab_size, (4, 30))
+    tokens[np.arange(4), LENGTHS - 1] = 2
+    tokens = np.where(np.arange(30) < LENGTHS[:, None], tokens, PAD)
+    if not left:
+        return tokens
+    return np.stack([np.roll(row, 30 - n) for row, n in zip(tokens, LENGTHS)])
+
+
+def classifier(folder):
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    model, report = load(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report  # nothing missing, nothing left over
+    assert model.config.num_labels == 1
+    return model.eval()
+
+
+def torch_scores(model, tokens):
+    with torch.no_grad():
+        mask = torch.tensor(tokens != PAD)
+        return model(torch.tensor(tokens), attention_mask=mask).logits[:, 0].numpy()
+
+
+def load(folder, *head_key):
+    model = RewardModel(load_config(folder))
+    return model, load_params(folder, model, *head_key)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_agree_both_ways(tmp_path, tied):
+    config = transformers.LlamaConfig(
+        **SIZES, num_labels=1, pad_token_id=PAD, tie_word_embeddings=tied
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = sequences(64)
+    expected = torch_scores(theirs, tokens)
+    assert np.std(expected) > 0.1  # the comparison says something
+    model, params = load(tmp_path / "theirs")
+    ours = jax.jit(model.rewards)(params, tokens, LENGTHS)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+    source = tmp_path / "theirs"
+    save(tmp_path / "ours", model, params, source, padding=Padding("<s>", PAD))
+    again = classifier(tmp_path / "ours")
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    np.testing.assert_array_equal(torch_scores(again, tokens), expected)
+    left = torch_scores(again, sequences(64, left=True))
+    np.testing.assert_allclose(left, expected, rtol=0, atol=1e-5)
+
+
+def test_scores_agree_on_the_real_model_and_its_tokenizer(stories260k, tmp_path):
+    """A new head on a real backbone; texts padded by the exported tokenizer."""
+    model, params = load(stories260k, jax.random.key(0))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(stories260k)
+    assert tokenizer.pad_token is None
+    padding = padding_of(tokenizer)
+    save(tmp_path / "ours", model, params, stories260k, padding=padding)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    texts = ["Once upon a time, there was a cat.</s>", "Tom ran.</s>", "Lily"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        theirs = classifier(tmp_path / "ours")(**inputs).logits[:, 0].numpy()
+    tokens, lengths = inputs["input_ids"].numpy(), inputs["attention_mask"].sum(1)
+    assert tokens[1, lengths[1] - 1] == tokenizer.eos_token_id
+    model, params = load(tmp_path / "ours")
+    ours = jax.jit(model.rewards)(params, tokens, lengths.numpy())
+    assert np.std(theirs) > 0.01
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

@@ -1,0 +1,217 @@
+"""Injected noise: the rates asked for, by pair id alone, the truth kept."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+from jaxpref.data import DataOptions, ListSource, make_plan
+from jaxpref.data.noise import (
+    flip_by_class,
+    flip_by_margin,
+    flip_pairs,
+    flip_symmetric,
+    flip_ties,
+    margin_temperature,
+    read_rates,
+)
+from jaxpref.errors import InputError
+from tests.data_tokenizers import CHATML, byte_tokenizer, synthetic_pairs
+
+TOKENIZER = byte_tokenizer()
+IDS = [f"pair {n}" for n in range(20_000)]
+
+
+def uniform(text):
+    """The first 53 bits of SHA-256 as a number in [0, 1)."""
+    return (int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) >> 11) / 2**53
+
+
+def near(flips, rate):
+    """Within five standard deviations of a binomial."""
+    return abs(flips.mean() - rate) < 5 * (rate * (1 - rate) / len(flips)) ** 0.5
+
+
+def plan_of(records, **options):
+    return make_plan(ListSource(records), TOKENIZER, DataOptions(**options))
+
+
+def test_symmetric_flips_are_pinned():
+    """A change here flips other pairs in every run: no such change."""
+    flips = flip_symmetric(IDS[:300], rate=0.3, seed=7)
+    assert flips.tolist() == [uniform(f"flip 7\n{name}") < 0.3 for name in IDS[:300]]
+    assert flips.dtype == bool and 60 < flips.sum() < 120
+
+
+def test_classes_flip_at_their_own_rates():
+    classes = ["ann", "bob", "eve", None] * 5000
+    rates = {"ann": 0.1, "bob": 0.4, "eve": 0.9}
+    flips = flip_by_class(IDS, classes, rates, seed=3, default=0.2)
+    for start, rate in enumerate((0.1, 0.4, 0.9, 0.2)):
+        assert near(flips[start::4], rate)
+    # One number a pair decides whatever the kind: more rate only adds flips.
+    assert (flips | ~flip_symmetric(IDS, rate=0.1, seed=3)).all()
+    alike = flip_by_class(IDS, classes, {}, seed=3, default=0.4)
+    assert (alike == flip_symmetric(IDS, rate=0.4, seed=3)).all()
+    # A pair's flip depends on no other pair.
+    part = flip_by_class(IDS[1::2], classes[1::2], rates, seed=3, default=0.2)
+    assert (part == flips[1::2]).all()
+
+
+def test_hard_pairs_flip_more():
+    margins = np.random.default_rng(0).normal(0, 3, len(IDS))
+    flips = flip_by_margin(IDS, margins, temperature=0.5, seed=0)
+    expected = 1 / (1 + np.exp(np.abs(margins) / 0.5))
+    order = np.argsort(np.abs(margins))
+    for part in np.array_split(order, 10):
+        mean = expected[part].mean()
+        error = (flips[part].mean() - mean) / np.sqrt(mean / len(part))
+        assert abs(error) < 5
+    assert flips[order[:500]].mean() > 0.4 and flips[order[-10_000:]].mean() < 0.05
+    assert (flips == flip_by_margin(IDS, -margins, temperature=0.5, seed=0)).all()
+    assert (flips != flip_by_margin(IDS, margins, temperature=0.5, seed=1)).any()
+    certain = flip_by_margin(IDS, margins, temperature=1e-12, seed=0)
+    assert not certain.any()
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.2, 0.45])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_temperature_gives_the_rate_that_was_asked(rate, scale):
+    margins = scale * np.random.default_rng(1).normal(0, 1, 5000)
+    mean = lambda log_t: np.mean(
+        1 / (1 + np.exp(np.minimum(np.abs(margins) / np.exp(log_t), 700)))
+    )
+    root = optimize.brentq(
+        lambda x: mean(x) - rate, np.log(scale) - 9, np.log(scale) + 9
+    )
+    assert margin_temperature(margins, rate=rate) == pytest.approx(np.exp(root))
+
+
+def test_ties_are_coins():
+    flips = flip_ties(IDS, share=0.6, seed=2)
+    assert near(flips, 0.3)
+    tied = np.array([uniform(f"tie 2\n{name}") < 0.6 for name in IDS])
+    assert not flips[~tied].any() and near(flips[tied], 0.5)
+
+
+def test_planted_flips_swap_completions_and_keep_the_truth():
+    records = [r | {"flip": n % 5 == 0} for n, r in enumerate(synthetic_pairs(60))]
+    pairs = plan_of(records, heldout_fraction=0).train
+    flips = flip_symmetric(pairs.ids.tolist(), rate=0.4, seed=0)
+    noisy = flip_pairs(pairs, flips)
+    for n in range(len(pairs)):
+        assert noisy.prompt(n).tolist() == pairs.prompt(n).tolist()
+        for side in (0, 1):
+            source = pairs.completion(n, 1 - side if flips[n] else side)
+            assert noisy.completion(n, side).tolist() == source.tolist()
+    assert noisy.flips.tolist() == (pairs.flips != flips).tolist()
+    assert noisy.ids is pairs.ids
+    assert flip_pairs(noisy, flips).digest() == pairs.digest()
+    # The same as planting while the file is read.
+    planned = plan_of(records, heldout_fraction=0, flip_rate=0.4).train
+    assert noisy.digest() == planned.digest()
+
+
+def test_a_run_takes_rates_by_annotator_from_a_file(tmp_path):
+    names = ["ann", "eve", "7", None]
+    records = [
+        r | ({"annotator": names[n % 4]} if names[n % 4] else {})
+        for n, r in enumerate(synthetic_pairs(400))
+    ]
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps({"ann": 0, "eve": 1, "7": 0.5}))
+    options = dict(flip_annotators=str(path), flip_rate=0.3, heldout_fraction=0.25)
+    plan = plan_of(records, **options)
+    train = plan.train
+    rates = {"ann": 0.0, "eve": 1.0, "7": 0.5, None: 0.3}
+    by = [train.annotator_names[a] if a >= 0 else None for a in train.annotators]
+    for name, who, flip in zip(train.ids, by, train.flips):
+        assert flip == (uniform(f"flip 0\n{name}") < rates[who])
+    assert not plan.heldout.flips.any()
+    assert plan.report["flipped"] == train.flips.sum()
+    clean = plan_of(records, heldout_fraction=0.25)
+    assert flip_pairs(train, train.flips).digest() == clean.train.digest()
+
+
+def test_a_run_flips_by_which_answer_is_longer():
+    # " good" beside " bad": the chosen one is longer; every third the other way.
+    records = synthetic_pairs(300)
+    for record in records[::3]:
+        record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
+    options = dict(heldout_fraction=0, flip_rate=0.1, flip_longer=0.7)
+    train = plan_of(records, **options).train
+    longer = train.rows % 3 != 0
+    for name, flip, more in zip(train.ids, train.flips, longer):
+        assert flip == (uniform(f"flip 0\n{name}") < (0.7 if more else 0.1))
+    only_short = plan_of(records, **options | dict(flip_longer=0.0)).train
+    assert not only_short.flips[longer].any() and only_short.flips.any()
+    # In conversations it is the text of the answer that counts.
+    talks = [
+        {
+            "prompt": [{"role": "user", "content": r["prompt"]}],
+            "chosen": [{"role": "assistant", "content": r["chosen"]}],
+            "rejected": [{"role": "assistant", "content": r["rejected"]}],
+        }
+        for r in records
+    ]
+    spoken = make_plan(
+        ListSource(talks),
+        byte_tokenizer(template=CHATML),
+        DataOptions(heldout_fraction=0, flip_rate=0.0, flip_longer=1.0),
+    ).train
+    assert spoken.flips.tolist() == (spoken.rows % 3 != 0).tolist()
+
+
+def test_evaluation_data_keep_their_labels():
+    noisy = DataOptions(flip_rate=0.3, flip_annotators="rates.json", max_length=77)
+    assert noisy.injects_noise and DataOptions(flip_longer=0.1).injects_noise
+    assert noisy.without_noise() == DataOptions(max_length=77)
+    fields = {f.name for f in dataclasses.fields(DataOptions) if "flip" in f.name}
+    assert fields == {"flip_rate", "flip_seed", "flip_annotators", "flip_longer"}
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    path = tmp_path / "rates.json"
+    refused = {
+        "{": "rates.json: cannot be read",
+        "[0.1]": "must be an object",
+        "{}": "must be an object",
+        '{"ann": 1.5}': "field 'ann'.* 1.5 .*0 to 1",
+        '{"ann": "half"}': "field 'ann'.*'half'",
+        '{"ann": true}': "field 'ann'",
+        '{"ann": NaN}': "field 'ann'",
+    }
+    for text, message in refused.items():
+        path.write_text(text)
+        with pytest.raises(InputError, match=message) as error:
+            read_rates(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="none.json"):
+        read_rates(tmp_path / "none.json")
+    path.write_text('{"nobody": 0.1}')
+    with pytest.raises(InputError, match="rates.json: no pair.*annotators"):
+        plan_of(synthetic_pairs(5), flip_annotators=str(path))
+    with pytest.raises(InputError, match="flip_longer 1.2"):
+        DataOptions(flip_longer=1.2)
+    with pytest.raises(InputError, match="give one of them"):
+        DataOptions(flip_longer=0.2, flip_annotators="x.json")
+    with pytest.raises(InputError, match="needs pairs"):
+        make_plan(
+            ListSource([{"prompt": "a", "completion": "b"}]),
+            TOKENIZER,
+            DataOptions(flip_longer=0.2),
+            sides=1,
+        )
+    for rate in (-0.1, 1.1, float("nan")):
+        with pytest.raises(InputError, match="flip rate"):
+            flip_symmetric(IDS[:3], rate=rate, seed=0)
+    with pytest.raises(InputError, match="temperature"):
+        flip_by_margin(IDS[:3], np.ones(3), temperature=0.0, seed=0)
+    for rate in (0.0, 0.5):
+        with pytest.raises(InputError, match="between 0 and 1/2"):
+            margin_temperature(np.ones(3), rate=rate)
+    with pytest.raises(InputError, match="not zero"):
+        margin_temperature(np.zeros(3), rate=0.2)

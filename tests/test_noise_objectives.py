@@ -1,0 +1,125 @@
+"""Objectives that learn the noise: known limits, layouts, and what they remember."""
+
+import jax
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+
+from jaxpref import losses
+from jaxpref.errors import InputError
+from jaxpref.train import from_loss
+from jaxpref.train.noise import em, em_weighted, re_po
+from tests.test_training import few_steps, pairs  # noqa: F401
+
+
+def test_reliability_one_is_the_base_loss(pairs):  # noqa: F811
+    base, _, _ = few_steps(pairs, objective=from_loss(losses.dpo, beta=0.5))
+    sure = em(losses.dpo, beta=0.5, prior_right=1e9, prior_wrong=1e-6)
+    found, _, _ = few_steps(pairs, objective=sure)
+    np.testing.assert_allclose(found, base, rtol=1e-4)
+
+
+def test_first_step_is_conservative_dpo(pairs):  # noqa: F811
+    """At margin 0 the posterior is the reliability: cDPO at its flip rate."""
+    cdpo, _, _ = few_steps(
+        pairs, objective=from_loss(losses.cdpo, beta=0.5, flip_rate=0.1), steps=1
+    )
+    for objective in (em(losses.dpo, beta=0.5), re_po(losses.dpo, beta=0.5)):
+        found, _, step = few_steps(pairs, objective=objective, steps=1)
+        np.testing.assert_allclose(found, cdpo, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [em, re_po])
+def test_layout_does_not_change_what_is_learnt(pairs, make):  # noqa: F811
+    objective = make(losses.dpo, beta=0.5)
+    whole, _, step = few_steps(pairs, objective=objective)
+    split, _, _ = few_steps(pairs, objective=objective, sizes=(2, 2, 2), accumulation=2)
+    np.testing.assert_allclose(split, whole, rtol=1e-4)
+    assert step._cache_size() == 1
+
+
+def test_both_readings_agree_for_dpo_and_differ_for_ipo(pairs):  # noqa: F811
+    def two(loss, **options):
+        return [
+            few_steps(pairs, objective=make(loss, **options))[0][:, 1]
+            for make in (em, em_weighted)
+        ]
+
+    likelihood, weighted = two(losses.dpo, beta=0.5)
+    np.testing.assert_allclose(likelihood, weighted, rtol=1e-4)
+    likelihood, weighted = two(losses.ipo, beta=0.5)
+    assert not np.allclose(likelihood, weighted, rtol=1e-2)
+
+
+def state_after(objective, margins, annotators, num_annotators):
+    """The objective's state after one batch of given margins."""
+    from jaxpref.data.batch import PreferenceBatch
+
+    shape = (1, len(margins), 1)
+    blank = np.zeros((*shape, 0), np.int32)
+    batch = PreferenceBatch(
+        tokens=blank,
+        lengths=np.zeros(shape, np.int32),
+        predictors=blank,
+        targets=blank,
+        completions=blank,
+        pairs=np.where(np.isnan(margins), -1, np.arange(len(margins))).reshape(shape),
+        completion_lengths=np.ones((*shape, 2), np.int32),
+        reference={"reference_logps": np.zeros((*shape, 2), np.float32)},
+        flips=np.zeros(shape, bool),
+        annotators=np.reshape(annotators, shape),
+        weights=np.ones(shape, np.float32),
+    )
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    logps = np.stack([np.nan_to_num(margins), np.zeros(len(margins))], -1)
+    logps = jax.numpy.asarray(logps.reshape(-1, 1, 2), jax.numpy.float32)
+    scores = lambda w, micro: {"policy_logps": w * logps}
+    _, state, metrics = objective.gradient(
+        scores, jax.numpy.float32(1.0), batch, objective.init(num_annotators)
+    )
+    return state, metrics
+
+
+def test_reliabilities_are_the_papers():
+    """Known annotators, an unknown one, an absent one, and a padding row."""
+    margins = np.array([2.0, -1.0, 0.5, 3.0, np.nan])
+    annotators = np.array([0, 0, 2, -1, 1])
+    right = expit(margins + logit(0.9))
+    state, metrics = state_after(re_po(losses.dpo, beta=1.0), margins, annotators, 3)
+    expected = [
+        0.9 * 0.9 + 0.1 * right[:2].mean(),
+        0.9,
+        0.9 * 0.9 + 0.1 * right[2],
+        0.9 * 0.9 + 0.1 * right[3],
+    ]
+    np.testing.assert_allclose(state["reliability"], expected, rtol=1e-6)
+    np.testing.assert_allclose(metrics["noise/posterior"], right[:4].mean(), rtol=1e-6)
+    state, _ = state_after(em(losses.dpo, beta=1.0), margins, annotators, 3)
+    expected = [
+        (9 + right[:2].sum()) / 12,
+        0.9,
+        (9 + right[2]) / 11,
+        (9 + right[3]) / 11,
+    ]
+    np.testing.assert_allclose(state["reliability"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "named"),
+    [
+        (em, {"prior_right": 0.0}, "prior_right 0.0"),
+        (em, {"memory": 0}, "memory 0"),
+        (re_po, {"reliability": 1.0}, "reliability 1.0"),
+        (re_po, {"momentum": 1.0}, "momentum 1.0"),
+        (em, {"beta": -1.0}, "beta > 0"),
+        (em, {"gamma": 1.0}, "gamma"),
+    ],
+)
+def test_wrong_options_are_named(make, options, named):
+    with pytest.raises(InputError, match=named):
+        make(losses.dpo, **options)
+
+
+def test_losses_of_the_whole_batch_are_refused():
+    with pytest.raises(InputError, match="couples the pairs"):
+        em(losses.dr_dpo)
