@@ -1,4 +1,4 @@
-"""The command line: `jaxpref train`, `jaxpref evaluate`, `jaxpref sample`.
+"""The command line: `jaxpref train`, `evaluate`, `sample` and `audit`.
 
 A loss's options are the keyword-only parameters of its function, with its defaults and
 the help of its docstring, so an option that the chosen loss does not read is an error.
@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Generic, TypeVar
@@ -15,9 +16,10 @@ from typing import Annotated, Any, Generic, TypeVar
 import jax
 import tyro
 
-from jaxpref import losses
+from jaxpref import losses, report
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
+from jaxpref.evaluate import audit as label_audit
 from jaxpref.evaluate import generations, pairs
 from jaxpref.train import (
     MeshConfig,
@@ -114,7 +116,29 @@ def sample(argv: Sequence[str]) -> None:
     generations.run(_parse(generations.SampleConfig, argv, sample))
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample}
+def audit(argv: Sequence[str]) -> None:
+    """Find the labels of a preference file that are probably wrong, and whose."""
+    config = _parse(label_audit.AuditConfig, argv, audit)
+    found = label_audit.run(config)
+    page = f"{config.out}/report.html"
+    report.write_audit(
+        page,
+        found.summary,
+        found.pairs,
+        found.suspects,
+        found.calibration,
+        command=shlex.join(["jaxpref", "audit", *argv]),
+        data=config.data,
+    )
+    low, high = found.summary["flip_rate_interval"]
+    print(
+        f"flip rate {found.summary['flip_rate']:.3f} ({low:.3f} to {high:.3f}); {page}"
+        if found.summary["identified"]
+        else f"flip rate not identified: {found.summary['reason']}; {page}"
+    )
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "audit": audit}
 
 
 def main() -> None:

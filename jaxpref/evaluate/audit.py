@@ -234,9 +234,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     ones, zeros = int(np.sum(positive)), int(np.sum(~positive))
     if not ones or not zeros:
         return float("nan")
-    return float(
-        (below[rank][positive].sum() - ones * (ones + 1) / 2) / (ones * zeros)
-    )
+    return float((below[rank][positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
 class _Renamed:

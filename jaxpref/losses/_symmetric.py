@@ -234,7 +234,7 @@ def power_dpo(
         reference_rejected_logps,
         beta,
     )
-    q = jnp.asarray(power, h.dtype)
+    q = _common.scalar("power", power, h)
     # expm1: 1 - s(h)^q would lose what is left of it where s(h) is near 1 or q near 0.
     return -jnp.expm1(q * jax.nn.log_sigmoid(h)) / q
 

@@ -4,7 +4,10 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import xlogy
 
+POINTS = 129
+"""Of the grid on which an interval is read off a posterior."""
 HALVINGS = 40
 """Of a bracket around a root: below the spacing of float32."""
 
@@ -66,10 +69,11 @@ def check_annotators(annotators, where, num_annotators) -> None:
             f"Expected annotators from -1 to {num_annotators - 1}, got {least} to "
             f"{most}."
         )
-    if least == -1 and most == num_annotators - 1 and num_annotators > 1:
+    last = jnp.any(where & (annotators == num_annotators - 1))
+    if least == -1 and bool(last):
         raise ValueError(
-            f"Annotators hold -1 (unknown) and {most}, both of which mean the last of "
-            f"{num_annotators}: pass num_annotators={num_annotators + 1}."
+            f"Annotators hold -1 (unknown) and {num_annotators - 1}, which both mean "
+            f"the last of {num_annotators}: pass num_annotators={num_annotators + 1}."
         )
 
 
@@ -85,3 +89,37 @@ def bisect(below, low: jax.Array, high: jax.Array) -> jax.Array:
 
     low, high = jax.lax.fori_loop(0, HALVINGS, halve, (low, high))
     return (low + high) / 2
+
+
+def credible_interval(evidence, eta, annotators, real, a, b, level):
+    """Equal tails of each annotator's posterior given the others' reliabilities.
+
+    With c = tanh(evidence / 2) a vote has likelihood proportional to 1 + (2 eta - 1) c,
+    linear in eta: relative to the estimate, 1 + (eta - estimate) u.
+    """
+    contrast = jnp.tanh(evidence / 2)
+    u = 2 * contrast / (1 + (2 * eta[annotators] - 1) * contrast)
+    per_annotator = lambda x: jax.ops.segment_sum(real * x, annotators, eta.size)
+    curvature = per_annotator(u**2) + a / eta**2 + b / (1 - eta) ** 2
+    reach = 10 * jax.lax.rsqrt(curvature)
+    low, high = jnp.clip(eta - reach, 0, 1), jnp.clip(eta + reach, 0, 1)
+    share = jnp.linspace(0, 1, POINTS, dtype=eta.dtype)[:, None]
+    grid = low + share * (high - low)
+
+    def log_posterior(at):
+        gains = jnp.log(jnp.maximum(1 + (at - eta)[annotators] * u, 0))
+        return (
+            per_annotator(gains) + xlogy(a, at / eta) + xlogy(b, (1 - at) / (1 - eta))
+        )
+
+    logs = jax.lax.map(log_posterior, grid)
+    density = jnp.exp(logs - jnp.max(logs, axis=0))
+    mass = jnp.cumsum((density[1:] + density[:-1]) / 2, axis=0)
+    mass = jnp.concatenate([jnp.zeros_like(mass[:1]), mass]) / mass[-1]
+    quantile = jax.vmap(jnp.interp, in_axes=(None, 1, 1))
+    tail = (1 - jnp.asarray(level, eta.dtype)) / 2
+    # A mode at 0 or 1 lies in a tail.
+    return (
+        jnp.minimum(quantile(tail, mass, grid), eta),
+        jnp.maximum(quantile(1 - tail, mass, grid), eta),
+    )

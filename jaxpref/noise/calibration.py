@@ -1,9 +1,9 @@
 """Temperature: margins that mean what they say, although labels may be wrong.
 
 A model's margin m is calibrated if the first answer is better with probability s(m).
-Models that have fitted their labels too well, or hardly at all, are not; `em` and `rate`
-then put down to annotators what is the model's.  Dividing margins by a temperature T
-mends the commonest error:
+Models that have fitted their labels too well, or hardly at all, are not; `em` and
+`rate` then put down to annotators what is the model's.  Dividing margins by a
+temperature T mends the commonest error:
 
     z = m / T,    P(vote) = eta s(z) + (1 - eta) s(-z)
 
@@ -14,10 +14,24 @@ margin of size x = |m|, with probability
 
 (q(x2) - 1/2) / (q(x1) - 1/2) = tanh(x2 / 2T) / tanh(x1 / 2T) for sizes x1 < x2 rises
 strictly with T, from 1 to x2 / x1; so two sizes determine T, and then eta: the shape of
-q, where it starts and where it levels off, tells the two apart.  But while all sizes are
-small against T, q is a straight line of slope (eta - 1/2) / 2T: only that product is
+q, how it starts and where it levels off, tells the two apart.  But while all sizes are
+small against T, q is a straight line of slope (eta - 1/2) / 2T: only that quotient is
 known, whatever the number of votes.  With eta = 1/2, T is not known at all.  So look at
 `identified`, and at the intervals.
+
+How many labels that takes: median error of the rate (factor of the temperature), and in
+how many of 200 data sets the rate was identified, z ~ N(0, sd^2)
+(`python -m tests.noise.simulations`, seeds 0 to 199):
+
+    labels   sd 2.5, e = 0.2       sd 2.5, e = 0.4       sd 1, e = 0.2
+       300   0.049 (x1.47)  58 %   0.048 (x4.56)  12 %   0.148 (x1.73)   9 %
+      1000   0.022 (x1.25)  94 %   0.031 (x2.06)  27 %   0.106 (x1.60)  10 %
+      3000   0.013 (x1.12) 100 %   0.016 (x1.46)  61 %   0.054 (x1.27)  26 %
+     10000   0.006 (x1.05) 100 %   0.008 (x1.21)  97 %   0.031 (x1.15)  79 %
+
+With sd 1 and e = 0.4, 10,000 labels are too few (12 %).  Knowing the temperature, the
+interval of the rate from 10,000 labels at e = 0.2 is 0.024 wide instead of 0.042 with
+sd 2.5, and 0.044 instead of 0.214 with sd 1.
 
 Fit on margins of held-out or cross-fitted pairs.  A margin that is wrong otherwise than
 in scale (noise in m bends q as flips do) leaves a bias that no interval shows.
@@ -214,8 +228,12 @@ def fit_temperature_and_reliability(
 
         T = argmax  of the log-likelihood of `em.fit` at margins m / T
 
-    on a grid, zoomed in twice (63 fits in all).  Votes of several annotators on an item speak for the truth without the model, so they
-    identify T better than single votes do.
+    on a grid, zoomed in twice (63 fits in all).  Votes of several annotators on an item
+    speak for the truth without the model, and identify T better than single votes do.
+    With one vote an item and few votes an annotator it underestimates T, having as many
+    reliabilities to choose as there are annotators: there fit T and the mean rate by
+    `fit_temperature_and_rate`, which does not depend on who voted, and the annotators
+    by `em.fit` at that temperature.
 
     Args:
       margin_logits: m, nats, positive where the model agrees with the vote; [votes].

@@ -28,7 +28,6 @@ import numbers
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.noise import _common
@@ -38,8 +37,6 @@ START = 0.9
 """RE-PO's first guess of a reliability."""
 PRIOR = (9.0, 1.0)
 """Ten votes at that guess."""
-POINTS = 129
-"""Of the grid on which an interval is read off a posterior."""
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +83,7 @@ def posterior(margin_logits, reliability) -> jax.Array:
     Examples:
       >>> import jax.numpy as jnp
       >>> from jaxpref.noise import em
-      >>> print(em.posterior(jnp.array([40.0, 0.0, -40.0]), 0.75))
+      >>> print(em.posterior(jnp.array([40.0, 0.0, -40.0]), 0.75).round(2))
       [1.   0.75 0.  ]
 
     References:
@@ -271,8 +268,14 @@ def fit(
     other.  The steps never lower the log-likelihood plus the log-prior
     a log eta_k + b log(1 - eta_k), summed over annotators.
 
-    The credible interval is that of eta_k under its posterior given the other
-    reliabilities, on a grid; exact where each item has one vote.
+    The credible interval has equal tails of the posterior of eta_k given the other
+    reliabilities, on a grid: exact where each item has one vote.  Intervals of 95 %
+    covered the truth of 1000 annotators with 10, 100 or 1000 votes and a flat prior in
+    0.936 to 0.980 of cases with one vote an item, and in 0.905 to 0.966 with five, but
+    0.823 at 10 votes of reliability 0.6, where the others' reliabilities are as unsure.
+    A Beta of the summed posteriors, which takes them for counts, covered 0.557 to 0.859
+    and 0.780 to 0.965; a normal of the curvature 0.930 to 0.992 and 0.807 to 0.999
+    (`python -m tests.noise.simulations`, seed 0).
 
     Args:
       margin_logits: z, nats, positive where the model agrees with the vote; [votes].
@@ -440,7 +443,7 @@ def _fit(
     eta, _, converged, iterations = jax.lax.while_loop(going, step, carry)
 
     known = evidence(eta)
-    lower, upper = _interval(known, eta, annotators, real, a, b, level)
+    lower, upper = _common.credible_interval(known, eta, annotators, real, a, b, level)
     own = jnp.log(eta)[annotators], jnp.log1p(-eta)[annotators]
     right, wrong = (jnp.where(sign > 0, x, y) for x, y in (own, own[::-1]))
     first_better = jax.nn.log_sigmoid(sign * margins) + on_item(real * right)
@@ -456,38 +459,4 @@ def _fit(
         log_likelihood=jnp.sum(jnp.where(judged, log_likelihoods, 0)),
         iterations=iterations,
         converged=converged,
-    )
-
-
-def _interval(evidence, eta, annotators, real, a, b, level):
-    """Equal tails of each annotator's posterior given the others' reliabilities.
-
-    With c = tanh(evidence / 2) a vote has likelihood proportional to 1 + (2 eta - 1) c,
-    linear in eta: relative to the estimate, 1 + (eta - estimate) u.
-    """
-    contrast = jnp.tanh(evidence / 2)
-    u = 2 * contrast / (1 + (2 * eta[annotators] - 1) * contrast)
-    per_annotator = lambda x: jax.ops.segment_sum(real * x, annotators, eta.size)
-    curvature = per_annotator(u**2) + a / eta**2 + b / (1 - eta) ** 2
-    reach = 10 * jax.lax.rsqrt(curvature)
-    low, high = jnp.clip(eta - reach, 0, 1), jnp.clip(eta + reach, 0, 1)
-    share = jnp.linspace(0, 1, POINTS, dtype=eta.dtype)[:, None]
-    grid = low + share * (high - low)
-
-    def log_posterior(at):
-        gains = jnp.log(jnp.maximum(1 + (at - eta)[annotators] * u, 0))
-        return (
-            per_annotator(gains) + xlogy(a, at / eta) + xlogy(b, (1 - at) / (1 - eta))
-        )
-
-    logs = jax.lax.map(log_posterior, grid)
-    density = jnp.exp(logs - jnp.max(logs, axis=0))
-    mass = jnp.cumsum((density[1:] + density[:-1]) / 2, axis=0)
-    mass = jnp.concatenate([jnp.zeros_like(mass[:1]), mass]) / mass[-1]
-    quantile = jax.vmap(jnp.interp, in_axes=(None, 1, 1))
-    tail = (1 - jnp.asarray(level, eta.dtype)) / 2
-    # A mode at 0 or 1 lies in a tail.
-    return (
-        jnp.minimum(quantile(tail, mass, grid), eta),
-        jnp.maximum(quantile(1 - tail, mass, grid), eta),
     )

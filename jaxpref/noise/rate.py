@@ -165,7 +165,9 @@ def fit_rate(
     The interval holds every rate whose log-likelihood is less than half the chi-squared
     quantile (one degree of freedom) below the maximum.  Where it reaches 1/2, labels
     without any information are among what the data allow; a rate of 1/2 itself may also
-    mean that labels contradict the model more often than not.
+    mean that labels contradict the model more often than not.  Of 95 % intervals, 0.925
+    to 0.970 covered rates of 0.2 and 0.4 in 200 data sets each of 300 to 10,000 labels
+    (`python -m tests.noise.simulations`, seeds 0 to 199).
 
     Args:
       margin_logits: z, nats; [labels].

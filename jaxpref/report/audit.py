@@ -89,7 +89,7 @@ def write_audit(
                 ],
             ),
             Section(f"The {len(suspects)} most suspicious pairs", _suspects(suspects)),
-            Section("How this page was made", [f"    {command}", _METHOD]),
+            Section("How this page was made", [f"Made by\n\n    {command}\n{_METHOD}"]),
         ]
         write_html(path, f"Audit of {data}", sections, summary=_lead(summary, pairs))
 
@@ -174,7 +174,9 @@ def _annotator_parts(annotators: Sequence[Record]) -> list:
     caption = "Probability that a vote is right; the least reliable first."
     if left:
         caption += f" {left} more reliable annotators are in `summary.json`."
-    return [Table(["annotator", "reliability", "95 % interval", "votes"], rows, caption)]
+    return [
+        Table(["annotator", "reliability", "95 % interval", "votes"], rows, caption)
+    ]
 
 
 def _accuracy_table(summary: Record) -> Table:
@@ -195,8 +197,8 @@ def _accuracy_table(summary: Record) -> Table:
 
 def _suspects(suspects: Sequence[Record]) -> list:
     parts: list = [
-        "The label prefers the answer on the left; the model the one on the right. "
-        "Texts are from the file, whole."
+        "The label prefers the answer on the left; where the margin is negative, the "
+        "model prefers the one on the right. Texts are whole, as in the file."
     ]
     for number, record in enumerate(suspects, 1):
         who = f", annotator {_name(record)}" if record["annotator"] is not None else ""
@@ -268,9 +270,7 @@ def _draw_calibration(path: Path, bins: Sequence[Record], summary: Record) -> No
             x, y, yerr=errors, color=PALETTE[0], fmt="o", ms=4.5, lw=1.2,
             label="labels",
         )  # fmt: skip
-        axes.set(
-            xlabel="confidence of the model", ylabel="labels that agree with it"
-        )
+        axes.set(xlabel="confidence of the model", ylabel="labels that agree with it")
         axes.legend(loc="upper left", fontsize=9)
         _save(figure, path)
 

@@ -1,0 +1,205 @@
+"""One flip rate by the marginal likelihood: optimum, interval, and honest ignorance."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import expit
+from scipy.stats import chi2
+
+from jaxpref import losses
+from jaxpref.noise import em, rate
+from tests.noise.simulations import votes
+
+
+def nll(margins, e) -> float:
+    p = expit(margins)
+    return -np.log((1 - e) * p + e * (1 - p)).sum()
+
+
+def test_rate_and_logit_are_inverse():
+    with jax.enable_x64(True):
+        logits = jnp.linspace(-20, 20, 41)
+        rates = rate.rate_of(logits)
+        assert ((rates > 0) & (rates < 0.5)).all() and (jnp.diff(rates) > 0).all()
+        np.testing.assert_allclose(rate.logit_of(rates), logits, rtol=1e-6)
+        slopes = jax.vmap(jax.grad(rate.rate_of))(logits)
+        np.testing.assert_allclose(slopes, rates * (1 - 2 * rates), rtol=1e-6)
+    for far in (-1e30, 1e30):
+        assert np.isfinite(jax.value_and_grad(rate.rate_of)(far)).all()
+
+
+def test_marginal_nll_is_forward_dpo():
+    """In value and both gradients; finite at the extremes; log 2 at 1/2."""
+    with jax.enable_x64(True):
+        z, zero = jnp.linspace(-40, 40, 33), jnp.zeros(33)
+        forward = functools.partial(losses.forward_dpo, beta=1.0)
+        ours = lambda z, e: rate.marginal_nll(z, e).sum()
+        theirs = lambda z, e: forward(z, zero, zero, zero, flip_rate=e).sum()
+        e = jnp.linspace(0.01, 0.6, 33)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14)
+        jax.tree.map(
+            close,
+            jax.value_and_grad(ours, (0, 1))(z, e),
+            jax.value_and_grad(theirs, (0, 1))(z, e),
+        )
+        check_grads(lambda a: rate.marginal_nll(z, rate.rate_of(a)), (0.3,), order=1)
+    z = jnp.array([-1e30, -1e4, 0.0, 1e4, 1e30])
+    assert np.isfinite(rate.marginal_nll(z, 0.3)).all()
+    np.testing.assert_allclose(rate.marginal_nll(z, 0.5), np.log(2), rtol=1e-6)
+    np.testing.assert_array_equal(rate.marginal_nll(z, 0.0), -jax.nn.log_sigmoid(z))
+
+
+@pytest.mark.parametrize("flip_rate", [0.05, 0.2, 0.4])
+def test_fit_and_interval_against_scipy(flip_rate):
+    """The optimum and both ends, where the log-likelihood is chi2 / 2 lower."""
+    margins = votes(0, reliability=1 - flip_rate, items=800).margins
+    found = rate.fit_rate(jnp.asarray(margins, jnp.float32), level=0.9)
+    best = minimize_scalar(
+        lambda e: nll(margins, e), bounds=(0, 0.5), options={"xatol": 1e-9}
+    )
+    np.testing.assert_allclose(found.rate, best.x, atol=2e-5)
+    np.testing.assert_allclose(found.log_likelihood, -best.fun, rtol=1e-6)
+    above = lambda e: nll(margins, e) - best.fun - chi2.ppf(0.9, 1) / 2
+    lower = brentq(above, 1e-9, best.x) if above(1e-9) > 0 else 0.0
+    upper = brentq(above, best.x, 0.5) if above(0.5) > 0 else 0.5
+    np.testing.assert_allclose([found.lower, found.upper], [lower, upper], atol=2e-4)
+    assert found.identified
+
+
+def test_recovers_the_rate():
+    for e in (0.1, 0.3, 0.45):
+        margins = votes(1, reliability=1 - e, items=200_000).margins
+        found = rate.fit_rate(jnp.asarray(margins, jnp.float32))
+        np.testing.assert_allclose(found.rate, e, atol=0.01)
+        assert found.lower < found.rate < found.upper and found.identified
+
+
+@pytest.mark.parametrize(
+    "margins",
+    [[0.0] * 1000, [1.0, 2.0, -3.0], [0.01, -0.01] * 500, [5.0], [jnp.inf, -jnp.inf]],
+)
+def test_says_when_the_data_do_not_identify_it(margins):
+    found = rate.fit_rate(jnp.array(margins))
+    assert not found.identified
+    assert found.upper - found.lower > 0.25
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(found))
+
+
+def test_all_labels_alike():
+    """Only agreement: hardly any flips.  Only contradiction: 1/2, the bound."""
+    agree, contradict = (rate.fit_rate(jnp.full(500, z)) for z in (6.0, -6.0))
+    assert agree.rate < 1e-3 and agree.upper < 0.02
+    assert contradict.rate > 0.499 and contradict.lower > 0.45
+    nothing = rate.fit_rate(jnp.full(4, jnp.nan), where=jnp.zeros(4, bool))
+    assert not nothing.identified and nothing.rate == 0.25
+    assert nothing.log_likelihood == 0
+
+
+def test_update_climbs_to_the_most_likely():
+    """Batch by batch, annealed; still during the warm-up."""
+    margins = votes(2, reliability=0.7, items=128 * 1500).margins
+    batches = jnp.asarray(margins, jnp.float32).reshape(1500, 128)
+    step = functools.partial(rate.update, warm_up=100, annealing=200)
+
+    def one(logit, batch):
+        return (new := step(logit, batch[1], step=batch[0])), new
+
+    start = rate.logit_of(0.1)
+    _, path = jax.lax.scan(one, start, (jnp.arange(1500), batches))
+    np.testing.assert_array_equal(path[:100], start)
+    assert path[100] != start
+    whole = rate.fit_rate(batches.reshape(-1))
+    np.testing.assert_allclose(rate.rate_of(path[-1]), whole.rate, atol=0.01)
+
+
+def test_update_is_the_stated_step():
+    z, where = jnp.array([1.0, -2.0, jnp.nan]), jnp.array([True, True, False])
+    logit = jnp.float32(0.4)
+    slopes = -jax.vmap(
+        jax.grad(lambda a, z: rate.marginal_nll(z, rate.rate_of(a))), in_axes=(None, 0)
+    )(logit, z[:2])
+    expected = logit + 0.1 / 3 * slopes.mean() / (jnp.mean(slopes**2) + 1e-3)
+    new = rate.update(logit, z, step=30, warm_up=10, annealing=10, where=where)
+    np.testing.assert_allclose(new, expected, rtol=1e-5)
+    still = rate.update(logit, jnp.zeros(3), step=30)
+    np.testing.assert_array_equal(still, logit)
+    nobody = rate.update(logit, z, step=30, where=jnp.zeros(3, bool))
+    np.testing.assert_array_equal(nobody, logit)
+
+
+# Many annotators
+
+
+def many(seed, *, annotators=150, each=30, shape=(18, 4)):
+    truth = np.random.default_rng(seed).beta(*shape, annotators)
+    who = np.repeat(np.arange(annotators), each)
+    data = votes(seed, reliability=truth, items=len(who), annotators=who, spread=2.0)
+    return truth, jnp.asarray(data.margins, jnp.float32), jnp.asarray(who)
+
+
+def test_pooling_beats_fitting_each_and_a_guess():
+    """Root mean squared error over 150 annotators of 30 votes, three draws."""
+    for seed in range(3):
+        truth, margins, who = many(seed)
+        found, (a, b) = rate.fit_rates(margins, who, num_annotators=150)
+        error = lambda fit, truth=truth: np.sqrt(
+            np.mean((fit.reliability - truth) ** 2)
+        )
+        options = {"num_annotators": 150}
+        alone = em.fit(margins, who, prior=None, **options)
+        guessed = em.fit(margins, who, **options)
+        assert error(found) < 0.75 * error(alone)
+        assert error(found) < error(guessed)
+        np.testing.assert_allclose(a / (a + b), 17 / 20, atol=0.05)
+        assert 8 < a + b < 60
+        inside = (found.lower <= truth) & (truth <= found.upper)
+        assert inside.mean() > 0.9
+
+
+def test_one_annotator_has_nobody_to_be_pooled_with():
+    """A prior of hardly a vote: the interval stays that of the votes alone."""
+    margins = jnp.asarray(votes(3, reliability=0.8, items=500).margins, jnp.float32)
+    who = jnp.full(500, -1)
+    found, (a, b) = rate.fit_rates(margins, who, num_annotators=1)
+    assert a + b < 1
+    alone = em.fit(margins, who, num_annotators=1, prior=None)
+    np.testing.assert_allclose(found.lower, alone.lower, atol=0.01)
+    few, (a, b) = rate.fit_rates(jnp.ones(3), jnp.full(3, -1), num_annotators=1)
+    assert np.isfinite(few.reliability).all() and a + b < 1
+    nobody = rate.pooled_prior(
+        jnp.ones(3), jnp.zeros(3, int), num_annotators=2, where=jnp.zeros(3, bool)
+    )
+    assert np.isfinite(nobody).all() and sum(nobody) < 1
+
+
+def test_sharded_over_eight_devices():
+    _, margins, who = many(4, annotators=8, each=16)
+
+    def everything(margins, who):
+        return (
+            rate.update(jnp.float32(0.3), margins, step=0),
+            rate.fit_rate(margins),
+            rate.pooled_prior(margins, who, num_annotators=8),
+        )
+
+    eager = everything(margins, who)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    sharding = jax.NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, sharding) for x in (margins, who)]
+        sharded = jax.jit(everything)(*placed)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, sharded, eager)
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match=r"level in \(0, 1\), got 2"):
+        rate.fit_rate(jnp.ones(3), level=2)
+    with pytest.raises(ValueError, match=r"got \(3,\) and \(2,\)"):
+        rate.fit_rate(jnp.ones(3), where=jnp.ones(2, bool))
