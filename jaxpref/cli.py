@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import jax
@@ -33,7 +34,7 @@ from jaxpref.train import (
 )
 from jaxpref.train.config import RunConfig
 from jaxpref.train.entry import entry_point, fail
-from jaxpref.train.noise import em, em_weighted, re_po
+from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
 
 OBJECTIVES = {make.__name__: make for make in (beta_dpo, sft)}
 """Losses that are trained otherwise than by their mean over the pairs."""
@@ -45,7 +46,7 @@ LOSSES = {
 }
 """The one table behind `--loss`: every public loss that a batch of pairs can feed."""
 
-LEARNT = {make.__name__: make for make in (em, em_weighted, re_po)}
+LEARNT = {make.__name__: make for make in (em, em_weighted, learned_rate, re_po)}
 """The table behind `--objective`: what is learnt of the labels beside the policy."""
 
 Options = TypeVar("Options")
@@ -128,7 +129,7 @@ def audit(argv: Sequence[str]) -> None:
         found.suspects,
         found.calibration,
         command=shlex.join(["jaxpref", "audit", *argv]),
-        data=config.data,
+        data=Path(config.data).name,
     )
     low, high = found.summary["flip_rate_interval"]
     print(

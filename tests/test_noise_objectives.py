@@ -8,7 +8,7 @@ from scipy.special import expit, logit
 from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.train import from_loss
-from jaxpref.train.noise import em, em_weighted, re_po
+from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
 from tests.test_training import few_steps, pairs  # noqa: F401
 
 
@@ -29,7 +29,7 @@ def test_first_step_is_conservative_dpo(pairs):  # noqa: F811
         np.testing.assert_allclose(found, cdpo, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [em, re_po])
+@pytest.mark.parametrize("make", [em, learned_rate, re_po])
 def test_layout_does_not_change_what_is_learnt(pairs, make):  # noqa: F811
     objective = make(losses.dpo, beta=0.5)
     whole, _, step = few_steps(pairs, objective=objective)
@@ -51,7 +51,7 @@ def test_both_readings_agree_for_dpo_and_differ_for_ipo(pairs):  # noqa: F811
     assert not np.allclose(likelihood, weighted, rtol=1e-2)
 
 
-def state_after(objective, margins, annotators, num_annotators):
+def state_after(objective, margins, annotators, num_annotators, state=None):
     """The objective's state after one batch of given margins."""
     from jaxpref.data.batch import PreferenceBatch
 
@@ -75,7 +75,10 @@ def state_after(objective, margins, annotators, num_annotators):
     logps = jax.numpy.asarray(logps.reshape(-1, 1, 2), jax.numpy.float32)
     scores = lambda w, micro: {"policy_logps": w * logps}
     _, state, metrics = objective.gradient(
-        scores, jax.numpy.float32(1.0), batch, objective.init(num_annotators)
+        scores,
+        jax.numpy.float32(1.0),
+        batch,
+        objective.init(num_annotators) if state is None else state,
     )
     return state, metrics
 
@@ -104,6 +107,32 @@ def test_reliabilities_are_the_papers():
     np.testing.assert_allclose(state["reliability"], expected, rtol=1e-6)
 
 
+def test_learned_rate_at_a_fixed_rate_is_forward_dpo(pairs):  # noqa: F811
+    forward = from_loss(losses.forward_dpo, beta=0.5, flip_rate=0.2)
+    base, _, _ = few_steps(pairs, objective=forward)
+    fixed = learned_rate(losses.dpo, beta=0.5, rate=0.2, learning_rate=0.0)
+    found, _, _ = few_steps(pairs, objective=fixed)
+    np.testing.assert_allclose(found, base, rtol=1e-4)
+
+
+def test_learned_rate_climbs_the_likelihood_to_its_top():
+    """The same batch of sure margins again and again: the share of contradictions."""
+    margins = np.where(np.arange(40) < 12, -8.0, 8.0)
+    objective = learned_rate(losses.dpo, beta=1.0, rate=0.1, learning_rate=0.5)
+    state = None
+    for _ in range(60):
+        state, metrics = state_after(
+            objective, margins, np.full(40, -1), 0, state=state
+        )
+    # p is nearly 1 or 0, so the rate is nearly the share of contradicted labels.
+    p = expit(8.0)
+    expected = (0.3 - (1 - p)) / (2 * p - 1)
+    np.testing.assert_allclose(metrics["noise/flip_rate"], expected, atol=2e-3)
+    warm = learned_rate(losses.dpo, beta=1.0, rate=0.1, warm_up=5)
+    state, _ = state_after(warm, margins, np.full(40, -1), 0)
+    np.testing.assert_allclose(state["running_rate"], 0.1, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "named"),
     [
@@ -111,6 +140,8 @@ def test_reliabilities_are_the_papers():
         (em, {"memory": 0}, "memory 0"),
         (re_po, {"reliability": 1.0}, "reliability 1.0"),
         (re_po, {"momentum": 1.0}, "momentum 1.0"),
+        (learned_rate, {"rate": 0.5}, "rate 0.5"),
+        (learned_rate, {"annealing": 0}, "annealing"),
         (em, {"beta": -1.0}, "beta > 0"),
         (em, {"gamma": 1.0}, "gamma"),
     ],

@@ -10,10 +10,10 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +140,9 @@ def compute(
             wrong = ~np.isfinite(values).all(axis=1)
             if wrong.any():
                 raise InputError(
-                    f"{source} row {part.rows[wrong][0] + 1}: its hidden states are not finite"
-                    f" ({wrong.sum()} such completions); check the weights, or set"
-                    " --compute-dtype float32"
+                    f"{source} row {part.rows[wrong][0] + 1}: its hidden states are not"
+                    f" finite ({wrong.sum()} such completions); check the weights, or"
+                    " set --compute-dtype float32"
                 )
             _save(folder, digest, part.ids, values)
             table |= zip(part.ids.tolist(), values)

@@ -397,7 +397,7 @@ def _fit(
         per_item = lambda x: jax.ops.segment_sum(x, ids, margins.size)
         on_item = lambda x: per_item(x)[ids]
         judges = on_item(real)
-        margins = sign * on_item(real * sign * margins) / jnp.maximum(judges, 1)
+        margins = sign * on_item(real * sign * margins / jnp.maximum(judges, 1))
         # One vote speaks for its item: the first real one.
         position = jnp.arange(margins.size)
         first = jax.ops.segment_min(
@@ -427,11 +427,12 @@ def _fit(
     def step(carry):
         eta, moved, _, iterations = carry
         new = m_step(eta)
-        now = jnp.max(jnp.abs(new - eta))
-        # Steps shrink by a factor r, so r / (1 - r) of the last one is still to go.
+        now = jnp.abs(new - eta)
+        # An annotator's steps shrink by a factor r, so r / (1 - r) of the last one is
+        # still to go; steps of the size of rounding shrink no more.
         ratio = jnp.clip(now / jnp.maximum(moved, least), 0, 1 - 1e-4)
-        left = now * ratio / (1 - ratio)
-        done = ((iterations > 0) & (left <= tolerance)) | (now <= 4 * least)
+        left = jnp.where(now <= 4 * least, 0, now * ratio / (1 - ratio))
+        done = (iterations > 0) & (jnp.max(left) <= tolerance)
         return new, now, done, iterations + 1
 
     def going(carry):
@@ -439,7 +440,7 @@ def _fit(
 
     eta = jnp.where((a > 0) & (b > 0), a / jnp.maximum(a + b, least), start)
     eta = bounded(jnp.full(num_annotators, eta, dtype))
-    carry = (eta, jnp.ones((), dtype), jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    carry = (eta, jnp.ones_like(eta), jnp.zeros((), bool), jnp.zeros((), jnp.int32))
     eta, _, converged, iterations = jax.lax.while_loop(going, step, carry)
 
     known = evidence(eta)

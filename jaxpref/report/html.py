@@ -45,7 +45,7 @@ class SideBySide:
     """Heading and text of each."""
     title: str = ""
     above: str = ""
-    """A text that all of them follow, e.g. the prompt; opens on demand if it is long."""
+    """A text that all of them follow, e.g. the prompt; a long one opens on demand."""
 
 
 @dataclasses.dataclass(frozen=True)

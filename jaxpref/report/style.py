@@ -93,7 +93,8 @@ pre { font-size: .84rem; }
 .above, summary { color: var(--faint); margin: 0 0 .5rem; }
 .columns { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
-.columns > div { background: var(--soft); border-radius: 6px; padding: .7rem .9rem; }
+.columns > div { background: var(--soft); border-radius: 6px; padding: .7rem .9rem;
+  max-height: 24rem; overflow-y: auto; }
 @media print { body { background: #fff; } h2 { break-after: avoid; }
-  figure, .scroll { break-inside: avoid; } }
+  figure, .scroll { break-inside: avoid; } .columns > div { max-height: none; } }
 """
