@@ -40,7 +40,17 @@ DOORS = {
         ARRAYS | {"numpy", "optax", "orbax", "tensorboardX", "tqdm"},
     ),
     "evaluate": (
-        {"errors", "files", "losses", "noise", "data", "sampling", "models", "train"},
+        {
+            "errors",
+            "files",
+            "losses",
+            "noise",
+            "data",
+            "sampling",
+            "models",
+            "sharding",
+            "train",
+        },
         ARRAYS | {"numpy", "tqdm"},
     ),
     "report": ({"errors", "files"}, {"matplotlib"}),

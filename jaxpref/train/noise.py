@@ -129,7 +129,7 @@ def learned_rate(
     loss: Loss,
     *,
     rate: float = 0.25,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.02,
     warm_up: float = 0.0,
     annealing: float = float("inf"),
     **options,
@@ -141,6 +141,7 @@ def learned_rate(
     e in (0, 1/2) climbs the same likelihood, by a step of Fisher scoring a batch, cut
     by `learning_rate`.  Unlike `em` it does not weigh by posteriors of a policy that
     knows nothing yet, so it does not stick to its start where labels are very noisy.
+    Let it be slow: where e runs ahead of the policy, margins run away with it.
 
     Args:
       loss: a loss of single pairs.
