@@ -34,7 +34,7 @@ def zeros(features: np.ndarray) -> Strengths:
 
 
 def margins(strengths: Strengths, features, at) -> np.ndarray:
-    """m of pairs; `at` is (topic, first, second), each int [P]."""
+    """The margins m of pairs; `at` is (topic, first, second), each int [P]."""
     topic, first, second = at
     q = features @ strengths.w + strengths.u
     return q[topic, first] - q[topic, second]
@@ -50,9 +50,10 @@ def fit(
     start: Strengths,
     max_iterations: int = 25,
 ) -> Strengths:
-    """Newton's method on the log-posterior
+    """The posterior mode, by Newton's method.
 
-        sum weight [soft log s(m) + (1 - soft) log s(-m)] - |w|^2 / 2 - |u|^2 / 2 spread
+        log-posterior = sum weight [soft log s(m) + (1 - soft) log s(-m)]
+                        - |w|^2 / 2 - |u|^2 / (2 spread)
 
     Args:
       features: [T, S, D].
@@ -114,6 +115,24 @@ def variances(features, at, precision, *, spread: float) -> np.ndarray:
         + covariance[topic, second, second]
         - 2 * covariance[topic, first, second]
     )
+
+
+def cavity(features, at, margin, evidence, trains, *, spread: float) -> np.ndarray:
+    """Margins without the pair's own votes, shrunk by their uncertainty.
+
+        log-likelihood of the votes of a pair    log [s(m) s(v) + s(-m) s(-v)] + const
+        gradient g = s(m + v) - s(m),   precision h = s'(m) - s'(m + v)
+        variance without it V' = V / (1 - h V),   margin without it m' = m - V' g
+
+    v is what the votes say (their logit), V the margin's posterior variance.  The
+    result is m' / sqrt(1 + pi V' / 8), whose s is about E s(m').
+    """
+    p, r = _sigmoid(margin), _sigmoid(margin + evidence)
+    precision = np.maximum(p * (1 - p) - r * (1 - r), 1e-3) * trains
+    variance = variances(features, at, precision, spread=spread)
+    without = variance / np.maximum(1 - precision * variance, 0.1)
+    shifted = margin - without * (r - p) * trains
+    return shifted / np.sqrt(1 + np.pi * without / 8)
 
 
 def _eliminated(features, laplacian, right, spread: float):

@@ -119,7 +119,9 @@ def read(path: str | Path) -> World:
 
 def draw(world: World, votes: int, *, seed: int) -> np.ndarray:
     """Which votes are seen: at most so many a pair, at random; bool [V]."""
-    order = np.lexsort((np.random.default_rng(seed).random(len(world.pairs)), world.pairs))
+    order = np.lexsort(
+        (np.random.default_rng(seed).random(len(world.pairs)), world.pairs)
+    )
     rank = np.empty(len(order), int)
     begins = np.searchsorted(world.pairs, world.pairs)
     rank[order] = np.arange(len(order)) - begins
@@ -129,7 +131,8 @@ def draw(world: World, votes: int, *, seed: int) -> np.ndarray:
 def length_features(world: World) -> np.ndarray:
     """Logarithms of words and characters, standardised; [T, S, 2]."""
     return _padded(
-        world, _scaled([[np.log1p(len(t.split())), np.log1p(len(t))] for t in _all(world)])
+        world,
+        _scaled([[np.log1p(len(t.split())), np.log1p(len(t))] for t in _all(world)]),
     )
 
 
@@ -180,7 +183,7 @@ def _surface(text: str) -> list[float]:
     sentences = max(len([x for x in re.split(r"[.!?]+", text) if x.strip()]), 1)
     long = sum(len(word) > 6 for word in words)
     kinds = [sum(word in kind for word in lower) for kind in _KINDS_OF_WORDS]
-    marks = [text.count(mark) for mark in "!?,\"(\n"]
+    marks = [text.count(mark) for mark in '!?,"(\n']
     return [
         *np.log1p([len(words), len(text), sentences, len(set(lower)), long, *marks]),
         *(mark / c for mark in marks[:3]),

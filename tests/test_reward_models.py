@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxpref import cli, data, losses
+from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.huggingface import is_reward_model, load_config, load_params, save
@@ -37,6 +41,7 @@ from tests.tiny import (
     tiny_params,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(4, 36, (8, 12)).astype(np.int32)
 LENGTHS = np.array([12, 3, 1, 7, 12, 5, 9, 2], np.int32)
@@ -420,8 +425,17 @@ def train(folder, pairs_file, out, *flags, loss="bradley_terry"):
         "log-every": 1,
         "seed": 5,
     }
-    command = [text for k, v in options.items() for text in (f"--{k}", str(v))]
-    cli.train([*command, *flags])
+    argv = [text for k, v in options.items() for text in (f"--{k}", str(v))]
+    # On one device, as on a user's own computer.
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxpref", "train", *argv, *flags],
+        env=os.environ | {"XLA_FLAGS": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise InputError(done.stderr)
     return out / "export"
 
 

@@ -146,7 +146,7 @@ def run(config: AuditConfig) -> Audit:
         assumed_flip_rate=config.assumed_flip_rate,
     )
     summary = _summary(judged, margins, by_length, names, items, keys, plan.report)
-    rows = _rows(judged, pairs, config)
+    rows = _rows(judged, by_length, pairs, config)
     if pairs.flips.any():
         summary["known_flips"] = known_flips(judged.posterior, margins, pairs.flips)
     order = np.lexsort((margins, judged.posterior))
@@ -395,7 +395,9 @@ def _summary(
     }
 
 
-def _rows(judged: Estimate, pairs: Pairs, config: AuditConfig) -> list[dict[str, Any]]:
+def _rows(
+    judged: Estimate, by_length: np.ndarray, pairs: Pairs, config: AuditConfig
+) -> list[dict[str, Any]]:
     names, rows = pairs.annotator_names, []
     for n in range(len(pairs)):
         p, annotator = float(judged.posterior[n]), int(pairs.annotators[n])
@@ -406,6 +408,7 @@ def _rows(judged: Estimate, pairs: Pairs, config: AuditConfig) -> list[dict[str,
                 "row": int(pairs.rows[n]) + 1,
                 "p_correct": p,
                 "margin": float(judged.margins[n]),
+                "length_margin": float(by_length[n]),
                 "annotator": names[annotator] if annotator >= 0 else None,
                 "action": config.action if suspicious else "keep",
             }

@@ -235,14 +235,7 @@ def _load(folder: Path, digest: str, width: int) -> dict[str, np.ndarray]:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 ids, values = stored["ids"], stored["values"]
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             continue  # damaged: made anew
         if values.shape == (len(ids), width) and np.isfinite(values).all():
             table |= zip(ids.tolist(), values)

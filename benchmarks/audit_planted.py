@@ -1,0 +1,162 @@
+r"""How well does `jaxpref audit` find labels that were flipped on purpose?
+
+Swaps chosen and rejected of a known share of the pairs, runs the audit on the file, and
+compares: AUROC of 1 - p_correct for the planted flips, and how many of the 10 % most
+suspicious pairs were flipped.  The pairs' prompts are divided by hash into two halves:
+"development", on which the audit's settings were chosen, and "report".
+
+Commands
+    Both halves of HH helpful, the tiny model and a 135M one:
+
+        python -m benchmarks.audit_planted --data hh_rlhf_helpful_base_test.jsonl.gz \
+            --model stories260k-hf --max-length 512 --half report --out runs/planted
+        python -m benchmarks.audit_planted --data hh_rlhf_helpful_base_test.jsonl.gz \
+            --model SmolLM2-135M-Instruct --max-length 128 --max-prompt-length 48 \
+            --half report --out runs/planted135m
+
+    `--half report` audits the whole file, as a user would, and counts the flips found
+    in the report half alone.  Features are computed once for all seeds.
+
+Expected
+    One line a seed and their mean and standard deviation, also in OUT/results.json.
+    Original labels that are wrong count as not flipped, so even a perfect audit stays
+    below an AUROC of 1, and the estimated rate is above the planted one.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from jaxpref import data
+from jaxpref.data.formats import Example, parse, prompt_key
+from jaxpref.data.hashing import hash_uniforms
+from jaxpref.evaluate import audit
+from jaxpref.files import write_json, write_whole
+from jaxpref.train.entry import entry_point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlantedConfig:
+    """What this benchmark reads."""
+
+    data: str
+    """Preference file; its labels count as right."""
+    model: str
+    """Model folder or hub id."""
+    out: str
+    """Folder for the planted files, the audits and the table."""
+    flip_rate: float = 0.2
+    """Share of labels that are flipped."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Which pairs are flipped."""
+    half: Literal["development", "report", "both"] = "both"
+    """Prompts whose pairs are counted."""
+    alone: bool = False
+    """Audit only the pairs that are counted, instead of the whole file."""
+    max_length: int = 1024
+    """As in `jaxpref audit`."""
+    max_prompt_length: int | None = None
+    """As in `jaxpref audit`."""
+    folds: int = 5
+    """As in `jaxpref audit`."""
+    features: str | None = None
+    """Folder of cached features; OUT/features where not given."""
+
+
+def halves(source: data.Source) -> list[str]:
+    """The half of each record, by hash of its prompt; "" where it has no pair."""
+    found = []
+    for row in range(len(source)):
+        example = parse(source[row], source.location(row), sides=2, drop_empty=True)
+        if isinstance(example, Example):
+            (u,) = hash_uniforms([prompt_key(example.prompt)], salt="half")
+            found.append("development" if u < 0.5 else "report")
+        else:
+            found.append("")
+    return found
+
+
+def plant(config: PlantedConfig, seed: int, half: list[str], path: Path) -> None:
+    """Writes the file with flipped records, marked by the field `flip`."""
+    source = data.open_source(config.data)
+    flips = hash_uniforms(map(str, range(len(source))), salt=f"plant {seed}")
+    lines = []
+    for row, flip in enumerate(flips < config.flip_rate):
+        if config.alone and config.half not in ("both", half[row]):
+            continue
+        record = source[row]
+        chosen, rejected = record["chosen"], record["rejected"]
+        if flip:
+            chosen, rejected = rejected, chosen
+        record |= {"chosen": chosen, "rejected": rejected, "flip": bool(flip)}
+        lines.append(json.dumps(record | {"planted_row": row}) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def measure(config: PlantedConfig, seed: int, half: list[str]) -> dict:
+    """One audit of one planted file."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"planted-{seed}.jsonl"
+    plant(config, seed, half, path)
+    found = audit.run(
+        audit.AuditConfig(
+            data=str(path),
+            model=config.model,
+            out=str(out / f"audit-{seed}"),
+            features=config.features or str(out / "features"),
+            folds=config.folds,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            drop_empty=True,
+        )
+    )
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    planted = [records[row["row"] - 1] for row in found.pairs]
+    counted = np.array(
+        [config.half in ("both", half[record["planted_row"]]) for record in planted]
+    )
+    flips = np.array([record["flip"] for record in planted])[counted]
+    p, margin, lengths = (
+        np.array([row[name] for row in found.pairs])[counted]
+        for name in ("p_correct", "margin", "length_margin")
+    )
+    by_length = audit.known_flips(lengths, lengths, flips)
+    return {
+        "seed": seed,
+        **audit.known_flips(p, margin, flips),
+        "length_auroc": by_length["auroc"],
+        "length_precision": by_length["precision"],
+        "model_accuracy": found.summary["model"]["accuracy"],
+        "length_accuracy": found.summary["length_only"]["accuracy"],
+        "flip_rate": found.summary["flip_rate"],
+        "flip_rate_low": found.summary["flip_rate_interval"][0],
+        "flip_rate_high": found.summary["flip_rate_interval"][1],
+        "identified": found.summary["identified"],
+    }
+
+
+def main() -> None:
+    """Runs every seed and prints the table."""
+    with entry_point():
+        config = tyro.cli(PlantedConfig, description=__doc__)
+        half = halves(data.open_source(config.data))
+        rows = [measure(config, seed, half) for seed in config.seeds]
+        names = [name for name in rows[0] if name not in ("seed", "identified")]
+        write_json(Path(config.out) / "results.json", rows)
+        print(f"{'':18}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows))
+        for name in names:
+            values = [row[name] for row in rows]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells = "".join(f"{value:10.3f}" for value in values)
+            print(f"{name:18}{cells}   {statistics.fmean(values):.3f} ± {spread:.3f}")
+        print("identified        " + "".join(f"{r['identified']!s:>10}" for r in rows))
+
+
+if __name__ == "__main__":
+    main()
