@@ -233,7 +233,7 @@ def _load(folder: Path, digest: str, width: int) -> dict[str, np.ndarray]:
     table = {}
     for path in sorted(folder.glob(f"{digest[:16]}-*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 ids, values = stored["ids"], stored["values"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             continue  # damaged: made anew
