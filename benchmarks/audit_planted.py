@@ -25,7 +25,6 @@ Expected
 
 import dataclasses
 import json
-import statistics
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +35,7 @@ from jaxpref import data
 from jaxpref.data.formats import Example, parse, prompt_key
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.evaluate import audit
+from jaxpref.evaluate.flips import known_flips
 from jaxpref.files import write_json, write_whole
 from jaxpref.train.entry import entry_point
 
@@ -126,15 +126,16 @@ def measure(config: PlantedConfig, seed: int, half: list[str]) -> dict:
         np.array([row[name] for row in found.pairs])[counted]
         for name in ("p_correct", "margin", "length_margin")
     )
-    by_length = audit.known_flips(lengths, lengths, flips)
+    rate = found.summary["flip_rate"]
+    by_length = known_flips(lengths, lengths, flips)
     return {
         "seed": seed,
-        **audit.known_flips(p, margin, flips),
+        **known_flips(p, margin, flips),
         "length_auroc": by_length["auroc"],
         "length_precision": by_length["precision"],
         "model_accuracy": found.summary["model"]["accuracy"],
         "length_accuracy": found.summary["length_only"]["accuracy"],
-        "flip_rate": found.summary["flip_rate"],
+        "flip_rate": float("nan") if rate is None else rate,  # not identified
         "flip_rate_low": found.summary["flip_rate_interval"][0],
         "flip_rate_high": found.summary["flip_rate_interval"][1],
         "identified": found.summary["identified"],
@@ -152,9 +153,9 @@ def main() -> None:
         print(f"{'':18}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows))
         for name in names:
             values = [row[name] for row in rows]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
             cells = "".join(f"{value:10.3f}" for value in values)
-            print(f"{name:18}{cells}   {statistics.fmean(values):.3f} ± {spread:.3f}")
+            print(f"{name:18}{cells}   {np.mean(values):.3f} ± {spread:.3f}")
         print("identified        " + "".join(f"{r['identified']!s:>10}" for r in rows))
 
 

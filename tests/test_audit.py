@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.special
 import scipy.stats
 
@@ -15,6 +16,7 @@ from jaxpref.data import DataOptions, ListSource
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit, features
 from jaxpref.evaluate.estimate import estimate
+from jaxpref.evaluate.flips import auroc
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.mesh import MeshConfig, make_mesh
@@ -22,7 +24,8 @@ from tests.tiny import make_model_folder
 
 GOOD, BAD = "good great fine warm liked".split(), "bad dull cold hated".split()
 REST = "the a film book meal was is and but it again with food plot".split()
-RATES = {"ann": 0.05, "bob": 0.15, "eve": 0.75}
+RATES = {"ann": 0.02, "bob": 0.25, "eve": 0.6}
+WORKERS = ("ann", "bob", "eve", "ann")
 
 
 def records(count=240, seed=0):
@@ -31,7 +34,7 @@ def records(count=240, seed=0):
     found = []
     for n in range(count):
         words = lambda some: " ".join(rng.choice([*some, *REST], rng.integers(5, 9)))
-        name = list(RATES)[n % 3]
+        name = WORKERS[n % 4]
         flip = bool(rng.random() < RATES[name])
         answers = [f" {rng.choice(some)} {words(some * 3)}" for some in (GOOD, BAD)]
         chosen, rejected = answers[::-1] if flip else answers
@@ -106,8 +109,8 @@ def test_planted_flips_are_found_and_annotators_ranked(finished):
     assert [a["annotator"] for a in summary["annotators"]] == ["eve", "bob", "ann"]
     for found in summary["annotators"]:
         low, high = found["interval"]
-        assert low <= found["reliability"] <= high and found["count"] == 80
         mine = [r["flip"] for r in rows if r["worker"] == found["annotator"]]
+        assert low <= found["reliability"] <= high and found["count"] == len(mine)
         assert low - 0.05 <= 1 - np.mean(mine) <= high + 0.05
     low, high = summary["flip_rate_interval"]
     assert low <= summary["flip_rate"] <= high
@@ -154,7 +157,7 @@ def test_the_page_shows_everything_and_escapes_texts(finished):
         "jaxpref audit --data",
         "--annotator-field worker",
         "length alone",
-        "not yet" if False else "Whose labels",
+        "Whose labels",
         "The 20 most suspicious pairs",
     ):
         assert part in page
@@ -291,13 +294,23 @@ def one_annotator(margins):
 
 
 def test_the_rate_is_recovered_whatever_the_scale_of_the_margins():
-    found = one_annotator(3 * simulated(0.2, 20_000, 3.0))
+    margins = 3 * simulated(0.2, 20_000, 3.0)
+    found = one_annotator(margins)
     assert found.identified and found.reason is None
-    assert found.flip_rate == pytest.approx(0.2, abs=0.02)
     assert found.flip_rate_interval[0] < 0.2 < found.flip_rate_interval[1]
-    assert found.temperature == pytest.approx(3, rel=0.1)
-    truth = 1 / (1 + np.exp(-found.margins - np.log(0.8 / 0.2)))
-    np.testing.assert_allclose(found.posterior, truth, atol=0.03)
+
+    def nll(x):
+        p = scipy.special.expit(margins / np.exp(x[0]))
+        return -np.log(x[1] + (1 - 2 * x[1]) * p).sum()
+
+    exact = {"xatol": 1e-6, "fatol": 1e-6}
+    best = scipy.optimize.minimize(
+        nll, [1.0, 0.2], method="Nelder-Mead", options=exact
+    ).x
+    assert found.temperature == pytest.approx(np.exp(best[0]), rel=1e-3)
+    assert found.flip_rate == pytest.approx(best[1], abs=1e-3)
+    odds = margins / np.exp(best[0]) + np.log((1 - best[1]) / best[1])
+    np.testing.assert_allclose(found.posterior, scipy.special.expit(odds), atol=2e-3)
 
 
 def test_small_margins_do_not_identify_the_rate_and_this_is_said():
@@ -306,14 +319,30 @@ def test_small_margins_do_not_identify_the_rate_and_this_is_said():
     low, high = found.flip_rate_interval
     assert low < 0.2 < high
     # The posterior stands on the assumed rate.
-    truth = 1 / (1 + np.exp(-found.margins - np.log(0.9 / 0.1)))
+    truth = scipy.special.expit(found.margins + np.log(0.9 / 0.1))
     np.testing.assert_allclose(found.posterior, truth, atol=1e-3)
+
+
+def test_margins_that_tell_nothing_leave_the_assumed_rate():
+    rng = np.random.default_rng(0)
+    count = 240
+    found = estimate(
+        rng.normal(size=count),
+        np.arange(count) % 3,
+        items=np.arange(count),
+        orientation=np.ones(count, int),
+        num_annotators=3,
+        assumed_flip_rate=0.1,
+    )
+    assert not found.identified and found.flip_rate is None
+    assert (found.reliability > 0.5).all() and (found.posterior > 0.5).mean() > 0.9
 
 
 def test_one_prompt_alone_says_nothing(tmp_path, model):
     row = {"prompt": "the film", "chosen": " was good", "rejected": " was bad"}
     found = run(tmp_path, model, [row] * 12)
-    assert found.summary["items"] == 1 and not found.summary["identified"]
+    assert found.summary["prompts"] == 1 and not found.summary["identified"]
+    assert found.summary["flip_rate"] is None
     assert "every margin is 0" in found.summary["reason"]
     p = [row["p_correct"] for row in found.pairs]
     assert np.isfinite(p).all() and len(set(p)) == 1 and p[0] > 0.5
@@ -340,11 +369,11 @@ def test_one_annotator_is_no_ranking(tmp_path, model):
 
 def test_rows_without_a_name_are_one_annotator(tmp_path, model):
     rows = records(30)
-    for row in rows[::3]:
+    for row in rows[::4]:
         del row["worker"]
     found = run(tmp_path, model, rows, annotator_field="worker")
     names = {a["annotator"]: a["count"] for a in found.summary["annotators"]}
-    assert names == {None: 10, "bob": 10, "eve": 10}
+    assert names == {None: 8, "ann": 7, "bob": 8, "eve": 7}
 
 
 def fails(monkeypatch, capsys, *arguments) -> str:
@@ -353,8 +382,9 @@ def fails(monkeypatch, capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("jaxpref: error:")
+    error = capsys.readouterr().err
+    (line,) = [x for x in error.splitlines() if x.startswith("jaxpref: error:")]
+    assert "Traceback" not in error
     return line
 
 
@@ -408,8 +438,9 @@ def test_weights_that_are_not_finite_are_named(tmp_path, model):
     spoiled = {name: np.full_like(value, np.nan) for name, value in tensors.items()}
     (broken / "model.safetensors").unlink()
     save_file(spoiled, broken / "model.safetensors")
-    with pytest.raises(InputError, match=r"pairs.jsonl row \d+: its hidden states"):
+    with pytest.raises(InputError, match="holds NaN"):
         run(tmp_path, broken, records(3))
+    assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 def test_auroc_is_the_rank_statistic():
@@ -418,5 +449,5 @@ def test_auroc_is_the_rank_statistic():
     positive = rng.random(60) < 0.3
     wins = scipy.stats.mannwhitneyu(scores[positive], scores[~positive]).statistic
     expected = wins / (positive.sum() * (~positive).sum())
-    assert audit.auroc(scores, positive) == pytest.approx(expected)
-    assert np.isnan(audit.auroc(scores, np.zeros(60, bool)))
+    assert auroc(scores, positive) == pytest.approx(expected)
+    assert np.isnan(auroc(scores, np.zeros(60, bool)))

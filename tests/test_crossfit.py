@@ -85,6 +85,10 @@ def test_a_prompt_is_in_one_fold_and_seeds_divide_differently():
     assert set(folds) == set(range(5))
     for n in range(50):
         assert len(set(folds[n::50])) == 1
+    assert np.bincount(folds[:50]).tolist() == [10] * 5
+    order = np.random.default_rng(5).permutation(200)
+    moved = prompt_folds([prompts[n] for n in order], folds=5, seed=0)
+    np.testing.assert_array_equal(moved, folds[order])
     other = prompt_folds(prompts, folds=5, seed=1)
     # 50 prompts, each in the same fold with probability 1/5: 10 +- 3 standard errors.
     assert np.sum(folds[:50] == other[:50]) < 20

@@ -24,6 +24,7 @@ from jaxpref.evaluate import features as feature_store
 from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
 from jaxpref.evaluate.estimate import Estimate, estimate
 from jaxpref.evaluate.features import Features
+from jaxpref.evaluate.flips import agreement_bins, known_flips
 from jaxpref.evaluate.metrics import accuracy, wilson_interval
 from jaxpref.files import write_json, write_whole
 from jaxpref.models import build
@@ -80,17 +81,6 @@ class AuditConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
-    def __post_init__(self):
-        if self.folds < 2:
-            raise InputError(f"--folds {self.folds}: must be at least 2")
-        for name in ("threshold", "assumed_flip_rate"):
-            most = 1 if name == "threshold" else 0.5
-            if not 0 < getattr(self, name) < most:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0"
-                    f" and below {most}"
-                )
-
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
@@ -109,6 +99,7 @@ class Audit:
 
 def run(config: AuditConfig) -> Audit:
     """Audits a file; writes all of OUT but the page."""
+    _check(config)
     if jax.process_count() > 1:
         raise InputError("an audit runs in one process; start it on one machine")
     folder = resolve_folder(config.model)
@@ -135,7 +126,7 @@ def run(config: AuditConfig) -> Audit:
     }
     margins = cross_fit(columns, **fold).margins
     by_length = cross_fit(lengths, **fold).margins
-    items, orientation = _items(feature_store.completion_keys(pairs))
+    items, orientation = _items(feature_store.completion_keys(pairs), pairs.annotators)
     names = [*pairs.annotator_names, *([None] if (pairs.annotators < 0).any() else [])]
     judged = estimate(
         margins,
@@ -173,68 +164,15 @@ def differences(found: Features) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([states, STRONG * few], axis=1), few[:, -1:]
 
 
-def agreement_bins(margins: np.ndarray, *, bins: int = 10) -> list[dict[str, float]]:
-    """How often labels agree with the model where it is how sure; bins of equal counts.
-
-    Args:
-      margins: calibrated, oriented by the labels; [N].
-      bins: how many; fewer where there are few pairs.
-
-    Returns:
-      `pairs`, mean `confidence`, `agreement` (ties half) and its 95 % interval `low`,
-      `high`.
-    """
-    parts = np.array_split(np.argsort(np.abs(margins)), min(bins, len(margins)))
-    records = []
-    for part in parts:
-        share = accuracy(margins[part])
-        low, high = wilson_interval(share, len(part))
-        confidence = np.mean(1 / (1 + np.exp(-np.abs(margins[part]))))
-        records.append(
-            {
-                "pairs": len(part),
-                "confidence": float(confidence),
-                "agreement": share,
-                "low": low,
-                "high": high,
-            }
-        )
-    return records
-
-
-def known_flips(
-    posterior: np.ndarray, margins: np.ndarray, flips: np.ndarray
-) -> dict[str, float]:
-    """How well flips that are known (field `flip`) were found; they are never used.
-
-    Returns:
-      `pairs`, `base_rate`, `auroc` of 1 - posterior, and of the 10 % most suspicious
-      pairs `precision` and its `lift` over the base rate.
-    """
-    order = np.lexsort((margins, posterior))
-    top = order[: max(1, len(order) // 10)]
-    base, precision = float(np.mean(flips)), float(np.mean(flips[top]))
-    return {
-        "pairs": len(flips),
-        "base_rate": base,
-        "auroc": auroc(-posterior, flips),
-        "precision": precision,
-        "lift": precision / base if base else float("nan"),
-    }
-
-
-def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive has a higher score than a negative; ties count half.
-
-    NaN unless there are both.
-    """
-    _, rank, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    # Mean rank of each value: those below, and half of its own.
-    below = np.cumsum(counts) - counts + (counts + 1) / 2
-    ones, zeros = int(np.sum(positive)), int(np.sum(~positive))
-    if not ones or not zeros:
-        return float("nan")
-    return float((below[rank][positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+def _check(config: AuditConfig) -> None:
+    if config.folds < 2:
+        raise InputError(f"--folds {config.folds}: must be at least 2")
+    for name, most in {"threshold": 1.0, "assumed_flip_rate": 0.5}.items():
+        value = getattr(config, name)
+        if not 0 < value < most:
+            raise InputError(
+                f"--{name.replace('_', '-')} {value}: must be above 0 and below {most}"
+            )
 
 
 class _Renamed:
@@ -343,11 +281,16 @@ def _example(source: Source, row: int) -> Example:
     return example
 
 
-def _items(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which votes judge the same pair of texts, and which of the two each prefers."""
+def _items(keys: np.ndarray, annotators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which votes judge the same pair of texts, and which of the two each prefers.
+
+    Copies of a record without an annotator are no second opinion: each stands alone.
+    """
     _, ranks = np.unique(keys, return_inverse=True)
     ranks = ranks.reshape(keys.shape)
-    _, items = np.unique(np.sort(ranks, axis=1), axis=0, return_inverse=True)
+    alone = np.where(annotators < 0, np.arange(len(keys)), -1)
+    votes = np.concatenate([np.sort(ranks, axis=1), alone[:, None]], axis=1)
+    _, items = np.unique(votes, axis=0, return_inverse=True)
     return items.ravel(), np.where(ranks[:, 0] < ranks[:, 1], 1, -1)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from jaxpref.data.hashing import hash_uniforms
 
-PENALTIES = tuple(10.0 ** (power / 2) for power in range(-5, 6))
+PENALTIES = tuple(10.0 ** (power / 2) for power in range(-3, 6))
 """From which the penalty is chosen; columns are scaled to a mean square of 1."""
 STEPS = 200
 TOLERANCE = 1e-6
@@ -36,15 +36,21 @@ class CrossFit:
 def prompt_folds(
     prompts: Iterable[str], *, folds: int, seed: int
 ) -> Int[np.ndarray, " pairs"]:
-    """The fold of each pair, by hash of its prompt: equal prompts share a fold.
+    """The fold of each pair: prompts in the order of their hashes are dealt in turn.
+
+    Equal prompts share a fold, folds differ by one prompt at most, and the order of
+    rows does not matter.
 
     Args:
       prompts: one key per pair.
       folds: how many there are.
       seed: another seed gives an unrelated division.
     """
-    uniforms = hash_uniforms(prompts, salt=f"fold {seed}")
-    return (uniforms * folds).astype(np.int64)
+    different, index = np.unique(list(prompts), return_inverse=True)
+    uniforms = hash_uniforms(map(str, different), salt=f"fold {seed}")
+    dealt = np.empty(len(different), np.int64)
+    dealt[np.argsort(uniforms)] = np.arange(len(different)) % folds
+    return dealt[index]
 
 
 def fit_path(

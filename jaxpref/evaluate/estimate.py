@@ -9,7 +9,9 @@ from jaxtyping import Float, Int
 from jaxpref.noise import calibration, em, rate
 
 CERTAIN = 100
-"""Votes of the prior for each real one where a flip rate is assumed."""
+"""Votes of the prior for each real one where all labels have an assumed flip rate."""
+FEW = 10
+"""Votes of the prior for each annotator where the mean of all is assumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Estimate:
     """int64 [K]; votes of each annotator."""
     temperature: float
     """The margins that were given are divided by it."""
-    flip_rate: float
-    """Most likely share of wrong labels; not to be quoted unless `identified`."""
+    flip_rate: float | None
+    """Most likely share of wrong labels; None unless `identified`."""
     flip_rate_interval: tuple[float, float]
     """95 %."""
     identified: bool
@@ -94,12 +96,16 @@ def estimate(
         )
         temperature = float(scale.temperature) if margins.any() else 1.0
     z = z / temperature
-    if num_annotators > 1:
-        fit, _ = rate.fit_rates(z, annotators, num_annotators=num_annotators, **votes)
+    several = {"num_annotators": num_annotators, **votes}
+    if identified and num_annotators > 1:
+        fit, _ = rate.fit_rates(z, annotators, **several)
     elif identified:
-        fit = em.fit(z, annotators, num_annotators=1, **votes)
+        fit = em.fit(z, annotators, **several)
+    elif num_annotators > 1:
+        prior = (FEW * (1 - assumed_flip_rate), FEW * assumed_flip_rate)
+        fit = em.fit(z, annotators, prior=prior, **several)
     else:
-        fit = em.fit(z, annotators, num_annotators=1, prior=(right, wrong), **votes)
+        fit = em.fit(z, annotators, prior=(right, wrong), **several)
     wide = lambda x: np.asarray(x, np.float64)
     lower, upper = wide(fit.lower), wide(fit.upper)
     if num_annotators == 1:  # allows for not knowing the temperature
@@ -112,7 +118,7 @@ def estimate(
         upper=upper,
         counts=np.asarray(fit.counts, np.int64),
         temperature=temperature,
-        flip_rate=flip_rate,
+        flip_rate=flip_rate if identified else None,
         flip_rate_interval=interval,
         identified=identified,
         reason=None if identified else _reason(margins, interval),
@@ -123,8 +129,8 @@ def estimate(
 def _reason(margins: np.ndarray, interval: tuple[float, float]) -> str:
     if not margins.any():
         return (
-            "every margin is 0: no pair has a prompt of its own to be judged from, or "
-            "the answers do not differ in any feature"
+            "every margin is 0: too few prompts to learn from some and judge others, "
+            "or answers that do not differ in any feature"
         )
     return (
         f"{len(margins)} labels allow any flip rate from {interval[0]:.2f} to "

@@ -91,6 +91,8 @@ def rates(flip_rate, like: jax.Array) -> jax.Array:
       ValueError: if a Python number is outside [0, 1/2), or an array does not broadcast
         to the shape of `like`.
     """
+    if isinstance(flip_rate, str):
+        one_number("flip_rate", flip_rate)
     if isinstance(flip_rate, numbers.Real) and not 0 <= flip_rate < 0.5:
         raise ValueError(f"Expected flip_rate in [0, 0.5), got {flip_rate}.")
     shape = jnp.shape(flip_rate)

@@ -45,7 +45,7 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
         made of those two terms.
       ValueError: if a Python `flip_rate` is outside [0, 1/2); when called, if an array
         of rates does not broadcast to the pairs.  Values in arrays are not checked; 1/2
-        in an array gives infinities.
+        in an array gives infinities or NaN.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -105,7 +105,7 @@ def rdpo(
       TypeError: if an array is not floating point.
       ValueError: if shapes do not fit, a Python `beta` is not > 0, or a Python
         `flip_rate` is outside [0, 1/2).  Values in arrays are not checked; 1/2 in an
-        array gives infinities.
+        array gives infinities or NaN.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -261,7 +261,7 @@ def _draw_calibration(path: Path, bins: Sequence[Record], summary: Record) -> No
             [record["agreement"] - record["low"] for record in bins],
             [record["high"] - record["agreement"] for record in bins],
         ]
-        ends = [0.5, max(1e-3, max(x) - 0.5) * 1.05 + 0.5]
+        ends = [0.5, min(1.0, max(0.6, max(x) + 0.02))]
         axes.plot(
             ends, [rate + (1 - 2 * rate) * end for end in ends], color=FAINT, lw=1.2,
             label=f"calibrated, {_share(rate)} wrong labels",

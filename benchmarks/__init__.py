@@ -1,0 +1,1 @@
+"""How fast, and how well: measurements that take longer than a test."""

@@ -1,0 +1,69 @@
+"""How well suspicion fits what is known: flips that were planted, labels that agree."""
+
+import numpy as np
+
+from jaxpref.evaluate.metrics import accuracy, wilson_interval
+
+
+def agreement_bins(margins: np.ndarray, *, bins: int = 10) -> list[dict[str, float]]:
+    """How often labels agree with the model where it is how sure; bins of equal counts.
+
+    Args:
+      margins: calibrated, oriented by the labels; [N].
+      bins: how many; fewer where there are few pairs.
+
+    Returns:
+      `pairs`, mean `confidence`, `agreement` (ties half) and its 95 % interval `low`,
+      `high`.
+    """
+    parts = np.array_split(np.argsort(np.abs(margins)), min(bins, len(margins)))
+    records = []
+    for part in parts:
+        share = accuracy(margins[part])
+        low, high = wilson_interval(share, len(part))
+        confidence = np.mean(1 / (1 + np.exp(-np.abs(margins[part]))))
+        records.append(
+            {
+                "pairs": len(part),
+                "confidence": float(confidence),
+                "agreement": share,
+                "low": low,
+                "high": high,
+            }
+        )
+    return records
+
+
+def known_flips(
+    posterior: np.ndarray, margins: np.ndarray, flips: np.ndarray
+) -> dict[str, float]:
+    """How well flips that are known (field `flip`) were found; they are never used.
+
+    Returns:
+      `pairs`, `base_rate`, `auroc` of 1 - posterior, and of the 10 % most suspicious
+      pairs `precision` and its `lift` over the base rate.
+    """
+    order = np.lexsort((margins, posterior))
+    top = order[: max(1, len(order) // 10)]
+    base, precision = float(np.mean(flips)), float(np.mean(flips[top]))
+    return {
+        "pairs": len(flips),
+        "base_rate": base,
+        "auroc": auroc(-posterior, flips),
+        "precision": precision,
+        "lift": precision / base if base else float("nan"),
+    }
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive has a higher score than a negative; ties count half.
+
+    NaN unless there are both.
+    """
+    _, rank, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    # Mean rank of each value: those below, and half of its own.
+    below = np.cumsum(counts) - counts + (counts + 1) / 2
+    ones, zeros = int(np.sum(positive)), int(np.sum(~positive))
+    if not ones or not zeros:
+        return float("nan")
+    return float((below[rank][positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
