@@ -323,6 +323,16 @@ def test_small_margins_do_not_identify_the_rate_and_this_is_said():
     np.testing.assert_allclose(found.posterior, truth, atol=1e-3)
 
 
+def test_a_rate_between_nothing_and_much_is_not_quoted():
+    """The interval is short enough for a rate, but begins at 0."""
+    found = one_annotator(simulated(0.05, 1000, 1.5))
+    assert found.flip_rate_interval[0] < 0.005
+    assert 0.1 < found.flip_rate_interval[1] < 0.25
+    assert not found.identified and found.flip_rate is None
+    clean = one_annotator(simulated(0.0, 20_000, 3.0))
+    assert clean.identified and clean.flip_rate < 0.01
+
+
 def test_margins_that_tell_nothing_leave_the_assumed_rate():
     rng = np.random.default_rng(0)
     count = 240

@@ -10,6 +10,8 @@ from jaxpref.noise import calibration, em, rate
 
 CERTAIN = 100
 """Votes of the prior for each real one where all labels have an assumed flip rate."""
+CLEAN = 0.1
+"""A flip rate that may be 0 counts as identified if it is surely below this."""
 FEW = 10
 """Votes of the prior for each annotator where the mean of all is assumed."""
 
@@ -87,6 +89,8 @@ def estimate(
         flip_rate = 1 - float(one.reliability[0])
         interval = 1 - float(one.upper[0]), 1 - float(one.lower[0])
         identified = interval[1] - interval[0] < rate.WIDEST and interval[1] < 0.5
+    # From 0 to more than this, not even whether any label is wrong is known.
+    identified = identified and (interval[0] > 0.005 or interval[1] < CLEAN)
     temperature = float(scale.temperature)
     if not identified:
         right = CERTAIN * len(margins) * (1 - assumed_flip_rate)

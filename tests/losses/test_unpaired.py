@@ -151,7 +151,7 @@ def test_reference_points_are_one_number_in_full_precision():
         whole = loss(logps, 0 * logps, labels, half.astype(jnp.float32), beta=0.1)
         np.testing.assert_array_equal(value, whole)
         for shape in ((2,), (2, 1)):
-            message = rf"{name} to be one number, got \({shape[0]},"
+            message = rf"{name} to be one number, got shape \({shape[0]},"
             with pytest.raises(ValueError, match=message):
                 inspect.unwrap(loss)(logps, logps, labels, jnp.zeros(shape))
 
