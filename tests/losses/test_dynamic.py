@@ -142,13 +142,13 @@ def test_beta_dpo_has_a_floor():
 def test_the_moments_must_be_numbers():
     margins = jnp.zeros(4)
     beta_dpo = inspect.unwrap(losses.beta_dpo)
-    with pytest.raises(ValueError, match=r"running_mean to be one number, got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"running_mean to be one .* \(4,\)"):
         beta_dpo(margins, margins, margins, margins, margins)
     moments = inspect.unwrap(losses.margin_moments)
-    with pytest.raises(ValueError, match=r"running_std to be one number, got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"running_std to be one .* \(4,\)"):
         moments(margins, 0.0, margins)
     selection = inspect.unwrap(losses.beta_dpo_selection)
-    with pytest.raises(ValueError, match=r"running_mean to be one number, got shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"running_mean to be one .* \(1,\)"):
         selection(margins, jnp.zeros(1), 0.0, jax.random.key(0))
     with pytest.raises(ValueError, match=r"where \(3,\)"):
         moments(margins, 0.0, 0.0, where=jnp.ones(3, bool))
