@@ -18,7 +18,11 @@ Commands
     in the report half alone.  Features are computed once for all seeds.
 
 Expected
-    One line a seed and their mean and standard deviation, also in OUT/results.json.
+    One column a seed, their mean and standard deviation; OUT/results.json has the same.
+    With the tiny model lift 2.15 ± 0.17 and AUROC 0.681 ± 0.017, in 12 seconds once the
+    features are kept (they took 2.4 minutes of processor time); with the 135M model
+    2.44 ± 0.24 and 0.722 ± 0.011, in 63 seconds (14 minutes).  Two cores, one thread of
+    OpenBLAS: OPENBLAS_NUM_THREADS=1, without which a busy machine is many times slower.
     Original labels that are wrong count as not flipped, so even a perfect audit stays
     below an AUROC of 1, and the estimated rate is above the planted one.
 """
@@ -126,7 +130,6 @@ def measure(config: PlantedConfig, seed: int, half: list[str]) -> dict:
         np.array([row[name] for row in found.pairs])[counted]
         for name in ("p_correct", "margin", "length_margin")
     )
-    rate = found.summary["flip_rate"]
     by_length = known_flips(lengths, lengths, flips)
     return {
         "seed": seed,
@@ -135,7 +138,7 @@ def measure(config: PlantedConfig, seed: int, half: list[str]) -> dict:
         "length_precision": by_length["precision"],
         "model_accuracy": found.summary["model"]["accuracy"],
         "length_accuracy": found.summary["length_only"]["accuracy"],
-        "flip_rate": float("nan") if rate is None else rate,  # not identified
+        "flip_rate": found.summary["flip_rate"],
         "flip_rate_low": found.summary["flip_rate_interval"][0],
         "flip_rate_high": found.summary["flip_rate_interval"][1],
         "identified": found.summary["identified"],
@@ -152,10 +155,13 @@ def main() -> None:
         write_json(Path(config.out) / "results.json", rows)
         print(f"{'':18}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows))
         for name in names:
+            # A flip rate that is not identified is None.
             values = [row[name] for row in rows]
-            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-            cells = "".join(f"{value:10.3f}" for value in values)
-            print(f"{name:18}{cells}   {np.mean(values):.3f} ± {spread:.3f}")
+            cells = "".join(f"{'-' if x is None else f'{x:.3f}':>10}" for x in values)
+            if None not in values and len(values) > 1:
+                spread = np.std(values, ddof=1)
+                cells += f"   {np.mean(values):.3f} ± {spread:.3f}"
+            print(f"{name:18}{cells}")
         print("identified        " + "".join(f"{r['identified']!s:>10}" for r in rows))
 
 
