@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,10 +112,13 @@ def refuse(monkeypatch, capfd):
 
 
 def the_complaint(err: str, *fragments: str, tracebacks: bool = False) -> str:
-    """The one line `jaxpref: error: ...`, which must be the last one."""
+    """The one line `jaxpref: error: ...`, which must be the last one.
+
+    With `tracebacks`, other threads write too, and its start may share their line.
+    """
     assert tracebacks or "Traceback" not in err
     lines = [line for line in err.splitlines() if line.strip()]
-    complaints = [line for line in lines if line.startswith("jaxpref: error: ")]
+    complaints = re.findall("jaxpref: error: .*", err)
     assert len(complaints) == 1, err
     assert tracebacks or lines[-1] == complaints[0], err
     for fragment in fragments:

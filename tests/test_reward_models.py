@@ -32,6 +32,7 @@ from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.scores import last_tokens, make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
+from tests.compiled import compiled
 from tests.test_training import pairs  # noqa: F401
 from tests.tiny import (
     make_model_folder,
@@ -340,10 +341,11 @@ def reward_steps(pairs, loss, *, sizes=(1, 1, 1), accumulation=1):  # noqa: F811
             threads=0,
         )
         history = []
-        for _ in range(3):
-            state, metrics = step(state, to_global(next(batches), mesh))
-            history.append(jax.device_get(metrics))
-        assert step._cache_size() == 1
+        with compiled("train_step") as programs:
+            for _ in range(3):
+                state, metrics = step(state, to_global(next(batches), mesh))
+                history.append(jax.device_get(metrics))
+        assert len(programs) == 1
         return history, jax.device_get(state.params)
 
 

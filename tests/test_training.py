@@ -37,6 +37,7 @@ from jaxpref.train.score import make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
+from tests.compiled import compiled
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,10 @@ def mesh_of(*sizes):
 
 
 def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1):
-    """Losses, gradient norms and final parameters of a few steps of eight pairs."""
+    """Losses and gradient norms of a few steps of eight pairs, and the parameters.
+
+    The step compiles once, whatever the objective and the layout.
+    """
     objective = objective or from_loss(losses.dpo, beta=0.5)
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
@@ -87,31 +91,31 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
         step = make_train_step(scores, objective, tx, schedule)
         batches = data.batches(pairs, seed=3, reference=stored, threads=0, **split)
         history = []
-        for _ in range(steps):
-            state, metrics = step(state, to_global(next(batches), mesh), kept)
-            history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        return np.array(history), jax.device_get(state.params), step
+        with compiled("train_step") as programs:
+            for _ in range(steps):
+                state, metrics = step(state, to_global(next(batches), mesh), kept)
+                history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        assert len(programs) == 1
+        return np.array(history), jax.device_get(state.params)
 
 
 def test_first_loss_is_log_2_and_three_steps_are_golden(pairs):
-    history, _, step = few_steps(pairs)
+    history, _ = few_steps(pairs)
     assert history[0, 0] == pytest.approx(math.log(2), abs=1e-6)
     # Written down once; a change of these numbers is a bug or must be declared in the
     # changelog.  The independent check of the same arithmetic is tests/parity.
     golden = [[0.693147, 3.736722], [0.660230, 5.179115], [0.966616, 5.261676]]
     np.testing.assert_allclose(history, golden, rtol=2e-5)
-    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 1, 2), (2, 2, 2)])
 def test_sharding_does_not_change_the_numbers(pairs, sizes):
-    expected, params, _ = few_steps(pairs)
-    history, sharded, step = few_steps(pairs, sizes=sizes)
+    expected, params = few_steps(pairs)
+    history, sharded = few_steps(pairs, sizes=sizes)
     # float32 sums in another order; Adam's first step is sign-like and amplifies them.
     np.testing.assert_allclose(history, expected, rtol=1e-4)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(sharded)):
         np.testing.assert_allclose(a, b, atol=2e-4)
-    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("objective", [from_loss(losses.dpo, beta=0.5), sft()])
@@ -121,8 +125,8 @@ def test_accumulation_does_not_change_the_numbers(pairs, objective):
         for n, name in enumerate(pairs.ids):
             builder.add(pairs.prompt(n), [pairs.completion(n, 0)], id=name)
         pairs = builder.build()
-    whole, _, _ = few_steps_of(pairs, objective, 1)
-    split, _, _ = few_steps_of(pairs, objective, 4)
+    whole, _ = few_steps_of(pairs, objective, 1)
+    split, _ = few_steps_of(pairs, objective, 4)
     np.testing.assert_allclose(split, whole, rtol=1e-4)
 
 
@@ -234,7 +238,8 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         batches = data.batches(
             pairs, shape=shape, batch_size=8, threads=0, reference=zeros
         )
-        state, _ = step(state, to_global(next(batches), mesh))
+        with compiled("train_step") as programs:
+            state, _ = step(state, to_global(next(batches), mesh))
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
         saved = digests(state)
         checkpoints.save(1, state, {"iterator": batches.get_state()})
@@ -243,8 +248,10 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         restored, meta = checkpoints.restore(on_devices(abstract, mesh))
         assert digests(restored) == saved
         assert meta == {"iterator": {"next_index": 1}}
-        step(restored, to_global(next(batches), mesh))
-        assert step._cache_size() == 1
+        assert len(programs) == 1
+        with compiled("train_step") as programs:
+            step(restored, to_global(next(batches), mesh))
+        assert not programs
         checkpoints.close()
 
 
