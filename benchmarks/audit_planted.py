@@ -117,7 +117,6 @@ def measure(config: PlantedConfig, seed: int, half: list[str]) -> dict:
             folds=config.folds,
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length,
-            drop_empty=True,
         )
     )
     records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import jax
 import tyro
 
-from jaxpref import losses, report
+from jaxpref import losses
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit as label_audit
@@ -28,6 +28,7 @@ from jaxpref.train import (
     TrainConfig,
     beta_dpo,
     from_loss,
+    reward_regression,
     run,
     sft,
     trainable,
@@ -35,8 +36,9 @@ from jaxpref.train import (
 from jaxpref.train.config import RunConfig
 from jaxpref.train.entry import entry_point, fail
 from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
+from jaxpref.train.peer import crm
 
-OBJECTIVES = {make.__name__: make for make in (beta_dpo, sft)}
+OBJECTIVES = {make.__name__: make for make in (beta_dpo, reward_regression, sft)}
 """Losses that are trained otherwise than by their mean over the pairs."""
 
 LOSSES = {
@@ -46,7 +48,7 @@ LOSSES = {
 }
 """The one table behind `--loss`: every public loss that a batch of pairs can feed."""
 
-LEARNT = {make.__name__: make for make in (em, em_weighted, learned_rate, re_po)}
+LEARNT = {m.__name__: m for m in (crm, em, em_weighted, learned_rate, re_po)}
 """The table behind `--objective`: what is learnt of the labels beside the policy."""
 
 Options = TypeVar("Options")
@@ -108,7 +110,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Score preference pairs under a model and its reference."""
+    """Score preference pairs under a reward model, or a model and its reference."""
     pairs.run(_parse(pairs.EvaluateConfig, argv, evaluate))
 
 
@@ -119,6 +121,9 @@ def sample(argv: Sequence[str]) -> None:
 
 def audit(argv: Sequence[str]) -> None:
     """Find the labels of a preference file that are probably wrong, and whose."""
+    # Matplotlib takes most of a second to load, which the other commands save.
+    from jaxpref import report
+
     config = _parse(label_audit.AuditConfig, argv, audit)
     found = label_audit.run(config)
     page = f"{config.out}/report.html"

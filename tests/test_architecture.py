@@ -18,7 +18,7 @@ DOORS = {
     # room: (other rooms it may import, packages it may import)
     "losses": ({"sharding"}, ARRAYS),
     "noise": ({"losses", "sharding"}, ARRAYS),
-    "gradients": (set(), ARRAYS),
+    "gradients": ({"losses", "sharding"}, ARRAYS),
     "data": ({"errors", "files"}, READERS | TOKENIZERS | {"jax", "tqdm"}),
     "models": (
         {"errors", "files"},

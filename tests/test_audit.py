@@ -18,6 +18,7 @@ from jaxpref.evaluate import audit, features
 from jaxpref.evaluate.estimate import estimate
 from jaxpref.evaluate.flips import auroc
 from jaxpref.models import build
+from jaxpref.models.hub import weights_digest
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.mesh import MeshConfig, make_mesh
 from tests.tiny import make_model_folder
@@ -211,7 +212,7 @@ def compute(folder, model, pairs):
             load_params(model, network),
             source="pairs",
             folder=folder,
-            digest=features.model_digest(model, "float32"),
+            digest=weights_digest(model, "float32"),
             width=2 * config.hidden_size + 1,
             batch_size=8,
             mesh=mesh,
@@ -417,7 +418,7 @@ def test_wrong_input_is_one_clear_line(tmp_path, model, finished, monkeypatch, c
     equal = write(tmp_path / "equal.jsonl", [same] * 3)
     assert "chosen and rejected are identical 3" in ask(data=equal)
     line = ask("--annotator-field", "worker", "--seed", 1, out=finished / "out")
-    assert "holds another audit" in line and "seed" in line
+    assert "holds an audit of another config" in line and "seed" in line
     assert not (tmp_path / "new" / "audit.jsonl").exists()
 
 

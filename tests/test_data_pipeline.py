@@ -40,7 +40,7 @@ def train(**options):
 def assert_equal(first, second):
     for field in dataclasses.fields(PreferenceBatch):
         a, b = getattr(first, field.name), getattr(second, field.name)
-        if field.name == "reference":
+        if field.name in ("reference", "labels"):
             assert a.keys() == b.keys()
             jax.tree.map(np.testing.assert_array_equal, a, b)
             continue
@@ -68,6 +68,7 @@ def test_shapes_dtypes_and_layout():
         "completion_lengths": (np.int32, (2, 4, 1, 2)),
         "flips": (np.bool_, (2, 4, 1)),
         "annotators": (np.int32, (2, 4, 1)),
+        "empty": (np.bool_, (2, 4, 1)),
         "weights": (np.float32, (2, 4, 1)),
     }
     for name, (dtype, shape) in expected.items():

@@ -142,7 +142,7 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
 def test_rewards_are_averaged_where_the_loss_averages():
     averaged = set()
     for name, loss in LOSSES.items():
-        if name in ("beta_dpo", "sft"):
+        if name in ("beta_dpo", "reward_regression", "sft"):
             continue
         objective = from_loss(loss, **REQUIRED.get(name, {}))
         if averages_tokens(loss, objective.reads, objective.options):
@@ -177,7 +177,7 @@ def test_steps_can_be_traced_for_devices_that_are_only_described():
     [
         (losses.dove, "joint"),
         (losses.beta_dpo, "running_mean"),
-        (losses.margin_bradley_terry, "preference_margins"),
+        (losses.reward_regression, "targets"),
     ],
 )
 def test_a_loss_that_pairs_cannot_feed_is_refused_at_once(loss, missing):
@@ -198,7 +198,8 @@ def test_the_command_line_has_every_loss_that_pairs_can_feed():
     of_log_probs = {
         row.name for row in TABLE if any(name.endswith("logps") for name in row.reads)
     }
-    of_rewards = {"bradley_terry"}  # the others read what only an annotator knows
+    of_rewards = {"bradley_terry", "margin_bradley_terry", "scaled_bradley_terry"}
+    of_rewards |= {"rao_kupper", "davidson", "reward_regression"}
     assert set(LOSSES) == (of_log_probs - unreachable) | of_rewards
 
 

@@ -1,11 +1,13 @@
 """`jaxpref train --loss NAME`: ten steps of each on a real model and real pairs."""
 
+import json
 import math
 import sys
 
 import pytest
 
 from jaxpref import cli
+from jaxpref.data import open_source
 from jaxpref.train import read_metrics
 
 FAST = {"dr_dpo", "orpo", "rdpo", "tdpo2"}
@@ -22,6 +24,25 @@ REQUIRED = {
     "rdpo": {"flip_rate": 0.2},
 }
 """Options without a default, for the losses that have some."""
+
+LABELS = {
+    "davidson": ["ties"],
+    "margin_bradley_terry": ["preference-margins"],
+    "rao_kupper": ["ties"],
+    "reward_regression": ["chosen-ratings", "rejected-ratings"],
+    "scaled_bradley_terry": ["preference-strengths"],
+}
+"""What is read of the records beside the order."""
+
+
+def labelled(source, fields, path):
+    """The first records with numbers in these fields."""
+    source = open_source(source)
+    with path.open("w") as file:
+        for n in range(80):
+            numbers = {field: n % 3 / 2 for field in fields}
+            file.write(json.dumps(source[n] | numbers) + "\n")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -48,6 +69,9 @@ def test_ten_steps(name, stories260k, shared, tmp_path, monkeypatch, capsys):
         "mesh.data": 2,
         "mesh.tensor": 2,
     } | {f"loss.{key}": value for key, value in REQUIRED.get(name, {}).items()}
+    if name in LABELS:
+        options |= {f"labels.{label}": label for label in LABELS[name]}
+        options["data"] = labelled(options["data"], LABELS[name], tmp_path / "x.jsonl")
     flags = [text for k, v in options.items() for text in (f"--{k}", str(v))]
     monkeypatch.setattr(sys, "argv", ["jaxpref", "train", *flags])
     cli.main()

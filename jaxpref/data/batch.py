@@ -43,8 +43,14 @@ class PreferenceBatch:
     """bool [A, R, S]; this label was flipped by us (known only for injected noise)."""
     annotators: np.ndarray
     """int32 [A, R, S]; annotator index in the plan; -1 if unknown."""
+    empty: np.ndarray
+    """bool [A, R, S]; the pair has an empty trace, in a run that mixes such pairs with
+    pairs that have traces; False everywhere else."""
     weights: np.ndarray
     """float32 [A, R, S]; multiplies the pair's loss; 0 in empty slots."""
+    labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """By the loss's name, float32 [A, R, S]: what annotators said beside the order, see
+    `LabelFields`; 0 in empty slots, and nothing where no loss reads any."""
 
     @property
     def mask(self):

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from jaxpref.data.labels import NONE, LabelFields, read_labels
 from jaxpref.errors import InputError
 
 Message = dict[str, Any]
@@ -28,28 +30,44 @@ class Example:
     """One record, normalised: a prompt and its completions.
 
     Either all strings, or a conversation: the prompt a tuple of messages and each
-    completion the assistant message that follows it.
+    completion the assistant message that follows it.  Where there are reasoning traces,
+    completions are the answers after them.
     """
 
     prompt: str | tuple[Message, ...]
     completions: tuple[str, ...] | tuple[Message, ...]
     flip: bool = False
     annotator: str | None = None
+    labels: dict[str, float] = dataclasses.field(default_factory=dict)
+    traces: tuple[tuple[str, ...], ...] = ()
+    """For each completion its traces, one at least; nothing where there are none."""
+    empty: bool = False
+    """The completions are given after an empty trace, which belongs to the prompt."""
 
     @property
     def is_conversation(self) -> bool:
         """Whether the tokenizer's chat template renders it."""
         return isinstance(self.prompt, tuple)
 
+    @property
+    def is_identical(self) -> bool:
+        """Whether this pair's two sides are the same, traces included."""
+        same = lambda sides: len(sides) == 2 and sides[0] == sides[1]
+        return same(self.completions) and (not self.traces or same(self.traces))
+
     def num_characters(self) -> int:
         """Characters of all texts."""
         prompt = self.prompt if self.is_conversation else (self.prompt,)
-        parts = (*prompt, *self.completions)
+        parts = (*prompt, *self.completions, *(t for side in self.traces for t in side))
         return sum(len(x if isinstance(x, str) else x["content"]) for x in parts)
 
     def content_id(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of prompt, completions and annotator."""
+        """16 hexadecimal digits of a SHA-256: prompt, completions, annotator, traces.
+
+        Without traces it is the same whether the run mixes in an empty one or not.
+        """
         content = [self.prompt, self.completions, self.annotator]
+        content += [self.traces] if self.traces else []
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -62,8 +80,28 @@ def prompt_key(prompt: str | tuple[Message, ...]) -> str:
     return json.dumps(bare, sort_keys=True)
 
 
+def expand(example: Example) -> list[Example]:
+    """One example for each k: the k-th traces of all sides; shorter lists begin again.
+
+    An example without traces stands for itself.
+    """
+    if not example.traces:
+        return [example]
+    return [
+        dataclasses.replace(
+            example, traces=tuple((side[k % len(side)],) for side in example.traces)
+        )
+        for k in range(max(map(len, example.traces)))
+    ]
+
+
 def parse(
-    record: Any, where: str, *, sides: int, drop_empty: bool = False
+    record: Any,
+    where: str,
+    *,
+    sides: int,
+    drop_empty: bool = False,
+    labels: LabelFields = NONE,
 ) -> Example | str:
     r"""Read one record in whichever format it has.
 
@@ -76,12 +114,18 @@ def parse(
     completion is always the last assistant turn.  A `prompt` that a conversation or a
     dialogue repeats is taken once.
 
+    A completion beside a `prompt` (string or messages) may also be {"trace": ...,
+    "answer": ...}: the reasoning, one string or a list of several samples of it, and
+    the answer after it, strings without the markers between them.  Both sides have a
+    trace, or neither.
+
     Args:
       record: as decoded from the file.
       where: "file row n", for errors.
       sides: K, completions of a prompt.
       drop_empty: return EMPTY for an empty completion instead of raising.  Dialogues,
         whose published sets hold some, are always treated so.
+      labels: fields with numbers that a loss reads.
 
     Returns:
       The example, or the reason (one of the constants above) why a well-formed record
@@ -96,6 +140,14 @@ def parse(
         )
     flip, annotator = _flip(record, where), _annotator(record, where)
     names = _completion_names(record, sides)
+    if any(_is_traced(record.get(name)) for name in names):
+        parsed = _parse_traced(record, names, where, drop_empty)
+        if isinstance(parsed, str):
+            return parsed
+        numbers = read_labels(record, where, labels)
+        return dataclasses.replace(
+            parsed, flip=flip, annotator=annotator, labels=numbers
+        )
     values = [_value(record, name, where) for name in names]
     prompt = _value(record, "prompt", where) if "prompt" in record else None
     if any(isinstance(part, list) for part in (prompt, *values)):
@@ -122,7 +174,8 @@ def parse(
     if len(split) == 2 and split[0][0] != split[1][0]:
         return PROMPTS_DIFFER
     completions = tuple(completion for _, completion in split)
-    return Example(split[0][0], completions, flip, annotator)
+    numbers = read_labels(record, where, labels)
+    return Example(split[0][0], completions, flip, annotator, numbers)
 
 
 def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
@@ -153,14 +206,91 @@ def _completion_names(record: dict, sides: int) -> tuple[str, ...]:
     return (present[0] if present else "completion",)
 
 
-def _value(record: dict, name: str, where: str) -> str | list[Message]:
-    """A text or a list of messages, checked."""
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, dict) and not {"trace", "answer"}.isdisjoint(value)
+
+
+def _parse_traced(
+    record: dict, names: Sequence[str], where: str, drop_empty: bool
+) -> Example | str:
+    """A record whose completions are {"trace": ..., "answer": ...}."""
+    prompt = _value(record, "prompt", where)
+    if prompt == []:
+        raise InputError(f"{where}: field 'prompt' has no messages; give one")
+    values = {name: _field(record, name, where) for name in names}
+    for name, value in values.items():
+        if not _is_traced(value):
+            raise InputError(
+                f"{where}: field '{name}' must be an object of trace and answer as the"
+                f" other side is, but it is {_kind(value)}"
+            )
+    traces = tuple(_traces(values[name], f"{where}: field '{name}'") for name in names)
+    if any(traces) and not all(traces):
+        without = names[traces.index(())]
+        raise InputError(
+            f"{where}: field '{without}' has no 'trace', but the other side has one;"
+            " give both sides a trace, or neither"
+        )
+    answers = [_answer(values[name], f"{where}: field '{name}'") for name in names]
+    for name, answer in zip(names, answers):
+        if not answer.strip():
+            if drop_empty:
+                return EMPTY
+            raise InputError(
+                f"{where}: field '{name}' has an empty 'answer'; remove the row, or set"
+                " drop_empty"
+            )
+    if isinstance(prompt, list):
+        prompt = tuple(prompt)
+        answers = [{"role": "assistant", "content": answer} for answer in answers]
+    traces = traces if any(traces) else ()
+    example = Example(prompt, tuple(answers), traces=traces)
+    return IDENTICAL if example.is_identical else example
+
+
+def _traces(value: dict, place: str) -> tuple[str, ...]:
+    """The traces of one side; none where there is no such field, or null."""
+    traces = value.get("trace")
+    if traces is None:
+        return ()
+    listed = traces if isinstance(traces, list) else [traces]
+    if not listed:
+        raise InputError(
+            f"{place} has an empty list as 'trace'; list one at least, or leave 'trace'"
+            " out on both sides"
+        )
+    for n, trace in enumerate(listed):
+        if not isinstance(trace, str):
+            which = f" {n + 1}" if isinstance(traces, list) else ""
+            raise InputError(
+                f"{place} 'trace'{which} must be a string, but it is {_kind(trace)}"
+            )
+        _checked_text(trace, f"{place} 'trace'")
+    return tuple(listed)
+
+
+def _answer(value: dict, place: str) -> str:
+    if value.get("answer") is None:
+        raise InputError(f"{place} has no 'answer'; give the text after the trace")
+    if not isinstance(value["answer"], str):
+        raise InputError(
+            f"{place} 'answer' must be a string, but it is {_kind(value['answer'])}"
+        )
+    return _checked_text(value["answer"], f"{place} 'answer'")
+
+
+def _field(record: dict, name: str, where: str) -> Any:
     if name not in record:
         raise InputError(
             f"{where}: no field '{name}'; the record has"
             f" {', '.join(map(str, record))[:200] or 'no fields'}"
         )
-    value = record[name]
+    return record[name]
+
+
+def _value(record: dict, name: str, where: str) -> str | list[Message]:
+    """A text or a list of messages, checked."""
+    value = _field(record, name, where)
     if isinstance(value, dict) and set(value) >= {"role", "content"}:
         value = _transpose(value)  # a sequence of structs, as two packages store it
     if isinstance(value, list):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.labels import exchanged
 from jaxpref.data.pairs import Pairs
 from jaxpref.errors import InputError, first_line
 
@@ -115,7 +116,8 @@ def flip_ties(ids: Sequence[str], *, share: float, seed: int) -> np.ndarray:
 def flip_pairs(pairs: Pairs, flips: np.ndarray) -> Pairs:
     """The pairs with chosen and rejected exchanged where `flips` [N] is true.
 
-    A pair known to be flipped already is right again: `Pairs.flips` says so.
+    A pair known to be flipped already is right again: `Pairs.flips` says so.  Ratings
+    go with their answers; margins, strengths and ties stay; see `LabelFields`.
     """
     tokens = pairs.tokens.copy()
     for n in np.flatnonzero(flips):
@@ -124,8 +126,13 @@ def flip_pairs(pairs: Pairs, flips: np.ndarray) -> Pairs:
         tokens[start : pairs.offsets[n + 1]] = np.concatenate(swapped)
     lengths = pairs.completion_lengths
     lengths = np.where(flips[:, None], lengths[:, ::-1], lengths)
+    other = exchanged(pairs.labels)
     return dataclasses.replace(
-        pairs, tokens=tokens, completion_lengths=lengths, flips=pairs.flips ^ flips
+        pairs,
+        tokens=tokens,
+        completion_lengths=lengths,
+        flips=pairs.flips ^ flips,
+        labels={k: np.where(flips, other[k], v) for k, v in pairs.labels.items()},
     )
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import types
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -33,7 +34,12 @@ class Pairs:
     """int32 [N]; index into `annotator_names`; -1 if unknown."""
     rows: np.ndarray
     """int64 [N]; index of the record in its source, from 0."""
+    empty: np.ndarray
+    """bool [N]; this pair has an empty trace, in a run that mixes such pairs with pairs
+    that have traces; False everywhere else."""
     annotator_names: tuple[str, ...] = ()
+    labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """By the loss's name, float32 [N]: numbers of the records; see `LabelFields`."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -61,22 +67,21 @@ class Pairs:
         return self.tokens[start : start + lengths[side]]
 
     def digest(self) -> str:
-        """SHA-256 (hex) of tokens, lengths, flips and annotators.
+        """SHA-256 (hex) of tokens, lengths, flips, annotators, labels, empty traces.
 
         Equal exactly where a run would see the same pairs in the same order; names,
         and where the pairs stand in their file, are left out.
         """
         digest = hashlib.sha256()
-        for name in (
-            "tokens",
-            "prompt_lengths",
-            "completion_lengths",
-            "flips",
-            "annotators",
-        ):
+        names = "tokens prompt_lengths completion_lengths flips annotators".split()
+        # Only where there are any: pairs without traces keep the digest they had.
+        for name in names + ["empty"] * bool(self.empty.any()):
             array = np.ascontiguousarray(getattr(self, name))
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
             digest.update(array.data if array.size else b"")
+        for name, values in sorted(self.labels.items()):
+            digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
+            digest.update(values.tobytes())
         return digest.hexdigest()
 
 
@@ -88,8 +93,10 @@ class PairsBuilder:
         self._tokens = array("i")
         self._prompt_lengths, self._completion_lengths = array("i"), array("i")
         self._rows, self._flips = array("q"), array("b")
+        self._empty = array("b")
         self._ids: list[str] = []
         self._annotators: list[str | None] = []
+        self._labels: dict[str, array] = {}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -103,10 +110,16 @@ class PairsBuilder:
         flip: bool = False,
         annotator: str | None = None,
         row: int | None = None,
+        labels: Mapping[str, float] = types.MappingProxyType({}),
+        empty: bool = False,
     ) -> None:
         """Append one pair; the row defaults to the number of pairs before it."""
         if len(completions) != self._num_sides:
             raise ValueError(f"{len(completions)} completions, not {self._num_sides}")
+        if len(self) and labels.keys() != self._labels.keys():
+            raise ValueError(f"labels {[*labels]}, not {[*self._labels]}")
+        for name, value in labels.items():
+            self._labels.setdefault(name, array("f")).append(value)
         self._rows.append(len(self) if row is None else row)
         self._tokens.extend(prompt)
         self._prompt_lengths.append(len(prompt))
@@ -115,6 +128,7 @@ class PairsBuilder:
             self._completion_lengths.append(len(completion))
         self._ids.append(id)
         self._flips.append(flip)
+        self._empty.append(empty)
         self._annotators.append(annotator)
 
     def annotators(self) -> set[str]:
@@ -142,7 +156,9 @@ class PairsBuilder:
                 np.int32,
             ),
             rows=np.array(self._rows, np.int64),
+            empty=np.array(self._empty, bool),
             annotator_names=names,
+            labels={k: np.array(v, np.float32) for k, v in self._labels.items()},
         )
 
 

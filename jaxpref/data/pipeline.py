@@ -61,11 +61,11 @@ def collate(
         return array.reshape(*indices.shape, *axes)
 
     return PreferenceBatch(
-        tokens=shaped(tokens, sides, -1),
+        tokens=shaped(tokens, sides, shape.sequence_length),
         lengths=shaped(lengths, sides),
-        predictors=shaped(predictors, sides, -1),
-        targets=shaped(targets, sides, -1),
-        completions=shaped(completions, sides, -1),
+        predictors=shaped(predictors, sides, shape.predictions),
+        targets=shaped(targets, sides, shape.predictions),
+        completions=shaped(completions, sides, shape.predictions),
         pairs=shaped(flat.astype(np.int32), 1),
         completion_lengths=shaped(
             np.where(real[:, None], pairs.completion_lengths[where], 0), 1, sides
@@ -76,7 +76,12 @@ def collate(
         },
         flips=shaped(pairs.flips[where] & real, 1),
         annotators=shaped(np.where(real, pairs.annotators[where], -1), 1),
+        empty=shaped(pairs.empty[where] & real, 1),
         weights=shaped(real.astype(np.float32), 1),
+        labels={
+            name: shaped(np.where(real, values[where], 0), 1)
+            for name, values in pairs.labels.items()
+        },
     )
 
 
@@ -117,7 +122,7 @@ def batches(
     """
     if not len(pairs):
         raise InputError("no pair is left to train on")
-    micro = _rows(batch_size, accumulation, process_count)
+    micro = rows_of_process(batch_size, accumulation, process_count)
     # Grain gives epoch e the seed `seed + e`: neighbouring seeds would share epochs.
     (uniform,) = hash_uniforms([str(seed)], salt="order")
     dataset = (
@@ -126,9 +131,9 @@ def batches(
         .repeat()
         .batch(batch_size, drop_remainder=True)
         .map(_share(accumulation, micro, process_index))
-        .map(_collate(pairs, shape, reference))
+        .map(collating(pairs, shape, reference))
     )
-    return iter(dataset.to_iter_dataset(_ahead(threads, prefetch)))
+    return iter(dataset.to_iter_dataset(read_ahead(threads, prefetch)))
 
 
 def eval_batches(
@@ -150,7 +155,7 @@ def eval_batches(
     Returns:
       An iterable of ceil(N / batch_size) batches; empty rows have pair -1 and weight 0.
     """
-    micro = _rows(batch_size, accumulation, process_count)
+    micro = rows_of_process(batch_size, accumulation, process_count)
     steps = -(-len(pairs) // batch_size)
 
     def indices(step: int) -> np.ndarray:
@@ -161,18 +166,19 @@ def eval_batches(
         grain.MapDataset.range(steps)
         .map(indices)
         .map(_share(accumulation, micro, process_index))
-        .map(_collate(pairs, shape, reference))
+        .map(collating(pairs, shape, reference))
     )
-    return dataset.to_iter_dataset(_ahead(threads, prefetch))
+    return dataset.to_iter_dataset(read_ahead(threads, prefetch))
 
 
-def _ahead(threads: int, prefetch: int) -> grain.ReadOptions:
+def read_ahead(threads: int, prefetch: int) -> grain.ReadOptions:
+    """How far Grain collates ahead."""
     # Grain's default of 500 elements ahead is meant for examples, not for batches.
     buffer = prefetch if threads else 0
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
 
 
-def _rows(batch_size: int, accumulation: int, process_count: int) -> int:
+def rows_of_process(batch_size: int, accumulation: int, process_count: int) -> int:
     """Rows of one micro-batch in one process."""
     parts = accumulation * process_count
     if batch_size < 1 or parts < 1 or batch_size % parts:
@@ -189,9 +195,10 @@ def _share(accumulation: int, rows: int, process_index: int) -> Callable:
     return lambda indices: indices.reshape(accumulation, -1)[:, block]
 
 
-def _collate(
+def collating(
     pairs: Pairs, shape: BatchShape, reference: Mapping[str, np.ndarray] | None
 ) -> Callable:
+    """`collate` of indices alone, its reference checked."""
     expected = (len(pairs), pairs.num_sides)
     for name, table in (reference or {}).items():
         if table.shape != expected or table.dtype != np.float32:

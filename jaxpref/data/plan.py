@@ -3,14 +3,25 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from jaxpref.data.formats import Example, parse, parse_prompt, prompt_key
+from jaxpref.data.formats import (
+    IDENTICAL,
+    Example,
+    expand,
+    parse,
+    parse_prompt,
+    prompt_key,
+)
 from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.labels import exchanged
 from jaxpref.data.noise import flip_symmetric, read_rates
+from jaxpref.data.options import DEFAULTS, DataOptions
 from jaxpref.data.pairs import Pairs, PairsBuilder
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
@@ -18,72 +29,6 @@ from jaxpref.errors import InputError
 
 _CHUNK_ROWS = 1024
 _CHUNK_CHARACTERS = 4_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """What to make of a source."""
-
-    max_length: int = 1024
-    """Most tokens of prompt and completion together, BOS and EOS included."""
-    max_prompt_length: int | None = None
-    """Most tokens of a prompt, BOS included; longer ones are cut on the left.  None
-    means half of max_length."""
-    heldout_fraction: float = 0.05
-    """Share of the prompts held out for evaluation, chosen by hash of the prompt."""
-    flip_rate: float = 0.0
-    """Probability of swapping chosen and rejected of a training pair (label noise)."""
-    flip_seed: int = 0
-    """Which pairs are flipped."""
-    flip_annotators: str | None = None
-    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}; pairs of other
-    annotators have flip_rate."""
-    flip_longer: float | None = None
-    """Flip rate of the training pairs whose chosen completion has more characters than
-    the rejected one; the others have flip_rate.  None makes no difference."""
-    max_pairs: int | None = None
-    """Stop reading once so many pairs are kept; None reads all."""
-    drop_empty: bool = False
-    """Drop and count records with an empty completion instead of stopping at one."""
-
-    def __post_init__(self):
-        if not 2 <= self.longest_prompt <= self.max_length:
-            raise InputError(
-                f"max_prompt_length {self.longest_prompt} must be from 2 to"
-                f" max_length {self.max_length}"
-            )
-        if not 0 <= self.heldout_fraction <= 1:
-            raise InputError(
-                f"heldout_fraction {self.heldout_fraction} must be from 0 to 1"
-            )
-        if not 0 <= self.flip_rate <= 1:
-            raise InputError(f"flip_rate {self.flip_rate} must be from 0 to 1")
-        if self.flip_longer is not None and not 0 <= self.flip_longer <= 1:
-            raise InputError(f"flip_longer {self.flip_longer} must be from 0 to 1")
-        if self.flip_annotators and self.flip_longer is not None:
-            raise InputError(
-                "flip_annotators and flip_longer both say how often a pair is flipped: "
-                "give one of them"
-            )
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise InputError(f"max_pairs {self.max_pairs} must be positive")
-
-    @property
-    def longest_prompt(self) -> int:
-        """Most tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
-        half = self.max_length // 2
-        return half if self.max_prompt_length is None else self.max_prompt_length
-
-    @property
-    def injects_noise(self) -> bool:
-        """Whether any pair may be flipped."""
-        return bool(self.flip_rate or self.flip_longer or self.flip_annotators)
-
-    def without_noise(self) -> "DataOptions":
-        """The same with labels as in the file."""
-        return dataclasses.replace(
-            self, flip_rate=0.0, flip_annotators=None, flip_longer=None
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +42,8 @@ class Plan:
     report: dict[str, int]
     """Counts: rows read, kept, dropped (by reason), cut and flipped."""
     digest: str
-    """SHA-256 (hex) of both; equal exactly where tokens, labels, known flips, annotator
-    indices and order are equal."""
+    """SHA-256 (hex) of both; equal exactly where tokens, labels and their numbers,
+    known flips, annotator indices, empty traces and order are equal."""
 
     def describe(self) -> str:
         """The report in one line, counts of nothing left out."""
@@ -110,7 +55,7 @@ class Plan:
 def make_plan(
     source: Source,
     tokenizer: Any,
-    options: DataOptions = DataOptions(),
+    options: DataOptions = DEFAULTS,
     *,
     sides: int = 2,
 ) -> Plan:
@@ -119,7 +64,9 @@ def make_plan(
     A pair's id is the hash of its content before flipping plus its occurrence, so the
     third copy of a row ends in "-2".  Splits are decided by hash of the prompt and
     flips by hash of the id: neither depends on the order of rows or on other rows.
-    Held-out labels are never flipped.  `flips` is true where the label is known to be
+    A record with several traces is a pair for each of them, with an id of its own; its
+    one label is flipped, by hash of the record, in all of them or in none.  Held-out
+    labels are never flipped.  `flips` is true where the label is known to be
     wrong, by the file or by injected noise; flipped by both, it is right again.
 
     Args:
@@ -131,43 +78,115 @@ def make_plan(
     Raises:
       InputError: a record is malformed, or none is left.
     """
+    return _make_plan([(source, _as_it_is)], tokenizer, options, sides)
+
+
+def make_mixed_plan(
+    source: Source,
+    tokenizer: Any,
+    options: DataOptions = DEFAULTS,
+    *,
+    empty: Source | None = None,
+) -> Plan:
+    """The plan of a run that mixes pairs with traces and pairs with an empty trace.
+
+    Both kinds are in the same `Pairs`, told apart by `Pairs.empty`.  As `make_plan`,
+    and beside that: every pair without a trace is given an empty one, and without a
+    source of its own, so is every record with traces, once more, with its answers.
+
+    Args:
+      source: records with traces; others of it count among those with an empty one.
+      tokenizer: from `load_tokenizer`.
+      options: lengths, split, noise, markers; for both sources.
+      empty: records without traces, made with thinking switched off.
+
+    Raises:
+      InputError: as for `make_plan`; or one kind is not there at all.
+    """
+    parts = [(source, _with_empty_too if empty is None else _with_empty)]
+    if empty is not None:
+        parts += [(empty, _only_empty)]
+    plan = _make_plan(parts, tokenizer, options, 2)
+    is_empty = np.concatenate([plan.train.empty, plan.heldout.empty])
+    counts = {
+        "with a trace": int((~is_empty).sum()),
+        "with an empty trace": int(is_empty.sum()),
+    }
+    plan = dataclasses.replace(plan, report=plan.report | counts)
+    for kind, where, cure in (
+        ("with a trace", source, "write the sides as {trace, answer}"),
+        ("with an empty trace", empty or source, "their answers must differ"),
+    ):
+        if not counts[kind]:
+            raise InputError(
+                f"{where.location(0)} and all after it: no pair {kind} is left"
+                f" ({plan.describe()}); {cure}"
+            )
+    return plan
+
+
+PairsOf = Callable[[Example, str], list[Example]]
+"""`(record, place) -> pairs`: what a record is in a run."""
+
+
+def _as_it_is(example: Example, place: str) -> list[Example]:
+    return expand(example)
+
+
+def _with_empty(example: Example, place: str) -> list[Example]:
+    return expand(example) if example.traces else _only_empty(example, place)
+
+
+def _with_empty_too(example: Example, place: str) -> list[Example]:
+    empty = dataclasses.replace(example, traces=(), empty=True)
+    return [*expand(example), empty] if example.traces else [empty]
+
+
+def _only_empty(example: Example, place: str) -> list[Example]:
+    if example.traces:
+        raise InputError(
+            f"{place}: field 'trace' stands in data that is made without traces; leave"
+            " it out, or use the file as the data with traces"
+        )
+    return [dataclasses.replace(example, empty=True)]
+
+
+def _make_plan(
+    parts: Sequence[tuple[Source, PairsOf]],
+    tokenizer: Any,
+    options: DataOptions,
+    sides: int,
+) -> Plan:
     if options.injects_noise and sides == 1:
         raise InputError("flip_rate needs pairs: a plain completion cannot be flipped")
     rates = read_rates(options.flip_annotators) if options.flip_annotators else {}
     counts = collections.Counter()
     copies: collections.Counter[str] = collections.Counter()
+    records: collections.Counter[str] = collections.Counter()
     train, heldout = PairsBuilder(sides), PairsBuilder(sides)
-    limit = len(source) if options.max_pairs is None else options.max_pairs
-    with tqdm(
-        total=len(source), desc="tokenise", unit="row", leave=False, disable=None
-    ) as bar:
-        chunks = _chunks(
-            source,
-            sides=sides,
-            drop_empty=options.drop_empty,
-            size=min(_CHUNK_ROWS, limit),
-            counts=counts,
-        )
-        for rows, examples in chunks:
+    limit = sys.maxsize if options.max_pairs is None else options.max_pairs
+    for source, pairs_of in parts:
+        kept, last = 0, -1
+        chunks = _chunks(source, pairs_of, options, sides, counts, records)
+        for items in chunks:
             results = tokenize(
-                examples,
-                [source.location(row) for row in rows],
+                [item.example for item in items],
+                [source.location(item.row) for item in items],
                 tokenizer,
                 max_length=options.max_length,
                 max_prompt_length=options.longest_prompt,
+                markers=options.markers,
             )
-            for row, example, result in zip(rows, examples, results):
+            for item, result in zip(items, results):
                 if isinstance(result, str):
                     counts[f"dropped: {result}"] += 1
-                elif len(train) + len(heldout) < limit:
-                    pair_id = _unique_id(example, copies)
-                    _add(
-                        train, heldout, row, example, result, pair_id, options, rates,
-                        counts,
-                    )  # fmt: skip
-            bar.update(counts["rows"] - bar.n)
-            if len(train) + len(heldout) == limit:
+                elif kept < limit or item.row == last:
+                    pair_id = _unique_id(item.example, copies)
+                    _add(train, heldout, item, result, pair_id, options, rates, counts)
+                    kept, last = kept + 1, item.row
+            if kept >= limit:
                 break
+    source, _ = parts[0]
     counts.update(train=len(train), heldout=len(heldout))
     if not len(train) + len(heldout):
         dropped = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
@@ -186,11 +205,20 @@ def make_plan(
     return Plan(*pairs, report=dict(counts), digest=digest)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One pair on its way into the plan."""
+
+    row: int
+    record_id: str
+    """As a pair's id, of the whole record."""
+    example: Example
+
+
 def _add(
     train: PairsBuilder,
     heldout: PairsBuilder,
-    row: int,
-    example: Example,
+    item: _Item,
     tokens: Tokens,
     pair_id: str,
     options: DataOptions,
@@ -198,13 +226,15 @@ def _add(
     counts: collections.Counter,
 ) -> None:
     """Decide split and label of one pair, and store it."""
+    example = item.example
     (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_fraction
     rate = _flip_rate(example, options, rates)
-    (flip,) = flip_symmetric([pair_id], rate=rate, seed=options.flip_seed)
+    (flip,) = flip_symmetric([item.record_id], rate=rate, seed=options.flip_seed)
     flip = bool(flip) and not hold
     counts["prompts cut"] += tokens.prompt_cut
     counts["completions cut"] += tokens.completions_cut
+    counts["traces cut"] += tokens.traces_cut
     counts["flipped"] += flip
     counts["flips in the file"] += example.flip
     (heldout if hold else train).add(
@@ -213,7 +243,9 @@ def _add(
         id=pair_id,
         flip=example.flip != flip,
         annotator=example.annotator,
-        row=row,
+        row=item.row,
+        empty=example.empty,
+        labels=exchanged(example.labels) if flip else example.labels,
     )
 
 
@@ -241,32 +273,44 @@ def _unique_id(example: Example, copies: collections.Counter) -> str:
 
 def _chunks(
     source: Source,
-    *,
+    pairs_of: PairsOf,
+    options: DataOptions,
     sides: int,
-    drop_empty: bool,
-    size: int,
     counts: collections.Counter,
-) -> Iterator[tuple[list[int], list[Example]]]:
-    """Checked examples, few and short enough at a time for the tokenizer's memory."""
-    rows: list[int] = []
-    examples: list[Example] = []
+    records: collections.Counter,
+) -> Iterator[list[_Item]]:
+    """Checked pairs, few and short enough at a time for the tokenizer's memory."""
+    size = min(_CHUNK_ROWS, options.max_pairs or _CHUNK_ROWS)
+    items: list[_Item] = []
     characters = 0
-    for row in range(len(source)):
+    rows = tqdm(
+        range(len(source)), desc="tokenise", unit="row", leave=False, disable=None
+    )
+    for row in rows:
+        place = source.location(row)
         example = parse(
-            source[row], source.location(row), sides=sides, drop_empty=drop_empty
+            source[row],
+            place,
+            sides=sides,
+            drop_empty=options.drop_empty,
+            labels=options.labels,
         )
         counts["rows"] += 1
         if isinstance(example, str):
             counts[f"dropped: {example}"] += 1
             continue
-        rows.append(row)
-        examples.append(example)
-        characters += example.num_characters()
-        if len(rows) == size or characters >= _CHUNK_CHARACTERS:
-            yield rows, examples
-            rows, examples, characters = [], [], 0
-    if rows:
-        yield rows, examples
+        record_id = _unique_id(example, records)
+        for pair in pairs_of(example, place):
+            if pair.is_identical:
+                counts[f"dropped: {IDENTICAL}"] += 1
+                continue
+            items.append(_Item(row, record_id, pair))
+            characters += pair.num_characters()
+        if len(items) >= size or characters >= _CHUNK_CHARACTERS:
+            yield items
+            items, characters = [], 0
+    if items:
+        yield items
 
 
 def read_prompts(
@@ -274,7 +318,7 @@ def read_prompts(
     tokenizer: Any,
     *,
     limit: int,
-    max_prompt_length: int = DataOptions().longest_prompt,
+    max_prompt_length: int = DEFAULTS.longest_prompt,
 ) -> tuple[list[str], list[list[int]]]:
     """The first `limit` different prompts of a source, as they are in training.
 

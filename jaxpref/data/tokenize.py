@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpref.data.formats import Example, Message
+from jaxpref.data.render import THINK, Texts, TraceMarkers, render, render_prompt
 from jaxpref.errors import InputError, first_line
 
 NO_TOKENS = "a completion has no tokens"
 NO_PROMPT = "the prompt has no tokens and the tokenizer has no BOS"
 INNER_END = "a completion holds BOS or EOS before its end"
 NO_ROOM = "the prompt leaves no room for the completion"
+LONG_ANSWER = "an answer does not fit, even without any of its trace"
 SAME_TOKENS = "chosen and rejected are identical once tokenised and cut"
 
 
@@ -29,6 +31,7 @@ class Tokens:
     completions: list[list[int]]
     prompt_cut: bool
     completions_cut: int
+    traces_cut: int = 0
 
 
 def load_tokenizer(model: str) -> Any:
@@ -61,8 +64,9 @@ def tokenize(
     *,
     max_length: int,
     max_prompt_length: int,
+    markers: TraceMarkers = THINK,
 ) -> list[Tokens | str]:
-    """Tokenise examples in two calls of the tokenizer.
+    """Tokenise examples, their texts in one call of the tokenizer.
 
     BOS: once at the start, wherever the tokenizer defines one, whether it or the chat
     template adds it or not.  EOS: once, at the end of each completion that is not cut.
@@ -73,13 +77,18 @@ def tokenize(
     A prompt longer than `max_prompt_length` loses tokens on the left, behind its BOS.
     A completion that then ends beyond `max_length` loses tokens on the right, its EOS
     among them: a cut answer does not end there, and no EOS is put in its place.
+    With a trace it loses the trace's last tokens instead: those kept have the context
+    they were written in, as if a thinking budget had ended the trace there, and the
+    closing marker and the answer follow whole.  An answer that does not fit even so,
+    or behind an empty trace, drops the pair: no answer of a run that mixes is cut.
 
     Args:
-      examples: what to tokenise.
+      examples: what to tokenise, of traces one a side; see `expand`.
       places: "file row n" of each, for errors.
       tokenizer: of `transformers`.
       max_length: most tokens of prompt and completion together, BOS and EOS included.
       max_prompt_length: most tokens of the prompt, BOS included.
+      markers: of traces.
 
     Returns:
       For each example its tokens, or the reason why it cannot be used.
@@ -87,18 +96,20 @@ def tokenize(
     Raises:
       InputError: a conversation, and the tokenizer has no chat template or it refuses.
     """
-    texts: list[str] = []
-    for example, place in zip(examples, places, strict=True):
-        texts += render(example, place, tokenizer)
-    encoded = iter(_encode(texts, tokenizer))
+    rendered = [
+        render(example, place, tokenizer, markers)
+        for example, place in zip(examples, places, strict=True)
+    ]
+    strings = [text for texts in rendered for text in (texts.prompt, *texts.wholes)]
+    encoded = iter(_encode(strings, tokenizer))
     results: list[Tokens | str] = []
-    for example in examples:
-        prompt, *wholes = (next(encoded) for _ in (0, *example.completions))
+    for example, texts in zip(examples, rendered):
+        prompt, *wholes = (next(encoded) for _ in (0, *texts.wholes))
         split = _split(prompt, wholes, tokenizer)
         results.append(
             split
             if isinstance(split, str)
-            else _cut(*split, tokenizer.bos_token_id, max_length, max_prompt_length)
+            else _cut(*split, example, texts, tokenizer, max_length, max_prompt_length)
         )
     return results
 
@@ -109,6 +120,8 @@ def encode_prompt(
     *,
     place: str = "prompt",
     max_prompt_length: int | None = None,
+    thinking: bool | None = None,
+    markers: TraceMarkers = THINK,
 ) -> list[int]:
     """A prompt to be answered, with the tokens it would have in training.
 
@@ -117,14 +130,16 @@ def encode_prompt(
       prompt: a text, or messages for the chat template.
       place: names the prompt in errors.
       max_prompt_length: tokens beyond it are cut on the left, behind BOS.
+      thinking: true as before a trace, false with an empty trace at its end, None as
+        in data without traces; see `render_prompt`.
+      markers: of traces.
 
     Returns:
       Token ids, BOS first where the tokenizer has one.
     """
     bos = tokenizer.bos_token_id
-    if not isinstance(prompt, str):
-        prompt = _template(list(prompt), place, tokenizer, True)
-    (tokens,) = _encode([prompt], tokenizer)
+    text = render_prompt(prompt, place, tokenizer, thinking=thinking, markers=markers)
+    (tokens,) = _encode([text], tokenizer)
     tokens = _without_leading(tokens, bos)
     start = [] if bos is None else [bos]
     if not start + tokens:
@@ -132,50 +147,6 @@ def encode_prompt(
     if max_prompt_length is not None:
         tokens = tokens[max(0, len(tokens) + len(start) - max_prompt_length) :]
     return start + tokens
-
-
-def render(example: Example, place: str, tokenizer: Any) -> list[str]:
-    """The text of the prompt, then of the prompt with each completion."""
-    if not example.is_conversation:
-        return [example.prompt, *(example.prompt + x for x in example.completions)]
-    prompt = _template(list(example.prompt), place, tokenizer, True)
-    wholes = [
-        _template([*example.prompt, message], place, tokenizer, False)
-        for message in example.completions
-    ]
-    if not all(whole.startswith(prompt) for whole in wholes):
-        # Some templates open the answer differently once there is one, with a thought
-        # for example.  What comes before it must read the same; only an EOS that closes
-        # a conversation without an answer may go.
-        question = _template(list(example.prompt), place, tokenizer, False).rstrip()
-        question = question.removesuffix(tokenizer.eos_token).rstrip()
-        if not all(text.startswith(question) for text in (prompt, *wholes)):
-            raise InputError(
-                f"{place}: the chat template writes the prompt differently when an"
-                " answer follows it; use a template that does not"
-            )
-    return [prompt, *wholes]
-
-
-def _template(messages: list, place: str, tokenizer: Any, open_answer: bool) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if not tokenizer.chat_template:
-        # A layout of our own would be one the model has never seen and that no server
-        # of the exported model would use, so it is not made up here.
-        raise InputError(
-            f"{place}: the record holds messages, but the tokenizer has no chat"
-            " template; use a tokenizer that has one (chat_template.jinja in the model"
-            " folder), or write prompt, chosen and rejected as strings"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=open_answer
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{place}: the chat template refuses it ({first_line(error)})"
-        ) from None
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -229,22 +200,63 @@ def _end_of_turn(completion: list[int], tokenizer: Any) -> list[int]:
 def _cut(
     prompt: list[int],
     completions: list[list[int]],
-    bos: int | None,
+    example: Example,
+    texts: Texts,
+    tokenizer: Any,
     max_length: int,
     max_prompt_length: int,
 ) -> Tokens | str:
-    start = [] if bos is None else [bos]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     keep = max_prompt_length - len(start)
     prompt_cut = len(prompt) > keep
-    prompt = start + (prompt[len(prompt) - keep :] if prompt_cut else prompt)
-    room = max_length - len(prompt)
+    kept = start + (prompt[len(prompt) - keep :] if prompt_cut else prompt)
+    room = max_length - len(kept)
     if room < 1:
         return NO_ROOM
-    cut = [completion[:room] for completion in completions]
+    too_long = sum(len(completion) > room for completion in completions)
+    if too_long and example.empty:
+        return LONG_ANSWER
+    if too_long and texts.traces:
+        cut = [
+            _cut_trace(prompt, completion, whole, span, room, tokenizer)
+            for completion, whole, span in zip(completions, texts.wholes, texts.traces)
+        ]
+        if not all(cut):
+            return LONG_ANSWER
+    else:
+        cut = [completion[:room] for completion in completions]
     if len(cut) == 2 and cut[0] == cut[1]:
         return SAME_TOKENS
-    completions_cut = sum(len(completion) > room for completion in completions)
-    return Tokens(prompt, cut, prompt_cut, completions_cut)
+    by_trace = too_long if texts.traces else 0
+    return Tokens(kept, cut, prompt_cut, too_long - by_trace, by_trace)
+
+
+def _cut_trace(
+    prompt: list[int],
+    completion: list[int],
+    whole: str,
+    span: tuple[int, int],
+    room: int,
+    tokenizer: Any,
+) -> list[int]:
+    """The completion without the last tokens of its trace, where it is too long.
+
+    A token that reaches from the trace into what follows it is kept, and so are all of
+    the opening marker's; nothing comes back if these and the answer are too long.
+    """
+    if len(completion) <= room:
+        return completion
+    opened, traced = (
+        _without_leading(tokens, tokenizer.bos_token_id)
+        for tokens in _encode([whole[:end] for end in span], tokenizer)
+    )
+    # As with prompts: what the text up to here shares with the whole text's tokens.
+    end = _common_prefix(traced, prompt + completion) - len(prompt)
+    rest = completion[max(end, 0) :]
+    head = room - len(rest)
+    if head < len(opened) - len(prompt) or head < 0:
+        return []
+    return completion[:head] + rest
 
 
 def _without_leading(tokens: list[int], bos: int | None) -> list[int]:

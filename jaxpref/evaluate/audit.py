@@ -8,7 +8,6 @@ each pair the probability that its label is right.
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import numpy as np
 
 from jaxpref import data
 from jaxpref.data import DataOptions, Pairs, Source
-from jaxpref.data.formats import Example, parse, prompt_key
+from jaxpref.data.formats import EMPTY, Example, parse, prompt_key
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features as feature_store
 from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
@@ -26,9 +25,9 @@ from jaxpref.evaluate.estimate import Estimate, estimate
 from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import agreement_bins, known_flips
 from jaxpref.evaluate.metrics import accuracy, wilson_interval
-from jaxpref.files import write_json, write_whole
+from jaxpref.files import open_out, write_json, write_whole
 from jaxpref.models import build
-from jaxpref.models.hub import resolve_folder
+from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_fits
@@ -46,7 +45,8 @@ class AuditConfig:
     """What `jaxpref audit` reads."""
 
     data: str
-    """Preference file or data set; every pair of it is judged."""
+    """Preference file or data set; every pair of it is judged, and records without one
+    (a completion is empty, both are identical) are counted."""
     model: str
     """Hugging Face model folder, or a hub id: its features judge the pairs."""
     out: str
@@ -74,8 +74,6 @@ class AuditConfig:
     max_prompt_length: int | None = None
     """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
     their beginning."""
-    drop_empty: bool = False
-    """Leave records with an empty completion unjudged instead of stopping at one."""
     compute_dtype: Dtype = "float32"
     """Dtype of matrix products and activations."""
     mesh: MeshConfig = MeshConfig()
@@ -108,7 +106,8 @@ def run(config: AuditConfig) -> Audit:
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
-        drop_empty=config.drop_empty,
+        # It looks at data that is wrong in places: what cannot be judged is counted.
+        drop_empty=True,
     )
     plan = data.make_plan(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
@@ -222,33 +221,11 @@ def _named_annotators(source: Source, field: str | None) -> _Renamed:
 
 def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
     """Makes OUT, or finds the same audit in it; an interrupted one goes on."""
-    out, path = Path(config.out), Path(config.out) / "audit_config.json"
+    out, name = Path(config.out), "audit_config.json"
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     asked["contents"] = pairs.digest()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("no permission to write")
-        before = json.loads(path.read_text("utf-8")) if path.exists() else asked
-        if not isinstance(before, dict):
-            raise ValueError("not an object")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be used ({error})") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not the config of an audit ({error}); use another --out"
-        ) from error
-    changed = [
-        name
-        for name in sorted(asked.keys() | before.keys())
-        if before.get(name) != asked.get(name) and name not in MAY_CHANGE
-    ]
-    if changed:
-        raise InputError(
-            f"{out} holds another audit; changed: {', '.join(changed)}. Use the same "
-            "options to resume, or another --out"
-        )
-    write_json(path, asked)
+    open_out(out, name, asked, what="an audit", may_change=MAY_CHANGE)
+    write_json(out / name, asked)
     return out
 
 
@@ -268,7 +245,7 @@ def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> F
             params,
             source=config.data,
             folder=cache,
-            digest=feature_store.model_digest(folder, config.compute_dtype),
+            digest=weights_digest(folder, config.compute_dtype),
             width=2 * model_config.hidden_size + 1,
             batch_size=config.batch_size,
             mesh=mesh,
@@ -276,9 +253,13 @@ def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> F
 
 
 def _example(source: Source, row: int) -> Example:
-    example = parse(source[row], source.location(row), sides=2, drop_empty=True)
+    example = _parsed(source, row)
     assert isinstance(example, Example)  # the plan kept it
     return example
+
+
+def _parsed(source: Source, row: int) -> Example | str:
+    return parse(source[row], source.location(row), sides=2, drop_empty=True)
 
 
 def _items(keys: np.ndarray, annotators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -360,10 +341,15 @@ def _rows(
 
 
 def _cleaned(source: _Renamed, rows: list[dict[str, Any]], action: str):
-    """Records as in the file, in its order; those that were not judged as they are."""
+    """Records as in the file, in its order; those that were not judged as they are.
+
+    But without those that have an empty completion: training would stop at one.
+    """
     judged = {row["row"] - 1: row for row in rows}
     for index in range(len(source)):
         record, row = source.original(index), judged.get(index)
+        if row is None and _parsed(source, index) == EMPTY:
+            continue
         if row is None or row["action"] == "keep":
             yield record
         elif action == "soft":

@@ -85,17 +85,6 @@ def make_feature_step(model: Model, *, chunk_size: int = 64) -> Callable:
     return jax.jit(feature_step)
 
 
-def model_digest(folder: Path, compute_dtype: str) -> str:
-    """SHA-256 (hex) of a model's config and weights, and of the dtype it runs in."""
-    digest = hashlib.sha256(compute_dtype.encode())
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while part := file.read(1 << 24):
-                digest.update(part)
-    return digest.hexdigest()
-
-
 def compute(
     pairs: Pairs,
     feature_step: Callable,
@@ -116,7 +105,7 @@ def compute(
       params: the model's parameters.
       source: where the pairs come from, for errors.
       folder: where features are kept; made if missing.
-      digest: from `model_digest`.
+      digest: of the model, from `weights_digest`.
       width: columns of the step's result, 2 D + 1.
       batch_size: completions at the same time, over all devices.
       mesh: the mesh the batches are placed on.

@@ -1,21 +1,27 @@
-"""`jaxpref evaluate`: how a model ranks preference pairs, pair by pair."""
+"""`jaxpref evaluate`: how a model ranks preference pairs, pair by pair.
+
+A language model by implicit rewards, beta times the log-ratio to its reference; a
+reward model by its scores.
+"""
 
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxpref import data
-from jaxpref.data import DataOptions
+from jaxpref.data import DataOptions, Pairs
 from jaxpref.errors import InputError
-from jaxpref.evaluate.metrics import preference_metrics
+from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
 from jaxpref.files import write_json, write_whole
-from jaxpref.models import build
+from jaxpref.models import RewardModel, build
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models.huggingface import is_reward_model, load_config, load_params
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_finite, check_fits
 from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
@@ -28,15 +34,18 @@ class EvaluateConfig:
     """What `jaxpref evaluate` reads."""
 
     model: str
-    """Hugging Face model folder (such as OUT/export of a run), or a hub id."""
+    """Hugging Face model folder (such as OUT/export of a run), or a hub id; a language
+    model or a reward model."""
     data: str
     """Preference file or data set; every pair of it is scored."""
     out: str
     """Folder for `metrics.json` and `eval_pairs.jsonl`."""
     reference: str | None = None
-    """Reference model folder or hub id; without it, log-probs count by themselves."""
-    beta: float = 0.1
-    """Implicit rewards are beta times the log-ratio to the reference."""
+    """Reference model folder or hub id; without it, log-probs count by themselves.  A
+    reward model needs none."""
+    beta: float | None = None
+    """Implicit rewards are beta times the log-ratio to the reference, 0.1 where not
+    given.  A reward model has no beta."""
     batch_size: int = 16
     """Pairs scored at the same time, over all devices."""
     max_length: int = DataOptions.max_length
@@ -51,15 +60,31 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> dict[str, float]:
-    """Scores every pair and writes `metrics.json` and `eval_pairs.jsonl` to `out`."""
-    if not 0 < config.beta < math.inf:
-        raise InputError(f"beta {config.beta}: must be above 0 and finite")
+    """Scores every pair and writes `metrics.json` and `eval_pairs.jsonl` to `out`.
+
+    Returns:
+      `preference_metrics` of the reward margins, means of what was scored, and beside
+      the accuracy that of saying the longer completion, `length_only/...`.
+
+    Raises:
+      InputError: for anything the caller can put right.
+    """
+    beta = 0.1 if config.beta is None else config.beta
+    if not 0 < beta < math.inf:
+        raise InputError(f"beta {beta}: must be above 0 and finite")
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be used ({error})") from error
     folder = resolve_folder(config.model)
+    scored_alone = is_reward_model(folder)
+    for flag, given in {"reference": config.reference, "beta": config.beta}.items():
+        if scored_alone and given is not None:
+            raise InputError(
+                f"--{flag} {given}: {config.model} is a reward model, whose scores are "
+                f"rewards by themselves; leave out --{flag}"
+            )
     reference_folder = resolve_folder(config.reference) if config.reference else None
     options = DataOptions(
         max_length=config.max_length,
@@ -75,31 +100,61 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
-        logps = _score(folder, pairs, config, mesh, "model log-probs")
-        reference_logps = np.zeros_like(logps)
-        if reference_folder is not None:
-            reference_logps = _score(
-                reference_folder, pairs, config, mesh, "reference log-probs"
-            )
-    rewards = config.beta * (logps - reference_logps)
-    metrics = preference_metrics(rewards[:, 0] - rewards[:, 1]) | {
-        "rewards/chosen": float(rewards[:, 0].mean()),
-        "rewards/rejected": float(rewards[:, 1].mean()),
-        "logps/chosen": float(logps[:, 0].mean()),
-        "logps/rejected": float(logps[:, 1].mean()),
-    }
+        score = functools.partial(_score, pairs=pairs, config=config, mesh=mesh)
+        if scored_alone:
+            rewards = score(folder, "rewards", title="model scores")
+            scores = {"rewards": rewards}
+        else:
+            logps = score(folder, "policy_logps", title="model log-probs")
+            reference_logps = np.zeros_like(logps)
+            if reference_folder is not None:
+                reference_logps = score(
+                    reference_folder, "policy_logps", title="reference log-probs"
+                )
+            rewards = beta * (logps - reference_logps)
+            scores = {"logps": logps, "reference_logps": reference_logps}
+    margins = rewards[:, 0] - rewards[:, 1]
+    metrics = preference_metrics(margins) | _length_only(pairs)
+    for name, table in ({"rewards": rewards} | scores).items():
+        if name != "reference_logps":
+            metrics[f"{name}/chosen"] = float(table[:, 0].mean())
+            metrics[f"{name}/rejected"] = float(table[:, 1].mean())
     if jax.process_index() == 0:
         write_json(out / "metrics.json", metrics)
-        _write_pairs(out / "eval_pairs.jsonl", pairs, logps, reference_logps, rewards)
+        _write_pairs(out / "eval_pairs.jsonl", pairs, scores, margins)
         for name, value in metrics.items():
-            print(f"{name:24} {value:.4f}")
+            print(f"{name:27} {value:.4f}")
     return metrics
 
 
-def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.ndarray:
+def _length_only(pairs: Pairs) -> dict[str, float]:
+    """How often the chosen completion is the one with more tokens; a tie counts half.
+
+    What a model has to beat to have understood anything.
+    """
+    lengths = pairs.completion_lengths
+    share = accuracy(lengths[:, 0] - lengths[:, 1])
+    low, high = wilson_interval(share, len(pairs))
+    name = "length_only/accuracies"
+    return {name: share, f"{name}_low": low, f"{name}_high": high}
+
+
+def _score(
+    folder: Path,
+    name: str,
+    *,
+    pairs: Pairs,
+    config: EvaluateConfig,
+    mesh: jax.sharding.Mesh,
+    title: str,
+) -> np.ndarray:
+    """One of `scores.PROVIDED` of every completion, float32 [N, 2]."""
     model_config = load_config(folder)
     check_fits(config.data, pairs, str(folder), model_config)
-    model = build(dataclasses.replace(model_config, compute_dtype=config.compute_dtype))
+    make_model = RewardModel if name == "rewards" else build
+    model = make_model(
+        dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
+    )
     params = load_params(folder, model)
     split = {
         "shape": data.batch_shape(pairs),
@@ -107,25 +162,26 @@ def _score(folder: Path, pairs, config: EvaluateConfig, mesh, title: str) -> np.
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    step = make_score_step(make_scores(model))
+    step = make_score_step(make_scores(model, frozenset({name})))
     scores = score_pairs(step, params, pairs, split=split, mesh=mesh, title=title)
-    logps = scores["policy_logps"]
-    check_finite(config.data, pairs, str(folder), logps)
-    return logps
+    check_finite(config.data, pairs, str(folder), scores[name])
+    return scores[name]
 
 
-def _write_pairs(path: Path, pairs, logps, reference_logps, rewards) -> None:
-    margins = rewards[:, 0] - rewards[:, 1]
+def _write_pairs(
+    path: Path, pairs: Pairs, scores: Mapping[str, np.ndarray], margins: np.ndarray
+) -> None:
     lines = []
     for n in range(len(pairs)):
         annotator = int(pairs.annotators[n])
         row = {
             "id": str(pairs.ids[n]),
             "row": int(pairs.rows[n]) + 1,
-            "logps_chosen": float(logps[n, 0]),
-            "logps_rejected": float(logps[n, 1]),
-            "reference_logps_chosen": float(reference_logps[n, 0]),
-            "reference_logps_rejected": float(reference_logps[n, 1]),
+            **{
+                f"{name}_{side}": float(table[n, k])
+                for name, table in scores.items()
+                for k, side in enumerate(("chosen", "rejected"))
+            },
             "length_chosen": int(pairs.completion_lengths[n, 0]),
             "length_rejected": int(pairs.completion_lengths[n, 1]),
             "margin": float(margins[n]),

@@ -1,5 +1,6 @@
 """A model's folder, by path or by its id on the Hugging Face hub."""
 
+import hashlib
 from pathlib import Path
 
 from jaxpref.errors import InputError, first_line
@@ -32,6 +33,17 @@ def resolve_folder(model: str) -> Path:
             f"{model}: no such folder, and the hub gave no such model either "
             f"({first_line(error)})"
         ) from error
+
+
+def weights_digest(folder: Path, dtypes: str) -> str:
+    """SHA-256 (hex) of a model's config and weights, and of the dtypes it runs in."""
+    digest = hashlib.sha256(dtypes.encode())
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def stop_tokens(folder: Path) -> tuple[int, ...]:

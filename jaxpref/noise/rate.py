@@ -49,40 +49,12 @@ class RateFit:
     """log P(labels) at `rate`, nats."""
 
 
-def rate_of(logit) -> jax.Array:
-    """The rate of an unbounded number: s(logit) / 2, in (0, 1/2), increasing.
-
-    Its slope is e (1 - 2e).
-
-    Args:
-      logit: any number, or an array of them.
-
-    Returns:
-      Rates in [0, 1/2], at least float32.
-    """
-    return jax.nn.sigmoid(_common.floating(logit)) / 2
-
-
-def logit_of(rate) -> jax.Array:
-    """The inverse of `rate_of`: log(2e / (1 - 2e)).
-
-    Args:
-      rate: e in (0, 1/2).
-
-    Returns:
-      Unbounded numbers, at least float32.
-    """
-    rate = _common.floating(rate)
-    return jnp.log(2 * rate) - jnp.log1p(-2 * rate)
-
-
 def marginal_nll(margin_logits, rate) -> jax.Array:
     """The negative log-likelihood of labels that are wrong at a rate.
 
         nll = -log((1 - e) s(z) + e s(-z))
 
-    `forward_dpo` as a function of the margin.  Differentiable in both; for a rate that
-    is learnt together with the model, e = rate_of(logit).
+    `forward_dpo` as a function of the margin.  Differentiable in both.
 
     Args:
       margin_logits: z, nats; [*batch].
@@ -100,57 +72,6 @@ def marginal_nll(margin_logits, rate) -> jax.Array:
     right = jnp.log1p(-rate) + jax.nn.log_sigmoid(z)
     wrong = jnp.log(rate) + jax.nn.log_sigmoid(-z)
     return -jnp.logaddexp(right, wrong)
-
-
-def update(
-    logit: Float[Array, ""],
-    margin_logits,
-    *,
-    step,
-    learning_rate=0.1,
-    warm_up=0,
-    annealing=float("inf"),
-    damping=1e-3,
-    where=None,
-) -> Float[Array, ""]:
-    """One step up the marginal likelihood of a batch in the rate's logit.
-
-        logit <- logit + l mean(g) / (mean(g^2) + damping)
-        g      = d log P(label) / d logit = e (1 - 2e) (s(-z) - s(z)) / P(label)
-        l      = 0 while step < warm_up, then
-                 learning_rate / (1 + (step - warm_up) / annealing)
-
-    Means over the labels of the global batch, however it lies on devices; z held fixed.
-    mean(g^2) estimates the information of a label: a step of l = 1 without damping
-    would be one of Fisher scoring.  `damping` keeps margins that say nothing yet from
-    throwing the rate about; `warm_up` waits for a model that says something.
-
-    Args:
-      logit: of the rate, see `rate_of`; one number.
-      margin_logits: z, nats; [*batch].
-      step: steps taken before this one.
-      learning_rate: l at the end of the warm-up.
-      warm_up: steps in which the logit stays as it is.
-      annealing: steps after the warm-up until l is halved; infinity keeps it.
-      damping: squared slopes per label, > 0.
-      where: which labels are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
-
-    Returns:
-      The new logit.
-    """
-    z = _common.floating(margin_logits)
-    where = jnp.ones(z.shape, bool) if where is None else where
-    z = jax.lax.stop_gradient(jnp.where(where, z, 0))
-    e = rate_of(logit)
-    slopes = e * (1 - 2 * e) * _per_rate(z, e)
-    slopes = jnp.where(where, slopes, 0)
-    labels = jnp.maximum(jnp.sum(where), 1).astype(slopes.dtype)
-    mean, square = jnp.sum(slopes) / labels, jnp.sum(slopes**2) / labels
-    after = jnp.maximum(jnp.asarray(step - warm_up, slopes.dtype), 0)
-    size = jnp.where(step < warm_up, 0, learning_rate / (1 + after / annealing))
-    moved = logit + size * mean / (square + damping)
-    return moved.astype(jnp.result_type(logit))
 
 
 def fit_rate(

@@ -9,6 +9,7 @@ from jaxpref.train.metrics import read_metrics as read_metrics
 from jaxpref.train.objective import Objective as Objective
 from jaxpref.train.objective import beta_dpo as beta_dpo
 from jaxpref.train.objective import from_loss as from_loss
+from jaxpref.train.objective import reward_regression as reward_regression
 from jaxpref.train.objective import sft as sft
 from jaxpref.train.objective import trainable as trainable
 from jaxpref.train.optimizer import Decay as Decay

@@ -3,7 +3,6 @@
 import dataclasses
 import enum
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import open_out, write_json
 from jaxpref.train.mesh import MeshConfig
 from jaxpref.train.objective import Objective
 from jaxpref.train.optimizer import OptimizerConfig
@@ -102,6 +101,18 @@ class TrainConfig(RunConfig):
         if "float64" in (self.param_dtype, self.compute_dtype):
             if not jax.config.jax_enable_x64:
                 raise InputError("float64 needs JAX_ENABLE_X64=1 in the environment")
+        read, named = self.objective.labels, self.options.labels.named
+        flag = lambda name: f"--labels.{name.replace('_', '-')}"
+        if missing := sorted(read - named.keys()):
+            raise InputError(
+                f"loss {self.objective.name}: reads {', '.join(missing)} of the "
+                "records; name the fields: "
+                + " ".join(f"{flag(name)} FIELD" for name in missing)
+            )
+        for name in sorted(named.keys() - read):
+            raise InputError(
+                f"{flag(name)} {named[name]}: {self.objective.name} reads none"
+            )
         if self.reference is not None and not self.objective.needs_reference:
             raise InputError(
                 f"--reference {self.reference}: {self.objective.name} reads none"
@@ -119,7 +130,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(plain | {"loss": objective}, default=_plain))
 
 
-def open_out(config: TrainConfig) -> Path:
+def open_run(config: TrainConfig) -> Path:
     """Makes OUT, or finds the same run in it.
 
     Raises:
@@ -132,33 +143,7 @@ def open_out(config: TrainConfig) -> Path:
             "example with gcsfuse"
         )
     out = Path(config.out)
-    path = out / "config.json"
-    asked = to_json(config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("no permission to write")
-        before = json.loads(path.read_text("utf-8")) if path.exists() else None
-        if not isinstance(before, dict | None):
-            raise ValueError("not an object")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be used ({error})") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not the config of a run ({error}); put it back, or use another "
-            "--out"
-        ) from error
-    if before is not None:
-        changed = [
-            f"{name} ({before.get(name)!r} -> {asked.get(name)!r})"
-            for name in sorted(before.keys() | asked.keys())
-            if before.get(name) != asked.get(name) and name not in MAY_CHANGE
-        ]
-        if changed:
-            raise InputError(
-                f"{out} holds a run of another config; changed: {', '.join(changed)}. "
-                "Use the same options to resume, or another --out"
-            )
+    open_out(out, "config.json", to_json(config), what="a run", may_change=MAY_CHANGE)
     return out
 
 

@@ -65,12 +65,12 @@ def check_fits(source: str, pairs: Pairs, model: str, config: ModelConfig) -> No
         )
 
 
-def check_finite(source: str, pairs: Pairs, model: str, logps: np.ndarray) -> None:
-    """Raises InputError naming the first row whose log-probs [N, K] are not finite."""
-    wrong = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+def check_finite(source: str, pairs: Pairs, model: str, scores: np.ndarray) -> None:
+    """Raises InputError naming the first row whose scores [N, K] are not finite."""
+    wrong = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(wrong):
         raise InputError(
-            f"{source} row {pairs.rows[wrong[0]] + 1}: its log-probs under {model} are "
+            f"{source} row {pairs.rows[wrong[0]] + 1}: its scores under {model} are "
             f"not finite ({len(wrong)} such rows); check the weights, or set "
             "--compute-dtype float32"
         )

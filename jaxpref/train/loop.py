@@ -14,9 +14,9 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.models.huggingface import save as save_folder
 from jaxpref.models.reward import padding_of
-from jaxpref.train import reference
+from jaxpref.train import peer, reference
 from jaxpref.train.checkpoint import Checkpoints
-from jaxpref.train.config import TrainConfig, open_out, remember
+from jaxpref.train.config import TrainConfig, open_run, remember
 from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.mesh import (
     check_rows,
@@ -48,7 +48,7 @@ def run(config: TrainConfig) -> Path:
       InputError: for anything the caller can put right; nothing written is lost.
     """
     initialize_distributed()
-    out = open_out(config)
+    out = open_run(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         return _run(config, out, mesh)
@@ -84,10 +84,14 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             remat=config.remat,
         )
     )
+    new_params, load = model.init, functools.partial(load_params, folder, model)
     scores = make_scores(model, objective.needs, chunk_size=config.logit_chunk)
-    score = functools.partial(
-        score_pairs, make_score_step(scores), split=split, mesh=mesh
-    )
+    scoring = functools.partial(score_pairs, split=split, mesh=mesh)
+    score = score_reference = functools.partial(scoring, make_score_step(scores))
+    if objective.trains_two:
+        new_params, load = peer.both(new_params), peer.both(load)
+        scores = peer.scores_of_both(scores)
+        score = functools.partial(scoring, make_score_step(scores))
     schedule = make_schedule(config.optimizer, config.max_steps)
     tx = make_optimizer(config.optimizer, schedule)
     new_state = functools.partial(
@@ -96,7 +100,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         objective=objective,
         num_annotators=len(plan.train.annotator_names),
     )
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.eval_shape(new_params, jax.random.key(0))
     abstract = on_devices(jax.eval_shape(new_state, params), mesh)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore(abstract)
@@ -115,8 +119,12 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     # ---- the reference: scored once and dropped, or kept where that is not enough --
     params = None
     if restored is None:
-        params = load_params(folder, model, jax.random.key(config.seed))
-    tables = reference.make_tables(config, plan, out, model, params, score, digest)
+        params = load(jax.random.key(config.seed))
+    one = params["one"] if params and objective.trains_two else params
+    tables = reference.make_tables(
+        config, plan, out, model, one, score_reference, digest
+    )
+    del one
     kept = None
     if objective.needs_live_reference:
         kept = reference.load_reference(config, model)
@@ -182,13 +190,16 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             save(state)
             checkpoints.wait()
 
-    export = out / "export"
-    save_folder(
-        export,
-        model,
-        state.params,
-        folder,
-        config.export_dtype,
-        padding=padding_of(tokenizer),
-    )
-    return export
+    exported = {"export": state.params}
+    if objective.trains_two:
+        exported = {"export": state.params["one"], "export_two": state.params["two"]}
+    for name, trained in exported.items():
+        save_folder(
+            out / name,
+            model,
+            trained,
+            folder,
+            config.export_dtype,
+            padding=padding_of(tokenizer),
+        )
+    return out / "export"

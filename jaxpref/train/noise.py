@@ -4,9 +4,8 @@ Each wraps any loss of single pairs.  What it learns is the objective's state: o
 reliability an annotator, or one flip rate, checkpointed with the model.
 """
 
-import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.noise import em as noise
-from jaxpref.noise import rate as flip_rate
+from jaxpref.noise import running
+from jaxpref.noise.rate import marginal_nll
 from jaxpref.train.objective import Objective, mean_of
 
 Loss = Callable[..., jax.Array]
@@ -125,30 +125,21 @@ def re_po(
     return _em(loss, options, _likelihood, own, init, step)
 
 
-def learned_rate(
-    loss: Loss,
-    *,
-    rate: float = 0.25,
-    learning_rate: float = 0.02,
-    warm_up: float = 0.0,
-    annealing: float = float("inf"),
-    **options,
-) -> Objective:
+def learned_rate(loss: Loss, *, memory: float = 20_000.0, **options) -> Objective:
     """One flip rate, learnt with the policy by the likelihood of the labels.
 
         loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(exchanged) - loss(pair))
+        e     = posterior mean of the flip rate given the margins of past batches
 
-    e in (0, 1/2) climbs the same likelihood, by a step of Fisher scoring a batch, cut
-    by `learning_rate`.  Unlike `em` it does not weigh by posteriors of a policy that
-    knows nothing yet, so it does not stick to its start where labels are very noisy.
-    Let it be slow: where e runs ahead of the policy, margins run away with it.
+    `em` weighs each label by the posterior of a policy that at first knows nothing, and
+    so stays near its prior.  Here e is judged by how often the policy's surer margins
+    agree with labels it had not yet seen, with all e in (0, 1/2) equal beforehand, and
+    with the margins' temperature judged beside it: `jaxpref.noise.running`.  In later
+    passes over the data labels have been seen, and e comes out too small.
 
     Args:
       loss: a loss of single pairs.
-      rate: e at the start, in (0, 1/2).
-      learning_rate: size of e's steps; 1 is undamped Fisher scoring on each batch.
-      warm_up: steps before e moves.
-      annealing: steps after the warm-up until e's steps are half as large.
+      memory: labels after which an old one counts 1/e: the policy's margins change.
       **options: hyper-parameters of `loss`.
 
     Raises:
@@ -156,55 +147,50 @@ def learned_rate(
 
     References:
       The marginal likelihood is RE-PO's, Cao et al., 2025, arXiv:2509.24159, Eq. 11;
-      climbing it in the rate itself, in place of EM, is ours.
+      the posterior of rate and temperature, in place of EM, is ours.
     """
-    own = {"rate": rate, "learning_rate": learning_rate, "warm_up": warm_up}
-    own["annealing"] = annealing
-    if not 0 < rate < 0.5:
-        raise InputError(f"learned_rate: rate {rate}: must be between 0 and 1/2")
-    if not learning_rate >= 0 or not warm_up >= 0 or not annealing > 0:
-        raise InputError(f"learned_rate: a step size is out of range: {own}")
-    logits = _logits(loss)
+    if not memory > 0:
+        raise InputError(f"learned_rate: memory {memory}: must be above 0")
+    logits = logits_of(loss)
 
     def trained(*arrays, **options):
         *pair, running_rate = arrays
-        return flip_rate.marginal_nll(logits(*pair, **options), running_rate)
+        return marginal_nll(logits(*pair, **options), running_rate)
 
-    _declare(trained, logits, "running_rate", f"learned_rate_{loss.__name__}")
+    declare(trained, logits, ["running_rate"], f"learned_rate_{loss.__name__}")
 
     def init(_):
-        logit = flip_rate.logit_of(jnp.float32(rate))
-        steps = jnp.zeros((), jnp.int32)
-        return {"running_rate": jnp.float32(rate) + 0, "logit": logit, "steps": steps}
+        counts = running.no_counts()
+        return {"running_rate": running.posterior(counts).rate, "counts": counts}
 
     def learn(arrays, batch, state):
         *pair, _ = arrays.values()
-        logit = flip_rate.update(
-            state["logit"],
-            logits(*pair, **options),
-            step=state["steps"],
-            learning_rate=learning_rate,
-            warm_up=warm_up,
-            annealing=annealing,
-            where=batch.pairs >= 0,
-        )
-        rate = flip_rate.rate_of(logit)
-        return {"running_rate": rate, "logit": logit, "steps": state["steps"] + 1}
+        margins = logits(*pair, **options)
+        real = batch.pairs >= 0
+        counts = running.count(state["counts"], margins, memory=memory, where=real)
+        return {"running_rate": running.posterior(counts).rate, "counts": counts}
 
     def show(arrays, batch, state):
-        return {"noise/flip_rate": state["running_rate"]}
+        found = running.posterior(state["counts"])
+        return {
+            "noise/flip_rate": found.rate,
+            "noise/flip_rate_lower": found.lower,
+            "noise/flip_rate_upper": found.upper,
+            "noise/temperature": found.temperature,
+        }
 
-    objective = mean_of(trained, options, init=init, learn=learn, show=show)
-    return _with_options(objective, own)
+    own = {"memory": memory}
+    return mean_of(trained, options, own=own, init=init, learn=learn, show=show)
 
 
 def _em(loss, options, reading, own, init, step) -> Objective:
-    """EM whose policy is trained by `reading(loss)`, whose last array is reliability.
+    """EM whose policy is trained by `reading(loss, its logits)`.
 
+    That loss has the reliabilities as its last array.
     `step(state, weights, batch) -> state` is the M-step of the reliabilities.
     """
-    logits = _logits(loss)
-    trained = reading(loss)
+    logits = logits_of(loss)
+    trained = reading(loss, logits)
 
     def posteriors(arrays):
         *pair, reliabilities = arrays.values()
@@ -226,8 +212,7 @@ def _em(loss, options, reading, own, init, step) -> Objective:
             "noise/posterior_flipped": mean(right, real & batch.flips),
         }
 
-    objective = mean_of(trained, options, init=init, learn=learn, show=show)
-    return _with_options(objective, own)
+    return mean_of(trained, options, own=own, init=init, learn=learn, show=show)
 
 
 def _counts(prior_right: float, prior_wrong: float, memory: float):
@@ -263,14 +248,14 @@ def _counting(prior_right: float, prior_wrong: float, memory: float) -> dict:
     return {"prior_right": prior_right, "prior_wrong": prior_wrong, "memory": memory}
 
 
-def _likelihood(loss: Loss) -> Loss:
+def _likelihood(loss: Loss, logits: Loss) -> Loss:
     def trained(z, arrays, options, right):
         return noise.likelihood_loss(z, right)
 
-    return _of_posterior(loss, trained, "em")
+    return _of_posterior(logits, trained, f"em_{loss.__name__}")
 
 
-def _weighted(loss: Loss) -> Loss:
+def _weighted(loss: Loss, logits: Loss) -> Loss:
     reads = inspect.signature(loss).parameters
 
     def trained(z, arrays, options, right):
@@ -278,15 +263,14 @@ def _weighted(loss: Loss) -> Loss:
         pair = loss(**own, **options)
         return noise.weighted_loss(pair, pair + z, right)
 
-    return _of_posterior(loss, trained, "em_weighted")
+    return _of_posterior(logits, trained, f"em_weighted_{loss.__name__}")
 
 
-def _of_posterior(loss: Loss, trained: Callable, how: str) -> Loss:
-    """A loss of the arrays of `loss` and of `reliabilities`.
+def _of_posterior(logits: Loss, trained: Callable, name: str) -> Loss:
+    """A loss called `name` of the arrays of `logits` and of `reliabilities`.
 
     `trained(margin logits, arrays, options, posterior that the label is right)`.
     """
-    logits = losses.gibbs_logits(loss)
     parameters = list(inspect.signature(logits).parameters.values())
     names = [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]
 
@@ -296,26 +280,40 @@ def _of_posterior(loss: Loss, trained: Callable, how: str) -> Loss:
         right = noise.posterior(z, reliabilities)
         return trained(z, dict(zip(names, pair)), options, right)
 
-    _declare(declared, logits, "reliabilities", f"{how}_{loss.__name__}")
+    declare(declared, logits, ["reliabilities"], name)
     return declared
 
 
-def _logits(loss: Loss) -> Loss:
+def logits_of(loss: Loss) -> Loss:
+    """Its Gibbs logits: loss(exchanged) - loss(pair).
+
+    Raises:
+      InputError: if the loss is not one of single pairs.
+    """
     try:
         return losses.gibbs_logits(loss)
     except TypeError as error:
         raise InputError(f"loss {loss.__name__}: {error}") from error
 
 
-def _declare(function: Callable, like: Loss, last: str, name: str) -> None:
-    """Gives `function` the arrays and options of `like`, and one array more."""
+def declare(
+    function: Callable,
+    like: Loss,
+    more: Sequence[str],
+    name: str,
+    *,
+    coupled: bool = False,
+) -> None:
+    """Gives `function` the arrays and options of `like`, and some arrays more.
+
+    `coupled` says that it takes `where`: it reads all pairs of a batch at once.
+    """
     parameters = inspect.signature(like).parameters.values()
     arrays = [p for p in parameters if p.kind != p.KEYWORD_ONLY]
     options = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
-    arrays.append(arrays[0].replace(name=last))
+    arrays += [arrays[0].replace(name=extra) for extra in more]
+    if coupled:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options.append(inspect.Parameter("where", keyword, default=None))
     function.__name__ = name
     function.__signature__ = inspect.Signature([*arrays, *options])
-
-
-def _with_options(objective: Objective, own: dict) -> Objective:
-    return dataclasses.replace(objective, options=dict(objective.options) | own)

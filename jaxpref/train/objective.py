@@ -12,6 +12,7 @@ noise and of gradient mixing lives in their rooms; here it meets a model and a b
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.labels import LABELS
 from jaxpref.errors import InputError
 from jaxpref.sharding import replicated
 from jaxpref.train.rewards import averages_tokens, reward_metrics
@@ -60,9 +62,19 @@ class Objective:
         return frozenset(name for name in names if name in PROVIDED)
 
     @property
+    def labels(self) -> frozenset[str]:
+        """The numbers it reads of the records; see `data.LabelFields`."""
+        return LABELS & set(self.reads)
+
+    @property
     def needs_rewards(self) -> bool:
         """Whether it trains a reward model: it reads scores, not log-probs."""
         return "rewards" in self.needs
+
+    @property
+    def trains_two(self) -> bool:
+        """Whether the parameters are those of two models; see `peer`."""
+        return any(name.startswith("peer_") for name in self.reads)
 
     @property
     def needs_reference(self) -> bool:
@@ -122,6 +134,25 @@ def sft() -> Objective:
     return mean_of(losses.sft, {}, count=tokens)
 
 
+def reward_regression() -> Objective:
+    """Squared distance of both answers' rewards from their ratings, averaged.
+
+        loss = [(r_w - rating_w)^2 + (r_l - rating_l)^2] / 2
+
+    It reads no order: a flip exchanges the ratings with the answers and changes
+    nothing.
+    """
+
+    def reward_regression(
+        chosen_rewards, rejected_rewards, chosen_ratings, rejected_ratings
+    ):
+        chosen = losses.reward_regression(chosen_rewards, chosen_ratings)
+        rejected = losses.reward_regression(rejected_rewards, rejected_ratings)
+        return 0.5 * (chosen + rejected)
+
+    return mean_of(reward_regression, {})
+
+
 def beta_dpo(
     *,
     beta: float = 0.1,
@@ -174,11 +205,13 @@ def beta_dpo(
         batches = state["batches"] + 1
         return selected, {"running_mean": mean, "running_std": std, "batches": batches}
 
-    objective = mean_of(
-        losses.beta_dpo, {"beta": beta, "alpha": alpha}, init=init, prepare=prepare
+    return mean_of(
+        losses.beta_dpo,
+        {"beta": beta, "alpha": alpha},
+        own={"drop_rate": drop_rate, "momentum": momentum},
+        init=init,
+        prepare=prepare,
     )
-    own = {"drop_rate": drop_rate, "momentum": momentum}
-    return dataclasses.replace(objective, options=dict(objective.options) | own)
 
 
 Prepare = Callable[[dict, jax.Array, Any], tuple[jax.Array, Any]]
@@ -199,6 +232,7 @@ def mean_of(
     loss: Callable[..., jax.Array],
     options: Mapping[str, Any],
     *,
+    own: Mapping[str, Any] = types.MappingProxyType({}),
     count: Callable[[PreferenceBatch], jax.Array] = _pairs,
     init: Callable[[int], Any] = lambda _: {},
     prepare: Prepare | None = None,
@@ -210,6 +244,7 @@ def mean_of(
     Args:
       loss: a per-pair loss; its positional parameter names say which arrays it reads.
       options: its hyper-parameters.
+      own: hyper-parameters of the objective itself, for the record.
       count: what the sum is divided by.
       init: makes the state of an objective that learns something beside the model.
       prepare: see `Prepare`; only for losses that couple the pairs of a batch.
@@ -318,7 +353,7 @@ def mean_of(
 
     return Objective(
         name=loss.__name__,
-        options=options,
+        options=options | dict(own),
         reads=reads,
         init=init,
         gradient=gradient,
@@ -335,7 +370,8 @@ def _reads(loss: Callable) -> tuple[str, ...]:
 
 def _missing(loss: Callable) -> list[str]:
     """Names of the arrays it reads that are not known of a batch of pairs."""
-    return [name for name in _reads(loss) if without_side(name) not in PROVIDED]
+    unlabelled = [name for name in _reads(loss) if name not in LABELS]
+    return [name for name in unlabelled if without_side(name) not in PROVIDED]
 
 
 def _check(loss: Callable, options: Mapping[str, Any]) -> None:

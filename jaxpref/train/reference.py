@@ -7,7 +7,6 @@ model's own folder and never from weights that were trained.
 
 import dataclasses
 import functools
-import hashlib
 import os
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from jaxpref.data import Pairs, Plan
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write
 from jaxpref.models import Model, ModelConfig
-from jaxpref.models.hub import resolve_folder
+from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.inputs import check_finite
@@ -123,13 +122,7 @@ def reference_digest(config: TrainConfig) -> str:
     if not config.objective.needs_reference or jax.process_index() != 0:
         return ""
     folder = resolve_folder(config.reference or config.model)
-    digest = hashlib.sha256(f"{config.param_dtype} {config.compute_dtype}".encode())
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return weights_digest(folder, f"{config.param_dtype} {config.compute_dtype}")
 
 
 def save_tables(

@@ -111,7 +111,9 @@ def evaluation_metrics(
         reference={name: table[:, None] for name, table in reference.items()},
         flips=pairs.flips[:, None],
         annotators=pairs.annotators[:, None],
+        empty=pairs.empty[:, None],
         weights=np.ones((count, 1), np.float32),
+        labels={name: values[:, None] for name, values in pairs.labels.items()},
     )
     scores = {name: table[:, None] for name, table in scores.items()}
     batch, scores = jax.tree.map(jnp.asarray, (batch, scores))

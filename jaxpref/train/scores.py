@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.labels import LABELS
 from jaxpref.models import Model, RewardModel, logprobs
 from jaxpref.models.config import SPECS, on_mesh
 
@@ -32,6 +33,8 @@ PROVIDED = {
     "lengths": "its tokens",
 }
 """What a loss may ask for, and what it is of each completion."""
+OF_THE_MODEL = {name for name in PROVIDED if not name.startswith(("ref", "lengths"))}
+"""Those that change with the model that is trained."""
 
 
 def without_side(name: str) -> str:
@@ -144,7 +147,7 @@ def pair_arrays(
     """The arrays that a loss reads, each `[..., S]`; running statistics are scalars.
 
     `reliabilities` are those of the pairs' annotators, out of the state; the last is
-    the one of all annotators that are not known.
+    the one of all annotators that are not known.  `LABELS` come with the pairs.
 
     Empty slots hold log-probs 0 and lengths 1, so that no loss divides by zero there.
     """
@@ -157,6 +160,8 @@ def pair_arrays(
             return state[name]
         if name == "reliabilities":
             return of_annotators(state["reliability"], batch.annotators)
+        if name in LABELS:
+            return batch.labels[name]
         (side,) = (k for word, k in sides.items() if word in name.split("_"))
         return available[without_side(name)][..., side]
 

@@ -22,18 +22,6 @@ def nll(margins, e) -> float:
     return -np.log((1 - e) * p + e * (1 - p)).sum()
 
 
-def test_rate_and_logit_are_inverse():
-    with jax.enable_x64(True):
-        logits = jnp.linspace(-20, 20, 41)
-        rates = rate.rate_of(logits)
-        assert ((rates > 0) & (rates < 0.5)).all() and (jnp.diff(rates) > 0).all()
-        np.testing.assert_allclose(rate.logit_of(rates), logits, rtol=1e-6)
-        slopes = jax.vmap(jax.grad(rate.rate_of))(logits)
-        np.testing.assert_allclose(slopes, rates * (1 - 2 * rates), rtol=1e-6)
-    for far in (-1e30, 1e30):
-        assert np.isfinite(jax.value_and_grad(rate.rate_of)(far)).all()
-
-
 def test_marginal_nll_is_forward_dpo():
     """In value and both gradients; finite at the extremes; log 2 at 1/2."""
     with jax.enable_x64(True):
@@ -48,7 +36,7 @@ def test_marginal_nll_is_forward_dpo():
             jax.value_and_grad(ours, (0, 1))(z, e),
             jax.value_and_grad(theirs, (0, 1))(z, e),
         )
-        check_grads(lambda a: rate.marginal_nll(z, rate.rate_of(a)), (0.3,), order=1)
+        check_grads(lambda e: rate.marginal_nll(z, e), (0.3,), order=1)
     z = jnp.array([-1e30, -1e4, 0.0, 1e4, 1e30])
     assert np.isfinite(rate.marginal_nll(z, 0.3)).all()
     np.testing.assert_allclose(rate.marginal_nll(z, 0.5), np.log(2), rtol=1e-6)
@@ -101,38 +89,6 @@ def test_all_labels_alike():
     assert nothing.log_likelihood == 0
 
 
-def test_update_climbs_to_the_most_likely():
-    """Batch by batch, annealed; still during the warm-up."""
-    margins = votes(2, reliability=0.7, items=128 * 1500).margins
-    batches = jnp.asarray(margins, jnp.float32).reshape(1500, 128)
-    step = functools.partial(rate.update, warm_up=100, annealing=200)
-
-    def one(logit, batch):
-        return (new := step(logit, batch[1], step=batch[0])), new
-
-    start = rate.logit_of(0.1)
-    _, path = jax.lax.scan(one, start, (jnp.arange(1500), batches))
-    np.testing.assert_array_equal(path[:100], start)
-    assert path[100] != start
-    whole = rate.fit_rate(batches.reshape(-1))
-    np.testing.assert_allclose(rate.rate_of(path[-1]), whole.rate, atol=0.01)
-
-
-def test_update_is_the_stated_step():
-    z, where = jnp.array([1.0, -2.0, jnp.nan]), jnp.array([True, True, False])
-    logit = jnp.float32(0.4)
-    slopes = -jax.vmap(
-        jax.grad(lambda a, z: rate.marginal_nll(z, rate.rate_of(a))), in_axes=(None, 0)
-    )(logit, z[:2])
-    expected = logit + 0.1 / 3 * slopes.mean() / (jnp.mean(slopes**2) + 1e-3)
-    new = rate.update(logit, z, step=30, warm_up=10, annealing=10, where=where)
-    np.testing.assert_allclose(new, expected, rtol=1e-5)
-    still = rate.update(logit, jnp.zeros(3), step=30)
-    np.testing.assert_array_equal(still, logit)
-    nobody = rate.update(logit, z, step=30, where=jnp.zeros(3, bool))
-    np.testing.assert_array_equal(nobody, logit)
-
-
 # Many annotators
 
 
@@ -183,7 +139,6 @@ def test_sharded_over_eight_devices():
 
     def everything(margins, who):
         return (
-            rate.update(jnp.float32(0.3), margins, step=0),
             rate.fit_rate(margins),
             rate.pooled_prior(margins, who, num_annotators=8),
         )

@@ -1,0 +1,111 @@
+"""What is asked of the data: lengths, split, noise, markers, and the mix of traces."""
+
+import dataclasses
+
+from jaxpref.data.labels import LabelFields
+from jaxpref.data.render import THINK, TraceMarkers
+from jaxpref.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """What to make of a source."""
+
+    max_length: int = 1024
+    """Most tokens of prompt and completion together, BOS and EOS included."""
+    max_prompt_length: int | None = None
+    """Most tokens of a prompt, BOS included; longer ones are cut on the left.  None
+    means half of max_length."""
+    heldout_fraction: float = 0.05
+    """Share of the prompts held out for evaluation, chosen by hash of the prompt."""
+    flip_rate: float = 0.0
+    """Probability of swapping chosen and rejected of a training pair (label noise)."""
+    flip_seed: int = 0
+    """Which pairs are flipped."""
+    flip_annotators: str | None = None
+    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}; pairs of other
+    annotators have flip_rate."""
+    flip_longer: float | None = None
+    """Flip rate of the training pairs whose chosen completion has more characters than
+    the rejected one; the others have flip_rate.  None makes no difference."""
+    max_pairs: int | None = None
+    """Stop reading a file once so many pairs of it are kept, with all pairs of the last
+    record; None reads all."""
+    drop_empty: bool = False
+    """Drop and count records with an empty completion instead of stopping at one."""
+    labels: LabelFields = LabelFields()
+    """Fields of the records with numbers that a loss reads beside the order."""
+    trace_open: str = THINK.open
+    """What the model writes before a reasoning trace, where records have traces."""
+    trace_close: str = THINK.close
+    """What it writes behind one; both together are the empty trace, except where the
+    chat template has its own (it knows `enable_thinking`)."""
+
+    def __post_init__(self):
+        if not 2 <= self.longest_prompt <= self.max_length:
+            raise InputError(
+                f"max_prompt_length {self.longest_prompt} must be from 2 to"
+                f" max_length {self.max_length}"
+            )
+        if not 0 <= self.heldout_fraction <= 1:
+            raise InputError(
+                f"heldout_fraction {self.heldout_fraction} must be from 0 to 1"
+            )
+        if not 0 <= self.flip_rate <= 1:
+            raise InputError(f"flip_rate {self.flip_rate} must be from 0 to 1")
+        if self.flip_longer is not None and not 0 <= self.flip_longer <= 1:
+            raise InputError(f"flip_longer {self.flip_longer} must be from 0 to 1")
+        if self.flip_annotators and self.flip_longer is not None:
+            raise InputError(
+                "flip_annotators and flip_longer both say how often a pair is flipped: "
+                "give one of them"
+            )
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise InputError(f"max_pairs {self.max_pairs} must be positive")
+        TraceMarkers(self.trace_open, self.trace_close)  # refuses blank ones
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
+        half = self.max_length // 2
+        return half if self.max_prompt_length is None else self.max_prompt_length
+
+    @property
+    def markers(self) -> TraceMarkers:
+        """What stands before and behind a trace."""
+        return TraceMarkers(self.trace_open, self.trace_close)
+
+    @property
+    def injects_noise(self) -> bool:
+        """Whether any pair may be flipped."""
+        return bool(self.flip_rate or self.flip_longer or self.flip_annotators)
+
+    def without_noise(self) -> "DataOptions":
+        """The same with labels as in the file."""
+        return dataclasses.replace(
+            self, flip_rate=0.0, flip_annotators=None, flip_longer=None
+        )
+
+
+DEFAULTS = DataOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class MixOptions:
+    """Pairs with an empty trace, in a run that mixes them with pairs that have traces.
+
+    See BVPO (arXiv:2510.05095), where both kinds are sampled and ranked independently.
+    """
+
+    empty_data: str | None = None
+    """Preference file or data set made with thinking switched off; without it, the
+    answers of `--data` are taken again with an empty trace."""
+    empty_share: float = 0.5
+    """Share of a batch's pairs that have an empty trace, rounded to whole pairs."""
+
+    def __post_init__(self):
+        if not 0 < self.empty_share < 1:
+            raise InputError(
+                f"empty_share {self.empty_share} must be between 0 and 1: a batch has"
+                " pairs of both kinds"
+            )

@@ -1,0 +1,147 @@
+"""A flip rate learnt while a model trains: what its recent margins say of the labels.
+
+A batch is scored before it is trained on, so in the first pass over the data its
+margins are those of a model that has not seen its labels.  Their sizes and whether they
+agree with the label are counted in bins, old batches fading out, and the counts have
+a posterior over the flip rate e and the temperature T of the margins (see
+`jaxpref.noise.calibration`):
+
+    P(e, T | counts)  ~  prior(T) product over labels of  (1 - e) s(z / T) + e s(-z / T)
+
+The temperature is not a nicety: a policy in training is surer than it is right, and
+without T its confident errors would count as flipped labels.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxpref.noise import _common
+from jaxpref.noise.rate import WIDEST
+
+__all__ = ["RunningRate", "count", "no_counts", "posterior"]
+
+SMALLEST, OCTAVES, PER_OCTAVE = -7, 14, 8
+"""Sizes of margins are told apart from 2^-7 to 2^7, by factors of 2^(1/8)."""
+BINS = OCTAVES * PER_OCTAVE
+RATES = 100
+"""Flip rates of the grid, evenly over (0, 1/2)."""
+TEMPERATURE_SPREAD = 2.0
+"""Standard deviation of log2 T beforehand: two models of three are within a factor 4 of
+being calibrated."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RunningRate:
+    """What the counted margins say."""
+
+    rate: Float[Array, ""]
+    """Posterior mean of e; 1/4 where nothing is known."""
+    lower: Float[Array, ""]
+    """Where the credible interval of e begins."""
+    upper: Float[Array, ""]
+    """Where it ends."""
+    temperature: Float[Array, ""]
+    """2 to the posterior mean of log2 T."""
+    identified: Bool[Array, ""]
+    """Whether the interval is short enough to speak of a rate; where it is not, quote
+    the interval and not `rate`."""
+
+
+def no_counts(dtype=jnp.float32) -> Float[Array, "bins 2"]:
+    """Counts before the first batch."""
+    return jnp.zeros((BINS, 2), dtype)
+
+
+def count(
+    counts: Float[Array, "bins 2"],
+    margin_logits: Float[Array, " *batch"],
+    *,
+    memory=float("inf"),
+    where: Bool[Array, " *batch"] | None = None,
+) -> Float[Array, "bins 2"]:
+    """Adds a batch of margins to the counts of agreeing and disagreeing labels by size.
+
+        counts <- exp(-labels of the batch / memory) counts + those of the batch
+
+    Args:
+      counts: from `no_counts` or an earlier batch; column 0 for labels the model agrees
+        with, column 1 for the others.
+      margin_logits: z, nats, positive where the model agrees with the label; [*batch],
+        of the global batch, however it lies on devices.
+      memory: labels after which an old one counts 1/e; infinity forgets nothing.
+      where: which labels are real, [*batch]; None if all are.  What the others hold
+        (NaN included) does not matter.
+
+    Returns:
+      The new counts.
+    """
+    z = _common.floating(margin_logits)
+    where = jnp.ones(z.shape, bool) if where is None else where
+    z = jax.lax.stop_gradient(_common.finite(jnp.where(where, z, 0)))
+    size = jnp.log2(jnp.maximum(jnp.abs(z), 2.0**SMALLEST)) - SMALLEST
+    bins = jnp.clip(size * PER_OCTAVE, 0, BINS - 1).astype(jnp.int32)
+    # Compared, not scattered: a scatter along a sharded axis has no layout.
+    own = (bins[..., None] == jnp.arange(BINS)) & where[..., None]
+    agrees = jnp.where(z == 0, 0.5, (z > 0).astype(z.dtype))[..., None]
+    batch = tuple(range(z.ndim))
+    of = lambda share: jnp.sum(jnp.where(own, share, 0), axis=batch)
+    new = jnp.stack([of(agrees), of(1 - agrees)], axis=1)
+    kept = jnp.exp(-jnp.sum(where) / jnp.asarray(memory, counts.dtype))
+    return kept * counts + new.astype(counts.dtype)
+
+
+def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
+    """The flip rate and the temperature that counted margins allow.
+
+    On a grid of `RATES` rates, uniform beforehand on (0, 1/2), and of temperatures from
+    2^-6 to 2^6, log-normal beforehand around 1.
+
+    Args:
+      counts: from `count`.
+      level: posterior probability of the interval between equal tails.
+
+    Returns:
+      `RunningRate`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.noise import running
+      >>> z = jnp.array([8.0, 8.0, 8.0, -8.0] * 300 + [2.0, 2.0, -2.0] * 300)
+      >>> found = running.posterior(running.count(running.no_counts(), z))
+      >>> print(f"{found.rate:.2f} in {found.lower:.2f} to {found.upper:.2f}")
+      0.25 in 0.22 to 0.28
+    """
+    dtype = counts.dtype
+    middle = jnp.arange(BINS, dtype=dtype) + 0.5
+    sizes = jnp.exp2(middle / PER_OCTAVE + SMALLEST)
+    rates = (jnp.arange(RATES, dtype=dtype) + 0.5) / (2 * RATES)
+    steps = jnp.linspace(-6, 6, 49, dtype=dtype)  # log2 of the temperature
+
+    def of_temperature(step):
+        lean = jnp.tanh(sizes / jnp.exp2(step) / 2) * (1 - 2 * rates[:, None])
+        # Relative to a coin, so that float32 keeps differences of long sums.  Products
+        # with the counts: XLA on CPU (jax 0.10 to 0.12) sums the fused form wrong.
+        dot = functools.partial(jnp.matmul, precision="highest")
+        gains = dot(jnp.log1p(lean), counts[:, 0]) + dot(jnp.log1p(-lean), counts[:, 1])
+        return gains - (step / TEMPERATURE_SPREAD) ** 2 / 2
+
+    logs = jax.lax.map(of_temperature, steps)  # [temperatures, rates]
+    mass = jnp.exp(logs - jnp.max(logs))
+    mass /= jnp.sum(mass)
+    of_rates = jnp.sum(mass, axis=0)
+    below = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(of_rates)])
+    edges = jnp.linspace(0, 0.5, RATES + 1, dtype=dtype)
+    tail = (1 - jnp.asarray(level, dtype)) / 2
+    lower, upper = jnp.interp(jnp.stack([tail, 1 - tail]), below, edges)
+    return RunningRate(
+        rate=jnp.sum(of_rates * rates),
+        lower=lower,
+        upper=upper,
+        temperature=jnp.exp2(jnp.sum(mass * steps[:, None])),
+        identified=upper - lower < WIDEST,
+    )

@@ -1,0 +1,179 @@
+"""Two models that choose each other's pairs, in the engine."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from jaxpref import data, losses
+from jaxpref.errors import InputError
+from jaxpref.models import RewardModel, build
+from jaxpref.models.huggingface import load_params
+from jaxpref.train import Decay, OptimizerConfig, from_loss, peer
+from jaxpref.train.mesh import to_global
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.peer import crm
+from jaxpref.train.scores import make_scores
+from jaxpref.train.state import init_state
+from jaxpref.train.step import make_train_step
+from tests.compiled import compiled
+from tests.test_reward_models import train
+from tests.test_training import mesh_of, pairs  # noqa: F401
+from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+
+SHAPE = {"length_multiple": 16, "prediction_multiple": 8}
+
+
+def first_batch(pairs, count=8):  # noqa: F811
+    shape = data.batch_shape(pairs, **SHAPE)
+    batch = next(data.batches(pairs, shape=shape, batch_size=count, threads=0))
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def of_weights(params, batch):
+    """The scores of two "models", each the rewards of 8 pairs."""
+    shaped = lambda x: x.reshape(*batch.pairs.shape[-2:], 2)
+    return {"rewards": shaped(params["one"]), "peer_rewards": shaped(params["two"])}
+
+
+def softplus_slope(margin):
+    return -expit(-margin)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 4, 50])
+def test_each_model_learns_what_the_other_finds_easy(pairs, steps):  # noqa: F811
+    batch = first_batch(pairs)
+    rng = np.random.default_rng(steps)
+    rewards = {name: rng.normal(size=(8, 2)) for name in ("one", "two")}
+    objective = crm(losses.bradley_terry, noise_rate=0.4, ramp_steps=5)
+    state = {"running_steps": jnp.int32(steps)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rewards)
+    grads, after, metrics = jax.jit(objective.gradient, static_argnums=0)(
+        of_weights, params, batch, state
+    )
+    keep = round(8 * (1 - 0.4 * min(1, steps / 5)))
+    margins = {name: x[:, 0] - x[:, 1] for name, x in rewards.items()}
+    loss = 0.0
+    for parity, (name, other) in enumerate([("one", "two"), ("two", "one")]):
+        chosen = np.zeros(8, bool)
+        chosen[np.argsort(-margins[other])[:keep]] = True
+        if steps < 5:
+            chosen &= (np.arange(8) + steps) % 2 == parity
+        slope = np.where(chosen, softplus_slope(margins[name]), 0) / chosen.sum()
+        expected = np.stack([slope, -slope], axis=1)
+        np.testing.assert_allclose(grads[name], expected, atol=1e-6)
+        loss += np.log1p(np.exp(-margins[name]))[chosen].mean()
+    assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert int(after["running_steps"]) == steps + 1
+    agreement = np.mean((margins["one"] > 0) == (margins["two"] > 0))
+    assert float(metrics["crm/agreement"]) == pytest.approx(agreement)
+
+
+def test_with_nothing_to_drop_two_models_train_alone(pairs):  # noqa: F811
+    batch = first_batch(pairs)
+    rng = np.random.default_rng(0)
+    params = {n: jnp.asarray(rng.normal(size=(8, 2)), jnp.float32) for n in "ab"}
+    both = {"one": params["a"], "two": params["b"]}
+    objective = crm(losses.bradley_terry, noise_rate=0.0, ramp_steps=1)
+    state = {"running_steps": jnp.int32(1)}
+    found, _, _ = objective.gradient(of_weights, both, batch, state)
+    alone = lambda p, micro: {"rewards": p.reshape(*micro.pairs.shape, 2)}
+    plain = from_loss(losses.bradley_terry)
+    for name, mine in (("one", "a"), ("two", "b")):
+        expected, _, _ = plain.gradient(alone, params[mine], batch, {})
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+
+
+def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa: F811
+    """Losses of three steps, and the parameters of both models."""
+    dpo = loss == "dpo"
+    base = losses.dpo if dpo else losses.bradley_terry
+    options = {"beta": 0.5} if dpo else {}
+    objective = crm(base, noise_rate=0.25, ramp_steps=2, **options)
+    optimizer = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        model = (build if dpo else RewardModel)(tiny_config())
+        schedule = make_schedule(optimizer, 100)
+        tx = make_optimizer(optimizer, schedule)
+        scores = peer.scores_of_both(make_scores(model, objective.needs, chunk_size=4))
+        one = tiny_params(model)
+        two = jax.tree.map(jnp.copy, one) if dpo else jax.tree.map(jnp.negative, one)
+        new = lambda p: init_state(p, tx, objective, num_annotators=0)
+        state = jax.jit(new)({"one": one, "two": two})
+        step = make_train_step(scores, objective, tx, schedule)
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batches = data.batches(
+            pairs,
+            shape=data.batch_shape(pairs, **SHAPE),
+            batch_size=8,
+            accumulation=accumulation,
+            seed=3,
+            threads=0,
+            reference=zeros if dpo else None,
+        )
+        history = []
+        with compiled("train_step") as programs:
+            for _ in range(3):
+                state, metrics = step(state, to_global(next(batches), mesh))
+                history.append([metrics["loss"], metrics["grad_norm"]])
+        assert len(programs) == 1
+        return np.array(history, float), jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((4, 1, 2), 2)]
+)
+def test_layout_does_not_change_what_is_chosen(pairs, sizes, accumulation):  # noqa: F811
+    whole, _ = steps_of(pairs)
+    split, _ = steps_of(pairs, sizes=sizes, accumulation=accumulation)
+    np.testing.assert_allclose(split, whole, rtol=1e-4)
+
+
+def test_two_equal_policies_part(pairs):  # noqa: F811
+    _, params = steps_of(pairs, loss="dpo")
+    gaps = jax.tree.map(lambda a, b: abs(a - b).max(), params["one"], params["two"])
+    assert min(jax.tree.leaves(gaps)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"noise_rate": 1.0}, "noise_rate 1.0"),
+        ({"noise_rate": -0.1}, "noise_rate -0.1"),
+        ({"noise_rate": 0.2, "ramp_steps": 0.0}, "ramp_steps 0.0"),
+        ({"noise_rate": 0.2, "ramp_steps": math.inf}, "ramp_steps inf"),
+        ({"noise_rate": 0.2, "gamma": 1.0}, "gamma"),
+    ],
+)
+def test_wrong_options_are_named(wrong, message):
+    with pytest.raises(InputError, match=message):
+        crm(losses.bradley_terry, **wrong)
+
+
+def test_a_loss_of_whole_batches_is_refused():
+    with pytest.raises(InputError, match="dr_dpo"):
+        crm(losses.dr_dpo, noise_rate=0.2)
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "dpo"])
+def test_a_run_exports_both_models(tmp_path, loss):
+    source = make_model_folder(tmp_path / "source")
+    pairs_file = make_pairs_file(tmp_path / "pairs.jsonl")
+    flags = ["--objective", "crm", "--objective.noise-rate", "0.25"]
+    export = train(source, pairs_file, tmp_path / "run", *flags, loss=loss)
+    model = (build if loss == "dpo" else RewardModel)(tiny_config())
+    one, two = (
+        load_params(tmp_path / "run" / name, model) for name in ("export", "export_two")
+    )
+    assert export == tmp_path / "run" / "export"
+    gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), one, two)
+    assert min(jax.tree.leaves(gaps)) > 0
+    # The same command again finds everything done, and exports the same bits.
+    weights = export / "model.safetensors"
+    before = weights.read_bytes()
+    train(source, pairs_file, tmp_path / "run", *flags, loss=loss)
+    assert weights.read_bytes() == before

@@ -1,0 +1,211 @@
+"""Mixed batches: two streams with states of their own, the same for any processes."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpref.data import (
+    DataOptions,
+    ListSource,
+    MixOptions,
+    batch_shape,
+    batches,
+    eval_batches,
+    make_mixed_plan,
+    make_plan,
+    mixed_batches,
+)
+from jaxpref.data.mixture import empty_rows
+from jaxpref.errors import InputError
+from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
+from tests.test_data_pipeline import assert_equal, joined, take
+from tests.test_traces import traced
+
+TOKENIZER = byte_tokenizer()
+
+
+def plan_of(num_traces, num_empty, **options):
+    return make_mixed_plan(
+        ListSource(traced(num_traces)),
+        TOKENIZER,
+        DataOptions(**(dict(heldout_fraction=0.0) | options)),
+        empty=ListSource(synthetic_pairs(num_empty)),
+    )
+
+
+PAIRS = plan_of(37, 23, flip_rate=0.3).train
+SHAPE = batch_shape(PAIRS)
+
+
+def train(pairs=PAIRS, **options):
+    return mixed_batches(pairs, shape=SHAPE, **(dict(batch_size=8, seed=3) | options))
+
+
+def stream(taken, empty):
+    """The pairs of one kind, in the order they came in."""
+    return np.concatenate([b.pairs[b.empty == empty] for b in taken]).tolist()
+
+
+@pytest.mark.parametrize("share, count", [(0.5, 4), (0.25, 2), (0.01, 1), (0.99, 7)])
+def test_every_batch_has_the_same_number_of_each_kind(share, count):
+    for batch in take(train(empty_share=share), 20):
+        assert batch.empty.dtype == bool and batch.empty.shape == (1, 8, 1)
+        assert batch.empty.sum() == count
+        np.testing.assert_array_equal(batch.empty, PAIRS.empty[batch.pairs])
+        np.testing.assert_array_equal(batch.flips, PAIRS.flips[batch.pairs])
+        assert (batch.weights == 1).all()
+
+
+def test_rows_are_the_pairs_that_they_name():
+    whole = list(eval_batches(PAIRS, shape=SHAPE, batch_size=len(PAIRS)))[0]
+    for batch in take(train(accumulation=2), 12):
+        expected = jax.tree.map(lambda x, b=batch: x[0, b.pairs[..., 0]], whole)
+        assert_equal(batch, expected)
+
+
+def test_the_mix_is_the_same_everywhere_where_the_counts_allow_it():
+    for size, count in itertools.product((2, 3, 8, 12, 24), range(1, 24)):
+        if count >= size:
+            continue
+        rows = empty_rows(size, count / size)
+        assert rows.sum() == count
+        for parts in range(1, size + 1):
+            if size % parts == 0:
+                each = rows.reshape(parts, -1).sum(1)
+                assert each.max() - each.min() <= (count % parts != 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("share", [0.5, 0.375, 0.125])
+def test_any_process_count_sees_the_same_batches(count, accumulation, share):
+    options = dict(accumulation=accumulation, empty_share=share)
+    whole = train(**options)
+    parts = [
+        train(process_index=p, process_count=count, **options) for p in range(count)
+    ]
+    for _ in range(12):  # more than two epochs of the shorter stream at half and half
+        pieces = [next(part) for part in parts]
+        assert pieces[0].tokens.shape[:2] == (accumulation, 8 // accumulation // count)
+        assert_equal(joined(pieces), next(whole))
+
+
+def test_accumulation_cuts_the_same_batch():
+    for one, four in zip(take(train(), 9), take(train(accumulation=4), 9)):
+        assert one.pairs.ravel().tolist() == four.pairs.ravel().tolist()
+        assert (four.empty.sum((1, 2)) == 1).all()
+
+
+def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
+    taken = take(train(), 40)
+    for empty in (False, True):
+        mine = np.flatnonzero(PAIRS.empty == empty).tolist()
+        seen, size = stream(taken, empty), len(mine)
+        epochs = [seen[n * size : (n + 1) * size] for n in range(4)]
+        assert all(sorted(epoch) == mine for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_one_stream_does_not_depend_on_the_other():
+    """Its epochs, order and share of the batch are its own."""
+    other = plan_of(37, 5, flip_rate=0.3).train
+    assert other.ids[~other.empty].tolist() == PAIRS.ids[~PAIRS.empty].tolist()
+    for empty, pairs in ((False, other), (True, plan_of(11, 23, flip_rate=0.3).train)):
+        ids = [
+            p.ids[stream(take(train(p), 30), empty)].tolist() for p in (PAIRS, pairs)
+        ]
+        assert ids[0] == ids[1]
+    # A third of the rows, and so of the steps that an epoch takes, in the same order.
+    few, many = (
+        stream(take(train(batch_size=12, empty_share=s), 12), False)
+        for s in (0.5, 0.25)
+    )
+    assert few == many[: len(few)]
+
+
+def test_seeds_and_kinds_shuffle_apart():
+    pairs = plan_of(23, 23).train
+    orders = set()
+    for seed in range(4):
+        taken = take(train(pairs, seed=seed, batch_size=46), 3)
+        for empty in (False, True):
+            first = np.flatnonzero(pairs.empty == empty)[0]
+            order = np.array(stream(taken, empty)) - first
+            orders |= {tuple(order[n * 23 : (n + 1) * 23]) for n in range(3)}
+    assert len(orders) == 24
+
+
+def test_the_orders_are_pinned():
+    """A change here changes every mixed run's order: say so in the changelog."""
+    first = [batch.pairs.ravel().tolist() for batch in take(train(), 2)]
+    assert first == [[22, 54, 20, 48, 1, 40, 14, 53], [15, 45, 10, 56, 13, 55, 30, 47]]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_resumed_from_the_states_of_both_streams(threads):
+    straight = take(train(), 20)
+    iterator = train(threads=threads)
+    take(iterator, 7)
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert state == {"trace": {"next_index": 7}, "empty": {"next_index": 7}}
+    next(iterator)
+    resumed = train(threads=threads)
+    resumed.set_state(state)
+    for batch, expected in zip(take(resumed, 13), straight[7:]):
+        assert_equal(batch, expected)
+    halves = [train(process_index=p, process_count=2) for p in range(2)]
+    for half in halves:
+        half.set_state(state)
+    assert_equal(joined([next(half) for half in halves]), straight[7])
+
+
+def test_each_stream_goes_on_from_its_own_state():
+    straight = take(train(), 12)
+    iterator = train()
+    iterator.set_state({"trace": {"next_index": 3}, "empty": {"next_index": 9}})
+    batch = next(iterator)
+    assert stream([batch], False) == stream(straight[3:4], False)
+    assert stream([batch], True) == stream(straight[9:10], True)
+    assert iterator.get_state() == {
+        "trace": {"next_index": 4},
+        "empty": {"next_index": 10},
+    }
+
+
+def test_reference_scores_travel_with_their_pair():
+    table = np.random.default_rng(0).normal(size=(len(PAIRS), 2)).astype(np.float32)
+    for batch in take(train(reference={"one": table}), 5):
+        np.testing.assert_array_equal(batch.reference["one"], table[batch.pairs])
+    with pytest.raises(ValueError, match="one is"):
+        train(reference={"one": table[:-1]})
+
+
+def test_evaluation_sees_both_kinds():
+    found = list(eval_batches(PAIRS, shape=SHAPE, batch_size=8))
+    empty = np.concatenate([batch.empty.ravel() for batch in found])
+    assert empty[: len(PAIRS)].tolist() == PAIRS.empty.tolist()
+    assert not empty[len(PAIRS) :].any()
+
+
+def test_ordinary_batches_are_never_empty():
+    plan = make_plan(ListSource(traced(20)), TOKENIZER, DataOptions())
+    shape = batch_shape(plan.train, plan.heldout)
+    for batch in take(batches(plan.train, shape=shape, batch_size=4), 3):
+        assert batch.empty.shape == (1, 4, 1) and not batch.empty.any()
+    with pytest.raises(InputError, match="no pair with an empty trace is left"):
+        mixed_batches(plan.train, shape=shape, batch_size=4)
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(InputError, match="batch_size 8 is not a multiple"):
+        train(accumulation=3)
+    with pytest.raises(InputError, match="batch_size 1 has no room"):
+        train(batch_size=1)
+    for share in (0, 1, -0.5):
+        with pytest.raises(InputError, match="empty_share"):
+            MixOptions(empty_share=share)
+    with pytest.raises(InputError, match="no pair with a trace is left"):
+        train(plan_of(5, 5, heldout_fraction=1).train)
