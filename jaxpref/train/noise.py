@@ -176,6 +176,8 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0, **options) -> Objectiv
             "noise/flip_rate": found.rate,
             "noise/flip_rate_lower": found.lower,
             "noise/flip_rate_upper": found.upper,
+            # Whether to quote the rate, or only the interval.
+            "noise/identified": found.identified.astype(jnp.float32),
             "noise/temperature": found.temperature,
         }
 

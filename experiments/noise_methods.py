@@ -1,0 +1,338 @@
+"""How robust is a loss to wrong labels, and can the rate of wrong labels be learnt?
+
+Claims
+    Every peer takes the flip rate as a number that the user must guess.  Here it is
+    learnt while the policy trains (`--objective learned_rate`), from how often the
+    policy's surer margins agree with labels that it has not yet seen, with the margins'
+    temperature learnt beside it.  Cao et al. 2025 (RE-PO, arXiv:2509.24159) learn it by
+    EM, which at 40 % flips stays near its prior.
+
+Commands
+    python -m experiments.noise_methods             (default)
+    python -m experiments.noise_methods --smoke     (does it work?)
+    python -m experiments.noise_methods --full      (many hours)
+    The same command resumes what was begun in OUT: runs/noise_methods, with _smoke or
+    _full behind, or what --out names.
+
+Expected
+    (figures follow)
+
+Protocol
+    World, reference, pairs, labels, optimiser and measures are those of
+    `noisy_sentiment.py`: 16,384 pairs of samples of a small llama a seed, labels drawn
+    by Bradley-Terry from an exact gold reward, then flipped; one pass, 256 steps of 64.
+    Told: the loss is given the true rate.  Learned: it is given nothing.
+    Noise: symmetric, or (in `--full`) by annotator: four annotators with flip rates of
+    1/4, 3/4, 1 and 2 times the stated mean, the last one adversarial where that is
+    above 1/2.  Told is told the mean.
+    Flip rate: as the run's last metric line has it.
+    AUROC: of the trained policy's margins against planted flips, on the first 4,096
+    pairs of its training set; beside it that of the true reward's margins.
+    Share kept: gain in gold reward over the reference, divided by that of the forward
+    correction told the rate, on the same pairs; a mean over seeds of that quotient.
+    Fewer pairs: the same with the first 4,096 and 8,192 pairs, 64 and 128 steps.
+    `learned_rate` was designed on pairs of seeds 0 and 70 and on other flips than those
+    reported (seeds 10 to 14).
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import noisy_sentiment as base
+from experiments import sentiment_world as world
+from experiments.noise_methods_report import write_results
+from experiments.ranks import area
+from jaxpref import losses
+from jaxpref.data import DataOptions, load_tokenizer, make_plan, open_source
+from jaxpref.data import batch_shape as shape_of
+from jaxpref.errors import InputError
+from jaxpref.files import write_json
+from jaxpref.models import build
+from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.train import MeshConfig, Objective, from_loss, make_mesh, read_metrics, run
+from jaxpref.train.entry import entry_point
+from jaxpref.train.noise import em, learned_rate, re_po
+from jaxpref.train.peer import crm
+from jaxpref.train.score import make_score_step, score_pairs
+from jaxpref.train.scores import make_scores
+
+ANNOTATORS = {"ann": 0.25, "bob": 0.75, "cat": 1.0, "dan": 2.0}
+"""Flip rate of each annotator, as a multiple of the mean."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Everything that decides the result; see "Protocol" in the module's docstring."""
+
+    seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
+    flip_rates: tuple[float, ...] = (0.2, 0.4)
+    noises: tuple[str, ...] = ("symmetric",)
+    all_methods: bool = False
+    pairs: int = 16_384
+    fewer_pairs: tuple[int, ...] = (4096, 8192)
+    judged_pairs: int = 4096
+    sft_steps: int = 300
+    evaluated_samples: int = 1920
+
+    def world(self, pairs: int) -> base.Protocol:
+        """The protocol of the sentiment world with so many pairs."""
+        return base.Protocol(
+            seeds=self.seeds,
+            pairs=pairs,
+            steps=pairs // 64,
+            sft_steps=self.sft_steps,
+            evaluated_samples=self.evaluated_samples,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to train; `make(flip rate)` gives its objective."""
+
+    name: str
+    make: Callable[[float], Objective]
+    learns: bool = False
+    """Whether its metrics tell a flip rate."""
+
+
+BETA = {"beta": 1.0}
+TOLD = "forward DPO, told"
+LEARNED = "learned rate"
+METHODS = (
+    Method("DPO", lambda rate: from_loss(losses.dpo, **BETA)),
+    Method("rDPO, told", lambda rate: from_loss(losses.rdpo, flip_rate=rate, **BETA)),
+    Method(TOLD, lambda rate: from_loss(losses.forward_dpo, flip_rate=rate, **BETA)),
+    Method("EM", lambda rate: em(losses.dpo, **BETA), learns=True),
+    Method(LEARNED, lambda rate: learned_rate(losses.dpo, **BETA), learns=True),
+)
+MORE_METHODS = (
+    Method("cDPO, told", lambda rate: from_loss(losses.cdpo, flip_rate=rate, **BETA)),
+    Method("IPO", lambda rate: from_loss(losses.ipo, beta=0.25)),
+    Method("ROPO", lambda rate: from_loss(losses.ropo, **BETA)),
+    Method("Hölder-DPO", lambda rate: from_loss(losses.holder_dpo, **BETA)),
+    Method("Dr. DPO", lambda rate: from_loss(losses.dr_dpo, **BETA)),
+    Method("RE-PO", lambda rate: re_po(losses.dpo, **BETA), learns=True),
+    Method("CRM, told", lambda rate: crm(losses.dpo, noise_rate=rate, **BETA)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    method: Method
+    noise: str
+    rate: float
+    pairs: int
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder under OUT/runs."""
+        method = "".join(c for c in self.method.name.lower() if c.isalpha())
+        percent = round(100 * self.rate)
+        return f"{method}-{self.noise}-{percent}-{self.pairs}-{self.seed}"
+
+
+def make_runs(protocol: Protocol) -> list[Run]:
+    """Each method at each rate; the two that are compared also with fewer pairs."""
+    methods = METHODS + (MORE_METHODS if protocol.all_methods else ())
+    runs = []
+    for seed in protocol.seeds:
+        of = functools.partial(Run, seed=seed)
+        runs.append(of(METHODS[0], "symmetric", 0.0, protocol.pairs))
+        for rate in protocol.flip_rates:
+            for noise in protocol.noises:
+                runs += [of(m, noise, rate, protocol.pairs) for m in methods]
+            runs += [
+                of(method, "symmetric", rate, pairs)
+                for pairs in protocol.fewer_pairs
+                for method in METHODS
+                if method.name in (TOLD, LEARNED)
+            ]
+    return runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How much of the experiment to run."""
+
+    out: str | None = None
+    """Folder for everything; the same command resumes what was begun in it.  Without
+    it: runs/noise_methods, with _smoke or _full behind."""
+    smoke: bool = False
+    """Only see that it works: two minutes, and numbers that mean nothing."""
+    full: bool = False
+    """All robust methods, flip rates from 0 to 0.45, also by annotator: many hours."""
+
+
+def choose(options: Options) -> tuple[Protocol, Path]:
+    """What is run, and where it goes."""
+    if options.smoke and options.full:
+        raise InputError("--smoke and --full are two experiments: give one of them")
+    protocol, out = Protocol(), "runs/noise_methods"
+    if options.full:
+        protocol = Protocol(
+            flip_rates=(0.0, 0.1, 0.2, 0.3, 0.4, 0.45),
+            noises=("symmetric", "annotators"),
+            all_methods=True,
+        )
+        out += "_full"
+    if options.smoke:
+        protocol = Protocol(
+            seeds=(10,), flip_rates=(0.4,), noises=("symmetric", "annotators"),
+            pairs=640, fewer_pairs=(256,), judged_pairs=128, sft_steps=40,
+            evaluated_samples=240,
+        )  # fmt: skip
+        out += "_smoke"
+    return protocol, Path(options.out or out)
+
+
+def main(options: Options) -> None:
+    """The experiment, from nothing to the report."""
+    if jax.process_count() > 1:
+        raise InputError("this experiment is small: run it in one process")
+    protocol, out = choose(options)
+    base.begin(protocol, out)
+    if not jax.config.jax_compilation_cache_dir:
+        # The seeds of a method run the same program: compile it once.
+        jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    runs, started = make_runs(protocol), time.perf_counter()
+    say = lambda text: print(
+        f"[{(time.perf_counter() - started) / 60:5.1f} min] {text}", flush=True
+    )
+    say(f"{len(runs)} preference runs of up to half a minute on two cores")
+    mesh = make_mesh(MeshConfig())
+    reference = base.train_reference(protocol.world(protocol.pairs), out)
+    base.write_pairs(
+        out / "world" / "heldout.jsonl", reference, 512, seed=999, mesh=mesh
+    )
+    with jax.set_mesh(mesh):
+        start = measured(protocol, reference, reference, seed=1000)
+    say("reference trained")
+    records = []
+    for done, one in enumerate(runs):
+        record = make_record(protocol, one, reference, out, mesh)
+        records.append(record)
+        rate = record["learned"]
+        say(
+            f"{done + 1} of {len(runs)}: {one.folder}: reward {record['reward']:.2f}"
+            + (f", flip rate {rate:.3f}" if rate is not None else "")
+        )
+    write_results(
+        out, records, start["reward"], told=TOLD, learned=LEARNED, about=__doc__
+    )
+
+
+def make_record(protocol: Protocol, one: Run, reference: Path, out: Path, mesh) -> dict:
+    """Trains and measures one run, unless that was done before."""
+    path = out / "records" / f"{one.folder}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    source = pairs_file(protocol, one, reference, out, mesh)
+    sizes = protocol.world(one.pairs)
+    folder = out / "runs" / one.folder
+    arm = base.Arm(one.method.name, losses.dpo, one.rate, BETA)
+    config = dataclasses.replace(
+        base.preference_run(sizes, arm, one.seed, reference, out, folder),
+        data=str(source),
+        objective=one.method.make(one.rate),
+        options=data_options(one, out),
+    )
+    export = run(config)
+    lines = read_metrics(folder / "metrics.jsonl")
+    learned = [line["noise/flip_rate"] for line in lines if "noise/flip_rate" in line]
+    with jax.set_mesh(mesh):
+        record = {
+            "method": one.method.name,
+            "noise": one.noise,
+            "rate": one.rate,
+            "pairs": one.pairs,
+            "seed": one.seed,
+            "learned": learned[-1] if one.method.learns else None,
+            **measured(protocol, export, reference, seed=1000 + one.seed),
+            **judged(protocol, config, export, reference, mesh),
+        }
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, record)
+    return record
+
+
+def pairs_file(protocol: Protocol, one: Run, reference: Path, out: Path, mesh) -> Path:
+    """The run's pairs, clean: the first of its seed's, by annotators in turn."""
+    whole = out / "world" / f"pairs-{one.seed}.jsonl"
+    base.write_pairs(whole, reference, protocol.pairs, seed=one.seed, mesh=mesh)
+    path = out / "world" / f"pairs-{one.seed}-{one.noise}-{one.pairs}.jsonl"
+    if not path.exists():
+        rows = [json.loads(line) for line in whole.read_text().splitlines()]
+        if one.noise == "annotators":
+            names = list(ANNOTATORS)
+            rows = [row | {"annotator": names[n % 4]} for n, row in enumerate(rows)]
+        world.write_jsonl(path, rows[: one.pairs])
+    return path
+
+
+def data_options(one: Run, out: Path) -> DataOptions:
+    """The noise of a run."""
+    if one.noise == "symmetric" or not one.rate:
+        return DataOptions(flip_rate=one.rate, flip_seed=one.seed)
+    rates = out / "world" / f"rates-{round(100 * one.rate)}.json"
+    write_json(rates, {name: one.rate * x for name, x in ANNOTATORS.items()})
+    return DataOptions(flip_annotators=str(rates), flip_seed=one.seed)
+
+
+def measured(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> dict:
+    """Gold reward, KL and share of broken samples of a policy."""
+    sizes = protocol.world(protocol.pairs)
+    found = base.measure(sizes, folder, reference, seed=seed)
+    return {name: found[name] for name in ("reward", "kl", "broken")}
+
+
+def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> dict:
+    """How well margins tell planted flips, of the policy and of the true reward."""
+    options = dataclasses.replace(
+        config.options, heldout_fraction=0.0, max_pairs=protocol.judged_pairs
+    )
+    plan = make_plan(open_source(config.data), load_tokenizer(export), options)
+    pairs = plan.train
+    if not pairs.flips.any():
+        return {"auroc": None, "auroc_oracle": None}
+    model = build(load_config(export))
+    step = make_score_step(make_scores(model, chunk_size=16))
+    split = {"shape": shape_of(pairs), "batch_size": 64}
+    logps = [
+        score_pairs(
+            step,
+            load_params(folder, model),
+            pairs,
+            split=split,
+            mesh=mesh,
+            title="AUROC",
+        )["policy_logps"]
+        for folder in (export, reference)
+    ]
+    ratios = logps[0] - logps[1]
+    rows = map(json.loads, Path(config.data).read_text().splitlines())
+    rewards = np.array([row["rewards"] for row in rows])[pairs.rows]
+    true = np.where(pairs.flips, -1, 1) * (rewards[:, 0] - rewards[:, 1])
+    return {
+        "auroc": area(ratios[:, 1] - ratios[:, 0], pairs.flips),
+        "auroc_oracle": area(-true, pairs.flips),
+    }
+
+
+if __name__ == "__main__":
+    with entry_point():
+        main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,141 @@
+"""A small world of reasoning: three numbers are added on a clock of seven hours.
+
+    prompt = "3 5 1 ="                   (x, y and z; 343 prompts)
+    trace  = FILLER NAME NAME HOUR       ("so x y 1": x + y makes 1; 168 traces)
+    answer = HOUR                        (7 answers)
+
+A trace says which two numbers are added first, in which order, and what they make; the
+answer adds the third.  Filler and order change nothing, and the trace may be wrong.
+There are few enough traces to add up over all of them: what a model thinks of an answer
+is a finite sum.  The gold reward sees the answer only: 1 if it is right, else 0.
+
+People who write here are careless.  Either sum is right with probability `CAREFUL`,
+without a trace the answer with `CARELESS`, and otherwise any other hour is as likely: a
+model trained on them has as much to learn from preferences as people have mistakes.
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+MODULUS = 5
+HOURS = tuple(map(str, range(MODULUS)))
+NAMES = ("x", "y", "z")
+FILLERS = ("so", "well", "hmm", "now")
+CAREFUL = 0.7
+CARELESS = 0.4
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+MARKERS = ("<think>", "</think>")
+WORDS = ("=", *HOURS, *NAMES, *FILLERS)
+VOCABULARY = (*SPECIAL, *MARKERS, *WORDS)
+TRACE_WORDS = 4
+
+
+def all_prompts() -> list[str]:
+    """Every prompt of the world, in a fixed order."""
+    return [" ".join((*hours, "=")) for hours in itertools.product(HOURS, repeat=3)]
+
+
+def all_traces() -> list[str]:
+    """The trace language, in a fixed order: the same for every prompt."""
+    return [
+        f"{filler} {first} {second} {hour}"
+        for filler in FILLERS
+        for first, second in itertools.permutations(NAMES, 2)
+        for hour in HOURS
+    ]
+
+
+def numbers(prompt: str) -> tuple[int, int, int]:
+    """The three numbers of a prompt.
+
+    Raises:
+      ValueError: the prompt is not one of this world.
+    """
+    words = prompt.split()
+    if len(words) != 4 or words[3] != "=" or not {*words[:3]} <= {*HOURS}:
+        raise ValueError(f"{prompt!r} is not a prompt of this world")
+    x, y, z = map(int, words[:3])
+    return x, y, z
+
+
+def gold_reward(prompt: str, answer: str) -> float:
+    """1 if the answer is the right one, else 0, whatever text it is.
+
+    Raises:
+      ValueError: the prompt is not one of this world.
+    """
+    return float(answer.strip() == str(sum(numbers(prompt)) % MODULUS))
+
+
+def gold_rewards(prompts: list[str]) -> np.ndarray:
+    """The gold reward of every answer, [prompts, MODULUS]."""
+    return np.array([[gold_reward(p, hour) for hour in HOURS] for p in prompts])
+
+
+def slip(rng, right: int, careful: float) -> int:
+    """`right` with probability `careful`, else any other hour."""
+    other = right + rng.integers(1, MODULUS)
+    return int(right if rng.random() < careful else other) % MODULUS
+
+
+def write_trace(rng, prompt: str) -> tuple[str, str]:
+    """A trace and the answer after it, as people write them here."""
+    values = dict(zip(NAMES, numbers(prompt)))
+    first, second, third = map(str, rng.permutation(NAMES))
+    claim = slip(rng, values[first] + values[second], CAREFUL)
+    answer = slip(rng, claim + values[third], CAREFUL)
+    return f"{rng.choice(FILLERS)} {first} {second} {claim}", str(answer)
+
+
+def write_demonstrations(count: int, seed: int) -> list[dict]:
+    """`count` prompts with completions, every other one without a trace.
+
+    An empty trace belongs to the prompt, so that nobody learns to write one.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = all_prompts()
+    rows = []
+    for n, index in enumerate(rng.integers(len(prompts), size=count)):
+        prompt = prompts[index]
+        opened, closed = MARKERS
+        if n % 2:
+            answer = slip(rng, sum(numbers(prompt)), CARELESS)
+            rows.append({"prompt": prompt + opened + closed, "completion": f"{answer}"})
+        else:
+            trace, answer = write_trace(rng, prompt)
+            whole = opened + trace + closed + answer
+            rows.append({"prompt": prompt, "completion": whole})
+    return rows
+
+
+def trace_pair(prompt: str, chosen: tuple[str, str], rejected: tuple[str, str]) -> dict:
+    """A record of a pair, its sides (trace, answer)."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    named = {k: {"trace": t, "answer": a} for k, (t, a) in sides.items()}
+    return {"prompt": prompt, **named}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a word-level tokenizer that `AutoTokenizer.from_pretrained` loads."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    # As tokens of their own they need no white space around them.
+    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in MARKERS])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
