@@ -59,9 +59,9 @@ Expected
 What was aimed at, and missed
     One vote a pair, Spearman 0.40: 0.38 ± 0.04, missed by 0.02 (one draw of five is
     above).  AUROC 0.85: 0.88, reached.  Two points of accuracy over BT and smoothing:
-    0.1 and 0.0, missed (CRM falls 0.2 below BT); the same text model trained on gold itself is no better, so
-    with these features label noise is not what limits accuracy on unseen topics.  With
-    two votes the joint EM's is 0.3 below BT's.
+    0.1 and 0.0, missed (CRM: 0.2 below BT); the same text model trained on gold itself
+    is no better, so with these features label noise is not what limits accuracy on
+    unseen topics.  With two votes the joint EM's is 0.3 below BT's.
     All votes, not below Dawid-Skene: missed by a little, AUROC 0.9898 and 0.9902,
     Spearman 0.862 and 0.868 (without the worker 0.820 and 0.819).
     Two votes, better than Dawid-Skene: AUROC 0.93 over 0.86, Spearman 0.55 over 0.45.
