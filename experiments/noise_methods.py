@@ -111,12 +111,12 @@ TOLD = "forward DPO, told"
 LEARNED = "learned rate"
 METHODS = (
     Method("DPO", lambda rate: from_loss(losses.dpo, **BETA)),
-    Method("rDPO, told", lambda rate: from_loss(losses.rdpo, flip_rate=rate, **BETA)),
     Method(TOLD, lambda rate: from_loss(losses.forward_dpo, flip_rate=rate, **BETA)),
     Method("EM", lambda rate: em(losses.dpo, **BETA), learns=True),
     Method(LEARNED, lambda rate: learned_rate(losses.dpo, **BETA), learns=True),
 )
 MORE_METHODS = (
+    Method("rDPO, told", lambda rate: from_loss(losses.rdpo, flip_rate=rate, **BETA)),
     Method("cDPO, told", lambda rate: from_loss(losses.cdpo, flip_rate=rate, **BETA)),
     Method("IPO", lambda rate: from_loss(losses.ipo, beta=0.25)),
     Method("ROPO", lambda rate: from_loss(losses.ropo, **BETA)),
@@ -146,7 +146,7 @@ class Run:
 
 
 def make_runs(protocol: Protocol) -> list[Run]:
-    """Each method at each rate; the two that are compared also with fewer pairs."""
+    """Each method at each rate; the learned rate, the last, also with fewer pairs."""
     methods = METHODS + (MORE_METHODS if protocol.all_methods else ())
     runs = []
     for seed in protocol.seeds:
@@ -156,10 +156,8 @@ def make_runs(protocol: Protocol) -> list[Run]:
             for noise in protocol.noises:
                 runs += [of(m, noise, rate, protocol.pairs) for m in methods]
             runs += [
-                of(method, "symmetric", rate, pairs)
+                of(METHODS[-1], "symmetric", rate, pairs)
                 for pairs in protocol.fewer_pairs
-                for method in METHODS
-                if method.name in (TOLD, LEARNED)
             ]
     return runs
 

@@ -9,6 +9,10 @@ from jaxpref.data.labels import LabelFields as LabelFields
 from jaxpref.data.mixture import mixed_batches as mixed_batches
 from jaxpref.data.options import DataOptions as DataOptions
 from jaxpref.data.options import MixOptions as MixOptions
+from jaxpref.data.packing import PackedShape as PackedShape
+from jaxpref.data.packing import packed_batches as packed_batches
+from jaxpref.data.packing import packed_eval_batches as packed_eval_batches
+from jaxpref.data.packing import packed_shape as packed_shape
 from jaxpref.data.pairs import BatchShape as BatchShape
 from jaxpref.data.pairs import Pairs as Pairs
 from jaxpref.data.pairs import PairsBuilder as PairsBuilder

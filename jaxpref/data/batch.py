@@ -5,6 +5,9 @@ import dataclasses
 import jax.tree_util
 import numpy as np
 
+PARTS = 3
+"""Prompt, chosen and rejected of a packed pair: segment = PARTS * slot + part."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,13 @@ class PreferenceBatch:
     labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """By the loss's name, float32 [A, R, S]: what annotators said beside the order, see
     `LabelFields`; 0 in empty slots, and nothing where no loss reads any."""
+    positions: np.ndarray | None = None
+    """int32 [A, R, Q, T] of packed rows: a token's place in prompt and answer.  None in
+    the padded layout, where it is its place in the sequence."""
+    segments: np.ndarray | None = None
+    """int32 [A, R, Q, T] of packed rows: PARTS * slot + part of each token (0 prompt,
+    1 chosen, 2 rejected), -1 padding.  An answer sees its prompt and itself.  None in
+    the padded layout, where a token sees all before it."""
 
     @property
     def mask(self):

@@ -37,6 +37,9 @@ class Pairs:
     empty: np.ndarray
     """bool [N]; this pair has an empty trace, in a run that mixes such pairs with pairs
     that have traces; False everywhere else."""
+    sources: np.ndarray
+    """int8 [N]; which source the record is in: 1 is the second one of a run that mixes
+    two, made without traces; 0 everywhere else."""
     annotator_names: tuple[str, ...] = ()
     labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """By the loss's name, float32 [N]: numbers of the records; see `LabelFields`."""
@@ -93,7 +96,7 @@ class PairsBuilder:
         self._tokens = array("i")
         self._prompt_lengths, self._completion_lengths = array("i"), array("i")
         self._rows, self._flips = array("q"), array("b")
-        self._empty = array("b")
+        self._empty, self._sources = array("b"), array("b")
         self._ids: list[str] = []
         self._annotators: list[str | None] = []
         self._labels: dict[str, array] = {}
@@ -112,6 +115,7 @@ class PairsBuilder:
         row: int | None = None,
         labels: Mapping[str, float] = types.MappingProxyType({}),
         empty: bool = False,
+        source: int = 0,
     ) -> None:
         """Append one pair; the row defaults to the number of pairs before it."""
         if len(completions) != self._num_sides:
@@ -129,6 +133,7 @@ class PairsBuilder:
         self._ids.append(id)
         self._flips.append(flip)
         self._empty.append(empty)
+        self._sources.append(source)
         self._annotators.append(annotator)
 
     def annotators(self) -> set[str]:
@@ -157,6 +162,7 @@ class PairsBuilder:
             ),
             rows=np.array(self._rows, np.int64),
             empty=np.array(self._empty, bool),
+            sources=np.array(self._sources, np.int8),
             annotator_names=names,
             labels={k: np.array(v, np.float32) for k, v in self._labels.items()},
         )

@@ -120,20 +120,24 @@ def batches(
       A Grain iterator of PreferenceBatch with `get_state()` = {"next_index": step} and
       `set_state(state)`.
     """
-    if not len(pairs):
-        raise InputError("no pair is left to train on")
     micro = rows_of_process(batch_size, accumulation, process_count)
-    # Grain gives epoch e the seed `seed + e`: neighbouring seeds would share epochs.
-    (uniform,) = hash_uniforms([str(seed)], salt="order")
     dataset = (
-        grain.MapDataset.range(len(pairs))
-        .shuffle(seed=int(uniform * 2**32))
-        .repeat()
+        shuffled(pairs, seed)
         .batch(batch_size, drop_remainder=True)
         .map(_share(accumulation, micro, process_index))
         .map(collating(pairs, shape, reference))
     )
     return iter(dataset.to_iter_dataset(read_ahead(threads, prefetch)))
+
+
+def shuffled(pairs: Pairs, seed: int) -> grain.MapDataset:
+    """Numbers of pairs without end, every epoch in an order of its own."""
+    if not len(pairs):
+        raise InputError("no pair is left to train on")
+    # Grain gives epoch e the seed `seed + e`: neighbouring seeds would share epochs.
+    (uniform,) = hash_uniforms([str(seed)], salt="order")
+    order = grain.MapDataset.range(len(pairs)).shuffle(seed=int(uniform * 2**32))
+    return order.repeat()
 
 
 def eval_batches(

@@ -165,9 +165,9 @@ def _make_plan(
     records: collections.Counter[str] = collections.Counter()
     train, heldout = PairsBuilder(sides), PairsBuilder(sides)
     limit = sys.maxsize if options.max_pairs is None else options.max_pairs
-    for source, pairs_of in parts:
+    for number, (source, pairs_of) in enumerate(parts):
         kept, last = 0, -1
-        chunks = _chunks(source, pairs_of, options, sides, counts, records)
+        chunks = _chunks(number, source, pairs_of, options, sides, counts, records)
         for items in chunks:
             results = tokenize(
                 [item.example for item in items],
@@ -209,6 +209,8 @@ def _make_plan(
 class _Item:
     """One pair on its way into the plan."""
 
+    source: int
+    """Its number; see `Pairs.sources`."""
     row: int
     record_id: str
     """As a pair's id, of the whole record."""
@@ -244,6 +246,7 @@ def _add(
         flip=example.flip != flip,
         annotator=example.annotator,
         row=item.row,
+        source=item.source,
         empty=example.empty,
         labels=exchanged(example.labels) if flip else example.labels,
     )
@@ -272,6 +275,7 @@ def _unique_id(example: Example, copies: collections.Counter) -> str:
 
 
 def _chunks(
+    number: int,
     source: Source,
     pairs_of: PairsOf,
     options: DataOptions,
@@ -304,7 +308,7 @@ def _chunks(
             if pair.is_identical:
                 counts[f"dropped: {IDENTICAL}"] += 1
                 continue
-            items.append(_Item(row, record_id, pair))
+            items.append(_Item(number, row, record_id, pair))
             characters += pair.num_characters()
         if len(items) >= size or characters >= _CHUNK_CHARACTERS:
             yield items

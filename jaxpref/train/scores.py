@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import losses
-from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.batch import PARTS, PreferenceBatch
 from jaxpref.data.labels import LABELS
 from jaxpref.models import Model, RewardModel, logprobs
 from jaxpref.models.config import SPECS, on_mesh
@@ -87,7 +87,12 @@ def make_scores(
             ends = last_tokens(batch.completions)
             return {"rewards": per_completion(losses.sum_by_completion, rewards, ends)}
 
-        read = lambda p: (model.hidden(p, flat(batch.tokens)), model.head(p))
+        positions = mask = None
+        if batch.segments is not None:
+            positions = flat(batch.positions)
+            mask = packed_mask(flat(batch.segments))
+        hidden = lambda p: model.hidden(p, flat(batch.tokens), positions, mask)
+        read = lambda p: (hidden(p), model.head(p))
         asked = (flat(batch.predictors), flat(batch.targets))
         of_tokens = {}
         if "kls" in needs:
@@ -129,6 +134,19 @@ def make_scores(
         return sums
 
     return scores
+
+
+def packed_mask(segments: jax.Array) -> jax.Array:
+    """Which keys each query of packed rows sees, bool [B, T, T] of segments [B, T].
+
+    Its own part of its pair and the pair's prompt, as far as they stand before it.
+    Padding sees padding, so that no row of the mask is empty.
+    """
+    pair, part = segments // PARTS, segments % PARTS
+    query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
+    seen = (query(part) == key(part)) | (key(part) == 0)
+    place = jnp.arange(segments.shape[1])
+    return (query(pair) == key(pair)) & seen & (place <= place[:, None])
 
 
 def last_tokens(owners: jax.Array) -> jax.Array:

@@ -1,0 +1,245 @@
+"""Packed rows: the same numbers as one pair a row, and hardly any padding."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import data, losses
+from jaxpref.data.packing import as_array, collate_packed, fill, lengths
+from jaxpref.data.pipeline import collate
+from jaxpref.errors import InputError
+from jaxpref.models import build
+from jaxpref.train import from_loss
+from jaxpref.train.mesh import to_global
+from jaxpref.train.scores import make_scores, packed_mask
+from tests.test_training import mesh_of
+from tests.tiny import tiny_config, tiny_params
+
+
+def make_pairs(count, *, seed=0, longest=(8, 9)):
+    rng = np.random.default_rng(seed)
+    words = lambda most: rng.integers(4, 40, rng.integers(1, most)).tolist()
+    builder = data.PairsBuilder(2)
+    for n in range(count):
+        prompt, answer = longest
+        builder.add([1, *words(prompt)], [words(answer), words(answer)], id=f"{n}")
+    return builder.build()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return make_pairs(24)
+
+
+def packed(pairs, *, rows=4, row_length=48, accumulation=1, reference=None):
+    """One batch of the first pairs, and which these are."""
+    shape = data.packed_shape(pairs, row_length=row_length, batch_size=8)
+    shape = dataclasses.replace(shape, rows=rows)
+    (batch, *_) = data.packed_eval_batches(
+        pairs, shape=shape, accumulation=accumulation, reference=reference
+    )
+    held = batch.pairs[batch.pairs >= 0]
+    assert len(set(held.tolist())) == len(held) > 4
+    return jax.tree.map(jnp.asarray, batch), held
+
+
+def padded(pairs, held, reference=None):
+    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+    return jax.tree.map(
+        jnp.asarray, collate(pairs, held[None], shape=shape, reference=reference)
+    )
+
+
+NEEDS = [
+    {"policy_logps"},
+    {"policy_logps", "policy_prefix_logps"},
+    {"policy_logps", "log_weights"},
+    {"policy_logps", "kls"},
+]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: "-".join(sorted(needs)))
+def test_scores_equal_those_of_whole_sequences(pairs, needs):
+    """In float64, so that nothing but rounding could hide."""
+    with jax.enable_x64(True):
+        wide = {"param_dtype": "float64", "compute_dtype": "float64"}
+        model = build(tiny_config(**wide))
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
+        reference = jax.tree.map(lambda x: 0.9 * x, params)
+        scores = jax.jit(make_scores(model, frozenset(needs), chunk_size=4))
+        batch, held = packed(pairs)
+        micro = lambda b: jax.tree.map(lambda x: x[0], b)
+        found = scores(params, micro(batch), reference)
+        expected = scores(params, micro(padded(pairs, held)), reference)
+    at = np.asarray(batch.pairs[0])
+    order = [np.argwhere(at == n)[0] for n in held]
+    for name, values in expected.items():
+        ours = np.stack([found[name][row, slot] for row, slot in order])
+        np.testing.assert_allclose(ours, values[:, 0], rtol=1e-9, err_msg=name)
+        # Empty slots hold nothing.
+        assert not np.asarray(found[name])[at < 0].any()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"), [((1, 1, 1), 1), ((1, 1, 1), 2), ((2, 2, 2), 1)]
+)
+def test_the_gradient_is_that_of_whole_sequences(pairs, sizes, accumulation):
+    rng = np.random.default_rng(1)
+    table = {"reference_logps": rng.normal(-20, 2, (len(pairs), 2)).astype(np.float32)}
+    objective = from_loss(losses.dpo, beta=0.1)
+
+    def gradient(batch, *sizes):
+        mesh = mesh_of(*sizes)
+        with jax.set_mesh(mesh):
+            model = build(tiny_config())
+            scores = make_scores(model, chunk_size=4)
+            step = jax.jit(lambda p, b: objective.gradient(scores, p, b, {}))
+            grads, _, metrics = step(tiny_params(model), to_global(batch, mesh))
+        return jax.device_get(grads), float(metrics["loss"])
+
+    batch, held = packed(pairs, accumulation=accumulation, reference=table)
+    found, loss = gradient(jax.device_get(batch), *sizes)
+    whole = jax.device_get(padded(pairs, held, reference=table))
+    expected, whole_loss = gradient(whole, 1, 1, 1)
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, found, expected)
+
+
+def test_the_mask_by_hand():
+    #                    pair 0: prompt, chosen, rejected; pair 1; padding
+    segments = jnp.array([[0, 0, 1, 2, 2, 3, 4, 5, -1]])
+    expected = np.zeros((9, 9), int)
+    expected[0, 0] = expected[1, :2] = 1
+    expected[2, :3] = 1
+    expected[3, [0, 1, 3]] = expected[4, [0, 1, 3, 4]] = 1
+    expected[5, 5] = expected[6, 5:7] = 1
+    expected[7, [5, 7]] = expected[8, 8] = 1
+    np.testing.assert_array_equal(packed_mask(segments)[0], expected)
+
+
+def test_a_row_by_hand():
+    builder = data.PairsBuilder(2)
+    builder.add([1, 5], [[6, 7], [8]], id="a")
+    builder.add([1], [[9], [4, 4]], id="b")
+    pairs = builder.build()
+    shape = data.PackedShape(
+        sequence_length=10, predictions=7, slots=3, sides=2, rows=1
+    )
+    batch = collate_packed(pairs, np.array([[[0, 1, -1]]]), shape=shape)
+    row = lambda x: x[0, 0, 0].tolist()
+    assert row(batch.tokens) == [1, 5, 6, 7, 8, 1, 9, 4, 4, 0]
+    assert row(batch.positions) == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0]
+    assert row(batch.segments) == [0, 0, 1, 1, 2, 3, 4, 5, 5, -1]
+    assert row(batch.targets) == [6, 7, 8, 9, 4, 4, 0]
+    assert row(batch.predictors) == [1, 2, 1, 5, 5, 7, 0]
+    assert row(batch.completions) == [0, 0, 1, 2, 3, 3, -1]
+    assert batch.completion_lengths[0, 0].tolist() == [[2, 1], [1, 2], [0, 0]]
+    assert batch.pairs[0, 0].tolist() == [0, 1, -1] and batch.lengths.tolist() == [
+        [[9]]
+    ]
+
+
+def numbers(batch):
+    return batch.pairs[batch.pairs >= 0].tolist()
+
+
+def stream(pairs, *, batch_size=8, row_length=64, **options):
+    parts = options.get("accumulation", 1) * options.get("process_count", 1)
+    shape = data.packed_shape(
+        pairs, row_length=row_length, batch_size=batch_size, parts=max(parts, 4)
+    )
+    return data.packed_batches(pairs, shape=shape, seed=3, **options)
+
+
+def test_every_pair_is_seen_equally_often():
+    pairs = make_pairs(50)
+    batches = stream(pairs, prefetch=0)
+    seen = np.bincount(
+        np.concatenate([numbers(next(batches)) for _ in range(100)]), minlength=50
+    )
+    # What waits, of later epochs too, is at most four batches.
+    assert seen.max() - seen.min() <= 2 and seen.mean() > 10
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_the_stream_resumes_where_it_was(prefetch):
+    pairs = make_pairs(40)
+    batches = stream(pairs, prefetch=prefetch)
+    for _ in range(5):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches) for _ in range(4)]
+    again = stream(pairs, prefetch=prefetch)
+    next(again)
+    again.set_state(state)
+    for batch in expected:
+        jax.tree.map(np.testing.assert_array_equal, next(again), batch)
+
+
+def test_processes_share_the_same_rows():
+    pairs = make_pairs(60)
+    whole = stream(pairs, prefetch=0, accumulation=2)
+    parts = [
+        stream(pairs, prefetch=0, accumulation=2, process_index=p, process_count=2)
+        for p in range(2)
+    ]
+    for _ in range(3):
+        batches = [next(part) for part in parts]
+        joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *batches)
+        jax.tree.map(np.testing.assert_array_equal, joined, next(whole))
+
+
+def test_another_seed_is_another_order():
+    pairs = make_pairs(60)
+    shape = data.packed_shape(pairs, row_length=64, batch_size=8)
+    one, two = (
+        numbers(next(data.packed_batches(pairs, shape=shape, seed=seed, prefetch=0)))
+        for seed in (0, 1)
+    )
+    assert one != two
+
+
+def test_rows_are_full(shared):
+    """Real lengths: 95 % of a row's places hold a token, in every batch."""
+    tokenizer = data.load_tokenizer(shared / "models" / "stories260k-hf")
+    source = data.open_source(shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz")
+    options = data.DataOptions(max_length=512, max_pairs=600)
+    pairs = data.make_plan(source, tokenizer, options).train
+    row_length = -(-int(lengths(pairs)[0].max()) // 256) * 256
+    shape = data.packed_shape(pairs, row_length=row_length, batch_size=32)
+    batches = data.packed_batches(pairs, shape=shape, prefetch=0)
+    drawn = [next(batches) for _ in range(12)]
+    share = [batch.lengths.sum() / batch.tokens.size for batch in drawn]
+    assert min(share) > 0.9 and np.mean(share) > 0.95
+    held = [len(numbers(batch)) for batch in drawn]
+    assert 24 < np.mean(held) < 40
+
+
+def test_nobody_waits_for_ever_and_nothing_overflows():
+    import collections
+
+    rng = np.random.default_rng(0)
+    tokens, answers = rng.integers(3, 40, 300), rng.integers(2, 20, 300)
+    shape = data.PackedShape(
+        sequence_length=40, predictions=24, slots=4, sides=2, rows=3
+    )
+    waiting = collections.deque(range(300))
+    while waiting:
+        first = waiting[0]
+        rows = fill(waiting, tokens, answers, shape)
+        assert any(first in row for row in rows)
+        for row in rows:
+            assert tokens[row].sum() <= 40 and answers[row].sum() <= 24
+            assert len(row) <= 4
+        assert as_array(rows, shape).shape == (3, 4)
+        assert list(waiting) == sorted(waiting)
+
+
+def test_a_pair_longer_than_a_row_is_refused(pairs):
+    with pytest.raises(InputError, match="row_length 8: a pair has .* tokens"):
+        data.packed_shape(pairs, row_length=8, batch_size=4)
