@@ -54,8 +54,14 @@ from experiments import sentiment_world as world
 from experiments.noise_methods_report import write_results
 from experiments.ranks import area
 from jaxpref import losses
-from jaxpref.data import DataOptions, load_tokenizer, make_plan, open_source
-from jaxpref.data import batch_shape as shape_of
+from jaxpref.data import (
+    DataOptions,
+    batch_shape,
+    eval_batches,
+    load_tokenizer,
+    make_plan,
+    open_source,
+)
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import build
@@ -148,17 +154,19 @@ class Run:
 def make_runs(protocol: Protocol) -> list[Run]:
     """Each method at each rate; the learned rate, the last, also with fewer pairs."""
     methods = METHODS + (MORE_METHODS if protocol.all_methods else ())
-    runs = []
-    for seed in protocol.seeds:
-        of = functools.partial(Run, seed=seed)
-        runs.append(of(METHODS[0], "symmetric", 0.0, protocol.pairs))
-        for rate in protocol.flip_rates:
-            for noise in protocol.noises:
-                runs += [of(m, noise, rate, protocol.pairs) for m in methods]
-            runs += [
-                of(METHODS[-1], "symmetric", rate, pairs)
-                for pairs in protocol.fewer_pairs
-            ]
+    runs = [
+        Run(method, noise, rate, protocol.pairs, seed)
+        for seed in protocol.seeds
+        for rate in protocol.flip_rates
+        for noise in protocol.noises
+        for method in methods
+    ]
+    runs += [
+        Run(METHODS[-1], "symmetric", rate, pairs, seed)
+        for seed in protocol.seeds
+        for rate in protocol.flip_rates
+        for pairs in protocol.fewer_pairs
+    ]
     return runs
 
 
@@ -309,13 +317,13 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
         return {"auroc": None, "auroc_oracle": None}
     model = build(load_config(export))
     step = make_score_step(make_scores(model, chunk_size=16))
-    split = {"shape": shape_of(pairs), "batch_size": 64}
+    batches = functools.partial(eval_batches, shape=batch_shape(pairs), batch_size=64)
     logps = [
         score_pairs(
             step,
             load_params(folder, model),
             pairs,
-            split=split,
+            eval_batches=batches,
             mesh=mesh,
             title="AUROC",
         )["policy_logps"]

@@ -62,7 +62,7 @@ def read_language(tokenizer: Any) -> Language:
         prompts=ids(world.all_prompts(), True),
         traces=ids([opened + t + closed for t in world.all_traces()], False),
         empty=ids([opened + closed], False)[0],
-        answers=ids(world.HOURS, False)[:, 0],
+        answers=ids(world.NUMBERS, False)[:, 0],
         eos=tokenizer.eos_token_id,
     )
 
@@ -71,7 +71,7 @@ def read_language(tokenizer: Any) -> Language:
 
 
 def completion_logps(model, params, tokens, *, start: int) -> jax.Array:
-    """log pi(tokens[:, start:] | what is before), [N] of tokens [N, T]."""
+    """Log-probs of tokens[:, start:] given what is before, [N] of tokens [N, T]."""
     logps = jax.nn.log_softmax(model.logits(params, tokens)[:, start - 1 : -1])
     targets = tokens[:, start:, None]
     return jnp.sum(jnp.take_along_axis(logps, targets, axis=-1)[..., 0], axis=1)
@@ -86,15 +86,21 @@ def trace_sequences(language: Language, prompt, answer) -> jax.Array:
     return jnp.concatenate([row(prompt), language.traces, row(end)], axis=1)
 
 
-def empty_sequence(language: Language, prompt, answer) -> jax.Array:
-    """[T']: the prompt with an empty trace, the answer and EOS."""
-    end = jnp.stack([jnp.asarray(language.answers)[answer], language.eos])
-    prompt = jnp.asarray(language.prompts)[prompt]
-    return jnp.concatenate([prompt, language.empty, end])
+def empty_sequences(language: Language, pairs) -> np.ndarray:
+    """[N, 2, T']: pairs [N, 3] with an empty trace, the answers and EOS."""
+    prompts, answers = language.prompts[pairs[:, 0]], language.answers[pairs[:, 1:]]
+    shape = answers.shape
+    parts = (
+        np.broadcast_to(prompts[:, None], (*shape, prompts.shape[1])),
+        np.broadcast_to(language.empty, (*shape, len(language.empty))),
+        answers[..., None],
+        np.full((*shape, 1), language.eos, np.int32),
+    )
+    return np.concatenate(parts, axis=2)
 
 
 def answer_logps(model, params, language: Language, prompts):
-    """log pi(r, y|x) [n, R, M] and log pi(y|x, empty trace) [n, M], without EOS."""
+    """Both log pi(r, y|x) [n, R, M] and log pi(y|x, empty trace) [n, M], no EOS."""
     prompts = np.asarray(prompts)
     chunks = np.pad(prompts, (0, -len(prompts) % CHUNK)).reshape(-1, CHUNK)
     parts = [_answer_logps(model, params, language, c) for c in chunks]
@@ -181,7 +187,7 @@ def exact(model, params, language: Language, pairs, base_logps, *, beta) -> Exac
         return completion_logps(model, unravel(flat), row[None], start=start)[0]
 
     def one(pair, base):
-        rows = _rows(language, pair)
+        rows = pair_sequences(language, pair)
         both = jax.vmap(jax.vmap(jax.value_and_grad(logp), (None, 0)), (None, 0))
         logps, grads = both(flat, rows)
         ratios = logps - base
@@ -231,18 +237,19 @@ def drawn_gradients(model, params, rows, base_logps, *, start: int, beta) -> jax
 
 
 def trace_logps(model, params, language: Language, pairs) -> jax.Array:
-    """log pi(r, y|x) with EOS of both sides of pairs [N, 3]: [N, 2, R]."""
+    """Joint log pi(r, y|x) with EOS, both sides of pairs [N, 3]: [N, 2, R]."""
     one = lambda pair: _joint(model, params, language, pair)
     return jax.lax.map(one, jnp.asarray(pairs))
 
 
-def _rows(language: Language, pair) -> jax.Array:
+def pair_sequences(language: Language, pair) -> jax.Array:
+    """[2, R, T]: both sides of a pair (prompt, chosen, rejected), every trace."""
     sides = [trace_sequences(language, pair[0], answer) for answer in pair[1:]]
     return jnp.stack(sides)
 
 
 def _joint(model, params, language: Language, pair) -> jax.Array:
-    rows = _rows(language, pair)
+    rows = pair_sequences(language, pair)
     start = language.prompts.shape[1]
     flat = rows.reshape(-1, rows.shape[-1])
     logps = completion_logps(model, params, flat, start=start)

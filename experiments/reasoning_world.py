@@ -1,8 +1,8 @@
-"""A small world of reasoning: three numbers are added on a clock of seven hours.
+"""A small world of reasoning: three numbers are added, two of them first.
 
-    prompt = "3 5 1 ="                   (x, y and z; 343 prompts)
-    trace  = FILLER NAME NAME HOUR       ("so x y 1": x + y makes 1; 168 traces)
-    answer = HOUR                        (7 answers)
+    prompt = "3 4 1 ="                   (x, y and z, from 0 to 4; 125 prompts)
+    trace  = FILLER NAME NAME SUM        ("so x z 4": x + z makes 4; 108 traces)
+    answer = NUMBER                      (0 to 12)
 
 A trace says which two numbers are added first, in which order, and what they make; the
 answer adds the third.  Filler and order change nothing, and the trace may be wrong.
@@ -10,8 +10,8 @@ There are few enough traces to add up over all of them: what a model thinks of a
 is a finite sum.  The gold reward sees the answer only: 1 if it is right, else 0.
 
 People who write here are careless.  Either sum is right with probability `CAREFUL`,
-without a trace the answer with `CARELESS`, and otherwise any other hour is as likely: a
-model trained on them has as much to learn from preferences as people have mistakes.
+without a trace the answer with `CARELESS`, and else off by one: a model trained on them
+has as much to learn from preferences as people make mistakes.
 """
 
 import itertools
@@ -19,32 +19,34 @@ from pathlib import Path
 
 import numpy as np
 
-MODULUS = 5
-HOURS = tuple(map(str, range(MODULUS)))
+LARGEST = 4
+"""Of the numbers in a prompt."""
+NUMBERS = tuple(map(str, range(3 * LARGEST + 1)))
+"""The answers; the first ones are also in prompts and traces."""
 NAMES = ("x", "y", "z")
-FILLERS = ("so", "well", "hmm", "now")
+FILLERS = ("so", "well")
 CAREFUL = 0.7
 CARELESS = 0.4
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 MARKERS = ("<think>", "</think>")
-WORDS = ("=", *HOURS, *NAMES, *FILLERS)
+WORDS = ("=", *NUMBERS, *NAMES, *FILLERS)
 VOCABULARY = (*SPECIAL, *MARKERS, *WORDS)
-TRACE_WORDS = 4
 
 
 def all_prompts() -> list[str]:
     """Every prompt of the world, in a fixed order."""
-    return [" ".join((*hours, "=")) for hours in itertools.product(HOURS, repeat=3)]
+    given = itertools.product(NUMBERS[: LARGEST + 1], repeat=3)
+    return [" ".join((*numbers, "=")) for numbers in given]
 
 
 def all_traces() -> list[str]:
     """The trace language, in a fixed order: the same for every prompt."""
     return [
-        f"{filler} {first} {second} {hour}"
+        f"{filler} {first} {second} {claim}"
         for filler in FILLERS
         for first, second in itertools.permutations(NAMES, 2)
-        for hour in HOURS
+        for claim in NUMBERS[: 2 * LARGEST + 1]
     ]
 
 
@@ -55,7 +57,8 @@ def numbers(prompt: str) -> tuple[int, int, int]:
       ValueError: the prompt is not one of this world.
     """
     words = prompt.split()
-    if len(words) != 4 or words[3] != "=" or not {*words[:3]} <= {*HOURS}:
+    allowed = {*NUMBERS[: LARGEST + 1]}
+    if len(words) != 4 or words[3] != "=" or not {*words[:3]} <= allowed:
         raise ValueError(f"{prompt!r} is not a prompt of this world")
     x, y, z = map(int, words[:3])
     return x, y, z
@@ -67,26 +70,29 @@ def gold_reward(prompt: str, answer: str) -> float:
     Raises:
       ValueError: the prompt is not one of this world.
     """
-    return float(answer.strip() == str(sum(numbers(prompt)) % MODULUS))
+    return float(answer.strip() == str(sum(numbers(prompt))))
 
 
 def gold_rewards(prompts: list[str]) -> np.ndarray:
-    """The gold reward of every answer, [prompts, MODULUS]."""
-    return np.array([[gold_reward(p, hour) for hour in HOURS] for p in prompts])
+    """The gold reward of every answer, [prompts, 13]."""
+    return np.array([[gold_reward(p, number) for number in NUMBERS] for p in prompts])
 
 
-def slip(rng, right: int, careful: float) -> int:
-    """`right` with probability `careful`, else any other hour."""
-    other = right + rng.integers(1, MODULUS)
-    return int(right if rng.random() < careful else other) % MODULUS
+def slip(rng, right: int, careful: float, *, largest: int) -> int:
+    """`right` with probability `careful`, else off by one, from 0 to `largest`."""
+    if rng.random() < careful:
+        return right
+    off = right + rng.choice([-1, 1])
+    return int(off if 0 <= off <= largest else 2 * right - off)
 
 
 def write_trace(rng, prompt: str) -> tuple[str, str]:
     """A trace and the answer after it, as people write them here."""
     values = dict(zip(NAMES, numbers(prompt)))
     first, second, third = map(str, rng.permutation(NAMES))
-    claim = slip(rng, values[first] + values[second], CAREFUL)
-    answer = slip(rng, claim + values[third], CAREFUL)
+    most = 2 * LARGEST, 3 * LARGEST
+    claim = slip(rng, values[first] + values[second], CAREFUL, largest=most[0])
+    answer = slip(rng, claim + values[third], CAREFUL, largest=most[1])
     return f"{rng.choice(FILLERS)} {first} {second} {claim}", str(answer)
 
 
@@ -102,7 +108,7 @@ def write_demonstrations(count: int, seed: int) -> list[dict]:
         prompt = prompts[index]
         opened, closed = MARKERS
         if n % 2:
-            answer = slip(rng, sum(numbers(prompt)), CARELESS)
+            answer = slip(rng, sum(numbers(prompt)), CARELESS, largest=3 * LARGEST)
             rows.append({"prompt": prompt + opened + closed, "completion": f"{answer}"})
         else:
             trace, answer = write_trace(rng, prompt)

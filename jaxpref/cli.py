@@ -12,13 +12,13 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import jax
 import tyro
 
 from jaxpref import losses
-from jaxpref.data import DataOptions
+from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit as label_audit
 from jaxpref.evaluate import generations, pairs
@@ -33,6 +33,7 @@ from jaxpref.train import (
     sft,
     trainable,
 )
+from jaxpref.train.bvpo import bvpo
 from jaxpref.train.config import RunConfig
 from jaxpref.train.entry import entry_point, fail
 from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
@@ -49,10 +50,17 @@ LOSSES = {
 """The one table behind `--loss`: every public loss that a batch of pairs can feed."""
 
 LEARNT = {m.__name__: m for m in (crm, em, em_weighted, learned_rate, re_po)}
-"""The table behind `--objective`: what is learnt of the labels beside the policy."""
+"""For `--objective`: what is learnt of the labels beside the policy."""
+
+MIXES = {bvpo.__name__: bvpo}
+"""For `--objective` too: gradients of two kinds of pairs, mixed."""
+
+MIXED = {name: make for name, make in LEARNT.items() if make is not crm}
+"""For `--objective.noise`: those of single pairs, whose gradients can be mixed."""
 
 Options = TypeVar("Options")
 Learnt = TypeVar("Learnt")
+Mix = TypeVar("Mix")
 Flat = tyro.conf.arg(name="")
 
 
@@ -62,12 +70,13 @@ class Plain:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainArguments(Generic[Options, Learnt]):
+class TrainArguments(Generic[Options, Learnt, Mix]):
     """What `jaxpref train` reads."""
 
     run: Annotated[RunConfig, Flat]
     loss: Options
     objective: Learnt
+    mix: Annotated[Mix, Flat]
     options: Annotated[DataOptions, Flat] = DataOptions()
     optimizer: Annotated[OptimizerConfig, Flat] = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -76,7 +85,12 @@ class TrainArguments(Generic[Options, Learnt]):
 def train(argv: Sequence[str]) -> None:
     """Train a model on preference pairs (or, with --loss sft, on completions)."""
     name, argv = _take("--loss", argv, LOSSES, default="dpo")
-    learnt, argv = _take("--objective", argv, LEARNT, default=None)
+    learnt, argv = _take("--objective", argv, LEARNT | MIXES, default=None)
+    called = f" --objective {learnt}" if learnt else ""
+    mixes = learnt in MIXES
+    if mixes:
+        learnt, argv = _take("--objective.noise", argv, MIXED, default=None)
+        called += f" --objective.noise {learnt}" if learnt else ""
     if learnt and name in OBJECTIVES:
         raise InputError(f"--objective {learnt}: {name} has an objective of its own")
     described = "\n\n".join(
@@ -84,23 +98,33 @@ def train(argv: Sequence[str]) -> None:
         for title, table in (
             ("Losses, chosen by --loss NAME:", LOSSES),
             ("What to learn of the labels' noise, by --objective NAME:", LEARNT),
+            ("Gradients to mix, by --objective NAME:", MIXES),
         )
     )
     wrapper = LEARNT.get(learnt)
+    own = _options(wrapper) if wrapper else Plain
     arguments = tyro.cli(
-        TrainArguments[_options(LOSSES[name]), _options(wrapper) if wrapper else Plain],
+        TrainArguments[
+            _options(LOSSES[name]),
+            _mixing(own) if mixes else own,
+            MixOptions if mixes else Plain,
+        ],
         args=argv,
-        prog=f"jaxpref train --loss {name}"
-        + (f" --objective {learnt}" if learnt else ""),
+        prog=f"jaxpref train --loss {name}{called}",
         description=f"{train.__doc__}\n\n{described}",
         config=(tyro.conf.EnumChoicesFromValues,),
     )
-    chosen = vars(arguments.loss) | vars(arguments.objective)
+    own = dict(vars(arguments.objective))
+    learning = vars(own.pop("noise")) if mixes else own
     make = OBJECTIVES.get(name) or functools.partial(wrapper or from_loss, LOSSES[name])
+    objective = make(**vars(arguments.loss), **learning)
+    if mixes:
+        objective = bvpo(objective, **own)
     config = TrainConfig(
         **vars(arguments.run),
-        objective=make(**chosen),
+        objective=objective,
         options=arguments.options,
+        mix=arguments.mix if mixes else None,
         optimizer=arguments.optimizer,
         mesh=arguments.mesh,
     )
@@ -199,7 +223,10 @@ def _options(loss: Callable) -> type:
     for parameter in inspect.signature(loss).parameters.values():
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name == "where":
             continue
-        kind = Annotated[float, tyro.conf.arg(help=documented[parameter.name])]
+        # Of the losses' types, which have arrays beside it, a number can be typed.
+        typed = parameter.annotation in (int, float | Literal["auto"])
+        kind = parameter.annotation if typed else float
+        kind = Annotated[kind, tyro.conf.arg(help=documented[parameter.name])]
         if parameter.default is parameter.empty:
             fields.append((parameter.name, kind))
         else:
@@ -208,6 +235,14 @@ def _options(loss: Callable) -> type:
             )
     return dataclasses.make_dataclass(
         f"{loss.__name__}_options", fields, frozen=True, kw_only=True
+    )
+
+
+def _mixing(noise: type) -> type:
+    """The options of `bvpo`, with those of what is learnt of the labels in `noise`."""
+    learnt = ("noise", noise, dataclasses.field(default_factory=noise))
+    return dataclasses.make_dataclass(
+        "mixing_options", [learnt], bases=(_options(bvpo),), frozen=True, kw_only=True
     )
 
 

@@ -58,6 +58,7 @@ DOORS = {
     "errors": (set(), set()),
     "sharding": (set(), {"jax"}),
     "files": ({"errors"}, set()),
+    "supervise": (set(), set()),
     "__init__": (set(), set()),
     # Nobody imports the last ones, and they may import every room above.
     "cli": (None, {"jax", "tyro"}),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,19 @@ from jaxpref.data.packing import as_array, collate_packed, fill, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.train import from_loss
+from jaxpref.train import (
+    Decay,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    from_loss,
+    read_metrics,
+    run,
+)
 from jaxpref.train.mesh import to_global
 from jaxpref.train.scores import make_scores, packed_mask
 from tests.test_training import mesh_of
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 
 
 def make_pairs(count, *, seed=0, longest=(8, 9)):
@@ -243,3 +252,42 @@ def test_nobody_waits_for_ever_and_nothing_overflows():
 def test_a_pair_longer_than_a_row_is_refused(pairs):
     with pytest.raises(InputError, match="row_length 8: a pair has .* tokens"):
         data.packed_shape(pairs, row_length=8, batch_size=4)
+
+
+def test_a_packed_run_starts_at_log_2_and_resumes(tmp_path):
+    """Through the loop: reference, evaluation and training on the same packed rows."""
+    options = dict(
+        model=str(make_model_folder(tmp_path / "model")),
+        data=str(make_pairs_file(tmp_path / "pairs.jsonl")),
+        objective=from_loss(losses.dpo, beta=0.5),
+        batch_size=8,
+        row_length=64,
+        log_every=1,
+        eval_every=4,
+        save_every=2,
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        options=data.DataOptions(heldout_fraction=0.2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT),
+    )
+    run(TrainConfig(**options, out=str(tmp_path / "whole"), max_steps=4))
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert all(line["finite"] and line["grad_norm"] > 0 for line in steps)
+    held = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert held[0] == pytest.approx(np.log(2), abs=1e-6)
+    # The same run in two processes' lives: a checkpoint at 2, then the rest.
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)
+    shutil.rmtree(killed / "export")
+    shutil.rmtree(killed / "checkpoints" / "4")
+    run(TrainConfig(**options, out=str(killed), max_steps=4))
+    weights = "export/model.safetensors"
+    whole = tmp_path / "whole" / weights
+    assert (killed / weights).read_bytes() == whole.read_bytes()
+
+
+def test_reward_models_are_not_packed():
+    objective = from_loss(losses.bradley_terry)
+    with pytest.raises(InputError, match="--row-length 64: bradley_terry is trained"):
+        TrainConfig(model="m", data="d", out="o", objective=objective, row_length=64)

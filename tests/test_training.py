@@ -80,7 +80,11 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
             accumulation=accumulation,
         )
         score = functools.partial(
-            score_pairs, make_score_step(scores), split=split, mesh=mesh, title=""
+            score_pairs,
+            make_score_step(scores),
+            eval_batches=functools.partial(data.eval_batches, **split),
+            mesh=mesh,
+            title="",
         )
         kept = (
             jax.tree.map(jnp.copy, params) if objective.needs_live_reference else None

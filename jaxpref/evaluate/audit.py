@@ -231,7 +231,7 @@ def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
 
 def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> Features:
     model_config = load_config(folder)
-    check_fits(config.data, pairs, str(folder), model_config)
+    check_fits([config.data], pairs, str(folder), model_config)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):

@@ -150,21 +150,24 @@ def _score(
 ) -> np.ndarray:
     """One of `scores.PROVIDED` of every completion, float32 [N, 2]."""
     model_config = load_config(folder)
-    check_fits(config.data, pairs, str(folder), model_config)
+    check_fits([config.data], pairs, str(folder), model_config)
     make_model = RewardModel if name == "rewards" else build
     model = make_model(
         dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
     )
     params = load_params(folder, model)
-    split = {
-        "shape": data.batch_shape(pairs),
-        "batch_size": config.batch_size,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+    batches = functools.partial(
+        data.eval_batches,
+        shape=data.batch_shape(pairs),
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     step = make_score_step(make_scores(model, frozenset({name})))
-    scores = score_pairs(step, params, pairs, split=split, mesh=mesh, title=title)
-    check_finite(config.data, pairs, str(folder), scores[name])
+    scores = score_pairs(
+        step, params, pairs, eval_batches=batches, mesh=mesh, title=title
+    )
+    check_finite([config.data], pairs, str(folder), scores[name])
     return scores[name]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
-from jaxpref.data import DataOptions
+from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
 from jaxpref.files import open_out, write_json
 from jaxpref.train.mesh import MeshConfig
@@ -42,6 +42,10 @@ class RunConfig:
     """Pairs an optimiser step, over all devices and micro-batches."""
     accumulation: int = 1
     """Micro-batches an optimiser step; more of them need less memory."""
+    row_length: int | None = None
+    """Tokens of a packed row: several pairs in each, prompts once, so that hardly
+    anything is computed for padding; batch_size is then a mean.  At least the tokens of
+    the longest prompt with both answers.  None: one pair a row, padded."""
     seed: int = 0
     """Seed of the order of examples."""
     param_dtype: Dtype = "float32"
@@ -62,11 +66,6 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
-
-    @property
-    def heldout_from(self) -> str:
-        """Where the pairs that are evaluated on come from."""
-        return self.eval_data or self.data
 
     def __post_init__(self):
         positive = (
@@ -91,10 +90,23 @@ class TrainConfig(RunConfig):
     """What is made small, e.g. `from_loss(losses.rdpo, flip_rate=0.2)`."""
     options: DataOptions = DataOptions()
     """How text becomes tokens, and which pairs are held out or flipped."""
+    mix: MixOptions | None = None
+    """Pairs with an empty trace beside those with traces, for `bvpo` and only there."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the training pairs come from, by `Pairs.sources`."""
+        empty = self.mix and self.mix.empty_data
+        return (self.data, empty) if empty else (self.data,)
+
+    @property
+    def heldout_sources(self) -> tuple[str, ...]:
+        """Where the pairs that are evaluated on come from, likewise."""
+        return (self.eval_data,) if self.eval_data else self.sources
 
     def __post_init__(self):
         super().__post_init__()
@@ -112,6 +124,21 @@ class TrainConfig(RunConfig):
         for name in sorted(named.keys() - read):
             raise InputError(
                 f"{flag(name)} {named[name]}: {self.objective.name} reads none"
+            )
+        if self.row_length is not None and (
+            self.objective.needs_rewards or self.objective.mixes
+        ):
+            raise InputError(
+                f"--row-length {self.row_length}: {self.objective.name} is trained "
+                "with one pair a row; leave it out"
+            )
+        if self.objective.mixes != (self.mix is not None):
+            raise InputError(
+                f"{self.objective.name}: mixes pairs with traces and with empty ones; "
+                "give mix=MixOptions()"
+                if self.objective.mixes
+                else f"mix {self.mix}: {self.objective.name} mixes nothing; wrap it "
+                "with bvpo"
             )
         if self.reference is not None and not self.objective.needs_reference:
             raise InputError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -19,16 +20,20 @@ def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
     Raises:
       InputError: if a record is wrong, or no pair is left to train on.
     """
-    make = functools.partial(
-        data.make_plan, tokenizer=tokenizer, sides=config.objective.sides
-    )
+    sides = config.objective.sides
+    make = make_train = functools.partial(data.make_plan, sides=sides)
+    if config.mix is not None:
+        make = make_train = data.make_mixed_plan
+        if config.mix.empty_data:
+            empty = data.open_source(config.mix.empty_data)
+            make_train = functools.partial(make, empty=empty)
     if config.eval_data is None:
-        plan = make(data.open_source(config.data), options=config.options)
+        plan = make_train(data.open_source(config.data), tokenizer, config.options)
     else:
         whole = dataclasses.replace(config.options, heldout_fraction=0.0)
         clean = whole.without_noise()
-        plan = make(data.open_source(config.data), options=whole)
-        held = make(data.open_source(config.eval_data), options=clean)
+        plan = make_train(data.open_source(config.data), tokenizer, whole)
+        held = make(data.open_source(config.eval_data), tokenizer, clean)
         digest = plan.digest + held.digest
         plan = dataclasses.replace(plan, heldout=held.train, digest=digest)
     if not len(plan.train):
@@ -37,21 +42,29 @@ def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
             "--heldout-fraction"
         )
     if jax.process_index() == 0:
-        print(f"{config.data}: {plan.describe()}", flush=True)
+        print(f"{' and '.join(config.sources)}: {plan.describe()}", flush=True)
     return plan
 
 
-def check_fits(source: str, pairs: Pairs, model: str, config: ModelConfig) -> None:
+def check_fits(
+    sources: Sequence[str], pairs: Pairs, model: str, config: ModelConfig
+) -> None:
     """Whether a model has an embedding for every token and a place for every position.
 
     XLA clamps an index out of range without a word, so it must be found here.
+
+    Args:
+      sources: where the pairs come from, by `Pairs.sources`.
+      pairs: the pairs.
+      model: the model's folder, for messages.
+      config: the model's.
 
     Raises:
       InputError: naming the first row that does not fit.
     """
     if pairs.longest > config.max_position_embeddings:
         raise InputError(
-            f"{source} row {_row_of_longest(pairs)}: a sequence of {pairs.longest} "
+            f"{_place(sources, pairs, _longest(pairs))}: a sequence of {pairs.longest} "
             f"tokens is longer than the {config.max_position_embeddings} positions of "
             f"{model}; lower --max-length"
         )
@@ -59,23 +72,28 @@ def check_fits(source: str, pairs: Pairs, model: str, config: ModelConfig) -> No
     if len(outside):
         pair = np.searchsorted(pairs.offsets, outside[0], side="right") - 1
         raise InputError(
-            f"{source} row {pairs.rows[pair] + 1}: the tokenizer of {model} gives "
+            f"{_place(sources, pairs, pair)}: the tokenizer of {model} gives "
             f"token {pairs.tokens[outside[0]]}, but its embedding has "
             f"{config.vocab_size} rows; use the tokenizer that belongs to the model"
         )
 
 
-def check_finite(source: str, pairs: Pairs, model: str, scores: np.ndarray) -> None:
+def check_finite(
+    sources: Sequence[str], pairs: Pairs, model: str, scores: np.ndarray
+) -> None:
     """Raises InputError naming the first row whose scores [N, K] are not finite."""
     wrong = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(wrong):
         raise InputError(
-            f"{source} row {pairs.rows[wrong[0]] + 1}: its scores under {model} are "
+            f"{_place(sources, pairs, wrong[0])}: its scores under {model} are "
             f"not finite ({len(wrong)} such rows); check the weights, or set "
             "--compute-dtype float32"
         )
 
 
-def _row_of_longest(pairs: Pairs) -> int:
-    lengths = pairs.prompt_lengths + pairs.completion_lengths.max(1)
-    return int(pairs.rows[lengths.argmax()]) + 1
+def _longest(pairs: Pairs) -> int:
+    return int((pairs.prompt_lengths + pairs.completion_lengths.max(1)).argmax())
+
+
+def _place(sources: Sequence[str], pairs: Pairs, pair: int) -> str:
+    return f"{sources[pairs.sources[pair]]} row {pairs.rows[pair] + 1}"

@@ -23,6 +23,7 @@ from jaxpref.train.mesh import (
     initialize_distributed,
     make_mesh,
     on_devices,
+    row_shards,
     to_global,
 )
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
@@ -56,25 +57,40 @@ def run(config: TrainConfig) -> Path:
 
 def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     objective = config.objective
-    check_rows(config.batch_size, config.accumulation, mesh)
+    if config.row_length is None:
+        check_rows(config.batch_size, config.accumulation, mesh)
 
     # ---- data: text -> tokens -> a fixed plan -------------------------------------
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
     plan = read_plan(config, tokenizer)
-    shape = data.batch_shape(plan.train, plan.heldout)
     split = {
-        "shape": shape,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
-        "batch_size": config.batch_size,
         "accumulation": config.accumulation,
     }
+    make_batches, eval_batches = data.batches, data.eval_batches
+    if config.row_length is None:
+        split["shape"] = data.batch_shape(plan.train, plan.heldout)
+        split["batch_size"] = config.batch_size
+    else:
+        make_batches, eval_batches = data.packed_batches, data.packed_eval_batches
+        split["shape"] = data.packed_shape(
+            plan.train,
+            plan.heldout,
+            row_length=config.row_length,
+            batch_size=config.batch_size,
+            parts=config.accumulation * row_shards(mesh),
+        )
+        check_rows(split["shape"].rows, config.accumulation, mesh)
+    if config.mix is not None:
+        share = config.mix.empty_share
+        make_batches = functools.partial(data.mixed_batches, empty_share=share)
 
     # ---- model, optimiser, state: restored, or born from the model folder ---------
     model_config = load_config(folder)
-    check_fits(config.data, plan.train, config.model, model_config)
-    check_fits(config.heldout_from, plan.heldout, config.model, model_config)
+    check_fits(config.sources, plan.train, config.model, model_config)
+    check_fits(config.heldout_sources, plan.heldout, config.model, model_config)
     make_model = RewardModel if objective.needs_rewards else build
     model = make_model(
         dataclasses.replace(
@@ -86,7 +102,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     )
     new_params, load = model.init, functools.partial(load_params, folder, model)
     scores = make_scores(model, objective.needs, chunk_size=config.logit_chunk)
-    scoring = functools.partial(score_pairs, split=split, mesh=mesh)
+    scoring = functools.partial(
+        score_pairs, eval_batches=functools.partial(eval_batches, **split), mesh=mesh
+    )
     score = score_reference = functools.partial(scoring, make_score_step(scores))
     if objective.trains_two:
         new_params, load = peer.both(new_params), peer.both(load)
@@ -106,8 +124,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     restored = checkpoints.restore(abstract)
     if restored is not None and restored[1]["plan"] != plan.digest:
         raise InputError(
-            f"{config.data}: its pairs are not those that the run in {out} began with; "
-            "restore the file, or use another --out"
+            f"{' and '.join(config.sources)}: its pairs are not those that the run in "
+            f"{out} began with; restore the file, or use another --out"
         )
     digest = reference.reference_digest(config)
     if restored is not None and digest and restored[1]["reference"] != digest:
@@ -138,7 +156,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     del params
 
     # ---- the loop: evaluate, save, next batch, step, write the previous metrics ---
-    batches = data.batches(
+    batches = make_batches(
         plan.train, seed=config.seed, reference=tables["train"], **split
     )
     if restored is not None:

@@ -49,6 +49,10 @@ class Objective:
     """`count(batch)`: what a sum of losses is divided by, over the global batch."""
     metrics: Callable[[Scores, PreferenceBatch, Any], dict[str, jax.Array]]
     """`metrics(scores, batch, state)`: see `reward_metrics`, and what it learns."""
+    coupled: bool = False
+    """Whether a pair's loss depends on the other pairs of its batch."""
+    mixes: bool = False
+    """Whether it wants batches of pairs with traces and with an empty one; `bvpo`."""
 
     @property
     def sides(self) -> int:
@@ -360,6 +364,7 @@ def mean_of(
         losses=pair_losses,
         count=count,
         metrics=metrics,
+        coupled=coupled,
     )
 
 

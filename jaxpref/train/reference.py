@@ -57,8 +57,8 @@ def make_tables(
         not finite.
     """
     sets = {
-        "train": (plan.train, config.data),
-        "heldout": (plan.heldout, config.heldout_from),
+        "train": (plan.train, config.sources),
+        "heldout": (plan.heldout, config.heldout_sources),
     }
     names = config.objective.stored
     if not names:
@@ -66,7 +66,7 @@ def make_tables(
     if config.reference is not None:
         params = None
     tables = {}
-    for name, (pairs, source) in sets.items():
+    for name, (pairs, sources) in sets.items():
         path = out / "reference" / f"{name}.npz"
         shape = (len(pairs), pairs.num_sides)
         blank = {key: np.zeros(shape, np.float32) for key in sorted(names)}
@@ -84,7 +84,7 @@ def make_tables(
             # The policy's own kernels, so that both agree to the bit at the start.
             found = {key: scores[key.replace("reference", "policy")] for key in names}
             for table in found.values():
-                check_finite(source, pairs, config.reference or config.model, table)
+                check_finite(sources, pairs, config.reference or config.model, table)
             if jax.process_index() == 0:
                 save_tables(path, found, pairs, digest)
         tables[name] = found

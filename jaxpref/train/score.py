@@ -1,14 +1,12 @@
 """Log-probs of every pair of a set under fixed parameters."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref import data
 from jaxpref.data import Pairs
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.sharding import replicated
@@ -38,7 +36,7 @@ def score_pairs(
     pairs: Pairs,
     reference=None,
     *,
-    split: Mapping[str, Any],
+    eval_batches: Callable[[Pairs], Iterable[PreferenceBatch]],
     mesh: jax.sharding.Mesh,
     title: str,
 ) -> dict[str, np.ndarray]:
@@ -49,7 +47,7 @@ def score_pairs(
       params: the model's parameters.
       pairs: N pairs of K sides.
       reference: the reference's parameters, where the scores need them.
-      split: arguments of `data.eval_batches`: shape, batch size, this process.
+      eval_batches: every pair once, as `data.eval_batches` with its sizes bound.
       mesh: the mesh the batches are placed on.
       title: shown at the progress bar.
 
@@ -68,7 +66,7 @@ def score_pairs(
         disable=None if jax.process_index() == 0 else True,
     )
     with bar:
-        for batch in data.eval_batches(pairs, **split):
+        for batch in eval_batches(pairs):
             batch = to_global(batch, mesh)
             scores, index = jax.device_get(score_step(params, batch, reference))
             real = index >= 0

@@ -1,0 +1,163 @@
+r"""How much longer does a training step take where alpha is estimated?
+
+Times blocks of `probe_every` steps with alpha "auto", one of them with its probe,
+against equal blocks with alpha 0.5, one after the other in turn, on random tokens.
+
+Commands
+    The overhead as it is, and what one probe costs in parts of a step:
+
+        python -m benchmarks.bvpo_overhead
+        python -m benchmarks.bvpo_overhead --probe-every 1 --blocks 41
+        python -m benchmarks.bvpo_overhead --model smollm-135m-2-layers \
+            --batch-size 4 --probe-every 1 --blocks 7
+
+    Steps of few tokens, where the random signs cost most:
+
+        python -m benchmarks.bvpo_overhead --model smollm-135m-2-layers \
+            --batch-size 2 --prompt 32 --completion 32 --blocks 5
+
+Expected
+    The overhead by the clock and in processor time, which other work on the machine
+    disturbs less: median and quartiles of the pairs of blocks.  In processor time of
+    two busy cores -0.5 % (-3.1 to 0.9), 42.6 % (37.0 to 46.7), 70.4 % (69.0 to 70.7),
+    and 11.1 % (9.4 to 13.5); the first by the clock of a quieter hour 3.2 % (2.6 to
+    3.8).  A sixteenth of the second and third is 2.7 % and 4.4 %.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+import tyro
+
+from jaxpref import data, losses
+from jaxpref.models import ModelConfig, build
+from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.train.bvpo import bvpo
+from jaxpref.train.entry import entry_point
+from jaxpref.train.mesh import to_global
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.scores import make_scores
+from jaxpref.train.state import init_state
+from jaxpref.train.step import make_train_step
+
+MODELS = {
+    "stories260k": ModelConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_layers=5,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    ),
+    "smollm-135m-2-layers": ModelConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=2,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverheadConfig:
+    """What this benchmark reads."""
+
+    model: Literal["stories260k", "smollm-135m-2-layers"] = "stories260k"
+    """Sizes; the weights are random."""
+    batch_size: int = 8
+    """Pairs a step, half of them with an empty trace."""
+    prompt: int = 64
+    """Tokens of every prompt."""
+    completion: int = 64
+    """Tokens of every completion."""
+    probe_every: int = 16
+    """Steps of a block, one of which is probed."""
+    blocks: int = 9
+    """Pairs of blocks."""
+
+
+def make_pairs(config: OverheadConfig, vocab_size: int) -> data.Pairs:
+    """Random pairs of one length, every other one with an empty trace."""
+    rng = np.random.default_rng(0)
+    tokens = lambda count: rng.integers(3, vocab_size, count).tolist()
+    builder = data.PairsBuilder(2)
+    for n in range(64):
+        completions = [tokens(config.completion) for _ in range(2)]
+        builder.add(tokens(config.prompt), completions, id=str(n), empty=n % 2 == 1)
+    return builder.build()
+
+
+def measure(config: OverheadConfig) -> np.ndarray:
+    """Seconds of every block, [2, 2, blocks]: by the clock and of the processors, with
+    "auto" and with 0.5."""
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        model = build(MODELS[config.model])
+        optimizer = OptimizerConfig()
+        schedule = make_schedule(optimizer, 1000)
+        tx = make_optimizer(optimizer, schedule)
+        pairs = make_pairs(config, model.config.vocab_size)
+        reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batches = data.mixed_batches(
+            pairs,
+            shape=data.batch_shape(pairs),
+            batch_size=config.batch_size,
+            reference=reference,
+        )
+        batch = to_global(next(batches), mesh)
+        runs = []
+        for alpha in ("auto", 0.5):
+            objective = bvpo(
+                from_loss(losses.dpo), alpha=alpha, probe_every=config.probe_every
+            )
+            scores = make_scores(model, objective.needs)
+            step = make_train_step(scores, objective, tx, schedule)
+            new = jax.jit(functools.partial(init_state, tx=tx, objective=objective))
+            runs.append([step, new(jax.jit(model.init)(jax.random.key(0)))])
+
+        def block(run) -> np.ndarray:
+            start = np.array([time.perf_counter(), time.process_time()])
+            for _ in range(config.probe_every):
+                run[1], _ = run[0](run[1], batch)
+            jax.block_until_ready(run[1])
+            return np.array([time.perf_counter(), time.process_time()]) - start
+
+        # The first blocks compile, and "auto" probes every one of their steps.
+        for run in runs:
+            block(run)
+        seconds = []
+        for n in range(config.blocks):
+            # In turn, so that neither always follows the other.
+            order = (0, 1) if n % 2 == 0 else (1, 0)
+            found = {k: block(runs[k]) for k in order}
+            seconds.append([found[0], found[1]])
+        return np.moveaxis(np.array(seconds), 0, -1).swapaxes(0, 1)
+
+
+def main() -> None:
+    """Measures and prints."""
+    with entry_point():
+        config = tyro.cli(OverheadConfig, description=__doc__)
+        for name, (auto, fixed) in zip(("clock", "processors"), measure(config)):
+            low, median, high = np.percentile(100 * (auto / fixed - 1), (25, 50, 75))
+            step = 1000 * np.median(fixed) / config.probe_every
+            print(
+                f"{config.model}, {name}: {step:.0f} ms a step, {median:+.1f} % with "
+                f"auto (quartiles {low:+.1f} to {high:+.1f}, {config.blocks} pairs)"
+            )
+
+
+if __name__ == "__main__":
+    main()

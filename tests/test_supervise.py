@@ -1,0 +1,235 @@
+"""The supervisor: who died, who is stopped, what is restarted, and the exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--pause", "0.05", "--grace", "5"]
+
+# Each child notes its start, and knows whether that was its first.
+CHILD = """
+import os, signal, sys, time
+index = int(os.environ.get("JAX_PROCESS_ID", "0"))
+with open(f"started{index}", "a") as file:
+    file.write(os.environ.get("JAX_COORDINATOR_ADDRESS", "alone") + "\\n")
+first = len(open(f"started{index}").readlines()) == 1
+"""
+
+
+def supervisor(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "jaxpref.supervise", *QUICK, *arguments]
+
+
+def child(body: str) -> list[str]:
+    return ["--", sys.executable, "-c", CHILD + body]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        supervisor(*arguments),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def starts(folder: Path, index: int) -> list[str]:
+    return (folder / f"started{index}").read_text().split()
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+def lines(done: subprocess.CompletedProcess) -> list[str]:
+    return [x for x in done.stderr.splitlines() if x.startswith("supervise: ")]
+
+
+def test_a_killed_process_takes_its_peer_along_and_both_come_back(tmp_path):
+    body = """
+if first and index == 1:
+    while not os.path.exists("ready"): time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+if first:
+    signal.signal(signal.SIGTERM, lambda *_: open("stopped", "w") and sys.exit(1))
+    open("ready", "w")
+    time.sleep(60)
+"""
+    done = run(tmp_path, "--processes", "2", *child(body))
+    assert done.returncode == 0, done.stderr
+    assert lines(done) == [
+        "supervise: process 1 of 2 ended by SIGKILL; restart 1 of 3 in 0.05 s"
+    ]
+    addresses = [starts(tmp_path, index) for index in (0, 1)]
+    assert addresses[0] == addresses[1] and len(addresses[0]) == 2
+    assert all(a.startswith("localhost:") for a in addresses[0])
+    assert (tmp_path / "stopped").exists()
+
+
+def test_one_process_is_told_nothing(tmp_path):
+    done = run(tmp_path, *child("print(index)"))
+    assert (done.returncode, done.stdout, lines(done)) == (0, "0\n", [])
+    assert starts(tmp_path, 0) == ["alone"]
+
+
+def test_restarts_run_out_and_the_pause_doubles(tmp_path):
+    done = run(tmp_path, "--restarts", "2", *child("sys.exit(7)"))
+    assert done.returncode == 7
+    assert lines(done) == [
+        "supervise: process 0 of 1 ended with code 7; restart 1 of 2 in 0.05 s",
+        "supervise: process 0 of 1 ended with code 7; restart 2 of 2 in 0.1 s",
+        "supervise: process 0 of 1 ended with code 7; no restarts left of 2",
+    ]
+    assert len(starts(tmp_path, 0)) == 3
+
+
+def test_a_signal_as_the_last_word(tmp_path):
+    abort = child("os.kill(os.getpid(), signal.SIGABRT)")
+    done = run(tmp_path, "--restarts", "0", *abort)
+    assert done.returncode == 128 + signal.SIGABRT
+    assert "ended by SIGABRT; no restarts left of 0" in done.stderr
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_wrong_input_is_not_restarted(tmp_path, who):
+    body = f"""
+if index == {who}: sys.exit(2)
+time.sleep(60)
+"""
+    done = run(tmp_path, "--processes", "2", *child(body))
+    assert done.returncode == 2
+    (line,) = lines(done)
+    assert f"process {who} of 2 ended with code 2" in line and "not restarted" in line
+    assert len(starts(tmp_path, who)) == 1
+
+
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path):
+    body = """
+if first and index == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open("deaf", "w")
+    time.sleep(60)
+if first:
+    while not os.path.exists("deaf"): time.sleep(0.02)
+    sys.exit(1)
+"""
+    done = run(tmp_path, "--grace", "0.3", "--processes", "2", *child(body))
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2 ended with code 1" in lines(done)[0]
+
+
+def test_what_a_dead_process_left_behind_is_killed_too(tmp_path):
+    body = """
+import subprocess
+if first:
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    open("left", "w").write(str(left.pid))
+    sys.exit(1)
+try:
+    print(open(f"/proc/{open('left').read()}/stat").read().split()[2])
+except FileNotFoundError:
+    print("gone")
+"""
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("no /proc here")
+    done = run(tmp_path, *child(body))
+    assert done.returncode == 0 and done.stdout.strip() in ("gone", "Z"), done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("finishes", "code"), [(False, 130), (True, 0)])
+def test_a_signal_is_passed_on_once(tmp_path, number, finishes, code):
+    body = f"""
+def told(number, frame):
+    open(f"told{{index}}", "a").write(f"{{number}}\\n")
+    sys.exit({0 if finishes else 130})
+signal.signal(signal.SIGTERM, told); signal.signal(signal.SIGINT, told)
+open(f"ready{{index}}", "w")
+time.sleep(60)
+"""
+    process = subprocess.Popen(
+        supervisor("--processes", "2", *child(body)),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for index in (0, 1):
+        wait_for(tmp_path / f"ready{index}")
+    process.send_signal(number)
+    assert process.wait(30) == code, process.stderr.read()
+    for index in (0, 1):
+        assert (tmp_path / f"told{index}").read_text() == f"{int(number)}\n"
+        assert len(starts(tmp_path, index)) == 1
+
+
+def test_a_signal_during_the_pause(tmp_path):
+    process = subprocess.Popen(
+        supervisor("--pause", "60", *child("sys.exit(1)")),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "restart 1 of 3 in 60 s" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    process.stderr.close()
+
+
+def test_children_die_with_a_parent_that_is_killed(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("only Linux tells a child that its parent died")
+    body = 'open("pid", "w").write(f"{os.getpid()} ")\ntime.sleep(60)'
+    process = subprocess.Popen(
+        supervisor(*child(body)),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    wait_for(tmp_path / "pid")
+    while not (pid := (tmp_path / "pid").read_text().strip()):
+        time.sleep(0.02)
+    process.kill()
+    process.wait(30)
+    stat, end = Path(f"/proc/{pid}/stat"), time.monotonic() + 30
+    # Nobody may be there to collect it: a zombie is dead too.
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        ([], "no COMMAND"),
+        (["--"], "no COMMAND"),
+        (["--processes", "0", "--", "true"], "must be at least 1"),
+        (["--restarts", "-1", "--", "true"], "must be at least 0"),
+        (["--grace", "nan", "--", "true"], "must be at least 0"),
+        (["--restart", "many", "--", "true"], "many"),
+        (["--", "/no/such/command"], "/no/such/command: No such file"),
+    ],
+)
+def test_wrong_use(tmp_path, arguments, fragment):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert fragment in done.stderr and "Traceback" not in done.stderr
+
+
+def test_it_loads_no_jax():
+    code = "import sys, jaxpref.supervise; print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n"
