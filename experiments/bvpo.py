@@ -53,6 +53,8 @@ class Protocol:
     population: int = 64
     """Pairs of each kind whose gradients are known exactly."""
     gradient_batch: int = 8
+    large_batch: int = 32
+    """A second size, where there is less noise and alpha is larger."""
     traces: int = 4
     gradient_steps: int = 200
     redraws: int = 200
@@ -148,11 +150,19 @@ def main(options: Options) -> None:
             if alpha == AUTO:
                 lines = read_metrics(folder / "metrics.jsonl")
                 learnt += [{"seed": seed, **x} for x in lines if "bvpo/alpha" in x]
-        for place, params in (("at the reference", base), ("after training", after)):
-            path = out / "gradients" / f"{place.replace(' ', '-')}-{seed}.json"
+        small, large = protocol.gradient_batch, protocol.large_batch
+        places = {
+            "at the reference": (base, small),
+            f"at the reference, batches of {large}": (base, large),
+            "after training": (after, small),
+        }
+        for number, (place, (params, batch)) in enumerate(places.items()):
+            path = out / "gradients" / f"{number}-{seed}.json"
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
-                found = measure_gradients(protocol, model, params, base, language, seed)
+                found = measure_gradients(
+                    protocol, model, params, base, language, seed, batch=batch
+                )
                 write_json(path, {"place": place, "seed": seed, **found})
             gradients.append(json.loads(path.read_text()))
         clock(f"seed {seed}: gradients measured")
@@ -230,56 +240,16 @@ def model_config() -> ModelConfig:
 # ---- pairs: samples of the reference, ranked by the gold reward --------------------
 
 
-def split_prompts() -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the prompts that pairs are made of, and of those held out."""
-    every = np.arange(len(world.all_prompts()))
-    held = every % 5 == 3
-    return every[~held], every[held]
-
-
-def draw_pairs(rng, joint, empty, prompts, count: int):
-    """Pairs of sampled answers of different reward, with traces and without.
-
-    Args:
-      rng: numpy's generator.
-      joint: log pi(r, y|x), [n, R, M], of the reference.
-      empty: log pi(y|x, empty trace), [n, M].
-      prompts: int [n], what the rows stand for.
-      count: of each kind.
-
-    Returns:
-      Two arrays int [count, 5]: prompt, chosen and rejected answer and their traces;
-      the last two are 0 without traces.
-    """
-    rewards = world.gold_rewards(world.all_prompts())[prompts]
-
-    def pairs(logps):
-        of_row = np.exp(logps.reshape(len(logps), -1).astype(np.float64))
-        bounds = np.cumsum(of_row / of_row.sum(axis=1, keepdims=True), axis=1)
-        found = []
-        while len(found) < count:
-            row = rng.integers(len(prompts))
-            drawn = np.searchsorted(bounds[row], rng.random(2) * bounds[row, -1])
-            traces, answers = np.divmod(drawn, len(world.NUMBERS))
-            first, second = rewards[row, answers]
-            if first != second:
-                order = [0, 1] if first > second else [1, 0]
-                found.append([prompts[row], *answers[order], *traces[order]])
-        return np.array(found)
-
-    return pairs(joint), pairs(empty)
-
-
 def write_pairs(protocol: Protocol, model, base, language, out: Path, seed: int):
     """Two files of the seed's pairs, if not there."""
     paths = [_pairs_file(out, kind, seed) for kind in ("trace", "empty")]
     if all(path.exists() for path in paths):
         return
     prompts, traces = world.all_prompts(), world.all_traces()
-    train, _ = split_prompts()
+    train, _ = world.split_prompts()
     scored = exact_sums.answer_logps(model, base, language, train)
     rng = np.random.default_rng(seed)
-    with_trace, without = draw_pairs(rng, *scored, train, protocol.pairs)
+    with_trace, without = world.draw_pairs(rng, *scored, train, protocol.pairs)
     rows = [
         world.trace_pair(
             prompts[x], (traces[a], world.NUMBERS[w]), (traces[b], world.NUMBERS[l])
@@ -328,20 +298,22 @@ def preference_run(protocol, alpha, seed: int, reference, out, folder) -> TrainC
 
 def final_rewards(model, params, *, language: Language) -> dict[str, float]:
     """Exact gold rewards on the prompts held out; see `expected_rewards`."""
-    _, held = split_prompts()
+    _, held = world.split_prompts()
     joint, empty = exact_sums.answer_logps(model, params, language, held)
     rewards = world.gold_rewards(world.all_prompts())[held]
     return exact_sums.expected_rewards(joint, empty, rewards)
 
 
-def measure_gradients(protocol: Protocol, model, params, base, language, seed: int):
+def measure_gradients(
+    protocol: Protocol, model, params, base, language, seed: int, *, batch: int
+) -> dict:
     """Errors of mixed gradients by alpha, and auto's; see `reasoning_errors.py`."""
-    train, _ = split_prompts()
+    train, _ = world.split_prompts()
     scored = exact_sums.answer_logps(model, base, language, train)
     rng = np.random.default_rng([seed, 1])
-    drawn = draw_pairs(rng, *scored, train, protocol.population)
+    drawn = world.draw_pairs(rng, *scored, train, protocol.population)
     sides = [pairs[:, :3] for pairs in drawn]
-    beta, batch = protocol.beta, protocol.gradient_batch
+    beta = protocol.beta
     population = errors.make_population(
         model, params, base, language, *sides, beta=beta
     )
@@ -377,7 +349,7 @@ def measure_gradients(protocol: Protocol, model, params, base, language, seed: i
         language,
         population,
         of_redraws,
-        batch=batch,
+        batch=protocol.gradient_batch,
         redraws=protocol.redraws,
         beta=beta,
     )

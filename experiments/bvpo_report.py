@@ -72,16 +72,20 @@ def error_table(gradients: list[dict], place: str) -> report.Table:
 def reward_table(reference: dict, trained: list[dict]) -> report.Table:
     """One row an alpha: exact final gold rewards."""
     keys = ("reward", "empty_reward", "language")
-    rows = [["before training", *(f"{reference[k]:.3f}" for k in keys)]]
+    auto = {r["seed"]: r["reward"] for r in trained if r["alpha"] == AUTO}
+    rows = [["before training", *(f"{reference[k]:.3f}" for k in keys), None]]
     for alpha in dict.fromkeys(r["alpha"] for r in trained):
         runs = [r for r in trained if r["alpha"] == alpha]
         cells = [report.mean_spread([r[k] for r in runs], digits=3) for k in keys]
+        gains = [auto[r["seed"]] - r["reward"] for r in runs]
+        cells.append(None if alpha == AUTO else report.mean_spread(gains, digits=3))
         rows.append([f"alpha {alpha}", *cells])
     return report.Table(
-        ["", "gold reward", "with an empty trace", "in the language"],
+        ["", "gold reward", "with an empty trace", "in the language", "auto gains"],
         rows,
         caption="probability of the right answer on prompts held out, exact; mean ± "
-        "standard deviation over seeds; last, the probability of a text of the world",
+        "standard deviation over seeds; the probability of a text of the world; and by "
+        "how much auto's reward is higher, with the same seed",
     )
 
 
@@ -235,7 +239,7 @@ def write_results(
     for table in tables:
         print()
         for row in [table.columns, *table.rows]:
-            print("  ".join(f"{cell:<17}" for cell in row).rstrip())
+            print("  ".join(f"{cell or '–':<17}" for cell in row).rstrip())
 
     draw_errors(out / "errors.png", gradients)
     mean = lambda place, key: np.mean(

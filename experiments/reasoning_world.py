@@ -124,6 +124,49 @@ def trace_pair(prompt: str, chosen: tuple[str, str], rejected: tuple[str, str]) 
     return {"prompt": prompt, **named}
 
 
+def split_prompts() -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the 100 prompts that pairs are made of, and of 25 held out.
+
+    Every number is as often in each place of those held out as in all.
+    """
+    x, y, z = np.array([numbers(prompt) for prompt in all_prompts()]).T
+    held = (x + 2 * y + 3 * z) % (LARGEST + 1) == 3
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def draw_pairs(rng, joint, empty, prompts, count: int):
+    """Pairs of sampled answers of different reward, with traces and without.
+
+    Args:
+      rng: numpy's generator.
+      joint: log pi(r, y|x), [n, R, M], of the reference.
+      empty: log pi(y|x, empty trace), [n, M].
+      prompts: int [n], what the rows stand for.
+      count: of each kind.
+
+    Returns:
+      Two arrays int [count, 5]: prompt, chosen and rejected answer and their traces;
+      the last two are 0 without traces.
+    """
+    rewards = gold_rewards(all_prompts())[prompts]
+
+    def pairs(logps):
+        of_row = np.exp(logps.reshape(len(logps), -1).astype(np.float64))
+        bounds = np.cumsum(of_row / of_row.sum(axis=1, keepdims=True), axis=1)
+        found = []
+        while len(found) < count:
+            row = rng.integers(len(prompts))
+            drawn = np.searchsorted(bounds[row], rng.random(2) * bounds[row, -1])
+            traces, answers = np.divmod(drawn, len(NUMBERS))
+            first, second = rewards[row, answers]
+            if first != second:
+                order = [0, 1] if first > second else [1, 0]
+                found.append([prompts[row], *answers[order], *traces[order]])
+        return np.array(found)
+
+    return pairs(joint), pairs(empty)
+
+
 def write_tokenizer(folder: Path) -> None:
     """Write a word-level tokenizer that `AutoTokenizer.from_pretrained` loads."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors

@@ -116,7 +116,7 @@ def test_learned_rate_begins_as_forward_dpo_at_one_quarter(pairs):  # noqa: F811
     np.testing.assert_allclose(found, base, rtol=1e-4)
 
 
-def test_learned_rate_is_the_posterior_mean_of_the_margins_seen():
+def test_learned_rate_is_that_of_the_margins_seen():
     """Whatever was padded, and old batches fade."""
     rng = np.random.default_rng(0)
     batches = [np.abs(rng.normal(0, 4, 400)) for _ in range(3)]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from experiments import bvpo as experiment
 from experiments import bvpo_solutions as solutions
 from experiments import reasoning_errors as errors
 from experiments import reasoning_gradients as sums
@@ -94,6 +93,13 @@ def test_traces_and_prompts_are_all_different_and_counted():
     assert rewards.shape == (125, 13) and (rewards.sum(axis=1) == 1).all()
 
 
+def test_prompts_held_out_have_every_number_in_every_place():
+    train, held = world.split_prompts()
+    assert sorted([*train, *held]) == list(range(125)) and len(held) == 25
+    places = np.array([world.numbers(world.all_prompts()[n]) for n in held]).T
+    assert all((np.bincount(place) == 5).all() for place in places)
+
+
 def test_demonstrations_are_in_the_language_and_as_careless_as_said():
     rows = world.write_demonstrations(8000, seed=3)
     assert rows == world.write_demonstrations(8000, seed=3)
@@ -141,9 +147,7 @@ def test_drawn_pairs_have_the_right_answer_first_as_often_as_they_should():
     joint = np.log(rng.dirichlet(np.ones(2 * 13), size=2)).reshape(2, 2, 13)
     empty = np.log(rng.dirichlet(np.ones(13), size=2))
     count = 8000
-    found = experiment.draw_pairs(
-        np.random.default_rng(1), joint, empty, prompts, count
-    )
+    found = world.draw_pairs(np.random.default_rng(1), joint, empty, prompts, count)
     right = world.gold_rewards(world.all_prompts())[prompts].argmax(axis=1)
     for pairs, logps in zip(found, (joint, empty[:, None])):
         at = np.searchsorted(prompts, pairs[:, 0])
@@ -376,6 +380,7 @@ def test_bvpo_from_its_command_to_its_report(shared, tmp_path):
     assert [run["alpha"] for run in made["trained"]] == [0.5, "auto"]
     assert [g["place"] for g in made["gradients"]] == [
         "at the reference",
+        "at the reference, batches of 32",
         "after training",
     ]
     for found in made["gradients"]:

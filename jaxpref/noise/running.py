@@ -6,7 +6,7 @@ agree with the label are counted in bins, old batches fading out, and the counts
 a posterior over the flip rate e and the temperature T of the margins (see
 `jaxpref.noise.calibration`):
 
-    P(e, T | counts)  ~  prior(T) product over labels of  (1 - e) s(z / T) + e s(-z / T)
+    P(e, T | counts)  ~  prior(e) prior(T) product of  (1 - e) s(z / T) + e s(-z / T)
 
 The temperature is not a nicety: a policy in training is surer than it is right, and
 without T its confident errors would count as flipped labels.
@@ -27,8 +27,8 @@ __all__ = ["RunningRate", "count", "no_counts", "posterior"]
 SMALLEST, OCTAVES, PER_OCTAVE = -7, 14, 8
 """Sizes of margins are told apart from 2^-7 to 2^7, by factors of 2^(1/8)."""
 BINS = OCTAVES * PER_OCTAVE
-RATES = 100
-"""Flip rates of the grid, evenly over (0, 1/2)."""
+RATES = 199
+"""Flip rates of the grid, evenly over (0, 1/2); the middle one is 1/4."""
 TEMPERATURE_SPREAD = 2.0
 """Standard deviation of log2 T beforehand: two models of three are within a factor 4 of
 being calibrated."""
@@ -40,7 +40,7 @@ class RunningRate:
     """What the counted margins say."""
 
     rate: Float[Array, ""]
-    """Posterior mean of e; 1/4 where nothing is known."""
+    """The most likely e, whatever T is; 1/4 where nothing is known."""
     lower: Float[Array, ""]
     """Where the credible interval of e begins."""
     upper: Float[Array, ""]
@@ -98,8 +98,10 @@ def count(
 def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
     """The flip rate and the temperature that counted margins allow.
 
-    On a grid of `RATES` rates, uniform beforehand on (0, 1/2), and of temperatures from
-    2^-6 to 2^6, log-normal beforehand around 1.
+    On a grid of `RATES` rates, 2e beforehand Beta(2, 2), and of temperatures from 2^-6
+    to 2^6, log-normal beforehand around 1.  The rate is the mode of its posterior and
+    not the mean: where flips are many the posterior has a long tail towards few, and
+    the mean lies in it.
 
     Args:
       counts: from `count`.
@@ -120,6 +122,7 @@ def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
     middle = jnp.arange(BINS, dtype=dtype) + 0.5
     sizes = jnp.exp2(middle / PER_OCTAVE + SMALLEST)
     rates = (jnp.arange(RATES, dtype=dtype) + 0.5) / (2 * RATES)
+    prior = jnp.log(2 * rates) + jnp.log1p(-2 * rates)
     steps = jnp.linspace(-6, 6, 49, dtype=dtype)  # log2 of the temperature
 
     def of_temperature(step):
@@ -128,7 +131,7 @@ def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
         # with the counts: XLA on CPU (jax 0.10 to 0.12) sums the fused form wrong.
         dot = functools.partial(jnp.matmul, precision="highest")
         gains = dot(jnp.log1p(lean), counts[:, 0]) + dot(jnp.log1p(-lean), counts[:, 1])
-        return gains - (step / TEMPERATURE_SPREAD) ** 2 / 2
+        return gains + prior - (step / TEMPERATURE_SPREAD) ** 2 / 2
 
     logs = jax.lax.map(of_temperature, steps)  # [temperatures, rates]
     mass = jnp.exp(logs - jnp.max(logs))
@@ -139,7 +142,7 @@ def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
     tail = (1 - jnp.asarray(level, dtype)) / 2
     lower, upper = jnp.interp(jnp.stack([tail, 1 - tail]), below, edges)
     return RunningRate(
-        rate=jnp.sum(of_rates * rates),
+        rate=rates[jnp.argmax(of_rates)],
         lower=lower,
         upper=upper,
         temperature=jnp.exp2(jnp.sum(mass * steps[:, None])),

@@ -129,13 +129,13 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0, **options) -> Objectiv
     """One flip rate, learnt with the policy by the likelihood of the labels.
 
         loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(exchanged) - loss(pair))
-        e     = posterior mean of the flip rate given the margins of past batches
+        e     = the most likely flip rate given the margins of past batches
 
     `em` weighs each label by the posterior of a policy that at first knows nothing, and
     so stays near its prior.  Here e is judged by how often the policy's surer margins
-    agree with labels it had not yet seen, with all e in (0, 1/2) equal beforehand, and
-    with the margins' temperature judged beside it: `jaxpref.noise.running`.  In later
-    passes over the data labels have been seen, and e comes out too small.
+    agree with labels it had not yet seen, and the margins' temperature is judged beside
+    it: `jaxpref.noise.running`.  In later passes over the data labels have been seen,
+    and e comes out too small.
 
     Args:
       loss: a loss of single pairs.
