@@ -380,7 +380,7 @@ def test_bvpo_from_its_command_to_its_report(shared, tmp_path):
     assert [run["alpha"] for run in made["trained"]] == [0.5, "auto"]
     assert [g["place"] for g in made["gradients"]] == [
         "at the reference",
-        "at the reference, batches of 32",
+        "at the reference, 32 pairs",
         "after training",
     ]
     for found in made["gradients"]:
