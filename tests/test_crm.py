@@ -87,6 +87,18 @@ def test_with_nothing_to_drop_two_models_train_alone(pairs):  # noqa: F811
         np.testing.assert_allclose(found[name], expected, rtol=1e-6)
 
 
+def test_evaluation_is_the_first_models_loss_on_all_pairs(pairs):  # noqa: F811
+    batch = first_batch(pairs)
+    rewards = np.random.default_rng(0).normal(size=(1, 8, 1, 2)).astype(np.float32)
+    scores = {"rewards": jnp.asarray(rewards), "peer_rewards": jnp.zeros((1, 8, 1, 2))}
+    objective = crm(losses.bradley_terry, noise_rate=0.4, ramp_steps=5)
+    expected = np.log1p(np.exp(rewards[..., 1] - rewards[..., 0]))
+    for steps in (0, 1, 50):
+        state = {"running_steps": jnp.int32(steps)}
+        found = objective.losses(scores, batch, state)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa: F811
     """Losses of three steps, and the parameters of both models."""
     dpo = loss == "dpo"

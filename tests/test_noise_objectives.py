@@ -1,16 +1,19 @@
 """Objectives that learn the noise: known limits, layouts, and what they remember."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from jaxpref import losses
+from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.noise import running
 from jaxpref.train import from_loss
 from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
+from jaxpref.train.peer import crm
 from tests.test_training import few_steps, pairs  # noqa: F401
 
 
@@ -133,6 +136,23 @@ def test_learned_rate_is_that_of_the_margins_seen():
     shown = [metrics[f"noise/{name}"] for name in ("flip_rate", "temperature")]
     np.testing.assert_allclose(shown, [before.rate, before.temperature], rtol=1e-5)
     assert metrics["noise/flip_rate_lower"] < metrics["noise/flip_rate_upper"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [em, em_weighted, re_po, learned_rate, functools.partial(crm, noise_rate=0.2)],
+    ids=["em", "em_weighted", "re_po", "learned_rate", "crm"],
+)
+def test_losses_of_a_token_have_rewards_of_a_token(pairs, make):  # noqa: F811
+    """Whatever wraps them: the metrics look at the loss as it is."""
+    objective = make(losses.simpo, beta=2.0, gamma=0.5)
+    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+    batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+    batch = jax.tree.map(jnp.asarray, batch)
+    logps = -3.0 * batch.completion_lengths
+    scores = {"policy_logps": logps, "peer_policy_logps": logps}
+    found = objective.metrics(scores, batch, objective.init(0))
+    assert found["rewards/chosen"] == pytest.approx(-6.0)
 
 
 @pytest.mark.parametrize(

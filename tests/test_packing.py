@@ -157,7 +157,7 @@ def numbers(batch):
     return batch.pairs[batch.pairs >= 0].tolist()
 
 
-def stream(pairs, *, batch_size=8, row_length=64, **options):
+def stream(pairs, *, batch_size=16, row_length=64, **options):
     parts = options.get("accumulation", 1) * options.get("process_count", 1)
     shape = data.packed_shape(
         pairs, row_length=row_length, batch_size=batch_size, parts=max(parts, 4)
@@ -249,6 +249,11 @@ def test_nobody_waits_for_ever_and_nothing_overflows():
         assert list(waiting) == sorted(waiting)
 
 
+def test_too_many_devices_for_so_few_pairs_are_refused(pairs):
+    with pytest.raises(InputError, match="8 rows, .* hold about .* batch_size is 4"):
+        data.packed_shape(pairs, row_length=64, batch_size=4, parts=8)
+
+
 def test_a_pair_longer_than_a_row_is_refused(pairs):
     with pytest.raises(InputError, match="row_length 8: a pair has .* tokens"):
         data.packed_shape(pairs, row_length=8, batch_size=4)
@@ -260,7 +265,7 @@ def test_a_packed_run_starts_at_log_2_and_resumes(tmp_path):
         model=str(make_model_folder(tmp_path / "model")),
         data=str(make_pairs_file(tmp_path / "pairs.jsonl")),
         objective=from_loss(losses.dpo, beta=0.5),
-        batch_size=8,
+        batch_size=16,
         row_length=64,
         log_every=1,
         eval_every=4,

@@ -6,12 +6,14 @@ one: `segments` say which part of which pair a token is.
 
 Which pairs share a row is decided by best fit in the order of the shuffled stream, with
 a look ahead for pairs that fill gaps: a pure function of the lengths, the seed and the
-step, the same on every process.  So the number of pairs in a batch varies, and losses
-are divided by what it is.
+step, the same on every process, for a number of rows that is fixed when a run begins
+(a multiple of its devices and micro-batches).  So the number of pairs in a batch
+varies, and losses are divided by what it is.
 """
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -55,7 +57,7 @@ def packed_shape(
       multiple: P is a multiple of this.
 
     Raises:
-      InputError: if a pair is longer than a row.
+      InputError: if a pair is longer than a row, or so many rows hold far more pairs.
     """
     filled = [p for p in pairs if len(p)]
     tokens = np.concatenate([lengths(p)[0] for p in filled])
@@ -71,13 +73,20 @@ def packed_shape(
     predictions = max(int(answers.max()), int(1.2 * share * row_length))
     predictions = min(-(-predictions // multiple) * multiple, row_length)
     slots = max(1, int(np.ceil(1.2 * row_length / tokens.mean())))
-    rows = batch_size * tokens.mean() / (0.96 * row_length)
+    held = 0.96 * row_length / tokens.mean()
+    rows = max(round(batch_size / held / parts), 1) * parts
+    if rows * held > max(1.5 * batch_size, batch_size + held):
+        raise InputError(
+            f"row_length {row_length}: {rows} rows, one at least for each device and "
+            f"micro-batch, hold about {rows * held:.0f} pairs, and batch_size is "
+            f"{batch_size}; give shorter rows or a larger batch"
+        )
     return PackedShape(
         sequence_length=row_length,
         predictions=predictions,
         slots=slots,
         sides=filled[0].num_sides,
-        rows=max(round(rows / parts), 1) * parts,
+        rows=rows,
     )
 
 
@@ -152,8 +161,12 @@ def packed_eval_batches(
     micro = rows_of_process(shape.rows, accumulation, process_count)
     block = slice(process_index * micro, (process_index + 1) * micro)
     tokens, answers = lengths(pairs)
-    waiting = collections.deque(range(len(pairs)))
-    while waiting:
+    ahead = window(tokens, shape)
+    waiting, coming = collections.deque(), iter(range(len(pairs)))
+    while True:
+        waiting.extend(itertools.islice(coming, ahead - len(waiting)))
+        if not waiting:
+            return
         rows = fill(waiting, tokens, answers, shape)
         indices = as_array(rows, shape).reshape(accumulation, -1, shape.slots)
         yield collate_packed(pairs, indices[:, block], shape=shape, reference=reference)
@@ -191,6 +204,12 @@ def fill(
     return rows
 
 
+def window(tokens: np.ndarray, shape: PackedShape) -> int:
+    """Pairs that are looked at for a batch."""
+    held = shape.rows * shape.sequence_length / tokens.mean()
+    return int(np.ceil((1 + LOOK_AHEAD) * held))
+
+
 def as_array(rows: Sequence[Sequence[int]], shape: PackedShape) -> np.ndarray:
     """The pairs of each row, int [rows, S], -1 in empty slots."""
     indices = np.full((len(rows), shape.slots), -1)
@@ -214,8 +233,7 @@ class _PackedIterator(grain.DatasetIterator):
     def __init__(self, parent, tokens, answers, shape: PackedShape):
         super().__init__(parent)
         self._tokens, self._answers, self._shape = tokens, answers, shape
-        held = shape.rows * shape.sequence_length / tokens.mean()
-        self._ahead = int(np.ceil((1 + LOOK_AHEAD) * held))
+        self._ahead = window(tokens, shape)
         self._waiting: collections.deque[int] = collections.deque()
 
     def __next__(self) -> list[list[int]]:

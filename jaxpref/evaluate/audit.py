@@ -55,7 +55,8 @@ class AuditConfig:
     """Field of the records that names the annotator; `annotator` where not given."""
     action: Literal["drop", "relabel", "soft"] = "drop"
     """What `clean.jsonl` makes of suspicious pairs: leave them out, exchange `chosen`
-    and `rejected`, or write `p_correct` into every record."""
+    and `rejected` (and no other field: ratings stay where they are), or write
+    `p_correct` into every record."""
     threshold: float = 0.5
     """A pair is suspicious if the probability that its label is right is below this."""
     assumed_flip_rate: float = 0.1
@@ -111,6 +112,13 @@ def run(config: AuditConfig) -> Audit:
     )
     plan = data.make_plan(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
+    rows, first = np.unique(pairs.rows, return_index=True)
+    if len(rows) < len(pairs):
+        twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
+        raise InputError(
+            f"{config.data} row {pairs.rows[twice] + 1}: has several traces a side; an "
+            "audit judges a record once, so leave one of them"
+        )
     print(f"{config.data}: {plan.describe()}", flush=True)
     out = _open_out(config, pairs)
     found = _features(config, folder, pairs, Path(config.features or out / "features"))

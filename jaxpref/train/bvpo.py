@@ -35,7 +35,8 @@ def bvpo(
     Pairs are weighted by alpha n / n_t and (1 - alpha) n / n_e, n = n_t + n_e, so it is
     one backward pass, and `loss` is mixed likewise.  A batch of one kind has that
     kind's plain mean, whatever alpha is.  What `objective` learns of the labels, it
-    learns of all pairs alike; evaluation is its own.
+    learns of all pairs alike: a record that is there with its traces and with an empty
+    one votes for each.  Evaluation is its own.
 
     "auto" is the alpha of least mean squared error about the gradient of pairs with
     traces, estimated while training.  A probe takes the derivative of all n losses

@@ -83,6 +83,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             parts=config.accumulation * row_shards(mesh),
         )
         check_rows(split["shape"].rows, config.accumulation, mesh)
+    # Of packed rows the mesh decides how many there are: they must stay as they were.
+    rows = None if config.row_length is None else split["shape"].rows
     if config.mix is not None:
         share = config.mix.empty_share
         make_batches = functools.partial(data.mixed_batches, empty_share=share)
@@ -126,6 +128,11 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         raise InputError(
             f"{' and '.join(config.sources)}: its pairs are not those that the run in "
             f"{out} began with; restore the file, or use another --out"
+        )
+    if restored is not None and restored[1].get("rows") != rows:
+        raise InputError(
+            f"the run in {out} has batches of {restored[1].get('rows')} packed rows, "
+            f"on this mesh they would have {rows}; use its mesh, or another --out"
         )
     digest = reference.reference_digest(config)
     if restored is not None and digest and restored[1]["reference"] != digest:
@@ -188,6 +195,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             "iterator": batches.get_state(),
             "plan": plan.digest,
             "reference": digest,
+            "rows": rows,
         }
         checkpoints.save(int(state.step), state, meta)
 

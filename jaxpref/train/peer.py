@@ -4,6 +4,7 @@ The run's parameters are {"one": ..., "two": ...}; its scores hold those of the 
 model under names that begin with `peer_`.  The mathematics is `jaxpref.noise.peer`.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 
@@ -33,7 +34,8 @@ def crm(
 
     Two policies start from the same weights, and two equal models would stay equal: so
     up to `ramp_steps` each pair teaches only one of the two, by its place in the batch.
-    Select in large batches; gradients of both models share `max_grad_norm`.
+    Select in large batches.  Evaluation is that of model one on all pairs; gradients of
+    both models share `max_grad_norm`.
 
     Args:
       loss: a loss of single pairs.
@@ -120,7 +122,12 @@ def crm(
         }
 
     own = {"noise_rate": noise_rate, "ramp_steps": ramp_steps}
-    return mean_of(trained, options, own=own, init=init, learn=learn, show=show)
+    objective = mean_of(trained, options, own=own, init=init, learn=learn, show=show)
+    # Evaluation is that of the first model, on all pairs.
+    alone = mean_of(loss, options)
+    return dataclasses.replace(
+        objective, losses=lambda scores, batch, state: alone.losses(scores, batch, {})
+    )
 
 
 def both(make: Callable) -> Callable:

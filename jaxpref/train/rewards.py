@@ -73,8 +73,10 @@ def averages_tokens(
             arrays = {name: jnp.full(1, -tokens) for name in reads}
             arrays |= {n: jnp.full(1, tokens) for n in reads if n.endswith("lengths")}
             arrays |= {n: jnp.float32(0) for n in reads if n.startswith("running_")}
+            if "reliabilities" in reads:
+                arrays["reliabilities"] = jnp.full(1, 0.75)
             arrays["policy_rejected_logps"] = rejected
-            return jnp.sum(loss(**arrays, **options))
+            return jnp.sum(loss(*arrays.values(), **options))
 
         return float(jax.grad(summed)(jnp.full(1, -tokens))[0])
 
