@@ -186,6 +186,7 @@ choose_runtime() {
 # ---- commands, shown or run ----------------------------------------------------------
 
 exec 3>&1 # what --dry-run prints, also from inside $(...)
+exec 4>&2 # for a message where stderr is turned away
 
 quoted() { # each argument as the shell would read it; only then is it shown in quotes
   local each line=''
@@ -203,7 +204,7 @@ do_() {
   if [[ -n $DRY ]]; then
     quoted "$@" >&3
   else
-    "$@" 3>&-
+    "$@" 3>&- 4>&-
   fi
 }
 
@@ -670,7 +671,7 @@ if [[ -n $LOCAL ]]; then
   exit
 fi
 [[ -n $DRY ]] || command -v gcloud >/dev/null || fail 2 "gcloud is not installed"
-trap 'say "interrupted; the TPU and the experiment go on, run attaches again"; exit 130' INT TERM
+trap 'say "interrupted; the TPU and the experiment go on, run attaches again" 2>&4; exit 130' INT TERM
 code=0
 case $COMMAND in
   run | resume) run || code=$? ;;

@@ -137,7 +137,12 @@ def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulation"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((4, 1, 2), 2)]
+    ("sizes", "accumulation"),
+    [
+        pytest.param((1, 1, 1), 4, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), 1, marks=pytest.mark.slow),
+        ((4, 1, 2), 2),
+    ],
 )
 def test_layout_does_not_change_what_is_chosen(pairs, sizes, accumulation):  # noqa: F811
     whole, _ = steps_of(pairs)
@@ -171,9 +176,8 @@ def test_a_loss_of_whole_batches_is_refused():
         crm(losses.dr_dpo, noise_rate=0.2)
 
 
-@pytest.mark.parametrize(
-    "loss", [pytest.param("bradley_terry", marks=pytest.mark.slow), "dpo"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["bradley_terry", "dpo"])
 def test_a_run_exports_both_models(tmp_path, loss):
     source = make_model_folder(tmp_path / "source")
     pairs_file = make_pairs_file(tmp_path / "pairs.jsonl")
