@@ -105,6 +105,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import strengths, ukp
 from experiments.annotators_report import write_results
+from experiments.progress import say
 from experiments.ranks import area, rank_correlation
 from experiments.strengths import Strengths
 from experiments.ukp import World
@@ -529,11 +530,6 @@ def workers_of(fit: em.Fit, judge: Judge) -> list[dict]:
         {name: float(x[k]) for name, x in columns.items()}
         for k in np.flatnonzero(judge.ranked)
     ]
-
-
-def say(started: float, text: str) -> None:
-    """A line of progress with the minutes so far."""
-    print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {text}", flush=True)
 
 
 if __name__ == "__main__":

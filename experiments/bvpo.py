@@ -119,6 +119,7 @@ from experiments import reasoning_gradients as exact_sums
 from experiments import reasoning_world as world
 from experiments.bvpo_report import write_results
 from experiments.noisy_sentiment import begin
+from experiments.progress import say
 from experiments.reasoning_gradients import Language
 from experiments.sentiment_world import write_jsonl
 from jaxpref import losses
@@ -223,7 +224,7 @@ def main(options: Options) -> None:
         jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     started = time.perf_counter()
-    clock = functools.partial(_say, started)
+    clock = functools.partial(say, started)
     runs = len(protocol.seeds) * len(protocol.alphas)
     clock(f"{runs} preference runs; {estimate} on two cores")
 
@@ -463,10 +464,6 @@ def _load(folder: Path):
         load_params(folder, model),
         exact_sums.read_language(load_tokenizer(folder)),
     )
-
-
-def _say(started: float, text: str) -> None:
-    print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {text}", flush=True)
 
 
 if __name__ == "__main__":

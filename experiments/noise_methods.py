@@ -83,6 +83,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import noisy_sentiment as base
 from experiments import sentiment_world as world
 from experiments.noise_methods_report import write_results
+from experiments.progress import say
 from experiments.ranks import area
 from jaxpref import losses
 from jaxpref.data import (
@@ -247,10 +248,8 @@ def main(options: Options) -> None:
         jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     runs, started = make_runs(protocol), time.perf_counter()
-    say = lambda text: print(
-        f"[{(time.perf_counter() - started) / 60:5.1f} min] {text}", flush=True
-    )
-    say(f"{len(runs)} preference runs of up to half a minute on two cores")
+    clock = functools.partial(say, started)
+    clock(f"{len(runs)} preference runs of up to half a minute on two cores")
     mesh = make_mesh(MeshConfig())
     reference = base.train_reference(protocol.world(protocol.pairs), out)
     base.write_pairs(
@@ -258,13 +257,13 @@ def main(options: Options) -> None:
     )
     with jax.set_mesh(mesh):
         start = measured(protocol, reference, reference, seed=1000)
-    say("reference trained")
+    clock("reference trained")
     records = []
     for done, one in enumerate(runs):
         record = make_record(protocol, one, reference, out, mesh)
         records.append(record)
         rate = record["learned"]
-        say(
+        clock(
             f"{done + 1} of {len(runs)}: {one.folder}: reward {record['reward']:.2f}"
             + (f", flip rate {rate:.3f}" if rate is not None else "")
         )

@@ -82,6 +82,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import sentiment_world as world
+from experiments.progress import say
 from experiments.sentiment_report import write_results
 from jaxpref import losses
 from jaxpref.data import DataOptions, encode_prompt, load_tokenizer
@@ -224,7 +225,7 @@ def main(options: Options) -> None:
         jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     started = time.perf_counter()
-    clock = functools.partial(_say, started)
+    clock = functools.partial(say, started)
     runs = len(arms) * len(protocol.seeds)
     clock(f"{runs} preference runs; {estimate} on two cores")
 
@@ -464,10 +465,6 @@ def add_kept(records: list[dict], start: float) -> None:
 def _load(folder: Path):
     model = build(load_config(folder))
     return load_tokenizer(folder), model, load_params(folder, model)
-
-
-def _say(started: float, text: str) -> None:
-    print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {text}", flush=True)
 
 
 if __name__ == "__main__":

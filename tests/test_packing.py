@@ -1,5 +1,6 @@
 """Packed rows: the same numbers as one pair a row, and hardly any padding."""
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -230,8 +231,6 @@ def test_rows_are_full(shared):
 
 
 def test_nobody_waits_for_ever_and_nothing_overflows():
-    import collections
-
     rng = np.random.default_rng(0)
     tokens, answers = rng.integers(3, 40, 300), rng.integers(2, 20, 300)
     shape = data.PackedShape(

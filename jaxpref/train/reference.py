@@ -81,7 +81,8 @@ def make_tables(
                 params = load_reference(config, model)
             title = f"reference log-probs ({name})"
             scores = score(params, pairs, title=title)
-            # The policy's own kernels, so that both agree to the bit at the start.
+            # The policy's own kernels: at the start both agree, to the bit where a pair
+            # has a row to itself, to rounding in packed rows.
             found = {key: scores[key.replace("reference", "policy")] for key in names}
             for table in found.values():
                 check_finite(sources, pairs, config.reference or config.model, table)
