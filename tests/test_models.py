@@ -163,13 +163,13 @@ def test_later_tokens_and_padding_on_the_right_change_nothing():
     assert np.abs(a[:, 5:] - b[:, 5:]).max() > 0.1
 
 
-def test_mask_and_positions_pack_two_sequences_into_one_row():
+def test_segments_and_positions_pack_two_sequences_into_one_row():
     model = build(CONFIG)
     params = model.init(jax.random.key(0))
     row = np.concatenate([TOKENS[0, :4], TOKENS[1, :3]])[None]
-    segment, positions = np.array([0] * 4 + [1] * 3), [[0, 1, 2, 3, 0, 1, 2]]
-    mask = (segment[:, None] == segment) & np.tril(np.ones((T, T), bool))
-    packed = model.hidden(params, row, jnp.array(positions), jnp.array(mask[None]))
+    pairs, positions = [[0] * 4 + [1] * 3], [[0, 1, 2, 3, 0, 1, 2]]
+    segments = jnp.array(pairs), jnp.zeros((1, 7), int)
+    packed = model.hidden(params, row, jnp.array(positions), segments)
     np.testing.assert_allclose(
         packed[0, :4], model.hidden(params, TOKENS[:1, :4])[0], atol=2e-6
     )
@@ -281,9 +281,10 @@ def test_float64_compute_is_float64_throughout():
         logits = jax.jit(model.logits)(params, TOKENS)
         expected = numpy_logits(model.config, params, TOKENS[0])
         np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-12)
-        mask = jnp.tile(jnp.tri(T, dtype=bool), (B, 1, 1))
-        masked = jax.jit(model.logits)(params, TOKENS, mask=mask)
-        np.testing.assert_allclose(masked, logits, rtol=0, atol=1e-12)
+        one_pair = (jnp.zeros((B, T), int),) * 2
+        packed = jax.jit(lambda p: model.hidden(p, TOKENS, None, one_pair))(params)
+        whole = jax.jit(lambda p: model.hidden(p, TOKENS))(params)
+        np.testing.assert_allclose(packed, whole, rtol=0, atol=1e-12)
         with mesh(2, 2, 2):
             sharded = jax.jit(model.init)(jax.random.key(0))
             found = jax.jit(model.logits)(sharded, TOKENS)

@@ -25,7 +25,7 @@ from jaxpref.train import (
     run,
 )
 from jaxpref.train.mesh import to_global
-from jaxpref.train.scores import make_scores, packed_mask
+from jaxpref.train.scores import make_scores
 from tests.test_training import mesh_of
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 
@@ -118,18 +118,6 @@ def test_the_gradient_is_that_of_whole_sequences(pairs, sizes, accumulation):
     assert loss == pytest.approx(whole_loss, rel=1e-5)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, found, expected)
-
-
-def test_the_mask_by_hand():
-    #                    pair 0: prompt, chosen, rejected; pair 1; padding
-    segments = jnp.array([[0, 0, 1, 2, 2, 3, 4, 5, -1]])
-    expected = np.zeros((9, 9), int)
-    expected[0, 0] = expected[1, :2] = 1
-    expected[2, :3] = 1
-    expected[3, [0, 1, 3]] = expected[4, [0, 1, 3, 4]] = 1
-    expected[5, 5] = expected[6, 5:7] = 1
-    expected[7, [5, 7]] = expected[8, 8] = 1
-    np.testing.assert_array_equal(packed_mask(segments)[0], expected)
 
 
 def test_a_row_by_hand():

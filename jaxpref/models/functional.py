@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpref.models.attention import attention
 from jaxpref.models.config import SPECS, ModelConfig, check_mesh, on_mesh, place
 from jaxpref.models.logprobs import project
 from jaxpref.models.transformer import Block, Transformer, rotary_angles
@@ -81,27 +82,28 @@ class Model:
         module = Transformer(self.config, nnx.Rngs(key))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
-    def hidden(self, params: Params, tokens, positions=None, mask=None) -> jax.Array:
+    def hidden(self, params: Params, tokens, positions=None, segments=None) -> jax.Array:
         """Final hidden states [B, T, D] of tokens [B, T], in the compute dtype.
 
         Args:
             params: parameters.
             tokens: int [B, T].
             positions: int [B, T], by default 0, 1, 2, ... in every row.
-            mask: bool [B, T, T], True where query t may attend to key s; by default
-                causal, which is all that rows padded on the right need.
+            segments: `(pairs, parts)` of packed rows, each int [B, T]; see
+                `packed_attention`.  By default every token sees all before it, which is
+                all that rows padded on the right need.
         """
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         else:
             positions = place(positions, SPECS.tokens)
-        if mask is not None:
-            mask = place(mask[:, None], SPECS.mask)
+        if segments is not None:
+            segments = tuple(place(x, SPECS.tokens) for x in segments)
         transformer = self._transformer(params)
         angles = rotary_angles(self.config, positions)
 
         def layer(x, weights):
-            return self._layer(weights)(x, angles, mask), None
+            return self._layer(weights)(x, angles, segments), None
 
         layer = _remat(layer, self.config.remat)
         x = transformer.embed_tokens(tokens)
@@ -112,9 +114,9 @@ class Model:
         """The LM head [D, V] in the parameter dtype (if tied, the embedding turned)."""
         return self._transformer(params).head_weight()
 
-    def logits(self, params: Params, tokens, positions=None, mask=None) -> jax.Array:
+    def logits(self, params: Params, tokens) -> jax.Array:
         """Logits [B, T, V] in float32 or wider; for tests, never for training."""
-        return project(self.hidden(params, tokens, positions, mask), self.head(params))
+        return project(self.hidden(params, tokens), self.head(params))
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` rows of at most `length` tokens."""
@@ -174,7 +176,8 @@ class Model:
             keys = jax.lax.dynamic_update_slice(keys, k[None], at)
             values = jax.lax.dynamic_update_slice(values, v[None], at)
             k, v = keys[index], values[index]
-            return (block.mlp(block.attend(x, q, k, v, mask)), keys, values), None
+            x = block.mix(x, attention(q, k, v, mask))
+            return (block.mlp(x), keys, values), None
 
         carry = (transformer.embed_tokens(tokens), cache.keys, cache.values)
         layers = (params["layers"], jnp.arange(self.config.num_layers))

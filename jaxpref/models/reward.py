@@ -57,10 +57,10 @@ class RewardModel:
         draw = jax.random.normal(key, (size, 1), dtype, out_sharding=on_mesh(HEAD))
         return draw * jnp.asarray((size + 1) ** -0.5, dtype)
 
-    def hidden(self, params: Params, tokens, positions=None, mask=None) -> jax.Array:
+    def hidden(self, params: Params, tokens, positions=None, segments=None) -> jax.Array:
         """Final hidden states [B, T, D] of tokens [B, T]; see `Model.hidden`."""
         backbone = {name: x for name, x in params.items() if name != "score"}
-        return self.backbone.hidden(backbone, tokens, positions, mask)
+        return self.backbone.hidden(backbone, tokens, positions, segments)
 
     def rewards_at(self, params: Params, tokens, positions) -> jax.Array:
         """Scores [B, P] read at `positions` int [B, P] of tokens int [B, T].

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpref.models.attention import attention, packed_attention
 from jaxpref.models.config import (
     SPECS,
     ModelConfig,
@@ -41,28 +42,6 @@ def rotate(x, cos, sin):
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def attention(q, k, v, mask):
-    """Grouped-query attention [B, T, H, K], scaled by 1/sqrt(K).
-
-    Args:
-        q: [B, T, H, K].
-        k: [B, S, G, K]; query head h reads key head h // (H / G).
-        v: [B, S, G, K].
-        mask: bool [B, 1, T, S], or None for causal.
-    """
-    if q.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
-    # That function's softmax is float32 for every input, and float64 is there to check
-    # everything else to many digits.
-    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    grouped = jnp.reshape(q, (B, T, G, H // G, K), out_sharding=on_mesh(SPECS.groups))
-    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k) * K**-0.5
-    seen = jnp.tri(T, S, dtype=bool) if mask is None else mask[:, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e300), axis=-1)
-    out = jnp.einsum("bgrts,bsgk->btgrk", weights, v)
-    return jnp.reshape(out, (B, T, H, K), out_sharding=on_mesh(SPECS.heads))
 
 
 def _normal(rngs, config, shape, spec, scale=1.0):
@@ -112,9 +91,8 @@ class Block(nnx.Module):
         )
         return rotate(q, *angles), rotate(k, *angles), v
 
-    def attend(self, x, q, k, v, mask):
-        """Adds grouped-query attention; a mask [B, 1, T, S], or None for causal."""
-        a = attention(q, k, v, mask)
+    def mix(self, x, a):
+        """Adds what attention found, [B, T, H, K]."""
         return x + self._project("bthk,hkd->btd", a, self.output, SPECS.hidden)
 
     def mlp(self, x):
@@ -126,9 +104,12 @@ class Block(nnx.Module):
             "btf,fd->btd", jax.nn.silu(gate) * up, self.down, SPECS.hidden
         )
 
-    def __call__(self, x, angles, mask):
-        """One layer: [B, T, D] to [B, T, D]."""
-        return self.mlp(self.attend(x, *self.queries_keys_values(x, angles), mask))
+    def __call__(self, x, angles, segments=None):
+        """One layer: [B, T, D] to [B, T, D]; `(pairs, parts)` of packed rows."""
+        q, k, v = self.queries_keys_values(x, angles)
+        if segments is None:
+            return self.mlp(self.mix(x, attention(q, k, v, mask=None)))
+        return self.mlp(self.mix(x, packed_attention(q, k, v, *segments)))
 
 
 class Transformer(nnx.Module):

@@ -87,11 +87,11 @@ def make_scores(
             ends = last_tokens(batch.completions)
             return {"rewards": per_completion(losses.sum_by_completion, rewards, ends)}
 
-        positions = mask = None
+        positions = segments = None
         if batch.segments is not None:
-            positions = flat(batch.positions)
-            mask = packed_mask(flat(batch.segments))
-        hidden = lambda p: model.hidden(p, flat(batch.tokens), positions, mask)
+            positions, segments = flat(batch.positions), flat(batch.segments)
+            segments = segments // PARTS, segments % PARTS
+        hidden = lambda p: model.hidden(p, flat(batch.tokens), positions, segments)
         read = lambda p: (hidden(p), model.head(p))
         asked = (flat(batch.predictors), flat(batch.targets))
         of_tokens = {}
@@ -134,19 +134,6 @@ def make_scores(
         return sums
 
     return scores
-
-
-def packed_mask(segments: jax.Array) -> jax.Array:
-    """Which keys each query of packed rows sees, bool [B, T, T] of segments [B, T].
-
-    Its own part of its pair and the pair's prompt, as far as they stand before it.
-    Padding sees padding, so that no row of the mask is empty.
-    """
-    pair, part = segments // PARTS, segments % PARTS
-    query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    seen = (query(part) == key(part)) | (key(part) == 0)
-    place = jnp.arange(segments.shape[1])
-    return (query(pair) == key(pair)) & seen & (place <= place[:, None])
 
 
 def last_tokens(owners: jax.Array) -> jax.Array:

@@ -1,0 +1,130 @@
+"""Attention of packed rows against the definition, written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxpref.models.attention import BLOCK, attention, packed_attention
+from jaxpref.models.config import SPECS
+
+H, G, K = 4, 2, 8
+
+
+def rows(T, seed=0):
+    """Pairs and parts of two rows: prompts, two answers each, padding at the end."""
+    rng = np.random.default_rng(seed)
+    pairs, parts = np.full((2, T), -1), np.zeros((2, T), int)
+    for row in range(2):
+        at = pair = 0
+        while True:
+            sizes = rng.integers(1, max(2, T // 6), 3)
+            if at + sizes.sum() > T - row * 3:
+                break
+            for part, size in enumerate(sizes):
+                pairs[row, at : at + size], parts[row, at : at + size] = pair, part
+                at += size
+            pair += 1
+    return pairs, parts
+
+
+def seen(pairs, parts):
+    """Whether query t sees key s, one by one, bool [B, 1, T, T]."""
+    B, T = pairs.shape
+    mask = np.zeros((B, 1, T, T), bool)
+    for b, t, s in np.ndindex(B, T, T):
+        same = pairs[b, t] == pairs[b, s] >= 0
+        mask[b, 0, t, s] = same and s <= t and parts[b, s] in (0, parts[b, t])
+    return mask
+
+
+def arrays(T, dtype=np.float64, seed=1):
+    rng = np.random.default_rng(seed)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(2, T, heads, K)), dtype)
+    return draw(H), draw(G), draw(G), draw(H)
+
+
+def by_definition(q, k, v, mask):
+    k, v = (np.repeat(np.asarray(x, float), H // G, axis=2) for x in (k, v))
+    scores = np.einsum("bthk,bshk->bhts", np.asarray(q, float), k) / np.sqrt(K)
+    weights = np.where(mask, np.exp(scores), 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bhts,bshk->bthk", weights, v)
+
+
+@pytest.mark.parametrize("T", [5, BLOCK, 2 * BLOCK + 7, 4 * BLOCK])
+def test_packed_attention_is_attention_to_what_is_seen(T):
+    with jax.enable_x64(True):
+        q, k, v, slopes = arrays(T)
+        pairs, parts = rows(T)
+        found = jax.jit(packed_attention)(q, k, v, jnp.array(pairs), jnp.array(parts))
+    real = pairs >= 0
+    expected = by_definition(q, k, v, seen(pairs, parts))
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-12, atol=1e-13)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("T", [BLOCK - 3, 3 * BLOCK])
+def test_gradients_are_those_of_dense_attention(T):
+    with jax.enable_x64(True):
+        q, k, v, slopes = arrays(T)
+        pairs, parts = rows(T, seed=2)
+        slopes = slopes * (pairs >= 0)[..., None, None]
+        # Padding sees itself here, so that no row of the mask is empty.
+        mask = jnp.asarray(seen(pairs, parts) | np.eye(T, dtype=bool))
+        summed = lambda function: lambda *qkv: jnp.sum(function(*qkv) * slopes)
+        packed = summed(lambda *qkv: packed_attention(*qkv, jnp.array(pairs), parts))
+        dense = summed(lambda *qkv: attention(*qkv, mask))
+        found = jax.jit(jax.grad(packed, (0, 1, 2)))(q, k, v)
+        expected = jax.jit(jax.grad(dense, (0, 1, 2)))(q, k, v)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2)])
+def test_a_mesh_changes_nothing(sizes):
+    T = BLOCK + 9
+    q, k, v, slopes = arrays(T, np.float32)
+    pairs, parts = rows(T)
+    slopes = slopes * (pairs >= 0)[..., None, None]
+
+    def run(place):
+        def summed(q, k, v):
+            placed = (place(x, SPECS.heads) for x in (q, k, v))
+            out = packed_attention(*placed, *(place(x, SPECS.tokens) for x in segments))
+            return jnp.sum(out * place(slopes, SPECS.heads)), out
+
+        segments = jnp.array(pairs), jnp.array(parts)
+        return jax.device_get(
+            jax.jit(jax.grad(summed, (0, 1, 2), has_aux=True))(q, k, v)
+        )
+
+    alone = run(lambda x, spec: x)
+    count = int(np.prod(sizes))
+    mesh = jax.make_mesh(
+        sizes,
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Explicit,) * 3,
+        devices=jax.devices()[:count],
+    )
+    with jax.set_mesh(mesh):
+        spread = run(jax.reshard)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        spread,
+        alone,
+    )
+
+
+def test_bfloat16_rounds_the_factors_only():
+    q, k, v, _ = arrays(2 * BLOCK, jnp.bfloat16)
+    pairs, parts = rows(2 * BLOCK)
+    found = packed_attention(q, k, v, jnp.array(pairs), jnp.array(parts))
+    assert found.dtype == jnp.bfloat16
+    expected = by_definition(q, k, v, seen(pairs, parts))
+    real = pairs >= 0
+    # Weights and results are rounded to 8 bits each.
+    np.testing.assert_allclose(
+        np.asarray(found, float)[real], expected[real], rtol=0.02, atol=0.02
+    )
