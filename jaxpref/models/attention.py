@@ -4,8 +4,6 @@ Axes: B rows, T tokens, S key slots, H query heads, G key-value heads, K head fe
 N blocks of a row, M = H / G * block queries of a block that share a key head.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 

@@ -82,7 +82,9 @@ class Model:
         module = Transformer(self.config, nnx.Rngs(key))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
-    def hidden(self, params: Params, tokens, positions=None, segments=None) -> jax.Array:
+    def hidden(
+        self, params: Params, tokens, positions=None, segments=None
+    ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens [B, T], in the compute dtype.
 
         Args:

@@ -8,7 +8,8 @@ axis, besides the head and its gradient, are `[B, chunk_size, V]`.
 import jax
 import jax.numpy as jnp
 
-from jaxpref.models.config import SPECS, on_mesh, place
+from jaxpref.models.config import SPECS, place
+from jaxpref.models.linear import product
 
 
 def project(hidden, head) -> jax.Array:
@@ -17,13 +18,8 @@ def project(hidden, head) -> jax.Array:
     The factors are in the dtype of `hidden`, the sums in float32 or wider; V is spread
     over the `tensor` axis of the mesh.
     """
-    return jnp.einsum(
-        "btd,dv->btv",
-        hidden,
-        head.astype(hidden.dtype),
-        preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
-        out_sharding=on_mesh(SPECS.features),
-    )
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return product("btd,dv->btv", hidden, head, spec=SPECS.features, out_dtype=wide)
 
 
 def token_logps(hidden, head, predictors, targets, *, chunk_size: int) -> jax.Array:

@@ -57,7 +57,9 @@ class RewardModel:
         draw = jax.random.normal(key, (size, 1), dtype, out_sharding=on_mesh(HEAD))
         return draw * jnp.asarray((size + 1) ** -0.5, dtype)
 
-    def hidden(self, params: Params, tokens, positions=None, segments=None) -> jax.Array:
+    def hidden(
+        self, params: Params, tokens, positions=None, segments=None
+    ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens [B, T]; see `Model.hidden`."""
         backbone = {name: x for name, x in params.items() if name != "score"}
         return self.backbone.hidden(backbone, tokens, positions, segments)

@@ -16,6 +16,7 @@ from jaxpref.models.config import (
     on_mesh,
     place,
 )
+from jaxpref.models.linear import product
 
 
 def rms_norm(x, gain, eps):
@@ -78,31 +79,26 @@ class Block(nnx.Module):
         self.up = _normal(rngs, c, (L, D, F), SPECS.mlp_in)
         self.down = _normal(rngs, c, (L, F, D), SPECS.mlp_out, small)
 
-    def _project(self, equation, x, weight, spec):
-        weight = weight[...].astype(x.dtype)
-        return jnp.einsum(equation, x, weight, out_sharding=on_mesh(spec))
-
     def queries_keys_values(self, x, angles):
         """Rotated queries [B, T, H, K], rotated keys and values [B, T, G, K]."""
         h = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
         q, k, v = (
-            self._project("btd,dhk->bthk", h, w, SPECS.heads)
+            product("btd,dhk->bthk", h, w[...], spec=SPECS.heads)
             for w in (self.query, self.key, self.value)
         )
         return rotate(q, *angles), rotate(k, *angles), v
 
     def mix(self, x, a):
         """Adds what attention found, [B, T, H, K]."""
-        return x + self._project("bthk,hkd->btd", a, self.output, SPECS.hidden)
+        return x + product("bthk,hkd->btd", a, self.output[...], spec=SPECS.hidden)
 
     def mlp(self, x):
         """Adds down(silu(gate(h)) * up(h)): SwiGLU, Shazeer 2020, arXiv:2002.05202."""
         h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        gate = self._project("btd,df->btf", h, self.gate, SPECS.features)
-        up = self._project("btd,df->btf", h, self.up, SPECS.features)
-        return x + self._project(
-            "btf,fd->btd", jax.nn.silu(gate) * up, self.down, SPECS.hidden
-        )
+        gate = product("btd,df->btf", h, self.gate[...], spec=SPECS.features)
+        up = product("btd,df->btf", h, self.up[...], spec=SPECS.features)
+        h = jax.nn.silu(gate) * up
+        return x + product("btf,fd->btd", h, self.down[...], spec=SPECS.hidden)
 
     def __call__(self, x, angles, segments=None):
         """One layer: [B, T, D] to [B, T, D]; `(pairs, parts)` of packed rows."""

@@ -1,0 +1,66 @@
+"""Products of activations with weights, and gradients that transpose neither."""
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import linear_call
+
+from jaxpref.models.config import on_mesh
+
+
+def product(equation: str, x, weight, *, spec=None, out_dtype=None) -> jax.Array:
+    """`einsum(equation, x, weight)`: factors in the dtype of x, sums at least float32.
+
+    The slopes are einsums of the same kind,
+
+        d/dx: out, weight -> x        d/dweight: x, out -> weight
+
+    in this order of factors.  JAX's own order for the weight is (out, x), for which XLA
+    on CPU writes a transposed copy of `out`, the larger of the two: a layer of hidden
+    size 576 takes 1.4 times as long that way, a head with 49,152 tokens 1.2 times.
+
+    Args:
+        equation: of one activation and one weight, every index of which is in two of
+            the three terms.
+        x: activations.
+        weight: in the parameter dtype; its gradient comes in that dtype, out of sums
+            that were never rounded to the dtype of x.
+        spec: layout of the result on the mesh that is set.
+        out_dtype: dtype of the result, by default that of x.
+    """
+    terms, out = equation.split("->")
+    of_x, of_weight = terms.split(",")
+    out_dtype = out_dtype or x.dtype
+    layout = lambda like: on_mesh(jax.typeof(like).sharding.spec)
+
+    def einsum(equation, a, b, dtype, spec):
+        # In the same precision forwards and backwards, whatever dtype slopes come in.
+        a, b = a.astype(x.dtype), b.astype(x.dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        found = jnp.einsum(
+            equation, a, b, preferred_element_type=wide, out_sharding=on_mesh(spec)
+        )
+        return found.astype(dtype)
+
+    forward = lambda x, weight: einsum(equation, x, weight, out_dtype, spec)
+
+    def to_x(weight, slope):
+        to = f"{out},{of_weight}->{of_x}"
+        return einsum(to, slope, weight, x.dtype, layout(x))
+
+    def to_weight(x, slope):
+        to = f"{of_x},{out}->{of_weight}"
+        return einsum(to, x, slope, weight.dtype, layout(weight))
+
+    @jax.custom_jvp
+    def apply(x, weight):
+        return forward(x, weight)
+
+    @apply.defjvp
+    def _(values, slopes):
+        (x, weight), (dx, dweight) = values, slopes
+        through_x = linear_call(lambda w, dx: forward(dx, w), to_x, weight, dx)
+        through_weight = linear_call(forward, to_weight, x, dweight)
+        # The plain product, and not `apply`: policies of jax.checkpoint look for it.
+        return forward(x, weight), through_x + through_weight
+
+    return apply(x, weight)
