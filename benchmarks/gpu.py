@@ -16,7 +16,7 @@ Commands
         python -m benchmarks.gpu --platform cpu --tiny
 
 Expected
-    On a machine without a GPU one line and exit code 0.  EXPECTED
+    On a machine without a GPU one line and exit code 0.  It has not run on one yet.
 
 Figures
     Useful FLOP are those of a pair with its prompt once, its real tokens only, the head
