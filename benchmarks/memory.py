@@ -11,7 +11,7 @@ for four heads on the same backbone:
 - none: no head at all, to see what the backbone and attention take.
 
 Commands
-    All sizes, and a Qwen-like 0.6B model (about 10 seconds a line on a quiet machine):
+    All sizes, and a Qwen-like 0.6B model (about 15 seconds a line on a quiet machine):
 
         python -m benchmarks.memory --json memory.json
         python -m benchmarks.memory --remat none
@@ -22,11 +22,12 @@ Commands
         python -m benchmarks.memory --quick
 
 Expected
-    First command, jax 0.10.2 on a CPU, vocabulary 152,064, ours / log_softmax (and /
-    logsumexp): padded at 512, 1024, 2048, 4096 tokens 0.24 (0.33), 0.17 (0.24), 0.21
-    (0.31), 0.37 (0.54); packed at 512 and 1024 0.63 (0.95) and 0.32 (0.55).  Above a
-    third is what no head decides: at 4,096 dense attention takes 20.0 of our 20.7 GiB,
-    and in the small packed batch four copies of the parameters are all 1.5 GiB.
+    With jax 0.10.2 on a CPU, vocabulary 152,064, ours / log_softmax (/ logsumexp):
+    padded at 512, 1024, 2048, 4096 tokens 0.24 (0.33), 0.17 (0.24), 0.21 (0.31), 0.37
+    (0.54); packed at 512 and 1024 tokens 0.63 (0.95) and 0.32 (0.55).  Above a third it
+    is what no head decides: at 4,096 the backbone with its dense attention takes 20.0
+    of our 20.7 GiB, and in the small packed batch our head adds nothing to its 1.5 GiB,
+    which is the size of four copies of the parameters.
 """
 
 import dataclasses
