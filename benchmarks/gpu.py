@@ -1,0 +1,390 @@
+r"""A DPO step of a 1B-class model on one GPU: bf16 products, float32 master weights.
+
+Commands
+    Random weights and random pairs of up to 2,048 tokens in packed rows of 2,048;
+    beside it TRL on the same pairs, with an interpreter that has torch and trl:
+
+        python -m benchmarks.gpu --json gpu.json
+        python -m benchmarks.gpu --trl-python ~/trl/bin/python --json gpu.json
+
+    A model folder or hub id, and its own data:
+
+        python -m benchmarks.gpu --model unsloth/Llama-3.2-1B --data pairs.jsonl
+
+    The same code on a CPU, tiny, to see that it runs; its figures mean nothing:
+
+        python -m benchmarks.gpu --platform cpu --tiny
+
+Expected
+    On a machine without a GPU one line and exit code 0.  It has not run on one yet.
+
+Figures
+    Useful FLOP are those of a pair with its prompt once, its real tokens only, the head
+    on completion tokens only, attention where the mask lets it look; backward twice
+    forward; nothing for padding or for what is computed again.  MFU is useful FLOP a
+    second by the card's peak, TRL's of the same useful FLOP.  Peak memory is that of
+    the allocator over the whole run, without the CUDA context.
+"""
+
+import os
+
+# The reserve of 75 % of the card would leave TRL's process, which comes first, little.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks.random_steps import LLAMA_1B, make_step, random_pairs, reference_of
+from jaxpref import data
+from jaxpref.errors import InputError
+from jaxpref.files import write_json
+from jaxpref.models import ModelConfig, build
+from jaxpref.models.hub import resolve_folder
+from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models.huggingface_config import config_to_hf
+from jaxpref.train import MeshConfig, make_mesh
+from jaxpref.train.entry import entry_point
+from jaxpref.train.mesh import row_shards, to_global
+from jaxpref.train.scores import make_scores
+
+PEAK_TFLOPS = {
+    # Dense bf16 with float32 sums, at boost clock, out of NVIDIA's data sheets, which
+    # give twice as much "with sparsity": H100 (2023), H200 (2024), A100 (2021), L4 and
+    # L40S (2023), Blackwell architecture brief (2024, B200: HGX).
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuConfig:
+    """What is measured."""
+
+    platform: Literal["gpu", "cpu"] = "gpu"
+    """Where; `cpu` is a dry run."""
+    tiny: bool = False
+    """A model of 0.1M parameters and short pairs."""
+    model: str | None = None
+    """Model folder or hub id; random weights of a 1B-class Llama if not given."""
+    data: str | None = None
+    """Preference file, with --model; random pairs if not given."""
+    row_length: int = 2048
+    """Tokens of a packed row, and most tokens of a pair."""
+    batch_size: int = 16
+    """Pairs a step, on average."""
+    logit_chunk: int = 64
+    """Completion tokens of a row whose logits exist at the same time."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass computes again."""
+    blocks: int = 5
+    """Blocks of steps that are timed."""
+    steps: int = 4
+    """Steps of a block; two blocks' steps come before, untimed."""
+    peak_tflops: float | None = None
+    """The card's dense bf16 rate, where the table has none."""
+    trl_python: str | None = None
+    """Interpreter with torch and trl, to measure TRL in the same run."""
+    trl_accumulation: int = 1
+    """Micro-batches of TRL's step."""
+    json: str | None = None
+    """File for the record."""
+
+    def __post_init__(self):
+        if (self.model is None) != (self.data is None):
+            raise InputError("--model and --data come together, or neither")
+        if min(self.batch_size, self.blocks, self.steps, self.logit_chunk) < 1:
+            raise InputError("batch_size, blocks, steps, logit_chunk: give at least 1")
+        if self.batch_size % self.trl_accumulation:
+            raise InputError(
+                f"trl_accumulation {self.trl_accumulation}: must divide batch_size "
+                f"{self.batch_size}"
+            )
+
+
+# ---- the card ----------------------------------------------------------------------
+
+
+def find_device(platform: str) -> jax.Device | None:
+    """The first device of a platform, None where there is none."""
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        return jax.devices(platform)[0]
+    except (RuntimeError, AssertionError):
+        # The latter where JAX_PLATFORMS asks for a plugin that is not installed.
+        return None
+
+
+def peak_of(kind: str, given: float | None) -> float:
+    """TFLOP/s of a card by its name, "NVIDIA H200"; the longest entry that is in it."""
+    named = [
+        name
+        for name in PEAK_TFLOPS
+        if re.search(rf"\b{re.escape(name)}\b", kind) is not None
+    ]
+    if given is not None:
+        return given
+    if not named:
+        raise InputError(
+            f"{kind}: its peak rate is not known; give --peak-tflops, dense bf16"
+        )
+    return float(PEAK_TFLOPS[max(named, key=len)])
+
+
+def product_tflops(size: int, repeats: int = 5) -> float:
+    """What large bf16 matrix products reach in this run; the median."""
+    a = jnp.ones((size, size), jnp.bfloat16)
+    multiply = jax.jit(lambda a, b: a @ b)
+    multiply(a, a).block_until_ready()
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        found.append(2 * size**3 / (time.perf_counter() - started) / 1e12)
+    return float(np.median(found))
+
+
+# ---- the work ----------------------------------------------------------------------
+
+
+def useful_flops(config: ModelConfig, prompts, completions) -> np.ndarray:
+    """FLOP of the forward and backward pass of each pair, [N].
+
+    3 * 2 * (weights of all layers * tokens + D V * completion tokens
+             + 2 L H K * pairs of a query and a key it may see)
+
+    Args:
+      config: the model's.
+      prompts: int [N], tokens of each prompt.
+      completions: int [N, 2], tokens of both answers.
+    """
+    c = config
+    D, H, G, K = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+    layer = D * (H + 2 * G) * K + H * K * D + 3 * D * c.intermediate_size
+    p, a = np.asarray(prompts, float), np.asarray(completions, float)
+    tokens, answers = p + a.sum(-1), a.sum(-1)
+    # Each token sees itself and all before it of its own prompt and answer.
+    seen = p * (p + 1) / 2 + (p[:, None] * a + a * (a + 1) / 2).sum(-1)
+    forward = c.num_layers * (layer * tokens + 2 * H * K * seen)
+    return 3 * 2 * (forward + D * c.vocab_size * answers)
+
+
+def make_pairs(config: GpuConfig) -> tuple[ModelConfig, data.Pairs, Path | None]:
+    """The model's sizes, the pairs, and the model's folder where one was named."""
+    if config.model is None:
+        sizes = LLAMA_1B
+        if config.tiny:
+            sizes = dataclasses.replace(
+                sizes,
+                vocab_size=512,
+                hidden_size=64,
+                intermediate_size=128,
+                num_layers=2,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=16,
+            )
+        # The longest: a quarter of a row its prompt, 3 eighths each of its answers.
+        most = config.row_length // np.array([4, 1, 1]) * [1, 3, 3] // [1, 8, 8]
+        count = config.batch_size * config.steps * (config.blocks + 2)
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(np.maximum(most // 8, 1), most + 1, (count, 3))
+        return sizes, random_pairs(lengths, vocab_size=sizes.vocab_size), None
+    folder = Path(resolve_folder(config.model))
+    options = data.DataOptions(max_length=config.row_length // 2, heldout_fraction=0.0)
+    tokenizer = data.load_tokenizer(folder)
+    plan = data.make_plan(data.open_source(config.data), tokenizer, options)
+    return load_config(folder), plan.train, folder
+
+
+def quantiles(values) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def measure(
+    config: GpuConfig, sizes: ModelConfig, pairs: data.Pairs, folder: Path | None
+) -> dict:
+    """Our step on packed rows, batches made and placed as in a run."""
+    sizes = dataclasses.replace(sizes, compute_dtype="bfloat16", remat=config.remat)
+    model = build(sizes)
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        shape = data.packed_shape(
+            pairs,
+            row_length=config.row_length,
+            batch_size=config.batch_size,
+            parts=row_shards(mesh),
+        )
+        batches = data.packed_batches(pairs, shape=shape, reference=reference_of(pairs))
+        scores = make_scores(model, chunk_size=config.logit_chunk)
+        step, new_state = make_step(model, scores)
+        key = jax.random.key(0)
+        if folder is None:
+            params = jax.jit(model.init)(key)
+        else:
+            params = load_params(folder, model)
+        state = jax.jit(new_state, donate_argnums=0)(params)
+        del params
+        flops = useful_flops(sizes, pairs.prompt_lengths, pairs.completion_lengths)
+        rates = {"pairs_per_second": [], "tokens_per_second": [], "tflops": []}
+        filled = []
+        for number in range(config.blocks + 2):
+            seen = []
+            started = time.perf_counter()
+            for _ in range(config.steps):
+                batch = next(batches)
+                seen.append(batch)
+                state, metrics = step(state, to_global(batch, mesh))
+            loss = float(metrics["loss"])  # waits for the last step
+            seconds = time.perf_counter() - started
+            if number < 2:
+                continue
+            index = np.concatenate([b.pairs[b.pairs >= 0] for b in seen])
+            tokens = sum(b.lengths.sum() for b in seen)
+            filled.append(tokens / sum(b.tokens.size for b in seen))
+            rates["pairs_per_second"].append(len(index) / seconds)
+            rates["tokens_per_second"].append(tokens / seconds)
+            rates["tflops"].append(flops[index].sum() / seconds / 1e12)
+    if not np.isfinite(loss):
+        raise InputError(f"the loss is {loss} after {config.blocks + 2} blocks")
+    stats = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    peak = stats.get("peak_bytes_in_use")
+    return {
+        "system": "jaxpref",
+        "rows": shape.rows,
+        "filled": float(np.mean(filled)),
+        "peak_mib": None if peak is None else peak / 2**20,
+    } | {name: quantiles(found) for name, found in rates.items()}
+
+
+def measure_trl(config: GpuConfig, sizes: ModelConfig, pairs, folder) -> dict:
+    """TRL's trainer on the same pairs in a process of its own, reference stored."""
+    count = min(len(pairs), config.batch_size * config.steps * (config.blocks + 2))
+    job = {
+        "device": config.platform,
+        "folder": None if folder is None else str(folder),
+        "config": config_to_hf(sizes),
+        "batch_size": config.batch_size,
+        "accumulation": config.trl_accumulation,
+        "remat": config.remat != "none",
+        "steps": config.steps * (config.blocks + 2),
+        "pairs": [
+            [pairs.prompt(n).tolist()]
+            + [pairs.completion(n, side).tolist() for side in (0, 1)]
+            for n in range(count)
+        ],
+    }
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "job.json"
+        path.write_text(json.dumps(job))
+        script = Path(__file__).with_name("gpu_trl.py")
+        done = subprocess.run(
+            [config.trl_python, str(script), str(path)], capture_output=True, text=True
+        )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"system": "trl", "error": told[:300]}
+    found = json.loads(lines[-1])
+    # One order in both: TRL's loader does not shuffle here.
+    seconds = np.array(found.pop("seconds")).reshape(-1, config.steps)[2:].sum(1)
+    flops = useful_flops(sizes, pairs.prompt_lengths, pairs.completion_lengths)
+    held = config.batch_size * config.steps
+    blocks = (np.arange((2 + n) * held, (3 + n) * held) for n in range(config.blocks))
+    work = np.array([flops[index % count].sum() for index in blocks])
+    return {
+        "system": "trl",
+        **found,
+        "pairs_per_second": quantiles(held / seconds),
+        "tflops": quantiles(work / seconds / 1e12),
+    }
+
+
+def line(found: dict, peak: float | None) -> str:
+    """A system's figures."""
+    if "error" in found:
+        return f"{found['system']}: no figure ({found['error']})"
+    spread = lambda x, scale=1.0: (
+        f"{x['median'] * scale:.3g} ({x['low'] * scale:.3g} to {x['high'] * scale:.3g})"
+    )
+    parts = [f"{spread(found['pairs_per_second'])} pairs/s"]
+    if "tokens_per_second" in found:
+        parts.append(f"{spread(found['tokens_per_second'])} tokens/s")
+    parts.append(f"{spread(found['tflops'])} useful TFLOP/s")
+    if peak is not None:
+        parts.append(f"MFU {spread(found['tflops'], 100 / peak)} %")
+    if found["peak_mib"] is not None:
+        parts.append(f"peak {found['peak_mib'] / 1024:.1f} GiB")
+    if "filled" in found:
+        parts.append(f"rows {found['filled']:.0%} full")
+    return f"{found['system']}: " + ", ".join(parts)
+
+
+def main(config: GpuConfig) -> None:
+    """Measures and prints; one line where there is no GPU."""
+    device = find_device(config.platform)
+    if device is None:
+        print("no GPU that this jax can use: skipped (--platform cpu is a dry run)")
+        return
+    peak, kind = None, device.device_kind
+    if config.platform == "cpu":
+        print("dry run on a CPU: it shows that the code runs, and nothing of a GPU")
+    else:
+        peak = peak_of(kind, config.peak_tflops)
+    sizes, pairs, folder = make_pairs(config)
+    systems = [functools.partial(measure, config)]
+    if config.trl_python is not None:
+        # First, while nothing of the card is taken here.
+        systems.insert(0, functools.partial(measure_trl, config))
+    found = []
+    for run in systems:
+        try:
+            found.append(run(sizes, pairs, folder))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                f"out of memory on {kind} with {config.batch_size} pairs in rows of "
+                f"{config.row_length} tokens, remat {config.remat}: give a smaller "
+                "--batch-size, or --remat full"
+            ) from error
+        print(line(found[-1], peak), flush=True)
+    product = product_tflops(256 if config.tiny else 8192)
+    print(f"{kind}: {product:.3g} TFLOP/s in bf16 products, peak {peak or 'not known'}")
+    if config.json is not None:
+        record = {
+            "dry_run": config.platform == "cpu",
+            "device": kind,
+            "jax": jax.__version__,
+            "peak_tflops": peak,
+            "product_tflops": product,
+            "config": dataclasses.asdict(config),
+            "systems": found,
+        }
+        write_json(config.json, record)
+
+
+if __name__ == "__main__":
+    with entry_point():
+        main(tyro.cli(GpuConfig, description=__doc__))

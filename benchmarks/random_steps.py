@@ -1,0 +1,112 @@
+"""Random pairs and the train step that takes them: what the other benchmarks share.
+
+The step is the one that training jits (`jaxpref.train.step.make_train_step`) with DPO
+and AdamW; a benchmark may bring scores of its own.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpref import data, losses
+from jaxpref.data.pipeline import collate
+from jaxpref.models import Model, ModelConfig
+from jaxpref.train import OptimizerConfig, from_loss
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.scores import ScoreFunction, make_scores
+from jaxpref.train.state import init_state
+from jaxpref.train.step import make_train_step
+
+SMOLLM_135M = ModelConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+QWEN_600M = ModelConfig(
+    vocab_size=152064,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=64,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+LLAMA_1B = ModelConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    rope_theta=500000.0,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+
+
+class Step(NamedTuple):
+    """A jitted step, and the state it begins with, made of parameters."""
+
+    step: Callable
+    new_state: Callable
+
+
+def make_step(model: Model, scores: ScoreFunction | None = None) -> Step:
+    """DPO with AdamW, on the scores of a run unless others are given."""
+    optimizer = OptimizerConfig()
+    schedule = make_schedule(optimizer, 1000)
+    tx = make_optimizer(optimizer, schedule)
+    objective = from_loss(losses.dpo)
+    step = make_train_step(scores or make_scores(model), objective, tx, schedule)
+    return Step(step, functools.partial(init_state, tx=tx, objective=objective))
+
+
+def random_pairs(lengths: np.ndarray, *, vocab_size: int, seed: int = 0) -> data.Pairs:
+    """Pairs of random tokens.
+
+    Args:
+      lengths: int [N, 3], the tokens of each prompt, chosen and rejected answer.
+      vocab_size: tokens are drawn evenly from 3 to this.
+      seed: of the tokens.
+    """
+    rng = np.random.default_rng(seed)
+    builder = data.PairsBuilder(2)
+    for n, sizes in enumerate(lengths):
+        prompt, *answers = (rng.integers(3, vocab_size, k).tolist() for k in sizes)
+        builder.add(prompt, answers, id=str(n))
+    return builder.build()
+
+
+def reference_of(pairs: data.Pairs) -> dict[str, np.ndarray]:
+    """Stored reference log-probs; zeros cost what true ones do."""
+    return {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+
+
+def padded_batch(pairs: data.Pairs) -> data.PreferenceBatch:
+    """All the pairs as one batch, a pair a row."""
+    return collate(
+        pairs,
+        np.arange(len(pairs))[None],
+        shape=data.batch_shape(pairs),
+        reference=reference_of(pairs),
+    )
+
+
+def packed_batch(pairs: data.Pairs, *, row_length: int) -> data.PreferenceBatch:
+    """A batch of packed rows that holds about as many pairs as are given."""
+    shape = data.packed_shape(pairs, row_length=row_length, batch_size=len(pairs))
+    batches = data.packed_batches(
+        pairs, shape=shape, reference=reference_of(pairs), prefetch=0
+    )
+    return next(batches)
