@@ -24,7 +24,7 @@ from jaxpref.data.pairs import Pairs
 from jaxpref.data.pipeline import rows_of_process, shuffled
 from jaxpref.errors import InputError
 
-LOOK_AHEAD = 3
+LOOK_AHEAD = 8
 """Pairs waiting for a gap, as a multiple of what a batch holds."""
 
 
@@ -67,10 +67,10 @@ def packed_shape(
             f"row_length {row_length}: a pair has {tokens.max()} tokens, its prompt "
             "and both answers; give at least as many, or a smaller max_length"
         )
-    # As much room for answers and for pairs as a row of average pairs asks for, and a
-    # fifth more for those with longer answers or shorter texts.
+    # Hardly more room for answers than a row of average pairs asks for: the LM head
+    # costs as much as many layers.  Slots are free, so there are a fifth more.
     share = answers.sum() / tokens.sum()
-    predictions = max(int(answers.max()), int(1.2 * share * row_length))
+    predictions = max(int(answers.max()), int(1.05 * share * row_length))
     predictions = min(-(-predictions // multiple) * multiple, row_length)
     slots = max(1, int(np.ceil(1.2 * row_length / tokens.mean())))
     held = 0.96 * row_length / tokens.mean()

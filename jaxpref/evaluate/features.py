@@ -49,7 +49,7 @@ class Features:
     """int32 [N, 2]; tokens of the completion, EOS included."""
 
 
-def make_feature_step(model: Model, *, chunk_size: int = 64) -> Callable:
+def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callable:
     """The jitted `(params, batch) -> (features [A * R, 2 D + 1], pairs [A, R, 1])`.
 
     Columns are the final hidden state's mean over the completion's tokens, the state at

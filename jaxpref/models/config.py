@@ -127,6 +127,7 @@ class Specs:
     heads: P = P(ROWS, None, "tensor", None)
     groups: P = P(ROWS, None, "tensor", None, None)
     mask: P = P(ROWS, None, None, None)
+    vocabulary: P = P("tensor")
     cache: P = P(None, ROWS, None, "tensor", None)
 
 

@@ -1,8 +1,10 @@
 """Log-probs of given tokens, without logits for the whole sequence.
 
-The head runs on the predictor positions only, `chunk_size` of them at a time, and the
-backward pass computes each chunk's logits again: the largest arrays with a vocabulary
-axis, besides the head and its gradient, are `[B, chunk_size, V]`.
+The head runs on the predictor positions only, `chunk_size` of them at a time: the
+largest arrays with a vocabulary axis, besides the head and its gradient, are
+`[B, chunk_size, V]`.  The backward pass computes each chunk's logits again, but where
+one chunk is all there is: it is kept, and the head costs three products in place of
+four.
 """
 
 import jax
@@ -22,7 +24,13 @@ def project(hidden, head) -> jax.Array:
     return product("btd,dv->btv", hidden, head, spec=SPECS.features, out_dtype=wide)
 
 
-def token_logps(hidden, head, predictors, targets, *, chunk_size: int) -> jax.Array:
+CHUNK_BYTES = 2**29
+"""Logits of a chunk on one device, where `chunk_size` is not given."""
+
+
+def token_logps(
+    hidden, head, predictors, targets, *, chunk_size: int | None = None
+) -> jax.Array:
     """Log-prob in nats of each target under the state that predicts it.
 
     out[b, p] = log_softmax(hidden[b, predictors[b, p]] @ head)[targets[b, p]]
@@ -33,8 +41,8 @@ def token_logps(hidden, head, predictors, targets, *, chunk_size: int) -> jax.Ar
             chunks in that dtype; the factors are in the dtype of `hidden`.
         predictors: int [B, P], positions whose hidden state predicts each target.
         targets: int [B, P], the predicted tokens.
-        chunk_size: predicted positions of every row in one chunk; P is padded to a
-            multiple of it.
+        chunk_size: predicted positions of every row in one chunk, at most; by default
+            what makes the logits of a chunk `CHUNK_BYTES` large on a device.
 
     Returns:
         Log-probs [B, P], float32 (float64 for float64 hidden states).  Unused places
@@ -45,12 +53,12 @@ def token_logps(hidden, head, predictors, targets, *, chunk_size: int) -> jax.Ar
         z = project(h, head)
         return (_logps(z, t),)
 
-    (logps,) = _over_chunks(chunk, predictors, targets, (hidden,), chunk_size)
+    (logps,) = _over_chunks(chunk, predictors, targets, (hidden,), head, chunk_size)
     return logps
 
 
 def token_logps_and_collisions(
-    hidden, head, predictors, targets, *, chunk_size: int
+    hidden, head, predictors, targets, *, chunk_size: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logps`, and the log-probability that two draws give the same token.
 
@@ -62,7 +70,7 @@ def token_logps_and_collisions(
         total = jax.nn.logsumexp(z, axis=-1)
         return _logps(z, t), jax.nn.logsumexp(2 * z, axis=-1) - 2 * total
 
-    return _over_chunks(chunk, predictors, targets, (hidden,), chunk_size)
+    return _over_chunks(chunk, predictors, targets, (hidden,), head, chunk_size)
 
 
 def token_logps_and_kls(
@@ -73,7 +81,7 @@ def token_logps_and_kls(
     predictors,
     targets,
     *,
-    chunk_size: int,
+    chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_logps` of a policy and of a reference, and KL(reference || policy).
 
@@ -89,20 +97,22 @@ def token_logps_and_kls(
         return _logps(z, t), _logps(reference_z, t), kls
 
     hiddens = (hidden, reference_hidden)
-    return _over_chunks(chunk, predictors, targets, hiddens, chunk_size)
+    return _over_chunks(chunk, predictors, targets, hiddens, head, chunk_size)
 
 
 def _logps(z, t) -> jax.Array:
     # Selected by comparison and not by a gather, so V may be sharded over `tensor`.
-    chosen = jnp.arange(z.shape[-1]) == t[..., None]
+    tokens = place(jnp.arange(z.shape[-1]), SPECS.vocabulary)
+    chosen = tokens == t[..., None]
     z_t = jnp.sum(jnp.where(chosen, z, 0), axis=-1)
     return z_t - jax.nn.logsumexp(z, axis=-1)
 
 
-def _over_chunks(function, predictors, targets, hiddens, chunk_size: int):
+def _over_chunks(function, predictors, targets, hiddens, head, chunk_size: int | None):
     """`function(targets [B, c], *hiddens [B, c, D])` over P, chunk by chunk."""
     B, P = targets.shape
-    chunk_size = min(chunk_size, P)
+    chunks = -(-P // (chunk_size or _chunk_size(B, head)))
+    chunk_size = -(-P // chunks)
     padding = ((0, 0), (0, -P % chunk_size))
     predictors = jnp.pad(place(predictors, SPECS.tokens), padding)
     targets = jnp.pad(place(targets, SPECS.tokens), padding)
@@ -112,6 +122,8 @@ def _over_chunks(function, predictors, targets, hiddens, chunk_size: int):
     )
     split = lambda a: jnp.moveaxis(a.reshape(B, -1, chunk_size, *a.shape[2:]), 1, 0)
     join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :P]
+    if chunks == 1:
+        return function(targets, *(at_predictors(h) for h in hiddens))
     checkpointed = jax.checkpoint(function)
     _, outs = jax.lax.scan(
         lambda carry, xs: (carry, checkpointed(*xs)),
@@ -119,3 +131,11 @@ def _over_chunks(function, predictors, targets, hiddens, chunk_size: int):
         (split(targets), *(split(at_predictors(h)) for h in hiddens)),
     )
     return jax.tree.map(join, outs)
+
+
+def _chunk_size(B: int, head) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh.shape)
+    rows = -(-B // (sizes["data"] * sizes["fsdp"]))
+    vocabulary = -(-head.shape[1] // sizes["tensor"])
+    return max(CHUNK_BYTES // (4 * rows * vocabulary), 1)

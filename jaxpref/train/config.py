@@ -56,8 +56,9 @@ class RunConfig:
     """Dtype of the exported weights."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes to save memory: none, dots or full."""
-    logit_chunk: int = 64
-    """Completion tokens of a sequence whose logits exist at the same time."""
+    logit_chunk: int | None = None
+    """Completion tokens of a sequence whose logits exist at the same time; by default
+    as many as fill half a GiB of each device."""
     log_every: int = 10
     """Steps between metric lines."""
     eval_every: int = 100
@@ -70,11 +71,13 @@ class RunConfig:
     def __post_init__(self):
         positive = (
             "batch_size accumulation log_every eval_every save_every "
-            "keep_checkpoints max_steps logit_chunk"
+            "keep_checkpoints max_steps"
         ).split()
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.logit_chunk is not None and self.logit_chunk < 1:
+            raise InputError(f"logit_chunk {self.logit_chunk}: must be at least 1")
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "

@@ -46,7 +46,7 @@ def make_scores(
     model: Model | RewardModel,
     needs: frozenset[str] = frozenset({"policy_logps"}),
     *,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> ScoreFunction:
     """Scores of the rows of a batch under a model.
 
@@ -59,7 +59,8 @@ def make_scores(
         sizes.
       needs: names out of `PROVIDED` that are wanted beside `policy_logps`, or `rewards`
         in their place.
-      chunk_size: completion tokens of a sequence whose logits exist at the same time.
+      chunk_size: completion tokens of a sequence whose logits exist at the same time;
+        by default as many as `logprobs.CHUNK_BYTES` hold.
 
     Returns:
       A pure function from parameters, `[R, ...]` batch fields and, where `kls` are
