@@ -108,6 +108,12 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         score_pairs, eval_batches=functools.partial(eval_batches, **split), mesh=mesh
     )
     score = score_reference = functools.partial(scoring, make_score_step(scores))
+    if "log_weights" in objective.needs:
+        # The reference's scores are kept for all losses: from the program of most.
+        plain = make_scores(
+            model, objective.needs - {"log_weights"}, chunk_size=config.logit_chunk
+        )
+        score_reference = functools.partial(scoring, make_score_step(plain))
     if objective.trains_two:
         new_params, load = peer.both(new_params), peer.both(load)
         scores = peer.scores_of_both(scores)
@@ -146,8 +152,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     if restored is None:
         params = load(jax.random.key(config.seed))
     one = params["one"] if params and objective.trains_two else params
+    layout = f"{split}, mesh {dict(mesh.shape)}, {config.logit_chunk} logits at a time"
     tables = reference.make_tables(
-        config, plan, out, model, one, score_reference, digest
+        config, plan, out, model, one, score_reference, digest, layout
     )
     del one
     kept = None
