@@ -38,7 +38,7 @@ def read(folder: Path, keys: np.ndarray) -> np.ndarray:
     names, numbers = (np.concatenate(parts) for parts in zip(*shards))
     names, numbers = names[np.isfinite(numbers)], numbers[np.isfinite(numbers)]
     names, first = np.unique(names, return_index=True)
-    wanted = keys.astype(names.dtype)
+    wanted = keys.astype(np.bytes_)
     place = np.searchsorted(names, wanted)
     place[place == len(names)] = 0
     found = names[place] == wanted if len(names) else np.zeros(keys.shape, bool)
