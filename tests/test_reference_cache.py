@@ -1,6 +1,7 @@
 """The reference is scored once: for all runs, whatever dies or is damaged."""
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -263,6 +264,17 @@ def test_a_run_resumes_without_the_cache_and_without_its_copy(
     assert scored == [52, 12] * 2 and tables(out / "reference") == before
 
 
+def test_a_reference_of_another_size_is_refused_even_if_its_scores_are_known(
+    inputs, tmp_path, shared_folder
+):
+    small = shutil.copytree(inputs / "model", tmp_path / "small")
+    fields = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(fields | {"rope_theta": 5000.0}))
+    score_only(config_for(inputs, tmp_path / "known", model=str(small)))
+    with pytest.raises(InputError, match="another model"):
+        run(config_for(inputs, tmp_path / "run", reference=str(small)))
+
+
 def test_a_cache_that_cannot_be_written_is_told(inputs, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "file" / "cache"))
@@ -322,6 +334,15 @@ def test_what_is_not_there_is_nan(tmp_path):
     np.testing.assert_array_equal(cache.read(tmp_path, keys), [[1, 2], [3, 1]])
     np.testing.assert_array_equal(cache.read(tmp_path, more), [2, 9])
     assert cache.read(tmp_path, keys[:0]).shape == (0, 2)
+
+
+def test_the_same_numbers_are_the_same_file(tmp_path):
+    keys = np.array(["b" * 32, "a" * 32])
+    about = {name: name for name in "abcdefgh"}
+    for order in (slice(None), slice(None, None, -1)):
+        values = np.arange(2, dtype=np.float32)
+        cache.append(tmp_path, keys[order], values[order], about)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_shard_cut_off_is_removed(tmp_path, caplog):

@@ -6,6 +6,7 @@ a lock: who writes the same numbers writes the same file.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,8 @@ def append(
         "keys": names.view(np.uint8).reshape(-1, size),
         "values": values.ravel()[first],
     }
-    content = save(tensors, metadata=dict(about))
+    # In one entry: of several, safetensors writes now this, now that one first.
+    content = save(tensors, metadata={"about": json.dumps(dict(about))})
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

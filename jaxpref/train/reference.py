@@ -77,6 +77,7 @@ def make_tables(
     names = sorted(config.objective.stored)
     if not names:
         return {"train": {}, "heldout": {}}
+    _checked_folder(config, model)  # whether its weights are needed or not
     if config.reference is not None:
         params = None
     folders, about = [], {}
@@ -200,13 +201,17 @@ def load_reference(config: TrainConfig, model: Model):
     Raises:
       InputError: if the reference is another kind of model.
     """
+    return load_params(_checked_folder(config, model), model)
+
+
+def _checked_folder(config: TrainConfig, model: Model) -> Path:
     folder = resolve_folder(config.reference or config.model)
     if _sizes(load_config(folder)) != _sizes(model.config):
         raise InputError(
             f"{config.reference}: its config.json describes another model than "
             f"{config.model}; a reference has the same sizes"
         )
-    return load_params(folder, model)
+    return folder
 
 
 def _sizes(config: ModelConfig) -> ModelConfig:
