@@ -219,10 +219,6 @@ def main(options: Options) -> None:
     if not Path(options.data).is_file():
         raise InputError(f"--data {options.data}: there is no such file; name yours")
     new = begin(protocol, out)
-    if not jax.config.jax_compilation_cache_dir:
-        # The seeds of an arm run the same program: compile it once.
-        jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     started = time.perf_counter()
     clock = functools.partial(say, started)
     runs = len(protocol.seeds) * len(protocol.alphas)

@@ -243,10 +243,6 @@ def main(options: Options) -> None:
         raise InputError("this experiment is small: run it in one process")
     protocol, out = choose(options)
     base.begin(protocol, out)
-    if not jax.config.jax_compilation_cache_dir:
-        # The seeds of a method run the same program: compile it once.
-        jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     runs, started = make_runs(protocol), time.perf_counter()
     clock = functools.partial(say, started)
     clock(f"{len(runs)} preference runs of up to half a minute on two cores")

@@ -220,10 +220,6 @@ def main(options: Options) -> None:
     protocol, out, estimate = choose(options)
     new = begin(protocol, out)
     arms = make_arms(protocol)
-    if not jax.config.jax_compilation_cache_dir:
-        # The seeds of an arm run the same program: compile it once.
-        jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     started = time.perf_counter()
     clock = functools.partial(say, started)
     runs = len(arms) * len(protocol.seeds)

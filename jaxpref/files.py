@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder that runs share."""
 
 import json
 import os
@@ -6,6 +6,27 @@ from collections.abc import Collection
 from pathlib import Path
 
 from jaxpref.errors import InputError
+
+
+def cache_folder() -> Path:
+    """Where all runs of this user keep what is worth computing once.
+
+    `$JAXPREF_CACHE`; else `jaxpref` in `$XDG_CACHE_HOME`, else in `~/.cache`.  All of
+    it can be deleted at any time: it is made again.
+
+    Raises:
+      InputError: if there is no home folder.
+    """
+    if given := os.environ.get("JAXPREF_CACHE"):
+        folder = Path(os.path.expanduser(given)).absolute()
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = Path(base) / "jaxpref"
+    if not folder.is_absolute():
+        raise InputError(
+            f"{folder}: no folder for what runs share; set JAXPREF_CACHE to one"
+        )
+    return folder
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:

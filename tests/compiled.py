@@ -24,3 +24,26 @@ def compiled(name: str) -> Iterator[list[str]]:
         yield programs
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
+def programs() -> Iterator[list[tuple[str, bool]]]:
+    """A list that grows meanwhile: each program, and whether it came from the disk."""
+    found, hits = [], []
+
+    def hit(event, **_):
+        if event.endswith("/cache_hits"):
+            hits.append(event)
+
+    def listen(event, seconds, *, fun_name="", **_):
+        if event.endswith("/backend_compile_duration"):
+            found.append((fun_name, bool(hits)))
+            hits.clear()
+
+    jax.monitoring.register_event_listener(hit)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_listener(hit)
+        jax.monitoring.unregister_event_duration_listener(listen)

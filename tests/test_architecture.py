@@ -37,7 +37,7 @@ DOORS = {
             "sampling",
             "sharding",
         },
-        ARRAYS | {"numpy", "optax", "orbax", "tensorboardX", "tqdm"},
+        ARRAYS | {"numpy", "optax", "orbax", "safetensors", "tensorboardX", "tqdm"},
     ),
     "evaluate": (
         {

@@ -69,6 +69,35 @@ class Pairs:
         start = self.offsets[index] + self.prompt_lengths[index] + lengths[:side].sum()
         return self.tokens[start : start + lengths[side]]
 
+    def take(self, indices: np.ndarray) -> "Pairs":
+        """The pairs of `indices`, int [M], in that order."""
+        parts = [self.tokens[slice(*self.offsets[i : i + 2])] for i in indices]
+        sizes = np.array([len(part) for part in parts], np.int64)
+        fields = "prompt_lengths completion_lengths ids flips annotators rows empty"
+        taken = {f: getattr(self, f)[indices] for f in f"{fields} sources".split()}
+        return dataclasses.replace(
+            self,
+            tokens=np.concatenate([self.tokens[:0], *parts]),
+            offsets=np.concatenate([[0], np.cumsum(sizes)]),
+            labels={name: values[indices] for name, values in self.labels.items()},
+            **taken,
+        )
+
+    def completion_keys(self) -> np.ndarray:
+        """32 hexadecimal digits of the SHA-256 of prompt and completion; str [N, K].
+
+        Of the tokens: another tokenizer, template or length limit shows itself where it
+        changes them, and only there.
+        """
+        keys = []
+        for n in range(len(self)):
+            prompt = hashlib.sha256(self.prompt(n).tobytes() + b"|")
+            for side in range(self.num_sides):
+                whole = prompt.copy()
+                whole.update(self.completion(n, side).tobytes())
+                keys.append(whole.hexdigest()[:32])
+        return np.array(keys, np.str_).reshape(len(self), self.num_sides)
+
     def digest(self) -> str:
         """SHA-256 (hex) of tokens, lengths, flips, annotators, labels, empty traces.
 

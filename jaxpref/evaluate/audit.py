@@ -133,7 +133,7 @@ def run(config: AuditConfig) -> Audit:
     }
     margins = cross_fit(columns, **fold).margins
     by_length = cross_fit(lengths, **fold).margins
-    items, orientation = _items(feature_store.completion_keys(pairs), pairs.annotators)
+    items, orientation = _items(pairs.completion_keys(), pairs.annotators)
     names = [*pairs.annotator_names, *([None] if (pairs.annotators < 0).any() else [])]
     judged = estimate(
         margins,

@@ -118,7 +118,7 @@ def compute(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    keys = completion_keys(pairs)
+    keys = pairs.completion_keys()
     table = _load(folder, digest, width)
     missing = _first_of_each(keys, table)
     with tqdm(
@@ -139,18 +139,6 @@ def compute(
     values = np.stack([table[key] for key in keys.ravel().tolist()])
     values = values.reshape(len(pairs), 2, width)
     return Features(values[..., :-1], values[..., -1], pairs.completion_lengths)
-
-
-def completion_keys(pairs: Pairs) -> np.ndarray:
-    """32 hexadecimal digits of the SHA-256 of prompt and completion; str [N, 2]."""
-    keys = []
-    for n in range(len(pairs)):
-        prompt = hashlib.sha256(pairs.prompt(n).tobytes() + b"|")
-        for side in range(2):
-            whole = prompt.copy()
-            whole.update(pairs.completion(n, side).tobytes())
-            keys.append(whole.hexdigest()[:32])
-    return np.array(keys, np.str_).reshape(len(pairs), 2)
 
 
 def _first_of_each(keys: np.ndarray, table) -> list[tuple[int, int, str]]:

@@ -18,7 +18,14 @@ from jaxpref.train.optimizer import OptimizerConfig
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
-MAY_CHANGE = ("out", "mesh", "log_every", "save_every", "keep_checkpoints")
+MAY_CHANGE = (
+    "out",
+    "mesh",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "explain_compiles",
+)
 """Fields a resumed run may change: none of them changes what is computed."""
 
 
@@ -33,7 +40,8 @@ class RunConfig:
     out: str
     """Folder of the run: config, metrics, checkpoints, export."""
     reference: str | None = None
-    """Reference model folder or hub id; the model itself where not given."""
+    """Reference model folder or hub id; the model itself where not given.  Its scores
+    are kept for later runs in $JAXPREF_CACHE, else in ~/.cache/jaxpref."""
     eval_data: str | None = None
     """Data to evaluate on, in place of held-out prompts of `--data`."""
     max_steps: int = 1000
@@ -67,6 +75,9 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    explain_compiles: bool = False
+    """Print a line for every program compiled: name, seconds, shapes, and whether it
+    came from the cache on disk."""
 
     def __post_init__(self):
         positive = (

@@ -12,11 +12,14 @@ import jax
 
 from jaxpref.errors import InputError
 from jaxpref.train.mesh import initialize_distributed
+from jaxpref.train.programs import keep_compiled
 
 
 @contextlib.contextmanager
 def entry_point() -> Iterator[None]:
     """Joins the run's other processes; wrong input becomes one line and exit code 2.
+
+    Compiled programs are kept for later processes; see `programs.keep_compiled`.
 
     An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130.
     """
@@ -27,6 +30,7 @@ def entry_point() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         initialize_distributed()
+        keep_compiled()
         # After jax.distributed, which would note a SIGTERM and carry on.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield

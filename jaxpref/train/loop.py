@@ -28,6 +28,7 @@ from jaxpref.train.mesh import (
 )
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.programs import describe, explained
 from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
 from jaxpref.train.state import TrainState, init_state
@@ -51,7 +52,8 @@ def run(config: TrainConfig) -> Path:
     initialize_distributed()
     out = open_run(config)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    explain = config.explain_compiles and jax.process_index() == 0
+    with jax.set_mesh(mesh), explained() if explain else contextlib.nullcontext():
         return _run(config, out, mesh)
 
 
@@ -108,10 +110,21 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         score_pairs, eval_batches=functools.partial(eval_batches, **split), mesh=mesh
     )
     score = score_reference = functools.partial(scoring, make_score_step(scores))
+    if "log_weights" in objective.needs:
+        # The reference's scores are kept for all losses: from the program of most.
+        plain = make_scores(
+            model, objective.needs - {"log_weights"}, chunk_size=config.logit_chunk
+        )
+        score_reference = functools.partial(scoring, make_score_step(plain))
     if objective.trains_two:
         new_params, load = peer.both(new_params), peer.both(load)
         scores = peer.scores_of_both(scores)
         score = functools.partial(scoring, make_score_step(scores))
+    if jax.process_index() == 0:
+        scorers = {score} if len(plan.heldout) else set()
+        scorers |= {score_reference} if objective.stored else set()
+        programs = ["train_step"] + ["score_step"] * len(scorers)
+        print(describe(**split, programs=programs), flush=True)
     schedule = make_schedule(config.optimizer, config.max_steps)
     tx = make_optimizer(config.optimizer, schedule)
     new_state = functools.partial(
@@ -146,8 +159,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     if restored is None:
         params = load(jax.random.key(config.seed))
     one = params["one"] if params and objective.trains_two else params
+    layout = f"{split}, mesh {dict(mesh.shape)}, {config.logit_chunk} logits at a time"
     tables = reference.make_tables(
-        config, plan, out, model, one, score_reference, digest
+        config, plan, out, model, one, score_reference, digest, layout
     )
     del one
     kept = None

@@ -1,16 +1,24 @@
-"""The reference's scores: computed once before training, kept on disk beside the run.
+"""The reference's scores: of any completion computed once, for all runs of a user.
 
-A file is used again only if it was made from the same weights, the same tokens of every
-pair and the same dtypes; otherwise it is made anew, always from the reference
-model's own folder and never from weights that were trained.
+They lie by content, a number a completion, in the cache folder that all runs share
+(`jaxpref.files.cache_folder`), apart for whatever else changes them: the reference's
+weights, dtypes, the software, and the layout of the batches, in which rounding differs.
+So runs with other losses, flips, seeds or fewer pairs read what the first one computed,
+and nobody reads numbers that the policy's own kernels would not have given.
+
+A run keeps a copy in `OUT/reference`, which comes first: it resumes to the same bits
+after the cache was deleted, and on a machine that never had it.  What is missing or
+damaged is computed again, always from the reference model's own folder and never from
+weights that were trained.
 """
 
 import dataclasses
 import functools
-import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,12 +27,19 @@ from jax.experimental import multihost_utils
 
 from jaxpref.data import Pairs, Plan
 from jaxpref.errors import InputError
-from jaxpref.files import cannot_write
+from jaxpref.files import cache_folder
 from jaxpref.models import Model, ModelConfig
 from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.train import cache
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.inputs import check_finite
+from jaxpref.train.score import progress
+
+SHARD = 512
+"""Pairs between two writes: what a killed run may lose, rounded up to whole batches."""
+
+_log = logging.getLogger("jaxpref")
 
 
 def make_tables(
@@ -35,18 +50,21 @@ def make_tables(
     params,
     score: Callable[..., dict[str, np.ndarray]],
     digest: str,
+    layout: str,
 ) -> dict[str, dict[str, np.ndarray]]:
     """What the objective reads of the reference, for the `train` and `heldout` pairs.
 
     Args:
       config: of the run.
       plan: its pairs.
-      out: its folder; tables lie in `reference/`.
+      out: its folder; its copy lies in `reference/`.
       model: the model; a reference has the same sizes.
       params: parameters of `config.model` before training, or None where the run is
-        resumed: then they are read again if a table must be made.
-      score: `score(params, pairs, title=...)`.
+        resumed: then they are read again if a pair must be scored.
+      score: `score(params, pairs, title=..., bar=...)`.
       digest: from `reference_digest`.
+      layout: sizes of the batches, mesh and whatever else decides how scores are
+        rounded; as text.
 
     Returns:
       Float32 [N, K] by name, for each set; nothing where the loss reads no reference
@@ -54,42 +72,127 @@ def make_tables(
 
     Raises:
       InputError: if the reference is another kind of model, or gives log-probs that are
-        not finite.
+        not finite; or if OUT cannot be written.
     """
-    sets = {
-        "train": (plan.train, config.sources),
-        "heldout": (plan.heldout, config.heldout_sources),
-    }
-    names = config.objective.stored
+    names = sorted(config.objective.stored)
     if not names:
-        return {name: {} for name in sets}
+        return {"train": {}, "heldout": {}}
+    _checked_folder(config, model)  # whether its weights are needed or not
     if config.reference is not None:
         params = None
+    folders, about = [], {}
+    if jax.process_index() == 0:
+        about = _about(digest, layout)
+        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+        folders = [
+            out / "reference" / digest[:32],
+            cache_folder() / "reference" / name,
+        ]
     tables = {}
-    for name, (pairs, sources) in sets.items():
-        path = out / "reference" / f"{name}.npz"
-        shape = (len(pairs), pairs.num_sides)
-        blank = {key: np.zeros(shape, np.float32) for key in sorted(names)}
-        if not len(pairs):  # nothing is held out
-            tables[name] = blank
-            continue
-        found = from_first_process(
-            functools.partial(load_tables, path, names, pairs, digest), blank
-        )
-        if found is None:
-            if params is None:
-                params = load_reference(config, model)
-            title = f"reference log-probs ({name})"
-            scores = score(params, pairs, title=title)
-            # The policy's own kernels: at the start both agree, to the bit where a pair
-            # has a row to itself, to rounding in packed rows.
-            found = {key: scores[key.replace("reference", "policy")] for key in names}
-            for table in found.values():
-                check_finite(sources, pairs, config.reference or config.model, table)
-            if jax.process_index() == 0:
-                save_tables(path, found, pairs, digest)
-        tables[name] = found
+    for name, pairs, sources in (
+        ("train", plan.train, config.sources),
+        ("heldout", plan.heldout, config.heldout_sources),
+    ):
+        keys = score_keys(pairs, names)
+        find = functools.partial(_find, folders, keys, about)
+        values = from_first_process(find, keys.shape)
+        missing = np.flatnonzero(np.isnan(values).any(axis=(0, 2)))
+        title = f"reference log-probs ({name})"
+        if len(pairs) and jax.process_index() == 0:
+            known = len(pairs) - len(missing)
+            print(f"{title}: {known} known, {len(missing)} to compute", flush=True)
+        if len(missing) and params is None:
+            params = load_reference(config, model)
+        size = -(-SHARD // config.batch_size) * config.batch_size
+        with progress(len(missing), title) as bar:
+            for start in range(0, len(missing), size):
+                part = missing[start : start + size]
+                chosen = pairs.take(part)
+                scores = score(params, chosen, title=title, bar=bar)
+                # The policy's own kernels: at the start both agree, to the bit where a
+                # pair has a row to itself, to rounding in packed rows.
+                found = np.stack(
+                    [scores[n.replace("reference", "policy")] for n in names]
+                )
+                for table in found:
+                    scored = config.reference or config.model
+                    check_finite(sources, chosen, scored, table)
+                new = np.isnan(values[:, part])
+                _keep(folders, keys[:, part][new], found[new], about)
+        if len(missing):
+            # As a resumed run will read them: of a completion that occurs twice, one.
+            values = from_first_process(find, keys.shape)
+        tables[name] = dict(zip(names, values))
     return tables
+
+
+def score_keys(pairs: Pairs, names: Sequence[str]) -> np.ndarray:
+    """What the reference's scores are kept by: str [len(names), N, K].
+
+    The prompt's and the completion's tokens, and of a prefix where it ends.  Neither
+    the side nor the rest of the pair, so a flipped copy has the same keys.
+    """
+    of_completion = pairs.completion_keys()
+    ends = pairs.completion_lengths.min(axis=1, keepdims=True).astype(np.str_)
+    of_prefix = np.char.add(np.char.add(of_completion, "."), ends)
+    keys = [of_prefix if "prefix" in name else of_completion for name in names]
+    return np.array(keys, np.str_).reshape(len(names), *of_completion.shape)
+
+
+def _find(
+    folders: Sequence[Path], keys: np.ndarray, about: Mapping[str, str]
+) -> np.ndarray:
+    """The scores that are known, NaN elsewhere; those of the cache copied to OUT."""
+    values = np.full(keys.shape, np.nan, np.float32)
+    for number, folder in enumerate(folders):
+        lacking = np.isnan(values)
+        values[lacking] = cache.read(folder, keys[lacking])
+        new = lacking & np.isfinite(values)
+        if number and new.any():
+            _keep(folders[:1], keys[new], values[new], about)
+    return values
+
+
+def _keep(
+    folders: Sequence[Path],
+    keys: np.ndarray,
+    values: np.ndarray,
+    about: Mapping[str, str],
+) -> None:
+    """Writes scores to OUT, which must work, and to the cache, which may fail."""
+    for number, folder in enumerate(folders):
+        try:
+            cache.append(folder, keys, values, about)
+        except InputError as error:
+            if not number:
+                raise
+            _log.warning("%s: later runs compute these scores again", error)
+
+
+def from_first_process(
+    find: Callable[[], np.ndarray], shape: tuple[int, ...]
+) -> np.ndarray:
+    """What process 0 finds on its disks, float32 of `shape`, on every process."""
+    values = find() if jax.process_index() == 0 else np.zeros(shape, np.float32)
+    if jax.process_count() == 1:
+        return values
+    return np.array(multihost_utils.broadcast_one_to_all(values))
+
+
+def _about(digest: str, layout: str) -> dict[str, str]:
+    """Everything but the tokens that a score's bits depend on, as it is known."""
+    device = jax.devices()[0]
+    code = hashlib.sha256()
+    for room in ("data", "losses", "models", "train"):
+        for path in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
+            code.update(path.read_bytes())
+    return {
+        "weights and dtypes": digest,
+        "layout": layout,
+        "device": f"{device.platform} {device.device_kind}",
+        "jax": f"{jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}",
+        "jaxpref": code.hexdigest(),
+    }
 
 
 def load_reference(config: TrainConfig, model: Model):
@@ -98,13 +201,17 @@ def load_reference(config: TrainConfig, model: Model):
     Raises:
       InputError: if the reference is another kind of model.
     """
+    return load_params(_checked_folder(config, model), model)
+
+
+def _checked_folder(config: TrainConfig, model: Model) -> Path:
     folder = resolve_folder(config.reference or config.model)
     if _sizes(load_config(folder)) != _sizes(model.config):
         raise InputError(
             f"{config.reference}: its config.json describes another model than "
             f"{config.model}; a reference has the same sizes"
         )
-    return load_params(folder, model)
+    return folder
 
 
 def _sizes(config: ModelConfig) -> ModelConfig:
@@ -118,63 +225,9 @@ def reference_digest(config: TrainConfig) -> str:
     """SHA-256 of the reference's config and weights, and of the dtypes they run in.
 
     Empty where the loss reads no reference, and in all processes but the first, which
-    alone reads and writes tables and compares.
+    alone reads and writes scores and compares.
     """
     if not config.objective.needs_reference or jax.process_index() != 0:
         return ""
     folder = resolve_folder(config.reference or config.model)
     return weights_digest(folder, f"{config.param_dtype} {config.compute_dtype}")
-
-
-def save_tables(
-    path: Path, tables: dict[str, np.ndarray], pairs: Pairs, digest: str
-) -> None:
-    """Writes tables `[N, K]` by pair id and content digest, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                **tables,
-                ids=pairs.ids,
-                contents=np.asarray(pairs.digest()),
-                weights=np.asarray(digest),
-            )
-        os.replace(temporary, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def load_tables(
-    path: Path, names: Iterable[str], pairs: Pairs, digest: str
-) -> dict[str, np.ndarray] | None:
-    """The stored tables in the order of `pairs`; None unless they are these."""
-    if not path.exists():
-        return None
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            tables, ids = {name: stored[name] for name in names}, stored["ids"]
-            contents, weights = str(stored["contents"]), str(stored["weights"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None  # damaged: made anew
-    same = (
-        weights == digest
-        and np.array_equal(ids, pairs.ids)
-        and contents == pairs.digest()
-        and all(np.isfinite(table).all() for table in tables.values())
-    )
-    return tables if same else None
-
-
-def from_first_process(
-    load: Callable[[], dict[str, np.ndarray] | None], blank: dict[str, np.ndarray]
-) -> dict[str, np.ndarray] | None:
-    """What process 0 finds on its disk, on every process."""
-    tables = load() if jax.process_index() == 0 else None
-    if jax.process_count() == 1:
-        return tables
-    found = multihost_utils.broadcast_one_to_all(np.asarray(tables is not None))
-    if not found:
-        return None
-    return jax.device_get(multihost_utils.broadcast_one_to_all(tables or blank))

@@ -1,5 +1,6 @@
 """Log-probs of every pair of a set under fixed parameters."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -39,6 +40,7 @@ def score_pairs(
     eval_batches: Callable[[Pairs], Iterable[PreferenceBatch]],
     mesh: jax.sharding.Mesh,
     title: str,
+    bar: tqdm | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores a whole set.
 
@@ -50,6 +52,7 @@ def score_pairs(
       eval_batches: every pair once, as `data.eval_batches` with its sizes bound.
       mesh: the mesh the batches are placed on.
       title: shown at the progress bar.
+      bar: of a larger set that these pairs are a part of, in place of one of their own.
 
     Returns:
       float32 [N, K] by name; whole tables on every process.
@@ -57,15 +60,8 @@ def score_pairs(
     shape = (len(pairs), pairs.num_sides)
     tables = {}
     seen = np.zeros(shape[0], bool)
-    bar = tqdm(
-        total=shape[0],
-        desc=title,
-        unit="pair",
-        leave=False,
-        # Only for a terminal: in a log these short bars would hide the rest.
-        disable=None if jax.process_index() == 0 else True,
-    )
-    with bar:
+    own = progress(shape[0], title) if bar is None else contextlib.nullcontext(bar)
+    with own as bar:
         for batch in eval_batches(pairs):
             batch = to_global(batch, mesh)
             scores, index = jax.device_get(score_step(params, batch, reference))
@@ -78,6 +74,18 @@ def score_pairs(
     if not seen.all():
         raise RuntimeError(f"{title}: {int((~seen).sum())} pairs were never scored")
     return tables
+
+
+def progress(total: int, title: str) -> tqdm:
+    """The bar of a set of pairs that is scored, on the first process."""
+    return tqdm(
+        total=total,
+        desc=title,
+        unit="pair",
+        leave=False,
+        # Only for a terminal: in a log these short bars would hide the rest.
+        disable=None if jax.process_index() == 0 else True,
+    )
 
 
 def evaluation_metrics(

@@ -1,0 +1,109 @@
+"""The programs of a run: of what shapes, how many are compiled, and which are not."""
+
+import collections
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+import jax
+from tqdm import tqdm
+
+from jaxpref.data import BatchShape, PackedShape
+from jaxpref.files import cache_folder
+
+
+def keep_compiled() -> None:
+    """Has compiled programs kept for later processes, unless jax was told otherwise.
+
+    They lie in `compiled/` of the cache folder, the small ones too: on CPU a process
+    compiles dozens of them.  `JAX_COMPILATION_CACHE_DIR` names another folder, or none
+    where it is empty.  jax keys them by program, flags, versions and processor.
+
+    Raises:
+      InputError: if there is no home folder.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = str(cache_folder() / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def describe(
+    *,
+    shape: BatchShape | PackedShape,
+    accumulation: int,
+    programs: Sequence[str],
+    batch_size: int | None = None,
+    **_,
+) -> str:
+    """One line: the shape that all batches of a run have, and what is compiled for it.
+
+    Args:
+      shape: of its batches.
+      accumulation: micro-batches of a step.
+      programs: names of the programs that hold the model.
+      batch_size: pairs of a step, where each has a row of its own.
+    """
+    packed = isinstance(shape, PackedShape)
+    rows = (shape.rows if packed else batch_size) // accumulation
+    sequences, slots = (1, shape.slots) if packed else (shape.sides, 1)
+    return (
+        f"every batch: {accumulation} x {rows} rows of {sequences} x "
+        f"{shape.sequence_length} tokens, predictions {shape.predictions}, pair slots "
+        f"{slots}; programs of the model, at most: {', '.join(programs)}"
+    )
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Prints a line for every program that is compiled meanwhile, and their sum.
+
+    Name, seconds, whether it was compiled or came from the cache on disk, and how many
+    arrays of which shapes it takes.  jax tells the shapes nowhere but in its log.
+    """
+    arguments, hits = {}, []
+    counts, seconds = collections.Counter(), collections.Counter()
+
+    class Log(logging.Handler):
+        def emit(self, record):
+            if record.levelno >= logging.WARNING:
+                logging.getLogger().handle(record)
+            elif str(record.msg).startswith("Compiling "):
+                name, avals = record.args[:2]
+                arguments[name] = collections.Counter(a.str_short() for a in avals)
+
+    def hit(event, **_):
+        if event.endswith("/cache_hits"):
+            hits.append(event)
+
+    def compiled(event, duration, *, fun_name="", **_):
+        if not event.endswith("/backend_compile_duration"):
+            return
+        origin = "from the cache" if hits else "compiled"
+        hits.clear()
+        counts[origin] += 1
+        seconds[origin] += duration
+        shapes = arguments.pop(fun_name, {})
+        shapes = ", ".join(f"{n} x {s}" if n > 1 else s for s, n in shapes.items())
+        tqdm.write(f"{origin} in {duration:.2f} s: {fun_name} of {shapes or '-'}")
+
+    logger, log = logging.getLogger("jax"), Log()
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(log)
+    jax.monitoring.register_event_listener(hit)
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_listener(hit)
+        jax.monitoring.unregister_event_duration_listener(compiled)
+        logger.removeHandler(log)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        for origin, count in counts.items():
+            tqdm.write(f"{count} programs {origin} in {seconds[origin]:.1f} s")

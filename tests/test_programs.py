@@ -1,0 +1,173 @@
+"""Programs: one of each in a run, none compiled a second time, and what is told."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxpref import data, losses
+from jaxpref.train import MeshConfig, TrainConfig, from_loss, run
+from jaxpref.train.programs import describe, explained
+from tests.compiled import programs
+from tests.tiny import make_model_folder, make_pairs_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_model_folder(folder / "model")
+    make_pairs_file(folder / "pairs.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("row_length", [None, 64], ids=["padded", "packed"])
+def test_each_program_is_compiled_once_and_after_a_resume_none(
+    inputs, tmp_path, row_length, capsys
+):
+    config = TrainConfig(
+        model=str(inputs / "model"),
+        data=str(inputs / "pairs.jsonl"),
+        out=str(tmp_path / "run"),
+        objective=from_loss(losses.dpo),
+        options=data.DataOptions(heldout_fraction=0.2),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        max_steps=4,
+        batch_size=16,
+        row_length=row_length,
+        eval_every=2,
+        save_every=2,
+    )
+    small = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        with programs() as first:
+            run(config)
+        shutil.rmtree(tmp_path / "run" / "export")
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+        with programs() as resumed:
+            run(config)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", small)
+    for name in ("jit(train_step)", "jit(score_step)"):
+        assert [n for n, _ in first].count(name) == 1
+        assert [entry for entry in resumed if entry[0] == name] == [(name, True)]
+    assert all(from_disk for _, from_disk in resumed), resumed
+    line = "programs of the model, at most: train_step, score_step\n"
+    assert capsys.readouterr().out.count(line) == 2
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from jaxpref.train.entry import entry_point
+with entry_point():
+    jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("told", [None, "elsewhere", ""])
+def test_programs_are_kept_where_nobody_said_otherwise(tmp_path, told):
+    environ = os.environ | {"JAXPREF_CACHE": str(tmp_path / "cache")}
+    environ = {k: v for k, v in environ.items() if not k.startswith(("JAX_C", "JAX_P"))}
+    if told is not None:
+        environ["JAX_COMPILATION_CACHE_DIR"] = told and str(tmp_path / told)
+        environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    folders = {path.name for path in tmp_path.iterdir()}
+    assert folders == {None: {"cache"}, "elsewhere": {"elsewhere"}, "": set()}[told]
+    if told is None:
+        assert any("lambda" in p.name for p in (tmp_path / "cache/compiled").iterdir())
+
+
+def test_a_cache_folder_that_cannot_be_written_stops_nobody(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    environ = os.environ | {"JAXPREF_CACHE": str(tmp_path / "file" / "cache")}
+    del environ["JAX_COMPILATION_CACHE_DIR"]
+    command = [sys.executable, "-c", COMPILE]
+    environ |= {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_line_tells_what_it_compiles(inputs, tmp_path):
+    """A second run finds everything on disk, in a process of its own."""
+    environ = os.environ | {
+        "JAXPREF_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+    }
+    del environ["JAX_COMPILATION_CACHE_DIR"]
+    del environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+
+    def lines(out):
+        options = {
+            "model": inputs / "model",
+            "data": inputs / "pairs.jsonl",
+            "out": tmp_path / out,
+            "max-steps": 2,
+            "batch-size": 8,
+            "heldout-fraction": 0.2,
+        }
+        argv = [str(x) for k, v in options.items() for x in (f"--{k}", v)]
+        command = [sys.executable, "-m", "jaxpref", "train", *argv]
+        done = subprocess.run(
+            [*command, "--explain-compiles"],
+            env=environ,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        told = done.stdout.splitlines()
+        return [
+            line for line in told if line.startswith(("compiled", "from the cache"))
+        ]
+
+    new, known = lines("one"), lines("two")
+    (step,) = [line for line in new if "jit(train_step)" in line]
+    assert step.startswith("compiled in ") and "int32[1,8,2,16]" in step
+    assert len(known) == len(new)
+    assert all(line.startswith("from the cache in ") for line in known)
+
+
+def test_what_is_compiled_is_explained_and_warnings_still_come(capsys, caplog):
+    def twice_and_more(x, y, z):
+        return 2 * x + y @ z
+
+    x = jnp.ones((3, 3))
+    logger = logging.getLogger("jax")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    with explained():
+        jax.jit(twice_and_more)(x, x, jnp.ones((3, 1)))
+        logging.getLogger("jax.inner").warning("something else")
+        logging.getLogger("jax.inner").debug("chatter")
+    told = capsys.readouterr().out
+    (line,) = [x for x in told.splitlines() if "twice_and_more" in x]
+    assert line.endswith("jit(twice_and_more) of 2 x float32[3,3], float32[3,1]")
+    assert "compiled in" in told
+    assert "something else" in caplog.text and "chatter" not in caplog.text
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_the_shape_is_told():
+    shape = data.BatchShape(sequence_length=48, predictions=16, sides=2)
+    line = describe(shape=shape, batch_size=8, accumulation=2, programs=["train_step"])
+    assert line == (
+        "every batch: 2 x 4 rows of 2 x 48 tokens, predictions 16, pair slots 1; "
+        "programs of the model, at most: train_step"
+    )
+    shape = data.PackedShape(
+        sequence_length=64, predictions=40, slots=5, sides=2, rows=6
+    )
+    line = describe(shape=shape, accumulation=1, programs=["train_step"])
+    assert "1 x 6 rows of 1 x 64 tokens, predictions 40, pair slots 5;" in line
