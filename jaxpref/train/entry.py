@@ -11,6 +11,7 @@ from typing import NoReturn
 import jax
 
 from jaxpref.errors import InputError
+from jaxpref.train.heap import keep_heap
 from jaxpref.train.mesh import initialize_distributed
 from jaxpref.train.programs import keep_compiled
 
@@ -19,7 +20,8 @@ from jaxpref.train.programs import keep_compiled
 def entry_point() -> Iterator[None]:
     """Joins the run's other processes; wrong input becomes one line and exit code 2.
 
-    Compiled programs are kept for later processes; see `programs.keep_compiled`.
+    Compiled programs are kept for later processes (see `programs.keep_compiled`), and
+    freed memory for later steps (see `heap.keep_heap`).
 
     An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130.
     """
@@ -28,6 +30,7 @@ def entry_point() -> Iterator[None]:
     # for every array and with its traceback.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    keep_heap()
     try:
         initialize_distributed()
         keep_compiled()
