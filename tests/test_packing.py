@@ -14,7 +14,7 @@ from jaxpref import data, losses
 from jaxpref.data.packing import as_array, collate_packed, fill, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.errors import InputError
-from jaxpref.models import build
+from jaxpref.models import RewardModel, build
 from jaxpref.train import (
     Decay,
     MeshConfig,
@@ -69,6 +69,7 @@ NEEDS = [
     {"policy_logps", "policy_prefix_logps"},
     {"policy_logps", "log_weights"},
     {"policy_logps", "kls"},
+    {"rewards"},
 ]
 
 
@@ -77,7 +78,8 @@ def test_scores_equal_those_of_whole_sequences(pairs, needs):
     """In float64, so that nothing but rounding could hide."""
     with jax.enable_x64(True):
         wide = {"param_dtype": "float64", "compute_dtype": "float64"}
-        model = build(tiny_config(**wide))
+        make_model = RewardModel if "rewards" in needs else build
+        model = make_model(tiny_config(**wide))
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
         reference = jax.tree.map(lambda x: 0.9 * x, params)
         scores = jax.jit(make_scores(model, frozenset(needs), chunk_size=4))
@@ -277,9 +279,3 @@ def test_a_packed_run_starts_at_log_2_and_resumes(tmp_path):
     weights = "export/model.safetensors"
     whole = tmp_path / "whole" / weights
     assert (killed / weights).read_bytes() == whole.read_bytes()
-
-
-def test_reward_models_are_not_packed():
-    objective = from_loss(losses.bradley_terry)
-    with pytest.raises(InputError, match="--row-length 64: bradley_terry is trained"):
-        TrainConfig(model="m", data="d", out="o", objective=objective, row_length=64)

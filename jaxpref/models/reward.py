@@ -64,14 +64,17 @@ class RewardModel:
         backbone = {name: x for name, x in params.items() if name != "score"}
         return self.backbone.hidden(backbone, tokens, positions, segments)
 
-    def rewards_at(self, params: Params, tokens, positions) -> jax.Array:
-        """Scores [B, P] read at `positions` int [B, P] of tokens int [B, T].
+    def rewards_at(
+        self, params: Params, tokens, places, positions=None, segments=None
+    ) -> jax.Array:
+        """Scores [B, P] read at `places` int [B, P] of tokens int [B, T].
 
-        Float32, or float64 for float64 hidden states.  Rows are padded on the right.
+        Float32, or float64 for float64 hidden states.  Rows are padded on the right, or
+        packed; see `Model.hidden`.
         """
-        hidden = self.hidden(params, tokens)
+        hidden = self.hidden(params, tokens, positions, segments)
         scores = score_states(hidden, params["score"])
-        return _take(scores, place(positions, SPECS.tokens))
+        return _take(scores, place(places, SPECS.tokens))
 
     def rewards(self, params: Params, tokens, lengths) -> jax.Array:
         """Scores [B] of the first lengths[b] tokens of each row of tokens int [B, T].

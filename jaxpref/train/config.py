@@ -139,9 +139,7 @@ class TrainConfig(RunConfig):
             raise InputError(
                 f"{flag(name)} {named[name]}: {self.objective.name} reads none"
             )
-        if self.row_length is not None and (
-            self.objective.needs_rewards or self.objective.mixes
-        ):
+        if self.row_length is not None and self.objective.mixes:
             raise InputError(
                 f"--row-length {self.row_length}: {self.objective.name} is trained "
                 "with one pair a row; leave it out"

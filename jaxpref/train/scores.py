@@ -81,17 +81,30 @@ def make_scores(
                 sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden)
             )
 
+        positions = segments = None
+        if batch.segments is not None:
+            positions, segments = flat(batch.positions), flat(batch.segments)
+            segments = segments // PARTS, segments % PARTS
         if "rewards" in needs:
+            if segments is not None:
+                ends = last_places(segments, slots=slots, sides=sides)
+                rewards = model.rewards_at(
+                    params, flat(batch.tokens), ends, positions, segments
+                )
+                rewards = jnp.where(ends >= 0, rewards, 0)
+                return {
+                    "rewards": jnp.reshape(
+                        rewards,
+                        (rows, slots, sides),
+                        out_sharding=on_mesh(SPECS.hidden),
+                    )
+                }
             # A token's own state is one place behind the one that predicts it.
             at = flat(batch.predictors) + 1
             rewards = model.rewards_at(params, flat(batch.tokens), at)
             ends = last_tokens(batch.completions)
             return {"rewards": per_completion(losses.sum_by_completion, rewards, ends)}
 
-        positions = segments = None
-        if batch.segments is not None:
-            positions, segments = flat(batch.positions), flat(batch.segments)
-            segments = segments // PARTS, segments % PARTS
         hidden = lambda p: model.hidden(p, flat(batch.tokens), positions, segments)
         read = lambda p: (hidden(p), model.head(p))
         asked = (flat(batch.predictors), flat(batch.targets))
@@ -135,6 +148,22 @@ def make_scores(
         return sums
 
     return scores
+
+
+def last_places(segments, *, slots: int, sides: int) -> jax.Array:
+    """Where each completion of packed rows ends, int [B, slots * sides]; -1 if unused.
+
+    Args:
+      segments: `(pairs, parts)`, each int [B, T]; a pair's number is its slot.
+      slots: S.
+      sides: K.
+    """
+    owner = jnp.arange(slots * sides)
+    of_slot, part = owner // sides, owner % sides + 1
+    pairs, parts = (x[..., None] for x in segments)
+    place = jnp.arange(pairs.shape[1])[:, None]
+    own = (pairs == of_slot) & (parts == part)
+    return jnp.max(jnp.where(own, place, -1), axis=1)
 
 
 def last_tokens(owners: jax.Array) -> jax.Array:
