@@ -7,6 +7,12 @@ processes of their own, in turns, and compares the time of a batch with that of 
 step of the model on such a batch.  Then trains for real, and reports the share of time
 that the run says it waited.  `--tokenizer` names another folder for the tokens, with
 which there is no step and no run: the model has no such embeddings.
+
+With `--processes 1 --max-length 256 --row-length 512 --max-pairs 400`, on two cores
+busy with other work (medians of 5 rounds, quartiles): threads 972 (934 to 992) padded
+and 1,108 (1,007 to 1,133) packed batches a second, one process 506 (486 to 508) and 406
+(366 to 587), which carrying batches over costs; a step takes 1.1 and 1.3 seconds, a
+thousand times a batch; the runs waited 0.03 % and 0.71 % of their time.
 """  # noqa: E501
 
 import dataclasses
