@@ -12,7 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxpref"
 
 ARRAYS = {"jax", "jaxtyping"}
-READERS = {"array_record", "datasets", "grain", "numpy", "tensorflow_datasets"}
+READERS = {
+    "absl",
+    "array_record",
+    "datasets",
+    "grain",
+    "numpy",
+    "tensorflow_datasets",
+}
 TOKENIZERS = {"jinja2", "tokenizers", "transformers"}
 DOORS = {
     # room: (other rooms it may import, packages it may import)

@@ -260,6 +260,16 @@ def test_remat_changes_memory_and_not_the_gradient():
     assert kept["none"] > kept["dots"] > kept["full"]
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_that_are_written_out_change_nothing_but_rounding(remat):
+    params = replace(num_layers=3).init(jax.random.key(0))
+    expected = loss(replace(num_layers=3, remat=remat))(params, TOKENS)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    for unroll in (2, 3, 99):  # some, all, and more than there are
+        model = replace(num_layers=3, remat=remat, unroll=unroll)
+        jax.tree.map(close, loss(model)(params, TOKENS), expected)
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_gradients():
     model = replace(compute_dtype="bfloat16")
     params = model.init(jax.random.key(0))
@@ -323,6 +333,7 @@ def test_a_mesh_that_is_not_explicit_is_named(automatic):
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"head_dim": 5}, "head_dim=5 is odd"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"unroll": 0}, "unroll is 0; give >= 1"),
         ({"remat": "all"}, "remat is 'all'; use none, dots or full"),
         ({"compute_dtype": "fp8"}, "compute_dtype is 'fp8'"),
     ],

@@ -15,7 +15,7 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.options import MixOptions
 from jaxpref.data.pairs import BatchShape, Pairs
-from jaxpref.data.pipeline import collating, read_ahead, rows_of_process
+from jaxpref.data.pipeline import collating, iterate, rows_of_process
 from jaxpref.errors import InputError
 
 KINDS = ("trace", "empty")
@@ -46,6 +46,11 @@ class MixedBatches:
         for name, stream in self._streams.items():
             stream.set_state(state[name])
 
+    def close(self) -> None:
+        """Ends the streams' threads and processes."""
+        for stream in self._streams.values():
+            stream.close()
+
 
 def mixed_batches(
     pairs: Pairs,
@@ -60,6 +65,7 @@ def mixed_batches(
     reference: Mapping[str, np.ndarray] | None = None,
     threads: int = 2,
     prefetch: int = 4,
+    processes: int = 0,
 ) -> MixedBatches:
     """Endless batches with a fixed number of pairs of each kind; see `Pairs.empty`.
 
@@ -81,6 +87,7 @@ def mixed_batches(
       reference: float32 [N, K] arrays by name, copied into the batches, or None.
       threads: threads of each stream that collate ahead; 0 collates when asked.
       prefetch: batches kept ready.
+      processes: processes of each stream that collate in place of the threads.
 
     Returns:
       An iterator of PreferenceBatch with the `get_state()` and `set_state(state)` of
@@ -115,7 +122,9 @@ def mixed_batches(
             .map(_taking(indices, wanted))
             .map(collating(pairs, shape, reference))
         )
-        streams[kind] = iter(dataset.to_iter_dataset(read_ahead(threads, prefetch)))
+        streams[kind] = iterate(
+            dataset, threads=threads, prefetch=prefetch, processes=processes
+        )
     return MixedBatches(streams, _merging(places, accumulation, rows))
 
 

@@ -13,6 +13,7 @@ varies, and losses are divided by what it is.
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,6 +23,7 @@ import numpy as np
 from jaxpref.data.batch import PARTS, PreferenceBatch
 from jaxpref.data.pairs import Pairs
 from jaxpref.data.pipeline import rows_of_process, shuffled
+from jaxpref.data.workers import InProcesses
 from jaxpref.errors import InputError
 
 LOOK_AHEAD = 8
@@ -106,7 +108,8 @@ def packed_batches(
     process_count: int = 1,
     reference: Mapping[str, np.ndarray] | None = None,
     prefetch: int = 4,
-) -> grain.DatasetIterator:
+    processes: int = 0,
+) -> grain.DatasetIterator | InProcesses:
     """Endless training batches of packed rows; see the module's text.
 
     Args:
@@ -118,9 +121,11 @@ def packed_batches(
       process_count: how many there are: all see the same global batches.
       reference: float32 [N, K] arrays by name, copied into the batches, or None.
       prefetch: batches that a thread keeps ready; 0 makes each when asked.
+      processes: processes that collate in place of the thread, see `InProcesses`; each
+        decides for all batches which pairs share a row, and lays out its own.
 
     Returns:
-      A Grain iterator of PreferenceBatch with `get_state()` and `set_state(state)`.
+      An iterator of PreferenceBatch with `get_state()` and `set_state(state)`.
 
     Raises:
       InputError: if there is no pair, or the rows cannot be shared out.
@@ -137,7 +142,16 @@ def packed_batches(
             pairs, indices[:, block], shape=shape, reference=reference
         )
 
-    dataset = _Packed(stream, *lengths(pairs), shape).map(batch)
+    packed = functools.partial(_Packed, stream, *lengths(pairs), shape)
+    if processes:
+        return InProcesses(
+            lambda state, index: packed(state, index, processes).map(batch),
+            iter(packed()).get_state(),
+            lambda _, own: own,
+            processes=processes,
+            prefetch=prefetch,
+        )
+    dataset = packed().map(batch)
     if prefetch:
         dataset = grain.experimental.ThreadPrefetchIterDataset(
             dataset, prefetch_buffer_size=prefetch
@@ -219,24 +233,41 @@ def as_array(rows: Sequence[Sequence[int]], shape: PackedShape) -> np.ndarray:
 
 
 class _Packed(grain.IterDataset):
-    """Rows of pair numbers, a batch an element, from a stream of pair numbers."""
+    """Rows of pair numbers, a batch an element, from a stream of pair numbers.
 
-    def __init__(self, parent, tokens, answers, shape: PackedShape):
+    From a saved state on, where one is given, each `every`-th batch from `first`.
+    """
+
+    def __init__(
+        self, parent, tokens, answers, shape: PackedShape, state=None, first=0, every=1
+    ):
         super().__init__(parent)
-        self._sizes = tokens, answers, shape
+        self._sizes, self._start = (tokens, answers, shape), state
+        self._part = first, every
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _PackedIterator(iter(self._parent), *self._sizes)
+        iterator = _PackedIterator(iter(self._parent), *self._sizes, *self._part)
+        if self._start is not None:
+            iterator.set_state(self._start)
+        return iterator
 
 
 class _PackedIterator(grain.DatasetIterator):
-    def __init__(self, parent, tokens, answers, shape: PackedShape):
+    def __init__(self, parent, tokens, answers, shape: PackedShape, first, every):
         super().__init__(parent)
         self._tokens, self._answers, self._shape = tokens, answers, shape
         self._ahead = window(tokens, shape)
         self._waiting: collections.deque[int] = collections.deque()
+        self._others, self._every = first, every
 
     def __next__(self) -> list[list[int]]:
+        # Before and not after its own: the state is then that of the whole stream.
+        for _ in range(self._others):
+            self._rows()
+        self._others = self._every - 1
+        return self._rows()
+
+    def _rows(self) -> list[list[int]]:
         while len(self._waiting) < self._ahead:
             self._waiting.append(int(next(self._parent)))
         return fill(self._waiting, self._tokens, self._answers, self._shape)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.pairs import BatchShape, Pairs
+from jaxpref.data.workers import InProcesses
 from jaxpref.errors import InputError
 
 
@@ -97,7 +98,8 @@ def batches(
     reference: Mapping[str, np.ndarray] | None = None,
     threads: int = 2,
     prefetch: int = 4,
-) -> grain.DatasetIterator:
+    processes: int = 0,
+) -> grain.DatasetIterator | InProcesses:
     """Endless training batches in an order that depends on `seed` and step only.
 
     Pairs are shuffled anew each epoch; an epoch that does not divide into batches runs
@@ -115,9 +117,10 @@ def batches(
       reference: float32 [N, K] arrays by name, copied into the batches, or None.
       threads: threads that collate ahead; 0 collates when asked.
       prefetch: batches kept ready.
+      processes: processes that collate in place of the threads, see `InProcesses`.
 
     Returns:
-      A Grain iterator of PreferenceBatch with `get_state()` = {"next_index": step} and
+      An iterator of PreferenceBatch with `get_state()` = {"next_index": step} and
       `set_state(state)`.
     """
     micro = rows_of_process(batch_size, accumulation, process_count)
@@ -127,7 +130,27 @@ def batches(
         .map(_share(accumulation, micro, process_index))
         .map(collating(pairs, shape, reference))
     )
-    return iter(dataset.to_iter_dataset(read_ahead(threads, prefetch)))
+    return iterate(dataset, threads=threads, prefetch=prefetch, processes=processes)
+
+
+def iterate(
+    dataset: grain.MapDataset, *, threads: int, prefetch: int, processes: int
+) -> grain.DatasetIterator | InProcesses:
+    """An iterator over an endless data set, whose state is {"next_index": step}."""
+    if not processes:
+        return iter(dataset.to_iter_dataset(read_ahead(threads, prefetch)))
+
+    def part(state: dict[str, int], index: int) -> grain.IterDataset:
+        own = dataset[state["next_index"] + index :: processes]
+        return own.to_iter_dataset(read_ahead(0, 0))
+
+    return InProcesses(
+        part,
+        {"next_index": 0},
+        lambda state, _: {"next_index": state["next_index"] + 1},
+        processes=processes,
+        prefetch=prefetch,
+    )
 
 
 def shuffled(pairs: Pairs, seed: int) -> grain.MapDataset:

@@ -54,7 +54,8 @@ class ModelConfig:
     float32 or wider; the angles' cosines and sines and the attention weights are then
     rounded to `compute_dtype`, as transformers does.
     `remat` says what the backward pass recomputes within a layer: "none", "dots" (all
-    but the matrix products with weights) or "full" (everything).
+    but the matrix products with weights) or "full" (everything).  `unroll` is how many
+    layers of the scan over them are written out one after the other, at most all.
     """
 
     vocab_size: int
@@ -73,6 +74,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -109,7 +109,8 @@ class Model:
 
         layer = _remat(layer, self.config.remat)
         x = transformer.embed_tokens(tokens)
-        x, _ = jax.lax.scan(layer, x, params["layers"])
+        unroll = min(self.config.unroll, self.config.num_layers)
+        x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
         return transformer.final_norm(x)
 
     def head(self, params: Params) -> jax.Array:

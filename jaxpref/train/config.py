@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "save_every",
     "keep_checkpoints",
     "explain_compiles",
+    "loader_processes",
 )
 """Fields a resumed run may change: none of them changes what is computed."""
 
@@ -62,11 +63,16 @@ class RunConfig:
     """Dtype of matrix products and activations; bfloat16 on TPU and GPU."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the exported weights."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes to save memory: none, dots or full."""
+    remat: Literal["none", "dots", "full", "auto"] = "none"
+    """What the backward pass recomputes to save memory: none, dots, full, or the first
+    of them (auto) whose compiled step fits the device."""
+    unroll: int = 1
+    """Layers of the scan over them that are written out; at most all."""
     logit_chunk: int | None = None
     """Completion tokens of a sequence whose logits exist at the same time; by default
     as many as fill half a GiB of each device."""
+    loader_processes: int = 0
+    """Processes that make batches beside this one; 0: threads of this one do."""
     log_every: int = 10
     """Steps between metric lines."""
     eval_every: int = 100
@@ -82,13 +88,17 @@ class RunConfig:
     def __post_init__(self):
         positive = (
             "batch_size accumulation log_every eval_every save_every "
-            "keep_checkpoints max_steps"
+            "keep_checkpoints max_steps unroll"
         ).split()
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.logit_chunk is not None and self.logit_chunk < 1:
             raise InputError(f"logit_chunk {self.logit_chunk}: must be at least 1")
+        if self.loader_processes < 0:
+            raise InputError(
+                f"loader_processes {self.loader_processes}: must be at least 0"
+            )
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,7 +18,9 @@ from jaxpref.models.reward import padding_of
 from jaxpref.train import peer, reference
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_run, remember
+from jaxpref.train.feed import Feed
 from jaxpref.train.inputs import check_fits, read_plan
+from jaxpref.train.memory import choose_remat
 from jaxpref.train.mesh import (
     check_rows,
     initialize_distributed,
@@ -41,7 +44,7 @@ def run(config: TrainConfig) -> Path:
     The same config and `out` resume after a kill: on the same software, devices, mesh
     and process count to the same bits.  Written to `out`: `config.json`,
     `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
-    Face folder).
+    Face folder), and `memory.json` where `remat` is "auto".
 
     Returns:
       The exported folder.
@@ -101,7 +104,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             model_config,
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
-            remat=config.remat,
+            remat="none" if config.remat == "auto" else config.remat,
+            unroll=config.unroll,
         )
     )
     new_params, load = model.init, functools.partial(load_params, folder, model)
@@ -118,8 +122,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         score_reference = functools.partial(scoring, make_score_step(plain))
     if objective.trains_two:
         new_params, load = peer.both(new_params), peer.both(load)
-        scores = peer.scores_of_both(scores)
-        score = functools.partial(scoring, make_score_step(scores))
+        score = functools.partial(scoring, make_score_step(peer.scores_of_both(scores)))
     if jax.process_index() == 0:
         scorers = {score} if len(plan.heldout) else set()
         scorers |= {score_reference} if objective.stored else set()
@@ -178,23 +181,44 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
 
     # ---- the loop: evaluate, save, next batch, step, write the previous metrics ---
     batches = make_batches(
-        plan.train, seed=config.seed, reference=tables["train"], **split
+        plan.train,
+        seed=config.seed,
+        reference=tables["train"],
+        processes=config.loader_processes,
+        **split,
     )
     if restored is not None:
         batches.set_state(restored[1]["iterator"])
-    train_step = make_train_step(scores, objective, tx, schedule)
+    feed = Feed(batches, functools.partial(to_global, mesh=mesh))
+
+    def step_of(remat: str) -> Callable:
+        own = make_model(dataclasses.replace(model.config, remat=remat))
+        scores = make_scores(own, objective.needs, chunk_size=config.logit_chunk)
+        if objective.trains_two:
+            scores = peer.scores_of_both(scores)
+        return make_train_step(scores, objective, tx, schedule)
+
+    remat = model.config.remat
+    if config.remat == "auto":
+        split_eval = functools.partial(eval_batches, reference=tables["train"], **split)
+        one = to_global(next(iter(split_eval(plan.train))), mesh)
+        remat = choose_remat(
+            out, lambda remat: step_of(remat).lower(abstract, one, kept).compile()
+        )
+        del one
+    train_step = step_of(remat)
     start = int(state.step)
     remember(config, out)
     writer = MetricsWriter(out, resumed_at=start)
     late = LateMetrics(writer, config=config, pairs=plan.train, start=start)
 
-    def evaluate(state: TrainState) -> None:
+    def evaluate(step: int, state: TrainState) -> None:
         if not len(plan.heldout):
             return
-        title = f"evaluation at step {int(state.step)}"
+        title = f"evaluation at step {step}"
         found = score(state.params, plan.heldout, kept, title=title)
         writer.write(
-            int(state.step),
+            step,
             evaluation_metrics(
                 objective,
                 found,
@@ -204,30 +228,31 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             ),
         )
 
-    def save(state: TrainState) -> None:
+    def save(step: int, state: TrainState) -> None:
         meta = {
-            "iterator": batches.get_state(),
+            "iterator": feed.get_state(),
             "plan": plan.digest,
             "reference": digest,
             "rows": rows,
         }
-        checkpoints.save(int(state.step), state, meta)
+        checkpoints.save(step, state, meta)
 
     closing = contextlib.closing
-    with closing(checkpoints), closing(writer), closing(late):
+    with closing(checkpoints), closing(writer), closing(late), closing(feed):
         for step in range(start, config.max_steps):
             if step % config.eval_every == 0:
                 with late.paused():
-                    evaluate(state)
+                    evaluate(step, state)
             if step % config.save_every == 0 and step > start:
                 with late.paused():
-                    save(state)
-            batch = next(batches)
-            state, metrics = train_step(state, to_global(batch, mesh), kept)
+                    save(step, state)
+            with late.waiting():
+                batch = next(feed)
+            state, metrics = train_step(state, batch, kept)
             late.push(step + 1, metrics)
         with late.paused():
-            evaluate(state)
-            save(state)
+            evaluate(max(start, config.max_steps), state)
+            save(max(start, config.max_steps), state)
             checkpoints.wait()
 
     exported = {"export": state.params}

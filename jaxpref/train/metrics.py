@@ -92,6 +92,7 @@ class LateMetrics:
 
     `tokens_per_second` and `pairs_per_second` are of training alone: the clock stands
     still within `paused`, and the first step of a process, which compiles, is left out.
+    `waiting` is the share of that time that passed within `waiting`, for data.
     """
 
     def __init__(
@@ -138,6 +139,13 @@ class LateMetrics:
         yield
         self._since = time.perf_counter()
 
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time within as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
     def close(self) -> None:
         """Ends the progress bar."""
         self._bar.close()
@@ -160,16 +168,20 @@ class LateMetrics:
                 seconds = self._seconds + time.perf_counter() - self._since
                 values["tokens_per_second"] = self._tokens / seconds
                 values["pairs_per_second"] = self._pairs_done / seconds
+                values["waiting"] = self._waited / seconds
             self._restart_clock()
             self._writer.write(step, values)
             shown = {"loss": f"{values['loss']:.4f}"}
             if "rewards/accuracies" in values:
                 shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
+            if "waiting" in values:
+                shown["waiting"] = f"{values['waiting']:.1%}"
             self._bar.set_postfix(shown)
 
     def _restart_clock(self) -> None:
         self._tokens = self._pairs_done = 0
         self._seconds, self._since = 0.0, time.perf_counter()
+        self._waited = 0.0
 
     def _report(self, step: int, nonfinite: np.ndarray) -> None:
         ids = [self._pairs.ids[i] for i in nonfinite.ravel() if i >= 0]

@@ -215,9 +215,9 @@ def _checked_folder(config: TrainConfig, model: Model) -> Path:
 
 
 def _sizes(config: ModelConfig) -> ModelConfig:
-    """A config without what a run may choose: dtypes and rematerialisation."""
+    """A config without what a run may choose: how it is computed."""
     return dataclasses.replace(
-        config, param_dtype="float32", compute_dtype="float32", remat="none"
+        config, param_dtype="float32", compute_dtype="float32", remat="none", unroll=1
     )
 
 

@@ -36,21 +36,25 @@ def make_train_step(
             state.objective_state,
         )
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, _ = tx.update(grads, state.opt_state, state.params)
         finite = (
             jnp.isfinite(metrics["loss"])
             & jnp.isfinite(norm)
             & jnp.isfinite(optax.tree.norm(updates))
         )
-        stepped = dataclasses.replace(
-            state,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            objective_state=objective_state,
-        )
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), stepped, state
-        )
+
+        def stepped():
+            # Made a second time, in the loop that writes the state in place: a second
+            # look at the arrays is cheaper than to keep old and new ones side by side.
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            return dataclasses.replace(
+                state,
+                params=optax.apply_updates(state.params, updates),
+                opt_state=opt_state,
+                objective_state=objective_state,
+            )
+
+        kept = jax.lax.cond(finite, stepped, lambda: state)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.skipped),

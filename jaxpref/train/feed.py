@@ -1,0 +1,77 @@
+"""Batches on the devices, put there while the step before still runs."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+AHEAD = 2
+"""Batches that are on the devices before they are asked for."""
+
+
+class Feed:
+    """Places batches in a thread of its own, `AHEAD` of them beyond the one in use.
+
+    `get_state` is that of the batch handed out last, wherever the thread may be: what
+    is saved beside step N restores to batch N + 1.
+    """
+
+    def __init__(self, batches: Any, place: Callable[[Any], Any]):
+        """Starts nothing yet: the thread begins with the first batch asked for.
+
+        Args:
+          batches: an iterator with `get_state()`; nobody else may draw from it.
+          place: puts a batch on the devices, as `to_global` with its mesh.
+        """
+        self._batches, self._place = batches, place
+        self._state = batches.get_state()
+        # The thread holds one more while it waits for room.
+        self._placed: queue.Queue = queue.Queue(maxsize=AHEAD - 1)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch, on the devices.
+
+        Raises:
+          Exception: whatever the batches raised.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        batch, state, error = self._placed.get()
+        if error is not None:
+            raise error
+        self._state = state
+        return batch
+
+    def get_state(self) -> Any:
+        """Where the batches stand after the one handed out last."""
+        return self._state
+
+    def close(self) -> None:
+        """Ends the thread, and the batches' own processes where they have any."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                placed = self._place(next(self._batches))
+                found = (placed, self._batches.get_state(), None)
+            except BaseException as error:
+                found = (None, None, error)
+            while not self._stop.is_set():
+                try:
+                    self._placed.put(found, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if found[2] is not None:
+                return

@@ -1,0 +1,155 @@
+"""How batches come to the devices: ahead, without a hidden copy, resumable."""
+
+import dataclasses
+import json
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpref.train import loop, memory, read_metrics, run
+from jaxpref.train.feed import AHEAD, Feed
+from tests.test_training import config_for
+from tests.tiny import make_model_folder, make_pairs_file
+
+LAYOUTS = {"padded": {}, "packed": {"row_length": 64, "batch_size": 16}}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return (
+        make_model_folder(folder / "model"),
+        make_pairs_file(folder / "pairs.jsonl"),
+    )
+
+
+class Numbers:
+    """0, 1, 2, ...; the state is the next one; `drawn` counts."""
+
+    def __init__(self, fails_at=None):
+        self.drawn, self._fails_at = 0, fails_at
+        self.came = threading.Semaphore(0)
+
+    def __next__(self):
+        if self.drawn == self._fails_at:
+            raise ValueError("row 3 is wrong")
+        self.drawn += 1
+        self.came.release()
+        return self.drawn - 1
+
+    def get_state(self):
+        return self.drawn
+
+
+def test_batches_are_placed_ahead_and_the_state_is_that_of_the_last_one():
+    numbers = Numbers()
+    feed = Feed(numbers, lambda n: n * 10)
+    assert feed.get_state() == 0 and numbers.drawn == 0
+    for n in range(5):
+        assert next(feed) == 10 * n
+        # The thread goes on while the batch is in use, and only so far.
+        while numbers.drawn < n + 1 + AHEAD:
+            assert numbers.came.acquire(timeout=30)
+        assert feed.get_state() == n + 1
+    feed.close()
+    assert numbers.drawn <= 5 + AHEAD
+
+
+def test_an_error_comes_in_its_place():
+    feed = Feed(Numbers(fails_at=2), lambda n: n)
+    assert [next(feed), next(feed)] == [0, 1]
+    with pytest.raises(ValueError, match="row 3 is wrong"):
+        next(feed)
+    feed.close()
+
+
+@each_layout
+def test_a_step_copies_nothing_that_is_not_asked_for(
+    inputs, tmp_path, monkeypatch, layout
+):
+    """Under a guard, for all threads, from the second step to the last."""
+    make = loop.make_train_step
+    steps = []
+
+    def guarded(*arguments):
+        step = make(*arguments)
+
+        def count(*arguments):
+            out = step(*arguments)
+            steps.append(len(steps))
+            guard = "disallow" if 1 <= len(steps) < 5 else "allow"
+            jax.config.update("jax_transfer_guard", guard)
+            return out
+
+        return count
+
+    monkeypatch.setattr(loop, "make_train_step", guarded)
+    config = config_for(inputs, tmp_path / "run", max_steps=5, save_every=9)
+    try:
+        run(dataclasses.replace(config, **LAYOUTS[layout], eval_every=9))
+        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+            jax.config.update("jax_transfer_guard", "disallow")
+            jax.jit(lambda x: x)(np.ones(3))
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert len(steps) == 5
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    waiting = [line["waiting"] for line in lines if "waiting" in line]
+    assert len(waiting) == 4 and all(0 <= share <= 1 for share in waiting)
+
+
+@each_layout
+def test_a_run_with_loader_processes_resumes_without_them(inputs, tmp_path, layout):
+    """The same bits, wherever batches are made before and after."""
+    changes = LAYOUTS[layout] | {"max_steps": 4, "eval_every": 9}
+    whole = config_for(inputs, tmp_path / "whole", **changes)
+    run(whole)
+    cut = dataclasses.replace(whole, out=str(tmp_path / "cut"), loader_processes=2)
+    run(cut)
+    weights = "export/model.safetensors"
+    expected = (tmp_path / "whole" / weights).read_bytes()
+    assert (tmp_path / "cut" / weights).read_bytes() == expected
+    shutil.rmtree(tmp_path / "cut" / "export")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    run(dataclasses.replace(cut, loader_processes=0))
+    assert (tmp_path / "cut" / weights).read_bytes() == expected
+
+
+def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    config = config_for(inputs, tmp_path / "run", max_steps=2, remat="auto")
+    run(config)
+    path = tmp_path / "run" / "memory.json"
+    found = json.loads(path.read_text())
+    assert found["remat"] == "none" and found["step_bytes"].keys() == {"none"}
+    assert "remat none: a step needs none " in capsys.readouterr().out
+    # A device that is too small for what was chosen: the run goes on as it began.
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1)
+    chosen = []
+    make = loop.build
+    monkeypatch.setattr(
+        loop, "build", lambda config: chosen.append(config.remat) or make(config)
+    )
+    run(config)
+    assert set(chosen) == {"none"}
+    # A run of its own takes the one that needs least, and says that it may not do.
+    run(dataclasses.replace(config, out=str(tmp_path / "other")))
+    found = json.loads((tmp_path / "other" / "memory.json").read_text())
+    assert found["remat"] == "full" and chosen[-1] == "full"
+    assert list(found["step_bytes"]) == ["none", "dots", "full"]
+    assert "remat full, though it may not fit: " in capsys.readouterr().out
+
+
+def test_the_bytes_of_a_step_are_those_of_its_arrays():
+    """Donated arguments are counted once."""
+    x = jax.ShapeDtypeStruct((256, 256), np.float32)
+    add = lambda x: x + 1
+    once = jax.jit(add, donate_argnums=0).lower(x).compile()
+    twice = jax.jit(add).lower(x).compile()
+    assert memory.step_bytes(once) == 4 * 256 * 256
+    assert memory.step_bytes(twice) == 2 * memory.step_bytes(once)

@@ -1,0 +1,175 @@
+"""Precision: bfloat16 computes, float32 keeps, sums, and decides.
+
+What is compared at step 0 is compared with itself: the reference's log-probs come from
+the policy's own kernels.  So bfloat16 rounds both alike, and what is left of a margin
+is float32's: nothing at all where a pair has a row to itself, and in packed rows, where
+the same pair lies in another row when it is scored, the rounding of a sum of float32
+log-probs in another order.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import data, losses
+from jaxpref.models import build
+from jaxpref.train import MeshConfig, from_loss, read_metrics, run
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.score import make_score_step
+from jaxpref.train.scores import make_scores
+from jaxpref.train.state import init_state
+from jaxpref.train.step import make_train_step
+from tests.test_packing import make_pairs
+from tests.test_training import OPTIMIZER, config_for
+from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+
+VOCABULARY = 56  # unlike any other size of the tiny model and its batches
+LAYOUTS = {"padded": {}, "packed": {"row_length": 64, "batch_size": 16}}
+
+
+def batches_of(pairs, layout, **options):
+    table = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+    if layout == "padded":
+        shape = data.batch_shape(pairs)
+        return data.batches(
+            pairs, shape=shape, batch_size=8, threads=0, reference=table, **options
+        )
+    shape = data.packed_shape(pairs, row_length=64, batch_size=16, parts=2)
+    return data.packed_batches(
+        pairs, shape=shape, prefetch=0, reference=table, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_loss_is_log_2(tmp_path, layout, dtype):
+    beta = 0.5
+    inputs = make_model_folder(tmp_path / "m"), make_pairs_file(tmp_path / "p.jsonl")
+    config = config_for(
+        inputs,
+        tmp_path / "run",
+        objective=from_loss(losses.dpo, beta=beta),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        max_steps=1,
+        compute_dtype=dtype,
+        **LAYOUTS[layout],
+    )
+    run(config)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (step,) = [line for line in lines if "loss" in line]
+    if layout == "padded":
+        assert step["rewards/chosen"] == step["rewards/rejected"] == 0.0
+    # A log-prob of a completion is a sum of at most 9 tokens' here, about -30 nats:
+    # in another order 9 roundings of float32, 2^-24 of it each, and half a margin's
+    # slope for each side; log 2 itself is rounded to float32.
+    error = beta * 9 * 2**-24 * abs(step["logps/rejected"]) + 2**-24
+    assert abs(step["loss"] - math.log(2)) <= error < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
+    """To the bit on the same rows: one kernel for both, with gradients and without."""
+    model = build(tiny_config(vocab_size=VOCABULARY, compute_dtype="bfloat16"))
+    params, scores = tiny_params(model), make_scores(model, chunk_size=4)
+    batch = jax.tree.map(jnp.asarray, next(batches_of(make_pairs(24), layout)))
+    (scored, _) = make_score_step(scores)(params, batch)
+
+    @jax.jit
+    def trained(params):
+        micro = jax.tree.map(lambda x: x[0], batch)
+        out, pull = jax.vjp(lambda p: scores(p, micro), params)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    (found, _) = trained(params)
+    assert found["policy_logps"].dtype == jnp.float32
+    np.testing.assert_array_equal(found["policy_logps"], scored["policy_logps"][0])
+    # And bfloat16 it is: not the float32 numbers.
+    wide = build(dataclasses.replace(model.config, compute_dtype="float32"))
+    (exact, _) = make_score_step(make_scores(wide, chunk_size=4))(params, batch)
+    rounding = np.abs(exact["policy_logps"] - scored["policy_logps"]).max()
+    assert 1e-4 < rounding < 0.5
+
+
+def equations(jaxpr):
+    """Every equation, inside of loops and branches too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def reduced(equation):
+    """Sizes of the axes that an equation sums, or finds the maximum, over."""
+    if equation.primitive.name == "dot_general":
+        (axes, _), _ = equation.params["dimension_numbers"]
+    elif equation.primitive.name.startswith(("reduce_", "arg")):
+        axes = equation.params["axes"]
+    elif equation.primitive.name.startswith("cum"):
+        axes = [equation.params["axis"]]
+    else:
+        return []
+    return [equation.invars[0].aval.shape[axis] for axis in axes]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", [losses.dpo, losses.wpo, losses.tdpo2])
+def test_nothing_is_summed_in_bfloat16_over_the_vocabulary(layout, loss):
+    objective = from_loss(loss)
+    model = build(tiny_config(vocab_size=VOCABULARY, compute_dtype="bfloat16"))
+    params = tiny_params(model)
+    batch = jax.tree.map(
+        jnp.asarray, next(batches_of(make_pairs(24), layout, accumulation=2))
+    )
+    kept = params if objective.needs_live_reference else None
+
+    def gradient(params):
+        scores = make_scores(model, objective.needs, chunk_size=4)
+        bound = lambda p, b: scores(p, b, kept)
+        return objective.gradient(bound, params, batch, objective.init(0))
+
+    found = list(equations(jax.make_jaxpr(gradient)(params).jaxpr))
+    over = [e for e in found if VOCABULARY in reduced(e)]
+    assert len(over) >= 4
+    for equation in over:
+        assert equation.outvars[0].aval.dtype == jnp.float32, equation
+    # What is summed over micro-batches and chunks: the gradients of all parameters.
+    shapes = {x.shape for x in jax.tree.leaves(params)} - {model.config.hidden_size}
+    carried = [
+        out.aval
+        for e in found
+        if e.primitive.name == "scan"
+        for out in e.outvars[: e.params["num_carry"]]
+    ]
+    sums = [x for x in carried if x.shape in shapes]
+    assert len(sums) >= len(shapes)
+    assert {x.dtype for x in sums} == {jnp.dtype("float32")}
+    assert any(e.outvars[0].aval.dtype == jnp.bfloat16 for e in found)
+
+
+def test_parameters_and_moments_stay_float32():
+    objective = from_loss(losses.dpo)
+    model = build(tiny_config(compute_dtype="bfloat16"))
+    schedule = make_schedule(OPTIMIZER, 100)
+    tx = make_optimizer(OPTIMIZER, schedule)
+    state = init_state(tiny_params(model), tx, objective)
+    before = jax.device_get(state.params)
+    step = make_train_step(make_scores(model), objective, tx, schedule)
+    batch = next(batches_of(make_pairs(24), "padded"))
+    state, metrics = step(state, batch)
+    floats = {
+        x.dtype
+        for x in jax.tree.leaves((state.params, state.opt_state))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    assert floats == {jnp.dtype("float32")} and metrics["loss"].dtype == jnp.float32
+    # Steps that bfloat16 weights of this size could not take.
+    after = jax.device_get(state.params)["embed"]
+    lost = after.astype(jnp.bfloat16).astype(np.float32)
+    assert (after != before["embed"]).any() and (lost != after).mean() > 0.9
