@@ -10,6 +10,7 @@ from scipy.special import log_softmax
 from jaxpref.models.logprobs import (
     token_logps,
     token_logps_and_collisions,
+    token_logps_and_entropies,
     token_logps_and_kls,
 )
 
@@ -163,6 +164,59 @@ def test_collisions_are_the_chance_of_drawing_a_token_twice(inputs):
     np.testing.assert_allclose(collisions, expected, atol=2e-6)
     alone = token_logps(hidden, head, predictors, targets, chunk_size=3)
     np.testing.assert_array_equal(logps, alone)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_entropies_and_their_gradient(inputs, soft_cap):
+    hidden, head, predictors, targets, weights = inputs
+
+    def summed(hidden):
+        logps, entropies = token_logps_and_entropies(
+            hidden, head, predictors, targets, chunk_size=3, soft_cap=soft_cap
+        )
+        return jnp.sum(entropies * weights), (logps, entropies)
+
+    gradient, found = jax.jit(jax.grad(summed, has_aux=True))(hidden)
+    rows = np.asarray(hidden, np.float64)[np.arange(B)[:, None], predictors]
+    z, slope = rows @ np.asarray(head, np.float64), 1.0
+    if soft_cap is not None:
+        z = soft_cap * np.tanh(z / soft_cap)
+        slope = 1 - (z / soft_cap) ** 2
+    table = log_softmax(z, axis=-1)
+    entropies = -(np.exp(table) * table).sum(-1)
+    at = (np.arange(B)[:, None], np.arange(P), targets)
+    for ours, expected in zip(found, (table[at], entropies), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=3e-6)
+    # d H / d z_v = - pi(v) (log pi(v) + H)
+    slopes = -np.exp(table) * (table + entropies[..., None]) * slope
+    slopes = (slopes * weights[..., None]) @ head.T
+    expected = np.zeros(hidden.shape)
+    for b, p in np.ndindex(B, P):
+        expected[b, predictors[b, p]] += slopes[b, p]
+    np.testing.assert_allclose(gradient, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_a_soft_cap_bounds_logits_and_slopes(inputs, chunk_size):
+    hidden, head, predictors, targets, weights = inputs
+
+    def summed(hidden, head):
+        logps = token_logps(
+            hidden, head, predictors, targets, chunk_size=chunk_size, soft_cap=2.0
+        )
+        return jnp.sum(logps * weights)
+
+    def plainly(hidden, head):
+        rows = jnp.take_along_axis(hidden, predictors[..., None], axis=1)
+        z = 2.0 * jnp.tanh(rows @ head / 2.0)
+        logps = jax.nn.log_softmax(z, axis=-1)
+        logps = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(logps * weights)
+
+    found = jax.jit(jax.value_and_grad(summed, (0, 1)))(hidden, head)
+    expected = jax.jit(jax.value_and_grad(plainly, (0, 1)))(hidden, head)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+    jax.tree.map(close, found, expected)
 
 
 def test_divergence_from_the_reference_and_its_gradient(inputs):

@@ -3,8 +3,8 @@
 The head runs on the predictor positions only, `chunk_size` of them at a time: the
 largest arrays with a vocabulary axis, besides the head and its gradient, are
 `[B, chunk_size, V]`.  The backward pass computes each chunk's logits again, but where
-one chunk is all there is: it is kept, and the head costs three products in place of
-four.
+one chunk is all that log-probs need: it is kept, and the head costs three products in
+place of four.
 """
 
 import jax
@@ -24,12 +24,23 @@ def project(hidden, head) -> jax.Array:
     return product("btd,dv->btv", hidden, head, spec=SPECS.features, out_dtype=wide)
 
 
+def _logits(hidden, head, soft_cap: float | None) -> jax.Array:
+    z = project(hidden, head)
+    return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
+
+
 CHUNK_BYTES = 2**29
 """Logits of a chunk on one device, where `chunk_size` is not given."""
 
 
 def token_logps(
-    hidden, head, predictors, targets, *, chunk_size: int | None = None
+    hidden,
+    head,
+    predictors,
+    targets,
+    *,
+    chunk_size: int | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Log-prob in nats of each target under the state that predicts it.
 
@@ -43,6 +54,8 @@ def token_logps(
         targets: int [B, P], the predicted tokens.
         chunk_size: predicted positions of every row in one chunk, at most; by default
             what makes the logits of a chunk `CHUNK_BYTES` large on a device.
+        soft_cap: logits z are replaced by soft_cap tanh(z / soft_cap); Gemma Team 2024,
+            arXiv:2408.00118, section 2.
 
     Returns:
         Log-probs [B, P], float32 (float64 for float64 hidden states).  Unused places
@@ -50,15 +63,45 @@ def token_logps(
     """
 
     def chunk(t, h):
-        z = project(h, head)
+        z = _logits(h, head, soft_cap)
         return (_logps(z, t),)
 
-    (logps,) = _over_chunks(chunk, predictors, targets, (hidden,), head, chunk_size)
+    (logps,) = _over_chunks(
+        chunk, predictors, targets, (hidden,), head, chunk_size, keep_one=True
+    )
     return logps
 
 
+def token_logps_and_entropies(
+    hidden,
+    head,
+    predictors,
+    targets,
+    *,
+    chunk_size: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logps`, and the entropy in nats of the distribution each comes from.
+
+    entropy[b, p] = - sum_v pi(v) log pi(v)
+    """
+
+    def chunk(t, h):
+        z = _logits(h, head, soft_cap)
+        log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+        return _logps(z, t), -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+    return _over_chunks(chunk, predictors, targets, (hidden,), head, chunk_size)
+
+
 def token_logps_and_collisions(
-    hidden, head, predictors, targets, *, chunk_size: int | None = None
+    hidden,
+    head,
+    predictors,
+    targets,
+    *,
+    chunk_size: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logps`, and the log-probability that two draws give the same token.
 
@@ -66,7 +109,7 @@ def token_logps_and_collisions(
     """
 
     def chunk(t, h):
-        z = project(h, head)
+        z = _logits(h, head, soft_cap)
         total = jax.nn.logsumexp(z, axis=-1)
         return _logps(z, t), jax.nn.logsumexp(2 * z, axis=-1) - 2 * total
 
@@ -82,6 +125,7 @@ def token_logps_and_kls(
     targets,
     *,
     chunk_size: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_logps` of a policy and of a reference, and KL(reference || policy).
 
@@ -90,7 +134,8 @@ def token_logps_and_kls(
     """
 
     def chunk(t, h, reference_h):
-        z, reference_z = project(h, head), project(reference_h, reference_head)
+        z = _logits(h, head, soft_cap)
+        reference_z = _logits(reference_h, reference_head, soft_cap)
         log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
         log_r = reference_z - jax.nn.logsumexp(reference_z, axis=-1, keepdims=True)
         kls = jnp.sum(jnp.exp(log_r) * (log_r - log_p), axis=-1)
@@ -108,8 +153,19 @@ def _logps(z, t) -> jax.Array:
     return z_t - jax.nn.logsumexp(z, axis=-1)
 
 
-def _over_chunks(function, predictors, targets, hiddens, head, chunk_size: int | None):
-    """`function(targets [B, c], *hiddens [B, c, D])` over P, chunk by chunk."""
+def _over_chunks(
+    function,
+    predictors,
+    targets,
+    hiddens,
+    head,
+    chunk_size: int | None,
+    keep_one: bool = False,
+):
+    """`function(targets [B, c], *hiddens [B, c, D])` over P, chunk by chunk.
+
+    `keep_one`: what one chunk needs backwards is kept, where there is but one.
+    """
     B, P = targets.shape
     chunks = -(-P // (chunk_size or _chunk_size(B, head)))
     chunk_size = -(-P // chunks)
@@ -122,7 +178,7 @@ def _over_chunks(function, predictors, targets, hiddens, head, chunk_size: int |
     )
     split = lambda a: jnp.moveaxis(a.reshape(B, -1, chunk_size, *a.shape[2:]), 1, 0)
     join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :P]
-    if chunks == 1:
+    if chunks == 1 and keep_one:
         return function(targets, *(at_predictors(h) for h in hiddens))
     checkpointed = jax.checkpoint(function)
     _, outs = jax.lax.scan(
