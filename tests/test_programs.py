@@ -1,5 +1,6 @@
 """Programs: one of each in a run, none compiled a second time, and what is told."""
 
+import functools
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from jaxpref import data, losses
 from jaxpref.train import MeshConfig, TrainConfig, from_loss, run
-from jaxpref.train.programs import describe, explained
+from jaxpref.train.programs import describe, explained, padding_told
 from tests.compiled import programs
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -171,3 +172,17 @@ def test_the_shape_is_told():
     )
     line = describe(shape=shape, accumulation=1, programs=["train_step"])
     assert "1 x 6 rows of 1 x 64 tokens, predictions 40, pair slots 5;" in line
+
+
+def test_what_packed_rows_would_save_is_told():
+    builder = data.PairsBuilder(2)
+    for n in range(4):
+        builder.add([5] * 20, [[6] * 10, [7] * (10 + n)], id=str(n))
+    pairs = builder.build()
+    told = functools.partial(padding_told, pairs, batch_size=8, shards=2)
+    wide = data.BatchShape(sequence_length=48, predictions=16, sides=2)
+    # 2 x 48 tokens for 41.5; four pairs of a device are 166 tokens.
+    assert "2.3 tokens are computed" in told(wide)
+    assert "--row-length 192 " in told(wide)
+    tight = data.BatchShape(sequence_length=26, predictions=16, sides=2)
+    assert told(tight) is None

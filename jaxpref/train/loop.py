@@ -31,7 +31,7 @@ from jaxpref.train.mesh import (
 )
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.programs import describe, explained
+from jaxpref.train.programs import describe, explained, padding_told
 from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
 from jaxpref.train.state import TrainState, init_state
@@ -128,6 +128,15 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         scorers |= {score_reference} if objective.stored else set()
         programs = ["train_step"] + ["score_step"] * len(scorers)
         print(describe(**split, programs=programs), flush=True)
+        if config.row_length is None and not objective.mixes:
+            told = padding_told(
+                plan.train,
+                split["shape"],
+                batch_size=config.batch_size,
+                shards=config.accumulation * row_shards(mesh),
+            )
+            if told is not None:
+                print(told, flush=True)
     schedule = make_schedule(config.optimizer, config.max_steps)
     tx = make_optimizer(config.optimizer, schedule)
     new_state = functools.partial(

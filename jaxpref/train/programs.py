@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import jax
 from tqdm import tqdm
 
-from jaxpref.data import BatchShape, PackedShape
+from jaxpref.data import BatchShape, PackedShape, Pairs
+from jaxpref.data.packing import lengths
 from jaxpref.files import cache_folder
 
 
@@ -54,6 +55,29 @@ def describe(
         f"every batch: {accumulation} x {rows} rows of {sequences} x "
         f"{shape.sequence_length} tokens, predictions {shape.predictions}, pair slots "
         f"{slots}; programs of the model, at most: {', '.join(programs)}"
+    )
+
+
+def padding_told(
+    pairs: Pairs, shape: BatchShape, *, batch_size: int, shards: int
+) -> str | None:
+    """What packed rows would save a run with one pair a row; None where it is little.
+
+    Args:
+      pairs: the training pairs.
+      shape: of their padded batches.
+      batch_size: pairs of a step.
+      shards: parts the rows of a step are split into, devices times micro-batches.
+    """
+    tokens, _ = lengths(pairs)
+    wasted = shape.sides * shape.sequence_length * len(pairs) / tokens.sum()
+    if wasted < 1.3:
+        return None
+    row = max(int(tokens.max()), int(batch_size / shards * tokens.mean()))
+    row = -(-row // 64) * 64
+    return (
+        f"padding, and prompts for each answer: {wasted:.1f} tokens are computed for "
+        f"one that exists; --row-length {row} would pack them, about 1.05 for one"
     )
 
 

@@ -59,6 +59,7 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.skipped),
             "tokens": jnp.sum(batch.lengths),
+            "fill": jnp.mean(batch.lengths / batch.tokens.shape[-1]),
             "pairs": jnp.sum(batch.pairs >= 0),
             "finite": finite,
         }
