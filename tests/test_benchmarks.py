@@ -62,6 +62,7 @@ def test_useful_flops_of_the_fixed_case():
 def run_of(seconds, pairs, peak=100.0):
     return {
         "seconds": seconds,
+        "warmup_seconds": [9.0],
         "pairs": pairs,
         "peak_mib": peak,
         "versions": {"numpy": "2"},

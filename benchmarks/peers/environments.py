@@ -72,6 +72,8 @@ def _run(command: list[str]) -> str:
     except OSError as error:
         raise Missing(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
-        *_, last = [line for line in done.stderr.splitlines() if line] or ["no message"]
-        raise Missing(f"{' '.join(command[:5])} ...: {last}"[:300])
+        lines = [line for line in done.stderr.splitlines() if line] or ["no message"]
+        # pip may warn after it has said what is wrong.
+        wrong = [line for line in lines if "error" in line.lower()] or lines
+        raise Missing(f"{' '.join(command[:5])} ...: {wrong[-1]}"[:300])
     return done.stdout

@@ -100,6 +100,8 @@ def summarise(
         "pairs_per_second_of_rounds": [float(speed) for speed in speeds],
         "pairs_per_step": float(np.mean([len(step) for step in steps])),
         "steps": len(steps),
+        "seconds": [run["seconds"] for run in runs],
+        "warmup_seconds": [run["warmup_seconds"] for run in runs],
         "versions": runs[0]["versions"],
     }
 
