@@ -99,7 +99,7 @@ class Options:
     systems: str = ",".join(SYSTEMS)
     """Which, with commas."""
     quick: bool = False
-    """One layer, one round of two steps of two pairs: shows that everything runs."""
+    """One layer, one round of one step of two pairs: shows that everything runs."""
     hh: str | None = None
     """Preference file of the case hh; by default in ../shared/data."""
     ultrafeedback: str | None = None
@@ -183,7 +183,7 @@ def main(options: Options) -> None:
 def for_a_look(options: Options) -> Options:
     """`--quick`: as little as shows every system in every case."""
     return dataclasses.replace(
-        options, layers=1, rounds=1, steps=2, batch_size=options.batch_size or 2
+        options, layers=1, rounds=1, steps=1, batch_size=options.batch_size or 2
     )
 
 
