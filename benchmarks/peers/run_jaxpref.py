@@ -1,0 +1,118 @@
+"""A process of `benchmarks.step`: jaxpref, packed rows, stored reference."""
+
+import dataclasses
+import functools
+import itertools
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from job import RATE_SIZE, Job, Steps, read_job, read_pairs, write_rate, write_steps
+
+from jaxpref import data, losses
+from jaxpref.models import build
+from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.train import Decay, MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.train.mesh import to_global
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.score import make_score_step, score_pairs
+from jaxpref.train.scores import make_scores
+from jaxpref.train.state import init_state
+from jaxpref.train.step import make_train_step
+
+
+def layout(job: Job, pairs: data.Pairs):
+    """Endless training batches, and every pair once, of pairs and their reference."""
+    if job.row_length < 0:
+        sizes = dict(shape=data.batch_shape(pairs), batch_size=job.batch_size)
+        # A training run collates ahead of the step; so does `packed_batches`.
+        train = functools.partial(data.batches, pairs, **sizes)
+        every = functools.partial(data.eval_batches, **sizes)
+        return train, every
+    longest = int((pairs.offsets[1:] - pairs.offsets[:-1]).max())
+    shape = data.packed_shape(
+        pairs,
+        row_length=job.row_length or -(-longest // 64) * 64,
+        batch_size=job.batch_size,
+    )
+    if job.repeat:
+        # All in one batch, as the other systems have them.
+        while len([*data.packed_eval_batches(pairs, shape=shape)]) > 1:
+            shape = dataclasses.replace(shape, rows=shape.rows + 1)
+    train = functools.partial(data.packed_batches, pairs, shape=shape)
+    return train, functools.partial(data.packed_eval_batches, shape=shape)
+
+
+def train(job: Job, out: Path) -> None:
+    """Warms up on the batch that the timed steps begin with."""
+    listed = read_pairs(job)
+    first = 0 if job.repeat else job.warmup * job.batch_size
+    listed = listed[: job.batch_size] if job.repeat else listed[first:]
+    builder = data.PairsBuilder(2)
+    for number, (prompt, *answers) in enumerate(listed):
+        builder.add(prompt, answers, id=str(number))
+    pairs = builder.build()
+    mesh, model = make_mesh(MeshConfig()), build(load_config(job.model))
+    optimizer = OptimizerConfig(
+        learning_rate=job.learning_rate,
+        decay=Decay.CONSTANT,
+        max_grad_norm=job.max_grad_norm,
+    )
+    schedule = make_schedule(optimizer, 1000)
+    tx = make_optimizer(optimizer, schedule)
+    objective, steps = from_loss(losses.dpo, beta=job.beta), Steps()
+    with jax.set_mesh(mesh):
+        train_batches, every = layout(job, pairs)
+        scores = make_scores(model)
+        params = load_params(job.model, model)
+        policy = score_pairs(
+            make_score_step(scores),
+            params,
+            pairs,
+            eval_batches=every,
+            mesh=mesh,
+            title="reference",
+        )
+        reference = {"reference_logps": policy["policy_logps"]}
+        step = make_train_step(scores, objective, tx, schedule)
+        state = jax.jit(lambda p: init_state(p, tx, objective), donate_argnums=0)(
+            params
+        )
+        del params
+        fresh = functools.partial(train_batches, reference=reference)
+        if job.repeat:
+            (batch,) = every(pairs, reference=reference)
+            batches = itertools.repeat(batch)
+        else:
+            first_batch = itertools.repeat(next(fresh()), job.warmup)
+            batches = itertools.chain(first_batch, fresh())
+        steps.ends.append(time.perf_counter())
+        seen = done = 0
+        # As many pairs as the others have, about: a packed batch holds what it holds.
+        while done < job.warmup or seen < job.steps * job.batch_size:
+            batch = next(batches)
+            state, metrics = step(state, to_global(batch, mesh))
+            jax.block_until_ready((state, metrics))
+            steps.ends.append(time.perf_counter())
+            steps.losses.append(float(metrics["loss"]))
+            steps.grad_norms.append(float(metrics["grad_norm"]))
+            if done >= job.warmup:
+                here = np.unique(batch.pairs[batch.pairs >= 0])
+                steps.pairs.append((here + first).tolist())
+                seen += len(here)
+            done += 1
+    write_steps(out, job, steps, ["jax", "flax"])
+
+
+def rate(out: Path) -> None:
+    """XLA's product of two matrices."""
+    x = jnp.ones((RATE_SIZE, RATE_SIZE), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    write_rate(out, lambda: jax.block_until_ready(product(x, x)))
+
+
+if __name__ == "__main__":
+    job, out = read_job()
+    rate(out) if job.mode == "rate" else train(job, out)

@@ -1,0 +1,443 @@
+r"""How fast is a DPO step beside the peers' on the same pairs, and in what memory?
+
+Every system has a virtual environment of its own (made once, in .bench) and runs in
+processes of its own, in turns: jaxpref, TRL, Tunix, torch by hand, and again, for some
+rounds.  All begin with the same random float32 weights in a Hugging Face folder, the
+same pairs of tokens, AdamW with the same numbers, and all cores.  A round has pairs of
+its own; its first step compiles and is not counted.
+
+Systems
+    jaxpref: packed rows with each prompt once, reference log-probs stored.
+    trl: TRL 1.16, reference log-probs computed beforehand, no gradient checkpointing,
+        its own collator, which pads to the longest sequence of a batch.
+    tunix: google-tunix 0.1.7, which has no stored reference: its model computes the
+        log-probs in each step; prompts and answers are padded to fixed lengths.
+    torch: as one writes it by hand: padded to the longest of the batch, all logits,
+        stored reference.
+
+Cases
+    hh: HH helpful, at most 512 tokens of prompt and as many of answer, 8 pairs a step.
+    ultrafeedback: at most 1,024 of each; Tunix accumulates steps of 2 pairs, since the
+        logits of 8 would not fit in memory.
+    fixed: 4 pairs of 64 random tokens and two answers of 192: nothing to save.
+    The model of the first two has the sizes and the tokenizer of --model, cut to
+    --layers; that of the third has 8 layers, width 512, a vocabulary of 32,000.
+
+Commands
+    All, and a short look at everything:
+
+        python -m benchmarks.step --cases hh,ultrafeedback,fixed \
+            --systems jaxpref,trl,tunix,torch --json step.json
+        python -m benchmarks.step --cases hh,ultrafeedback,fixed \
+            --systems jaxpref,trl,tunix,torch --json quick.json --quick
+
+What is written
+    One record a case and system.  `pairs_per_second`: median over rounds of pairs by
+    seconds, a pair having the mean tokens of the round's (packed rows hold about, not
+    exactly, as many pairs a step, and not the same: with few of them their mean length
+    differs by some percent).  `spread`: its quartiles.  `seconds_per_step`: from the
+    end of a step to the end of the next, with its batch.  `peak_mib`: the most memory
+    of the process, everything included.  `utilisation`: operations that the pairs need
+    (see `useful_flops`) by seconds, as a share of the rate of a 2,048 x 2,048 float32
+    matrix product measured in the same run in XLA and in torch, the best of both.
+
+    Before the rounds all systems take three steps on the same four short pairs: first
+    losses must be log 2 within 2e-4, first gradients must have the same norm within
+    0.05 %, and losses must fall alike within 2 %; `disagreements` says where they do
+    not.  In the rounds packed batches hold other pairs, so losses are not compared.
+    A system that cannot be installed, or whose process fails, is in `missing`.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from benchmarks.peers.cases import (
+    CASES,
+    FIXED_MODEL,
+    ROPE_THETA,
+    Case,
+    Listed,
+    random_pairs,
+    real_pairs,
+    sizes,
+    write_model,
+)
+from benchmarks.peers.environments import Missing, make, python_of
+from benchmarks.peers.job import Job
+from benchmarks.peers.records import disagreements, ratios, summarise, table
+from jaxpref import data
+from jaxpref.errors import InputError
+from jaxpref.files import write_json
+from jaxpref.models import ModelConfig
+from jaxpref.models.huggingface import load_config
+from jaxpref.train.entry import entry_point
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+"""Real data and tools beside the repository, where they are."""
+SYSTEMS = ("jaxpref", "trl", "tunix", "torch")
+CHECK_PAIRS, CHECK_TOKENS, CHECK_STEPS = 4, 64, 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured."""
+
+    json: str
+    """File for the records."""
+    cases: str = ",".join(CASES)
+    """Which, with commas."""
+    systems: str = ",".join(SYSTEMS)
+    """Which, with commas."""
+    quick: bool = False
+    """One layer, one round of one step of two pairs: shows that everything runs."""
+    hh: str | None = None
+    """Preference file of the case hh; by default in ../shared/data."""
+    ultrafeedback: str | None = None
+    """Preference file of the case ultrafeedback; by default in ../shared/data."""
+    model: str | None = None
+    """Hugging Face folder with the sizes and the tokenizer for real pairs; its weights
+    are not read.  By default one in the folder of --venvs that
+    ../shared/tools/make_smollm2.py makes."""
+    layers: int = 4
+    """Layers of that model that are kept; 0 means all."""
+    rounds: int = 3
+    """Processes of each system and case, in turns, each with pairs of its own."""
+    steps: int = 4
+    """Timed in each process."""
+    batch_size: int | None = None
+    """Pairs a step in all cases; by default 8, and 4 in the case fixed."""
+    row_length: str = ""
+    """Tokens of jaxpref's packed rows by case, as hh=512,fixed=-1: 0 means as the
+    longest pair, -1 one pair a row."""
+    venvs: str = ".bench"
+    """Folder of the virtual environments, each in its system's name."""
+    trl_python: str | None = None
+    """Interpreter with TRL, in place of an environment."""
+    tunix_python: str | None = None
+    """Interpreter with google-tunix."""
+    torch_python: str | None = None
+    """Interpreter with torch and transformers."""
+
+    def __post_init__(self):
+        for name, known in (("cases", CASES), ("systems", SYSTEMS)):
+            for word in getattr(self, name).split(","):
+                if word not in known:
+                    raise InputError(
+                        f"--{name}: {word!r} is not one of {', '.join(known)}"
+                    )
+        for name in ("rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be positive")
+
+
+def main(options: Options) -> None:
+    """Measures case by case; what is done is written after each."""
+    options = for_a_look(options) if options.quick else options
+    cases = [with_options(CASES[name], options) for name in options.cases.split(",")]
+    missing, pythons = [], {}
+    for system in dict.fromkeys(options.systems.split(",")):
+        given = getattr(options, f"{system}_python", None)
+        try:
+            pythons[system] = python_of(system, Path(options.venvs), given)
+        except Missing as reason:
+            missing.append({"system": system, "reason": str(reason)})
+            print(f"{system}: left out: {reason}", file=sys.stderr)
+    written = {
+        "command": " ".join(["python -m benchmarks.step", *sys.argv[1:]]),
+        "machine": machine(),
+        "options": dataclasses.asdict(options),
+        "matrix_product_flops_per_second": {},
+        "records": [],
+        "ratios": [],
+        "disagreements": [],
+        "missing": missing,
+    }
+    with tempfile.TemporaryDirectory(prefix="step-") as name:
+        folder = Path(name)
+        prepared = [prepare(case, options, folder) for case in cases]
+        runs = 1 + options.rounds * 2 + len(cases) * len(pythons) * (options.rounds + 1)
+        with tqdm(total=runs, unit="run", disable=None) as bar:
+            rates = measure_rates(options, pythons, folder, bar)
+            written["matrix_product_flops_per_second"] = rates
+            for case, config, listed in prepared:
+                measure(case, config, listed, options, pythons, folder, bar, written)
+                written["ratios"] = ratios(written["records"])
+                write_json(options.json, written)
+    print(table(written["records"]))
+    for line in written["disagreements"]:
+        print(f"DISAGREEMENT: {line}")
+    for entry in missing:
+        print(f"missing: {' '.join(entry.values())}")
+
+
+def for_a_look(options: Options) -> Options:
+    """`--quick`: as little as shows every system in every case."""
+    return dataclasses.replace(
+        options, layers=1, rounds=1, steps=1, batch_size=options.batch_size or 2
+    )
+
+
+def with_options(case: Case, options: Options) -> Case:
+    """The case with the sizes that were asked for."""
+    rows = {}
+    for word in options.row_length.split(",") if options.row_length else ():
+        name, _, length = word.partition("=")
+        if name not in CASES or not length.lstrip("-").isdigit():
+            raise InputError(
+                f"--row-length: {word!r} is not CASE=TOKENS; cases are "
+                f"{', '.join(CASES)}"
+            )
+        rows[name] = int(length)
+    size = options.batch_size or case.batch_size
+    return dataclasses.replace(
+        case,
+        batch_size=size,
+        micro_batch=min(case.micro_batch, size),
+        row_length=rows.get(case.name, case.row_length),
+    )
+
+
+def prepare(
+    case: Case, options: Options, folder: Path
+) -> tuple[Case, ModelConfig, list[Listed]]:
+    """A case, the sizes of its model, whose folder is written, and pairs by round."""
+    size = (1 + options.steps) * case.batch_size
+    count = size * options.rounds
+    if case.name == "fixed":
+        layers = 1 if options.quick else FIXED_MODEL.num_layers
+        config = dataclasses.replace(FIXED_MODEL, num_layers=layers)
+        listed = random_pairs(case, config.vocab_size, count)
+    else:
+        source = getattr(options, case.name) or in_shared(case.name)
+        model = Path(options.model) if options.model else default_model(options)
+        config = load_config(model)
+        config = dataclasses.replace(
+            config,
+            num_layers=min(options.layers or config.num_layers, config.num_layers),
+            max_position_embeddings=max(
+                config.max_position_embeddings,
+                case.prompt_length + case.response_length,
+            ),
+        )
+        listed = real_pairs(case, source, data.load_tokenizer(model), count)
+    config = dataclasses.replace(config, rope_theta=ROPE_THETA, rope_scaling=None)
+    write_model(folder / case.name, config)
+    rounds = [listed[start : start + size] for start in range(0, count, size)]
+    return case, config, rounds
+
+
+def in_shared(case: str) -> str:
+    """The default file of a case, beside the repository."""
+    names = {
+        "hh": "hh_rlhf_helpful_base_test.jsonl.gz",
+        "ultrafeedback": "ultrafeedback_sample_train.jsonl.gz",
+    }
+    path = SHARED / "data" / names[case]
+    if not path.exists():
+        raise InputError(f"{path}: no such file; name one with --{case} FILE")
+    return str(path)
+
+
+def default_model(options: Options) -> Path:
+    """SmolLM2's tokenizer and sizes, made once by the tool beside the repository."""
+    folder, tool = Path(options.venvs) / "smollm2", SHARED / "tools" / "make_smollm2.py"
+    if (folder / "tokenizer.json").exists():
+        return folder
+    if not tool.exists():
+        raise InputError(
+            f"{folder}: no such model folder; name one, with config.json and a "
+            "tokenizer, with --model FOLDER"
+        )
+    try:
+        python = make("smollm2", Path(options.venvs) / "smollm2-tool")
+        subprocess.run(
+            [python, str(tool), str(folder)], check=True, capture_output=True
+        )
+    except (Missing, subprocess.CalledProcessError) as error:
+        raise InputError(
+            f"{tool}: failed ({error}); name a model folder with --model FOLDER"
+        ) from None
+    return folder
+
+
+def measure_rates(options, pythons, folder: Path, bar) -> dict[str, float]:
+    """FLOP a second of a float32 matrix product, best of rounds, by library."""
+    scripts = {"jax": ("jaxpref", sys.executable)}
+    for system in ("torch", "trl"):
+        if system in pythons:
+            scripts["torch"] = ("torch", pythons[system])
+            break
+    job = Job(mode="rate", threads=cores())
+    rates = {}
+    for _ in range(options.rounds):
+        for library, (system, python) in scripts.items():
+            bar.set_description(f"matrix product, {library}")
+            found = run(job, system, python, folder)
+            rates[library] = max(found["rate"], rates.get(library, 0))
+            bar.update()
+    return rates
+
+
+def measure(
+    case: Case,
+    config: ModelConfig,
+    listed: list[Listed],
+    options: Options,
+    pythons: dict[str, str],
+    folder: Path,
+    bar,
+    written: dict,
+) -> None:
+    """The check of a case and its rounds; fills in what is written."""
+    job = Job(
+        mode="train",
+        threads=cores(),
+        model=str(folder / case.name),
+        pairs=str(folder / "pairs.json"),
+        batch_size=case.batch_size,
+        steps=options.steps,
+        prompt_length=case.prompt_length,
+        response_length=case.response_length,
+        micro_batch=case.micro_batch,
+        row_length=case.row_length,
+    )
+    failed, runs = {}, {system: [] for system in pythons}
+
+    def take(job: Job, what: str):
+        for system, python in pythons.items():
+            bar.set_description(f"{case.name}, {what}, {system}")
+            try:
+                if system not in failed:
+                    yield system, run(job, system, python, folder)
+            except Missing as reason:
+                failed[system] = str(reason)
+                entry = {"case": case.name, "system": system, "reason": str(reason)}
+                written["missing"].append(entry)
+            bar.update()
+
+    write_pairs(job, shortened(listed[0][:CHECK_PAIRS]))
+    check = dataclasses.replace(
+        job,
+        batch_size=min(CHECK_PAIRS, len(listed[0])),
+        warmup=0,
+        steps=CHECK_STEPS,
+        repeat=True,
+        prompt_length=CHECK_TOKENS,
+        response_length=CHECK_TOKENS,
+        micro_batch=0,
+        row_length=min(case.row_length, 0),
+    )
+    checked = dict(take(check, "check"))
+    if checked:
+        told = disagreements(checked)
+        written["disagreements"] += [f"{case.name}: {line}" for line in told]
+    for number, pairs in enumerate(listed):
+        write_pairs(job, pairs)
+        for system, found in take(job, f"round {number + 1}"):
+            runs[system].append(found)
+    for system, of_rounds in runs.items():
+        if system not in failed:
+            record = summarise(
+                case.name,
+                system,
+                of_rounds,
+                [sizes(pairs) for pairs in listed],
+                config,
+                warmup=case.batch_size,
+                rate=max(written["matrix_product_flops_per_second"].values()),
+            )
+            record["losses_of_the_check"] = checked[system]["losses"]
+            record["grad_norm_of_the_check"] = checked[system]["grad_norms"][0]
+            written["records"].append(record)
+
+
+def shortened(listed: Listed) -> Listed:
+    """The end of each prompt and the beginning of each answer."""
+    return [
+        [prompt[-CHECK_TOKENS:], *(answer[:CHECK_TOKENS] for answer in answers)]
+        for prompt, *answers in listed
+    ]
+
+
+def write_pairs(job: Job, listed: Listed) -> None:
+    Path(job.pairs).write_text(json.dumps(listed), encoding="utf-8")
+
+
+def run(job: Job, system: str, python: str, folder: Path) -> dict:
+    """What one process of a system found.
+
+    Raises:
+      Missing: it failed; why, in one line.
+    """
+    source, out = folder / "job.json", folder / "found.json"
+    source.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    out.unlink(missing_ok=True)
+    script = ROOT / "benchmarks" / "peers" / f"run_{system}.py"
+    environ = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(job.threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "huggingface"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environ.pop("PYTHONPATH", None)
+    if system == "jaxpref":
+        environ["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [python, str(script), str(source), str(out)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode == -9:
+        raise Missing("killed, most likely for want of memory")
+    if done.returncode or not out.exists():
+        *_, last = [line for line in done.stderr.splitlines() if line] or ["no message"]
+        raise Missing(f"ended with code {done.returncode}: {last}"[:300])
+    return json.loads(out.read_text("utf-8"))
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict:
+    """The processor, its cores, memory, and how busy it is."""
+    name = platform.processor() or platform.machine()
+    memory = None
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        names = [line.partition(":")[2] for line in lines if "model name" in line]
+        name = names[0].strip() if names else name
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = round(pages / 2**30, 1)
+    except (OSError, ValueError):
+        pass
+    return {
+        "processor": name,
+        "cores": cores(),
+        "memory_gib": memory,
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+if __name__ == "__main__":
+    with entry_point():
+        main(tyro.cli(Options, description=__doc__))
