@@ -12,9 +12,11 @@ import numpy as np
 from job import RATE_SIZE, Job, Steps, read_job, read_pairs, write_rate, write_steps
 
 from jaxpref import data, losses
+from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train import Decay, MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.train.heap import keep_heap
 from jaxpref.train.mesh import to_global
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import make_score_step, score_pairs
@@ -32,9 +34,11 @@ def layout(job: Job, pairs: data.Pairs):
         every = functools.partial(data.eval_batches, **sizes)
         return train, every
     longest = int((pairs.offsets[1:] - pairs.offsets[:-1]).max())
+    # Half a batch's tokens, at least the longest pair.
+    row = max(longest, job.batch_size * int(lengths(pairs)[0].mean()) // 2)
     shape = data.packed_shape(
         pairs,
-        row_length=job.row_length or -(-longest // 64) * 64,
+        row_length=job.row_length or -(-row // 64) * 64,
         batch_size=job.batch_size,
     )
     if job.repeat:
@@ -114,5 +118,6 @@ def rate(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    keep_heap()  # as every entry point of jaxpref does
     job, out = read_job()
     rate(out) if job.mode == "rate" else train(job, out)
