@@ -38,6 +38,7 @@ def nobody_to_ask(monkeypatch):
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another process that compiles
     }.items():
         monkeypatch.setenv(name, value)
 

@@ -5,9 +5,9 @@ have to be in the segments of both answers; so the keys are given twice, and the
 time prompts are in the segments of the rejected answers.  Blocks without a key that is
 seen are neither fetched nor multiplied.
 GPU: cuDNN's flash attention.  Packed rows need a mask there, whose memory grows with
-the square of the row, and only what lies after a query is left out.  (jax's Pallas
-kernel for GPUs takes segments, but as many keys as queries, and no shared key heads:
-rows and heads would have to be copied.)
+the square of the row, and only what lies after a query is left out; jax 0.10 even
+computes slopes in the mask, which 0.12 does not.  (jax's Pallas kernel for GPUs takes
+segments, but only as many keys as queries, and no shared key heads.)
 
 Axes: B rows, T tokens, H query heads, G key-value heads, K head features, N blocks of
 queries and M of keys.
