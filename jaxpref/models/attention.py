@@ -7,6 +7,7 @@ N blocks of a row, M = H / G * block queries of a block that share a key head.
 import jax
 import jax.numpy as jnp
 
+from jaxpref.models.attention_kernels import causal_kernel, packed_kernel
 from jaxpref.models.config import SPECS, on_mesh
 
 BLOCK = 64
@@ -24,6 +25,8 @@ def attention(q, k, v, mask):
         v: [B, S, G, K].
         mask: bool [B, 1, T, S], or None for causal.
     """
+    if mask is None and (kernel := causal_kernel(q)) is not None:
+        return _on_each_device(kernel, q, k, v)
     if q.dtype != jnp.float64:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
     # That function's softmax is float32 for every input, and float64 is there to check
@@ -43,7 +46,8 @@ def packed_attention(q, k, v, pairs, parts):
     That is the pair's prompt (part 0) and its own part, as far as they stand before it.
     Work and memory grow with the tokens that are seen, block by block, and not with the
     square of the row: a query block visits key blocks from the beginning of its first
-    token's pair on, and the backward pass computes the scores again.
+    token's pair on, and the backward pass computes the scores again.  On accelerators
+    kernels of their own do the same, see `attention_kernels`.
 
     Args:
         q: [B, T, H, K].
@@ -51,10 +55,12 @@ def packed_attention(q, k, v, pairs, parts):
         v: [B, T, G, K].
         pairs: int [B, T], the same for the tokens of a pair, which stand side by side;
             negative for padding, whose results mean nothing.
-        parts: int [B, T], 0 for prompts, another number for each answer of a pair.
+        parts: int [B, T], 0 for prompts, 1 and 2 for the answers of a pair.
 
     Source of the blockwise softmax: Dao et al. 2022, arXiv:2205.14135, algorithms 1, 4.
     """
+    if (kernel := packed_kernel(q)) is not None:
+        return _on_each_device(kernel, q, k, v, pairs, parts)
     T = q.shape[1]
     padding = -T % BLOCK
     if padding:
@@ -62,17 +68,16 @@ def packed_attention(q, k, v, pairs, parts):
             x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=value
         )
         q, k, v, pairs, parts = pad(q), pad(k), pad(v), pad(pairs, -1), pad(parts)
-    kernel = _attend
-    if (heads := on_mesh(SPECS.heads)) is not None:
-        # Each device visits the blocks of its own rows and heads.
-        tokens = on_mesh(SPECS.tokens)
-        kernel = jax.shard_map(
-            _attend,
-            in_specs=(heads, heads, heads, tokens, tokens),
-            out_specs=heads,
-            check_vma=False,
-        )
-    return kernel(q, k, v, pairs, parts)[:, :T]
+    return _on_each_device(_attend, q, k, v, pairs, parts)[:, :T]
+
+
+def _on_each_device(kernel, *arrays):
+    """Attention [B, T, H, K] of each device's own rows and heads."""
+    if (heads := on_mesh(SPECS.heads)) is None:
+        return kernel(*arrays)
+    specs = tuple(heads if x.ndim == 4 else on_mesh(SPECS.tokens) for x in arrays)
+    mapped = jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)
+    return mapped(*arrays)
 
 
 @jax.custom_vjp
