@@ -16,7 +16,7 @@ NOTHING = -1e30
 """In place of minus infinity, whose differences are not numbers."""
 
 
-def attention(q, k, v, mask):
+def attention(q, k, v, mask, *, kernels: bool = True):
     """Grouped-query attention [B, T, H, K], scaled by 1/sqrt(K).
 
     Args:
@@ -24,8 +24,9 @@ def attention(q, k, v, mask):
         k: [B, S, G, K]; query head h reads key head h // (H / G).
         v: [B, S, G, K].
         mask: bool [B, 1, T, S], or None for causal.
+        kernels: those of accelerators may be taken, through which jax.jvp cannot go.
     """
-    if mask is None and (kernel := causal_kernel(q)) is not None:
+    if kernels and mask is None and (kernel := causal_kernel(q)) is not None:
         return _on_each_device(kernel, q, k, v)
     if q.dtype != jnp.float64:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)

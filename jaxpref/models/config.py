@@ -56,6 +56,8 @@ class ModelConfig:
     `remat` says what the backward pass recomputes within a layer: "none", "dots" (all
     but the matrix products with weights) or "full" (everything).  `unroll` is how many
     layers of the scan over them are written out one after the other, at most all.
+    `kernels`: whole sequences may take the attention kernels of accelerators, through
+    which `jax.jvp` cannot go.
     """
 
     vocab_size: int
@@ -75,6 +77,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    kernels: bool = True
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

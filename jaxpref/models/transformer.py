@@ -104,7 +104,9 @@ class Block(nnx.Module):
         """One layer: [B, T, D] to [B, T, D]; `(pairs, parts)` of packed rows."""
         q, k, v = self.queries_keys_values(x, angles)
         if segments is None:
-            return self.mlp(self.mix(x, attention(q, k, v, mask=None)))
+            return self.mlp(
+                self.mix(x, attention(q, k, v, None, kernels=self.config.kernels))
+            )
         return self.mlp(self.mix(x, packed_attention(q, k, v, *segments)))
 
 

@@ -217,7 +217,12 @@ def _checked_folder(config: TrainConfig, model: Model) -> Path:
 def _sizes(config: ModelConfig) -> ModelConfig:
     """A config without what a run may choose: how it is computed."""
     return dataclasses.replace(
-        config, param_dtype="float32", compute_dtype="float32", remat="none", unroll=1
+        config,
+        param_dtype="float32",
+        compute_dtype="float32",
+        remat="none",
+        unroll=1,
+        kernels=True,
     )
 
 
