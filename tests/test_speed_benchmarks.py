@@ -36,15 +36,16 @@ def test_what_memory_compares_computes_the_same():
     )
     # Row by row the same pair, prompts once or twice.
     cases = [(make, packed) for make in memory.HEADS.values()]
-    cases += [(memory.HEADS["log_softmax"], padded), (memory.peers, padded)]
-    ours, log_softmax, logsumexp, none, dense, peers = jax.jit(
+    heads = (memory.HEADS["log_softmax"], *memory.PEERS.values())
+    cases += [(make, padded) for make in heads]
+    ours, log_softmax, logsumexp, none, *others = jax.jit(
         lambda params, batches: [
             make(model)(params, batch)["policy_logps"]
             for (make, _), batch in zip(cases, batches)
         ]
     )(params, [batch for _, batch in cases])
     assert ours.shape == none.shape == (4, 1, 2) and np.abs(ours).max() > 1
-    for found in (log_softmax, logsumexp, dense, peers):
+    for found in (log_softmax, logsumexp, *others):
         np.testing.assert_allclose(found, ours, rtol=2e-6, atol=2e-5)
 
 
@@ -54,7 +55,7 @@ def test_logits_of_all_positions_take_more_memory():
     assert batches["packed"].tokens.shape == (1, 4, 1, 112)
     assert batches["padded"].tokens.shape == (1, 4, 2, 64)
     ours = memory.temporaries(model, memory.HEADS["ours"](model), batches["packed"])
-    peers = memory.temporaries(model, memory.peers(model), batches["padded"])
+    peers = memory.temporaries(model, memory.PEERS["peers"](model), batches["padded"])
     # Logits of two sequences of 64 tokens, log_softmax beside them, against one chunk
     # of 104 answer tokens; float32.
     assert peers - ours > 4 * (2 * 2 * 64 - 104) * 4096 * 4
@@ -68,6 +69,7 @@ def test_a_line_of_memory():
     assert found["tokens"] == {"ours": 4 * 112, "peers": 4 * 2 * 64}
     assert mib["log_softmax"] - mib["none"] > 4 * 112 * 4096 * 4 / 2**20
     assert mib["none"] <= mib["ours"] < mib["logsumexp"] < mib["log_softmax"]
+    assert mib["logsumexp"] < mib["thrifty"] < mib["peers"]
     assert found["ratios"]["peers"] == pytest.approx(mib["ours"] / mib["peers"])
 
 
