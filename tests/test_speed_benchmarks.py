@@ -49,25 +49,22 @@ def test_what_memory_compares_computes_the_same():
         np.testing.assert_allclose(found, ours, rtol=2e-6, atol=2e-5)
 
 
-def test_logits_of_all_positions_take_more_memory():
-    model = build(tiny_config(vocab_size=4096, num_layers=1))
-    batches = memory.random_batches(memory.MemoryConfig(), 64, 4096)
+def test_memory_compares_the_same_pairs():
+    batches = memory.random_batches(memory.MemoryConfig(), 64, 512)
     assert batches["packed"].tokens.shape == (1, 4, 1, 112)
     assert batches["padded"].tokens.shape == (1, 4, 2, 64)
-    ours = memory.temporaries(model, memory.HEADS["ours"](model), batches["packed"])
-    peers = memory.temporaries(model, memory.PEERS["peers"](model), batches["padded"])
-    # Logits of two sequences of 64 tokens, log_softmax beside them, against one chunk
-    # of 104 answer tokens; float32.
-    assert peers - ours > 4 * (2 * 2 * 64 - 104) * 4096 * 4
+    assert all((b.lengths == b.tokens.shape[-1]).all() for b in batches.values())
 
 
 @pytest.mark.slow
-def test_a_line_of_memory():
+def test_logits_of_all_positions_take_more_memory():
     sizes = tiny_config(vocab_size=4096, num_layers=1)
     found = memory.measure(memory.MemoryConfig(), sizes, "packed", 64)
     mib = found["mib"]
+    # Four pairs of two sequences of 64 tokens, or one row of 112; float32.
     assert found["tokens"] == {"ours": 4 * 112, "peers": 4 * 2 * 64}
     assert mib["log_softmax"] - mib["none"] > 4 * 112 * 4096 * 4 / 2**20
+    assert mib["peers"] - mib["none"] > 2 * 4 * 2 * 64 * 4096 * 4 / 2**20
     assert mib["none"] <= mib["ours"] < mib["logsumexp"] < mib["log_softmax"]
     assert mib["logsumexp"] < mib["thrifty"] < mib["peers"]
     assert found["ratios"]["peers"] == pytest.approx(mib["ours"] / mib["peers"])
@@ -201,6 +198,10 @@ def test_sizes_of_a_quick_run():
     quick = dataclasses.replace(config, quick=True)
     assert scaling.sizes_of(quick, "length") == (256, 512, 1024)
     assert scaling.sizes_of(quick, "pairs") == (1, 2)
+    assert scaling.axes_of(config) == tuple(scaling.FIELDS)
+    assert scaling.axes_of(quick) == ("length", "pairs")
+    asked = dataclasses.replace(quick, axes=("devices",))
+    assert scaling.axes_of(asked) == ("devices",)
     assert scaling.turns_of(config) == 3 and scaling.turns_of(quick) == 2
     with pytest.raises(InputError, match="give at least two"):
         scaling.ScalingConfig(lengths=(256,))
