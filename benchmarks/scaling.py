@@ -342,7 +342,8 @@ def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
     low = lowest / 1.3
     panel.set_ylim(low, max(highest, 4 * low) * (highest / low) ** (0.15 * len(curves)))
     panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    subs = (1, 2, 5) if highest < 40 * lowest else (1, 3)
+    panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
     panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     panel.minorticks_off()
     panel.legend(fontsize=8, loc="upper left")
