@@ -26,7 +26,7 @@ Commands
         python -m benchmarks.memory --quick
         python -m benchmarks.memory --quick --layouts padded
 
-    All of it is compiling: about 50 seconds of a processor a line.
+    All of it is compiling: 80 to 170 seconds a line on two busy cores.
 
 Expected
     GiB for four pairs, `--vocabularies 152064`, float32, jax 0.10.2 on a CPU (x86):
