@@ -61,16 +61,15 @@ from jaxpref.train.mesh import row_shards, to_global
 from jaxpref.train.scores import make_scores
 
 PEAK_TFLOPS = {
-    # Dense bf16 with float32 sums, at boost clock, out of NVIDIA's data sheets, which
-    # give twice as much "with sparsity": H100 (2023), H200 (2024), A100 (2021), L4 and
-    # L40S (2023), Blackwell architecture brief (2024, B200: HGX).
+    # Dense bf16 with float32 sums, at boost clock, out of NVIDIA's data sheets, most of
+    # which give twice as much, "with sparsity".  H200 and H100: SXM; A100: both kinds.
     "B200": 2250,
     "H200": 989,
     "H100": 989,
-    "H100 NVL": 835,
     "H100 PCIe": 756,
     "A100": 312,
     "L40S": 362,
+    "A10": 125,
     "L4": 121,
 }
 
@@ -91,8 +90,9 @@ class GpuConfig:
     """Tokens of a packed row, and most tokens of a pair."""
     batch_size: int = 16
     """Pairs a step, on average."""
-    logit_chunk: int = 64
-    """Completion tokens of a row whose logits exist at the same time."""
+    logit_chunk: int | None = None
+    """Completion tokens of a row whose logits exist at the same time; by default as in
+    training, as many as fill half a GiB."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass computes again."""
     blocks: int = 5
@@ -111,7 +111,8 @@ class GpuConfig:
     def __post_init__(self):
         if (self.model is None) != (self.data is None):
             raise InputError("--model and --data come together, or neither")
-        if min(self.batch_size, self.blocks, self.steps, self.logit_chunk) < 1:
+        chunk = 1 if self.logit_chunk is None else self.logit_chunk
+        if min(self.batch_size, self.blocks, self.steps, chunk) < 1:
             raise InputError("batch_size, blocks, steps, logit_chunk: give at least 1")
         if self.batch_size % self.trl_accumulation:
             raise InputError(
@@ -135,11 +136,14 @@ def find_device(platform: str) -> jax.Device | None:
 
 
 def peak_of(kind: str, given: float | None) -> float:
-    """TFLOP/s of a card by its name, "NVIDIA H200"; the longest entry that is in it."""
+    """TFLOP/s of a card by its name, "NVIDIA H200"; the longest entry that is in it.
+
+    The slower NVL cards and parts of a card (MIG) have no entry.
+    """
     named = [
         name
         for name in PEAK_TFLOPS
-        if re.search(rf"\b{re.escape(name)}\b", kind) is not None
+        if re.search(rf"\b{re.escape(name)}\b(?!.* (NVL|MIG)\b)", kind) is not None
     ]
     if given is not None:
         return given

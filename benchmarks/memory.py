@@ -1,33 +1,46 @@
-r"""What a train step needs beside its state: our LM head against logits everywhere.
+r"""What a train step needs beside its state: our step against logits everywhere.
 
 Compiles the step that training runs (DPO, AdamW), from shapes alone, and prints the
-compiler's temporaries (`memory_analysis().temp_size_in_bytes`, gradients among them)
-for four heads on the same backbone:
+compiler's temporaries (`memory_analysis().temp_size_in_bytes`, gradients among them).
+The same pairs go through
 
-- ours: on completion tokens only, a chunk at a time;
-- log_softmax: logits [B, T, V] of all positions, then their log_softmax, as reference
-  code does;
-- logsumexp: the thriftiest way to have all logits, z[y] - logsumexp(z);
-- none: no head at all, to see what the backbone and attention take.
+- ours: packed rows, the head on completion tokens only, a chunk at a time;
+- peers: a sequence for each answer with its prompt, logits [B, T, V] of all positions,
+  then their log_softmax; `thrifty` peers take z[y] - logsumexp(z) instead, the least
+  that all logits need.  Attention is our blockwise one, so none of the difference is
+  attention's;
+
+and, in the rows of ours, through other heads on the same backbone:
+
+- log_softmax, logsumexp: those of the peers;
+- none: no head at all, to see what the backbone takes.
 
 Commands
-    All sizes, and a Qwen-like 0.6B model (about 15 seconds a line on a quiet machine):
+    All sizes, and a Qwen-like 0.6B model:
 
         python -m benchmarks.memory --json memory.json
-        python -m benchmarks.memory --remat none
         python -m benchmarks.memory --model qwen-600m --vocabularies 152064
 
-    Some of the sizes, in a minute:
+    One vocabulary, up to 1,024 tokens; the layout without packing:
 
         python -m benchmarks.memory --quick
+        python -m benchmarks.memory --quick --layouts padded
+
+    All of it is compiling: 80 to 170 seconds a line on two busy cores.
 
 Expected
-    With jax 0.10.2 on a CPU, vocabulary 152,064, ours / log_softmax (/ logsumexp):
-    padded at 512, 1024, 2048, 4096 tokens 0.24 (0.33), 0.17 (0.24), 0.21 (0.31), 0.37
-    (0.54); packed at 512 and 1024 tokens 0.63 (0.95) and 0.32 (0.55).  Above a third it
-    is what no head decides: at 4,096 the backbone with its dense attention takes 20.0
-    of our 20.7 GiB, and in the small packed batch our head adds nothing to its 1.5 GiB,
-    which is the size of four copies of the parameters.
+    GiB for four pairs, `--vocabularies 152064`, float32, jax 0.10.2 on a CPU (x86):
+
+        tokens   peers  thrifty   ours   none  ours / peers  / thrifty
+           512     8.1      6.1    3.0    1.5          0.38       0.50
+          1024    16.0     11.6    3.9    2.4          0.24       0.33
+          2048    31.7     22.8    5.6    4.3          0.18       0.25
+          4096    63.3     45.1    8.9    8.1          0.14       0.20
+
+    At 512 tokens it is more than a third: a chunk holds three arrays of half a GiB, and
+    beside it lie the turned embedding and the head's gradient, 0.3 GiB each, however
+    few the tokens.  With `jaxpref.models.logprobs.CHUNK_BYTES` half as large ours takes
+    2.3 GiB there, 0.29 of peers' and 0.39 of the thrifty ones'.
 """
 
 import dataclasses
@@ -44,16 +57,17 @@ from benchmarks.random_steps import (
     QWEN_600M,
     SMOLLM_135M,
     make_step,
-    packed_batch,
     padded_batch,
+    pair_a_row_batch,
     random_pairs,
 )
 from jaxpref import data, losses
+from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import Model, build
+from jaxpref.models import Model, ModelConfig, build
 from jaxpref.train.entry import entry_point
-from jaxpref.train.scores import ScoreFunction, make_scores, packed_mask
+from jaxpref.train.scores import ScoreFunction, make_scores
 
 MODELS = {
     "smollm-135m-4-layers": dataclasses.replace(SMOLLM_135M, num_layers=4),
@@ -67,22 +81,22 @@ class MemoryConfig:
 
     model: Literal["smollm-135m-4-layers", "qwen-600m"] = "smollm-135m-4-layers"
     """Sizes; the vocabulary is replaced."""
-    vocabularies: tuple[int, ...] = (32000, 49152, 128256, 152064)
+    vocabularies: tuple[int, ...] = (49152, 152064)
     """Sizes of the vocabulary."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """Tokens of a sequence, or of a packed row."""
-    layouts: tuple[Literal["padded", "packed"], ...] = ("padded", "packed")
-    """One pair a row, each answer with its prompt; or two pairs a row, prompts once."""
+    """Tokens of a prompt and one of its answers; a quarter is the prompt."""
+    layouts: tuple[Literal["packed", "padded"], ...] = ("packed",)
+    """Of ours: prompts once, or with each answer; a row holds one pair."""
     pairs: int = 4
-    """Pairs of a batch; a quarter of every sequence is its prompt."""
-    remat: Literal["none", "dots", "full"] = "full"
+    """Pairs of a batch."""
+    remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products."""
     json: str | None = None
     """File for the records."""
     quick: bool = False
-    """The smallest and largest vocabulary, up to 1,024 tokens."""
+    """The largest vocabulary, up to 1,024 tokens."""
 
     def __post_init__(self):
         if min(self.lengths) < 32 or self.pairs < 1 or min(self.vocabularies) < 8:
@@ -92,16 +106,12 @@ class MemoryConfig:
             )
 
 
-def random_batch(config: MemoryConfig, layout: str, length: int, vocab_size: int):
-    """A batch that fills its rows but for a few tokens."""
-    sizes = np.array([1, 3, 3])
-    whole = length // 4 if layout == "padded" else length // 2 // sizes.sum()
-    pairs = random_pairs(
-        np.tile(whole * sizes, (config.pairs, 1)), vocab_size=vocab_size
-    )
-    if layout == "padded":
-        return padded_batch(pairs)
-    return packed_batch(pairs, row_length=length)
+def random_batches(config: MemoryConfig, length: int, vocab_size: int):
+    """The same pairs in both layouts, without any padding."""
+    quarter = length // 4
+    sizes = [quarter, length - quarter, length - quarter]
+    pairs = random_pairs(np.tile(sizes, (config.pairs, 1)), vocab_size=vocab_size)
+    return {"packed": pair_a_row_batch(pairs), "padded": padded_batch(pairs)}
 
 
 # ---- the heads ---------------------------------------------------------------------
@@ -132,17 +142,26 @@ def _logits(model: Model, params, hidden) -> jax.Array:
     return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def scores_with(head: Callable, model: Model) -> ScoreFunction:
-    """Scores as those of `make_scores`, through another head; without a mesh."""
+def scores_with(
+    head: Callable, model: Model, *, blockwise: bool = False
+) -> ScoreFunction:
+    """Scores as those of `make_scores`, through another head; without a mesh.
+
+    `blockwise` has each padded sequence attended to as a packed row of one prompt.
+    """
 
     def scores(params, batch: data.PreferenceBatch, reference=None):
         rows, sequences, _ = batch.tokens.shape
         _, slots, sides = batch.completion_lengths.shape
         flat = lambda x: x.reshape(rows * sequences, *x.shape[2:])
-        layout = ()
+        positions = segments = None
         if batch.segments is not None:
-            layout = flat(batch.positions), packed_mask(flat(batch.segments))
-        hidden = model.hidden(params, flat(batch.tokens), *layout)
+            positions, segments = flat(batch.positions), flat(batch.segments)
+            segments = segments // PARTS, segments % PARTS
+        elif blockwise:
+            one = jnp.zeros_like(flat(batch.tokens))
+            segments = one, one
+        hidden = model.hidden(params, flat(batch.tokens), positions, segments)
         logps = head(model, params, hidden, flat(batch.predictors), flat(batch.targets))
         sums = losses.sum_by_completion(
             logps.reshape(batch.targets.shape),
@@ -160,6 +179,14 @@ HEADS = {
     "logsumexp": lambda model: scores_with(logsumexp_head, model),
     "none": lambda model: scores_with(no_head, model),
 }
+"""In the rows of ours."""
+PEERS = {
+    "peers": lambda model: scores_with(log_softmax_head, model, blockwise=True),
+    "thrifty": lambda model: scores_with(logsumexp_head, model, blockwise=True),
+}
+"""In the padded layout."""
+AGAINST = (*PEERS, "log_softmax", "logsumexp")
+"""What ours is compared with."""
 
 
 # ---- the measurement ---------------------------------------------------------------
@@ -174,30 +201,28 @@ def temporaries(model: Model, scores: ScoreFunction, batch) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def measure(config: MemoryConfig, layout: str, vocab_size: int, length: int) -> dict:
-    """One record: MiB by head."""
+def measure(config: MemoryConfig, sizes: ModelConfig, layout: str, length: int) -> dict:
+    """One record: MiB by name, and ours as a share of the others."""
     model = build(
         dataclasses.replace(
-            MODELS[config.model],
-            vocab_size=vocab_size,
-            remat=config.remat,
-            compute_dtype=config.compute_dtype,
+            sizes, remat=config.remat, compute_dtype=config.compute_dtype
         )
     )
-    batch = random_batch(config, layout, length, vocab_size)
+    batches = random_batches(config, length, sizes.vocab_size)
     started = time.perf_counter()
     found = {
-        name: temporaries(model, make(model), batch) / 2**20
-        for name, make in HEADS.items()
+        name: temporaries(model, make(model), batches[own])
+        for heads, own in ((PEERS, "padded"), (HEADS, layout))
+        for name, make in heads.items()
     }
+    rows = {"ours": batches[layout], "peers": batches["padded"]}
     return {
         "layout": layout,
-        "vocabulary": vocab_size,
+        "vocabulary": sizes.vocab_size,
         "length": length,
-        "rows": int(np.prod(batch.tokens.shape[:3])),
-        "predicted": int(np.prod(batch.targets.shape)),
-        "mib": found,
-        "ratio": found["ours"] / found["log_softmax"],
+        "tokens": {name: int(b.tokens.size) for name, b in rows.items()},
+        "mib": {name: size / 2**20 for name, size in found.items()},
+        "ratios": {name: found["ours"] / found[name] for name in AGAINST},
         "seconds": time.perf_counter() - started,
     }
 
@@ -206,41 +231,33 @@ def main(config: MemoryConfig) -> None:
     """The table, row by row."""
     vocabularies, lengths = config.vocabularies, config.lengths
     if config.quick:
-        vocabularies = tuple(dict.fromkeys((min(vocabularies), max(vocabularies))))
+        vocabularies = (max(vocabularies),)
         lengths = tuple(n for n in lengths if n <= 1024) or (min(lengths),)
     print(
         f"{config.model}, {config.pairs} pairs, remat {config.remat}, "
         f"{config.compute_dtype}; temporaries of the compiled step in MiB "
         f"({jax.default_backend()}, jax {jax.__version__})"
     )
-    columns = (
-        "layout",
-        "vocabulary",
-        "length",
-        *HEADS,
-        "ours/log_softmax",
-        "/logsumexp",
-    )
-    print(("{:>8}{:>12}{:>8}" + "{:>13}" * 4 + "{:>18}{:>12}").format(*columns))
+    names = (*PEERS, *HEADS)
+    columns = ("layout", "vocabulary", "length", *names)
+    heading = "{:>8}{:>11}{:>7}" + "{:>12}" * len(names)
+    print(heading.format(*columns) + "  ours / " + ", / ".join(AGAINST))
     records = []
     for layout in config.layouts:
         for vocab_size in vocabularies:
+            sizes = dataclasses.replace(MODELS[config.model], vocab_size=vocab_size)
             for length in lengths:
-                record = measure(config, layout, vocab_size, length)
+                record = measure(config, sizes, layout, length)
                 records.append(record)
-                mib = record["mib"]
-                ratios = [mib["ours"] / mib[k] for k in ("log_softmax", "logsumexp")]
-                print(
-                    f"{layout:>8}{vocab_size:>12}{length:>8}"
-                    + "".join(f"{mib[name]:>13.0f}" for name in HEADS)
-                    + "{:>18.2f}{:>12.2f}".format(*ratios),
-                    flush=True,
-                )
+                mib = (f"{record['mib'][name]:.0f}" for name in names)
+                ratios = ", ".join(f"{x:.2f}" for x in record["ratios"].values())
+                told = heading.format(layout, vocab_size, length, *mib)
+                print(f"{told}  {ratios}", flush=True)
     largest = max(vocabularies)
-    ratios = np.array([r["ratio"] for r in records if r["vocabulary"] == largest])
+    ratios = [r["ratios"]["peers"] for r in records if r["vocabulary"] == largest]
     print(
-        f"vocabulary {largest}: {ratios.min():.2f} to {ratios.max():.2f} of the step "
-        f"with log_softmax; at most a third in {np.mean(ratios <= 1 / 3):.0%} of cases"
+        f"vocabulary {largest}: {min(ratios):.2f} to {max(ratios):.2f} of the step of "
+        f"peers; at most a third in {np.mean(np.array(ratios) <= 1 / 3):.0%} of cases"
     )
     if config.json is not None:
         setting = dataclasses.asdict(config) | {

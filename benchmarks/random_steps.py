@@ -4,6 +4,7 @@ The step is the one that training jits (`jaxpref.train.step.make_train_step`) wi
 and AdamW; a benchmark may bring scores of its own.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpref import data, losses
+from jaxpref.data.packing import collate_packed, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.models import Model, ModelConfig
 from jaxpref.train import OptimizerConfig, from_loss
@@ -72,18 +74,18 @@ def make_step(model: Model, scores: ScoreFunction | None = None) -> Step:
     return Step(step, functools.partial(init_state, tx=tx, objective=objective))
 
 
-def random_pairs(lengths: np.ndarray, *, vocab_size: int, seed: int = 0) -> data.Pairs:
+def random_pairs(sizes: np.ndarray, *, vocab_size: int, seed: int = 0) -> data.Pairs:
     """Pairs of random tokens.
 
     Args:
-      lengths: int [N, 3], the tokens of each prompt, chosen and rejected answer.
+      sizes: int [N, 3], the tokens of each prompt, chosen and rejected answer.
       vocab_size: tokens are drawn evenly from 3 to this.
       seed: of the tokens.
     """
     rng = np.random.default_rng(seed)
     builder = data.PairsBuilder(2)
-    for n, sizes in enumerate(lengths):
-        prompt, *answers = (rng.integers(3, vocab_size, k).tolist() for k in sizes)
+    for n, row in enumerate(sizes):
+        prompt, *answers = (rng.integers(3, vocab_size, k).tolist() for k in row)
         builder.add(prompt, answers, id=str(n))
     return builder.build()
 
@@ -110,3 +112,17 @@ def packed_batch(pairs: data.Pairs, *, row_length: int) -> data.PreferenceBatch:
         pairs, shape=shape, reference=reference_of(pairs), prefetch=0
     )
     return next(batches)
+
+
+def pair_a_row_batch(pairs: data.Pairs) -> data.PreferenceBatch:
+    """All the pairs as one batch of packed rows, each as long as the longest pair."""
+    tokens, _ = lengths(pairs)
+    shape = data.packed_shape(
+        pairs, row_length=int(tokens.max()), batch_size=len(pairs)
+    )
+    return collate_packed(
+        pairs,
+        np.arange(len(pairs))[None, :, None],
+        shape=dataclasses.replace(shape, rows=len(pairs), slots=1),
+        reference=reference_of(pairs),
+    )

@@ -1,21 +1,24 @@
-r"""How a train step's time grows with length, batch, layers, vocabulary and devices.
+r"""How a train step's time grows with length, pairs, layers, vocabulary and devices.
 
-Times the step that training runs (DPO, AdamW) on random pairs, one size after the
-other in turn, and fits  log seconds = exponent * log size + constant  by least squares
-to every turn; its spread is that over the turns.
+Times the step that training runs (DPO, AdamW, packed rows) on random pairs, one row for
+each pair, one size after the other in turn, and fits
 
-Attention is the one part whose cost grows with the square of the length.  Its share is
-timed apart: a program of the same shapes that runs only attention, all the layers,
-forward and backward (`jaxpref.models.transformer.attention`), is timed within the same
+    log seconds = exponent * log size + constant
+
+by least squares to the medians over turns; the spread is that of fits to single turns.
+
+Tokens of a step grow along two axes: with the length of its pairs and with their
+number.  Attention within a pair is the one part whose cost grows with the square of the
+length.  Its share is timed apart: a program that runs only `packed_attention` on rows
+of the same segments, all the layers, forward and backward, is timed within the same
 turn and its seconds are taken off the step's.
 
 Commands
         python -m benchmarks.scaling --json scaling.json --png scaling.png
-        python -m benchmarks.scaling --axes length --quick
+        python -m benchmarks.scaling --quick
 
 Expected
-    An exponent of at most 1.05 in the length without attention; on a busy machine take
-    `--clock processors`, since a difference of two disturbed times says little.
+    TODO
 
     Devices are virtual ones on the same cores, each number in a process of its own: it
     shows that the program runs on them and what dividing the work costs, and can show
@@ -39,48 +42,47 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.random_steps import make_step, padded_batch, random_pairs
+from benchmarks.random_steps import make_step, pair_a_row_batch, random_pairs
+from jaxpref.data.batch import PARTS, PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.files import write_json, write_whole
-from jaxpref.models import ModelConfig, build
-from jaxpref.models.transformer import attention
+from jaxpref.models import Model, ModelConfig, build
+from jaxpref.models.attention import packed_attention
 from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
 from jaxpref.train import MeshConfig, make_mesh
 from jaxpref.train.entry import entry_point
 from jaxpref.train.mesh import to_global
 
-Axis = Literal["length", "batch", "layers", "vocabulary", "devices"]
-Work = tuple[Callable, Callable | None]
-"""Runs a step; runs its attention alone, or None."""
+Axis = Literal["length", "pairs", "layers", "vocabulary", "devices"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
     """What is timed.  Along an axis all other sizes are the single ones."""
 
-    axes: tuple[Axis, ...] = ("length", "batch", "layers", "vocabulary", "devices")
-    """What grows."""
+    axes: tuple[Axis, ...] | None = None
+    """What grows: by default all, in a quick run length and pairs."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    """Tokens of a sequence, a quarter of them its prompt."""
-    batches: tuple[int, ...] = (1, 2, 4, 8)
+    """Tokens of a pair's row: a seventh is the prompt, three for each answer."""
+    counts: tuple[int, ...] = (1, 2, 4, 8)
     """Pairs of a step."""
     depths: tuple[int, ...] = (1, 2, 4, 8)
     """Layers."""
     vocabularies: tuple[int, ...] = (4096, 8192, 16384, 32768)
     """Sizes of the vocabulary."""
-    devices: tuple[int, ...] = (1, 2, 4, 8)
+    devices: tuple[int, ...] = (1, 2, 4)
     """Virtual devices, over which the rows and weights are spread (fsdp)."""
-    length: int = 256
+    length: int = 512
     """On the other axes."""
-    batch: int = 1
-    """On the other axes, but eight with several devices."""
-    layers: int = 2
+    pairs: int = 1
+    """On the other axes, but as many as the most devices where there are several."""
+    layers: int = 4
     """On the other axes."""
     vocabulary: int = 8192
     """On the other axes."""
-    hidden: int = 512
-    """Width; heads have 128 features, the MLP three times the width."""
-    turns: int = 5
+    hidden: int = 576
+    """Width: three query heads of 64 for each key head, the MLP 8/3 as wide."""
+    turns: int = 3
     """Turns; one before them compiles."""
     clock: Literal["wall", "processors"] = "wall"
     """Seconds by the clock, or of all processors together, which other work on the
@@ -90,27 +92,32 @@ class ScalingConfig:
     png: str | None = None
     """File for the figure."""
     quick: bool = False
-    """Two turns, the largest two sizes of each axis left out."""
+    """Two turns, without the largest two sizes of each axis."""
 
     def __post_init__(self):
-        if self.hidden % 128 or min(self.length, *self.lengths) < 8 or self.turns < 1:
+        if self.hidden % 192 or min(self.length, *self.lengths) < 8 or self.turns < 1:
             raise InputError(
                 f"hidden {self.hidden}, lengths {self.lengths}, turns {self.turns}: "
-                "give a multiple of 128, at least 8 tokens, at least 1 turn"
+                "give a multiple of 192, at least 8 tokens, at least 1 turn"
             )
-        for name in ("lengths", "batches", "depths", "vocabularies", "devices"):
+        for name in FIELDS.values():
             if len(getattr(self, name)) < 2:
                 raise InputError(f"{name}: give at least two, an exponent needs them")
 
 
 FIELDS = {
     "length": "lengths",
-    "batch": "batches",
+    "pairs": "counts",
     "layers": "depths",
     "vocabulary": "vocabularies",
     "devices": "devices",
 }
 """The options that list the sizes along each axis."""
+
+
+def axes_of(config: ScalingConfig) -> tuple[Axis, ...]:
+    """Those asked for; most of a quick run's time is spent compiling."""
+    return config.axes or tuple(FIELDS)[: 2 if config.quick else None]
 
 
 def sizes_of(config: ScalingConfig, axis: Axis) -> tuple[int, ...]:
@@ -119,31 +126,39 @@ def sizes_of(config: ScalingConfig, axis: Axis) -> tuple[int, ...]:
     return sizes[: max(len(sizes) - 2, 2)] if config.quick else sizes
 
 
+def turns_of(config: ScalingConfig) -> int:
+    """Turns that are counted."""
+    return min(config.turns, 2) if config.quick else config.turns
+
+
 # ---- what is timed -----------------------------------------------------------------
 
 
-def make_work(config: ScalingConfig, changes: dict[str, int], mesh=None) -> Work:
-    """The step and its attention, for the single sizes and `changes` of them."""
+def make_model_and_batch(config: ScalingConfig, changes: dict[str, int]):
+    """Of the single sizes and `changes` to them."""
     at = {name: getattr(config, name) for name in FIELDS if name != "devices"}
     at |= changes
     model = build(
         ModelConfig(
             vocab_size=at["vocabulary"],
             hidden_size=config.hidden,
-            intermediate_size=3 * config.hidden,
+            intermediate_size=config.hidden * 8 // 3,
             num_layers=at["layers"],
-            num_heads=config.hidden // 128,
-            num_kv_heads=config.hidden // 128,
-            head_dim=128,
+            num_heads=config.hidden // 64,
+            num_kv_heads=config.hidden // 192,
+            head_dim=64,
             max_position_embeddings=at["length"],
+            tie_word_embeddings=True,
         )
     )
-    quarter = at["length"] // 4
-    lengths = [quarter, at["length"] - quarter, at["length"] - quarter]
-    pairs = random_pairs(
-        np.tile(lengths, (at["batch"], 1)), vocab_size=at["vocabulary"]
-    )
-    batch = padded_batch(pairs)
+    answer = 3 * at["length"] // 7
+    sizes = [at["length"] - 2 * answer, answer, answer]
+    pairs = random_pairs(np.tile(sizes, (at["pairs"], 1)), vocab_size=at["vocabulary"])
+    return model, pair_a_row_batch(pairs)
+
+
+def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
+    """Runs a step."""
     batch = jax.device_put(batch) if mesh is None else to_global(batch, mesh)
     step, new_state = make_step(model)
     state = [jax.jit(lambda key: new_state(model.init(key)))(jax.random.key(0))]
@@ -152,21 +167,30 @@ def make_work(config: ScalingConfig, changes: dict[str, int], mesh=None) -> Work
         state[0], metrics = step(state[0], batch)
         jax.block_until_ready((state[0], metrics))
 
-    return run, attention_alone(model.config, 2 * at["batch"], at["length"])
+    return run
 
 
-def attention_alone(config: ModelConfig, rows: int, length: int) -> Callable:
+def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     """Runs the attention of all layers of a step, forward and backward."""
-    shape = (config.num_layers, rows, length, config.num_heads, config.head_dim)
-    q, k, v = jax.random.normal(jax.random.key(0), (3, *shape))
+    c, segments = model.config, jnp.asarray(batch.segments[0, :, 0])
+    q, k, v, slopes = (
+        jax.random.normal(key, (c.num_layers, *segments.shape, heads, c.head_dim))
+        for key, heads in zip(
+            jax.random.split(jax.random.key(0), 4),
+            (c.num_heads, c.num_kv_heads, c.num_kv_heads, c.num_heads),
+        )
+    )
 
-    def total(q, k, v):
+    def total(q, k, v, slopes):
         # Stacked and scanned, so that as much is kept for the backward pass.
-        _, out = jax.lax.scan(lambda _, x: (None, attention(*x, None)), None, (q, k, v))
-        return jnp.sum(out)
+        def layer(_, x):
+            return None, packed_attention(*x, segments // PARTS, segments % PARTS)
+
+        _, out = jax.lax.scan(layer, None, (q, k, v))
+        return jnp.sum(out * slopes)
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    return lambda: jax.block_until_ready(gradient(q, k, v))
+    return lambda: jax.block_until_ready(gradient(q, k, v, slopes))
 
 
 CLOCKS = {"wall": time.perf_counter, "processors": time.process_time}
@@ -184,28 +208,28 @@ def measure(config: ScalingConfig, axis: Axis) -> list[dict]:
     sizes = sizes_of(config, axis)
     if axis == "devices":
         return [measure_devices(config, count) for count in sizes]
-    works = {size: make_work(config, {axis: size}) for size in sizes}
-    found = {size: [] for size in sizes}
-    turns = 2 if config.quick else config.turns
-    for turn in range(turns + 1):
-        # There and back, so that no size always follows the same one.
-        for size in sizes if turn % 2 else sizes[::-1]:
-            seconds = [timed(run, config.clock) for run in works[size]]
-            if turn:
-                found[size].append(seconds)
-    return [
-        {
-            "axis": axis,
-            "size": size,
-            "seconds": [whole for whole, _ in rows],
-            "attention_seconds": [part for _, part in rows],
-        }
-        for size, rows in found.items()
+    works = {}
+    for size in sizes:
+        made = make_model_and_batch(config, {axis: size})
+        works[size] = {"seconds": whole_step(*made)}
+        if axis == "length":  # along the others its share hardly changes
+            works[size]["attention_seconds"] = attention_alone(*made)
+    records = [
+        {"axis": axis, "size": size} | {name: [] for name in works[size]}
+        for size in sizes
     ]
+    for turn in range(turns_of(config) + 1):
+        # There and back, so that no size always follows the same one.
+        for record in records if turn % 2 else records[::-1]:
+            for name, run in works[record["size"]].items():
+                seconds = timed(run, config.clock)
+                if turn:
+                    record[name].append(seconds)
+    return records
 
 
 def measure_devices(config: ScalingConfig, count: int) -> dict:
-    """The same step of eight pairs on so many virtual devices, in its own process."""
+    """The same step on so many virtual devices, in its own process."""
     flags = f"--xla_force_host_platform_device_count={count}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     asked = json.dumps(dataclasses.asdict(config))
@@ -220,86 +244,76 @@ def measure_devices(config: ScalingConfig, count: int) -> dict:
 
 def only_devices(config: ScalingConfig) -> None:
     """Prints the seconds of the turns on all devices of this process."""
+    pairs = max(sizes_of(config, "devices"))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        run, _ = make_work(config, {"batch": 8}, mesh)
-        turns = 2 if config.quick else config.turns
-        print(json.dumps([timed(run, config.clock) for _ in range(turns + 1)][1:]))
+        run = whole_step(*make_model_and_batch(config, {"pairs": pairs}), mesh)
+        seconds = [timed(run, config.clock) for _ in range(turns_of(config) + 1)]
+        print(json.dumps(seconds[1:]))
 
 
 # ---- what it says ------------------------------------------------------------------
 
 
 def fit(sizes, seconds) -> dict[str, float]:
-    """Exponents of each turn: median, least and most; and the steepest piece.
+    """The exponent of the medians; the least and most of single turns; the last piece.
 
     Args:
       sizes: [N].
       seconds: [N, turns].
     """
     x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(seconds, float))
-    slopes = np.polyfit(x, y, 1)[0]
-    pieces = np.diff(np.median(y, axis=1)) / np.diff(x)
+    middle = np.median(y, axis=1)
+    turns = np.polyfit(x, y, 1)[0]
     return {
-        "exponent": float(np.median(slopes)),
-        "low": float(slopes.min()),
-        "high": float(slopes.max()),
-        "steepest": float(pieces.max()),
+        "exponent": float(np.polyfit(x, middle, 1)[0]),
+        "low": float(turns.min()),
+        "high": float(turns.max()),
+        # What a step costs whatever its size hides growth from the fit, least of all
+        # between the largest two.
+        "last": float(np.diff(middle)[-1] / np.diff(x)[-1]),
     }
 
 
-def fits_of(records: list[dict]) -> dict[str, dict]:
-    """Of the whole step, and without attention where that was timed."""
-    sizes = [r["size"] for r in records]
+def curves_of(records: list[dict]) -> dict[str, np.ndarray]:
+    """Seconds [N, turns] of the whole step and, where timed, its parts."""
     whole = np.array([r["seconds"] for r in records])
-    found = {"step": fit(sizes, whole)}
-    if "attention_seconds" in records[0]:
-        rest = whole - np.array([r["attention_seconds"] for r in records])
-        if (rest > 0).all():
-            found["without attention"] = fit(sizes, rest)
-    return found
+    if "attention_seconds" not in records[0]:
+        return {"step": whole}
+    attention = np.array([r["attention_seconds"] for r in records])
+    curves = {"step": whole, "attention alone": attention}
+    if (whole > attention).all():
+        curves["without attention"] = whole - attention
+    return curves
+
+
+def fits_of(records: list[dict]) -> dict[str, dict]:
+    """Of every curve along an axis."""
+    sizes = [r["size"] for r in records]
+    return {name: fit(sizes, rows) for name, rows in curves_of(records).items()}
+
+
+TITLES = {
+    "length": "tokens of a pair",
+    "pairs": "pairs of a step",
+    "layers": "layers",
+    "vocabulary": "size of the vocabulary",
+    "devices": "virtual devices, same cores",
+}
 
 
 def draw(path: str, records: list[dict], fits: dict[str, dict]) -> None:
     """A panel an axis, both scales logarithmic."""
-    axes_found = list(fits)
-    columns = min(len(axes_found), 3)
-    rows = -(-len(axes_found) // columns)
+    columns = min(len(fits), 3)
+    rows = -(-len(fits) // columns)
     with matplotlib.rc_context(MATPLOTLIB):
         figure = Figure(
-            figsize=(max(4.2, 3.1 * columns), 2.9 * rows + 0.5), layout="constrained"
+            figsize=(max(4.2, 3.3 * columns), 3 * rows + 0.3), layout="constrained"
         )
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        for axis, panel in zip(axes_found, panels):
-            found = [r for r in records if r["axis"] == axis]
-            sizes = np.array([r["size"] for r in found], float)
-            whole = np.array([r["seconds"] for r in found])
-            curves = {"step": whole}
-            if "without attention" in fits[axis]:
-                curves["without attention"] = whole - np.array(
-                    [r["attention_seconds"] for r in found]
-                )
-            for color, (name, seconds) in zip(PALETTE, curves.items()):
-                exponent = fits[axis][name]["exponent"]
-                middle = np.median(seconds, axis=1)
-                panel.plot(
-                    sizes, middle, color=color, marker="o", ms=4,
-                    label=f"{name}: {exponent:.2f}",
-                )  # fmt: skip
-                panel.fill_between(
-                    sizes, seconds.min(1), seconds.max(1), color=color, alpha=0.15, lw=0
-                )
-            if axis != "devices":
-                first = np.median(curves[name], axis=1)[0]
-                panel.plot(
-                    sizes, first * sizes / sizes[0], color=FAINT, ls=":", lw=1,
-                    label="in proportion",
-                )  # fmt: skip
-            panel.set(xscale="log", yscale="log", title=axis, ylabel="seconds a step")
-            panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
-            panel.minorticks_off()
-            panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            panel.legend(fontsize=8)
+        for (axis, found), panel in zip(fits.items(), panels):
+            draw_panel(panel, [r for r in records if r["axis"] == axis], found)
+            panel.set_title(TITLES[axis])
         for panel in panels:
             panel.set_visible(False)
         image = io.BytesIO()
@@ -307,10 +321,38 @@ def draw(path: str, records: list[dict], fits: dict[str, dict]) -> None:
     write_whole(path, image.getvalue())
 
 
+def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
+    """Medians over turns and their range; dotted, what is in proportion to the size."""
+    sizes = np.array([r["size"] for r in records], float)
+    curves = curves_of(records)
+    for color, (name, seconds) in zip(PALETTE, curves.items()):
+        label = f"{name}: exponent {fits[name]['exponent']:.2f}"
+        middle = np.median(seconds, axis=1)
+        panel.plot(sizes, middle, color=color, marker="o", ms=4, label=label)
+        low, high = seconds.min(1), seconds.max(1)
+        panel.fill_between(sizes, low, high, color=color, alpha=0.15, lw=0)
+    lowest = min(rows.min() for rows in curves.values())
+    highest = max(rows.max() for rows in curves.values())
+    if records[0]["axis"] != "devices":
+        line = np.median(curves["step"][-1]) * sizes / sizes[-1]
+        panel.plot(sizes, line, color=FAINT, ls=":", lw=1, label="in proportion")
+        lowest = min(lowest, line[0])
+    panel.set(xscale="log", yscale="log", ylabel="seconds a step")
+    # At least a factor of four, with room for the legend above.
+    low = lowest / 1.3
+    panel.set_ylim(low, max(highest, 4 * low) * (highest / low) ** (0.15 * len(curves)))
+    panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    subs = (1, 2, 5) if highest < 40 * lowest else (1, 3)
+    panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+    panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    panel.minorticks_off()
+    panel.legend(fontsize=8, loc="upper left")
+
+
 def main(config: ScalingConfig) -> None:
     """Axis by axis."""
     records, fits = [], {}
-    for axis in config.axes:
+    for axis in axes_of(config):
         found = measure(config, axis)
         records += found
         fits[axis] = fits_of(found)
@@ -322,7 +364,7 @@ def main(config: ScalingConfig) -> None:
         for name, of in fits[axis].items():
             print(
                 f"{axis}, {name}: exponent {of['exponent']:.3f} ({of['low']:.3f} to "
-                f"{of['high']:.3f}), steepest piece {of['steepest']:.3f}",
+                f"{of['high']:.3f}), between the largest two {of['last']:.3f}",
                 flush=True,
             )
     if config.json is not None:

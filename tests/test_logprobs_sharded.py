@@ -22,16 +22,12 @@ from jaxpref.models.logprobs import (
 # times a prime, so a shape with the vocabulary in it is known by its divisor.
 B, T, D, V, P, C = 4, 53, 3, 4 * 101, 46, 4
 
-MESHES = {
-    "no mesh": None,
-    "tensor 2": (1, 1, 2),
-    "tensor 4": (1, 1, 4),
-    "tensor 2, rows over data and fsdp": (2, 2, 2),
-    "tensor 4, rows over fsdp": (1, 2, 4),
-}
-meshes = pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+ALONE, TENSOR, ALL = None, (1, 1, 4), (2, 2, 2)
 sharded = pytest.mark.parametrize(
-    "sizes", [*MESHES.values()][1:], ids=[*MESHES.keys()][1:]
+    "sizes", [TENSOR, ALL], ids=["tensor 4", "tensor 2, rows over data and fsdp"]
+)
+alone_and_sharded = pytest.mark.parametrize(
+    "sizes", [ALONE, ALL], ids=["no mesh", "tensor 2, rows over data and fsdp"]
 )
 
 
@@ -135,7 +131,7 @@ def oracle(hidden, head, weights, other, other_head, predictors, targets):
     return outs, gradients
 
 
-@meshes
+@sharded
 @functions
 def test_values_and_gradients_in_float64(function, sizes):
     with jax.enable_x64(True):
@@ -143,8 +139,7 @@ def test_values_and_gradients_in_float64(function, sizes):
         outs, gradients = oracle(*arguments)
         with on_mesh(sizes, arguments) as placed:
             found_gradients, found = value_and_gradients(function)(*placed)
-            if sizes is not None:
-                assert jax.typeof(found_gradients[1]).sharding.spec[1] == "tensor"
+            assert jax.typeof(found_gradients[1]).sharding.spec[1] == "tensor"
         expected = outs[function].values()
         for ours, one in zip(found, expected, strict=True):
             assert ours.dtype == jnp.float64
@@ -182,38 +177,25 @@ def compiled_text(function, sizes) -> str:
 share = lambda sizes: (B // (sizes[0] * sizes[1]), V // sizes[2])
 
 
-@meshes
+@alone_and_sharded
 @functions
-def test_no_float_in_the_compiled_program_is_larger_than_a_chunk(function, sizes):
+def test_nothing_in_the_compiled_program_is_larger_than_a_chunk(function, sizes):
+    """On one device, of its share: not the comparison with the targets either."""
     rows, columns = share(sizes or (1, 1, 1))
     chunk = rows * C * columns
     # Or the search would prove nothing.
     assert chunk > max(rows * T * D, D * columns, 3 * rows * P)
     text = compiled_text(function, sizes)
-    shapes = shapes_in(text, _FLOAT)
-    assert any(of_vocabulary(shape) for shape in shapes)
-    assert max(int(np.prod(shape)) for shape in shapes) == chunk
-    # And whatever is no float never has more than a chunk of the whole vocabulary.
-    assert max(int(np.prod(shape)) for shape in shapes_in(text)) <= rows * C * V
+    floats = shapes_in(text, _FLOAT)
+    assert any(of_vocabulary(shape) for shape in floats)
+    assert max(int(np.prod(shape)) for shape in floats) == chunk
+    assert max(int(np.prod(shape)) for shape in shapes_in(text)) == chunk
 
 
-@pytest.mark.xfail(
-    strict=False, reason="each device compares the targets with the whole vocabulary"
-)
-@sharded
 @functions
-def test_nothing_in_the_compiled_program_is_larger_than_a_chunk(function, sizes):
-    """Not the comparison with the targets either, whatever its dtype."""
-    rows, columns = share(sizes)
-    shapes = shapes_in(compiled_text(function, sizes))
-    assert max(int(np.prod(shape)) for shape in shapes) == rows * C * columns
-
-
-@sharded
-@functions
-def test_logits_are_never_gathered(function, sizes):
-    columns = V // sizes[2]
-    text = compiled_text(function, sizes)
+def test_logits_are_never_gathered(function):
+    columns = V // ALL[2]
+    text = compiled_text(function, ALL)
     found = [(kind, shapes_in(out)) for out, kind in _COLLECTIVE.findall(text)]
     # The shards' maxima and sums must meet.
     assert any(kind == "all-reduce" for kind, _ in found)

@@ -12,46 +12,62 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, memory, scaling
-from benchmarks.random_steps import packed_batch, padded_batch, random_pairs
+from benchmarks.random_steps import (
+    packed_batch,
+    padded_batch,
+    pair_a_row_batch,
+    random_pairs,
+)
+from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.train.scores import packed_mask
 from tests.tiny import tiny_config, tiny_params
 
 LENGTHS = np.array([[3, 4, 6], [5, 2, 3], [2, 7, 4], [4, 4, 5]])
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_the_heads_that_memory_compares_compute_the_same(layout):
+def test_what_memory_compares_computes_the_same():
     model = build(tiny_config())
     params = tiny_params(model)
     pairs = random_pairs(LENGTHS, vocab_size=model.config.vocab_size)
-    batch = (
-        padded_batch(pairs)
-        if layout == "padded"
-        else packed_batch(pairs, row_length=32)
+    packed, padded = (
+        jax.tree.map(lambda x: jnp.asarray(x[0]), make(pairs))
+        for make in (pair_a_row_batch, padded_batch)
     )
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-    ours, log_softmax, logsumexp, none = (
-        jax.jit(make(model))(params, batch)["policy_logps"]
-        for make in memory.HEADS.values()
-    )
-    assert np.abs(ours).max() > 1
-    np.testing.assert_allclose(log_softmax, ours, rtol=2e-6, atol=2e-5)
-    np.testing.assert_allclose(logsumexp, ours, rtol=2e-6, atol=2e-5)
-    assert none.shape == ours.shape
+    # Row by row the same pair, prompts once or twice.
+    cases = [(make, packed) for make in memory.HEADS.values()]
+    heads = (memory.HEADS["log_softmax"], *memory.PEERS.values())
+    cases += [(make, padded) for make in heads]
+    ours, log_softmax, logsumexp, none, *others = jax.jit(
+        lambda params, batches: [
+            make(model)(params, batch)["policy_logps"]
+            for (make, _), batch in zip(cases, batches)
+        ]
+    )(params, [batch for _, batch in cases])
+    assert ours.shape == none.shape == (4, 1, 2) and np.abs(ours).max() > 1
+    for found in (log_softmax, logsumexp, *others):
+        np.testing.assert_allclose(found, ours, rtol=2e-6, atol=2e-5)
 
 
+def test_memory_compares_the_same_pairs():
+    batches = memory.random_batches(memory.MemoryConfig(), 64, 512)
+    assert batches["packed"].tokens.shape == (1, 4, 1, 112)
+    assert batches["padded"].tokens.shape == (1, 4, 2, 64)
+    assert all((b.lengths == b.tokens.shape[-1]).all() for b in batches.values())
+
+
+@pytest.mark.slow
 def test_logits_of_all_positions_take_more_memory():
-    model = build(tiny_config(vocab_size=4096))
-    pairs = random_pairs(np.full((4, 3), 32), vocab_size=4096)
-    found = {
-        name: memory.temporaries(model, make(model), padded_batch(pairs))
-        for name, make in memory.HEADS.items()
-    }
-    # Four pairs of two sequences of 64 tokens, float32.
-    assert found["log_softmax"] - found["none"] > 4 * 2 * 64 * 4096 * 4
-    assert found["none"] <= found["ours"] < found["logsumexp"] < found["log_softmax"]
+    sizes = tiny_config(vocab_size=4096, num_layers=1)
+    found = memory.measure(memory.MemoryConfig(), sizes, "packed", 64)
+    mib = found["mib"]
+    # Four pairs of two sequences of 64 tokens, or one row of 112; float32.
+    assert found["tokens"] == {"ours": 4 * 112, "peers": 4 * 2 * 64}
+    assert mib["log_softmax"] - mib["none"] > 4 * 112 * 4096 * 4 / 2**20
+    assert mib["peers"] - mib["none"] > 2 * 4 * 2 * 64 * 4096 * 4 / 2**20
+    assert mib["none"] <= mib["ours"] < mib["logsumexp"] < mib["log_softmax"]
+    assert mib["logsumexp"] < mib["thrifty"] < mib["peers"]
+    assert found["ratios"]["peers"] == pytest.approx(mib["ours"] / mib["peers"])
 
 
 def test_useful_flops_are_those_of_the_mask_and_the_weights():
@@ -64,7 +80,10 @@ def test_useful_flops_are_those_of_the_mask_and_the_weights():
     weights = sum(x.size for x in matrices)  # of all layers
     batch = packed_batch(pairs, row_length=64)
     segments = batch.segments[0, :, 0]
-    seen = np.asarray(packed_mask(segments)) & (segments >= 0)[:, :, None]
+    key, query = segments[:, None], segments[:, :, None]
+    seen = (query >= 0) & (key // PARTS == query // PARTS)
+    seen &= (key % PARTS == 0) | (key == query)
+    seen &= np.tri(segments.shape[1], dtype=bool)
     held = batch.pairs[batch.pairs >= 0]  # some twice, to fill the row
     tokens, answers = LENGTHS[held].sum(), LENGTHS[held, 1:].sum()
     # Once for the scores, once for the values, of each head.
@@ -79,33 +98,48 @@ def test_cards_are_known_by_their_whole_name():
     assert gpu.peak_of("NVIDIA A100-SXM4-80GB", None) == 312
     assert gpu.peak_of("NVIDIA L40S", None) == 362
     assert gpu.peak_of("Quadro", 50.0) == 50
-    with pytest.raises(InputError, match="L400: its peak rate is not known"):
-        gpu.peak_of("NVIDIA L400", None)
+    assert gpu.peak_of("NVIDIA A10", None) == 125
+    for kind in ("NVIDIA L400", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+        with pytest.raises(InputError, match=f"{kind}: its peak rate is not known"):
+            gpu.peak_of(kind, None)
 
 
 def test_exponents_of_power_laws():
     sizes = np.array([1, 2, 4, 8])
     seconds = np.stack([3 * sizes**1.5, sizes**1.0, 0.1 * sizes**2.0], axis=1)
     found = scaling.fit(sizes, seconds)
-    np.testing.assert_allclose(
-        [found["exponent"], found["low"], found["high"]], [1.5, 1, 2], rtol=1e-12
-    )
-    # A fixed cost hides growth from the fit, not from its steepest piece.
+    np.testing.assert_allclose([found["low"], found["high"]], [1, 2], rtol=1e-12)
+    # One disturbed size in each turn leaves the medians alone.
+    disturbed = np.tile(sizes[:, None] ** 1.5, 3) * np.where(np.eye(4, 3), 9, 1)
+    assert scaling.fit(sizes, disturbed)["exponent"] == pytest.approx(1.5)
+    # A fixed cost hides growth from the fit, least between the largest sizes.
     fixed = scaling.fit(sizes, (10 + sizes**2.0)[:, None])
-    assert fixed["steepest"] > fixed["exponent"]
+    assert fixed["last"] > fixed["exponent"]
     records = [
         {"size": n, "seconds": [n**2.0 + n], "attention_seconds": [n**2.0]}
         for n in (1, 2, 4)
     ]
     fits = scaling.fits_of(records)
     assert fits["without attention"]["exponent"] == pytest.approx(1)
+    assert fits["attention alone"]["exponent"] == pytest.approx(2)
     assert 1 < fits["step"]["exponent"] < 2
+
+
+def test_what_scaling_times():
+    config = scaling.ScalingConfig(hidden=192, layers=1, vocabulary=512)
+    model, batch = scaling.make_model_and_batch(config, {"length": 70, "pairs": 2})
+    assert batch.lengths.tolist() == [[[70], [70]]]
+    assert batch.completion_lengths.tolist() == [[[[30, 30]]] * 2]
+    gradients = scaling.attention_alone(model, batch)()
+    assert [x.shape[-2] for x in gradients] == [3, 1, 1]  # heads
+    # Every query has a gradient but the first of a row, which sees only itself.
+    assert np.asarray(jnp.abs(gradients[0]).sum((0, 3, 4)) > 0)[:, 1:].all()
 
 
 def test_scaling_is_drawn(tmp_path):
     records = [
         {"axis": axis, "size": n, "seconds": [n, 1.1 * n]}
-        | ({} if axis == "devices" else {"attention_seconds": [0.1 * n, 0.2 * n]})
+        | ({"attention_seconds": [0.1 * n, 0.2 * n]} if axis == "length" else {})
         for axis in ("length", "devices")
         for n in (1, 2, 4)
     ]
@@ -115,6 +149,12 @@ def test_scaling_is_drawn(tmp_path):
     }
     scaling.draw(tmp_path / "scaling.png", records, fits)
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_gpu_one_line_and_no_error(capsys):
+    gpu.main(gpu.GpuConfig())
+    told = capsys.readouterr().out
+    assert told.startswith("no GPU") and told.count("\n") == 1
 
 
 def command(module, *options):
@@ -128,12 +168,6 @@ def command(module, *options):
         text=True,
         timeout=600,
     )
-
-
-def test_without_a_gpu_one_line_and_no_error():
-    done = command("gpu")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("no GPU") and done.stdout.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -150,7 +184,7 @@ def test_the_dry_run_of_a_gpu():
 def test_scaling_on_virtual_devices(tmp_path):
     options = (
         "--axes length devices --lengths 32 64 --devices 1 2 --vocabulary 512 "
-        "--length 32 --hidden 128 --quick --json"
+        "--length 32 --hidden 192 --layers 1 --quick --json"
     )
     done = command("scaling", *options.split(), tmp_path / "scaling.json")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -163,6 +197,11 @@ def test_sizes_of_a_quick_run():
     assert scaling.sizes_of(config, "length") == (256, 512, 1024, 2048, 4096)
     quick = dataclasses.replace(config, quick=True)
     assert scaling.sizes_of(quick, "length") == (256, 512, 1024)
-    assert scaling.sizes_of(quick, "batch") == (1, 2)
+    assert scaling.sizes_of(quick, "pairs") == (1, 2)
+    assert scaling.axes_of(config) == tuple(scaling.FIELDS)
+    assert scaling.axes_of(quick) == ("length", "pairs")
+    asked = dataclasses.replace(quick, axes=("devices",))
+    assert scaling.axes_of(asked) == ("devices",)
+    assert scaling.turns_of(config) == 3 and scaling.turns_of(quick) == 2
     with pytest.raises(InputError, match="give at least two"):
         scaling.ScalingConfig(lengths=(256,))
