@@ -17,6 +17,7 @@ import pytest
 
 from jaxpref import data, losses
 from jaxpref.models import build
+from jaxpref.models.logprobs import project
 from jaxpref.train import MeshConfig, from_loss, read_metrics, run
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import make_score_step
@@ -173,3 +174,22 @@ def test_parameters_and_moments_stay_float32():
     after = jax.device_get(state.params)["embed"]
     lost = after.astype(jnp.bfloat16).astype(np.float32)
     assert (after != before["embed"]).any() and (lost != after).mean() > 0.9
+
+
+def test_a_tied_head_in_one_chunk_has_a_bfloat16_gradient():
+    """XLA on CPU had no product for it."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(1, 112, 64)), jnp.bfloat16)
+    embed = jnp.asarray(rng.normal(size=(512, 64)), jnp.float32)
+    total = lambda h, e: jnp.sum(jnp.sin(project(h, e.T)))
+    found = jax.jit(jax.grad(total, (0, 1)))(hidden, embed)
+    assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32]
+    wide = hidden.astype(jnp.float32)
+    rounded = embed.astype(jnp.bfloat16).astype(jnp.float32)
+    expected = jax.grad(total, (0, 1))(wide, rounded)
+    for ours, exact in zip(found, expected, strict=True):
+        scale = np.abs(exact).max()
+        # Slopes are rounded to 8 bits before the products.
+        np.testing.assert_allclose(
+            np.asarray(ours, float) / scale, exact / scale, atol=0.01
+        )

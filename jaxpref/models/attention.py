@@ -46,8 +46,8 @@ def packed_attention(q, k, v, pairs, parts):
 
     That is the pair's prompt (part 0) and its own part, as far as they stand before it.
     Work and memory grow with the tokens that are seen, block by block, and not with the
-    square of the row: a query block visits key blocks from the beginning of its first
-    token's pair on, and the backward pass computes the scores again.  On accelerators
+    square of the row: a query block visits the key blocks of its pairs' prompts and of
+    its own parts, and the backward pass computes the scores again.  On accelerators
     kernels of their own do the same, see `attention_kernels`.
 
     Args:
@@ -109,15 +109,16 @@ def _backward(saved, slopes):
 _attend.defvjp(_forward, _backward)
 
 
-def _forward_row(q, k, v, pairs, parts, first):
+def _forward_row(q, k, v, pairs, parts, visits):
     """Outputs [N, G, M, K] and the log of each query's normaliser [N, G, M]."""
     scale, wide = q.shape[-1] ** -0.5, jnp.promote_types(q.dtype, jnp.float32)
 
     def queries(i, carry):
         out, lse = carry
 
-        def keys(j, carry):
+        def keys(n, carry):
             top, total, mix = carry
+            j = _visited(visits[i], n)
             scores = _products("gmk,gsk->gms", q[i], k[j]) * scale
             scores = jnp.where(_seen(pairs, parts, i, j, q), scores, NOTHING)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -130,7 +131,7 @@ def _forward_row(q, k, v, pairs, parts, first):
         G, M, K = q.shape[1:]
         nothing = jnp.full((G, M), NOTHING, wide)
         start = nothing, jnp.zeros((G, M), wide), jnp.zeros((G, M, K), wide)
-        top, total, mix = jax.lax.fori_loop(first[i], i + 1, keys, start)
+        top, total, mix = jax.lax.fori_loop(0, visits[i, 3], keys, start)
         mix = (mix / total[..., None]).astype(q.dtype)
         return out.at[i].set(mix), lse.at[i].set(top + jnp.log(total))
 
@@ -138,13 +139,14 @@ def _forward_row(q, k, v, pairs, parts, first):
     return jax.lax.fori_loop(0, len(q), queries, empty)
 
 
-def _backward_row(q, k, v, pairs, parts, first, slopes, means, lse):
+def _backward_row(q, k, v, pairs, parts, visits, slopes, means, lse):
     """Slopes in queries [N, G, M, K], and in keys and values [N, G, block, K]."""
     scale, wide = q.shape[-1] ** -0.5, lse.dtype
 
     def queries(i, carry):
-        def keys(j, carry):
+        def keys(n, carry):
             dq, dk, dv = carry
+            j = _visited(visits[i], n)
             scores = _products("gmk,gsk->gms", q[i], k[j]) * scale
             seen = _seen(pairs, parts, i, j, q)
             weights = jnp.where(seen, jnp.exp(scores - lse[i][..., None]), 0)
@@ -157,7 +159,7 @@ def _backward_row(q, k, v, pairs, parts, first, slopes, means, lse):
 
         dq, dk, dv = carry
         start = jnp.zeros(q.shape[1:], wide), dk, dv
-        dqi, dk, dv = jax.lax.fori_loop(first[i], i + 1, keys, start)
+        dqi, dk, dv = jax.lax.fori_loop(0, visits[i, 3], keys, start)
         return dq.at[i].set((dqi * scale).astype(q.dtype)), dk, dv
 
     zeros = jnp.zeros(k.shape, wide)
@@ -182,18 +184,43 @@ def _seen(pairs, parts, i, j, q):
     return jnp.tile(seen, (q.shape[2] // BLOCK, 1))
 
 
-def _places(pairs, parts):
-    """Pairs and parts by block [B, N, block], and the first key block of each [B, N].
+def _visited(visits, n):
+    """The n-th key block that a query block visits."""
+    first, before, own, _ = visits
+    return jnp.where(n < before, first + n, own + n - before)
 
+
+def _places(pairs, parts):
+    """Pairs and parts by block [B, N, block], and what each block visits [B, N, 4].
+
+    Visits are two runs of key blocks, up to the query block itself: `before` blocks
+    from `first` on hold the prompts, and those from `own` on the queries' own parts;
+    fourth, how many they are.  Between them lie answers that nobody in the block sees.
     Padding visits its own block only, where it sees at least itself.
     """
     place = jnp.arange(pairs.shape[1])
-    new = jnp.pad(pairs[:, 1:] != pairs[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    begin = jax.lax.cummax(jnp.where(new, place, 0), axis=1)
-    begin = jnp.where(pairs < 0, place, begin)
+    real = pairs >= 0
+
+    def begins(x):
+        change = x[:, 1:] != x[:, :-1]
+        return jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
+
     by_block = lambda x: x.reshape(len(x), -1, BLOCK)
+    new_pair = begins(pairs)
+    begin = jax.lax.cummax(jnp.where(new_pair, place, 0), axis=1)
+    own = jax.lax.cummax(jnp.where(new_pair | begins(parts), place, 0), axis=1)
+    # The last token of the prompt, for all tokens that come after it in the pair.
+    prompt = real & (parts == 0)
+    prompt_end = jax.lax.cummax(jnp.where(prompt, place, 0), axis=1)
+    begin, own, prompt_end = (
+        jnp.where(real, x, place) for x in (begin, own, prompt_end)
+    )
     first = jnp.min(by_block(begin), axis=-1) // BLOCK
-    return by_block(pairs), by_block(parts), first
+    own = jnp.min(by_block(own), axis=-1) // BLOCK
+    prompt_end = jnp.max(by_block(prompt_end), axis=-1) // BLOCK
+    before = jnp.clip(prompt_end + 1 - first, 0, own - first)
+    count = before + jnp.arange(own.shape[1]) - own + 1
+    return by_block(pairs), by_block(parts), jnp.stack([first, before, own, count], -1)
 
 
 def _queries(q, G):

@@ -49,7 +49,11 @@ def product(equation: str, x, weight, *, spec=None, out_dtype=None) -> jax.Array
 
     def to_weight(x, slope):
         to = f"{of_x},{out}->{of_weight}"
-        return einsum(to, x, slope, weight.dtype, layout(weight))
+        found = einsum(to, x, slope, weight.dtype, layout(weight))
+        # XLA on CPU has no float32 product of bfloat16 factors whose result is turned,
+        # as that for a tied embedding is, and would make one of the two.
+        narrow = x.dtype != weight.dtype
+        return jax.lax.optimization_barrier(found) if narrow else found
 
     @jax.custom_jvp
     def apply(x, weight):

@@ -29,7 +29,7 @@ def _logits(hidden, head, soft_cap: float | None) -> jax.Array:
     return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
 
 
-CHUNK_BYTES = 2**29
+CHUNK_BYTES = 2**28
 """Logits of a chunk on one device, where `chunk_size` is not given."""
 
 
