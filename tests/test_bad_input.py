@@ -544,7 +544,6 @@ cli.main()
     [
         ("disk full", 2, "be written"),
         ("SIGINT", 130, "interrupted; the same command resumes"),
-        ("SIGTERM", 130, "interrupted; the same command resumes"),
     ],
 )
 def test_a_run_that_is_struck_resumes(
@@ -582,7 +581,7 @@ def test_no_room_for_a_checkpoint(inputs, refuse, monkeypatch):
 
 
 def test_other_weights_on_resume(inputs, refuse):
-    struck = [str(ROOT), "SIGTERM", "4", *inputs.train()]
+    struck = [str(ROOT), "SIGINT", "4", *inputs.train()]
     command = [sys.executable, "-c", STRUCK, *struck]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
