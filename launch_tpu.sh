@@ -28,7 +28,7 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
   follow   its log and its end
   status   of the TPU and of every worker
   fetch    what it wrote, without checkpoints, to --results
-  stop     end the experiment (SIGTERM: it can be resumed), keep the TPU
+  stop     end the experiment (SIGTERM: it saves its last step), keep the TPU
   delete   delete the TPU; what is in the bucket stays
 
   --local N              N processes on this machine, the same supervisor; on CPUs
@@ -542,9 +542,10 @@ follow() { # 0 ended (its code is in ENDED), 6 no answer, LOST preempted, GONE n
       ((silent < PATIENCE)) || return 6
     elif ended "$found"; then
       show_log
-      # A preemption interrupts the experiment before anything else tells of it.
+      # A preemption ends the experiment (130, or 143 where it was training) before
+      # anything else tells of it.
       interrupted=$((interrupted + 1))
-      if ((ENDED != 130 || interrupted == PATIENCE)); then
+      if ((ENDED != 130 && ENDED != 143 || interrupted == PATIENCE)); then
         say "ended with code $ENDED: $(xargs <<<"$found")"
         ((ENDED == 0)) || on_all "$(remote_stop)" 2>/dev/null || true
         return 0

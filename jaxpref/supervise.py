@@ -14,7 +14,8 @@ Exit codes:
   2: wrong input (of this command, or a process said so); never restarted.
   130: this parent got SIGTERM or SIGINT, passed it on, and not all had finished.
   otherwise: the code of the first process that failed, once no restarts are left;
-    128 + n for one that signal n killed.
+    128 + n for one that signal n killed, 143 also for one that SIGTERM made save and
+    end (`jaxpref.train.preemption`): where this parent got none, it is restarted.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class SuperviseConfig:
     restarts: int = 3
     """Times that all are started again after one failed."""
     grace: float = 30.0
-    """Seconds that a process has to end after SIGTERM, before SIGKILL."""
+    """Seconds that a process has to end after SIGTERM or SIGINT, before SIGKILL."""
     pause: float = 1.0
     """Seconds before the first restart; doubled before each later one, at most 60."""
 
@@ -79,7 +80,8 @@ def supervise(config: SuperviseConfig) -> int:
             failed = _first_failure(processes)
             if failed is None:
                 return 0
-            _stop(processes, signal.SIGTERM, config.grace)
+            # Not SIGTERM, at which they would try to agree with the dead on a step.
+            _stop(processes, signal.SIGINT, config.grace)
             code = processes[failed].returncode
             ended = f"process {failed} of {config.processes} ended {_how(code)}"
             if WRONG_INPUT in (process.returncode for process in processes):
@@ -206,7 +208,7 @@ def _parse(argv: list[str]) -> SuperviseConfig:
     for name, kind, least, what in (
         ("processes", int, 1, "copies of COMMAND on this machine"),
         ("restarts", int, 0, "times that all are started again after one failed"),
-        ("grace", float, 0, "seconds from SIGTERM to SIGKILL"),
+        ("grace", float, 0, "seconds from SIGTERM or SIGINT to SIGKILL"),
         ("pause", float, 0, "seconds before the first restart; later ones double"),
     ):
         parser.add_argument(

@@ -62,7 +62,7 @@ if first and index == 1:
     while not os.path.exists("ready"): time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
 if first:
-    signal.signal(signal.SIGTERM, lambda *_: open("stopped", "w") and sys.exit(1))
+    signal.signal(signal.SIGINT, lambda *_: open("stopped", "w") and sys.exit(1))
     open("ready", "w")
     time.sleep(60)
 """
@@ -114,10 +114,10 @@ time.sleep(60)
     assert len(starts(tmp_path, who)) == 1
 
 
-def test_a_process_that_ignores_sigterm_is_killed(tmp_path):
+def test_a_process_that_ignores_signals_is_killed(tmp_path):
     body = """
 if first and index == 0:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     open("deaf", "w")
     time.sleep(60)
 if first:

@@ -13,6 +13,7 @@ import jax
 from jaxpref.errors import InputError
 from jaxpref.train.heap import keep_heap
 from jaxpref.train.mesh import initialize_distributed
+from jaxpref.train.preemption import PREEMPTED, Preempted, jax_handler
 from jaxpref.train.programs import keep_compiled
 
 
@@ -23,7 +24,8 @@ def entry_point() -> Iterator[None]:
     Compiled programs are kept for later processes (see `programs.keep_compiled`), and
     freed memory for later steps (see `heap.keep_heap`).
 
-    An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130.
+    An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130; a SIGTERM while
+    it trains one line and exit code 143, once the last step is saved (`preemption`).
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # A write that fails is raised and told in one line; Orbax would also log it, once
@@ -35,8 +37,13 @@ def entry_point() -> Iterator[None]:
         initialize_distributed()
         keep_compiled()
         # After jax.distributed, which would note a SIGTERM and carry on.
+        jax_handler()  # is remembered for the time in which it trains
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
+    except Preempted as preempted:
+        # In order: all processes end here, and wait until each has saved its part.
+        print(f"jaxpref: {preempted}", file=sys.stderr, flush=True)
+        sys.exit(PREEMPTED)
     except InputError as error:
         fail(str(error))
     except OSError as error:

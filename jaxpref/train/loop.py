@@ -31,6 +31,7 @@ from jaxpref.train.mesh import (
 )
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.preemption import Preempted, watched
 from jaxpref.train.programs import describe, explained, padding_told
 from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
@@ -51,6 +52,7 @@ def run(config: TrainConfig) -> Path:
 
     Raises:
       InputError: for anything the caller can put right; nothing written is lost.
+      Preempted: after SIGTERM while it trains, once the last step is saved.
     """
     initialize_distributed()
     out = open_run(config)
@@ -249,20 +251,27 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
 
     closing = contextlib.closing
     with closing(checkpoints), closing(writer), closing(late), closing(feed):
-        for step in range(start, config.max_steps):
-            if step % config.eval_every == 0:
-                with late.paused():
-                    evaluate(step, state)
-            if step % config.save_every == 0 and step > start:
-                with late.paused():
-                    save(step, state)
-            with late.waiting():
-                batch = next(feed)
-            state, metrics = train_step(state, batch, kept)
-            late.push(step + 1, metrics)
+        with watched(start) as noticed:
+            for step in range(start, config.max_steps):
+                if step % config.eval_every == 0:
+                    with late.paused():
+                        evaluate(step, state)
+                if step % config.save_every == 0 and step > start:
+                    with late.paused():
+                        save(step, state)
+                with late.waiting():
+                    batch = next(feed)
+                state, metrics = train_step(state, batch, kept)
+                late.push(step + 1, metrics)
+                if noticed(step + 1):
+                    with late.paused():
+                        save(step + 1, state)
+                        checkpoints.wait()
+                    raise Preempted(step + 1)
         with late.paused():
-            evaluate(max(start, config.max_steps), state)
+            # Saved first: an interrupt of the last evaluation costs no step.
             save(max(start, config.max_steps), state)
+            evaluate(max(start, config.max_steps), state)
             checkpoints.wait()
 
     exported = {"export": state.params}
