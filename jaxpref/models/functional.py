@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxpref.models.attention import attention
 from jaxpref.models.config import SPECS, ModelConfig, check_mesh, on_mesh, place
+from jaxpref.models.linear import PRODUCT
 from jaxpref.models.logprobs import project
 from jaxpref.models.transformer import Block, Transformer, rotary_angles
 
@@ -42,7 +43,7 @@ def _graphs(config: ModelConfig):
 def _remat(layer, policy: str):
     if policy == "none":
         return layer
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    saved = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     # Within a scan nothing can be merged across the barrier anyway.
     return jax.checkpoint(
         layer, policy=saved if policy == "dots" else None, prevent_cse=False

@@ -115,7 +115,11 @@ def bvpo(
             return jax.lax.map(one, batch)
 
         along = mixing.direction(key, params)
-        return replicated(jax.jvp(losses, (params,), (along,))[1])
+        # J v as the slope of u -> J^T u: the products' gradients are rules of their
+        # own, through which jax.jvp cannot go.
+        values, pull = jax.vjp(losses, params)
+        _, push = jax.vjp(lambda u: pull(u)[0], jnp.zeros_like(values))
+        return replicated(push(along)[0])
 
     def probe(scores, params, batch, state):
         draws = slopes(scores, params, batch, state).ravel()
