@@ -18,7 +18,7 @@ from jaxpref.files import cache_folder, write_json
 from jaxpref.models import ModelConfig, RewardModel, build
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
-from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh, peer
+from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import make_score_step
 from jaxpref.train.scores import make_scores
@@ -104,12 +104,9 @@ def measure(work: Work, topology: Topology) -> dict:
     scores = make_scores(model, objective.needs, chunk_size=work.logit_chunk)
     schedule = make_schedule(work.optimizer, 1000)
     tx = make_optimizer(work.optimizer, schedule)
-    new_params, of_one = model.init, scores
-    if objective.trains_two:
-        new_params, scores = peer.both(new_params), peer.scores_of_both(scores)
     with jax.set_mesh(mesh):
         params, state = abstract_state(
-            new_params,
+            model.init,
             functools.partial(init_state, tx=tx, objective=objective),
             mesh,
         )
@@ -122,18 +119,15 @@ def measure(work: Work, topology: Topology) -> dict:
             accumulation=work.accumulation,
             row_length=work.row_length,
         )
-        one = params["one"] if objective.trains_two else params
-        kept = one if objective.needs_live_reference else None
+        kept = params if objective.needs_live_reference else None
         step = make_train_step(scores, objective, tx, schedule)
-        score = make_score_step(of_one)
+        score = make_score_step(scores)
         plain = dataclasses.replace(batch, reference={})
         programs = {
             "step": lambda: step.lower(state, batch, kept),
-            "score": lambda: score.lower(one, plain, kept),
+            "score": lambda: score.lower(params, plain, kept),
         }
-        found = {
-            name: _compiled(lower, topology) for name, lower in programs.items()
-        }
+        found = {name: _compiled(lower, topology) for name, lower in programs.items()}
     rest = (state.objective_state, state.step, state.skipped)
     held = {
         "parameters": params,
@@ -176,7 +170,9 @@ def _compiled(lower, topology: Topology) -> dict:
             for name in ("argument", "output", "temp", "alias")
         }
         try:
-            found["collectives"] = collectives(compiled.as_text())
+            found["collectives"] = collectives(
+                compiled.as_text(), devices=topology.devices
+            )
         except jax.errors.JaxRuntimeError as error:
             found["collectives"] = None
             found["no_text"] = first_line(error)
