@@ -18,7 +18,7 @@ class Chip:
     flops: float
     """Peak of bfloat16 products, floating-point operations a second."""
     hbm_bytes: float
-    """Memory."""
+    """Memory for programs."""
     hbm_bandwidth: float
     """Bytes a second between memory and chip."""
     ici_bandwidth: float
@@ -36,20 +36,21 @@ class Chip:
 # Sources: Cloud TPU's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x
 # (Ironwood)", section "System architecture", docs.cloud.google.com/tpu/docs.  They give
 # the links' bandwidth in both directions (GBps), older versions in one (Gbps); here it
-# is one direction: 2,400, 1,600, 4,800, 3,200 and 4,800 Gbps.  Of the memory the
-# compiler keeps a little for itself, which it says when a program does not fit.
+# is one direction: 2,400, 1,600, 4,800, 3,200 and 4,800 Gbps.  The memory is what the
+# compiler (libtpu 0.0.52) says is left to a program when one is too large: a little
+# less than the pages' 32, 16, 95, 32 and 192 GiB, of v5p a little more.
 CHIPS = {
     "v4": Chip(
-        "TPU v4", 275e12, 32 * GIB, 1.2e12, 300e9, 3, "megacore", example="4x4x4"
+        "TPU v4", 275e12, 30.75 * GIB, 1.2e12, 300e9, 3, "megacore", example="4x4x4"
     ),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.8e12, 200e9, 2, example="4x4"),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 0.8e12, 200e9, 2, example="4x4"),
     "v5p": Chip(
-        "TPU v5p", 459e12, 95 * GIB, 2.765e12, 600e9, 3, "megacore", example="4x4x4"
+        "TPU v5p", 459e12, 95.73 * GIB, 2.765e12, 600e9, 3, "megacore", example="4x4x4"
     ),
-    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.6e12, 400e9, 2, example="4x4"),
+    "v6e": Chip("TPU v6e", 918e12, 31.24 * GIB, 1.6e12, 400e9, 2, example="4x4"),
     # A chip has two devices, each with half of everything.
     "tpu7x": Chip(
-        "TPU7x", 1153.5e12, 96 * GIB, 3.69e12, 300e9, 3, devices=2, example="4x4x4"
+        "TPU7x", 1153.5e12, 94.74 * GIB, 3.69e12, 300e9, 3, devices=2, example="4x4x4"
     ),
 }
 """By the name that begins a topology."""

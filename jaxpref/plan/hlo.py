@@ -91,7 +91,12 @@ def collectives(text: str, *, devices: int) -> dict[str, dict[str, float]]:
       that for an all-reduce, all of them for a permutation.
     """
     computations, entry = parse(text)
-    return _of(computations, entry, devices)
+    total: dict[str, dict[str, float]] = {}
+    for times, kind, figures in _of(computations, entry, devices).values():
+        into = total.setdefault(kind, dict.fromkeys(figures, 0))
+        for key, value in figures.items():
+            into[key] += times * value
+    return total
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -110,47 +115,47 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return found, entry
 
 
-def _of(computations, name: str, devices: int) -> dict[str, dict[str, float]]:
-    """Of the program, or of the body of a loop."""
-    total: dict[str, dict[str, float]] = {}
-    seen = set()
+def _of(computations, name: str, devices: int) -> dict[str, tuple[int, str, dict]]:
+    """Those of the program, or of the body of a loop: how often, kind, and figures.
 
-    def add(found, times=1):
-        for kind, figures in found.items():
-            into = total.setdefault(kind, dict.fromkeys(figures, 0))
-            for key, value in figures.items():
-                into[key] += times * value
+    By channel: one that is begun outside of a loop and goes on in it is one.
+    """
+    total: dict[str, tuple[int, str, dict]] = {}
 
     def visit(name: str, halved: bool):
-        if name not in computations:
-            return
         computation = computations[name]
         for line in computation.lines.values():
             if line.opcode == "while":
                 (body,) = line.called("body")
                 times = trip_count(line, computation, computations)
-                add(_of(computations, body, devices), times)
+                for channel, (n, *one) in _of(computations, body, devices).items():
+                    total.setdefault(channel, (n * times, *one))
             elif line.opcode == "conditional":
                 branches = line.called("branch_computations") or [
                     *line.called("true_computation"),
                     *line.called("false_computation"),
                 ]
                 options = [_of(computations, branch, devices) for branch in branches]
-                add(max(options, key=wire_bytes, default={}))
+                for channel, one in max(options, key=_received, default={}).items():
+                    total.setdefault(channel, one)
             elif line.opcode in ("fusion", "call", "async-start"):
-                inner = line.called("calls") or line.called("to_apply")
-                for called in inner:
-                    visit(called, halved or HALVED in line.name or HALVED in called)
+                for called in line.called("calls") or line.called("to_apply"):
+                    if called in computations:
+                        visit(called, halved or HALVED in f"{line.name} {called}")
             elif (kind := line.opcode.removesuffix("-start")) in KINDS:
                 channel = re.search(r"channel_id=(\d+)", line.rest)
-                if channel and channel[1] in seen:
-                    continue
-                if channel:
-                    seen.add(channel[1])
-                add(_one(line, kind, halved, devices))
+                channel = channel[1] if channel else f"{name} {line.name}"
+                kind, figures = _one(line, kind, halved, devices)
+                # Outside before inside, whichever comes first in the text.
+                if figures["bytes"]:
+                    total[channel] = (1, kind, figures)
 
     visit(name, HALVED in name)
     return total
+
+
+def _received(found: dict[str, tuple[int, str, dict]]) -> float:
+    return sum(times * figures["wire_bytes"] for times, _, figures in found.values())
 
 
 def wire_bytes(found: dict[str, dict[str, float]]) -> float:
@@ -158,10 +163,9 @@ def wire_bytes(found: dict[str, dict[str, float]]) -> float:
     return sum(figures["wire_bytes"] for figures in found.values())
 
 
-def _one(line: Line, kind: str, halved: bool, devices: int) -> dict:
+def _one(line: Line, kind: str, halved: bool, devices: int) -> tuple[str, dict]:
+    """Kind, and `count`, `bytes` and `wire_bytes` of one collective."""
     group = group_size(line.rest, devices)
-    if group == 1 and kind != "collective-permute":
-        return {}
     arrays = [size for size, _ in _arrays(line.type)]
     # Begun here, it gives its operands too: (operands, results, marks).
     if line.opcode == "all-gather-start":
@@ -175,7 +179,9 @@ def _one(line: Line, kind: str, halved: bool, devices: int) -> dict:
         kind = "reduce-scatter"
     share = (group - 1) / group
     share = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
-    return {kind: {"count": 1, "bytes": size, "wire_bytes": share * size}}
+    if not share:
+        size = 0  # of a device with itself
+    return kind, {"count": 1, "bytes": size, "wire_bytes": share * size}
 
 
 def _arrays(type: str) -> list[tuple[float, str]]:
@@ -224,12 +230,16 @@ def trip_count(loop: Line, caller: Computation, computations) -> int:
             return int(number[0]) if number else None
         if line.opcode in ("copy", "bitcast", "convert"):
             return constant(line.operands[0], inside)
-        if (index := _index(line)) is not None and inside is not caller:
-            # What a loop carries round unchanged is what came in.
-            same = index < len(following) and _index(body.lines[following[index]])
-            if same == index and index < len(start):
-                return constant(start[index], caller)
-        return None
+        index = _index(line)
+        if (
+            index is None
+            or inside is caller
+            or index >= min(len(start), len(following))
+        ):
+            return None
+        # What a loop carries round unchanged is what came in.
+        unchanged = _index(body.lines[following[index]]) == index
+        return constant(start[index], caller) if unchanged else None
 
     test = condition.lines.get(condition.root)
     if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:

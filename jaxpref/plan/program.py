@@ -26,7 +26,7 @@ from jaxpref.train.shapes import abstract_batch, abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept of a compiled program; part of the key."""
 
 
@@ -203,11 +203,18 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def too_large(message: str) -> dict | None:
-    """`needs` and `limit` in bytes, of the compiler's message that memory ran out."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message)
+    """`needs` and `limit` in bytes, of the compiler's message that memory ran out.
+
+    Arguments are in what it says is needed.  None of another message.
+    """
+    size = r"([\d.]+)([KMGT]?)B?"
+    match = re.search(
+        rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm",
+        message,
+    )
     if match is None:
         return None
-    needs, unit, limit, limit_unit = match.groups()
+    needs, unit, limit, limit_unit = (g for g in match.groups() if g is not None)
     return {
         "needs": float(needs) * UNITS[unit],
         "limit": float(limit) * UNITS[limit_unit],
