@@ -238,14 +238,14 @@ def trip_count(loop: Line, caller: Computation, computations) -> int:
         ):
             return None
         # What a loop carries round unchanged is what came in.
-        unchanged = _index(body.lines[following[index]]) == index
+        unchanged = _index(body.lines.get(following[index])) == index
         return constant(start[index], caller) if unchanged else None
 
     test = condition.lines.get(condition.root)
     if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
         return 1
     counter, bound = test.operands
-    index, bound = _index(condition.lines[counter]), constant(bound, condition)
+    index, bound = _index(condition.lines.get(counter)), constant(bound, condition)
     if index is None or bound is None or index >= min(len(start), len(following)):
         return 1
     first, steps = constant(start[index], caller), [1]
@@ -256,9 +256,9 @@ def trip_count(loop: Line, caller: Computation, computations) -> int:
     return max(-(-(bound - (first or 0)) // step), 0)
 
 
-def _index(line: Line) -> int | None:
+def _index(line: Line | None) -> int | None:
     """Which part of a tuple is read."""
-    if line.opcode != "get-tuple-element":
+    if line is None or line.opcode != "get-tuple-element":
         return None
     match = re.search(r"index=(\d+)", line.rest)
     return int(match[1]) if match else None
