@@ -63,7 +63,9 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     if not plans:
         raise InputError("no mesh of these devices fits the model and the batch")
     best = min(plans, key=lambda pair: _merit(pair[1]))
-    print("\nrecommended:" if best[1]["fits"] else "\nnothing fits; the nearest:")
+    print(
+        "\nnothing fits; the nearest:" if best[1]["fits"] is False else "\nrecommended:"
+    )
     print_plan(best[0], topology, best[1])
     _write(config, best[1] | {"sweep": [plan for _, plan in plans]})
     return best[1]
