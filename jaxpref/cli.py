@@ -1,4 +1,4 @@
-"""The command line: `jaxpref train`, `evaluate`, `sample` and `audit`.
+"""The command line: `jaxpref train`, `evaluate`, `sample`, `audit` and `plan`.
 
 A loss's options are the keyword-only parameters of its function, with its defaults and
 the help of its docstring, so an option that the chosen loss does not read is an error.
@@ -22,6 +22,8 @@ from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit as label_audit
 from jaxpref.evaluate import generations, pairs
+from jaxpref.plan import PlanConfig
+from jaxpref.plan import run as run_plan
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
@@ -80,6 +82,14 @@ class TrainArguments(Generic[Options, Learnt, Mix]):
     options: Annotated[DataOptions, Flat] = DataOptions()
     optimizer: Annotated[OptimizerConfig, Flat] = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArguments(Generic[Options]):
+    """What `jaxpref plan` reads."""
+
+    plan: Annotated[PlanConfig, Flat]
+    loss: Options
 
 
 def train(argv: Sequence[str]) -> None:
@@ -168,7 +178,27 @@ def audit(argv: Sequence[str]) -> None:
     )
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "audit": audit}
+def plan(argv: Sequence[str]) -> None:
+    """Tell whether a run fits a TPU slice, and how fast it may be, without a TPU."""
+    name, rest = _take("--loss", argv, LOSSES, default="dpo")
+    make = OBJECTIVES.get(name) or functools.partial(from_loss, LOSSES[name])
+    arguments = tyro.cli(
+        PlanArguments[_options(LOSSES[name])],
+        args=rest,
+        prog=f"jaxpref plan --loss {name}",
+        description=plan.__doc__,
+        config=(tyro.conf.EnumChoicesFromValues,),
+    )
+    run_plan(arguments.plan, make(**vars(arguments.loss)), argv)
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "audit": audit,
+    "plan": plan,
+}
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ DOORS = {
         ARRAYS | {"numpy", "tqdm"},
     ),
     "report": ({"errors", "files"}, {"matplotlib"}),
-    "plan": ({"errors", "files", "models", "train"}, ARRAYS | {"numpy", "optax"}),
+    "plan": ({"errors", "files", "models", "train"}, ARRAYS | {"numpy", "tqdm"}),
     "errors": (set(), set()),
     "sharding": (set(), {"jax"}),
     "files": ({"errors"}, set()),
@@ -164,9 +164,11 @@ def test_nnx_stays_in_two_files():
 
 
 EXPERIMENTAL = (
-    # Talking between processes, and kernels for TPU: neither has another home in jax.
+    # Talking between processes, kernels for TPU, and devices that are elsewhere: none
+    # of them has another home in jax.
     "jax.experimental.multihost_utils",
     "jax.experimental.pallas.ops",
+    "jax.experimental.topologies",
 )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -28,25 +29,33 @@ class MeshConfig:
     """Devices that share each matrix product (heads, feed-forward, vocabulary)."""
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
     """The mesh over all devices; by Explicit axes a layout mistake fails when traced.
+
+    Args:
+      config: sizes of its axes.
+      devices: others than those of this run, e.g. some that are only described.
 
     Raises:
       InputError: if the sizes do not multiply to the number of devices.
     """
     sizes = [getattr(config, axis) for axis in AXES]
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) == 1:
         known = math.prod(size for size in sizes if size != -1)
         if known > 0:
-            sizes[sizes.index(-1)] = devices // known
-    if min(sizes) < 1 or math.prod(sizes) != devices:
+            sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or math.prod(sizes) != count:
         asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
         raise InputError(
-            f"mesh {asked} does not cover the {devices} device(s) of this run; "
+            f"mesh {asked} does not cover the {count} device(s) of this run; "
             "set the axes so that their product is that number (one may be -1)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    )
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:

@@ -1,0 +1,264 @@
+"""What chips say to each other in a step, read from the text of a compiled program.
+
+Three things make a plain search for `all-gather` wrong.  What stands in a loop is
+carried out as often as the loop turns.  A reduce-scatter of the TPU compiler may be a
+fusion that holds an all-reduce, of which every chip keeps a part: half the bytes.  And
+one that runs beside products is spread over several fusions, all with its channel.
+"""
+
+import dataclasses
+import math
+import re
+
+WIDTHS = {
+    "pred": 1,
+    **{f"{sign}{bits}": bits / 8 for sign in "su" for bits in (2, 4, 8, 16, 32, 64)},
+    "bf16": 2,
+    "f16": 2,
+    "f32": 4,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+}
+"""Bytes of an element; the kinds of eight-bit floats all begin with f8."""
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
+HALVED = "all-reduce-scatter"
+"""In the name of a fusion that keeps a part of the all-reduce in it."""
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One instruction."""
+
+    name: str
+    type: str
+    """Of the result, with its layout."""
+    opcode: str
+    rest: str
+    """Operands and attributes."""
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands."""
+        depth = 1
+        for end, letter in enumerate(self.rest):
+            depth += (letter == "(") - (letter == ")")
+            if not depth:
+                return _NAME.findall(self.rest[:end])
+        return _NAME.findall(self.rest)
+
+    def called(self, attribute: str) -> list[str]:
+        """Names of the computations of an attribute: one, or several in braces."""
+        match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
+        return _NAME.findall(match[1]) if match else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A function of the program."""
+
+    name: str
+    lines: dict[str, Line]
+    root: str
+
+
+def collectives(text: str, *, devices: int) -> dict[str, dict[str, float]]:
+    """Collectives by kind, as one device carries them out in one run of the program.
+
+    A branch counts where it is the one that says most.  Products that are computed ring
+    by ring while the weights arrive show up as `collective-permute`.
+
+    Args:
+      text: from `jax.stages.Compiled.as_text`.
+      devices: of the program.
+
+    Returns:
+      For each kind `count`; `bytes`, of the gathered, reduced or exchanged array; and
+      `wire_bytes`, what a device receives in a ring of n: (n-1)/n of the bytes, twice
+      that for an all-reduce, all of them for a permutation.
+    """
+    computations, entry = parse(text)
+    total: dict[str, dict[str, float]] = {}
+    for times, kind, figures in _of(computations, entry, devices).values():
+        into = total.setdefault(kind, dict.fromkeys(figures, 0))
+        for key, value in figures.items():
+            into[key] += times * value
+    return total
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations by name, and which one is the program."""
+    found, entry, name, lines, root = {}, "", None, {}, ""
+    for written in text.splitlines():
+        if head := _HEAD.match(written):
+            name, lines, root = head[2], {}, ""
+            entry = name if head[1] else entry
+        elif written.startswith("}") and name is not None:
+            found[name] = Computation(name, lines, root)
+            name = None
+        elif name is not None and (line := _LINE.match(written)):
+            lines[line[2]] = Line(*line.groups()[1:])
+            root = line[2] if line[1] else root
+    return found, entry
+
+
+def _of(computations, name: str, devices: int) -> dict[str, tuple[int, str, dict]]:
+    """Those of the program, or of the body of a loop: how often, kind, and figures.
+
+    By channel: one that is begun outside of a loop and goes on in it is one.
+    """
+    total: dict[str, tuple[int, str, dict]] = {}
+
+    def visit(name: str, halved: bool):
+        computation = computations[name]
+        for line in computation.lines.values():
+            if line.opcode == "while":
+                (body,) = line.called("body")
+                times = trip_count(line, computation, computations)
+                for channel, (n, *one) in _of(computations, body, devices).items():
+                    total.setdefault(channel, (n * times, *one))
+            elif line.opcode == "conditional":
+                branches = line.called("branch_computations") or [
+                    *line.called("true_computation"),
+                    *line.called("false_computation"),
+                ]
+                options = [_of(computations, branch, devices) for branch in branches]
+                for channel, one in max(options, key=_received, default={}).items():
+                    total.setdefault(channel, one)
+            elif line.opcode in ("fusion", "call", "async-start"):
+                for called in line.called("calls") or line.called("to_apply"):
+                    if called in computations:
+                        visit(called, halved or HALVED in f"{line.name} {called}")
+            elif (kind := line.opcode.removesuffix("-start")) in KINDS:
+                channel = re.search(r"channel_id=(\d+)", line.rest)
+                channel = channel[1] if channel else f"{name} {line.name}"
+                kind, figures = _one(line, kind, halved, devices)
+                # Outside before inside, whichever comes first in the text.
+                if figures["bytes"]:
+                    total[channel] = (1, kind, figures)
+
+    visit(name, HALVED in name)
+    return total
+
+
+def _received(found: dict[str, tuple[int, str, dict]]) -> float:
+    return sum(times * figures["wire_bytes"] for times, _, figures in found.values())
+
+
+def wire_bytes(found: dict[str, dict[str, float]]) -> float:
+    """What a device receives in all."""
+    return sum(figures["wire_bytes"] for figures in found.values())
+
+
+def _one(line: Line, kind: str, halved: bool, devices: int) -> tuple[str, dict]:
+    """Kind, and `count`, `bytes` and `wire_bytes` of one collective."""
+    group = group_size(line.rest, devices)
+    arrays = [size for size, _ in _arrays(line.type)]
+    # Begun here, it gives its operands too: (operands, results, marks).
+    if line.opcode == "all-gather-start":
+        arrays = arrays[len(arrays) // 2 :]
+    elif line.opcode == "collective-permute-start":
+        arrays = arrays[1:2]
+    size = sum(arrays)
+    if kind == "reduce-scatter":
+        size *= group
+    if kind == "all-reduce" and halved:
+        kind = "reduce-scatter"
+    share = (group - 1) / group
+    share = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+    if not share:
+        size = 0  # of a device with itself
+    return kind, {"count": 1, "bytes": size, "wire_bytes": share * size}
+
+
+def _arrays(type: str) -> list[tuple[float, str]]:
+    """Bytes and element type of each array of a type."""
+    found = []
+    for element, shape in _ARRAY.findall(type):
+        width = WIDTHS.get(element, 1 if element.startswith("f8") else None)
+        if width is not None:
+            sizes = [int(size) for size in shape.split(",") if size]
+            found.append((width * math.prod(sizes), element))
+    return found
+
+
+def group_size(rest: str, devices: int) -> int:
+    """How many devices take part together."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        named = re.findall(r"'(\w+)'", match[2])
+        return math.prod(int(sizes[axis]) for axis in named)
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return match[1].count(",") + 1
+    return devices
+
+
+def trip_count(loop: Line, caller: Computation, computations) -> int:
+    """How often a loop turns: as noted, or from its counter, its bound and its step.
+
+    1 where neither is known, as of a loop that ends by what it computes.
+    """
+    if match := re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.rest):
+        return int(match[1])
+    (condition,), (body,) = loop.called("condition"), loop.called("body")
+    condition, body = computations[condition], computations[body]
+    initial = caller.lines.get(loop.operands[0])
+    start = initial.operands if initial and initial.opcode == "tuple" else []
+    following = body.lines[body.root].operands if body.root in body.lines else []
+
+    def constant(name: str, inside: Computation) -> int | None:
+        line = inside.lines.get(name)
+        if line is None:
+            return None
+        if line.opcode == "constant":
+            number = re.match(r"-?\d+", line.rest)
+            return int(number[0]) if number else None
+        if line.opcode in ("copy", "bitcast", "convert"):
+            return constant(line.operands[0], inside)
+        index = _index(line)
+        if (
+            index is None
+            or inside is caller
+            or index >= min(len(start), len(following))
+        ):
+            return None
+        # What a loop carries round unchanged is what came in.
+        unchanged = _index(body.lines.get(following[index])) == index
+        return constant(start[index], caller) if unchanged else None
+
+    test = condition.lines.get(condition.root)
+    if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
+        return 1
+    counter, bound = test.operands
+    index, bound = _index(condition.lines.get(counter)), constant(bound, condition)
+    if index is None or bound is None or index >= min(len(start), len(following)):
+        return 1
+    first, steps = constant(start[index], caller), [1]
+    after = body.lines.get(following[index])
+    if after is not None and after.opcode == "add":
+        steps = [constant(operand, body) for operand in after.operands]
+    step = next((s for s in steps if s), 1)
+    return max(-(-(bound - (first or 0)) // step), 0)
+
+
+def _index(line: Line | None) -> int | None:
+    """Which part of a tuple is read."""
+    if line is None or line.opcode != "get-tuple-element":
+        return None
+    match = re.search(r"index=(\d+)", line.rest)
+    return int(match[1]) if match else None

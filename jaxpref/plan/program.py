@@ -1,0 +1,229 @@
+"""The programs of a run, compiled from shapes alone for devices that are elsewhere."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+from jaxpref.errors import InputError, first_line
+from jaxpref.files import cache_folder, write_json
+from jaxpref.models import ModelConfig, RewardModel, build
+from jaxpref.plan.chips import Topology
+from jaxpref.plan.hlo import collectives
+from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.score import make_score_step
+from jaxpref.train.scores import make_scores
+from jaxpref.train.shapes import abstract_batch, abstract_state
+from jaxpref.train.state import init_state
+from jaxpref.train.step import make_train_step
+
+FORMAT = 2
+"""Of what is kept of a compiled program; part of the key."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step does, and how it is laid out."""
+
+    model: ModelConfig
+    """Sizes and numerics, remat included."""
+    objective: Objective
+    """What is made small."""
+    optimizer: OptimizerConfig
+    """AdamW."""
+    mesh: MeshConfig
+    """How the devices are used."""
+    prompt_length: int
+    """Tokens of a prompt."""
+    answer_length: int
+    """Tokens of an answer."""
+    batch_size: int
+    """Pairs of a step."""
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    row_length: int | None = None
+    """Tokens of a packed row."""
+    logit_chunk: int | None = None
+    """Completion tokens whose logits exist at the same time."""
+
+
+def devices_of(topology: Topology) -> list:
+    """The devices of a slice, of which none need exist here.
+
+    Raises:
+      InputError: if libtpu is not installed, or knows no such slice.
+    """
+    if topology.chip is None:
+        return jax.devices("cpu")[: topology.devices]
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            f"--topology {topology.name}: the compiler for TPUs, libtpu, is not "
+            'installed: pip install "jaxpref[plan]"'
+        ) from None
+    try:
+        found = topologies.get_topology_desc(
+            topology_name=topology.name,
+            platform="tpu",
+            chip_config_name=topology.chip.config,
+        ).devices
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--topology {topology.name}: libtpu knows no such slice "
+            f"({first_line(error)})"
+        ) from error
+    if len(found) != topology.devices:
+        raise RuntimeError(f"{topology.name}: {len(found)} devices")
+    return found
+
+
+def measure(work: Work, topology: Topology) -> dict:
+    """Compiles the train step and the reference pass, and reads what they need.
+
+    Returns:
+      Plain values: `mesh` by axis; `bytes` of one device by what they hold; for `step`
+      and `score` what `_compiled` says; `shape` of the batch.
+
+    Raises:
+      InputError: if mesh, batch or topology do not fit each other.
+    """
+    mesh = make_mesh(work.mesh, devices_of(topology))
+    objective = work.objective
+    make_model = RewardModel if objective.needs_rewards else build
+    model = make_model(work.model)
+    scores = make_scores(model, objective.needs, chunk_size=work.logit_chunk)
+    schedule = make_schedule(work.optimizer, 1000)
+    tx = make_optimizer(work.optimizer, schedule)
+    with jax.set_mesh(mesh):
+        params, state = abstract_state(
+            model.init,
+            functools.partial(init_state, tx=tx, objective=objective),
+            mesh,
+        )
+        batch = abstract_batch(
+            objective,
+            mesh,
+            prompt_length=work.prompt_length,
+            answer_length=work.answer_length,
+            batch_size=work.batch_size,
+            accumulation=work.accumulation,
+            row_length=work.row_length,
+        )
+        kept = params if objective.needs_live_reference else None
+        step = make_train_step(scores, objective, tx, schedule)
+        score = make_score_step(scores)
+        plain = dataclasses.replace(batch, reference={})
+        programs = {
+            "step": lambda: step.lower(state, batch, kept),
+            "score": lambda: score.lower(params, plain, kept),
+        }
+        found = {name: _compiled(lower, topology) for name, lower in programs.items()}
+    rest = (state.objective_state, state.step, state.skipped)
+    held = {
+        "parameters": params,
+        "optimizer": state.opt_state,
+        "batch": batch,
+        "reference": kept,
+        "other": rest,
+    }
+    return found | {
+        "mesh": dict(mesh.shape),
+        "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
+        "shape": {"tokens": batch.tokens.shape, "targets": batch.targets.shape},
+    }
+
+
+def _compiled(lower, topology: Topology) -> dict:
+    """Memory and collectives of one program, from the cache where they are known.
+
+    `argument`, `output`, `temp` and `alias` bytes of one device; or `needs`, where the
+    compiler only says that it is too much, and the `limit` that it found.
+    """
+    start = time.monotonic()
+    lowered = lower()
+    key = hashlib.sha256(
+        "\n".join([lowered.as_text(), topology.name, *_versions()]).encode()
+    )
+    path = cache_folder() / "plans" / f"{key.hexdigest()[:32]}.json"
+    if (found := _read(path)) is not None:
+        return found
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (found := too_large(str(error))) is None:
+            raise
+        found["seconds"] = time.monotonic() - start
+    else:
+        memory = compiled.memory_analysis()
+        found = {
+            name: getattr(memory, f"{name}_size_in_bytes")
+            for name in ("argument", "output", "temp", "alias")
+        }
+        try:
+            found["collectives"] = collectives(
+                compiled.as_text(), devices=topology.devices
+            )
+        except jax.errors.JaxRuntimeError as error:
+            found["collectives"] = None
+            found["no_text"] = first_line(error)
+        found["seconds"] = time.monotonic() - start
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    return found
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _versions() -> list[str]:
+    found = [f"format {FORMAT}"]
+    for package in ("jax", "jaxlib", "libtpu"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return found
+
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def too_large(message: str) -> dict | None:
+    """`needs` and `limit` in bytes, of the compiler's message that memory ran out.
+
+    Arguments are in what it says is needed.  None of another message.
+    """
+    size = r"([\d.]+)([KMGT]?)B?"
+    match = re.search(
+        rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm",
+        message,
+    )
+    if match is None:
+        return None
+    needs, unit, limit, limit_unit = (g for g in match.groups() if g is not None)
+    return {
+        "needs": float(needs) * UNITS[unit],
+        "limit": float(limit) * UNITS[limit_unit],
+    }
+
+
+def _bytes_of_one(tree) -> int:
+    """Bytes that one device holds of arrays."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

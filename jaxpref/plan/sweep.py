@@ -1,0 +1,46 @@
+"""Which meshes and policies are worth compiling."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from jaxpref.models import ModelConfig
+from jaxpref.plan.chips import Topology
+from jaxpref.plan.config import PlanConfig
+from jaxpref.train import MeshConfig
+
+
+def candidates(
+    config: PlanConfig, model: ModelConfig, topology: Topology
+) -> Iterator[PlanConfig]:
+    """Plans to try: each mesh with remat "full" and with "dots".
+
+    For `tensor` 1, 2, 4 and 8, where it divides the model, the most devices for `fsdp`
+    that divide hidden size and vocabulary, and the rest for `data`; where the rows of a
+    micro-batch can be split over them.
+    """
+    for tensor in (1, 2, 4, 8):
+        sizes = (model.num_heads, model.num_kv_heads, model.intermediate_size)
+        sizes += (model.vocab_size, model.hidden_size)
+        if topology.devices % tensor or any(size % tensor for size in sizes):
+            continue
+        rest = topology.devices // tensor
+        fsdp = max(
+            n
+            for n in range(1, rest + 1)
+            if not (rest % n or model.hidden_size % n or model.vocab_size % n)
+        )
+        if config.row_length is None and config.batch % (rest * config.accumulation):
+            continue
+        mesh = MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor)
+        for remat in ("full", "dots"):
+            yield dataclasses.replace(config, mesh=mesh, remat=remat)
+
+
+def flags_of(config: PlanConfig) -> list[str]:
+    """The options of mesh and memory that say the same, for the command line."""
+    mesh = config.mesh
+    return [
+        *("--mesh.data", f"{mesh.data}", "--mesh.fsdp", f"{mesh.fsdp}"),
+        *("--mesh.tensor", f"{mesh.tensor}", "--remat", config.remat),
+        *("--accumulation", f"{config.accumulation}"),
+    ]

@@ -1,0 +1,108 @@
+"""What a plan looks like on a terminal."""
+
+from jaxpref.plan.advice import advice
+from jaxpref.plan.chips import GIB, Topology
+from jaxpref.plan.config import PlanConfig
+from jaxpref.plan.roofline import ASSUMPTIONS
+
+
+def gib(size: float | None) -> str:
+    """Bytes for people; small ones in MiB."""
+    if size is None:
+        return "-"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def print_plan(config: PlanConfig, topology: Topology, plan: dict) -> None:
+    """A plan, all of it."""
+    held = plan["held_bytes"]
+    axes = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    lines = [
+        f"{plan['model']} on {topology.name}: {plan['devices']} devices, {axes}; "
+        f"remat {plan['remat']}",
+        "a step: {} x {} rows of {} x {} tokens".format(*plan["tokens_shape"]),
+        "",
+        f"one device{'' if topology.chip is None else ' (' + topology.chip.name + ')'}",
+    ]
+    rows = [(name, size) for name, size in held.items() if size and name != "other"]
+    rows += [("temporaries", plan["temp_bytes"]), ("the step", plan["hbm_bytes"])]
+    rows += [("the reference pass", plan["score"]["hbm_bytes"])]
+    lines += [f"  {name:20}{gib(size):>12}" for name, size in rows]
+    lines += _verdict(config, plan)
+    if plan["roofline_seconds"] is not None:
+        lines += _times(plan)
+    lines += _collectives(plan)
+    print("\n".join(lines), flush=True)
+
+
+def _verdict(config: PlanConfig, plan: dict) -> list[str]:
+    limit = plan["hbm_limit_bytes"]
+    if limit is None:
+        return []
+    over = plan["hbm_bytes"] - limit
+    if plan["fits"]:
+        return [f"  fits: {gib(-over)} of {gib(limit)} left"]
+    lines = [f"  does not fit: {gib(over)} more than the {gib(limit)} there are"]
+    return lines + [f"    try {line}" for line in advice(config, plan)]
+
+
+def _times(plan: dict) -> list[str]:
+    parts = ", ".join(
+        f"{name} {plan[f'{name}_seconds']:.3g} s"
+        for name in ("compute", "memory", "ici")
+    )
+    source = "read from the program" if plan["wire_bytes"] is not None else "ideal"
+    lines = [
+        "",
+        f"a step takes at least {plan['roofline_seconds']:.3g} s "
+        f"({parts}; collectives {source})",
+        f"  {plan['flops_per_step']:.3g} FLOPs, {plan['computed_flops']:.3g} with what "
+        "is computed again",
+        f"  at most {plan['tokens_per_second']:,.0f} tokens/s, MFU "
+        f"{100 * plan['mfu_estimate']:.0f} %",
+    ]
+    if "hours" in plan:
+        lines.append(
+            f"  at least {plan['hours']:.2f} h for the pairs, and "
+            f"{plan['score_hours']:.2f} h for the reference's log-probs"
+        )
+    return lines + [f"  assumed: {'; '.join(ASSUMPTIONS)}"]
+
+
+def _collectives(plan: dict) -> list[str]:
+    found = plan["collectives"]
+    if found is None:
+        why = f" ({plan['no_text']})" if plan["no_text"] else ""
+        return ["", f"collectives: the compiler gives no text of this program{why}"]
+    lines = ["", "collectives of a step, a device:"]
+    for kind, figures in sorted(found.items()):
+        lines.append(
+            f"  {kind:20}{figures['count']:>8,.0f}{gib(figures['bytes']):>14}, "
+            f"{gib(figures['wire_bytes'])} received"
+        )
+    if plan["mesh"]["fsdp"] > 1:
+        lines.append(
+            f"  received in all {gib(plan['wire_bytes'])}; weights gathered twice and "
+            f"gradients scattered once are {gib(plan['ideal_wire_bytes'])}"
+        )
+    return lines
+
+
+def print_sweep(config: PlanConfig | None, plan: dict | None) -> None:
+    """A line of a sweep, or its head."""
+    if plan is None:
+        print(
+            f"{'data':>5}{'fsdp':>6}{'tensor':>7}  {'remat':5}{'needs':>12}"
+            f"{'fits':>6}{'at least':>11}{'MFU':>6}",
+            flush=True,
+        )
+        return
+    mesh, seconds = plan["mesh"], plan["roofline_seconds"]
+    fits = {True: "yes", False: "no", None: "-"}[plan["fits"]]
+    time = "-" if seconds is None else f"{seconds:.3g} s"
+    mfu = "-" if seconds is None else f"{100 * plan['mfu_estimate']:.0f} %"
+    print(
+        f"{mesh['data']:>5}{mesh['fsdp']:>6}{mesh['tensor']:>7}  {plan['remat']:5}"
+        f"{gib(plan['hbm_bytes']):>12}{fits:>6}{time:>11}{mfu:>6}",
+        flush=True,
+    )
