@@ -31,16 +31,15 @@ Commands
 Expected
     GiB for four pairs, `--vocabularies 152064`, float32, jax 0.10.2 on a CPU (x86):
 
-        tokens   peers  thrifty   ours   none  ours / peers  / thrifty
-           512     8.1      6.1    3.0    1.5          0.38       0.50
-          1024    16.0     11.6    3.9    2.4          0.24       0.33
-          2048    31.7     22.8    5.6    4.3          0.18       0.25
-          4096    63.3     45.1    8.9    8.1          0.14       0.20
+        tokens   peers  thrifty   ours  ours / peers  / thrifty
+           512     8.1      6.1    2.3          0.29       0.39
+          1024    16.0     11.6    3.2          0.20       0.28
+          2048    31.7     22.8    5.6          0.18       0.25
+          4096    63.3     45.1    8.9          0.14       0.20
 
-    At 512 tokens it is more than a third: a chunk holds three arrays of half a GiB, and
-    beside it lie the turned embedding and the head's gradient, 0.3 GiB each, however
-    few the tokens.  With `jaxpref.models.logprobs.CHUNK_BYTES` half as large ours takes
-    2.3 GiB there, 0.29 of peers' and 0.39 of the thrifty ones'.
+    The last two lines are of chunks (`jaxpref.models.logprobs.CHUNK_BYTES`) twice as
+    large as now.  At 512 tokens the turned embedding and the head's gradient, 0.3 GiB
+    each, lie beside the chunk's arrays, however few the tokens.
 """
 
 import dataclasses
