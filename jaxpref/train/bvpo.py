@@ -48,12 +48,11 @@ def bvpo(
     The alpha of a step comes from the probes before it, never from its own pairs, and
     is 0.5 at the first.
 
-    A probe costs about two forward passes, a random sign for every parameter, and
-    memory for one more copy of them: 43 % of a step (quartiles 37 to 47) with sizes of
-    260,000 parameters and 2,048 tokens a step, 70 % (69 to 71) with two layers of a
-    135M model and 1,024, so 2.7 % and 4.4 % of the time at one in 16; of steps with as
-    few as 256 tokens, 11 % (`python -m benchmarks.bvpo_overhead` with the options that
-    stand there; processor time of two busy cores).
+    A probe costs about one more step, a random sign for every parameter, and memory for
+    one more copy of them: with probes at one step in 16, 6.3 % of the time (quartiles
+    -0.9 to 7.1) with sizes of 260,000 parameters and 2,048 tokens a step; with two
+    layers of a 135M model and 1,024 tokens a probe is 1.2 steps, 7.5 % (`python -m
+    benchmarks.bvpo_overhead` with the options that stand there; two quiet cores).
 
     Metrics: `bvpo/alpha`; of "auto" as well, averaged over probes, in units of the
     batch's gradient before clipping: `trace_grad_norm` and `empty_grad_norm` (root mean
