@@ -34,6 +34,7 @@ import tyro
 
 from jaxpref import data, losses
 from jaxpref.models import ModelConfig, build
+from jaxpref.plan.presets import PRESETS
 from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
 from jaxpref.train.bvpo import bvpo
 from jaxpref.train.entry import entry_point
@@ -55,17 +56,7 @@ MODELS = {
         max_position_embeddings=512,
         tie_word_embeddings=True,
     ),
-    "smollm-135m-2-layers": ModelConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=2,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    ),
+    "smollm-135m-2-layers": dataclasses.replace(PRESETS["smollm2-135m"], num_layers=2),
 }
 
 

@@ -47,7 +47,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.random_steps import LLAMA_1B, make_step, random_pairs, reference_of
+from benchmarks.peers.records import useful_flops
+from benchmarks.random_steps import make_step, random_pairs, reference_of
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
@@ -55,6 +56,7 @@ from jaxpref.models import ModelConfig, build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.models.huggingface_config import config_to_hf
+from jaxpref.plan.presets import PRESETS
 from jaxpref.train import MeshConfig, make_mesh
 from jaxpref.train.entry import entry_point
 from jaxpref.train.mesh import row_shards, to_global
@@ -170,32 +172,10 @@ def product_tflops(size: int, repeats: int = 5) -> float:
 # ---- the work ----------------------------------------------------------------------
 
 
-def useful_flops(config: ModelConfig, prompts, completions) -> np.ndarray:
-    """FLOP of the forward and backward pass of each pair, [N].
-
-    3 * 2 * (weights of all layers * tokens + D V * completion tokens
-             + 2 L H K * pairs of a query and a key it may see)
-
-    Args:
-      config: the model's.
-      prompts: int [N], tokens of each prompt.
-      completions: int [N, 2], tokens of both answers.
-    """
-    c = config
-    D, H, G, K = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-    layer = D * (H + 2 * G) * K + H * K * D + 3 * D * c.intermediate_size
-    p, a = np.asarray(prompts, float), np.asarray(completions, float)
-    tokens, answers = p + a.sum(-1), a.sum(-1)
-    # Each token sees itself and all before it of its own prompt and answer.
-    seen = p * (p + 1) / 2 + (p[:, None] * a + a * (a + 1) / 2).sum(-1)
-    forward = c.num_layers * (layer * tokens + 2 * H * K * seen)
-    return 3 * 2 * (forward + D * c.vocab_size * answers)
-
-
 def make_pairs(config: GpuConfig) -> tuple[ModelConfig, data.Pairs, Path | None]:
     """The model's sizes, the pairs, and the model's folder where one was named."""
     if config.model is None:
-        sizes = LLAMA_1B
+        sizes = PRESETS["llama-3-1b"]
         if config.tiny:
             sizes = dataclasses.replace(
                 sizes,

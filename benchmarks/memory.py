@@ -16,10 +16,10 @@ and, in the rows of ours, through other heads on the same backbone:
 - none: no head at all, to see what the backbone takes.
 
 Commands
-    All sizes, and a Qwen-like 0.6B model:
+    All sizes, and a 0.6B model with a large vocabulary:
 
         python -m benchmarks.memory --json memory.json
-        python -m benchmarks.memory --model qwen-600m --vocabularies 152064
+        python -m benchmarks.memory --model llama-0.6b-152k --vocabularies 151936
 
     One vocabulary, up to 1,024 tokens; the layout without packing:
 
@@ -53,8 +53,6 @@ import numpy as np
 import tyro
 
 from benchmarks.random_steps import (
-    QWEN_600M,
-    SMOLLM_135M,
     make_step,
     padded_batch,
     pair_a_row_batch,
@@ -65,12 +63,13 @@ from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import Model, ModelConfig, build
+from jaxpref.plan.presets import PRESETS
 from jaxpref.train.entry import entry_point
 from jaxpref.train.scores import ScoreFunction, make_scores
 
 MODELS = {
-    "smollm-135m-4-layers": dataclasses.replace(SMOLLM_135M, num_layers=4),
-    "qwen-600m": QWEN_600M,
+    "smollm-135m-4-layers": dataclasses.replace(PRESETS["smollm2-135m"], num_layers=4),
+    "llama-0.6b-152k": PRESETS["llama-0.6b-152k"],
 }
 
 
@@ -78,7 +77,7 @@ MODELS = {
 class MemoryConfig:
     """What is compiled."""
 
-    model: Literal["smollm-135m-4-layers", "qwen-600m"] = "smollm-135m-4-layers"
+    model: Literal["smollm-135m-4-layers", "llama-0.6b-152k"] = "smollm-135m-4-layers"
     """Sizes; the vocabulary is replaced."""
     vocabularies: tuple[int, ...] = (49152, 152064)
     """Sizes of the vocabulary."""

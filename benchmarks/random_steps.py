@@ -14,47 +14,12 @@ import numpy as np
 from jaxpref import data, losses
 from jaxpref.data.packing import collate_packed, lengths
 from jaxpref.data.pipeline import collate
-from jaxpref.models import Model, ModelConfig
+from jaxpref.models import Model
 from jaxpref.train import OptimizerConfig, from_loss
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.scores import ScoreFunction, make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
-
-SMOLLM_135M = ModelConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
-QWEN_600M = ModelConfig(
-    vocab_size=152064,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=28,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=64,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
-LLAMA_1B = ModelConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    rope_theta=500000.0,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
 
 
 class Step(NamedTuple):

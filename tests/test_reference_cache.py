@@ -387,8 +387,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert cache_folder() == Path("/caches/jaxpref")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert cache_folder() == Path("/home/me/.cache/jaxpref")
+    monkeypatch.setenv("HOME", "/nobody")
+    assert cache_folder() == Path("/nobody", ".cache", "jaxpref")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(InputError, match="set JAXPREF_CACHE"):
         cache_folder()

@@ -11,7 +11,7 @@ from jaxpref.models.attention_kernels import causal_kernel, packed_kernel
 from jaxpref.models.config import SPECS, on_mesh
 
 BLOCK = 64
-"""Tokens of a block: the fastest of 64, 128 and 256 on CPU at 9 heads of 64."""
+"""Tokens of a block."""
 NOTHING = -1e30
 """In place of minus infinity, whose differences are not numbers."""
 
@@ -24,7 +24,7 @@ def attention(q, k, v, mask, *, kernels: bool = True):
         k: [B, S, G, K]; query head h reads key head h // (H / G).
         v: [B, S, G, K].
         mask: bool [B, 1, T, S], or None for causal.
-        kernels: those of accelerators may be taken, through which jax.jvp cannot go.
+        kernels: those of accelerators may be taken, which have no second derivatives.
     """
     if kernels and mask is None and (kernel := causal_kernel(q)) is not None:
         return _on_each_device(kernel, q, k, v)

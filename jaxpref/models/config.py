@@ -56,8 +56,8 @@ class ModelConfig:
     `remat` says what the backward pass recomputes within a layer: "none", "dots" (all
     but the matrix products with weights) or "full" (everything).  `unroll` is how many
     layers of the scan over them are written out one after the other, at most all.
-    `kernels`: whole sequences may take the attention kernels of accelerators, through
-    which `jax.jvp` cannot go.
+    `kernels`: whole sequences may take the attention kernels of accelerators, which
+    have no second derivatives.
     """
 
     vocab_size: int

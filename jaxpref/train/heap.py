@@ -15,10 +15,9 @@ def keep_heap() -> None:
     """Makes glibc keep freed memory, where XLA computes on the CPU.
 
     XLA asks for the arrays of each program anew, and glibc gives large ones straight
-    back to Linux, which then has to clear every page again when it is touched: a
-    sixth to a quarter of a step's time on two cores.  One heap that never shrinks does
-    without.  The peak stays the same where steps have a gigabyte or two of temporary
-    arrays; with 3.5 it was 1.6 times as much, since little arrays settle in the gaps.
+    back to Linux, which then has to clear every page again when it is touched.  One
+    heap that never shrinks does without; its peak may be higher, since little arrays
+    settle in the gaps.
 
     To be called before XLA starts its threads, which choose a heap then.  Does nothing
     beside an accelerator, without glibc, or where a `MALLOC_` variable of the

@@ -108,7 +108,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             compute_dtype=config.compute_dtype,
             remat="none" if config.remat == "auto" else config.remat,
             unroll=config.unroll,
-            kernels=not objective.mixes,  # bvpo differentiates forwards
+            kernels=not objective.mixes,  # bvpo differentiates a gradient
         )
     )
     new_params, load = model.init, functools.partial(load_params, folder, model)
