@@ -14,11 +14,9 @@ import pytest
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.plan.chips import parse_topology
-from jaxpref.plan.program import Work, measure
+from jaxpref.plan.program import _bytes_of_one as bytes_of_one
 from jaxpref.train import (
     Decay,
-    MeshConfig,
     Optimizer,
     OptimizerConfig,
     from_loss,
@@ -191,7 +189,14 @@ def test_a_checkpoint_restores_it_to_the_bit(config, tmp_path):
 @each
 def test_a_resumed_run_ends_in_the_same_bits(config, tmp_path):
     inputs = make_model_folder(tmp_path / "m"), make_pairs_file(tmp_path / "p.jsonl")
-    asked = config_for(inputs, tmp_path / "run", max_steps=4, optimizer=config)
+    asked = config_for(
+        inputs,
+        tmp_path / "run",
+        max_steps=4,
+        optimizer=config,
+        options=data.DataOptions(max_length=64, heldout_fraction=0.0),
+        objective=from_loss(losses.cpo),
+    )
     run(asked)
     exported = tmp_path / "run" / "export" / "model.safetensors"
     expected = exported.read_bytes()
@@ -208,34 +213,32 @@ def test_a_resumed_run_ends_in_the_same_bits(config, tmp_path):
     assert losses_of() == history and len(history) == 4
 
 
-def test_a_plan_shows_what_it_saves():
-    def held(config):
-        work = Work(
-            model=MODEL,
-            objective=OBJECTIVE,
-            optimizer=config,
-            mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-            prompt_length=8,
-            answer_length=8,
-            batch_size=8,
-        )
-        return measure(work, parse_topology("cpu:8"))["bytes"]
+def test_it_needs_what_it_says_and_a_plan_counts_that():
+    """A plan counts the bytes of one device from these shapes."""
 
-    plain = held(OptimizerConfig())
-    narrow = held(CONFIGS["bfloat16 moment"])
-    factored = held(CONFIGS["adafactor"])
-    # Two float32 moments, or one of each dtype, and two counters of steps.
-    assert plain["optimizer"] == 2 * plain["parameters"] + 8
-    assert narrow["optimizer"] == 1.5 * plain["parameters"] + 8
-    # Embedding and head [128, 128], gate, up and down [2, 128, 256]: both means, over 2
-    # devices; queries, keys, values and outputs have heads of 4 features, and norms
-    # are vectors: whole, of them a quarter, and of the norms everything, on each.
-    means = 2 * 2 * 128 / 2 + 3 * (2 * 128 + 2 * 256) / 2
-    whole = 2 * 128 * 4 * (4 + 2 + 2 + 4) / 4 + 5 * 128
-    fillers = 3 * 12 - 12 - 5 - 7 * 0  # counted below
-    found = factored["optimizer"] / 4
-    assert fillers >= 0 and means + whole <= found <= means + whole + 40
-    assert factored["optimizer"] < plain["optimizer"] / 4
+    def held(config):
+        tx = make_optimizer(config, make_schedule(config, 100))
+        new_state = functools.partial(init_state, tx=tx, objective=OBJECTIVE)
+        mesh = mesh_of(*SIZES)
+        with jax.set_mesh(mesh):
+            params, state = abstract_state(build(MODEL).init, new_state, mesh)
+        return bytes_of_one(params), bytes_of_one(state.opt_state)
+
+    # Two moments, and two counters of steps.
+    parameters, plain = held(OptimizerConfig())
+    assert plain == 2 * parameters + 8
+    _, narrow = held(CONFIGS["bfloat16 moment"])
+    assert narrow == 1.5 * parameters + 8
+    # Means over either axis of embedding and head [V, D] and of gate, up and down
+    # [L, D, F], spread over two devices each; all of queries, keys, values and outputs
+    # [L, D, H, K], whose heads are small, over four; norms; and a number in place of
+    # each of the three that a leaf does not have.
+    L, D, F, V, heads = 2, 128, 256, 128, 4 * (4 + 2 + 2 + 4)
+    means = 2 * (V + D) / 2 + 3 * L * (D + F) / 2
+    rest = L * D * heads / 4 + 2 * L * D + D
+    numbers = 5 * 1 + 7 * 2
+    _, factored = held(CONFIGS["adafactor"])
+    assert factored == 4 * (means + rest + numbers) + 8
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,7 @@ def watched(monkeypatch):
     yield seen
 
 
-@pytest.mark.parametrize("row_length", [None, 64], ids=["padded", "packed"])
-def test_no_array_of_a_run_lies_whole_on_a_device(tmp_path, monkeypatch, row_length):
+def test_no_array_of_a_run_lies_whole_on_a_device(tmp_path, monkeypatch):
     inputs = make_model_folder(tmp_path / "m"), make_pairs_file(tmp_path / "p.jsonl")
     config = config_for(
         inputs,
@@ -99,7 +98,6 @@ def test_no_array_of_a_run_lies_whole_on_a_device(tmp_path, monkeypatch, row_len
         mesh=MESH,
         max_steps=4,
         batch_size=16,
-        row_length=row_length,
         options=data.DataOptions(max_length=64, heldout_fraction=0.2),
     )
     with watched(monkeypatch) as seen:

@@ -6,7 +6,8 @@ import json
 
 import jax.numpy as jnp
 
-from jaxpref.train import read_metrics, run
+from jaxpref import data, losses
+from jaxpref.train import from_loss, read_metrics, run
 from jaxpref.train.profile import WARM, profiled
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
@@ -20,7 +21,13 @@ def events(folder):
 
 def test_a_profiled_run_is_the_same_run(tmp_path):
     inputs = make_model_folder(tmp_path / "m"), make_pairs_file(tmp_path / "p.jsonl")
-    config = config_for(inputs, tmp_path / "plain", max_steps=5)
+    config = config_for(
+        inputs,
+        tmp_path / "plain",
+        max_steps=5,
+        objective=from_loss(losses.cpo),
+        options=data.DataOptions(max_length=64, heldout_fraction=0.0),
+    )
     run(config)
     run(dataclasses.replace(config, out=str(tmp_path / "traced"), profile=2))
     written = [
