@@ -133,11 +133,11 @@ def test_its_state_is_spread_like_the_weights_before_and_after_a_step(config):
         state, step, tx = begun(config)
         layouts = lambda s: jax.tree.map(lambda x: (jax.typeof(x), x.sharding.spec), s)
         before = layouts(state)
-        for leaf in jax.tree.leaves(state.opt_state):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
             # Rows and columns of a matrix lie where the matrix does.
-            if leaf.size >= 128 * 2 and "norm" not in str(leaf.shape):
-                spread = leaf.sharding.shard_shape(leaf.shape)
-                assert math.prod(spread) < leaf.size or leaf.shape == (2, 128), leaf
+            if "norm" not in jax.tree_util.keystr(path) and leaf.size > 1:
+                part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+                assert part < leaf.size, jax.tree_util.keystr(path)
         after, _ = step(state, to_global(next(batches_of(make_pairs(24))), mesh))
         assert layouts(after) == before
         spec = jax.P
@@ -186,14 +186,16 @@ def test_a_checkpoint_restores_it_to_the_bit(config, tmp_path):
         checkpoints.close()
 
 
-@each
-def test_a_resumed_run_ends_in_the_same_bits(config, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["adafactor", pytest.param("bfloat16 moment", marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_ends_in_the_same_bits(name, tmp_path):
     inputs = make_model_folder(tmp_path / "m"), make_pairs_file(tmp_path / "p.jsonl")
     asked = config_for(
         inputs,
         tmp_path / "run",
         max_steps=4,
-        optimizer=config,
+        optimizer=CONFIGS[name],
         options=data.DataOptions(max_length=64, heldout_fraction=0.0),
         objective=from_loss(losses.cpo),
     )
