@@ -20,9 +20,9 @@ def keep_compiled() -> None:
     """Has compiled programs kept for later processes, unless jax was told otherwise.
 
     They lie in `compiled/` of the cache folder, the small ones too: on CPU a process
-    compiles dozens of them.  `JAX_COMPILATION_CACHE_DIR` names another folder, or none
-    where it is empty, or a bucket (`gs://BUCKET/FOLDER`), of which jax keeps only what
-    took a second to compile.  jax keys them by program, flags, versions and processor;
+    compiles dozens of them.  `JAX_COMPILATION_CACHE_DIR` names another folder, or a
+    bucket (`gs://BUCKET/FOLDER`), where jax keeps what took a second to compile, or
+    nothing where it is empty.  jax keys them by program, flags, versions and processor;
     of several processes the first one writes.
 
     Raises:
