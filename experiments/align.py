@@ -7,12 +7,12 @@ Claim
     pairs, in the same order, from the same reference.
 
 Commands
-    On a CPU or GPU machine with access to the Hugging Face hub:
+    With access to the Hugging Face hub, on a CPU or GPU machine or on every worker of a
+    TPU pod:
 
         python -m experiments.align --model HuggingFaceTB/SmolLM2-135M-Instruct \
             --data Anthropic/hh-rlhf --flip-rate 0.2 --out runs/align
 
-    On every worker of a TPU pod: the same with `--compute-dtype bfloat16`.
     With a folder and a file:
 
         python -m experiments.align --model DIR --data pairs.jsonl --out runs/align
@@ -76,8 +76,8 @@ class AlignConfig:
     """Read only so many pairs."""
     heldout_fraction: float = 0.05
     """Share of the prompts that accuracy is measured on."""
-    compute_dtype: str = "float32"
-    """bfloat16 on TPU and GPU."""
+    compute_dtype: str | None = None
+    """Dtype of products; where not given, bfloat16 on TPU and GPU, float32 on CPU."""
     seed: int = 0
     """Order of the pairs."""
 

@@ -15,9 +15,15 @@ def cache_folder() -> Path:
     it can be deleted at any time: it is made again.
 
     Raises:
-      InputError: if there is no home folder.
+      InputError: if there is no home folder, or what is given is no folder.
     """
     if given := os.environ.get("JAXPREF_CACHE"):
+        if "://" in given:
+            raise InputError(
+                f"JAXPREF_CACHE {given}: only folders are read and written; mount the "
+                "bucket, for example with gcsfuse. Compiled programs alone may lie in "
+                f"one: JAX_COMPILATION_CACHE_DIR={given}"
+            )
         folder = Path(os.path.expanduser(given)).absolute()
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

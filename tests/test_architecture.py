@@ -164,8 +164,9 @@ def test_nnx_stays_in_two_files():
 
 
 EXPERIMENTAL = (
-    # Talking between processes, kernels for TPU, and devices that are elsewhere: none
-    # of them has another home in jax.
+    # Meshes over slices, talking between processes, kernels for TPU, and devices that
+    # are elsewhere: none of them has another home in jax.
+    "jax.experimental.mesh_utils",
     "jax.experimental.multihost_utils",
     "jax.experimental.pallas.ops",
     "jax.experimental.topologies",

@@ -8,6 +8,7 @@ log-probs in another order.
 """
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -16,10 +17,13 @@ import numpy as np
 import pytest
 
 from jaxpref import data, losses
+from jaxpref.errors import InputError
 from jaxpref.models import build
+from jaxpref.models.attention_kernels import splash, splash_packed
 from jaxpref.models.logprobs import project
 from jaxpref.train import MeshConfig, from_loss, read_metrics, run
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.precision import with_compute_dtype
 from jaxpref.train.score import make_score_step
 from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
@@ -193,3 +197,92 @@ def test_a_tied_head_in_one_chunk_has_a_bfloat16_gradient():
         np.testing.assert_allclose(
             np.asarray(ours, float) / scale, exact / scale, atol=0.01
         )
+
+
+# ---- what is computed in where nobody said -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+)
+def test_accelerators_compute_in_bfloat16(monkeypatch, capsys, platform, dtype):
+    config = config_for(("model", "pairs"), "out")
+    assert config.compute_dtype is None and config.param_dtype == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert with_compute_dtype(config).compute_dtype == dtype
+    told = capsys.readouterr().out
+    assert told == f"compute dtype {dtype}, by default on a {platform}\n"
+    given = dataclasses.replace(config, compute_dtype="float32")
+    assert with_compute_dtype(given) is given and not capsys.readouterr().out
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys):
+    inputs = make_model_folder(tmp_path / "m"), make_pairs_file(tmp_path / "p.jsonl")
+    config = config_for(
+        inputs,
+        tmp_path / "run",
+        max_steps=1,
+        objective=from_loss(losses.cpo),
+        options=data.DataOptions(max_length=64, heldout_fraction=0.0),
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "default_backend", lambda: "tpu")
+        run(config)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["compute_dtype"], written["param_dtype"]) == ("bfloat16", "float32")
+    # On a CPU the same command asks for something else, and says so.
+    with pytest.raises(InputError, match="compute_dtype .'bfloat16' -> 'float32'."):
+        run(config)
+    assert "compute dtype float32, by default on a cpu" in capsys.readouterr().out
+    run(dataclasses.replace(config, compute_dtype="bfloat16"))
+
+
+# ---- full precision, where it is asked for -------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_product_can_be_asked_for_in_full_precision(layout):
+    """`JAX_DEFAULT_MATMUL_PRECISION=highest` reaches the products and their slopes.
+
+    Those of float32 factors: bfloat16's are exact anyway.
+    """
+    objective = from_loss(losses.tdpo2)  # keeps the reference, so it has them all
+    model = build(tiny_config(remat="full"))
+    params = tiny_params(model)
+    batch = jax.tree.map(jnp.asarray, next(batches_of(make_pairs(24), layout)))
+
+    def gradient(params):
+        scores = make_scores(model, objective.needs, chunk_size=4)
+        bound = lambda p, b: scores(p, b, params)
+        return objective.gradient(bound, params, batch, objective.init(0))
+
+    def products():
+        text = jax.jit(gradient).lower(params).as_text()
+        return [line for line in text.splitlines() if "dot_general" in line]
+
+    assert not any("HIGHEST" in line for line in products())
+    with jax.default_matmul_precision("highest"):
+        found = products()
+    assert len(found) > 30
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in found)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_on_a_tpu_follows_too(packed):
+    q, k = jnp.ones((2, 256, 4, 16)), jnp.ones((2, 256, 2, 16))
+    places = (jnp.zeros((2, 256), int),) * 2
+
+    def total(q, k, v):
+        if packed:
+            return jnp.sum(splash_packed(q, k, v, *places, interpret=True))
+        return jnp.sum(splash(q, k, v, interpret=True))
+
+    with jax.default_matmul_precision("highest"):
+        traced = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(q, k, k)
+    found = [
+        e.params["precision"]
+        for e in equations(traced.jaxpr)
+        if e.primitive.name == "dot_general"
+    ]
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(found) >= 7 and set(found) == {highest}

@@ -1,6 +1,7 @@
 """Programs: one of each in a run, none compiled a second time, and what is told."""
 
 import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxpref import data, losses
+from jaxpref.errors import InputError
+from jaxpref.files import cache_folder
 from jaxpref.train import MeshConfig, TrainConfig, from_loss, run
-from jaxpref.train.programs import describe, explained, padding_told
+from jaxpref.train.programs import describe, explained, keep_compiled, padding_told
 from tests.compiled import programs
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -88,6 +91,65 @@ def test_programs_are_kept_where_nobody_said_otherwise(tmp_path, told):
     assert folders == {None: {"cache"}, "elsewhere": {"elsewhere"}, "": set()}[told]
     if told is None:
         assert any("lambda" in p.name for p in (tmp_path / "cache/compiled").iterdir())
+
+
+# A stand-in for the package that reaches buckets: theirs are folders of one folder.
+GCSFS = """
+import os
+from fsspec.implementations.local import LocalFileSystem
+
+class GCSFileSystem(LocalFileSystem):
+    protocol = ("gs", "gcs")
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        path = str(path).removeprefix("gs://")
+        return path if path.startswith("/") else os.environ["BUCKETS"] + "/" + path
+"""
+COUNTED = f"""
+import jax
+hits = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: event.endswith("/cache_hits") and hits.append(event))
+{COMPILE}
+print(len(hits))
+"""
+
+
+def test_programs_are_kept_in_a_bucket(tmp_path):
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("JAX_P")}
+    environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": "gs://bucket/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "BUCKETS": str(tmp_path / "buckets"),
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+    }
+    (tmp_path / "gcsfs.py").write_text(GCSFS)
+    command = [sys.executable, "-c", COUNTED]
+    for again in (False, True):
+        done = subprocess.run(command, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert (int(done.stdout) > 0) == again
+    kept = list((tmp_path / "buckets/bucket/compiled").iterdir())
+    assert any("lambda" in path.name for path in kept)
+
+
+def test_a_bucket_that_nothing_reaches_is_refused(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
+    try:
+        with pytest.raises(InputError, match="gs://bucket/compiled: gcsfs, which rea"):
+            keep_compiled()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_scores_are_kept_in_folders_alone(monkeypatch):
+    monkeypatch.setenv("JAXPREF_CACHE", "gs://bucket/cache")
+    with pytest.raises(InputError, match="gs://bucket/cache: only folders .* gcsfuse"):
+        cache_folder()
 
 
 def test_a_cache_folder_that_cannot_be_written_stops_nobody(tmp_path):

@@ -1,5 +1,7 @@
-"""The packed train step, compiled by the TPU compiler on a machine without a TPU."""
+"""Train steps, compiled by the TPU compiler on a machine without a TPU."""
 
+import functools
+import math
 import re
 
 import jax
@@ -10,9 +12,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.random_steps import make_step, packed_batch, random_pairs
+from jaxpref import losses
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.config import ROWS
+from jaxpref.plan.chips import parse_topology
+from jaxpref.plan.program import devices_of
+from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
 from jaxpref.train.mesh import AXES, on_devices
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.scores import make_scores
+from jaxpref.train.shapes import abstract_batch, abstract_state
+from jaxpref.train.state import init_state
+from jaxpref.train.step import make_train_step
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
@@ -74,3 +85,46 @@ def test_the_packed_step_runs_splash_attention(topology):
     assert sorted(calls) == ["dkv", "dq", "fwd", "fwd"]
     loops = re.findall(r' while\(.*op_name="([^"]*)"', text)
     assert loops and not [name for name in loops if "shard_map" in name]
+
+
+def test_gradients_alone_cross_from_slice_to_slice():
+    """Each chip sends its own part of them, and sums of numbers; no weight."""
+    model = build(MODEL)
+    objective, config = from_loss(losses.cpo), OptimizerConfig()
+    schedule = make_schedule(config, 100)
+    tx = make_optimizer(config, schedule)
+    mesh = make_mesh(MeshConfig(), devices_of(parse_topology("2xv5e:4x4")))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
+    with jax.set_mesh(mesh):
+        new_state = functools.partial(init_state, tx=tx, objective=objective)
+        params, state = abstract_state(model.init, new_state, mesh)
+        batch = abstract_batch(
+            objective, mesh, prompt_length=128, answer_length=128, batch_size=32
+        )
+        scores = make_scores(model, objective.needs)
+        step = make_train_step(scores, objective, tx, schedule)
+        text = step.lower(state, batch, None).compile().as_text()
+
+    # Within a slice: groups of its 16 chips.
+    groups = re.findall(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
+    assert groups
+    for group in re.findall(r"\{([\d,]+)\}", " ".join(groups)):
+        assert len({int(chip) // 16 for chip in group.split(",")}) == 1
+    # Between slices: what is handed to the runtime of their network.
+    sent = re.findall(
+        r"= \((\w+)\[([\d,]*)\].* send\(.*TRANSFER".replace(
+            "TRANSFER", r"_xla_megascale_transfer_type=\"(\w+)\""
+        ),
+        text,
+    )
+    assert {kind for *_, kind in sent} == {"ALL_REDUCE"}
+    assert len(sent) == len(re.findall(r" send\(", text))
+    sizes = [math.prod(map(int, shape.split(","))) for _, shape, _ in sent]
+    layer = lambda x: math.prod(x.sharding.shard_shape(x.shape)) // MODEL.num_layers
+    parts = [layer(x) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2]
+    parts += [2 * layer(params["embed"]), 2 * layer(params["head"])]
+    # One for each matrix, in and after the loop over layers, and in them no more than a
+    # chip has of it; the rest are vectors, padded to a register.
+    large = sorted(size for size in sizes if size > 8192)
+    assert set(large) <= set(parts) and len(large) >= len(parts) - 2
+    assert max(large) == max(parts)

@@ -31,7 +31,7 @@ from jaxpref.train import (
     sft,
 )
 from jaxpref.train.checkpoint import Checkpoints, digests
-from jaxpref.train.mesh import AXES, check_rows, on_devices, to_global
+from jaxpref.train.mesh import AXES, on_devices, to_global
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
@@ -187,14 +187,6 @@ def test_an_update_that_is_not_finite_never_enters_the_state(pairs):
         assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
         assert not bool(metrics["finite"])
         assert digests((state.params, state.opt_state)) == before
-
-
-def test_rows_that_several_processes_hold_are_refused(monkeypatch):
-    mesh = mesh_of(2, 1, 1)
-    check_rows(8, 2, mesh)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)  # but all rows are held here
-    with pytest.raises(InputError, match="same rows"):
-        check_rows(8, 2, mesh)
 
 
 def test_the_digest_sees_every_bit_of_wide_numbers():

@@ -32,6 +32,7 @@ from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_fits
 from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
+from jaxpref.train.precision import with_compute_dtype
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
 """Settings that a second audit into the same OUT may change."""
@@ -75,8 +76,9 @@ class AuditConfig:
     max_prompt_length: int | None = None
     """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
     their beginning."""
-    compute_dtype: Dtype = "float32"
-    """Dtype of matrix products and activations."""
+    compute_dtype: Dtype | None = None
+    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
+    GPU and float32 on CPU."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
@@ -101,6 +103,7 @@ def run(config: AuditConfig) -> Audit:
     _check(config)
     if jax.process_count() > 1:
         raise InputError("an audit runs in one process; start it on one machine")
+    config = with_compute_dtype(config)
     folder = resolve_folder(config.model)
     source = _named_annotators(data.open_source(config.data), config.annotator_field)
     options = DataOptions(

@@ -19,6 +19,7 @@ from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train.config import Dtype
 from jaxpref.train.mesh import MeshConfig, make_mesh
+from jaxpref.train.precision import with_compute_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,9 @@ class SampleConfig:
     """Prompts answered at the same time."""
     seed: int = 0
     """Seed of the draws."""
-    compute_dtype: Dtype = "float32"
-    """Dtype of matrix products and activations."""
+    compute_dtype: Dtype | None = None
+    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
+    GPU and float32 on CPU."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
@@ -76,6 +78,7 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         )
     model_config = load_config(folder)
     _check_prompts(prompts, model_config, config)
+    config = with_compute_dtype(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = build(

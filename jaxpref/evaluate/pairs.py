@@ -24,7 +24,8 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import is_reward_model, load_config, load_params
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_finite, check_fits
-from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
+from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
+from jaxpref.train.precision import with_compute_dtype
 from jaxpref.train.score import make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
 
@@ -53,8 +54,9 @@ class EvaluateConfig:
     max_prompt_length: int | None = None
     """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
     their beginning."""
-    compute_dtype: Dtype = "float32"
-    """Dtype of matrix products and activations."""
+    compute_dtype: Dtype | None = None
+    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
+    GPU and float32 on CPU."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
@@ -97,6 +99,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     pairs = plan.train
     if jax.process_index() == 0:
         print(f"{config.data}: {plan.describe()}", flush=True)
+    config = with_compute_dtype(config)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
@@ -156,12 +159,13 @@ def _score(
         dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
     )
     params = load_params(folder, model)
+    index, count = share_of_rows(mesh)
     batches = functools.partial(
         data.eval_batches,
         shape=data.batch_shape(pairs),
         batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     step = make_score_step(make_scores(model, frozenset({name})))
     scores = score_pairs(

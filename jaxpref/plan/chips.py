@@ -58,31 +58,41 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips, or virtual devices of this machine's CPU."""
+    """Slices of TPU chips, or virtual devices of this machine's CPU."""
 
     name: str
-    """As given: `v5p:4x4x8` or `cpu:8`."""
+    """As given: `v5p:4x4x8`, `2xv5e:16x16` or `cpu:8`."""
     chip: Chip | None
     """None for a CPU."""
     devices: int
-    """How many a program sees."""
+    """How many a program sees, on all slices."""
+    slices: int = 1
+    """How many there are, all alike."""
+
+    @property
+    def slice(self) -> str:
+        """One of the slices, as libtpu calls it."""
+        return self.name.removeprefix(f"{self.slices}x")
 
 
 def parse_topology(name: str) -> Topology:
-    """`GENERATION:AxB` or `GENERATION:AxBxC` of chips, or `cpu:N`.
+    """`GENERATION:AxB` or `GENERATION:AxBxC` of chips, `Nx` that for N slices, `cpu:N`.
 
     Raises:
       InputError: if it is none of these.
     """
-    kind, _, size = name.partition(":")
-    if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
+    several = re.match(r"([2-9]|[1-9]\d+)x", name)
+    slices = int(several[1]) if several else 1
+    kind, _, size = name[several.end() if several else 0 :].partition(":")
+    if kind == "cpu" and slices == 1 and re.fullmatch(r"[1-9]\d*", size):
         return Topology(name, None, int(size))
     chip = CHIPS.get(kind)
     if chip and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{chip.axes - 1}}}", size):
-        chips = math.prod(map(int, size.split("x")))
-        return Topology(name, chip, chips * chip.devices)
+        chips = slices * math.prod(map(int, size.split("x")))
+        return Topology(name, chip, chips * chip.devices, slices)
     known = ", ".join(f"{k}:{chip.example}" for k, chip in CHIPS.items())
     raise InputError(
         f"--topology {name}: not a topology that is known; give one like {known}, with "
-        "other sizes if you like, or cpu:8 for eight virtual devices"
+        "other sizes if you like, 2xv5e:4x4 for two slices, or cpu:8 for eight virtual "
+        "devices"
     )

@@ -73,9 +73,10 @@ def devices_of(topology: Topology) -> list:
         ) from None
     try:
         found = topologies.get_topology_desc(
-            topology_name=topology.name,
+            topology_name=topology.slice,
             platform="tpu",
             chip_config_name=topology.chip.config,
+            num_slices=topology.slices,
         ).devices
     except (RuntimeError, ValueError) as error:
         raise InputError(

@@ -15,19 +15,21 @@ def candidates(
     """Plans to try: each mesh with remat "full" and with "dots".
 
     For `tensor` 1, 2, 4 and 8, where it divides the model, the most devices for `fsdp`
-    that divide hidden size and vocabulary, and the rest for `data`; where the rows of a
-    micro-batch can be split over them.
+    that divide hidden size and vocabulary and lie on one slice, and the rest for
+    `data`; where the rows of a micro-batch can be split over them.
     """
     for tensor in (1, 2, 4, 8):
         sizes = (model.num_heads, model.num_kv_heads, model.intermediate_size)
         sizes += (model.vocab_size, model.hidden_size)
-        if topology.devices % tensor or any(size % tensor for size in sizes):
+        parts = tensor * topology.slices
+        if topology.devices % parts or any(size % tensor for size in sizes):
             continue
         rest = topology.devices // tensor
         fsdp = max(
             n
             for n in range(1, rest + 1)
             if not (rest % n or model.hidden_size % n or model.vocab_size % n)
+            and rest // n % topology.slices == 0
         )
         if config.row_length is None and config.batch % (rest * config.accumulation):
             continue
@@ -39,8 +41,9 @@ def candidates(
 def flags_of(config: PlanConfig) -> list[str]:
     """The options of mesh and memory that say the same, for the command line."""
     mesh = config.mesh
+    data = [] if mesh.data is None else ["--mesh.data", f"{mesh.data}"]
     return [
-        *("--mesh.data", f"{mesh.data}", "--mesh.fsdp", f"{mesh.fsdp}"),
+        *(*data, "--mesh.fsdp", f"{mesh.fsdp}"),
         *("--mesh.tensor", f"{mesh.tensor}", "--remat", config.remat),
         *("--accumulation", f"{config.accumulation}"),
     ]

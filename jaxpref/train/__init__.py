@@ -13,4 +13,5 @@ from jaxpref.train.objective import reward_regression as reward_regression
 from jaxpref.train.objective import sft as sft
 from jaxpref.train.objective import trainable as trainable
 from jaxpref.train.optimizer import Decay as Decay
+from jaxpref.train.optimizer import Optimizer as Optimizer
 from jaxpref.train.optimizer import OptimizerConfig as OptimizerConfig

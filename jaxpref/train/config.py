@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "explain_compiles",
     "loader_processes",
+    "profile",
 )
 """Fields a resumed run may change: none of them changes what is computed."""
 
@@ -59,8 +60,9 @@ class RunConfig:
     """Seed of the order of examples."""
     param_dtype: Dtype = "float32"
     """Dtype the parameters and optimiser moments are kept in."""
-    compute_dtype: Dtype = "float32"
-    """Dtype of matrix products and activations; bfloat16 on TPU and GPU."""
+    compute_dtype: Dtype | None = None
+    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
+    GPU and float32 on CPU."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the exported weights."""
     remat: Literal["none", "dots", "full", "auto"] = "none"
@@ -81,6 +83,8 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    profile: int = 0
+    """Steps to trace into OUT/profile, after two that compile and warm up."""
     explain_compiles: bool = False
     """Print a line for every program compiled: name, seconds, shapes, and whether it
     came from the cache on disk."""
@@ -95,10 +99,9 @@ class RunConfig:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.logit_chunk is not None and self.logit_chunk < 1:
             raise InputError(f"logit_chunk {self.logit_chunk}: must be at least 1")
-        if self.loader_processes < 0:
-            raise InputError(
-                f"loader_processes {self.loader_processes}: must be at least 0"
-            )
+        for name in ("loader_processes", "profile"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 0")
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "
@@ -117,7 +120,7 @@ class TrainConfig(RunConfig):
     mix: MixOptions | None = None
     """Pairs with an empty trace beside those with traces, for `bvpo` and only there."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 

@@ -27,11 +27,14 @@ from jaxpref.train.mesh import (
     make_mesh,
     on_devices,
     row_shards,
+    share_of_rows,
     to_global,
 )
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.precision import with_compute_dtype
 from jaxpref.train.preemption import Preempted, watched
+from jaxpref.train.profile import profiled
 from jaxpref.train.programs import describe, explained, padding_told
 from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
@@ -55,6 +58,7 @@ def run(config: TrainConfig) -> Path:
       Preempted: after SIGTERM while it trains, once the last step is saved.
     """
     initialize_distributed()
+    config = with_compute_dtype(config)
     out = open_run(config)
     mesh = make_mesh(config.mesh)
     explain = config.explain_compiles and jax.process_index() == 0
@@ -71,9 +75,10 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
     plan = read_plan(config, tokenizer)
+    index, count = share_of_rows(mesh)
     split = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "process_index": index,
+        "process_count": count,
         "accumulation": config.accumulation,
     }
     make_batches, eval_batches = data.batches, data.eval_batches
@@ -251,7 +256,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
 
     closing = contextlib.closing
     with closing(checkpoints), closing(writer), closing(late), closing(feed):
-        with watched(start) as noticed:
+        traced = profiled(train_step, out, steps=config.profile)
+        with watched(start) as noticed, traced as do_step:
             for step in range(start, config.max_steps):
                 if step % config.eval_every == 0:
                     with late.paused():
@@ -261,7 +267,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
                         save(step, state)
                 with late.waiting():
                     batch = next(feed)
-                state, metrics = train_step(state, batch, kept)
+                state, metrics = do_step(state, batch, kept)
                 late.push(step + 1, metrics)
                 if noticed(step + 1):
                     with late.paused():

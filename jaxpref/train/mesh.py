@@ -1,5 +1,6 @@
 """Devices: the one mesh, the start of a multi-process run, and batches placed on it."""
 
+import collections
 import dataclasses
 import importlib.util
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpref.errors import InputError
@@ -21,8 +23,10 @@ AXES = ("data", "fsdp", "tensor")
 class MeshConfig:
     """How many devices each mesh axis has; one axis may be -1, "all that are left"."""
 
-    data: int = 1
-    """Copies of the parameters; rows are split over them."""
+    data: int | None = None
+    """Copies of the parameters; rows are split over them.  Where not given, one for
+    each slice of a multislice run or box of GPUs, between which the network is slower
+    than within."""
     fsdp: int = -1
     """Devices that share one copy of the parameters; rows are split over them too."""
     tensor: int = 1
@@ -34,28 +38,71 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """The mesh over all devices; by Explicit axes a layout mistake fails when traced.
 
+    Of several slices each holds whole copies of the parameters: `data` is spread over
+    the slices first, and `fsdp` and `tensor` stay within one.  Boxes of GPUs are slices
+    to jax too; there `data` may be any number, since a box may be too small for a copy.
+
     Args:
       config: sizes of its axes.
       devices: others than those of this run, e.g. some that are only described.
 
     Raises:
-      InputError: if the sizes do not multiply to the number of devices.
+      InputError: if the sizes do not multiply to the number of devices, or a copy of
+        the parameters would lie on several slices of TPUs.
     """
-    sizes = [getattr(config, axis) for axis in AXES]
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[_slice(device)].append(device)
+    data, *within = sizes = _sizes(config, len(devices), len(slices))
+    each, rest = divmod(data, len(slices))
+    if not rest:
+        arranged = [_arranged((each, *within), slices[key]) for key in sorted(slices)]
+        ordered = np.concatenate(arranged)
+    elif devices[0].platform == "tpu":
+        raise InputError(
+            f"mesh data={data}: a copy of the parameters would lie on several of the "
+            f"{len(slices)} slices, which a slow network joins; give a multiple of "
+            f"{len(slices)}, or leave --mesh.data out (to make it fit: larger slices, "
+            "or --optimizer adafactor)"
+        )
+    else:
+        ordered = sorted(devices, key=lambda device: (_slice(device), device.id))
+    types = (AxisType.Explicit,) * len(AXES)
+    return jax.sharding.Mesh(np.reshape(ordered, sizes), AXES, axis_types=types)
+
+
+def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of one slice, neighbours in the mesh near each other on the torus."""
+    try:
+        return jax.make_mesh(sizes, AXES, devices=devices).devices
+    except NotImplementedError:  # an axis of the torus is divided between two of ours
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def _sizes(config: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
+    """Devices on each axis, all of them known."""
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    if asked["data"] is None:
+        asked["data"] = slices
+    sizes = list(asked.values())
     if sizes.count(-1) == 1:
         known = math.prod(size for size in sizes if size != -1)
         if known > 0:
             sizes[sizes.index(-1)] = count // known
     if min(sizes) < 1 or math.prod(sizes) != count:
-        asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+        told = " x ".join(f"{axis}={size}" for axis, size in asked.items())
         raise InputError(
-            f"mesh {asked} does not cover the {count} device(s) of this run; "
+            f"mesh {told} does not cover the {count} device(s) of this run; "
             "set the axes so that their product is that number (one may be -1)"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
-    )
+    return tuple(sizes)
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
@@ -70,22 +117,41 @@ def check_rows(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> N
             f"batch_size {batch_size} is not a multiple of accumulation {accumulation} "
             f"x {row_shards(mesh)} devices (data x fsdp)"
         )
-    # Each process fills one block of the rows, so the mesh must give it just that.
-    rows = batch_size // accumulation
+    share_of_rows(mesh)
+
+
+def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process fills, and how many shares there are.
+
+    The rows of a share need not lie side by side: a mesh follows the torus, of which a
+    host's chips may be a square.  Where `tensor` reaches over several processes, all of
+    them fill the same share, alike.
+
+    Raises:
+      InputError: if the rows of two processes overlap in part.
+    """
+    shards = row_shards(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
-    mine = sharding.addressable_devices_indices_map((rows,)).values()
-    held = {i for (part,) in mine for i in range(*part.indices(rows))}
-    size = rows // jax.process_count()
-    first = jax.process_index() * size
-    if held != set(range(first, first + size)):
+    held = collections.defaultdict(set)
+    for device, (part,) in sharding.devices_indices_map((shards,)).items():
+        held[device.process_index].add(part.indices(shards)[0])
+    shares = sorted({tuple(sorted(parts)) for parts in held.values()})
+    if any(len(parts) * len(shares) != shards for parts in shares):
         raise InputError(
-            "the mesh gives several processes the same rows: keep tensor within one "
-            "process, so that data x fsdp is a multiple of the processes"
+            f"mesh tensor={mesh.shape['tensor']}: some processes would hold a part of "
+            "each other's rows; choose a tensor that divides the devices of a process, "
+            "or is a multiple of them"
         )
+    mine = tuple(sorted(held[jax.process_index()]))
+    return shares.index(mine), len(shares)
 
 
 def to_global(batch, mesh: jax.sharding.Mesh):
-    """Places each process's rows of an `[A, R, ...]` batch as one global batch."""
+    """Places each process's rows of an `[A, R, ...]` batch as one global batch.
+
+    A process's rows stay in their order, in those places of the batch that its devices
+    hold; so any mesh sees the same pairs in the same micro-batches.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch

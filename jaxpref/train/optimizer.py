@@ -1,14 +1,22 @@
-"""AdamW with clipping and a learning-rate schedule, from optax."""
+"""AdamW or Adafactor, with clipping and a learning-rate schedule, from optax."""
 
 import dataclasses
 import enum
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpref.errors import InputError
+
+
+class Optimizer(enum.Enum):
+    """What gradients are divided by, and what is remembered of them for each weight."""
+
+    ADAMW = "adamw"
+    ADAFACTOR = "adafactor"
 
 
 class Decay(enum.Enum):
@@ -21,8 +29,12 @@ class Decay(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
 
+    optimizer: Optimizer = Optimizer.ADAMW
+    """adamw keeps two moments of every weight.  adafactor (Shazeer and Stern 2018,
+    arXiv:1804.04235, with absolute learning rates and no momentum) keeps sums over the
+    rows and columns of large matrices: hardly any memory."""
     learning_rate: float = 1e-6
     """Peak learning rate.  Rule of thumb: 1e-6 for DPO on all weights of an LLM."""
     decay: Decay = Decay.COSINE
@@ -30,13 +42,17 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay of every matrix (norm scales are left alone)."""
+    """Decoupled decay of every matrix (norm scales are left alone)."""
     adam_b1: float = 0.9
     """AdamW's decay rate of the first moment."""
     adam_b2: float = 0.999
     """AdamW's decay rate of the second moment."""
     adam_eps: float = 1e-8
     """AdamW's epsilon, outside the square root."""
+    adam_mu_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype AdamW's first moment is kept in, that of the parameters where not given;
+    bfloat16 saves a quarter of its state.  The second moment has to see changes of one
+    part in 1 / (1 - adam_b2) and stays in the parameters' dtype."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it; 0 means never."""
 
@@ -53,6 +69,14 @@ class OptimizerConfig:
         for name in ("adam_b1", "adam_b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: must be in [0, 1)")
+        if self.optimizer is not Optimizer.ADAMW:
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if field.name.startswith("adam_") and value != field.default:
+                    raise InputError(
+                        f"{field.name} {value}: {self.optimizer.value} reads none; "
+                        "leave it out"
+                    )
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
@@ -79,15 +103,31 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, learning rate."""
+    """Clip by global norm, Adam or Adafactor, decoupled weight decay, learning rate.
+
+    Adafactor's updates have a root mean square of at most 1 in each leaf, about that of
+    Adam's; so a learning rate means the same to both.
+    """
     clip = (
         optax.clip_by_global_norm(config.max_grad_norm)
         if config.max_grad_norm
         else optax.identity()
     )
+    match config.optimizer:
+        case Optimizer.ADAMW:
+            scale = optax.scale_by_adam(
+                config.adam_b1,
+                config.adam_b2,
+                config.adam_eps,
+                mu_dtype=config.adam_mu_dtype,
+            )
+        case Optimizer.ADAFACTOR:
+            scale = optax.chain(
+                optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+            )
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
         optax.scale_by_learning_rate(schedule),
     )

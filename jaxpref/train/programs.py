@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from jaxpref.data import BatchShape, PackedShape, Pairs
 from jaxpref.data.packing import lengths
+from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
 
 
@@ -18,13 +20,22 @@ def keep_compiled() -> None:
     """Has compiled programs kept for later processes, unless jax was told otherwise.
 
     They lie in `compiled/` of the cache folder, the small ones too: on CPU a process
-    compiles dozens of them.  `JAX_COMPILATION_CACHE_DIR` names another folder, or none
-    where it is empty.  jax keys them by program, flags, versions and processor.
+    compiles dozens of them.  `JAX_COMPILATION_CACHE_DIR` names another folder, or a
+    bucket (`gs://BUCKET/FOLDER`), where jax keeps what took a second to compile, or
+    nothing where it is empty.  jax keys them by program, flags, versions and processor;
+    of several processes the first one writes.
 
     Raises:
-      InputError: if there is no home folder.
+      InputError: if there is no home folder, or nothing that reaches the bucket.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if (given := jax.config.jax_compilation_cache_dir) is not None:
+        # Without them jax warns once, and compiles everything at every start.
+        reached = map(importlib.util.find_spec, ("gcsfs", "tensorflow"))
+        if given.startswith("gs://") and not any(reached):
+            raise InputError(
+                f"JAX_COMPILATION_CACHE_DIR {given}: gcsfs, which reaches buckets, is "
+                'not installed: pip install gcsfs, or "jaxpref[tpu]"'
+            )
         return
     folder = str(cache_folder() / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
