@@ -238,6 +238,11 @@ def test_nobody_waits_for_ever_and_nothing_overflows():
         assert list(waiting) == sorted(waiting)
 
 
+def test_no_pairs_are_no_batches(pairs):
+    shape = data.packed_shape(pairs, row_length=48, batch_size=8)
+    assert [*data.packed_eval_batches(pairs.take(np.arange(0)), shape=shape)] == []
+
+
 def test_too_many_devices_for_so_few_pairs_are_refused(pairs):
     with pytest.raises(InputError, match="8 rows, .* hold about .* batch_size is 4"):
         data.packed_shape(pairs, row_length=64, batch_size=4, parts=8)
