@@ -94,7 +94,7 @@ class GpuConfig:
     """Pairs a step, on average."""
     logit_chunk: int | None = None
     """Completion tokens of a row whose logits exist at the same time; by default as in
-    training, as many as fill half a GiB."""
+    training, as many as fill a quarter of a GiB."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass computes again."""
     blocks: int = 5
