@@ -94,9 +94,10 @@ class GpuConfig:
     """Pairs a step, on average."""
     logit_chunk: int | None = None
     """Completion tokens of a row whose logits exist at the same time; by default as in
-    training, as many as fill half a GiB."""
+    training, as many as fill a quarter of a GiB."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass computes again."""
+    """What the backward pass computes again; TRL's everything with full, else nothing.
+    """
     blocks: int = 5
     """Blocks of steps that are timed."""
     steps: int = 4
@@ -271,7 +272,7 @@ def measure_trl(config: GpuConfig, sizes: ModelConfig, pairs, folder) -> dict:
         "config": config_to_hf(sizes),
         "batch_size": config.batch_size,
         "accumulation": config.trl_accumulation,
-        "remat": config.remat != "none",
+        "remat": config.remat == "full",
         "steps": config.steps * (config.blocks + 2),
         "pairs": [
             [pairs.prompt(n).tolist()]

@@ -292,6 +292,9 @@ def test_builder_gives_back_what_was_added():
     assert (shape.sequence_length, shape.predictions) == (8, 4)
     with pytest.raises(ValueError, match="1 completions, not 2"):
         builder.add([1], [[2]], id="c-0")
+    with pytest.raises(ValueError, match="a prompt without tokens"):
+        builder.add([], [[2], [3]], id="c-0")
+    assert len(builder) == 2
 
 
 def test_prompts_to_sample_from():

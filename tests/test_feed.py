@@ -62,9 +62,17 @@ def test_batches_are_placed_ahead_and_the_state_is_that_of_the_last_one():
 def test_an_error_comes_in_its_place():
     feed = Feed(Numbers(fails_at=2), lambda n: n)
     assert [next(feed), next(feed)] == [0, 1]
-    with pytest.raises(ValueError, match="row 3 is wrong"):
-        next(feed)
+    for _ in range(2):  # and not for ever nothing
+        with pytest.raises(ValueError, match="row 3 is wrong"):
+            next(feed)
     feed.close()
+
+
+def test_a_closed_feed_has_no_more():
+    feed = Feed(Numbers(), lambda n: n)
+    assert next(feed) == 0
+    feed.close()
+    assert [*feed] == []
 
 
 @each_layout

@@ -64,6 +64,14 @@ def test_value_and_gradients_are_those_of_log_softmax(inputs, chunk_size):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_nothing_is_asked_for(inputs, chunk_size):
+    asked = (x[:, :0] for x in inputs[2:])
+    (_, logps), gradients = jax.jit(weighted_sum(chunk_size))(*inputs[:2], *asked)
+    assert logps.shape == (B, 0)
+    assert not any(g.any() for g in gradients)
+
+
 def test_large_logits_stay_finite(inputs):
     hidden, head, *rest = inputs
     (_, logps), gradients = weighted_sum(2)(1e4 * hidden, head, *rest)

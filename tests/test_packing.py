@@ -122,6 +122,28 @@ def test_the_gradient_is_that_of_whole_sequences(pairs, sizes, accumulation):
     jax.tree.map(close, found, expected)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_is_exact(pairs, accumulation, tied):
+    """In float64, of every parameter, to the rounding of its largest slope."""
+    rng = np.random.default_rng(1)
+    table = {"reference_logps": rng.normal(-20, 2, (len(pairs), 2)).astype(np.float32)}
+    objective = from_loss(losses.dpo, beta=0.1)
+    wide = {"param_dtype": "float64", "compute_dtype": "float64"}
+    with jax.enable_x64(True):
+        model = build(tiny_config(tie_word_embeddings=tied, **wide))
+        scores = make_scores(model, chunk_size=4)
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
+        gradient = jax.jit(lambda batch: objective.gradient(scores, params, batch, {}))
+        batch, held = packed(pairs, accumulation=accumulation, reference=table)
+        found, _, metrics = gradient(batch)
+        expected, _, whole = gradient(padded(pairs, held, reference=table))
+        assert metrics["loss"] == pytest.approx(float(whole["loss"]), rel=1e-13)
+        for ours, exact in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            atol = 1e-12 * float(jnp.abs(exact).max())
+            np.testing.assert_allclose(ours, exact, rtol=0, atol=atol)
+
+
 def test_a_row_by_hand():
     builder = data.PairsBuilder(2)
     builder.add([1, 5], [[6, 7], [8]], id="a")
@@ -236,6 +258,11 @@ def test_nobody_waits_for_ever_and_nothing_overflows():
             assert len(row) <= 4
         assert as_array(rows, shape).shape == (3, 4)
         assert list(waiting) == sorted(waiting)
+
+
+def test_no_pairs_are_no_batches(pairs):
+    shape = data.packed_shape(pairs, row_length=48, batch_size=8)
+    assert [*data.packed_eval_batches(pairs.take(np.arange(0)), shape=shape)] == []
 
 
 def test_too_many_devices_for_so_few_pairs_are_refused(pairs):

@@ -241,10 +241,36 @@ def test_what_packed_rows_would_save_is_told():
     for n in range(4):
         builder.add([5] * 20, [[6] * 10, [7] * (10 + n)], id=str(n))
     pairs = builder.build()
-    told = functools.partial(padding_told, pairs, batch_size=8, shards=2)
+    told = functools.partial(padding_told, pairs, pairs, batch_size=8, shards=2)
     wide = data.BatchShape(sequence_length=48, predictions=16, sides=2)
     # 2 x 48 tokens for 41.5; four pairs of a device are 166 tokens.
     assert "2.3 tokens are computed" in told(wide)
     assert "--row-length 192 " in told(wide)
     tight = data.BatchShape(sequence_length=26, predictions=16, sides=2)
     assert told(tight) is None
+
+
+def test_what_is_told_of_packed_rows_can_be_asked_for():
+    """Rows hold what is evaluated on too, and no more pairs than were asked for."""
+
+    def of(*answers):
+        builder = data.PairsBuilder(2)
+        for n, size in enumerate(answers):
+            builder.add([5] * 20, [[6] * 10, [7] * size], id=str(n))
+        return builder.build()
+
+    pairs, heldout = of(10, 12, 30), of(200)
+    shape = data.batch_shape(pairs, heldout)
+
+    def refused(shards):
+        told = padding_told(pairs, heldout, shape, batch_size=16, shards=shards)
+        row = int(told.partition("--row-length ")[2].split()[0])
+        sizes = dict(row_length=row, batch_size=16, parts=shards)
+        if "larger batches" in told:
+            with pytest.raises(InputError, match="a larger batch"):
+                data.packed_shape(pairs, heldout, **sizes)
+            return True
+        data.packed_shape(pairs, heldout, **sizes)
+        return False
+
+    assert [refused(shards) for shards in (1, 2, 16)] == [False, False, True]

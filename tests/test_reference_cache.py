@@ -354,6 +354,23 @@ def test_a_shard_cut_off_is_removed(tmp_path, caplog):
     assert "is damaged" in caplog.text and not path.exists()
 
 
+def test_a_damaged_shard_that_cannot_be_removed_is_passed_over(
+    tmp_path, monkeypatch, caplog
+):
+    keys = np.array(["a" * 32, "b" * 32])
+    cache.append(tmp_path, keys[:1], np.ones(1, np.float32), {})
+    (path,) = tmp_path.iterdir()
+    cache.append(tmp_path, keys[1:], np.ones(1, np.float32), {})
+    path.write_bytes(path.read_bytes()[:-5])
+
+    def unlink(path, missing_ok=False):
+        raise PermissionError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    np.testing.assert_array_equal(cache.read(tmp_path, keys), [np.nan, 1])
+    assert "is damaged" in caplog.text
+
+
 WRITE = """
 import sys
 from pathlib import Path

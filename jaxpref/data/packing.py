@@ -174,6 +174,8 @@ def packed_eval_batches(
     """
     micro = rows_of_process(shape.rows, accumulation, process_count)
     block = slice(process_index * micro, (process_index + 1) * micro)
+    if not len(pairs):
+        return
     tokens, answers = lengths(pairs)
     ahead = window(tokens, shape)
     waiting, coming = collections.deque(), iter(range(len(pairs)))

@@ -149,6 +149,8 @@ class PairsBuilder:
         """Append one pair; the row defaults to the number of pairs before it."""
         if len(completions) != self._num_sides:
             raise ValueError(f"{len(completions)} completions, not {self._num_sides}")
+        if not len(prompt):
+            raise ValueError("a prompt without tokens: nothing predicts what follows")
         if len(self) and labels.keys() != self._labels.keys():
             raise ValueError(f"labels {[*labels]}, not {[*self._labels]}")
         for name, value in labels.items():

@@ -167,9 +167,9 @@ def _over_chunks(
     `keep_one`: what one chunk needs backwards is kept, where there is but one.
     """
     B, P = targets.shape
-    chunks = -(-P // (chunk_size or _chunk_size(B, head)))
-    chunk_size = -(-P // chunks)
-    padding = ((0, 0), (0, -P % chunk_size))
+    chunks = max(-(-P // (chunk_size or _chunk_size(B, head))), 1)
+    chunk_size = max(-(-P // chunks), 1)  # one unused place where nothing is asked for
+    padding = ((0, 0), (0, chunks * chunk_size - P))
     predictors = jnp.pad(place(predictors, SPECS.tokens), padding)
     targets = jnp.pad(place(targets, SPECS.tokens), padding)
     # A gather within its own row: under vmap it needs no annotation.
@@ -179,7 +179,8 @@ def _over_chunks(
     split = lambda a: jnp.moveaxis(a.reshape(B, -1, chunk_size, *a.shape[2:]), 1, 0)
     join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :P]
     if chunks == 1 and keep_one:
-        return function(targets, *(at_predictors(h) for h in hiddens))
+        outs = function(targets, *(at_predictors(h) for h in hiddens))
+        return jax.tree.map(lambda a: a[:, :P], outs)
     checkpointed = jax.checkpoint(function)
     _, outs = jax.lax.scan(
         lambda carry, xs: (carry, checkpointed(*xs)),

@@ -40,7 +40,7 @@ def bvpo(
 
     "auto" is the alpha of least mean squared error about the gradient of pairs with
     traces, estimated while training.  A probe takes the derivative of all n losses
-    along one random direction v in forward mode: the numbers <g_i, v> are sketches of
+    along one random direction v by two pull-backs: the numbers <g_i, v> are sketches of
     size 1 of the pairs' gradients, of which `jaxpref.gradients.bvpo.ingredients` makes
     bias and variances.  Pairs are the draws: the variances include that of the data
     beside that of the traces, and so does what stochastic gradient descent suffers.

@@ -5,6 +5,7 @@ named by the SHA-256 of its content: a damaged one is known by its name.  Nothin
 a lock: who writes the same numbers writes the same file.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -88,7 +89,8 @@ def _load(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     except (SafetensorError, KeyError):
         _log.warning("%s: is damaged; what it held is computed again", path)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where others' folders are read only
+            path.unlink()
         return None
     return keys.view(f"S{keys.shape[1]}").ravel(), values
 

@@ -29,6 +29,7 @@ class Feed:
         self._placed: queue.Queue = queue.Queue(maxsize=AHEAD - 1)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._ended: BaseException | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -37,13 +38,16 @@ class Feed:
         """The next batch, on the devices.
 
         Raises:
-          Exception: whatever the batches raised.
+          Exception: whatever the batches raised, and again whenever it is asked.
         """
+        if self._ended is not None:
+            raise self._ended
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
         batch, state, error = self._placed.get()
         if error is not None:
+            self._ended = error
             raise error
         self._state = state
         return batch
@@ -55,6 +59,7 @@ class Feed:
     def close(self) -> None:
         """Ends the thread, and the batches' own processes where they have any."""
         self._stop.set()
+        self._ended = self._ended or StopIteration()
         if self._thread is not None:
             self._thread.join()
         if hasattr(self._batches, "close"):

@@ -139,6 +139,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         if config.row_length is None and not objective.mixes:
             told = padding_told(
                 plan.train,
+                plan.heldout,
                 split["shape"],
                 batch_size=config.batch_size,
                 shards=config.accumulation * row_shards(mesh),

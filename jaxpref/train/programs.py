@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from tqdm import tqdm
 
-from jaxpref.data import BatchShape, PackedShape, Pairs
+from jaxpref.data import BatchShape, PackedShape, Pairs, packed_shape
 from jaxpref.data.packing import lengths
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
@@ -70,12 +70,13 @@ def describe(
 
 
 def padding_told(
-    pairs: Pairs, shape: BatchShape, *, batch_size: int, shards: int
+    pairs: Pairs, heldout: Pairs, shape: BatchShape, *, batch_size: int, shards: int
 ) -> str | None:
     """What packed rows would save a run with one pair a row; None where it is little.
 
     Args:
       pairs: the training pairs.
+      heldout: those that are evaluated on, which rows must hold too.
       shape: of their padded batches.
       batch_size: pairs of a step.
       shards: parts the rows of a step are split into, devices times micro-batches.
@@ -84,12 +85,20 @@ def padding_told(
     wasted = shape.sides * shape.sequence_length * len(pairs) / tokens.sum()
     if wasted < 1.3:
         return None
-    row = max(int(tokens.max()), int(batch_size / shards * tokens.mean()))
+    longest = max(int(lengths(p)[0].max(initial=0)) for p in (pairs, heldout))
+    row = max(longest, int(batch_size / shards * tokens.mean()))
     row = -(-row // 64) * 64
-    return (
+    told = (
         f"padding, and prompts for each answer: {wasted:.1f} tokens are computed for "
-        f"one that exists; --row-length {row} would pack them, about 1.05 for one"
+        f"one that exists; --row-length {row} would pack them, "
     )
+    try:
+        packed_shape(
+            pairs, heldout, row_length=row, batch_size=batch_size, parts=shards
+        )
+    except InputError:
+        return told + "in larger batches than these"
+    return told + "about 1.05 for one"
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 They lie by content, a number a completion, in the cache folder that all runs share
 (`jaxpref.files.cache_folder`), apart for whatever else changes them: the reference's
 weights, dtypes, the software, and the layout of the batches, in which rounding differs.
-So runs with other losses, flips, seeds or fewer pairs read what the first one computed,
-and nobody reads numbers that the policy's own kernels would not have given.
+So runs with other losses, flips or seeds read what the first one computed; fewer pairs
+as well, where the longest stay and none shares a row.  And nobody reads numbers that
+the policy's own kernels would not have given.
 
 A run keeps a copy in `OUT/reference`, which comes first: it resumes to the same bits
 after the cache was deleted, and on a machine that never had it.  What is missing or
