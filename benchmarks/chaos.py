@@ -234,9 +234,12 @@ class Run:
 def environment(folder: Path) -> dict[str, str]:
     """Of the processes: their devices, and what both runs compute or compile once."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    virtual = "--xla_force_host_platform_device_count="
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if not flag.startswith(virtual)]
     return {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // PROCESSES}",
+        "XLA_FLAGS": " ".join([*flags, f"{virtual}{8 // PROCESSES}"]),
         "JAXPREF_CACHE": str(folder / "cache"),
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
