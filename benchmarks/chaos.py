@@ -203,7 +203,7 @@ class Run:
     def _note(self, line: str, bar: tqdm) -> None:
         """Adds what a line tells to the record of the event before it."""
         if not line.startswith(TOLD):
-            telling = ("supervise: ", "jaxpref: ")
+            telling = ("supervise: ", "jaxpref: ", "WARNING:jaxpref:")
             if self.records and line.startswith(telling):
                 self.records[-1]["told"].append(line)
             return
