@@ -100,7 +100,7 @@ class _Life:
 
         push, save, restore = LateMetrics.push, Checkpoints.save, Checkpoints.restore
 
-        def stepped(late, step, metrics):
+        def stepped(late, step, *args):
             self.first, self.step = self.first or step, step
             if self.index == 0:
                 tell({"step": step, "time": time.time(), "life": self.number})
@@ -109,7 +109,7 @@ class _Life:
             if kind in BY_STEP and step - self.first + 1 >= self.event.after:
                 if kind not in DAMAGES or len(finished(self.out)) >= 2:
                     self.later(0.2 * self.event.moment)  # about a step or two
-            return push(late, step, metrics)
+            return push(late, step, *args)
 
         def saved(checkpoints, step, *args, **kwargs):
             before = set(unfinished(self.out))
