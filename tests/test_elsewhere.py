@@ -13,7 +13,7 @@ from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
 
 BEGUN, RESUMED = MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)
-LAYOUTS = {"padded": {}, "packed": {"row_length": 64, "batch_size": 40}}
+PACKED = {"row_length": 64, "batch_size": 40}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,12 @@ def steps_of(out):
     return [line for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_says_what_it_cannot_keep(inputs, tmp_path, capsys, layout):
-    changes = LAYOUTS[layout] | {"max_steps": 4, "eval_every": 9, "mesh": BEGUN}
+def test_it_says_what_it_cannot_keep(inputs, tmp_path, capsys):
+    """Packed, where the devices decide how many rows there are: they stay as they are.
+
+    With a pair a row, and with other processes: tests/test_processes.py.
+    """
+    changes = PACKED | {"max_steps": 4, "eval_every": 9, "mesh": BEGUN}
     whole = config_for(inputs, tmp_path / "whole", **changes)
     run(whole)
     for name in ("here", "there"):
@@ -59,7 +62,7 @@ def test_it_says_what_it_cannot_keep(inputs, tmp_path, capsys, layout):
 
 
 def test_rows_that_the_devices_cannot_share_are_refused(inputs, tmp_path):
-    changes = LAYOUTS["packed"] | {"max_steps": 1, "mesh": RESUMED}
+    changes = PACKED | {"max_steps": 1, "mesh": RESUMED}
     config = config_for(inputs, tmp_path / "run", **changes)
     run(config)
     rows = begun_rows(tmp_path / "run" / "checkpoints")
