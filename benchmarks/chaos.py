@@ -111,8 +111,15 @@ def draw(config: ChaosConfig) -> list[Event]:
 
 def steps_for(events: Sequence[Event]) -> int:
     """Steps of a run that does not end before the last event came."""
-    most = lambda e: e.after + SAVE_EVERY + NOTICED * e.kind.startswith("SIGTERM")
-    return sum(map(most, events)) + 5
+    at = furthest = 0
+    for event in events:
+        if event.kind in ("kill while starting", "kill in a restore"):
+            continue
+        term = event.kind.startswith("SIGTERM")
+        end = at + event.after + SAVE_EVERY + NOTICED * term
+        furthest = max(furthest, end)
+        at = end if term else end // SAVE_EVERY * SAVE_EVERY
+    return furthest + 5
 
 
 def command(config: ChaosConfig, out: Path, steps: int) -> list[str]:

@@ -9,6 +9,7 @@ What happens is told on stderr, a line of JSON each, since a pipe is never full 
 a disk is.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -86,6 +87,7 @@ class _Life:
         self.folder, self.out, self.number, self.event = folder, out, number, event
         self.index = int(os.environ["JAX_PROCESS_ID"])
         self.first = self.step = None
+        self.last = time.monotonic()
         self.restoring = self.fired = False
         self.begun = threading.Lock()
 
@@ -106,16 +108,19 @@ class _Life:
                 tell({"step": step, "time": time.time(), "life": self.number})
             if self.fired and kind.startswith("SIGTERM"):
                 time.sleep(0.3)  # JAX looks once a second: that is to be few steps
+            now = time.monotonic()
+            seconds, self.last = now - self.last, now
             if kind in BY_STEP and step - self.first + 1 >= self.event.after:
                 if kind not in DAMAGES or len(finished(self.out)) >= 2:
-                    self.later(0.2 * self.event.moment)  # about a step or two
+                    # Somewhere in this step or the next one.
+                    self.later(2 * min(seconds, 0.2) * self.event.moment)
             return push(late, step, *args)
 
         def saved(checkpoints, step, *args, **kwargs):
-            before = set(unfinished(self.out))
+            before = self.half_written()
             result = save(checkpoints, step, *args, **kwargs)
             if kind == "kill in a save" and step - self.first + 1 >= self.event.after:
-                seen = lambda: set(unfinished(self.out)) - before
+                seen = lambda: self.half_written() - before
                 self.later(0.05 * self.event.moment, seen)
             return result
 
@@ -127,11 +132,15 @@ class _Life:
             self.restoring = False
             return result
 
-        LateMetrics.push, Checkpoints.save, Checkpoints.restore = (
-            stepped,
-            saved,
-            restored,
-        )
+        LateMetrics.push = stepped
+        Checkpoints.save, Checkpoints.restore = saved, restored
+
+    def half_written(self) -> set[int]:
+        """Inodes: one that a killed life has left may have the name of a new one."""
+        found = (self.out / "checkpoints").glob("*tmp*")
+        with contextlib.suppress(FileNotFoundError):
+            return {folder.stat().st_ino for folder in found}
+        return set()
 
     def later(self, seconds: float, seen: Callable[[], object] = lambda: True) -> None:
         """The event, once and in a thread of its own, after what must be seen first."""
