@@ -130,7 +130,7 @@ def command(config: ChaosConfig, out: Path, steps: int) -> list[str]:
         "out": out,
         "loss": "rdpo",
         "loss.flip-rate": 0.2,
-        "learning-rate": 1e-3,
+        "learning-rate": 3e-4,
         "max-length": config.max_length,
         "max-pairs": config.max_pairs,
         "heldout-fraction": 0.1,
