@@ -223,12 +223,12 @@ class Run:
             bar.set_postfix_str(event.kind)
             bar.update()
         elif "step" in told:
-            last = self.records[-1] if self.records else None
-            # After SIGTERM, or on a full disk, the same life goes on for a while.
-            again = told["life"] == len(self.records)
-            if last and again and "resumed_at" not in last:
-                last["resumed_at"] = told["step"] - 1
-                last["seconds"] = round(told["time"] - last["time"], 2)
+            # After SIGTERM, or on a full disk, the same life goes on for a while; and
+            # the next one may end before its first step.
+            for record in self.records[: told["life"]]:
+                if "resumed_at" not in record:
+                    record["resumed_at"] = told["step"] - 1
+                    record["seconds"] = round(told["time"] - record["time"], 2)
         elif self.records:
             self.records[-1] |= told
 
