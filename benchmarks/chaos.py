@@ -210,9 +210,10 @@ class Run:
     def _note(self, line: str, bar: tqdm) -> None:
         """Adds what a line tells to the record of the event before it."""
         if not line.startswith(TOLD):
-            telling = ("supervise: ", "jaxpref: ", "WARNING:jaxpref:")
-            if self.records and line.startswith(telling):
-                self.records[-1]["told"].append(line)
+            # It may stand behind a progress bar.
+            found = re.search(r"(supervise: |jaxpref: |WARNING:jaxpref:).*", line)
+            if self.records and found:
+                self.records[-1]["told"].append(found[0])
             return
         told = json.loads(line.removeprefix(TOLD))
         if "event" in told:
