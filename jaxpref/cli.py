@@ -7,6 +7,7 @@ the help of its docstring, so an option that the chosen loss does not read is an
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import shlex
 import sys
@@ -38,6 +39,7 @@ from jaxpref.train import (
 from jaxpref.train.bvpo import bvpo
 from jaxpref.train.config import RunConfig
 from jaxpref.train.entry import entry_point, fail
+from jaxpref.train.mesh import PROCESS_OPTIONS
 from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
 from jaxpref.train.peer import crm
 
@@ -211,9 +213,19 @@ def main() -> None:
             fail(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
         print(
             f"usage: jaxpref COMMAND [options]\n\n{listed}\n\n"
-            "`jaxpref COMMAND --help` explains a command's options."
+            "`jaxpref COMMAND --help` explains a command's options.\n\n"
+            "Several processes that share a run find each other on Cloud TPU, GKE and\n"
+            "under Slurm; elsewhere tell each of any command: --coordinator HOST:PORT\n"
+            "--processes N --process-id I, where process 0 runs on HOST."
         )
         sys.exit(0 if name else 2)
+    try:
+        for flag, variable in PROCESS_OPTIONS.items():
+            given, argv = _cut(flag, argv)
+            if given is not None:
+                os.environ[variable] = given
+    except InputError as error:
+        fail(str(error))
     with entry_point():
         COMMANDS[name](argv)
 
@@ -232,18 +244,25 @@ def _take(
     flag: str, argv: Sequence[str], table: Mapping[str, Any], default: str | None
 ) -> tuple[str | None, list[str]]:
     """The name after `flag`, which decides what options exist, and the rest."""
-    argv, name = list(argv), default
+    name, argv = _cut(flag, argv)
+    if name is None:
+        return default, argv
+    if name not in table and name != default:
+        raise InputError(f"{flag} {name}: expected one of {', '.join(table)}")
+    return name, argv
+
+
+def _cut(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What stands after `flag`, None where it does not occur, and the rest."""
+    argv = list(argv)
     for index, argument in enumerate(argv):
         if argument == flag or argument.startswith(f"{flag}="):
             given = argument.split("=", 1)[1:] or argv[index + 1 : index + 2]
             if not given:
-                raise InputError(f"{flag}: expected a name after it")
-            name = given[0]
+                raise InputError(f"{flag}: expected a value after it")
             del argv[index : index + 1 + ("=" not in argument)]
-            break
-    if name not in table and name != default:
-        raise InputError(f"{flag} {name}: expected one of {', '.join(table)}")
-    return name, argv
+            return given[0], argv
+    return None, argv
 
 
 def _options(loss: Callable) -> type:

@@ -521,7 +521,8 @@ def test_a_killed_process_costs_no_bit(tmp_path):
     make_pairs_file(tmp_path / "pairs.jsonl")
     for name in ("killed", "undisturbed"):
         dead = tmp_path / "dead"  # there already in the second run
-        training = [TRAINING, ROOT, dead, *command(tmp_path, tmp_path / name)]
+        argv = command(tmp_path, tmp_path / name, **{"max-steps": 6})
+        training = [TRAINING, ROOT, dead, *argv]
         done = subprocess.run(
             [SCRIPT, "--local", "2", "--", "python", "-c", *training],
             cwd=tmp_path,

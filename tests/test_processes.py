@@ -1,7 +1,11 @@
-"""Two processes of four devices are one process of eight: numbers, files and resume."""
+"""One process of eight devices, two of four and four of two: the same run.
 
+The same global batches, row by row, and the same numbers to rounding.
+"""
+
+import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,41 +20,90 @@ from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Several commands in one life, since most of a short one is its start.
 PROCESS = """
-import os, signal, sys
+import collections, json, sys
 sys.path.insert(0, sys.argv[1])
+import jax
+import numpy as np
 from jaxpref import cli, data
+from jaxpref.data import packing, pipeline
+from jaxpref.train import inputs, loop
 
-batches_before_death = int(sys.argv[2])
-sys.argv[1:] = sys.argv[3:]
-fetched = 0
+kept, folder = {}, sys.argv[2]
+counts = collections.Counter()
 
-class Mortal:
-    def __init__(self, batches):
-        self.batches, self.set_state, self.get_state = (
-            batches, batches.set_state, batches.get_state)
-    def __next__(self):
-        global fetched
-        fetched += 1
-        if fetched > batches_before_death:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return next(self.batches)
+def counted(name, function, size):
+    def count(*args, **kwargs):
+        found = function(*args, **kwargs)
+        counts[name] += size(found)
+        return found
+    return count
 
-make_batches = data.batches
-data.batches = lambda *args, **kwargs: Mortal(make_batches(*args, **kwargs))
-cli.main()
+def placed(batch, mesh, place=loop.to_global):
+    # Of the global batch: who is in which row, as this process's devices hold it.
+    found = place(batch, mesh)
+    rows = {}
+    for shard in found.pairs.addressable_shards:
+        here = np.asarray(shard.data)
+        first = shard.index[1].start or 0
+        for a, r in np.ndindex(here.shape[:2]):
+            name = f"{a},{first + r}"
+            rows[name] = [kept["plan"].train.ids[i] for i in here[a, r] if i >= 0]
+    kept["batches"].append(rows)
+    return found
+
+def planned(config, tokenizer, read=loop.read_plan):
+    kept["plan"] = read(config, tokenizer)
+    return kept["plan"]
+
+loop.to_global, loop.read_plan = placed, planned
+rows = lambda batch: batch.tokens.shape[0] * batch.tokens.shape[1]
+pipeline.collate = counted("rows laid out", pipeline.collate, rows)
+packing.collate_packed = counted("rows laid out", packing.collate_packed, rows)
+inputs.data.make_plan = counted(
+    "pairs read", data.make_plan, lambda plan: len(plan.train) + len(plan.heldout))
+
+for name, argv in json.loads(sys.argv[3]).items():
+    kept["batches"] = []
+    counts.clear()
+    sys.argv[1:] = argv
+    cli.main()
+    path = f"{folder}/{name}-{jax.process_index()}-of-{jax.process_count()}.json"
+    with open(path, "w") as file:
+        json.dump({"batches": kept["batches"], "counts": counts}, file)
 """
 
+STEPS = 4
+EIGHTHS = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+RUNS = {
+    "padded": EIGHTHS,
+    "packed and accumulated": {
+        "row-length": 64,
+        "batch-size": 32,
+        "accumulation": 2,
+        "mesh.data": 4,
+        "mesh.tensor": 2,
+    },
+}
+GRID = {
+    f"{name}, {layout}, accumulation {parts}": mesh
+    | {"accumulation": parts}
+    | ({"row-length": 64, "batch-size": 64} if layout == "packed" else {})
+    | ({"batch-size": 16} if layout == "padded" else {})
+    for name, mesh in {
+        "data": {"mesh.data": 8},
+        "fsdp": {"mesh.fsdp": 8},
+        "data and fsdp": {"mesh.data": 2, "mesh.fsdp": 4},
+        "fsdp and tensor": {"mesh.fsdp": 4, "mesh.tensor": 2},
+        "all three": EIGHTHS,
+    }.items()
+    for layout in ("padded", "packed")
+    for parts in (1, 2)
+}
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    make_model_folder(folder / "model")
-    make_pairs_file(folder / "pairs.jsonl")
-    return folder
 
-
-def command(inputs: Path, out: Path) -> list[str]:
+def command(inputs: Path, out: Path, **changes) -> list[str]:
     settings = {
         "model": inputs / "model",
         "data": inputs / "pairs.jsonl",
@@ -61,27 +114,33 @@ def command(inputs: Path, out: Path) -> list[str]:
         "max-length": 64,
         "max-prompt-length": 32,
         "heldout-fraction": 0.2,
-        "max-steps": 6,
+        "max-steps": STEPS,
         "batch-size": 8,
         "log-every": 1,
-        "eval-every": 3,
+        "eval-every": STEPS,
         "save-every": 2,
-        "mesh.data": 2,
-        "mesh.fsdp": 2,
-        "mesh.tensor": 2,
+        **changes,
     }
+    if "mesh.data" in changes:
+        settings.setdefault("mesh.fsdp", 1)
     return ["train", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
 
 
-def run_processes(argv: list[str], count: int, *, batches_before_death: int = 99):
-    """Starts `count` processes that share eight devices; their exits and outputs."""
+def run_processes(folder: Path, argvs: dict[str, list[str]], count: int):
+    """Starts `count` processes that share eight devices; their exits and outputs.
+
+    Each runs one command after the other.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = []
     for index in range(count):
         environ = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"
+            # Most of the time here is spent compiling: half of it is saved.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count} "
+            "--xla_backend_optimization_level=0 "
+            "--xla_llvm_disable_expensive_passes=true"
         }
         if count > 1:
             environ |= {
@@ -91,7 +150,7 @@ def run_processes(argv: list[str], count: int, *, batches_before_death: int = 99
             }
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", PROCESS, ROOT, str(batches_before_death), *argv],
+                [sys.executable, "-c", PROCESS, ROOT, folder, json.dumps(argvs)],
                 env=environ,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -99,49 +158,144 @@ def run_processes(argv: list[str], count: int, *, batches_before_death: int = 99
             )
         )
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [(p.returncode, *output) for p, output in zip(processes, outputs)]
 
 
-def test_two_processes_are_one(inputs, tmp_path):
-    (one,) = run_processes(command(inputs, tmp_path / "one"), 1)
-    assert one[0] == 0, one[2]
+def run_all(folder: Path, runs: dict[str, dict], counts) -> dict[int, list[str]]:
+    """All runs with each number of processes; what each printed.
 
-    # Both die at the fifth batch; the same command finishes what they began.
-    two = command(inputs, tmp_path / "two")
-    killed = run_processes(two, 2, batches_before_death=4)
-    # The second may notice the first one's death before its own comes.
-    assert killed[0][0] == -signal.SIGKILL and killed[1][0] != 0, killed[0][2]
-    assert not (tmp_path / "two" / "export").exists()
-    resumed = run_processes(two, 2)
-    assert [code for code, *_ in resumed] == [0, 0], [r[2][-3000:] for r in resumed]
-    assert "exported to" in resumed[0][1] and "exported to" not in resumed[1][1]
+    Those of two processes go on in one, where they are the first.
+    """
+    make_model_folder(folder / "model")
+    make_pairs_file(folder / "pairs.jsonl")
+    printed = {}
+    for count in counts:
+        out = folder / str(count)
+        argvs = {k: command(folder, out / k, **v) for k, v in runs.items()}
+        if count == 1 and 2 in printed:
+            argvs |= moved(folder, runs)
+        done = run_processes(folder, argvs, count)
+        assert [code for code, *_ in done] == [0] * count, [x[2][-3000:] for x in done]
+        printed[count] = [stdout for _, stdout, _ in done]
+    return printed
 
+
+def moved(folder: Path, runs: dict[str, dict]) -> dict[str, list[str]]:
+    """Copies of the runs of two processes as they were at step 2, to be finished."""
+    argvs = {}
+    for name, changes in runs.items():
+        out = folder / "1" / f"{name}, moved"
+        shutil.copytree(folder / "2" / name, out)
+        shutil.rmtree(out / "export")
+        shutil.rmtree(out / "checkpoints" / str(STEPS))
+        argvs[out.name] = command(folder, out, **changes)
+    return argvs
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run_all(folder, RUNS, (2, 1, 4))
+
+
+def batches_of(folder: Path, name: str, count: int) -> list[list]:
+    """The ids of each global batch, by row, put together from all processes."""
+    parts = [
+        json.loads((folder / f"{name}-{index}-of-{count}.json").read_text())["batches"]
+        for index in range(count)
+    ]
+    batches = []
+    for rows in zip(*parts):
+        whole = {}
+        for own in rows:
+            # Rows that several processes hold are the same ones.
+            assert all(whole.get(row, own[row]) == own[row] for row in own)
+            whole |= own
+        batches.append(sorted(whole.items()))
+    return batches[:STEPS]
+
+
+def check_equal(folder: Path, name: str, count: int, *, of: str | None = None) -> None:
+    """A run by `count` processes is that by one."""
     expected, found = (
-        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")
+        read_metrics(folder / number / run / "metrics.jsonl")
+        for number, run in (("1", name), (str(count), of or name))
     )
     shape = lambda lines: [(line["step"], "loss" in line) for line in lines]
     assert shape(found) == shape(expected)
-    assert [line["step"] for line in found if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [x["step"] for x in found if "loss" in x] == list(range(1, STEPS + 1))
     for a, b in zip(found, expected, strict=True):
-        for name in a.keys() - {"tokens_per_second", "pairs_per_second", "waiting"}:
+        for key in a.keys() - {"tokens_per_second", "pairs_per_second", "waiting"}:
             # The same batches; float32 sums over devices come in another order.
-            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), (a, name)
-
-    weights = [
-        load_file(tmp_path / name / "export" / "model.safetensors")
-        for name in ("one", "two")
-    ]
-    for name, expected in weights[0].items():
-        np.testing.assert_allclose(weights[1][name], expected, atol=2e-5)
+            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=2e-5), (a, key)
+    weights = "export/model.safetensors"
+    expected = load_file(folder / "1" / name / weights)
+    found = load_file(folder / str(count) / (of or name) / weights)
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, atol=2e-5)
 
 
-def test_wrong_input_ends_every_process(inputs, tmp_path):
-    argv = [*command(inputs, tmp_path / "run"), "--batch-size", "6"]
-    first, second = run_processes(argv, 2)
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", RUNS)
+def test_several_processes_are_one(done, name, count):
+    folder, printed = done
+    expected = batches_of(folder, name, 1)
+    assert len(expected) == STEPS and len(expected[0]) == len(expected[1]) > 1
+    assert batches_of(folder, name, count) == expected
+    check_equal(folder, name, count)
+    assert printed[count][0].count("exported to") == len(RUNS)
+    assert not any("exported to" in out for out in printed[count][1:])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_two_processes_goes_on_in_one(done, name):
+    folder, printed = done
+    check_equal(folder, name, 1, of=f"{name}, moved")
+    rest = batches_of(folder, f"{name}, moved", 1)
+    assert rest[: STEPS - 2] == batches_of(folder, name, 1)[2:]
+    line = "resumed at step 2 elsewhere (processes 2 -> 1): the same pairs in the same"
+    assert printed[1][0].count(line) == len(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_process_lays_out_its_share_and_reads_all(done, name):
+    """Which pairs there are and who shares a row, each decides of all the text."""
+    folder, _ = done
+    counts = {
+        count: [
+            json.loads((folder / f"{name}-{i}-of-{count}.json").read_text())["counts"]
+            for i in range(count)
+        ]
+        for count in (1, 2, 4)
+    }
+    (whole,) = counts[1]
+    for count, found in counts.items():
+        for own in found:
+            # Batches are made ahead: some of them were not used.
+            share = own["rows laid out"] / whole["rows laid out"] * count
+            assert 0.6 < share < 1.6, counts
+            assert own["pairs read"] == whole["pairs read"] == 64
+
+
+@pytest.mark.slow
+def test_all_meshes_with_all_numbers_of_processes(tmp_path):
+    run_all(tmp_path, GRID, (2, 1, 4))
+    for name in GRID:
+        for count in (2, 4):
+            assert batches_of(tmp_path, name, count) == batches_of(tmp_path, name, 1)
+            check_equal(tmp_path, name, count)
+        check_equal(tmp_path, name, 1, of=f"{name}, moved")
+
+
+def test_wrong_input_ends_every_process(tmp_path):
+    make_model_folder(tmp_path / "model")
+    make_pairs_file(tmp_path / "pairs.jsonl")
+    argv = command(tmp_path, tmp_path / "run", **EIGHTHS, **{"batch-size": 6})
+    first, second = run_processes(tmp_path, {"run": argv}, 2)
     complaints = [x for x in first[2].splitlines() if x.startswith("jaxpref: error: ")]
     assert len(complaints) == 1 and "batch_size 6" in complaints[0]
     # Without the first process the others are ended by jax.distributed, if not before.

@@ -27,6 +27,7 @@ OF_CLUSTERS = (
     "JAX_PROCESS_ID",
     "SLURM_NTASKS",
     "OMPI_COMM_WORLD_SIZE",
+    "JOB_COMPLETION_INDEX",
 )
 """Variables by which a process would wait for others."""
 

@@ -1,5 +1,7 @@
 """Checkpoints: state and data position in one Orbax step, with digests of our own."""
 
+import hashlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -46,6 +48,7 @@ class Checkpoints:
         if free < needed:
             raise self._failed(OSError(f"{needed:,} bytes needed, {free:,} are free"))
         meta = {"data": data, "digests": digests(state)}
+        meta["digest"] = digest_of_meta(meta)
         try:
             saved = self._manager.save(
                 step,
@@ -96,8 +99,10 @@ class Checkpoints:
                 )
                 continue
             state, meta = saved["state"], saved["meta"]
-            found = digests(state)
-            wrong = [name for name in found if found[name] != meta["digests"].get(name)]
+            found, expected = digests(state), meta.get("digests", {})
+            wrong = [name for name in found if found[name] != expected.get(name)]
+            if meta.get("digest", digest_of_meta(meta)) != digest_of_meta(meta):
+                wrong.append("meta/metadata")
             if not wrong:
                 for damaged in steps[:number]:
                     self._manager.delete(damaged)
@@ -138,6 +143,12 @@ def digests(tree) -> dict[str, int]:
     values = jax.device_get(_digest([leaf for _, leaf in leaves]))
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     return {name: int(value) for name, value in zip(names, values)}
+
+
+def digest_of_meta(meta: dict) -> str:
+    """SHA-256 of what is saved beside the state, but for the digest itself."""
+    rest = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

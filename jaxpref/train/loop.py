@@ -18,6 +18,7 @@ from jaxpref.models.reward import padding_of
 from jaxpref.train import peer, reference
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_run, remember
+from jaxpref.train.elsewhere import begun_rows, surroundings, told_of_change
 from jaxpref.train.feed import Feed
 from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.memory import choose_remat
@@ -87,15 +88,20 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         split["batch_size"] = config.batch_size
     else:
         make_batches, eval_batches = data.packed_batches, data.packed_eval_batches
-        split["shape"] = data.packed_shape(
+        parts = config.accumulation * row_shards(mesh)
+        shape = data.packed_shape(
             plan.train,
             plan.heldout,
             row_length=config.row_length,
             batch_size=config.batch_size,
-            parts=config.accumulation * row_shards(mesh),
+            parts=parts,
         )
-        check_rows(split["shape"].rows, config.accumulation, mesh)
-    # Of packed rows the mesh decides how many there are: they must stay as they were.
+        # The mesh decides how many rows there are, and then they stay as they were.
+        begun = begun_rows(out / "checkpoints")
+        if begun is not None and begun % parts == 0:
+            shape = dataclasses.replace(shape, rows=begun)
+        check_rows(shape.rows, config.accumulation, mesh)
+        split["shape"] = shape
     rows = None if config.row_length is None else split["shape"].rows
     if config.mix is not None:
         share = config.mix.empty_share
@@ -168,6 +174,12 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             f"the run in {out} has batches of {restored[1].get('rows')} packed rows, "
             f"on this mesh they would have {rows}; use its mesh, or another --out"
         )
+    where = surroundings(mesh)
+    if restored is not None and jax.process_index() == 0:
+        saved = restored[1].get("surroundings", where)
+        told = told_of_change(saved, where, int(restored[0].step))
+        if told is not None:
+            print(told, flush=True)
     digest = reference.reference_digest(config)
     if restored is not None and digest and restored[1]["reference"] != digest:
         raise InputError(
@@ -252,6 +264,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             "plan": plan.digest,
             "reference": digest,
             "rows": rows,
+            "surroundings": where,
         }
         checkpoints.save(step, state, meta)
 

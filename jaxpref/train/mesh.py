@@ -2,11 +2,9 @@
 
 import collections
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -161,29 +159,65 @@ def to_global(batch, mesh: jax.sharding.Mesh):
 def initialize_distributed() -> None:
     """Joins the other processes of this run, where the environment says there are any.
 
-    The environment says so by `JAX_COORDINATOR_ADDRESS` (with `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`), by Slurm or Open MPI with more than one task, or by being a Cloud
-    TPU machine.  Must run before anything touches a device; a second call does nothing.
+    It says so by being a Cloud TPU machine or a GKE pod with TPUs, by Slurm or Open MPI
+    with more than one task, or by Kubernetes with an indexed job; JAX then finds out
+    who the others are.  `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` say it themselves and come first (`PROCESS_OPTIONS` of a command
+    line sets them); `JAX_NUM_PROCESSES=1` alone says that there are none.
+
+    Must run before anything touches a device; a second call does nothing.
+
+    Raises:
+      InputError: if the environment speaks of other processes and does not say which.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         _make_room_for_virtual_devices()
     if jax.distributed.is_initialized():
         return
-    environ = os.environ
-    if "cpu" in environ.get("JAX_PLATFORMS", ""):
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
+    reason = "JAX_COORDINATOR_ADDRESS is set" if address else _speaks_of_others()
+    if reason is None or (count == 1 and not address):
+        return
+    if "cpu" in (jax.config.jax_platforms or ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if address := environ.get("JAX_COORDINATOR_ADDRESS"):
-        try:
-            count = int(environ["JAX_NUM_PROCESSES"])
-            index = int(environ["JAX_PROCESS_ID"])
-        except (KeyError, ValueError) as error:
-            raise InputError(
-                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and "
-                f"JAX_PROCESS_ID must be set to whole numbers too ({error})"
-            ) from error
+    try:
         jax.distributed.initialize(address, count, index)
-    elif _tasks() > 1 or _on_cloud_tpu():
-        jax.distributed.initialize()
+    except ValueError as error:
+        raise InputError(
+            f"{reason}, but not which processes belong to the run ({error}); give "
+            "--coordinator HOST:PORT --processes N --process-id I, or "
+            "JAX_NUM_PROCESSES=1 for a run of its own"
+        ) from error
+
+
+PROCESS_OPTIONS = {
+    "--coordinator": "JAX_COORDINATOR_ADDRESS",
+    "--processes": "JAX_NUM_PROCESSES",
+    "--process-id": "JAX_PROCESS_ID",
+}
+"""Options of a command line that say which processes belong to a run."""
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    try:
+        return None if text is None else int(text)
+    except ValueError as error:
+        raise InputError(f"{name} {text!r}: must be a whole number") from error
+
+
+def _speaks_of_others() -> str | None:
+    """What of the environment does, or None."""
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if (_number(name) or 1) > 1:
+            return f"{name} is {os.environ[name]}"
+    # JAX itself writes it there where it finds chips and libtpu.
+    if "tpu" in (jax.config.jax_platforms or ""):
+        return "this machine has TPUs"
+    if "JOB_COMPLETION_INDEX" in os.environ:
+        return "this pod belongs to an indexed job (JOB_COMPLETION_INDEX)"
+    return None
 
 
 def _make_room_for_virtual_devices() -> None:
@@ -195,20 +229,6 @@ def _make_room_for_virtual_devices() -> None:
     """
     os.environ.setdefault("NPROC", "64")  # threads of XLA's pools
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def _tasks() -> int:
-    names = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    return max(int(os.environ.get(name, "1")) for name in names)
-
-
-def _on_cloud_tpu() -> bool:
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    return (
-        ("tpu" in platforms or not platforms)
-        and importlib.util.find_spec("libtpu") is not None
-        and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists())
-    )
 
 
 def on_devices(abstract, mesh: jax.sharding.Mesh):

@@ -1,0 +1,355 @@
+r"""Does a run that is killed twenty times end with the bits of one that is not?
+
+Trains a small model on preference pairs, in two processes of four virtual CPU devices
+under `jaxpref.supervise`, twice: undisturbed, and with an event in each of its lives,
+of all the kinds that `benchmarks.chaos_child` lists.  Restarts are the supervisor's;
+after an end that it does not restart (a full disk) the same command is given again.
+Then the exported parameters and all lines of metrics but their timings must be equal.
+
+Command
+        python -m benchmarks.chaos --kills 20 --seed 0 --json chaos.json \
+            --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz
+
+The seed decides which events come, in what order, over which process, how many steps
+after a restart and at what moment of a step; where the machine then is, its clock does.
+"""
+
+import dataclasses
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from benchmarks.chaos_child import DAMAGES, KINDS, TOLD, Event
+from jaxpref.errors import InputError
+from jaxpref.files import write_json
+from jaxpref.train import read_metrics
+from jaxpref.train.entry import entry_point
+
+PROCESSES = 2
+SAVE_EVERY = 3
+NOTICED = 8
+"""Steps until the processes have agreed on the one at which SIGTERM ends them."""
+TIMINGS = ("tokens_per_second", "pairs_per_second", "waiting")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChaosConfig:
+    """What is disturbed, and how often."""
+
+    model: str
+    """Model folder."""
+    data: str
+    """Preference file."""
+    kills: int = 20
+    """Events."""
+    seed: int = 0
+    """Of the events."""
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """Kinds of events; each comes once before one comes twice."""
+    max_length: int = 96
+    """Most tokens of prompt and completion together."""
+    max_pairs: int = 200
+    """Pairs that are read."""
+    patience: float = 180.0
+    """Seconds without a sign of life after which a run counts as hung."""
+    out: str | None = None
+    """Empty folder for the runs and their log; a temporary one where not given."""
+    json: str | None = None
+    """File for the record."""
+
+    def __post_init__(self):
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise InputError(f"kinds {kind!r}: is not one of {', '.join(KINDS)}")
+        if self.kills < 1 or not self.kinds:
+            raise InputError(
+                f"kills {self.kills}, kinds {self.kinds}: at least one each"
+            )
+        if not {"kill one", *DAMAGES} & {*self.kinds[: self.kills]}:
+            raise InputError("kinds: give kill one too, to leave something to restore")
+
+
+def draw(config: ChaosConfig) -> list[Event]:
+    """The events of a seed; the first one leaves a checkpoint to restore."""
+    rng = np.random.default_rng(config.seed)
+    more = rng.choice(config.kinds, max(config.kills - len(config.kinds), 0)).tolist()
+    kinds = [*config.kinds, *more][: config.kills]
+    rng.shuffle(kinds)
+    first = next(i for i, kind in enumerate(kinds) if kind in (*DAMAGES, "kill one"))
+    kinds.insert(0, kinds.pop(first))
+    events = []
+    for kind in kinds:
+        actor = int(rng.integers(PROCESSES))
+        both = kind.endswith("both") or kind in DAMAGES
+        if kind in ("kill in a save", "kill in a restore", "full disk"):
+            both = bool(rng.integers(2))
+        # At least one event in three comes before anything new was saved.
+        after = int(rng.integers(1, 2 * SAVE_EVERY))
+        event = Event(
+            kind=kind,
+            actor=actor,
+            targets=tuple(range(PROCESSES)) if both else (actor,),
+            after=SAVE_EVERY + after if kind in DAMAGES or not events else after,
+            moment=float(rng.random()),
+        )
+        events.append(event)
+    return events
+
+
+def steps_for(events: Sequence[Event]) -> int:
+    """Steps of a run that does not end before the last event came."""
+    at = furthest = 0
+    for event in events:
+        if event.kind in ("kill while starting", "kill in a restore"):
+            continue
+        term = event.kind.startswith("SIGTERM")
+        end = at + event.after + SAVE_EVERY + NOTICED * term
+        furthest = max(furthest, end)
+        at = end if term else end // SAVE_EVERY * SAVE_EVERY
+    return furthest + 5
+
+
+def command(config: ChaosConfig, out: Path, steps: int) -> list[str]:
+    """`train` and its options."""
+    settings = {
+        "model": config.model,
+        "data": config.data,
+        "out": out,
+        "loss": "rdpo",
+        "loss.flip-rate": 0.2,
+        "learning-rate": 3e-4,
+        "max-length": config.max_length,
+        "max-pairs": config.max_pairs,
+        "heldout-fraction": 0.1,
+        "max-steps": steps,
+        "batch-size": 8,
+        "log-every": 1,
+        "eval-every": 25,
+        "save-every": SAVE_EVERY,
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+    }
+    return ["train", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+
+
+# ---- a run and what it tells -------------------------------------------------------
+
+
+class Run:
+    """A run with its events, from the first command to the last."""
+
+    def __init__(self, config: ChaosConfig, folder: Path, events: Sequence[Event]):
+        """Writes the events where the processes find them.
+
+        Args:
+          config: of the benchmark.
+          folder: of this run: its log, and `out/`.
+          events: what comes over it; none leaves it undisturbed.
+        """
+        self.config, self.folder, self.events = config, folder, events
+        self.out, self.lives, self.records = folder / "out", 0, []
+        folder.mkdir()
+        write_json(folder / "events.json", [dataclasses.asdict(e) for e in events])
+
+    def finish(self, steps: int, bar: tqdm) -> float:
+        """Gives the command again until it ends well; seconds.
+
+        Raises:
+          InputError: if it hangs, ends otherwise than its event explains, or ends well
+            before all events came.
+        """
+        began = time.monotonic()
+        argv = [sys.executable, "-m", "benchmarks.chaos_child", str(self.folder)]
+        argv += command(self.config, self.out, steps)
+        while code := self._once(argv, bar):
+            last = self.records[-1] if self.records else {"supervisor": None}
+            if "supervisor" in last:  # one end for each event
+                raise InputError(f"code {code} without an event; {self._tail()}")
+            last["supervisor"] = code
+        if len(self.records) < len(self.events):
+            raise InputError(f"only {len(self.records)} of {len(self.events)} came")
+        return time.monotonic() - began
+
+    def _once(self, argv: list[str], bar: tqdm) -> int:
+        """Until the supervisor ends; its exit code."""
+        supervised = [sys.executable, "-m", "jaxpref.supervise"]
+        supervised += ["--processes", str(PROCESSES), "--pause", "0", "--grace", "10"]
+        supervised += ["--restarts", str(2 * len(self.events) + 1), "--", *argv]
+        process = subprocess.Popen(
+            supervised,
+            env=os.environ | environment(self.folder.parent),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            for line in lines_of(
+                process, self.folder / "log.txt", self.config.patience
+            ):
+                self._note(line, bar)
+            return process.wait()
+        except TimeoutError as error:
+            raise InputError(f"hung: {error}; {self._tail()}") from error
+        finally:
+            process.send_signal(signal.SIGKILL)  # and its children with it
+            process.wait()
+
+    def _note(self, line: str, bar: tqdm) -> None:
+        """Adds what a line tells to the record of the event before it."""
+        if not line.startswith(TOLD):
+            # It may stand behind a progress bar.
+            found = re.search(r"(supervise: |jaxpref: |WARNING:jaxpref:).*", line)
+            if self.records and found:
+                self.records[-1]["told"].append(found[0])
+            return
+        told = json.loads(line.removeprefix(TOLD))
+        if "event" in told:
+            event = self.events[told.pop("event")]
+            self.records.append(
+                {"kind": event.kind, "targets": list(event.targets), **told, "told": []}
+            )
+            bar.set_postfix_str(event.kind)
+            bar.update()
+        elif "step" in told:
+            # After SIGTERM, or on a full disk, the same life goes on for a while; and
+            # the next one may end before its first step.
+            for record in self.records[: told["life"]]:
+                if "resumed_at" not in record:
+                    record["resumed_at"] = told["step"] - 1
+                    record["seconds"] = round(told["time"] - record["time"], 2)
+        elif self.records:
+            self.records[-1] |= told
+
+    def _tail(self) -> str:
+        text = (self.folder / "log.txt").read_text(errors="replace")
+        kept = [x for x in re.split(r"[\r\n]+", text) if x and not x.startswith(TOLD)]
+        return " | ".join(kept[-5:])
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of the processes: their devices, and what both runs compute or compile once."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    virtual = "--xla_force_host_platform_device_count="
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if not flag.startswith(virtual)]
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join([*flags, f"{virtual}{8 // PROCESSES}"]),
+        "JAXPREF_CACHE": str(folder / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def lines_of(process: subprocess.Popen, log: Path, patience: float) -> Iterator[str]:
+    """The lines of a process, which are also added to a log.
+
+    Raises:
+      TimeoutError: if none comes for that many seconds.
+    """
+    lines: queue.Queue = queue.Queue()
+
+    def read():
+        with log.open("ab") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                lines.put(line.decode(errors="replace").rsplit("\r")[-1].strip())
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=patience)
+        except queue.Empty:
+            raise TimeoutError(f"nothing was told for {patience:g} s") from None
+        if line is None:
+            return
+        yield line
+
+
+# ---- what it says ------------------------------------------------------------------
+
+
+def differences(undisturbed: Path, disturbed: Path) -> list[str]:
+    """What two runs do not have in common, bit for bit; empty where they are equal."""
+    weights = "export/model.safetensors"
+    found = []
+    if (undisturbed / weights).read_bytes() != (disturbed / weights).read_bytes():
+        found.append("exported parameters")
+    lines = [
+        [
+            {k: v for k, v in line.items() if k not in TIMINGS}
+            for line in read_metrics(out / "metrics.jsonl")
+        ]
+        for out in (undisturbed, disturbed)
+    ]
+    if len(lines[0]) != len(lines[1]):
+        found.append(f"{len(lines[0])} and {len(lines[1])} lines of metrics")
+    wrong = [a["step"] for a, b in zip(*lines) if a != b]
+    return found + ([f"metrics from step {wrong[0]} on"] if wrong else [])
+
+
+def main(config: ChaosConfig) -> dict:
+    """Both runs and their comparison; the record.
+
+    Raises:
+      InputError: if a run hung or could not be finished.
+    """
+    events = draw(config)
+    steps = steps_for(events)
+    record = {"config": dataclasses.asdict(config), "steps": steps}
+    with tempfile.TemporaryDirectory(prefix="jaxpref-chaos-") as temporary:
+        folder = Path(config.out or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        undisturbed = Run(config, folder / "undisturbed", ())
+        disturbed = Run(config, folder / "disturbed", events)
+        with tqdm(total=len(events), desc="events") as bar:
+            bar.set_postfix_str("undisturbed run")
+            record["undisturbed_seconds"] = undisturbed.finish(steps, bar)
+            try:
+                record["disturbed_seconds"] = disturbed.finish(steps, bar)
+            finally:
+                record["events"] = disturbed.records
+                if config.json is not None:
+                    write_json(config.json, record)
+        record["differences"] = differences(undisturbed.out, disturbed.out)
+    if config.json is not None:
+        write_json(config.json, record)
+    return record
+
+
+def describe(record: dict) -> str:
+    """A line for each event, and the verdict."""
+    lines = []
+    for number, event in enumerate(record["events"]):
+        who = " and ".join(map(str, event["targets"]))
+        since = f"{event['seconds']:.1f} s" if "seconds" in event else "never"
+        lines.append(
+            f"{number + 1:2} {event['kind']} (process {who}) at step {event['step']}: "
+            f"went on at {event.get('resumed_at')}, stepped again after {since}"
+        )
+        lines += [f"     {line}" for line in event["told"]]
+    wrong = ", ".join(record["differences"])
+    lines.append(f"differs: {wrong}" if wrong else "equal, bit for bit")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with entry_point():
+        record = main(tyro.cli(ChaosConfig, description=__doc__))
+        print(describe(record))
+    sys.exit(1 if record["differences"] else 0)

@@ -1,0 +1,221 @@
+"""One process of the run that `benchmarks.chaos` disturbs: `train`, and an event.
+
+    python -m benchmarks.chaos_child FOLDER train --model ...
+
+FOLDER holds `events.json`, in order.  In each life of the run, from the start of its
+processes to their end, the next event comes over it: the process that it names begins
+it, after it wrote down that it did (`fired-00.json`, ...), so no event comes twice.
+What happens is told on stderr, a line of JSON each, since a pipe is never full where
+a disk is.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+KINDS = {
+    "kill one": "SIGKILL of one process, at some moment of a step",
+    "kill both": "SIGKILL of both",
+    "kill while starting": "SIGKILL of one at some moment of its first seconds",
+    "kill in a save": "SIGKILL of one or both while a checkpoint is half written",
+    "kill in a restore": "SIGKILL of one or both while a checkpoint is read",
+    "SIGTERM to one": "a preemption's notice to one process",
+    "SIGTERM to both": "a preemption's notice to both",
+    "truncated file": "SIGKILL of both; the newest checkpoint loses the end of a file",
+    "flipped bit": "SIGKILL of both; the newest checkpoint has one wrong bit",
+    "full disk": "no file of one or both may grow any more (RLIMIT_FSIZE)",
+}
+DAMAGES = ("truncated file", "flipped bit")
+BY_STEP = {*KINDS} - {"kill while starting", "kill in a save", "kill in a restore"}
+TOLD = "chaos: "
+_LIMIT = 1000  # bytes that a file may have on a full disk
+_STARTING = (
+    6.0  # seconds after its start in which a process may be killed while starting
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """What comes over one life of the run."""
+
+    kind: str
+    """One of `KINDS`."""
+    actor: int
+    """The process in which it begins."""
+    targets: tuple[int, ...]
+    """Those that it meets."""
+    after: int
+    """Steps of this life before it."""
+    moment: float
+    """In [0, 1): how far into what it disturbs, and where in a file."""
+
+
+def main(folder: Path, argv: list[str]) -> None:
+    """Trains, until the event comes."""
+    index = int(os.environ["JAX_PROCESS_ID"])
+    (folder / f"pid-{index}").write_text(str(os.getpid()))
+    events = [
+        Event(**each) for each in json.loads((folder / "events.json").read_text())
+    ]
+    number = len(list(folder.glob("fired-*.json")))
+    out = Path(argv[argv.index("--out") + 1])
+    # Before this process joins the others, and so before any of them reads.
+    if index == 0 and number and events[number - 1].kind in DAMAGES:
+        _damage(folder / f"damaged-{number - 1:02}.json", events[number - 1], out)
+    life = _Life(folder, out, number, events[number] if number < len(events) else None)
+    life.patch(mine=life.event is not None and life.event.actor == index)
+
+    from jaxpref import cli
+
+    sys.argv[1:] = argv
+    cli.main()
+
+
+class _Life:
+    """Of this process: its steps, and the event where this process begins it."""
+
+    def __init__(self, folder: Path, out: Path, number: int, event: Event | None):
+        self.folder, self.out, self.number, self.event = folder, out, number, event
+        self.index = int(os.environ["JAX_PROCESS_ID"])
+        self.first = self.step = None
+        self.last = time.monotonic()
+        self.restoring = self.fired = False
+        self.begun = threading.Lock()
+
+    def patch(self, *, mine: bool) -> None:
+        """Puts itself in the way of steps, saves and restores."""
+        kind = self.event.kind if mine else ""
+        if kind == "kill while starting":
+            self.later(_STARTING * self.event.moment)
+
+        from jaxpref.train.checkpoint import Checkpoints
+        from jaxpref.train.metrics import LateMetrics
+
+        push, save, restore = LateMetrics.push, Checkpoints.save, Checkpoints.restore
+
+        def stepped(late, step, *args):
+            self.first, self.step = self.first or step, step
+            if self.index == 0:
+                tell({"step": step, "time": time.time(), "life": self.number})
+            if self.fired and kind.startswith("SIGTERM"):
+                time.sleep(0.3)  # JAX looks once a second: that is to be few steps
+            now = time.monotonic()
+            seconds, self.last = now - self.last, now
+            if kind in BY_STEP and step - self.first + 1 >= self.event.after:
+                if kind not in DAMAGES or len(finished(self.out)) >= 2:
+                    # Somewhere in this step or the next one.
+                    self.later(2 * min(seconds, 0.2) * self.event.moment)
+            return push(late, step, *args)
+
+        def saved(checkpoints, step, *args, **kwargs):
+            before = self.half_written()
+            result = save(checkpoints, step, *args, **kwargs)
+            if kind == "kill in a save" and step - self.first + 1 >= self.event.after:
+                seen = lambda: self.half_written() - before
+                self.later(0.05 * self.event.moment, seen)
+            return result
+
+        def restored(checkpoints, *args, **kwargs):
+            self.restoring = True
+            if kind == "kill in a restore":
+                self.later(0.5 * self.event.moment)
+            result = restore(checkpoints, *args, **kwargs)
+            self.restoring = False
+            return result
+
+        LateMetrics.push = stepped
+        Checkpoints.save, Checkpoints.restore = saved, restored
+
+    def half_written(self) -> set[int]:
+        """Inodes: one that a killed life has left may have the name of a new one."""
+        found = (self.out / "checkpoints").glob("*tmp*")
+        with contextlib.suppress(FileNotFoundError):
+            return {folder.stat().st_ino for folder in found}
+        return set()
+
+    def later(self, seconds: float, seen: Callable[[], object] = lambda: True) -> None:
+        """The event, once and in a thread of its own, after what must be seen first."""
+        if not self.begun.acquire(blocking=False):
+            return
+
+        def wait():
+            end = time.monotonic() + 2  # a small checkpoint may be finished too soon
+            while not seen() and time.monotonic() < end:
+                time.sleep(0.001)
+            time.sleep(seconds)
+            self.fire()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def fire(self) -> None:
+        """Tells, and does it."""
+        event = self.event
+        told = {
+            "event": self.number,
+            "time": time.time(),
+            "step": self.step,
+            "unfinished": unfinished(self.out),
+            "restoring": self.restoring,
+        }
+        (self.folder / f"fired-{self.number:02}.json").write_text(json.dumps(told))
+        tell(told)
+        self.fired = True
+        pids = [int((self.folder / f"pid-{i}").read_text()) for i in event.targets]
+        # Itself last.
+        for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
+            if event.kind == "full disk":
+                _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (_LIMIT, hard))
+            else:
+                term = event.kind.startswith("SIGTERM")
+                os.kill(pid, signal.SIGTERM if term else signal.SIGKILL)
+
+
+def finished(out: Path) -> list[Path]:
+    """The checkpoints that have their final name, in order."""
+    folders = (out / "checkpoints").glob("*")
+    return sorted((f for f in folders if f.name.isdigit()), key=lambda f: int(f.name))
+
+
+def unfinished(out: Path) -> list[str]:
+    """The names of those that do not."""
+    return sorted(f.name for f in (out / "checkpoints").glob("*tmp*"))
+
+
+def _damage(path: Path, event: Event, out: Path) -> None:
+    """Damages a file of the newest checkpoint, once; larger ones are hit more often."""
+    if path.exists():
+        return
+    newest = finished(out)[-1]
+    files = sorted(f for f in newest.rglob("*") if f.is_file() and f.stat().st_size)
+    sizes = [file.stat().st_size for file in files]
+    rng = random.Random(event.moment)
+    (file,) = rng.choices(files, sizes)
+    content = bytearray(file.read_bytes())
+    place = rng.randrange(len(content))
+    if event.kind == "truncated file":
+        del content[place:]
+    else:
+        content[place] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    told = {"damaged": str(file.relative_to(out / "checkpoints")), "byte": place}
+    path.write_text(json.dumps(told))
+    tell(told)
+
+
+def tell(what: Mapping[str, object]) -> None:
+    """A line on stderr, whatever a progress bar left there."""
+    os.write(2, f"\n{TOLD}{json.dumps(what)}\n".encode())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

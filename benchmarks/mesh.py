@@ -1,0 +1,172 @@
+r"""What does it cost to divide a step over a mesh?  Eight virtual devices beside one.
+
+Times the step that training runs (DPO, AdamW, a pair a row) on the same global batch of
+random pairs, by one device that holds everything and by eight virtual ones on the same
+cores, divided along each axis of the mesh and along all three.  The cores do the same
+useful work, so what is more is what the division costs here: collectives, work that is
+done on every device, and smaller matrix products.  Each layout has its own process,
+one after the other in turns; an overhead is the ratio of medians of the same turn.
+
+Commands
+        python -m benchmarks.mesh --json mesh.json
+        python -m benchmarks.mesh --quick
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from benchmarks.bvpo_overhead import MODELS as SMALL
+from benchmarks.random_steps import make_step, padded_batch, random_pairs
+from jaxpref.errors import InputError
+from jaxpref.files import write_json
+from jaxpref.models import ModelConfig, build
+from jaxpref.train import MeshConfig, make_mesh
+from jaxpref.train.entry import entry_point
+from jaxpref.train.mesh import to_global
+
+DEVICES = 8
+UNSHARDED = "unsharded"
+MESHES = {
+    UNSHARDED: MeshConfig(),
+    "data 8": MeshConfig(data=8, fsdp=1),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "fsdp 4, tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
+    "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+MODELS = {
+    "260 thousand parameters": SMALL["stories260k"],
+    "17 million parameters": ModelConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    ),
+}
+CLOCKS = {"clock": time.perf_counter, "processors": time.process_time}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshBenchmark:
+    """What is timed."""
+
+    pairs: int = 16
+    """Pairs of a step, over all devices."""
+    prompt: int = 64
+    """Tokens of every prompt."""
+    completion: int = 64
+    """Tokens of every completion."""
+    steps: int = 10
+    """Steps that are timed in each turn; two before them compile and warm up."""
+    turns: int = 3
+    """Turns."""
+    json: str | None = None
+    """File for the records."""
+    quick: bool = False
+    """One turn of three steps, and the smaller model alone."""
+
+
+def measure(config: MeshBenchmark, model_name: str, mesh_name: str) -> dict:
+    """Median seconds of a step by each clock, in a process with its own devices."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    virtual = "--xla_force_host_platform_device_count="
+    flags = [flag for flag in flags if not flag.startswith(virtual)]
+    if mesh_name != UNSHARDED:
+        flags.append(f"{virtual}{DEVICES}")
+    asked = json.dumps([dataclasses.asdict(config), model_name, mesh_name])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.mesh", "--only", asked],
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"{model_name}, {mesh_name}: {told}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
+    """Prints what `measure` reads."""
+    model = build(MODELS[model_name])
+    sizes = np.tile(
+        [config.prompt, config.completion, config.completion], (config.pairs, 1)
+    )
+    pairs = random_pairs(sizes, vocab_size=model.config.vocab_size)
+    mesh = make_mesh(MESHES[mesh_name])
+    with jax.set_mesh(mesh):
+        batch = to_global(padded_batch(pairs), mesh)
+        step, new_state = make_step(model)
+        state = jax.jit(lambda key: new_state(model.init(key)))(jax.random.key(0))
+        seconds = {name: [] for name in CLOCKS}
+        for number in range(config.steps + 2):
+            began = {name: clock() for name, clock in CLOCKS.items()}
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            for name, clock in CLOCKS.items() if number >= 2 else ():
+                seconds[name].append(clock() - began[name])
+    print(json.dumps({name: float(np.median(s)) for name, s in seconds.items()}))
+
+
+def main(config: MeshBenchmark) -> list[dict]:
+    """All layouts in turns; a record for each model and mesh."""
+    if config.quick:
+        config = dataclasses.replace(config, steps=3, turns=1)
+    models = list(MODELS)[: 1 if config.quick else None]
+    works = [(model, mesh) for model in models for mesh in MESHES]
+    seconds = {work: [] for work in works}
+    for turn in range(config.turns):
+        # There and back, so that none always follows the same one.
+        order = works if turn % 2 == 0 else works[::-1]
+        for work in tqdm(order, desc=f"turn {turn + 1} of {config.turns}"):
+            seconds[work].append(measure(config, *work))
+    records = []
+    for model, mesh in works:
+        record = {"model": model, "mesh": mesh}
+        for clock in CLOCKS:
+            own = np.array([found[clock] for found in seconds[model, mesh]])
+            whole = np.array([found[clock] for found in seconds[model, UNSHARDED]])
+            record[clock] = {
+                "seconds": own.tolist(),
+                "overhead": (own / whole - 1).tolist(),
+            }
+        records.append(record)
+        print(describe(record), flush=True)
+    if config.json is not None:
+        setting = dataclasses.asdict(config)
+        write_json(config.json, {"config": setting, "records": records})
+    return records
+
+
+def describe(record: dict) -> str:
+    """One line."""
+    told = [f"{record['model']}, {record['mesh']}:"]
+    for clock in CLOCKS:
+        found = record[clock]
+        told.append(f"{1000 * np.median(found['seconds']):.0f} ms by the {clock}")
+        if record["mesh"] != UNSHARDED:
+            low, middle, high = np.quantile(found["overhead"], (0, 0.5, 1))
+            told[-1] += f" ({middle:+.0%}; {low:+.0%} to {high:+.0%})"
+    return f"{told[0]} {', '.join(told[1:])}"
+
+
+if __name__ == "__main__":
+    with entry_point():
+        if sys.argv[1:2] == ["--only"]:
+            asked, *names = json.loads(sys.argv[2])
+            only(MeshBenchmark(**asked), *names)
+        else:
+            main(tyro.cli(MeshBenchmark, description=__doc__))
