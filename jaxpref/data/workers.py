@@ -1,7 +1,10 @@
 """Batches made in processes of their own, in turns, in the order of one."""
 
+import atexit
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,10 +73,13 @@ class InProcesses:
         for worker in self._workers:
             worker.close()
         self._workers = []
+        atexit.unregister(self.close)
 
     def _start(self) -> None:
         if not flags.FLAGS.is_parsed():  # which Grain asks for; we have none
             flags.FLAGS.mark_as_parsed()
+        # Python ends its processes with SIGTERM, which these do not see, and waits.
+        atexit.register(self.close)
         for index in range(self._processes):
             dataset = _WithState(self._part(self._state, index)).mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -82,7 +88,8 @@ class InProcesses:
                 worker_init_fn=_end_with_parent,
             )
             worker = iter(dataset)
-            worker.start_prefetch()
+            with _sigterm_held():
+                worker.start_prefetch()
             self._workers.append(worker)
 
 
@@ -105,7 +112,23 @@ class _WithStateIterator(grain.DatasetIterator):
         self._parent.set_state(state)
 
 
+@contextlib.contextmanager
+def _sigterm_held():
+    """A process started within never sees a SIGTERM: what is blocked is inherited.
+
+    A machine that shuts down sends one to all, and this process needs its batches
+    until it has saved.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent(index: int, count: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     # A killed run cannot tell its processes to end.
     def watch():
         multiprocessing.parent_process().join()

@@ -15,6 +15,9 @@ from jaxpref.errors import InputError
 from jaxpref.models.config import ROWS
 
 AXES = ("data", "fsdp", "tensor")
+DEAD_AFTER = 60
+"""Seconds without a heartbeat after which JAX takes a process for dead and ends the
+others; its own default is 100."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,9 +118,11 @@ def initialize_distributed() -> None:
                 "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and "
                 f"JAX_PROCESS_ID must be set to whole numbers too ({error})"
             ) from error
-        jax.distributed.initialize(address, count, index)
+        jax.distributed.initialize(
+            address, count, index, heartbeat_timeout_seconds=DEAD_AFTER
+        )
     elif _tasks() > 1 or _on_cloud_tpu():
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_AFTER)
 
 
 def _make_room_for_virtual_devices() -> None:
