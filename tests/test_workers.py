@@ -68,7 +68,8 @@ from tests.test_workers import make_pairs, padded
 
 if __name__ == "__main__":
     batches = padded(make_pairs(40), processes=2)
-    batch = next(batches)
+    for _ in range(4):
+        next(batches)
     workers = multiprocessing.active_children()
     print(*(worker.pid for worker in workers), flush=True)
     for worker in workers:

@@ -1,7 +1,6 @@
 """Batches made in processes of their own, in turns, in the order of one."""
 
 import atexit
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -88,8 +87,7 @@ class InProcesses:
                 worker_init_fn=_end_with_parent,
             )
             worker = iter(dataset)
-            with _sigterm_held():
-                worker.start_prefetch()
+            worker.start_prefetch()
             self._workers.append(worker)
 
 
@@ -112,21 +110,9 @@ class _WithStateIterator(grain.DatasetIterator):
         self._parent.set_state(state)
 
 
-@contextlib.contextmanager
-def _sigterm_held():
-    """A process started within never sees a SIGTERM: what is blocked is inherited.
-
-    A machine that shuts down sends one to all, and this process needs its batches
-    until it has saved.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _end_with_parent(index: int, count: int) -> None:
+    # A machine that shuts down sends one to all, and the parent needs its batches until
+    # it has saved.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     # A killed run cannot tell its processes to end.
