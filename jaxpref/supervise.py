@@ -5,6 +5,11 @@ JAX's own service (exit code 134), and none of them can begin again alone.  So a
 stopped and started again, and go on from their last checkpoint.  Nothing here imports
 jax: the parent stays small, and outlives what kills its children.
 
+A process can also hang: a collective that never ends, a file system that does not
+answer.  While it trains, `jaxpref` tells the supervisor of each step, checkpoint, and
+batch that it scores or reads; if one tells of nothing for `--hung` seconds, all are
+killed and started again.  Other commands tell nothing, and are waited for.
+
 On a pod every worker runs one supervisor with one process, and JAX finds the others by
 itself.  With `--processes N` the N processes run here, and are told of each other by
 `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
@@ -12,10 +17,14 @@ itself.  With `--processes N` the N processes run here, and are told of each oth
 Exit codes:
   0: every process ended with 0.
   2: wrong input (of this command, or a process said so); never restarted.
-  130: this parent got SIGTERM or SIGINT, passed it on, and not all had finished.
+  65: a run stopped itself, as its steps went wrong; never restarted either.
+  143: this parent got SIGTERM, passed it on, and all saved their last step or
+    had finished: the same command goes on from there.
+  130: this parent got SIGTERM or SIGINT, passed it on, and not all have saved.
   otherwise: the code of the first process that failed, once no restarts are left;
     128 + n for one that signal n killed, 143 also for one that SIGTERM made save and
     end (`jaxpref.train.preemption`): where this parent got none, it is restarted.
+    One that hung was killed: 137.
 """
 
 import argparse
@@ -27,11 +36,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+from jaxpref import progress
 
 WRONG_INPUT = 2
+FINAL = {WRONG_INPUT: "wrong input", 65: "a run that stopped itself"}
+"""Codes after which the same command would come to the same end."""
 INTERRUPTED = 130
+SAVED = 128 + signal.SIGTERM
 _POLL = 0.1  # seconds between looks at the processes
 _LONGEST_PAUSE = 60.0
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -56,6 +72,12 @@ class SuperviseConfig:
     """Seconds that a process has to end after SIGTERM or SIGINT, before SIGKILL."""
     pause: float = 1.0
     """Seconds before the first restart; doubled before each later one, at most 60."""
+    hung: float = 1800.0
+    """Seconds without word of progress after which a process counts as hung; 0: never.
+    Longer than what takes longest without any: compiling, or a full bucket's write."""
+    steady: float = 600.0
+    """Seconds from start to failure that make it the first failure again, if a
+    checkpoint was completed in them: a run that gets on never uses up its restarts."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,38 +96,54 @@ def supervise(config: SuperviseConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise)
     processes: list[subprocess.Popen] = []
+    used = 0
     try:
-        for restart in range(config.restarts + 1):
-            _start(config, processes)
-            failed = _first_failure(processes)
-            if failed is None:
-                return 0
-            # Not SIGTERM, at which they would try to agree with the dead on a step.
-            _stop(processes, signal.SIGINT, config.grace)
-            code = processes[failed].returncode
-            ended = f"process {failed} of {config.processes} ended {_how(code)}"
-            if WRONG_INPUT in (process.returncode for process in processes):
-                _say(f"{ended}; wrong input (code {WRONG_INPUT}) is not restarted")
-                return WRONG_INPUT
-            if restart < config.restarts:
-                pause = min(config.pause * 2**restart, _LONGEST_PAUSE)
-                number = f"{restart + 1} of {config.restarts}"
-                _say(f"{ended}; restart {number} in {pause:g} s")
-                processes.clear()
-                time.sleep(pause)
-        _say(f"{ended}; no restarts left of {config.restarts}")
-        return code if code > 0 else 128 - code
+        while True:
+            began = time.monotonic()
+            with tempfile.TemporaryDirectory(prefix="jaxpref-supervise-") as folder:
+                _start(config, processes, Path(folder))
+                failed = _first_failure(config, processes, Path(folder))
+                if failed is None:
+                    return 0
+                index, hung = failed
+                # Not SIGTERM, at which they would try to agree with the dead on a step;
+                # and nothing that Python sees where they wait for ever.
+                number = signal.SIGKILL if hung else signal.SIGINT
+                _stop(processes, number, config.grace)
+                saved = any(Path(folder).glob(f"*{progress.SAVED}"))
+            code = processes[index].returncode
+            ended = f"process {index} of {config.processes} "
+            ended += hung or f"ended {_how(code)}"
+            for process in processes:
+                if what := FINAL.get(process.returncode):
+                    code = process.returncode
+                    _say(f"{ended}; {what} (code {code}) is not restarted")
+                    return code
+            if saved and time.monotonic() - began >= config.steady:
+                used = 0
+            if used >= config.restarts:
+                _say(f"{ended}; no restarts left of {config.restarts}")
+                return code if code > 0 else 128 - code
+            pause = min(config.pause * 2**used, _LONGEST_PAUSE)
+            used += 1
+            _say(f"{ended}; restart {used} of {config.restarts} in {pause:g} s")
+            processes.clear()
+            time.sleep(pause)
     except _Signalled as signalled:
         _stop(processes, signalled.args[0], config.grace)
-        finished = processes and not any(process.returncode for process in processes)
-        return 0 if finished else INTERRUPTED
+        codes = {process.returncode for process in processes}
+        if not codes or not codes <= {0, SAVED}:
+            return INTERRUPTED
+        return SAVED if SAVED in codes else 0
     except OSError as error:
         _stop(processes, signal.SIGKILL, config.grace)
         _say(f"error: {config.command[0]}: {error.strerror}")
         return WRONG_INPUT
 
 
-def _start(config: SuperviseConfig, processes: list[subprocess.Popen]) -> None:
+def _start(
+    config: SuperviseConfig, processes: list[subprocess.Popen], folder: Path
+) -> None:
     """Appends each process as it is started, so that none is lost to a signal."""
     told = {}
     if config.processes > 1:
@@ -116,6 +154,7 @@ def _start(config: SuperviseConfig, processes: list[subprocess.Popen]) -> None:
         told["JAX_NUM_PROCESSES"] = str(config.processes)
     for index in range(config.processes):
         mine = told | ({"JAX_PROCESS_ID": str(index)} if told else {})
+        mine |= {progress.VARIABLE: str(folder / str(index))}
         with _signals_held():
             processes.append(
                 subprocess.Popen(
@@ -148,15 +187,25 @@ def _in_the_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
-def _first_failure(processes: Sequence[subprocess.Popen]) -> int | None:
-    """Index of the first that ends with another code than 0; None if none does."""
+def _first_failure(
+    config: SuperviseConfig, processes: Sequence[subprocess.Popen], folder: Path
+) -> tuple[int, str] | None:
+    """The first that ends with another code than 0, or hangs; None if all end well.
+
+    Returns:
+      Its index, and what is to be said of it if it hangs, else nothing.
+    """
+    listener = progress.Listener(folder, config.hung)
     while True:
         codes = [process.poll() for process in processes]
         for index, code in enumerate(codes):
             if code:
-                return index
+                return index, ""
         if None not in codes:
             return None
+        running = [index for index, code in enumerate(codes) if code is None]
+        if silent := listener.silent(running):
+            return silent
         time.sleep(_POLL)
 
 
@@ -210,6 +259,8 @@ def _parse(argv: list[str]) -> SuperviseConfig:
         ("restarts", int, 0, "times that all are started again after one failed"),
         ("grace", float, 0, "seconds from SIGTERM or SIGINT to SIGKILL"),
         ("pause", float, 0, "seconds before the first restart; later ones double"),
+        ("hung", float, 0, "seconds without progress of a run that hangs; 0: never"),
+        ("steady", float, 0, "seconds, with a checkpoint, that renew the restarts"),
     ):
         parser.add_argument(
             f"--{name}",

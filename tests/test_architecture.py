@@ -26,7 +26,7 @@ DOORS = {
     "losses": ({"sharding"}, ARRAYS),
     "noise": ({"losses", "sharding"}, ARRAYS),
     "gradients": ({"losses", "sharding"}, ARRAYS),
-    "data": ({"errors", "files"}, READERS | TOKENIZERS | {"jax", "tqdm"}),
+    "data": ({"errors", "files", "progress"}, READERS | TOKENIZERS | {"jax", "tqdm"}),
     "models": (
         {"errors", "files"},
         ARRAYS | {"flax", "numpy", "safetensors", "ml_dtypes", "huggingface_hub"},
@@ -39,6 +39,7 @@ DOORS = {
             "losses",
             "noise",
             "gradients",
+            "progress",
             "data",
             "models",
             "sampling",
@@ -65,7 +66,8 @@ DOORS = {
     "errors": (set(), set()),
     "sharding": (set(), {"jax"}),
     "files": ({"errors"}, set()),
-    "supervise": (set(), set()),
+    "progress": (set(), set()),
+    "supervise": ({"progress"}, set()),
     "__init__": (set(), set()),
     # Nobody imports the last ones, and they may import every room above.
     "cli": (None, {"jax", "tyro"}),

@@ -44,23 +44,27 @@ def test_rates_leave_out_compiling_evaluating_and_saving(clock, tmp_path):
     config = types.SimpleNamespace(
         max_steps=6, log_every=2, objective=types.SimpleNamespace(name="dpo")
     )
-    late = metrics.LateMetrics(writer, config=config, pairs=None, start=0)
+    judged = []
+    late = metrics.LateMetrics(
+        writer, config=config, judge=lambda step, *_: judged.append(step), start=0
+    )
     clock.now += 100  # compiles
-    late.push(1, step_metrics())
+    late.push(1, step_metrics(), np.arange(4)[None])
     with late.paused():
         clock.now += 1000  # evaluates
     for step in (2, 3, 4):
         clock.now += 2
-        late.push(step, step_metrics())
+        late.push(step, step_metrics(), np.arange(4)[None])
     with late.paused():
         clock.now += 1000  # saves
     for step in (5, 6):
         clock.now += 5
-        late.push(step, step_metrics())
+        late.push(step, step_metrics(), np.arange(4)[None])
     with late.paused():
         pass
     late.close()
     writer.close()
+    assert judged == [1, 2, 3, 4, 5, 6]
     lines = {line["step"]: line for line in read_metrics(tmp_path / "metrics.jsonl")}
     assert sorted(lines) == [1, 2, 4, 6]
     assert "tokens_per_second" not in lines[1]

@@ -114,6 +114,78 @@ time.sleep(60)
     assert len(starts(tmp_path, who)) == 1
 
 
+def test_a_run_that_stopped_itself_is_not_restarted(tmp_path):
+    done = run(tmp_path, *child("sys.exit(65)"))
+    assert done.returncode == 65
+    assert "a run that stopped itself (code 65) is not restarted" in done.stderr
+    assert len(starts(tmp_path, 0)) == 1
+
+
+TELLS = """
+def tell(text, suffix=""):
+    with open(os.environ["JAXPREF_PROGRESS"] + suffix, "w") as file: file.write(text)
+"""
+
+
+@pytest.mark.parametrize("how", ["time.sleep(60)", "os.kill(os.getpid(), 19)"])
+def test_a_process_that_hangs_is_killed_and_all_come_back(tmp_path, how):
+    """One sleeps or is stopped at step 3, the other waits for it at step 4."""
+    body = f"""{TELLS}
+for step in (1, 2, 3):
+    tell(f"step {{step}}")
+    time.sleep(0.1)
+if first and index == 1: {how}
+tell("step 4")
+if first: time.sleep(60)
+"""
+    began = time.monotonic()
+    done = run(tmp_path, "--hung", "1.5", "--processes", "2", *child(body))
+    assert done.returncode == 0, done.stderr
+    (line,) = lines(done)
+    assert line.startswith(
+        "supervise: process 1 of 2 told of nothing for 1.5 s, last: step 3"
+    )
+    assert line.endswith("; restart 1 of 3 in 0.05 s")
+    assert 1.5 < time.monotonic() - began < 30
+
+
+def test_who_tells_nothing_or_has_finished_is_waited_for(tmp_path):
+    silent = run(tmp_path, "--hung", "0.3", *child("time.sleep(1)"))
+    assert (silent.returncode, lines(silent)) == (0, [])
+    body = f"""{TELLS}
+tell("step 1")
+os.remove(os.environ["JAXPREF_PROGRESS"])
+time.sleep(1)
+"""
+    finished = run(tmp_path, "--hung", "0.3", *child(body))
+    assert (finished.returncode, lines(finished)) == (0, [])
+    patient = body.replace("os.remove", "str")
+    never = run(tmp_path, "--hung", "0", *child(patient))
+    assert (never.returncode, lines(never)) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("steady", "saved", "restarts"), [("0", True, 3), ("0", False, 1), ("60", True, 1)]
+)
+def test_a_run_that_gets_on_does_not_use_up_its_restarts(
+    tmp_path, steady, saved, restarts
+):
+    """It fails three times, and would end well the fourth time."""
+    body = f"""{TELLS}
+if {saved}: tell("100", ".saved")
+starts = len(open("started0").readlines())
+sys.exit(0 if starts == 4 else 9)
+"""
+    done = run(tmp_path, "--restarts", "1", "--steady", steady, *child(body))
+    assert len(starts(tmp_path, 0)) == 1 + restarts
+    told = ["restart 1 of 1"] * restarts
+    if restarts == 1:
+        told.append("no restarts left of 1")
+    assert done.returncode == (0 if restarts == 3 else 9)
+    assert len(lines(done)) == len(told)
+    assert all(part in line for part, line in zip(told, lines(done)))
+
+
 def test_a_process_that_ignores_signals_is_killed(tmp_path):
     body = """
 if first and index == 0:
@@ -148,12 +220,16 @@ except FileNotFoundError:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("finishes", "code"), [(False, 130), (True, 0)])
-def test_a_signal_is_passed_on_once(tmp_path, number, finishes, code):
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    # Finished; saved by one or both; and not saved by both.
+    [((0, 0), 0), ((143, 143), 143), ((0, 143), 143), ((130, 143), 130)],
+)
+def test_a_signal_is_passed_on_once(tmp_path, number, ends, code):
     body = f"""
 def told(number, frame):
     open(f"told{{index}}", "a").write(f"{{number}}\\n")
-    sys.exit({0 if finishes else 130})
+    sys.exit({ends}[index])
 signal.signal(signal.SIGTERM, told); signal.signal(signal.SIGINT, told)
 open(f"ready{{index}}", "w")
 time.sleep(60)
@@ -217,6 +293,7 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path):
         (["--processes", "0", "--", "true"], "must be at least 1"),
         (["--restarts", "-1", "--", "true"], "must be at least 0"),
         (["--grace", "nan", "--", "true"], "must be at least 0"),
+        (["--hung", "-1", "--", "true"], "must be at least 0"),
         (["--restart", "many", "--", "true"], "many"),
         (["--", "/no/such/command"], "/no/such/command: No such file"),
     ],

@@ -1,6 +1,12 @@
 """Batches made in other processes: the same ones, and the same state."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -53,3 +59,50 @@ def test_an_error_in_a_process_is_raised_here():
         for _ in range(4):
             next(batches)
     batches.close()
+
+
+PARENT = """
+import multiprocessing, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from tests.test_workers import make_pairs, padded
+
+if __name__ == "__main__":
+    batches = padded(make_pairs(40), processes=2)
+    for _ in range(4):
+        next(batches)
+    workers = multiprocessing.active_children()
+    print(*(worker.pid for worker in workers), flush=True)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(20):
+        next(batches)
+    print("goes on", all(worker.is_alive() for worker in workers), flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    # Not closed: Python would end them with a SIGTERM, and wait.
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "exits"])
+def test_processes_outlive_a_sigterm_but_not_their_parent(tmp_path, end):
+    """A machine that shuts down tells all, and the parent still has to save."""
+    root = Path(__file__).resolve().parents[1]
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    done = subprocess.run(
+        [sys.executable, script, root, end],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0), done.stderr
+    workers, goes_on = done.stdout.splitlines()
+    assert goes_on == "goes on True" and len(workers.split()) == 2
+    until = time.monotonic() + 30
+    for pid in workers.split():
+        stat = Path(f"/proc/{pid}/stat")
+        # Nobody may be there to collect it: a zombie is dead too.
+        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < until, f"{pid} is still there"
+            time.sleep(0.05)

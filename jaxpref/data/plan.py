@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from jaxpref import progress
 from jaxpref.data.formats import (
     IDENTICAL,
     Example,
@@ -169,6 +170,7 @@ def _make_plan(
         kept, last = 0, -1
         chunks = _chunks(number, source, pairs_of, options, sides, counts, records)
         for items in chunks:
+            progress.tell(f"reading {source.location(items[-1].row)}")
             results = tokenize(
                 [item.example for item in items],
                 [source.location(item.row) for item in items],

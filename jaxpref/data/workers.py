@@ -1,7 +1,9 @@
 """Batches made in processes of their own, in turns, in the order of one."""
 
+import atexit
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,10 +72,13 @@ class InProcesses:
         for worker in self._workers:
             worker.close()
         self._workers = []
+        atexit.unregister(self.close)
 
     def _start(self) -> None:
         if not flags.FLAGS.is_parsed():  # which Grain asks for; we have none
             flags.FLAGS.mark_as_parsed()
+        # Python ends its processes with SIGTERM, which these do not see, and waits.
+        atexit.register(self.close)
         for index in range(self._processes):
             dataset = _WithState(self._part(self._state, index)).mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -106,6 +111,10 @@ class _WithStateIterator(grain.DatasetIterator):
 
 
 def _end_with_parent(index: int, count: int) -> None:
+    # A machine that shuts down sends one to all, and the parent needs its batches until
+    # it has saved.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     # A killed run cannot tell its processes to end.
     def watch():
         multiprocessing.parent_process().join()

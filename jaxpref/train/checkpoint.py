@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from jaxpref import progress
 from jaxpref.errors import InputError, first_line
+from jaxpref.train import agreement
 from jaxpref.train.state import TrainState
 
 _log = logging.getLogger("jaxpref")
@@ -26,9 +29,17 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int):
         """Opens (and makes) the folder; the newest `keep` steps are kept."""
-        self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.folder, self._keep = folder, keep
+        self.best: int | None = None
+        """A step that is kept however old it is."""
+        self._writing: int | None = None
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, create=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Which of the steps, oldest first, Orbax is to keep."""
+        newest = len(checkpoints) - self._keep
+        return [n >= newest or c.step == self.best for n, c in enumerate(checkpoints)]
 
     def latest_step(self) -> int | None:
         """The newest complete step on disk, or None."""
@@ -60,6 +71,8 @@ class Checkpoints:
             raise self._failed(error) from error
         if not saved:
             raise self._failed(OSError(f"step {step} was refused"))
+        self._is_complete()  # the one before, which Orbax has waited for
+        self._writing = step
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -72,46 +85,51 @@ class Checkpoints:
             self._manager.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error
+        self._is_complete()
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
+    def restore(
+        self, abstract: TrainState, *, only: int | None = None
+    ) -> tuple[TrainState, dict] | None:
         """The newest step that is whole, with its data position; None if there is none.
 
         Every array is compared with the digest taken before it was written.  A step
-        that does not match, or cannot be read, is reported and the one before is tried;
-        once one is whole, the damaged ones are deleted, to be written again.
+        that does not match, or cannot be read, in any of the processes, is reported and
+        the one before is tried by all; once one is whole, the damaged ones are deleted,
+        to be written again.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to.
+          only: this step and no other one.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = agreement.of_the_first(steps if only is None else [only])
         for number, step in enumerate(steps):
-            try:
-                saved = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract),
-                        meta=ocp.args.JsonRestore(),
-                    ),
-                )
-            except Exception as error:
+            found, complaint = self._read(step, abstract)
+            if unable := agreement.not_so(found is not None):
+                where = f"process {unable[0]} says so"
                 _log.warning(
-                    "checkpoint %d cannot be read (%s)", step, first_line(error)
+                    "checkpoint %d cannot be read (%s)", step, complaint or where
                 )
                 continue
-            state, meta = saved["state"], saved["meta"]
-            found, expected = digests(state), meta.get("digests", {})
-            wrong = [name for name in found if found[name] != expected.get(name)]
+            state, meta = found
+            now = digests(state)
+            expected = meta.get("digests", {})
+            wrong = [name for name in now if now[name] != expected.get(name)]
             if meta.get("digest", digest_of_meta(meta)) != digest_of_meta(meta):
                 wrong.append("meta/metadata")
-            if not wrong:
-                for damaged in steps[:number]:
-                    self._manager.delete(damaged)
-                return state, meta["data"]
-            _log.warning(
-                "checkpoint %d is damaged: %s differs from what was saved",
-                step,
-                wrong[0],
-            )
+            if unable := agreement.not_so(not wrong):
+                what = wrong[0] if wrong else f"what process {unable[0]} has read"
+                _log.warning(
+                    "checkpoint %d is damaged: %s differs from what was saved",
+                    step,
+                    what,
+                )
+                continue
+            if only is None:
+                self._delete(steps[:number])
+            return state, meta["data"]
+        if only is not None:
+            raise CheckpointError(f"{self.folder}: step {only} cannot be restored")
         if steps:
             raise CheckpointError(
                 f"{self.folder}: none of the checkpoints {steps} can be restored; "
@@ -119,12 +137,44 @@ class Checkpoints:
             )
         return None
 
+    def _read(
+        self, step: int, abstract: TrainState
+    ) -> tuple[tuple[TrainState, dict] | None, str]:
+        """This process's part of a step and what lies beside it, or why it has none.
+
+        Not by the manager: where one process cannot read, it lets the others wait.
+        """
+        folder = self._manager.directory / str(step)
+        try:
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            if not meta.keys() >= {"data", "digests"}:
+                raise ValueError("meta/metadata is not what was written there")
+            state = ocp.StandardCheckpointHandler().restore(
+                folder / "state", args=ocp.args.StandardRestore(abstract)
+            )
+        except Exception as error:
+            return None, first_line(error)
+        return (state, meta), ""
+
+    def _delete(self, steps: list[int]) -> None:
+        if steps:
+            if jax.process_index() == 0:
+                for step in steps:
+                    shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            multihost_utils.sync_global_devices("damaged checkpoints were deleted")
+            self._manager.reload()
+
     def close(self) -> None:
         """Waits for writes in flight and lets go of the folder."""
         try:
             self._manager.close()
         except Exception as error:
             raise self._failed(error) from error
+
+    def _is_complete(self) -> None:
+        if self._writing is not None:
+            progress.tell_saved(self._writing)
+        self._writing = None
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
 from jaxpref.files import open_out, write_json
+from jaxpref.train.best import check_asked
 from jaxpref.train.mesh import MeshConfig
 from jaxpref.train.objective import Objective
 from jaxpref.train.optimizer import OptimizerConfig
@@ -24,6 +25,10 @@ MAY_CHANGE = (
     "log_every",
     "save_every",
     "keep_checkpoints",
+    "keep_best",
+    "export",
+    "max_bad_steps",
+    "max_loss_rise",
     "explain_compiles",
     "loader_processes",
     "profile",
@@ -83,6 +88,19 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: str | None = None
+    """Keep the best checkpoint beside the newest ones: "max:" or "min:" and a metric of
+    the evaluations, as max:eval_rewards/accuracies.  An evaluation that is better than
+    all before it saves a checkpoint of its step."""
+    export: Literal["last", "best"] = "last"
+    """Whether the last step's weights are exported or the best one's (keep_best)."""
+    max_bad_steps: int = 10
+    """Steps in a row that may go wrong before the run stops (code 65), writes their
+    pairs to OUT/stopped and leaves its checkpoints as they are: the loss or gradient is
+    not finite, or the loss has risen by more than max_loss_rise.  1: the first one."""
+    max_loss_rise: float = 10.0
+    """How far the loss may rise above the median of the first ten steps, in multiples
+    of its size there (at least 1); inf: as far as it will."""
     profile: int = 0
     """Steps to trace into OUT/profile, after two that compile and warm up."""
     explain_compiles: bool = False
@@ -92,7 +110,7 @@ class RunConfig:
     def __post_init__(self):
         positive = (
             "batch_size accumulation log_every eval_every save_every "
-            "keep_checkpoints max_steps unroll"
+            "keep_checkpoints max_bad_steps max_steps unroll"
         ).split()
         for name in positive:
             if getattr(self, name) < 1:
@@ -102,6 +120,12 @@ class RunConfig:
         for name in ("loader_processes", "profile"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 0")
+        if not self.max_loss_rise > 0:
+            raise InputError(f"max_loss_rise {self.max_loss_rise}: must be above 0")
+        if self.keep_best is not None:
+            check_asked(self.keep_best)
+        elif self.export == "best":
+            raise InputError("--export best: say by what, with --keep-best")
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "

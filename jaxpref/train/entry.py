@@ -11,6 +11,7 @@ from typing import NoReturn
 import jax
 
 from jaxpref.errors import InputError
+from jaxpref.train.guard import DIVERGED, Stopped
 from jaxpref.train.heap import keep_heap
 from jaxpref.train.mesh import initialize_distributed
 from jaxpref.train.preemption import PREEMPTED, Preempted, jax_handler
@@ -26,6 +27,8 @@ def entry_point() -> Iterator[None]:
 
     An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130; a SIGTERM while
     it trains one line and exit code 143, once the last step is saved (`preemption`).
+    A run that stopped itself, because its steps went wrong, becomes one line and exit
+    code 65 (`guard`).
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # A write that fails is raised and told in one line; Orbax would also log it, once
@@ -44,6 +47,9 @@ def entry_point() -> Iterator[None]:
         # In order: all processes end here, and wait until each has saved its part.
         print(f"jaxpref: {preempted}", file=sys.stderr, flush=True)
         sys.exit(PREEMPTED)
+    except Stopped as stopped:
+        print(f"jaxpref: error: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(DIVERGED)  # in order too: all have judged the same steps
     except InputError as error:
         fail(str(error))
     except OSError as error:

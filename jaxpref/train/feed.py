@@ -24,7 +24,7 @@ class Feed:
           place: puts a batch on the devices, as `to_global` with its mesh.
         """
         self._batches, self._place = batches, place
-        self._state = batches.get_state()
+        self._before = self._state = batches.get_state()
         # The thread holds one more while it waits for room.
         self._placed: queue.Queue = queue.Queue(maxsize=AHEAD - 1)
         self._stop = threading.Event()
@@ -49,12 +49,16 @@ class Feed:
         if error is not None:
             self._ended = error
             raise error
-        self._state = state
+        self._before, self._state = self._state, state
         return batch
 
     def get_state(self) -> Any:
         """Where the batches stand after the one handed out last."""
         return self._state
+
+    def state_before(self) -> Any:
+        """Where they stood before the one handed out last."""
+        return self._before
 
     def close(self) -> None:
         """Ends the thread, and the batches' own processes where they have any."""

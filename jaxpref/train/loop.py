@@ -8,18 +8,20 @@ from pathlib import Path
 
 import jax
 
-from jaxpref import data
-from jaxpref.errors import InputError
+from jaxpref import data, progress
 from jaxpref.models import RewardModel, build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.models.huggingface import save as save_folder
 from jaxpref.models.reward import padding_of
 from jaxpref.train import peer, reference
+from jaxpref.train.agreement import agree, agree_on_batch, versions
+from jaxpref.train.best import Best
 from jaxpref.train.checkpoint import Checkpoints
-from jaxpref.train.config import TrainConfig, open_run, remember
+from jaxpref.train.config import TrainConfig, open_run, remember, to_json
 from jaxpref.train.elsewhere import begun_rows, surroundings, told_of_change
 from jaxpref.train.feed import Feed
+from jaxpref.train.guard import Guard
 from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.memory import choose_remat
 from jaxpref.train.mesh import (
@@ -37,6 +39,7 @@ from jaxpref.train.precision import with_compute_dtype
 from jaxpref.train.preemption import Preempted, watched
 from jaxpref.train.profile import profiled
 from jaxpref.train.programs import describe, explained, padding_told
+from jaxpref.train.resume import check_same
 from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
 from jaxpref.train.scores import make_scores
 from jaxpref.train.state import TrainState, init_state
@@ -49,7 +52,8 @@ def run(config: TrainConfig) -> Path:
     The same config and `out` resume after a kill: on the same software, devices, mesh
     and process count to the same bits.  Written to `out`: `config.json`,
     `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
-    Face folder), and `memory.json` where `remat` is "auto".
+    Face folder), `memory.json` where `remat` is "auto", and `best.json` with
+    `keep_best`.
 
     Returns:
       The exported folder.
@@ -57,13 +61,17 @@ def run(config: TrainConfig) -> Path:
     Raises:
       InputError: for anything the caller can put right; nothing written is lost.
       Preempted: after SIGTERM while it trains, once the last step is saved.
+      Stopped: after too many bad steps in a row; see `guard`.
     """
     initialize_distributed()
     config = with_compute_dtype(config)
     out = open_run(config)
     mesh = make_mesh(config.mesh)
     explain = config.explain_compiles and jax.process_index() == 0
-    with jax.set_mesh(mesh), explained() if explain else contextlib.nullcontext():
+    explaining = explained() if explain else contextlib.nullcontext()
+    with jax.set_mesh(mesh), explaining, progress.watched():
+        agree("before the run", versions())
+        agree("before the run", to_json(config))
         return _run(config, out, mesh)
 
 
@@ -164,28 +172,17 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     abstract = on_devices(jax.eval_shape(new_state, params), mesh)
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore(abstract)
-    if restored is not None and restored[1]["plan"] != plan.digest:
-        raise InputError(
-            f"{' and '.join(config.sources)}: its pairs are not those that the run in "
-            f"{out} began with; restore the file, or use another --out"
-        )
-    if restored is not None and restored[1].get("rows") != rows:
-        raise InputError(
-            f"the run in {out} has batches of {restored[1].get('rows')} packed rows, "
-            f"on this mesh they would have {rows}; use its mesh, or another --out"
-        )
     where = surroundings(mesh)
-    if restored is not None and jax.process_index() == 0:
-        saved = restored[1].get("surroundings", where)
-        told = told_of_change(saved, where, int(restored[0].step))
-        if told is not None:
-            print(told, flush=True)
     digest = reference.reference_digest(config)
-    if restored is not None and digest and restored[1]["reference"] != digest:
-        raise InputError(
-            f"{config.reference or config.model}: its weights are not those that the "
-            f"run in {out} began with; restore them, or use another --out"
+    saved = {}
+    if restored is not None:
+        saved = restored[1]
+        check_same(saved, config, out, plan, rows, digest)
+        told = told_of_change(
+            saved.get("surroundings", where), where, int(restored[0].step)
         )
+        if told is not None and jax.process_index() == 0:
+            print(told, flush=True)
 
     # ---- the reference: scored once and dropped, or kept where that is not enough --
     params = None
@@ -218,7 +215,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         **split,
     )
     if restored is not None:
-        batches.set_state(restored[1]["iterator"])
+        batches.set_state(saved["iterator"])
     feed = Feed(batches, functools.partial(to_global, mesh=mesh))
 
     def step_of(remat: str) -> Callable:
@@ -240,31 +237,36 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     start = int(state.step)
     remember(config, out)
     writer = MetricsWriter(out, resumed_at=start)
-    late = LateMetrics(writer, config=config, pairs=plan.train, start=start)
+    guard = Guard(config, plan.train, out, saved.get("first_losses", ()))
+    late = LateMetrics(writer, config=config, judge=guard.judge, start=start)
+    best = Best(config.keep_best, out, saved.get("best"))
+    checkpoints.best = best.step
+    whole = split | {"process_index": 0, "process_count": 1}
+    make_whole = functools.partial(make_batches, plan.train, seed=config.seed, **whole)
 
-    def evaluate(step: int, state: TrainState) -> None:
-        if not len(plan.heldout):
-            return
-        title = f"evaluation at step {step}"
-        found = score(state.params, plan.heldout, kept, title=title)
-        writer.write(
-            step,
-            evaluation_metrics(
-                objective,
-                found,
-                tables["heldout"],
-                plan.heldout,
-                state.objective_state,
-            ),
-        )
+    def evaluate(step: int, state: TrainState) -> bool:
+        """Whether this is the best step so far."""
+        found = {}
+        if len(plan.heldout):
+            title = f"evaluation at step {step}"
+            scored = score(state.params, plan.heldout, kept, title=title)
+            of_set = tables["heldout"], plan.heldout, state.objective_state
+            found = evaluation_metrics(objective, scored, *of_set)
+            writer.write(step, found)
+        better = guard.well and best.improved(step, found)
+        checkpoints.best = best.step
+        return better
 
     def save(step: int, state: TrainState) -> None:
+        agree_on_batch(step, make_whole, plan, feed, guard.batch())
         meta = {
             "iterator": feed.get_state(),
             "plan": plan.digest,
             "reference": digest,
             "rows": rows,
             "surroundings": where,
+            "first_losses": guard.get_state(),
+            "best": best.get_state(),
         }
         checkpoints.save(step, state, meta)
 
@@ -273,26 +275,34 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         traced = profiled(train_step, out, steps=config.profile)
         with watched(start) as noticed, traced as do_step:
             for step in range(start, config.max_steps):
+                better = False
                 if step % config.eval_every == 0:
                     with late.paused():
-                        evaluate(step, state)
-                if step % config.save_every == 0 and step > start:
+                        better = evaluate(step, state)
+                if (better or step % config.save_every == 0) and step > start:
                     with late.paused():
-                        save(step, state)
+                        if guard.well:
+                            save(step, state)
                 with late.waiting():
                     batch = next(feed)
                 state, metrics = do_step(state, batch, kept)
-                late.push(step + 1, metrics)
+                late.push(step + 1, metrics, batch.pairs)
                 if noticed(step + 1):
                     with late.paused():
-                        save(step + 1, state)
+                        if guard.well:
+                            save(step + 1, state)
                         checkpoints.wait()
-                    raise Preempted(step + 1)
+                    raise Preempted(step + 1, saved=guard.well)
         with late.paused():
             # Saved first: an interrupt of the last evaluation costs no step.
             save(max(start, config.max_steps), state)
             evaluate(max(start, config.max_steps), state)
             checkpoints.wait()
+        if config.export == "best" and best.step not in (None, int(state.step)):
+            if jax.process_index() == 0:
+                print(f"exporting step {best.step}: {config.keep_best}", flush=True)
+            del state
+            state, _ = checkpoints.restore(abstract, only=best.step)
 
     exported = {"export": state.params}
     if objective.trains_two:

@@ -15,6 +15,9 @@ from jaxpref.errors import InputError
 from jaxpref.models.config import ROWS
 
 AXES = ("data", "fsdp", "tensor")
+DEAD_AFTER = 60
+"""Seconds without a heartbeat after which JAX takes a process for dead and ends the
+others; its own default is 100."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +185,9 @@ def initialize_distributed() -> None:
     if "cpu" in (jax.config.jax_platforms or ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(address, count, index)
+        jax.distributed.initialize(
+            address, count, index, heartbeat_timeout_seconds=DEAD_AFTER
+        )
     except ValueError as error:
         raise InputError(
             f"{reason}, but not which processes belong to the run ({error}); give "

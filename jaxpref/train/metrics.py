@@ -2,27 +2,20 @@
 
 import contextlib
 import json
-import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from jaxpref.data import Pairs
-from jaxpref.errors import InputError
+from jaxpref import progress
 from jaxpref.files import cannot_write, write_whole
 from jaxpref.train.config import TrainConfig
-
-_log = logging.getLogger("jaxpref")
-
-MAX_SKIPPED_IN_A_ROW = 10
-"""Steps that may be non-finite one after another before the run gives up."""
 
 
 class MetricsWriter:
@@ -96,20 +89,24 @@ class LateMetrics:
     """
 
     def __init__(
-        self, writer: MetricsWriter, *, config: TrainConfig, pairs: Pairs, start: int
+        self,
+        writer: MetricsWriter,
+        *,
+        config: TrainConfig,
+        judge: Callable[[int, dict, jax.Array], None],
+        start: int,
     ):
         """Shows the progress bar.
 
         Args:
           writer: where metric lines go.
           config: of the run.
-          pairs: the training pairs, to name those whose loss is not finite.
+          judge: `judge(step, metrics, pairs)` looks at every step, and may end the run.
           start: steps done before this process began.
         """
-        self._config, self._writer, self._pairs = config, writer, pairs
+        self._config, self._writer, self._judge = config, writer, judge
         self._waiting = None
         self._compiled = False
-        self._skipped_in_a_row = 0
         self._restart_clock()
         self._bar = tqdm(
             total=config.max_steps,
@@ -119,13 +116,18 @@ class LateMetrics:
             disable=jax.process_index() != 0,
         )
 
-    def push(self, step: int, metrics: dict) -> None:
+    def push(self, step: int, metrics: dict, pairs: jax.Array) -> None:
         """Takes the metrics of a step that was started, writes those of the one before.
 
+        Args:
+          step: its number, from 1.
+          metrics: what the step gives.
+          pairs: [A, R, S]; the pairs of its batch.
+
         Raises:
-          InputError: after `MAX_SKIPPED_IN_A_ROW` steps that were not finite.
+          Stopped: if `judge` ends the run.
         """
-        waiting, self._waiting = self._waiting, (step, metrics)
+        waiting, self._waiting = self._waiting, (step, metrics, pairs)
         if waiting is not None:
             self._write(*waiting)
 
@@ -150,12 +152,11 @@ class LateMetrics:
         """Ends the progress bar."""
         self._bar.close()
 
-    def _write(self, step: int, metrics: dict) -> None:
+    def _write(self, step: int, metrics: dict, pairs: jax.Array) -> None:
         metrics = jax.device_get(metrics)
-        finite, nonfinite = metrics.pop("finite"), metrics.pop("nonfinite_pairs")
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if not finite:
-            self._report(step, nonfinite)
+        progress.tell(f"step {step}")
+        self._judge(step, metrics, pairs)
+        del metrics["finite"], metrics["nonfinite_pairs"]
         self._tokens += int(metrics.pop("tokens"))
         self._pairs_done += int(metrics.pop("pairs"))
         self._bar.update()
@@ -182,21 +183,6 @@ class LateMetrics:
         self._tokens = self._pairs_done = 0
         self._seconds, self._since = 0.0, time.perf_counter()
         self._waited = 0.0
-
-    def _report(self, step: int, nonfinite: np.ndarray) -> None:
-        ids = [self._pairs.ids[i] for i in nonfinite.ravel() if i >= 0]
-        _log.warning(
-            "step %d: the loss or its gradient is not finite; the step was skipped. %s",
-            step,
-            f"Pairs with a non-finite loss: {', '.join(ids)}"
-            if ids
-            else "Every pair's loss is finite: the gradient overflowed",
-        )
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise InputError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last at "
-                f"step {step}; lower --learning-rate or use float32"
-            )
 
 
 def read_metrics(path: Path) -> list[dict]:

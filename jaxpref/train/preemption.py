@@ -21,8 +21,15 @@ one to every process, and the supervisor passes its own on."""
 class Preempted(Exception):
     """The run has saved its last step and ends; the same command resumes."""
 
-    def __init__(self, step: int):
-        super().__init__(f"preempted: saved step {step}; the same command resumes")
+    def __init__(self, step: int, saved: bool = True):
+        """Says what was done.
+
+        Args:
+          step: the last step.
+          saved: whether it was saved: one that goes wrong is not (`guard`).
+        """
+        done = f"saved step {step}" if saved else f"step {step} goes wrong, not saved"
+        super().__init__(f"preempted: {done}; the same command resumes")
         self.step = step
 
 

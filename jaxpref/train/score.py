@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from jaxpref.data import Pairs
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.progress import tell
 from jaxpref.sharding import replicated
 from jaxpref.train.mesh import to_global
 from jaxpref.train.objective import Objective
@@ -71,6 +72,7 @@ def score_pairs(
                 table[index[real]] = values[real]
             seen[index[real]] = True
             bar.update(int(real.sum()))
+            tell(f"{int(seen.sum())} pairs of {title}")
     if not seen.all():
         raise RuntimeError(f"{title}: {int((~seen).sum())} pairs were never scored")
     return tables

@@ -25,7 +25,7 @@ def make_train_step(
 
     A loss, gradient or update that is not finite never enters the state: parameters,
     optimiser and objective keep their old values, `skipped` counts one more, and the
-    metric `finite` is False, for the loop to report the pairs.
+    metric `finite` is False, for `Guard` to report the pairs.
     """
 
     def train_step(state: TrainState, batch, reference=None):

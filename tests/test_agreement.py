@@ -1,0 +1,238 @@
+"""What processes must have in common: compared, named, and agreed upon at a restore."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from jaxpref.errors import InputError
+from jaxpref.train import agreement, read_metrics
+from jaxpref.train.guard import DIVERGED
+from tests.tiny import make_model_folder, make_pairs_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def among(monkeypatch, *others):
+    """The others' values take part in the next comparison."""
+    monkeypatch.setattr(agreement.jax, "process_count", lambda: 1 + len(others))
+
+    def gathered(mine):
+        rows = [
+            np.stack([agreement._digest(v) for v in values.values()])
+            for values in others
+        ]
+        return np.stack([mine, *rows])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+
+
+def test_equal_values_pass(monkeypatch):
+    values = {"seed": 1, "data": {"b": 2, "a": [1.5, None]}, "raw": b"123"}
+    among(monkeypatch, {**values, "data": {"a": [1.5, None], "b": 2}})
+    agreement.agree("step 3", values)
+
+
+def test_who_differs_and_in_what(monkeypatch):
+    mine = {"seed": 1, "data": "a.jsonl", "batch_size": 8}
+    among(monkeypatch, mine, mine | {"seed": 2, "batch_size": 16})
+    with pytest.raises(
+        InputError, match="^step 3: process 2 differs from process 0 in seed, batch_si"
+    ):
+        agreement.agree("step 3", mine)
+
+
+def test_the_most_are_right(monkeypatch):
+    among(monkeypatch, {"seed": 2}, {"seed": 2})
+    with pytest.raises(InputError, match="process 0 differs from process 1 in seed"):
+        agreement.agree("step 3", {"seed": 1})
+
+
+def test_one_process_agrees_with_itself():
+    agreement.agree("step 3", {"seed": object()})
+    assert agreement.not_so(True) == [] and agreement.not_so(False) == [0]
+    assert agreement.of_the_first([4, 2]) == [4, 2]
+    assert agreement.versions() == agreement.versions()
+
+
+class Whole:
+    """An iterator over batches of four pairs in two micro-batches."""
+
+    def __next__(self):
+        first = 4 * self.state
+        return types.SimpleNamespace(pairs=np.arange(first, first + 4).reshape(2, 2, 1))
+
+    def set_state(self, state):
+        self.state = state
+
+
+def test_a_batch_of_other_pairs_is_found(monkeypatch):
+    pairs = types.SimpleNamespace(ids=np.array([f"id-{n}" for n in range(40)]))
+    plan = types.SimpleNamespace(digest="d", train=pairs)
+    feed = types.SimpleNamespace(state_before=lambda: 2, get_state=lambda: 3)
+    ids = [f"id-{n}" for n in range(8, 12)]
+    usual = {"the pairs": "d", "the place in the data": 3, "the batch": ids}
+    # Rows of a micro-batch may lie elsewhere, but not in another micro-batch.
+    seen = np.array([[9, 8], [10, 11]])[..., None]
+    among(monkeypatch, usual)
+    agreement.agree_on_batch(3, Whole, plan, feed, seen)
+    with pytest.raises(InputError, match="step 3: computed of other pairs"):
+        agreement.agree_on_batch(3, Whole, plan, feed, seen[::-1])
+    among(monkeypatch, usual | {"the batch": ids[::-1]})
+    with pytest.raises(InputError, match="process 1 differs from process 0 in the bat"):
+        agreement.agree_on_batch(3, Whole, plan, feed, seen)
+
+
+# ---- two processes ----------------------------------------------------------------
+
+PROCESS = """
+import dataclasses, json, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+mishaps = json.loads(sys.argv[2])
+sys.argv[1:] = sys.argv[3:]
+from jaxpref import cli, data
+from jaxpref.train.checkpoint import Checkpoints
+
+class Mishap:
+    def __init__(self, batches):
+        self.batches, self.fetched = batches, 0
+        self.set_state, self.get_state = batches.set_state, batches.get_state
+    def __next__(self):
+        self.fetched += 1
+        if self.fetched == mishaps.get("twice_at"):
+            next(self.batches)
+        batch = next(self.batches)
+        if self.fetched >= mishaps.get("nan_from", 1000):
+            nan = np.full_like(batch.reference["reference_logps"], np.nan)
+            batch = dataclasses.replace(batch, reference={"reference_logps": nan})
+        return batch
+
+make_batches = data.batches
+def batches(*args, **options):
+    made = make_batches(*args, **options)
+    # The whole batch is drawn again to compare it: no mishap there.
+    return made if options["process_count"] == 1 else Mishap(made)
+data.batches = batches
+
+read = Checkpoints._read
+def unlucky(self, step, abstract):
+    if step == mishaps.get("unreadable"):
+        return None, "no such file"
+    return read(self, step, abstract)
+Checkpoints._read = unlucky
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_model_folder(folder / "model")
+    make_pairs_file(folder / "pairs.jsonl")
+    return folder
+
+
+def run_two(inputs: Path, out: Path, *mishaps: dict, **changes: dict):
+    """Exit codes and stderr of two processes with one device each."""
+    settings = {
+        "model": inputs / "model",
+        "data": inputs / "pairs.jsonl",
+        "out": out,
+        "learning-rate": 1e-3,
+        "heldout-fraction": 0,
+        "max-steps": 8,
+        "batch-size": 8,
+        "log-every": 1,
+        "save-every": 2,
+        "max-bad-steps": 2,
+    }
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for index, mishap in enumerate(mishaps):
+        own = settings | changes.get(f"of_{index}", {})
+        argv = [str(x) for k, v in own.items() for x in (f"--{k}", v)]
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    PROCESS,
+                    ROOT,
+                    json.dumps(mishap),
+                    "train",
+                    *argv,
+                ],
+                env=os.environ
+                | {
+                    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(index),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        told = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], told
+
+
+def errors(told: list[str]) -> str:
+    return "\n".join(
+        line for x in told for line in x.splitlines() if "jaxpref: error" in line
+    )
+
+
+def test_other_options_are_found_before_anything_is_read(inputs, tmp_path):
+    codes, told = run_two(inputs, tmp_path / "run", {}, {}, of_1={"seed": 1})
+    assert 2 in codes and 0 not in codes, told
+    message = "before the run: process 1 differs from process 0 in seed; start all"
+    assert message in errors(told), told
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_processes_stop_fall_back_and_differ_together(inputs, tmp_path):
+    """Bad steps; a checkpoint that one cannot read; a batch too many in one."""
+    out = tmp_path / "run"
+    nan = {"nan_from": 6}
+    codes, told = run_two(inputs, out, nan, nan)
+    assert codes == [DIVERGED] * 2 == [65] * 2, told
+    for stderr in told:
+        (line,) = [x for x in stderr.splitlines() if x.startswith("jaxpref: error: ")]
+        assert "stopped at step 7: 2 bad steps in a row" in line
+    assert sorted(checkpoints(out)) == ["2", "4"]
+    bad = json.loads((out / "stopped" / "step_7.json").read_text())["bad_steps"]
+    assert [(x["step"], len(x["pairs"])) for x in bad] == [(6, 8), (7, 8)]
+    assert len({pair["id"] for x in bad for pair in x["pairs"]}) == 16
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
+
+    # Both go back to step 2, which process 1 says; the third batch from there is a
+    # wrong one in process 1, which is found before step 6 is saved.
+    codes, told = run_two(inputs, out, {}, {"unreadable": 4, "twice_at": 3})
+    assert "checkpoint 4 cannot be read (process 1 says so)" in told[0], told
+    assert "checkpoint 4 cannot be read (no such file)" in told[1], told
+    assert 2 in codes and 0 not in codes, told
+    found = errors(told)
+    assert "step 6: process 1 differs from process 0 in the place in the data" in found
+    # Step 4 was written anew.
+    assert sorted(checkpoints(out)) == ["2", "4"]
+
+
+def checkpoints(out: Path) -> list[str]:
+    return [path.name for path in (out / "checkpoints").iterdir() if path.is_dir()]
