@@ -121,9 +121,10 @@ class Specs:
     mlp_out: P = P(None, "tensor", "fsdp")
     norm: P = P(None)
     layer_norm: P = P(None, None)
-    # Weights, as they are used: gathered over fsdp once.
-    embed_gathered: P = P(None, "tensor")
+    # Weights, as they are used: gathered over fsdp once, for training one copy for each
+    # group of rows, so that slopes of different rows are not added up before the end.
     head_gathered: P = P(None, "tensor")
+    copies: P = P(ROWS, None, "tensor")
     # Activations: rows over data and fsdp.
     rows: P = P(ROWS)
     tokens: P = P(ROWS, None)
@@ -131,6 +132,8 @@ class Specs:
     features: P = P(ROWS, None, "tensor")
     heads: P = P(ROWS, None, "tensor", None)
     groups: P = P(ROWS, None, "tensor", None, None)
+    groups_of_rows: P = P(ROWS, None, None, None)
+    grouped_features: P = P(ROWS, None, None, "tensor")
     mask: P = P(ROWS, None, None, None)
     vocabulary: P = P("tensor")
     cache: P = P(None, ROWS, None, "tensor", None)

@@ -24,7 +24,7 @@ def product(equation: str, x, weight, *, spec=None, out_dtype=None) -> jax.Array
 
     Args:
         equation: of one activation and one weight, every index of which is in two of
-            the three terms.
+            the three terms, or in all of them.
         x: activations.
         weight: in the parameter dtype; its gradient comes in that dtype, out of sums
             that were never rounded to the dtype of x.

@@ -1,0 +1,90 @@
+"""Plans from end to end: what is compiled, what is kept of it, and what is told."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxpref import cli, losses
+from jaxpref.plan import PlanConfig, command, program
+from jaxpref.plan.chips import CHIPS, parse_topology
+from jaxpref.train import MeshConfig, from_loss
+from tests.tiny import make_model_folder, tiny_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
+    folder = make_model_folder(tmp_path / "model")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
+    argv = f"--model {folder} --topology cpu:8 --batch 16 --seq 24 --mesh.tensor 2"
+    argv = f"{argv} --json {tmp_path}/plan.json --loss rdpo --loss.flip-rate 0.1"
+    cli.plan(argv.split())
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] is None and plan["roofline_seconds"] is None
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert plan["tokens_shape"] == [1, 16, 2, 24] and plan["loss"] == "rdpo"
+    # A device holds an eighth of every matrix, and all of the norms' gains; the moments
+    # twice that and two counters of four bytes.
+    c = tiny_config()
+    D, K, L = c.hidden_size, c.head_dim, c.num_layers
+    layer = D * K * 2 * (c.num_heads + c.num_kv_heads) + 3 * D * c.intermediate_size
+    matrices = 2 * c.vocab_size * D + L * layer
+    held = 4 * (matrices // 8 + D * (2 * L + 1))
+    assert plan["held_bytes"]["parameters"] == held
+    assert plan["held_bytes"]["optimizer"] == 2 * held + 8
+    # The state and what the step reads of the batch.
+    state = 3 * held + 8 + 8
+    assert state < plan["argument_bytes"] <= state + plan["held_bytes"]["batch"]
+    assert plan["temp_bytes"] > 0 and plan["hbm_bytes"] > plan["temp_bytes"]
+    tokens = 16 * 2 * 24
+    forward = (
+        2 * tokens * L * layer + 2 * 16 * 2 * 16 * D * c.vocab_size
+    )  # 12 by eights
+    forward += 4 * L * D * 16 * 2 * (24 * 25 // 2)
+    assert plan["flops_per_step"] == 3 * forward
+    # Weights of the layers are gathered over fsdp in both passes.
+    assert plan["collectives"]["all-gather"]["count"] > 2 * 7 * L
+    assert plan["score"]["hbm_bytes"] < plan["hbm_bytes"]
+    told = capsys.readouterr().out
+    assert re.search(r"cpu:8: 8 devices, data=1 x fsdp=4 x tensor=2", told)
+    assert "collectives of a step" in told and "fits" not in told
+    # Compiled once: another process finds it, as this one.
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: 1 / 0)
+    config = PlanConfig(
+        model=str(folder),
+        topology="cpu:8",
+        batch=16,
+        seq=24,
+        mesh=MeshConfig(tensor=2),
+    )
+    objective = from_loss(losses.rdpo, flip_rate=0.1)
+    work = command.work_of(config, command.model_of(config), objective)
+    again = program.measure(work, parse_topology("cpu:8"))
+    assert again["step"]["temp"] == plan["temp_bytes"]
+
+
+@pytest.mark.slow
+def test_a_plan_for_a_tpu(tmp_path):
+    pytest.importorskip("libtpu")
+    folder = make_model_folder(tmp_path / "model")
+    command_line = [sys.executable, "-m", "jaxpref", "plan", "--model", str(folder)]
+    command_line += "--topology v5e:2x2 --batch 8 --seq 256 --row-length 512".split()
+    done = subprocess.run(
+        [*command_line, "--json", str(tmp_path / "plan.json")],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAXPREF_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["hbm_limit_bytes"] == CHIPS["v5e"].hbm_bytes
+    assert 0 < plan["mfu_estimate"] < 1 and plan["roofline_seconds"] > 0
+    assert "fits" in done.stdout
