@@ -123,7 +123,7 @@ def find(
       `argument_bytes` (None where the compiler only says how much is too much),
       `held_bytes` by what, `flops_per_step`, `roofline_seconds`, `mfu_estimate` and the
       rest of `roofline.estimate` (None on a CPU), `collectives` (see `hlo.collectives`;
-      None if the compiler gives no text), `wire_bytes` and `ideal_wire_bytes`,
+      None where the program is too large), `wire_bytes` and `ideal_wire_bytes`,
       `tokens_per_second`, `score` (the reference pass: the same of it), `decode` (the
       sampler: the same of it, collectives and time of a token; None for a reward
       model), `mesh`, `devices`, `compile_seconds`, and what was asked for.
@@ -226,7 +226,6 @@ def _memory(measured: dict, topology: Topology) -> dict:
         "argument_bytes": argument,
         "collectives": spoken,
         "wire_bytes": None if spoken is None else wire_bytes(spoken),
-        "no_text": measured.get("no_text"),
         "compile_seconds": measured["seconds"],
     }
 

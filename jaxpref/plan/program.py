@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def _compiled(lower, topology: Topology) -> dict:
     if (found := _read(path)) is not None:
         return found
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered, topology)
     except jax.errors.JaxRuntimeError as error:
         if (found := too_large(str(error))) is None:
             raise
@@ -207,23 +208,33 @@ def _compiled(lower, topology: Topology) -> dict:
             name: getattr(memory, f"{name}_size_in_bytes")
             for name in ("argument", "output", "temp", "alias")
         }
-        try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            found["collectives"] = found["collectives_of_a_turn"] = None
-            found["no_text"] = first_line(error)
-        else:
-            read = functools.partial(collectives, text, devices=topology.devices)
-            found["collectives"] = once = read()
-            found["collectives_of_a_turn"] = {
-                kind: {name: x - once[kind][name] for name, x in figures.items()}
-                for kind, figures in read(turns=2).items()
-                if figures != once[kind]
-            }
+        read = functools.partial(collectives, text, devices=topology.devices)
+        found["collectives"] = once = read()
+        found["collectives_of_a_turn"] = {
+            kind: {name: x - once[kind][name] for name, x in figures.items()}
+            for kind, figures in read(turns=2).items()
+            if figures != once[kind]
+        }
         found["seconds"] = time.monotonic() - start
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     return found
+
+
+def _compile(lowered, topology: Topology) -> tuple[jax.stages.Compiled, str]:
+    """The program and its text.
+
+    TPU's compiler writes the text to a folder: jax cannot read all of its programs.
+    """
+    if topology.chip is None:
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory(prefix="jaxpref-plan-") as folder:
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        )
+        (path,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, path.read_text("utf-8")
 
 
 def _read(path: Path) -> dict | None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, first_line
 from jaxpref.models.config import ROWS
 
 AXES = ("data", "fsdp", "tensor")
@@ -39,7 +39,8 @@ def make_mesh(
       devices: others than those of this run, e.g. some that are only described.
 
     Raises:
-      InputError: if the sizes do not multiply to the number of devices.
+      InputError: if the sizes do not multiply to the number of devices, or cannot be
+        laid out on their torus.
     """
     sizes = [getattr(config, axis) for axis in AXES]
     count = jax.device_count() if devices is None else len(devices)
@@ -47,15 +48,20 @@ def make_mesh(
         known = math.prod(size for size in sizes if size != -1)
         if known > 0:
             sizes[sizes.index(-1)] = count // known
+    asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
     if min(sizes) < 1 or math.prod(sizes) != count:
-        asked = " x ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
         raise InputError(
             f"mesh {asked} does not cover the {count} device(s) of this run; "
             "set the axes so that their product is that number (one may be -1)"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
-    )
+    types = (AxisType.Explicit,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:
+        raise InputError(
+            f"mesh {asked}: each axis must take whole axes of the chips' torus; choose "
+            f"other sizes ({first_line(error)})"
+        ) from error
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
