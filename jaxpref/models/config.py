@@ -132,8 +132,6 @@ class Specs:
     features: P = P(ROWS, None, "tensor")
     heads: P = P(ROWS, None, "tensor", None)
     groups: P = P(ROWS, None, "tensor", None, None)
-    groups_of_rows: P = P(ROWS, None, None, None)
-    grouped_features: P = P(ROWS, None, None, "tensor")
     mask: P = P(ROWS, None, None, None)
     vocabulary: P = P("tensor")
     cache: P = P(None, ROWS, None, "tensor", None)

@@ -1,7 +1,7 @@
 """Weights that are stored in parts over `fsdp`: gathered whole, slopes scattered back.
 
 Left to the compiler, a device that has gathered a weight gets the whole of its slope by
-an all-reduce, in every chunk of a loop that uses it, and keeps a part: twice the bytes,
+an all-reduce, of the head in every chunk of a loop, and keeps a part: twice the bytes,
 or many times.  Here each of the N groups of rows has a copy of its own, so what slopes
 a device finds are added up where they are, and one reduce-scatter ends it.
 
@@ -13,8 +13,79 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxpref.models.config import SPECS, on_mesh, place
+from jaxpref.models.config import ROWS, SPECS, on_mesh, place
+
+
+def in_parts(weight) -> bool:
+    """Whether several devices of `fsdp` hold parts of a weight."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = jax.typeof(weight).sharding.spec
+    return "fsdp" in spec and mesh.shape["fsdp"] > 1
+
+
+def row_groups() -> int:
+    """N, of the mesh that is set."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in ROWS)
+
+
+def gather(weight) -> jax.Array:
+    """A weight that is in parts as N copies [N, ...], one for each group of rows."""
+    spec = jax.typeof(weight).sharding.spec
+    axis = spec.index("fsdp")
+
+    def whole(part):
+        for groups in reversed(phases(jax.lax.axis_size("fsdp"))):
+            part = jax.lax.all_gather(
+                part, "fsdp", axis=axis, axis_index_groups=groups, tiled=True
+            )
+        return part[None]
+
+    return jax.shard_map(
+        whole, in_specs=spec, out_specs=of_copies(spec), check_vma=False
+    )(weight)
+
+
+def scatter(slope, spec: P) -> jax.Array:
+    """Slopes [N, ...] of the copies, summed; in the layout `spec` of the weight."""
+    axis = spec.index("fsdp")
+
+    def part(slope):
+        slope = slope[0]
+        for groups in phases(jax.lax.axis_size("fsdp")):
+            slope = jax.lax.psum_scatter(
+                slope,
+                "fsdp",
+                scatter_dimension=axis,
+                axis_index_groups=groups,
+                tiled=True,
+            )
+        return jax.lax.psum(slope, "data")
+
+    return jax.shard_map(
+        part, in_specs=of_copies(spec), out_specs=spec, check_vma=False
+    )(slope)
+
+
+def of_copies(spec: P) -> P:
+    """The layout of a weight's copies."""
+    return P(ROWS, *(None if axes == "fsdp" else axes for axes in spec))
+
+
+def phases(size: int) -> list[list[list[int]]]:
+    """Groups of devices whose reduce-scatters, one after the other, are one of all.
+
+    Of a reduce-scatter over a whole slice the TPU's compiler makes an all-reduce, of
+    which each chip keeps a part, and so it does with an all-gather where the slice has
+    three axes: twice the bytes.  Not so over groups: so first the devices that are
+    `inner` apart, then those that stand together; gathered the other way round.
+    """
+    inner = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    outer = size // inner
+    apart = [[i + inner * k for k in range(outer)] for i in range(inner)]
+    together = [[i * inner + k for k in range(inner)] for i in range(outer)]
+    return [apart, together] if inner > 1 else [apart]
 
 
 def carried(move: Callable, back: Callable, weight, dtype) -> jax.Array:
@@ -43,37 +114,10 @@ def copies(weight, dtype) -> jax.Array:
     The all-gather of FSDP, in `dtype`; slopes, in the parameter dtype, come back by one
     reduce-scatter.
     """
-
-    def gather(part):
-        return jax.lax.all_gather(part, "fsdp", axis=0, tiled=True)[None]
-
-    def scatter(slope):
-        slope = slope[0]
-        for groups in phases(jax.lax.axis_size("fsdp")):
-            slope = jax.lax.psum_scatter(
-                slope, "fsdp", scatter_dimension=0, axis_index_groups=groups, tiled=True
-            )
-        return jax.lax.psum(slope, "data")
-
     if on_mesh(SPECS.embed) is None:
         return weight[None]
-    gather = _on_each_device(gather, SPECS.embed, SPECS.copies)
-    scatter = _on_each_device(scatter, SPECS.copies, SPECS.embed)
-    return carried(gather, scatter, weight, dtype)
-
-
-def phases(size: int) -> list[list[list[int]]]:
-    """Groups of devices whose reduce-scatters, one after the other, are one of all.
-
-    The TPU's compiler makes of a reduce-scatter of a whole slice an all-reduce, of
-    which each chip keeps a part: twice the bytes.  Not so of one along a part of its
-    axes: so first the devices that are `inner` apart, then those that stand together.
-    """
-    inner = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-    outer = size // inner
-    apart = [[i + inner * k for k in range(outer)] for i in range(inner)]
-    together = [[i * inner + k for k in range(inner)] for i in range(outer)]
-    return [apart, together] if inner > 1 else [apart]
+    spec = jax.typeof(weight).sharding.spec
+    return carried(gather, lambda slope: scatter(slope, spec), weight, dtype)
 
 
 def turned(table, dtype) -> jax.Array:

@@ -10,7 +10,7 @@ place of four.
 import jax
 import jax.numpy as jnp
 
-from jaxpref.models.config import SPECS, on_mesh, place
+from jaxpref.models.config import SPECS, place
 from jaxpref.models.linear import product
 
 
@@ -22,15 +22,7 @@ def project(hidden, head) -> jax.Array:
     has its own copy; see `gathering`.
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    if head.ndim == 2:
-        return product("btd,dv->btv", hidden, head, spec=SPECS.features, out_dtype=wide)
-    (B, T, _), (N, _, V) = hidden.shape, head.shape
-    grouped = (N, B // N, *hidden.shape[1:])
-    hidden = jnp.reshape(hidden, grouped, out_sharding=on_mesh(SPECS.groups_of_rows))
-    z = product(
-        "nbtd,ndv->nbtv", hidden, head, spec=SPECS.grouped_features, out_dtype=wide
-    )
-    return jnp.reshape(z, (B, T, V), out_sharding=on_mesh(SPECS.features))
+    return product("btd,dv->btv", hidden, head, spec=SPECS.features, out_dtype=wide)
 
 
 def _logits(hidden, head, soft_cap: float | None) -> jax.Array:
