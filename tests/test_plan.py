@@ -1,5 +1,6 @@
 """Plans: what is read of compiled programs, counted by hand, and told to the user."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jaxpref.plan.chips import GIB, Chip, parse_topology
 from jaxpref.plan.presets import PRESETS
 from jaxpref.plan.sweep import candidates
 from jaxpref.train import from_loss
+from jaxpref.train.bvpo import bvpo
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +92,13 @@ def test_the_slowest_of_three_bounds_the_step():
     load, held = small_load(), {"parameters": 1000, "optimizer": 2000}
     flops, _ = roofline.step_flops(load)
     ideal = roofline.ideal_wire_bytes(load)
-    # Gathered twice and scattered once in float32; the tied or untied head twice.
-    weights = roofline.layer_weights(load.model) + 2 * 8 * 100
-    assert ideal == 12 * weights * 3 / 4
+    # Gathered twice and scattered once in float32; a tied head is the embedding.
+    layers = roofline.layer_weights(load.model)
+    assert ideal == 12 * (layers + 2 * 8 * 100) * 3 / 4
+    model = dataclasses.replace(load.model, tie_word_embeddings=True)
+    tied = dataclasses.replace(load, model=model, models=2)
+    assert roofline.ideal_wire_bytes(tied) == 2 * 12 * (layers + 8 * 100) * 3 / 4
+    assert roofline.step_flops(tied)[0] == 2 * flops
     traffic = roofline.memory_traffic(load, held)
     slow = dict.fromkeys(("flops", "hbm_bandwidth", "ici_bandwidth"), 1e30)
     for field, bound, seconds in (
@@ -106,6 +112,28 @@ def test_the_slowest_of_three_bounds_the_step():
         assert found["roofline_seconds"] == pytest.approx(seconds)
         peak = 4 * chip.flops * seconds
         assert found["mfu_estimate"] == pytest.approx(flops / peak)
+
+
+def test_a_token_is_drawn_as_fast_as_weights_and_cache_are_read():
+    load = small_load(sequences=8, length=10)
+    layers, head = roofline.layer_weights(load.model), 8 * 100
+    # Two prompts a device; keys and values of one head of 4 features in 3 layers.
+    cache = 2 * 3 * 1 * 4 * 2 * 10
+    # The layers are gathered, so written and read; float32 logits too.
+    read = 4 * (2 * layers + head + cache) + 8 * 2 * 100
+    flops = 2 * (layers + head) * 8 + 4 * 3 * (2 * 4) * 8 * 10
+    slow = dict.fromkeys(("flops", "hbm_bandwidth", "ici_bandwidth"), 1e30)
+    for field, bound, seconds in (
+        ("flops", "compute", flops / 4),
+        ("hbm_bandwidth", "memory", read),
+        ("ici_bandwidth", "ici", 4 * layers * 3 / 4),
+    ):
+        chip = Chip("chip", hbm_bytes=1, axes=2, **(slow | {field: 1.0}))
+        found = roofline.of_a_token(load, chip, None)
+        assert found["bound"] == bound
+        assert found["seconds_per_token"] == pytest.approx(seconds)
+        assert found["tokens_per_second"] == pytest.approx(8 / seconds)
+    assert roofline.of_a_token(load, chip, 7.0)["ici_seconds"] == 7.0
 
 
 def test_packed_rows_attend_within_their_pair():
@@ -144,6 +172,14 @@ def test_an_unknown_model_lists_the_presets():
     config = PlanConfig(model="./none", topology="cpu:8", batch=8, seq=8)
     with pytest.raises(InputError, match=r"\./none: .*llama-3-8b, llama-3-70b"):
         command.run(config, from_loss(losses.dpo), [])
+
+
+def test_a_mixture_has_one_pair_a_row():
+    config = PlanConfig(
+        model="llama-3-1b", topology="cpu:8", batch=8, seq=8, row_length=32
+    )
+    with pytest.raises(InputError, match="--row-length 32: bvpo_dpo .* one pair a row"):
+        command.run(config, bvpo(from_loss(losses.dpo)), [])
 
 
 def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):

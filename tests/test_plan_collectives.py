@@ -138,6 +138,57 @@ ENTRY %main (arg: f32[4]) -> f32[4] {
     }
 
 
+def test_a_kernels_attributes_end_no_loop():
+    """They are written over several lines, of which the last begins with braces."""
+    kernel = """  %kernel = f32[8,16]{1,0} custom-call(%x), attributes={metadata={
+"block": "{\\"q\\": 512}"
+}}, metadata={op_name="kernel"}
+  ROOT %tuple ="""
+    text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
+    text = text.replace("  ROOT %tuple =", kernel)
+    assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 5
+
+
+def test_one_channel_may_serve_several():
+    text = """
+ENTRY %main (arg: f32[64]) -> f32[8] {
+  %arg = f32[64]{0} parameter(0)
+  %a = f32[16]{0} reduce-scatter(%arg), channel_id=1, replica_groups=[2,4]<=[8]
+  %b = f32[8]{0} reduce-scatter(%a), channel_id=1, replica_groups=[4,2]<=[8]
+  %c = f32[8]{0} reduce-scatter(%a), channel_id=1, replica_groups=[4,2]<=[8]
+  ROOT %f = f32[8]{0} add(%b, %c)
+}
+"""
+    assert hlo.collectives(text, devices=8) == {
+        "reduce-scatter": {
+            "count": 3,
+            "bytes": 256 + 2 * 64,
+            "wire_bytes": 256 * 3 / 4 + 2 * 64 / 2,
+        }
+    }
+
+
+def test_one_that_another_core_carries_out_is_found():
+    text = """
+%carried (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %rs = f32[8]{0} reduce-scatter(%p), channel_id=1, replica_groups=[1,8]<=[8]
+}, execution_thread="sparsecore"
+
+%begun (q: f32[64]) -> f32[8] {
+  %q = f32[64]{0} parameter(0)
+  ROOT %k = f32[8]{0} custom-call(%q), called_computations={%carried}
+}, execution_thread="sparsecore"
+
+ENTRY %main (arg: f32[64]) -> f32[8] {
+  %arg = f32[64]{0} parameter(0)
+  %start = ((f32[64]{0}), f32[8]{0}, s32[]) async-start(%arg), calls=%begun
+  ROOT %done = f32[8]{0} async-done(%start)
+}
+"""
+    assert hlo.collectives(text, devices=8)["reduce-scatter"]["bytes"] == 256
+
+
 def test_a_loop_that_ends_by_what_it_computes_turns_as_often_as_is_said():
     text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
     text = text.replace(

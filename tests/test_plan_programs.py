@@ -11,7 +11,8 @@ import jax
 import pytest
 
 from jaxpref import cli, losses
-from jaxpref.plan import PlanConfig, command, program
+from jaxpref.models import ModelConfig
+from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
 from jaxpref.train import MeshConfig, from_loss
 from tests.tiny import make_model_folder, tiny_config
@@ -49,8 +50,16 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     )  # 12 by eights
     forward += 4 * L * D * 16 * 2 * (24 * 25 // 2)
     assert plan["flops_per_step"] == 3 * forward
-    # Weights of the layers are gathered over fsdp in both passes.
-    assert plan["collectives"]["all-gather"]["count"] > 2 * 7 * L
+    # Weights of the layers are gathered over fsdp in both passes, in two parts.
+    assert plan["collectives"]["all-gather"]["count"] >= 2 * 2 * 7 * L
+    assert plan["wire_bytes"] > plan["ideal_wire_bytes"] > 0  # tensor has its own
+    drawn = plan["decode"]
+    assert drawn["prompts"] == 16 and drawn["slots"] == 24
+    # Weights, prompts and their lengths, a key, and what is asked of the draws.
+    prompts = 4 * (16 // 4) * 12
+    assert 0 <= drawn["argument_bytes"] - held - prompts < 64
+    # In the loop, for each token: the layers' weights once.
+    assert 0 < drawn["wire_bytes"] < plan["wire_bytes"]
     assert plan["score"]["hbm_bytes"] < plan["hbm_bytes"]
     told = capsys.readouterr().out
     assert re.search(r"cpu:8: 8 devices, data=1 x fsdp=4 x tensor=2", told)
@@ -68,6 +77,32 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     work = command.work_of(config, command.model_of(config), objective)
     again = program.measure(work, parse_topology("cpu:8"))
     assert again["step"]["temp"] == plan["temp_bytes"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "--objective em --objective.prior-right 4",
+        "--objective crm --objective.noise-rate 0.2",
+        "--objective bvpo --objective.alpha auto --objective.noise em",
+        "--loss bradley_terry",
+    ],
+)
+def test_a_plan_of_what_train_takes(asked, tmp_path, monkeypatch):
+    folder = make_model_folder(tmp_path / "model")
+    monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(child.TARGET, str(tmp_path / "found.json"))
+    cli.plan(f"--model {folder} --topology cpu:8 --batch 8 --seq 16 {asked}".split())
+    found = json.loads((tmp_path / "found.json").read_text())
+    held = found["bytes"]
+    assert held["optimizer"] == 2 * held["parameters"] + 8
+    assert found["step"]["temp"] > 0 and found["score"]["temp"] > 0
+    if "bradley" in asked:
+        assert found["decode"] is None  # no words in it
+    else:
+        # The sampler has one model, the step of peers two.
+        share = found["decode"]["argument"] / held["parameters"]
+        assert (share < 0.6) == ("crm" in asked)
 
 
 @pytest.mark.slow
@@ -88,3 +123,47 @@ def test_a_plan_for_a_tpu(tmp_path):
     assert plan["fits"] and plan["hbm_limit_bytes"] == CHIPS["v5e"].hbm_bytes
     assert 0 < plan["mfu_estimate"] < 1 and plan["roofline_seconds"] > 0
     assert "fits" in done.stdout
+    assert plan["decode"]["fits"] and plan["decode"]["seconds_per_token"] > 0
+    assert "a token of each of 8 prompts" in done.stdout
+
+
+SIZES = dict(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    compute_dtype="bfloat16",
+    remat="full",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_tpus_chips_send_no_more_than_fsdp_needs(
+    monkeypatch, tmp_path, topology, tied
+):
+    """Read from what its compiler makes of a whole slice, on two and three axes."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path))
+    topology = parse_topology(topology)
+    for name, value in child.environment(topology, tmp_path / "x").items():
+        if name.startswith(("TPU_", "ALLOW_")):
+            monkeypatch.setenv(name, value)
+    model = ModelConfig(tie_word_embeddings=tied, **SIZES)
+    batch, seq = topology.devices, 512
+    config = PlanConfig(model="m", topology=topology.name, batch=batch, seq=seq)
+    work = command.work_of(config, model, from_loss(losses.dpo))
+    found = program.measure(work, topology)["step"]["collectives"]
+    load = roofline.Load(
+        model=model,
+        mesh={"data": 1, "fsdp": topology.devices, "tensor": 1},
+        sequences=2 * batch,
+        length=seq,
+        predictions=seq // 2,
+        seen=0,
+    )
+    assert hlo.wire_bytes(found) <= 1.1 * roofline.ideal_wire_bytes(load)

@@ -149,8 +149,10 @@ def _of(
                 options = [_of(computations, b, devices, turns) for b in branches]
                 for channel, one in max(options, key=_received, default={}).items():
                     total.setdefault(channel, one)
-            elif line.opcode in ("fusion", "call", "async-start"):
-                for called in line.called("calls") or line.called("to_apply"):
+            elif line.opcode in ("fusion", "call", "async-start", "custom-call"):
+                of_kernel = line.called("called_computations")
+                of_call = line.called("calls") or line.called("to_apply")
+                for called in of_call or of_kernel:
                     if called in computations:
                         visit(called, halved or HALVED in f"{line.name} {called}")
             elif (kind := line.opcode.removesuffix("-start")) in KINDS:
