@@ -27,6 +27,7 @@ from jaxpref.plan import PlanConfig
 from jaxpref.plan import run as run_plan
 from jaxpref.train import (
     MeshConfig,
+    Objective,
     OptimizerConfig,
     TrainConfig,
     beta_dpo,
@@ -87,56 +88,60 @@ class TrainArguments(Generic[Options, Learnt, Mix]):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanArguments(Generic[Options]):
+class PlanArguments(Generic[Options, Learnt]):
     """What `jaxpref plan` reads."""
 
     plan: Annotated[PlanConfig, Flat]
     loss: Options
+    objective: Learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What `--loss` and `--objective` name; it decides what options there are."""
+
+    loss: str
+    learnt: str | None
+    """What is learnt of the labels beside the policy."""
+    mixes: bool
+    """Whether gradients of two kinds of pairs are mixed."""
+    called: str
+    """The arguments that say so."""
+
+    @property
+    def options(self) -> tuple[type, type]:
+        """Dataclasses of the options of `--loss` and of `--objective`."""
+        own = _options(LEARNT[self.learnt]) if self.learnt else Plain
+        return _options(LOSSES[self.loss]), _mixing(own) if self.mixes else own
+
+    def objective(self, of_loss, of_objective) -> Objective:
+        """What is made small, of options that were read."""
+        own = dict(vars(of_objective))
+        learning = vars(own.pop("noise")) if self.mixes else own
+        wrapper = LEARNT[self.learnt] if self.learnt else from_loss
+        make = OBJECTIVES.get(self.loss) or functools.partial(
+            wrapper, LOSSES[self.loss]
+        )
+        objective = make(**vars(of_loss), **learning)
+        return bvpo(objective, **own) if self.mixes else objective
 
 
 def train(argv: Sequence[str]) -> None:
     """Train a model on preference pairs (or, with --loss sft, on completions)."""
-    name, argv = _take("--loss", argv, LOSSES, default="dpo")
-    learnt, argv = _take("--objective", argv, LEARNT | MIXES, default=None)
-    called = f" --objective {learnt}" if learnt else ""
-    mixes = learnt in MIXES
-    if mixes:
-        learnt, argv = _take("--objective.noise", argv, MIXED, default=None)
-        called += f" --objective.noise {learnt}" if learnt else ""
-    if learnt and name in OBJECTIVES:
-        raise InputError(f"--objective {learnt}: {name} has an objective of its own")
-    described = "\n\n".join(
-        f"{title}\n" + "\n".join(f"  {k}: {_summary(v)}" for k, v in table.items())
-        for title, table in (
-            ("Losses, chosen by --loss NAME:", LOSSES),
-            ("What to learn of the labels' noise, by --objective NAME:", LEARNT),
-            ("Gradients to mix, by --objective NAME:", MIXES),
-        )
-    )
-    wrapper = LEARNT.get(learnt)
-    own = _options(wrapper) if wrapper else Plain
+    chosen, argv = _choose(argv)
+    of_loss, of_objective = chosen.options
     arguments = tyro.cli(
-        TrainArguments[
-            _options(LOSSES[name]),
-            _mixing(own) if mixes else own,
-            MixOptions if mixes else Plain,
-        ],
+        TrainArguments[of_loss, of_objective, MixOptions if chosen.mixes else Plain],
         args=argv,
-        prog=f"jaxpref train --loss {name}{called}",
-        description=f"{train.__doc__}\n\n{described}",
+        prog=f"jaxpref train {chosen.called}",
+        description=f"{train.__doc__}\n\n{_described()}",
         config=(tyro.conf.EnumChoicesFromValues,),
     )
-    own = dict(vars(arguments.objective))
-    learning = vars(own.pop("noise")) if mixes else own
-    make = OBJECTIVES.get(name) or functools.partial(wrapper or from_loss, LOSSES[name])
-    objective = make(**vars(arguments.loss), **learning)
-    if mixes:
-        objective = bvpo(objective, **own)
     config = TrainConfig(
         **vars(arguments.run),
-        objective=objective,
+        objective=chosen.objective(arguments.loss, arguments.objective),
         options=arguments.options,
-        mix=arguments.mix if mixes else None,
+        mix=arguments.mix if chosen.mixes else None,
         optimizer=arguments.optimizer,
         mesh=arguments.mesh,
     )
@@ -182,16 +187,16 @@ def audit(argv: Sequence[str]) -> None:
 
 def plan(argv: Sequence[str]) -> None:
     """Tell whether a run fits a TPU slice, and how fast it may be, without a TPU."""
-    name, rest = _take("--loss", argv, LOSSES, default="dpo")
-    make = OBJECTIVES.get(name) or functools.partial(from_loss, LOSSES[name])
+    chosen, rest = _choose(argv)
     arguments = tyro.cli(
-        PlanArguments[_options(LOSSES[name])],
+        PlanArguments[chosen.options],
         args=rest,
-        prog=f"jaxpref plan --loss {name}",
-        description=plan.__doc__,
+        prog=f"jaxpref plan {chosen.called}",
+        description=f"{plan.__doc__}\n\n{_described()}",
         config=(tyro.conf.EnumChoicesFromValues,),
     )
-    run_plan(arguments.plan, make(**vars(arguments.loss)), argv)
+    objective = chosen.objective(arguments.loss, arguments.objective)
+    run_plan(arguments.plan, objective, argv)
 
 
 COMMANDS = {
@@ -237,6 +242,32 @@ def _parse(config: type, argv: Sequence[str], command: Callable) -> Any:
         prog=f"jaxpref {command.__name__}",
         description=command.__doc__,
         config=(tyro.conf.EnumChoicesFromValues,),
+    )
+
+
+def _choose(argv: Sequence[str]) -> tuple[Chosen, list[str]]:
+    """What is made small, and the arguments that do not say it."""
+    name, argv = _take("--loss", argv, LOSSES, default="dpo")
+    learnt, argv = _take("--objective", argv, LEARNT | MIXES, default=None)
+    called = f"--loss {name}" + (f" --objective {learnt}" if learnt else "")
+    mixes = learnt in MIXES
+    if mixes:
+        learnt, argv = _take("--objective.noise", argv, MIXED, default=None)
+        called += f" --objective.noise {learnt}" if learnt else ""
+    if learnt and name in OBJECTIVES:
+        raise InputError(f"--objective {learnt}: {name} has an objective of its own")
+    return Chosen(name, learnt, mixes, called), argv
+
+
+def _described() -> str:
+    """Every loss and objective in a line."""
+    return "\n\n".join(
+        f"{title}\n" + "\n".join(f"  {k}: {_summary(v)}" for k, v in table.items())
+        for title, table in (
+            ("Losses, chosen by --loss NAME:", LOSSES),
+            ("What to learn of the labels' noise, by --objective NAME:", LEARNT),
+            ("Gradients to mix, by --objective NAME:", MIXES),
+        )
     )
 
 

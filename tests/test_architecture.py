@@ -62,7 +62,10 @@ DOORS = {
         ARRAYS | {"numpy", "tqdm"},
     ),
     "report": ({"errors", "files"}, {"matplotlib"}),
-    "plan": ({"errors", "files", "models", "train"}, ARRAYS | {"numpy", "tqdm"}),
+    "plan": (
+        {"errors", "files", "models", "sampling", "train"},
+        ARRAYS | {"numpy", "tqdm"},
+    ),
     "errors": (set(), set()),
     "sharding": (set(), {"jax"}),
     "files": ({"errors"}, set()),

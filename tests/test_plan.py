@@ -1,163 +1,24 @@
 """Plans: what is read of compiled programs, counted by hand, and told to the user."""
 
-import json
+import dataclasses
 import math
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 
-from jaxpref import cli, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import ModelConfig, build
-from jaxpref.plan import PlanConfig, advice, child, command, hlo, program, roofline
-from jaxpref.plan.chips import CHIPS, GIB, Chip, parse_topology
+from jaxpref.plan import PlanConfig, advice, child, command, program, roofline
+from jaxpref.plan.chips import GIB, Chip, parse_topology
 from jaxpref.plan.presets import PRESETS
 from jaxpref.plan.sweep import candidates
-from jaxpref.train import MeshConfig, from_loss
-from tests.tiny import make_model_folder, tiny_config
+from jaxpref.train import from_loss
+from jaxpref.train.bvpo import bvpo
+from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-# ---- collectives, of texts as compilers write them -----------------------------------
-
-GATHERS = """
-HloModule jit_step
-
-%body (param: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
-  %param = (s32[], f32[8,16]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%param), index=0
-  %x = f32[8,16]{1,0} get-tuple-element(%param), index=1
-  %one = s32[] constant(1)
-  %next = s32[] add(%i, %one)
-  %all-gather.1 = bf16[64,16]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, WHOLE
-  ROOT %tuple = (s32[], f32[8,16]{1,0}) tuple(%next, %x)
-}
-
-%condition (param.1: (s32[], f32[8,16])) -> pred[] {
-  %param.1 = (s32[], f32[8,16]{1,0}) parameter(0)
-  %j = s32[] get-tuple-element(%param.1), index=0
-  %bound = s32[]{:T(128)} constant(5)
-  ROOT %test = pred[] compare(%j, %bound), direction=LT
-}
-
-ENTRY %main (arg: f32[8,16]) -> f32[8,16] {
-  %arg = f32[8,16]{1,0} parameter(0)
-  %zero = s32[] constant(0)
-  %start = (s32[], f32[8,16]{1,0}) tuple(%zero, %arg)
-  %loop = (s32[], f32[8,16]{1,0}) while(%start), condition=%condition, body=%body NOTED
-  %sum = f32[8,16]{1,0} all-reduce(%arg), channel_id=2, WHOLE, to_apply=%add
-  ROOT %out = f32[8,16]{1,0} get-tuple-element(%loop), index=1
-}
-"""
-
-
-@pytest.mark.parametrize(
-    "noted, times",
-    [("", 5), (', backend_config={"known_trip_count":{"n":"7"}}', 7)],
-    ids=["counted", "noted"],
-)
-@pytest.mark.parametrize(
-    "whole",
-    [
-        "replica_groups={{0,1,2,3,4,5,6,7}}",
-        "replica_groups=[1,8]<=[8]",
-        "replica_groups=mesh['a'=8,'b'=2] {'a'}",
-    ],
-)
-def test_a_collective_counts_as_often_as_its_loop_turns(noted, times, whole):
-    text = GATHERS.replace("NOTED", noted).replace("WHOLE", whole)
-    found = hlo.collectives(text, devices=8)
-    gathered, summed = 64 * 16 * 2, 8 * 16 * 4
-    assert found == {
-        "all-gather": {
-            "count": times,
-            "bytes": times * gathered,
-            "wire_bytes": times * gathered * 7 / 8,
-        },
-        "all-reduce": {"count": 1, "bytes": summed, "wire_bytes": summed * 2 * 7 / 8},
-    }
-    assert hlo.wire_bytes(found) == times * gathered * 7 / 8 + summed * 7 / 4
-
-
-def test_a_counter_may_take_larger_steps_that_come_from_outside():
-    text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
-    text = text.replace("(s32[], f32[8,16]{1,0})", "(s32[], f32[8,16]{1,0}, s32[])")
-    text = text.replace(
-        "%one = s32[] constant(1)", "%one = s32[] get-tuple-element(%param), index=2"
-    )
-    text = text.replace("tuple(%next, %x)", "tuple(%next, %x, %one)")
-    text = text.replace(
-        "tuple(%zero, %arg)", "tuple(%zero, %arg, %two)\n  %two = s32[] constant(2)"
-    )
-    assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 3  # 0, 2, 4
-
-
-def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
-    text = """
-%all-reduce-scatter.3 (p: f32[64]) -> f32[8] {
-  %p = f32[64]{0} parameter(0)
-  %all-reduce.9 = f32[64]{0} all-reduce(%p), channel_id=3, replica_groups=[1,8]<=[8]
-  ROOT %slice = f32[8]{0} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={8}
-}
-
-ENTRY %main (arg: f32[64]) -> f32[8] {
-  %arg = f32[64]{0} parameter(0)
-  %rs = f32[8]{0} reduce-scatter(%arg), channel_id=4, replica_groups=[1,8]<=[8]
-  ROOT %f = f32[8]{0} fusion(%arg), kind=kCustom, calls=%all-reduce-scatter.3
-}
-"""
-    found = hlo.collectives(text, devices=8)
-    assert found == {
-        "reduce-scatter": {"count": 2, "bytes": 2 * 256, "wire_bytes": 2 * 224}
-    }
-
-
-def test_one_that_runs_on_through_fusions_and_a_loop_is_one():
-    text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
-    begun = "  %begun = bf16[64,16]{1,0} fusion(%arg), calls=%async_collective_fusion\n"
-    text = text.replace("  %sum =", begun + "  %sum =")
-    text += """
-%async_collective_fusion (q: f32[8,16]) -> bf16[64,16] {
-  %q = f32[8,16]{1,0} parameter(0)
-  ROOT %g = bf16[64,16]{1,0} all-gather(%q), channel_id=1, replica_groups=[1,8]<=[8]
-}
-"""
-    assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 1
-
-
-def test_those_that_are_begun_count_their_results_and_branches_once():
-    text = """
-%yes (a: f32[4]) -> f32[4] {
-  %a = f32[4]{0} parameter(0)
-  ROOT %r = f32[4]{0} all-reduce(%a), channel_id=5, replica_groups=[4,2]<=[8]
-}
-
-%no (b: f32[4]) -> f32[4] {
-  ROOT %b = f32[4]{0} parameter(0)
-}
-
-ENTRY %main (arg: f32[4]) -> f32[4] {
-  %arg = f32[4]{0} parameter(0)
-  %go = pred[] constant(true)
-  %g = (f32[4]{0}, f32[8]{0}) all-gather-start(%arg), channel_id=1, REPLICAS
-  %gd = f32[8]{0} all-gather-done(%g)
-  %p = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%arg)
-  %pd = f32[4]{0} collective-permute-done(%p)
-  %self = f32[4]{0} all-reduce(%arg), channel_id=9, replica_groups=[8,1]<=[8]
-  ROOT %c = f32[4]{0} conditional(%go, %arg, %arg), branch_computations={%yes, %no}
-}
-""".replace("REPLICAS", "replica_groups=[4,2]<=[8]")
-    assert hlo.collectives(text, devices=8) == {
-        "all-gather": {"count": 1, "bytes": 32, "wire_bytes": 16},
-        "collective-permute": {"count": 1, "bytes": 16, "wire_bytes": 16},
-        "all-reduce": {"count": 1, "bytes": 16, "wire_bytes": 16},
-    }
 
 
 # ---- sizes and times -----------------------------------------------------------------
@@ -231,9 +92,13 @@ def test_the_slowest_of_three_bounds_the_step():
     load, held = small_load(), {"parameters": 1000, "optimizer": 2000}
     flops, _ = roofline.step_flops(load)
     ideal = roofline.ideal_wire_bytes(load)
-    # Gathered twice and scattered once in float32; the tied or untied head twice.
-    weights = roofline.layer_weights(load.model) + 2 * 8 * 100
-    assert ideal == 12 * weights * 3 / 4
+    # Gathered twice and scattered once in float32; a tied head is the embedding.
+    layers = roofline.layer_weights(load.model)
+    assert ideal == 12 * (layers + 2 * 8 * 100) * 3 / 4
+    model = dataclasses.replace(load.model, tie_word_embeddings=True)
+    tied = dataclasses.replace(load, model=model, models=2)
+    assert roofline.ideal_wire_bytes(tied) == 2 * 12 * (layers + 8 * 100) * 3 / 4
+    assert roofline.step_flops(tied)[0] == 2 * flops
     traffic = roofline.memory_traffic(load, held)
     slow = dict.fromkeys(("flops", "hbm_bandwidth", "ici_bandwidth"), 1e30)
     for field, bound, seconds in (
@@ -247,6 +112,28 @@ def test_the_slowest_of_three_bounds_the_step():
         assert found["roofline_seconds"] == pytest.approx(seconds)
         peak = 4 * chip.flops * seconds
         assert found["mfu_estimate"] == pytest.approx(flops / peak)
+
+
+def test_a_token_is_drawn_as_fast_as_weights_and_cache_are_read():
+    load = small_load(sequences=8, length=10)
+    layers, head = roofline.layer_weights(load.model), 8 * 100
+    # Two prompts a device; keys and values of one head of 4 features in 3 layers.
+    cache = 2 * 3 * 1 * 4 * 2 * 10
+    # The layers are gathered, so written and read; float32 logits too.
+    read = 4 * (2 * layers + head + cache) + 8 * 2 * 100
+    flops = 2 * (layers + head) * 8 + 4 * 3 * (2 * 4) * 8 * 10
+    slow = dict.fromkeys(("flops", "hbm_bandwidth", "ici_bandwidth"), 1e30)
+    for field, bound, seconds in (
+        ("flops", "compute", flops / 4),
+        ("hbm_bandwidth", "memory", read),
+        ("ici_bandwidth", "ici", 4 * layers * 3 / 4),
+    ):
+        chip = Chip("chip", hbm_bytes=1, axes=2, **(slow | {field: 1.0}))
+        found = roofline.of_a_token(load, chip, None)
+        assert found["bound"] == bound
+        assert found["seconds_per_token"] == pytest.approx(seconds)
+        assert found["tokens_per_second"] == pytest.approx(8 / seconds)
+    assert roofline.of_a_token(load, chip, 7.0)["ici_seconds"] == 7.0
 
 
 def test_packed_rows_attend_within_their_pair():
@@ -285,6 +172,14 @@ def test_an_unknown_model_lists_the_presets():
     config = PlanConfig(model="./none", topology="cpu:8", batch=8, seq=8)
     with pytest.raises(InputError, match=r"\./none: .*llama-3-8b, llama-3-70b"):
         command.run(config, from_loss(losses.dpo), [])
+
+
+def test_a_mixture_has_one_pair_a_row():
+    config = PlanConfig(
+        model="llama-3-1b", topology="cpu:8", batch=8, seq=8, row_length=32
+    )
+    with pytest.raises(InputError, match="--row-length 32: bvpo_dpo .* one pair a row"):
+        command.run(config, bvpo(from_loss(losses.dpo)), [])
 
 
 def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
@@ -347,77 +242,3 @@ def test_the_compilers_environment_is_its_own(monkeypatch):
     assert "JAX_COORDINATOR_ADDRESS" not in cpu and cpu["JAX_PLATFORMS"] == "cpu"
     tpu = child.environment(parse_topology("v5e:4x4"), Path("x"))
     assert tpu["XLA_FLAGS"] == "--xla_other=1"
-
-
-# ---- from end to end -----------------------------------------------------------------
-
-
-def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
-    folder = make_model_folder(tmp_path / "model")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
-    argv = f"--model {folder} --topology cpu:8 --batch 16 --seq 24 --mesh.tensor 2"
-    argv = f"{argv} --json {tmp_path}/plan.json --loss rdpo --loss.flip-rate 0.1"
-    cli.plan(argv.split())
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["fits"] is None and plan["roofline_seconds"] is None
-    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert plan["tokens_shape"] == [1, 16, 2, 24] and plan["loss"] == "rdpo"
-    # A device holds an eighth of every matrix, and all of the norms' gains; the moments
-    # twice that and two counters of four bytes.
-    c = tiny_config()
-    D, K, L = c.hidden_size, c.head_dim, c.num_layers
-    layer = D * K * 2 * (c.num_heads + c.num_kv_heads) + 3 * D * c.intermediate_size
-    matrices = 2 * c.vocab_size * D + L * layer
-    held = 4 * (matrices // 8 + D * (2 * L + 1))
-    assert plan["held_bytes"]["parameters"] == held
-    assert plan["held_bytes"]["optimizer"] == 2 * held + 8
-    # The state and what the step reads of the batch.
-    state = 3 * held + 8 + 8
-    assert state < plan["argument_bytes"] <= state + plan["held_bytes"]["batch"]
-    assert plan["temp_bytes"] > 0 and plan["hbm_bytes"] > plan["temp_bytes"]
-    tokens = 16 * 2 * 24
-    forward = (
-        2 * tokens * L * layer + 2 * 16 * 2 * 16 * D * c.vocab_size
-    )  # 12 by eights
-    forward += 4 * L * D * 16 * 2 * (24 * 25 // 2)
-    assert plan["flops_per_step"] == 3 * forward
-    # Weights of the layers are gathered over fsdp in both passes.
-    assert plan["collectives"]["all-gather"]["count"] > 2 * 7 * L
-    assert plan["score"]["hbm_bytes"] < plan["hbm_bytes"]
-    told = capsys.readouterr().out
-    assert re.search(r"cpu:8: 8 devices, data=1 x fsdp=4 x tensor=2", told)
-    assert "collectives of a step" in told and "fits" not in told
-    # Compiled once: another process finds it, as this one.
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: 1 / 0)
-    config = PlanConfig(
-        model=str(folder),
-        topology="cpu:8",
-        batch=16,
-        seq=24,
-        mesh=MeshConfig(tensor=2),
-    )
-    objective = from_loss(losses.rdpo, flip_rate=0.1)
-    work = command.work_of(config, command.model_of(config), objective)
-    again = program.measure(work, parse_topology("cpu:8"))
-    assert again["step"]["temp"] == plan["temp_bytes"]
-
-
-@pytest.mark.slow
-def test_a_plan_for_a_tpu(tmp_path):
-    pytest.importorskip("libtpu")
-    folder = make_model_folder(tmp_path / "model")
-    command_line = [sys.executable, "-m", "jaxpref", "plan", "--model", str(folder)]
-    command_line += "--topology v5e:2x2 --batch 8 --seq 256 --row-length 512".split()
-    done = subprocess.run(
-        [*command_line, "--json", str(tmp_path / "plan.json")],
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "JAXPREF_CACHE": str(tmp_path / "cache")},
-    )
-    assert done.returncode == 0, done.stderr
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["fits"] and plan["hbm_limit_bytes"] == CHIPS["v5e"].hbm_bytes
-    assert 0 < plan["mfu_estimate"] < 1 and plan["roofline_seconds"] > 0
-    assert "fits" in done.stdout

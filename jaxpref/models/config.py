@@ -121,9 +121,10 @@ class Specs:
     mlp_out: P = P(None, "tensor", "fsdp")
     norm: P = P(None)
     layer_norm: P = P(None, None)
-    # Weights, as they are used: gathered over fsdp once.
-    embed_gathered: P = P(None, "tensor")
+    # Weights, as they are used: gathered over fsdp once, for training one copy for each
+    # group of rows, so that slopes of different rows are not added up before the end.
     head_gathered: P = P(None, "tensor")
+    copies: P = P(ROWS, None, "tensor")
     # Activations: rows over data and fsdp.
     rows: P = P(ROWS)
     tokens: P = P(ROWS, None)

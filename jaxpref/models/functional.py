@@ -96,20 +96,39 @@ class Model:
                 `packed_attention`.  By default every token sees all before it, which is
                 all that rows padded on the right need.
         """
+        transformer = self._transformer(params)
+        return self._hidden(
+            transformer, transformer.table(), params, tokens, positions, segments
+        )
+
+    def hidden_and_heads(
+        self, params: Params, tokens, positions=None, segments=None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`hidden`, and the LM head [N, D, V] that `token_logps` is to multiply it by.
+
+        The head has a copy for each of the N groups of rows of the mesh: what training
+        takes in place of `head`, as its slope is summed over devices but once, and if
+        tied together with that of the embedding.
+        """
+        transformer = self._transformer(params)
+        table = transformer.table()
+        hidden = self._hidden(transformer, table, params, tokens, positions, segments)
+        return hidden, transformer.heads(table)
+
+    def _hidden(self, transformer, table, params, tokens, positions, segments):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         else:
             positions = place(positions, SPECS.tokens)
         if segments is not None:
             segments = tuple(place(x, SPECS.tokens) for x in segments)
-        transformer = self._transformer(params)
         angles = rotary_angles(self.config, positions)
 
         def layer(x, weights):
             return self._layer(weights)(x, angles, segments), None
 
         layer = _remat(layer, self.config.remat)
-        x = transformer.embed_tokens(tokens)
+        x = transformer.embed_tokens(table, tokens)
         unroll = min(self.config.unroll, self.config.num_layers)
         x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
         return transformer.final_norm(x)
@@ -183,7 +202,8 @@ class Model:
             x = block.mix(x, attention(q, k, v, mask))
             return (block.mlp(x), keys, values), None
 
-        carry = (transformer.embed_tokens(tokens), cache.keys, cache.values)
+        x = transformer.embed_tokens(transformer.table(), tokens)
+        carry = (x, cache.keys, cache.values)
         layers = (params["layers"], jnp.arange(self.config.num_layers))
         (x, keys, values), _ = jax.lax.scan(layer, carry, layers)
         filled = cache.filled + tokens.shape[1]

@@ -18,7 +18,8 @@ def project(hidden, head) -> jax.Array:
     """Logits [B, T, V] = hidden [B, T, D] @ head [D, V], in float32 or wider.
 
     The factors are in the dtype of `hidden`, the sums in float32 or wider; V is spread
-    over the `tensor` axis of the mesh.
+    over the `tensor` axis of the mesh.  Of a head [N, D, V] each of N groups of rows
+    has its own copy; see `gathering`.
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     return product("btd,dv->btv", hidden, head, spec=SPECS.features, out_dtype=wide)
@@ -48,8 +49,9 @@ def token_logps(
 
     Args:
         hidden: [B, T, D], the final hidden states.
-        head: [D, V].  Keep it in the parameter dtype: its gradient is summed over
-            chunks in that dtype; the factors are in the dtype of `hidden`.
+        head: [D, V], or [N, D, V] with a copy for each of N groups of rows.  Keep it in
+            the parameter dtype: its gradient is summed over chunks in that dtype; the
+            factors are in the dtype of `hidden`.
         predictors: int [B, P], positions whose hidden state predicts each target.
         targets: int [B, P], the predicted tokens.
         chunk_size: predicted positions of every row in one chunk, at most; by default
@@ -194,5 +196,5 @@ def _chunk_size(B: int, head) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh.shape)
     rows = -(-B // (sizes["data"] * sizes["fsdp"]))
-    vocabulary = -(-head.shape[1] // sizes["tensor"])
+    vocabulary = -(-head.shape[-1] // sizes["tensor"])
     return max(CHUNK_BYTES // (4 * rows * vocabulary), 1)

@@ -16,6 +16,7 @@ from jaxpref.models.config import (
     on_mesh,
     place,
 )
+from jaxpref.models.gathering import copies, look_up, turned
 from jaxpref.models.linear import product
 
 
@@ -122,17 +123,24 @@ class Transformer(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = _normal(rngs, config, (D, V), SPECS.head)
 
-    def embed_tokens(self, tokens):
+    def table(self):
+        """The embedding, one copy for each group of rows [N, V, D]."""
+        return copies(self.embed[...], self.config.compute_dtype)
+
+    def embed_tokens(self, table, tokens):
         """Tokens [B, T] to vectors [B, T, D] in the compute dtype."""
-        table = self.embed[...].astype(self.config.compute_dtype)
-        table = place(table, SPECS.embed_gathered)  # the FSDP all-gather, written out
-        tokens = place(tokens, SPECS.tokens)
-        x = table.at[tokens].get(out_sharding=on_mesh(SPECS.features))
-        return place(x, SPECS.hidden)
+        return place(look_up(table, tokens, self.config.compute_dtype), SPECS.hidden)
 
     def final_norm(self, x):
         """The last norm, [B, T, D] to [B, T, D]."""
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+
+    def heads(self, table):
+        """The LM head, one copy for each group of rows [N, D, V]; see `table`."""
+        dtype = self.config.compute_dtype
+        if self.config.tie_word_embeddings:
+            return turned(table, dtype)
+        return copies(self.head[...], dtype)
 
     def head_weight(self):
         """The LM head [D, V], whole over fsdp, its vocabulary spread over tensor."""

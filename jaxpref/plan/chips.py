@@ -35,15 +35,17 @@ class Chip:
 
 # Sources: Cloud TPU's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x
 # (Ironwood)", section "System architecture", docs.cloud.google.com/tpu/docs.  They give
-# the links' bandwidth in both directions (GBps), older versions in one (Gbps); here it
-# is one direction: 2,400, 1,600, 4,800, 3,200 and 4,800 Gbps.  The memory is what the
-# compiler (libtpu 0.0.52) says is left to a program when one is too large: a little
-# less than the pages' 32, 16, 95, 32 and 192 GiB, of v5p a little more.
+# the links' bandwidth in both directions (v5e 400, v5p 1,200, v6e 800, TPU7x 1,200
+# GBps), older versions in one (1,600, 4,800, 3,200 Gbps), which it is here.  v4's does
+# not stand there: 6 links of 50 GB/s, Jouppi et al. 2023, arXiv:2304.01433, table 4.
+# v5e's memory has 819 GBps in older versions, 800 GiBps in newer ones.  Its size is
+# what the compiler (libtpu 0.0.52) says is left to a program when one is too large: a
+# little less than the pages' 32, 16, 95, 32 and 192 GiB, of v5p a little more.
 CHIPS = {
     "v4": Chip(
         "TPU v4", 275e12, 30.75 * GIB, 1.2e12, 300e9, 3, "megacore", example="4x4x4"
     ),
-    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 0.8e12, 200e9, 2, example="4x4"),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 0.819e12, 200e9, 2, example="4x4"),
     "v5p": Chip(
         "TPU v5p", 459e12, 95.73 * GIB, 2.765e12, 600e9, 3, "megacore", example="4x4x4"
     ),

@@ -16,7 +16,13 @@ from jaxpref.plan.config import PlanConfig
 from jaxpref.plan.hlo import wire_bytes
 from jaxpref.plan.presets import find_model
 from jaxpref.plan.program import Work, measure
-from jaxpref.plan.roofline import Load, estimate, forward_flops, ideal_wire_bytes
+from jaxpref.plan.roofline import (
+    Load,
+    estimate,
+    forward_flops,
+    ideal_wire_bytes,
+    of_a_token,
+)
 from jaxpref.plan.sweep import candidates, flags_of
 from jaxpref.plan.table import print_plan, print_sweep
 from jaxpref.train import Objective
@@ -41,6 +47,11 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     if target := os.environ.get(child.TARGET):
         write_json(target, measure(work_of(config, model, objective), topology))
         return {}
+    if config.row_length is not None and objective.mixes:
+        raise InputError(
+            f"--row-length {config.row_length}: {objective.name} is trained with one "
+            "pair a row; leave it out"
+        )
     if config.json is not None and not Path(config.json).absolute().parent.is_dir():
         raise InputError(f"--json {config.json}: its folder does not exist")
     if not config.sweep:
@@ -112,9 +123,10 @@ def find(
       `argument_bytes` (None where the compiler only says how much is too much),
       `held_bytes` by what, `flops_per_step`, `roofline_seconds`, `mfu_estimate` and the
       rest of `roofline.estimate` (None on a CPU), `collectives` (see `hlo.collectives`;
-      None if the compiler gives no text), `wire_bytes` and `ideal_wire_bytes`,
-      `tokens_per_second`, `score` (the reference pass: the same of it), `mesh`,
-      `devices`, `compile_seconds`, and what was asked for.
+      None where the program is too large), `wire_bytes` and `ideal_wire_bytes`,
+      `tokens_per_second`, `score` (the reference pass: the same of it), `decode` (the
+      sampler: the same of it, collectives and time of a token; None for a reward
+      model), `mesh`, `devices`, `compile_seconds`, and what was asked for.
     """
     model = dataclasses.replace(model, remat=config.remat)
     title = f"compiling {config.model} for {topology.name} {' '.join(flags_of(config))}"
@@ -134,7 +146,7 @@ def find(
         logit_chunk=config.logit_chunk,
     )
     ahead = int(objective.coupled and config.accumulation > 1)
-    work = load(passes_ahead=ahead)
+    work = load(passes_ahead=ahead, models=1 + objective.trains_two)
     step = _memory(measured["step"], topology)
     score = _memory(measured["score"], topology)
     held = measured["bytes"]
@@ -151,7 +163,8 @@ def find(
         "held_bytes": held,
         **step,
         "ideal_wire_bytes": ideal_wire_bytes(work),
-        "score": score | {"flops": sum(forward_flops(work).values())},
+        "score": score | {"flops": sum(forward_flops(load()).values())},
+        "decode": _decode(measured, model, topology),
     }
     timed = dict.fromkeys(
         ("flops_per_step", "roofline_seconds", "mfu_estimate", "tokens_per_second")
@@ -167,8 +180,32 @@ def find(
             timed["hours"] = steps * seconds / 3600
             timed["score_hours"] = steps * forward / 3600
     else:
-        timed["flops_per_step"] = 3 * found["score"]["flops"]
+        timed["flops_per_step"] = 3 * sum(forward_flops(work).values())
     return found | timed
+
+
+def _decode(measured: dict, model: ModelConfig, topology: Topology) -> dict | None:
+    """What the sampler needs, and how fast it may be."""
+    if (of_sampler := measured["decode"]) is None:
+        return None
+    prompts, prompt, answer = measured["shape"]["prompts"]
+    of_a_turn = of_sampler.get("collectives_of_a_turn")
+    found = {
+        "prompts": prompts,
+        "slots": prompt + answer,
+        **_memory(of_sampler | {"collectives": of_a_turn}, topology),
+    }
+    if topology.chip is None:
+        return found
+    load = Load(
+        model=model,
+        mesh=measured["mesh"],
+        sequences=prompts,
+        length=prompt + answer,
+        predictions=answer,
+        seen=0,
+    )
+    return found | of_a_token(load, topology.chip, found["wire_bytes"])
 
 
 def _memory(measured: dict, topology: Topology) -> dict:
@@ -189,7 +226,6 @@ def _memory(measured: dict, topology: Topology) -> dict:
         "argument_bytes": argument,
         "collectives": spoken,
         "wire_bytes": None if spoken is None else wire_bytes(spoken),
-        "no_text": measured.get("no_text"),
         "compile_seconds": measured["seconds"],
     }
 

@@ -9,6 +9,7 @@ one that runs beside products is spread over several fusions, all with its chann
 import dataclasses
 import math
 import re
+from collections import Counter
 
 WIDTHS = {
     "pred": 1,
@@ -34,6 +35,8 @@ HALVED = "all-reduce-scatter"
 """In the name of a fusion that keeps a part of the all-reduce in it."""
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+# Attributes of a kernel are written over several lines, the last of which is }}, ...
+_END = re.compile(r"^\}(?!\})")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -75,7 +78,9 @@ class Computation:
     root: str
 
 
-def collectives(text: str, *, devices: int) -> dict[str, dict[str, float]]:
+def collectives(
+    text: str, *, devices: int, turns: int = 1
+) -> dict[str, dict[str, float]]:
     """Collectives by kind, as one device carries them out in one run of the program.
 
     A branch counts where it is the one that says most.  Products that are computed ring
@@ -84,6 +89,7 @@ def collectives(text: str, *, devices: int) -> dict[str, dict[str, float]]:
     Args:
       text: from `jax.stages.Compiled.as_text`.
       devices: of the program.
+      turns: of a loop that ends by what it computes.
 
     Returns:
       For each kind `count`; `bytes`, of the gathered, reduced or exchanged array; and
@@ -92,7 +98,7 @@ def collectives(text: str, *, devices: int) -> dict[str, dict[str, float]]:
     """
     computations, entry = parse(text)
     total: dict[str, dict[str, float]] = {}
-    for times, kind, figures in _of(computations, entry, devices).values():
+    for times, kind, figures in _of(computations, entry, devices, turns).values():
         into = total.setdefault(kind, dict.fromkeys(figures, 0))
         for key, value in figures.items():
             into[key] += times * value
@@ -106,7 +112,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if head := _HEAD.match(written):
             name, lines, root = head[2], {}, ""
             entry = name if head[1] else entry
-        elif written.startswith("}") and name is not None:
+        elif _END.match(written) and name is not None:
             found[name] = Computation(name, lines, root)
             name = None
         elif name is not None and (line := _LINE.match(written)):
@@ -115,40 +121,49 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return found, entry
 
 
-def _of(computations, name: str, devices: int) -> dict[str, tuple[int, str, dict]]:
+def _of(
+    computations, name: str, devices: int, turns: int = 1
+) -> dict[str, tuple[int, str, dict]]:
     """Those of the program, or of the body of a loop: how often, kind, and figures.
 
-    By channel: one that is begun outside of a loop and goes on in it is one.
+    By channel, groups and size: one that is begun outside of a loop and goes on in it
+    is one.
     """
     total: dict[str, tuple[int, str, dict]] = {}
 
     def visit(name: str, halved: bool):
-        computation = computations[name]
+        computation, here = computations[name], Counter()
         for line in computation.lines.values():
             if line.opcode == "while":
                 (body,) = line.called("body")
                 times = trip_count(line, computation, computations)
-                for channel, (n, *one) in _of(computations, body, devices).items():
+                times = turns if times is None else times
+                inside = _of(computations, body, devices, turns)
+                for channel, (n, *one) in inside.items():
                     total.setdefault(channel, (n * times, *one))
             elif line.opcode == "conditional":
                 branches = line.called("branch_computations") or [
                     *line.called("true_computation"),
                     *line.called("false_computation"),
                 ]
-                options = [_of(computations, branch, devices) for branch in branches]
+                options = [_of(computations, b, devices, turns) for b in branches]
                 for channel, one in max(options, key=_received, default={}).items():
                     total.setdefault(channel, one)
-            elif line.opcode in ("fusion", "call", "async-start"):
-                for called in line.called("calls") or line.called("to_apply"):
+            elif line.opcode in ("fusion", "call", "async-start", "custom-call"):
+                of_kernel = line.called("called_computations")
+                of_call = line.called("calls") or line.called("to_apply")
+                for called in of_call or of_kernel:
                     if called in computations:
                         visit(called, halved or HALVED in f"{line.name} {called}")
             elif (kind := line.opcode.removesuffix("-start")) in KINDS:
-                channel = re.search(r"channel_id=(\d+)", line.rest)
-                channel = channel[1] if channel else f"{name} {line.name}"
                 kind, figures = _one(line, kind, halved, devices)
+                which = re.findall(r"\b(?:channel_id|replica_groups)=\S+", line.rest)
+                which = f"{kind} {figures['bytes']} {which or name + line.name}"
+                # One channel may serve several, which then stand side by side.
+                here[which] += 1
                 # Outside before inside, whichever comes first in the text.
                 if figures["bytes"]:
-                    total[channel] = (1, kind, figures)
+                    total[f"{which} {here[which]}"] = (1, kind, figures)
 
     visit(name, HALVED in name)
     return total
@@ -208,10 +223,10 @@ def group_size(rest: str, devices: int) -> int:
     return devices
 
 
-def trip_count(loop: Line, caller: Computation, computations) -> int:
+def trip_count(loop: Line, caller: Computation, computations) -> int | None:
     """How often a loop turns: as noted, or from its counter, its bound and its step.
 
-    1 where neither is known, as of a loop that ends by what it computes.
+    None where neither is known, as of a loop that ends by what it computes.
     """
     if match := re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.rest):
         return int(match[1])
@@ -243,11 +258,11 @@ def trip_count(loop: Line, caller: Computation, computations) -> int:
 
     test = condition.lines.get(condition.root)
     if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
-        return 1
+        return None
     counter, bound = test.operands
     index, bound = _index(condition.lines.get(counter)), constant(bound, condition)
     if index is None or bound is None or index >= min(len(start), len(following)):
-        return 1
+        return None
     first, steps = constant(start[index], caller), [1]
     after = body.lines.get(following[index])
     if after is not None and after.opcode == "add":

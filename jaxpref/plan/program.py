@@ -7,10 +7,12 @@ import importlib.metadata
 import json
 import math
 import re
+import tempfile
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxpref.errors import InputError, first_line
@@ -18,7 +20,9 @@ from jaxpref.files import cache_folder, write_json
 from jaxpref.models import ModelConfig, RewardModel, build
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
-from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh
+from jaxpref.sampling import lower as lower_sampler
+from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh, peer
+from jaxpref.train.mesh import on_devices, row_shards
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.score import make_score_step
 from jaxpref.train.scores import make_scores
@@ -26,7 +30,7 @@ from jaxpref.train.shapes import abstract_batch, abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
-FORMAT = 2
+FORMAT = 3
 """Of what is kept of a compiled program; part of the key."""
 
 
@@ -89,11 +93,12 @@ def devices_of(topology: Topology) -> list:
 
 
 def measure(work: Work, topology: Topology) -> dict:
-    """Compiles the train step and the reference pass, and reads what they need.
+    """Compiles the train step, the reference pass and the sampler; reads their needs.
 
     Returns:
-      Plain values: `mesh` by axis; `bytes` of one device by what they hold; for `step`
-      and `score` what `_compiled` says; `shape` of the batch.
+      Plain values: `mesh` by axis; `bytes` of one device by what they hold; for `step`,
+      `score` and `decode` what `_compiled` says (`decode` is None for a reward model);
+      `shape` of the batch, and of the `prompts` and what is sampled after them.
 
     Raises:
       InputError: if mesh, batch or topology do not fit each other.
@@ -101,13 +106,18 @@ def measure(work: Work, topology: Topology) -> dict:
     mesh = make_mesh(work.mesh, devices_of(topology))
     objective = work.objective
     make_model = RewardModel if objective.needs_rewards else build
-    model = make_model(work.model)
-    scores = make_scores(model, objective.needs, chunk_size=work.logit_chunk)
+    # As a run has it: bvpo differentiates a gradient.
+    model = make_model(dataclasses.replace(work.model, kernels=not objective.mixes))
+    new_params = peer.both(model.init) if objective.trains_two else model.init
+    make = functools.partial(make_scores, model, chunk_size=work.logit_chunk)
+    scores = make(objective.needs)
+    if objective.trains_two:
+        scores = peer.scores_of_both(scores)
     schedule = make_schedule(work.optimizer, 1000)
     tx = make_optimizer(work.optimizer, schedule)
     with jax.set_mesh(mesh):
         params, state = abstract_state(
-            model.init,
+            new_params,
             functools.partial(init_state, tx=tx, objective=objective),
             mesh,
         )
@@ -120,14 +130,18 @@ def measure(work: Work, topology: Topology) -> dict:
             accumulation=work.accumulation,
             row_length=work.row_length,
         )
-        kept = params if objective.needs_live_reference else None
+        one = params["one"] if objective.trains_two else params
+        kept = one if objective.needs_live_reference else None
         step = make_train_step(scores, objective, tx, schedule)
-        score = make_score_step(scores)
+        score = make_score_step(make(objective.needs - {"log_weights"}))
         plain = dataclasses.replace(batch, reference={})
+        prompts, draw = _sampler(work, one, mesh)
         programs = {
             "step": lambda: step.lower(state, batch, kept),
-            "score": lambda: score.lower(params, plain, kept),
+            "score": lambda: score.lower(one, plain, kept),
         }
+        if not objective.needs_rewards:
+            programs["decode"] = draw
         found = {name: _compiled(lower, topology) for name, lower in programs.items()}
     rest = (state.objective_state, state.step, state.skipped)
     held = {
@@ -137,11 +151,34 @@ def measure(work: Work, topology: Topology) -> dict:
         "reference": kept,
         "other": rest,
     }
+    found.setdefault("decode", None)
     return found | {
         "mesh": dict(mesh.shape),
         "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
-        "shape": {"tokens": batch.tokens.shape, "targets": batch.targets.shape},
+        "shape": {
+            "tokens": batch.tokens.shape,
+            "targets": batch.targets.shape,
+            "prompts": (*prompts, work.answer_length),
+        },
     }
+
+
+def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:
+    """Shape of the prompts, as many as pairs or a few more, and how to lower it."""
+    shards = row_shards(mesh)
+    shape = (-(-work.batch_size // shards) * shards, work.prompt_length)
+    whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def lower():
+        return lower_sampler(
+            build(work.model),
+            params,
+            *on_devices((whole(shape), whole(shape[:1]), key), mesh),
+            max_new_tokens=work.answer_length,
+        )
+
+    return shape, lower
 
 
 def _compiled(lower, topology: Topology) -> dict:
@@ -149,6 +186,8 @@ def _compiled(lower, topology: Topology) -> dict:
 
     `argument`, `output`, `temp` and `alias` bytes of one device; or `needs`, where the
     compiler only says that it is too much, and the `limit` that it found.
+    `collectives`, where a loop that ends by what it computes turns once, and
+    `collectives_of_a_turn`, what each turn more adds.
     """
     start = time.monotonic()
     lowered = lower()
@@ -159,7 +198,7 @@ def _compiled(lower, topology: Topology) -> dict:
     if (found := _read(path)) is not None:
         return found
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered, topology)
     except jax.errors.JaxRuntimeError as error:
         if (found := too_large(str(error))) is None:
             raise
@@ -170,17 +209,33 @@ def _compiled(lower, topology: Topology) -> dict:
             name: getattr(memory, f"{name}_size_in_bytes")
             for name in ("argument", "output", "temp", "alias")
         }
-        try:
-            found["collectives"] = collectives(
-                compiled.as_text(), devices=topology.devices
-            )
-        except jax.errors.JaxRuntimeError as error:
-            found["collectives"] = None
-            found["no_text"] = first_line(error)
+        read = functools.partial(collectives, text, devices=topology.devices)
+        found["collectives"] = once = read()
+        found["collectives_of_a_turn"] = {
+            kind: {name: x - once[kind][name] for name, x in figures.items()}
+            for kind, figures in read(turns=2).items()
+            if figures != once[kind]
+        }
         found["seconds"] = time.monotonic() - start
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     return found
+
+
+def _compile(lowered, topology: Topology) -> tuple[jax.stages.Compiled, str]:
+    """The program and its text.
+
+    TPU's compiler writes the text to a folder: jax cannot read all of its programs.
+    """
+    if topology.chip is None:
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory(prefix="jaxpref-plan-") as folder:
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        )
+        (path,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, path.read_text("utf-8")
 
 
 def _read(path: Path) -> dict | None:

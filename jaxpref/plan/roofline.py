@@ -47,6 +47,8 @@ class Load:
     """Whether there are log-probs; a reward needs no vocabulary."""
     logit_chunk: int | None = None
     """Completion tokens whose logits exist at the same time."""
+    models: int = 1
+    """Models of these sizes that are trained side by side."""
 
     @property
     def devices(self) -> int:
@@ -69,11 +71,12 @@ def forward_flops(load: Load) -> dict[str, float]:
     """
     m = load.model
     vocabulary = m.hidden_size * m.vocab_size if load.head else m.hidden_size
-    return {
+    found = {
         "layers": 2.0 * layer_weights(m) * load.sequences * load.length,
         "attention": 4.0 * m.num_layers * m.num_heads * m.head_dim * load.seen,
         "head": 2.0 * vocabulary * load.sequences * load.predictions,
     }
+    return {name: load.models * flops for name, flops in found.items()}
 
 
 def step_flops(load: Load) -> tuple[float, float]:
@@ -141,26 +144,69 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
     activations = m.num_layers * (12 * m.hidden_size + heads + features) * width
     logits = _rows(load) * load.predictions * load.accumulation * _vocabulary(load)
     several = 4 + 2 * (chunks(load) > 1)
-    return (
+    of_one = (
         load.accumulation * of_weights
-        + states
         + (passes + 1) * tokens * activations
         + several * 4 * logits
     )
+    return load.models * of_one + states
 
 
 def ideal_wire_bytes(load: Load) -> float:
     """What a device must receive in a step for FSDP alone.
 
     For each micro-batch, weights gathered twice in the compute dtype, gradients reduced
-    and scattered once in float32; (fsdp - 1) / fsdp of each.
+    and scattered once in float32, in which they are summed; (fsdp - 1) / fsdp of each.
+    A tied head is the embedding: one matrix with one gradient.
     """
     m, fsdp, tensor = load.model, load.mesh["fsdp"], load.mesh["tensor"]
     width = 2 if "16" in m.compute_dtype else 4
-    # A tied head is the embedding, gathered once as such and once as the other.
-    vocabulary = 2 * m.vocab_size * m.hidden_size
-    bytes_of = (2 * width + 4) * (layer_weights(m) + vocabulary) / tensor
+    matrices = 1 if m.tie_word_embeddings or not load.head else 2
+    weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
+    bytes_of = load.models * (2 * width + 4) * weights / tensor
     return load.accumulation * (fsdp - 1) / fsdp * bytes_of
+
+
+def of_a_token(load: Load, chip: Chip, received: float | None) -> dict:
+    """The bound on the time in which the sampler draws a token for every prompt.
+
+    Bytes of memory: weights in the compute dtype, those of the layers written too where
+    they are gathered for each token; the cache, every slot of which is read, filled or
+    not; float32 logits of the whole vocabulary, written and read.
+
+    Args:
+      load: `sequences` prompts, and `length` slots in the cache of each.
+      chip: the devices.
+      received: bytes that a device receives of others for a token; None takes what it
+        is to gather the layers once.
+
+    Returns:
+      `compute_seconds`, `memory_seconds`, `ici_seconds`, `seconds_per_token` (the
+      largest), `bound` (which of them), and `tokens_per_second` of all prompts.
+    """
+    m, fsdp, tensor = load.model, load.mesh["fsdp"], load.mesh["tensor"]
+    width = 2 if "16" in m.compute_dtype else 4
+    layers, head = layer_weights(m), m.vocab_size * m.hidden_size
+    slots = load.sequences * load.length
+    cache = 2 * m.num_layers * m.num_kv_heads * m.head_dim * _rows(load) * load.length
+    memory = width / tensor * (layers * (1 + (fsdp > 1)) + head + cache)
+    memory += 8 * _rows(load) * m.vocab_size
+    flops = 2 * (layers + head) * load.sequences
+    flops += 4 * m.num_layers * m.num_heads * m.head_dim * slots
+    if received is None:
+        received = (fsdp - 1) / fsdp * width * layers / tensor
+    seconds = {
+        "compute": flops / load.devices / chip.flops,
+        "memory": memory / chip.hbm_bandwidth,
+        "ici": received / chip.ici_bandwidth,
+    }
+    bound = max(seconds, key=seconds.__getitem__)
+    return {
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "seconds_per_token": seconds[bound],
+        "bound": bound,
+        "tokens_per_second": load.sequences / seconds[bound],
+    }
 
 
 def estimate(

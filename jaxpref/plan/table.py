@@ -27,6 +27,8 @@ def print_plan(config: PlanConfig, topology: Topology, plan: dict) -> None:
     rows = [(name, size) for name, size in held.items() if size and name != "other"]
     rows += [("temporaries", plan["temp_bytes"]), ("the step", plan["hbm_bytes"])]
     rows += [("the reference pass", plan["score"]["hbm_bytes"])]
+    if plan["decode"] is not None:
+        rows += [("the sampler", plan["decode"]["hbm_bytes"])]
     lines += [f"  {name:20}{gib(size):>12}" for name, size in rows]
     lines += _verdict(config, plan)
     if plan["roofline_seconds"] is not None:
@@ -66,14 +68,19 @@ def _times(plan: dict) -> list[str]:
             f"  at least {plan['hours']:.2f} h for the pairs, and "
             f"{plan['score_hours']:.2f} h for the reference's log-probs"
         )
+    if (drawn := plan["decode"]) is not None:
+        lines.append(
+            f"  sampling takes at least {drawn['seconds_per_token']:.3g} s "
+            f"({drawn['bound']}) for a token of each of {drawn['prompts']} prompts, "
+            f"{drawn['slots']:,} tokens in memory"
+        )
     return lines + [f"  assumed: {'; '.join(ASSUMPTIONS)}"]
 
 
 def _collectives(plan: dict) -> list[str]:
     found = plan["collectives"]
     if found is None:
-        why = f" ({plan['no_text']})" if plan["no_text"] else ""
-        return ["", f"collectives: the compiler gives no text of this program{why}"]
+        return []
     lines = ["", "collectives of a step, a device:"]
     for kind, figures in sorted(found.items()):
         lines.append(

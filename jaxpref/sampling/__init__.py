@@ -2,3 +2,4 @@
 
 from jaxpref.sampling.sampler import generate as generate
 from jaxpref.sampling.sampler import left_pad as left_pad
+from jaxpref.sampling.sampler import lower as lower

@@ -105,6 +105,30 @@ def generate(
     )
 
 
+def lower(
+    model: Model, params, prompts, lengths, key, *, max_new_tokens: int
+) -> jax.stages.Lowered:
+    """The program of `generate` where every token may be drawn, not yet compiled.
+
+    Takes the same, or `jax.ShapeDtypeStruct`s in the place of arrays.
+    """
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
+    return _generate.lower(
+        model,
+        params,
+        prompts,
+        lengths,
+        key,
+        scalar(jnp.float32),
+        scalar(jnp.int32),
+        scalar(jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        max_new_tokens=max_new_tokens,
+        greedy=False,
+        filtered=False,
+    )
+
+
 def _check(holds: bool, found: str, wanted: str) -> None:
     if not holds:
         raise InputError(f"sampling: {found}; give {wanted}")

@@ -105,8 +105,9 @@ def make_scores(
             ends = last_tokens(batch.completions)
             return {"rewards": per_completion(losses.sum_by_completion, rewards, ends)}
 
-        hidden = lambda p: model.hidden(p, flat(batch.tokens), positions, segments)
-        read = lambda p: (hidden(p), model.head(p))
+        read = lambda p: model.hidden_and_heads(
+            p, flat(batch.tokens), positions, segments
+        )
         asked = (flat(batch.predictors), flat(batch.targets))
         of_tokens = {}
         if "kls" in needs:

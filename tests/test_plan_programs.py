@@ -1,0 +1,169 @@
+"""Plans from end to end: what is compiled, what is kept of it, and what is told."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxpref import cli, losses
+from jaxpref.models import ModelConfig
+from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
+from jaxpref.plan.chips import CHIPS, parse_topology
+from jaxpref.train import MeshConfig, from_loss
+from tests.tiny import make_model_folder, tiny_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
+    folder = make_model_folder(tmp_path / "model")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
+    argv = f"--model {folder} --topology cpu:8 --batch 16 --seq 24 --mesh.tensor 2"
+    argv = f"{argv} --json {tmp_path}/plan.json --loss rdpo --loss.flip-rate 0.1"
+    cli.plan(argv.split())
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] is None and plan["roofline_seconds"] is None
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert plan["tokens_shape"] == [1, 16, 2, 24] and plan["loss"] == "rdpo"
+    # A device holds an eighth of every matrix, and all of the norms' gains; the moments
+    # twice that and two counters of four bytes.
+    c = tiny_config()
+    D, K, L = c.hidden_size, c.head_dim, c.num_layers
+    layer = D * K * 2 * (c.num_heads + c.num_kv_heads) + 3 * D * c.intermediate_size
+    matrices = 2 * c.vocab_size * D + L * layer
+    held = 4 * (matrices // 8 + D * (2 * L + 1))
+    assert plan["held_bytes"]["parameters"] == held
+    assert plan["held_bytes"]["optimizer"] == 2 * held + 8
+    # The state and what the step reads of the batch.
+    state = 3 * held + 8 + 8
+    assert state < plan["argument_bytes"] <= state + plan["held_bytes"]["batch"]
+    assert plan["temp_bytes"] > 0 and plan["hbm_bytes"] > plan["temp_bytes"]
+    tokens = 16 * 2 * 24
+    forward = (
+        2 * tokens * L * layer + 2 * 16 * 2 * 16 * D * c.vocab_size
+    )  # 12 by eights
+    forward += 4 * L * D * 16 * 2 * (24 * 25 // 2)
+    assert plan["flops_per_step"] == 3 * forward
+    # Weights of the layers are gathered over fsdp in both passes, in two parts.
+    assert plan["collectives"]["all-gather"]["count"] >= 2 * 2 * 7 * L
+    assert plan["wire_bytes"] > plan["ideal_wire_bytes"] > 0  # tensor has its own
+    drawn = plan["decode"]
+    assert drawn["prompts"] == 16 and drawn["slots"] == 24
+    # Weights, prompts and their lengths, a key, and what is asked of the draws.
+    prompts = 4 * (16 // 4) * 12
+    assert 0 <= drawn["argument_bytes"] - held - prompts < 64
+    # In the loop, for each token: the layers' weights once.
+    assert 0 < drawn["wire_bytes"] < plan["wire_bytes"]
+    assert plan["score"]["hbm_bytes"] < plan["hbm_bytes"]
+    told = capsys.readouterr().out
+    assert re.search(r"cpu:8: 8 devices, data=1 x fsdp=4 x tensor=2", told)
+    assert "collectives of a step" in told and "fits" not in told
+    # Compiled once: another process finds it, as this one.
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: 1 / 0)
+    config = PlanConfig(
+        model=str(folder),
+        topology="cpu:8",
+        batch=16,
+        seq=24,
+        mesh=MeshConfig(tensor=2),
+    )
+    objective = from_loss(losses.rdpo, flip_rate=0.1)
+    work = command.work_of(config, command.model_of(config), objective)
+    again = program.measure(work, parse_topology("cpu:8"))
+    assert again["step"]["temp"] == plan["temp_bytes"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "--objective em --objective.prior-right 4",
+        "--objective crm --objective.noise-rate 0.2",
+        "--objective bvpo --objective.alpha auto --objective.noise em",
+        "--loss bradley_terry",
+    ],
+)
+def test_a_plan_of_what_train_takes(asked, tmp_path, monkeypatch):
+    folder = make_model_folder(tmp_path / "model")
+    monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(child.TARGET, str(tmp_path / "found.json"))
+    cli.plan(f"--model {folder} --topology cpu:8 --batch 8 --seq 16 {asked}".split())
+    found = json.loads((tmp_path / "found.json").read_text())
+    held = found["bytes"]
+    assert held["optimizer"] == 2 * held["parameters"] + 8
+    assert found["step"]["temp"] > 0 and found["score"]["temp"] > 0
+    if "bradley" in asked:
+        assert found["decode"] is None  # no words in it
+    else:
+        # The sampler has one model, the step of peers two.
+        share = found["decode"]["argument"] / held["parameters"]
+        assert (share < 0.6) == ("crm" in asked)
+
+
+@pytest.mark.slow
+def test_a_plan_for_a_tpu(tmp_path):
+    pytest.importorskip("libtpu")
+    folder = make_model_folder(tmp_path / "model")
+    command_line = [sys.executable, "-m", "jaxpref", "plan", "--model", str(folder)]
+    command_line += "--topology v5e:2x2 --batch 8 --seq 256 --row-length 512".split()
+    done = subprocess.run(
+        [*command_line, "--json", str(tmp_path / "plan.json")],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAXPREF_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["hbm_limit_bytes"] == CHIPS["v5e"].hbm_bytes
+    assert 0 < plan["mfu_estimate"] < 1 and plan["roofline_seconds"] > 0
+    assert "fits" in done.stdout
+    assert plan["decode"]["fits"] and plan["decode"]["seconds_per_token"] > 0
+    assert "a token of each of 8 prompts" in done.stdout
+
+
+SIZES = dict(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    compute_dtype="bfloat16",
+    remat="full",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_tpus_chips_send_no_more_than_fsdp_needs(
+    monkeypatch, tmp_path, topology, tied
+):
+    """Read from what its compiler makes of a whole slice, on two and three axes."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path))
+    topology = parse_topology(topology)
+    for name, value in child.environment(topology, tmp_path / "x").items():
+        if name.startswith(("TPU_", "ALLOW_")):
+            monkeypatch.setenv(name, value)
+    model = ModelConfig(tie_word_embeddings=tied, **SIZES)
+    batch, seq = topology.devices, 512
+    config = PlanConfig(model="m", topology=topology.name, batch=batch, seq=seq)
+    work = command.work_of(config, model, from_loss(losses.dpo))
+    found = program.measure(work, topology)["step"]["collectives"]
+    load = roofline.Load(
+        model=model,
+        mesh={"data": 1, "fsdp": topology.devices, "tensor": 1},
+        sequences=2 * batch,
+        length=seq,
+        predictions=seq // 2,
+        seen=0,
+    )
+    assert hlo.wire_bytes(found) <= 1.1 * roofline.ideal_wire_bytes(load)
