@@ -7,8 +7,8 @@ The same pairs go through
 - ours: packed rows, the head on completion tokens only, a chunk at a time;
 - peers: a sequence for each answer with its prompt, logits [B, T, V] of all positions,
   then their log_softmax; `thrifty` peers take z[y] - logsumexp(z) instead, the least
-  that all logits need.  Attention is our blockwise one, so none of the difference is
-  attention's;
+  that all logits need, as Tunix 0.1.7 does (TRL 1.16 is neither: it makes tiles of
+  logits).  Attention is our blockwise one, so none of the difference is attention's;
 
 and, in the rows of ours, through other heads on the same backbone:
 
