@@ -78,6 +78,7 @@ from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import ModelConfig
+from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config
 from jaxpref.train.entry import entry_point
 
@@ -105,8 +106,8 @@ class Options:
     ultrafeedback: str | None = None
     """Preference file of the case ultrafeedback; by default in ../shared/data."""
     model: str | None = None
-    """Hugging Face folder with the sizes and the tokenizer for real pairs; its weights
-    are not read.  By default one in the folder of --venvs that
+    """Hugging Face folder or hub id with the sizes and the tokenizer for real pairs, of
+    which the weights are not read.  By default one in the folder of --venvs that
     ../shared/tools/make_smollm2.py makes."""
     layers: int = 4
     """Layers of that model that are kept; 0 means all."""
@@ -219,7 +220,7 @@ def prepare(
         listed = random_pairs(case, config.vocab_size, count)
     else:
         source = getattr(options, case.name) or in_shared(case.name)
-        model = Path(options.model) if options.model else default_model(options)
+        model = resolve_folder(options.model or str(default_model(options)))
         config = load_config(model)
         config = dataclasses.replace(
             config,

@@ -39,6 +39,14 @@ from jaxpref.train.score import progress
 
 SHARD = 512
 """Pairs between two writes: what a killed run may lose, rounded up to whole batches."""
+SCORED_BY = (
+    "data/*.py",
+    "losses/_sequence.py",
+    "models/*.py",
+    "train/score.py",
+    "train/scores.py",
+)
+"""The code that makes a score; who changes a loss computes none again."""
 
 _log = logging.getLogger("jaxpref")
 
@@ -184,8 +192,9 @@ def _about(digest: str, layout: str) -> dict[str, str]:
     """Everything but the tokens that a score's bits depend on, as it is known."""
     device = jax.devices()[0]
     code = hashlib.sha256()
-    for room in ("data", "losses", "models", "train"):
-        for path in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
+    package = Path(__file__).parents[1]
+    for pattern in SCORED_BY:
+        for path in sorted(package.glob(pattern)):
             code.update(path.read_bytes())
     return {
         "weights and dtypes": digest,
