@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxpref.train import preemption, read_metrics
-from jaxpref.train.preemption import PREEMPTED, watched
+from jaxpref.train.preemption import PREEMPTED, Preempted, watched
 from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +146,13 @@ def test_a_notice_is_noted_and_a_later_one_interrupts(monkeypatch):
         monkeypatch.setattr(preemption, "SAME_NOTICE", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_preempted_run_says():
+    assert TOLD.fullmatch(f"jaxpref: {Preempted(7)}")[1] == "7"
+    assert str(Preempted(7, saved=False)) == (
+        "preempted: step 7 goes wrong, not saved; the same command resumes"
+    )
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

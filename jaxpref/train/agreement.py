@@ -4,7 +4,7 @@ import collections
 import hashlib
 import importlib.metadata
 import json
-import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def versions() -> dict[str, str]:
     folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         code.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    found = {"jaxpref's code": code.hexdigest(), "Python": platform.python_version()}
+    found = {"jaxpref's code": code.hexdigest(), "Python": f"{sys.version_info[:2]}"}
     for name in ("jax", "jaxlib", "numpy", "grain"):
         found[name] = importlib.metadata.version(name)
     return found

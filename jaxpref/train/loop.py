@@ -285,6 +285,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
                             save(step, state)
                 with late.waiting():
                     batch = next(feed)
+                progress.tell(f"the batch of step {step + 1}")
                 state, metrics = do_step(state, batch, kept)
                 late.push(step + 1, metrics, batch.pairs)
                 if noticed(step + 1):
