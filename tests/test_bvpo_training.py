@@ -299,7 +299,8 @@ def whole(pairs):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulation"), [((8, 1, 1), 1), ((4, 1, 2), 1), ((1, 1, 1), 4)]
+    ("sizes", "accumulation"),
+    [((8, 1, 1), 1), ((4, 1, 2), 1), ((1, 4, 2), 1), ((1, 1, 1), 4)],
 )
 def test_layout_does_not_change_the_mixture(pairs, whole, sizes, accumulation):
     whole, names = whole

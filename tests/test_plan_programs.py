@@ -50,13 +50,19 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     )  # 12 by eights
     forward += 4 * L * D * 16 * 2 * (24 * 25 // 2)
     assert plan["flops_per_step"] == 3 * forward
-    # Weights of the layers are gathered over fsdp in both passes, in two parts.
-    assert plan["collectives"]["all-gather"]["count"] >= 2 * 2 * 7 * L
+    # Over fsdp: slopes in float32, in two parts; weights of the layers in both passes.
+    scattered, gathered = (
+        plan["collectives"][kind] for kind in ("reduce-scatter", "all-gather")
+    )
+    assert scattered["count"] == 2 * (7 * L + 2)
+    assert scattered["wire_bytes"] == 3 / 4 * 4 * matrices / 2
+    once = 2 * c.vocab_size * D + 2 * L * layer
+    assert gathered["wire_bytes"] >= 3 / 4 * 2 * once / 2
     assert plan["wire_bytes"] > plan["ideal_wire_bytes"] > 0  # tensor has its own
     drawn = plan["decode"]
     assert drawn["prompts"] == 16 and drawn["slots"] == 24
-    # Weights, prompts and their lengths, a key, and what is asked of the draws.
-    prompts = 4 * (16 // 4) * 12
+    # Weights, prompts and lengths on every device, a key, and options of the draws.
+    prompts = 4 * 16 * (12 + 1)
     assert 0 <= drawn["argument_bytes"] - held - prompts < 64
     # In the loop, for each token: the layers' weights once.
     assert 0 < drawn["wire_bytes"] < plan["wire_bytes"]

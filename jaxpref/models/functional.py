@@ -104,11 +104,11 @@ class Model:
     def hidden_and_heads(
         self, params: Params, tokens, positions=None, segments=None
     ) -> tuple[jax.Array, jax.Array]:
-        """`hidden`, and the LM head [N, D, V] that `token_logps` is to multiply it by.
+        """`hidden`, and the LM head that `token_logps` is to multiply it by.
 
-        The head has a copy for each of the N groups of rows of the mesh: what training
-        takes in place of `head`, as its slope is summed over devices but once, and if
-        tied together with that of the embedding.
+        The head [N, D, V] has a copy for each of the N groups of rows of the mesh, or
+        is [D, V] where there is one: what training takes in place of `head`, as its
+        slope is summed over devices but once, if tied together with the embedding's.
         """
         transformer = self._transformer(params)
         table = transformer.table()

@@ -26,8 +26,9 @@ def in_parts(weight) -> bool:
 
 
 def row_groups() -> int:
-    """N, of the mesh that is set."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in ROWS)
+    """N, of the mesh that is set; 1 where none is."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ROWS)
 
 
 def gather(weight) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxpref.models.config import (
     on_mesh,
     place,
 )
-from jaxpref.models.gathering import copies, look_up, turned
+from jaxpref.models.gathering import copies, look_up, row_groups, turned
 from jaxpref.models.linear import product
 
 
@@ -136,7 +136,12 @@ class Transformer(nnx.Module):
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
     def heads(self, table):
-        """The LM head, one copy for each group of rows [N, D, V]; see `table`."""
+        """The LM head, one copy for each group of rows [N, D, V]; see `table`.
+
+        [D, V] where there is one group: XLA on CPU would turn a copy in every chunk.
+        """
+        if row_groups() == 1:
+            return self.head_weight()
         dtype = self.config.compute_dtype
         if self.config.tie_word_embeddings:
             return turned(table, dtype)
