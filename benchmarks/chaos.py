@@ -39,8 +39,8 @@ from jaxpref.train import read_metrics
 from jaxpref.train.entry import entry_point
 
 PROCESSES = 2
-SAVE_EVERY = 3
-NOTICED = 8
+SAVE_EVERY = 2
+NOTICED = 6
 """Steps until the processes have agreed on the one at which SIGTERM ends them."""
 TIMINGS = ("tokens_per_second", "pairs_per_second", "waiting")
 

@@ -158,7 +158,8 @@ def run_processes(folder: Path, argvs: dict[str, list[str]], count: int):
             )
         )
     try:
-        outputs = [process.communicate(timeout=400) for process in processes]
+        seconds = 120 + 60 * len(argvs)
+        outputs = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()

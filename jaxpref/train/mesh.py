@@ -182,7 +182,7 @@ def initialize_distributed() -> None:
     reason = "JAX_COORDINATOR_ADDRESS is set" if address else _speaks_of_others()
     if reason is None or (count == 1 and not address):
         return
-    if "cpu" in (jax.config.jax_platforms or ""):
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
