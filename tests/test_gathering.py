@@ -134,3 +134,28 @@ def test_devices_send_no_more_than_fsdp_needs(is_tied, sizes):
         # Norms' gains, and sums of nothing but log-probs.
         norms = sum(weights.values()) - matrices
         assert found["all-reduce"]["wire_bytes"] < 2 * 4 * norms + 64
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 4, 1)])
+def test_a_derivative_along_a_direction_is_that_of_one_device(sizes):
+    """The slope of the slopes' function: what `bvpo` takes, through every gather."""
+    model = replace(vocab_size=V, hidden_size=D, num_layers=1)
+    _, tokens = draw()
+
+    def along(params, directions):
+        def losses(params):
+            at = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
+            hidden, head = model.hidden_and_heads(params, tokens)
+            return token_logps(hidden, head, at, tokens[:, 1:], chunk_size=2)
+
+        values, pull = jax.vjp(losses, params)
+        _, push = jax.vjp(lambda u: pull(u)[0], jnp.zeros_like(values))
+        return push(directions)[0]
+
+    init = jax.jit(model.init)
+    params, directions = init(jax.random.key(0)), init(jax.random.key(1))
+    expected = jax.jit(along)(params, directions)
+    with mesh(sizes):
+        params, directions = init(jax.random.key(0)), init(jax.random.key(1))
+        found = jax.jit(along)(params, directions)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
