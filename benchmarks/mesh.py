@@ -12,8 +12,8 @@ Commands
         python -m benchmarks.mesh --quick
 
 Expected
-    Processor time of a step beside the unsharded one, on two cores busy with other work,
-    in two runs with `--turns 1 --steps 5`:
+    Processor time of a step beside the unsharded one, on two cores busy with other
+    work, in two runs with `--turns 1 --steps 5`:
 
                                     260 thousand parameters    17 million
         data 8                      +17 %, +36 %               +25 %, +25 %
