@@ -133,6 +133,8 @@ def look_up(table, tokens, dtype) -> jax.Array:
     Slopes are added up in the dtype of the table.
     """
     size, wide = table.shape[1], table.dtype
+    if on_mesh(SPECS.copies) is None and wide == dtype:
+        return table[0].at[tokens].get()  # nothing to place, no sum to widen
 
     @jax.custom_vjp
     def apply(table, tokens):
