@@ -14,7 +14,7 @@ from jaxpref.plan import PlanConfig, advice, child, command, program, roofline
 from jaxpref.plan.chips import GIB, Chip, parse_topology
 from jaxpref.plan.presets import PRESETS
 from jaxpref.plan.sweep import candidates
-from jaxpref.train import MeshConfig, from_loss, make_mesh
+from jaxpref.train import from_loss
 from jaxpref.train.bvpo import bvpo
 from tests.tiny import tiny_config
 
@@ -172,17 +172,6 @@ def test_an_unknown_model_lists_the_presets():
     config = PlanConfig(model="./none", topology="cpu:8", batch=8, seq=8)
     with pytest.raises(InputError, match=r"\./none: .*llama-3-8b, llama-3-70b"):
         command.run(config, from_loss(losses.dpo), [])
-
-
-def test_a_mesh_that_a_torus_cannot_hold_is_named(monkeypatch):
-    def refuse(*_, **__):
-        raise NotImplementedError("Failed to find assignment for 256\nin [8, 8, 8]")
-
-    monkeypatch.setattr(jax, "make_mesh", refuse)
-    with pytest.raises(InputError) as caught:
-        make_mesh(MeshConfig(), jax.devices("cpu"))
-    told = str(caught.value)
-    assert "fsdp=-1" in told and "whole axes" in told and "\n" not in told
 
 
 def test_a_mixture_has_one_pair_a_row():
