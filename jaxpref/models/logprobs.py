@@ -31,7 +31,8 @@ def _logits(hidden, head, soft_cap: float | None) -> jax.Array:
 
 
 CHUNK_BYTES = 2**28
-"""Logits of a chunk on one device, where `chunk_size` is not given."""
+"""Logits of a chunk on one device, where `chunk_size` is not given: at least so many,
+and as many as the head's slope takes, which is there beside them in any case."""
 
 
 def token_logps(
@@ -55,7 +56,7 @@ def token_logps(
         predictors: int [B, P], positions whose hidden state predicts each target.
         targets: int [B, P], the predicted tokens.
         chunk_size: predicted positions of every row in one chunk, at most; by default
-            what makes the logits of a chunk `CHUNK_BYTES` large on a device.
+            `default_chunk`.
         soft_cap: logits z are replaced by soft_cap tanh(z / soft_cap); Gemma Team 2024,
             arXiv:2408.00118, section 2.
 
@@ -196,5 +197,16 @@ def _chunk_size(B: int, head) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh.shape)
     rows = -(-B // (sizes["data"] * sizes["fsdp"]))
-    vocabulary = -(-head.shape[-1] // sizes["tensor"])
-    return max(CHUNK_BYTES // (4 * rows * vocabulary), 1)
+    return default_chunk(rows, head.shape[-2], -(-head.shape[-1] // sizes["tensor"]))
+
+
+def default_chunk(rows: int, width: int, vocabulary: int) -> int:
+    """Predicted positions of a row whose logits make one chunk; see `CHUNK_BYTES`.
+
+    Args:
+        rows: of one device.
+        width: hidden size.
+        vocabulary: tokens of the part that a device has.
+    """
+    of_a_position = 4 * rows * vocabulary
+    return max(CHUNK_BYTES // of_a_position, width // rows, 1)

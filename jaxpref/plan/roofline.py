@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 from jaxpref.models import ModelConfig
-from jaxpref.models.logprobs import CHUNK_BYTES
+from jaxpref.models.logprobs import default_chunk
 from jaxpref.plan.chips import Chip
 
 ASSUMPTIONS = (
@@ -100,8 +100,8 @@ def step_flops(load: Load) -> tuple[float, float]:
 
 def chunks(load: Load) -> int:
     """In how many parts the logits of a micro-batch are computed."""
-    size = load.logit_chunk or max(
-        int(CHUNK_BYTES / (4 * _rows(load) * _vocabulary(load))), 1
+    size = load.logit_chunk or default_chunk(
+        _rows(load), load.model.hidden_size, math.ceil(_vocabulary(load))
     )
     return -(-load.predictions // size)
 

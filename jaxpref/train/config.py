@@ -77,7 +77,8 @@ class RunConfig:
     """Layers of the scan over them that are written out; at most all."""
     logit_chunk: int | None = None
     """Completion tokens of a sequence whose logits exist at the same time; by default
-    as many as fill a quarter of a GiB of each device."""
+    as many as fill a quarter of a GiB of each device, or what the head's slope takes,
+    if that is more."""
     loader_processes: int = 0
     """Processes that make batches beside this one; 0: threads of this one do."""
     log_every: int = 10

@@ -60,7 +60,7 @@ def make_scores(
       needs: names out of `PROVIDED` that are wanted beside `policy_logps`, or `rewards`
         in their place.
       chunk_size: completion tokens of a sequence whose logits exist at the same time;
-        by default as many as `logprobs.CHUNK_BYTES` hold.
+        by default `logprobs.default_chunk`.
 
     Returns:
       A pure function from parameters, `[R, ...]` batch fields and, where `kls` are
