@@ -123,6 +123,7 @@ class Specs:
     layer_norm: P = P(None, None)
     # Weights, as they are used: gathered over fsdp once, for training one copy for each
     # group of rows, so that slopes of different rows are not added up before the end.
+    embed_gathered: P = P(None, "tensor")
     head_gathered: P = P(None, "tensor")
     copies: P = P(ROWS, None, "tensor")
     # Activations: rows over data and fsdp.

@@ -124,12 +124,21 @@ class Transformer(nnx.Module):
             self.head = _normal(rngs, config, (D, V), SPECS.head)
 
     def table(self):
-        """The embedding, one copy for each group of rows [N, V, D]."""
+        """The embedding: a copy for each group of rows [N, V, D]; [V, D] of one."""
+        if row_groups() == 1:
+            return self.embed[...]
         return copies(self.embed[...], self.config.compute_dtype)
 
     def embed_tokens(self, table, tokens):
         """Tokens [B, T] to vectors [B, T, D] in the compute dtype."""
-        return place(look_up(table, tokens, self.config.compute_dtype), SPECS.hidden)
+        dtype = self.config.compute_dtype
+        if table.ndim > 2:
+            return place(look_up(table, tokens, dtype), SPECS.hidden)
+        # The FSDP all-gather, written out.
+        table = place(table.astype(dtype), SPECS.embed_gathered)
+        tokens = place(tokens, SPECS.tokens)
+        x = table.at[tokens].get(out_sharding=on_mesh(SPECS.features))
+        return place(x, SPECS.hidden)
 
     def final_norm(self, x):
         """The last norm, [B, T, D] to [B, T, D]."""

@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -201,6 +202,8 @@ def _about(digest: str, layout: str) -> dict[str, str]:
         "layout": layout,
         "device": f"{device.platform} {device.device_kind}",
         "jax": f"{jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}",
+        "precision of products": str(jax.config.jax_default_matmul_precision),
+        "flags": os.environ.get("XLA_FLAGS", ""),
         "jaxpref": code.hexdigest(),
     }
 
