@@ -38,8 +38,9 @@ Expected
           4096    63.3     45.1    8.9          0.14       0.20
 
     The last two lines are of chunks of half a GiB, the others of a quarter.  Now it is
-    the head's slope, 0.33 (`jaxpref.models.logprobs.default_chunk`): 0.32 at 512.  At 512 tokens the turned embedding and the head's gradient, 0.3 GiB
-    each, lie beside the chunk's arrays, however few the tokens.
+    the head's slope, 0.33 (`jaxpref.models.logprobs.default_chunk`): 0.32 at 512.
+    At 512 tokens the turned embedding and the head's gradient, 0.3 GiB each, lie beside
+    the chunk's arrays, however few the tokens.
 """
 
 import dataclasses
