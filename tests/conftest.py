@@ -27,6 +27,8 @@ os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
 
 import pytest
 
+from tests.tiny import make_model_folder, make_pairs_file
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -42,3 +44,12 @@ def shared() -> Path:
 def stories260k(shared) -> Path:
     """A real 260,032-parameter Llama-architecture model folder."""
     return shared / "models" / "stories260k-hf"
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a tiny `model` and `pairs.jsonl`, for runs that only read them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_model_folder(folder / "model")
+    make_pairs_file(folder / "pairs.jsonl")
+    return folder

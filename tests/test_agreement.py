@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 from jaxpref.errors import InputError
 from jaxpref.train import agreement, read_metrics
 from jaxpref.train.guard import DIVERGED
-from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,14 +129,6 @@ def unlucky(self, step, abstract):
 Checkpoints._read = unlucky
 cli.main()
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    make_model_folder(folder / "model")
-    make_pairs_file(folder / "pairs.jsonl")
-    return folder
 
 
 def run_two(inputs: Path, out: Path, *mishaps: dict, **changes: dict):

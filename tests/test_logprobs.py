@@ -174,6 +174,12 @@ def test_collisions_are_the_chance_of_drawing_a_token_twice(inputs):
     np.testing.assert_array_equal(logps, alone)
 
 
+@pytest.mark.parametrize("soft_cap", [0, -1.0, np.nan])
+def test_a_soft_cap_that_is_none_is_refused(inputs, soft_cap):
+    with pytest.raises(ValueError, match="soft_cap .*: must be above 0"):
+        token_logps(*inputs[:4], soft_cap=soft_cap)
+
+
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 def test_entropies_and_their_gradient(inputs, soft_cap):
     hidden, head, predictors, targets, weights = inputs

@@ -88,8 +88,8 @@ def test_flops_by_hand():
     assert roofline.step_flops(parts) == (3 * once, 3 * once + forward["head"])
 
 
-def test_the_slowest_of_three_bounds_the_step():
-    load, held = small_load(), {"parameters": 1000, "optimizer": 2000}
+def test_the_slowest_of_four_bounds_the_step():
+    load, held = small_load(slices=3), {"parameters": 1000, "optimizer": 2000}
     flops, _ = roofline.step_flops(load)
     ideal = roofline.ideal_wire_bytes(load)
     # Gathered twice and scattered once in float32; a tied head is the embedding.
@@ -99,15 +99,21 @@ def test_the_slowest_of_three_bounds_the_step():
     tied = dataclasses.replace(load, model=model, models=2)
     assert roofline.ideal_wire_bytes(tied) == 2 * 12 * (layers + 8 * 100) * 3 / 4
     assert roofline.step_flops(tied)[0] == 2 * flops
+    # A quarter of the slopes lies on a chip; a ring of three passes 2/3 of it twice.
+    between = roofline.ideal_dcn_bytes(load)
+    assert between == pytest.approx(4 / 3 * 4 * (layers + 2 * 8 * 100) / 4)
+    assert roofline.ideal_dcn_bytes(small_load()) == 0
     traffic = roofline.memory_traffic(load, held)
-    slow = dict.fromkeys(("flops", "hbm_bandwidth", "ici_bandwidth"), 1e30)
+    fields = "flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth"
+    slow = dict.fromkeys(fields, 1e30)
     for field, bound, seconds in (
         ("flops", "compute", flops / 4),
         ("hbm_bandwidth", "memory", traffic),
         ("ici_bandwidth", "ici", ideal),
+        ("dcn_bandwidth", "dcn", between),
     ):
         chip = Chip("chip", hbm_bytes=1, axes=2, **(slow | {field: 1.0}))
-        found = roofline.estimate(load, chip, held, None)
+        found = roofline.estimate(load, chip, held, None, None)
         assert found["bound"] == bound
         assert found["roofline_seconds"] == pytest.approx(seconds)
         peak = 4 * chip.flops * seconds
@@ -122,7 +128,8 @@ def test_a_token_is_drawn_as_fast_as_weights_and_cache_are_read():
     # The layers are gathered, so written and read; float32 logits too.
     read = 4 * (2 * layers + head + cache) + 8 * 2 * 100
     flops = 2 * (layers + head) * 8 + 4 * 3 * (2 * 4) * 8 * 10
-    slow = dict.fromkeys(("flops", "hbm_bandwidth", "ici_bandwidth"), 1e30)
+    fields = "flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth"
+    slow = dict.fromkeys(fields, 1e30)
     for field, bound, seconds in (
         ("flops", "compute", flops / 4),
         ("hbm_bandwidth", "memory", read),

@@ -168,6 +168,43 @@ ENTRY %main (arg: f32[64]) -> f32[8] {
     }
 
 
+def test_what_slices_say_to_each_other_is_a_kind_of_its_own():
+    """A `send` and a `recv`; the arrays that come in, as often as the loop turns."""
+    runtime = (
+        "channel_id=5, is_host_transfer=true, frontend_attributes={"
+        '_xla_host_transfer_rendezvous="a_0",_xla_megascale_target="{1,2}x{0:3}",'
+        '_xla_megascale_transfer_type="KIND"}'
+    )
+    summed, gathered = (
+        runtime.replace("KIND", "ALL_REDUCE"),
+        runtime.replace("KIND", "ALL_GATHER"),
+    )
+    inside = f"""  %after = token[] after-all()
+  %s = (f32[2,8]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%x, %after), {summed}
+  %r = (f32[2,8]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%after), {summed}
+  %done = (f32[2,8]{{1,0}}, token[]) recv-done(%r), channel_id=5
+  ROOT %tuple ="""
+    outside = f"""  %token = token[] after-all()
+  %g = (s32[3,8]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%token), {gathered}
+  ROOT %out ="""
+    text = GATHERS.replace("WHOLE", "replica_groups=[1,4]<=[4]").replace("NOTED", "")
+    text = text.replace("  ROOT %tuple =", inside).replace("  ROOT %out =", outside)
+    found = hlo.collectives(text, devices=4, slices=3)
+    assert found.pop("all-gather")["count"] == 5
+    del found["all-reduce"]
+    assert found == {
+        "all-reduce between slices": {
+            "count": 5,
+            "bytes": 5 * 64,
+            "wire_bytes": pytest.approx(5 * 64 * 2 * 2 / 3),
+        },
+        "all-gather between slices": {"count": 1, "bytes": 96, "wire_bytes": 64},
+    }
+    between = hlo.wire_bytes(found, between_slices=True)
+    assert between == pytest.approx(5 * 64 * 4 / 3 + 64)
+    assert hlo.wire_bytes(found) == 0
+
+
 def test_one_that_another_core_carries_out_is_found():
     text = """
 %carried (p: f32[64]) -> f32[8] {

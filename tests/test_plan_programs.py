@@ -141,7 +141,7 @@ SIZES = dict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4"])
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4", "2xv5e:4x4"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_tpus_chips_send_no_more_than_fsdp_needs(
     monkeypatch, tmp_path, topology, tied
@@ -160,10 +160,17 @@ def test_a_tpus_chips_send_no_more_than_fsdp_needs(
     found = program.measure(work, topology)["step"]["collectives"]
     load = roofline.Load(
         model=model,
-        mesh={"data": 1, "fsdp": topology.devices, "tensor": 1},
+        mesh={
+            "data": topology.slices,
+            "fsdp": topology.devices // topology.slices,
+            "tensor": 1,
+        },
+        slices=topology.slices,
         sequences=2 * batch,
         length=seq,
         predictions=seq // 2,
         seen=0,
     )
     assert hlo.wire_bytes(found) <= 1.1 * roofline.ideal_wire_bytes(load)
+    between = hlo.wire_bytes(found, between_slices=True)
+    assert between <= 1.1 * roofline.ideal_dcn_bytes(load)

@@ -13,7 +13,6 @@ import pytest
 
 from jaxpref.train import preemption, read_metrics
 from jaxpref.train.preemption import PREEMPTED, Preempted, watched
-from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLD = re.compile(
@@ -42,14 +41,6 @@ def notified(feed):
 Feed.__next__ = notified
 cli.main()
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    make_model_folder(folder / "model")
-    make_pairs_file(folder / "pairs.jsonl")
-    return folder
 
 
 def start(inputs: Path, out: Path, *, steps: int, at_batch: int = 0, **environ):

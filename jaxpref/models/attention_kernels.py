@@ -18,20 +18,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxpref.models.config import platform
+
 LANES = 128
 """Splash takes rows of a multiple of this, the width of a vector register."""
 BLOCKS = (512, 256, 128)
 """Tokens of a block on TPU: the first that divides the row, as a step of the grid has a
 fixed cost.  Not measured: no TPU was at hand."""
-
-
-def platform() -> str:
-    """Of the devices the program is compiled for: "cpu", "gpu" or "tpu".
-
-    They are those of the mesh that is set, which need not be on this machine.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def causal_kernel(q) -> Callable | None:

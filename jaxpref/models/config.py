@@ -151,6 +151,15 @@ def place(x: jax.Array, spec: P) -> jax.Array:
     return x if on_mesh(spec) is None else jax.reshard(x, spec)
 
 
+def platform() -> str:
+    """Of the devices the program is compiled for: "cpu", "gpu" or "tpu".
+
+    They are those of the mesh that is set, which need not be on this machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def check_mesh(config: ModelConfig) -> None:
     """Raises InputError if the mesh that is set cannot hold the model evenly."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxpref.models.attention_kernels import platform
-from jaxpref.models.config import ROWS, SPECS, on_mesh, place
+from jaxpref.models.config import ROWS, SPECS, on_mesh, place, platform
 
 
 def in_parts(weight) -> bool:

@@ -27,7 +27,11 @@ def project(hidden, head) -> jax.Array:
 
 def _logits(hidden, head, soft_cap: float | None) -> jax.Array:
     z = project(hidden, head)
-    return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
+    if soft_cap is None:
+        return z
+    if not soft_cap > 0:
+        raise ValueError(f"soft_cap {soft_cap}: must be above 0; None for no cap")
+    return soft_cap * jnp.tanh(z / soft_cap)
 
 
 CHUNK_BYTES = 2**28

@@ -23,6 +23,8 @@ class Chip:
     """Bytes a second between memory and chip."""
     ici_bandwidth: float
     """Bytes a second that all its links to other chips carry in one direction."""
+    dcn_bandwidth: float
+    """Bytes a second that it receives of chips of other slices."""
     axes: int
     """Dimensions of the torus."""
     config: str = "default"
@@ -40,19 +42,49 @@ class Chip:
 # not stand there: 6 links of 50 GB/s, Jouppi et al. 2023, arXiv:2304.01433, table 4.
 # v5e's memory has 819 GBps in older versions, 800 GiBps in newer ones.  Its size is
 # what the compiler (libtpu 0.0.52) says is left to a program when one is too large: a
-# little less than the pages' 32, 16, 95, 32 and 192 GiB, of v5p a little more.
+# little less than the pages' 32, 16, 95, 32 and 192 GiB, of v5p a little more.  Of the
+# network between slices they give v5p 50 and v6e and TPU7x 100 Gbps a chip, v5e 6.4
+# Tbps for 256 chips; v4 is taken to have v5p's, for which there is no page.
 CHIPS = {
     "v4": Chip(
-        "TPU v4", 275e12, 30.75 * GIB, 1.2e12, 300e9, 3, "megacore", example="4x4x4"
+        "TPU v4",
+        275e12,
+        30.75 * GIB,
+        1.2e12,
+        300e9,
+        6.25e9,
+        3,
+        "megacore",
+        example="4x4x4",
     ),
-    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 0.819e12, 200e9, 2, example="4x4"),
+    "v5e": Chip(
+        "TPU v5e", 197e12, 15.75 * GIB, 0.819e12, 200e9, 3.125e9, 2, example="4x4"
+    ),
     "v5p": Chip(
-        "TPU v5p", 459e12, 95.73 * GIB, 2.765e12, 600e9, 3, "megacore", example="4x4x4"
+        "TPU v5p",
+        459e12,
+        95.73 * GIB,
+        2.765e12,
+        600e9,
+        6.25e9,
+        3,
+        "megacore",
+        example="4x4x4",
     ),
-    "v6e": Chip("TPU v6e", 918e12, 31.24 * GIB, 1.6e12, 400e9, 2, example="4x4"),
+    "v6e": Chip(
+        "TPU v6e", 918e12, 31.24 * GIB, 1.6e12, 400e9, 12.5e9, 2, example="4x4"
+    ),
     # A chip has two devices, each with half of everything.
     "tpu7x": Chip(
-        "TPU7x", 1153.5e12, 94.74 * GIB, 3.69e12, 300e9, 3, devices=2, example="4x4x4"
+        "TPU7x",
+        1153.5e12,
+        94.74 * GIB,
+        3.69e12,
+        300e9,
+        6.25e9,
+        3,
+        devices=2,
+        example="4x4x4",
     ),
 }
 """By the name that begins a topology."""

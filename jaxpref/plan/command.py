@@ -20,6 +20,7 @@ from jaxpref.plan.roofline import (
     Load,
     estimate,
     forward_flops,
+    ideal_dcn_bytes,
     ideal_wire_bytes,
     of_a_token,
 )
@@ -123,10 +124,11 @@ def find(
       `argument_bytes` (None where the compiler only says how much is too much),
       `held_bytes` by what, `flops_per_step`, `roofline_seconds`, `mfu_estimate` and the
       rest of `roofline.estimate` (None on a CPU), `collectives` (see `hlo.collectives`;
-      None where the program is too large), `wire_bytes` and `ideal_wire_bytes`,
-      `tokens_per_second`, `score` (the reference pass: the same of it), `decode` (the
-      sampler: the same of it, collectives and time of a token; None for a reward
-      model), `mesh`, `devices`, `compile_seconds`, and what was asked for.
+      None where the program is too large), `wire_bytes` and `ideal_wire_bytes` within
+      a slice, `dcn_bytes` and `ideal_dcn_bytes` between slices, `tokens_per_second`,
+      `score` (the reference pass: the same of it), `decode` (the sampler: the same of
+      it, collectives and time of a token; None for a reward model), `mesh`, `devices`,
+      `compile_seconds`, and what was asked for.
     """
     model = dataclasses.replace(model, remat=config.remat)
     title = f"compiling {config.model} for {topology.name} {' '.join(flags_of(config))}"
@@ -137,6 +139,7 @@ def find(
         Load,
         model=model,
         mesh=measured["mesh"],
+        slices=topology.slices,
         sequences=sequences,
         length=tokens[-1],
         predictions=targets[-1],
@@ -163,6 +166,7 @@ def find(
         "held_bytes": held,
         **step,
         "ideal_wire_bytes": ideal_wire_bytes(work),
+        "ideal_dcn_bytes": ideal_dcn_bytes(work),
         "score": score | {"flops": sum(forward_flops(load()).values())},
         "decode": _decode(measured, model, topology),
     }
@@ -170,7 +174,8 @@ def find(
         ("flops_per_step", "roofline_seconds", "mfu_estimate", "tokens_per_second")
     )
     if topology.chip is not None:
-        timed |= estimate(work, topology.chip, held, found["wire_bytes"])
+        received = found["wire_bytes"], found["dcn_bytes"]
+        timed |= estimate(work, topology.chip, held, *received)
         seconds = timed["roofline_seconds"]
         timed["tokens_per_second"] = sequences * tokens[-1] / seconds
         forward = found["score"]["flops"] / topology.devices / topology.chip.flops
@@ -218,6 +223,10 @@ def _memory(measured: dict, topology: Topology) -> dict:
         # What is written in place is counted with the arguments.
         needs = argument + temp + measured["output"] - measured["alias"]
     spoken = measured.get("collectives")
+    received = dict.fromkeys(("wire_bytes", "dcn_bytes"))
+    if spoken is not None:
+        received["wire_bytes"] = wire_bytes(spoken)
+        received["dcn_bytes"] = wire_bytes(spoken, between_slices=True)
     return {
         "fits": None if limit is None else "needs" not in measured and needs <= limit,
         "hbm_bytes": needs,
@@ -225,7 +234,7 @@ def _memory(measured: dict, topology: Topology) -> dict:
         "temp_bytes": temp,
         "argument_bytes": argument,
         "collectives": spoken,
-        "wire_bytes": None if spoken is None else wire_bytes(spoken),
+        **received,
         "compile_seconds": measured["seconds"],
     }
 

@@ -1,9 +1,11 @@
 """What chips say to each other in a step, read from the text of a compiled program.
 
-Three things make a plain search for `all-gather` wrong.  What stands in a loop is
+Four things make a plain search for `all-gather` wrong.  What stands in a loop is
 carried out as often as the loop turns.  A reduce-scatter of the TPU compiler may be a
 fusion that holds an all-reduce, of which every chip keeps a part: half the bytes.  And
 one that runs beside products is spread over several fusions, all with its channel.
+The program is that of one slice, and what slices say to each other is a pair of `send`
+and `recv` with attributes for the runtime (Megascale) that carries it.
 """
 
 import dataclasses
@@ -33,6 +35,8 @@ KINDS = (
 )
 HALVED = "all-reduce-scatter"
 """In the name of a fusion that keeps a part of the all-reduce in it."""
+BETWEEN = " between slices"
+"""Ends the kinds of what goes over the network of the data center."""
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 # Attributes of a kernel are written over several lines, the last of which is }}, ...
@@ -40,6 +44,7 @@ _END = re.compile(r"^\}(?!\})")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Computation:
 
 
 def collectives(
-    text: str, *, devices: int, turns: int = 1
+    text: str, *, devices: int, slices: int = 1, turns: int = 1
 ) -> dict[str, dict[str, float]]:
     """Collectives by kind, as one device carries them out in one run of the program.
 
@@ -88,17 +93,20 @@ def collectives(
 
     Args:
       text: from `jax.stages.Compiled.as_text`.
-      devices: of the program.
+      devices: of a slice.
+      slices: how many there are.
       turns: of a loop that ends by what it computes.
 
     Returns:
-      For each kind `count`; `bytes`, of the gathered, reduced or exchanged array; and
-      `wire_bytes`, what a device receives in a ring of n: (n-1)/n of the bytes, twice
-      that for an all-reduce, all of them for a permutation.
+      For each kind, of `KINDS` or one of them `BETWEEN`, `count`; `bytes`, of the
+      gathered, reduced or exchanged array; and `wire_bytes`, what a device receives in
+      a ring of n devices, or slices: (n-1)/n of the bytes, twice that for an
+      all-reduce, all of them for a permutation.
     """
     computations, entry = parse(text)
     total: dict[str, dict[str, float]] = {}
-    for times, kind, figures in _of(computations, entry, devices, turns).values():
+    found = _of(computations, entry, (devices, slices), turns)
+    for times, kind, figures in found.values():
         into = total.setdefault(kind, dict.fromkeys(figures, 0))
         for key, value in figures.items():
             into[key] += times * value
@@ -122,12 +130,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _of(
-    computations, name: str, devices: int, turns: int = 1
+    computations, name: str, sizes: tuple[int, int], turns: int = 1
 ) -> dict[str, tuple[int, str, dict]]:
     """Those of the program, or of the body of a loop: how often, kind, and figures.
 
     By channel, groups and size: one that is begun outside of a loop and goes on in it
-    is one.
+    is one.  `sizes` are the devices of a slice and the slices.
     """
     total: dict[str, tuple[int, str, dict]] = {}
 
@@ -138,7 +146,7 @@ def _of(
                 (body,) = line.called("body")
                 times = trip_count(line, computation, computations)
                 times = turns if times is None else times
-                inside = _of(computations, body, devices, turns)
+                inside = _of(computations, body, sizes, turns)
                 for channel, (n, *one) in inside.items():
                     total.setdefault(channel, (n * times, *one))
             elif line.opcode == "conditional":
@@ -146,7 +154,7 @@ def _of(
                     *line.called("true_computation"),
                     *line.called("false_computation"),
                 ]
-                options = [_of(computations, b, devices, turns) for b in branches]
+                options = [_of(computations, b, sizes, turns) for b in branches]
                 for channel, one in max(options, key=_received, default={}).items():
                     total.setdefault(channel, one)
             elif line.opcode in ("fusion", "call", "async-start", "custom-call"):
@@ -155,8 +163,8 @@ def _of(
                 for called in of_call or of_kernel:
                     if called in computations:
                         visit(called, halved or HALVED in f"{line.name} {called}")
-            elif (kind := line.opcode.removesuffix("-start")) in KINDS:
-                kind, figures = _one(line, kind, halved, devices)
+            elif (kind := _kind(line)) is not None:
+                kind, figures = _one(line, kind, halved, *sizes)
                 which = re.findall(r"\b(?:channel_id|replica_groups)=\S+", line.rest)
                 which = f"{kind} {figures['bytes']} {which or name + line.name}"
                 # One channel may serve several, which then stand side by side.
@@ -173,20 +181,41 @@ def _received(found: dict[str, tuple[int, str, dict]]) -> float:
     return sum(times * figures["wire_bytes"] for times, _, figures in found.values())
 
 
-def wire_bytes(found: dict[str, dict[str, float]]) -> float:
-    """What a device receives in all."""
-    return sum(figures["wire_bytes"] for figures in found.values())
+def wire_bytes(
+    found: dict[str, dict[str, float]], *, between_slices: bool = False
+) -> float:
+    """What a device receives in all, of its own slice or of the others."""
+    return sum(
+        figures["wire_bytes"]
+        for kind, figures in found.items()
+        if kind.endswith(BETWEEN) == between_slices
+    )
 
 
-def _one(line: Line, kind: str, halved: bool, devices: int) -> tuple[str, dict]:
+def _kind(line: Line) -> str | None:
+    """Which collective a line begins."""
+    if line.opcode == "recv" and (transfer := _TRANSFER.search(line.rest)):
+        kind = transfer[1].lower().replace("_", "-")
+        return (kind if kind in KINDS else "collective-permute") + BETWEEN
+    kind = line.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _one(
+    line: Line, kind: str, halved: bool, devices: int, slices: int
+) -> tuple[str, dict]:
     """Kind, and `count`, `bytes` and `wire_bytes` of one collective."""
-    group = group_size(line.rest, devices)
+    between = BETWEEN if kind.endswith(BETWEEN) else ""
+    kind = kind.removesuffix(BETWEEN)
+    group = slices if between else group_size(line.rest, devices)
     arrays = [size for size, _ in _arrays(line.type)]
     # Begun here, it gives its operands too: (operands, results, marks).
     if line.opcode == "all-gather-start":
         arrays = arrays[len(arrays) // 2 :]
     elif line.opcode == "collective-permute-start":
         arrays = arrays[1:2]
+    elif between:
+        arrays = arrays[:1]  # (result, mark, token)
     size = sum(arrays)
     if kind == "reduce-scatter":
         size *= group
@@ -196,7 +225,7 @@ def _one(line: Line, kind: str, halved: bool, devices: int) -> tuple[str, dict]:
     share = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
     if not share:
         size = 0  # of a device with itself
-    return kind, {"count": 1, "bytes": size, "wire_bytes": share * size}
+    return kind + between, {"count": 1, "bytes": size, "wire_bytes": share * size}
 
 
 def _arrays(type: str) -> list[tuple[float, str]]:

@@ -30,7 +30,7 @@ from jaxpref.train.shapes import abstract_batch, abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
-FORMAT = 3
+FORMAT = 4
 """Of what is kept of a compiled program; part of the key."""
 
 
@@ -209,7 +209,12 @@ def _compiled(lower, topology: Topology) -> dict:
             name: getattr(memory, f"{name}_size_in_bytes")
             for name in ("argument", "output", "temp", "alias")
         }
-        read = functools.partial(collectives, text, devices=topology.devices)
+        read = functools.partial(
+            collectives,
+            text,
+            devices=topology.devices // topology.slices,
+            slices=topology.slices,
+        )
         found["collectives"] = once = read()
         found["collectives_of_a_turn"] = {
             kind: {name: x - once[kind][name] for name, x in figures.items()}

@@ -1,6 +1,7 @@
 """How long a step takes at least, counted from the sizes of model and batch.
 
-    seconds >= max(FLOPs / peak, bytes of memory / its bandwidth, bytes received / ICI)
+    seconds >= max(FLOPs / peak, bytes of memory / its bandwidth,
+                   bytes received / ICI, bytes of other slices / DCN)
 
 The compiler's own `cost_analysis` counts the body of a loop once, and the layers are a
 loop; so products are counted here.
@@ -18,6 +19,7 @@ ASSUMPTIONS = (
     "attention to earlier tokens only, scores not in memory",
     "every weight, activation and logit through memory once for each product",
     "all links of a chip busy, collectives behind everything else",
+    "between slices the network is this job's alone",
 )
 """What makes the estimate a bound: real steps are slower."""
 
@@ -30,6 +32,8 @@ class Load:
     """Sizes; `remat` says what is computed twice."""
     mesh: dict[str, int]
     """Devices by axis."""
+    slices: int = 1
+    """Between which the network is slower."""
     sequences: int
     """Sequences of a step, over all micro-batches."""
     length: int
@@ -167,6 +171,19 @@ def ideal_wire_bytes(load: Load) -> float:
     return load.accumulation * (fsdp - 1) / fsdp * bytes_of
 
 
+def ideal_dcn_bytes(load: Load) -> float:
+    """What a device must receive of other slices in a step.
+
+    For each micro-batch, its share of the float32 gradients summed over S slices, in a
+    ring: 2 (S - 1) / S of them.
+    """
+    m, shards = load.model, load.mesh["fsdp"] * load.mesh["tensor"]
+    matrices = 1 if m.tie_word_embeddings or not load.head else 2
+    weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
+    share = 2 * (load.slices - 1) / load.slices
+    return load.accumulation * load.models * share * 4 * weights / shards
+
+
 def of_a_token(load: Load, chip: Chip, received: float | None) -> dict:
     """The bound on the time in which the sampler draws a token for every prompt.
 
@@ -210,7 +227,11 @@ def of_a_token(load: Load, chip: Chip, received: float | None) -> dict:
 
 
 def estimate(
-    load: Load, chip: Chip, held: dict[str, int], received: float | None
+    load: Load,
+    chip: Chip,
+    held: dict[str, int],
+    received: float | None,
+    of_slices: float | None,
 ) -> dict:
     """The bound on a step's time, and what it is made of.
 
@@ -218,19 +239,24 @@ def estimate(
       load: of the step.
       chip: the devices.
       held: bytes of `parameters` and `optimizer` on one device.
-      received: bytes that a device receives of others; None takes `ideal_wire_bytes`.
+      received: bytes that a device receives of others on its slice; None takes
+        `ideal_wire_bytes`.
+      of_slices: and of those on other slices; None takes `ideal_dcn_bytes`.
 
     Returns:
       `flops_per_step` (of the mathematics, over all devices), `computed_flops`,
-      `compute_seconds`, `memory_seconds`, `ici_seconds`, `roofline_seconds`, `bound`
-      (which of them), and `mfu_estimate`: flops_per_step / (devices peak seconds).
+      `compute_seconds`, `memory_seconds`, `ici_seconds`, `dcn_seconds`,
+      `roofline_seconds`, `bound` (which of them), and `mfu_estimate`: flops_per_step /
+      (devices peak seconds).
     """
     flops, computed = step_flops(load)
     received = ideal_wire_bytes(load) if received is None else received
+    of_slices = ideal_dcn_bytes(load) if of_slices is None else of_slices
     seconds = {
         "compute": computed / load.devices / chip.flops,
         "memory": memory_traffic(load, held) / chip.hbm_bandwidth,
         "ici": received / chip.ici_bandwidth,
+        "dcn": of_slices / chip.dcn_bandwidth,
     }
     bound = max(seconds, key=seconds.__getitem__)
     return {

@@ -51,7 +51,8 @@ def _verdict(config: PlanConfig, plan: dict) -> list[str]:
 def _times(plan: dict) -> list[str]:
     parts = ", ".join(
         f"{name} {plan[f'{name}_seconds']:.3g} s"
-        for name in ("compute", "memory", "ici")
+        for name in ("compute", "memory", "ici", "dcn")
+        if plan[f"{name}_seconds"]
     )
     source = "read from the program" if plan["wire_bytes"] is not None else "ideal"
     lines = [
@@ -84,13 +85,18 @@ def _collectives(plan: dict) -> list[str]:
     lines = ["", "collectives of a step, a device:"]
     for kind, figures in sorted(found.items()):
         lines.append(
-            f"  {kind:20}{figures['count']:>8,.0f}{gib(figures['bytes']):>14}, "
+            f"  {kind:33}{figures['count']:>8,.0f}{gib(figures['bytes']):>14}, "
             f"{gib(figures['wire_bytes'])} received"
         )
     if plan["mesh"]["fsdp"] > 1:
         lines.append(
             f"  received in all {gib(plan['wire_bytes'])}; weights gathered twice and "
             f"gradients scattered once are {gib(plan['ideal_wire_bytes'])}"
+        )
+    if plan["dcn_bytes"]:
+        lines.append(
+            f"  of other slices {gib(plan['dcn_bytes'])}; gradients summed once are "
+            f"{gib(plan['ideal_dcn_bytes'])}"
         )
     return lines
 

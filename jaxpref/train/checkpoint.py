@@ -107,9 +107,7 @@ class Checkpoints:
             found, complaint = self._read(step, abstract)
             if unable := agreement.not_so(found is not None):
                 where = f"process {unable[0]} says so"
-                _log.warning(
-                    "checkpoint %d cannot be read (%s)", step, complaint or where
-                )
+                _tell(unable, "%d cannot be read (%s)", step, complaint or where)
                 continue
             state, meta = found
             now = digests(state)
@@ -119,11 +117,8 @@ class Checkpoints:
                 wrong.append("meta/metadata")
             if unable := agreement.not_so(not wrong):
                 what = wrong[0] if wrong else f"what process {unable[0]} has read"
-                _log.warning(
-                    "checkpoint %d is damaged: %s differs from what was saved",
-                    step,
-                    what,
-                )
+                differs = "%d is damaged: %s differs from what was saved"
+                _tell(unable, differs, step, what)
                 continue
             if only is None:
                 self._delete(steps[:number])
@@ -181,6 +176,12 @@ class Checkpoints:
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
             f"make room, and the same command resumes from step {self.latest_step()}"
         )
+
+
+def _tell(unable: list[int], message: str, *args) -> None:
+    """A warning, of the first process and the first that is unable, not of all."""
+    if jax.process_index() in (0, unable[0]):
+        _log.warning(f"checkpoint {message}", *args)
 
 
 def digests(tree) -> dict[str, int]:

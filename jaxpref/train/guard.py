@@ -110,7 +110,8 @@ class Guard:
             if len(self._first) < FIRST:
                 self._first.append(loss)
             return
-        _log.warning("step %d: %s%s", step, why, more)
+        if jax.process_index() == 0:  # all of them say the same
+            _log.warning("step %d: %s%s", step, why, more)
         self._bad.append(self._record(step, why, metrics, set(blamed.tolist())))
         if len(self._bad) >= self._config.max_bad_steps:
             raise self._stopped(step, why)
