@@ -4,15 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from tests.virtual import xla_flags
+
 # Before jax is imported, and also for the subprocesses that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 "
-    # Eight devices on two busy cores may wait long for each other: XLA would abort.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=300 "
-    "--xla_cpu_collective_timeout_seconds=300",
-)
+os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(tempfile.gettempdir()) / f"jaxpref-test-cache-{os.getuid()}"),

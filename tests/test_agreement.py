@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxpref.errors import InputError
 from jaxpref.train import agreement, read_metrics
 from jaxpref.train.guard import DIVERGED
+from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,7 +166,7 @@ def run_two(inputs: Path, out: Path, *mishaps: dict, **changes: dict):
                 ],
                 env=os.environ
                 | {
-                    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                    "XLA_FLAGS": xla_flags(1),
                     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                     "JAX_NUM_PROCESSES": "2",
                     "JAX_PROCESS_ID": str(index),

@@ -13,6 +13,7 @@ import pytest
 
 from jaxpref.train import preemption, read_metrics
 from jaxpref.train.preemption import PREEMPTED, Preempted, watched
+from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLD = re.compile(
@@ -60,9 +61,7 @@ def start(inputs: Path, out: Path, *, steps: int, at_batch: int = 0, **environ):
     argv = ["train", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
     return subprocess.Popen(
         [sys.executable, "-c", NOTIFIED, ROOT, str(at_batch), *argv],
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        | environ,
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)} | environ,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -121,7 +120,8 @@ def test_processes_agree_on_a_step_though_one_of_them_is_told(inputs, tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [PREEMPTED] * 2, told
     (step,), (also,) = (TOLD.findall(stderr) for stderr in told)
-    assert step == also and int(step) > 8
+    # Told before it takes its eighth step, which both may still take.
+    assert step == also and int(step) >= 8
     assert checkpoints(tmp_path / "run") == [step]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["step"] == int(step)

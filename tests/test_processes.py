@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from jaxpref.train import read_metrics
 from tests.tiny import make_model_folder, make_pairs_file
+from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,12 +128,7 @@ def run_processes(folder: Path, argvs: dict[str, list[str]], count: int):
         port = probe.getsockname()[1]
     processes = []
     for index in range(count):
-        environ = os.environ | {
-            # Most of the time here is spent compiling: half of it is saved.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count} "
-            "--xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true"
-        }
+        environ = os.environ | {"XLA_FLAGS": xla_flags(8 // count)}
         if count > 1:
             environ |= {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",

@@ -16,10 +16,11 @@ from jaxpref.models.huggingface import save as save_folder
 from jaxpref.models.reward import padding_of
 from jaxpref.train import peer, reference
 from jaxpref.train.agreement import agree, agree_on_batch, versions
+from jaxpref.train.batching import make_batching
 from jaxpref.train.best import Best
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_run, remember, to_json
-from jaxpref.train.elsewhere import begun_rows, surroundings, told_of_change
+from jaxpref.train.elsewhere import surroundings, told_of_change
 from jaxpref.train.feed import Feed
 from jaxpref.train.guard import Guard
 from jaxpref.train.inputs import check_fits, read_plan
@@ -29,8 +30,6 @@ from jaxpref.train.mesh import (
     initialize_distributed,
     make_mesh,
     on_devices,
-    row_shards,
-    share_of_rows,
     to_global,
 )
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
@@ -84,36 +83,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
     plan = read_plan(config, tokenizer)
-    index, count = share_of_rows(mesh)
-    split = {
-        "process_index": index,
-        "process_count": count,
-        "accumulation": config.accumulation,
-    }
-    make_batches, eval_batches = data.batches, data.eval_batches
-    if config.row_length is None:
-        split["shape"] = data.batch_shape(plan.train, plan.heldout)
-        split["batch_size"] = config.batch_size
-    else:
-        make_batches, eval_batches = data.packed_batches, data.packed_eval_batches
-        parts = config.accumulation * row_shards(mesh)
-        shape = data.packed_shape(
-            plan.train,
-            plan.heldout,
-            row_length=config.row_length,
-            batch_size=config.batch_size,
-            parts=parts,
-        )
-        # The mesh decides how many rows there are, and then they stay as they were.
-        begun = begun_rows(out / "checkpoints")
-        if begun is not None and begun % parts == 0:
-            shape = dataclasses.replace(shape, rows=begun)
-        check_rows(shape.rows, config.accumulation, mesh)
-        split["shape"] = shape
-    rows = None if config.row_length is None else split["shape"].rows
-    if config.mix is not None:
-        share = config.mix.empty_share
-        make_batches = functools.partial(data.mixed_batches, empty_share=share)
+    batching = make_batching(config, plan, mesh, out)
 
     # ---- model, optimiser, state: restored, or born from the model folder ---------
     model_config = load_config(folder)
@@ -133,7 +103,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     new_params, load = model.init, functools.partial(load_params, folder, model)
     scores = make_scores(model, objective.needs, chunk_size=config.logit_chunk)
     scoring = functools.partial(
-        score_pairs, eval_batches=functools.partial(eval_batches, **split), mesh=mesh
+        score_pairs, eval_batches=batching.eval_batches, mesh=mesh
     )
     score = score_reference = functools.partial(scoring, make_score_step(scores))
     if "log_weights" in objective.needs:
@@ -149,14 +119,14 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         scorers = {score} if len(plan.heldout) else set()
         scorers |= {score_reference} if objective.stored else set()
         programs = ["train_step"] + ["score_step"] * len(scorers)
-        print(describe(**split, programs=programs), flush=True)
-        if config.row_length is None and not objective.mixes:
+        print(describe(**batching.split, programs=programs), flush=True)
+        if not batching.packed and not objective.mixes:
             told = padding_told(
                 plan.train,
                 plan.heldout,
-                split["shape"],
+                batching.shape,
                 batch_size=config.batch_size,
-                shards=config.accumulation * row_shards(mesh),
+                shards=batching.shards,
             )
             if told is not None:
                 print(told, flush=True)
@@ -177,7 +147,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     saved = {}
     if restored is not None:
         saved = restored[1]
-        check_same(saved, config, out, plan, rows, digest)
+        check_same(saved, config, out, plan, batching.rows, digest)
         told = told_of_change(
             saved.get("surroundings", where), where, int(restored[0].step)
         )
@@ -189,7 +159,10 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     if restored is None:
         params = load(jax.random.key(config.seed))
     one = params["one"] if params and objective.trains_two else params
-    layout = f"{split}, mesh {dict(mesh.shape)}, {config.logit_chunk} logits at a time"
+    layout = (
+        f"{batching.split}, mesh {dict(mesh.shape)}, {config.logit_chunk} logits at a "
+        "time"
+    )
     tables = reference.make_tables(
         config, plan, out, model, one, score_reference, digest, layout
     )
@@ -207,12 +180,11 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     del params
 
     # ---- the loop: evaluate, save, next batch, step, write the previous metrics ---
-    batches = make_batches(
+    batches = batching.batches(
         plan.train,
         seed=config.seed,
         reference=tables["train"],
         processes=config.loader_processes,
-        **split,
     )
     if restored is not None:
         batches.set_state(saved["iterator"])
@@ -227,8 +199,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
 
     remat = model.config.remat
     if config.remat == "auto":
-        split_eval = functools.partial(eval_batches, reference=tables["train"], **split)
-        one = to_global(next(iter(split_eval(plan.train))), mesh)
+        made = batching.eval_batches(plan.train, reference=tables["train"])
+        one = to_global(next(iter(made)), mesh)
         remat = choose_remat(
             out, lambda remat: step_of(remat).lower(abstract, one, kept).compile()
         )
@@ -241,8 +213,8 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     late = LateMetrics(writer, config=config, judge=guard.judge, start=start)
     best = Best(config.keep_best, out, saved.get("best"))
     checkpoints.best = best.step
-    whole = split | {"process_index": 0, "process_count": 1}
-    make_whole = functools.partial(make_batches, plan.train, seed=config.seed, **whole)
+    whole = batching.of_all_processes()
+    make_whole = functools.partial(whole.batches, plan.train, seed=config.seed)
 
     def evaluate(step: int, state: TrainState) -> bool:
         """Whether this is the best step so far."""
@@ -263,7 +235,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             "iterator": feed.get_state(),
             "plan": plan.digest,
             "reference": digest,
-            "rows": rows,
+            "rows": batching.rows,
             "surroundings": where,
             "first_losses": guard.get_state(),
             "best": best.get_state(),

@@ -1,0 +1,15 @@
+"""How tests have XLA work: on virtual devices, compiled in a hurry."""
+
+
+def xla_flags(devices: int = 8) -> str:
+    """The value of XLA_FLAGS, for processes that import jax later."""
+    return (
+        f"--xla_force_host_platform_device_count={devices} "
+        # Most of the time is LLVM's, for programs that run once: 0.6 of it remains.
+        # Benchmarks and experiments in full have the defaults.
+        "--xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true "
+        # Eight devices on two busy cores may wait long for each other: XLA would abort.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300 "
+        "--xla_cpu_collective_timeout_seconds=300"
+    )
