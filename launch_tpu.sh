@@ -49,11 +49,14 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
   --python VERSION       on the workers (default 3.12)
   --env KEY=VALUE        for the experiment; may be repeated
   --restarts N           by the supervisor, of processes that died (default 3)
+  --hung S, --grace S,   the supervisor's: seconds without progress, from SIGTERM to
+  --steady S             SIGKILL, that renew its restarts (its defaults)
   --recreations N        of a TPU that was preempted (default 20)
   --wait-minutes N       for the TPU (default 1440)
   --poll-seconds N       between looks (default 30)
   --results DIR          for fetch (default results/NAME)
-  --delete-after         run deletes the TPU at its end
+  --delete-after         run deletes the TPU once the experiment has ended; if it could
+                         not be installed or followed the TPU is left, and told of
   --create-option OPT    passed on to `gcloud ... create`; may be repeated
   --ssh-option OPT       passed on to `gcloud ... ssh` and `scp`; may be repeated
   --dry-run              print each command, run none
@@ -78,7 +81,7 @@ fail() { # CODE MESSAGE
 COMMAND='' NAME='' ZONE='' PROJECT='' TYPE='' NODES=1 SPOT='' RUNTIME='' BUCKET=''
 GIT='' COMMIT='' EXTRAS=train,tpu PYTHON_VERSION=3.12 RESTARTS=3 RECREATIONS=20
 WAIT_MINUTES=1440 POLL=30 RESULTS='' DELETE_AFTER='' DRY='' LOCAL=''
-ENVIRONMENT=() CREATE_OPTIONS=() SSH_OPTIONS=() EXPERIMENT=()
+ENVIRONMENT=() CREATE_OPTIONS=() SSH_OPTIONS=() SUPERVISOR=() EXPERIMENT=()
 
 parse() {
   while (($#)); do
@@ -115,6 +118,7 @@ parse() {
       --python) PYTHON_VERSION=$value ;;
       --env) ENVIRONMENT+=("$value") ;;
       --restarts) RESTARTS=$value ;;
+      --hung | --grace | --steady) SUPERVISOR+=("$option" "$value") ;;
       --recreations) RECREATIONS=$value ;;
       --wait-minutes) WAIT_MINUTES=$value ;;
       --poll-seconds) POLL=$value ;;
@@ -230,7 +234,8 @@ sha256() {
 }
 
 supervised() { # the line that a worker runs
-  quoted python -m jaxpref.supervise --restarts "$RESTARTS" -- "${EXPERIMENT[@]}"
+  quoted python -m jaxpref.supervise --restarts "$RESTARTS" \
+    ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} -- "${EXPERIMENT[@]}"
 }
 
 LOST=207 GONE=208 # between functions; no experiment is expected to end so
@@ -409,8 +414,14 @@ nodes_ready() { # false if a node was preempted though its request still stands
 }
 
 create() { # nothing where a request stands; a dead one is replaced
-  local now nodes=(--node-id="$NAME")
+  local now nodes=(--node-id="$NAME") unknown=0
   now=$(state)
+  while [[ $now == UNKNOWN && -z $DRY ]]; do
+    unknown=$((unknown + 1))
+    ((unknown < PATIENCE)) || return 6
+    sleep "$POLL"
+    now=$(state)
+  done
   case $now in
     ACTIVE | CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING)
       say "$NAME is there already ($now)"
@@ -597,10 +608,22 @@ delete() {
   fi
 }
 
-run() {
+run() { # what the experiment ended with; a TPU that is left behind is told of
+  local code=0
+  attempt || code=$?
+  if [[ -z $DRY && -n $MADE ]]; then
+    say "$NAME still exists and costs money: $0 delete --name $NAME --zone $ZONE"
+  fi
+  return "$code"
+}
+
+MADE='' # whether there is a TPU, as far as is known
+
+attempt() {
   local code recreations=0
   while :; do
     create || return
+    MADE=1
     code=0
     await || code=$?
     ((code)) || once || code=$?
@@ -619,6 +642,7 @@ run() {
     fi
     if ((code == LOST)); then # also where the request outlives its nodes
       delete || return 3
+      MADE=''
       KNOWN=0
     fi
     say "resuming ($recreations of at most $RECREATIONS)"
@@ -629,8 +653,7 @@ run() {
   fi
   if [[ -n $DELETE_AFTER ]]; then
     delete || return 3
-  elif [[ -z $DRY ]]; then
-    say "$NAME still exists and costs money: $0 delete --name $NAME --zone $ZONE"
+    MADE=''
   fi
   return "$ENDED"
 }
@@ -660,7 +683,8 @@ local_() {
   PATH="$(dirname "$(command -v "$python")"):$PATH"
   export PATH PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
   "$run" env JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" "$python" -m jaxpref.supervise \
-    --restarts "$RESTARTS" --processes "$LOCAL" -- "${EXPERIMENT[@]}"
+    --restarts "$RESTARTS" ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} --processes "$LOCAL" \
+    -- "${EXPERIMENT[@]}"
 }
 
 # ---- go ------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ itself.  With `--processes N` the N processes run here, and are told of each oth
 
 Exit codes:
   0: every process ended with 0.
-  2: wrong input (of this command, or a process said so); never restarted.
+  2: wrong input (of this command, or a process said so); never restarted, unless a
+    signal had killed another one.
   65: a run stopped itself, as its steps went wrong; never restarted either.
   143: this parent got SIGTERM, passed it on, and all saved their last step or
     had finished: the same command goes on from there.
@@ -106,6 +107,7 @@ def supervise(config: SuperviseConfig) -> int:
                 if failed is None:
                     return 0
                 index, hung = failed
+                killed = any((process.poll() or 0) < 0 for process in processes)
                 # Not SIGTERM, at which they would try to agree with the dead on a step;
                 # and nothing that Python sees where they wait for ever.
                 number = signal.SIGKILL if hung else signal.SIGINT
@@ -115,7 +117,8 @@ def supervise(config: SuperviseConfig) -> int:
             ended = f"process {index} of {config.processes} "
             ended += hung or f"ended {_how(code)}"
             for process in processes:
-                if what := FINAL.get(process.returncode):
+                # Who lost a peer may call that by a wrong name.
+                if (what := FINAL.get(process.returncode)) and not killed:
                     code = process.returncode
                     _say(f"{ended}; {what} (code {code}) is not restarted")
                     return code

@@ -28,7 +28,7 @@ DOORS = {
     "gradients": ({"losses", "sharding"}, ARRAYS),
     "data": ({"errors", "files", "progress"}, READERS | TOKENIZERS | {"jax", "tqdm"}),
     "models": (
-        {"errors", "files"},
+        {"errors", "files", "progress"},
         ARRAYS | {"flax", "numpy", "safetensors", "ml_dtypes", "huggingface_hub"},
     ),
     "sampling": ({"errors", "files", "models"}, ARRAYS | {"numpy"}),

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpref import cli
 from jaxpref.train import read_metrics
+from jaxpref.train.entry import entry_point
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -594,3 +595,12 @@ def test_float64_where_jax_has_none(inputs, refuse, option):
 def test_a_bucket_as_out(inputs, refuse):
     refuse(inputs.train(out="gs://bucket/run"), "--out gs://bucket/run", "mount")
     assert not Path("gs:").exists()
+
+
+@pytest.mark.parametrize("number, code", [(5, 1), (107, 1), (28, 2), (13, 2)])
+def test_what_may_pass_is_tried_again(capsys, number, code):
+    """The supervisor restarts after code 1, and not after 2."""
+    with pytest.raises(SystemExit) as ended, entry_point():
+        raise OSError(number, os.strerror(number), "bucket/file")
+    assert ended.value.code == code
+    assert f"bucket/file: {os.strerror(number)}" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 
 import pytest
 
@@ -28,6 +29,10 @@ def check(record: dict, kills: int) -> None:
             assert "SIGKILL" in heard, told
         if event["kind"] in DAMAGES:
             assert "damaged" in event, told
+            # By the trainer, in its own words.
+            assert re.search("is damaged: |cannot be read", heard), told
+        if event["kind"] == "kill in a restore":
+            assert event["restoring"], told
 
 
 def test_events_are_a_function_of_the_seed():

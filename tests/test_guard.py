@@ -59,6 +59,20 @@ def test_a_loss_far_above_its_beginning_stops_the_run(tmp_path, start):
         guard.judge(16, metrics_of(most + 1), BATCH)
 
 
+def test_a_run_does_not_end_well_whose_loss_has_just_risen(tmp_path):
+    guard = guard_of(tmp_path)
+    for step in range(1, 11):
+        guard.judge(step, metrics_of(0.7), BATCH)
+    guard.judge(11, metrics_of(np.nan, finite=False), BATCH)
+    guard.check_end(11)  # the step was skipped
+    guard.judge(12, metrics_of(1e3), BATCH)
+    with pytest.raises(Stopped, match="step 12: the run was over, and its loss risen"):
+        guard.check_end(12)
+    assert (tmp_path / "stopped" / "step_12.json").exists()
+    guard.judge(13, metrics_of(0.7), BATCH)
+    guard.check_end(13)
+
+
 def test_losses_of_any_kind_are_borne(tmp_path):
     """Falling without end, saturated with rare spikes, and growing by a little."""
     rng = np.random.default_rng(1)

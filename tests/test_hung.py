@@ -10,6 +10,7 @@ import pytest
 
 from jaxpref.train import read_metrics
 from tests.tiny import make_model_folder, make_pairs_file
+from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 HUNG = 60.0
@@ -59,7 +60,7 @@ def test_a_trainer_that_hangs_is_named_and_the_run_goes_on(tmp_path):
         env=os.environ
         | {
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": xla_flags(1),
         },
         capture_output=True,
         text=True,

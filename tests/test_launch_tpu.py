@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from jaxpref.train import read_metrics
 from tests.test_processes import command
 from tests.tiny import make_model_folder, make_pairs_file
+from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launch_tpu.sh"
@@ -179,6 +180,21 @@ def test_quota_refused(cloud):
     assert cloud.steps() == ["describe", "create"]
 
 
+def test_one_look_that_fails_ends_nothing(cloud):
+    """`describe` is asked again, and no second TPU is asked for."""
+    scenario = "describe 1 HTTP 503\ndescribe 1 NOT_FOUND\n"
+    code, printed = cloud.run("0", scenario=scenario)
+    assert code == 0, printed
+    assert cloud.steps() == ["describe", *ONE_RUN, "follow", *END]
+
+
+def test_the_supervisors_options_are_passed_on(cloud):
+    options = ["--hung", "7200", "--grace", "60", "--steady", "300"]
+    code, printed = cloud.run("0", options=[*options, "--dry-run"])
+    assert code == 0, printed
+    assert "--restarts 3 --hung 7200 --grace 60 --steady 300 --" in printed
+
+
 def test_refused_after_it_was_accepted(cloud):
     scenario = "describe 1 NOT_FOUND\ndescribe 0 FAILED\ndescribe 0 no such zone\n"
     code, printed = cloud.run("0", scenario=scenario)
@@ -258,6 +274,7 @@ def test_one_worker_never_installs(cloud):
     assert code == 5 and "no space left on device" in printed
     assert "Command execution on worker 1 failed" in printed
     assert "start" not in cloud.steps() and cloud.steps()[-1] == "describe"
+    assert "demo still exists and costs money" in printed
 
 
 def test_workers_with_different_environments(cloud):
@@ -529,7 +546,7 @@ def test_a_killed_process_costs_no_bit(tmp_path):
             env=os.environ
             | {
                 "PYTHON": sys.executable,
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                "XLA_FLAGS": xla_flags(4),
             },
             capture_output=True,
             text=True,

@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from jaxpref.errors import InputError
 from jaxpref.train.mesh import AXES, MeshConfig, check_rows, make_mesh, share_of_rows
 from tests.tiny import make_model_folder
+from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,7 +173,7 @@ def test_two_processes_fill_their_rows_and_read_their_half_of_the_weights(tmp_pa
     processes = []
     for index in range(2):
         environ = os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": xla_flags(4),
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(index),

@@ -217,7 +217,8 @@ def test_how_much_is_too_much_is_read_of_the_compilers_message(message, needs, l
 
 
 def test_advice_names_the_knobs():
-    config = PlanConfig(model="m", topology="v5e:4x4", batch=64, seq=8, remat="dots")
+    sizes = dict(model="llama-3-8b", batch=64, seq=8)
+    config = PlanConfig(topology="v5e:4x4", remat="dots", **sizes)
     plan = {
         "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
         "held_bytes": {"parameters": 100, "optimizer": 200},
@@ -228,6 +229,20 @@ def test_advice_names_the_knobs():
     assert found[0] == "--remat full" and found[1].startswith("--accumulation 2 ")
     found = advice.advice(config, plan | {"hbm_limit_bytes": 350})
     assert "take more chips" in found[0]
+    assert found[1] == "--optimizer adafactor, or --adam-mu-dtype bfloat16"
+    # Rows are split evenly, fsdp stays within a slice, and divides the vocabulary.
+    config = PlanConfig(topology="v5e:4x4", **sizes)
+    found = advice.advice(config, plan | {"tokens_shape": [1, 48, 2, 8]})
+    assert found[0].startswith("--accumulation 3 ")
+    plan |= {"tokens_shape": [1, 32, 2, 8], "hbm_limit_bytes": 1000}
+    config = PlanConfig(topology="2xv5e:4x4", **sizes)
+    sliced = {"mesh": {"data": 2, "fsdp": 16, "tensor": 1}}
+    assert not any("fsdp" in line for line in advice.advice(config, plan | sliced))
+    sliced = {"mesh": {"data": 4, "fsdp": 8, "tensor": 1}}
+    assert "--mesh.fsdp 16" in advice.advice(config, plan | sliced)
+    config = PlanConfig(topology="v5p:8x8x8", **sizes)
+    whole = {"mesh": {"data": 2, "fsdp": 256, "tensor": 1}}  # 128,256 = 256 x 501
+    assert not any("fsdp" in line for line in advice.advice(config, plan | whole))
 
 
 def test_a_sweep_takes_the_meshes_that_divide_the_model():

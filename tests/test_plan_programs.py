@@ -171,6 +171,9 @@ def test_a_tpus_chips_send_no_more_than_fsdp_needs(
         predictions=seq // 2,
         seen=0,
     )
-    assert hlo.wire_bytes(found) <= 1.1 * roofline.ideal_wire_bytes(load)
+    share = hlo.wire_bytes(found) / roofline.ideal_wire_bytes(load)
+    # An embedding is gathered once, and these models are little else.
+    assert 0.6 <= share <= 1.1
     between = hlo.wire_bytes(found, between_slices=True)
-    assert between <= 1.1 * roofline.ideal_dcn_bytes(load)
+    ideal = roofline.ideal_dcn_bytes(load)
+    assert ideal <= between <= 1.1 * ideal

@@ -114,6 +114,18 @@ time.sleep(60)
     assert len(starts(tmp_path, who)) == 1
 
 
+def test_who_lost_a_peer_may_call_it_wrong_input(tmp_path):
+    body = """
+if first:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(2))
+    if index == 1: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+"""
+    done = run(tmp_path, "--processes", "2", *child(body))
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2 ended by SIGKILL; restart 1" in done.stderr
+
+
 def test_a_run_that_stopped_itself_is_not_restarted(tmp_path):
     done = run(tmp_path, *child("sys.exit(65)"))
     assert done.returncode == 65

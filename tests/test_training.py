@@ -25,6 +25,7 @@ from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
+    checkpoint,
     from_loss,
     read_metrics,
     run,
@@ -276,6 +277,62 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, part):
         )
         assert found == {"number": 1}
         np.testing.assert_array_equal(state.params["norm"], np.arange(4096.0) + 1)
+        checkpoints.close()
+
+
+def two_saved(folder):
+    """Checkpoints of steps 1 and 2, how to restore them, and what they hold."""
+    tx = make_optimizer(OPTIMIZER, make_schedule(OPTIMIZER, 10))
+    make = lambda p: init_state(p, tx, from_loss(losses.dpo))
+    checkpoints = Checkpoints(folder, keep=3)
+    for number in (1, 2):
+        params = {"norm": jnp.arange(4096.0) + number}
+        checkpoints.save(number, make(params), {"number": number})
+        checkpoints.wait()
+    abstract = on_devices(jax.eval_shape(make, params), jax.sharding.get_mesh())
+    return checkpoints, lambda: checkpoints.restore(abstract)[1]["number"], make(params)
+
+
+@pytest.mark.parametrize("failures, number", [(1, 2), (3, 1)])
+def test_a_file_system_that_is_away_for_a_moment_costs_no_checkpoint(
+    tmp_path, monkeypatch, caplog, failures, number
+):
+    monkeypatch.setattr(checkpoint, "PAUSES", (0, 0, 0))
+    read, tries = checkpoint.ocp.StandardCheckpointHandler.restore, []
+
+    def away(*args, **kwargs):
+        tries.append(1)
+        if len(tries) <= failures:
+            raise OSError(5, "Input/output error")
+        return read(*args, **kwargs)
+
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        checkpoints, restore, _ = two_saved(tmp_path / "c")
+        monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", away)
+        assert restore() == number
+        assert ("cannot be read" in caplog.text) == (number == 1)
+        aside = tmp_path / "unreadable" / "2"
+        assert aside.exists() == (number == 1)
+        if number == 1:  # it is whole
+            aside.rename(tmp_path / "c" / "2")
+            checkpoints.close()
+            checkpoints = Checkpoints(tmp_path / "c", keep=3)
+            assert checkpoints.latest_step() == 2
+        checkpoints.close()
+
+
+def test_a_dead_peer_is_not_a_full_disk(tmp_path, monkeypatch):
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        checkpoints, _, state = two_saved(tmp_path / "c")
+        for error, raised in (
+            (jax.errors.JaxRuntimeError("Connection closed by peer"), None),
+            (OSError(28, "No space left on device"), checkpoint.CheckpointError),
+        ):
+            fails = lambda *_, error=error, **__: (_ for _ in ()).throw(error)
+            monkeypatch.setattr(checkpoints._manager, "save", fails)
+            with pytest.raises(raised or jax.errors.JaxRuntimeError) as caught:
+                checkpoints.save(3, state, {})
+            assert raised or not isinstance(caught.value, InputError)
         checkpoints.close()
 
 

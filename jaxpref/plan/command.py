@@ -120,7 +120,8 @@ def find(
     """One plan, as plain values; bytes are of one device.
 
     Returns:
-      `fits` (None on a CPU), `hbm_bytes` (needed), `hbm_limit_bytes`, `temp_bytes` and
+      `fits` (whether step and scoring pass do; None on a CPU), and of the step
+      `hbm_bytes` (needed), `hbm_limit_bytes`, `temp_bytes` and
       `argument_bytes` (None where the compiler only says how much is too much),
       `held_bytes` by what, `flops_per_step`, `roofline_seconds`, `mfu_estimate` and the
       rest of `roofline.estimate` (None on a CPU), `collectives` (see `hlo.collectives`;
@@ -149,6 +150,7 @@ def find(
         logit_chunk=config.logit_chunk,
     )
     ahead = int(objective.coupled and config.accumulation > 1)
+    ahead += int(objective.needs_live_reference)
     work = load(passes_ahead=ahead, models=1 + objective.trains_two)
     step = _memory(measured["step"], topology)
     score = _memory(measured["score"], topology)
@@ -165,6 +167,8 @@ def find(
         "tokens_shape": tokens,
         "held_bytes": held,
         **step,
+        "fits": step["fits"] and score["fits"],
+        "stored_reference": bool(objective.stored),
         "ideal_wire_bytes": ideal_wire_bytes(work),
         "ideal_dcn_bytes": ideal_dcn_bytes(work),
         "score": score | {"flops": sum(forward_flops(load()).values())},
@@ -183,7 +187,8 @@ def find(
         if config.pairs:
             steps = config.pairs / config.batch
             timed["hours"] = steps * seconds / 3600
-            timed["score_hours"] = steps * forward / 3600
+            if objective.stored:
+                timed["score_hours"] = steps * forward / 3600
     else:
         timed["flops_per_step"] = 3 * sum(forward_flops(work).values())
     return found | timed

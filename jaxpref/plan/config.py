@@ -40,7 +40,7 @@ class PlanConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW and its schedule."""
+    """What is remembered of gradients for each weight."""
     pairs: int | None = None
     """Pairs of the data set, for the hours that one pass over it takes."""
     sweep: bool = False

@@ -43,7 +43,7 @@ class Work:
     objective: Objective
     """What is made small."""
     optimizer: OptimizerConfig
-    """AdamW."""
+    """What is remembered of gradients for each weight."""
     mesh: MeshConfig
     """How the devices are used."""
     prompt_length: int

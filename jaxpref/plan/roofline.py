@@ -45,8 +45,8 @@ class Load:
     accumulation: int = 1
     """Micro-batches."""
     passes_ahead: int = 0
-    """Passes without gradient that a step begins with, as of losses that couple pairs
-    over several micro-batches."""
+    """Passes without gradient over the batch: of losses that couple pairs over several
+    micro-batches, and of a reference whose weights are there."""
     head: bool = True
     """Whether there are log-probs; a reward needs no vocabulary."""
     logit_chunk: int | None = None
@@ -159,8 +159,9 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
 def ideal_wire_bytes(load: Load) -> float:
     """What a device must receive in a step for FSDP alone.
 
-    For each micro-batch, weights gathered twice in the compute dtype, gradients reduced
-    and scattered once in float32, in which they are summed; (fsdp - 1) / fsdp of each.
+    For each micro-batch, weights gathered twice in the compute dtype, and once more for
+    a pass without gradient; gradients reduced and scattered once in float32, in which
+    they are summed; (fsdp - 1) / fsdp of each.
     A tied head is the embedding: one matrix with one gradient.
     """
     m, fsdp, tensor = load.model, load.mesh["fsdp"], load.mesh["tensor"]
@@ -168,20 +169,21 @@ def ideal_wire_bytes(load: Load) -> float:
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
     bytes_of = load.models * (2 * width + 4) * weights / tensor
+    bytes_of += load.passes_ahead * width * weights / tensor
     return load.accumulation * (fsdp - 1) / fsdp * bytes_of
 
 
 def ideal_dcn_bytes(load: Load) -> float:
     """What a device must receive of other slices in a step.
 
-    For each micro-batch, its share of the float32 gradients summed over S slices, in a
-    ring: 2 (S - 1) / S of them.
+    Its share of the float32 gradients, summed over S slices once, in a ring: 2 (S - 1)
+    / S of it.  (The step sums those of each micro-batch.)
     """
     m, shards = load.model, load.mesh["fsdp"] * load.mesh["tensor"]
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
     share = 2 * (load.slices - 1) / load.slices
-    return load.accumulation * load.models * share * 4 * weights / shards
+    return load.models * share * 4 * weights / shards
 
 
 def of_a_token(load: Load, chip: Chip, received: float | None) -> dict:

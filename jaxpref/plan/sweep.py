@@ -25,17 +25,23 @@ def candidates(
         if topology.devices % parts or any(size % tensor for size in sizes):
             continue
         rest = topology.devices // tensor
-        fsdp = max(
-            n
-            for n in range(1, rest + 1)
-            if not (rest % n or model.hidden_size % n or model.vocab_size % n)
-            and rest // n % topology.slices == 0
-        )
+        fsdp = most_for_fsdp(model, topology, tensor)
         if config.row_length is None and config.batch % (rest * config.accumulation):
             continue
         mesh = MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor)
         for remat in ("full", "dots"):
             yield dataclasses.replace(config, mesh=mesh, remat=remat)
+
+
+def most_for_fsdp(model: ModelConfig, topology: Topology, tensor: int) -> int:
+    """Devices of a slice that can divide hidden size and vocabulary, at most."""
+    rest = topology.devices // tensor
+    return max(
+        n
+        for n in range(1, rest + 1)
+        if not (rest % n or model.hidden_size % n or model.vocab_size % n)
+        and rest // n % topology.slices == 0
+    )
 
 
 def flags_of(config: PlanConfig) -> list[str]:

@@ -26,7 +26,8 @@ def print_plan(config: PlanConfig, topology: Topology, plan: dict) -> None:
     ]
     rows = [(name, size) for name, size in held.items() if size and name != "other"]
     rows += [("temporaries", plan["temp_bytes"]), ("the step", plan["hbm_bytes"])]
-    rows += [("the reference pass", plan["score"]["hbm_bytes"])]
+    scoring = "the reference pass" if plan["stored_reference"] else "an evaluation pass"
+    rows += [(scoring, plan["score"]["hbm_bytes"])]
     if plan["decode"] is not None:
         rows += [("the sampler", plan["decode"]["hbm_bytes"])]
     lines += [f"  {name:20}{gib(size):>12}" for name, size in rows]
@@ -41,11 +42,15 @@ def _verdict(config: PlanConfig, plan: dict) -> list[str]:
     limit = plan["hbm_limit_bytes"]
     if limit is None:
         return []
-    over = plan["hbm_bytes"] - limit
+    over = max(plan["hbm_bytes"], plan["score"]["hbm_bytes"]) - limit
     if plan["fits"]:
-        return [f"  fits: {gib(-over)} of {gib(limit)} left"]
-    lines = [f"  does not fit: {gib(over)} more than the {gib(limit)} there are"]
-    return lines + [f"    try {line}" for line in advice(config, plan)]
+        lines = [f"  fits: {gib(-over)} of {gib(limit)} left"]
+    else:
+        lines = [f"  does not fit: {gib(over)} more than the {gib(limit)} there are"]
+        lines += [f"    try {line}" for line in advice(config, plan)]
+    if plan["decode"] is not None and not plan["decode"]["fits"]:
+        lines.append("  the sampler does not fit with as many prompts: give it fewer")
+    return lines
 
 
 def _times(plan: dict) -> list[str]:
@@ -65,10 +70,10 @@ def _times(plan: dict) -> list[str]:
         f"{100 * plan['mfu_estimate']:.0f} %",
     ]
     if "hours" in plan:
-        lines.append(
-            f"  at least {plan['hours']:.2f} h for the pairs, and "
-            f"{plan['score_hours']:.2f} h for the reference's log-probs"
-        )
+        more = ""
+        if "score_hours" in plan:
+            more = f", and {plan['score_hours']:.2f} h for the reference's log-probs"
+        lines.append(f"  at least {plan['hours']:.2f} h for the pairs{more}")
     if (drawn := plan["decode"]) is not None:
         lines.append(
             f"  sampling takes at least {drawn['seconds_per_token']:.3g} s "

@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from jaxpref import progress
 from jaxpref.errors import InputError, first_line
 from jaxpref.train import agreement
 from jaxpref.train.state import TrainState
+
+PAUSES = 0.0, 1.0, 4.0
+"""Seconds before each try to read a checkpoint."""
 
 _log = logging.getLogger("jaxpref")
 
@@ -57,7 +62,7 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise self._failed(OSError(f"{needed:,} bytes needed, {free:,} are free"))
+            self._raise(OSError(f"{needed:,} bytes needed, {free:,} are free"))
         meta = {"data": data, "digests": digests(state)}
         meta["digest"] = digest_of_meta(meta)
         try:
@@ -68,9 +73,9 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise self._failed(error) from error
+            self._raise(error)
         if not saved:
-            raise self._failed(OSError(f"step {step} was refused"))
+            self._raise(OSError(f"step {step} was refused"))
         self._is_complete()  # the one before, which Orbax has waited for
         self._writing = step
 
@@ -84,7 +89,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._failed(error) from error
+            self._raise(error)
         self._is_complete()
 
     def restore(
@@ -94,8 +99,9 @@ class Checkpoints:
 
         Every array is compared with the digest taken before it was written.  A step
         that does not match, or cannot be read, in any of the processes, is reported and
-        the one before is tried by all; once one is whole, the damaged ones are deleted,
-        to be written again.
+        the one before is tried by all.  Once one is whole, those that do not match are
+        deleted, to be written again; what could not be read at several tries may be
+        whole, and is moved to `unreadable/` beside the folder.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to.
@@ -103,11 +109,13 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         steps = agreement.of_the_first(steps if only is None else [only])
+        unreadable = []
         for number, step in enumerate(steps):
             found, complaint = self._read(step, abstract)
             if unable := agreement.not_so(found is not None):
                 where = f"process {unable[0]} says so"
                 _tell(unable, "%d cannot be read (%s)", step, complaint or where)
+                unreadable.append(step)
                 continue
             state, meta = found
             now = digests(state)
@@ -121,7 +129,7 @@ class Checkpoints:
                 _tell(unable, differs, step, what)
                 continue
             if only is None:
-                self._delete(steps[:number])
+                self._clear(steps[:number], unreadable)
             return state, meta["data"]
         if only is not None:
             raise CheckpointError(f"{self.folder}: step {only} cannot be restored")
@@ -139,43 +147,58 @@ class Checkpoints:
 
         Not by the manager: where one process cannot read, it lets the others wait.
         """
-        folder = self._manager.directory / str(step)
-        try:
-            meta = json.loads((folder / "meta" / "metadata").read_text())
-            if not meta.keys() >= {"data", "digests"}:
-                raise ValueError("meta/metadata is not what was written there")
-            state = ocp.StandardCheckpointHandler().restore(
-                folder / "state", args=ocp.args.StandardRestore(abstract)
-            )
-        except Exception as error:
-            return None, first_line(error)
-        return (state, meta), ""
+        folder, why = self._manager.directory / str(step), ""
+        for pause in PAUSES:  # a file system on a network may be away for a moment
+            time.sleep(pause)
+            progress.tell(f"reading checkpoint {step}")
+            try:
+                meta = json.loads((folder / "meta" / "metadata").read_text())
+                if not meta.keys() >= {"data", "digests"}:
+                    raise ValueError("meta/metadata is not what was written there")
+                state = ocp.StandardCheckpointHandler().restore(
+                    folder / "state", args=ocp.args.StandardRestore(abstract)
+                )
+            except Exception as error:
+                why = first_line(error)
+            else:
+                return (state, meta), ""
+        return None, why
 
-    def _delete(self, steps: list[int]) -> None:
-        if steps:
-            if jax.process_index() == 0:
-                for step in steps:
+    def _clear(self, steps: list[int], unreadable: list[int]) -> None:
+        """Takes steps away, to be written again; the unreadable ones are kept aside."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            aside = self.folder.parent / "unreadable"
+            for step in steps:
+                if step in unreadable:
+                    shutil.rmtree(aside / str(step), ignore_errors=True)
+                    aside.mkdir(exist_ok=True)
+                    shutil.move(self.folder / str(step), aside / str(step))
+                else:
                     shutil.rmtree(self.folder / str(step), ignore_errors=True)
-            multihost_utils.sync_global_devices("damaged checkpoints were deleted")
-            self._manager.reload()
+        multihost_utils.sync_global_devices("damaged checkpoints were taken away")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for writes in flight and lets go of the folder."""
         try:
             self._manager.close()
         except Exception as error:
-            raise self._failed(error) from error
+            self._raise(error)
 
     def _is_complete(self) -> None:
         if self._writing is not None:
             progress.tell_saved(self._writing)
         self._writing = None
 
-    def _failed(self, error: Exception) -> CheckpointError:
-        return CheckpointError(
+    def _raise(self, error: Exception) -> NoReturn:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise error  # of another process that died: room would not help
+        raise CheckpointError(
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
             f"make room, and the same command resumes from step {self.latest_step()}"
-        )
+        ) from error
 
 
 def _tell(unable: list[int], message: str, *args) -> None:

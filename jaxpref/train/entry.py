@@ -1,6 +1,7 @@
 """What every entry point does around its work."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -17,6 +18,17 @@ from jaxpref.train.mesh import initialize_distributed
 from jaxpref.train.preemption import PREEMPTED, Preempted, jax_handler
 from jaxpref.train.programs import keep_compiled
 
+PASSING = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ENOTCONN", "EPIPE", "ETIMEDOUT", "EAGAIN"),
+        *("EBUSY", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTUNREACH"),
+        *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EINTR"),
+    )
+    if hasattr(errno, name)
+}
+"""Errors of the system that are not of what the user gave."""
+
 
 @contextlib.contextmanager
 def entry_point() -> Iterator[None]:
@@ -28,7 +40,8 @@ def entry_point() -> Iterator[None]:
     An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130; a SIGTERM while
     it trains one line and exit code 143, once the last step is saved (`preemption`).
     A run that stopped itself, because its steps went wrong, becomes one line and exit
-    code 65 (`guard`).
+    code 65 (`guard`).  An error of a disk or a connection that may be over the next
+    time becomes one line and exit code 1, after which a supervisor tries again.
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # A write that fails is raised and told in one line; Orbax would also log it, once
@@ -53,7 +66,8 @@ def entry_point() -> Iterator[None]:
     except InputError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or 'I/O'}: {error.strerror or error}")
+        message = f"{error.filename or 'I/O'}: {error.strerror or error}"
+        fail(message, code=1 if error.errno in PASSING else 2)
     except KeyboardInterrupt:
         fail("interrupted; the same command resumes", code=130)
 

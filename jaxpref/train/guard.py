@@ -58,6 +58,7 @@ class Guard:
         self._config, self._pairs, self._out = config, pairs, out
         self._first = list(first)
         self._bad: list[dict[str, Any]] = []
+        self._risen = False
         self._batch: jax.Array | None = None
 
     @property
@@ -103,10 +104,10 @@ class Guard:
             why = "the loss or its gradient is not finite"
             more = f"; the step was skipped. {_pairs_told(self._pairs.ids[blamed])}"
         elif loss > most:
-            more = ""
+            more, self._risen = "", True
             why = f"the loss is {loss:.4g}, far above the first ones' {start:.4g}"
         else:
-            self._bad = []
+            self._bad, self._risen = [], False
             if len(self._first) < FIRST:
                 self._first.append(loss)
             return
@@ -114,6 +115,17 @@ class Guard:
             _log.warning("step %d: %s%s", step, why, more)
         self._bad.append(self._record(step, why, metrics, set(blamed.tolist())))
         if len(self._bad) >= self._config.max_bad_steps:
+            bad = f"{len(self._bad)} bad steps in a row (--max-bad-steps), the last: "
+            raise self._stopped(step, bad + why)
+
+    def check_end(self, step: int) -> None:
+        """Refuses to end a run whose loss has just risen; skipped steps do no harm.
+
+        Raises:
+          Stopped: as `judge`.
+        """
+        if self._risen:
+            why = "the run was over, and its loss risen by more than --max-loss-rise"
             raise self._stopped(step, why)
 
     def _record(self, step: int, why: str, metrics: dict, blamed: set[int]) -> dict:
@@ -136,7 +148,6 @@ class Guard:
 
     def _stopped(self, step: int, why: str) -> Stopped:
         path = self._out / "stopped" / f"step_{step}.json"
-        why = f"{len(self._bad)} bad steps in a row (--max-bad-steps), the last: {why}"
         told = f"their pairs are in {path}"
         if jax.process_index() == 0:
             try:

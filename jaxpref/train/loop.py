@@ -267,6 +267,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
                         checkpoints.wait()
                     raise Preempted(step + 1, saved=guard.well)
         with late.paused():
+            guard.check_end(max(start, config.max_steps))
             # Saved first: an interrupt of the last evaluation costs no step.
             save(max(start, config.max_steps), state)
             evaluate(max(start, config.max_steps), state)
