@@ -29,16 +29,14 @@ Commands
     All of it is compiling: 80 to 170 seconds a line on two busy cores.
 
 Expected
-    GiB for four pairs, `--vocabularies 152064`, float32, jax 0.10.2 on a CPU (x86):
+    MiB for four pairs, `--vocabularies 152064`, float32, jax 0.10.2 on a CPU (x86):
 
-        tokens   peers  thrifty   ours  ours / peers  / thrifty
-           512     8.1      6.1    2.3          0.29       0.39
-          1024    16.0     11.6    3.2          0.20       0.28
-          2048    31.7     22.8    5.6          0.18       0.25
-          4096    63.3     45.1    8.9          0.14       0.20
+        tokens    peers  thrifty   ours  ours / peers  / thrifty
+           512    8,256    6,214  2,632          0.32       0.42
+         1,024   16,336   11,918  3,480          0.21       0.29
+         2,048   32,496   23,326  5,218          0.16       0.22
+         4,096   64,816   46,142  8,631          0.13       0.19
 
-    The last two lines are of chunks of half a GiB, the others of a quarter.  Now it is
-    the head's slope, 0.33 (`jaxpref.models.logprobs.default_chunk`): 0.32 at 512.
     At 512 tokens the turned embedding and the head's gradient, 0.3 GiB each, lie beside
     the chunk's arrays, however few the tokens.
 """
