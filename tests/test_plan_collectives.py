@@ -109,6 +109,17 @@ def test_one_that_runs_on_through_fusions_and_a_loop_is_one():
     assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 1
 
 
+def test_a_turn_that_is_written_out_before_its_loop_is_one_more():
+    """With the same channel, groups and size."""
+    text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
+    first = (
+        "  %first = bf16[64,16]{1,0} all-gather(%arg), channel_id=1, "
+        "replica_groups=[1,8]<=[8]\n  %sum ="
+    )
+    text = text.replace("  %sum =", first)
+    assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 6
+
+
 def test_those_that_are_begun_count_their_results_and_branches_once():
     text = """
 %yes (a: f32[4]) -> f32[4] {

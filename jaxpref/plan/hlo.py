@@ -35,6 +35,8 @@ KINDS = (
 )
 HALVED = "all-reduce-scatter"
 """In the name of a fusion that keeps a part of the all-reduce in it."""
+PIECES = "async_collective_fusion"
+"""In the name of a fusion that carries out a part of one, beside products."""
 BETWEEN = " between slices"
 """Ends the kinds of what goes over the network of the data center."""
 
@@ -131,15 +133,16 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 def _of(
     computations, name: str, sizes: tuple[int, int], turns: int = 1
-) -> dict[str, tuple[int, str, dict]]:
+) -> dict[tuple[str, str], tuple[int, str, dict]]:
     """Those of the program, or of the body of a loop: how often, kind, and figures.
 
-    By channel, groups and size: one that is begun outside of a loop and goes on in it
-    is one.  `sizes` are the devices of a slice and the slices.
+    By channel, groups and size, and by where it stands.  Of one that is spread over
+    fusions (`PIECES`) all pieces are one, also where it is begun outside of a loop and
+    goes on in it.  `sizes` are the devices of a slice and the slices.
     """
-    total: dict[str, tuple[int, str, dict]] = {}
+    total: dict[tuple[str, str], tuple[int, str, dict]] = {}
 
-    def visit(name: str, halved: bool):
+    def visit(name: str, halved: bool, piece: bool = False):
         computation, here = computations[name], Counter()
         for line in computation.lines.values():
             if line.opcode == "while":
@@ -162,7 +165,12 @@ def _of(
                 of_call = line.called("calls") or line.called("to_apply")
                 for called in of_call or of_kernel:
                     if called in computations:
-                        visit(called, halved or HALVED in f"{line.name} {called}")
+                        names = f"{line.name} {called}"
+                        visit(
+                            called,
+                            halved or HALVED in names,
+                            piece or PIECES in names,
+                        )
             elif (kind := _kind(line)) is not None:
                 kind, figures = _one(line, kind, halved, *sizes)
                 which = re.findall(r"\b(?:channel_id|replica_groups)=\S+", line.rest)
@@ -171,13 +179,19 @@ def _of(
                 here[which] += 1
                 # Outside before inside, whichever comes first in the text.
                 if figures["bytes"]:
-                    total[f"{which} {here[which]}"] = (1, kind, figures)
+                    where = "" if piece else f"{name} {line.name}"
+                    total[f"{which} {here[which]}", where] = (1, kind, figures)
 
     visit(name, HALVED in name)
-    return total
+    spread = {which for which, where in total if not where}
+    return {
+        (which, where): one
+        for (which, where), one in total.items()
+        if not where or which not in spread
+    }
 
 
-def _received(found: dict[str, tuple[int, str, dict]]) -> float:
+def _received(found: dict[tuple[str, str], tuple[int, str, dict]]) -> float:
     return sum(times * figures["wire_bytes"] for times, _, figures in found.values())
 
 

@@ -30,7 +30,7 @@ from jaxpref.train.shapes import abstract_batch, abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
-FORMAT = 4
+FORMAT = 5
 """Of what is kept of a compiled program; part of the key."""
 
 

@@ -19,9 +19,10 @@ ASSUMPTIONS = (
     "attention to earlier tokens only, scores not in memory",
     "every weight, activation and logit through memory once for each product",
     "all links of a chip busy, collectives behind everything else",
-    "between slices the network is this job's alone",
 )
 """What makes the estimate a bound: real steps are slower."""
+OF_SLICES = "the network between slices is this job's alone"
+"""One more, where there are several."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from jaxpref.plan.advice import advice
 from jaxpref.plan.chips import GIB, Topology
 from jaxpref.plan.config import PlanConfig
-from jaxpref.plan.roofline import ASSUMPTIONS
+from jaxpref.plan.roofline import ASSUMPTIONS, OF_SLICES
 
 
 def gib(size: float | None) -> str:
@@ -80,7 +80,8 @@ def _times(plan: dict) -> list[str]:
             f"({drawn['bound']}) for a token of each of {drawn['prompts']} prompts, "
             f"{drawn['slots']:,} tokens in memory"
         )
-    return lines + [f"  assumed: {'; '.join(ASSUMPTIONS)}"]
+    assumed = [*ASSUMPTIONS, OF_SLICES] if plan["dcn_seconds"] else ASSUMPTIONS
+    return lines + [f"  assumed: {'; '.join(assumed)}"]
 
 
 def _collectives(plan: dict) -> list[str]:
