@@ -1,5 +1,6 @@
 """Plans from end to end: what is compiled, what is kept of it, and what is told."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,10 +12,13 @@ import jax
 import pytest
 
 from jaxpref import cli, losses
-from jaxpref.models import ModelConfig
+from jaxpref.models import ModelConfig, build
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
-from jaxpref.train import MeshConfig, from_loss
+from jaxpref.train import MeshConfig, from_loss, make_mesh
+from jaxpref.train.mesh import on_devices
+from jaxpref.train.scores import make_scores
+from jaxpref.train.shapes import abstract_batch
 from tests.tiny import make_model_folder, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +57,7 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     # Weights of the layers are gathered over fsdp in both passes.
     assert plan["collectives"]["all-gather"]["count"] > 2 * 7 * L
     assert plan["wire_bytes"] > plan["ideal_wire_bytes"] > 0  # tensor has its own
+    assert 0 < plan["activation_bytes"] < plan["temp_bytes"]
     drawn = plan["decode"]
     assert drawn["prompts"] == 16 and drawn["slots"] == 24
     # Weights, prompts and lengths on every device, a key, and options of the draws.
@@ -103,6 +108,33 @@ def test_a_plan_of_what_train_takes(asked, tmp_path, monkeypatch):
         # The sampler has one model, the step of peers two.
         share = found["decode"]["argument"] / held["parameters"]
         assert (share < 0.6) == ("crm" in asked)
+
+
+def test_activations_are_what_the_backward_pass_keeps():
+    """The layers' inputs at least; more of them where less is computed again."""
+    sizes = dict(model="m", topology="cpu:8", batch=8, seq=16)
+    found = {}
+    for remat in ("full", "dots", "none"):
+        work = command.work_of(
+            PlanConfig(**sizes), tiny_config(remat=remat), from_loss(losses.dpo)
+        )
+        mesh = make_mesh(work.mesh)
+        with jax.set_mesh(mesh):
+            model = build(work.model)
+            params = on_devices(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+            batch = abstract_batch(
+                work.objective,
+                mesh,
+                prompt_length=8,
+                answer_length=8,
+                batch_size=8,
+                accumulation=1,
+            )
+            batch = dataclasses.replace(batch, reference={})
+            scores = make_scores(model, work.objective.needs)
+            found[remat] = program._activations(scores, params, batch, None)
+    inputs = tiny_config().num_layers * 2 * 16 * tiny_config().hidden_size * 4
+    assert inputs <= found["full"] < found["dots"] < found["none"]
 
 
 @pytest.mark.slow

@@ -123,9 +123,10 @@ def find(
       `fits` (whether step and scoring pass do; None on a CPU), and of the step
       `hbm_bytes` (needed), `hbm_limit_bytes`, `temp_bytes` and
       `argument_bytes` (None where the compiler only says how much is too much),
-      `held_bytes` by what, `flops_per_step`, `roofline_seconds`, `mfu_estimate` and the
-      rest of `roofline.estimate` (None on a CPU), `collectives` (see `hlo.collectives`;
-      None where the program is too large), `wire_bytes` and `ideal_wire_bytes` within
+      `held_bytes` by what, `activation_bytes` (a part of the temporaries),
+      `flops_per_step`, `roofline_seconds`, `mfu_estimate` and the rest of
+      `roofline.estimate` (None on a CPU), `collectives` (see `hlo.collectives`; None
+      where the program is too large), `wire_bytes` and `ideal_wire_bytes` within
       a slice, `dcn_bytes` and `ideal_dcn_bytes` between slices, `tokens_per_second`,
       `score` (the reference pass: the same of it), `decode` (the sampler: the same of
       it, collectives and time of a token; None for a reward model), `mesh`, `devices`,
@@ -166,6 +167,7 @@ def find(
         "accumulation": config.accumulation,
         "tokens_shape": tokens,
         "held_bytes": held,
+        "activation_bytes": measured["activations"],
         **step,
         "fits": step["fits"] and score["fits"],
         "stored_reference": bool(objective.stored),

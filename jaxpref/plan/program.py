@@ -96,7 +96,8 @@ def measure(work: Work, topology: Topology) -> dict:
     """Compiles the train step, the reference pass and the sampler; reads their needs.
 
     Returns:
-      Plain values: `mesh` by axis; `bytes` of one device by what they hold; for `step`,
+      Plain values: `mesh` by axis; `bytes` of one device by what they hold, and of the
+      `activations` that a micro-batch keeps for its backward pass; for `step`,
       `score` and `decode` what `_compiled` says (`decode` is None for a reward model);
       `shape` of the batch, and of the `prompts` and what is sampled after them.
 
@@ -135,6 +136,7 @@ def measure(work: Work, topology: Topology) -> dict:
         step = make_train_step(scores, objective, tx, schedule)
         score = make_score_step(make(objective.needs - {"log_weights"}))
         plain = dataclasses.replace(batch, reference={})
+        activations = _activations(scores, params, plain, kept)
         prompts, draw = _sampler(work, one, mesh)
         programs = {
             "step": lambda: step.lower(state, batch, kept),
@@ -155,12 +157,29 @@ def measure(work: Work, topology: Topology) -> dict:
     return found | {
         "mesh": dict(mesh.shape),
         "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
+        "activations": activations,
         "shape": {
             "tokens": batch.tokens.shape,
             "targets": batch.targets.shape,
             "prompts": (*prompts, work.answer_length),
         },
     }
+
+
+def _activations(scores, params, batch, reference) -> int:
+    """Bytes of one device, of what is computed of tokens and kept for the gradient.
+
+    What is laid out by rows (`data`), so a gathered embedding's copies too.
+    """
+    kept = []
+
+    def backward(params, batch, reference):
+        micro = jax.tree.map(lambda x: x[0], batch)
+        _, back = jax.vjp(lambda params: scores(params, micro, reference), params)
+        kept.extend(map(jax.typeof, jax.tree.leaves(back)))
+
+    jax.eval_shape(backward, params, batch, reference)
+    return _bytes_of_one([x for x in kept if "data" in str(x.sharding.spec)])
 
 
 def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:

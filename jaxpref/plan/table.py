@@ -25,12 +25,14 @@ def print_plan(config: PlanConfig, topology: Topology, plan: dict) -> None:
         f"one device{'' if topology.chip is None else ' (' + topology.chip.name + ')'}",
     ]
     rows = [(name, size) for name, size in held.items() if size and name != "other"]
-    rows += [("temporaries", plan["temp_bytes"]), ("the step", plan["hbm_bytes"])]
+    rows += [("temporaries", plan["temp_bytes"])]
+    rows += [("  activations in them", plan["activation_bytes"])]
+    rows += [("the step", plan["hbm_bytes"])]
     scoring = "the reference pass" if plan["stored_reference"] else "an evaluation pass"
     rows += [(scoring, plan["score"]["hbm_bytes"])]
     if plan["decode"] is not None:
         rows += [("the sampler", plan["decode"]["hbm_bytes"])]
-    lines += [f"  {name:20}{gib(size):>12}" for name, size in rows]
+    lines += [f"  {name:22}{gib(size):>12}" for name, size in rows]
     lines += _verdict(config, plan)
     if plan["roofline_seconds"] is not None:
         lines += _times(plan)
