@@ -24,7 +24,7 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
   create   ask for the TPU (a queued resource), if it is not there already
   wait     until it is ready; one line a change
   install  code and environment on every worker; nothing where they are the same
-  start    EXPERIMENT under `python -m jaxpref.supervise` on every worker
+  start    EXPERIMENT under `python -m jaxpref.runtime.supervise` on every worker
   follow   its log and its end
   status   of the TPU and of every worker
   fetch    what it wrote, without checkpoints, to --results
@@ -234,7 +234,7 @@ sha256() {
 }
 
 supervised() { # the line that a worker runs
-  quoted python -m jaxpref.supervise --restarts "$RESTARTS" \
+  quoted python -m jaxpref.runtime.supervise --restarts "$RESTARTS" \
     ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} -- "${EXPERIMENT[@]}"
 }
 
@@ -682,7 +682,7 @@ local_() {
   [[ -z $DRY ]] || run=do_
   PATH="$(dirname "$(command -v "$python")"):$PATH"
   export PATH PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
-  "$run" env JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" "$python" -m jaxpref.supervise \
+  "$run" env JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" "$python" -m jaxpref.runtime.supervise \
     --restarts "$RESTARTS" ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} --processes "$LOCAL" \
     -- "${EXPERIMENT[@]}"
 }

@@ -41,7 +41,7 @@ from jaxpref.data.hashing import hash_uniforms
 from jaxpref.evaluate import audit
 from jaxpref.evaluate.flips import known_flips
 from jaxpref.files import write_json, write_whole
-from jaxpref.train.entry import entry_point
+from jaxpref.runtime.entry import entry_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

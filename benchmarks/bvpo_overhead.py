@@ -34,13 +34,13 @@ import tyro
 
 from jaxpref import data, losses
 from jaxpref.models import ModelConfig, build
+from jaxpref.objectives.trace_mixture import bvpo
 from jaxpref.plan.presets import PRESETS
+from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
-from jaxpref.train.bvpo import bvpo
-from jaxpref.train.entry import entry_point
-from jaxpref.train.mesh import to_global
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 

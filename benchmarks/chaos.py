@@ -1,9 +1,10 @@
 r"""Does a run that is killed twenty times end with the bits of one that is not?
 
 Trains a small model on preference pairs, in two processes of four virtual CPU devices
-under `jaxpref.supervise`, twice: undisturbed, and with an event in each of its lives,
-of all the kinds that `benchmarks.chaos_child` lists.  Restarts are the supervisor's;
-after an end that it does not restart (a full disk) the same command is given again.
+under `jaxpref.runtime.supervise`, twice: undisturbed, and with an event in each of its
+lives, of all the kinds that `benchmarks.chaos_child` lists.  Restarts are the
+supervisor's; after an end that it does not restart (a full disk) the same command is
+given again.
 Then the exported parameters and all lines of metrics but their timings must be equal.
 
 Command
@@ -41,8 +42,8 @@ from tqdm import tqdm
 from benchmarks.chaos_child import DAMAGES, KINDS, TOLD, Event
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
+from jaxpref.runtime.entry import entry_point
 from jaxpref.train import read_metrics
-from jaxpref.train.entry import entry_point
 
 PROCESSES = 2
 SAVE_EVERY = 2
@@ -192,7 +193,7 @@ class Run:
 
     def _once(self, argv: list[str], bar: tqdm) -> int:
         """Until the supervisor ends; its exit code."""
-        supervised = [sys.executable, "-m", "jaxpref.supervise"]
+        supervised = [sys.executable, "-m", "jaxpref.runtime.supervise"]
         supervised += ["--processes", str(PROCESSES), "--pause", "0", "--grace", "10"]
         supervised += ["--restarts", str(2 * len(self.events) + 1), "--", *argv]
         process = subprocess.Popen(

@@ -57,10 +57,10 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.models.huggingface_config import config_to_hf
 from jaxpref.plan.presets import PRESETS
+from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.mesh import row_shards, to_global
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import MeshConfig, make_mesh
-from jaxpref.train.entry import entry_point
-from jaxpref.train.mesh import row_shards, to_global
-from jaxpref.train.scores import make_scores
 
 PEAK_TFLOPS = {
     # Dense bf16 with float32 sums, at boost clock, out of NVIDIA's data sheets, most of

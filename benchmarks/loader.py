@@ -28,6 +28,9 @@ from jaxpref import data, losses
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
@@ -37,10 +40,7 @@ from jaxpref.train import (
     read_metrics,
     run,
 )
-from jaxpref.train.entry import entry_point
-from jaxpref.train.mesh import to_global
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 

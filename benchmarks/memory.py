@@ -63,8 +63,8 @@ from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import Model, ModelConfig, build
 from jaxpref.plan.presets import PRESETS
-from jaxpref.train.entry import entry_point
-from jaxpref.train.scores import ScoreFunction, make_scores
+from jaxpref.runtime.entry import entry_point
+from jaxpref.scoring.scores import ScoreFunction, make_scores
 
 MODELS = {
     "smollm-135m-4-layers": dataclasses.replace(PRESETS["smollm2-135m"], num_layers=4),

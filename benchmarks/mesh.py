@@ -42,9 +42,9 @@ from benchmarks.random_steps import make_step, padded_batch, random_pairs
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import ModelConfig, build
+from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.mesh import to_global
 from jaxpref.train import MeshConfig, make_mesh
-from jaxpref.train.entry import entry_point
-from jaxpref.train.mesh import to_global
 
 DEVICES = 8
 UNSHARDED = "unsharded"

@@ -61,9 +61,9 @@ from jaxpref.files import write_json, write_whole
 from jaxpref.models import Model, ModelConfig, build
 from jaxpref.models.attention import packed_attention
 from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
+from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.mesh import to_global
 from jaxpref.train import MeshConfig, make_mesh
-from jaxpref.train.entry import entry_point
-from jaxpref.train.mesh import to_global
 
 Axis = Literal["length", "pairs", "layers", "vocabulary", "devices"]
 

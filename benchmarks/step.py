@@ -80,7 +80,7 @@ from jaxpref.files import write_json
 from jaxpref.models import ModelConfig
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config
-from jaxpref.train.entry import entry_point
+from jaxpref.runtime.entry import entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -37,6 +37,7 @@ from jaxpref import losses, report
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
+from jaxpref.runtime.entry import entry_point
 from jaxpref.train import (
     Decay,
     OptimizerConfig,
@@ -45,7 +46,6 @@ from jaxpref.train import (
     read_metrics,
     run,
 )
-from jaxpref.train.entry import entry_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

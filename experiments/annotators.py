@@ -112,7 +112,7 @@ from experiments.ukp import World
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.noise import em, peer
-from jaxpref.train.entry import entry_point
+from jaxpref.runtime.entry import entry_point
 
 ENOUGH = 30
 """Votes of a worker whose agreement with gold is worth a rank."""

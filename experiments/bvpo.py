@@ -129,6 +129,8 @@ from jaxpref.files import write_json
 from jaxpref.gradients.bvpo import mean_squared_error, optimal_alpha
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.objectives.trace_mixture import AUTO, bvpo
+from jaxpref.runtime.entry import entry_point
 from jaxpref.train import (
     OptimizerConfig,
     TrainConfig,
@@ -137,8 +139,6 @@ from jaxpref.train import (
     run,
     sft,
 )
-from jaxpref.train.bvpo import AUTO, bvpo
-from jaxpref.train.entry import entry_point
 
 
 @dataclasses.dataclass(frozen=True)

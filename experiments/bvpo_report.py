@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from experiments.reasoning_errors import GRID, KINDS
 from jaxpref import report
 from jaxpref.files import write_json, write_whole
+from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
-from jaxpref.train.bvpo import AUTO
 
 _BLUE, _BRICK, _GREEN, _OCHRE = PALETTE[:4]
 _MSE = (

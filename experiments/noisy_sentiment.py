@@ -90,6 +90,7 @@ from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.runtime.entry import entry_point
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train import (
     MeshConfig,
@@ -101,7 +102,6 @@ from jaxpref.train import (
     run,
     sft,
 )
-from jaxpref.train.entry import entry_point
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,13 @@ from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit as label_audit
 from jaxpref.evaluate import generations, pairs
+from jaxpref.objectives.co_training import crm
+from jaxpref.objectives.learned_noise import em, em_weighted, learned_rate, re_po
+from jaxpref.objectives.trace_mixture import bvpo
 from jaxpref.plan import PlanConfig
 from jaxpref.plan import run as run_plan
+from jaxpref.runtime.entry import entry_point, fail
+from jaxpref.runtime.mesh import PROCESS_OPTIONS
 from jaxpref.train import (
     MeshConfig,
     Objective,
@@ -37,12 +42,7 @@ from jaxpref.train import (
     sft,
     trainable,
 )
-from jaxpref.train.bvpo import bvpo
 from jaxpref.train.config import RunConfig
-from jaxpref.train.entry import entry_point, fail
-from jaxpref.train.mesh import PROCESS_OPTIONS
-from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
-from jaxpref.train.peer import crm
 
 OBJECTIVES = {make.__name__: make for make in (beta_dpo, reward_regression, sft)}
 """Losses that are trained otherwise than by their mean over the pairs."""

@@ -1,4 +1,4 @@
-"""The one exception of wrong input: rooms raise it, the command line prints it."""
+"""Exceptions that the command line turns into one line and an exit code."""
 
 
 class InputError(ValueError):
@@ -8,6 +8,14 @@ class InputError(ValueError):
     there are any, says what was found there, and says what to do about it.  The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+DIVERGED = 65
+"""Exit code of a run that stopped itself: the same command would stop again."""
+
+
+class Stopped(Exception):
+    """Too many steps in a row went wrong: the run has reported them and ends."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,10 @@
-"""The one thing every room needs to know about how an array is laid out."""
+"""How arrays are laid out: what every package needs to know of it."""
 
 import jax
 from jax.sharding import PartitionSpec
+
+ROWS = ("data", "fsdp")
+"""The mesh axes over which the rows of a batch are sharded."""
 
 
 def replicated(x: jax.Array) -> jax.Array:

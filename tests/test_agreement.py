@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from jaxpref.errors import InputError
+from jaxpref.errors import DIVERGED, InputError
+from jaxpref.runtime import processes
 from jaxpref.train import agreement, read_metrics
-from jaxpref.train.guard import DIVERGED
 from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def among(monkeypatch, *others):
     """The others' values take part in the next comparison."""
-    monkeypatch.setattr(agreement.jax, "process_count", lambda: 1 + len(others))
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 1 + len(others))
 
     def gathered(mine):
         rows = [
-            np.stack([agreement._digest(v) for v in values.values()])
+            np.stack([processes._digest(v) for v in values.values()])
             for values in others
         ]
         return np.stack([mine, *rows])
@@ -37,7 +37,7 @@ def among(monkeypatch, *others):
 def test_equal_values_pass(monkeypatch):
     values = {"seed": 1, "data": {"b": 2, "a": [1.5, None]}, "raw": b"123"}
     among(monkeypatch, {**values, "data": {"a": [1.5, None], "b": 2}})
-    agreement.agree("step 3", values)
+    processes.assert_equal_across_processes("step 3", values)
 
 
 def test_who_differs_and_in_what(monkeypatch):
@@ -46,19 +46,20 @@ def test_who_differs_and_in_what(monkeypatch):
     with pytest.raises(
         InputError, match="^step 3: process 2 differs from process 0 in seed, batch_si"
     ):
-        agreement.agree("step 3", mine)
+        processes.assert_equal_across_processes("step 3", mine)
 
 
 def test_the_most_are_right(monkeypatch):
     among(monkeypatch, {"seed": 2}, {"seed": 2})
     with pytest.raises(InputError, match="process 0 differs from process 1 in seed"):
-        agreement.agree("step 3", {"seed": 1})
+        processes.assert_equal_across_processes("step 3", {"seed": 1})
 
 
 def test_one_process_agrees_with_itself():
-    agreement.agree("step 3", {"seed": object()})
-    assert agreement.not_so(True) == [] and agreement.not_so(False) == [0]
-    assert agreement.of_the_first([4, 2]) == [4, 2]
+    processes.assert_equal_across_processes("step 3", {"seed": object()})
+    assert processes.failing_processes(True) == []
+    assert processes.failing_processes(False) == [0]
+    np.testing.assert_array_equal(processes.broadcast_from_process_zero([4, 2]), [4, 2])
     assert agreement.versions() == agreement.versions()
 
 

@@ -20,7 +20,7 @@ from jaxpref.evaluate.flips import auroc
 from jaxpref.models import build
 from jaxpref.models.hub import weights_digest
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.train.mesh import MeshConfig, make_mesh
+from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from tests.tiny import make_model_folder
 
 GOOD, BAD = "good great fine warm liked".split(), "bad dull cold hated".split()

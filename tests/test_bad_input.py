@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxpref import cli
+from jaxpref.runtime.entry import entry_point
 from jaxpref.train import read_metrics
-from jaxpref.train.entry import entry_point
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,14 +14,14 @@ from jaxpref.data.mixture import MixedBatches
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
 from jaxpref.models import build
+from jaxpref.objectives.co_training import crm
+from jaxpref.objectives.learned_noise import em, learned_rate
+from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import TrainConfig, from_loss, read_metrics, sft
-from jaxpref.train.bvpo import bvpo
 from jaxpref.train.inputs import check_finite, check_fits
-from jaxpref.train.mesh import to_global
-from jaxpref.train.noise import em, learned_rate
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.peer import crm
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
@@ -315,7 +315,7 @@ def test_layout_does_not_change_the_mixture(pairs, whole, sizes, accumulation):
 
 
 def test_evaluation_is_the_wrapped_objectives(pairs):
-    from jaxpref.train.score import evaluation_metrics
+    from jaxpref.scoring.score_dataset import evaluation_metrics
 
     base = em(losses.dpo, beta=0.5)
     rng = np.random.default_rng(0)

@@ -13,8 +13,8 @@ from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, k8s_cluster
 
 from jaxpref import cli
 from jaxpref.errors import InputError
-from jaxpref.train import mesh
-from jaxpref.train.mesh import initialize_distributed
+from jaxpref.runtime import mesh
+from jaxpref.runtime.mesh import initialize_distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM = {
@@ -194,7 +194,7 @@ GKE_POD = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import jax
-from jaxpref.train.mesh import initialize_distributed
+from jaxpref.runtime.mesh import initialize_distributed
 assert jax.config.jax_platforms == "tpu,cpu"
 initialize_distributed()
 jax.config.update("jax_platforms", "cpu")  # there is no TPU

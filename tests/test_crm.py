@@ -12,11 +12,12 @@ from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.huggingface import load_params
-from jaxpref.train import Decay, OptimizerConfig, from_loss, peer
-from jaxpref.train.mesh import to_global
+from jaxpref.objectives import co_training
+from jaxpref.objectives.co_training import crm
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import make_scores
+from jaxpref.train import Decay, OptimizerConfig, from_loss
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.peer import crm
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
@@ -111,7 +112,9 @@ def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa
         model = (build if dpo else RewardModel)(tiny_config())
         schedule = make_schedule(optimizer, 100)
         tx = make_optimizer(optimizer, schedule)
-        scores = peer.scores_of_both(make_scores(model, objective.needs, chunk_size=4))
+        scores = co_training.scores_of_both(
+            make_scores(model, objective.needs, chunk_size=4)
+        )
         one = tiny_params(model)
         two = jax.tree.map(jnp.copy, one) if dpo else jax.tree.map(jnp.negative, one)
         new = lambda p: init_state(p, tx, objective, num_annotators=0)

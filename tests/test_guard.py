@@ -7,11 +7,12 @@ import types
 import numpy as np
 import pytest
 
-from jaxpref import data, losses, progress
-from jaxpref.errors import InputError
+from jaxpref import data, losses
+from jaxpref.errors import InputError, Stopped
+from jaxpref.runtime import heartbeat
 from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, from_loss, run
 from jaxpref.train import guard as guards
-from jaxpref.train.guard import Guard, Stopped
+from jaxpref.train.guard import Guard
 from tests.tiny import make_model_folder, make_pairs_file
 
 
@@ -250,7 +251,7 @@ def test_a_run_stops_and_leaves_its_checkpoints(
 
 def test_a_run_tells_how_it_gets_on(inputs, tmp_path, monkeypatch):
     file, told = tmp_path / "progress", []
-    monkeypatch.setenv(progress.VARIABLE, str(file))
+    monkeypatch.setenv(heartbeat.VARIABLE, str(file))
     write = progress._write
 
     def noted(suffix, text):
@@ -267,7 +268,7 @@ def test_a_run_tells_how_it_gets_on(inputs, tmp_path, monkeypatch):
     assert any(text.startswith("reading ") for _, text in told)
     # What comes after the run is not watched.
     assert not file.exists()
-    progress.tell("more")
+    heartbeat.beat("more")
     assert not file.exists()
 
 

@@ -53,7 +53,14 @@ def test_a_trainer_that_hangs_is_named_and_the_run_goes_on(tmp_path):
         "save-every": 4,
     }
     argv = ["train", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
-    supervisor = ["-m", "jaxpref.supervise", "--processes", "2", "--hung", str(HUNG)]
+    supervisor = [
+        "-m",
+        "jaxpref.runtime.supervise",
+        "--processes",
+        "2",
+        "--hung",
+        str(HUNG),
+    ]
     child = [sys.executable, "-c", HANGS, str(ROOT), str(tmp_path / "once"), *argv]
     done = subprocess.run(
         [sys.executable, *supervisor, "--", *child],

@@ -16,10 +16,10 @@ from jaxpref.data.labels import LABELS
 from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel
+from jaxpref.objectives.learned_noise import em
+from jaxpref.scoring.score_dataset import evaluation_metrics
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import TrainConfig, from_loss, read_metrics, reward_regression
-from jaxpref.train.noise import em
-from jaxpref.train.score import evaluation_metrics
-from jaxpref.train.scores import make_scores
 from tests.data_tokenizers import byte_tokenizer
 from tests.test_reward_models import reward_steps
 from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params

@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from jaxpref.errors import InputError
-from jaxpref.train.mesh import AXES, MeshConfig, check_rows, make_mesh, share_of_rows
+from jaxpref.runtime.mesh import AXES, MeshConfig, check_rows, make_mesh, share_of_rows
 from tests.tiny import make_model_folder
 from tests.virtual import xla_flags
 
@@ -111,13 +111,13 @@ def test_one_slice_has_one_copy():
 PROCESS = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-from jaxpref.train.mesh import initialize_distributed
+from jaxpref.runtime.mesh import initialize_distributed
 initialize_distributed()
 import jax, numpy as np
 from jax.sharding import AxisType
 from jaxpref.models import build, huggingface
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.train.mesh import AXES, check_rows, share_of_rows, to_global
+from jaxpref.runtime.mesh import AXES, check_rows, share_of_rows, to_global
 
 folder = sys.argv[2]
 me = jax.process_index()

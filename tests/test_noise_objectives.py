@@ -11,9 +11,9 @@ from scipy.special import expit, logit
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.noise import running
+from jaxpref.objectives.co_training import crm
+from jaxpref.objectives.learned_noise import em, em_weighted, learned_rate, re_po
 from jaxpref.train import from_loss
-from jaxpref.train.noise import em, em_weighted, learned_rate, re_po
-from jaxpref.train.peer import crm
 from tests.test_training import few_steps, pairs  # noqa: F401
 
 

@@ -12,9 +12,9 @@ from jaxpref import data, losses
 from jaxpref.cli import LOSSES
 from jaxpref.errors import InputError
 from jaxpref.models import build
+from jaxpref.scoring.reward_metrics import averages_tokens
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import beta_dpo, from_loss
-from jaxpref.train.rewards import averages_tokens
-from jaxpref.train.scores import make_scores
 from tests.losses.table import TABLE
 from tests.test_train_losses import REQUIRED
 from tests.test_training import few_steps, pairs  # noqa: F401

@@ -15,6 +15,8 @@ from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.plan.program import _bytes_of_one as bytes_of_one
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import (
     Decay,
     Optimizer,
@@ -24,9 +26,7 @@ from jaxpref.train import (
     run,
 )
 from jaxpref.train.checkpoint import Checkpoints, digests
-from jaxpref.train.mesh import to_global
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.scores import make_scores
 from jaxpref.train.shapes import abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step

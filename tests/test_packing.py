@@ -15,6 +15,8 @@ from jaxpref.data.packing import as_array, collate_packed, fill, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import (
     Decay,
     MeshConfig,
@@ -24,8 +26,6 @@ from jaxpref.train import (
     read_metrics,
     run,
 )
-from jaxpref.train.mesh import to_global
-from jaxpref.train.scores import make_scores
 from tests.test_training import mesh_of
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 

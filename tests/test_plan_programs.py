@@ -15,9 +15,9 @@ from jaxpref import cli, losses
 from jaxpref.models import ModelConfig, build
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
+from jaxpref.runtime.mesh import on_devices
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import MeshConfig, from_loss, make_mesh
-from jaxpref.train.mesh import on_devices
-from jaxpref.train.scores import make_scores
 from jaxpref.train.shapes import abstract_batch
 from tests.tiny import make_model_folder, tiny_config
 

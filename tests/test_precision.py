@@ -21,11 +21,11 @@ from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.models.attention_kernels import splash, splash_packed
 from jaxpref.models.logprobs import project
+from jaxpref.runtime.precision import with_compute_dtype
+from jaxpref.scoring.score_dataset import make_score_step
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import MeshConfig, from_loss, read_metrics, run
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.precision import with_compute_dtype
-from jaxpref.train.score import make_score_step
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.test_packing import make_pairs

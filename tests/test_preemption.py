@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxpref.train import preemption, read_metrics
-from jaxpref.train.preemption import PREEMPTED, Preempted, watched
+from jaxpref.runtime import preemption
+from jaxpref.runtime.preemption import PREEMPTED, Preempted, watched
+from jaxpref.train import read_metrics
 from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,9 @@ import pytest
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
+from jaxpref.runtime.compilation import enable_compilation_cache, log_compilations
 from jaxpref.train import MeshConfig, TrainConfig, from_loss, run
-from jaxpref.train.programs import describe, explained, keep_compiled, padding_told
+from jaxpref.train.programs import describe, padding_told
 from tests.compiled import programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ def test_each_program_is_compiled_once_and_after_a_resume_none(
 
 COMPILE = """
 import jax, jax.numpy as jnp
-from jaxpref.train.entry import entry_point
+from jaxpref.runtime.entry import entry_point
 with entry_point():
     jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
 """
@@ -132,7 +133,7 @@ def test_a_bucket_that_nothing_reaches_is_refused(monkeypatch):
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
     try:
         with pytest.raises(InputError, match="gs://bucket/compiled: gcsfs, which rea"):
-            keep_compiled()
+            enable_compilation_cache()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
@@ -202,7 +203,7 @@ def test_what_is_compiled_is_explained_and_warnings_still_come(capsys, caplog):
     x = jnp.ones((3, 3))
     logger = logging.getLogger("jax")
     before = logger.level, logger.propagate, list(logger.handlers)
-    with explained():
+    with log_compilations():
         jax.jit(twice_and_more)(x, x, jnp.ones((3, 1)))
         logging.getLogger("jax.inner").warning("something else")
         logging.getLogger("jax.inner").debug("chatter")

@@ -15,16 +15,8 @@ from safetensors.numpy import load_file
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
-from jaxpref.train import (
-    MeshConfig,
-    TrainConfig,
-    cache,
-    from_loss,
-    loop,
-    read_metrics,
-    reference,
-    run,
-)
+from jaxpref.scoring import reference, score_cache
+from jaxpref.train import MeshConfig, TrainConfig, from_loss, loop, read_metrics, run
 from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -322,18 +314,18 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
 
 def test_what_is_not_there_is_nan(tmp_path):
     keys = np.array([["a" * 32, "b" * 32], ["c" * 32, "a" * 32]])
-    assert np.isnan(cache.read(tmp_path / "nowhere", keys)).all()
+    assert np.isnan(score_cache.read(tmp_path / "nowhere", keys)).all()
     values = np.array([[1, np.nan], [3, 1]], np.float32)
-    cache.append(tmp_path, keys, values, {})
-    np.testing.assert_array_equal(cache.read(tmp_path, keys), values)
+    score_cache.append(tmp_path, keys, values, {})
+    np.testing.assert_array_equal(score_cache.read(tmp_path, keys), values)
     # Another shard fills the gap; its keys are longer.
     more = np.array(["b" * 32, "b" * 32 + ".7", "a" * 32 + ".7"])
-    assert np.isnan(cache.read(tmp_path, more)).all()
+    assert np.isnan(score_cache.read(tmp_path, more)).all()
     more = more[:2]
-    cache.append(tmp_path, more, np.array([2, 9], np.float32), {})
-    np.testing.assert_array_equal(cache.read(tmp_path, keys), [[1, 2], [3, 1]])
-    np.testing.assert_array_equal(cache.read(tmp_path, more), [2, 9])
-    assert cache.read(tmp_path, keys[:0]).shape == (0, 2)
+    score_cache.append(tmp_path, more, np.array([2, 9], np.float32), {})
+    np.testing.assert_array_equal(score_cache.read(tmp_path, keys), [[1, 2], [3, 1]])
+    np.testing.assert_array_equal(score_cache.read(tmp_path, more), [2, 9])
+    assert score_cache.read(tmp_path, keys[:0]).shape == (0, 2)
 
 
 def test_the_same_numbers_are_the_same_file(tmp_path):
@@ -341,16 +333,16 @@ def test_the_same_numbers_are_the_same_file(tmp_path):
     about = {name: name for name in "abcdefgh"}
     for order in (slice(None), slice(None, None, -1)):
         values = np.arange(2, dtype=np.float32)
-        cache.append(tmp_path, keys[order], values[order], about)
+        score_cache.append(tmp_path, keys[order], values[order], about)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_shard_cut_off_is_removed(tmp_path, caplog):
     keys = np.array(["a" * 32, "b" * 32])
-    cache.append(tmp_path, keys, np.ones(2, np.float32), {})
+    score_cache.append(tmp_path, keys, np.ones(2, np.float32), {})
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
-    assert np.isnan(cache.read(tmp_path, keys)).all()
+    assert np.isnan(score_cache.read(tmp_path, keys)).all()
     assert "is damaged" in caplog.text and not path.exists()
 
 
@@ -358,16 +350,16 @@ def test_a_damaged_shard_that_cannot_be_removed_is_passed_over(
     tmp_path, monkeypatch, caplog
 ):
     keys = np.array(["a" * 32, "b" * 32])
-    cache.append(tmp_path, keys[:1], np.ones(1, np.float32), {})
+    score_cache.append(tmp_path, keys[:1], np.ones(1, np.float32), {})
     (path,) = tmp_path.iterdir()
-    cache.append(tmp_path, keys[1:], np.ones(1, np.float32), {})
+    score_cache.append(tmp_path, keys[1:], np.ones(1, np.float32), {})
     path.write_bytes(path.read_bytes()[:-5])
 
     def unlink(path, missing_ok=False):
         raise PermissionError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    np.testing.assert_array_equal(cache.read(tmp_path, keys), [np.nan, 1])
+    np.testing.assert_array_equal(score_cache.read(tmp_path, keys), [np.nan, 1])
     assert "is damaged" in caplog.text
 
 
@@ -375,12 +367,13 @@ WRITE = """
 import sys
 from pathlib import Path
 import numpy as np
-from jaxpref.train import cache
+from jaxpref.scoring import score_cache
 
 for n in range(60):
     keys = np.array([f"{k:032d}" for k in range(5 * n, 5 * n + 10)])
-    cache.append(Path(sys.argv[1]), keys, np.arange(5 * n, 5 * n + 10, dtype="f4"), {})
-    assert np.isfinite(cache.read(Path(sys.argv[1]), keys)).all()
+    values = np.arange(5 * n, 5 * n + 10, dtype="f4")
+    score_cache.append(Path(sys.argv[1]), keys, values, {})
+    assert np.isfinite(score_cache.read(Path(sys.argv[1]), keys)).all()
 """
 
 
@@ -392,7 +385,7 @@ def test_two_runs_write_at_the_same_time(tmp_path):
     ]
     assert [writer.wait() for writer in writers] == [0, 0]
     keys = np.array([f"{k:032d}" for k in range(305)])
-    np.testing.assert_array_equal(cache.read(folder, keys), np.arange(305))
+    np.testing.assert_array_equal(score_cache.read(folder, keys), np.arange(305))
     assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
 
 

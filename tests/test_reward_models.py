@@ -19,6 +19,9 @@ from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.huggingface import is_reward_model, load_config, load_params, save
 from jaxpref.models.reward import Padding, mc_rewards, padding_of
+from jaxpref.objectives.learned_noise import em
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import last_tokens, make_scores
 from jaxpref.train import (
     Decay,
     Objective,
@@ -26,10 +29,7 @@ from jaxpref.train import (
     from_loss,
     read_metrics,
 )
-from jaxpref.train.mesh import to_global
-from jaxpref.train.noise import em
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.scores import last_tokens, make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled

@@ -23,7 +23,7 @@ first = len(open(f"started{index}").readlines()) == 1
 
 
 def supervisor(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "jaxpref.supervise", *QUICK, *arguments]
+    return [sys.executable, "-m", "jaxpref.runtime.supervise", *QUICK, *arguments]
 
 
 def child(body: str) -> list[str]:
@@ -317,7 +317,7 @@ def test_wrong_use(tmp_path, arguments, fragment):
 
 
 def test_it_loads_no_jax():
-    code = "import sys, jaxpref.supervise; print('jax' in sys.modules)"
+    code = "import sys, jaxpref.runtime.supervise; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )

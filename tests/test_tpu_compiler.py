@@ -17,10 +17,10 @@ from jaxpref.models import ModelConfig, build
 from jaxpref.models.config import ROWS
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.program import devices_of
+from jaxpref.runtime.mesh import AXES, on_devices
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
-from jaxpref.train.mesh import AXES, on_devices
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.scores import make_scores
 from jaxpref.train.shapes import abstract_batch, abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step

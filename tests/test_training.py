@@ -20,6 +20,9 @@ from jax.sharding import AxisType
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import build
+from jaxpref.runtime.mesh import AXES, on_devices, to_global
+from jaxpref.scoring.score_dataset import make_score_step, score_pairs
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import (
     Decay,
     MeshConfig,
@@ -32,10 +35,7 @@ from jaxpref.train import (
     sft,
 )
 from jaxpref.train.checkpoint import Checkpoints, digests
-from jaxpref.train.mesh import AXES, on_devices, to_global
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.score import make_score_step, score_pairs
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled

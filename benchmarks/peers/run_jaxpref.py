@@ -15,12 +15,12 @@ from jaxpref import data, losses
 from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.runtime.malloc import reuse_freed_memory
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.score_dataset import make_score_step, score_pairs
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train import Decay, MeshConfig, OptimizerConfig, from_loss, make_mesh
-from jaxpref.train.heap import keep_heap
-from jaxpref.train.mesh import to_global
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.score import make_score_step, score_pairs
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
@@ -118,6 +118,6 @@ def rate(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    keep_heap()  # as every entry point of jaxpref does
+    reuse_freed_memory()  # as every entry point of jaxpref does
     job, out = read_job()
     rate(out) if job.mode == "rate" else train(job, out)

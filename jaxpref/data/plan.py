@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref import progress
 from jaxpref.data.formats import (
     IDENTICAL,
     Example,
@@ -27,6 +26,7 @@ from jaxpref.data.pairs import Pairs, PairsBuilder
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
 from jaxpref.errors import InputError
+from jaxpref.runtime import heartbeat
 
 _CHUNK_ROWS = 1024
 _CHUNK_CHARACTERS = 4_000_000
@@ -170,7 +170,7 @@ def _make_plan(
         kept, last = 0, -1
         chunks = _chunks(number, source, pairs_of, options, sides, counts, records)
         for items in chunks:
-            progress.tell(f"reading {source.location(items[-1].row)}")
+            heartbeat.beat(f"reading {source.location(items[-1].row)}")
             results = tokenize(
                 [item.example for item in items],
                 [source.location(item.row) for item in items],

@@ -29,10 +29,10 @@ from jaxpref.files import open_out, write_json, write_whole
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
+from jaxpref.runtime.precision import with_compute_dtype
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_fits
-from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh
-from jaxpref.train.precision import with_compute_dtype
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
 """Settings that a second audit into the same OUT may change."""

@@ -27,8 +27,8 @@ from jaxpref.files import cannot_write, write_whole
 from jaxpref.models import Model
 from jaxpref.models.config import SPECS, place
 from jaxpref.models.logprobs import token_logps
+from jaxpref.runtime.mesh import to_global
 from jaxpref.sharding import replicated
-from jaxpref.train.mesh import to_global
 
 BLOCK = 512
 """Most completions in a file: what an interrupt can lose."""

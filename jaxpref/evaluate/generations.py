@@ -16,10 +16,10 @@ from jaxpref.files import cannot_write, write_json
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.hub import resolve_folder, stop_tokens
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.runtime.mesh import MeshConfig, make_mesh
+from jaxpref.runtime.precision import with_compute_dtype
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train.config import Dtype
-from jaxpref.train.mesh import MeshConfig, make_mesh
-from jaxpref.train.precision import with_compute_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,12 @@ from jaxpref.files import write_json, write_whole
 from jaxpref.models import RewardModel, build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import is_reward_model, load_config, load_params
+from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
+from jaxpref.runtime.precision import with_compute_dtype
+from jaxpref.scoring.score_dataset import make_score_step, score_pairs
+from jaxpref.scoring.scores import make_scores
 from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_finite, check_fits
-from jaxpref.train.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
-from jaxpref.train.precision import with_compute_dtype
-from jaxpref.train.score import make_score_step, score_pairs
-from jaxpref.train.scores import make_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

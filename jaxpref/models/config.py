@@ -8,10 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxpref.errors import InputError
-
-ROWS = ("data", "fsdp")
-"""The mesh axes over which the rows of a batch are spread."""
-
+from jaxpref.sharding import ROWS
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxpref.models.config import ROWS, SPECS, on_mesh, place, platform
+from jaxpref.models.config import SPECS, on_mesh, place, platform
+from jaxpref.sharding import ROWS
 
 
 def in_parts(weight) -> bool:

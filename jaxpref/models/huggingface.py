@@ -25,7 +25,7 @@ from jaxpref.models.functional import Model, Params
 from jaxpref.models.huggingface_config import config_from_hf, config_to_hf, read_json
 from jaxpref.models.huggingface_names import LLAMA, Name
 from jaxpref.models.reward import Padding, RewardModel
-from jaxpref.progress import tell
+from jaxpref.runtime.heartbeat import beat
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What weights may be stored as: the format's names and numpy's."""
@@ -301,7 +301,7 @@ def _load_leaf(folder, stored, name: Name, leaf):
     inner_shape = leaf.shape[1:] if name.stacked else leaf.shape
 
     def read(tensor, index):
-        tell(f"reading {folder}: {tensor}")
+        beat(f"reading {folder}: {tensor}")
         values = stored[tensor][name.stored_index(inner_shape, index)]
         values = values.astype(leaf.dtype)
         if not np.isfinite(values).all():
@@ -379,7 +379,7 @@ def _write_weights(folder: Path | None, params, dtype, max_file_bytes):
 
 
 def _gather(tensor: str, name: Name, leaf, layer, dtype) -> np.ndarray:
-    tell(f"exporting {tensor}")
+    beat(f"exporting {tensor}")
     value = leaf[layer] if name.stacked else leaf
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         value = jax.device_put(value, NamedSharding(value.sharding.mesh, P()))

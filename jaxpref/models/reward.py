@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxpref.models.config import ROWS, SPECS, ModelConfig, on_mesh, place
+from jaxpref.models.config import SPECS, ModelConfig, on_mesh, place
 from jaxpref.models.functional import Model, Params
+from jaxpref.sharding import ROWS
 
 HEAD = P(None, None)
 """One number a feature: too small to be worth spreading."""

@@ -18,14 +18,15 @@ from jax.experimental import topologies
 from jaxpref.errors import InputError, first_line
 from jaxpref.files import cache_folder, write_json
 from jaxpref.models import ModelConfig, RewardModel, build
+from jaxpref.objectives import co_training
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
+from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
-from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh, peer
-from jaxpref.train.mesh import on_devices, row_shards
+from jaxpref.scoring.score_dataset import make_score_step
+from jaxpref.scoring.scores import make_scores
+from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.score import make_score_step
-from jaxpref.train.scores import make_scores
 from jaxpref.train.shapes import abstract_batch, abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -109,11 +110,11 @@ def measure(work: Work, topology: Topology) -> dict:
     make_model = RewardModel if objective.needs_rewards else build
     # As a run has it: bvpo differentiates a gradient.
     model = make_model(dataclasses.replace(work.model, kernels=not objective.mixes))
-    new_params = peer.both(model.init) if objective.trains_two else model.init
+    new_params = co_training.both(model.init) if objective.trains_two else model.init
     make = functools.partial(make_scores, model, chunk_size=work.logit_chunk)
     scores = make(objective.needs)
     if objective.trains_two:
-        scores = peer.scores_of_both(scores)
+        scores = co_training.scores_of_both(scores)
     schedule = make_schedule(work.optimizer, 1000)
     tx = make_optimizer(work.optimizer, schedule)
     with jax.set_mesh(mesh):

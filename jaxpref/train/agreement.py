@@ -1,50 +1,19 @@
-"""What the processes of a run must have in common, compared between them."""
+"""What decides on a step, compared between the processes of a run."""
 
-import collections
 import hashlib
 import importlib.metadata
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpref.data import Plan
 from jaxpref.errors import InputError
+from jaxpref.runtime.processes import assert_equal_across_processes
 from jaxpref.train.feed import Feed
-
-
-def agree(when: str, values: Mapping[str, Any]) -> None:
-    """Compares values of all processes; to be called by all of them, at one place.
-
-    Args:
-      when: for the message: "step 100".
-      values: by name; bytes, or what JSON can write.  The names are the same ones in
-        all processes.
-
-    Raises:
-      InputError: in every process, naming one that differs from most (of two, from the
-        first), and what it differs in.
-    """
-    if jax.process_count() == 1:
-        return
-    mine = np.stack([_digest(value) for value in values.values()])
-    found = np.asarray(multihost_utils.process_allgather(mine))
-    ((usual, _),) = collections.Counter(x.tobytes() for x in found).most_common(1)
-    like = next(i for i, x in enumerate(found) if x.tobytes() == usual)
-    for index, others in enumerate(found):
-        differs = (others != found[like]).any(axis=-1)
-        if differs.any():
-            names = [name for name, is_so in zip(values, differs) if is_so]
-            raise InputError(
-                f"{when}: process {index} differs from process {like} in "
-                f"{', '.join(names)}; start all processes with the same command, code "
-                "and files, and they go on from the last checkpoint"
-            )
 
 
 def agree_on_batch(
@@ -62,7 +31,8 @@ def agree_on_batch(
       seen: int [A, R, S]; the pairs that the step was computed of.
 
     Raises:
-      InputError: naming the process that differs, as `agree`; or the batch holds other
+      InputError: naming the process that differs, as
+        `assert_equal_across_processes`; or the batch holds other
         pairs than all of them would draw.
     """
     if jax.process_count() == 1 or seen is None:
@@ -72,7 +42,7 @@ def agree_on_batch(
     drawn = next(batches).pairs
     if hasattr(batches, "close"):
         batches.close()
-    agree(
+    assert_equal_across_processes(
         f"step {step}",
         {
             "the pairs": plan.digest,
@@ -99,30 +69,3 @@ def versions() -> dict[str, str]:
     for name in ("jax", "jaxlib", "numpy", "grain"):
         found[name] = importlib.metadata.version(name)
     return found
-
-
-def not_so(here: bool) -> list[int]:
-    """The processes in which `here` is False; to be called by all of them."""
-    if jax.process_count() == 1:
-        return [] if here else [0]
-    found = multihost_utils.process_allgather(np.int32(here))
-    return [int(i) for i in np.flatnonzero(np.asarray(found) == 0)]
-
-
-def of_the_first(numbers: Sequence[int], *, room: int = 64) -> list[int]:
-    """The first process's numbers, at most `room` of them, each >= 0."""
-    numbers = list(numbers)[:room]
-    if jax.process_count() == 1:
-        return numbers
-    mine = np.full(room, -1, np.int32)
-    mine[: len(numbers)] = numbers
-    found = np.asarray(multihost_utils.broadcast_one_to_all(mine))
-    return [int(number) for number in found if number >= 0]
-
-
-def _digest(value: Any) -> np.ndarray:
-    """uint32 [4]; the first half of its SHA-256."""
-    data = value
-    if not isinstance(value, bytes):
-        data = json.dumps(value, sort_keys=True).encode()
-    return np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint32)

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from jaxpref import data
+from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.elsewhere import begun_rows
-from jaxpref.train.mesh import check_rows, row_shards, share_of_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxpref import progress
 from jaxpref.errors import InputError, first_line
-from jaxpref.train import agreement
+from jaxpref.runtime import heartbeat
+from jaxpref.runtime.processes import (
+    broadcast_from_process_zero,
+    failing_processes,
+)
 from jaxpref.train.state import TrainState
 
 PAUSES = 0.0, 1.0, 4.0
@@ -108,11 +111,11 @@ class Checkpoints:
           only: this step and no other one.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        steps = agreement.of_the_first(steps if only is None else [only])
+        steps = _steps_of_process_zero(steps if only is None else [only])
         unreadable = []
         for number, step in enumerate(steps):
             found, complaint = self._read(step, abstract)
-            if unable := agreement.not_so(found is not None):
+            if unable := failing_processes(found is not None):
                 where = f"process {unable[0]} says so"
                 _tell(unable, "%d cannot be read (%s)", step, complaint or where)
                 unreadable.append(step)
@@ -123,7 +126,7 @@ class Checkpoints:
             wrong = [name for name in now if now[name] != expected.get(name)]
             if meta.get("digest", digest_of_meta(meta)) != digest_of_meta(meta):
                 wrong.append("meta/metadata")
-            if unable := agreement.not_so(not wrong):
+            if unable := failing_processes(not wrong):
                 what = wrong[0] if wrong else f"what process {unable[0]} has read"
                 differs = "%d is damaged: %s differs from what was saved"
                 _tell(unable, differs, step, what)
@@ -150,7 +153,7 @@ class Checkpoints:
         folder, why = self._manager.directory / str(step), ""
         for pause in PAUSES:  # a file system on a network may be away for a moment
             time.sleep(pause)
-            progress.tell(f"reading checkpoint {step}")
+            heartbeat.beat(f"reading checkpoint {step}")
             try:
                 meta = json.loads((folder / "meta" / "metadata").read_text())
                 if not meta.keys() >= {"data", "digests"}:
@@ -189,7 +192,7 @@ class Checkpoints:
 
     def _is_complete(self) -> None:
         if self._writing is not None:
-            progress.tell_saved(self._writing)
+            heartbeat.mark_saved(self._writing)
         self._writing = None
 
     def _raise(self, error: Exception) -> NoReturn:
@@ -199,6 +202,13 @@ class Checkpoints:
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
             f"make room, and the same command resumes from step {self.latest_step()}"
         ) from error
+
+
+def _steps_of_process_zero(steps: list[int], *, most: int = 64) -> list[int]:
+    """The steps that process 0 sees: file systems may show others elsewhere."""
+    mine = np.full(most, -1, np.int32)
+    mine[: len(steps[:most])] = steps[:most]
+    return [int(step) for step in broadcast_from_process_zero(mine) if step >= 0]
 
 
 def _tell(unable: list[int], message: str, *args) -> None:

@@ -12,9 +12,9 @@ from jax.experimental import multihost_utils
 from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
 from jaxpref.files import open_out, write_json
+from jaxpref.objectives.objective import Objective
+from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.train.best import check_asked
-from jaxpref.train.mesh import MeshConfig
-from jaxpref.train.objective import Objective
 from jaxpref.train.optimizer import OptimizerConfig
 
 Dtype = Literal["float32", "bfloat16", "float64"]

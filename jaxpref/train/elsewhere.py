@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from jaxpref.runtime.processes import broadcast_from_process_zero
 from jaxpref.train.checkpoint import digest_of_meta
 
 
@@ -32,9 +32,7 @@ def begun_rows(checkpoints: Path) -> int | None:
             if meta.get("digest", digest_of_meta(meta)) == digest_of_meta(meta):
                 rows = found
                 break
-    if jax.process_count() > 1:
-        rows = multihost_utils.broadcast_one_to_all(np.int32(rows))
-    return int(rows) or None
+    return int(broadcast_from_process_zero(np.int32(rows))) or None
 
 
 def surroundings(mesh: jax.sharding.Mesh) -> dict[str, str]:

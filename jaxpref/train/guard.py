@@ -11,21 +11,15 @@ import jax
 import numpy as np
 
 from jaxpref.data import Pairs
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, Stopped
 from jaxpref.files import write_json
 from jaxpref.sharding import replicated
 from jaxpref.train.config import TrainConfig
 
 _log = logging.getLogger("jaxpref")
 
-DIVERGED = 65
-"""Exit code of a run that stopped itself: the same command would come to it again."""
 FIRST = 10
 """Steps whose median loss the later ones are compared with."""
-
-
-class Stopped(Exception):
-    """Too many steps in a row went wrong; the run has told which, and ends."""
 
 
 class Guard:

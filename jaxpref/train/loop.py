@@ -8,14 +8,34 @@ from pathlib import Path
 
 import jax
 
-from jaxpref import data, progress
+from jaxpref import data
 from jaxpref.models import RewardModel, build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.models.huggingface import save as save_folder
 from jaxpref.models.reward import padding_of
-from jaxpref.train import peer, reference
-from jaxpref.train.agreement import agree, agree_on_batch, versions
+from jaxpref.objectives import co_training
+from jaxpref.runtime import heartbeat
+from jaxpref.runtime.compilation import log_compilations
+from jaxpref.runtime.mesh import (
+    check_rows,
+    initialize_distributed,
+    make_mesh,
+    on_devices,
+    to_global,
+)
+from jaxpref.runtime.precision import with_compute_dtype
+from jaxpref.runtime.preemption import Preempted, watched
+from jaxpref.runtime.processes import assert_equal_across_processes
+from jaxpref.runtime.profile import profiled
+from jaxpref.scoring import reference
+from jaxpref.scoring.score_dataset import (
+    evaluation_metrics,
+    make_score_step,
+    score_pairs,
+)
+from jaxpref.scoring.scores import make_scores
+from jaxpref.train.agreement import agree_on_batch, versions
 from jaxpref.train.batching import make_batching
 from jaxpref.train.best import Best
 from jaxpref.train.checkpoint import Checkpoints
@@ -25,22 +45,10 @@ from jaxpref.train.feed import Feed
 from jaxpref.train.guard import Guard
 from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.memory import choose_remat
-from jaxpref.train.mesh import (
-    check_rows,
-    initialize_distributed,
-    make_mesh,
-    on_devices,
-    to_global,
-)
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.precision import with_compute_dtype
-from jaxpref.train.preemption import Preempted, watched
-from jaxpref.train.profile import profiled
-from jaxpref.train.programs import describe, explained, padding_told
+from jaxpref.train.programs import describe, padding_told
 from jaxpref.train.resume import check_same
-from jaxpref.train.score import evaluation_metrics, make_score_step, score_pairs
-from jaxpref.train.scores import make_scores
 from jaxpref.train.state import TrainState, init_state
 from jaxpref.train.step import make_train_step
 
@@ -67,10 +75,10 @@ def run(config: TrainConfig) -> Path:
     out = open_run(config)
     mesh = make_mesh(config.mesh)
     explain = config.explain_compiles and jax.process_index() == 0
-    explaining = explained() if explain else contextlib.nullcontext()
-    with jax.set_mesh(mesh), explaining, progress.watched():
-        agree("before the run", versions())
-        agree("before the run", to_json(config))
+    explaining = log_compilations() if explain else contextlib.nullcontext()
+    with jax.set_mesh(mesh), explaining, heartbeat.reporting():
+        assert_equal_across_processes("before the run", versions())
+        assert_equal_across_processes("before the run", to_json(config))
         return _run(config, out, mesh)
 
 
@@ -113,8 +121,10 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         )
         score_reference = functools.partial(scoring, make_score_step(plain))
     if objective.trains_two:
-        new_params, load = peer.both(new_params), peer.both(load)
-        score = functools.partial(scoring, make_score_step(peer.scores_of_both(scores)))
+        new_params, load = co_training.both(new_params), co_training.both(load)
+        score = functools.partial(
+            scoring, make_score_step(co_training.scores_of_both(scores))
+        )
     if jax.process_index() == 0:
         scorers = {score} if len(plan.heldout) else set()
         scorers |= {score_reference} if objective.stored else set()
@@ -194,7 +204,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         own = make_model(dataclasses.replace(model.config, remat=remat))
         scores = make_scores(own, objective.needs, chunk_size=config.logit_chunk)
         if objective.trains_two:
-            scores = peer.scores_of_both(scores)
+            scores = co_training.scores_of_both(scores)
         return make_train_step(scores, objective, tx, schedule)
 
     remat = model.config.remat
@@ -257,7 +267,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
                             save(step, state)
                 with late.waiting():
                     batch = next(feed)
-                progress.tell(f"the batch of step {step + 1}")
+                heartbeat.beat(f"the batch of step {step + 1}")
                 state, metrics = do_step(state, batch, kept)
                 late.push(step + 1, metrics, batch.pairs)
                 if noticed(step + 1):

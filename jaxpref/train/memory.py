@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpref.files import write_json
+from jaxpref.runtime.processes import broadcast_from_process_zero
 
 POLICIES = ("none", "dots", "full")
 """What the backward pass recomputes, from the fastest to the one that needs least."""
@@ -35,7 +35,7 @@ def choose_remat(out: Path, compiled: Callable[[str], jax.stages.Compiled]) -> s
     # Without a config the folder is nobody's yet: what lies there may be of another.
     if jax.process_index() == 0 and (out / "config.json").exists():
         remembered = _remembered(path)
-    remembered = _of_first_process(remembered)
+    remembered = int(broadcast_from_process_zero(np.int32(remembered)))
     if remembered >= 0:
         return POLICIES[remembered]
     limit = memory_limit()
@@ -44,7 +44,7 @@ def choose_remat(out: Path, compiled: Callable[[str], jax.stages.Compiled]) -> s
         needs[policy] = step_bytes(compiled(policy))
         if needs[policy] <= SHARE * limit:
             break
-    chosen = POLICIES[_of_first_process(POLICIES.index(policy))]
+    chosen = POLICIES[broadcast_from_process_zero(np.int32(POLICIES.index(policy)))]
     if jax.process_index() == 0:
         mib = lambda size: f"{size / 2**20:,.0f} MiB"
         told = ", ".join(f"{name} {mib(need)}" for name, need in needs.items())
@@ -84,9 +84,3 @@ def memory_limit() -> int:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // len(devices)
-
-
-def _of_first_process(value: int) -> int:
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from jaxpref import progress
 from jaxpref.files import cannot_write, write_whole
+from jaxpref.runtime import heartbeat
 from jaxpref.train.config import TrainConfig
 
 
@@ -154,7 +154,7 @@ class LateMetrics:
 
     def _write(self, step: int, metrics: dict, pairs: jax.Array) -> None:
         metrics = jax.device_get(metrics)
-        progress.tell(f"step {step}")
+        heartbeat.beat(f"step {step}")
         self._judge(step, metrics, pairs)
         del metrics["finite"], metrics["nonfinite_pairs"]
         self._tokens += int(metrics.pop("tokens"))

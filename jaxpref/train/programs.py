@@ -1,46 +1,10 @@
-"""The programs of a run: of what shapes, how many are compiled, and which are not."""
+"""What is printed of a run's batches: their one shape, and what packing would save."""
 
-import collections
-import contextlib
-import importlib.util
-import logging
-import os
-from collections.abc import Iterator, Sequence
-
-import jax
-from tqdm import tqdm
+from collections.abc import Sequence
 
 from jaxpref.data import BatchShape, PackedShape, Pairs, packed_shape
 from jaxpref.data.packing import lengths
 from jaxpref.errors import InputError
-from jaxpref.files import cache_folder
-
-
-def keep_compiled() -> None:
-    """Has compiled programs kept for later processes, unless jax was told otherwise.
-
-    They lie in `compiled/` of the cache folder, the small ones too: on CPU a process
-    compiles dozens of them.  `JAX_COMPILATION_CACHE_DIR` names another folder, or a
-    bucket (`gs://BUCKET/FOLDER`), where jax keeps what took a second to compile, or
-    nothing where it is empty.  jax keys them by program, flags, versions and processor;
-    of several processes the first one writes.
-
-    Raises:
-      InputError: if there is no home folder, or nothing that reaches the bucket.
-    """
-    if (given := jax.config.jax_compilation_cache_dir) is not None:
-        # Without them jax warns once, and compiles everything at every start.
-        reached = map(importlib.util.find_spec, ("gcsfs", "tensorflow"))
-        if given.startswith("gs://") and not any(reached):
-            raise InputError(
-                f"JAX_COMPILATION_CACHE_DIR {given}: gcsfs, which reaches buckets, is "
-                'not installed: pip install gcsfs, or "jaxpref[tpu]"'
-            )
-        return
-    folder = str(cache_folder() / "compiled")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def describe(
@@ -99,55 +63,3 @@ def padding_told(
     except InputError:
         return told + "in larger batches than these"
     return told + "about 1.05 for one"
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Prints a line for every program that is compiled meanwhile, and their sum.
-
-    Name, seconds, whether it was compiled or came from the cache on disk, and how many
-    arrays of which shapes it takes.  jax tells the shapes nowhere but in its log.
-    """
-    arguments, hits = {}, []
-    counts, seconds = collections.Counter(), collections.Counter()
-
-    class Log(logging.Handler):
-        def emit(self, record):
-            if record.levelno >= logging.WARNING:
-                logging.getLogger().handle(record)
-            elif str(record.msg).startswith("Compiling "):
-                name, avals = record.args[:2]
-                arguments[name] = collections.Counter(a.str_short() for a in avals)
-
-    def hit(event, **_):
-        if event.endswith("/cache_hits"):
-            hits.append(event)
-
-    def compiled(event, duration, *, fun_name="", **_):
-        if not event.endswith("/backend_compile_duration"):
-            return
-        origin = "from the cache" if hits else "compiled"
-        hits.clear()
-        counts[origin] += 1
-        seconds[origin] += duration
-        shapes = arguments.pop(fun_name, {})
-        shapes = ", ".join(f"{n} x {s}" if n > 1 else s for s, n in shapes.items())
-        tqdm.write(f"{origin} in {duration:.2f} s: {fun_name} of {shapes or '-'}")
-
-    logger, log = logging.getLogger("jax"), Log()
-    before = logger.level, logger.propagate
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    logger.addHandler(log)
-    jax.monitoring.register_event_listener(hit)
-    jax.monitoring.register_event_duration_secs_listener(compiled)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_listener(hit)
-        jax.monitoring.unregister_event_duration_listener(compiled)
-        logger.removeHandler(log)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-        for origin, count in counts.items():
-            tqdm.write(f"{count} programs {origin} in {seconds[origin]:.1f} s")

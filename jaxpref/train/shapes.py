@@ -11,9 +11,9 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.packing import collate_packed
 from jaxpref.data.pipeline import collate
 from jaxpref.errors import InputError
-from jaxpref.models.config import ROWS
-from jaxpref.train.mesh import on_devices, row_shards
-from jaxpref.train.objective import Objective
+from jaxpref.objectives.objective import Objective
+from jaxpref.runtime.mesh import on_devices, row_shards
+from jaxpref.sharding import ROWS
 
 
 def abstract_batch(

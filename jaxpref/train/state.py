@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpref.train.objective import Objective
+from jaxpref.objectives.objective import Objective
 
 
 @jax.tree_util.register_dataclass

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpref.train.objective import Objective
-from jaxpref.train.scores import ScoreFunction
+from jaxpref.objectives.objective import Objective
+from jaxpref.scoring.scores import ScoreFunction
 from jaxpref.train.state import TrainState
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.gradients import bvpo as mixing
+from jaxpref.objectives.objective import Objective
 from jaxpref.sharding import replicated
-from jaxpref.train.objective import Objective
 
 AUTO = "auto"
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.train.scores import Scores
+from jaxpref.scoring.scores import Scores
 
 
 def reward_metrics(

@@ -23,9 +23,9 @@ from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.labels import LABELS
 from jaxpref.errors import InputError
+from jaxpref.scoring.reward_metrics import averages_tokens, reward_metrics
+from jaxpref.scoring.scores import PROVIDED, Scores, pair_arrays, without_side
 from jaxpref.sharding import replicated
-from jaxpref.train.rewards import averages_tokens, reward_metrics
-from jaxpref.train.scores import PROVIDED, Scores, pair_arrays, without_side
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from jaxpref.data import Pairs
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.progress import tell
+from jaxpref.objectives.objective import Objective
+from jaxpref.runtime.heartbeat import beat
+from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.scores import ScoreFunction
 from jaxpref.sharding import replicated
-from jaxpref.train.mesh import to_global
-from jaxpref.train.objective import Objective
-from jaxpref.train.scores import ScoreFunction
 
 
 def make_score_step(scores: ScoreFunction) -> Callable:
@@ -61,7 +61,7 @@ def score_pairs(
     shape = (len(pairs), pairs.num_sides)
     tables = {}
     seen = np.zeros(shape[0], bool)
-    own = progress(shape[0], title) if bar is None else contextlib.nullcontext(bar)
+    own = progress_bar(shape[0], title) if bar is None else contextlib.nullcontext(bar)
     with own as bar:
         for batch in eval_batches(pairs):
             batch = to_global(batch, mesh)
@@ -72,13 +72,13 @@ def score_pairs(
                 table[index[real]] = values[real]
             seen[index[real]] = True
             bar.update(int(real.sum()))
-            tell(f"{int(seen.sum())} pairs of {title}")
+            beat(f"{int(seen.sum())} pairs of {title}")
     if not seen.all():
         raise RuntimeError(f"{title}: {int((~seen).sum())} pairs were never scored")
     return tables
 
 
-def progress(total: int, title: str) -> tqdm:
+def progress_bar(total: int, title: str) -> tqdm:
     """The bar of a set of pairs that is scored, on the first process."""
     return tqdm(
         total=total,

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpref.data import Pairs, Plan
 from jaxpref.errors import InputError
@@ -33,10 +32,11 @@ from jaxpref.files import cache_folder
 from jaxpref.models import Model, ModelConfig
 from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.train import cache
+from jaxpref.runtime.processes import broadcast_from_process_zero
+from jaxpref.scoring import score_cache
+from jaxpref.scoring.score_dataset import progress_bar
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.inputs import check_finite
-from jaxpref.train.score import progress
 
 SHARD = 512
 """Pairs between two writes: what a killed run may lose, rounded up to whole batches."""
@@ -44,8 +44,8 @@ SCORED_BY = (
     "data/*.py",
     "losses/_sequence.py",
     "models/*.py",
-    "train/score.py",
-    "train/scores.py",
+    "scoring/score_dataset.py",
+    "scoring/scores.py",
 )
 """The code that makes a score; who changes a loss computes none again."""
 
@@ -105,7 +105,7 @@ def make_tables(
     ):
         keys = score_keys(pairs, names)
         find = functools.partial(_find, folders, keys, about)
-        values = from_first_process(find, keys.shape)
+        values = _of_process_zero(find, keys.shape)
         missing = np.flatnonzero(np.isnan(values).any(axis=(0, 2)))
         title = f"reference log-probs ({name})"
         if len(pairs) and jax.process_index() == 0:
@@ -114,7 +114,7 @@ def make_tables(
         if len(missing) and params is None:
             params = load_reference(config, model)
         size = -(-SHARD // config.batch_size) * config.batch_size
-        with progress(len(missing), title) as bar:
+        with progress_bar(len(missing), title) as bar:
             for start in range(0, len(missing), size):
                 part = missing[start : start + size]
                 chosen = pairs.take(part)
@@ -131,7 +131,7 @@ def make_tables(
                 _keep(folders, keys[:, part][new], found[new], about)
         if len(missing):
             # As a resumed run will read them: of a completion that occurs twice, one.
-            values = from_first_process(find, keys.shape)
+            values = _of_process_zero(find, keys.shape)
         tables[name] = dict(zip(names, values))
     return tables
 
@@ -156,7 +156,7 @@ def _find(
     values = np.full(keys.shape, np.nan, np.float32)
     for number, folder in enumerate(folders):
         lacking = np.isnan(values)
-        values[lacking] = cache.read(folder, keys[lacking])
+        values[lacking] = score_cache.read(folder, keys[lacking])
         new = lacking & np.isfinite(values)
         if number and new.any():
             _keep(folders[:1], keys[new], values[new], about)
@@ -172,21 +172,19 @@ def _keep(
     """Writes scores to OUT, which must work, and to the cache, which may fail."""
     for number, folder in enumerate(folders):
         try:
-            cache.append(folder, keys, values, about)
+            score_cache.append(folder, keys, values, about)
         except InputError as error:
             if not number:
                 raise
             _log.warning("%s: later runs compute these scores again", error)
 
 
-def from_first_process(
+def _of_process_zero(
     find: Callable[[], np.ndarray], shape: tuple[int, ...]
 ) -> np.ndarray:
     """What process 0 finds on its disks, float32 of `shape`, on every process."""
-    values = find() if jax.process_index() == 0 else np.zeros(shape, np.float32)
-    if jax.process_count() == 1:
-        return values
-    return np.array(multihost_utils.broadcast_one_to_all(values))
+    first = jax.process_index() == 0
+    return broadcast_from_process_zero(find() if first else np.zeros(shape, np.float32))
 
 
 def _about(digest: str, layout: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ ACCELERATORS = ("nvidiactl", "kfd", "accel0", "vfio/0")
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
-def keep_heap() -> None:
+def reuse_freed_memory() -> None:
     """Makes glibc keep freed memory, where XLA computes on the CPU.
 
     XLA asks for the arrays of each program anew, and glibc gives large ones straight

@@ -11,12 +11,11 @@ from typing import NoReturn
 
 import jax
 
-from jaxpref.errors import InputError
-from jaxpref.train.guard import DIVERGED, Stopped
-from jaxpref.train.heap import keep_heap
-from jaxpref.train.mesh import initialize_distributed
-from jaxpref.train.preemption import PREEMPTED, Preempted, jax_handler
-from jaxpref.train.programs import keep_compiled
+from jaxpref.errors import DIVERGED, InputError, Stopped
+from jaxpref.runtime.compilation import enable_compilation_cache
+from jaxpref.runtime.malloc import reuse_freed_memory
+from jaxpref.runtime.mesh import initialize_distributed
+from jaxpref.runtime.preemption import PREEMPTED, Preempted, jax_handler
 
 PASSING = {
     getattr(errno, name)
@@ -34,8 +33,8 @@ PASSING = {
 def entry_point() -> Iterator[None]:
     """Joins the run's other processes; wrong input becomes one line and exit code 2.
 
-    Compiled programs are kept for later processes (see `programs.keep_compiled`), and
-    freed memory for later steps (see `heap.keep_heap`).
+    Compiled programs are kept for later processes (`enable_compilation_cache`), and
+    freed memory for later steps (`reuse_freed_memory`).
 
     An interrupt (Ctrl-C, SIGTERM) becomes one line and exit code 130; a SIGTERM while
     it trains one line and exit code 143, once the last step is saved (`preemption`).
@@ -48,10 +47,10 @@ def entry_point() -> Iterator[None]:
     # for every array and with its traceback.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    keep_heap()
+    reuse_freed_memory()
     try:
         initialize_distributed()
-        keep_compiled()
+        enable_compilation_cache()
         # After jax.distributed, which would note a SIGTERM and carry on.
         jax_handler()  # is remembered for the time in which it trains
         signal.signal(signal.SIGTERM, signal.default_int_handler)

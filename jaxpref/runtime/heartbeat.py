@@ -19,11 +19,11 @@ _file: str | None = None
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """Within, `tell` tells; before and after, nobody waits for word of this process."""
+def reporting() -> Iterator[None]:
+    """Within, `beat` reports; outside, the supervisor expects nothing."""
     global _file
     _file = os.environ.get(VARIABLE)
-    tell("the start")
+    beat("the start")
     try:
         yield
     finally:
@@ -33,12 +33,12 @@ def watched() -> Iterator[None]:
         _file = None
 
 
-def tell(what: str) -> None:
+def beat(what: str) -> None:
     """Says that `what` is done, as "step 12"."""
     _write("", what)
 
 
-def tell_saved(step: int) -> None:
+def mark_saved(step: int) -> None:
     """Says that the checkpoint of a step is complete: a restart goes on from there."""
     _write(SAVED, str(step))
 
@@ -49,7 +49,7 @@ def _write(suffix: str, text: str) -> None:
             file.write(text)
 
 
-class Listener:
+class Monitor:
     """The supervisor's side: who has told of nothing for too long."""
 
     def __init__(self, folder: Path, patience: float):

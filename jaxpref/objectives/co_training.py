@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from jaxpref.errors import InputError
 from jaxpref.noise.peer import kept_share, peer_selection
-from jaxpref.train.noise import declare, logits_of
-from jaxpref.train.objective import Objective, mean_of
-from jaxpref.train.scores import OF_THE_MODEL, ScoreFunction, Scores, without_side
+from jaxpref.objectives.learned_noise import declare, logits_of
+from jaxpref.objectives.objective import Objective, mean_of
+from jaxpref.scoring.scores import OF_THE_MODEL, ScoreFunction, Scores, without_side
 
 
 def crm(

@@ -1,4 +1,6 @@
-"""A parent that restarts a run as a whole: `python -m jaxpref.supervise -- COMMAND`.
+"""A parent that restarts a run as a whole.
+
+Usage: `python -m jaxpref.runtime.supervise -- COMMAND`.
 
 When one process of a run dies, the others wait for it in a collective or are aborted by
 JAX's own service (exit code 134), and none of them can begin again alone.  So all are
@@ -24,7 +26,7 @@ Exit codes:
   130: this parent got SIGTERM or SIGINT, passed it on, and not all have saved.
   otherwise: the code of the first process that failed, once no restarts are left;
     128 + n for one that signal n killed, 143 also for one that SIGTERM made save and
-    end (`jaxpref.train.preemption`): where this parent got none, it is restarted.
+    end (`jaxpref.runtime.preemption`): where this parent got none, it is restarted.
     One that hung was killed: 137.
 """
 
@@ -42,7 +44,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxpref import progress
+from jaxpref.runtime import heartbeat
 
 WRONG_INPUT = 2
 FINAL = {WRONG_INPUT: "wrong input", 65: "a run that stopped itself"}
@@ -157,7 +159,7 @@ def _start(
         told["JAX_NUM_PROCESSES"] = str(config.processes)
     for index in range(config.processes):
         mine = told | ({"JAX_PROCESS_ID": str(index)} if told else {})
-        mine |= {progress.VARIABLE: str(folder / str(index))}
+        mine |= {heartbeat.VARIABLE: str(folder / str(index))}
         with _signals_held():
             processes.append(
                 subprocess.Popen(
@@ -198,7 +200,7 @@ def _first_failure(
     Returns:
       Its index, and what is to be said of it if it hangs, else nothing.
     """
-    listener = progress.Listener(folder, config.hung)
+    listener = heartbeat.Monitor(folder, config.hung)
     while True:
         codes = [process.poll() for process in processes]
         for index, code in enumerate(codes):
@@ -252,7 +254,7 @@ def _parse(argv: list[str]) -> SuperviseConfig:
     options, command = argv[:split], argv[split + 1 :]
     default = SuperviseConfig(command=())
     parser = argparse.ArgumentParser(
-        prog="python -m jaxpref.supervise",
+        prog="python -m jaxpref.runtime.supervise",
         usage="%(prog)s [options] -- COMMAND...",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

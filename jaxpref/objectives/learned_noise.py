@@ -15,7 +15,7 @@ from jaxpref.errors import InputError
 from jaxpref.noise import em as noise
 from jaxpref.noise import running
 from jaxpref.noise.rate import marginal_nll
-from jaxpref.train.objective import Objective, mean_of
+from jaxpref.objectives.objective import Objective, mean_of
 
 Loss = Callable[..., jax.Array]
 

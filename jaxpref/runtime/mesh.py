@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpref.errors import InputError
-from jaxpref.models.config import ROWS
+from jaxpref.sharding import ROWS
 
 AXES = ("data", "fsdp", "tensor")
 DEAD_AFTER = 60
