@@ -23,25 +23,25 @@ from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit as label_audit
 from jaxpref.evaluate import generations, pairs
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, em_weighted, learned_rate, re_po
-from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.objectives import (
+    Objective,
+    beta_dpo,
+    bvpo,
+    crm,
+    em,
+    em_weighted,
+    from_loss,
+    learned_rate,
+    re_po,
+    reward_regression,
+    sft,
+    trainable,
+)
 from jaxpref.plan import PlanConfig
 from jaxpref.plan import run as run_plan
 from jaxpref.runtime.entry import entry_point, fail
 from jaxpref.runtime.mesh import PROCESS_OPTIONS
-from jaxpref.train import (
-    MeshConfig,
-    Objective,
-    OptimizerConfig,
-    TrainConfig,
-    beta_dpo,
-    from_loss,
-    reward_regression,
-    run,
-    sft,
-    trainable,
-)
+from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, run
 from jaxpref.train.config import RunConfig
 
 OBJECTIVES = {make.__name__: make for make in (beta_dpo, reward_regression, sft)}
@@ -118,11 +118,14 @@ class Chosen:
         """What is made small, of options that were read."""
         own = dict(vars(of_objective))
         learning = vars(own.pop("noise")) if self.mixes else own
-        wrapper = LEARNT[self.learnt] if self.learnt else from_loss
-        make = OBJECTIVES.get(self.loss) or functools.partial(
-            wrapper, LOSSES[self.loss]
-        )
-        objective = make(**vars(of_loss), **learning)
+        options = vars(of_loss)
+        if self.loss in OBJECTIVES:
+            objective = OBJECTIVES[self.loss](**options)
+        elif self.learnt:
+            bound = functools.partial(LOSSES[self.loss], **options)
+            objective = LEARNT[self.learnt](bound, **learning)
+        else:
+            objective = from_loss(LOSSES[self.loss], **options)
         return bvpo(objective, **own) if self.mixes else objective
 
 

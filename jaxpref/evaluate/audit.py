@@ -30,9 +30,9 @@ from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
-from jaxpref.runtime.precision import with_compute_dtype
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.scoring.checks import check_fits
 from jaxpref.train.config import Dtype
-from jaxpref.train.inputs import check_fits
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
 """Settings that a second audit into the same OUT may change."""
@@ -103,7 +103,8 @@ def run(config: AuditConfig) -> Audit:
     _check(config)
     if jax.process_count() > 1:
         raise InputError("an audit runs in one process; start it on one machine")
-    config = with_compute_dtype(config)
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
     source = _named_annotators(data.open_source(config.data), config.annotator_field)
     options = DataOptions(

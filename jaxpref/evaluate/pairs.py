@@ -23,11 +23,11 @@ from jaxpref.models import RewardModel, build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import is_reward_model, load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
-from jaxpref.runtime.precision import with_compute_dtype
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.scoring.scorer import make_scorer
 from jaxpref.train.config import Dtype
-from jaxpref.train.inputs import check_finite, check_fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     pairs = plan.train
     if jax.process_index() == 0:
         print(f"{config.data}: {plan.describe()}", flush=True)
-    config = with_compute_dtype(config)
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
@@ -167,9 +168,9 @@ def _score(
         process_index=index,
         process_count=count,
     )
-    step = make_score_step(make_scores(model, frozenset({name})))
-    scores = score_pairs(
-        step, params, pairs, eval_batches=batches, mesh=mesh, title=title
+    step = make_score_step(make_scorer(model, frozenset({name})))
+    scores = score_dataset(
+        step, params, None, pairs, eval_batches=batches, mesh=mesh, title=title
     )
     check_finite([config.data], pairs, str(folder), scores[name])
     return scores[name]

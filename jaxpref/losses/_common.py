@@ -18,6 +18,15 @@ Mask = Bool[Array, "*batch"] | None
 """Which pairs are real; None if all are."""
 
 
+def reward_per_token(loss):
+    """Declares that a loss's implicit reward is an average over completion tokens.
+
+    Training then logs rewards in the loss's own convention.
+    """
+    loss.reward_per_token = True
+    return loss
+
+
 def promoted(**arrays) -> tuple[jax.Array, ...]:
     """The arrays in their common dtype, at least float32; float64 stays float64.
 

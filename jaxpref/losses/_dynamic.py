@@ -293,6 +293,7 @@ def gamma_po(
     return jnp.where(where, _common.logistic_loss(h - (targets - gamma)), 0)
 
 
+@_common.reward_per_token
 def gamma_simpo(
     policy_chosen_logps: Pairs,
     policy_rejected_logps: Pairs,

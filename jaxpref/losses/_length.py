@@ -13,6 +13,7 @@ from jaxpref.losses._common import Lengths, Pairs, Scalar
 __all__ = ["ld_dpo", "length_desensitized", "ln_dpo", "r_dpo"]
 
 
+@_common.reward_per_token
 def ln_dpo(
     policy_chosen_logps: Pairs,
     policy_rejected_logps: Pairs,

@@ -347,6 +347,7 @@ def ipo(
     return _squared_distance(chosen - rejected, beta)
 
 
+@_common.reward_per_token
 def ipo_averaged(
     policy_chosen_logps: Pairs,
     policy_rejected_logps: Pairs,

@@ -10,6 +10,7 @@ from jaxpref.losses._sequence import log_odds
 __all__ = ["alpha_po", "cpo", "mapo", "orpo", "simpo"]
 
 
+@_common.reward_per_token
 def simpo(
     policy_chosen_logps: Pairs,
     policy_rejected_logps: Pairs,
@@ -58,6 +59,7 @@ def simpo(
     return _beyond_target(chosen - rejected, beta, gamma)
 
 
+@_common.reward_per_token
 def alpha_po(
     policy_chosen_logps: Pairs,
     policy_rejected_logps: Pairs,
@@ -177,6 +179,7 @@ def cpo(
     return _common.logistic_loss(beta * (chosen - rejected)) - weight * average
 
 
+@_common.reward_per_token
 def orpo(
     policy_chosen_logps: Pairs,
     policy_rejected_logps: Pairs,
@@ -228,6 +231,7 @@ def orpo(
     )
 
 
+@_common.reward_per_token
 def mapo(
     policy_chosen_logps: Pairs,
     policy_rejected_logps: Pairs,

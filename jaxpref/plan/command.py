@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import ModelConfig
+from jaxpref.objectives import Objective
 from jaxpref.plan import child
 from jaxpref.plan.chips import Topology, parse_topology
 from jaxpref.plan.config import PlanConfig
@@ -26,7 +27,6 @@ from jaxpref.plan.roofline import (
 )
 from jaxpref.plan.sweep import candidates, flags_of
 from jaxpref.plan.table import print_plan, print_sweep
-from jaxpref.train import Objective
 
 
 def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
@@ -48,7 +48,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     if target := os.environ.get(child.TARGET):
         write_json(target, measure(work_of(config, model, objective), topology))
         return {}
-    if config.row_length is not None and objective.mixes:
+    if config.row_length is not None and objective.mixes_empty_traces:
         raise InputError(
             f"--row-length {config.row_length}: {objective.name} is trained with one "
             "pair a row; leave it out"

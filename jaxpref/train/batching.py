@@ -9,8 +9,8 @@ import jax
 
 from jaxpref import data
 from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
-from jaxpref.train.config import TrainConfig
-from jaxpref.train.elsewhere import begun_rows
+from jaxpref.train.checkpoint import begun_rows
+from jaxpref.train.programs import describe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,10 @@ class Batching:
         make = data.packed_eval_batches if self.packed else data.eval_batches
         return make(pairs, **self.split, **options)
 
+    def describe(self) -> str:
+        """One line: the shape that all batches of the run have."""
+        return describe(**self.split)
+
     def of_all_processes(self) -> "Batching":
         """The same, with every process's share."""
         alone = {"process_index": 0, "process_count": 1}
@@ -58,9 +62,16 @@ class Batching:
 
 
 def make_batching(
-    config: TrainConfig, plan: data.Plan, mesh: jax.sharding.Mesh, out: Path
+    splits: data.Plan,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch_size: int,
+    accumulation: int,
+    row_length: int | None,
+    empty_share: float | None,
+    checkpoints: Path,
 ) -> Batching:
-    """The run's.
+    """The layout of a run's batches.
 
     A packed run that was begun on other devices keeps its rows where these can share
     them: the mesh decides how many there are, and then they stay as they were.
@@ -72,29 +83,24 @@ def make_batching(
     split = {
         "process_index": index,
         "process_count": count,
-        "accumulation": config.accumulation,
+        "accumulation": accumulation,
     }
-    shards = config.accumulation * row_shards(mesh)
-    packed = config.row_length is not None
+    shards = accumulation * row_shards(mesh)
+    packed = row_length is not None
     if packed:
         shape = data.packed_shape(
-            plan.train,
-            plan.heldout,
-            row_length=config.row_length,
-            batch_size=config.batch_size,
+            splits.train,
+            splits.heldout,
+            row_length=row_length,
+            batch_size=batch_size,
             parts=shards,
         )
-        begun = begun_rows(out / "checkpoints")
+        begun = begun_rows(checkpoints)
         if begun is not None and begun % shards == 0:
             shape = dataclasses.replace(shape, rows=begun)
-        check_rows(shape.rows, config.accumulation, mesh)
+        check_rows(shape.rows, accumulation, mesh)
         split["shape"] = shape
     else:
-        split["shape"] = data.batch_shape(plan.train, plan.heldout)
-        split["batch_size"] = config.batch_size
-    return Batching(
-        split=split,
-        shards=shards,
-        packed=packed,
-        empty_share=None if config.mix is None else config.mix.empty_share,
-    )
+        split["shape"] = data.batch_shape(splits.train, splits.heldout)
+        split["batch_size"] = batch_size
+    return Batching(split=split, shards=shards, packed=packed, empty_share=empty_share)

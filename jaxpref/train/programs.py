@@ -1,7 +1,5 @@
 """What is printed of a run's batches: their one shape, and what packing would save."""
 
-from collections.abc import Sequence
-
 from jaxpref.data import BatchShape, PackedShape, Pairs, packed_shape
 from jaxpref.data.packing import lengths
 from jaxpref.errors import InputError
@@ -11,16 +9,14 @@ def describe(
     *,
     shape: BatchShape | PackedShape,
     accumulation: int,
-    programs: Sequence[str],
     batch_size: int | None = None,
     **_,
 ) -> str:
-    """One line: the shape that all batches of a run have, and what is compiled for it.
+    """One line: the shape that all batches of a run have.
 
     Args:
       shape: of its batches.
       accumulation: micro-batches of a step.
-      programs: names of the programs that hold the model.
       batch_size: pairs of a step, where each has a row of its own.
     """
     packed = isinstance(shape, PackedShape)
@@ -29,7 +25,7 @@ def describe(
     return (
         f"every batch: {accumulation} x {rows} rows of {sequences} x "
         f"{shape.sequence_length} tokens, predictions {shape.predictions}, pair slots "
-        f"{slots}; programs of the model, at most: {', '.join(programs)}"
+        f"{slots}"
     )
 
 

@@ -1,7 +1,5 @@
 """The arrays of a run as shapes alone: what a step takes, without weights or data."""
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -12,7 +10,8 @@ from jaxpref.data.packing import collate_packed
 from jaxpref.data.pipeline import collate
 from jaxpref.errors import InputError
 from jaxpref.objectives.objective import Objective
-from jaxpref.runtime.mesh import on_devices, row_shards
+from jaxpref.runtime.mesh import row_shards
+from jaxpref.scoring.scores import stored_scores
 from jaxpref.sharding import ROWS
 
 
@@ -48,16 +47,16 @@ def abstract_batch(
         is longer than a row.
     """
     parts = accumulation * row_shards(mesh)
-    builder = data.PairsBuilder(objective.sides)
+    builder = data.PairsBuilder(objective.num_completions)
     builder.add(
         np.zeros(prompt_length, np.int32),
-        [np.zeros(answer_length, np.int32)] * objective.sides,
+        [np.zeros(answer_length, np.int32)] * objective.num_completions,
         id="",
         labels={name: 0.0 for name in sorted(objective.labels)},
     )
     pairs = builder.build()
-    table = np.zeros((1, objective.sides), np.float32)
-    reference = {name: table for name in sorted(objective.stored)}
+    table = np.zeros((1, objective.num_completions), np.float32)
+    reference = {name: table for name in sorted(stored_scores(objective.scores))}
     if row_length is None:
         if batch_size % parts:
             raise InputError(
@@ -77,21 +76,3 @@ def abstract_batch(
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
     )
-
-
-def abstract_state(
-    new_params: Callable, new_state: Callable, mesh: jax.sharding.Mesh
-) -> tuple:
-    """Parameters and training state as shapes in their layouts on the mesh that is set.
-
-    Args:
-      new_params: parameters of a key, as `Model.init`.
-      new_state: the state of parameters, as `init_state` with its arguments bound.
-      mesh: the devices.
-
-    Returns:
-      Two pytrees of `jax.ShapeDtypeStruct`s: parameters, state.
-    """
-    # The key too: the mesh may have no device on which to make one.
-    params = jax.eval_shape(lambda: new_params(jax.random.key(0)))
-    return on_devices(params, mesh), on_devices(jax.eval_shape(new_state, params), mesh)
