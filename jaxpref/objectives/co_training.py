@@ -73,18 +73,8 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         return total
 
     def compare(inputs: Inputs, steps: State) -> dict[str, Array]:
-        real = inputs.is_pair
         margins = [logits(model) for model in both(inputs)]
-        keep = keep_at(steps)
-        selected = jnp.stack(peer_selection(*margins, keep=keep, where=real))
-        wins = lambda z: jnp.where(z == 0, 0.5, (z > 0).astype(z.dtype))
-        return {
-            "crm/kept": keep,
-            "crm/accuracies_two": mean_over(wins(margins[1]), real),
-            "crm/agreement": mean_over((margins[0] > 0) == (margins[1] > 0), real),
-            # Known only of injected flips.
-            "crm/kept_flipped": mean_over(inputs.batch.flips, selected),
-        }
+        return agreement_metrics(margins, keep_at(steps), inputs)
 
     return Objective(
         name=f"crm_{bound.name}",
@@ -106,3 +96,19 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         couples=bound.logit_reads(),
         num_models=2,
     )
+
+
+def agreement_metrics(
+    margins: list[Array], keep: Array, inputs: Inputs
+) -> dict[str, Array]:
+    """How the two models compare on a batch, and what they select for each other."""
+    real = inputs.is_pair
+    selected = jnp.stack(peer_selection(*margins, keep=keep, where=real))
+    wins = lambda z: jnp.where(z == 0, 0.5, (z > 0).astype(z.dtype))
+    return {
+        "crm/kept": keep,
+        "crm/accuracies_two": mean_over(wins(margins[1]), real),
+        "crm/agreement": mean_over((margins[0] > 0) == (margins[1] > 0), real),
+        # Known only of injected flips.
+        "crm/kept_flipped": mean_over(inputs.batch.flips, selected),
+    }

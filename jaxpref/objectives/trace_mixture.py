@@ -79,20 +79,7 @@ def bvpo(
       Zhu et al., "BVPO", 2025, arXiv:2510.05095, Eq. 2, with alpha = 0.5; "auto" is the
       optimum of theorem 2 there, estimated in a way that is ours.
     """
-    auto = alpha == AUTO
-    if not auto and (isinstance(alpha, str) or not 0 <= alpha <= 1):
-        raise InputError(f"bvpo: alpha {alpha}: must be in [0, 1], or auto")
-    if probe_every < 1:
-        raise InputError(f"bvpo: probe_every {probe_every}: must be at least 1")
-    if not 0 <= decay < 1:
-        raise InputError(f"bvpo: decay {decay}: must be in [0, 1)")
-    if objective.couples:
-        raise InputError(
-            f"bvpo: {objective.name} couples the pairs of a batch, which then have no "
-            "gradients of their own to mix; use a loss of single pairs"
-        )
-    if objective.num_completions != 2:
-        raise InputError(f"bvpo: {objective.name} reads no pairs; use a loss of pairs")
+    _check(objective, alpha, probe_every, decay)
     mixed = dataclasses.replace(
         objective,
         name=f"bvpo_{objective.name}",
@@ -107,7 +94,7 @@ def bvpo(
         )
     # Not beside the loss's own options, of which one may be called alpha.
     options = {"objective": {"name": objective.name, **objective.options}}
-    if auto:
+    if alpha == AUTO:
         options |= {"alpha": AUTO, "probe_every": probe_every, "decay": decay}
         return dataclasses.replace(
             mixed, options=options, **_estimated(objective, probe_every, decay)
@@ -115,6 +102,24 @@ def bvpo(
     return dataclasses.replace(
         mixed, options=options | {"alpha": alpha}, **_fixed(objective, alpha)
     )
+
+
+def _check(
+    objective: Objective, alpha: float | str, probe_every: int, decay: float
+) -> None:
+    if alpha != AUTO and (isinstance(alpha, str) or not 0 <= alpha <= 1):
+        raise InputError(f"bvpo: alpha {alpha}: must be in [0, 1], or auto")
+    if probe_every < 1:
+        raise InputError(f"bvpo: probe_every {probe_every}: must be at least 1")
+    if not 0 <= decay < 1:
+        raise InputError(f"bvpo: decay {decay}: must be in [0, 1)")
+    if objective.couples:
+        raise InputError(
+            f"bvpo: {objective.name} couples the pairs of a batch, which then have no "
+            "gradients of their own to mix; use a loss of single pairs"
+        )
+    if objective.num_completions != 2:
+        raise InputError(f"bvpo: {objective.name} reads no pairs; use a loss of pairs")
 
 
 def _fixed(objective: Objective, alpha: float) -> dict:
