@@ -1,17 +1,13 @@
 """The page of an audit: how many labels are wrong, whose, and which first."""
 
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure as Drawing
-
-from jaxpref.files import write_whole
+from jaxpref.report.drawing import drawing
 from jaxpref.report.html import Figure, Section, SideBySide, Table, write_html
-from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
+from jaxpref.report.style import FAINT, PALETTE
 
 Record = Mapping[str, Any]
 
@@ -230,8 +226,7 @@ def _share(value: float) -> str:
 
 
 def _draw_margins(path: Path, pairs: Sequence[Record]) -> None:
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Drawing(figsize=(6.6, 3.2), layout="constrained")
+    with drawing(path, size=(6.6, 3.2)) as figure:
         axes = figure.add_subplot()
         parts = [
             [r["margin"] for r in pairs if low <= r["p_correct"] < high]
@@ -247,13 +242,11 @@ def _draw_margins(path: Path, pairs: Sequence[Record]) -> None:
             loc="outside lower left", ncols=3, fontsize=9, title_fontsize=9,
             title="probability that the label is right", alignment="left",
         )  # fmt: skip
-        _save(figure, path)
 
 
 def _draw_calibration(path: Path, bins: Sequence[Record], summary: Record) -> None:
     rate = _rate_used(summary)
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Drawing(figsize=(6.6, 3.6), layout="constrained")
+    with drawing(path, size=(6.6, 3.6)) as figure:
         axes = figure.add_subplot()
         x = [record["confidence"] for record in bins]
         y = [record["agreement"] for record in bins]
@@ -272,13 +265,11 @@ def _draw_calibration(path: Path, bins: Sequence[Record], summary: Record) -> No
         )  # fmt: skip
         axes.set(xlabel="confidence of the model", ylabel="labels that agree with it")
         axes.legend(loc="upper left", fontsize=9)
-        _save(figure, path)
 
 
 def _draw_annotators(path: Path, annotators: Sequence[Record]) -> None:
-    with matplotlib.rc_context(MATPLOTLIB):
-        height = 1.0 + 0.24 * len(annotators)
-        figure = Drawing(figsize=(6.6, height), layout="constrained")
+    height = 1.0 + 0.24 * len(annotators)
+    with drawing(path, size=(6.6, height)) as figure:
         axes = figure.add_subplot()
         rows = range(len(annotators))
         at = [record["reliability"] for record in annotators]
@@ -297,10 +288,3 @@ def _draw_annotators(path: Path, annotators: Sequence[Record]) -> None:
                 transform=axes.get_yaxis_transform(),
             )  # fmt: skip
         axes.grid(axis="y", visible=False)
-        _save(figure, path)
-
-
-def _save(figure: Drawing, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
