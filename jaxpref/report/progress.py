@@ -68,7 +68,7 @@ def summary_lines(
       evaluation; where the report and the export are.
     """
     done = max((record["step"] for record in records), default=0)
-    steps = f"steps {start + 1} to {done}" if start else f"{done} steps"
+    steps = f"steps {start + 1} to {done}" if start else counted(done, "step")
     speed = pairs_per_second([r for r in records if r["step"] > start])
     lines = [f"{steps} in {duration(seconds)}"]
     if speed is not None:
@@ -107,6 +107,11 @@ def pairs_per_second(records: Sequence[Record]) -> float | None:
     """Median over the logged steps; None where no speed was logged."""
     found = [r["pairs_per_second"] for r in records if r.get("pairs_per_second")]
     return statistics.median(found) if found else None
+
+
+def counted(number: int, what: str) -> str:
+    """As "1 step" or "2 steps"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from jaxpref.report.html import Figure, Section, Table, write_html
 from jaxpref.report.progress import (
     SHOWN,
     Record,
+    counted,
     evaluations,
     notable_evaluations,
     pairs_per_second,
@@ -169,7 +170,7 @@ def _evaluation_rows(records: Sequence[Record], best: str) -> list[list]:
     found, names = evaluations(records), _measured(records)
     notable = notable_evaluations(records, best=best)
     # Evenly spaced where there are too many to read, with the notable ones.
-    every = -(-len(found) // LISTED)
+    every = max(1, -(-len(found) // LISTED))
     listed = {id(record) for record in [*found[::every], *notable.values()]}
     return [
         [
@@ -300,7 +301,11 @@ def _title(config: Mapping[str, Any]) -> str:
 def _lead(config: Mapping[str, Any], records: Sequence[Record], best: str) -> str:
     done = max((record["step"] for record in records), default=0)
     asked = config.get("max_steps", done)
-    words = [f"{done} steps." if done >= asked else f"{done} of {asked} steps so far."]
+    words = [
+        f"{counted(done, 'step')}."
+        if done >= asked
+        else f"{done} of {asked} steps so far."
+    ]
     notable = notable_evaluations(records, best=best)
     first, last = notable.get("first"), notable.get("last")
     name = next(
@@ -319,7 +324,7 @@ def _lead(config: Mapping[str, Any], records: Sequence[Record], best: str) -> st
     if speed is not None:
         words.append(f"{speed:.3g} pairs per second.")
     if skipped := skipped_steps(records):
-        words.append(f"{len(skipped)} steps were skipped.")
+        words.append(f"Skipped: {counted(len(skipped), 'step')}.")
     return " ".join(words)
 
 
