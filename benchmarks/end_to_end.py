@@ -273,12 +273,14 @@ def environment(system: str, shared: Path) -> dict[str, str]:
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
-        "JAXPREF_CACHE": str(shared / "scores"),
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "programs"),
+        "JAXPREF_CACHE": str(shared / "cache"),
         "HF_HOME": str(shared / "huggingface"),
         "HF_HUB_OFFLINE": "1",
     }
-    environ.pop("PYTHONPATH", None)
+    # Compiled programs then lie in the folder above, the small ones too, as they do for
+    # whoever sets nothing.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONPATH"):
+        environ.pop(name, None)
     if system == "jaxpref":
         environ["PYTHONPATH"] = str(ROOT)
     return environ

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from benchmarks.end_to_end import (
     Options,
     cut_layers,
+    environment,
     medians,
     ratios,
     read_phases,
@@ -71,6 +73,18 @@ def test_what_is_typed():
         "--batch-size 8 --max-length 512 --loss.flip-rate 0.2 --row-length 2048"
     ).split(" ")
     assert "--row-length" not in train_arguments(OPTIONS, "m", "o")
+
+
+def test_a_run_has_caches_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    ours, theirs = (environment(s, tmp_path) for s in ("jaxpref", "trl"))
+    for name in ("JAXPREF_CACHE", "HF_HOME"):
+        assert ours[name].startswith(f"{tmp_path}/")
+    # As for a user who sets none: compiled programs lie in JAXPREF_CACHE.
+    assert "JAX_COMPILATION_CACHE_DIR" not in ours
+    assert (Path(ours["PYTHONPATH"]) / "jaxpref").is_dir()
+    assert "PYTHONPATH" not in theirs
 
 
 def test_systems_take_turns_and_warm_runs_follow_cold_ones():

@@ -18,7 +18,7 @@ BANDS = (
     ("1/2 to 0.8", 0.5, 0.8, PALETTE[3]),
     ("above 0.8", 0.8, 1.1, PALETTE[0]),
 )
-"""Of the probability that a label is right, and their colours."""
+"""Of the probability that a label is right, and their colors."""
 
 
 def write_audit(
@@ -57,7 +57,7 @@ def write_audit(
         named = []
         if len(annotators) > 1:
             _draw_annotators(figures["annotators"], annotators[:LISTED])
-            caption = "95 % credible intervals; the number of votes on the right."
+            caption = "95% credible intervals; the number of votes on the right."
             named = [Figure(figures["annotators"], caption)]
         sections = [
             Section("How many labels are wrong", _rate_parts(summary, pairs)),
@@ -68,13 +68,13 @@ def write_audit(
                     Figure(
                         figures["margins"],
                         "Margins of all pairs: above 0 the model agrees with the "
-                        "label. Colours say how probably the label is right.",
+                        "label. Colors say how probably the label is right.",
                     ),
                     Figure(
                         figures["calibration"],
                         "Share of labels that agree with the model, against the "
                         "model's confidence in its own choice; ten bins of equal "
-                        "counts, 95 % intervals. The line is what a calibrated model "
+                        "counts, 95% intervals. The line is what a calibrated model "
                         f"sees if {_share(_rate_used(summary))} of the labels are "
                         "wrong.",
                     ),
@@ -109,7 +109,7 @@ def _lead(summary: Record, pairs: Sequence[Record]) -> str:
     if summary["identified"]:
         rate = _share(summary["flip_rate"])
         return (
-            f"About {rate} of the labels are wrong (95 % interval {_share(low)} to "
+            f"About {rate} of the labels are wrong (95% interval {_share(low)} to "
             f"{_share(high)}). {counted}"
         )
     return (
@@ -127,7 +127,7 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
     known = summary["identified"]
     rows = [
         ["flip rate", _share(summary["flip_rate"]) if known else "not identified"],
-        ["95 % interval", f"{_share(low)} to {_share(high)}"],
+        ["95% interval", f"{_share(low)} to {_share(high)}"],
         ["pairs judged", summary["pairs"]],
         ["different pairs of texts", summary["items"]],
         ["different prompts", summary["prompts"]],
@@ -147,7 +147,7 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
         parts.append(
             f"The file marks {_share(found['base_rate'])} of its labels as flipped "
             "(field `flip`, not used by the audit). AUROC of the probabilities "
-            f"{found['auroc']:.3f}; among the 10 % most suspicious pairs "
+            f"{found['auroc']:.3f}; among the 10% most suspicious pairs "
             f"{_share(found['precision'])} are flipped, {found['lift']:.2f} times the "
             "base rate."
         )
@@ -171,7 +171,7 @@ def _annotator_parts(annotators: Sequence[Record]) -> list:
     if left:
         caption += f" {left} more reliable annotators are in `summary.json`."
     return [
-        Table(["annotator", "reliability", "95 % interval", "votes"], rows, caption)
+        Table(["annotator", "reliability", "95% interval", "votes"], rows, caption)
     ]
 
 
@@ -185,7 +185,7 @@ def _accuracy_table(summary: Record) -> Table:
         for name, key in (("features", "model"), ("length alone", "length_only"))
     ]
     return Table(
-        ["judged by", "accuracy", "95 % interval"],
+        ["judged by", "accuracy", "95% interval"],
         rows,
         "Share of the labels, as they stand, that the cross-fitted model agrees with.",
     )
@@ -222,7 +222,7 @@ def _name(record: Record) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}%"
 
 
 def _draw_margins(path: Path, pairs: Sequence[Record]) -> None:
