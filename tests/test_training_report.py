@@ -218,7 +218,7 @@ def test_an_interrupted_run_with_skipped_steps(tmp_path, drawn):
     assert steps[0] == [1, 0.69] and math.isnan(steps[1][1]) and steps[2] == [3, 0.6]
     assert not re.search(r"\bbest$|best \d", text.partition("Evaluations on")[0])
     write_training(write(tmp_path, records, CONFIG | {"log_every": 10}))
-    assert "Only every 10th step was logged: there may be others." in page(out)
+    assert "Only one step in 10 was logged: there may be others." in page(out)
 
 
 def test_a_resumed_run_counts_a_step_once(tmp_path):

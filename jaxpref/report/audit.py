@@ -170,9 +170,7 @@ def _annotator_parts(annotators: Sequence[Record]) -> list:
     caption = "Probability that a vote is right; the least reliable first."
     if left:
         caption += f" {left} more reliable annotators are in `summary.json`."
-    return [
-        Table(["annotator", "reliability", "95% interval", "votes"], rows, caption)
-    ]
+    return [Table(["annotator", "reliability", "95% interval", "votes"], rows, caption)]
 
 
 def _accuracy_table(summary: Record) -> Table:

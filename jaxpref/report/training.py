@@ -83,7 +83,7 @@ def write_training(out: str | Path, *, command: str = "") -> None:
         sections = []
         if overview := available(OVERVIEW, records):
             draw(out / "curves.png", overview, records)
-            sections.append(_course(out, records, best))
+            sections.append(_overview(out, records, best))
         for title, panels, caption in _figures(records):
             if panels := available(panels, records):
                 path = Path(folder) / f"{len(sections)}.png"
@@ -143,12 +143,13 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _course(out: Path, records: Sequence[Record], best: str) -> Section:
+def _overview(out: Path, records: Sequence[Record], best: str) -> Section:
     caption = (
         "Held-out pairs are the same in every evaluation. Training batches are "
         "measured before their update; where there are many, the faint line shows each "
-        "and the strong one a running mean. Rewards are the implicit rewards of "
-        "the policy, or the scores of a reward model."
+        "and the strong one a running mean. Thin lines mark an accuracy of 50% and a "
+        "margin of 0. Rewards are the policy's implicit rewards, or the scores of a "
+        "reward model."
     )
     parts: list = [Figure(out / "curves.png", caption)]
     if rows := _evaluation_rows(records, best):
@@ -220,13 +221,12 @@ def _figures(
         (
             "Optimization",
             OPTIMIZATION,
-            "The gradient norm is that before clipping. A gap is a step that was "
-            "skipped.",
+            "The gradient norm is taken before clipping. A gap is a skipped step.",
         ),
         (
             "Speed",
             SPEED,
-            "Of training alone, without compilation, evaluations and checkpoints.",
+            "Training steps alone: no compilation, evaluations or checkpoints.",
         ),
         (
             "Other metrics",
@@ -239,7 +239,7 @@ def _figures(
 def _noise_caption(records: Sequence[Record]) -> str:
     last = next((r for r in records[::-1] if "noise/flip_rate" in r), {})
     if last.get("noise/flip_rate") is None:
-        return "What the objective estimates of the labels beside the policy."
+        return "What the objective estimates about the labels."
     step, rate = last["step"], shown("flip rate", last["noise/flip_rate"])
     ends = [last.get(f"noise/flip_rate_{end}") for end in ("lower", "upper")]
     interval = ""
@@ -260,15 +260,14 @@ def _skipped(skipped: Sequence[Record], config: Mapping[str, Any]) -> Section:
     more = len(skipped) - len(rows)
     every = config.get("log_every", 1)
     text = (
-        "The loss or the gradient of these steps was not finite; they changed nothing."
+        "The loss or the gradient of these steps was not finite, so the parameters "
+        "were not updated."
     )
     if every > 1:
-        text += f" Only every {every}th step was logged: there may be others."
-    caption = (
-        f"A dash is a number that was not finite. {more} more follow."
-        if more
-        else ("A dash is a number that was not finite.")
-    )
+        text += f" Only one step in {every} was logged: there may be others."
+    caption = "A dash is a number that was not finite."
+    if more:
+        caption += f" {more} more steps are not listed."
     return Section(
         f"Skipped steps: {len(skipped)}",
         [text, Table(["step", "loss", "gradient norm"], rows, caption)],
