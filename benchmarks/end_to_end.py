@@ -24,9 +24,10 @@ Commands
             --json end_to_end.json
 
 What is written
-    `runs`: one record a process, with `seconds` (wall clock), `peak_mib` (resident
-    memory of the process and its children together, sampled) and `phases`: seconds by
-    name. jaxpref's phases are read from OUT/timings.json where a run writes it:
+    `runs`: one record a process, with `seconds` (wall clock), `cpu_seconds` (of all
+    cores; other work on the machine changes them less), `peak_mib` (resident memory of
+    the process and its children together, sampled) and `phases`: seconds by name.
+    jaxpref's phases are read from OUT/timings.json where a run writes it:
 
         {"start": s, "tokenize": s, "compile": s, "reference": s, "steps": s,
          "export": s}
@@ -60,6 +61,7 @@ from jaxpref.runtime.entry import entry_point
 
 SYSTEMS = ("jaxpref", "trl")
 CACHES = ("cold", "warm")
+MEASURES = ("seconds", "cpu_seconds", "peak_mib")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,17 +238,16 @@ def run(options: Options, system: str, python: str, model: Path, shared: Path) -
         script, timings = "benchmarks/peers/train_trl.py", out / "timings.json"
         command = [python, str(ROOT / script), str(shared / "job.json"), str(timings)]
     with (shared / "log").open("w+", encoding="utf-8", errors="replace") as log:
-        code, seconds, peak = measured(command, environment(system, shared), log)
+        took = measured(command, environment(system, shared), log)
         log.seek(0)
         *_, last = [line for line in log.read().splitlines() if line] or ["no message"]
-    if code == -9:
+    if took.code == -9:
         raise Missing("killed, most likely because memory ran out")
-    if code or not (out / "export" / "model.safetensors").exists():
-        raise Missing(f"ended with code {code}: {last}"[:300])
+    if took.code or not (out / "export" / "model.safetensors").exists():
+        raise Missing(f"ended with code {took.code}: {last}"[:300])
     return {
-        "seconds": seconds,
-        "peak_mib": peak,
-        "phases": read_phases(timings, seconds),
+        **{name: getattr(took, name) for name in MEASURES},
+        "phases": read_phases(timings, took.seconds),
     }
 
 
@@ -304,16 +305,19 @@ def medians(runs: Sequence[Mapping]) -> list[dict]:
         seconds = [record["seconds"] for record in same]
         phases = [record["phases"] for record in same if record["phases"]]
         names = phases[0] if phases else ()
-        middle = lambda values: statistics.median(values)
         found.append(
             {
                 "system": system,
                 "caches": caches,
                 "rounds": len(same),
-                "seconds": middle(seconds),
+                **{
+                    name: statistics.median([r[name] for r in same])
+                    for name in MEASURES
+                },
                 "range": [min(seconds), max(seconds)],
-                "peak_mib": middle([record["peak_mib"] for record in same]),
-                "phases": {n: middle([p.get(n, 0) for p in phases]) for n in names},
+                "phases": {
+                    n: statistics.median([p.get(n, 0) for p in phases]) for n in names
+                },
             }
         )
     return found
@@ -327,7 +331,7 @@ def ratios(found: Sequence[Mapping]) -> list[dict]:
             "caches": caches,
             **{
                 name: by_name[caches, "jaxpref"][name] / by_name[caches, "trl"][name]
-                for name in ("seconds", "peak_mib")
+                for name in MEASURES
             },
         }
         for caches in CACHES
@@ -342,14 +346,15 @@ def table(written: Mapping) -> str:
     lines = [
         f"{computer['processor']}, {computer['cores']} cores, "
         f"{computer['memory_gib']} GiB, load {load:.1f} before the runs",
-        f"{'system':8} {'caches':6} {'seconds':>8} {'range':>16} {'peak GiB':>9}",
+        f"{'system':8} {'caches':6} {'seconds':>8} {'range':>16} {'CPU s':>8}"
+        f" {'peak GiB':>9}",
     ]
     for r in written["medians"]:
         low, high = r["range"]
         spread = f"{low:.1f} to {high:.1f}"
         lines.append(
             f"{r['system']:8} {r['caches']:6} {r['seconds']:8.1f} {spread:>16}"
-            f" {r['peak_mib'] / 1024:9.2f}"
+            f" {r['cpu_seconds']:8.1f} {r['peak_mib'] / 1024:9.2f}"
         )
     for r in written["medians"]:
         phases = [f"{name} {value:.1f}" for name, value in r["phases"].items()]
@@ -358,7 +363,8 @@ def table(written: Mapping) -> str:
     for r in written["ratios"]:
         lines.append(
             f"{r['caches']} caches: {r['seconds']:.2f} of TRL's time,"
-            f" {r['peak_mib']:.2f} of its memory"
+            f" {r['cpu_seconds']:.2f} of its CPU seconds, {r['peak_mib']:.2f} of its"
+            " memory"
         )
     for entry in written["missing"]:
         lines.append(f"missing: {entry['system']}: {entry['reason']}")

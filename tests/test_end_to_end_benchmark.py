@@ -52,17 +52,17 @@ def test_the_first_layers_of_a_model_are_those_of_the_model(tmp_path):
 
 
 def test_a_command_is_timed_and_its_children_weighed(tmp_path):
-    child = "x = bytearray(64 << 20); import time; time.sleep(0.6)"
+    child = "x = bytearray(64 << 20); sum(range(10**7)); import time; time.sleep(0.6)"
     parent = (
         f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); "
         "print('done'); sys.exit(3)"
     )
     with (tmp_path / "log").open("w+") as log:
-        code, seconds, peak = measured([sys.executable, "-c", parent], {}, log)
+        took = measured([sys.executable, "-c", parent], {}, log)
         log.seek(0)
         assert log.read() == "done\n"
-    assert code == 3 and 0.6 < seconds < 20
-    assert 64 < peak < 200
+    assert took.code == 3 and 0.6 < took.seconds < 60
+    assert 64 < took.peak_mib < 200 and took.cpu_seconds > 0.1
 
 
 def test_what_is_typed():
@@ -111,7 +111,14 @@ def test_medians_phases_and_ratios(tmp_path):
     assert phases == {"start": 2.0, "steps": 5.0, "other": 3.0}
     assert read_phases(tmp_path / "no.json", 10.0) == {}
     runs = [
-        {"system": system, "caches": "cold", "seconds": s, "peak_mib": m, "phases": p}
+        {
+            "system": system,
+            "caches": "cold",
+            "seconds": s,
+            "cpu_seconds": 2 * s,
+            "peak_mib": m,
+            "phases": p,
+        }
         for system, s, m, p in [
             ("jaxpref", 10.0, 1024.0, phases),
             ("jaxpref", 30.0, 3072.0, phases | {"steps": 7.0}),
@@ -123,7 +130,9 @@ def test_medians_phases_and_ratios(tmp_path):
     assert ours["seconds"] == 20 and ours["range"] == [10, 30] and ours["rounds"] == 3
     assert ours["phases"] == {"start": 2.0, "steps": 7.0, "other": 3.0}
     assert theirs["phases"] == {} and theirs["peak_mib"] == 1024
-    assert ratios([ours, theirs]) == [{"caches": "cold", "seconds": 0.5, "peak_mib": 2}]
+    assert ratios([ours, theirs]) == [
+        {"caches": "cold", "seconds": 0.5, "cpu_seconds": 0.5, "peak_mib": 2}
+    ]
     assert ratios([ours]) == []
     computer = {"processor": "P", "cores": 2, "memory_gib": 23.0, "load_average": None}
     text = table(
@@ -136,12 +145,12 @@ def test_medians_phases_and_ratios(tmp_path):
     )
     assert text.splitlines() == [
         "P, 2 cores, 23.0 GiB, load 0.0 before the runs",
-        "system   caches  seconds            range  peak GiB",
-        "jaxpref  cold       20.0     10.0 to 30.0      2.00",
-        "trl      cold       40.0     40.0 to 40.0      1.00",
+        "system   caches  seconds            range    CPU s  peak GiB",
+        "jaxpref  cold       20.0     10.0 to 30.0     40.0      2.00",
+        "trl      cold       40.0     40.0 to 40.0     80.0      1.00",
         "jaxpref, cold: start 2.0, steps 7.0, other 3.0",
         "trl, cold: no phases were written",
-        "cold caches: 0.50 of TRL's time, 2.00 of its memory",
+        "cold caches: 0.50 of TRL's time, 0.50 of its CPU seconds, 2.00 of its memory",
         "missing: trl: why",
     ]
 
