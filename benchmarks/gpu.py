@@ -59,7 +59,6 @@ from jaxpref.models.huggingface_config import config_to_hf
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import row_shards, to_global
-from jaxpref.scoring.scores import make_scores
 from jaxpref.train import MeshConfig, make_mesh
 
 PEAK_TFLOPS = {

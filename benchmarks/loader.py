@@ -28,14 +28,13 @@ from jaxpref import data, losses
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     make_mesh,
     read_metrics,
     run,
@@ -171,7 +170,9 @@ def running(
             )
         )
         lines = read_metrics(out / "metrics.jsonl")
-    return next(line["waiting"] for line in lines if "waiting" in line)
+    return next(
+        line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line
+    )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from jaxpref import data, losses
 from jaxpref.data.packing import collate_packed, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.models import Model
+from jaxpref.objectives import from_loss
 from jaxpref.scoring.scores import ScoreFunction, make_scores
-from jaxpref.train import OptimizerConfig, from_loss
+from jaxpref.train import OptimizerConfig
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step

@@ -98,12 +98,10 @@ from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, learned_rate, re_po
+from jaxpref.objectives import Objective, crm, em, from_loss, learned_rate, re_po
 from jaxpref.runtime.entry import entry_point
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, Objective, from_loss, make_mesh, read_metrics, run
+from jaxpref.scoring.score_dataset import make_score_step
+from jaxpref.train import MeshConfig, make_mesh, read_metrics, run
 
 ANNOTATORS = {"ann": 0.25, "bob": 0.75, "cat": 1.0, "dan": 2.0}
 """Flip rate of each annotator, as a multiple of the mean."""

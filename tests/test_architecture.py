@@ -162,7 +162,7 @@ def test_evaluate_scores_with_trains_pieces_but_never_runs_its_loop():
     for path in (PACKAGE / "evaluate").rglob("*.py"):
         for line, name in imports(path):
             where = f"{path}:{line}: {name}"
-            assert not f"{name}.".startswith("jaxpref.train.loop."), where
+            assert not f"{name}.".startswith("jaxpref.train.fit."), where
             assert name not in {"jaxpref.train", "jaxpref.train.run"}, where
 
 

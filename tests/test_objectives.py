@@ -12,9 +12,15 @@ from jaxpref import data, losses
 from jaxpref.cli import LOSSES
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.scoring.reward_metrics import averages_tokens
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import beta_dpo, from_loss
+from jaxpref.objectives import beta_dpo, from_loss
+from jaxpref.objectives.inputs import Inputs
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.scores import (
+    NEED_REFERENCE_WEIGHTS,
+    reads_reference,
+    stored_scores,
+)
+from jaxpref.train.gradient import gradient
 from tests.losses.table import TABLE
 from tests.test_train_losses import REQUIRED
 from tests.test_training import few_steps, pairs  # noqa: F401
@@ -56,9 +62,9 @@ def few_pairs(pairs, count, **options):  # noqa: F811
 
 def one_weight_step(objective, batch, dtype=jnp.float32):
     """Gradient, next state and metrics of a "model" of log-probs w for every token."""
-    scores = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
-    step = jax.jit(objective.gradient, static_argnums=0)
-    return step(scores, dtype(-1), batch, objective.init(0))
+    score = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
+    step = jax.jit(gradient, static_argnums=(0, 1))
+    return step(objective, score, dtype(-1), batch, objective.init(0))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -97,12 +103,14 @@ def test_losses_of_more_than_log_probs(pairs, name):  # noqa: F811
 
 
 def test_only_whole_distributions_keep_the_reference():
-    live = {name for name, o in (COUPLED | LIVE).items() if o.needs_live_reference}
+    scores = {name: o.scores for name, o in (COUPLED | LIVE).items()}
+    live = {name for name, read in scores.items() if read & NEED_REFERENCE_WEIGHTS}
     assert live == {"tdpo1", "tdpo2"}
-    assert LIVE["ld_dpo"].stored == {"reference_logps", "reference_prefix_logps"}
-    assert LIVE["wpo"].stored == {"reference_logps"}
-    assert not COUPLED["gamma_simpo"].needs_reference
-    assert LIVE["tdpo1"].needs_reference and not LIVE["tdpo1"].stored
+    both = {"reference_logps", "reference_prefix_logps"}
+    assert stored_scores(scores["ld_dpo"]) == both
+    assert stored_scores(scores["wpo"]) == {"reference_logps"}
+    assert not reads_reference(scores["gamma_simpo"])
+    assert reads_reference(scores["tdpo1"]) and not stored_scores(scores["tdpo1"])
 
 
 def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F811
@@ -139,13 +147,37 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
                 np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
 
 
-def test_rewards_are_averaged_where_the_loss_averages():
+def averages_tokens(loss, reads, options):
+    """Whether a loss averages log-probabilities over tokens, from its gradient.
+
+    That of the rejected answer halves where all answers are twice as long and as
+    unlikely, and the policy equals its reference.
+    """
+    if not {"policy_rejected_logps", "rejected_lengths"} <= set(reads):
+        return False
+
+    def gradient_at(tokens):
+        def summed(rejected):
+            arrays = {name: jnp.full(1, -tokens) for name in reads}
+            arrays |= {n: jnp.full(1, tokens) for n in reads if n.endswith("lengths")}
+            arrays["policy_rejected_logps"] = rejected
+            return jnp.sum(loss(*arrays.values(), **options))
+
+        return float(jax.grad(summed)(jnp.full(1, -tokens))[0])
+
+    return abs(gradient_at(2.0) / gradient_at(1.0) - 0.5) < 1e-3
+
+
+def test_losses_that_average_over_tokens_declare_it():
     averaged = set()
     for name, loss in LOSSES.items():
         if name in ("beta_dpo", "reward_regression", "sft"):
+            assert not per_token_reward(loss)
             continue
         objective = from_loss(loss, **REQUIRED.get(name, {}))
-        if averages_tokens(loss, objective.reads, objective.options):
+        averages = averages_tokens(loss, objective.reads, objective.options)
+        assert averages == per_token_reward(loss), name
+        if averages:
             averaged.add(name)
     assert averaged == {
         "alpha_po",
@@ -168,7 +200,7 @@ def test_steps_can_be_traced_for_devices_that_are_only_described():
         pairs=empty, completion_lengths=jnp.ones((1, 4, 1, 2), jnp.int32), reference={}
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        found = jax.eval_shape(lambda s: objective.metrics(s, batch, {}), scores)
+        found = jax.eval_shape(lambda s: objective.metrics(Inputs(s, batch)), scores)
     assert found["rewards/margins"].shape == ()
 
 
@@ -234,7 +266,8 @@ def test_beta_dpo_leaves_no_batch_empty(pairs, count, drop_rate):  # noqa: F811
 def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     objective = beta_dpo(beta=0.5, drop_rate=0.5)
     model = build(tiny_config())
-    scores = make_scores(model, objective.needs, chunk_size=4)
+    scorer = make_scorer(model, objective.scores, chunk_size=4)
+    score = lambda params, micro: scorer(params, None, micro)
     shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
     batch = next(
@@ -242,10 +275,10 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     )
     batch = jax.tree.map(jnp.asarray, batch)
     params, state = tiny_params(model), objective.init(0)
-    _, after, metrics = jax.jit(objective.gradient, static_argnums=0)(
-        scores, params, batch, state
+    _, after, metrics = jax.jit(gradient, static_argnums=(0, 1))(
+        objective, score, params, batch, state
     )
-    logps = scores(params, jax.tree.map(lambda x: x[0], batch))["policy_logps"][:, 0]
+    logps = score(params, jax.tree.map(lambda x: x[0], batch))["policy_logps"][:, 0]
     margins = np.asarray(logps[:, 0] - logps[:, 1], float)
     assert int(after["batches"]) == 1
     np.testing.assert_allclose(after["running_mean"], 0.1 * margins.mean(), rtol=1e-4)

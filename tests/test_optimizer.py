@@ -14,17 +14,11 @@ import pytest
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import build
+from jaxpref.objectives import from_loss
 from jaxpref.plan.program import _bytes_of_one as bytes_of_one
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import (
-    Decay,
-    Optimizer,
-    OptimizerConfig,
-    from_loss,
-    read_metrics,
-    run,
-)
+from jaxpref.scoring import make_scorer
+from jaxpref.train import Decay, Optimizer, OptimizerConfig, read_metrics, run
 from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.shapes import abstract_state
@@ -62,7 +56,8 @@ def begun(config):
     tx = make_optimizer(config, schedule)
     new_state = functools.partial(init_state, tx=tx, objective=OBJECTIVE)
     state = jax.jit(new_state)(tiny_params(model))
-    return state, make_train_step(make_scores(model), OBJECTIVE, tx, schedule), tx
+    scorer = make_scorer(model, OBJECTIVE.scores)
+    return state, make_train_step(scorer, OBJECTIVE, tx, schedule), tx
 
 
 def by_optax(name):
@@ -98,14 +93,14 @@ def test_a_sharded_step_is_a_plain_loop_of_optax(config):
             history.append(float(metrics["loss"]))
     # Unsharded, without our step, state or guard.
     model, tx = build(MODEL), by_optax(config.optimizer.value)
-    params, scores = tiny_params(model), make_scores(model)
+    params, scorer = tiny_params(model), make_scorer(model, OBJECTIVE.scores)
     opt_state, batches = tx.init(params), batches_of(pairs)
 
     @jax.jit
     def plain(params, opt_state, batch):
         def loss(params):
             micro = jax.tree.map(lambda x: x[0], batch)
-            found = scores(params, micro)["policy_logps"]
+            found = scorer(params, None, micro)["policy_logps"]
             reference = micro.reference["reference_logps"]
             columns = (*jnp.moveaxis(found, -1, 0), *jnp.moveaxis(reference, -1, 0))
             return jnp.mean(losses.dpo(*columns, beta=0.5))

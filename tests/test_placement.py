@@ -9,7 +9,8 @@ import pytest
 
 from jaxpref import data, losses
 from jaxpref.models import build
-from jaxpref.train import MeshConfig, from_loss, loop, make_mesh, run
+from jaxpref.objectives import from_loss
+from jaxpref.train import MeshConfig, loop, make_mesh, run
 from jaxpref.train.checkpoint import Checkpoints, _digest
 from jaxpref.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxpref.train.shapes import abstract_state

@@ -28,7 +28,8 @@ sys.path.insert(0, sys.argv[1])
 import jax
 import numpy as np
 from jaxpref import cli, data
-from jaxpref.train import inputs, loop
+import jaxpref.train.run
+from jaxpref.train import prepare
 
 kept, folder = {}, sys.argv[2]
 
@@ -217,7 +218,11 @@ def check_equal(folder: Path, name: str, count: int, *, of: str | None = None) -
     assert shape(found) == shape(expected)
     assert [x["step"] for x in found if "loss" in x] == list(range(1, STEPS + 1))
     for a, b in zip(found, expected, strict=True):
-        for key in a.keys() - {"tokens_per_second", "pairs_per_second", "waiting"}:
+        for key in a.keys() - {
+            "tokens_per_second",
+            "pairs_per_second",
+            "data_wait_fraction",
+        }:
             # The same batches; float32 sums over devices come in another order.
             assert a[key] == pytest.approx(b[key], rel=2e-4, abs=2e-5), (a, key)
     weights = "export/model.safetensors"
@@ -245,7 +250,7 @@ def test_a_run_of_two_processes_goes_on_in_one(done, name):
     check_equal(folder, name, 1, of=f"{name}, moved")
     rest = batches_of(folder, f"{name}, moved", 1)
     assert rest[: STEPS - 2] == batches_of(folder, name, 1)[2:]
-    line = "resumed at step 2 elsewhere (processes 2 -> 1): the same pairs in the same"
+    line = "resumed at step 2 in another environment (processes 2 -> 1): the same pairs"
     assert printed[1][0].count(line) == len(RUNS)
 
 

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
+from jaxpref.objectives import from_loss
 from jaxpref.scoring import reference, score_cache
-from jaxpref.train import MeshConfig, TrainConfig, from_loss, loop, read_metrics, run
+from jaxpref.train import MeshConfig, TrainConfig, loop, read_metrics, run
 from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,11 +15,12 @@ from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.config import ROWS
+from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.program import devices_of
 from jaxpref.runtime.mesh import AXES, on_devices
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.shapes import abstract_batch, abstract_state
 from jaxpref.train.state import init_state
@@ -101,7 +102,7 @@ def test_gradients_alone_cross_from_slice_to_slice():
         batch = abstract_batch(
             objective, mesh, prompt_length=128, answer_length=128, batch_size=32
         )
-        scores = make_scores(model, objective.needs)
+        scores = make_scorer(model, objective.scores)
         step = make_train_step(scores, objective, tx, schedule)
         text = step.lower(state, batch, None).compile().as_text()
 

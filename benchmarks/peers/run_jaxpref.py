@@ -15,11 +15,11 @@ from jaxpref import data, losses
 from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.malloc import reuse_freed_memory
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import Decay, MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring.score_dataset import make_score_step
+from jaxpref.train import Decay, MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
