@@ -142,10 +142,13 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     # A device that is too small for what was chosen: the run goes on as it began.
     monkeypatch.setattr(memory, "memory_limit", lambda: 1)
     chosen = []
-    make = loop.build
-    monkeypatch.setattr(
-        loop, "build", lambda config: chosen.append(config.remat) or make(config)
-    )
+
+    def remembered(scorer, *arguments):
+        chosen.append(scorer.model.config.remat)
+        return make(scorer, *arguments)
+
+    make = task.make_train_step
+    monkeypatch.setattr(task, "make_train_step", remembered)
     run(config)
     assert set(chosen) == {"none"}
     # A run of its own takes the one that needs least, and says that it may not do.

@@ -14,9 +14,11 @@ from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.objectives import beta_dpo, from_loss
 from jaxpref.objectives.inputs import Inputs
+from jaxpref.objectives.rewards import per_token_reward
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.scores import (
     NEED_REFERENCE_WEIGHTS,
+    TOKEN_SCORES,
     reads_reference,
     stored_scores,
 )
@@ -113,16 +115,31 @@ def test_only_whole_distributions_keep_the_reference():
     assert reads_reference(scores["tdpo1"]) and not stored_scores(scores["tdpo1"])
 
 
+# Every score alone, where it can be, and beside those of other statistics.
+COMBINATIONS = (
+    ("kls",),
+    ("log_weights",),
+    ("policy_prefix_logps",),
+    ("kls", "log_weights"),
+    ("kls", "reference_prefix_logps"),
+    ("kls", "policy_prefix_logps", "reference_logps"),
+    tuple(TOKEN_SCORES),
+)
+
+
 def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F811
     model = build(tiny_config())
     params, reference = tiny_params(model), tiny_params(model, seed=1)
     shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
     batch = next(data.batches(pairs, shape=shape, batch_size=4, threads=0))
     micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-    found = {}
-    for needs in ("kls", "log_weights", "policy_prefix_logps"):
-        scores = make_scores(model, frozenset({needs}), chunk_size=4)
-        found |= jax.jit(scores)(params, micro, reference)
+    found = []
+    for names in COMBINATIONS:
+        scorer = make_scorer(model, frozenset(names), chunk_size=4)
+        assert scorer.scores == {*names, "policy_logps"}
+        found.append(jax.jit(scorer)(params, reference, micro))
+        assert found[-1].keys() == scorer.scores
+    assert set().union(*found) == TOKEN_SCORES.keys()
     for row, n in enumerate(batch.pairs[0, :, 0]):
         prompt = pairs.prompt(n)
         shorter = min(len(pairs.completion(n, side)) for side in (0, 1))
@@ -134,17 +151,20 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
                 np.asarray(jax.nn.log_softmax(model.logits(p, tokens)[0, at]), float)
                 for p in (params, reference)
             )
-            logps = table[np.arange(len(completion)), completion]
+            chosen = np.arange(len(completion)), completion
+            logps, reference_logps = table[chosen], other[chosen]
             expected = {
                 "policy_logps": logps.sum(),
                 "policy_prefix_logps": logps[:shorter].sum(),
-                "reference_logps": other[np.arange(len(completion)), completion].sum(),
+                "reference_logps": reference_logps.sum(),
+                "reference_prefix_logps": reference_logps[:shorter].sum(),
                 "kls": (np.exp(other) * (other - table)).sum(),
                 "log_weights": (logps - np.log(np.exp(2 * table).sum(-1))).mean(),
             }
-            for name, value in expected.items():
-                ours = found[name][row, 0, side]
-                np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
+            for scores in found:
+                for name, values in scores.items():
+                    ours, value = values[row, 0, side], expected[name]
+                    np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
 
 
 def averages_tokens(loss, reads, options):

@@ -21,9 +21,9 @@ from jaxpref.scoring import make_scorer
 from jaxpref.train import Decay, Optimizer, OptimizerConfig, read_metrics, run
 from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
+from jaxpref.train.task import Task
 from tests.test_packing import make_pairs
 from tests.test_training import config_for, mesh_of
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
@@ -58,6 +58,18 @@ def begun(config):
     state = jax.jit(new_state)(tiny_params(model))
     scorer = make_scorer(model, OBJECTIVE.scores)
     return state, make_train_step(scorer, OBJECTIVE, tx, schedule), tx
+
+
+def task_of(config, mesh):
+    """A task without records, for the shapes of its state."""
+    schedule = make_schedule(config, 100)
+    return Task(
+        scorer=make_scorer(build(MODEL), OBJECTIVE.scores),
+        objective=OBJECTIVE,
+        optimizer=make_optimizer(config, schedule),
+        schedule=schedule,
+        mesh=mesh,
+    )
 
 
 def by_optax(name):
@@ -169,12 +181,8 @@ def test_a_checkpoint_restores_it_to_the_bit(config, tmp_path):
         checkpoints = Checkpoints(tmp_path / "c", keep=1)
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        _, abstract = abstract_state(
-            build(MODEL).init,
-            functools.partial(init_state, tx=tx, objective=OBJECTIVE),
-            mesh,
-        )
-        restored, _ = checkpoints.restore(abstract)
+        task = task_of(config, mesh)
+        restored, _ = checkpoints.restore(task.abstract_state())
         assert digests(restored) == expected
         types = lambda s: jax.tree.map(jax.typeof, s)
         assert types(restored) == types(state)
@@ -214,11 +222,10 @@ def test_it_needs_what_it_says_and_a_plan_counts_that():
     """A plan counts the bytes of one device from these shapes."""
 
     def held(config):
-        tx = make_optimizer(config, make_schedule(config, 100))
-        new_state = functools.partial(init_state, tx=tx, objective=OBJECTIVE)
         mesh = mesh_of(*SIZES)
         with jax.set_mesh(mesh):
-            params, state = abstract_state(build(MODEL).init, new_state, mesh)
+            task = task_of(config, mesh)
+            params, state = task.abstract_params(), task.abstract_state()
         return bytes_of_one(params), bytes_of_one(state.opt_state)
 
     # Two moments, and two counters of steps.

@@ -28,12 +28,13 @@ sys.path.insert(0, sys.argv[1])
 import jax
 import numpy as np
 from jaxpref import cli, data
-import jaxpref.train.run
-from jaxpref.train import prepare
+import jaxpref.train
 
 kept, folder = {}, sys.argv[2]
+# The modules, not the functions of these names.
+running, preparing = (sys.modules[f"jaxpref.train.{x}"] for x in ("run", "prepare"))
 
-def placed(batch, mesh, place=loop.to_global):
+def placed(batch, mesh, place=running.to_global):
     # Of the global batch: who is in which row, as this process's devices hold it.
     found = place(batch, mesh)
     kept["rows made"].add(batch.tokens.shape[:2])
@@ -43,20 +44,22 @@ def placed(batch, mesh, place=loop.to_global):
         first = shard.index[1].start or 0
         for a, r in np.ndindex(here.shape[:2]):
             name = f"{a},{first + r}"
-            rows[name] = [kept["plan"].train.ids[i] for i in here[a, r] if i >= 0]
+            rows[name] = [kept["pairs"].ids[i] for i in here[a, r] if i >= 0]
     kept["batches"].append(rows)
     return found
 
-def planned(config, tokenizer, read=loop.read_plan):
-    kept["plan"] = read(config, tokenizer)
-    return kept["plan"]
+def prepared(*args, read=preparing.read_datasets, **kwargs):
+    found = read(*args, **kwargs)
+    kept["pairs"] = found.splits.train
+    return found
 
 def made(*args, make=data.make_plan, **kwargs):
     found = make(*args, **kwargs)
     kept["pairs read"] = len(found.train) + len(found.heldout)
     return found
 
-loop.to_global, loop.read_plan, inputs.data.make_plan = placed, planned, made
+running.to_global, preparing.read_datasets = placed, prepared
+data.make_plan = made
 
 for name, argv in json.loads(sys.argv[3]).items():
     kept |= {"batches": [], "rows made": set()}
@@ -64,7 +67,7 @@ for name, argv in json.loads(sys.argv[3]).items():
     cli.main()
     path = f"{folder}/{name}-{jax.process_index()}-of-{jax.process_count()}.json"
     with open(path, "w") as file:
-        json.dump(kept | {"rows made": [*kept["rows made"]], "plan": None}, file)
+        json.dump(kept | {"rows made": [*kept["rows made"]], "pairs": None}, file)
 """
 
 STEPS = 4

@@ -23,7 +23,7 @@ from jaxpref.models import build
 from jaxpref.objectives import from_loss, sft
 from jaxpref.runtime.mesh import AXES, on_devices, to_global
 from jaxpref.scoring import make_scorer
-from jaxpref.scoring.score_dataset import make_score_step
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scores import (
     NEED_REFERENCE_WEIGHTS,
     policy_name,
