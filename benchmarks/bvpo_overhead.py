@@ -112,15 +112,15 @@ def measure(config: OverheadConfig) -> np.ndarray:
             objective = bvpo(
                 from_loss(losses.dpo), alpha=alpha, probe_every=config.probe_every
             )
-            scores = make_scorer(model, objective.scores)
-            step = make_train_step(scores, objective, tx, schedule)
+            scorer = make_scorer(model, objective.scores)
+            step = make_train_step(scorer, objective, tx, schedule)
             new = jax.jit(functools.partial(init_state, tx=tx, objective=objective))
             runs.append([step, new(jax.jit(model.init)(jax.random.key(0)))])
 
         def block(run) -> np.ndarray:
             start = np.array([time.perf_counter(), time.process_time()])
             for _ in range(config.probe_every):
-                run[1], _ = run[0](run[1], batch)
+                run[1], _ = run[0](run[1], None, batch)
             jax.block_until_ready(run[1])
             return np.array([time.perf_counter(), time.process_time()]) - start
 
