@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments.reasoning_errors import GRID, KINDS
 from jaxpref import report
 from jaxpref.files import write_json, write_whole
-from jaxpref.objectives import AUTO
+from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
 
 _BLUE, _BRICK, _GREEN, _OCHRE = PALETTE[:4]

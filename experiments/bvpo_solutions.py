@@ -32,7 +32,8 @@ from jaxpref.gradients import bvpo as mixing
 from jaxpref.models import build, token_logps
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.objectives import AUTO, bvpo, from_loss
+from jaxpref.objectives import bvpo, from_loss
+from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 SKETCH = 512
