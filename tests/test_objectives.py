@@ -1,6 +1,7 @@
 """Losses in the engine: what they are fed, and what a batch may be split into."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -65,8 +66,8 @@ def few_pairs(pairs, count, **options):  # noqa: F811
 def one_weight_step(objective, batch, dtype=jnp.float32):
     """Gradient, next state and metrics of a "model" of log-probs w for every token."""
     score = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
-    step = jax.jit(gradient, static_argnums=(0, 1))
-    return step(objective, score, dtype(-1), batch, objective.init(0))
+    step = jax.jit(functools.partial(gradient, objective, score))
+    return step(dtype(-1), batch, objective.init(0))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -295,9 +296,8 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     )
     batch = jax.tree.map(jnp.asarray, batch)
     params, state = tiny_params(model), objective.init(0)
-    _, after, metrics = jax.jit(gradient, static_argnums=(0, 1))(
-        objective, score, params, batch, state
-    )
+    find = jax.jit(functools.partial(gradient, objective, score))
+    _, after, metrics = find(params, batch, state)
     logps = score(params, jax.tree.map(lambda x: x[0], batch))["policy_logps"][:, 0]
     margins = np.asarray(logps[:, 0] - logps[:, 1], float)
     assert int(after["batches"]) == 1
@@ -315,3 +315,40 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
             beta = max(1e-3, 0.5 * (1 + 0.6 * (margins[mask].mean() - usual)))
             candidates.append(np.log1p(np.exp(-beta * margins[mask])).mean())
     assert np.abs(np.array(candidates) - found).min() < 1e-5
+
+
+def with_scalar(loss, weight):
+    """The objective of a loss and, per micro-batch, weight mean(w^2 |y|) / 2."""
+
+    def scalar(inputs, state):
+        return weight * jnp.mean(inputs.scores["squares"]) / 2
+
+    return dataclasses.replace(from_loss(loss, beta=0.5), scalar=scalar)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("loss", [losses.dpo, losses.dr_dpo], ids=["dpo", "dr_dpo"])
+def test_a_scalar_term_adds_its_mean_over_micro_batches(pairs, loss, accumulation):  # noqa: F811
+    """Of weights w, log-probabilities w |y|; micro-batches of 1 to 2 pairs."""
+    batch = few_pairs(pairs, 8, accumulation=accumulation)
+    if accumulation > 1:  # the first micro-batch has one pair
+        empty = {"pairs": -1, "weights": 0}
+        blank = {n: getattr(batch, n).at[0, 1].set(x) for n, x in empty.items()}
+        batch = dataclasses.replace(batch, **blank)
+
+    def score(w, micro):
+        lengths = jnp.asarray(micro.completion_lengths, jnp.float32)
+        return {"policy_logps": w * lengths, "squares": jnp.sum(w**2 * lengths)}
+
+    find = lambda objective: jax.jit(functools.partial(gradient, objective, score))
+    plain, both = (
+        find(objective)(jnp.float32(-1), batch, {})
+        for objective in (from_loss(loss, beta=0.5), with_scalar(loss, 0.25))
+    )
+    tokens = np.asarray(batch.completion_lengths, float).sum((1, 2, 3))
+    counts = np.asarray(batch.pairs >= 0).sum((1, 2))
+    mean = (tokens * counts).sum() / counts.sum()
+    # d/dw of weight w^2 mean / 2 at w = -1, and its value.
+    assert float(both[0] - plain[0]) == pytest.approx(-0.25 * mean, rel=1e-5)
+    added = both[2]["loss"] - plain[2]["loss"]
+    assert float(added) == pytest.approx(0.125 * mean, rel=1e-5)
