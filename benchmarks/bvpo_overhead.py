@@ -34,12 +34,12 @@ import tyro
 
 from jaxpref import data, losses
 from jaxpref.models import ModelConfig, build
-from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.objectives import bvpo, from_loss
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -112,15 +112,15 @@ def measure(config: OverheadConfig) -> np.ndarray:
             objective = bvpo(
                 from_loss(losses.dpo), alpha=alpha, probe_every=config.probe_every
             )
-            scores = make_scores(model, objective.needs)
-            step = make_train_step(scores, objective, tx, schedule)
+            scorer = make_scorer(model, objective.scores)
+            step = make_train_step(scorer, objective, tx, schedule)
             new = jax.jit(functools.partial(init_state, tx=tx, objective=objective))
             runs.append([step, new(jax.jit(model.init)(jax.random.key(0)))])
 
         def block(run) -> np.ndarray:
             start = np.array([time.perf_counter(), time.process_time()])
             for _ in range(config.probe_every):
-                run[1], _ = run[0](run[1], batch)
+                run[1], _ = run[0](run[1], None, batch)
             jax.block_until_ready(run[1])
             return np.array([time.perf_counter(), time.process_time()]) - start
 

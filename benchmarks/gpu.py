@@ -59,7 +59,7 @@ from jaxpref.models.huggingface_config import config_to_hf
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import row_shards, to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, make_mesh
 
 PEAK_TFLOPS = {
@@ -222,8 +222,10 @@ def measure(
             parts=row_shards(mesh),
         )
         batches = data.packed_batches(pairs, shape=shape, reference=reference_of(pairs))
-        scores = make_scores(model, chunk_size=config.logit_chunk)
-        step, new_state = make_step(model, scores)
+        scorer = make_scorer(
+            model, frozenset({"policy_logps"}), chunk_size=config.logit_chunk
+        )
+        step, new_state = make_step(model, scorer)
         key = jax.random.key(0)
         if folder is None:
             params = jax.jit(model.init)(key)
@@ -240,7 +242,7 @@ def measure(
             for _ in range(config.steps):
                 batch = next(batches)
                 seen.append(batch)
-                state, metrics = step(state, to_global(batch, mesh))
+                state, metrics = step(state, None, to_global(batch, mesh))
             loss = float(metrics["loss"])  # waits for the last step
             seconds = time.perf_counter() - started
             if number < 2:

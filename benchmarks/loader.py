@@ -28,14 +28,14 @@ from jaxpref import data, losses
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     make_mesh,
     read_metrics,
     run,
@@ -138,13 +138,15 @@ def stepping(folder: Path, batch, rounds: int) -> float:
     tx, objective = make_optimizer(config, schedule), from_loss(losses.dpo)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        step = make_train_step(make_scores(model), objective, tx, schedule)
+        step = make_train_step(
+            make_scorer(model, objective.scores), objective, tx, schedule
+        )
         new = jax.jit(lambda params: init_state(params, tx, objective))
         state, placed = new(load_params(folder, model)), to_global(batch, mesh)
         seconds = []
         for _ in range(rounds + 1):
             began = time.perf_counter()
-            state, metrics = step(state, placed)
+            state, metrics = step(state, None, placed)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))
@@ -171,7 +173,9 @@ def running(
             )
         )
         lines = read_metrics(out / "metrics.jsonl")
-    return next(line["waiting"] for line in lines if "waiting" in line)
+    return next(
+        line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line
+    )
 
 
 if __name__ == "__main__":

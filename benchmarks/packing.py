@@ -22,10 +22,11 @@ from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -78,7 +79,10 @@ def main(options: Options) -> None:
         tx = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
         objective = from_loss(losses.dpo)
         step = make_train_step(
-            make_scores(model), objective, tx, make_schedule(OptimizerConfig(), 1000)
+            make_scorer(model, objective.scores),
+            objective,
+            tx,
+            make_schedule(OptimizerConfig(), 1000),
         )
         states = {
             name: jax.jit(lambda p: init_state(p, tx, objective))(
@@ -94,7 +98,7 @@ def main(options: Options) -> None:
                 exist = lengths(pairs)[0][real].sum()
                 placed = to_global(batch, mesh)
                 started = time.perf_counter()
-                states[name], metrics = step(states[name], placed)
+                states[name], metrics = step(states[name], None, placed)
                 jax.block_until_ready(metrics)
                 seconds = time.perf_counter() - started
                 if number >= 2:

@@ -1,7 +1,7 @@
 """Random pairs and the train step that takes them: what the other benchmarks share.
 
 The step is the one that training jits (`jaxpref.train.step.make_train_step`) with DPO
-and AdamW; a benchmark may bring scores of its own.
+and AdamW; a benchmark may bring a scorer of its own.
 """
 
 import dataclasses
@@ -15,27 +15,30 @@ from jaxpref import data, losses
 from jaxpref.data.packing import collate_packed, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.models import Model
-from jaxpref.scoring.scores import ScoreFunction, make_scores
-from jaxpref.train import OptimizerConfig, from_loss
+from jaxpref.objectives import from_loss
+from jaxpref.scoring import Scorer, make_scorer
+from jaxpref.train import OptimizerConfig
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
 
 class Step(NamedTuple):
-    """A jitted step, and the state it begins with, made of parameters."""
+    """A jitted `(state, None, batch) -> (state, metrics)`, and how it begins."""
 
     step: Callable
     new_state: Callable
 
 
-def make_step(model: Model, scores: ScoreFunction | None = None) -> Step:
-    """DPO with AdamW, on the scores of a run unless others are given."""
+def make_step(model: Model, scorer: Scorer | None = None) -> Step:
+    """DPO with AdamW, with the scorer of a run unless another is given."""
     optimizer = OptimizerConfig()
     schedule = make_schedule(optimizer, 1000)
     tx = make_optimizer(optimizer, schedule)
     objective = from_loss(losses.dpo)
-    step = make_train_step(scores or make_scores(model), objective, tx, schedule)
+    if scorer is None:
+        scorer = make_scorer(model, objective.scores)
+    step = make_train_step(scorer, objective, tx, schedule)
     return Step(step, functools.partial(init_state, tx=tx, objective=objective))
 
 

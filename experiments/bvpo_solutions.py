@@ -32,8 +32,9 @@ from jaxpref.gradients import bvpo as mixing
 from jaxpref.models import build, token_logps
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.objectives.trace_mixture import AUTO, bvpo
-from jaxpref.train import OptimizerConfig, TrainConfig, from_loss, read_metrics, run
+from jaxpref.objectives import bvpo, from_loss
+from jaxpref.objectives.trace_mixture import AUTO
+from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 SKETCH = 512
 """Random projections that stand for a gradient: squared norms within 6 %."""

@@ -98,12 +98,11 @@ from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, learned_rate, re_po
+from jaxpref.objectives import Objective, crm, em, from_loss, learned_rate, re_po
 from jaxpref.runtime.entry import entry_point
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, Objective, from_loss, make_mesh, read_metrics, run
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.train import MeshConfig, make_mesh, read_metrics, run
 
 ANNOTATORS = {"ann": 0.25, "bob": 0.75, "cat": 1.0, "dan": 2.0}
 """Flip rate of each annotator, as a multiple of the mean."""
@@ -145,13 +144,14 @@ class Method:
 
 
 BETA = {"beta": 1.0}
+DPO = functools.partial(losses.dpo, **BETA)
 TOLD = "forward DPO, told"
 LEARNED = "learned rate"
 METHODS = (
-    Method("DPO", lambda rate: from_loss(losses.dpo, **BETA)),
+    Method("DPO", lambda rate: from_loss(DPO)),
     Method(TOLD, lambda rate: from_loss(losses.forward_dpo, flip_rate=rate, **BETA)),
-    Method("EM", lambda rate: em(losses.dpo, **BETA), learns=True),
-    Method(LEARNED, lambda rate: learned_rate(losses.dpo, **BETA), learns=True),
+    Method("EM", lambda rate: em(DPO), learns=True),
+    Method(LEARNED, lambda rate: learned_rate(DPO), learns=True),
 )
 MORE_METHODS = (
     Method("rDPO, told", lambda rate: from_loss(losses.rdpo, flip_rate=rate, **BETA)),
@@ -160,8 +160,8 @@ MORE_METHODS = (
     Method("ROPO", lambda rate: from_loss(losses.ropo, **BETA)),
     Method("Hölder-DPO", lambda rate: from_loss(losses.holder_dpo, **BETA)),
     Method("Dr. DPO", lambda rate: from_loss(losses.dr_dpo, **BETA)),
-    Method("RE-PO", lambda rate: re_po(losses.dpo, **BETA), learns=True),
-    Method("CRM, told", lambda rate: crm(losses.dpo, noise_rate=rate, **BETA)),
+    Method("RE-PO", lambda rate: re_po(DPO), learns=True),
+    Method("CRM, told", lambda rate: crm(DPO, noise_rate=rate)),
 )
 
 
@@ -342,12 +342,14 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
     if not pairs.flips.any():
         return {"auroc": None, "auroc_oracle": None}
     model = build(load_config(export))
-    step = make_score_step(make_scores(model, chunk_size=16))
+    scorer = make_scorer(model, frozenset({"policy_logps"}), chunk_size=16)
+    step = make_score_step(scorer)
     batches = functools.partial(eval_batches, shape=batch_shape(pairs), batch_size=64)
     logps = [
-        score_pairs(
+        score_dataset(
             step,
             load_params(folder, model),
+            None,
             pairs,
             eval_batches=batches,
             mesh=mesh,

@@ -76,19 +76,22 @@ class Whole:
 
 def test_a_batch_of_other_pairs_is_found(monkeypatch):
     pairs = types.SimpleNamespace(ids=np.array([f"id-{n}" for n in range(40)]))
-    plan = types.SimpleNamespace(digest="d", train=pairs)
+    splits = types.SimpleNamespace(digest="d", train=pairs)
+    task = types.SimpleNamespace(
+        datasets=types.SimpleNamespace(splits=splits), batches=lambda whole: Whole()
+    )
     feed = types.SimpleNamespace(state_before=lambda: 2, get_state=lambda: 3)
     ids = [f"id-{n}" for n in range(8, 12)]
     usual = {"the pairs": "d", "the place in the data": 3, "the batch": ids}
     # Rows of a micro-batch may lie elsewhere, but not in another micro-batch.
     seen = np.array([[9, 8], [10, 11]])[..., None]
     among(monkeypatch, usual)
-    agreement.agree_on_batch(3, Whole, plan, feed, seen)
-    with pytest.raises(InputError, match="step 3: computed of other pairs"):
-        agreement.agree_on_batch(3, Whole, plan, feed, seen[::-1])
+    agreement.check_batch_agreement(3, task, feed, seen)
+    with pytest.raises(InputError, match="step 3: computed from other pairs"):
+        agreement.check_batch_agreement(3, task, feed, seen[::-1])
     among(monkeypatch, usual | {"the batch": ids[::-1]})
     with pytest.raises(InputError, match="process 1 differs from process 0 in the bat"):
-        agreement.agree_on_batch(3, Whole, plan, feed, seen)
+        agreement.check_batch_agreement(3, task, feed, seen)
 
 
 # ---- two processes ----------------------------------------------------------------

@@ -14,13 +14,12 @@ from jaxpref.data.mixture import MixedBatches
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
 from jaxpref.models import build
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, learned_rate
-from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.objectives import bvpo, crm, em, from_loss, learned_rate, sft
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import TrainConfig, from_loss, read_metrics, sft
-from jaxpref.train.inputs import check_finite, check_fits
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.train import TrainConfig, read_metrics
+from jaxpref.train import gradient as engine
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -29,7 +28,8 @@ from tests.test_traces import plan_of, traced
 from tests.test_training import OPTIMIZER, mesh_of
 from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
 
-DPO = from_loss(losses.dpo, beta=0.5)
+LOSS = functools.partial(losses.dpo, beta=0.5)
+DPO = from_loss(LOSS)
 KEPT = ("trace_variance", "empty_variance", "bias_sq")
 
 
@@ -99,7 +99,7 @@ CURVED = {
 
 def gradient(objective, batch, state=None):
     state = objective.init(0) if state is None else state
-    run = jax.jit(functools.partial(objective.gradient, curved))
+    run = jax.jit(functools.partial(engine.gradient, objective, curved))
     return run(CURVED, batch, state)
 
 
@@ -108,8 +108,8 @@ def gradient(objective, batch, state=None):
     [
         (DPO, (0.0, 0.3, 1.0), 1),
         (from_loss(losses.simpo, beta=2.0, gamma=0.5), (0.3,), 1),
-        (em(losses.dpo, beta=0.5), (0.3,), 4),
-        (learned_rate(losses.dpo, beta=0.5), (0.3,), 1),
+        (em(LOSS), (0.3,), 4),
+        (learned_rate(LOSS), (0.3,), 1),
     ],
     ids=lambda x: getattr(x, "name", None),
 )
@@ -152,7 +152,7 @@ def test_a_batch_of_one_kind_has_its_plain_mean(pairs, kind):
 
 def test_what_all_learn_of_the_labels_is_learnt_of_both_kinds(pairs):
     batch = first_batch(pairs)
-    base = em(losses.dpo, beta=0.5)
+    base = em(LOSS)
     _, expected, _ = gradient(base, batch)
     _, state, metrics = gradient(bvpo(base, alpha="auto"), batch)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
@@ -168,16 +168,17 @@ def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
     batch = first_batch(pairs, accumulation=2)
     model = build(tiny_config(remat="full"))
     params = tiny_params(model)
-    scores = make_scores(model, chunk_size=4)
     objective = bvpo(DPO, alpha="auto")
-    _, _, metrics = jax.jit(functools.partial(objective.gradient, scores))(
+    scorer = make_scorer(model, objective.scores, chunk_size=4)
+    score = lambda params, micro: scorer(params, None, micro)
+    _, _, metrics = jax.jit(functools.partial(engine.gradient, objective, score))(
         params, batch, objective.init(0)
     )
 
     @jax.jit
     def own(params, micro):
         def loss(params):
-            logps = scores(params, micro)["policy_logps"][0, 0]
+            logps = score(params, micro)["policy_logps"][0, 0]
             return jnp.logaddexp(0, -0.5 * (logps[0] - logps[1]))
 
         return jax.grad(loss)(params)
@@ -225,8 +226,8 @@ def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
 def test_alpha_is_that_of_the_probes_before(pairs):
     batches = streams(pairs)
     objective = bvpo(DPO, alpha="auto", probe_every=3, decay=0.8)
-    run = jax.jit(functools.partial(objective.gradient, curved, CURVED))
-    plain = jax.jit(functools.partial(DPO.gradient, curved, CURVED))
+    run = jax.jit(functools.partial(engine.gradient, objective, curved, CURVED))
+    plain = jax.jit(functools.partial(engine.gradient, DPO, curved, CURVED))
     state, probes = objective.init(0), 0
     for step in range(8):
         expected = 0.5
@@ -269,7 +270,7 @@ def test_a_probe_of_what_is_not_finite_is_passed_over(pairs):
 
 def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, count=4):
     """All metrics of `bvpo` in a few steps, [steps, metrics], and their names."""
-    objective = bvpo(em(losses.dpo, beta=0.5), alpha="auto", probe_every=2)
+    objective = bvpo(em(LOSS), alpha="auto", probe_every=2)
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         model = build(tiny_config())
@@ -277,12 +278,12 @@ def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, count=4):
         tx = make_optimizer(OPTIMIZER, schedule)
         new = lambda p: init_state(p, tx, objective)
         state = jax.jit(new)(tiny_params(model))
-        scores = make_scores(model, objective.needs, chunk_size=4)
-        step = make_train_step(scores, objective, tx, schedule)
+        scorer = make_scorer(model, objective.scores, chunk_size=4)
+        step = make_train_step(scorer, objective, tx, schedule)
         batches, history = streams(pairs, accumulation), []
         with compiled("train_step") as programs:
             for _ in range(count):
-                state, metrics = step(state, to_global(next(batches), mesh))
+                state, metrics = step(state, None, to_global(next(batches), mesh))
                 wanted = {
                     name: float(value)
                     for name, value in metrics.items()
@@ -315,9 +316,9 @@ def test_layout_does_not_change_the_mixture(pairs, whole, sizes, accumulation):
 
 
 def test_evaluation_is_the_wrapped_objectives(pairs):
-    from jaxpref.scoring.score_dataset import evaluation_metrics
+    from jaxpref.train.evaluation import evaluation_metrics
 
-    base = em(losses.dpo, beta=0.5)
+    base = em(LOSS)
     rng = np.random.default_rng(0)
     logps = rng.normal(size=(len(pairs), 2)).astype(np.float32)
     scores, zeros = {"policy_logps": logps}, {"reference_logps": 0 * logps}
@@ -459,7 +460,7 @@ def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
                 {
                     k: v
                     for k, v in line.items()
-                    if not k.endswith("_per_second") and k != "waiting"
+                    if not k.endswith("_per_second") and k != "data_wait_fraction"
                 }
                 for line in read_metrics(out / "metrics.jsonl")
             ],

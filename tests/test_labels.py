@@ -16,10 +16,12 @@ from jaxpref.data.labels import LABELS
 from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel
-from jaxpref.objectives.learned_noise import em
-from jaxpref.scoring.score_dataset import evaluation_metrics
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import TrainConfig, from_loss, read_metrics, reward_regression
+from jaxpref.objectives import em, from_loss, reward_regression
+from jaxpref.objectives.inputs import Inputs
+from jaxpref.objectives.objective import weighted_losses
+from jaxpref.scoring import make_scorer
+from jaxpref.train import TrainConfig, read_metrics
+from jaxpref.train.evaluation import evaluation_metrics
 from tests.data_tokenizers import byte_tokenizer
 from tests.test_reward_models import reward_steps
 from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
@@ -251,13 +253,13 @@ def test_a_loss_reads_its_pairs_numbers(name):
     rows = small(records())
     pairs = plan_of(rows, flip_rate=0.3).train
     model = RewardModel(tiny_config(vocab_size=512, max_position_embeddings=256))
-    scores = make_scores(model, objective.needs)
+    scorer = make_scorer(model, objective.scores)
     shape = data.batch_shape(pairs)
     found, wanted, rewards = [], [], np.zeros((24, 2), np.float32)
     for batch in data.eval_batches(pairs, shape=shape, batch_size=10, threads=0):
         micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-        out = jax.jit(scores)(tiny_params(model), micro)
-        each = np.asarray(objective.losses(out, micro, {}))[:, 0]
+        out = jax.jit(scorer)(tiny_params(model), None, micro)
+        each = np.asarray(weighted_losses(objective, Inputs(out, micro), {}))[:, 0]
         real = np.asarray(micro.pairs)[:, 0] >= 0
         assert np.isfinite(each).all() and (each[~real] == 0).all()
         index = np.asarray(micro.pairs)[real, 0]
@@ -304,7 +306,7 @@ def test_noise_is_learnt_beside_numbers(loss):
     rewards = np.random.default_rng(2).normal(size=(24, 1, 2))
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     scores = {"rewards": jnp.asarray(rewards, jnp.float32)}
-    found = objective.losses(scores, batch, objective.init(0))[:, 0]
+    found = objective.losses(Inputs(scores, batch), objective.init(0))[:, 0]
     w, l = rewards[:, 0].T  # noqa: E741
     _, of_pair = OBJECTIVES[loss.__name__]
     labels = {name: np.float64(values) for name, values in pairs.labels.items()}

@@ -15,17 +15,18 @@ from jaxpref.data.packing import as_array, collate_packed, fill, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import (
     Decay,
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     read_metrics,
     run,
 )
+from jaxpref.train.gradient import gradient
 from tests.test_training import mesh_of
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 
@@ -82,11 +83,11 @@ def test_scores_equal_those_of_whole_sequences(pairs, needs):
         model = make_model(tiny_config(**wide))
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
         reference = jax.tree.map(lambda x: 0.9 * x, params)
-        scores = jax.jit(make_scores(model, frozenset(needs), chunk_size=4))
+        scorer = jax.jit(make_scorer(model, frozenset(needs), chunk_size=4))
         batch, held = packed(pairs)
         micro = lambda b: jax.tree.map(lambda x: x[0], b)
-        found = scores(params, micro(batch), reference)
-        expected = scores(params, micro(padded(pairs, held)), reference)
+        found = scorer(params, reference, micro(batch))
+        expected = scorer(params, reference, micro(padded(pairs, held)))
     at = np.asarray(batch.pairs[0])
     order = [np.argwhere(at == n)[0] for n in held]
     for name, values in expected.items():
@@ -104,19 +105,20 @@ def test_the_gradient_is_that_of_whole_sequences(pairs, sizes, accumulation):
     table = {"reference_logps": rng.normal(-20, 2, (len(pairs), 2)).astype(np.float32)}
     objective = from_loss(losses.dpo, beta=0.1)
 
-    def gradient(batch, *sizes):
+    def on_mesh(batch, *sizes):
         mesh = mesh_of(*sizes)
         with jax.set_mesh(mesh):
             model = build(tiny_config())
-            scores = make_scores(model, chunk_size=4)
-            step = jax.jit(lambda p, b: objective.gradient(scores, p, b, {}))
+            scorer = make_scorer(model, objective.scores, chunk_size=4)
+            score = lambda p, micro: scorer(p, None, micro)
+            step = jax.jit(lambda p, b: gradient(objective, score, p, b, {}))
             grads, _, metrics = step(tiny_params(model), to_global(batch, mesh))
         return jax.device_get(grads), float(metrics["loss"])
 
     batch, held = packed(pairs, accumulation=accumulation, reference=table)
-    found, loss = gradient(jax.device_get(batch), *sizes)
+    found, loss = on_mesh(jax.device_get(batch), *sizes)
     whole = jax.device_get(padded(pairs, held, reference=table))
-    expected, whole_loss = gradient(whole, 1, 1, 1)
+    expected, whole_loss = on_mesh(whole, 1, 1, 1)
     assert loss == pytest.approx(whole_loss, rel=1e-5)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, found, expected)
@@ -132,12 +134,13 @@ def test_the_gradient_is_exact(pairs, accumulation, tied):
     wide = {"param_dtype": "float64", "compute_dtype": "float64"}
     with jax.enable_x64(True):
         model = build(tiny_config(tie_word_embeddings=tied, **wide))
-        scores = make_scores(model, chunk_size=4)
+        scorer = make_scorer(model, objective.scores, chunk_size=4)
+        score = lambda p, micro: scorer(p, None, micro)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
-        gradient = jax.jit(lambda batch: objective.gradient(scores, params, batch, {}))
+        of_batch = jax.jit(lambda b: gradient(objective, score, params, b, {}))
         batch, held = packed(pairs, accumulation=accumulation, reference=table)
-        found, _, metrics = gradient(batch)
-        expected, _, whole = gradient(padded(pairs, held, reference=table))
+        found, _, metrics = of_batch(batch)
+        expected, _, whole = of_batch(padded(pairs, held, reference=table))
         assert metrics["loss"] == pytest.approx(float(whole["loss"]), rel=1e-13)
         for ours, exact in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
             atol = 1e-12 * float(jnp.abs(exact).max())

@@ -16,8 +16,9 @@ import pytest
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.compilation import enable_compilation_cache, log_compilations
-from jaxpref.train import MeshConfig, TrainConfig, from_loss, run
+from jaxpref.train import MeshConfig, TrainConfig, run
 from jaxpref.train.programs import describe, padding_told
 from tests.compiled import programs
 

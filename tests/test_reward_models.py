@@ -19,16 +19,11 @@ from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.huggingface import is_reward_model, load_config, load_params, save
 from jaxpref.models.reward import Padding, mc_rewards, padding_of
-from jaxpref.objectives.learned_noise import em
+from jaxpref.objectives import Objective, em, from_loss
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import last_tokens, make_scores
-from jaxpref.train import (
-    Decay,
-    Objective,
-    OptimizerConfig,
-    from_loss,
-    read_metrics,
-)
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.scores import last_tokens, reads_reference
+from jaxpref.train import Decay, OptimizerConfig, read_metrics
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -299,7 +294,8 @@ def micro_batch(pairs):  # noqa: F811
 
 def test_scores_are_those_of_each_whole_answer(pairs, model, params):  # noqa: F811
     batch, micro = micro_batch(pairs)
-    found = jax.jit(make_scores(model, frozenset({"rewards"})))(params, micro)
+    scorer = make_scorer(model, frozenset({"rewards"}))
+    found = jax.jit(scorer)(params, None, micro)
     assert set(found) == {"rewards"} and found["rewards"].shape == (8, 1, 2)
     alone = jax.jit(model.rewards)
     for row, n in enumerate(batch.pairs[0, :, 0]):
@@ -329,10 +325,10 @@ def reward_steps(pairs, loss, *, sizes=(1, 1, 1), accumulation=1):  # noqa: F811
         model = RewardModel(tiny_config())
         schedule = make_schedule(optimizer, 100)
         tx = make_optimizer(optimizer, schedule)
-        scores = make_scores(model, objective.needs)
+        scorer = make_scorer(model, objective.scores)
         new = lambda p: init_state(p, tx, objective, num_annotators=0)
         state = jax.jit(new)(tiny_params(model))
-        step = make_train_step(scores, objective, tx, schedule)
+        step = make_train_step(scorer, objective, tx, schedule)
         batches = data.batches(
             pairs,
             shape=data.batch_shape(pairs, length_multiple=16, prediction_multiple=8),
@@ -344,7 +340,7 @@ def reward_steps(pairs, loss, *, sizes=(1, 1, 1), accumulation=1):  # noqa: F811
         history = []
         with compiled("train_step") as programs:
             for _ in range(3):
-                state, metrics = step(state, to_global(next(batches), mesh))
+                state, metrics = step(state, None, to_global(next(batches), mesh))
                 history.append(jax.device_get(metrics))
         assert len(programs) == 1
         return history, jax.device_get(state.params)
@@ -409,9 +405,9 @@ def test_rewards_and_log_probs_are_not_read_at_once():
 
     with pytest.raises(InputError, match="both: reads policy_logps, rewards; .* one"):
         from_loss(both)
-    objective = from_loss(losses.bradley_terry)
-    assert objective.needs_rewards and not objective.needs_reference
-    assert not from_loss(losses.dpo).needs_rewards
+    read = from_loss(losses.bradley_terry).scores
+    assert "rewards" in read and not reads_reference(read)
+    assert "rewards" not in from_loss(losses.dpo).scores
 
 
 def train(folder, pairs_file, out, *flags, loss="bradley_terry"):

@@ -15,11 +15,12 @@ from jaxpref import data, losses
 from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.malloc import reuse_freed_memory
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import Decay, MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.train import Decay, MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -69,18 +70,19 @@ def train(job: Job, out: Path) -> None:
     objective, steps = from_loss(losses.dpo, beta=job.beta), Steps()
     with jax.set_mesh(mesh):
         train_batches, every = layout(job, pairs)
-        scores = make_scores(model)
+        scorer = make_scorer(model, objective.scores)
         params = load_params(job.model, model)
-        policy = score_pairs(
-            make_score_step(scores),
+        policy = score_dataset(
+            make_score_step(scorer),
             params,
+            None,
             pairs,
             eval_batches=every,
             mesh=mesh,
             title="reference",
         )
         reference = {"reference_logps": policy["policy_logps"]}
-        step = make_train_step(scores, objective, tx, schedule)
+        step = make_train_step(scorer, objective, tx, schedule)
         state = jax.jit(lambda p: init_state(p, tx, objective), donate_argnums=0)(
             params
         )
@@ -97,7 +99,7 @@ def train(job: Job, out: Path) -> None:
         # As many pairs as the others have, about: a packed batch holds what it holds.
         while done < job.warmup or seen < job.steps * job.batch_size:
             batch = next(batches)
-            state, metrics = step(state, to_global(batch, mesh))
+            state, metrics = step(state, None, to_global(batch, mesh))
             jax.block_until_ready((state, metrics))
             steps.ends.append(time.perf_counter())
             steps.losses.append(float(metrics["loss"]))
