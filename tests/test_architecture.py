@@ -50,6 +50,7 @@ ALLOWED = {
             "gradients",
             "data",
             "models",
+            "report",
             "runtime",
             "sampling",
             "scoring",

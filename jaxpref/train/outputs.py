@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
+from tqdm import tqdm
 
+from jaxpref.report.progress import evaluation_line
 from jaxpref.runtime.preemption import Preempted
+from jaxpref.runtime.processes import only_first_process
 from jaxpref.runtime.profile import profiled
-from jaxpref.scoring.scorer import Frozen
 from jaxpref.train.agreement import check_batch_agreement
+from jaxpref.train.begin import Beginning
 from jaxpref.train.best import Best
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.evaluation import evaluation_metrics
@@ -50,15 +52,13 @@ class Run:
         task: Task,
         out: Path,
         stream: Stream,
+        begun: Beginning,
         *,
-        frozen: Frozen,
-        reference: Mapping[str, Mapping[str, np.ndarray]],
         cadence: Cadence,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         guard: Guard,
         best: Best,
-        start: int,
     ):
         """Shows the progress bar.
 
@@ -66,20 +66,18 @@ class Run:
           task: what is computed.
           out: folder of the run.
           stream: where its batches come from.
-          frozen: what the scorer reads beside the parameters, or None.
-          reference: by set ("train", "heldout") and name, the reference's scores.
+          begun: where it begins.
           cadence: what happens when.
           checkpoints: where states are saved.
           writer: where metrics are written.
           guard: judges every step.
           best: the best evaluation so far.
-          start: steps done before this process began.
         """
-        self.frozen, self.cadence = frozen, cadence
+        self.frozen, self.cadence = begun.frozen, cadence
         self._task, self._out, self._stream = task, out, stream
-        self._reference, self._checkpoints = reference, checkpoints
+        self._reference, self._checkpoints = begun.reference, checkpoints
         self._writer, self._guard, self._best = writer, guard, best
-        self._resumed_at = start
+        self._resumed_at = start = int(begun.state.step)
         self._late = LateMetrics(
             writer,
             name=task.objective.name,
@@ -154,6 +152,8 @@ class Run:
                 task.objective, scores, reference, heldout, state.objective_state
             )
             self._writer.write(step, found)
+            # Not over the progress bar.
+            only_first_process(tqdm.write, evaluation_line(step, found))
         better = self._guard.healthy and self._best.improved(step, found)
         self._checkpoints.best = self._best.step
         return better

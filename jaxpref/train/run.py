@@ -11,7 +11,12 @@ from jaxpref.runtime import heartbeat
 from jaxpref.runtime.compilation import log_compilations
 from jaxpref.runtime.mesh import initialize_distributed, to_global
 from jaxpref.runtime.precision import default_compute_dtype
-from jaxpref.runtime.processes import assert_equal_across_processes, log
+from jaxpref.runtime.processes import (
+    assert_equal_across_processes,
+    log,
+    only_first_process,
+)
+from jaxpref.runtime.timings import timings
 from jaxpref.train.agreement import versions
 from jaxpref.train.begin import Beginning, begin
 from jaxpref.train.best import Best
@@ -33,8 +38,8 @@ def run(config: TrainConfig) -> Path:
     The same config and `out` resume after a kill: on the same software, devices, mesh
     and process count to the same bits.  Written to `out`: `config.json`,
     `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
-    Face folder), `memory.json` where `remat` is "auto", and `best.json` with
-    `keep_best`.
+    Face folder), `timings.json` (seconds per phase), `memory.json` where `remat` is
+    "auto", and `best.json` with `keep_best`.
 
     Returns:
       The exported folder.
@@ -53,35 +58,30 @@ def run(config: TrainConfig) -> Path:
         closing = lambda thing: stack.enter_context(contextlib.closing(thing))
         if config.explain_compiles and jax.process_index() == 0:
             stack.enter_context(log_compilations())
+        phases = stack.enter_context(timings())
         stack.enter_context(heartbeat.reporting())
         assert_equal_across_processes("before the run", versions())
         assert_equal_across_processes("before the run", described)
+        phases.mark("start")
         task = prepare(config)
         log(task.layout.describe())
+        phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))
-        checkpoints = closing(
-            Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
-        )
+        folder, keep = out / "checkpoints", config.keep_checkpoints
+        checkpoints = closing(Checkpoints(folder, keep=keep))
         begun = begin(task, checkpoints, out, batch_size=config.batch_size)
+        phases.mark("reference")
         feed = closing(_feed(task, begun, config.loader_processes))
         if config.remat == "auto":
             task = _with_chosen_remat(task, begun, out)
         write_run_config(described, out)
         start = int(begun.state.step)
-        guard = Guard(
-            task.datasets,
-            out,
-            max_bad_steps=config.max_bad_steps,
-            max_loss_rise=config.max_loss_rise,
-            first=begun.saved.get("first_losses", ()),
-        )
         best = Best(config.keep_best, out, begun.saved.get("best"))
         training = Run(
             task,
             out,
             feed,
-            frozen=begun.frozen,
-            reference=begun.reference,
+            begun,
             cadence=Cadence(
                 max_steps=config.max_steps,
                 eval_every=config.eval_every,
@@ -91,18 +91,26 @@ def run(config: TrainConfig) -> Path:
             ),
             checkpoints=checkpoints,
             writer=closing(MetricsWriter(out, resumed_at=start)),
-            guard=guard,
+            guard=Guard(
+                task.datasets,
+                out,
+                max_bad_steps=config.max_bad_steps,
+                max_loss_rise=config.max_loss_rise,
+                first=begun.saved.get("first_losses", ()),
+            ),
             best=best,
-            start=start,
         )
         closing(training)
         state = fit(task, begun.state, feed, training, until=config.max_steps)
         training.finish(state)
+        phases.mark("steps")
         if config.export == "best" and best.step not in (None, int(state.step)):
             log(f"exporting step {best.step}: {config.keep_best}")
             del state
             state, _ = checkpoints.restore(task.abstract_state(), only=best.step)
         task.scorer.export(state.params, out / "export", task.export)
+        phases.mark("export")
+        only_first_process(phases.write, out / "timings.json")
     return out / "export"
 
 
