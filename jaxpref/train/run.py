@@ -58,6 +58,8 @@ def run(config: TrainConfig) -> Path:
         assert_equal_across_processes("before the run", described)
         task = prepare(config)
         log(task.layout.describe())
+        if padding := task.layout.describe_padding(task.datasets.splits):
+            log(padding)
         stack.enter_context(jax.set_mesh(task.mesh))
         checkpoints = closing(
             Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
