@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from jaxpref.errors import DIVERGED, InputError
-from jaxpref.runtime import processes
+from jaxpref.runtime import environment, processes
 from jaxpref.train import agreement, read_metrics
 from tests.virtual import xla_flags
 
@@ -60,7 +60,7 @@ def test_one_process_agrees_with_itself():
     assert processes.failing_processes(True) == []
     assert processes.failing_processes(False) == [0]
     np.testing.assert_array_equal(processes.broadcast_from_process_zero([4, 2]), [4, 2])
-    assert agreement.versions() == agreement.versions()
+    assert environment.versions() == environment.versions()
 
 
 class Whole:

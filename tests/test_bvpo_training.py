@@ -21,9 +21,11 @@ from jaxpref.scoring.checks import check_finite, check_fits
 from jaxpref.train import TrainConfig, read_metrics
 from jaxpref.train import gradient as engine
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.prepare import read_datasets
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
+from tests.data_tokenizers import byte_tokenizer
 from tests.test_traces import plan_of, traced
 from tests.test_training import OPTIMIZER, mesh_of
 from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
@@ -355,10 +357,29 @@ def test_an_objective_that_mixes_has_its_data_and_no_other_has():
     with pytest.raises(InputError, match="dpo mixes nothing"):
         TrainConfig(**plain, objective=DPO, mix=data.MixOptions())
     mix = data.MixOptions(empty_data="e")
-    config = TrainConfig(**plain, objective=bvpo(DPO), mix=mix)
-    assert config.sources == config.heldout_sources == ("d", "e")
-    config = dataclasses.replace(config, eval_data="h")
-    assert (config.sources, config.heldout_sources) == (("d", "e"), ("h",))
+    assert TrainConfig(**plain, objective=bvpo(DPO), mix=mix).mix == mix
+
+
+def test_records_come_from_both_files(tmp_path):
+    traces, empty, heldout = (
+        str(write_records(tmp_path / f"{name}.jsonl", 6, traces=name != "e", seed=n))
+        for n, name in enumerate("deh")
+    )
+    read = functools.partial(
+        read_datasets,
+        bvpo(DPO),
+        byte_tokenizer(),
+        data.DataOptions(max_length=128, heldout_fraction=0.3),
+        mix=data.MixOptions(empty_data=empty),
+        train=traces,
+    )
+    found = read(heldout=None)
+    assert found.train_sources == found.heldout_sources == (traces, empty)
+    found = read(heldout=heldout)
+    assert (found.train_sources, found.heldout_sources) == ((traces, empty), (heldout,))
+    # With data of its own for evaluation, nothing is held out of the rest.
+    assert len(found.splits.train) == 6 + 6 + 6 and len(found.splits.heldout) == 6 + 6
+    assert set(found.splits.train.sources) == {0, 1}
 
 
 def test_messages_name_the_file_that_a_pair_is_in():
@@ -474,8 +495,11 @@ def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
     assert steps[0]["bvpo/alpha"] == 0.5 and steps[1]["bvpo/alpha"] != 0.5
     assert {"bvpo/cosine", "bvpo/mse_empty", "noise/flip_rate"} <= steps[0].keys()
     loss = configs[0]["loss"]
-    assert (loss["name"], loss["memory"]) == ("bvpo_em_dpo", 500)
-    assert loss["bvpo"] == {"alpha": "auto", "probe_every": 2, "decay": 0.9}
+    mixed = loss.pop("objective")
+    assert (mixed["name"], mixed["memory"]) == ("em_dpo", 500)
+    assert mixed["loss"]["beta"] == 0.5
+    own = {"alpha": "auto", "probe_every": 2, "decay": 0.9}
+    assert loss == {"name": "bvpo_em_dpo"} | own
     assert configs[0]["mix"]["empty_share"] == 0.25
 
 

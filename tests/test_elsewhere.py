@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from jaxpref.errors import InputError
+from jaxpref.runtime.environment import environment_change_message
 from jaxpref.train import MeshConfig, read_metrics, run
 from jaxpref.train.checkpoint import begun_rows
-from jaxpref.train.resume import environment_change_message
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref.train import memory, read_metrics, run, task
+from jaxpref.runtime import memory
+from jaxpref.train import read_metrics, run, task
 from jaxpref.train.feed import AHEAD, Feed
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file

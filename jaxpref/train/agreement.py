@@ -1,10 +1,5 @@
 """What decides on a step, compared between the processes of a run."""
 
-import hashlib
-import importlib.metadata
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 
@@ -54,15 +49,3 @@ def check_batch_agreement(
             f"step {step}: computed from other pairs than those that all processes "
             "draw for it; start them again, and they resume from the last checkpoint"
         )
-
-
-def versions() -> dict[str, str]:
-    """What decides, beside options and data, on what a process computes."""
-    code = hashlib.sha256()
-    folder = Path(__file__).parents[1]
-    for path in sorted(folder.rglob("*.py")):
-        code.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    found = {"jaxpref's code": code.hexdigest(), "Python": f"{sys.version_info[:2]}"}
-    for name in ("jax", "jaxlib", "numpy", "grain"):
-        found[name] = importlib.metadata.version(name)
-    return found

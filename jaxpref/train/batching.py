@@ -10,7 +10,7 @@ import jax
 from jaxpref import data
 from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
 from jaxpref.train.checkpoint import begun_rows
-from jaxpref.train.programs import describe
+from jaxpref.train.programs import describe, padding_told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,18 @@ class Batching:
     def describe(self) -> str:
         """One line: the shape that all batches of the run have."""
         return describe(**self.split)
+
+    def describe_padding(self, splits: data.Plan) -> str | None:
+        """One line: what packed rows would save; None where that is little."""
+        if self.packed or self.empty_share is not None:
+            return None
+        return padding_told(
+            splits.train,
+            splits.heldout,
+            self.shape,
+            batch_size=self.split["batch_size"],
+            shards=self.shards,
+        )
 
     def of_all_processes(self) -> "Batching":
         """The same, with every process's share."""

@@ -8,15 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpref.runtime.environment import environment, environment_change_message
 from jaxpref.runtime.processes import log
 from jaxpref.scoring.reference import ScoredSet, reference_tables
 from jaxpref.scoring.scorer import Frozen, Params
 from jaxpref.train.checkpoint import Checkpoints
-from jaxpref.train.resume import (
-    check_resumable,
-    environment,
-    environment_change_message,
-)
+from jaxpref.train.resume import check_resumable
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
 

@@ -9,6 +9,7 @@ import jax
 from tqdm import tqdm
 
 from jaxpref.report.progress import evaluation_line
+from jaxpref.runtime.environment import environment
 from jaxpref.runtime.preemption import Preempted
 from jaxpref.runtime.processes import only_first_process
 from jaxpref.runtime.profile import profiled
@@ -20,7 +21,6 @@ from jaxpref.train.evaluation import evaluation_metrics
 from jaxpref.train.feed import Stream
 from jaxpref.train.guard import Guard
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
-from jaxpref.train.resume import environment
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
 

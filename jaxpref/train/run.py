@@ -9,6 +9,8 @@ import jax
 
 from jaxpref.runtime import heartbeat
 from jaxpref.runtime.compilation import log_compilations
+from jaxpref.runtime.environment import versions
+from jaxpref.runtime.memory import choose_remat
 from jaxpref.runtime.mesh import initialize_distributed, to_global
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import (
@@ -17,7 +19,6 @@ from jaxpref.runtime.processes import (
     only_first_process,
 )
 from jaxpref.runtime.timings import timings
-from jaxpref.train.agreement import versions
 from jaxpref.train.begin import Beginning, begin
 from jaxpref.train.best import Best
 from jaxpref.train.checkpoint import Checkpoints
@@ -25,7 +26,6 @@ from jaxpref.train.config import TrainConfig, open_run, to_json, write_run_confi
 from jaxpref.train.feed import Feed
 from jaxpref.train.fit import fit
 from jaxpref.train.guard import Guard
-from jaxpref.train.memory import choose_remat
 from jaxpref.train.metrics import MetricsWriter
 from jaxpref.train.outputs import Cadence, Run
 from jaxpref.train.prepare import prepare
@@ -65,6 +65,8 @@ def run(config: TrainConfig) -> Path:
         phases.mark("start")
         task = prepare(config)
         log(task.layout.describe())
+        if padding := task.layout.describe_padding(task.datasets.splits):
+            log(padding)
         phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))
         folder, keep = out / "checkpoints", config.keep_checkpoints
