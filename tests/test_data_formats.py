@@ -4,11 +4,12 @@ import gzip
 import json
 import sys
 import time
+import types
 
 import pytest
 
-from jaxpref.data import DataOptions, ListSource, make_plan, open_source
-from jaxpref.data.formats import (
+from jaxpref.data import DataOptions, ListSource, make_plan, open_source, records
+from jaxpref.data.records import (
     EMPTY,
     HUMAN_LAST,
     IDENTICAL,
@@ -219,6 +220,24 @@ def test_completions(record, expected):
 )
 def test_the_prompt_to_sample_from_is_that_of_training(record):
     assert parse_prompt(record, "row 1") == parse(record, "row 1", sides=1).prompt
+
+
+def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):
+    """Here: two answers in one field, and which of them is better in another."""
+
+    def parse_best(record, where, *, sides, drop_empty):
+        best = record["best"]
+        answers = record["answers"][best], record["answers"][1 - best]
+        return Example(record["prompt"], answers)
+
+    ranked = types.SimpleNamespace(
+        matches=lambda record, sides: "answers" in record, parse=parse_best
+    )
+    monkeypatch.setattr(records, "FORMATS", (ranked, *records.FORMATS))
+    record = {"prompt": "q", "answers": ["b", "a"], "best": 1, "annotator": "w1"}
+    expected = Example("q", ("a", "b"), annotator="w1")
+    assert parse(record, "f row 1", sides=2) == expected
+    assert parse(PAIR, "f row 1", sides=2) == AS_STRINGS
 
 
 def test_a_prompt_without_a_completion():

@@ -16,7 +16,7 @@ from jaxpref.data import (
     make_plan,
     open_source,
 )
-from jaxpref.data.formats import EMPTY, IDENTICAL, Example, expand, parse
+from jaxpref.data.records import EMPTY, IDENTICAL, Example, expand, parse
 from jaxpref.data.tokenize import LONG_ANSWER, tokenize
 from jaxpref.errors import InputError
 from tests.data_tokenizers import (

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref.data.formats import (
+from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.labels import exchanged
+from jaxpref.data.noise import flip_symmetric, read_rates
+from jaxpref.data.options import DEFAULTS, DataOptions
+from jaxpref.data.pairs import Pairs, PairsBuilder
+from jaxpref.data.records import (
     IDENTICAL,
     Example,
     expand,
@@ -18,11 +23,6 @@ from jaxpref.data.formats import (
     parse_prompt,
     prompt_key,
 )
-from jaxpref.data.hashing import hash_uniforms
-from jaxpref.data.labels import exchanged
-from jaxpref.data.noise import flip_symmetric, read_rates
-from jaxpref.data.options import DEFAULTS, DataOptions
-from jaxpref.data.pairs import Pairs, PairsBuilder
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
 from jaxpref.errors import InputError

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpref import data
 from jaxpref.data import DataOptions, Pairs, Source
-from jaxpref.data.formats import EMPTY, Example, parse, prompt_key
+from jaxpref.data.records import EMPTY, Example, parse, prompt_key
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features as feature_store
 from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
