@@ -78,14 +78,19 @@ class OverheadConfig:
     """Pairs of blocks."""
 
 
-def make_pairs(config: OverheadConfig, vocab_size: int) -> data.Pairs:
+def make_pairs(config: OverheadConfig, vocab_size: int) -> data.PreferenceDataset:
     """Random pairs of one length, every other one with an empty trace."""
     rng = np.random.default_rng(0)
     tokens = lambda count: rng.integers(3, vocab_size, count).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(64):
         completions = [tokens(config.completion) for _ in range(2)]
-        builder.add(tokens(config.prompt), completions, id=str(n), empty=n % 2 == 1)
+        builder.add(
+            tokens(config.prompt),
+            completions,
+            id=str(n),
+            columns={"empty_trace": n % 2 == 1},
+        )
     return builder.build()
 
 

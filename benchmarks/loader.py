@@ -79,7 +79,7 @@ def main(options: Options) -> None:
     chosen = data.DataOptions(
         max_length=options.max_length, max_pairs=options.max_pairs
     )
-    pairs = data.make_plan(
+    pairs = data.make_splits(
         data.open_source(options.data),
         data.load_tokenizer(Path(options.tokenizer or folder)),
         chosen,

@@ -54,7 +54,7 @@ class Options:
 def main(options: Options) -> None:
     """Both layouts, in turns."""
     folder = Path(resolve_folder(options.model))
-    plan = data.make_plan(
+    plan = data.make_splits(
         data.open_source(options.data),
         data.load_tokenizer(folder),
         data.DataOptions(max_length=options.max_length, max_pairs=options.max_pairs),

@@ -39,7 +39,9 @@ def make_step(model: Model, scores: ScoreFunction | None = None) -> Step:
     return Step(step, functools.partial(init_state, tx=tx, objective=objective))
 
 
-def random_pairs(sizes: np.ndarray, *, vocab_size: int, seed: int = 0) -> data.Pairs:
+def random_pairs(
+    sizes: np.ndarray, *, vocab_size: int, seed: int = 0
+) -> data.PreferenceDataset:
     """Pairs of random tokens.
 
     Args:
@@ -48,19 +50,19 @@ def random_pairs(sizes: np.ndarray, *, vocab_size: int, seed: int = 0) -> data.P
       seed: of the tokens.
     """
     rng = np.random.default_rng(seed)
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n, row in enumerate(sizes):
         prompt, *answers = (rng.integers(3, vocab_size, k).tolist() for k in row)
         builder.add(prompt, answers, id=str(n))
     return builder.build()
 
 
-def reference_of(pairs: data.Pairs) -> dict[str, np.ndarray]:
+def reference_of(pairs: data.PreferenceDataset) -> dict[str, np.ndarray]:
     """Stored reference log-probs; zeros cost what true ones do."""
     return {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
 
 
-def padded_batch(pairs: data.Pairs) -> data.PreferenceBatch:
+def padded_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
     """All the pairs as one batch, a pair a row."""
     return collate(
         pairs,
@@ -70,7 +72,9 @@ def padded_batch(pairs: data.Pairs) -> data.PreferenceBatch:
     )
 
 
-def packed_batch(pairs: data.Pairs, *, row_length: int) -> data.PreferenceBatch:
+def packed_batch(
+    pairs: data.PreferenceDataset, *, row_length: int
+) -> data.PreferenceBatch:
     """A batch of packed rows that holds about as many pairs as are given."""
     shape = data.packed_shape(pairs, row_length=row_length, batch_size=len(pairs))
     batches = data.packed_batches(
@@ -79,7 +83,7 @@ def packed_batch(pairs: data.Pairs, *, row_length: int) -> data.PreferenceBatch:
     return next(batches)
 
 
-def pair_a_row_batch(pairs: data.Pairs) -> data.PreferenceBatch:
+def pair_a_row_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
     """All the pairs as one batch of packed rows, each as long as the longest pair."""
     tokens, _ = lengths(pairs)
     shape = data.packed_shape(

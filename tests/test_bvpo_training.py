@@ -38,12 +38,14 @@ def pairs():
     """15 pairs with traces, and 9 with an empty one and shorter answers."""
     rng = np.random.default_rng(1)
     words = lambda low, high: rng.integers(4, 40, rng.integers(low, high)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(24):
         empty = n % 8 in (1, 4, 6)
         longest = 5 if empty else 9
         answers = [words(3, longest), words(3, longest)]
-        builder.add([1, *words(2, 6)], answers, id=f"pair-{n}", empty=empty)
+        builder.add(
+            [1, *words(2, 6)], answers, id=f"pair-{n}", columns={"empty_trace": empty}
+        )
     return builder.build()
 
 
@@ -365,9 +367,9 @@ def test_messages_name_the_file_that_a_pair_is_in():
     plain = {"prompt": "p", "chosen": " c", "rejected": " d"}
     records = [*traced(3), plain | {"prompt": "x"}]
     train = plan_of(records, empty=[plain, plain | {"prompt": "long" * 30}]).train
-    assert train.empty.tolist() == [False] * 3 + [True] * 3
-    assert train.sources.tolist() == [0, 0, 0, 0, 1, 1]
-    assert not plan_of(records).train.sources.any()
+    assert train.columns["empty_trace"].tolist() == [False] * 3 + [True] * 3
+    assert train.columns["source"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert not plan_of(records).train.columns["source"].any()
     names = ("with.jsonl", "without.jsonl")
     few = tiny_config(max_position_embeddings=64, vocab_size=512)
     with pytest.raises(InputError, match="^without.jsonl row 2: a sequence of"):

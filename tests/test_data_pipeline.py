@@ -14,7 +14,7 @@ from jaxpref.data import (
     batch_shape,
     batches,
     eval_batches,
-    make_plan,
+    make_splits,
 )
 from jaxpref.errors import InputError
 from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
@@ -23,7 +23,7 @@ TOKENIZER = byte_tokenizer()
 RECORDS = [
     record | {"annotator": n % 3} for n, record in enumerate(synthetic_pairs(70))
 ]
-PLAN = make_plan(
+PLAN = make_splits(
     ListSource(RECORDS), TOKENIZER, DataOptions(flip_rate=0.3, heldout_fraction=0.3)
 )
 SHAPE = batch_shape(PLAN.train, PLAN.heldout)
@@ -101,7 +101,7 @@ def test_every_row_is_its_pair_and_every_target_follows_its_predictor():
                 not targets[~used].any() and not batch.predictors[a, r, q][~used].any()
             )
             assert batch.completion_lengths[a, r, 0, q] == size
-            record = RECORDS[PLAN.train.rows[n]]
+            record = RECORDS[PLAN.train.columns["row"][n]]
             names = ("chosen", "rejected")
             side = names[1 - q] if batch.flips[a, r, 0] else names[q]
             text = TOKENIZER.decode(tokens[:length])
@@ -216,14 +216,14 @@ def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
 
 
 def test_no_pair_to_evaluate_is_no_batch():
-    plan = make_plan(ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0))
+    plan = make_splits(ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0))
     assert list(eval_batches(plan.heldout, shape=SHAPE, batch_size=8)) == []
 
 
 def test_padding_is_told_by_length_and_not_by_id():
     """EOS has id 0, which is also what padding is filled with."""
     tokenizer = byte_tokenizer(first=("</s>", "<s>"))
-    plan = make_plan(ListSource(RECORDS), tokenizer, DataOptions(heldout_fraction=0))
+    plan = make_splits(ListSource(RECORDS), tokenizer, DataOptions(heldout_fraction=0))
     shape = batch_shape(plan.train)
     batch = next(batches(plan.train, shape=shape, batch_size=4))
     last = np.take_along_axis(batch.tokens, batch.lengths[..., None] - 1, -1)
@@ -235,7 +235,7 @@ def test_padding_is_told_by_length_and_not_by_id():
 
 
 def test_plain_completions_have_one_side():
-    plan = make_plan(
+    plan = make_splits(
         ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0), sides=1
     )
     shape = batch_shape(plan.train)
@@ -250,7 +250,7 @@ def test_wrong_sizes_are_refused():
         train(accumulation=3)
     with pytest.raises(InputError, match="x 16 processes"):
         train(process_count=16)
-    empty = make_plan(
+    empty = make_splits(
         ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=1)
     ).train
     with pytest.raises(InputError, match="no pair is left to train on"):

@@ -33,7 +33,7 @@ from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_par
 def make_pairs(count, *, seed=0, longest=(8, 9)):
     rng = np.random.default_rng(seed)
     words = lambda most: rng.integers(4, 40, rng.integers(1, most)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(count):
         prompt, answer = longest
         builder.add([1, *words(prompt)], [words(answer), words(answer)], id=f"{n}")
@@ -145,7 +145,7 @@ def test_the_gradient_is_exact(pairs, accumulation, tied):
 
 
 def test_a_row_by_hand():
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     builder.add([1, 5], [[6, 7], [8]], id="a")
     builder.add([1], [[9], [4, 4]], id="b")
     pairs = builder.build()
@@ -231,7 +231,7 @@ def test_rows_are_full(shared):
     tokenizer = data.load_tokenizer(shared / "models" / "stories260k-hf")
     source = data.open_source(shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz")
     options = data.DataOptions(max_length=512, max_pairs=600)
-    pairs = data.make_plan(source, tokenizer, options).train
+    pairs = data.make_splits(source, tokenizer, options).train
     row_length = -(-int(lengths(pairs)[0].max()) // 256) * 256
     shape = data.packed_shape(pairs, row_length=row_length, batch_size=32)
     batches = data.packed_batches(pairs, shape=shape, prefetch=0)

@@ -50,12 +50,12 @@ def planned(config, tokenizer, read=loop.read_plan):
     kept["plan"] = read(config, tokenizer)
     return kept["plan"]
 
-def made(*args, make=data.make_plan, **kwargs):
+def made(*args, make=data.make_splits, **kwargs):
     found = make(*args, **kwargs)
     kept["pairs read"] = len(found.train) + len(found.heldout)
     return found
 
-loop.to_global, loop.read_plan, inputs.data.make_plan = placed, planned, made
+loop.to_global, loop.read_plan, inputs.data.make_splits = placed, planned, made
 
 for name, argv in json.loads(sys.argv[3]).items():
     kept |= {"batches": [], "rows made": set()}

@@ -230,7 +230,7 @@ def test_the_shape_is_told():
 
 
 def test_what_packed_rows_would_save_is_told():
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(4):
         builder.add([5] * 20, [[6] * 10, [7] * (10 + n)], id=str(n))
     pairs = builder.build()
@@ -247,7 +247,7 @@ def test_what_is_told_of_packed_rows_can_be_asked_for():
     """Rows hold what is evaluated on too, and no more pairs than were asked for."""
 
     def of(*answers):
-        builder = data.PairsBuilder(2)
+        builder = data.DatasetBuilder(2)
         for n, size in enumerate(answers):
             builder.add([5] * 20, [[6] * 10, [7] * size], id=str(n))
         return builder.build()

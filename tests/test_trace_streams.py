@@ -14,8 +14,8 @@ from jaxpref.data import (
     batch_shape,
     batches,
     eval_batches,
-    make_mixed_plan,
-    make_plan,
+    make_mixed_splits,
+    make_splits,
     mixed_batches,
 )
 from jaxpref.data.mixture import empty_rows
@@ -28,7 +28,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def plan_of(num_traces, num_empty, **options):
-    return make_mixed_plan(
+    return make_mixed_splits(
         ListSource(traced(num_traces)),
         TOKENIZER,
         DataOptions(**(dict(heldout_fraction=0.0) | options)),
@@ -54,8 +54,12 @@ def test_every_batch_has_the_same_number_of_each_kind(share, count):
     for batch in take(train(empty_share=share), 20):
         assert batch.empty.dtype == bool and batch.empty.shape == (1, 8, 1)
         assert batch.empty.sum() == count
-        np.testing.assert_array_equal(batch.empty, PAIRS.empty[batch.pairs])
-        np.testing.assert_array_equal(batch.flips, PAIRS.flips[batch.pairs])
+        np.testing.assert_array_equal(
+            batch.empty, PAIRS.columns["empty_trace"][batch.pairs]
+        )
+        np.testing.assert_array_equal(
+            batch.flips, PAIRS.columns["is_flipped"][batch.pairs]
+        )
         assert (batch.weights == 1).all()
 
 
@@ -102,7 +106,7 @@ def test_accumulation_cuts_the_same_batch():
 def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
     taken = take(train(), 40)
     for empty in (False, True):
-        mine = np.flatnonzero(PAIRS.empty == empty).tolist()
+        mine = np.flatnonzero(PAIRS.columns["empty_trace"] == empty).tolist()
         seen, size = stream(taken, empty), len(mine)
         epochs = [seen[n * size : (n + 1) * size] for n in range(4)]
         assert all(sorted(epoch) == mine for epoch in epochs)
@@ -112,7 +116,10 @@ def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
 def test_one_stream_does_not_depend_on_the_other():
     """Its epochs, order and share of the batch are its own."""
     other = plan_of(37, 5, flip_rate=0.3).train
-    assert other.ids[~other.empty].tolist() == PAIRS.ids[~PAIRS.empty].tolist()
+    assert (
+        other.ids[~other.columns["empty_trace"]].tolist()
+        == PAIRS.ids[~PAIRS.columns["empty_trace"]].tolist()
+    )
     for empty, pairs in ((False, other), (True, plan_of(11, 23, flip_rate=0.3).train)):
         ids = [
             p.ids[stream(take(train(p), 30), empty)].tolist() for p in (PAIRS, pairs)
@@ -132,7 +139,7 @@ def test_seeds_and_kinds_shuffle_apart():
     for seed in range(4):
         taken = take(train(pairs, seed=seed, batch_size=46), 3)
         for empty in (False, True):
-            first = np.flatnonzero(pairs.empty == empty)[0]
+            first = np.flatnonzero(pairs.columns["empty_trace"] == empty)[0]
             order = np.array(stream(taken, empty)) - first
             orders |= {tuple(order[n * 23 : (n + 1) * 23]) for n in range(3)}
     assert len(orders) == 24
@@ -186,12 +193,12 @@ def test_reference_scores_travel_with_their_pair():
 def test_evaluation_sees_both_kinds():
     found = list(eval_batches(PAIRS, shape=SHAPE, batch_size=8))
     empty = np.concatenate([batch.empty.ravel() for batch in found])
-    assert empty[: len(PAIRS)].tolist() == PAIRS.empty.tolist()
+    assert empty[: len(PAIRS)].tolist() == PAIRS.columns["empty_trace"].tolist()
     assert not empty[len(PAIRS) :].any()
 
 
 def test_ordinary_batches_are_never_empty():
-    plan = make_plan(ListSource(traced(20)), TOKENIZER, DataOptions())
+    plan = make_splits(ListSource(traced(20)), TOKENIZER, DataOptions())
     shape = batch_shape(plan.train, plan.heldout)
     for batch in take(batches(plan.train, shape=shape, batch_size=4), 3):
         assert batch.empty.shape == (1, 4, 1) and not batch.empty.any()

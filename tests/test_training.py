@@ -49,7 +49,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
 def pairs():
     rng = np.random.default_rng(1)
     words = lambda low, high: rng.integers(4, 40, rng.integers(low, high)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(24):
         builder.add([1, *words(2, 6)], [words(3, 9), words(3, 9)], id=f"pair-{n}")
     return builder.build()
@@ -126,7 +126,7 @@ def test_sharding_does_not_change_the_numbers(pairs, sizes):
 @pytest.mark.parametrize("objective", [from_loss(losses.dpo, beta=0.5), sft()])
 def test_accumulation_does_not_change_the_numbers(pairs, objective):
     if objective.sides == 1:
-        builder = data.PairsBuilder(1)
+        builder = data.DatasetBuilder(1)
         for n, name in enumerate(pairs.ids):
             builder.add(pairs.prompt(n), [pairs.completion(n, 0)], id=name)
         pairs = builder.build()

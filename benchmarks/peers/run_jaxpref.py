@@ -25,7 +25,7 @@ from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
 
-def layout(job: Job, pairs: data.Pairs):
+def layout(job: Job, pairs: data.PreferenceDataset):
     """Endless training batches, and every pair once, of pairs and their reference."""
     if job.row_length < 0:
         sizes = dict(shape=data.batch_shape(pairs), batch_size=job.batch_size)
@@ -54,7 +54,7 @@ def train(job: Job, out: Path) -> None:
     listed = read_pairs(job)
     first = 0 if job.repeat else job.warmup * job.batch_size
     listed = listed[: job.batch_size] if job.repeat else listed[first:]
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for number, (prompt, *answers) in enumerate(listed):
         builder.add(prompt, answers, id=str(number))
     pairs = builder.build()

@@ -12,10 +12,10 @@ import jax.tree_util
 import numpy as np
 
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.options import MixOptions
-from jaxpref.data.pairs import BatchShape, Pairs
-from jaxpref.data.pipeline import collating, iterate, rows_of_process
+from jaxpref.data.pipeline import BatchShape, collating, iterate, rows_of_process
 from jaxpref.errors import InputError
 
 KINDS = ("trace", "empty")
@@ -53,7 +53,7 @@ class MixedBatches:
 
 
 def mixed_batches(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     *,
     shape: BatchShape,
     batch_size: int,
@@ -67,7 +67,7 @@ def mixed_batches(
     prefetch: int = 4,
     processes: int = 0,
 ) -> MixedBatches:
-    """Endless batches with a fixed number of pairs of each kind; see `Pairs.empty`.
+    """Endless batches with a fixed number of pairs of each kind.
 
     Every epoch of a kind has each of its pairs once, in an order that depends on its
     number of pairs, seed and epoch only.  Row i of the B rows of a batch holds an empty
@@ -76,7 +76,7 @@ def mixed_batches(
     n / (their number) is whole.  All process counts see the same global batches.
 
     Args:
-      pairs: of `make_mixed_plan`.
+      pairs: of `make_mixed_splits`.
       shape: from `batch_shape`.
       batch_size: B, pairs of both kinds a step, over all processes and micro-batches.
       empty_share: n / B before it is rounded; one pair at least is of each kind.
@@ -106,7 +106,7 @@ def mixed_batches(
     streams, places = {}, []
     for kind in KINDS:
         of_kind = is_empty == (kind == "empty")
-        indices = np.flatnonzero(pairs.empty == (kind == "empty"))
+        indices = np.flatnonzero(pairs.columns["empty_trace"] == (kind == "empty"))
         if not len(indices):
             what = "with a trace" if kind == "trace" else "with an empty trace"
             raise InputError(f"no pair {what} is left to train on; add some")

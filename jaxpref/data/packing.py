@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from jaxpref.data.batch import PARTS, PreferenceBatch
-from jaxpref.data.pairs import Pairs
+from jaxpref.data.batch import PARTS, PreferenceBatch, slot_fields
+from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.pipeline import rows_of_process, shuffled
 from jaxpref.data.workers import InProcesses
 from jaxpref.errors import InputError
@@ -47,7 +47,11 @@ class PackedShape:
 
 
 def packed_shape(
-    *pairs: Pairs, row_length: int, batch_size: int, parts: int = 1, multiple: int = 8
+    *pairs: PreferenceDataset,
+    row_length: int,
+    batch_size: int,
+    parts: int = 1,
+    multiple: int = 8,
 ) -> PackedShape:
     """Sizes for which a batch holds about `batch_size` pairs, with little room unused.
 
@@ -87,19 +91,19 @@ def packed_shape(
         sequence_length=row_length,
         predictions=predictions,
         slots=slots,
-        sides=filled[0].num_sides,
+        sides=filled[0].num_completions,
         rows=rows,
     )
 
 
-def lengths(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+def lengths(pairs: PreferenceDataset) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each pair, its prompt counted once, and of its completions; int [N]."""
     answers = pairs.completion_lengths.sum(axis=1)
     return pairs.prompt_lengths + answers, answers
 
 
 def packed_batches(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     *,
     shape: PackedShape,
     accumulation: int = 1,
@@ -160,7 +164,7 @@ def packed_batches(
 
 
 def packed_eval_batches(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     *,
     shape: PackedShape,
     accumulation: int = 1,
@@ -283,7 +287,7 @@ class _PackedIterator(grain.DatasetIterator):
 
 
 def collate_packed(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     indices: np.ndarray,
     *,
     shape: PackedShape,
@@ -330,16 +334,10 @@ def collate_packed(
                     predicted += len(text)
                 at += len(text)
         ends[row] = at
-    real = flat >= 0
-    where = np.where(real, flat, 0)
 
     def shaped(array: np.ndarray, *axes: int) -> np.ndarray:
         return array.reshape(*indices.shape[:2], *axes)
 
-    of_slots = lambda array: shaped(array, shape.slots)
-    sides = lambda table: shaped(
-        np.where(real[..., None], table[where], 0), shape.slots, shape.sides
-    )
     return PreferenceBatch(
         tokens=shaped(tokens, 1, -1),
         lengths=shaped(ends, 1),
@@ -348,15 +346,5 @@ def collate_packed(
         completions=shaped(completions, 1, -1),
         positions=shaped(positions, 1, -1),
         segments=shaped(segments, 1, -1),
-        pairs=of_slots(flat.astype(np.int32)),
-        completion_lengths=sides(pairs.completion_lengths),
-        reference={name: sides(table) for name, table in (reference or {}).items()},
-        flips=of_slots(pairs.flips[where] & real),
-        annotators=of_slots(np.where(real, pairs.annotators[where], -1)),
-        empty=of_slots(pairs.empty[where] & real),
-        weights=of_slots(real.astype(np.float32)),
-        labels={
-            name: of_slots(np.where(real, values[where], 0).astype(np.float32))
-            for name, values in pairs.labels.items()
-        },
+        **slot_fields(pairs, indices, reference),
     )

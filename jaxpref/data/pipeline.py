@@ -5,21 +5,58 @@ were done in the plan, so nothing here can change how many examples there are.  
 saved state of an iterator is one integer.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
 import grain
 import numpy as np
 
-from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.batch import PreferenceBatch, slot_fields
+from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
-from jaxpref.data.pairs import BatchShape, Pairs
 from jaxpref.data.workers import InProcesses
 from jaxpref.errors import InputError
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Static sizes of a row: every batch of a run has them, so a step compiles once."""
+
+    sequence_length: int
+    """T, tokens of a sequence."""
+    predictions: int
+    """P, predicted tokens of a sequence."""
+    sides: int
+    """K, completions of a pair; in the padded layout also Q, sequences of a row."""
+
+
+def batch_shape(
+    *pairs: PreferenceDataset, length_multiple: int = 8, prediction_multiple: int = 8
+) -> BatchShape:
+    """The smallest shape that holds every sequence of `pairs`, rounded up.
+
+    Args:
+      *pairs: all the pairs a run will see (train and held-out).
+      length_multiple: T is a multiple of this.
+      prediction_multiple: P is a multiple of this.
+    """
+    filled = [p for p in pairs if len(p)]
+    sides = {p.num_completions for p in filled}
+    if len(sides) != 1:
+        raise ValueError(f"pairs of one run have one K and at least one row: {sides}")
+    longest = max(p.longest for p in filled)
+    answer = max(int(p.completion_lengths.max()) for p in filled)
+    (num_sides,) = sides
+    return BatchShape(
+        sequence_length=-(-longest // length_multiple) * length_multiple,
+        predictions=-(-answer // prediction_multiple) * prediction_multiple,
+        sides=num_sides,
+    )
+
+
 def collate(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     indices: np.ndarray,
     *,
     shape: BatchShape,
@@ -55,8 +92,6 @@ def collate(
             predictors[row, side, :size] = np.arange(start - 1, start - 1 + size)
             targets[row, side, :size] = completion
             completions[row, side, :size] = side
-    real = flat >= 0
-    where = np.where(real, flat, 0)
 
     def shaped(array: np.ndarray, *axes: int) -> np.ndarray:
         return array.reshape(*indices.shape, *axes)
@@ -67,27 +102,12 @@ def collate(
         predictors=shaped(predictors, sides, shape.predictions),
         targets=shaped(targets, sides, shape.predictions),
         completions=shaped(completions, sides, shape.predictions),
-        pairs=shaped(flat.astype(np.int32), 1),
-        completion_lengths=shaped(
-            np.where(real[:, None], pairs.completion_lengths[where], 0), 1, sides
-        ),
-        reference={
-            name: shaped(np.where(real[:, None], table[where], 0), 1, sides)
-            for name, table in (reference or {}).items()
-        },
-        flips=shaped(pairs.flips[where] & real, 1),
-        annotators=shaped(np.where(real, pairs.annotators[where], -1), 1),
-        empty=shaped(pairs.empty[where] & real, 1),
-        weights=shaped(real.astype(np.float32), 1),
-        labels={
-            name: shaped(np.where(real, values[where], 0), 1)
-            for name, values in pairs.labels.items()
-        },
+        **slot_fields(pairs, indices[..., None], reference),
     )
 
 
 def batches(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     *,
     shape: BatchShape,
     batch_size: int,
@@ -153,7 +173,7 @@ def iterate(
     )
 
 
-def shuffled(pairs: Pairs, seed: int) -> grain.MapDataset:
+def shuffled(pairs: PreferenceDataset, seed: int) -> grain.MapDataset:
     """Numbers of pairs without end, every epoch in an order of its own."""
     if not len(pairs):
         raise InputError("no pair is left to train on")
@@ -164,7 +184,7 @@ def shuffled(pairs: Pairs, seed: int) -> grain.MapDataset:
 
 
 def eval_batches(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     *,
     shape: BatchShape,
     batch_size: int,
@@ -223,10 +243,12 @@ def _share(accumulation: int, rows: int, process_index: int) -> Callable:
 
 
 def collating(
-    pairs: Pairs, shape: BatchShape, reference: Mapping[str, np.ndarray] | None
+    pairs: PreferenceDataset,
+    shape: BatchShape,
+    reference: Mapping[str, np.ndarray] | None,
 ) -> Callable:
     """`collate` of indices alone, its reference checked."""
-    expected = (len(pairs), pairs.num_sides)
+    expected = (len(pairs), pairs.num_completions)
     for name, table in (reference or {}).items():
         if table.shape != expected or table.dtype != np.float32:
             raise ValueError(

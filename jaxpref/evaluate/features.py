@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpref import data
-from jaxpref.data import BatchShape, Pairs, PairsBuilder
+from jaxpref.data import BatchShape, DatasetBuilder, PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, write_whole
 from jaxpref.models import Model
@@ -86,7 +86,7 @@ def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callabl
 
 
 def compute(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     feature_step: Callable,
     params,
     *,
@@ -129,8 +129,8 @@ def compute(
             wrong = ~np.isfinite(values).all(axis=1)
             if wrong.any():
                 raise InputError(
-                    f"{source} row {part.rows[wrong][0] + 1}: its hidden states are not"
-                    f" finite ({wrong.sum()} such completions); check the weights, or"
+                    f"{source} row {part.columns['row'][wrong][0] + 1}: its hidden"
+                    f" states are not finite ({wrong.sum()} such completions); check the weights, or"
                     " set --compute-dtype float32"
                 )
             _save(folder, digest, part.ids, values)
@@ -151,7 +151,9 @@ def _first_of_each(keys: np.ndarray, table) -> list[tuple[int, int, str]]:
     return list(found.values())
 
 
-def _blocks(pairs: Pairs, missing: list) -> Iterator[tuple[BatchShape, Pairs]]:
+def _blocks(
+    pairs: PreferenceDataset, missing: list
+) -> Iterator[tuple[BatchShape, PreferenceDataset]]:
     """Completions of about one length together, so that little is computed for padding.
 
     Lengths are rounded up to 2^k or 3 * 2^k, predictions to halves of that: a few dozen
@@ -170,13 +172,13 @@ def _blocks(pairs: Pairs, missing: list) -> Iterator[tuple[BatchShape, Pairs]]:
     for shape, group in itertools.groupby(sorted(missing, key=shape_of), shape_of):
         group = list(group)
         for start in range(0, len(group), BLOCK):
-            part = PairsBuilder(1)
+            part = DatasetBuilder(1)
             for n, side, key in group[start : start + BLOCK]:
                 part.add(
                     pairs.prompt(n),
                     [pairs.completion(n, side)],
                     id=key,
-                    row=int(pairs.rows[n]),
+                    columns={"row": int(pairs.columns["row"][n])},
                 )
             yield BatchShape(*shape, sides=1), part.build()
 
@@ -190,7 +192,9 @@ def _rounded(length: int) -> int:
     return size
 
 
-def _of_block(part: Pairs, feature_step, params, shape, batch_size, mesh) -> np.ndarray:
+def _of_block(
+    part: PreferenceDataset, feature_step, params, shape, batch_size, mesh
+) -> np.ndarray:
     out = []
     for batch in data.eval_batches(part, shape=shape, batch_size=batch_size):
         values, index = jax.device_get(feature_step(params, to_global(batch, mesh)))

@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxpref.data import Pairs, Plan
+from jaxpref.data import PreferenceDataset, Splits
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
 from jaxpref.models import Model, ModelConfig
@@ -54,7 +54,7 @@ _log = logging.getLogger("jaxpref")
 
 def make_tables(
     config: TrainConfig,
-    plan: Plan,
+    plan: Splits,
     out: Path,
     model: Model,
     params,
@@ -136,7 +136,7 @@ def make_tables(
     return tables
 
 
-def score_keys(pairs: Pairs, names: Sequence[str]) -> np.ndarray:
+def score_keys(pairs: PreferenceDataset, names: Sequence[str]) -> np.ndarray:
     """What the reference's scores are kept by: str [len(names), N, K].
 
     The prompt's and the completion's tokens, and of a prefix where it ends.  Neither

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref.data import Pairs
+from jaxpref.data import PreferenceDataset
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.heartbeat import beat
@@ -35,10 +35,10 @@ def make_score_step(scores: ScoreFunction) -> Callable:
 def score_pairs(
     score_step: Callable,
     params,
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     reference=None,
     *,
-    eval_batches: Callable[[Pairs], Iterable[PreferenceBatch]],
+    eval_batches: Callable[[PreferenceDataset], Iterable[PreferenceBatch]],
     mesh: jax.sharding.Mesh,
     title: str,
     bar: tqdm | None = None,
@@ -58,7 +58,7 @@ def score_pairs(
     Returns:
       float32 [N, K] by name; whole tables on every process.
     """
-    shape = (len(pairs), pairs.num_sides)
+    shape = (len(pairs), pairs.num_completions)
     tables = {}
     seen = np.zeros(shape[0], bool)
     own = progress_bar(shape[0], title) if bar is None else contextlib.nullcontext(bar)
@@ -94,7 +94,7 @@ def evaluation_metrics(
     objective: Objective,
     scores: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     state,
 ) -> dict[str, float]:
     """Metrics of a scored set under `eval_` names; the set is one batch to the loss.
@@ -117,9 +117,9 @@ def evaluation_metrics(
         pairs=np.arange(count, dtype=np.int32)[:, None],
         completion_lengths=pairs.completion_lengths[:, None, : objective.sides],
         reference={name: table[:, None] for name, table in reference.items()},
-        flips=pairs.flips[:, None],
-        annotators=pairs.annotators[:, None],
-        empty=pairs.empty[:, None],
+        flips=pairs.columns["is_flipped"][:, None],
+        annotators=pairs.columns["annotator"][:, None],
+        empty=pairs.columns["empty_trace"][:, None],
         weights=np.ones((count, 1), np.float32),
         labels={name: values[:, None] for name, values in pairs.labels.items()},
     )

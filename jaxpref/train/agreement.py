@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpref.data import Plan
+from jaxpref.data import Splits
 from jaxpref.errors import InputError
 from jaxpref.runtime.processes import assert_equal_across_processes
 from jaxpref.train.feed import Feed
 
 
 def agree_on_batch(
-    step: int, make_whole: Callable[[], Any], plan: Plan, feed: Feed, seen: np.ndarray
+    step: int, make_whole: Callable[[], Any], plan: Splits, feed: Feed, seen: np.ndarray
 ) -> None:
     """Compares what the processes know of a step's batch, and that with what it was.
 

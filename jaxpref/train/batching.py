@@ -37,7 +37,7 @@ class Batching:
         """Packed rows of a step; None where each pair has one."""
         return self.shape.rows if self.packed else None
 
-    def batches(self, pairs: data.Pairs, **options: Any) -> Iterator:
+    def batches(self, pairs: data.PreferenceDataset, **options: Any) -> Iterator:
         """Those to train on, without end; `options` as of `jaxpref.data.batches`."""
         if self.packed:
             return data.packed_batches(pairs, **self.split, **options)
@@ -46,7 +46,7 @@ class Batching:
             return data.mixed_batches(pairs, **self.split, **options)
         return data.batches(pairs, **self.split, **options)
 
-    def eval_batches(self, pairs: data.Pairs, **options: Any) -> Iterator:
+    def eval_batches(self, pairs: data.PreferenceDataset, **options: Any) -> Iterator:
         """Each pair once; `options` as of `jaxpref.data.eval_batches`."""
         make = data.packed_eval_batches if self.packed else data.eval_batches
         return make(pairs, **self.split, **options)
@@ -58,7 +58,7 @@ class Batching:
 
 
 def make_batching(
-    config: TrainConfig, plan: data.Plan, mesh: jax.sharding.Mesh, out: Path
+    config: TrainConfig, plan: data.Splits, mesh: jax.sharding.Mesh, out: Path
 ) -> Batching:
     """The run's.
 

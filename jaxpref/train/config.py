@@ -151,7 +151,7 @@ class TrainConfig(RunConfig):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where the training pairs come from, by `Pairs.sources`."""
+        """Where the training pairs come from, by the column `source`."""
         empty = self.mix and self.mix.empty_data
         return (self.data, empty) if empty else (self.data,)
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpref.data import Pairs
+from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError, Stopped
 from jaxpref.files import write_json
 from jaxpref.sharding import replicated
@@ -39,7 +39,11 @@ class Guard:
     """
 
     def __init__(
-        self, config: TrainConfig, pairs: Pairs, out: Path, first: Sequence[float] = ()
+        self,
+        config: TrainConfig,
+        pairs: PreferenceDataset,
+        out: Path,
+        first: Sequence[float] = (),
     ):
         """Judges nothing yet.
 
@@ -126,8 +130,8 @@ class Guard:
         def of_pair(index: int) -> dict[str, Any]:
             return {
                 "id": str(self._pairs.ids[index]),
-                "file": self._config.sources[self._pairs.sources[index]],
-                "row": int(self._pairs.rows[index]) + 1,
+                "file": self._config.sources[self._pairs.columns["source"][index]],
+                "row": int(self._pairs.columns["row"][index]) + 1,
                 "finite": index not in blamed,
             }
 

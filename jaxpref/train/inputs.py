@@ -8,22 +8,22 @@ import jax
 import numpy as np
 
 from jaxpref import data
-from jaxpref.data import Pairs
+from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.models import ModelConfig
 from jaxpref.train.config import TrainConfig
 
 
-def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
+def read_plan(config: TrainConfig, tokenizer) -> data.Splits:
     """The pairs of the run; `eval_data` takes the place of a held-out share.
 
     Raises:
       InputError: if a record is wrong, or no pair is left to train on.
     """
     sides = config.objective.sides
-    make = make_train = functools.partial(data.make_plan, sides=sides)
+    make = make_train = functools.partial(data.make_splits, sides=sides)
     if config.mix is not None:
-        make = make_train = data.make_mixed_plan
+        make = make_train = data.make_mixed_splits
         if config.mix.empty_data:
             empty = data.open_source(config.mix.empty_data)
             make_train = functools.partial(make, empty=empty)
@@ -47,14 +47,14 @@ def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
 
 
 def check_fits(
-    sources: Sequence[str], pairs: Pairs, model: str, config: ModelConfig
+    sources: Sequence[str], pairs: PreferenceDataset, model: str, config: ModelConfig
 ) -> None:
     """Whether a model has an embedding for every token and a place for every position.
 
     XLA clamps an index out of range without a word, so it must be found here.
 
     Args:
-      sources: where the pairs come from, by `Pairs.sources`.
+      sources: where the pairs come from, by the column `source`.
       pairs: the pairs.
       model: the model's folder, for messages.
       config: the model's.
@@ -79,7 +79,7 @@ def check_fits(
 
 
 def check_finite(
-    sources: Sequence[str], pairs: Pairs, model: str, scores: np.ndarray
+    sources: Sequence[str], pairs: PreferenceDataset, model: str, scores: np.ndarray
 ) -> None:
     """Raises InputError naming the first row whose scores [N, K] are not finite."""
     wrong = np.flatnonzero(~np.isfinite(scores).all(axis=1))
@@ -91,9 +91,11 @@ def check_finite(
         )
 
 
-def _longest(pairs: Pairs) -> int:
+def _longest(pairs: PreferenceDataset) -> int:
     return int((pairs.prompt_lengths + pairs.completion_lengths.max(1)).argmax())
 
 
-def _place(sources: Sequence[str], pairs: Pairs, pair: int) -> str:
-    return f"{sources[pairs.sources[pair]]} row {pairs.rows[pair] + 1}"
+def _place(sources: Sequence[str], pairs: PreferenceDataset, pair: int) -> str:
+    return (
+        f"{sources[pairs.columns['source'][pair]]} row {pairs.columns['row'][pair] + 1}"
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxpref.data import BatchShape, PackedShape, Pairs, packed_shape
+from jaxpref.data import BatchShape, PackedShape, PreferenceDataset, packed_shape
 from jaxpref.data.packing import lengths
 from jaxpref.errors import InputError
 
@@ -34,7 +34,12 @@ def describe(
 
 
 def padding_told(
-    pairs: Pairs, heldout: Pairs, shape: BatchShape, *, batch_size: int, shards: int
+    pairs: PreferenceDataset,
+    heldout: PreferenceDataset,
+    shape: BatchShape,
+    *,
+    batch_size: int,
+    shards: int,
 ) -> str | None:
     """What packed rows would save a run with one pair a row; None where it is little.
 

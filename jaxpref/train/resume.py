@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
-from jaxpref.data import Plan
+from jaxpref.data import Splits
 from jaxpref.errors import InputError
 from jaxpref.train.config import TrainConfig
 
 
 def check_same(
-    saved: dict, config: TrainConfig, out: Path, plan: Plan, rows: int | None, ref: str
+    saved: dict,
+    config: TrainConfig,
+    out: Path,
+    plan: Splits,
+    rows: int | None,
+    ref: str,
 ) -> None:
     """Compares what lies beside a checkpoint with what is there now.
 

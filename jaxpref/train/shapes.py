@@ -48,12 +48,12 @@ def abstract_batch(
         is longer than a row.
     """
     parts = accumulation * row_shards(mesh)
-    builder = data.PairsBuilder(objective.sides)
+    builder = data.DatasetBuilder(objective.sides)
     builder.add(
         np.zeros(prompt_length, np.int32),
         [np.zeros(answer_length, np.int32)] * objective.sides,
         id="",
-        labels={name: 0.0 for name in sorted(objective.labels)},
+        columns={name: 0.0 for name in sorted(objective.labels)},
     )
     pairs = builder.build()
     table = np.zeros((1, objective.sides), np.float32)
