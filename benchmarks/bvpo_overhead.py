@@ -105,10 +105,10 @@ def measure(config: OverheadConfig) -> np.ndarray:
         tx = make_optimizer(optimizer, schedule)
         pairs = make_pairs(config, model.config.vocab_size)
         reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batches = data.mixed_batches(
+        layout = data.padded_layout(pairs, batch_size=config.batch_size)
+        batches = layout.batches(
             pairs,
-            shape=data.batch_shape(pairs),
-            batch_size=config.batch_size,
+            data.mixture(pairs, 0),
             reference=reference,
         )
         batch = to_global(next(batches), mesh)

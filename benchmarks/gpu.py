@@ -220,13 +220,15 @@ def measure(
     model = build(sizes)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        shape = data.packed_shape(
+        layout = data.packed_layout(
             pairs,
             row_length=config.row_length,
             batch_size=config.batch_size,
-            parts=row_shards(mesh),
+            shards=row_shards(mesh),
         )
-        batches = data.packed_batches(pairs, shape=shape, reference=reference_of(pairs))
+        batches = layout.batches(
+            pairs, data.uniform(pairs, 0), reference=reference_of(pairs)
+        )
         scores = make_scores(model, chunk_size=config.logit_chunk)
         step, new_state = make_step(model, scores)
         key = jax.random.key(0)
@@ -262,7 +264,7 @@ def measure(
     peak = stats.get("peak_bytes_in_use")
     return {
         "system": "jaxpref",
-        "rows": shape.rows,
+        "rows": layout.rows * layout.accumulation,
         "filled": float(np.mean(filled)),
         "peak_mib": None if peak is None else peak / 2**20,
     } | {name: quantiles(found) for name, found in rates.items()}

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpref import data, losses
-from jaxpref.data.packing import collate_packed, lengths
-from jaxpref.data.pipeline import collate
 from jaxpref.models import Model
 from jaxpref.scoring.scores import ScoreFunction, make_scores
 from jaxpref.train import OptimizerConfig, from_loss
@@ -64,34 +62,24 @@ def reference_of(pairs: data.PreferenceDataset) -> dict[str, np.ndarray]:
 
 def padded_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
     """All the pairs as one batch, a pair a row."""
-    return collate(
-        pairs,
-        np.arange(len(pairs))[None],
-        shape=data.batch_shape(pairs),
-        reference=reference_of(pairs),
-    )
+    layout = data.padded_layout(pairs, batch_size=len(pairs))
+    whole = np.arange(len(pairs))[None]
+    return layout.collate(pairs, whole, reference=reference_of(pairs))
 
 
 def packed_batch(
     pairs: data.PreferenceDataset, *, row_length: int
 ) -> data.PreferenceBatch:
     """A batch of packed rows that holds about as many pairs as are given."""
-    shape = data.packed_shape(pairs, row_length=row_length, batch_size=len(pairs))
-    batches = data.packed_batches(
-        pairs, shape=shape, reference=reference_of(pairs), prefetch=0
-    )
-    return next(batches)
+    layout = data.packed_layout(pairs, row_length=row_length, batch_size=len(pairs))
+    order, reference = data.uniform(pairs, 0), reference_of(pairs)
+    return next(layout.batches(pairs, order, reference=reference, threads=0))
 
 
 def pair_a_row_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
     """All the pairs as one batch of packed rows, each as long as the longest pair."""
-    tokens, _ = lengths(pairs)
-    shape = data.packed_shape(
-        pairs, row_length=int(tokens.max()), batch_size=len(pairs)
-    )
-    return collate_packed(
-        pairs,
-        np.arange(len(pairs))[None, :, None],
-        shape=dataclasses.replace(shape, rows=len(pairs), slots=1),
-        reference=reference_of(pairs),
-    )
+    longest = int(pairs.packed_lengths.max())
+    layout = data.packed_layout(pairs, row_length=longest, batch_size=len(pairs))
+    layout = dataclasses.replace(layout, slots=1)
+    whole = np.arange(len(pairs))[None, :, None]
+    return layout.collate(pairs, whole, reference=reference_of(pairs))

@@ -88,11 +88,10 @@ from experiments.ranks import area
 from jaxpref import losses
 from jaxpref.data import (
     DataOptions,
-    batch_shape,
-    eval_batches,
     load_tokenizer,
     make_splits,
     open_source,
+    padded_layout,
 )
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
@@ -343,13 +342,13 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
         return {"auroc": None, "auroc_oracle": None}
     model = build(load_config(export))
     step = make_score_step(make_scores(model, chunk_size=16))
-    batches = functools.partial(eval_batches, shape=batch_shape(pairs), batch_size=64)
+    layout = padded_layout(pairs, batch_size=64)
     logps = [
         score_pairs(
             step,
             load_params(folder, model),
             pairs,
-            eval_batches=batches,
+            eval_batches=layout.eval_batches,
             mesh=mesh,
             title="AUROC",
         )["policy_logps"]

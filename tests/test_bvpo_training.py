@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxpref import cli, data, losses
-from jaxpref.data.mixture import MixedBatches
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
 from jaxpref.models import build
@@ -27,7 +26,7 @@ from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
 from tests.test_traces import plan_of, traced
 from tests.test_training import OPTIMIZER, mesh_of
-from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
+from tests.tiny import MULTIPLES, WORDS, make_model_folder, tiny_config, tiny_params
 
 DPO = from_loss(losses.dpo, beta=0.5)
 KEPT = ("trace_variance", "empty_variance", "bias_sq")
@@ -50,18 +49,12 @@ def pairs():
 
 
 def streams(pairs, accumulation=1):
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    return data.mixed_batches(
-        pairs,
-        shape=shape,
-        batch_size=8,
-        empty_share=0.375,
-        accumulation=accumulation,
-        seed=3,
-        threads=0,
-        reference=zeros,
+    layout = data.padded_layout(
+        pairs, batch_size=8, accumulation=accumulation, **MULTIPLES
     )
+    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+    order = data.mixture(pairs, 3, 0.375)
+    return layout.batches(pairs, order, threads=0, reference=zeros)
 
 
 def first_batch(pairs, accumulation=1):
@@ -441,16 +434,24 @@ class Killed(BaseException):
 
 def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
     cli.train(command(tmp_path / "whole"))
-    following, fetched = MixedBatches.__next__, []
+    make_batches = data.PaddedLayout.batches
 
-    def mortal(batches):
-        fetched.append(None)
-        if len(fetched) > 3:
-            raise Killed
-        return following(batches)
+    class Mortal:
+        def __init__(self, batches):
+            self.batches, self.fetched = batches, 0
+            self.set_state, self.get_state = batches.set_state, batches.get_state
+
+        def __next__(self):
+            self.fetched += 1
+            if self.fetched > 3:
+                raise Killed
+            return next(self.batches)
+
+    def mortal(*args, **options):
+        return Mortal(make_batches(*args, **options))
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(MixedBatches, "__next__", mortal)
+        patched.setattr(data.PaddedLayout, "batches", mortal)
         cli.train(command(tmp_path / "cut"))
     cli.train(command(tmp_path / "cut"))
     weights, lines, configs = (

@@ -12,10 +12,10 @@ from jaxpref.data import (
     DataOptions,
     DatasetBuilder,
     ListSource,
-    batch_shape,
     load_tokenizer,
     make_splits,
     open_source,
+    padded_layout,
     read_prompts,
 )
 from jaxpref.data.hashing import hash_uniforms
@@ -76,8 +76,8 @@ def test_counts_on_real_dialogues(dialogues, stories260k):
         assert pairs.offsets[-1] == len(pairs.tokens)
         assert all(pairs.tokens[pairs.offsets[:-1]] == 1)
         assert (pairs.tokens == 1).sum() == len(pairs)
-    shape = batch_shape(plan.train, plan.heldout)
-    assert (shape.sequence_length, shape.sides) == (512, 2)
+    layout = padded_layout(plan.train, plan.heldout, batch_size=1)
+    assert (layout.sequence_length, layout.num_completions) == (512, 2)
     with gzip.open(dialogues, "rt", encoding="utf-8") as file:
         lines = file.readlines()
     for n in (0, 1, len(plan.train) - 1):
@@ -315,8 +315,10 @@ def test_builder_gives_back_what_was_added():
     assert pairs.columns["row"].tolist() == [0, 7] and pairs.columns[
         "annotator"
     ].tolist() == [-1, 0]
-    shape = batch_shape(pairs, length_multiple=4, prediction_multiple=2)
-    assert (shape.sequence_length, shape.predictions) == (8, 4)
+    layout = padded_layout(
+        pairs, batch_size=1, length_multiple=4, prediction_multiple=2
+    )
+    assert (layout.sequence_length, layout.predictions) == (8, 4)
     with pytest.raises(ValueError, match="1 completions, not 2"):
         builder.add([1], [[2]], id="c-0")
     with pytest.raises(ValueError, match="a prompt without tokens"):

@@ -21,7 +21,13 @@ from jaxpref.scoring.scores import make_scores
 from jaxpref.train import TrainConfig, from_loss, read_metrics, reward_regression
 from tests.data_tokenizers import byte_tokenizer
 from tests.test_reward_models import reward_steps
-from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
+from tests.tiny import (
+    WORDS,
+    make_model_folder,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 FIELDS = LabelFields(
     preference_margins="how.far",
@@ -121,13 +127,12 @@ def test_a_flip_keeps_the_size_and_takes_the_ratings_along(by):
 
 def test_batches_hold_the_pairs_own_numbers_and_zeros_elsewhere():
     pairs = plan_of(records()).train
-    shape = data.batch_shape(pairs)
-    batches = data.batches(pairs, shape=shape, batch_size=8, accumulation=2, threads=0)
+    batches = padded_batches(pairs, batch_size=8, accumulation=2)
     batch = next(batches)
     for name, values in pairs.labels.items():
         assert batch.labels[name].shape == (2, 4, 1)
         np.testing.assert_array_equal(batch.labels[name], values[batch.pairs])
-    *_, last = data.eval_batches(pairs, shape=shape, batch_size=10, threads=0)
+    *_, last = data.padded_layout(pairs, batch_size=10).eval_batches(pairs)
     assert (last.pairs < 0).sum() == 6
     assert all((x[last.pairs < 0] == 0).all() for x in last.labels.values())
 
@@ -236,9 +241,8 @@ def test_a_loss_reads_its_pairs_numbers(name):
     pairs = plan_of(rows, flip_rate=0.3).train
     model = RewardModel(tiny_config(vocab_size=512, max_position_embeddings=256))
     scores = make_scores(model, objective.needs)
-    shape = data.batch_shape(pairs)
     found, wanted, rewards = [], [], np.zeros((24, 2), np.float32)
-    for batch in data.eval_batches(pairs, shape=shape, batch_size=10, threads=0):
+    for batch in data.padded_layout(pairs, batch_size=10).eval_batches(pairs):
         micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
         out = jax.jit(scores)(tiny_params(model), micro)
         each = np.asarray(objective.losses(out, micro, {}))[:, 0]
@@ -280,9 +284,7 @@ def test_layout_does_not_change_the_numbers(name):
 def test_noise_is_learnt_beside_numbers(loss):
     """The exchanged pair, to which a posterior compares, has the same numbers."""
     pairs = plan_of(records()).train
-    batch, *_ = data.eval_batches(
-        pairs, shape=data.batch_shape(pairs), batch_size=24, threads=0
-    )
+    batch, *_ = data.padded_layout(pairs, batch_size=24).eval_batches(pairs)
     objective = em(loss)
     assert objective.labels == from_loss(loss).labels != frozenset()
     rewards = np.random.default_rng(2).normal(size=(24, 1, 2))

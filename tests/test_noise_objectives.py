@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.noise import running
 from jaxpref.objectives.co_training import crm
 from jaxpref.objectives.learned_noise import em, em_weighted, learned_rate, re_po
 from jaxpref.train import from_loss
 from tests.test_training import few_steps, pairs  # noqa: F401
+from tests.tiny import padded_batches
 
 
 def test_reliability_one_is_the_base_loss(pairs):  # noqa: F811
@@ -146,8 +147,7 @@ def test_learned_rate_is_that_of_the_margins_seen():
 def test_losses_of_a_token_have_rewards_of_a_token(pairs, make):  # noqa: F811
     """Whatever wraps them: the metrics look at the loss as it is."""
     objective = make(losses.simpo, beta=2.0, gamma=0.5)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+    batch = next(padded_batches(pairs, batch_size=8))
     batch = jax.tree.map(jnp.asarray, batch)
     logps = -3.0 * batch.completion_lengths
     scores = {"policy_logps": logps, "peer_policy_logps": logps}

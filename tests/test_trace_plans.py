@@ -10,9 +10,8 @@ import pytest
 from jaxpref.data import (
     DataOptions,
     ListSource,
-    batch_shape,
-    batches,
     make_splits,
+    padded_layout,
 )
 from jaxpref.errors import InputError
 from tests.data_tokenizers import synthetic_pairs
@@ -76,17 +75,18 @@ def test_pairs_of_a_record_keep_together_and_are_flipped_together():
         assert TOKENIZER.decode(first).endswith(f"{wanted}</s>")
 
 
+def by_id(pairs):
+    columns = pairs.columns["is_flipped"], pairs.columns["empty_trace"]
+    return dict(zip(pairs.ids, zip(pair_texts(pairs), *columns)))
+
+
 def test_plans_with_traces_do_not_depend_on_the_order_of_rows():
     records = traced(100, traces=2, prompts=40)
     options = dict(flip_rate=0.3, heldout_fraction=0.3)
     plan = plan_of(records, **options)
     other = plan_of(random.Random(1).sample(records, 100), **options)
     for a, b in ((plan.train, other.train), (plan.heldout, other.heldout)):
-        names = ("is_flipped", "empty_trace")
-        of = lambda p: dict(
-            zip(p.ids, zip(pair_texts(p), *(p.columns[name] for name in names)))
-        )
-        assert of(a) == of(b)
+        assert by_id(a) == by_id(b)
 
 
 def test_digest_tells_an_empty_trace_from_the_same_tokens_in_the_prompt():
@@ -147,6 +147,5 @@ def test_supervised_examples_of_every_trace():
     )
     texts = [TOKENIZER.decode(plan.train.completion(n, 0)) for n in range(3)]
     assert texts == [f"<think>{t}</think>a</s>" for t in "tvt"]
-    shape = batch_shape(plan.train)
-    batch = next(batches(plan.train, shape=shape, batch_size=3, threads=0))
+    (batch,) = padded_layout(plan.train, batch_size=3).eval_batches(plan.train)
     assert not batch.empty.any()

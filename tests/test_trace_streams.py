@@ -1,4 +1,4 @@
-"""Mixed batches: two streams with states of their own, the same for any processes."""
+"""Batches that mix traces and empty ones: two orders, the same for any processes."""
 
 import itertools
 import json
@@ -11,14 +11,13 @@ from jaxpref.data import (
     DataOptions,
     ListSource,
     MixOptions,
-    batch_shape,
-    batches,
-    eval_batches,
     make_mixed_splits,
     make_splits,
-    mixed_batches,
+    mixture,
+    padded_layout,
+    uniform,
 )
-from jaxpref.data.mixture import empty_rows
+from jaxpref.data.samplers import empty_places
 from jaxpref.errors import InputError
 from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
 from tests.test_data_pipeline import assert_equal, joined, take
@@ -37,11 +36,12 @@ def plan_of(num_traces, num_empty, **options):
 
 
 PAIRS = plan_of(37, 23, flip_rate=0.3).train
-SHAPE = batch_shape(PAIRS)
 
 
-def train(pairs=PAIRS, **options):
-    return mixed_batches(pairs, shape=SHAPE, **(dict(batch_size=8, seed=3) | options))
+def train(pairs=PAIRS, *, seed=3, empty_share=0.5, threads=2, reference=None, **sizes):
+    layout = padded_layout(PAIRS, **dict(batch_size=8) | sizes)
+    order = mixture(pairs, seed, empty_share)
+    return layout.batches(pairs, order, reference=reference, threads=threads)
 
 
 def stream(taken, empty):
@@ -64,7 +64,7 @@ def test_every_batch_has_the_same_number_of_each_kind(share, count):
 
 
 def test_rows_are_the_pairs_that_they_name():
-    whole = list(eval_batches(PAIRS, shape=SHAPE, batch_size=len(PAIRS)))[0]
+    whole = next(iter(padded_layout(PAIRS, batch_size=len(PAIRS)).eval_batches(PAIRS)))
     for batch in take(train(accumulation=2), 12):
         expected = jax.tree.map(lambda x, b=batch: x[0, b.pairs[..., 0]], whole)
         assert_equal(batch, expected)
@@ -74,7 +74,7 @@ def test_the_mix_is_the_same_everywhere_where_the_counts_allow_it():
     for size, count in itertools.product((2, 3, 8, 12, 24), range(1, 24)):
         if count >= size:
             continue
-        rows = empty_rows(size, count / size)
+        rows = empty_places(size, count / size)
         assert rows.sum() == count
         for parts in range(1, size + 1):
             if size % parts == 0:
@@ -152,12 +152,12 @@ def test_the_orders_are_pinned():
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_resumed_from_the_states_of_both_streams(threads):
+def test_resumed_from_one_integer(threads):
     straight = take(train(), 20)
     iterator = train(threads=threads)
     take(iterator, 7)
     state = json.loads(json.dumps(iterator.get_state()))
-    assert state == {"trace": {"next_index": 7}, "empty": {"next_index": 7}}
+    assert state == {"next_index": 7}
     next(iterator)
     resumed = train(threads=threads)
     resumed.set_state(state)
@@ -169,19 +169,6 @@ def test_resumed_from_the_states_of_both_streams(threads):
     assert_equal(joined([next(half) for half in halves]), straight[7])
 
 
-def test_each_stream_goes_on_from_its_own_state():
-    straight = take(train(), 12)
-    iterator = train()
-    iterator.set_state({"trace": {"next_index": 3}, "empty": {"next_index": 9}})
-    batch = next(iterator)
-    assert stream([batch], False) == stream(straight[3:4], False)
-    assert stream([batch], True) == stream(straight[9:10], True)
-    assert iterator.get_state() == {
-        "trace": {"next_index": 4},
-        "empty": {"next_index": 10},
-    }
-
-
 def test_reference_scores_travel_with_their_pair():
     table = np.random.default_rng(0).normal(size=(len(PAIRS), 2)).astype(np.float32)
     for batch in take(train(reference={"one": table}), 5):
@@ -191,7 +178,7 @@ def test_reference_scores_travel_with_their_pair():
 
 
 def test_evaluation_sees_both_kinds():
-    found = list(eval_batches(PAIRS, shape=SHAPE, batch_size=8))
+    found = list(padded_layout(PAIRS, batch_size=8).eval_batches(PAIRS))
     empty = np.concatenate([batch.empty.ravel() for batch in found])
     assert empty[: len(PAIRS)].tolist() == PAIRS.columns["empty_trace"].tolist()
     assert not empty[len(PAIRS) :].any()
@@ -199,11 +186,11 @@ def test_evaluation_sees_both_kinds():
 
 def test_ordinary_batches_are_never_empty():
     plan = make_splits(ListSource(traced(20)), TOKENIZER, DataOptions())
-    shape = batch_shape(plan.train, plan.heldout)
-    for batch in take(batches(plan.train, shape=shape, batch_size=4), 3):
+    layout = padded_layout(plan.train, plan.heldout, batch_size=4)
+    for batch in take(layout.batches(plan.train, uniform(plan.train, 0)), 3):
         assert batch.empty.shape == (1, 4, 1) and not batch.empty.any()
     with pytest.raises(InputError, match="no pair with an empty trace is left"):
-        mixed_batches(plan.train, shape=shape, batch_size=4)
+        mixture(plan.train, 0)
 
 
 def test_wrong_sizes_are_refused():

@@ -8,13 +8,12 @@ from jaxpref.data import (
     DataOptions,
     ListSource,
     TraceMarkers,
-    batch_shape,
     encode_prompt,
-    eval_batches,
     load_tokenizer,
     make_mixed_splits,
     make_splits,
     open_source,
+    padded_layout,
 )
 from jaxpref.data.records import EMPTY, IDENTICAL, Example, expand, parse
 from jaxpref.data.tokenize import LONG_ANSWER, tokenize
@@ -302,8 +301,7 @@ def test_solutions_with_their_steps_as_traces(shared, stories260k):
 def test_the_answer_alone_is_predicted_behind_an_empty_trace():
     pairs = plan_of([record("q", ("t", "xyz"), ("u", "w"))]).train
     assert [len(pairs.completion(1, k)) for k in (0, 1)] == [4, 2]
-    shape = batch_shape(pairs)
-    (batch,) = eval_batches(pairs, shape=shape, batch_size=2)
+    (batch,) = padded_layout(pairs, batch_size=2).eval_batches(pairs)
     assert batch.empty.tolist() == [[[False], [True]]]
     used = batch.completions >= 0
     assert used[0, 1].sum(-1).tolist() == [4, 2]

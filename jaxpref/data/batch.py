@@ -8,9 +8,6 @@ import numpy as np
 
 from jaxpref.data.dataset import PreferenceDataset
 
-PARTS = 3
-"""Prompt, chosen and rejected of a packed pair: segment = PARTS * slot + part."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +58,19 @@ class PreferenceBatch:
     """int32 [A, R, Q, T] of packed rows: a token's place in prompt and answer.  None in
     the padded layout, where it is its place in the sequence."""
     segments: np.ndarray | None = None
-    """int32 [A, R, Q, T] of packed rows: PARTS * slot + part of each token (0 prompt,
-    1 chosen, 2 rejected), -1 padding.  An answer sees its prompt and itself.  None in
+    """int32 [A, R, Q, T] of packed rows: (1 + K) * slot + part of each token (0 prompt,
+    1 + k completion k), -1 padding.  A completion sees its prompt and itself.  None in
     the padded layout, where a token sees all before it."""
 
     @property
     def mask(self):
         """Whether each slot holds a pair, bool [A, R, S]."""
         return self.pairs >= 0
+
+    @property
+    def num_parts(self) -> int:
+        """1 + K, the parts of a packed pair: the prompt and its completions."""
+        return 1 + self.completion_lengths.shape[-1]
 
 
 def slot_fields(

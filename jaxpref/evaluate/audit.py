@@ -119,8 +119,8 @@ def run(config: AuditConfig) -> Audit:
     if len(rows) < len(pairs):
         twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
         raise InputError(
-            f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces a "
-            "side; an audit judges a record once, so leave one of them"
+            f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces "
+            "a side; an audit judges a record once, so leave one of them"
         )
     print(f"{config.data}: {plan.describe()}", flush=True)
     out = _open_out(config, pairs)

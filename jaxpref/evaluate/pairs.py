@@ -160,16 +160,12 @@ def _score(
     )
     params = load_params(folder, model)
     index, count = share_of_rows(mesh)
-    batches = functools.partial(
-        data.eval_batches,
-        shape=data.batch_shape(pairs),
-        batch_size=config.batch_size,
-        process_index=index,
-        process_count=count,
+    layout = data.padded_layout(
+        pairs, batch_size=config.batch_size, process_index=index, process_count=count
     )
     step = make_score_step(make_scores(model, frozenset({name})))
     scores = score_pairs(
-        step, params, pairs, eval_batches=batches, mesh=mesh, title=title
+        step, params, pairs, eval_batches=layout.eval_batches, mesh=mesh, title=title
     )
     check_finite([config.data], pairs, str(folder), scores[name])
     return scores[name]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import losses
-from jaxpref.data.batch import PARTS, PreferenceBatch
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.labels import LABELS
 from jaxpref.models import Model, RewardModel, logprobs
 from jaxpref.models.config import SPECS, on_mesh
@@ -84,7 +84,7 @@ def make_scores(
         positions = segments = None
         if batch.segments is not None:
             positions, segments = flat(batch.positions), flat(batch.segments)
-            segments = segments // PARTS, segments % PARTS
+            segments = segments // batch.num_parts, segments % batch.num_parts
         if "rewards" in needs:
             if segments is not None:
                 ends = last_places(segments, slots=slots, sides=sides)

@@ -1,100 +1,64 @@
-"""How a run's pairs become batches, and which share of them this process makes."""
+"""The layout of a run's batches on its mesh, and the order of its pairs."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jaxpref import data
 from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
-from jaxpref.train.config import TrainConfig
 from jaxpref.train.elsewhere import begun_rows
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batching:
-    """Makes batches of one shape: padded, mixed of traces and empty ones, or packed."""
-
-    split: Mapping[str, Any]
-    """Arguments of all makers: shape, micro-batches, this process's share and, where
-    each pair has a row, how many there are in a step."""
-    shards: int
-    """Parts the rows of a step are split into, devices times micro-batches."""
-    packed: bool
-    """Whether several pairs share a row."""
-    empty_share: float | None
-    """Of pairs with an empty trace, where a second stream draws them."""
-
-    @property
-    def shape(self) -> data.BatchShape | data.PackedShape:
-        """Of the batches."""
-        return self.split["shape"]
-
-    @property
-    def rows(self) -> int | None:
-        """Packed rows of a step; None where each pair has one."""
-        return self.shape.rows if self.packed else None
-
-    def batches(self, pairs: data.PreferenceDataset, **options: Any) -> Iterator:
-        """Those to train on, without end; `options` as of `jaxpref.data.batches`."""
-        if self.packed:
-            return data.packed_batches(pairs, **self.split, **options)
-        if self.empty_share is not None:
-            options["empty_share"] = self.empty_share
-            return data.mixed_batches(pairs, **self.split, **options)
-        return data.batches(pairs, **self.split, **options)
-
-    def eval_batches(self, pairs: data.PreferenceDataset, **options: Any) -> Iterator:
-        """Each pair once; `options` as of `jaxpref.data.eval_batches`."""
-        make = data.packed_eval_batches if self.packed else data.eval_batches
-        return make(pairs, **self.split, **options)
-
-    def of_all_processes(self) -> "Batching":
-        """The same, with every process's share."""
-        alone = {"process_index": 0, "process_count": 1}
-        return dataclasses.replace(self, split={**self.split, **alone})
-
-
-def make_batching(
-    config: TrainConfig, plan: data.Splits, mesh: jax.sharding.Mesh, out: Path
-) -> Batching:
-    """The run's.
+def make_layout(
+    splits: data.Splits,
+    mesh: jax.sharding.Mesh,
+    out: Path,
+    *,
+    batch_size: int,
+    accumulation: int,
+    row_length: int | None,
+) -> data.Layout:
+    """The layout of all batches of a run.
 
     A packed run that was begun on other devices keeps its rows where these can share
     them: the mesh decides how many there are, and then they stay as they were.
+
+    Args:
+      splits: the run's data.
+      mesh: the devices that share the rows.
+      out: the run's folder.
+      batch_size: pairs of a step.
+      accumulation: micro-batches of a step.
+      row_length: tokens of a packed row, or None for one pair a row.
 
     Raises:
       InputError: if the devices cannot share the rows evenly.
     """
     index, count = share_of_rows(mesh)
-    split = {
+    common = {
+        "batch_size": batch_size,
+        "accumulation": accumulation,
         "process_index": index,
         "process_count": count,
-        "accumulation": config.accumulation,
     }
-    shards = config.accumulation * row_shards(mesh)
-    packed = config.row_length is not None
-    if packed:
-        shape = data.packed_shape(
-            plan.train,
-            plan.heldout,
-            row_length=config.row_length,
-            batch_size=config.batch_size,
-            parts=shards,
-        )
-        begun = begun_rows(out / "checkpoints")
-        if begun is not None and begun % shards == 0:
-            shape = dataclasses.replace(shape, rows=begun)
-        check_rows(shape.rows, config.accumulation, mesh)
-        split["shape"] = shape
-    else:
-        split["shape"] = data.batch_shape(plan.train, plan.heldout)
-        split["batch_size"] = config.batch_size
-    return Batching(
-        split=split,
-        shards=shards,
-        packed=packed,
-        empty_share=None if config.mix is None else config.mix.empty_share,
+    datasets = (splits.train, splits.heldout)
+    if row_length is None:
+        check_rows(batch_size, accumulation, mesh)
+        return data.padded_layout(*datasets, **common)
+    layout = data.packed_layout(
+        *datasets, row_length=row_length, shards=row_shards(mesh), **common
     )
+    begun = begun_rows(out / "checkpoints")
+    if begun is not None and begun % (accumulation * row_shards(mesh)) == 0:
+        layout = dataclasses.replace(layout, rows=begun // accumulation)
+    return layout
+
+
+def make_order(
+    dataset: data.PreferenceDataset, *, seed: int, empty_share: float | None
+) -> data.Order:
+    """The order of the training pairs; `empty_share` where a run mixes traces."""
+    if empty_share is None:
+        return data.uniform(dataset, seed)
+    return data.mixture(dataset, seed, empty_share)

@@ -22,6 +22,7 @@ from jaxpref.runtime.mesh import (
     initialize_distributed,
     make_mesh,
     on_devices,
+    row_shards,
     to_global,
 )
 from jaxpref.runtime.precision import with_compute_dtype
@@ -36,7 +37,7 @@ from jaxpref.scoring.score_dataset import (
 )
 from jaxpref.scoring.scores import make_scores
 from jaxpref.train.agreement import agree_on_batch, versions
-from jaxpref.train.batching import make_batching
+from jaxpref.train.batching import make_layout, make_order
 from jaxpref.train.best import Best
 from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_run, remember, to_json
@@ -47,7 +48,7 @@ from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.memory import choose_remat
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.programs import describe, padding_told
+from jaxpref.train.programs import describe, padding_advice
 from jaxpref.train.resume import check_same
 from jaxpref.train.state import TrainState, init_state
 from jaxpref.train.step import make_train_step
@@ -91,7 +92,22 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
     plan = read_plan(config, tokenizer)
-    batching = make_batching(config, plan, mesh, out)
+    batching = make_layout(
+        plan,
+        mesh,
+        out,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        row_length=config.row_length,
+    )
+    order = make_order(
+        plan.train,
+        seed=config.seed,
+        empty_share=None if config.mix is None else config.mix.empty_share,
+    )
+    packed_rows = None
+    if config.row_length is not None:
+        packed_rows = batching.rows * batching.accumulation
 
     # ---- model, optimiser, state: restored, or born from the model folder ---------
     model_config = load_config(folder)
@@ -129,15 +145,10 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         scorers = {score} if len(plan.heldout) else set()
         scorers |= {score_reference} if objective.stored else set()
         programs = ["train_step"] + ["score_step"] * len(scorers)
-        print(describe(**batching.split, programs=programs), flush=True)
-        if not batching.packed and not objective.mixes:
-            told = padding_told(
-                plan.train,
-                plan.heldout,
-                batching.shape,
-                batch_size=config.batch_size,
-                shards=batching.shards,
-            )
+        print(describe(batching, programs), flush=True)
+        if config.row_length is None and not objective.mixes:
+            shards = config.accumulation * row_shards(mesh)
+            told = padding_advice(batching, plan.train, plan.heldout, shards=shards)
             if told is not None:
                 print(told, flush=True)
     schedule = make_schedule(config.optimizer, config.max_steps)
@@ -157,7 +168,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     saved = {}
     if restored is not None:
         saved = restored[1]
-        check_same(saved, config, out, plan, batching.rows, digest)
+        check_same(saved, config, out, plan, packed_rows, digest)
         told = told_of_change(
             saved.get("surroundings", where), where, int(restored[0].step)
         )
@@ -170,8 +181,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         params = load(jax.random.key(config.seed))
     one = params["one"] if params and objective.trains_two else params
     layout = (
-        f"{batching.split}, mesh {dict(mesh.shape)}, {config.logit_chunk} logits at a "
-        "time"
+        f"{batching}, mesh {dict(mesh.shape)}, {config.logit_chunk} logits at a time"
     )
     tables = reference.make_tables(
         config, plan, out, model, one, score_reference, digest, layout
@@ -192,7 +202,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     # ---- the loop: evaluate, save, next batch, step, write the previous metrics ---
     batches = batching.batches(
         plan.train,
-        seed=config.seed,
+        order,
         reference=tables["train"],
         processes=config.loader_processes,
     )
@@ -224,7 +234,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     best = Best(config.keep_best, out, saved.get("best"))
     checkpoints.best = best.step
     whole = batching.of_all_processes()
-    make_whole = functools.partial(whole.batches, plan.train, seed=config.seed)
+    make_whole = functools.partial(whole.batches, plan.train, order)
 
     def evaluate(step: int, state: TrainState) -> bool:
         """Whether this is the best step so far."""
@@ -245,7 +255,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             "iterator": feed.get_state(),
             "plan": plan.digest,
             "reference": digest,
-            "rows": batching.rows,
+            "rows": packed_rows,
             "surroundings": where,
             "first_losses": guard.get_state(),
             "best": best.get_state(),

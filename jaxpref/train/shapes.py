@@ -8,11 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpref import data
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.data.packing import collate_packed
-from jaxpref.data.pipeline import collate
-from jaxpref.errors import InputError
 from jaxpref.objectives.objective import Objective
-from jaxpref.runtime.mesh import on_devices, row_shards
+from jaxpref.runtime.mesh import check_rows, on_devices, row_shards
 from jaxpref.sharding import ROWS
 
 
@@ -28,11 +25,8 @@ def abstract_batch(
 ) -> PreferenceBatch:
     """The shapes of a batch of pairs that are all alike, placed on the mesh.
 
-    Made by what makes the batches of a run, of rows without pairs: so the fields are
-    the same.
-
     Args:
-      objective: what the run makes small; it says which arrays a batch has.
+      objective: what the run minimizes; it says which arrays a batch has.
       mesh: the devices.
       prompt_length: tokens of each prompt.
       answer_length: tokens of each answer.
@@ -47,32 +41,24 @@ def abstract_batch(
       InputError: if the rows cannot be split over micro-batches and devices, or a pair
         is longer than a row.
     """
-    parts = accumulation * row_shards(mesh)
     builder = data.DatasetBuilder(objective.sides)
     builder.add(
         np.zeros(prompt_length, np.int32),
         [np.zeros(answer_length, np.int32)] * objective.sides,
         id="",
-        columns={name: 0.0 for name in sorted(objective.labels)},
     )
-    pairs = builder.build()
-    table = np.zeros((1, objective.sides), np.float32)
-    reference = {name: table for name in sorted(objective.stored)}
+    pair = builder.build()
+    common = {"batch_size": batch_size, "accumulation": accumulation}
     if row_length is None:
-        if batch_size % parts:
-            raise InputError(
-                f"batch {batch_size} is not a multiple of accumulation {accumulation} "
-                f"x {row_shards(mesh)} devices (data x fsdp)"
-            )
-        nobody = np.full((accumulation, batch_size // accumulation), -1)
-        shape = data.batch_shape(pairs)
-        batch = collate(pairs, nobody, shape=shape, reference=reference)
+        check_rows(batch_size, accumulation, mesh)
+        layout = data.padded_layout(pair, **common)
     else:
-        shape = data.packed_shape(
-            pairs, row_length=row_length, batch_size=batch_size, parts=parts
+        layout = data.packed_layout(
+            pair, row_length=row_length, shards=row_shards(mesh), **common
         )
-        nobody = np.full((accumulation, shape.rows // accumulation, shape.slots), -1)
-        batch = collate_packed(pairs, nobody, shape=shape, reference=reference)
+    batch = layout.abstract_batch(
+        labels=sorted(objective.labels), reference=sorted(objective.stored)
+    )
     sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
