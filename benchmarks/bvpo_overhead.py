@@ -78,14 +78,19 @@ class OverheadConfig:
     """Pairs of blocks."""
 
 
-def make_pairs(config: OverheadConfig, vocab_size: int) -> data.Pairs:
+def make_pairs(config: OverheadConfig, vocab_size: int) -> data.PreferenceDataset:
     """Random pairs of one length, every other one with an empty trace."""
     rng = np.random.default_rng(0)
     tokens = lambda count: rng.integers(3, vocab_size, count).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(64):
         completions = [tokens(config.completion) for _ in range(2)]
-        builder.add(tokens(config.prompt), completions, id=str(n), empty=n % 2 == 1)
+        builder.add(
+            tokens(config.prompt),
+            completions,
+            id=str(n),
+            columns={"empty_trace": n % 2 == 1},
+        )
     return builder.build()
 
 
@@ -100,10 +105,10 @@ def measure(config: OverheadConfig) -> np.ndarray:
         tx = make_optimizer(optimizer, schedule)
         pairs = make_pairs(config, model.config.vocab_size)
         reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batches = data.mixed_batches(
+        layout = data.padded_layout(pairs, batch_size=config.batch_size)
+        batches = layout.batches(
             pairs,
-            shape=data.batch_shape(pairs),
-            batch_size=config.batch_size,
+            data.mixture(pairs, 0),
             reference=reference,
         )
         batch = to_global(next(batches), mesh)

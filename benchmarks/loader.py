@@ -79,22 +79,25 @@ def main(options: Options) -> None:
     chosen = data.DataOptions(
         max_length=options.max_length, max_pairs=options.max_pairs
     )
-    pairs = data.make_plan(
+    pairs = data.make_splits(
         data.open_source(options.data),
         data.load_tokenizer(Path(options.tokenizer or folder)),
         chosen,
     ).train
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    packed = data.packed_shape(
-        pairs, row_length=options.row_length, batch_size=options.batch_size
-    )
+    size = options.batch_size
+    layouts = {
+        "padded": data.padded_layout(pairs, batch_size=size),
+        "packed": data.packed_layout(
+            pairs, row_length=options.row_length, batch_size=size
+        ),
+    }
 
     def make(layout: str, processes: int):
-        common = {"reference": reference, "processes": processes}
-        if layout == "packed":
-            return data.packed_batches(pairs, shape=packed, **common)
-        shape = data.batch_shape(pairs)
-        return data.batches(pairs, shape=shape, batch_size=options.batch_size, **common)
+        order = data.uniform(pairs, 0)
+        return layouts[layout].batches(
+            pairs, order, reference=reference, processes=processes
+        )
 
     for layout, row_length in (("padded", None), ("packed", options.row_length)):
         for processes, seconds in loading(make, layout, options).items():

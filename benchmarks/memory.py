@@ -58,7 +58,6 @@ from benchmarks.random_steps import (
     random_pairs,
 )
 from jaxpref import data, losses
-from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import Model, ModelConfig, build
@@ -157,7 +156,7 @@ def scorer_with(
         positions = segments = None
         if batch.segments is not None:
             positions, segments = flat(batch.positions), flat(batch.segments)
-            segments = segments // PARTS, segments % PARTS
+            segments = segments // batch.num_parts, segments % batch.num_parts
         elif blockwise:
             one = jnp.zeros_like(flat(batch.tokens))
             segments = one, one

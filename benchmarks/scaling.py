@@ -55,7 +55,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.random_steps import make_step, pair_a_row_batch, random_pairs
-from jaxpref.data.batch import PARTS, PreferenceBatch
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.files import write_json, write_whole
 from jaxpref.models import Model, ModelConfig, build
@@ -185,6 +185,7 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
 def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     """Runs the attention of all layers of a step, forward and backward."""
     c, segments = model.config, jnp.asarray(batch.segments[0, :, 0])
+    parts = segments // batch.num_parts, segments % batch.num_parts
     q, k, v, slopes = (
         jax.random.normal(key, (c.num_layers, *segments.shape, heads, c.head_dim))
         for key, heads in zip(
@@ -196,7 +197,7 @@ def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     def total(q, k, v, slopes):
         # Stacked and scanned, so that as much is kept for the backward pass.
         def layer(_, x):
-            return None, packed_attention(*x, segments // PARTS, segments % PARTS)
+            return None, packed_attention(*x, *parts)
 
         _, out = jax.lax.scan(layer, None, (q, k, v))
         return jnp.sum(out * slopes)

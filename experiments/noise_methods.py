@@ -88,11 +88,10 @@ from experiments.ranks import area
 from jaxpref import losses
 from jaxpref.data import (
     DataOptions,
-    batch_shape,
-    eval_batches,
     load_tokenizer,
-    make_plan,
+    make_splits,
     open_source,
+    padded_layout,
 )
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
@@ -337,21 +336,21 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
     options = dataclasses.replace(
         config.options, heldout_fraction=0.0, max_pairs=protocol.judged_pairs
     )
-    plan = make_plan(open_source(config.data), load_tokenizer(export), options)
+    plan = make_splits(open_source(config.data), load_tokenizer(export), options)
     pairs = plan.train
-    if not pairs.flips.any():
+    if not pairs.columns["is_flipped"].any():
         return {"auroc": None, "auroc_oracle": None}
     model = build(load_config(export))
     scorer = make_scorer(model, frozenset({"policy_logps"}), chunk_size=16)
     step = make_score_step(scorer)
-    batches = functools.partial(eval_batches, shape=batch_shape(pairs), batch_size=64)
+    layout = padded_layout(pairs, batch_size=64)
     logps = [
         score_dataset(
             step,
             load_params(folder, model),
             None,
             pairs,
-            eval_batches=batches,
+            eval_batches=layout.eval_batches,
             mesh=mesh,
             title="AUROC",
         )["policy_logps"]
@@ -359,11 +358,13 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
     ]
     ratios = logps[0] - logps[1]
     rows = map(json.loads, Path(config.data).read_text().splitlines())
-    rewards = np.array([row["rewards"] for row in rows])[pairs.rows]
-    true = np.where(pairs.flips, -1, 1) * (rewards[:, 0] - rewards[:, 1])
+    rewards = np.array([row["rewards"] for row in rows])[pairs.columns["row"]]
+    true = np.where(pairs.columns["is_flipped"], -1, 1) * (
+        rewards[:, 0] - rewards[:, 1]
+    )
     return {
-        "auroc": area(ratios[:, 1] - ratios[:, 0], pairs.flips),
-        "auroc_oracle": area(-true, pairs.flips),
+        "auroc": area(ratios[:, 1] - ratios[:, 0], pairs.columns["is_flipped"]),
+        "auroc_oracle": area(-true, pairs.columns["is_flipped"]),
     }
 
 

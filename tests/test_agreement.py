@@ -119,12 +119,12 @@ class Mishap:
             batch = dataclasses.replace(batch, reference={"reference_logps": nan})
         return batch
 
-make_batches = data.batches
+make_batches = data.PaddedLayout.batches
 def batches(*args, **options):
     made = make_batches(*args, **options)
     # The whole batch is drawn again to compare it: no mishap there.
-    return made if options["process_count"] == 1 else Mishap(made)
-data.batches = batches
+    return made if args[0].process_count == 1 else Mishap(made)
+data.PaddedLayout.batches = batches
 
 read = Checkpoints._read
 def unlucky(self, step, abstract):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxpref import cli, data, losses
-from jaxpref.data.mixture import MixedBatches
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
 from jaxpref.models import build
@@ -28,7 +27,7 @@ from tests.compiled import compiled
 from tests.data_tokenizers import byte_tokenizer
 from tests.test_traces import plan_of, traced
 from tests.test_training import OPTIMIZER, mesh_of
-from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
+from tests.tiny import MULTIPLES, WORDS, make_model_folder, tiny_config, tiny_params
 
 LOSS = functools.partial(losses.dpo, beta=0.5)
 DPO = from_loss(LOSS)
@@ -40,28 +39,24 @@ def pairs():
     """15 pairs with traces, and 9 with an empty one and shorter answers."""
     rng = np.random.default_rng(1)
     words = lambda low, high: rng.integers(4, 40, rng.integers(low, high)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(24):
         empty = n % 8 in (1, 4, 6)
         longest = 5 if empty else 9
         answers = [words(3, longest), words(3, longest)]
-        builder.add([1, *words(2, 6)], answers, id=f"pair-{n}", empty=empty)
+        builder.add(
+            [1, *words(2, 6)], answers, id=f"pair-{n}", columns={"empty_trace": empty}
+        )
     return builder.build()
 
 
 def streams(pairs, accumulation=1):
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    return data.mixed_batches(
-        pairs,
-        shape=shape,
-        batch_size=8,
-        empty_share=0.375,
-        accumulation=accumulation,
-        seed=3,
-        threads=0,
-        reference=zeros,
+    layout = data.padded_layout(
+        pairs, batch_size=8, accumulation=accumulation, **MULTIPLES
     )
+    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+    order = data.mixture(pairs, 3, 0.375)
+    return layout.batches(pairs, order, threads=0, reference=zeros)
 
 
 def first_batch(pairs, accumulation=1):
@@ -387,9 +382,9 @@ def test_messages_name_the_file_that_a_pair_is_in():
     plain = {"prompt": "p", "chosen": " c", "rejected": " d"}
     records = [*traced(3), plain | {"prompt": "x"}]
     train = plan_of(records, empty=[plain, plain | {"prompt": "long" * 30}]).train
-    assert train.empty.tolist() == [False] * 3 + [True] * 3
-    assert train.sources.tolist() == [0, 0, 0, 0, 1, 1]
-    assert not plan_of(records).train.sources.any()
+    assert train.columns["empty_trace"].tolist() == [False] * 3 + [True] * 3
+    assert train.columns["source"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert not plan_of(records).train.columns["source"].any()
     names = ("with.jsonl", "without.jsonl")
     few = tiny_config(max_position_embeddings=64, vocab_size=512)
     with pytest.raises(InputError, match="^without.jsonl row 2: a sequence of"):
@@ -461,16 +456,24 @@ class Killed(BaseException):
 
 def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
     cli.train(command(tmp_path / "whole"))
-    following, fetched = MixedBatches.__next__, []
+    make_batches = data.PaddedLayout.batches
 
-    def mortal(batches):
-        fetched.append(None)
-        if len(fetched) > 3:
-            raise Killed
-        return following(batches)
+    class Mortal:
+        def __init__(self, batches):
+            self.batches, self.fetched = batches, 0
+            self.set_state, self.get_state = batches.set_state, batches.get_state
+
+        def __next__(self):
+            self.fetched += 1
+            if self.fetched > 3:
+                raise Killed
+            return next(self.batches)
+
+    def mortal(*args, **options):
+        return Mortal(make_batches(*args, **options))
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(MixedBatches, "__next__", mortal)
+        patched.setattr(data.PaddedLayout, "batches", mortal)
         cli.train(command(tmp_path / "cut"))
     cli.train(command(tmp_path / "cut"))
     weights, lines, configs = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.huggingface import load_params
@@ -25,16 +25,20 @@ from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
 from tests.test_reward_models import train
 from tests.test_training import mesh_of, pairs  # noqa: F401
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 BASE = losses.bradley_terry
 DPO = functools.partial(losses.dpo, beta=0.5)
-SHAPE = {"length_multiple": 16, "prediction_multiple": 8}
 
 
 def first_batch(pairs, count=8):  # noqa: F811
-    shape = data.batch_shape(pairs, **SHAPE)
-    batch = next(data.batches(pairs, shape=shape, batch_size=count, threads=0))
+    batch = next(padded_batches(pairs, batch_size=count))
     return jax.tree.map(jnp.asarray, batch)
 
 
@@ -122,13 +126,11 @@ def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa
         state = jax.jit(new)({"one": one, "two": two})
         step = make_train_step(scorer, objective, tx, schedule)
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batches = data.batches(
+        batches = padded_batches(
             pairs,
-            shape=data.batch_shape(pairs, **SHAPE),
             batch_size=8,
             accumulation=accumulation,
             seed=3,
-            threads=0,
             reference=zeros if dpo else None,
         )
         history = []

@@ -216,12 +216,12 @@ def test_a_run_stops_and_leaves_its_checkpoints(
     inputs, tmp_path, monkeypatch, change, start, last_kept, why
 ):
     """The last good step stays; the same data stop it again, other data do not."""
-    make_batches = data.batches
+    make_batches = data.PaddedLayout.batches
     spoilt = lambda *args, **options: Spoilt(
         make_batches(*args, **options), start, change
     )
     config = config_for(inputs, tmp_path / "run")
-    monkeypatch.setattr(data, "batches", spoilt)
+    monkeypatch.setattr(data.PaddedLayout, "batches", spoilt)
     for _ in range(2):
         with pytest.raises(Stopped, match=why):
             run(config)
@@ -242,7 +242,7 @@ def test_a_run_stops_and_leaves_its_checkpoints(
     )
     assert record.keys() >= {"prompt"} and pair["file"] == config.data
 
-    monkeypatch.setattr(data, "batches", make_batches)
+    monkeypatch.setattr(data.PaddedLayout, "batches", make_batches)
     run(config)
     run(config_for(inputs, tmp_path / "whole"))
     found, expected = (

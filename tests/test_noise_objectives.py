@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.noise import running
 from jaxpref.objectives import crm, em, em_weighted, from_loss, learned_rate, re_po
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.train.gradient import gradient
 from tests.test_training import few_steps, pairs  # noqa: F401
+from tests.tiny import padded_batches
 
 DPO = functools.partial(losses.dpo, beta=0.5)
 UNIT = functools.partial(losses.dpo, beta=1.0)
@@ -150,8 +151,7 @@ def test_learned_rate_is_that_of_the_margins_seen():
 def test_losses_of_a_token_have_rewards_of_a_token(pairs, make):  # noqa: F811
     """Whatever wraps them: the metrics look at the loss as it is."""
     objective = make(functools.partial(losses.simpo, beta=2.0, gamma=0.5))
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+    batch = next(padded_batches(pairs, batch_size=8))
     batch = jax.tree.map(jnp.asarray, batch)
     scores = {"policy_logps": -3.0 * batch.completion_lengths}
     if objective.num_models == 2:

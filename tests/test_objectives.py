@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.cli import LOSSES
 from jaxpref.errors import InputError
 from jaxpref.models import build
@@ -27,7 +27,7 @@ from jaxpref.train.gradient import gradient
 from tests.losses.table import TABLE
 from tests.test_train_losses import REQUIRED
 from tests.test_training import few_steps, pairs  # noqa: F401
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import padded_batches, tiny_config, tiny_params
 
 COUPLED = {
     "dr_dpo": from_loss(losses.dr_dpo, beta=0.5),
@@ -57,10 +57,9 @@ def test_a_coupled_loss_sees_the_whole_batch(pairs, name):  # noqa: F811
 
 
 def few_pairs(pairs, count, **options):  # noqa: F811
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    options |= dict(shape=shape, batch_size=count, threads=0, reference=zeros)
-    return jax.tree.map(jnp.asarray, next(data.batches(pairs, **options)))
+    options |= dict(batch_size=count, reference=zeros)
+    return jax.tree.map(jnp.asarray, next(padded_batches(pairs, **options)))
 
 
 def one_weight_step(objective, batch, dtype=jnp.float32):
@@ -131,8 +130,7 @@ COMBINATIONS = (
 def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F811
     model = build(tiny_config())
     params, reference = tiny_params(model), tiny_params(model, seed=1)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=4, threads=0))
+    batch = next(padded_batches(pairs, batch_size=4))
     micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     found = []
     for names in COMBINATIONS:
@@ -289,11 +287,8 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     model = build(tiny_config())
     scorer = make_scorer(model, objective.scores, chunk_size=4)
     score = lambda params, micro: scorer(params, None, micro)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    batch = next(
-        data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
-    )
+    batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
     batch = jax.tree.map(jnp.asarray, batch)
     params, state = tiny_params(model), objective.init(0)
     find = jax.jit(functools.partial(gradient, objective, score))

@@ -26,7 +26,13 @@ from jaxpref.train.step import make_train_step
 from jaxpref.train.task import Task
 from tests.test_packing import make_pairs
 from tests.test_training import config_for, mesh_of
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 SIZES = (2, 2, 2)
 # Two sizes of most matrices are at least 128: those are factored.
@@ -45,9 +51,8 @@ each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def batches_of(pairs):
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    return data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
+    return padded_batches(pairs, batch_size=8, reference=zeros)
 
 
 def begun(config):

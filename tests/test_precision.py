@@ -33,7 +33,13 @@ from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.test_packing import make_pairs
 from tests.test_training import OPTIMIZER, config_for
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 LOGPS = frozenset({"policy_logps"})
 VOCABULARY = 56  # unlike any other size of the tiny model and its batches
@@ -43,14 +49,17 @@ LAYOUTS = {"padded": {}, "packed": {"row_length": 64, "batch_size": 16}}
 def batches_of(pairs, layout, **options):
     table = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
     if layout == "padded":
-        shape = data.batch_shape(pairs)
-        return data.batches(
-            pairs, shape=shape, batch_size=8, threads=0, reference=table, **options
-        )
-    shape = data.packed_shape(pairs, row_length=64, batch_size=16, parts=2)
-    return data.packed_batches(
-        pairs, shape=shape, prefetch=0, reference=table, **options
+        return padded_batches(pairs, batch_size=8, reference=table, **options)
+    accumulation = options.pop("accumulation", 1)
+    packed = data.packed_layout(
+        pairs,
+        row_length=64,
+        batch_size=16,
+        accumulation=accumulation,
+        shards=2 // accumulation,
     )
+    order = data.uniform(pairs, options.pop("seed", 0))
+    return packed.batches(pairs, order, reference=table, threads=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -53,13 +53,13 @@ def prepared(*args, read=preparing.read_datasets, **kwargs):
     kept["pairs"] = found.splits.train
     return found
 
-def made(*args, make=data.make_plan, **kwargs):
+def made(*args, make=data.make_splits, **kwargs):
     found = make(*args, **kwargs)
     kept["pairs read"] = len(found.train) + len(found.heldout)
     return found
 
 running.to_global, preparing.read_datasets = placed, prepared
-data.make_plan = made
+data.make_splits = made
 
 for name, argv in json.loads(sys.argv[3]).items():
     kept |= {"batches": [], "rows made": set()}

@@ -183,7 +183,7 @@ def test_other_tokens_are_other_keys():
     def keys(
         *, prompt=(1, 5, 6), sides=((7, 2), (8, 9, 2)), names=("reference_logps",)
     ):
-        builder = data.PairsBuilder(2)
+        builder = data.DatasetBuilder(2)
         builder.add(list(prompt), [list(side) for side in sides], id="a")
         return reference.score_keys(builder.build(), names)[:, 0].tolist()
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.huggingface import is_reward_model, load_config, load_params, save
@@ -33,6 +33,7 @@ from tests.tiny import (
     make_model_folder,
     make_pairs_file,
     make_tokenizer,
+    padded_batches,
     tiny_config,
     tiny_params,
 )
@@ -287,8 +288,7 @@ def centered(chosen_rewards, rejected_rewards, *, weight=0.01):
 
 
 def micro_batch(pairs):  # noqa: F811
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+    batch = next(padded_batches(pairs, batch_size=8))
     return batch, jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
 
 
@@ -329,13 +329,11 @@ def reward_steps(pairs, loss, *, sizes=(1, 1, 1), accumulation=1):  # noqa: F811
         new = lambda p: init_state(p, tx, objective, num_annotators=0)
         state = jax.jit(new)(tiny_params(model))
         step = make_train_step(scorer, objective, tx, schedule)
-        batches = data.batches(
+        batches = padded_batches(
             pairs,
-            shape=data.batch_shape(pairs, length_multiple=16, prediction_multiple=8),
             batch_size=8,
             accumulation=accumulation,
             seed=3,
-            threads=0,
         )
         history = []
         with compiled("train_step") as programs:
@@ -365,8 +363,7 @@ def test_layout_does_not_change_the_numbers(pairs, sizes, accumulation):  # noqa
 
 def test_the_first_step_is_the_mean_over_the_pairs(pairs, model, params):  # noqa: F811
     (first, *_), _ = reward_steps(pairs, losses.bradley_terry)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=8, seed=3, threads=0))
+    batch = next(padded_batches(pairs, batch_size=8, seed=3))
     tokens, lengths = batch.tokens[0].reshape(16, -1), batch.lengths[0].reshape(16)
     rewards = np.asarray(model.rewards(params, tokens, lengths), float).reshape(8, 2)
     margins = rewards[:, 0] - rewards[:, 1]

@@ -44,7 +44,14 @@ from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    MULTIPLES,
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
@@ -54,7 +61,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
 def pairs():
     rng = np.random.default_rng(1)
     words = lambda low, high: rng.integers(4, 40, rng.integers(low, high)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(24):
         builder.add([1, *words(2, 6)], [words(3, 9), words(3, 9)], id=f"pair-{n}")
     return builder.build()
@@ -80,15 +87,12 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
         schedule = make_schedule(OPTIMIZER, 100)
         tx = make_optimizer(OPTIMIZER, schedule)
         params = tiny_params(model)
-        split = dict(
-            shape=data.batch_shape(pairs, length_multiple=16, prediction_multiple=8),
-            batch_size=8,
-            accumulation=accumulation,
-        )
+        split = dict(batch_size=8, accumulation=accumulation)
+        layout = data.padded_layout(pairs, **MULTIPLES, **split)
         score = functools.partial(
             score_dataset,
             make_score_step(scorer),
-            eval_batches=functools.partial(data.eval_batches, **split),
+            eval_batches=layout.eval_batches,
             mesh=mesh,
             title="",
         )
@@ -101,7 +105,7 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
         }
         state = jax.jit(lambda p: init_state(p, tx, objective))(params)
         step = make_train_step(scorer, objective, tx, schedule)
-        batches = data.batches(pairs, seed=3, reference=stored, threads=0, **split)
+        batches = padded_batches(pairs, seed=3, reference=stored, **split)
         history = []
         with compiled("train_step") as programs:
             for _ in range(steps):
@@ -133,7 +137,7 @@ def test_sharding_does_not_change_the_numbers(pairs, sizes):
 @pytest.mark.parametrize("objective", [from_loss(losses.dpo, beta=0.5), sft()])
 def test_accumulation_does_not_change_the_numbers(pairs, objective):
     if objective.num_completions == 1:
-        builder = data.PairsBuilder(1)
+        builder = data.DatasetBuilder(1)
         for n, name in enumerate(pairs.ids):
             builder.add(pairs.prompt(n), [pairs.completion(n, 0)], id=name)
         pairs = builder.build()
@@ -157,11 +161,8 @@ def test_what_is_not_finite_never_enters_the_state(pairs):
         step = make_train_step(
             make_scorer(model, objective.scores), objective, tx, schedule
         )
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batch = next(
-            data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
-        )
+        batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
         reference = batch.reference["reference_logps"].copy()
         reference[0, 5, 0, 1] = np.nan
         bad = dataclasses.replace(batch, reference={"reference_logps": reference})
@@ -189,11 +190,8 @@ def test_an_update_that_is_not_finite_never_enters_the_state(pairs):
         step = make_train_step(
             make_scorer(model, objective.scores), objective, tx, schedule
         )
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batch = next(
-            data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
-        )
+        batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
         before = digests((state.params, state.opt_state))
         state, metrics = step(state, None, to_global(batch, mesh))
         assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
@@ -211,11 +209,8 @@ def test_bfloat16_gradients_are_summed_in_float32(pairs):
     """Many equal micro-batches: a bfloat16 sum would stop growing."""
     objective = from_loss(losses.dpo, beta=0.5)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        one = next(
-            data.batches(pairs, shape=shape, batch_size=1, threads=0, reference=zeros)
-        )
+        one = next(padded_batches(pairs, batch_size=1, reference=zeros))
         many = jax.tree.map(lambda x: np.repeat(x, 600, axis=0), one)
         # The "model" is one weight: log-probs (w, 0) for every pair.
         score = lambda w, batch: {
@@ -243,11 +238,8 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         step = make_train_step(
             make_scorer(model, objective.scores), objective, tx, schedule
         )
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batches = data.batches(
-            pairs, shape=shape, batch_size=8, threads=0, reference=zeros
-        )
+        batches = padded_batches(pairs, batch_size=8, reference=zeros)
         with compiled("train_step") as programs:
             state, _ = step(state, None, to_global(next(batches), mesh))
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
@@ -443,8 +435,9 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 
-make_batches = data.batches
-data.batches = lambda *args, **kwargs: Mortal(make_batches(*args, **kwargs))
+make_batches = data.PaddedLayout.batches
+data.PaddedLayout.batches = lambda *args, **options: Mortal(
+    make_batches(*args, **options))
 run(config_for((Path(model), Path(pairs)), out))
 """
 

@@ -12,7 +12,6 @@ import numpy as np
 from job import RATE_SIZE, Job, Steps, read_job, read_pairs, write_rate, write_steps
 
 from jaxpref import data, losses
-from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.objectives import from_loss
@@ -26,28 +25,29 @@ from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
 
-def layout(job: Job, pairs: data.Pairs):
+def layout(job: Job, pairs: data.PreferenceDataset):
     """Endless training batches, and every pair once, of pairs and their reference."""
     if job.row_length < 0:
-        sizes = dict(shape=data.batch_shape(pairs), batch_size=job.batch_size)
-        # A training run collates ahead of the step; so does `packed_batches`.
-        train = functools.partial(data.batches, pairs, **sizes)
-        every = functools.partial(data.eval_batches, **sizes)
-        return train, every
+        made = data.padded_layout(pairs, batch_size=job.batch_size)
+        return _train(made, pairs), made.eval_batches
     longest = int((pairs.offsets[1:] - pairs.offsets[:-1]).max())
     # Half a batch's tokens, at least the longest pair.
-    row = max(longest, job.batch_size * int(lengths(pairs)[0].mean()) // 2)
-    shape = data.packed_shape(
+    row = max(longest, job.batch_size * int(pairs.packed_lengths.mean()) // 2)
+    made = data.packed_layout(
         pairs,
         row_length=job.row_length or -(-row // 64) * 64,
         batch_size=job.batch_size,
     )
     if job.repeat:
         # All in one batch, as the other systems have them.
-        while len([*data.packed_eval_batches(pairs, shape=shape)]) > 1:
-            shape = dataclasses.replace(shape, rows=shape.rows + 1)
-    train = functools.partial(data.packed_batches, pairs, shape=shape)
-    return train, functools.partial(data.packed_eval_batches, shape=shape)
+        while len([*made.eval_batches(pairs)]) > 1:
+            made = dataclasses.replace(made, rows=made.rows + 1)
+    return _train(made, pairs), made.eval_batches
+
+
+def _train(made: data.Layout, pairs: data.PreferenceDataset):
+    # As a training run, it makes batches ahead of the step.
+    return functools.partial(made.batches, pairs, data.uniform(pairs, 0))
 
 
 def train(job: Job, out: Path) -> None:
@@ -55,7 +55,7 @@ def train(job: Job, out: Path) -> None:
     listed = read_pairs(job)
     first = 0 if job.repeat else job.warmup * job.batch_size
     listed = listed[: job.batch_size] if job.repeat else listed[first:]
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for number, (prompt, *answers) in enumerate(listed):
         builder.add(prompt, answers, id=str(number))
     pairs = builder.build()

@@ -21,13 +21,14 @@ from jaxpref.models import ModelConfig, RewardModel, build
 from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
+from jaxpref.plan.layout import abstract_batch, uniform_layout
 from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
 from jaxpref.scoring.score_dataset import make_score_step
 from jaxpref.scoring.scorer import Scorer, make_scorer
-from jaxpref.train import MeshConfig, OptimizerConfig, Task, make_mesh
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_batch
+from jaxpref.train.task import Programs
 
 FORMAT = 5
 """Of what is kept of a compiled program; part of the key."""
@@ -103,20 +104,12 @@ def measure(work: Work, topology: Topology) -> dict:
     Raises:
       InputError: if mesh, batch or topology do not fit each other.
     """
-    task = task_of(work, make_mesh(work.mesh, devices_of(topology)))
+    task = programs_of(work, make_mesh(work.mesh, devices_of(topology)))
     mesh = task.mesh
     with jax.set_mesh(mesh):
         params, state = task.abstract_params(), task.abstract_state()
         frozen = task.abstract_frozen()
-        batch = abstract_batch(
-            task.objective,
-            mesh,
-            prompt_length=work.prompt_length,
-            answer_length=work.answer_length,
-            batch_size=work.batch_size,
-            accumulation=work.accumulation,
-            row_length=work.row_length,
-        )
+        batch = abstract_batch(task.layout, task.objective, mesh)
         one = params["one"] if task.objective.num_models > 1 else params
         score = make_score_step(task.reference_scorer)
         plain = dataclasses.replace(batch, reference={})
@@ -150,13 +143,13 @@ def measure(work: Work, topology: Topology) -> dict:
     }
 
 
-def task_of(work: Work, mesh: jax.sharding.Mesh) -> Task:
-    """What a run would compute with: a task without records."""
+def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
+    """What a run would compile."""
     make_model = RewardModel if "rewards" in work.objective.scores else build
     # As a run has it: a probe differentiates a gradient.
     sizes = dataclasses.replace(work.model, kernels=work.objective.probe is None)
     schedule = make_schedule(work.optimizer, 1000)
-    return Task(
+    return Programs(
         scorer=make_scorer(
             make_model(sizes),
             work.objective.scores,
@@ -167,6 +160,15 @@ def task_of(work: Work, mesh: jax.sharding.Mesh) -> Task:
         optimizer=make_optimizer(work.optimizer, schedule),
         schedule=schedule,
         mesh=mesh,
+        layout=uniform_layout(
+            work.objective.num_completions,
+            mesh,
+            prompt_length=work.prompt_length,
+            answer_length=work.answer_length,
+            batch_size=work.batch_size,
+            accumulation=work.accumulation,
+            row_length=work.row_length,
+        ),
     )
 
 

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxpref.data import Pairs
+from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.models import ModelConfig
 
 
 def check_fits(
-    sources: Sequence[str], dataset: Pairs, model: str, config: ModelConfig
+    sources: Sequence[str], dataset: PreferenceDataset, model: str, config: ModelConfig
 ) -> None:
     """Checks that a model has an embedding for every token and for every position.
 
     XLA clamps an index out of range silently, so it must be found here.
 
     Args:
-      sources: where the records come from, by the dataset's `sources`.
+      sources: where the records come from, by the column `source`.
       dataset: the records.
       model: the model's folder, for messages.
       config: the model's.
@@ -43,7 +43,7 @@ def check_fits(
 
 
 def check_finite(
-    sources: Sequence[str], dataset: Pairs, model: str, scores: np.ndarray
+    sources: Sequence[str], dataset: PreferenceDataset, model: str, scores: np.ndarray
 ) -> None:
     """Raises InputError naming the first row whose scores [N, K] are not finite."""
     wrong = np.flatnonzero(~np.isfinite(scores).all(axis=1))
@@ -55,5 +55,6 @@ def check_finite(
         )
 
 
-def _place(sources: Sequence[str], dataset: Pairs, record: int) -> str:
-    return f"{sources[dataset.sources[record]]} row {dataset.rows[record] + 1}"
+def _place(sources: Sequence[str], dataset: PreferenceDataset, record: int) -> str:
+    columns = dataset.columns
+    return f"{sources[columns['source'][record]]} row {columns['row'][record] + 1}"

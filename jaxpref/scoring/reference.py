@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxpref.data import Pairs
+from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
 from jaxpref.models.hub import weights_digest
@@ -73,7 +73,7 @@ class ScoredSet:
 
     name: str
     """"train" or "heldout"."""
-    dataset: Pairs
+    dataset: PreferenceDataset
     """N records."""
     sources: tuple[str, ...]
     """Where they come from, for messages."""
@@ -176,7 +176,7 @@ def unscored(scored: ScoredSet, keys: np.ndarray, values: np.ndarray) -> np.ndar
     return np.array(missing, np.int64)
 
 
-def score_keys(dataset: Pairs, names: Sequence[str]) -> np.ndarray:
+def score_keys(dataset: PreferenceDataset, names: Sequence[str]) -> np.ndarray:
     """What the reference's scores are stored by: str [len(names), N, K].
 
     The prompt's and the completion's tokens, and of a prefix where it ends.  Neither

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref.data import Pairs
+from jaxpref.data import PreferenceDataset
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.runtime.heartbeat import beat
 from jaxpref.runtime.mesh import to_global
@@ -36,9 +36,9 @@ def score_dataset(
     score_step: Callable,
     params,
     frozen,
-    dataset: Pairs,
+    dataset: PreferenceDataset,
     *,
-    eval_batches: Callable[[Pairs], Iterable[PreferenceBatch]],
+    eval_batches: Callable[[PreferenceDataset], Iterable[PreferenceBatch]],
     mesh: jax.sharding.Mesh,
     title: str,
     bar: tqdm | None = None,
@@ -58,7 +58,7 @@ def score_dataset(
     Returns:
       float32 [N, K] by name; whole tables on every process.
     """
-    shape = (len(dataset), dataset.num_sides)
+    shape = (len(dataset), dataset.num_completions)
     tables, seen = None, np.zeros(shape[0], bool)
     shown = (
         progress_bar(shape[0], title) if bar is None else contextlib.nullcontext(bar)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxpref.data.batch import PARTS, PreferenceBatch
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel, logprobs
 from jaxpref.models.config import SPECS, on_mesh
 from jaxpref.models.huggingface import load_params, save
@@ -297,7 +297,7 @@ def _packing(batch: PreferenceBatch) -> tuple:
     segments = flat_sequences(batch, batch.segments)
     return (
         flat_sequences(batch, batch.positions),
-        (segments // PARTS, segments % PARTS),
+        (segments // batch.num_parts, segments % batch.num_parts),
     )
 
 

@@ -217,28 +217,6 @@ def _tell(unable: list[int], message: str, *args) -> None:
         _log.warning(f"checkpoint {message}", *args)
 
 
-def begun_rows(checkpoints: Path) -> int | None:
-    """Packed rows of a batch of the run in OUT; None if it has saved none.
-
-    Other devices would choose another number, and so other batches.
-
-    Args:
-      checkpoints: its folder, which process 0 reads for all.
-    """
-    rows = 0
-    if jax.process_index() == 0:
-        for path in checkpoints.glob("*/meta/metadata"):
-            try:
-                meta = json.loads(path.read_text("utf-8"))
-                found = int(meta["data"]["rows"] or 0)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # damaged: reported when it is restored
-            if meta.get("digest", digest_of_meta(meta)) == digest_of_meta(meta):
-                rows = found
-                break
-    return int(broadcast_from_process_zero(np.int32(rows))) or None
-
-
 def digests(tree) -> dict[str, int]:
     """One 32-bit digest per array, equal for any sharding of it.
 

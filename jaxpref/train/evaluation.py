@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref.data import Pairs
+from jaxpref.data import PreferenceDataset
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import Objective, State
@@ -16,7 +16,7 @@ def evaluation_metrics(
     objective: Objective,
     scores: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
-    dataset: Pairs,
+    dataset: PreferenceDataset,
     state: State,
 ) -> dict[str, float]:
     """Metrics of a scored dataset under `eval_` names; it is one batch to the loss.
@@ -40,9 +40,9 @@ def evaluation_metrics(
         pairs=np.arange(count, dtype=np.int32)[:, None],
         completion_lengths=dataset.completion_lengths[:, None],
         reference={name: table[:, None] for name, table in reference.items()},
-        flips=dataset.flips[:, None],
-        annotators=dataset.annotators[:, None],
-        empty=dataset.empty[:, None],
+        flips=dataset.columns["is_flipped"][:, None],
+        annotators=dataset.columns["annotator"][:, None],
+        empty=dataset.columns["empty_trace"][:, None],
         weights=np.ones((count, 1), np.float32),
         labels={name: values[:, None] for name, values in dataset.labels.items()},
     )

@@ -135,8 +135,8 @@ class Guard:
         def of_pair(index: int) -> dict[str, Any]:
             return {
                 "id": str(self._pairs.ids[index]),
-                "file": self._sources[self._pairs.sources[index]],
-                "row": int(self._pairs.rows[index]) + 1,
+                "file": self._sources[self._pairs.columns["source"][index]],
+                "row": int(self._pairs.columns["row"][index]) + 1,
                 "finite": index not in blamed,
             }
 

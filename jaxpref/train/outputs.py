@@ -166,7 +166,6 @@ class Run:
             "iterator": self._stream.get_state(),
             "splits": task.datasets.splits.digest,
             "reference": task.reference.digest if task.reference else "",
-            "rows": task.layout.rows,
             "environment": environment(task.mesh),
             "first_losses": self._guard.get_state(),
             "best": self._best.get_state(),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 from jaxpref import data
 from jaxpref.errors import InputError
@@ -17,8 +16,8 @@ from jaxpref.scoring.checks import check_fits
 from jaxpref.scoring.reference import Reference, reference_digest
 from jaxpref.scoring.scorer import ExportOptions, make_scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
-from jaxpref.train.batching import make_batching
 from jaxpref.train.config import TrainConfig
+from jaxpref.train.layout import make_layout, make_order
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.task import Datasets, Task
 
@@ -64,15 +63,14 @@ def prepare(config: TrainConfig) -> Task:
     splits = datasets.splits
     check_fits(datasets.train_sources, splits.train, config.model, model_config)
     check_fits(datasets.heldout_sources, splits.heldout, config.model, model_config)
-    layout = make_batching(
+    layout = make_layout(
         splits,
         mesh,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         row_length=config.row_length,
-        empty_share=config.mix.empty_share if config.mix else None,
-        checkpoints=Path(config.out) / "checkpoints",
     )
+    empty_share = config.mix.empty_share if config.mix else None
     schedule = make_schedule(config.optimizer, config.max_steps)
     return Task(
         scorer=make_scorer(
@@ -86,6 +84,7 @@ def prepare(config: TrainConfig) -> Task:
         schedule=schedule,
         mesh=mesh,
         layout=layout,
+        order=make_order(splits.train, seed=config.seed, empty_share=empty_share),
         seed=config.seed,
         num_annotators=len(splits.train.annotator_names),
         datasets=datasets,
@@ -135,11 +134,11 @@ def read_datasets(
       InputError: if a record is wrong, or none is left to train on.
     """
     make = make_train = functools.partial(
-        data.make_plan, sides=objective.num_completions
+        data.make_splits, sides=objective.num_completions
     )
     train_sources = (train,)
     if mix is not None:
-        make = make_train = data.make_mixed_plan
+        make = make_train = data.make_mixed_splits
         if mix.empty_data:
             train_sources = (train, mix.empty_data)
             empty = data.open_source(mix.empty_data)

@@ -11,23 +11,18 @@ def check_resumable(saved: Mapping, task: Task, out: Path) -> None:
     """Compares what lies beside a checkpoint with what is there now.
 
     Args:
-      saved: of the checkpoint, with `splits`, `rows` and `reference`.
+      saved: of the checkpoint, with `splits` and `reference`.
       task: of the run.
       out: its folder, for messages.
 
     Raises:
-      InputError: if the pairs, the shape of a packed batch or the reference changed.
+      InputError: if the pairs or the reference changed.
     """
-    datasets, rows = task.datasets, task.layout.rows
+    datasets = task.datasets
     if saved["splits"] != datasets.splits.digest:
         raise InputError(
             f"{' and '.join(datasets.train_sources)}: its pairs are not those that the "
             f"run in {out} began with; restore the file, or use another --out"
-        )
-    if saved.get("rows") != rows:
-        raise InputError(
-            f"the run in {out} has batches of {saved.get('rows')} packed rows, "
-            f"on this mesh they would have {rows}; use its mesh, or another --out"
         )
     reference = task.reference
     if reference and reference.digest and saved["reference"] != reference.digest:

@@ -26,6 +26,7 @@ from jaxpref.train.config import TrainConfig, open_run, to_json, write_run_confi
 from jaxpref.train.feed import Feed
 from jaxpref.train.fit import fit
 from jaxpref.train.guard import Guard
+from jaxpref.train.layout import padding_advice
 from jaxpref.train.metrics import MetricsWriter
 from jaxpref.train.outputs import Cadence, Run
 from jaxpref.train.prepare import prepare
@@ -64,8 +65,8 @@ def run(config: TrainConfig) -> Path:
         assert_equal_across_processes("before the run", described)
         phases.mark("start")
         task = prepare(config)
-        log(task.layout.describe())
-        if padding := task.layout.describe_padding(task.datasets.splits):
+        log(f"every batch: {task.layout.describe()}")
+        if padding := padding_advice(task.layout, task.datasets.splits.train):
             log(padding)
         phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))
