@@ -11,7 +11,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from jaxpref import data, report
+from jaxpref import cli, data, report
 from jaxpref.cli import audit as audit_command
 from jaxpref.data import DataOptions, ListSource
 from jaxpref.errors import InputError

@@ -385,7 +385,7 @@ def test_a_word_that_belongs_to_no_option(refuse):
         (["--loss", "rdpo", "--loss.flip-rate", 0.7], ["rdpo", "flip_rate", "0.7"]),
         (["--loss.beta", 0], ["dpo", "beta"]),
         (["--loss.beta", "nan"], ["dpo", "beta"]),
-        (["--flip-rate", 1.5], ["flip_rate 1.5"]),
+        (["--inject.flip-rate", 1.5], ["inject.flip_rate 1.5"]),
         (["--learning-rate", "inf"], ["learning_rate inf"]),
         (["--adam-b1", 1.0], ["adam_b1 1.0"]),
         (["--max-steps", 0], ["max_steps 0"]),

@@ -9,6 +9,7 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     PreferenceBatch,
     batch_shape,
@@ -24,7 +25,9 @@ RECORDS = [
     record | {"annotator": n % 3} for n, record in enumerate(synthetic_pairs(70))
 ]
 PLAN = make_plan(
-    ListSource(RECORDS), TOKENIZER, DataOptions(flip_rate=0.3, heldout_fraction=0.3)
+    ListSource(RECORDS),
+    TOKENIZER,
+    DataOptions(inject=InjectOptions(flip_rate=0.3), heldout_fraction=0.3),
 )
 SHAPE = batch_shape(PLAN.train, PLAN.heldout)
 

@@ -10,6 +10,7 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     PairsBuilder,
     batch_shape,
@@ -110,7 +111,7 @@ def test_ids_are_the_hash_of_the_content_and_its_occurrence():
 
 def test_flips_splits_and_ids_do_not_depend_on_order_or_other_rows():
     records = synthetic_pairs(300, prompts=120)
-    options = dict(flip_rate=0.3, flip_seed=5, heldout_fraction=0.2)
+    options = dict(inject=InjectOptions(flip_rate=0.3, seed=5), heldout_fraction=0.2)
     plan = plan_of(records, **options)
     shuffled = random.Random(1).sample(records, len(records))
     other = plan_of(shuffled, **options)
@@ -125,7 +126,7 @@ def test_flips_swap_training_labels_only():
     records = synthetic_pairs(400)
     options = dict(heldout_fraction=0.25)
     clean = plan_of(records, **options)
-    noisy = plan_of(records, flip_rate=0.4, **options)
+    noisy = plan_of(records, inject=InjectOptions(flip_rate=0.4), **options)
     assert clean.train.ids.tolist() == noisy.train.ids.tolist()
     assert texts(clean.heldout) == texts(noisy.heldout)
     assert not noisy.heldout.flips.any() and not clean.train.flips.any()
@@ -136,14 +137,20 @@ def test_flips_swap_training_labels_only():
     # Five standard deviations of a binomial.
     n = len(noisy.train)
     assert abs(noisy.train.flips.sum() - 0.4 * n) < 5 * (n * 0.24) ** 0.5
-    assert plan_of(records, flip_rate=1.0, **options).train.flips.all()
+    assert plan_of(
+        records, inject=InjectOptions(flip_rate=1.0), **options
+    ).train.flips.all()
 
 
 def test_flips_and_splits_are_pinned():
     """A change here flips and holds out other pairs in every run: no such change."""
     records = synthetic_pairs(200)
     for seed in (0, 1):
-        plan = plan_of(records, flip_rate=0.3, flip_seed=seed, heldout_fraction=0.4)
+        plan = plan_of(
+            records,
+            inject=InjectOptions(flip_rate=0.3, seed=seed),
+            heldout_fraction=0.4,
+        )
         for pair_id, flip in zip(plan.train.ids, plan.train.flips):
             assert flip == (uniform(f"flip {seed}\n{pair_id}") < 0.3)
         expected = [n for n in range(200) if uniform(f"heldout\nquestion {n}") < 0.4]
@@ -170,7 +177,7 @@ def test_flips_of_the_file_are_kept_and_a_second_flip_restores():
     kept = plan_of(records, heldout_fraction=0.3)
     for pairs in (kept.train, kept.heldout):
         assert pairs.flips.tolist() == (pairs.rows % 3 == 0).tolist()
-    every = plan_of(records, heldout_fraction=0.3, flip_rate=1.0)
+    every = plan_of(records, heldout_fraction=0.3, inject=InjectOptions(flip_rate=1.0))
     assert every.train.flips.tolist() == (every.train.rows % 3 != 0).tolist()
     assert every.heldout.flips.tolist() == (every.heldout.rows % 3 == 0).tolist()
     assert kept.report["flips in the file"] == 30
@@ -247,7 +254,7 @@ def test_digest_changes_exactly_with_the_contents():
     assert plan.train.digest() != plan.heldout.digest()
     others = [
         plan_of(records[:-1]),
-        plan_of(records, flip_rate=0.2),
+        plan_of(records, inject=InjectOptions(flip_rate=0.2)),
         plan_of(records, max_length=20, max_prompt_length=8),
         plan_of([r | {"annotator": 1} for r in records]),
         plan_of(records, heldout_fraction=0.5),

@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from jaxpref import data
+from jaxpref import cli, data
 from jaxpref.cli import evaluate as evaluate_command
 from jaxpref.data import DataOptions
 from jaxpref.models import RewardModel, build

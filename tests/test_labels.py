@@ -11,7 +11,13 @@ import pytest
 import scipy.special
 
 from jaxpref import cli, data, losses
-from jaxpref.data import DataOptions, LabelFields, ListSource, make_plan
+from jaxpref.data import (
+    DataOptions,
+    InjectOptions,
+    LabelFields,
+    ListSource,
+    make_plan,
+)
 from jaxpref.data.labels import LABELS
 from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
@@ -102,7 +108,7 @@ def test_they_follow_their_pairs_through_split_and_drops():
 def test_a_flip_keeps_the_size_and_takes_the_ratings_along(by):
     rows = records(60)
     if by == "plan":
-        pairs = plan_of(rows, flip_rate=0.5).train
+        pairs = plan_of(rows, inject=InjectOptions(flip_rate=0.5)).train
     else:
         flips = np.random.default_rng(1).random(60) < 0.5
         pairs = flip_pairs(plan_of(rows).train, flips)
@@ -249,7 +255,7 @@ def small(rows):
 def test_a_loss_reads_its_pairs_numbers(name):
     objective, of_pair = OBJECTIVES[name]
     rows = small(records())
-    pairs = plan_of(rows, flip_rate=0.3).train
+    pairs = plan_of(rows, inject=InjectOptions(flip_rate=0.3)).train
     model = RewardModel(tiny_config(vocab_size=512, max_position_embeddings=256))
     scores = make_scores(model, objective.needs)
     shape = data.batch_shape(pairs)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     batch_shape,
     batches,
@@ -41,7 +42,7 @@ def test_ids_are_hashes_with_the_trace_and_unique():
 
 def test_pairs_of_a_record_keep_together_and_are_flipped_together():
     records = traced(300, traces=3, prompts=120)
-    options = dict(flip_rate=0.3, flip_seed=5, heldout_fraction=0.3)
+    options = dict(inject=InjectOptions(flip_rate=0.3, seed=5), heldout_fraction=0.3)
     plan = plan_of(records, **options)
     train, heldout = plan.train, plan.heldout
     assert not set(train.rows) & set(heldout.rows)
@@ -70,7 +71,7 @@ def test_pairs_of_a_record_keep_together_and_are_flipped_together():
 
 def test_plans_with_traces_do_not_depend_on_the_order_of_rows():
     records = traced(100, traces=2, prompts=40)
-    options = dict(flip_rate=0.3, heldout_fraction=0.3)
+    options = dict(inject=InjectOptions(flip_rate=0.3), heldout_fraction=0.3)
     plan = plan_of(records, **options)
     other = plan_of(random.Random(1).sample(records, 100), **options)
     for a, b in ((plan.train, other.train), (plan.heldout, other.heldout)):
@@ -80,7 +81,7 @@ def test_plans_with_traces_do_not_depend_on_the_order_of_rows():
 
 def test_digests_without_traces_are_what_they_were():
     records = [r | {"annotator": n % 2} for n, r in enumerate(synthetic_pairs(20))]
-    pairs = plan_of(records, mixed=False, flip_rate=0.5).train
+    pairs = plan_of(records, mixed=False, inject=InjectOptions(flip_rate=0.5)).train
     digest = hashlib.sha256()
     for name, kind in (
         ("tokens", "<i4"),

@@ -9,6 +9,7 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     MixOptions,
     batch_shape,
@@ -36,7 +37,7 @@ def plan_of(num_traces, num_empty, **options):
     )
 
 
-PAIRS = plan_of(37, 23, flip_rate=0.3).train
+PAIRS = plan_of(37, 23, inject=InjectOptions(flip_rate=0.3)).train
 SHAPE = batch_shape(PAIRS)
 
 
@@ -111,9 +112,12 @@ def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
 
 def test_one_stream_does_not_depend_on_the_other():
     """Its epochs, order and share of the batch are its own."""
-    other = plan_of(37, 5, flip_rate=0.3).train
+    other = plan_of(37, 5, inject=InjectOptions(flip_rate=0.3)).train
     assert other.ids[~other.empty].tolist() == PAIRS.ids[~PAIRS.empty].tolist()
-    for empty, pairs in ((False, other), (True, plan_of(11, 23, flip_rate=0.3).train)):
+    for empty, pairs in (
+        (False, other),
+        (True, plan_of(11, 23, inject=InjectOptions(flip_rate=0.3)).train),
+    ):
         ids = [
             p.ids[stream(take(train(p), 30), empty)].tolist() for p in (PAIRS, pairs)
         ]

@@ -8,6 +8,7 @@ from jaxpref.data.batch import PreferenceBatch as PreferenceBatch
 from jaxpref.data.labels import LabelFields as LabelFields
 from jaxpref.data.mixture import mixed_batches as mixed_batches
 from jaxpref.data.options import DataOptions as DataOptions
+from jaxpref.data.options import InjectOptions as InjectOptions
 from jaxpref.data.options import MixOptions as MixOptions
 from jaxpref.data.packing import PackedShape as PackedShape
 from jaxpref.data.packing import packed_batches as packed_batches

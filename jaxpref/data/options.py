@@ -1,10 +1,47 @@
-"""What is asked of the data: lengths, split, noise, markers, and the mix of traces."""
+"""Options of the data: lengths, split, injected noise, markers, mix of traces."""
 
 import dataclasses
 
 from jaxpref.data.labels import LabelFields
 from jaxpref.data.render import THINK, TraceMarkers
 from jaxpref.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InjectOptions:
+    """Wrong labels added to the training pairs on purpose, for experiments.
+
+    A flip swaps the chosen and the rejected completion.  Held-out pairs keep the labels
+    of the file.
+    """
+
+    flip_rate: float = 0.0
+    """Probability of flipping the label of a training pair.  This corrupts your data;
+    the rate that a loss assumes is an option of the loss, as --loss.flip-rate."""
+    seed: int = 0
+    """Seed of the choice of pairs to flip."""
+    annotators: str | None = None
+    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}.  Pairs of
+    other annotators are flipped at flip_rate."""
+    longer: float | None = None
+    """Flip rate of the training pairs whose chosen completion has more characters than
+    the rejected one.  The others are flipped at flip_rate."""
+
+    def __post_init__(self):
+        if not 0 <= self.flip_rate <= 1:
+            raise InputError(f"inject.flip_rate {self.flip_rate} must be from 0 to 1")
+        if self.longer is not None and not 0 <= self.longer <= 1:
+            raise InputError(f"inject.longer {self.longer} must be from 0 to 1")
+        if self.annotators and self.longer is not None:
+            raise InputError(
+                "inject.annotators and inject.longer both say how often a pair is "
+                "flipped: give one of them"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any pair may be flipped."""
+        return bool(self.flip_rate or self.longer or self.annotators)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +55,8 @@ class DataOptions:
     means half of max_length."""
     heldout_fraction: float = 0.05
     """Share of the prompts held out for evaluation, chosen by hash of the prompt."""
-    flip_rate: float = 0.0
-    """Probability of swapping chosen and rejected of a training pair (label noise)."""
-    flip_seed: int = 0
-    """Which pairs are flipped."""
-    flip_annotators: str | None = None
-    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}; pairs of other
-    annotators have flip_rate."""
-    flip_longer: float | None = None
-    """Flip rate of the training pairs whose chosen completion has more characters than
-    the rejected one; the others have flip_rate.  None makes no difference."""
+    inject: InjectOptions = InjectOptions()
+    """Wrong labels to add on purpose, for experiments."""
     max_pairs: int | None = None
     """Stop reading a file once so many pairs of it are kept, with all pairs of the last
     record; None reads all."""
@@ -51,15 +80,6 @@ class DataOptions:
             raise InputError(
                 f"heldout_fraction {self.heldout_fraction} must be from 0 to 1"
             )
-        if not 0 <= self.flip_rate <= 1:
-            raise InputError(f"flip_rate {self.flip_rate} must be from 0 to 1")
-        if self.flip_longer is not None and not 0 <= self.flip_longer <= 1:
-            raise InputError(f"flip_longer {self.flip_longer} must be from 0 to 1")
-        if self.flip_annotators and self.flip_longer is not None:
-            raise InputError(
-                "flip_annotators and flip_longer both say how often a pair is flipped: "
-                "give one of them"
-            )
         if self.max_pairs is not None and self.max_pairs < 1:
             raise InputError(f"max_pairs {self.max_pairs} must be positive")
         TraceMarkers(self.trace_open, self.trace_close)  # refuses blank ones
@@ -75,16 +95,9 @@ class DataOptions:
         """What stands before and behind a trace."""
         return TraceMarkers(self.trace_open, self.trace_close)
 
-    @property
-    def injects_noise(self) -> bool:
-        """Whether any pair may be flipped."""
-        return bool(self.flip_rate or self.flip_longer or self.flip_annotators)
-
-    def without_noise(self) -> "DataOptions":
+    def without_injection(self) -> "DataOptions":
         """The same with labels as in the file."""
-        return dataclasses.replace(
-            self, flip_rate=0.0, flip_annotators=None, flip_longer=None
-        )
+        return dataclasses.replace(self, inject=InjectOptions())
 
 
 DEFAULTS = DataOptions()

@@ -21,7 +21,7 @@ from jaxpref.data.formats import (
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.labels import exchanged
 from jaxpref.data.noise import flip_symmetric, read_rates
-from jaxpref.data.options import DEFAULTS, DataOptions
+from jaxpref.data.options import DEFAULTS, DataOptions, InjectOptions
 from jaxpref.data.pairs import Pairs, PairsBuilder
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
@@ -158,9 +158,11 @@ def _make_plan(
     options: DataOptions,
     sides: int,
 ) -> Plan:
-    if options.injects_noise and sides == 1:
-        raise InputError("flip_rate needs pairs: a plain completion cannot be flipped")
-    rates = read_rates(options.flip_annotators) if options.flip_annotators else {}
+    if options.inject.active and sides == 1:
+        raise InputError(
+            "--inject needs pairs: a single completion has no label to flip"
+        )
+    rates = read_rates(options.inject.annotators) if options.inject.annotators else {}
     counts = collections.Counter()
     copies: collections.Counter[str] = collections.Counter()
     records: collections.Counter[str] = collections.Counter()
@@ -198,8 +200,8 @@ def _make_plan(
     names = sorted(train.annotators() | heldout.annotators())
     if rates and not rates.keys() & set(names):
         raise InputError(
-            f"{options.flip_annotators}: no pair of {source.location(0)} and all after "
-            f"it is by one of its annotators; the pairs' are "
+            f"{options.inject.annotators}: no pair of {source.location(0)} and all "
+            f"after it is by one of its annotators; the pairs' are "
             f"{', '.join(names[:5]) or 'not named'}"
         )
     pairs = (train.build(names), heldout.build(names))
@@ -233,8 +235,8 @@ def _add(
     example = item.example
     (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_fraction
-    rate = _flip_rate(example, options, rates)
-    (flip,) = flip_symmetric([item.record_id], rate=rate, seed=options.flip_seed)
+    rate = _flip_rate(example, options.inject, rates)
+    (flip,) = flip_symmetric([item.record_id], rate=rate, seed=options.inject.seed)
     flip = bool(flip) and not hold
     counts["prompts cut"] += tokens.prompt_cut
     counts["completions cut"] += tokens.completions_cut
@@ -255,19 +257,19 @@ def _add(
 
 
 def _flip_rate(
-    example: Example, options: DataOptions, rates: Mapping[str, float]
+    example: Example, inject: InjectOptions, rates: Mapping[str, float]
 ) -> float:
     """How often this pair's label is flipped: by annotator, by length, or as all."""
     if example.annotator in rates:
         return rates[example.annotator]
-    if options.flip_longer is not None:
+    if inject.longer is not None:
         # Characters and not tokens: the same pairs are flipped for every model.
         chosen, rejected = (
             len(text if isinstance(text, str) else text["content"])
             for text in example.completions
         )
-        return options.flip_longer if chosen > rejected else options.flip_rate
-    return options.flip_rate
+        return inject.longer if chosen > rejected else inject.flip_rate
+    return inject.flip_rate
 
 
 def _unique_id(example: Example, copies: collections.Counter) -> str:

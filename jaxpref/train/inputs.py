@@ -31,7 +31,7 @@ def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
         plan = make_train(data.open_source(config.data), tokenizer, config.options)
     else:
         whole = dataclasses.replace(config.options, heldout_fraction=0.0)
-        clean = whole.without_noise()
+        clean = whole.without_injection()
         plan = make_train(data.open_source(config.data), tokenizer, whole)
         held = make(data.open_source(config.eval_data), tokenizer, clean)
         digest = plan.digest + held.digest
@@ -43,7 +43,17 @@ def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
         )
     if jax.process_index() == 0:
         print(f"{' and '.join(config.sources)}: {plan.describe()}", flush=True)
+        if config.options.inject.active:
+            print(injection_warning(plan.report["flipped"], len(plan.train)))
     return plan
+
+
+def injection_warning(flipped: int, pairs: int) -> str:
+    """One line that says how many labels of the training pairs are wrong on purpose."""
+    return (
+        f"warning: {flipped:,} of {pairs:,} training labels ({flipped / pairs:.1%}) "
+        "were flipped on purpose, as --inject asked"
+    )
 
 
 def check_fits(
