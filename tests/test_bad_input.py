@@ -310,14 +310,8 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(inputs, refuse, command
 
 
 def test_max_length_beyond_the_positions(inputs, refuse):
-    rows = inputs.data.read_text().splitlines()
-    rows[6] = json.dumps(
-        {"prompt": "a", "chosen": " good" * 200, "rejected": " bad"},
-    )
-    inputs.data.write_text("\n".join(rows))
-    refuse(
-        inputs.train(max_length=300), f"{inputs.data} row 7", "128 positions", "--max-l"
-    )
+    inputs.data.write_text("not read")
+    refuse(inputs.train(max_length=300), "max_length 300", "128 positions", "--max-l")
 
 
 def test_a_reference_of_another_size(inputs, refuse):

@@ -13,6 +13,7 @@ from jaxpref.runtime import heartbeat
 from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, from_loss, run
 from jaxpref.train import guard as guards
 from jaxpref.train.guard import Guard
+from jaxpref.train.options import GuardOptions
 from tests.tiny import make_model_folder, make_pairs_file
 
 
@@ -25,9 +26,8 @@ def pairs_of(count: int):
 
 
 def guard_of(tmp_path, first=(), **options) -> Guard:
-    settings = {"max_bad_steps": 3, "max_loss_rise": 10.0, "sources": ("pairs.jsonl",)}
-    config = types.SimpleNamespace(**(settings | options))
-    return Guard(config, pairs_of(8), tmp_path, first)
+    settings = GuardOptions(**({"max_bad_steps": 3, "max_loss_rise": 10.0} | options))
+    return Guard(settings, ("pairs.jsonl",), pairs_of(8), tmp_path, first)
 
 
 BATCH = np.arange(8).reshape(2, 4, 1)

@@ -24,7 +24,7 @@ from tests.compiled import programs
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("row_length", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize("row_length", ["none", 64], ids=["padded", "packed"])
 def test_each_program_is_compiled_once_and_after_a_resume_none(
     inputs, tmp_path, row_length, capsys
 ):

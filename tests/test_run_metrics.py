@@ -1,7 +1,6 @@
 """What a run writes about itself: rates of training alone, and TensorBoard's file."""
 
 import struct
-import types
 
 import numpy as np
 import pytest
@@ -41,12 +40,14 @@ def step_metrics():
 
 def test_rates_leave_out_compiling_evaluating_and_saving(clock, tmp_path):
     writer = metrics.MetricsWriter(tmp_path, resumed_at=0)
-    config = types.SimpleNamespace(
-        max_steps=6, log_every=2, objective=types.SimpleNamespace(name="dpo")
-    )
     judged = []
     late = metrics.LateMetrics(
-        writer, config=config, judge=lambda step, *_: judged.append(step), start=0
+        writer,
+        name="dpo",
+        steps=6,
+        log_every=2,
+        judge=lambda step, *_: judged.append(step),
+        start=0,
     )
     clock.now += 100  # compiles
     late.push(1, step_metrics(), np.arange(4)[None])

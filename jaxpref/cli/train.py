@@ -1,8 +1,9 @@
 """`jaxpref train`."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from jaxpref.cli import help
+from jaxpref.cli import config_file, help
 from jaxpref.cli.objectives import (
     MIXTURES,
     WRAPPERS,
@@ -13,25 +14,39 @@ from jaxpref.cli.objectives import (
     summary,
 )
 from jaxpref.cli.options import Option, Part, Parts, options_of, parse
-from jaxpref.cli.words import split
+from jaxpref.cli.words import Given, split
 from jaxpref.data.options import DataOptions, MixOptions
 from jaxpref.runtime.mesh import MeshConfig
-from jaxpref.train.config import RunConfig, TrainConfig
+from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import OptimizerConfig
+from jaxpref.train.options import RunOptions, steps_of
 
 COMMAND = "jaxpref train"
 COMMON = (
     *("model", "data", "out", "reference", "eval-data", "heldout-fraction"),
-    *("max-steps", "batch-size", "accumulation", "row-length"),
+    *("max-steps", "epochs", "batch-size", "accumulation", "row-length"),
     *("max-length", "learning-rate", "warmup-steps", "optimizer", "compute-dtype"),
     *("remat", "eval-every", "save-every", "keep-best", "seed", "mesh.fsdp"),
+    *("config", "print-config"),
 )
 """Options that `--help` lists; `--help-all` lists all of them."""
 
 
+FILES = (
+    Option("config", str, None, "Read options from a YAML file; those typed override."),
+    Option("print-config", bool, False, "Print all options as such a file, and exit."),
+)
+"""Options about options."""
+
+
 def command(argv: Sequence[str]) -> None:
     """Trains and exports a model."""
-    config = config_of(argv)
+    given = split(argv)
+    printed = given.pop("print-config", None)
+    if printed is not None:
+        print(config_text(given), end="")
+        return
+    config = config_of(given)
     import jax
 
     from jaxpref.train.loop import run
@@ -41,14 +56,45 @@ def command(argv: Sequence[str]) -> None:
         print(f"exported to {export}")
 
 
-def config_of(argv: Sequence[str]) -> TrainConfig:
+def config_of(given: Given) -> TrainConfig:
     """The config that a command line asks for.
 
     Raises:
       InputError: if an option is wrong.
     """
-    choice, given = choose(split(argv))
-    parsed = parse(parts_of(choice), given, command=COMMAND, about=choice.about)
+    return _config(*_parsed(given))
+
+
+def config_text(given: Given) -> str:
+    """The same as YAML, complete; `--config` reads it.
+
+    Raises:
+      InputError: if an option is wrong.
+    """
+    choice, parsed = _parsed(given)
+    _config(choice, parsed)  # whether its parts go together
+    parts = parts_of(choice)
+    values = choice.words | config_file.values_of(parts, parsed)
+    if values["epochs"] is None:
+        values["max-steps"] = steps_of(parsed.run, 0)
+    return config_file.write(options_of(parts), values)
+
+
+def _parsed(given: Given) -> tuple[Choice, Any]:
+    """What was chosen, and an object with the parsed options of each part."""
+    about = ""
+    if "config" in given:
+        given = dict(given)
+        path = " ".join(given.pop("config")) or "FILE"
+        given = config_file.overridden(config_file.read(path), given)
+        about = f" --config {path}"
+    choice, given = choose(given)
+    return choice, parse(
+        parts_of(choice), given, command=COMMAND, about=about + choice.about
+    )
+
+
+def _config(choice: Choice, parsed: Any) -> TrainConfig:
     return TrainConfig(
         **vars(parsed.run),
         objective=choice.objective(parsed),
@@ -62,7 +108,7 @@ def config_of(argv: Sequence[str]) -> TrainConfig:
 def parts_of(choice: Choice) -> Parts:
     """What the command reads, beside the names of loss and objective."""
     parts = {
-        "run": Part(RunConfig),
+        "run": Part(RunOptions),
         "options": Part(DataOptions),
         "optimizer": Part(OptimizerConfig),
         "mesh": Part(MeshConfig, "mesh"),
@@ -74,7 +120,7 @@ def parts_of(choice: Choice) -> Parts:
 
 def options() -> dict[str, Option]:
     """All options that do not depend on `--loss` and `--objective`."""
-    return options_of(parts_of(Choice()))
+    return {o.name: o for o in FILES} | options_of(parts_of(Choice()))
 
 
 def help_text(argv: Sequence[str]) -> str:
@@ -82,7 +128,7 @@ def help_text(argv: Sequence[str]) -> str:
     asked = ("-h", "--help", "--help-all")
     choice, given = choose(split([word for word in argv if word not in asked]))
     named = choice != Choice() or "--loss" in argv
-    options = options_of(parts_of(choice))
+    options = {o.name: o for o in FILES} | options_of(parts_of(choice))
     if "--help-all" not in argv:
         if named:
             return _details(choice)

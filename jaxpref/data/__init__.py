@@ -10,6 +10,7 @@ from jaxpref.data.mixture import mixed_batches as mixed_batches
 from jaxpref.data.options import DataOptions as DataOptions
 from jaxpref.data.options import InjectOptions as InjectOptions
 from jaxpref.data.options import MixOptions as MixOptions
+from jaxpref.data.options import for_model as for_model
 from jaxpref.data.packing import PackedShape as PackedShape
 from jaxpref.data.packing import packed_batches as packed_batches
 from jaxpref.data.packing import packed_eval_batches as packed_eval_batches

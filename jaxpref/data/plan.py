@@ -177,7 +177,7 @@ def _make_plan(
                 [item.example for item in items],
                 [source.location(item.row) for item in items],
                 tokenizer,
-                max_length=options.max_length,
+                max_length=options.longest,
                 max_prompt_length=options.longest_prompt,
                 markers=options.markers,
             )

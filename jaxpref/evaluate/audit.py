@@ -31,8 +31,8 @@ from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
 from jaxpref.runtime.precision import with_compute_dtype
-from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_fits
+from jaxpref.train.options import Dtype
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
 """Settings that a second audit into the same OUT may change."""
@@ -71,10 +71,11 @@ class AuditConfig:
     """Seed of that division."""
     batch_size: int = 32
     """Completions the model reads at the same time, over all devices."""
-    max_length: int = DataOptions.max_length
-    """Longest prompt and completion together, in tokens."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and completion together (default: 1024, or the model's
+    context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
     their beginning."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
@@ -113,6 +114,8 @@ def run(config: AuditConfig) -> Audit:
         # It looks at data that is wrong in places: what cannot be judged is counted.
         drop_empty=True,
     )
+    positions = load_config(folder).max_position_embeddings
+    options = data.for_model(options, positions)
     plan = data.make_plan(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
     rows, first = np.unique(pairs.rows, return_index=True)

@@ -19,7 +19,7 @@ from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from jaxpref.runtime.precision import with_compute_dtype
 from jaxpref.sampling import generate, left_pad
-from jaxpref.train.config import Dtype
+from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

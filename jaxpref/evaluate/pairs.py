@@ -26,8 +26,8 @@ from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh, share_of_row
 from jaxpref.runtime.precision import with_compute_dtype
 from jaxpref.scoring.score_dataset import make_score_step, score_pairs
 from jaxpref.scoring.scores import make_scores
-from jaxpref.train.config import Dtype
 from jaxpref.train.inputs import check_finite, check_fits
+from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,11 @@ class EvaluateConfig:
     given.  A reward model has no beta."""
     batch_size: int = 16
     """Pairs scored at the same time, over all devices."""
-    max_length: int = DataOptions.max_length
-    """Longest prompt and completion together, in tokens."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and completion together (default: 1024, or the model's
+    context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
     their beginning."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
@@ -93,6 +94,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
     )
+    positions = load_config(folder).max_position_embeddings
+    options = data.for_model(options, positions)
     plan = data.make_plan(
         data.open_source(config.data), data.load_tokenizer(folder), options, sides=2
     )

@@ -11,6 +11,7 @@ from jaxpref import data
 from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.elsewhere import begun_rows
+from jaxpref.train.programs import row_length_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,20 @@ class Batching:
         return dataclasses.replace(self, split={**self.split, **alone})
 
 
+def _row_length(config: TrainConfig, plan: data.Plan, shards: int) -> int | None:
+    """Tokens of a packed row, None for one pair per row."""
+    if config.row_length != "auto":
+        return None if config.row_length == "none" else config.row_length
+    if config.mix is not None:
+        return None
+    row_length = row_length_for(
+        plan.train, plan.heldout, batch_size=config.batch_size, shards=shards
+    )
+    if jax.process_index() == 0:
+        print(f"row length {row_length}, chosen from the data; --row-length changes it")
+    return row_length
+
+
 def make_batching(
     config: TrainConfig, plan: data.Plan, mesh: jax.sharding.Mesh, out: Path
 ) -> Batching:
@@ -75,12 +90,13 @@ def make_batching(
         "accumulation": config.accumulation,
     }
     shards = config.accumulation * row_shards(mesh)
-    packed = config.row_length is not None
+    row_length = _row_length(config, plan, shards)
+    packed = row_length is not None
     if packed:
         shape = data.packed_shape(
             plan.train,
             plan.heldout,
-            row_length=config.row_length,
+            row_length=row_length,
             batch_size=config.batch_size,
             parts=shards,
         )

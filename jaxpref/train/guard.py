@@ -14,7 +14,7 @@ from jaxpref.data import Pairs
 from jaxpref.errors import InputError, Stopped
 from jaxpref.files import write_json
 from jaxpref.sharding import replicated
-from jaxpref.train.config import TrainConfig
+from jaxpref.train.options import GuardOptions
 
 _log = logging.getLogger("jaxpref")
 
@@ -39,17 +39,24 @@ class Guard:
     """
 
     def __init__(
-        self, config: TrainConfig, pairs: Pairs, out: Path, first: Sequence[float] = ()
+        self,
+        options: GuardOptions,
+        sources: Sequence[str],
+        pairs: Pairs,
+        out: Path,
+        first: Sequence[float] = (),
     ):
         """Judges nothing yet.
 
         Args:
-          config: of the run.
+          options: when to stop.
+          sources: of the pairs, by `Pairs.sources`.
           pairs: the training pairs, to name those of bad steps.
           out: folder of the run.
           first: what `get_state` gave before the run was interrupted.
         """
-        self._config, self._pairs, self._out = config, pairs, out
+        self._options, self._sources = options, sources
+        self._pairs, self._out = pairs, out
         self._first = list(first)
         self._bad: list[dict[str, Any]] = []
         self._risen = False
@@ -91,7 +98,7 @@ class Guard:
         loss, start, most = float(metrics["loss"]), math.nan, math.inf
         if len(self._first) == FIRST:
             start = statistics.median(self._first)
-            most = start + self._config.max_loss_rise * max(abs(start), 1.0)
+            most = start + self._options.max_loss_rise * max(abs(start), 1.0)
         blamed = metrics["nonfinite_pairs"].ravel()
         blamed = blamed[blamed >= 0]
         if not metrics["finite"]:
@@ -108,7 +115,7 @@ class Guard:
         if jax.process_index() == 0:  # all of them say the same
             _log.warning("step %d: %s%s", step, why, more)
         self._bad.append(self._record(step, why, metrics, set(blamed.tolist())))
-        if len(self._bad) >= self._config.max_bad_steps:
+        if len(self._bad) >= self._options.max_bad_steps:
             bad = f"{len(self._bad)} bad steps in a row (--max-bad-steps), the last: "
             raise self._stopped(step, bad + why)
 
@@ -126,7 +133,7 @@ class Guard:
         def of_pair(index: int) -> dict[str, Any]:
             return {
                 "id": str(self._pairs.ids[index]),
-                "file": self._config.sources[self._pairs.sources[index]],
+                "file": self._sources[self._pairs.sources[index]],
                 "row": int(self._pairs.rows[index]) + 1,
                 "finite": index not in blamed,
             }

@@ -39,7 +39,7 @@ from jaxpref.train.agreement import agree_on_batch, versions
 from jaxpref.train.batching import make_batching
 from jaxpref.train.best import Best
 from jaxpref.train.checkpoint import Checkpoints
-from jaxpref.train.config import TrainConfig, open_run, remember, to_json
+from jaxpref.train.config import TrainConfig, open_run, to_json, write_run_config
 from jaxpref.train.elsewhere import surroundings, told_of_change
 from jaxpref.train.feed import Feed
 from jaxpref.train.guard import Guard
@@ -47,6 +47,7 @@ from jaxpref.train.inputs import check_fits, read_plan
 from jaxpref.train.memory import choose_remat
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.options import steps_of
 from jaxpref.train.programs import describe, padding_told
 from jaxpref.train.resume import check_same
 from jaxpref.train.state import TrainState, init_state
@@ -84,17 +85,20 @@ def run(config: TrainConfig) -> Path:
 
 def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     objective = config.objective
-    if config.row_length is None:
+    if config.row_length == "none":
         check_rows(config.batch_size, config.accumulation, mesh)
 
     # ---- data: text -> tokens -> a fixed plan -------------------------------------
     folder = resolve_folder(config.model)
+    model_config = load_config(folder)
+    options = data.for_model(config.options, model_config.max_position_embeddings)
     tokenizer = data.load_tokenizer(folder)
-    plan = read_plan(config, tokenizer)
+    plan = read_plan(dataclasses.replace(config, options=options), tokenizer)
     batching = make_batching(config, plan, mesh, out)
 
+    steps = steps_of(config, len(plan.train))
+
     # ---- model, optimiser, state: restored, or born from the model folder ---------
-    model_config = load_config(folder)
     check_fits(config.sources, plan.train, config.model, model_config)
     check_fits(config.heldout_sources, plan.heldout, config.model, model_config)
     make_model = RewardModel if objective.needs_rewards else build
@@ -140,7 +144,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             )
             if told is not None:
                 print(told, flush=True)
-    schedule = make_schedule(config.optimizer, config.max_steps)
+    schedule = make_schedule(config.optimizer, steps)
     tx = make_optimizer(config.optimizer, schedule)
     new_state = functools.partial(
         init_state,
@@ -217,10 +221,19 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         del one
     train_step = step_of(remat)
     start = int(state.step)
-    remember(config, out)
+    write_run_config(config, out)
     writer = MetricsWriter(out, resumed_at=start)
-    guard = Guard(config, plan.train, out, saved.get("first_losses", ()))
-    late = LateMetrics(writer, config=config, judge=guard.judge, start=start)
+    guard = Guard(
+        config, config.sources, plan.train, out, saved.get("first_losses", ())
+    )
+    late = LateMetrics(
+        writer,
+        name=objective.name,
+        steps=steps,
+        log_every=config.log_every,
+        judge=guard.judge,
+        start=start,
+    )
     best = Best(config.keep_best, out, saved.get("best"))
     checkpoints.best = best.step
     whole = batching.of_all_processes()
@@ -256,7 +269,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     with closing(checkpoints), closing(writer), closing(late), closing(feed):
         traced = profiled(train_step, out, steps=config.profile)
         with watched(start) as noticed, traced as do_step:
-            for step in range(start, config.max_steps):
+            for step in range(start, steps):
                 better = False
                 if step % config.eval_every == 0:
                     with late.paused():
@@ -277,10 +290,10 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
                         checkpoints.wait()
                     raise Preempted(step + 1, saved=guard.well)
         with late.paused():
-            guard.check_end(max(start, config.max_steps))
+            guard.check_end(max(start, steps))
             # Saved first: an interrupt of the last evaluation costs no step.
-            save(max(start, config.max_steps), state)
-            evaluate(max(start, config.max_steps), state)
+            save(max(start, steps), state)
+            evaluate(max(start, steps), state)
             checkpoints.wait()
         if config.export == "best" and best.step not in (None, int(state.step)):
             if jax.process_index() == 0:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from jaxpref.files import cannot_write, write_whole
 from jaxpref.runtime import heartbeat
-from jaxpref.train.config import TrainConfig
 
 
 class MetricsWriter:
@@ -96,7 +95,9 @@ class LateMetrics:
         self,
         writer: MetricsWriter,
         *,
-        config: TrainConfig,
+        name: str,
+        steps: int,
+        log_every: int,
         judge: Callable[[int, dict, jax.Array], None],
         start: int,
     ):
@@ -104,18 +105,21 @@ class LateMetrics:
 
         Args:
           writer: where metric lines go.
-          config: of the run.
+          name: of the objective, for the progress bar.
+          steps: of the whole run.
+          log_every: steps between lines.
           judge: `judge(step, metrics, pairs)` looks at every step, and may end the run.
           start: steps done before this process began.
         """
-        self._config, self._writer, self._judge = config, writer, judge
+        self._writer, self._judge = writer, judge
+        self._steps, self._log_every = steps, log_every
         self._waiting = None
         self._compiled = False
         self._restart_clock()
         self._bar = tqdm(
-            total=config.max_steps,
+            total=steps,
             initial=start,
-            desc=config.objective.name,
+            desc=name,
             unit="step",
             disable=jax.process_index() != 0,
         )
@@ -167,7 +171,7 @@ class LateMetrics:
         if not self._compiled:
             self._compiled = True
             self._restart_clock()
-        if step % self._config.log_every == 0 or step in (1, self._config.max_steps):
+        if step % self._log_every == 0 or step in (1, self._steps):
             values = {name: float(value) for name, value in metrics.items()}
             if self._tokens:
                 seconds = self._seconds + time.perf_counter() - self._since

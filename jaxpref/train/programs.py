@@ -49,9 +49,7 @@ def padding_told(
     wasted = shape.sides * shape.sequence_length * len(pairs) / tokens.sum()
     if wasted < 1.3:
         return None
-    longest = max(int(lengths(p)[0].max(initial=0)) for p in (pairs, heldout))
-    row = max(longest, int(batch_size / shards * tokens.mean()))
-    row = -(-row // 64) * 64
+    row = row_length_for(pairs, heldout, batch_size=batch_size, shards=shards)
     told = (
         f"padding, and prompts for each answer: {wasted:.1f} tokens are computed for "
         f"one that exists; --row-length {row} would pack them, "
@@ -63,3 +61,15 @@ def padding_told(
     except InputError:
         return told + "in larger batches than these"
     return told + "about 1.05 for one"
+
+
+def row_length_for(
+    pairs: Pairs, heldout: Pairs, *, batch_size: int, shards: int
+) -> int:
+    """Tokens of a packed row: one row per shard holds a mean batch, and any pair fits.
+
+    Arguments as of `padding_told`.
+    """
+    longest = max(int(lengths(p)[0].max(initial=0)) for p in (pairs, heldout))
+    row = max(longest, int(batch_size / shards * lengths(pairs)[0].mean()))
+    return -(-row // 64) * 64
