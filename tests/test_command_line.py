@@ -17,6 +17,7 @@ from jaxpref.cli.options import options_of
 from jaxpref.cli.words import split
 from jaxpref.data.options import DataOptions, resolved_max_length
 from jaxpref.errors import InputError
+from jaxpref.plan.sweep import with_flags
 from jaxpref.train.config import to_json
 from jaxpref.train.inputs import injection_warning
 from jaxpref.train.options import RunOptions, StepOptions, steps_of
@@ -336,3 +337,10 @@ def test_injected_noise_is_announced():
         "warning: 1,200 of 4,000 training labels (30.0%) were flipped on purpose, as "
         "--inject asked"
     )
+
+
+def test_a_sweep_replaces_options_and_repeats_none():
+    argv = "--batch 8 --mesh.data=2 --remat none --sweep --accumulation 2 --seq 16"
+    flags = ["--mesh.data", "1", "--remat", "full", "--accumulation", "4"]
+    expected = ["--batch", "8", "--sweep", "--seq", "16", *flags]
+    assert with_flags(argv.split(), flags) == expected

@@ -25,10 +25,10 @@ class InjectOptions:
     """Seed of the choice of pairs to flip."""
     annotators: str | None = None
     """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}.  Pairs of
-    other annotators are flipped at flip_rate."""
+    other annotators are flipped at --inject.flip-rate."""
     longer: float | None = None
     """Flip rate of the training pairs whose chosen completion has more characters than
-    the rejected one.  The others are flipped at flip_rate."""
+    the rejected one.  The others are flipped at --inject.flip-rate."""
 
     def __post_init__(self):
         if not 0 <= self.flip_rate <= 1:

@@ -38,17 +38,17 @@ class EvaluateConfig:
     """Hugging Face model folder (such as OUT/export of a run), or a hub id; a language
     model or a reward model."""
     data: str
-    """Preference file or data set; every pair of it is scored."""
+    """Preference file or dataset.  Every pair in it is scored."""
     out: str
     """Folder for `metrics.json` and `eval_pairs.jsonl`."""
     reference: str | None = None
-    """Reference model folder or hub id; without it, log-probs count by themselves.  A
-    reward model needs none."""
+    """Reference model folder or hub id (default: none, so rewards are beta times the
+    log-probability).  A reward model needs none."""
     beta: float | None = None
-    """Implicit rewards are beta times the log-ratio to the reference, 0.1 where not
-    given.  A reward model has no beta."""
+    """Implicit rewards are beta times the log-ratio to the reference (default: 0.1).  A
+    reward model has no beta."""
     batch_size: int = 16
-    """Pairs scored at the same time, over all devices."""
+    """Pairs scored at once, over all devices."""
     max_length: int | None = None
     """Maximum tokens of prompt and completion together (default: 1024, or the model's
     context if that is shorter)."""
@@ -56,8 +56,8 @@ class EvaluateConfig:
     """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
     their beginning."""
     compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
-    GPU and float32 on CPU."""
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 

@@ -24,7 +24,7 @@ from jaxpref.plan.roofline import (
     ideal_wire_bytes,
     of_a_token,
 )
-from jaxpref.plan.sweep import candidates, flags_of
+from jaxpref.plan.sweep import candidates, flags_of, with_flags
 from jaxpref.plan.table import print_plan, print_sweep
 from jaxpref.train import Objective
 
@@ -64,7 +64,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     for tried in candidates(config, model, topology):
         try:
             flags = flags_of(tried)
-            plan = find(tried, objective, [*argv, *flags], topology, model)
+            plan = find(tried, objective, with_flags(argv, flags), topology, model)
         except InputError as error:
             print(f"{' '.join(flags)}: {error}", flush=True)
             continue

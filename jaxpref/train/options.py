@@ -47,7 +47,7 @@ class StepOptions:
     """Tokens per packed row, auto to choose it from the data, or none for one pair per
     row, padded.  Packed rows hold several pairs and each prompt once, so hardly
     anything is computed for padding.  A row must hold the longest prompt with both of
-    its answers; batch_size is then a mean."""
+    its answers; --batch-size is then a mean."""
     seed: int = 0
     """Seed of the order of the training pairs."""
     loader_processes: int = 0
@@ -149,8 +149,8 @@ class GuardOptions:
 
     max_bad_steps: int = 10
     """Bad steps in a row after which the run stops.  A step is bad if its loss or
-    gradient is not finite, or its loss rose by more than max_loss_rise.  The run exits
-    with code 65, writes the pairs of those steps to OUT/stopped, and leaves its
+    gradient is not finite, or its loss rose by more than --max-loss-rise.  The run then
+    exits with code 65, writes the pairs of those steps to OUT/stopped, and leaves its
     checkpoints as they are."""
     max_loss_rise: float = 10.0
     """How far the loss may rise above the median of the first ten steps, as a multiple
@@ -190,7 +190,7 @@ PARTS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions(*PARTS):
+class RunOptions(*reversed(PARTS)):
     """The plain options of a run.
 
     It is each of its parts, so a function that reads one of them can be given it.
