@@ -19,6 +19,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -99,7 +100,7 @@ def main(options: Options) -> None:
             pairs, order, reference=reference, processes=processes
         )
 
-    for layout, row_length in (("padded", None), ("packed", options.row_length)):
+    for layout, row_length in (("padded", "none"), ("packed", options.row_length)):
         for processes, seconds in loading(make, layout, options).items():
             name = f"{processes} processes" if processes else "threads"
             low, middle, high = np.quantile(1 / seconds, [0.25, 0.5, 0.75])
@@ -156,7 +157,7 @@ def stepping(folder: Path, batch, rounds: int) -> float:
 
 
 def running(
-    options: Options, chosen: data.DataOptions, row_length: int | None
+    options: Options, chosen: data.DataOptions, row_length: int | Literal["none"]
 ) -> float:
     """The share of its time that a run waited, as it says itself."""
     with tempfile.TemporaryDirectory() as folder:

@@ -88,6 +88,7 @@ from experiments.ranks import area
 from jaxpref import losses
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     load_tokenizer,
     make_splits,
     open_source,
@@ -318,10 +319,10 @@ def pairs_file(protocol: Protocol, one: Run, reference: Path, out: Path, mesh) -
 def data_options(one: Run, out: Path) -> DataOptions:
     """The noise of a run."""
     if one.noise == "symmetric" or not one.rate:
-        return DataOptions(flip_rate=one.rate, flip_seed=one.seed)
+        return DataOptions(inject=InjectOptions(flip_rate=one.rate, seed=one.seed))
     rates = out / "world" / f"rates-{round(100 * one.rate)}.json"
     write_json(rates, {name: one.rate * x for name, x in ANNOTATORS.items()})
-    return DataOptions(flip_annotators=str(rates), flip_seed=one.seed)
+    return DataOptions(inject=InjectOptions(annotators=str(rates), seed=one.seed))
 
 
 def measured(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> dict:

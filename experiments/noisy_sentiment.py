@@ -85,7 +85,7 @@ from experiments import sentiment_world as world
 from experiments.progress import say
 from experiments.sentiment_report import write_results
 from jaxpref import losses
-from jaxpref.data import DataOptions, encode_prompt, load_tokenizer
+from jaxpref.data import DataOptions, InjectOptions, encode_prompt, load_tokenizer
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import ModelConfig, build
@@ -401,7 +401,7 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
         save_every=protocol.steps,
         keep_checkpoints=1,
         logit_chunk=16,
-        options=DataOptions(flip_rate=arm.flip_rate, flip_seed=seed),
+        options=DataOptions(inject=InjectOptions(flip_rate=arm.flip_rate, seed=seed)),
         # Gradients of every loss are cut to one norm, below what any of them has, and
         # Adam's division is switched off by a large epsilon: momentum with steps of
         # one length for all.  See "Optimiser" in the module's docstring.

@@ -12,6 +12,7 @@ import scipy.special
 import scipy.stats
 
 from jaxpref import cli, data, report
+from jaxpref.cli import audit as audit_command
 from jaxpref.data import DataOptions, ListSource
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit, features
@@ -76,7 +77,7 @@ def finished(tmp_path_factory, model, cache):
     """A whole audit by the command line."""
     folder = tmp_path_factory.mktemp("finished")
     path = write(folder / "pairs.jsonl", records())
-    cli.audit(
+    audit_command.command(
         f"--data {path} --model {model} --out {folder / 'out'} --max-length 64 "
         f"--annotator-field worker --features {cache}".split()
     )
@@ -362,7 +363,9 @@ def test_one_prompt_alone_says_nothing(tmp_path, model):
 def test_three_pairs_give_a_result_and_no_rate(tmp_path, model, capsys):
     path = write(tmp_path / "three.jsonl", records(3))
     out = tmp_path / "out"
-    cli.audit(f"--data {path} --model {model} --out {out} --max-length 64".split())
+    audit_command.command(
+        ["--data", str(path), "--model", str(model), "--out", str(out)]
+    )
     assert "flip rate not identified" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["identified"] and len(read(out / "audit.jsonl")) == 3

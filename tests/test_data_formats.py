@@ -8,7 +8,14 @@ import types
 
 import pytest
 
-from jaxpref.data import DataOptions, ListSource, make_splits, open_source, records
+from jaxpref.data import (
+    DataOptions,
+    InjectOptions,
+    ListSource,
+    make_splits,
+    open_source,
+    records,
+)
 from jaxpref.data.records import (
     EMPTY,
     HUMAN_LAST,
@@ -412,14 +419,18 @@ def test_empty_completions_can_be_dropped():
         (dict(max_prompt_length=1), "max_prompt_length 1"),
         (dict(max_length=3), "max_prompt_length 1 must be from 2 to max_length 3"),
         (dict(heldout_fraction=1.5), "heldout_fraction 1.5"),
-        (dict(flip_rate=-0.1), "flip_rate -0.1"),
-        (dict(flip_rate=float("nan")), "flip_rate nan"),
         (dict(max_pairs=0), "max_pairs 0"),
     ],
 )
 def test_bad_options(options, expected):
     with pytest.raises(InputError, match=expected):
         DataOptions(**options)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_bad_flip_rates(rate):
+    with pytest.raises(InputError, match=f"inject.flip_rate {rate}"):
+        InjectOptions(flip_rate=rate)
 
 
 def test_a_prompt_takes_half_the_length_unless_said_otherwise():
@@ -432,11 +443,11 @@ def test_a_prompt_takes_half_the_length_unless_said_otherwise():
 
 
 def test_flips_need_pairs():
-    with pytest.raises(InputError, match="flip_rate needs pairs"):
+    with pytest.raises(InputError, match="--inject needs pairs"):
         make_splits(
             ListSource(synthetic_pairs(2)),
             byte_tokenizer(),
-            DataOptions(flip_rate=0.1),
+            DataOptions(inject=InjectOptions(flip_rate=0.1)),
             sides=1,
         )
 

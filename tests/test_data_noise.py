@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from jaxpref.data import DataOptions, ListSource, make_splits
+from jaxpref.data import DataOptions, InjectOptions, ListSource, make_splits
 from jaxpref.data.noise import (
     flip_by_class,
     flip_by_margin,
@@ -114,7 +114,9 @@ def test_planted_flips_swap_completions_and_keep_the_truth():
     assert noisy.ids is pairs.ids
     assert flip_pairs(noisy, flips).digest() == pairs.digest()
     # The same as planting while the file is read.
-    planned = plan_of(records, heldout_fraction=0, flip_rate=0.4).train
+    planned = plan_of(
+        records, heldout_fraction=0, inject=InjectOptions(flip_rate=0.4)
+    ).train
     assert noisy.digest() == planned.digest()
 
 
@@ -126,7 +128,9 @@ def test_a_run_takes_rates_by_annotator_from_a_file(tmp_path):
     ]
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"ann": 0, "eve": 1, "7": 0.5}))
-    options = dict(flip_annotators=str(path), flip_rate=0.3, heldout_fraction=0.25)
+    options = dict(
+        inject=InjectOptions(annotators=str(path), flip_rate=0.3), heldout_fraction=0.25
+    )
     plan = plan_of(records, **options)
     train = plan.train
     rates = {"ann": 0.0, "eve": 1.0, "7": 0.5, None: 0.3}
@@ -148,12 +152,13 @@ def test_a_run_flips_by_which_answer_is_longer():
     records = synthetic_pairs(300)
     for record in records[::3]:
         record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
-    options = dict(heldout_fraction=0, flip_rate=0.1, flip_longer=0.7)
+    options = dict(heldout_fraction=0, inject=InjectOptions(flip_rate=0.1, longer=0.7))
     train = plan_of(records, **options).train
     longer = train.columns["row"] % 3 != 0
     for name, flip, more in zip(train.ids, train.columns["is_flipped"], longer):
         assert flip == (uniform(f"flip 0\n{name}") < (0.7 if more else 0.1))
-    only_short = plan_of(records, **options | dict(flip_longer=0.0)).train
+    inject = InjectOptions(flip_rate=0.1, longer=0.0)
+    only_short = plan_of(records, heldout_fraction=0, inject=inject).train
     short = only_short.columns["is_flipped"]
     assert not short[longer].any() and short.any()
     # In conversations it is the text of the answer that counts.
@@ -168,18 +173,23 @@ def test_a_run_flips_by_which_answer_is_longer():
     spoken = make_splits(
         ListSource(talks),
         byte_tokenizer(template=CHATML),
-        DataOptions(heldout_fraction=0, flip_rate=0.0, flip_longer=1.0),
+        DataOptions(
+            heldout_fraction=0, inject=InjectOptions(flip_rate=0.0, longer=1.0)
+        ),
     ).train
     flipped = spoken.columns["is_flipped"]
     assert flipped.tolist() == (spoken.columns["row"] % 3 != 0).tolist()
 
 
 def test_evaluation_data_keep_their_labels():
-    noisy = DataOptions(flip_rate=0.3, flip_annotators="rates.json", max_length=77)
-    assert noisy.injects_noise and DataOptions(flip_longer=0.1).injects_noise
-    assert noisy.without_noise() == DataOptions(max_length=77)
-    fields = {f.name for f in dataclasses.fields(DataOptions) if "flip" in f.name}
-    assert fields == {"flip_rate", "flip_seed", "flip_annotators", "flip_longer"}
+    noisy = DataOptions(
+        inject=InjectOptions(flip_rate=0.3, annotators="rates.json"), max_length=77
+    )
+    assert noisy.inject.active and InjectOptions(longer=0.1).active
+    assert not InjectOptions(seed=3).active
+    assert noisy.without_injection() == DataOptions(max_length=77)
+    fields = {f.name for f in dataclasses.fields(InjectOptions)}
+    assert fields == {"flip_rate", "seed", "annotators", "longer"}
 
 
 def test_what_cannot_be_is_refused(tmp_path):
@@ -202,16 +212,16 @@ def test_what_cannot_be_is_refused(tmp_path):
         read_rates(tmp_path / "none.json")
     path.write_text('{"nobody": 0.1}')
     with pytest.raises(InputError, match="rates.json: no pair.*annotators"):
-        plan_of(synthetic_pairs(5), flip_annotators=str(path))
-    with pytest.raises(InputError, match="flip_longer 1.2"):
-        DataOptions(flip_longer=1.2)
+        plan_of(synthetic_pairs(5), inject=InjectOptions(annotators=str(path)))
+    with pytest.raises(InputError, match="inject.longer 1.2"):
+        DataOptions(inject=InjectOptions(longer=1.2))
     with pytest.raises(InputError, match="give one of them"):
-        DataOptions(flip_longer=0.2, flip_annotators="x.json")
+        DataOptions(inject=InjectOptions(longer=0.2, annotators="x.json"))
     with pytest.raises(InputError, match="needs pairs"):
         make_splits(
             ListSource([{"prompt": "a", "completion": "b"}]),
             TOKENIZER,
-            DataOptions(flip_longer=0.2),
+            DataOptions(inject=InjectOptions(longer=0.2)),
             sides=1,
         )
     for rate in (-0.1, 1.1, float("nan")):

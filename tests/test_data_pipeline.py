@@ -9,6 +9,7 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     PreferenceBatch,
     make_splits,
@@ -23,7 +24,9 @@ RECORDS = [
     record | {"annotator": n % 3} for n, record in enumerate(synthetic_pairs(70))
 ]
 PLAN = make_splits(
-    ListSource(RECORDS), TOKENIZER, DataOptions(flip_rate=0.3, heldout_fraction=0.3)
+    ListSource(RECORDS),
+    TOKENIZER,
+    DataOptions(inject=InjectOptions(flip_rate=0.3), heldout_fraction=0.3),
 )
 SHAPE = padded_layout(PLAN.train, PLAN.heldout, batch_size=1)
 

@@ -11,6 +11,7 @@ import pytest
 from jaxpref.data import (
     DataOptions,
     DatasetBuilder,
+    InjectOptions,
     ListSource,
     load_tokenizer,
     make_splits,
@@ -112,7 +113,7 @@ def test_ids_are_the_hash_of_the_content_and_its_occurrence():
 
 def test_flips_splits_and_ids_do_not_depend_on_order_or_other_rows():
     records = synthetic_pairs(300, prompts=120)
-    options = dict(flip_rate=0.3, flip_seed=5, heldout_fraction=0.2)
+    options = dict(inject=InjectOptions(flip_rate=0.3, seed=5), heldout_fraction=0.2)
     plan = plan_of(records, **options)
     shuffled = random.Random(1).sample(records, len(records))
     other = plan_of(shuffled, **options)
@@ -127,7 +128,7 @@ def test_flips_swap_training_labels_only():
     records = synthetic_pairs(400)
     options = dict(heldout_fraction=0.25)
     clean = plan_of(records, **options)
-    noisy = plan_of(records, flip_rate=0.4, **options)
+    noisy = plan_of(records, inject=InjectOptions(flip_rate=0.4), **options)
     assert clean.train.ids.tolist() == noisy.train.ids.tolist()
     assert texts(clean.heldout) == texts(noisy.heldout)
     assert (
@@ -143,14 +144,22 @@ def test_flips_swap_training_labels_only():
     assert (
         abs(noisy.train.columns["is_flipped"].sum() - 0.4 * n) < 5 * (n * 0.24) ** 0.5
     )
-    assert plan_of(records, flip_rate=1.0, **options).train.columns["is_flipped"].all()
+    assert (
+        plan_of(records, inject=InjectOptions(flip_rate=1.0), **options)
+        .train.columns["is_flipped"]
+        .all()
+    )
 
 
 def test_flips_and_splits_are_pinned():
     """A change here flips and holds out other pairs in every run: no such change."""
     records = synthetic_pairs(200)
     for seed in (0, 1):
-        plan = plan_of(records, flip_rate=0.3, flip_seed=seed, heldout_fraction=0.4)
+        plan = plan_of(
+            records,
+            inject=InjectOptions(flip_rate=0.3, seed=seed),
+            heldout_fraction=0.4,
+        )
         for pair_id, flip in zip(plan.train.ids, plan.train.columns["is_flipped"]):
             assert flip == (uniform(f"flip {seed}\n{pair_id}") < 0.3)
         expected = [n for n in range(200) if uniform(f"heldout\nquestion {n}") < 0.4]
@@ -180,7 +189,7 @@ def test_flips_of_the_file_are_kept_and_a_second_flip_restores():
             pairs.columns["is_flipped"].tolist()
             == (pairs.columns["row"] % 3 == 0).tolist()
         )
-    every = plan_of(records, heldout_fraction=0.3, flip_rate=1.0)
+    every = plan_of(records, heldout_fraction=0.3, inject=InjectOptions(flip_rate=1.0))
     assert (
         every.train.columns["is_flipped"].tolist()
         == (every.train.columns["row"] % 3 != 0).tolist()
@@ -270,7 +279,7 @@ def test_digest_changes_exactly_with_the_contents():
     assert plan.train.digest() != plan.heldout.digest()
     others = [
         plan_of(records[:-1]),
-        plan_of(records, flip_rate=0.2),
+        plan_of(records, inject=InjectOptions(flip_rate=0.2)),
         plan_of(records, max_length=20, max_prompt_length=8),
         plan_of([r | {"annotator": 1} for r in records]),
         plan_of(records, heldout_fraction=0.5),

@@ -10,6 +10,7 @@ import scipy.special
 import scipy.stats
 
 from jaxpref import cli, data
+from jaxpref.cli import evaluate as evaluate_command
 from jaxpref.data import DataOptions
 from jaxpref.models import RewardModel, build
 from jaxpref.models.huggingface import load_config, load_params, save
@@ -33,7 +34,7 @@ def inputs(tmp_path_factory):
 
 def evaluate(inputs, out, model, *flags):
     """What the command writes: metrics and lines."""
-    cli.evaluate(
+    evaluate_command.command(
         f"--model {inputs / model} --data {inputs / 'pairs.jsonl'} --out {out} "
         f"--max-length 64 --batch-size 8 {' '.join(map(str, flags))}".split()
     )

@@ -14,6 +14,7 @@ from jaxpref.runtime import heartbeat
 from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, run
 from jaxpref.train import guard as guards
 from jaxpref.train.guard import Guard
+from jaxpref.train.options import GuardOptions
 from jaxpref.train.task import Datasets
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -27,10 +28,10 @@ def pairs_of(count: int):
 
 
 def guard_of(tmp_path, first=(), **options) -> Guard:
-    settings = {"max_bad_steps": 3, "max_loss_rise": 10.0}
+    options = {"max_bad_steps": 3, "max_loss_rise": 10.0} | options
     splits = types.SimpleNamespace(train=pairs_of(8))
     datasets = Datasets(splits, ("pairs.jsonl",), ())
-    return Guard(datasets, tmp_path, first=first, **settings | options)
+    return Guard(GuardOptions(**options), datasets, tmp_path, first=first)
 
 
 BATCH = np.arange(8).reshape(2, 4, 1)

@@ -10,7 +10,13 @@ import pytest
 import scipy.special
 
 from jaxpref import cli, data, losses
-from jaxpref.data import DataOptions, LabelFields, ListSource, make_splits
+from jaxpref.data import (
+    DataOptions,
+    InjectOptions,
+    LabelFields,
+    ListSource,
+    make_splits,
+)
 from jaxpref.data.labels import LABELS
 from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
@@ -109,7 +115,7 @@ def test_they_follow_their_pairs_through_split_and_drops():
 def test_a_flip_keeps_the_size_and_takes_the_ratings_along(by):
     rows = records(60)
     if by == "plan":
-        pairs = plan_of(rows, flip_rate=0.5).train
+        pairs = plan_of(rows, inject=InjectOptions(flip_rate=0.5)).train
     else:
         flips = np.random.default_rng(1).random(60) < 0.5
         pairs = flip_pairs(plan_of(rows).train, flips)
@@ -240,7 +246,7 @@ def small(rows):
 def test_a_loss_reads_its_pairs_numbers(name):
     objective, of_pair = OBJECTIVES[name]
     rows = small(records())
-    pairs = plan_of(rows, flip_rate=0.3).train
+    pairs = plan_of(rows, inject=InjectOptions(flip_rate=0.3)).train
     model = RewardModel(tiny_config(vocab_size=512, max_position_embeddings=256))
     scorer = make_scorer(model, objective.scores)
     found, wanted, rewards = [], [], np.zeros((24, 2), np.float32)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxpref.train.shapes import abstract_batch
 
-from jaxpref import cli, losses
+from jaxpref import losses
+from jaxpref.cli import plan as plan_command
 from jaxpref.models import ModelConfig, build
 from jaxpref.objectives import from_loss
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
@@ -19,7 +21,6 @@ from jaxpref.plan.chips import CHIPS, parse_topology
 from jaxpref.runtime.mesh import on_devices
 from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, make_mesh
-from jaxpref.train.shapes import abstract_batch
 from tests.tiny import make_model_folder, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
     argv = f"--model {folder} --topology cpu:8 --batch 16 --seq 24 --mesh.tensor 2"
     argv = f"{argv} --json {tmp_path}/plan.json --loss rdpo --loss.flip-rate 0.1"
-    cli.plan(argv.split())
+    plan_command.command(argv.split())
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] is None and plan["roofline_seconds"] is None
     assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
@@ -98,7 +99,13 @@ def test_a_plan_of_what_train_takes(asked, tmp_path, monkeypatch):
     folder = make_model_folder(tmp_path / "model")
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(child.TARGET, str(tmp_path / "found.json"))
-    cli.plan(f"--model {folder} --topology cpu:8 --batch 8 --seq 16 {asked}".split())
+    plan_command.command(
+        [
+            "--model",
+            str(folder),
+            *f"--topology cpu:8 --batch 8 --seq 16 {asked}".split(),
+        ]
+    )
     found = json.loads((tmp_path / "found.json").read_text())
     held = found["bytes"]
     assert held["optimizer"] == 2 * held["parameters"] + 8

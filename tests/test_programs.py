@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxpref.train.programs import padding_advice
 
 from jaxpref import data, losses
 from jaxpref.errors import InputError
@@ -19,13 +20,12 @@ from jaxpref.files import cache_folder
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.compilation import enable_compilation_cache, log_compilations
 from jaxpref.train import MeshConfig, TrainConfig, run
-from jaxpref.train.programs import padding_advice
 from tests.compiled import programs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("row_length", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize("row_length", ["none", 64], ids=["padded", "packed"])
 def test_each_program_is_compiled_once_and_after_a_resume_none(
     inputs, tmp_path, row_length, capsys
 ):

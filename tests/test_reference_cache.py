@@ -103,12 +103,14 @@ def first_loss(out):
     return next(line["loss"] for line in lines if "loss" in line)
 
 
-@pytest.mark.parametrize("row_length", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize("row_length", ["none", 64], ids=["padded", "packed"])
 def test_a_sweep_scores_the_reference_once(
     inputs, tmp_path, shared_folder, scored, row_length
 ):
     """Other losses, flips and seeds find every number, and start at log 2."""
-    noisy = data.DataOptions(max_length=64, heldout_fraction=0.2, flip_rate=0.4)
+    noisy = data.DataOptions(
+        max_length=64, heldout_fraction=0.2, inject=data.InjectOptions(flip_rate=0.4)
+    )
     config = lambda name, **changes: config_for(
         inputs, tmp_path / name, row_length=row_length, batch_size=16, **changes
     )
@@ -125,7 +127,9 @@ def test_losses_that_read_more_share_what_they_can(
     inputs, tmp_path, shared_folder, scored
 ):
     """Of a prefix there are other numbers, beside those of whole completions."""
-    noisy = data.DataOptions(max_length=64, heldout_fraction=0.2, flip_rate=0.4)
+    noisy = data.DataOptions(
+        max_length=64, heldout_fraction=0.2, inject=data.InjectOptions(flip_rate=0.4)
+    )
     config = lambda name, **changes: config_for(inputs, tmp_path / name, **changes)
     run(config("first"))
     run(config("wpo", objective=from_loss(losses.wpo), options=noisy))
@@ -140,7 +144,9 @@ def test_losses_that_read_more_share_what_they_can(
 
 def test_a_hit_gives_the_bits_of_a_miss(inputs, tmp_path, shared_folder, monkeypatch):
     """Also where the numbers were computed of flipped pairs, in blocks."""
-    noisy = data.DataOptions(max_length=64, heldout_fraction=0.2, flip_rate=0.4)
+    noisy = data.DataOptions(
+        max_length=64, heldout_fraction=0.2, inject=data.InjectOptions(flip_rate=0.4)
+    )
     monkeypatch.setattr(reference, "SHARD", 16)
     score_only(config_for(inputs, tmp_path / "noisy", options=noisy))
     monkeypatch.undo()

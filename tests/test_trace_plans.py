@@ -9,6 +9,7 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     make_splits,
     padded_layout,
@@ -40,7 +41,7 @@ def test_ids_are_hashes_with_the_trace_and_unique():
 
 def test_pairs_of_a_record_keep_together_and_are_flipped_together():
     records = traced(300, traces=3, prompts=120)
-    options = dict(flip_rate=0.3, flip_seed=5, heldout_fraction=0.3)
+    options = dict(inject=InjectOptions(flip_rate=0.3, seed=5), heldout_fraction=0.3)
     plan = plan_of(records, **options)
     train, heldout = plan.train, plan.heldout
     assert not set(train.columns["row"]) & set(heldout.columns["row"])
@@ -82,7 +83,7 @@ def by_id(pairs):
 
 def test_plans_with_traces_do_not_depend_on_the_order_of_rows():
     records = traced(100, traces=2, prompts=40)
-    options = dict(flip_rate=0.3, heldout_fraction=0.3)
+    options = dict(inject=InjectOptions(flip_rate=0.3), heldout_fraction=0.3)
     plan = plan_of(records, **options)
     other = plan_of(random.Random(1).sample(records, 100), **options)
     for a, b in ((plan.train, other.train), (plan.heldout, other.heldout)):

@@ -9,6 +9,7 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     MixOptions,
     make_mixed_splits,
@@ -35,7 +36,7 @@ def plan_of(num_traces, num_empty, **options):
     )
 
 
-PAIRS = plan_of(37, 23, flip_rate=0.3).train
+PAIRS = plan_of(37, 23, inject=InjectOptions(flip_rate=0.3)).train
 
 
 def train(pairs=PAIRS, *, seed=3, empty_share=0.5, threads=2, reference=None, **sizes):
@@ -115,12 +116,15 @@ def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
 
 def test_one_stream_does_not_depend_on_the_other():
     """Its epochs, order and share of the batch are its own."""
-    other = plan_of(37, 5, flip_rate=0.3).train
+    other = plan_of(37, 5, inject=InjectOptions(flip_rate=0.3)).train
     assert (
         other.ids[~other.columns["empty_trace"]].tolist()
         == PAIRS.ids[~PAIRS.columns["empty_trace"]].tolist()
     )
-    for empty, pairs in ((False, other), (True, plan_of(11, 23, flip_rate=0.3).train)):
+    for empty, pairs in (
+        (False, other),
+        (True, plan_of(11, 23, inject=InjectOptions(flip_rate=0.3)).train),
+    ):
         ids = [
             p.ids[stream(take(train(p), 30), empty)].tolist() for p in (PAIRS, pairs)
         ]

@@ -15,7 +15,9 @@ from jaxpref.data.layouts import PaddedLayout as PaddedLayout
 from jaxpref.data.layouts import packed_layout as packed_layout
 from jaxpref.data.layouts import padded_layout as padded_layout
 from jaxpref.data.options import DataOptions as DataOptions
+from jaxpref.data.options import InjectOptions as InjectOptions
 from jaxpref.data.options import MixOptions as MixOptions
+from jaxpref.data.options import for_model as for_model
 from jaxpref.data.prompts import read_prompts as read_prompts
 from jaxpref.data.render import TraceMarkers as TraceMarkers
 from jaxpref.data.samplers import Order as Order

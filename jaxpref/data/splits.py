@@ -14,7 +14,7 @@ from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.labels import exchanged
 from jaxpref.data.noise import flip_symmetric, read_rates
-from jaxpref.data.options import DEFAULTS, DataOptions
+from jaxpref.data.options import DEFAULTS, DataOptions, InjectOptions
 from jaxpref.data.records import (
     IDENTICAL,
     Example,
@@ -160,9 +160,11 @@ def _make_splits(
     options: DataOptions,
     sides: int,
 ) -> Splits:
-    if options.injects_noise and sides == 1:
-        raise InputError("flip_rate needs pairs: a plain completion cannot be flipped")
-    rates = read_rates(options.flip_annotators) if options.flip_annotators else {}
+    if options.inject.active and sides == 1:
+        raise InputError(
+            "--inject needs pairs: a single completion has no label to flip"
+        )
+    rates = read_rates(options.inject.annotators) if options.inject.annotators else {}
     counts = collections.Counter()
     train, heldout = DatasetBuilder(sides), DatasetBuilder(sides)
     for pair in _read(parts, tokenizer, options, sides, counts):
@@ -175,7 +177,7 @@ def _make_splits(
     names = sorted(train.annotators() | heldout.annotators())
     if rates and not rates.keys() & set(names):
         raise InputError(
-            f"{options.flip_annotators}: no pair of {place} is by one of its "
+            f"{options.inject.annotators}: no pair of {place} is by one of its "
             f"annotators; the pairs' are {', '.join(names[:5]) or 'not named'}"
         )
     datasets = (train.build(names), heldout.build(names))
@@ -248,8 +250,8 @@ def _add(
     example, tokens = pair.example, pair.tokens
     (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_fraction
-    rate = _flip_rate(example, options, rates)
-    (flip,) = flip_symmetric([pair.record_id], rate=rate, seed=options.flip_seed)
+    rate = _flip_rate(example, options.inject, rates)
+    (flip,) = flip_symmetric([pair.record_id], rate=rate, seed=options.inject.seed)
     flip = bool(flip) and not hold
     counts["prompts cut"] += tokens.prompt_cut
     counts["completions cut"] += tokens.completions_cut
@@ -272,19 +274,19 @@ def _add(
 
 
 def _flip_rate(
-    example: Example, options: DataOptions, rates: Mapping[str, float]
+    example: Example, inject: InjectOptions, rates: Mapping[str, float]
 ) -> float:
     """How often this pair's label is flipped: by annotator, by length, or as all."""
     if example.annotator in rates:
         return rates[example.annotator]
-    if options.flip_longer is not None:
+    if inject.longer is not None:
         # Characters and not tokens: the same pairs are flipped for every model.
         chosen, rejected = (
             len(text if isinstance(text, str) else text["content"])
             for text in example.completions
         )
-        return options.flip_longer if chosen > rejected else options.flip_rate
-    return options.flip_rate
+        return inject.longer if chosen > rejected else inject.flip_rate
+    return inject.flip_rate
 
 
 def _unique_id(example: Example, copies: collections.Counter) -> str:

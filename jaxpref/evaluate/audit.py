@@ -32,7 +32,7 @@ from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits
-from jaxpref.train.config import Dtype
+from jaxpref.train.options import Dtype
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
 """Settings that a second audit into the same OUT may change."""
@@ -46,39 +46,40 @@ class AuditConfig:
     """What `jaxpref audit` reads."""
 
     data: str
-    """Preference file or data set; every pair of it is judged, and records without one
-    (a completion is empty, both are identical) are counted."""
+    """Preference file or dataset.  Every pair in it is judged.  Records without a pair
+    (a completion is empty, or both are identical) are counted."""
     model: str
-    """Hugging Face model folder, or a hub id: its features judge the pairs."""
+    """Hugging Face model folder, or a hub id; its features are used to judge pairs."""
     out: str
     """Folder for `audit.jsonl`, `clean.jsonl`, `summary.json` and `report.html`."""
     annotator_field: str | None = None
-    """Field of the records that names the annotator; `annotator` where not given."""
+    """Field of the records that names the annotator (default: annotator)."""
     action: Literal["drop", "relabel", "soft"] = "drop"
-    """What `clean.jsonl` makes of suspicious pairs: leave them out, exchange `chosen`
-    and `rejected` (and no other field: ratings stay where they are), or write
-    `p_correct` into every record."""
+    """What to do with suspicious pairs in `clean.jsonl`: drop them, relabel them by
+    swapping `chosen` and `rejected` (and no other field, such as ratings), or keep all
+    and add the probability `p_correct` to every record."""
     threshold: float = 0.5
     """A pair is suspicious if the probability that its label is right is below this."""
     assumed_flip_rate: float = 0.1
-    """Stands in for the flip rate where the pairs do not determine it."""
+    """Flip rate to assume if the pairs do not determine it."""
     features: str | None = None
-    """Folder of cached features, OUT/features where not given; audits of one model may
+    """Folder of cached features (default: OUT/features).  Audits with one model may
     share it."""
     folds: int = 5
-    """Parts the prompts are divided into; a pair is judged by a model of the others."""
+    """Folds of the cross-validation.  A pair is judged by a fit to the other folds."""
     seed: int = 0
-    """Seed of that division."""
+    """Seed of the assignment of prompts to folds."""
     batch_size: int = 32
-    """Completions the model reads at the same time, over all devices."""
-    max_length: int = DataOptions.max_length
-    """Longest prompt and completion together, in tokens."""
+    """Completions the model reads at once, over all devices."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and completion together (default: 1024, or the model's
+    context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
     their beginning."""
     compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
-    GPU and float32 on CPU."""
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
@@ -114,6 +115,8 @@ def run(config: AuditConfig) -> Audit:
         # It looks at data that is wrong in places: what cannot be judged is counted.
         drop_empty=True,
     )
+    positions = load_config(folder).max_position_embeddings
+    options = data.for_model(options, positions)
     plan = data.make_splits(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
     rows, first = np.unique(pairs.columns["row"], return_index=True)

@@ -19,7 +19,7 @@ from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.sampling import generate, left_pad
-from jaxpref.train.config import Dtype
+from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,27 +31,27 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     """Prompts, each in quotes."""
     data: str | None = None
-    """A file or data set whose prompts are used instead."""
+    """A file or dataset whose prompts are used instead of --prompts."""
     limit: int = 100
-    """At most so many prompts of `--data`."""
+    """Maximum number of prompts to take from --data."""
     out: str | None = None
-    """JSON file for the completions (a list of instruction, output, generator: the form
-    AlpacaEval reads); without it they are printed."""
+    """JSON file for the completions, in the format of AlpacaEval (default: print
+    them)."""
     max_new_tokens: int = 128
-    """Tokens after which a completion is cut."""
+    """Maximum tokens of a completion."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_k: int = 0
-    """Only the k most likely tokens are drawn from; 0 means all."""
+    """Sample from the k most likely tokens only; 0 means all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that reach this probability together are drawn from."""
+    """Sample from the most likely tokens that together reach this probability only."""
     batch_size: int = 16
-    """Prompts answered at the same time."""
+    """Prompts completed at once."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
-    GPU and float32 on CPU."""
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 

@@ -27,7 +27,7 @@ from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_finite, check_fits
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import make_scorer
-from jaxpref.train.config import Dtype
+from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,25 +38,26 @@ class EvaluateConfig:
     """Hugging Face model folder (such as OUT/export of a run), or a hub id; a language
     model or a reward model."""
     data: str
-    """Preference file or data set; every pair of it is scored."""
+    """Preference file or dataset.  Every pair in it is scored."""
     out: str
     """Folder for `metrics.json` and `eval_pairs.jsonl`."""
     reference: str | None = None
-    """Reference model folder or hub id; without it, log-probs count by themselves.  A
-    reward model needs none."""
+    """Reference model folder or hub id (default: none, so rewards are beta times the
+    log-probability).  A reward model needs none."""
     beta: float | None = None
-    """Implicit rewards are beta times the log-ratio to the reference, 0.1 where not
-    given.  A reward model has no beta."""
+    """Implicit rewards are beta times the log-ratio to the reference (default: 0.1).  A
+    reward model has no beta."""
     batch_size: int = 16
-    """Pairs scored at the same time, over all devices."""
-    max_length: int = DataOptions.max_length
-    """Longest prompt and completion together, in tokens."""
+    """Pairs scored at once, over all devices."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and completion together (default: 1024, or the model's
+    context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
     their beginning."""
     compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
-    GPU and float32 on CPU."""
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
@@ -93,6 +94,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
     )
+    positions = load_config(folder).max_position_embeddings
+    options = data.for_model(options, positions)
     plan = data.make_splits(
         data.open_source(config.data), data.load_tokenizer(folder), options, sides=2
     )

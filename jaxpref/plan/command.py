@@ -25,7 +25,7 @@ from jaxpref.plan.roofline import (
     ideal_wire_bytes,
     of_a_token,
 )
-from jaxpref.plan.sweep import candidates, flags_of
+from jaxpref.plan.sweep import candidates, flags_of, with_flags
 from jaxpref.plan.table import print_plan, print_sweep
 from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS, stored_scores
 
@@ -65,7 +65,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     for tried in candidates(config, model, topology):
         try:
             flags = flags_of(tried)
-            plan = find(tried, objective, [*argv, *flags], topology, model)
+            plan = find(tried, objective, with_flags(argv, flags), topology, model)
         except InputError as error:
             print(f"{' '.join(flags)}: {error}", flush=True)
             continue

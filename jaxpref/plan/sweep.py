@@ -1,7 +1,7 @@
 """Which meshes and policies are worth compiling."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxpref.models import ModelConfig
 from jaxpref.plan.chips import Topology
@@ -53,3 +53,14 @@ def flags_of(config: PlanConfig) -> list[str]:
         *("--mesh.tensor", f"{mesh.tensor}", "--remat", config.remat),
         *("--accumulation", f"{config.accumulation}"),
     ]
+
+
+def with_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A command line with these flags in place of its own of the same names."""
+    replaced, kept, skip = set(flags[::2]), [], False
+    for word in argv:
+        if word.startswith("--"):
+            skip = word.partition("=")[0].replace("_", "-") in replaced
+        if not skip:
+            kept.append(word)
+    return [*kept, *flags]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxpref.errors import InputError, Stopped
 from jaxpref.files import write_json
 from jaxpref.sharding import replicated
+from jaxpref.train.options import GuardOptions
 from jaxpref.train.task import Datasets
 
 _log = logging.getLogger("jaxpref")
@@ -40,25 +41,22 @@ class Guard:
 
     def __init__(
         self,
+        options: GuardOptions,
         datasets: Datasets,
         out: Path,
         *,
-        max_bad_steps: int,
-        max_loss_rise: float,
         first: Sequence[float] = (),
     ):
         """Has checked nothing yet.
 
         Args:
+          options: when to stop.
           datasets: the records, to name those of bad steps.
           out: folder of the run.
-          max_bad_steps: bad steps in a row that stop the run.
-          max_loss_rise: how far the loss may rise.
           first: what `get_state` gave before the run was interrupted.
         """
-        self._max_bad_steps, self._max_loss_rise = max_bad_steps, max_loss_rise
-        self._pairs, self._out = datasets.splits.train, out
-        self._sources = datasets.train_sources
+        self._options, self._out = options, out
+        self._pairs, self._sources = datasets.splits.train, datasets.train_sources
         self._first = list(first)
         self._bad: list[dict[str, Any]] = []
         self._risen = False
@@ -100,7 +98,7 @@ class Guard:
         loss, start, most = float(metrics["loss"]), math.nan, math.inf
         if len(self._first) == FIRST:
             start = statistics.median(self._first)
-            most = start + self._max_loss_rise * max(abs(start), 1.0)
+            most = start + self._options.max_loss_rise * max(abs(start), 1.0)
         blamed = metrics["nonfinite_pairs"].ravel()
         blamed = blamed[blamed >= 0]
         if not metrics["finite"]:
@@ -117,7 +115,7 @@ class Guard:
         if jax.process_index() == 0:  # all of them say the same
             _log.warning("step %d: %s%s", step, why, more)
         self._bad.append(self._record(step, why, metrics, set(blamed.tolist())))
-        if len(self._bad) >= self._max_bad_steps:
+        if len(self._bad) >= self._options.max_bad_steps:
             bad = f"{len(self._bad)} bad steps in a row (--max-bad-steps), the last: "
             raise self._stopped(step, bad + why)
 

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from jaxpref.files import cannot_write, write_whole
@@ -37,6 +34,10 @@ class MetricsWriter:
         self._path = out / "metrics.jsonl"
         self._file = self._board = None
         if jax.process_index() == 0:
+            # Here, since it imports torch where torch is installed.
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+
             _keep_before(self._path, resumed_at)
             board = out / "tensorboard"
             with self._writing():
@@ -53,6 +54,9 @@ class MetricsWriter:
         """Appends one line and flushes it; non-finite numbers are written as null."""
         if self._file is None:
             return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._writing():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")

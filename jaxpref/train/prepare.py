@@ -19,6 +19,7 @@ from jaxpref.scoring.scores import reads_reference, stored_scores
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.layout import make_layout, make_order
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.options import steps_of
 from jaxpref.train.task import Datasets, Task
 
 
@@ -30,7 +31,8 @@ def prepare(config: TrainConfig) -> Task:
     """
     objective = config.objective
     mesh = make_mesh(config.mesh)
-    if config.row_length is None:
+    row_length = None if config.row_length == "none" else config.row_length
+    if row_length is None:
         check_rows(config.batch_size, config.accumulation, mesh)
     folder = resolve_folder(config.model)
     model_config = load_config(folder)
@@ -52,10 +54,11 @@ def prepare(config: TrainConfig) -> Task:
         numerics=f"{config.logit_chunk} logits at a time",
     )
     tokenizer = data.load_tokenizer(folder)
+    options = data.for_model(config.options, model_config.max_position_embeddings)
     datasets = read_datasets(
         objective,
         tokenizer,
-        config.options,
+        options,
         mix=config.mix,
         train=config.data,
         heldout=config.eval_data,
@@ -68,10 +71,11 @@ def prepare(config: TrainConfig) -> Task:
         mesh,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
-        row_length=config.row_length,
+        row_length=row_length,
     )
     empty_share = config.mix.empty_share if config.mix else None
-    schedule = make_schedule(config.optimizer, config.max_steps)
+    steps = steps_of(config, len(splits.train))
+    schedule = make_schedule(config.optimizer, steps)
     return Task(
         scorer=make_scorer(
             model,
@@ -86,6 +90,7 @@ def prepare(config: TrainConfig) -> Task:
         layout=layout,
         order=make_order(splits.train, seed=config.seed, empty_share=empty_share),
         seed=config.seed,
+        steps=steps,
         num_annotators=len(splits.train.annotator_names),
         datasets=datasets,
         model_folder=folder,
@@ -148,7 +153,7 @@ def read_datasets(
     else:
         whole = dataclasses.replace(options, heldout_fraction=0.0)
         splits = make_train(data.open_source(train), tokenizer, whole)
-        held = make(data.open_source(heldout), tokenizer, whole.without_noise())
+        held = make(data.open_source(heldout), tokenizer, whole.without_injection())
         digest = splits.digest + held.digest
         splits = dataclasses.replace(splits, heldout=held.train, digest=digest)
     if not len(splits.train):
@@ -157,4 +162,14 @@ def read_datasets(
             "--heldout-fraction"
         )
     log(f"{' and '.join(train_sources)}: {splits.describe()}")
+    if options.inject.active:
+        log(injection_warning(splits.report["flipped"], len(splits.train)))
     return Datasets(splits, train_sources, (heldout,) if heldout else train_sources)
+
+
+def injection_warning(flipped: int, pairs: int) -> str:
+    """One line that says how many training labels are wrong on purpose."""
+    return (
+        f"warning: {flipped:,} of {pairs:,} training labels ({flipped / pairs:.1%}) "
+        "were flipped on purpose, as --inject asked"
+    )

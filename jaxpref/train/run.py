@@ -86,7 +86,7 @@ def run(config: TrainConfig) -> Path:
             feed,
             begun,
             cadence=Cadence(
-                max_steps=config.max_steps,
+                max_steps=task.steps,
                 eval_every=config.eval_every,
                 save_every=config.save_every,
                 log_every=config.log_every,
@@ -95,16 +95,12 @@ def run(config: TrainConfig) -> Path:
             checkpoints=checkpoints,
             writer=closing(MetricsWriter(out, resumed_at=start)),
             guard=Guard(
-                task.datasets,
-                out,
-                max_bad_steps=config.max_bad_steps,
-                max_loss_rise=config.max_loss_rise,
-                first=begun.saved.get("first_losses", ()),
+                config, task.datasets, out, first=begun.saved.get("first_losses", ())
             ),
             best=best,
         )
         closing(training)
-        state = fit(task, begun.state, feed, training, until=config.max_steps)
+        state = fit(task, begun.state, feed, training, until=task.steps)
         training.finish(state)
         phases.mark("steps")
         if config.export == "best" and best.step not in (None, int(state.step)):

@@ -128,6 +128,8 @@ class Task(Programs):
     """The reference model; None where the objective reads none."""
     export: ExportOptions
     """How the trained model is written."""
+    steps: int
+    """Optimizer steps of the run."""
     seed: int = 0
     """Of weights that the folder does not have, such as a new reward head."""
 
