@@ -97,7 +97,8 @@ from jaxpref.data import (
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import build
-from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives.co_training import crm
 from jaxpref.objectives.learned_noise import em, learned_rate, re_po
 from jaxpref.runtime.entry import entry_point
@@ -341,7 +342,7 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
     pairs = plan.train
     if not pairs.flips.any():
         return {"auroc": None, "auroc_oracle": None}
-    model = build(load_config(export))
+    model = build(read_architecture(export))
     step = make_score_step(make_scores(model, chunk_size=16))
     batches = functools.partial(eval_batches, shape=batch_shape(pairs), batch_size=64)
     logps = [

@@ -13,7 +13,7 @@ from jaxpref import cli, data, losses
 from jaxpref.data.mixture import MixedBatches
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
-from jaxpref.models import build
+from jaxpref.models import Numerics, build
 from jaxpref.objectives.co_training import crm
 from jaxpref.objectives.learned_noise import em, learned_rate
 from jaxpref.objectives.trace_mixture import bvpo
@@ -166,7 +166,7 @@ def test_what_all_learn_of_the_labels_is_learnt_of_both_kinds(pairs):
 def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
     """`jax.grad` of one pair at a time, projected, and the formulas in numpy."""
     batch = first_batch(pairs, accumulation=2)
-    model = build(tiny_config(remat="full"))
+    model = build(tiny_config(), Numerics(remat="full", twice_differentiable=True))
     params = tiny_params(model)
     scores = make_scores(model, chunk_size=4)
     objective = bvpo(DPO, alpha="auto")

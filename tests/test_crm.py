@@ -11,7 +11,7 @@ from scipy.special import expit
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
-from jaxpref.models.huggingface import load_params
+from jaxpref.models.folder import load_params
 from jaxpref.objectives import co_training
 from jaxpref.objectives.co_training import crm
 from jaxpref.runtime.mesh import to_global

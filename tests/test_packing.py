@@ -14,7 +14,7 @@ from jaxpref import data, losses
 from jaxpref.data.packing import as_array, collate_packed, fill, lengths
 from jaxpref.data.pipeline import collate
 from jaxpref.errors import InputError
-from jaxpref.models import RewardModel, build
+from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring.scores import make_scores
 from jaxpref.train import (
@@ -77,9 +77,9 @@ NEEDS = [
 def test_scores_equal_those_of_whole_sequences(pairs, needs):
     """In float64, so that nothing but rounding could hide."""
     with jax.enable_x64(True):
-        wide = {"param_dtype": "float64", "compute_dtype": "float64"}
+        wide = Numerics(param_dtype="float64", compute_dtype="float64")
         make_model = RewardModel if "rewards" in needs else build
-        model = make_model(tiny_config(**wide))
+        model = make_model(tiny_config(), wide)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
         reference = jax.tree.map(lambda x: 0.9 * x, params)
         scores = jax.jit(make_scores(model, frozenset(needs), chunk_size=4))
@@ -129,9 +129,9 @@ def test_the_gradient_is_exact(pairs, accumulation, tied):
     rng = np.random.default_rng(1)
     table = {"reference_logps": rng.normal(-20, 2, (len(pairs), 2)).astype(np.float32)}
     objective = from_loss(losses.dpo, beta=0.1)
-    wide = {"param_dtype": "float64", "compute_dtype": "float64"}
+    wide = Numerics(param_dtype="float64", compute_dtype="float64")
     with jax.enable_x64(True):
-        model = build(tiny_config(tie_word_embeddings=tied, **wide))
+        model = build(tiny_config(tie_word_embeddings=tied), wide)
         scores = make_scores(model, chunk_size=4)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
         gradient = jax.jit(lambda batch: objective.gradient(scores, params, batch, {}))

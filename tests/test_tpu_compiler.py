@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
-from jaxpref.models import ModelConfig, build
-from jaxpref.models.config import ROWS
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.layout import ROWS
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.program import devices_of
 from jaxpref.runtime.mesh import AXES, on_devices
@@ -28,7 +29,7 @@ from jaxpref.train.step import make_train_step
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
 
-MODEL = ModelConfig(
+ARCHITECTURE = LlamaArchitecture(
     vocab_size=1024,
     hidden_size=512,
     intermediate_size=1536,
@@ -36,9 +37,8 @@ MODEL = ModelConfig(
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
-    compute_dtype="bfloat16",
-    remat="full",
 )
+NUMERICS = Numerics(compute_dtype="bfloat16", remat="full")
 T = 2048
 
 
@@ -64,8 +64,8 @@ def test_the_packed_step_runs_splash_attention(topology):
         devices=devices,
     )
     sizes = np.tile([[127, 255, 127]], (len(devices) * 4, 1))
-    pairs = random_pairs(sizes, vocab_size=MODEL.vocab_size)
-    model = build(MODEL)
+    pairs = random_pairs(sizes, vocab_size=ARCHITECTURE.vocab_size)
+    model = build(ARCHITECTURE, NUMERICS)
 
     def shaped(x):
         shape = (1, len(devices), *x.shape[2:])
@@ -89,7 +89,7 @@ def test_the_packed_step_runs_splash_attention(topology):
 
 def test_gradients_alone_cross_from_slice_to_slice():
     """Each chip sends its own part of them, and sums of numbers; no weight."""
-    model = build(MODEL)
+    model = build(ARCHITECTURE, NUMERICS)
     objective, config = from_loss(losses.cpo), OptimizerConfig()
     schedule = make_schedule(config, 100)
     tx = make_optimizer(config, schedule)
@@ -120,7 +120,9 @@ def test_gradients_alone_cross_from_slice_to_slice():
     assert {kind for *_, kind in sent} == {"ALL_REDUCE"}
     assert len(sent) == len(re.findall(r" send\(", text))
     sizes = [math.prod(map(int, shape.split(","))) for _, shape, _ in sent]
-    layer = lambda x: math.prod(x.sharding.shard_shape(x.shape)) // MODEL.num_layers
+    layer = lambda x: (
+        math.prod(x.sharding.shard_shape(x.shape)) // ARCHITECTURE.num_layers
+    )
     parts = [layer(x) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2]
     parts += [2 * layer(params["embed"]), 2 * layer(params["head"])]
     # The compiler joins those of a layer, or not: no matrix is among them whole, and a

@@ -26,9 +26,10 @@ from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import agreement_bins, known_flips
 from jaxpref.evaluate.metrics import accuracy, wilson_interval
 from jaxpref.files import open_out, write_json, write_whole
-from jaxpref.models import build
+from jaxpref.models import Numerics, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, weights_digest
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
 from jaxpref.runtime.precision import with_compute_dtype
 from jaxpref.train.config import Dtype
@@ -241,14 +242,12 @@ def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
 
 
 def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> Features:
-    model_config = load_config(folder)
-    check_fits([config.data], pairs, str(folder), model_config)
+    architecture = read_architecture(folder)
+    check_fits([config.data], pairs, str(folder), architecture)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
-        model = build(
-            dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
-        )
+        model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
         params = load_params(folder, model)
         return feature_store.compute(
             pairs,
@@ -257,7 +256,7 @@ def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> F
             source=config.data,
             folder=cache,
             digest=weights_digest(folder, config.compute_dtype),
-            width=2 * model_config.hidden_size + 1,
+            width=2 * architecture.hidden_size + 1,
             batch_size=config.batch_size,
             mesh=mesh,
         )

@@ -19,9 +19,10 @@ from jaxpref.data import DataOptions, Pairs
 from jaxpref.errors import InputError
 from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
 from jaxpref.files import write_json, write_whole
-from jaxpref.models import RewardModel, build
+from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import is_reward_model, load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
 from jaxpref.runtime.precision import with_compute_dtype
 from jaxpref.scoring.score_dataset import make_score_step, score_pairs
@@ -152,12 +153,10 @@ def _score(
     title: str,
 ) -> np.ndarray:
     """One of `scores.PROVIDED` of every completion, float32 [N, 2]."""
-    model_config = load_config(folder)
-    check_fits([config.data], pairs, str(folder), model_config)
+    architecture = read_architecture(folder)
+    check_fits([config.data], pairs, str(folder), architecture)
     make_model = RewardModel if name == "rewards" else build
-    model = make_model(
-        dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
-    )
+    model = make_model(architecture, Numerics(compute_dtype=config.compute_dtype))
     params = load_params(folder, model)
     index, count = share_of_rows(mesh)
     batches = functools.partial(

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from jaxpref.errors import InputError, first_line
 from jaxpref.files import cache_folder, write_json
-from jaxpref.models import ModelConfig, RewardModel, build
+from jaxpref.models import Model, RewardModel, build
 from jaxpref.objectives import co_training
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
@@ -39,7 +39,7 @@ FORMAT = 5
 class Work:
     """What one step does, and how it is laid out."""
 
-    model: ModelConfig
+    model: Model
     """Sizes and numerics, remat included."""
     objective: Objective
     """What is made small."""
@@ -109,7 +109,10 @@ def measure(work: Work, topology: Topology) -> dict:
     objective = work.objective
     make_model = RewardModel if objective.needs_rewards else build
     # As a run has it: bvpo differentiates a gradient.
-    model = make_model(dataclasses.replace(work.model, kernels=not objective.mixes))
+    model = make_model(
+        work.model.architecture,
+        dataclasses.replace(work.model.numerics, twice_differentiable=objective.mixes),
+    )
     new_params = co_training.both(model.init) if objective.trains_two else model.init
     make = functools.partial(make_scores, model, chunk_size=work.logit_chunk)
     scores = make(objective.needs)
@@ -192,7 +195,7 @@ def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:
 
     def lower():
         return lower_sampler(
-            build(work.model),
+            work.model,
             params,
             *on_devices((whole(shape), whole(shape[:1]), key), mesh),
             max_new_tokens=work.answer_length,

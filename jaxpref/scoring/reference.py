@@ -13,7 +13,6 @@ damaged is computed again, always from the reference model's own folder and neve
 weights that were trained.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -29,9 +28,10 @@ import numpy as np
 from jaxpref.data import Pairs, Plan
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
-from jaxpref.models import Model, ModelConfig
+from jaxpref.models import Model
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, weights_digest
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.processes import broadcast_from_process_zero
 from jaxpref.scoring import score_cache
 from jaxpref.scoring.score_dataset import progress_bar
@@ -217,24 +217,12 @@ def load_reference(config: TrainConfig, model: Model):
 
 def _checked_folder(config: TrainConfig, model: Model) -> Path:
     folder = resolve_folder(config.reference or config.model)
-    if _sizes(load_config(folder)) != _sizes(model.config):
+    if read_architecture(folder) != model.architecture:
         raise InputError(
             f"{config.reference}: its config.json describes another model than "
             f"{config.model}; a reference has the same sizes"
         )
     return folder
-
-
-def _sizes(config: ModelConfig) -> ModelConfig:
-    """A config without what a run may choose: how it is computed."""
-    return dataclasses.replace(
-        config,
-        param_dtype="float32",
-        compute_dtype="float32",
-        remat="none",
-        unroll=1,
-        kernels=True,
-    )
 
 
 def reference_digest(config: TrainConfig) -> str:

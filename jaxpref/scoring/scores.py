@@ -15,7 +15,7 @@ from jaxpref import losses
 from jaxpref.data.batch import PARTS, PreferenceBatch
 from jaxpref.data.labels import LABELS
 from jaxpref.models import Model, RewardModel, logprobs
-from jaxpref.models.config import SPECS, on_mesh
+from jaxpref.models.layout import SPECS, on_mesh
 
 Scores = dict[str, jax.Array]
 """Name without its side -> float32 or wider `[..., R, S, K]`."""

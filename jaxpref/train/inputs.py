@@ -10,7 +10,7 @@ import numpy as np
 from jaxpref import data
 from jaxpref.data import Pairs
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig
+from jaxpref.models import Architecture
 from jaxpref.train.config import TrainConfig
 
 
@@ -47,7 +47,7 @@ def read_plan(config: TrainConfig, tokenizer) -> data.Plan:
 
 
 def check_fits(
-    sources: Sequence[str], pairs: Pairs, model: str, config: ModelConfig
+    sources: Sequence[str], pairs: Pairs, model: str, config: Architecture
 ) -> None:
     """Whether a model has an embedding for every token and a place for every position.
 

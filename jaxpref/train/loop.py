@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 
 from jaxpref import data
-from jaxpref.models import RewardModel, build
+from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder import save as save_folder
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.models.huggingface import save as save_folder
 from jaxpref.models.reward import padding_of
 from jaxpref.objectives import co_training
 from jaxpref.runtime import heartbeat
@@ -94,20 +95,18 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     batching = make_batching(config, plan, mesh, out)
 
     # ---- model, optimiser, state: restored, or born from the model folder ---------
-    model_config = load_config(folder)
-    check_fits(config.sources, plan.train, config.model, model_config)
-    check_fits(config.heldout_sources, plan.heldout, config.model, model_config)
+    architecture = read_architecture(folder)
+    check_fits(config.sources, plan.train, config.model, architecture)
+    check_fits(config.heldout_sources, plan.heldout, config.model, architecture)
     make_model = RewardModel if objective.needs_rewards else build
-    model = make_model(
-        dataclasses.replace(
-            model_config,
-            param_dtype=config.param_dtype,
-            compute_dtype=config.compute_dtype,
-            remat="none" if config.remat == "auto" else config.remat,
-            unroll=config.unroll,
-            kernels=not objective.mixes,  # bvpo differentiates a gradient
-        )
+    numerics = Numerics(
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        remat="none" if config.remat == "auto" else config.remat,
+        unroll=config.unroll,
+        twice_differentiable=objective.mixes,  # bvpo differentiates a gradient
     )
+    model = make_model(architecture, numerics)
     new_params, load = model.init, functools.partial(load_params, folder, model)
     scores = make_scores(model, objective.needs, chunk_size=config.logit_chunk)
     scoring = functools.partial(
@@ -201,13 +200,13 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     feed = Feed(batches, functools.partial(to_global, mesh=mesh))
 
     def step_of(remat: str) -> Callable:
-        own = make_model(dataclasses.replace(model.config, remat=remat))
+        own = make_model(architecture, dataclasses.replace(numerics, remat=remat))
         scores = make_scores(own, objective.needs, chunk_size=config.logit_chunk)
         if objective.trains_two:
             scores = co_training.scores_of_both(scores)
         return make_train_step(scores, objective, tx, schedule)
 
-    remat = model.config.remat
+    remat = numerics.remat
     if config.remat == "auto":
         made = batching.eval_batches(plan.train, reference=tables["train"])
         one = to_global(next(iter(made)), mesh)
