@@ -33,7 +33,8 @@ import numpy as np
 import tyro
 
 from jaxpref import data, losses
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.objectives import bvpo, from_loss
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
@@ -45,7 +46,7 @@ from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
 MODELS = {
-    "stories260k": ModelConfig(
+    "stories260k": LlamaArchitecture(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=172,
@@ -99,11 +100,11 @@ def measure(config: OverheadConfig) -> np.ndarray:
     "auto" and with 0.5."""
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        model = build(MODELS[config.model])
+        model = build(MODELS[config.model], Numerics(twice_differentiable=True))
         optimizer = OptimizerConfig()
         schedule = make_schedule(optimizer, 1000)
         tx = make_optimizer(optimizer, schedule)
-        pairs = make_pairs(config, model.config.vocab_size)
+        pairs = make_pairs(config, model.architecture.vocab_size)
         reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
         layout = data.padded_layout(pairs, batch_size=config.batch_size)
         batches = layout.batches(

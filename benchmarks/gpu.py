@@ -52,10 +52,11 @@ from benchmarks.random_steps import make_step, random_pairs, reference_of
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import architecture_to_fields, read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.models.huggingface_config import config_to_hf
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import row_shards, to_global
@@ -175,7 +176,7 @@ def product_tflops(size: int, repeats: int = 5) -> float:
 
 def make_pairs(
     config: GpuConfig,
-) -> tuple[ModelConfig, data.PreferenceDataset, Path | None]:
+) -> tuple[LlamaArchitecture, data.PreferenceDataset, Path | None]:
     """The model's sizes, the pairs, and the model's folder where one was named."""
     if config.model is None:
         sizes = PRESETS["llama-3-1b"]
@@ -200,7 +201,7 @@ def make_pairs(
     options = data.DataOptions(max_length=config.row_length // 2, heldout_fraction=0.0)
     tokenizer = data.load_tokenizer(folder)
     plan = data.make_splits(data.open_source(config.data), tokenizer, options)
-    return load_config(folder), plan.train, folder
+    return read_architecture(folder), plan.train, folder
 
 
 def quantiles(values) -> dict[str, float]:
@@ -211,13 +212,13 @@ def quantiles(values) -> dict[str, float]:
 
 def measure(
     config: GpuConfig,
-    sizes: ModelConfig,
+    sizes: LlamaArchitecture,
     pairs: data.PreferenceDataset,
     folder: Path | None,
 ) -> dict:
     """Our step on packed rows, batches made and placed as in a run."""
-    sizes = dataclasses.replace(sizes, compute_dtype="bfloat16", remat=config.remat)
-    model = build(sizes)
+    numerics = Numerics(compute_dtype="bfloat16", remat=config.remat)
+    model = build(sizes, numerics)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         layout = data.packed_layout(
@@ -272,13 +273,13 @@ def measure(
     } | {name: quantiles(found) for name, found in rates.items()}
 
 
-def measure_trl(config: GpuConfig, sizes: ModelConfig, pairs, folder) -> dict:
+def measure_trl(config: GpuConfig, sizes: LlamaArchitecture, pairs, folder) -> dict:
     """TRL's trainer on the same pairs in a process of its own, reference stored."""
     count = min(len(pairs), config.batch_size * config.steps * (config.blocks + 2))
     job = {
         "device": config.platform,
         "folder": None if folder is None else str(folder),
-        "config": config_to_hf(sizes),
+        "config": architecture_to_fields(sizes),
         "batch_size": config.batch_size,
         "accumulation": config.trl_accumulation,
         "remat": config.remat == "full",

@@ -27,8 +27,9 @@ import tyro
 
 from jaxpref import data, losses
 from jaxpref.models import build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
@@ -137,7 +138,7 @@ def loading(make, layout: str, options: Options) -> dict[int, np.ndarray]:
 
 def stepping(folder: Path, batch, rounds: int) -> float:
     """Median seconds of a DPO step on one batch."""
-    model, config = build(load_config(folder)), OptimizerConfig()
+    model, config = build(read_architecture(folder)), OptimizerConfig()
     schedule = make_schedule(config, 1000)
     tx, objective = make_optimizer(config, schedule), from_loss(losses.dpo)
     mesh = make_mesh(MeshConfig())

@@ -60,7 +60,8 @@ from benchmarks.random_steps import (
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import Model, ModelConfig, build
+from jaxpref.models import Model, Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.objectives import from_loss
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
@@ -200,13 +201,12 @@ def temporaries(model: Model, scorer: Callable[..., Scores], batch) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def measure(config: MemoryConfig, sizes: ModelConfig, layout: str, length: int) -> dict:
+def measure(
+    config: MemoryConfig, sizes: LlamaArchitecture, layout: str, length: int
+) -> dict:
     """One record: MiB by name, and ours as a share of the others."""
-    model = build(
-        dataclasses.replace(
-            sizes, remat=config.remat, compute_dtype=config.compute_dtype
-        )
-    )
+    numerics = Numerics(remat=config.remat, compute_dtype=config.compute_dtype)
+    model = build(sizes, numerics)
     batches = random_batches(config, length, sizes.vocab_size)
     started = time.perf_counter()
     found = {

@@ -41,7 +41,8 @@ from benchmarks.bvpo_overhead import MODELS as SMALL
 from benchmarks.random_steps import make_step, padded_batch, random_pairs
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import build
+from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
 from jaxpref.train import MeshConfig, make_mesh
@@ -57,7 +58,7 @@ MESHES = {
 }
 MODELS = {
     "260 thousand parameters": SMALL["stories260k"],
-    "17 million parameters": ModelConfig(
+    "17 million parameters": LlamaArchitecture(
         vocab_size=8192,
         hidden_size=512,
         intermediate_size=1376,
@@ -118,7 +119,7 @@ def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
     sizes = np.tile(
         [config.prompt, config.completion, config.completion], (config.pairs, 1)
     )
-    pairs = random_pairs(sizes, vocab_size=model.config.vocab_size)
+    pairs = random_pairs(sizes, vocab_size=model.architecture.vocab_size)
     mesh = make_mesh(MESHES[mesh_name])
     with jax.set_mesh(mesh):
         batch = to_global(padded_batch(pairs), mesh)

@@ -19,8 +19,9 @@ import tyro
 
 from jaxpref import data, losses
 from jaxpref.models import build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
@@ -59,7 +60,7 @@ def main(options: Options) -> None:
         data.load_tokenizer(folder),
         data.DataOptions(max_length=options.max_length, max_pairs=options.max_pairs),
     )
-    pairs, model = plan.train, build(load_config(folder))
+    pairs, model = plan.train, build(read_architecture(folder))
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
     size = options.batch_size
     layouts = {

@@ -58,8 +58,9 @@ from benchmarks.random_steps import make_step, pair_a_row_batch, random_pairs
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.files import write_json, write_whole
-from jaxpref.models import Model, ModelConfig, build
-from jaxpref.models.attention import packed_attention
+from jaxpref.models import Model, build
+from jaxpref.models.attention import Segments, packed_attention
+from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
@@ -151,7 +152,7 @@ def make_model_and_batch(config: ScalingConfig, changes: dict[str, int]):
     at = {name: getattr(config, name) for name in FIELDS if name != "devices"}
     at |= changes
     model = build(
-        ModelConfig(
+        LlamaArchitecture(
             vocab_size=at["vocabulary"],
             hidden_size=config.hidden,
             intermediate_size=config.hidden * 8 // 3,
@@ -184,7 +185,7 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
 
 def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     """Runs the attention of all layers of a step, forward and backward."""
-    c, segments = model.config, jnp.asarray(batch.segments[0, :, 0])
+    c, segments = model.architecture, jnp.asarray(batch.segments[0, :, 0])
     parts = segments // batch.num_parts, segments % batch.num_parts
     q, k, v, slopes = (
         jax.random.normal(key, (c.num_layers, *segments.shape, heads, c.head_dim))
@@ -197,7 +198,7 @@ def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     def total(q, k, v, slopes):
         # Stacked and scanned, so that as much is kept for the backward pass.
         def layer(_, x):
-            return None, packed_attention(*x, *parts)
+            return None, packed_attention(*x, Segments(*parts))
 
         _, out = jax.lax.scan(layer, None, (q, k, v))
         return jnp.sum(out * slopes)

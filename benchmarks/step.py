@@ -77,9 +77,9 @@ from benchmarks.peers.records import disagreements, ratios, summarise, table
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import ModelConfig
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config
 from jaxpref.runtime.entry import entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,7 +210,7 @@ def with_options(case: Case, options: Options) -> Case:
 
 def prepare(
     case: Case, options: Options, folder: Path
-) -> tuple[Case, ModelConfig, list[Listed]]:
+) -> tuple[Case, LlamaArchitecture, list[Listed]]:
     """A case, the sizes of its model, whose folder is written, and pairs by round."""
     size = (1 + options.steps) * case.batch_size
     count = size * options.rounds
@@ -221,7 +221,7 @@ def prepare(
     else:
         source = getattr(options, case.name) or in_shared(case.name)
         model = resolve_folder(options.model or str(default_model(options)))
-        config = load_config(model)
+        config = read_architecture(model)
         config = dataclasses.replace(
             config,
             num_layers=min(options.layers or config.num_layers, config.num_layers),
@@ -291,7 +291,7 @@ def measure_rates(options, pythons, folder: Path, bar) -> dict[str, float]:
 
 def measure(
     case: Case,
-    config: ModelConfig,
+    config: LlamaArchitecture,
     listed: list[Listed],
     options: Options,
     pythons: dict[str, str],

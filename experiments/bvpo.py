@@ -127,8 +127,10 @@ from jaxpref.data import DataOptions, MixOptions, load_tokenizer
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.gradients.bvpo import mean_squared_error, optimal_alpha
-from jaxpref.models import ModelConfig, build
-from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.models import build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import bvpo, from_loss, sft
 from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.runtime.entry import entry_point
@@ -313,9 +315,9 @@ def train_reference(protocol: Protocol, out: Path) -> Path:
     )
 
 
-def model_config() -> ModelConfig:
+def model_config() -> LlamaArchitecture:
     """A llama of 22,240 parameters."""
-    return ModelConfig(
+    return LlamaArchitecture(
         vocab_size=len(world.VOCABULARY),
         hidden_size=32,
         intermediate_size=64,
@@ -448,7 +450,7 @@ def measure_gradients(
 
 
 def _load(folder: Path):
-    model = build(load_config(folder))
+    model = build(read_architecture(folder))
     return (
         model,
         load_params(folder, model),

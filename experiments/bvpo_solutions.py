@@ -30,8 +30,9 @@ from jaxpref.data import (
 from jaxpref.errors import InputError
 from jaxpref.gradients import bvpo as mixing
 from jaxpref.models import build, token_logps
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.objectives import bvpo, from_loss
 from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
@@ -99,8 +100,8 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     records = read_records(path, questions)
     write_jsonl(out / "pairs.jsonl", records)
-    tokenizer, model = load_tokenizer(folder), build(load_config(folder))
-    length = min(LONGEST, model.config.max_position_embeddings)
+    tokenizer, model = load_tokenizer(folder), build(read_architecture(folder))
+    length = min(LONGEST, model.architecture.max_position_embeddings)
     options = DataOptions(max_length=length, heldout_fraction=0.0)
     plan = make_mixed_splits(open_source(str(out / "pairs.jsonl")), tokenizer, options)
     export = run(

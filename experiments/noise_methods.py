@@ -97,7 +97,8 @@ from jaxpref.data import (
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import build
-from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import Objective, crm, em, from_loss, learned_rate, re_po
 from jaxpref.runtime.entry import entry_point
 from jaxpref.scoring import make_scorer
@@ -341,7 +342,7 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
     pairs = plan.train
     if not pairs.columns["is_flipped"].any():
         return {"auroc": None, "auroc_oracle": None}
-    model = build(load_config(export))
+    model = build(read_architecture(export))
     scorer = make_scorer(model, frozenset({"policy_logps"}), chunk_size=16)
     step = make_score_step(scorer)
     layout = padded_layout(pairs, batch_size=64)

@@ -88,8 +88,10 @@ from jaxpref import losses
 from jaxpref.data import DataOptions, InjectOptions, encode_prompt, load_tokenizer
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import ModelConfig, build
-from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.models import build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import from_loss, sft
 from jaxpref.runtime.entry import entry_point
 from jaxpref.sampling import generate, left_pad
@@ -280,7 +282,7 @@ def train_reference(protocol: Protocol, out: Path) -> Path:
         ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         (tokenizer / "config.json").write_text(json.dumps(ids))
         model = build(
-            ModelConfig(
+            LlamaArchitecture(
                 vocab_size=len(world.SPECIAL) + len(world.WORDS),
                 hidden_size=96,
                 intermediate_size=256,
@@ -458,7 +460,7 @@ def add_kept(records: list[dict], start: float) -> None:
 
 
 def _load(folder: Path):
-    model = build(load_config(folder))
+    model = build(read_architecture(folder))
     return load_tokenizer(folder), model, load_params(folder, model)
 
 

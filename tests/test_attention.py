@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxpref.models.attention import BLOCK, attention, packed_attention
-from jaxpref.models.config import SPECS
+from jaxpref.models.attention import (
+    Segments,
+    attention,
+    packed_attention,
+)
+from jaxpref.models.blockwise import BLOCK
+from jaxpref.models.layout import SPECS
 
 H, G, K = 4, 2, 8
 
@@ -58,7 +63,9 @@ def test_packed_attention_is_attention_to_what_is_seen(T):
     with jax.enable_x64(True):
         q, k, v, slopes = arrays(T)
         pairs, parts = rows(T)
-        found = jax.jit(packed_attention)(q, k, v, jnp.array(pairs), jnp.array(parts))
+        found = jax.jit(packed_attention)(
+            q, k, v, (jnp.array(pairs), jnp.array(parts), 2)
+        )
     real = pairs >= 0
     expected = by_definition(q, k, v, seen(pairs, parts))
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-12, atol=1e-13)
@@ -74,7 +81,9 @@ def test_gradients_are_those_of_dense_attention(T):
         # Padding sees itself here, so that no row of the mask is empty.
         mask = jnp.asarray(seen(pairs, parts) | np.eye(T, dtype=bool))
         summed = lambda function: lambda *qkv: jnp.sum(function(*qkv) * slopes)
-        packed = summed(lambda *qkv: packed_attention(*qkv, jnp.array(pairs), parts))
+        packed = summed(
+            lambda *qkv: packed_attention(*qkv, Segments(jnp.array(pairs), parts))
+        )
         dense = summed(lambda *qkv: attention(*qkv, mask))
         found = jax.jit(jax.grad(packed, (0, 1, 2)))(q, k, v)
         expected = jax.jit(jax.grad(dense, (0, 1, 2)))(q, k, v)
@@ -92,7 +101,9 @@ def test_a_mesh_changes_nothing(sizes):
     def run(place):
         def summed(q, k, v):
             placed = (place(x, SPECS.heads) for x in (q, k, v))
-            out = packed_attention(*placed, *(place(x, SPECS.tokens) for x in segments))
+            out = packed_attention(
+                *placed, Segments(*(place(x, SPECS.tokens) for x in segments))
+            )
             return jnp.sum(out * place(slopes, SPECS.heads)), out
 
         segments = jnp.array(pairs), jnp.array(parts)
@@ -120,7 +131,7 @@ def test_a_mesh_changes_nothing(sizes):
 def test_bfloat16_rounds_the_factors_only():
     q, k, v, _ = arrays(2 * BLOCK, jnp.bfloat16)
     pairs, parts = rows(2 * BLOCK)
-    found = packed_attention(q, k, v, jnp.array(pairs), jnp.array(parts))
+    found = packed_attention(q, k, v, Segments(jnp.array(pairs), jnp.array(parts)))
     assert found.dtype == jnp.bfloat16
     expected = by_definition(q, k, v, seen(pairs, parts))
     real = pairs >= 0

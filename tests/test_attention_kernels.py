@@ -19,7 +19,7 @@ from jaxpref.models.attention_kernels import (
     splash,
     splash_packed,
 )
-from jaxpref.models.config import SPECS
+from jaxpref.models.layout import SPECS
 from tests.test_attention import arrays, by_definition, rows, seen
 
 AXES = ("data", "fsdp", "tensor")
@@ -110,7 +110,7 @@ def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
     def attend(*qkv):
         heads = (jax.reshard(x, SPECS.heads) for x in qkv)
         tokens = (jax.reshard(x, SPECS.tokens) for x in segments)
-        return attention.packed_attention(*heads, *tokens)
+        return attention.packed_attention(*heads, attention.Segments(*tokens))
 
     with jax.set_mesh(mesh):
         slopes = jax.reshard(slopes, SPECS.heads)

@@ -19,8 +19,9 @@ from jaxpref.evaluate import audit, features
 from jaxpref.evaluate.estimate import estimate
 from jaxpref.evaluate.flips import auroc
 from jaxpref.models import build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import weights_digest
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from tests.tiny import make_model_folder
 
@@ -203,7 +204,7 @@ def test_features_are_those_of_the_model_without_padding(tmp_path, model):
 
 
 def compute(folder, model, pairs):
-    config = load_config(model)
+    config = read_architecture(model)
     network = build(config)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):

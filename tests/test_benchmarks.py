@@ -19,7 +19,8 @@ from benchmarks.peers.records import (
 from benchmarks.step import Options, for_a_look, shortened, with_options
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from tests.tiny import tiny_config
 
 
@@ -158,8 +159,8 @@ def test_the_model_folder_is_read_as_it_was_written(tmp_path):
     write_model(tmp_path / "again", config)
     files = [tmp_path / name / "model.safetensors" for name in ("model", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    model = build(load_config(tmp_path / "model"))
-    assert model.config == config
+    model = build(read_architecture(tmp_path / "model"))
+    assert model.architecture == config
     params = load_params(tmp_path / "model", model)
     shapes = jax.tree.map(lambda x: x.shape, params)
     expected = jax.eval_shape(model.init, jax.random.key(0))

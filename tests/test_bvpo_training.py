@@ -13,7 +13,7 @@ from jaxpref import data, losses
 from jaxpref.cli import train as train_command
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
-from jaxpref.models import build
+from jaxpref.models import Numerics, build
 from jaxpref.objectives import bvpo, crm, em, from_loss, learned_rate, sft
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
@@ -164,7 +164,7 @@ def test_what_all_learn_of_the_labels_is_learnt_of_both_kinds(pairs):
 def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
     """`jax.grad` of one pair at a time, projected, and the formulas in numpy."""
     batch = first_batch(pairs, accumulation=2)
-    model = build(tiny_config(remat="full"))
+    model = build(tiny_config(), Numerics(remat="full", twice_differentiable=True))
     params = tiny_params(model)
     objective = bvpo(DPO, alpha="auto")
     scorer = make_scorer(model, objective.scores, chunk_size=4)

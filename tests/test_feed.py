@@ -145,7 +145,7 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     chosen = []
 
     def remembered(scorer, *arguments):
-        chosen.append(scorer.model.config.remat)
+        chosen.append(scorer.model.numerics.remat)
         return make(scorer, *arguments)
 
     make = task.make_train_step

@@ -9,7 +9,8 @@ import pytest
 
 from jaxpref import losses
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.objectives import bvpo, from_loss
 from jaxpref.plan import PlanConfig, advice, child, command, program, roofline
 from jaxpref.plan.chips import GIB, Chip, parse_topology
@@ -44,7 +45,7 @@ def test_presets_have_as_many_parameters_as_the_models(name, parameters):
 
 
 def small_load(**changes) -> roofline.Load:
-    model = ModelConfig(
+    architecture = LlamaArchitecture(
         vocab_size=100,
         hidden_size=8,
         intermediate_size=20,
@@ -52,8 +53,8 @@ def small_load(**changes) -> roofline.Load:
         num_heads=2,
         num_kv_heads=1,
         head_dim=4,
-        remat=changes.pop("remat", "none"),
     )
+    model = build(architecture, Numerics(remat=changes.pop("remat", "none")))
     sizes = dict(
         model=model,
         mesh={"data": 1, "fsdp": 4, "tensor": 1},

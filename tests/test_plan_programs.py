@@ -14,7 +14,8 @@ from jaxpref.train.shapes import abstract_batch
 
 from jaxpref import losses
 from jaxpref.cli import plan as plan_command
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.objectives import from_loss
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
@@ -124,11 +125,13 @@ def test_activations_are_what_the_backward_pass_keeps():
     found = {}
     for remat in ("full", "dots", "none"):
         work = command.work_of(
-            PlanConfig(**sizes), tiny_config(remat=remat), from_loss(losses.dpo)
+            PlanConfig(**sizes),
+            build(tiny_config(), Numerics(remat=remat)),
+            from_loss(losses.dpo),
         )
         mesh = make_mesh(work.mesh)
         with jax.set_mesh(mesh):
-            model = build(work.model)
+            model = work.model
             params = on_devices(jax.eval_shape(model.init, jax.random.key(0)), mesh)
             batch = abstract_batch(
                 work.objective,
@@ -175,9 +178,8 @@ SIZES = dict(
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
-    compute_dtype="bfloat16",
-    remat="full",
 )
+NUMERICS = Numerics(compute_dtype="bfloat16", remat="full")
 
 
 @pytest.mark.slow
@@ -193,7 +195,7 @@ def test_a_tpus_chips_send_no_more_than_fsdp_needs(
     for name, value in child.environment(topology, tmp_path / "x").items():
         if name.startswith(("TPU_", "ALLOW_")):
             monkeypatch.setenv(name, value)
-    model = ModelConfig(tie_word_embeddings=tied, **SIZES)
+    model = build(LlamaArchitecture(tie_word_embeddings=tied, **SIZES), NUMERICS)
     batch, seq = topology.devices, 512
     config = PlanConfig(model="m", topology=topology.name, batch=batch, seq=seq)
     work = command.work_of(config, model, from_loss(losses.dpo))

@@ -19,24 +19,24 @@ from experiments import reasoning_world as world
 from jaxpref.data import DataOptions, ListSource, load_tokenizer, make_mixed_splits
 from jaxpref.errors import InputError
 from jaxpref.gradients import bvpo
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
 
 BETA = 0.7
 
 
 def tiny_model(seed, **sizes):
     """A random model of five words and 2 x 4 numbers a layer."""
-    config = ModelConfig(
+    architecture = LlamaArchitecture(
         **(dict(vocab_size=5, hidden_size=8, intermediate_size=8) | sizes),
         num_layers=1,
         num_heads=2,
         num_kv_heads=2,
         head_dim=4,
         initializer_range=0.5,
-        param_dtype="float64",
-        compute_dtype="float64",
     )
-    model = build(config)
+    numerics = Numerics(param_dtype="float64", compute_dtype="float64")
+    model = build(architecture, numerics)
     return model, model.init(jax.random.key(seed))
 
 

@@ -29,7 +29,7 @@ LENGTHS = np.array([[3, 4, 6], [5, 2, 3], [2, 7, 4], [4, 4, 5]])
 def test_what_memory_compares_computes_the_same():
     model = build(tiny_config())
     params = tiny_params(model)
-    pairs = random_pairs(LENGTHS, vocab_size=model.config.vocab_size)
+    pairs = random_pairs(LENGTHS, vocab_size=model.architecture.vocab_size)
     packed, padded = (
         jax.tree.map(lambda x: jnp.asarray(x[0]), make(pairs))
         for make in (pair_a_row_batch, padded_batch)

@@ -9,11 +9,13 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxpref.train.shapes import abstract_batch
 
 from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
-from jaxpref.models import ModelConfig, build
-from jaxpref.models.config import ROWS
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.layout import ROWS
 from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.program import devices_of
@@ -21,12 +23,11 @@ from jaxpref.runtime.mesh import AXES, on_devices
 from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, OptimizerConfig, Task, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_batch
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
 
-MODEL = ModelConfig(
+ARCHITECTURE = LlamaArchitecture(
     vocab_size=1024,
     hidden_size=512,
     intermediate_size=1536,
@@ -34,9 +35,8 @@ MODEL = ModelConfig(
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
-    compute_dtype="bfloat16",
-    remat="full",
 )
+NUMERICS = Numerics(compute_dtype="bfloat16", remat="full")
 T = 2048
 
 
@@ -62,8 +62,8 @@ def test_the_packed_step_runs_splash_attention(topology):
         devices=devices,
     )
     sizes = np.tile([[127, 255, 127]], (len(devices) * 4, 1))
-    pairs = random_pairs(sizes, vocab_size=MODEL.vocab_size)
-    model = build(MODEL)
+    pairs = random_pairs(sizes, vocab_size=ARCHITECTURE.vocab_size)
+    model = build(ARCHITECTURE, NUMERICS)
 
     def shaped(x):
         shape = (1, len(devices), *x.shape[2:])
@@ -87,7 +87,7 @@ def test_the_packed_step_runs_splash_attention(topology):
 
 def test_gradients_alone_cross_from_slice_to_slice():
     """Each chip sends its own part of them, and sums of numbers; no weight."""
-    model = build(MODEL)
+    model = build(ARCHITECTURE, NUMERICS)
     objective, config = from_loss(losses.cpo), OptimizerConfig()
     schedule = make_schedule(config, 100)
     mesh = make_mesh(MeshConfig(), devices_of(parse_topology("2xv5e:4x4")))
@@ -121,7 +121,9 @@ def test_gradients_alone_cross_from_slice_to_slice():
     assert {kind for *_, kind in sent} == {"ALL_REDUCE"}
     assert len(sent) == len(re.findall(r" send\(", text))
     sizes = [math.prod(map(int, shape.split(","))) for _, shape, _ in sent]
-    layer = lambda x: math.prod(x.sharding.shard_shape(x.shape)) // MODEL.num_layers
+    layer = lambda x: (
+        math.prod(x.sharding.shard_shape(x.shape)) // ARCHITECTURE.num_layers
+    )
     parts = [layer(x) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2]
     parts += [2 * layer(params["embed"]), 2 * layer(params["head"])]
     # The compiler joins those of a layer, or not: no matrix is among them whole, and a

@@ -25,7 +25,7 @@ def useful_flops(config, prompts: np.ndarray, answers: np.ndarray) -> np.ndarray
     matrix product, the reference (stored), and the optimizer are not counted.
 
     Args:
-      config: sizes, as `jaxpref.models.ModelConfig`.
+      config: sizes, as `jaxpref.models.Architecture`.
       prompts: int [N], tokens of the prompts.
       answers: int [N, 2], tokens of the answers.
 

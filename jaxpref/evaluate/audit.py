@@ -26,9 +26,10 @@ from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import agreement_bins, known_flips
 from jaxpref.evaluate.metrics import accuracy, wilson_interval
 from jaxpref.files import open_out, write_json, write_whole
-from jaxpref.models import build
+from jaxpref.models import Numerics, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, weights_digest
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits
@@ -115,7 +116,7 @@ def run(config: AuditConfig) -> Audit:
         # It looks at data that is wrong in places: what cannot be judged is counted.
         drop_empty=True,
     )
-    positions = load_config(folder).max_position_embeddings
+    positions = read_architecture(folder).max_position_embeddings
     options = data.for_model(options, positions)
     plan = data.make_splits(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
@@ -254,14 +255,12 @@ def _open_out(config: AuditConfig, pairs: PreferenceDataset) -> Path:
 def _features(
     config: AuditConfig, folder: Path, pairs: PreferenceDataset, cache: Path
 ) -> Features:
-    model_config = load_config(folder)
-    check_fits([config.data], pairs, str(folder), model_config)
+    architecture = read_architecture(folder)
+    check_fits([config.data], pairs, str(folder), architecture)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
-        model = build(
-            dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
-        )
+        model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
         params = load_params(folder, model)
         return feature_store.compute(
             pairs,
@@ -270,7 +269,7 @@ def _features(
             source=config.data,
             folder=cache,
             digest=weights_digest(folder, config.compute_dtype),
-            width=2 * model_config.hidden_size + 1,
+            width=2 * architecture.hidden_size + 1,
             batch_size=config.batch_size,
             mesh=mesh,
         )

@@ -24,7 +24,7 @@ from jaxpref.data import DatasetBuilder, PaddedLayout, PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, write_whole
 from jaxpref.models import Model
-from jaxpref.models.config import SPECS, place
+from jaxpref.models.layout import SPECS, reshard
 from jaxpref.models.logprobs import token_logps
 from jaxpref.runtime.mesh import to_global
 from jaxpref.sharding import replicated
@@ -72,7 +72,7 @@ def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callabl
             position < lengths[:, None]
         )
         last = position == (lengths - 1)[:, None]
-        states = place(hidden, SPECS.hidden).astype(jnp.float32)
+        states = reshard(hidden, SPECS.hidden).astype(jnp.float32)
         pick = lambda mask: jnp.einsum("btd,bt->bd", states, mask.astype(jnp.float32))
         mean = pick(inside) / jnp.maximum(sizes, 1)[:, None]
         return jnp.concatenate([mean, pick(last), total[:, None]], axis=1)

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, write_json
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Architecture, Numerics, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, stop_tokens
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.sampling import generate, left_pad
@@ -76,15 +77,13 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         texts, prompts = data.read_prompts(
             data.open_source(config.data), tokenizer, limit=config.limit
         )
-    model_config = load_config(folder)
-    _check_prompts(prompts, model_config, config)
+    architecture = read_architecture(folder)
+    _check_prompts(prompts, architecture, config)
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model = build(
-            dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
-        )
+        model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
         params = load_params(folder, model)
         outputs = sample_texts(
             model,
@@ -136,20 +135,20 @@ def sample_texts(
     return outputs[: len(prompts)]
 
 
-def _check_prompts(prompts, model_config: ModelConfig, config: SampleConfig) -> None:
+def _check_prompts(prompts, architecture: Architecture, config: SampleConfig) -> None:
     if not prompts:
         raise InputError(f"{config.data}: holds no prompt")
     for row, prompt in enumerate(prompts, start=1):
-        if len(prompt) + config.max_new_tokens > model_config.max_position_embeddings:
+        if len(prompt) + config.max_new_tokens > architecture.max_position_embeddings:
             raise InputError(
                 f"prompt {row}: its {len(prompt)} tokens and --max-new-tokens "
                 f"{config.max_new_tokens} exceed the model's "
-                f"{model_config.max_position_embeddings} positions"
+                f"{architecture.max_position_embeddings} positions"
             )
-        if max(prompt) >= model_config.vocab_size:
+        if max(prompt) >= architecture.vocab_size:
             raise InputError(
                 f"prompt {row}: the tokenizer of {config.model} gives token "
-                f"{max(prompt)}, but its embedding has {model_config.vocab_size} rows; "
+                f"{max(prompt)}, but its embedding has {architecture.vocab_size} rows; "
                 "use the tokenizer that belongs to the model"
             )
 

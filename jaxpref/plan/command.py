@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import ModelConfig
+from jaxpref.models import Model, Numerics, build
 from jaxpref.objectives import Objective
 from jaxpref.plan import child
 from jaxpref.plan.chips import Topology, parse_topology
@@ -62,7 +62,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
         _write(config, found)
         return found
     plans = []
-    for tried in candidates(config, model, topology):
+    for tried in candidates(config, model.architecture, topology):
         try:
             flags = flags_of(tried)
             plan = find(tried, objective, with_flags(argv, flags), topology, model)
@@ -84,18 +84,18 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     return best[1]
 
 
-def model_of(config: PlanConfig) -> ModelConfig:
+def model_of(config: PlanConfig) -> Model:
     """The model's sizes, with the numerics that were asked for."""
-    return dataclasses.replace(
-        find_model(config.model),
+    numerics = Numerics(
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
         unroll=config.unroll,
     )
+    return build(find_model(config.model), numerics)
 
 
-def work_of(config: PlanConfig, model: ModelConfig, objective: Objective) -> Work:
+def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
     """What is to be compiled."""
     return Work(
         model=model,
@@ -116,7 +116,7 @@ def find(
     objective: Objective,
     argv: Sequence[str],
     topology: Topology,
-    model: ModelConfig,
+    model: Model,
 ) -> dict:
     """One plan, as plain values; bytes are of one device.
 
@@ -133,7 +133,8 @@ def find(
       it, collectives and time of a token; None for a reward model), `mesh`, `devices`,
       `compile_seconds`, and what was asked for.
     """
-    model = dataclasses.replace(model, remat=config.remat)
+    numerics = dataclasses.replace(model.numerics, remat=config.remat)
+    model = build(model.architecture, numerics)
     title = f"compiling {config.model} for {topology.name} {' '.join(flags_of(config))}"
     measured = child.ask(argv, topology, title)
     tokens, targets = measured["shape"]["tokens"], measured["shape"]["targets"]
@@ -197,7 +198,7 @@ def find(
     return found | timed
 
 
-def _decode(measured: dict, model: ModelConfig, topology: Topology) -> dict | None:
+def _decode(measured: dict, model: Model, topology: Topology) -> dict | None:
     """What the sampler needs, and how fast it may be."""
     if (of_sampler := measured["decode"]) is None:
         return None

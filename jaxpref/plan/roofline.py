@@ -10,7 +10,7 @@ loop; so products are counted here.
 import dataclasses
 import math
 
-from jaxpref.models import ModelConfig
+from jaxpref.models import Architecture, Model
 from jaxpref.models.logprobs import default_chunk
 from jaxpref.plan.chips import Chip
 
@@ -29,7 +29,7 @@ OF_SLICES = "the network between slices is this job's alone"
 class Load:
     """What a step computes, over all devices."""
 
-    model: ModelConfig
+    model: Model
     """Sizes; `remat` says what is computed twice."""
     mesh: dict[str, int]
     """Devices by axis."""
@@ -61,7 +61,7 @@ class Load:
         return math.prod(self.mesh.values())
 
 
-def layer_weights(model: ModelConfig) -> int:
+def layer_weights(model: Architecture) -> int:
     """Weights of the layers that are factors of products."""
     m = model
     attention = m.hidden_size * m.head_dim * 2 * (m.num_heads + m.num_kv_heads)
@@ -74,7 +74,7 @@ def forward_flops(load: Load) -> dict[str, float]:
     Two for a weight and a token; in attention four for a feature of a head and a pair
     of tokens; two for a weight of the head and a predicted token.
     """
-    m = load.model
+    m = load.model.architecture
     vocabulary = m.hidden_size * m.vocab_size if load.head else m.hidden_size
     found = {
         "layers": 2.0 * layer_weights(m) * load.sequences * load.length,
@@ -97,7 +97,7 @@ def step_flops(load: Load) -> tuple[float, float]:
         "none": 0.0,
         "dots": forward["attention"],
         "full": forward["layers"] + forward["attention"],
-    }[load.model.remat]
+    }[load.model.numerics.remat]
     if chunks(load) > 1:
         again += forward["head"]
     return 3 * once, 3 * once + again + load.passes_ahead * once
@@ -106,7 +106,7 @@ def step_flops(load: Load) -> tuple[float, float]:
 def chunks(load: Load) -> int:
     """In how many parts the logits of a micro-batch are computed."""
     size = load.logit_chunk or default_chunk(
-        _rows(load), load.model.hidden_size, math.ceil(_vocabulary(load))
+        _rows(load), load.model.architecture.hidden_size, math.ceil(_vocabulary(load))
     )
     return -(-load.predictions // size)
 
@@ -119,7 +119,7 @@ def _rows(load: Load) -> int:
 
 def _vocabulary(load: Load) -> float:
     """Tokens of the vocabulary on one device."""
-    return load.model.vocab_size / load.mesh["tensor"] if load.head else 1
+    return load.model.architecture.vocab_size / load.mesh["tensor"] if load.head else 1
 
 
 def memory_traffic(load: Load, held: dict[str, int]) -> float:
@@ -135,9 +135,9 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
       load: of the step.
       held: bytes of `parameters` and `optimizer` on one device.
     """
-    m, tensor = load.model, load.mesh["tensor"]
-    width = 2 if "16" in m.compute_dtype else 4
-    passes = 2 + (m.remat == "full") + load.passes_ahead
+    m, tensor = load.model.architecture, load.mesh["tensor"]
+    width = 2 if "16" in load.model.numerics.compute_dtype else 4
+    passes = 2 + (load.model.numerics.remat == "full") + load.passes_ahead
     gathered = load.mesh["fsdp"] > 1
     weights = layer_weights(m) + (_vocabulary(load) * tensor * m.hidden_size)
     of_weights = weights / tensor * (width * (passes + 2 * gathered) + 4)
@@ -165,8 +165,8 @@ def ideal_wire_bytes(load: Load) -> float:
     they are summed; (fsdp - 1) / fsdp of each.
     A tied head is the embedding: one matrix with one gradient.
     """
-    m, fsdp, tensor = load.model, load.mesh["fsdp"], load.mesh["tensor"]
-    width = 2 if "16" in m.compute_dtype else 4
+    m, fsdp, tensor = load.model.architecture, load.mesh["fsdp"], load.mesh["tensor"]
+    width = 2 if "16" in load.model.numerics.compute_dtype else 4
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
     bytes_of = load.models * (2 * width + 4) * weights / tensor
@@ -180,7 +180,7 @@ def ideal_dcn_bytes(load: Load) -> float:
     Its share of the float32 gradients, summed over S slices once, in a ring: 2 (S - 1)
     / S of it.  (The step sums those of each micro-batch.)
     """
-    m, shards = load.model, load.mesh["fsdp"] * load.mesh["tensor"]
+    m, shards = load.model.architecture, load.mesh["fsdp"] * load.mesh["tensor"]
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
     share = 2 * (load.slices - 1) / load.slices
@@ -204,8 +204,8 @@ def of_a_token(load: Load, chip: Chip, received: float | None) -> dict:
       `compute_seconds`, `memory_seconds`, `ici_seconds`, `seconds_per_token` (the
       largest), `bound` (which of them), and `tokens_per_second` of all prompts.
     """
-    m, fsdp, tensor = load.model, load.mesh["fsdp"], load.mesh["tensor"]
-    width = 2 if "16" in m.compute_dtype else 4
+    m, fsdp, tensor = load.model.architecture, load.mesh["fsdp"], load.mesh["tensor"]
+    width = 2 if "16" in load.model.numerics.compute_dtype else 4
     layers, head = layer_weights(m), m.vocab_size * m.hidden_size
     slots = load.sequences * load.length
     cache = 2 * m.num_layers * m.num_kv_heads * m.head_dim * _rows(load) * load.length

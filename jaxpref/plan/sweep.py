@@ -3,14 +3,14 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from jaxpref.models import ModelConfig
+from jaxpref.models import Architecture
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.config import PlanConfig
 from jaxpref.train import MeshConfig
 
 
 def candidates(
-    config: PlanConfig, model: ModelConfig, topology: Topology
+    config: PlanConfig, model: Architecture, topology: Topology
 ) -> Iterator[PlanConfig]:
     """Plans to try: each mesh with remat "full" and with "dots".
 
@@ -33,7 +33,7 @@ def candidates(
             yield dataclasses.replace(config, mesh=mesh, remat=remat)
 
 
-def most_for_fsdp(model: ModelConfig, topology: Topology, tensor: int) -> int:
+def most_for_fsdp(model: Architecture, topology: Topology, tensor: int) -> int:
     """Devices of a slice that can divide hidden size and vocabulary, at most."""
     rest = topology.devices // tensor
     return max(
