@@ -418,7 +418,7 @@ def test_wrong_input_is_one_clear_line(tmp_path, model, finished, monkeypatch, c
     equal = write(tmp_path / "equal.jsonl", [same] * 3)
     assert "chosen and rejected are identical 3" in ask(data=equal)
     line = ask("--annotator-field", "worker", "--seed", 1, out=finished / "out")
-    assert "holds an audit of another config" in line and "seed" in line
+    assert "holds an audit with another config" in line and "seed" in line
     assert not (tmp_path / "new" / "audit.jsonl").exists()
 
 

@@ -1,4 +1,4 @@
-"""What numbers are computed in, where nobody said."""
+"""The default compute dtype."""
 
 import dataclasses
 from typing import Any
@@ -7,27 +7,27 @@ import jax
 
 
 def with_compute_dtype(config: Any) -> Any:
-    """A command's config with its compute dtype decided, and a line that tells so.
+    """Fills in the compute dtype of a command's config, and prints the choice.
 
-    None becomes bfloat16 on accelerators, whose products are several times as fast in
-    it, and float32 on CPU.  Parameters, moments, sums and log-probs stay wide.  What is
-    decided is what the config remembers from here on: a run that was begun on a TPU
-    goes on elsewhere only with `--compute-dtype bfloat16`.
+    None becomes bfloat16 on accelerators, whose matrix products are several times as
+    fast in it, and float32 on CPU.  Parameters, moments, sums, and log-probs stay in
+    float32.  The choice becomes part of the config: a run that began on a TPU resumes
+    on other hardware only with `--compute-dtype bfloat16`.
 
-    float32 is not all there is to precision: a TPU computes products of float32 arrays
-    out of bfloat16 parts, a GPU out of TF32, unless `JAX_DEFAULT_MATMUL_PRECISION` says
-    "highest".  jax knows it as a variable of the environment, all our products (and
-    their gradients) follow it, and it is what a comparison with a CPU needs.
+    Even products of float32 arrays are not exact: a TPU computes them from bfloat16
+    parts and a GPU in TF32, unless `JAX_DEFAULT_MATMUL_PRECISION` is "highest".  This
+    environment variable applies to all products and their gradients.  Set it to compare
+    numbers with a CPU.
 
-    To be called once the other processes are joined, since it looks for devices.
+    Must be called after the other processes have joined, because it queries devices.
 
     Args:
-      config: of a dataclass with a field `compute_dtype`.
+      config: a dataclass with a field `compute_dtype`.
     """
     if config.compute_dtype is not None:
         return config
     platform = jax.default_backend()
     dtype = "float32" if platform == "cpu" else "bfloat16"
     if jax.process_index() == 0:
-        print(f"compute dtype {dtype}, by default on a {platform}", flush=True)
+        print(f"compute dtype {dtype} (the default on {platform})", flush=True)
     return dataclasses.replace(config, compute_dtype=dtype)
