@@ -37,7 +37,7 @@ What is written
     exactly, as many pairs a step, and not the same: with few of them their mean length
     differs by some percent).  `spread`: its quartiles.  `seconds_per_step`: from the
     end of a step to the end of the next, with its batch.  `peak_mib`: the most memory
-    of the process, everything included.  `utilisation`: operations that the pairs need
+    of the process, everything included.  `utilization`: operations that the pairs need
     (see `useful_flops`) by seconds, as a share of the rate of a 2,048 x 2,048 float32
     matrix product measured in the same run in XLA and in torch, the best of both.
 
@@ -73,7 +73,7 @@ from benchmarks.peers.cases import (
 )
 from benchmarks.peers.environments import Missing, make, python_of
 from benchmarks.peers.job import Job
-from benchmarks.peers.records import disagreements, ratios, summarise, table
+from benchmarks.peers.records import disagreements, ratios, summarize, table
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
@@ -348,7 +348,7 @@ def measure(
             runs[system].append(found)
     for system, of_rounds in runs.items():
         if system not in failed:
-            record = summarise(
+            record = summarize(
                 case.name,
                 system,
                 of_rounds,

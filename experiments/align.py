@@ -65,7 +65,7 @@ class AlignConfig:
     learning_rate: float = 5e-7
     """Peak learning rate of AdamW."""
     max_steps: int = 200
-    """Optimiser steps of each run."""
+    """Optimizer steps of each run."""
     batch_size: int = 32
     """Pairs a step."""
     accumulation: int = 1

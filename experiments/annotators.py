@@ -192,7 +192,7 @@ def see(world: World, votes: int, *, seed: int) -> Votes:
 def learn_from(seen: Votes, features, soft, weights, protocol: Protocol) -> np.ndarray:
     """Margins of pairs under Bradley-Terry models of text that never saw their topic.
 
-    `soft` [P'] is what the pairs are labelled, as a probability that the first is
+    `soft` [P'] is what the pairs are labeled, as a probability that the first is
     better, and `weights` [P'] how many labels it stands for; features are [T, S, D].
     """
     return crossed(
@@ -224,9 +224,9 @@ def reviewed_model(
 
     They begin with a half of the pairs each.  `sign` [P'] is the label, 0 for none.
     """
-    labelled = trains & (sign != 0)
+    labeled = trains & (sign != 0)
     lot = np.random.default_rng(0).random(len(sign)) < 0.5
-    chosen = labelled & lot, labelled & ~lot
+    chosen = labeled & lot, labeled & ~lot
     for epoch in range(protocol.reviews + 1):
         both = [
             text_model(seen, features, (1 + sign) / 2, subset.astype(float), protocol)
@@ -237,7 +237,7 @@ def reviewed_model(
         chosen = peer.peer_selection(
             *(margin.astype(np.float32) for margin in margins),
             keep=keep,
-            where=labelled,
+            where=labeled,
         )
         chosen = [np.asarray(subset) for subset in chosen]
     one, two = both

@@ -94,7 +94,7 @@ Protocol
     World, model, beta, batch and step length were chosen on demonstrations of seed 100
     and pairs of seeds 100 and 101, with the prompts of z = 3 held out; of the learning
     rates 3e-4, 6e-4 and 1e-3 the one with the highest mean reward of alpha 0, 0.5, 1.
-    Changed after results had been seen: the world (not every reference learnt to add
+    Changed after results had been seen: the world (not every reference learned to add
     modulo 5); which prompts are held out (a first run, on z = 3, ranked the alphas
     alike: 0.495, 0.517, 0.521, 0.506, 0.484 from 0 to 1, and 0.525 of auto); and
     batches of 32 were added.
@@ -233,7 +233,7 @@ def main(options: Options) -> None:
         f"{start['empty_reward']:.3f}, {start['language']:.1%} in the language"
     )
 
-    trained, gradients, learnt = [], [], []
+    trained, gradients, learned = [], [], []
     for seed in protocol.seeds:
         write_pairs(protocol, model, base, language, out, seed)
         after = None
@@ -246,7 +246,7 @@ def main(options: Options) -> None:
             clock(f"alpha {alpha}, seed {seed}: {trained[-1]['reward']:.3f}")
             if alpha == AUTO:
                 lines = read_metrics(folder / "metrics.jsonl")
-                learnt += [{"seed": seed, **x} for x in lines if "bvpo/alpha" in x]
+                learned += [{"seed": seed, **x} for x in lines if "bvpo/alpha" in x]
         small, large = protocol.gradient_batch, protocol.large_batch
         places = {
             "at the reference": (base, small),
@@ -278,7 +278,7 @@ def main(options: Options) -> None:
         reference=start,
         gradients=gradients,
         trained=trained,
-        learnt=learnt,
+        learned=learned,
         real=real,
         # What an earlier process did is not in this one's time.
         seconds=time.perf_counter() - started if new else None,
@@ -290,7 +290,7 @@ def main(options: Options) -> None:
 
 
 def train_reference(protocol: Protocol, out: Path) -> Path:
-    """Makes a randomly initialised model folder and trains it; returns the export."""
+    """Makes a randomly initialized model folder and trains it; returns the export."""
     start, rows = out / "world" / "untrained", out / "world" / "demonstrations.jsonl"
     if not start.is_dir():
         tokenizer = out / "world" / "tokenizer"

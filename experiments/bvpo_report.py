@@ -216,7 +216,7 @@ def _save(path: Path, figure: Figure) -> None:
 
 
 def write_results(
-    out: Path, *, protocol, reference, gradients, trained, learnt, real, seconds, about
+    out: Path, *, protocol, reference, gradients, trained, learned, real, seconds, about
 ) -> None:
     """`results.json`, the figures and `report.html`; prints the tables.
 
@@ -227,7 +227,7 @@ def write_results(
         "reference": reference,
         "gradients": gradients,
         "trained": trained,
-        "learnt": learnt,
+        "learned": learned,
         "solutions": real,
         "seconds": seconds,
     }
@@ -250,7 +250,7 @@ def write_results(
     draw_rewards(out / "rewards.png", reference, trained)
     report.training_curves(
         out / "alpha.png",
-        [{"arm": "auto", **x} for x in learnt],
+        [{"arm": "auto", **x} for x in learned],
         {
             "bvpo/alpha": "alpha",
             "bvpo/trace_variance": "variance of the trace gradient",

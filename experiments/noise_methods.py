@@ -1,10 +1,10 @@
-"""How robust is a loss to wrong labels, and can the rate of wrong labels be learnt?
+"""How robust is a loss to wrong labels, and can the rate of wrong labels be learned?
 
 Claims
     Every peer takes the flip rate as a number that the user must guess.  Here it is
-    learnt while the policy trains (`--objective learned_rate`), from how often the
+    learned while the policy trains (`--objective learned_rate`), from how often the
     policy's surer margins agree with labels that it has not yet seen, with the margins'
-    temperature learnt beside it.  Cao et al. 2025 (RE-PO, arXiv:2509.24159) learn it by
+    temperature learned beside it.  Cao et al. 2025 (RE-PO, arXiv:2509.24159) learn it by
     EM, which at 40 % flips stays near its prior.
 
 Commands
@@ -47,7 +47,7 @@ What was aimed at, and missed
     Below 16,384 pairs the rate is not to be trusted, nor at 40 % the policy.
 
 Protocol
-    World, reference, pairs, labels, optimiser and measures are those of
+    World, reference, pairs, labels, optimizer and measures are those of
     `noisy_sentiment.py`: 16,384 pairs of samples of a small llama a seed, labels drawn
     by Bradley-Terry from an exact gold reward, then flipped; one pass, 256 steps of 64.
     Told: the loss is given the true rate.  Learned: it is given nothing.

@@ -42,9 +42,9 @@ Protocol
     ref(y|x) exp(2 r(x, y)) / Z(x): the end of the line "best possible" in the report.
     Beta is 1 and not 0.1, because noise shows only once margins reach logit P, here at
     most 0.4: with small beta or few steps, noisy DPO looks as good as the rest.
-    Training: one pass over the pairs (nothing is seen twice, so no label is learnt by
+    Training: one pass over the pairs (nothing is seen twice, so no label is learned by
     heart), 256 steps of 64 pairs, the same pairs in the same order for every arm.
-    Optimiser: for all arms the same momentum with steps of one length.  Adam's division
+    Optimizer: for all arms the same momentum with steps of one length.  Adam's division
     gives each weight the same step whether its gradient is signal or label noise, and
     at 40 % flips it is nearly all noise, which costs rDPO most.  A large epsilon
     switches the division off; then the scale of a loss would decide its
@@ -53,7 +53,7 @@ Protocol
     Measured on 1,920 samples of each policy: gold reward, and KL to the reference
     (exact for the next token, Monte-Carlo over what comes before).  Share kept: gain
     over the reference divided by that of DPO without flips with the same seed.
-    World, model, beta and optimiser were chosen with a prototype, on other draws of
+    World, model, beta and optimizer were chosen with a prototype, on other draws of
     reference, pairs and labels than those reported.
 
 What to expect of other settings (tried in a prototype; no command here makes them)
@@ -273,7 +273,7 @@ def main(options: Options) -> None:
 
 
 def train_reference(protocol: Protocol, out: Path) -> Path:
-    """Makes a randomly initialised model folder and trains it; returns the export."""
+    """Makes a randomly initialized model folder and trains it; returns the export."""
     start, reviews = out / "world" / "untrained", out / "world" / "reviews.jsonl"
     if not start.is_dir():
         tokenizer = out / "world" / "tokenizer"
@@ -316,7 +316,7 @@ def train_reference(protocol: Protocol, out: Path) -> Path:
     )
 
 
-# ---- pairs: two samples of the reference, labelled by the gold reward --------------
+# ---- pairs: two samples of the reference, labeled by the gold reward --------------
 
 
 def write_pairs(path: Path, reference: Path, count: int, *, seed: int, mesh):
@@ -405,7 +405,7 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
         options=DataOptions(flip_rate=arm.flip_rate, flip_seed=seed),
         # Gradients of every loss are cut to one norm, below what any of them has, and
         # Adam's division is switched off by a large epsilon: momentum with steps of
-        # one length for all.  See "Optimiser" in the module's docstring.
+        # one length for all.  See "Optimizer" in the module's docstring.
         optimizer=OptimizerConfig(
             learning_rate=protocol.step_length / 0.1,
             max_grad_norm=0.1,

@@ -202,10 +202,10 @@ def best_possible(rewards: np.ndarray, beta: float) -> tuple[float, float]:
     """
     tilt = SHARPNESS * rewards / beta
     tilt = tilt - tilt.max(axis=1, keepdims=True)
-    normaliser = np.exp(tilt).mean(axis=1, keepdims=True)
-    weights = np.exp(tilt) / normaliser / rewards.shape[1]
+    normalizer = np.exp(tilt).mean(axis=1, keepdims=True)
+    weights = np.exp(tilt) / normalizer / rewards.shape[1]
     reward = np.sum(weights * rewards, axis=1)
-    kl = np.sum(weights * (tilt - np.log(normaliser)), axis=1)
+    kl = np.sum(weights * (tilt - np.log(normalizer)), axis=1)
     return float(reward.mean()), float(kl.mean())
 
 

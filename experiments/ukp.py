@@ -129,7 +129,7 @@ def draw(world: World, votes: int, *, seed: int) -> np.ndarray:
 
 
 def length_features(world: World) -> np.ndarray:
-    """Logarithms of words and characters, standardised; [T, S, 2]."""
+    """Logarithms of words and characters, standardized; [T, S, 2]."""
     return _padded(
         world,
         _scaled([[np.log1p(len(t.split())), np.log1p(len(t))] for t in _all(world)]),

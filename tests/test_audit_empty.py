@@ -42,7 +42,7 @@ def test_empty_completions_are_counted_and_never_clean(
 def test_a_published_file_with_an_empty_answer_is_audited(
     tmp_path, stories260k, shared
 ):
-    """Row 479 of this sample has one; its neighbours are judged."""
+    """Row 479 of this sample has one; its neighbors are judged."""
     source = data.open_source(
         str(shared / "data" / "ultrafeedback_sample_train.jsonl.gz")
     )

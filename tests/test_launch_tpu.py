@@ -26,7 +26,7 @@ STUB = ROOT / "tests" / "stub_gcloud.sh"
 WHERE = ["--name", "demo", "--zone", "us-west4-a", "--poll-seconds", "0.1"]
 WHAT = ["--type", "v5litepod-16", "--spot", "--bucket", "gs://b/x"]
 
-# Resumes where its worker left off, as training does.  With "wait", the first run hangs.
+# Resumes where its worker left off, as training does.  With "wait", it first waits.
 EXPERIMENT = """
 import os, sys, time
 own = f"runs/{os.environ['WORKER']}"

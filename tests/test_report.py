@@ -35,7 +35,7 @@ RECORDS = [
 
 
 def shows(path, color) -> bool:
-    """Whether some pixels of the picture have about this colour."""
+    """Whether some pixels of the picture have about this color."""
     pixels = matplotlib.image.imread(path)[..., :3]
     distance = np.abs(pixels - matplotlib.colors.to_rgb(color)).max(-1)
     return np.sum(distance < 0.04) > 20
@@ -55,7 +55,7 @@ def shows(path, color) -> bool:
     ],
     ids=["frontier", "points", "curves", "sweep"],
 )
-def test_every_arm_is_drawn_in_its_colour(tmp_path, draw):
+def test_every_arm_is_drawn_in_its_color(tmp_path, draw):
     draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
     for color in PALETTE[: len(ARMS)]:

@@ -58,7 +58,7 @@ def pairs_per_second(run: Mapping, tokens: np.ndarray) -> float:
     return done / tokens[tokens > 0].mean() / sum(run["seconds"])
 
 
-def summarise(
+def summarize(
     case: str,
     system: str,
     runs: Sequence[Mapping],
@@ -95,7 +95,7 @@ def summarise(
         "pairs_per_second": float(np.median(speeds)),
         "seconds_per_step": float(np.median(seconds)),
         "peak_mib": float(np.median([run["peak_mib"] for run in runs])),
-        "utilisation": float(np.median(shares)),
+        "utilization": float(np.median(shares)),
         "spread": [float(x) for x in np.quantile(speeds, [0.25, 0.75])],
         "pairs_per_second_of_rounds": [float(speed) for speed in speeds],
         "pairs_per_step": float(np.mean([len(step) for step in steps])),
@@ -174,7 +174,7 @@ def table(records: Sequence[Mapping]) -> str:
             f"{r['case']:14} {r['system']:8} {r['pairs_per_second']:8.3f}"
             f" {quartiles:>15} {r['seconds_per_step']:8.2f}"
             f" {r['pairs_per_step']:6.1f} {r['peak_mib']:7.0f}"
-            f" {100 * r['utilisation']:5.1f} %"
+            f" {100 * r['utilization']:5.1f} %"
         )
     for r in ratios(records):
         low, high = r["speed_spread"]

@@ -2,7 +2,7 @@
 
 What it does by default, but for: reference log-probs beforehand, no gradient
 checkpointing (TRL's default trades time for memory), float32, a constant learning rate,
-batches in their order.  The text is tokenised already: `_prepare_dataset` is left out.
+batches in their order.  The text is tokenized already: `_prepare_dataset` is left out.
 """
 
 import tempfile

@@ -38,7 +38,7 @@ MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
 """Settings that a second audit into the same OUT may change."""
 STRONG = 3.0
 """How much larger the few columns of lengths and log-probs are made than the states':
-their coefficients are penalised nine times less."""
+their coefficients are penalized nine times less."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

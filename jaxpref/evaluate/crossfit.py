@@ -158,8 +158,8 @@ def _best_penalty(differences, targets, folds, penalties) -> float:
         test = folds == fold
         if test.all():
             continue  # a single fold: nothing to learn from
-        learnt = None if targets is None else targets[~test]
-        margins = differences[test] @ fit_path(differences[~test], penalties, learnt)
+        learned = None if targets is None else targets[~test]
+        margins = differences[test] @ fit_path(differences[~test], penalties, learned)
         right = 1.0 if targets is None else targets[test, None]
         # -w log s(m) - (1 - w) log s(-m)
         losses += np.sum(np.logaddexp(0, margins) - right * margins, axis=0)

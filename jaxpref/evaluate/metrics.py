@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 
 def accuracy(margins: Float[np.ndarray, " pairs"]) -> float:
-    """Share of pairs ordered as labelled; a tie counts half.
+    """Share of pairs ordered as labeled; a tie counts half.
 
     Args:
       margins: reward margins; [pairs].
@@ -141,10 +141,10 @@ def wilson_interval(
     if not (0 <= share <= 1 and count >= 1):
         raise ValueError(f"Expected a share of >= 1 trials, got {share} of {count}.")
     z = statistics.NormalDist().inv_cdf(0.5 + 0.5 * _level(confidence))
-    centre = share + z**2 / (2 * count)
+    center = share + z**2 / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
 def bootstrap_interval(

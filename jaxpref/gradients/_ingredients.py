@@ -145,8 +145,8 @@ def ingredients(
 
     scatter_t = scatter_e = scatter_te = gap = jnp.zeros((), dtype)
     for trace, empty in draws:
-        mean_t, off_t = _centred(trace, trace_where, k)
-        mean_e, off_e = _centred(empty, empty_where, m)
+        mean_t, off_t = _centered(trace, trace_where, k)
+        mean_e, off_e = _centered(empty, empty_where, m)
         scatter_t += jnp.sum(off_t**2)
         scatter_e += jnp.sum(off_e**2)
         scatter_te += jnp.sum(off_t * off_e) if paired else 0
@@ -197,7 +197,7 @@ def _where(name: str, where, count: int) -> jax.Array:
     return jnp.asarray(where, bool)
 
 
-def _centred(draws: jax.Array, where: jax.Array, count) -> tuple[jax.Array, jax.Array]:
+def _centered(draws: jax.Array, where: jax.Array, count) -> tuple[jax.Array, jax.Array]:
     """The mean of the real draws and how far each is from it, 0 for the others."""
     where = jnp.expand_dims(where, tuple(range(1, draws.ndim)))
     draws = jnp.where(where, draws, 0)

@@ -336,4 +336,4 @@ def _floating(*values) -> list[jax.Array]:
 def _decay(decay) -> None:
     _common.fraction("decay", decay)
     if isinstance(decay, numbers.Real) and decay == 1:
-        raise ValueError("Expected decay < 1, got 1: nothing would ever be learnt.")
+        raise ValueError("Expected decay < 1, got 1: nothing would ever be learned.")

@@ -1,4 +1,4 @@
-"""Expectation maximisation over label noise: which votes are right, and whose.
+"""Expectation maximization over label noise: which votes are right, and whose.
 
 A vote is one annotator's label of one pair.  The model says how probable the label is;
 an annotator k is right with probability eta_k, its reliability, whatever the pair:
@@ -10,7 +10,7 @@ an annotator k is right with probability eta_k, its reliability, whatever the pa
     w        = P(right | vote) = s(z + logit eta), the E-step
     eta_k    = mean of w over the votes of k, the M-step
 
-z comes from a model that has not learnt from the vote (held out or cross-fitted) and is
+z comes from a model that has not been trained on the vote (held out or cross-fitted) and is
 calibrated (`jaxpref.noise.calibration`), or the estimate is biased: a model that is too
 sure of itself makes annotators look worse, one that is not sure enough makes them look
 better.  (model, eta) and (-model, 1 - eta) explain votes equally well; the model
@@ -128,7 +128,7 @@ def weighted_loss(loss_pair, loss_exchanged, weights) -> jax.Array:
         loss = w loss(pair) + (1 - w) loss(exchanged),    w held fixed
 
     Args:
-      loss_pair: the base loss of the pair as labelled; [*batch].
+      loss_pair: the base loss of the pair as labeled; [*batch].
       loss_exchanged: the base loss with chosen and rejected exchanged; [*batch].
       weights: w in [0, 1], the probability that the label is right; [*batch].
 

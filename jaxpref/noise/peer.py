@@ -1,4 +1,4 @@
-"""Collaborative reward modelling (CRM): two models review each other's training pairs.
+"""Collaborative reward modeling (CRM): two models review each other's training pairs.
 
 A model that overfits a flipped label finds it easy, and would choose it again; another
 model, from another start, has not overfitted the same ones.  So each trains on the
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = ["curriculum", "kept_share", "peer_selection"]
@@ -65,7 +65,7 @@ def kept_share(
 
 
 def peer_selection(
-    margins_one: Pairs, margins_two: Pairs, *, keep: Scalar, where: Mask = None
+    margins_one: PerPair, margins_two: PerPair, *, keep: Scalar, where: Mask = None
 ) -> tuple[Bool[Array, "*batch"], Bool[Array, "*batch"]]:
     """The pairs of a batch that each of two models trains on: the other's easiest.
 
@@ -116,7 +116,7 @@ def peer_selection(
 
 
 def curriculum(
-    margins_one: Pairs, margins_two: Pairs, *, keep: Scalar, where: Mask = None
+    margins_one: PerPair, margins_two: PerPair, *, keep: Scalar, where: Mask = None
 ) -> tuple[Int[Array, " pairs"], Int[Array, ""]]:
     """An epoch of both models: the hardest pairs dropped, the others easy to hard.
 

@@ -11,7 +11,7 @@ log-concave in e, its maximum unique; it knows e by the margins that are large, 
 at all if they are 0.  `jaxpref.noise.em` fits the same likelihood, one rate per
 annotator and without the bound.
 
-An estimate is as good as the margins: not from a model that has learnt from these
+An estimate is as good as the margins: not from a model that has learned from these
 labels, and calibrated (`jaxpref.noise.calibration`).
 """
 

@@ -1,4 +1,4 @@
-"""A flip rate learnt while a model trains: what its recent margins say of the labels.
+"""A flip rate learned while a model trains: what its recent margins say of the labels.
 
 A batch is scored before it is trained on, so in the first pass over the data its
 margins are those of a model that has not seen its labels.  Their sizes and whether they

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = ["bald", "disagreement", "drop_and_sample", "mean_probability"]
@@ -20,7 +20,7 @@ Repeated = Float[Array, "passes *batch"]
 RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 
 
-def mean_probability(probabilities: Repeated) -> Pairs:
+def mean_probability(probabilities: Repeated) -> PerPair:
     """What the passes predict together.
 
         out = mean over t of p_t
@@ -50,7 +50,7 @@ def mean_probability(probabilities: Repeated) -> Pairs:
     return jnp.mean(_passes(probabilities=probabilities), axis=0)
 
 
-def bald(probabilities: Repeated) -> Pairs:
+def bald(probabilities: Repeated) -> PerPair:
     """By how much the passes disagree: what the answer would tell of the weights.
 
         out = H(mean_t p_t) - mean_t H(p_t),  H(p) = -p log p - (1 - p) log(1 - p)
@@ -87,7 +87,7 @@ def bald(probabilities: Repeated) -> Pairs:
     return jnp.maximum(total - jnp.mean(_entropy(passes), axis=0), 0)
 
 
-def disagreement(scores: Repeated) -> Pairs:
+def disagreement(scores: Repeated) -> PerPair:
     """The variance of a pair's score over the members of an ensemble.
 
         out = mean_t (s_t - mean_t s_t)^2
@@ -119,8 +119,8 @@ def disagreement(scores: Repeated) -> Pairs:
 
 
 def drop_and_sample(
-    mean_probabilities: Pairs,
-    weights: Pairs,
+    mean_probabilities: PerPair,
+    weights: PerPair,
     key: RandomKey,
     *,
     share: Scalar = 0.5,

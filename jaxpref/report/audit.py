@@ -22,7 +22,7 @@ BANDS = (
     ("1/2 to 0.8", 0.5, 0.8, PALETTE[3]),
     ("above 0.8", 0.8, 1.1, PALETTE[0]),
 )
-"""Of the probability that a label is right, and their colours."""
+"""Of the probability that a label is right, and their colors."""
 
 
 def write_audit(
@@ -72,7 +72,7 @@ def write_audit(
                     Figure(
                         figures["margins"],
                         "Margins of all pairs: above 0 the model agrees with the "
-                        "label. Colours say how probably the label is right.",
+                        "label. Colors say how probably the label is right.",
                     ),
                     Figure(
                         figures["calibration"],

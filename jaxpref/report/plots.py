@@ -1,8 +1,8 @@
 """Figures of runs, drawn from plain records and saved as PNG.
 
 A record is a dict: the arm it belongs to, its seed, and numbers by name.  Arms take
-their colours in the order in which they first appear, so figures drawn from records in
-one order agree in colour.  Nothing here touches pyplot's global state or a display.
+their colors in the order in which they first appear, so figures drawn from records in
+one order agree in color.  Nothing here touches pyplot's global state or a display.
 """
 
 import io

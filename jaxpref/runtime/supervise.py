@@ -58,7 +58,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
-class _Signalled(Exception):
+class _Signaled(Exception):
     """SIGTERM or SIGINT was received; `args[0]` is its number."""
 
 
@@ -135,8 +135,8 @@ def supervise(config: SuperviseConfig) -> int:
             _say(f"{ended}; restart {used} of {config.restarts} in {pause:g} s")
             processes.clear()
             time.sleep(pause)
-    except _Signalled as signalled:
-        _stop(processes, signalled.args[0], config.grace)
+    except _Signaled as signaled:
+        _stop(processes, signaled.args[0], config.grace)
         codes = {process.returncode for process in processes}
         if not codes or not codes <= {0, SAVED}:
             return INTERRUPTED
@@ -234,7 +234,7 @@ def _raise(number: int, frame) -> None:
     # Further signals are ignored, because the shutdown is bounded by the grace time.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
-    raise _Signalled(number)
+    raise _Signaled(number)
 
 
 def _how(code: int) -> str:

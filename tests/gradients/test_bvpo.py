@@ -217,7 +217,7 @@ def some(seed, **changes):
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_running_averages(decay):
-    """Weighted means in numpy, weights decay^age normalised; alpha of the means."""
+    """Weighted means in numpy, weights decay^age normalized; alpha of the means."""
     steps = [some(seed) for seed in range(6)]
     average = bvpo.running(decay=decay)
     state = average.init()

@@ -60,7 +60,7 @@ def fit(data: Votes, *, dtype=np.float32, margins=None, **options) -> em.Fit:
 
 
 def log_likelihood(data: Votes, reliability, margins=None) -> float:
-    """The marginal log-likelihood in numpy, item by item, both truths spelt out."""
+    """The marginal log-likelihood in numpy, item by item, both truths spelled out."""
     margins = data.margins if margins is None else margins
     reliability = np.asarray(reliability, np.float64)
     total = 0.0

@@ -188,7 +188,7 @@ def test_wrong_scale_of_the_margins_biases():
 
 
 def test_fit_is_the_most_likely():
-    """Against scipy's optimum of a likelihood spelt out in numpy, with a prior."""
+    """Against scipy's optimum of a likelihood spelled out in numpy, with a prior."""
     data = votes(4, reliability=FOUR, items=80, votes_per_item=3, spread=1.0)
     a, b = 2.0, 0.5
 
