@@ -516,7 +516,7 @@ def test_wrong_options_are_refused():
         call(prior=(-1, 2))
     with pytest.raises(ValueError, match="num_annotators and max_iterations >= 1"):
         em.fit(z, who, num_annotators=0)
-    with pytest.raises(ValueError, match="prior of more than no votes"):
+    with pytest.raises(ValueError, match="prior with a . b > 0"):
         em.estimate(z, z, prior=(0, 0))
     with pytest.raises(TypeError, match="floating-point numbers, got int32"):
         em.posterior(jnp.zeros(3, int), 0.9)
