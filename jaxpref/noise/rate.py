@@ -278,5 +278,5 @@ def fit_rates(
 
 
 def _per_rate(z: jax.Array, e: jax.Array) -> jax.Array:
-    """Computes d log P(label) / d e = (s(-z) - s(z)) / P(label), which is 0 at z = 0."""
+    """Computes d log P(label) / d e = (s(-z) - s(z)) / P(label); 0 at z = 0."""
     return -jnp.tanh(z / 2) * jnp.exp(marginal_nll(z, e))
