@@ -1,24 +1,23 @@
-r"""Does a run that is killed twenty times end with the bits of one that is not?
+r"""Is a run with twenty injected faults bit-identical to an undisturbed one?
 
-Trains a small model on preference pairs, in two processes of four virtual CPU devices
-under `jaxpref.runtime.supervise`, twice: undisturbed, and with an event in each of its
-lives, of all the kinds that `benchmarks.chaos_child` lists.  Restarts are the
-supervisor's; after an end that it does not restart (a full disk) the same command is
-given again.
-Then the exported parameters and all lines of metrics but their timings must be equal.
+Trains a small model on preference pairs, in two processes with four virtual CPU devices
+under `jaxpref.runtime.supervise`.  It trains twice: undisturbed, and with a fault after
+each start, of all the kinds that `benchmarks.chaos_child` lists.  The supervisor
+restarts the run; after an exit that it does not restart (a full disk), the command is
+repeated.  The exported parameters and all metrics except timings must then be equal.
 
 Command
         python -m benchmarks.chaos --kills 20 --seed 0 --json chaos.json \
             --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz
 
-The seed decides which events come, in what order, over which process, how many steps
-after a restart and at what moment of a step; where the machine then is, its clock does.
+The seed determines the faults, their order, the process, the number of steps after a
+restart, and the moment within a step.  The exact timing still depends on the machine.
 
 Expected
-    All 20 come, and both runs are equal, bit for bit.  On two cores busy with other
-    work (seed 0, 99 steps): three flipped bits and a truncated file were all noticed;
-    it stepped again 22 seconds after an event (median; 13 to 49); 570 seconds of
-    processors, 21 minutes by the clock.
+    All 20 faults are injected, and both runs are bit-identical.  On two cores busy with
+    other work (seed 0, 99 steps): three flipped bits and a truncated file were all
+    detected; the median time from a fault to the next step was 22 seconds (13 to 49);
+    570 seconds of CPU time, 21 minutes of wall-clock time.
 """
 
 import dataclasses

@@ -1,12 +1,11 @@
-"""One process of the run that `benchmarks.chaos` disturbs: `train`, and an event.
+"""A process of the run that `benchmarks.chaos` disturbs: `train` with a fault.
 
     python -m benchmarks.chaos_child FOLDER train --model ...
 
-FOLDER holds `events.json`, in order.  In each life of the run, from the start of its
-processes to their end, the next event comes over it: the process that it names begins
-it, after it wrote down that it did (`fired-00.json`, ...), so no event comes twice.
-What happens is told on stderr, a line of JSON each, since a pipe is never full where
-a disk is.
+FOLDER holds the ordered list `events.json`.  After each start of the run, the next
+event is injected by the process that it names.  The process first records it
+(`fired-00.json`, ...), so no event occurs twice.  Events are logged on stderr as lines
+of JSON, because a pipe still works if the disk is full.
 """
 
 import contextlib

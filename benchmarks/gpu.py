@@ -1,8 +1,8 @@
 r"""A DPO step of a 1B-class model on one GPU: bf16 products, float32 master weights.
 
 Commands
-    Random weights and random pairs of up to 2,048 tokens in packed rows of 2,048;
-    beside it TRL on the same pairs, with an interpreter that has torch and trl:
+    Random weights and random pairs of up to 2,048 tokens in packed rows of 2,048, and
+    TRL on the same pairs, with a Python interpreter that has torch and trl:
 
         python -m benchmarks.gpu --json gpu.json
         python -m benchmarks.gpu --trl-python ~/trl/bin/python --json gpu.json
@@ -11,24 +11,24 @@ Commands
 
         python -m benchmarks.gpu --model unsloth/Llama-3.2-1B --data pairs.jsonl
 
-    The same code on a CPU, tiny, to see that it runs; its figures mean nothing:
+    The same code on a CPU with tiny sizes, as a sanity check with meaningless numbers:
 
         python -m benchmarks.gpu --platform cpu --tiny
 
 Expected
-    On a machine without a GPU one line and exit code 0.  It has not run on one yet.
+    Without a GPU, one line and exit code 0.  It has not run on a GPU yet.
 
-Figures
-    Useful FLOP are those of a pair with its prompt once, its real tokens only, the head
-    on completion tokens only, attention where the mask lets it look; backward twice
-    forward; nothing for padding or for what is computed again.  MFU is useful FLOP a
-    second by the card's peak, TRL's of the same useful FLOP.  Peak memory is that of
-    the allocator over the whole run, without the CUDA context.
+Results
+    Useful FLOP count each prompt once, real tokens only, the head on completion tokens
+    only, and attention within the mask.  The backward pass counts twice the forward
+    pass; padding and recomputation count nothing.  MFU is useful FLOP per second
+    divided by the peak of the card, with the same useful FLOP for TRL.  Peak memory is
+    that of the allocator over the whole run, without the CUDA context.
 """
 
 import os
 
-# The reserve of 75 % of the card would leave TRL's process, which comes first, little.
+# The reserve of 75% of the card would leave TRL's process, which comes first, little.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -318,7 +318,7 @@ def line(found: dict, peak: float | None) -> str:
         parts.append(f"{spread(found['tokens_per_second'])} tokens/s")
     parts.append(f"{spread(found['tflops'])} useful TFLOP/s")
     if peak is not None:
-        parts.append(f"MFU {spread(found['tflops'], 100 / peak)} %")
+        parts.append(f"MFU {spread(found['tflops'], 100 / peak)}%")
     if found["peak_mib"] is not None:
         parts.append(f"peak {found['peak_mib'] / 1024:.1f} GiB")
     if "filled" in found:

@@ -1,8 +1,8 @@
-"""TRL's DPO trainer on given token ids; `gpu.py` starts it where torch and trl are.
+"""TRL's DPO trainer on given token ids, started by `gpu.py` with another interpreter.
 
     python gpu_trl.py JOB.json
 
-Prints one JSON line: seconds of every step, loading included, and peak memory.
+Prints a line of JSON: the seconds of every step, including loading, and peak memory.
 """
 
 import json

@@ -1,19 +1,21 @@
-"""Does the step ever wait for data?  Batches a second, beside the time of a step.
+r"""Does the step wait for data?  Batches per second, compared with the step time.
 
-    python -m benchmarks.loader --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz
+    python -m benchmarks.loader --model stories260k-hf \
+        --data hh_rlhf_helpful_base_test.jsonl.gz
 
-Makes batches of both layouts as fast as they come, by threads of this process and by
-processes of their own, in turns, and compares the time of a batch with that of a train
-step of the model on such a batch.  Then trains for real, and reports the share of time
-that the run says it waited.  `--tokenizer` names another folder for the tokens, with
-which there is no step and no run: the model has no such embeddings.
+Makes batches of both layouts as fast as possible, with threads of this process and with
+separate processes in turn, and compares the time of a batch with that of a train step
+on it.  Then trains, and reports the share of time that the run waited for data.
+`--tokenizer` names another folder for the tokenizer; then there is no step and no
+training, because the model lacks the embeddings.
 
 With `--processes 1 --max-length 256 --row-length 512 --max-pairs 400`, on two cores
-busy with other work (medians of 5 rounds, quartiles): threads 972 (934 to 992) padded
-and 1,108 (1,007 to 1,133) packed batches a second, one process 506 (486 to 508) and 406
-(366 to 587), which carrying batches over costs; a step takes 1.1 and 1.3 seconds, a
-thousand times a batch; the runs waited 0.03 % and 0.71 % of their time.
-"""  # noqa: E501
+busy with other work (medians and quartiles of 5 rounds): threads make 972 (934 to 992)
+padded and 1,108 (1,007 to 1,133) packed batches per second, and one process 506 (486 to
+508) and 406 (366 to 587), because of the transfer between processes.  A step takes 1.1
+and 1.3 seconds, a thousand times as long as a batch.  The runs waited 0.03% and 0.71%
+of their time.
+"""
 
 import dataclasses
 import tempfile

@@ -1,19 +1,19 @@
-r"""What a train step needs beside its state: our step against logits everywhere.
+r"""Temporary memory of a train step, compared with steps that compute all logits.
 
-Compiles the step that training runs (DPO, AdamW), from shapes alone, and prints the
-compiler's temporaries (`memory_analysis().temp_size_in_bytes`, gradients among them).
-The same pairs go through
+Compiles the training step (DPO, AdamW) from shapes alone, and prints the compiler's
+temporaries (`memory_analysis().temp_size_in_bytes`, including gradients).  The same
+pairs are processed by
 
-- ours: packed rows, the head on completion tokens only, a chunk at a time;
-- peers: a sequence for each answer with its prompt, logits [B, T, V] of all positions,
-  then their log_softmax; `thrifty` peers take z[y] - logsumexp(z) instead, the least
-  that all logits need, as Tunix 0.1.7 does (TRL 1.16 is neither: it makes tiles of
-  logits).  Attention is our blockwise one, so none of the difference is attention's;
+- ours: packed rows, with the head on completion tokens only, one chunk at a time;
+- peers: one sequence per answer with its prompt, logits [B, T, V] of all positions, and
+  their log_softmax.  `thrifty` peers use z[y] - logsumexp(z) instead, the least memory
+  with all logits, like Tunix 0.1.7 (TRL 1.16 computes tiles of logits and is neither).
+  Attention is our blockwise attention, so it does not contribute to the difference;
 
-and, in the rows of ours, through other heads on the same backbone:
+and, for the packed rows, by other heads on the same backbone:
 
 - log_softmax, logsumexp: those of the peers;
-- none: no head at all, to see what the backbone takes.
+- none: no head, to measure the backbone.
 
 Commands
     All sizes, and a 0.6B model with a large vocabulary:
@@ -26,7 +26,7 @@ Commands
         python -m benchmarks.memory --quick
         python -m benchmarks.memory --quick --layouts padded
 
-    All of it is compiling: 80 to 170 seconds a line on two busy cores.
+    It only compiles: 80 to 170 seconds per line on two busy cores.
 
 Expected
     MiB for four pairs, `--vocabularies 152064`, float32, jax 0.10.2 on a CPU (x86):
@@ -37,8 +37,8 @@ Expected
          2,048   32,496   23,326  5,218          0.16       0.22
          4,096   64,816   46,142  8,631          0.13       0.19
 
-    At 512 tokens the turned embedding and the head's gradient, 0.3 GiB each, lie beside
-    the chunk's arrays, however few the tokens.
+    At 512 tokens, the transposed embedding and the gradient of the head (0.3 GiB each)
+    are in memory together with the chunk's arrays, however few tokens there are.
 """
 
 import dataclasses

@@ -1,28 +1,28 @@
-r"""What does it cost to divide a step over a mesh?  Eight virtual devices beside one.
+r"""The overhead of sharding a step over a mesh: eight virtual devices and one.
 
-Times the step that training runs (DPO, AdamW, a pair a row) on the same global batch of
-random pairs, by one device that holds everything and by eight virtual ones on the same
-cores, divided along each axis of the mesh and along all three.  The cores do the same
-useful work, so what is more is what the division costs here: collectives, work that is
-done on every device, and smaller matrix products.  Each layout has its own process,
-one after the other in turns; an overhead is the ratio of medians of the same turn.
+Times the training step (DPO, AdamW, one pair per row) on the same global batch of
+random pairs.  It runs on one device and on eight virtual devices of the same cores,
+sharded along each axis of the mesh and along all three.  The cores do the same useful
+work, so the additional time is the overhead: collectives, replicated work, and smaller
+matrix products.  Each layout runs in its own process, in turns; an overhead is the
+ratio of medians in the same turn.
 
 Commands
         python -m benchmarks.mesh --json mesh.json
         python -m benchmarks.mesh --quick
 
 Expected
-    By the clock beside the unsharded step, on two quiet cores with `--turns 3
-    --steps 5` (median and range of turns; 5 minutes):
+    Wall-clock time relative to the unsharded step, on two quiet cores with `--turns 3
+    --steps 5` (median and range over turns; 5 minutes):
 
                                     260 thousand parameters    17 million
-        data 8                      +4 % (+2 to +16)           +29 % (+21 to +36)
-        fsdp 8                      +22 % (+9 to +32)          +11 % (+9 to +20)
-        fsdp 4, tensor 2            +16 % (+8 to +25)          +13 % (+4 to +18)
-        data 2, fsdp 2, tensor 2    +16 % (+5 to +32)          +21 % (+16 to +36)
+        data 8                      +4% (+2 to +16)           +29% (+21 to +36)
+        fsdp 8                      +22% (+9 to +32)          +11% (+9 to +20)
+        fsdp 4, tensor 2            +16% (+8 to +25)          +13% (+4 to +18)
+        data 2, fsdp 2, tensor 2    +16% (+5 to +32)          +21% (+16 to +36)
 
-    The unsharded step takes 0.153 and 1.28 s.  Processor time grows by 16 to 30 % and
-    14 to 36 %.
+    The unsharded step takes 0.153 and 1.28 s.  CPU time grows by 16 to 30% and
+    14 to 36%.
 """
 
 import dataclasses

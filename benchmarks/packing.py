@@ -1,13 +1,14 @@
-"""What packed rows save: one pair a row, padded, beside several with prompts once.
+r"""What packing saves: one padded pair per row, and several pairs with prompts once.
 
-    python -m benchmarks.packing --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz --row-length 1024 --steps 8
+    python -m benchmarks.packing --model stories260k-hf \
+        --data hh_rlhf_helpful_base_test.jsonl.gz --row-length 1024 --steps 8
 
-Trains both layouts for a few steps on the same pairs, in turns, and prints for each
-the tokens that are computed for one that exists (a prompt counted once), and pairs a
-second: median and quartiles over steps, without the first two.
+Trains both layouts for a few steps on the same pairs, in turns.  For each it prints the
+padding overhead (computed tokens per real token, with each prompt counted once) and the
+pairs per second: median and quartiles over steps, without the first two.
 
-Expected: 2.56 and about 1.05 tokens computed for one that exists.
-"""  # noqa: E501
+Expected: a padding overhead of 2.56 and about 1.05.
+"""
 
 import dataclasses
 import time

@@ -1,7 +1,7 @@
-"""Random pairs and the train step that takes them: what the other benchmarks share.
+"""Random pairs and a train step, shared by the other benchmarks.
 
-The step is the one that training jits (`jaxpref.train.step.make_train_step`) with DPO
-and AdamW; a benchmark may bring scores of its own.
+The step is that of training (`jaxpref.train.step.make_train_step`) with DPO and AdamW;
+a benchmark may provide its own scores.
 """
 
 import dataclasses

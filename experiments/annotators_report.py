@@ -1,4 +1,4 @@
-"""The table, figures and page that `annotators.py` ends with."""
+"""The table, figures, and report of `annotators.py`."""
 
 import io
 import textwrap
@@ -104,7 +104,7 @@ def write_results(
     curves = report.Figure(out / "votes.png", "Methods by votes a pair.")
     dots = report.Figure(
         out / "workers.png",
-        "Reliability learned jointly, first draw, with its 95 % interval, against the "
+        "Reliability learned jointly, first draw, with its 95% interval, against the "
         "share of all of a worker's votes that agree with gold.",
     )
     report.write_html(

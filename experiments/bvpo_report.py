@@ -1,4 +1,4 @@
-"""The tables, figures and page that `bvpo.py` ends with."""
+"""The tables, figures, and report of `bvpo.py`."""
 
 import dataclasses
 import io

@@ -1,10 +1,10 @@
 """Gradient variance over real reasoning traces: several solutions of one question.
 
-Solutions of GSM8K test questions by four models, right and wrong (Cobbe et al. 2021,
-arXiv:2110.14168).  The steps are the trace, the number behind "A:" is the answer, and
-right solutions of one question are traces of one answer, as if resampled.  They are
-questions of the TEST set: a model trained on them must never be scored on GSM8K test,
-and here none is; only gradients are looked at.
+Right and wrong solutions of GSM8K test questions by four models (Cobbe et al. 2021,
+arXiv:2110.14168).  The steps are the trace, and the number after "A:" is the answer.
+Right solutions of a question are treated as resampled traces of one answer.  The
+questions are from the TEST set: never evaluate a model trained on them on GSM8K test.
+Here only gradients are measured.
 """
 
 import functools
@@ -36,7 +36,7 @@ from jaxpref.objectives.trace_mixture import AUTO, bvpo
 from jaxpref.train import OptimizerConfig, TrainConfig, from_loss, read_metrics, run
 
 SKETCH = 512
-"""Random projections that stand for a gradient: squared norms within 6 %."""
+"""Random projections that stand for a gradient: squared norms within 6%."""
 REDRAWS = 400
 LONGEST = 512
 

@@ -1,4 +1,4 @@
-"""The tables, figures and page that `noise_methods.py` ends with."""
+"""The tables, figures, and report of `noise_methods.py`."""
 
 import io
 import textwrap
@@ -28,11 +28,11 @@ def of(records: list[dict], **wanted) -> list[dict]:
     return [r for r in records if all(r[name] == x for name, x in wanted.items())]
 
 
-def add_kept(records: list[dict], start: float, told: str) -> None:
-    """Adds `kept`: the gain over the reference, as a share of that of the told loss."""
+def add_share_of_known(records: list[dict], start: float, known: str) -> None:
+    """Adds `kept`: the gain over the reference divided by that with the known rate."""
     for record in records:
         same = {name: record[name] for name in ("noise", "rate", "pairs", "seed")}
-        best = of(records, method=told, **same)
+        best = of(records, method=known, **same)
         gain = best[0]["reward"] - start if best else 0.0
         record["kept"] = (record["reward"] - start) / gain if gain > 0 else None
 
@@ -58,7 +58,7 @@ def make_table(records: list[dict], title: str) -> report.Table:
             ]
         )
     seeds = sorted({r["seed"] for r in records})
-    columns = ["gold reward", "KL", "share of told", "flip rate", "AUROC", "of oracle"]
+    columns = ["gold reward", "KL", "share of known", "flip rate", "AUROC", "of oracle"]
     caption = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
     return report.Table([title, *columns], rows, caption=caption)
 
@@ -137,10 +137,16 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def write_results(
-    out: Path, records: list[dict], start: float, *, told: str, learned: str, about: str
+    out: Path,
+    records: list[dict],
+    start: float,
+    *,
+    known: str,
+    learned: str,
+    about: str,
 ) -> None:
     """`results.json`, two figures and `report.html`; prints the tables."""
-    add_kept(records, start, told)
+    add_share_of_known(records, start, known)
     pairs = max(r["pairs"] for r in records)
     settings = dict.fromkeys((r["noise"], r["rate"], r["pairs"]) for r in records)
     tables = [

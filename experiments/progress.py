@@ -1,4 +1,4 @@
-"""Lines of progress."""
+"""Progress messages."""
 
 import time
 

@@ -1,15 +1,15 @@
-"""How far mixed gradients are from the true one, with alpha given and with it learned.
+"""Errors of mixed gradients relative to the true one, with a fixed or learned alpha.
 
-Two errors of a gradient made of B pairs with K sampled traces each (their mean) and B
-pairs with an empty trace, both drawn from a population of pairs:
+There are two errors of a gradient from B pairs with K sampled traces each (their mean)
+and B pairs with an empty trace, both drawn from a population of pairs:
 
-    "traces"            about the marginal gradient of these B pairs: the data are
-                        given, only the traces vary
-    "traces and pairs"  about the marginal gradient of the whole population, as
-                        stochastic gradient descent has it
+    "traces"            relative to the marginal gradient of these B pairs: only the
+                        traces vary
+    "traces and pairs"  relative to the marginal gradient of the whole population, as in
+                        stochastic gradient descent
 
-Both are parabolas in alpha, of which three numbers a step are kept: ||e_t||^2,
-||e_e||^2 and <e_t, e_e>, e = gradient - truth.  "auto" sees the drawn gradients alone:
+Both are parabolas in alpha, determined by three numbers per step: ||e_t||^2, ||e_e||^2,
+and <e_t, e_e>, with e = gradient - truth.  "auto" uses only the sampled gradients:
 `jaxpref.gradients.bvpo.ingredients` of each step, averaged by `running`.
 """
 

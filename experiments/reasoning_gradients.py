@@ -2,17 +2,18 @@
 
 For a pair (x, y_w, y_l) and beta, with pi the policy and ref the reference:
 
-    marginal   l_m = -ls(h_m), h = beta log[pi(y_w|x) / ref(y_w|x)] - the same of y_l,
-               pi(y|x) = sum_r pi(r, y|x); its gradient is what everything is after
+    marginal   l_m = -ls(h_m), h = beta log[pi(y_w|x) / ref(y_w|x)] - the same for y_l,
+               pi(y|x) = sum_r pi(r, y|x); its gradient is the true gradient
     trace      l_t = the same with pi(r, y|x) of sampled r_w, r_l ~ ref(r|x, y)
     empty      l_e = the same with pi(y|x, empty trace)
 
-By Fisher's identity grad log pi(y|x) = sum_r pi(r|x, y) grad log pi(r, y|x), so the
-gradients of all joint log-probs, [R, P] a side, give the marginal gradient, the mean of
-the trace gradient and its variance as finite sums.  Where the policy is the reference,
-h is 0 for every trace and the trace gradient has no bias; away from it, it has one.
+By Fisher's identity grad log pi(y|x) = sum_r pi(r|x, y) grad log pi(r, y|x).  So the
+gradients of all joint log-probs, [R, P] per side, give the marginal gradient and the
+mean and variance of the trace gradient as finite sums.  If the policy equals the
+reference, h is 0 for every trace and the trace gradient is unbiased; otherwise it is
+biased.
 
-Completions end with EOS, as in training; answers alone are enumerated without it.
+Completions end with EOS, as in training; bare answers are enumerated without it.
 """
 
 import dataclasses

@@ -1,17 +1,18 @@
-"""A small world of reasoning: three numbers are added, two of them first.
+"""A toy world of reasoning: three numbers are added, two of them first.
 
     prompt = "3 4 1 ="                   (x, y and z, from 0 to 4; 125 prompts)
     trace  = FILLER NAME NAME SUM        ("so x z 4": x + z makes 4; 108 traces)
     answer = NUMBER                      (0 to 12)
 
-A trace says which two numbers are added first, in which order, and what they make; the
-answer adds the third.  Filler and order change nothing, and the trace may be wrong.
-There are few enough traces to add up over all of them: what a model thinks of an answer
-is a finite sum.  The gold reward sees the answer only: 1 if it is right, else 0.
+A trace states which two numbers are added first, in which order, and their sum; the
+answer adds the third.  Filler and order are irrelevant, and the trace may be wrong.
+There are few enough traces to sum over all of them, so the probability of an answer
+under a model is a finite sum.  The gold reward depends only on the answer: 1 if it is
+right, else 0.
 
-People who write here are careless.  Either sum is right with probability `CAREFUL`,
-without a trace the answer with `CARELESS`, and else off by one: a model trained on them
-has as much to learn from preferences as people make mistakes.
+The demonstrations are careless.  Each sum is right with probability `CAREFUL`, and an
+answer without a trace with `CARELESS`; otherwise it is off by one.  So a model trained
+on them can still learn from preferences.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The files and the page that `noisy_sentiment.py` ends with."""
+"""The result files and the report of `noisy_sentiment.py`."""
 
 import dataclasses
 import textwrap

@@ -1,4 +1,4 @@
-"""A small world of reviews whose gold reward is known exactly.
+"""A toy world of reviews with an exactly known gold reward.
 
     review   = clause "." [closing]
              | clause "and" clause "." | clause "but" clause "."
@@ -6,16 +6,15 @@
     clause   = "the" ASPECT "was" ["not"] [INTENSIFIER] ADJECTIVE
     closing  = "we loved it ." | "i would return ." | "i would not return ." | ...
 
-A prompt names a place and the aspect its reader cares about:
+A prompt names a place and the aspect that its reader cares about:
 "cafe , mostly soup :".
 
-The gold reward reads a review as a person does, by composition and not by counting
-words (after the lexicon method of Taboada et al. 2011): an adjective has a value, and
-for some the sign hangs on the aspect ("a cold beer", "a cold soup"); an intensifier
-scales it; "not" turns it round and weakens it ("not awful" is faint praise); what
-follows "but" weighs double and what follows "although" half; the aspect that the prompt
-asks for weighs double.  The reward is the weighted mean over the clauses, and any text
-outside the grammar gets the lowest reward there is.
+The gold reward is compositional rather than a word count (after the lexicon method of
+Taboada et al. 2011).  Each adjective has a value, whose sign may depend on the aspect
+("a cold beer", "a cold soup").  An intensifier scales the value, and "not" reverses and
+weakens it ("not awful" is faint praise).  A clause after "but" has double weight, a
+clause after "although" half, and the aspect in the prompt double.  The reward is the
+weighted mean over the clauses.  Text outside the grammar gets the lowest reward.
 """
 
 import json

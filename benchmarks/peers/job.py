@@ -1,6 +1,6 @@
-"""What one process of `benchmarks.step` is told, and what it says when it is done.
+"""Input and output of one process of `benchmarks.step`.
 
-The standard library alone: every system's own environment runs this.
+Uses only the standard library, because it runs in the environment of every system.
 """
 
 import dataclasses

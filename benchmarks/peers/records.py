@@ -1,4 +1,4 @@
-"""From the steps of all processes to one record a case and system."""
+"""From the steps of all processes to one record per case and system."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -174,7 +174,7 @@ def table(records: Sequence[Mapping]) -> str:
             f"{r['case']:14} {r['system']:8} {r['pairs_per_second']:8.3f}"
             f" {quartiles:>15} {r['seconds_per_step']:8.2f}"
             f" {r['pairs_per_step']:6.1f} {r['peak_mib']:7.0f}"
-            f" {100 * r['utilization']:5.1f} %"
+            f" {100 * r['utilization']:5.1f}%"
         )
     for r in ratios(records):
         low, high = r["speed_spread"]

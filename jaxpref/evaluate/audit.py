@@ -119,8 +119,8 @@ def run(config: AuditConfig) -> Audit:
     if len(rows) < len(pairs):
         twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
         raise InputError(
-            f"{config.data} row {pairs.rows[twice] + 1}: has several traces per answer, "
-            "but an audit judges each record once; keep a single trace"
+            f"{config.data} row {pairs.rows[twice] + 1}: has several traces per answer;"
+            " an audit judges each record once, so keep only one trace"
         )
     print(f"{config.data}: {plan.describe()}", flush=True)
     out = _open_out(config, pairs)

@@ -138,6 +138,6 @@ def _reason(margins: np.ndarray, interval: tuple[float, float]) -> str:
         )
     return (
         f"{len(margins)} labels are compatible with any flip rate from "
-        f"{interval[0]:.2f} to {interval[1]:.2f}, as a weak model and wrong labels look "
+        f"{interval[0]:.2f} to {interval[1]:.2f}: a weak model and wrong labels look "
         "alike; more pairs, a better model, or several votes per pair would help"
     )

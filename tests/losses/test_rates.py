@@ -164,7 +164,7 @@ def test_bias_does_not_fall_with_n(name, rate):
 def test_corrected_error_falls_as_one_over_root_n(name, rate):
     """P17: a log-log slope of -1/2, and ||theta - theta*|| near 0 in the end.
 
-    A mean error over 12 draws is off by some 9 % (a spread of 0.3 of the mean over root
+    A mean error over 12 draws is off by some 9% (a spread of 0.3 of the mean over root
     12), which over a factor of 16 in n is 0.05 in the slope; three times that is
     allowed.
     """

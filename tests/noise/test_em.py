@@ -315,7 +315,7 @@ def test_interval_of_annotators_without_votes_is_the_prior():
 
 
 def test_intervals_cover_what_they_say():
-    """1000 annotators with 100 votes: 95 % of the intervals; counts fall far short."""
+    """1000 annotators with 100 votes: 95% of the intervals; counts fall far short."""
     ours, counted, _ = em_coverage(1, reliability=0.8, count=100)
     assert 0.93 <= ours <= 0.97
     assert counted < 0.85
