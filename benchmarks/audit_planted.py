@@ -46,22 +46,22 @@ from jaxpref.runtime.entry import entry_point
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlantedConfig:
-    """What this benchmark reads."""
+    """Options of this benchmark."""
 
     data: str
-    """Preference file; its labels count as right."""
+    """Preference file, whose labels are assumed to be right."""
     model: str
     """Model folder or hub id."""
     out: str
-    """Folder for the planted files, the audits and the table."""
+    """Folder for the files with planted flips, the audits, and the results."""
     flip_rate: float = 0.2
-    """Share of labels that are flipped."""
+    """Share of labels to flip."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Which pairs are flipped."""
+    """Seeds that select the flipped pairs."""
     half: Literal["development", "report", "both"] = "both"
-    """Prompts whose pairs are counted."""
+    """Half of the prompts on which the audit is measured."""
     alone: bool = False
-    """Audit only the pairs that are counted, instead of the whole file."""
+    """Audit only these prompts instead of the whole file."""
     max_length: int = 1024
     """As in `jaxpref audit`."""
     max_prompt_length: int | None = None
@@ -69,11 +69,11 @@ class PlantedConfig:
     folds: int = 5
     """As in `jaxpref audit`."""
     features: str | None = None
-    """Folder of cached features; OUT/features where not given."""
+    """Folder of cached features (default: OUT/features)."""
 
 
 def halves(source: data.Source) -> list[str]:
-    """The half of each record, by hash of its prompt; "" where it has no pair."""
+    """The half of each record, by hash of its prompt; "" if it has no pair."""
     found = []
     for row in range(len(source)):
         example = parse(source[row], source.location(row), sides=2, drop_empty=True)

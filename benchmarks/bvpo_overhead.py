@@ -62,24 +62,24 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OverheadConfig:
-    """What this benchmark reads."""
+    """Options of this benchmark."""
 
     model: Literal["stories260k", "smollm-135m-2-layers"] = "stories260k"
-    """Sizes; the weights are random."""
+    """Preset of sizes; the weights are random."""
     batch_size: int = 8
-    """Pairs a step, half of them with an empty trace."""
+    """Pairs per step, half of them with an empty trace."""
     prompt: int = 64
     """Tokens of every prompt."""
     completion: int = 64
     """Tokens of every completion."""
     probe_every: int = 16
-    """Steps of a block, one of which is probed."""
+    """Steps per block, one of which has a probe."""
     blocks: int = 9
     """Pairs of blocks."""
 
 
 def make_pairs(config: OverheadConfig, vocab_size: int) -> data.Pairs:
-    """Random pairs of one length, every other one with an empty trace."""
+    """Random pairs of equal lengths, every other one with an empty trace."""
     rng = np.random.default_rng(0)
     tokens = lambda count: rng.integers(3, vocab_size, count).tolist()
     builder = data.PairsBuilder(2)
@@ -90,7 +90,7 @@ def make_pairs(config: OverheadConfig, vocab_size: int) -> data.Pairs:
 
 
 def measure(config: OverheadConfig) -> np.ndarray:
-    """Seconds of every block, [2, 2, blocks]: by the clock and of the processors, with
+    """Seconds of every block, [2, 2, blocks]: wall-clock and CPU time, with
     "auto" and with 0.5."""
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -137,14 +137,14 @@ def measure(config: OverheadConfig) -> np.ndarray:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the overhead."""
     with entry_point():
         config = tyro.cli(OverheadConfig, description=__doc__)
         for name, (auto, fixed) in zip(("clock", "processors"), measure(config)):
             low, median, high = np.percentile(100 * (auto / fixed - 1), (25, 50, 75))
             step = 1000 * np.median(fixed) / config.probe_every
             print(
-                f"{config.model}, {name}: {step:.0f} ms a step, {median:+.1f}% with "
+                f"{config.model}, {name}: {step:.0f} ms per step, {median:+.1f}% with "
                 f"auto (quartiles {low:+.1f} to {high:+.1f}, {config.blocks} pairs)"
             )
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 def word_tokenizer(size: int):
-    """A tokenizer whose words are numbers, so that any tokens can be given as text."""
+    """A tokenizer whose words are numbers, so that any tokens can be passed as text."""
     vocab = {str(n): n for n in range(size)}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -36,7 +36,7 @@ def word_tokenizer(size: int):
 
 
 class Clock(transformers.TrainerCallback):
-    """The time at the end of every step."""
+    """Records the time at the end of every step."""
 
     def __init__(self):
         self.times = []
@@ -51,14 +51,14 @@ class Clock(transformers.TrainerCallback):
 
 
 class InOrder(trl.DPOTrainer):
-    """Pairs in the order in which they are given."""
+    """Keeps the order of the pairs."""
 
     def _get_train_sampler(self, *_):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def main() -> None:
-    """Trains, and prints."""
+    """Trains, and prints the results."""
     if JOB["folder"] is None:
         config = transformers.LlamaConfig(**JOB["config"])
         model = transformers.LlamaForCausalLM(config).float()

@@ -74,24 +74,24 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What is compiled."""
+    """Options of this benchmark."""
 
     model: Literal["smollm-135m-4-layers", "llama-0.6b-152k"] = "smollm-135m-4-layers"
-    """Sizes; the vocabulary is replaced."""
+    """Preset of sizes; its vocabulary is replaced."""
     vocabularies: tuple[int, ...] = (49152, 152064)
     """Sizes of the vocabulary."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """Tokens of a prompt and one of its answers; a quarter is the prompt."""
+    """Tokens of a prompt plus an answer; a quarter is the prompt."""
     layouts: tuple[Literal["packed", "padded"], ...] = ("packed",)
-    """Of ours: prompts once, or with each answer; a row holds one pair."""
+    """Our layouts: prompts once (packed) or per answer (padded); one pair per row."""
     pairs: int = 4
-    """Pairs of a batch."""
+    """Pairs per batch."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again."""
+    """What the backward pass recomputes."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products."""
     json: str | None = None
-    """File for the records."""
+    """JSON file for the results."""
     quick: bool = False
     """The largest vocabulary, up to 1,024 tokens."""
 
@@ -99,12 +99,12 @@ class MemoryConfig:
         if min(self.lengths) < 32 or self.pairs < 1 or min(self.vocabularies) < 8:
             raise InputError(
                 f"lengths {self.lengths}, pairs {self.pairs}, vocabularies "
-                f"{self.vocabularies}: give at least 32 tokens, 1 pair, 8 entries"
+                f"{self.vocabularies}: needs at least 32 tokens, 1 pair, 8 entries"
             )
 
 
 def random_batches(config: MemoryConfig, length: int, vocab_size: int):
-    """The same pairs in both layouts, without any padding."""
+    """The same pairs in both layouts, without padding."""
     quarter = length // 4
     sizes = [quarter, length - quarter, length - quarter]
     pairs = random_pairs(np.tile(sizes, (config.pairs, 1)), vocab_size=vocab_size)
@@ -115,13 +115,13 @@ def random_batches(config: MemoryConfig, length: int, vocab_size: int):
 
 
 def log_softmax_head(model: Model, params, hidden, predictors, targets) -> jax.Array:
-    """Log-probs [B, P] out of a [B, T, V] table of them."""
+    """Log-probs [B, P] from an array [B, T, V] of log-probs."""
     table = jax.nn.log_softmax(_logits(model, params, hidden))
     return jax.vmap(lambda row, p, t: row[p, t])(table, predictors, targets)
 
 
 def logsumexp_head(model: Model, params, hidden, predictors, targets) -> jax.Array:
-    """The same without a table beside the logits."""
+    """The same without an array of log-probs."""
     logits = _logits(model, params, hidden)
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jax.vmap(lambda row, p, t: row[p, t])(logits, predictors, targets)
@@ -129,7 +129,7 @@ def logsumexp_head(model: Model, params, hidden, predictors, targets) -> jax.Arr
 
 
 def no_head(model: Model, params, hidden, predictors, targets) -> jax.Array:
-    """Something of every hidden state, [B, P], that costs nothing."""
+    """A negligible function of every hidden state, [B, P]."""
     sums = jnp.sum(hidden, axis=-1, dtype=jnp.float32)
     return jax.vmap(lambda row, p: row[p])(sums, predictors)
 
@@ -142,7 +142,7 @@ def _logits(model: Model, params, hidden) -> jax.Array:
 def scores_with(
     head: Callable, model: Model, *, blockwise: bool = False
 ) -> ScoreFunction:
-    """Scores as those of `make_scores`, through another head; without a mesh.
+    """Scores like those of `make_scores`, with another head; without a mesh.
 
     `blockwise` has each padded sequence attended to as a packed row of one prompt.
     """
@@ -176,21 +176,21 @@ HEADS = {
     "logsumexp": lambda model: scores_with(logsumexp_head, model),
     "none": lambda model: scores_with(no_head, model),
 }
-"""In the rows of ours."""
+"""Heads for our rows."""
 PEERS = {
     "peers": lambda model: scores_with(log_softmax_head, model, blockwise=True),
     "thrifty": lambda model: scores_with(logsumexp_head, model, blockwise=True),
 }
-"""In the padded layout."""
+"""Heads for the padded layout."""
 AGAINST = (*PEERS, "log_softmax", "logsumexp")
-"""What ours is compared with."""
+"""Systems to compare with."""
 
 
 # ---- the measurement ---------------------------------------------------------------
 
 
 def temporaries(model: Model, scores: ScoreFunction, batch) -> int:
-    """Bytes of a compiled step's temporaries; nothing is run, and no weight made."""
+    """Bytes of a compiled step's temporaries; nothing is run or allocated."""
     step, new_state = make_step(model, scores)
     state = jax.eval_shape(lambda key: new_state(model.init(key)), jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
@@ -199,7 +199,7 @@ def temporaries(model: Model, scores: ScoreFunction, batch) -> int:
 
 
 def measure(config: MemoryConfig, sizes: ModelConfig, layout: str, length: int) -> dict:
-    """One record: MiB by name, and ours as a share of the others."""
+    """One record: MiB by name, and ours relative to the others."""
     model = build(
         dataclasses.replace(
             sizes, remat=config.remat, compute_dtype=config.compute_dtype
@@ -225,7 +225,7 @@ def measure(config: MemoryConfig, sizes: ModelConfig, layout: str, length: int) 
 
 
 def main(config: MemoryConfig) -> None:
-    """The table, row by row."""
+    """Prints the table."""
     vocabularies, lengths = config.vocabularies, config.lengths
     if config.quick:
         vocabularies = (max(vocabularies),)
@@ -253,8 +253,8 @@ def main(config: MemoryConfig) -> None:
     largest = max(vocabularies)
     ratios = [r["ratios"]["peers"] for r in records if r["vocabulary"] == largest]
     print(
-        f"vocabulary {largest}: {min(ratios):.2f} to {max(ratios):.2f} of the step of "
-        f"peers; at most a third in {np.mean(np.array(ratios) <= 1 / 3):.0%} of cases"
+        f"vocabulary {largest}: {min(ratios):.2f} to {max(ratios):.2f} of the peers' "
+        f"step; at most a third in {np.mean(np.array(ratios) <= 1 / 3):.0%} of cases"
     )
     if config.json is not None:
         setting = dataclasses.asdict(config) | {

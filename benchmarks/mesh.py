@@ -74,26 +74,26 @@ CLOCKS = {"clock": time.perf_counter, "processors": time.process_time}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshBenchmark:
-    """What is timed."""
+    """Options of this benchmark."""
 
     pairs: int = 16
-    """Pairs of a step, over all devices."""
+    """Pairs per step, over all devices."""
     prompt: int = 64
     """Tokens of every prompt."""
     completion: int = 64
     """Tokens of every completion."""
     steps: int = 10
-    """Steps that are timed in each turn; two before them compile and warm up."""
+    """Timed steps per turn, after two for compilation and warm-up."""
     turns: int = 3
     """Turns."""
     json: str | None = None
-    """File for the records."""
+    """JSON file for the results."""
     quick: bool = False
-    """One turn of three steps, and the smaller model alone."""
+    """One turn of three steps with the smaller model only."""
 
 
 def measure(config: MeshBenchmark, model_name: str, mesh_name: str) -> dict:
-    """Median seconds of a step by each clock, in a process with its own devices."""
+    """Median wall-clock and CPU seconds of a step, in a separate process."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     virtual = "--xla_force_host_platform_device_count="
     flags = [flag for flag in flags if not flag.startswith(virtual)]
@@ -107,13 +107,13 @@ def measure(config: MeshBenchmark, model_name: str, mesh_name: str) -> dict:
         text=True,
     )
     if done.returncode:
-        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"{model_name}, {mesh_name}: {told}")
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"{model_name}, {mesh_name}: {message}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
-    """Prints what `measure` reads."""
+    """Prints JSON for `measure`."""
     model = build(MODELS[model_name])
     sizes = np.tile(
         [config.prompt, config.completion, config.completion], (config.pairs, 1)
@@ -135,7 +135,7 @@ def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
 
 
 def main(config: MeshBenchmark) -> list[dict]:
-    """All layouts in turns; a record for each model and mesh."""
+    """Measures all layouts in turns; returns a record per model and mesh."""
     if config.quick:
         config = dataclasses.replace(config, steps=3, turns=1)
     models = list(MODELS)[: 1 if config.quick else None]
@@ -166,14 +166,14 @@ def main(config: MeshBenchmark) -> list[dict]:
 
 def describe(record: dict) -> str:
     """One line."""
-    told = [f"{record['model']}, {record['mesh']}:"]
+    lines = [f"{record['model']}, {record['mesh']}:"]
     for clock in CLOCKS:
         found = record[clock]
-        told.append(f"{1000 * np.median(found['seconds']):.0f} ms by the {clock}")
+        lines.append(f"{1000 * np.median(found['seconds']):.0f} ms by the {clock}")
         if record["mesh"] != UNSHARDED:
             low, middle, high = np.quantile(found["overhead"], (0, 0.5, 1))
-            told[-1] += f" ({middle:+.0%}; {low:+.0%} to {high:+.0%})"
-    return f"{told[0]} {', '.join(told[1:])}"
+            lines[-1] += f" ({middle:+.0%}; {low:+.0%} to {high:+.0%})"
+    return f"{lines[0]} {', '.join(lines[1:])}"
 
 
 if __name__ == "__main__":

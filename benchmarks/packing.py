@@ -34,7 +34,7 @@ from jaxpref.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Options of this benchmark."""
 
     model: str
     """Model folder or hub id."""
@@ -43,17 +43,17 @@ class Options:
     row_length: int = 1024
     """Tokens of a packed row."""
     max_length: int = 512
-    """Most tokens of prompt and completion together."""
+    """Maximum length of prompt plus completion, in tokens."""
     batch_size: int = 32
-    """Pairs a step; of packed rows on average."""
+    """Pairs per step; on average for packed rows."""
     max_pairs: int = 800
-    """Pairs that are read."""
+    """Maximum number of pairs to read."""
     steps: int = 12
-    """Of each layout."""
+    """Steps per layout."""
 
 
 def main(options: Options) -> None:
-    """Both layouts, in turns."""
+    """Trains both layouts, in turns."""
     folder = Path(resolve_folder(options.model))
     plan = data.make_plan(
         data.open_source(options.data),
@@ -105,8 +105,8 @@ def main(options: Options) -> None:
         rates, waste = np.array(rows).T
         low, middle, high = np.quantile(rates, [0.25, 0.5, 0.75])
         print(
-            f"{name}: {middle:.1f} pairs a second ({low:.1f} to {high:.1f}); "
-            f"{np.mean(waste):.2f} tokens computed for one that exists"
+            f"{name}: {middle:.1f} pairs per second ({low:.1f} to {high:.1f}); "
+            f"padding overhead {np.mean(waste):.2f}"
         )
 
 

@@ -23,14 +23,14 @@ from jaxpref.train.step import make_train_step
 
 
 class Step(NamedTuple):
-    """A jitted step, and the state it begins with, made of parameters."""
+    """A jitted step, and a function from parameters to the initial state."""
 
     step: Callable
     new_state: Callable
 
 
 def make_step(model: Model, scores: ScoreFunction | None = None) -> Step:
-    """DPO with AdamW, on the scores of a run unless others are given."""
+    """A DPO step with AdamW, on the usual scores unless others are given."""
     optimizer = OptimizerConfig()
     schedule = make_schedule(optimizer, 1000)
     tx = make_optimizer(optimizer, schedule)
@@ -56,12 +56,12 @@ def random_pairs(sizes: np.ndarray, *, vocab_size: int, seed: int = 0) -> data.P
 
 
 def reference_of(pairs: data.Pairs) -> dict[str, np.ndarray]:
-    """Stored reference log-probs; zeros cost what true ones do."""
+    """Stored reference log-probs; zeros take as long as real ones."""
     return {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
 
 
 def padded_batch(pairs: data.Pairs) -> data.PreferenceBatch:
-    """All the pairs as one batch, a pair a row."""
+    """All pairs as one batch, one pair per row."""
     return collate(
         pairs,
         np.arange(len(pairs))[None],
@@ -71,7 +71,7 @@ def padded_batch(pairs: data.Pairs) -> data.PreferenceBatch:
 
 
 def packed_batch(pairs: data.Pairs, *, row_length: int) -> data.PreferenceBatch:
-    """A batch of packed rows that holds about as many pairs as are given."""
+    """A batch of packed rows that holds approximately the given number of pairs."""
     shape = data.packed_shape(pairs, row_length=row_length, batch_size=len(pairs))
     batches = data.packed_batches(
         pairs, shape=shape, reference=reference_of(pairs), prefetch=0
@@ -80,7 +80,7 @@ def packed_batch(pairs: data.Pairs, *, row_length: int) -> data.PreferenceBatch:
 
 
 def pair_a_row_batch(pairs: data.Pairs) -> data.PreferenceBatch:
-    """All the pairs as one batch of packed rows, each as long as the longest pair."""
+    """All pairs as one batch of packed rows as long as the longest pair."""
     tokens, _ = lengths(pairs)
     shape = data.packed_shape(
         pairs, row_length=int(tokens.max()), batch_size=len(pairs)

@@ -70,28 +70,28 @@ Axis = Literal["length", "pairs", "layers", "vocabulary", "devices"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """What is timed.  Along an axis all other sizes are the single ones."""
+    """Options of this benchmark.  Along an axis, the other sizes are fixed."""
 
     axes: tuple[Axis, ...] | None = None
-    """What grows: by default all, in a quick run length and pairs."""
+    """Axes to scale (default: all; length and pairs in a quick run)."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    """Tokens of a pair's row: a seventh is the prompt, three for each answer."""
+    """Tokens per row: a seventh for the prompt, three sevenths for each answer."""
     counts: tuple[int, ...] = (1, 2, 4, 8)
-    """Pairs of a step."""
+    """Pairs per step."""
     depths: tuple[int, ...] = (1, 2, 4, 8)
     """Layers."""
     vocabularies: tuple[int, ...] = (4096, 8192, 16384, 32768)
     """Sizes of the vocabulary."""
     devices: tuple[int, ...] = (1, 2, 4)
-    """Virtual devices, over which the rows and weights are spread (fsdp)."""
+    """Numbers of virtual devices, over which rows and weights are sharded (fsdp)."""
     length: int = 512
-    """On the other axes."""
+    """Value for the other axes."""
     pairs: int = 1
-    """On the other axes, but as many as the most devices where there are several."""
+    """Value for the other axes; for devices, the largest number of devices."""
     layers: int = 4
-    """On the other axes."""
+    """Value for the other axes."""
     vocabulary: int = 8192
-    """On the other axes."""
+    """Value for the other axes."""
     hidden: int = 576
     """Width: three query heads of 64 for each key head, the MLP 8/3 as wide."""
     turns: int = 3
@@ -100,7 +100,7 @@ class ScalingConfig:
     """Seconds by the clock, or of all processors together, which other work on the
     machine disturbs less."""
     json: str | None = None
-    """File for the records."""
+    """JSON file for the results."""
     png: str | None = None
     """File for the figure."""
     quick: bool = False
@@ -185,7 +185,7 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
 def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     """Runs the attention of all layers of a step, forward and backward."""
     c, segments = model.config, jnp.asarray(batch.segments[0, :, 0])
-    q, k, v, slopes = (
+    q, k, v, cotangents = (
         jax.random.normal(key, (c.num_layers, *segments.shape, heads, c.head_dim))
         for key, heads in zip(
             jax.random.split(jax.random.key(0), 4),
@@ -193,16 +193,16 @@ def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
         )
     )
 
-    def total(q, k, v, slopes):
+    def total(q, k, v, cotangents):
         # Stacked and scanned, so that as much is kept for the backward pass.
         def layer(_, x):
             return None, packed_attention(*x, segments // PARTS, segments % PARTS)
 
         _, out = jax.lax.scan(layer, None, (q, k, v))
-        return jnp.sum(out * slopes)
+        return jnp.sum(out * cotangents)
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    return lambda: jax.block_until_ready(gradient(q, k, v, slopes))
+    return lambda: jax.block_until_ready(gradient(q, k, v, cotangents))
 
 
 CLOCKS = {"wall": time.perf_counter, "processors": time.process_time}

@@ -94,10 +94,10 @@ CHECK_PAIRS, CHECK_TOKENS, CHECK_STEPS = 4, 64, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Options of this benchmark."""
 
     json: str
-    """File for the records."""
+    """JSON file for the results."""
     cases: str = ",".join(CASES)
     """Which, with commas."""
     systems: str = ",".join(SYSTEMS)
@@ -275,7 +275,7 @@ def default_model(options: Options) -> Path:
 
 
 def measure_rates(options, pythons, folder: Path, bar) -> dict[str, float]:
-    """FLOP a second of a float32 matrix product, best of rounds, by library."""
+    """FLOP per second of a float32 matrix product, best of rounds, by library."""
     scripts = {"jax": ("jaxpref", sys.executable)}
     for system in ("torch", "trl"):
         if system in pythons:
@@ -343,8 +343,8 @@ def measure(
     )
     checked = dict(take(check, "check"))
     if checked:
-        told = disagreements(checked)
-        written["disagreements"] += [f"{case.name}: {line}" for line in told]
+        differences = disagreements(checked)
+        written["disagreements"] += [f"{case.name}: {line}" for line in differences]
     for number, pairs in enumerate(listed):
         write_pairs(job, pairs)
         for system, found in take(job, f"round {number + 1}"):

@@ -142,7 +142,7 @@ def write_report(config: AlignConfig, arms: Sequence[str], out: Path) -> None:
 
 
 def train_config(config: AlignConfig, objective, out: Path) -> TrainConfig:
-    """One run of the engine."""
+    """The config of one training run."""
     return TrainConfig(
         model=config.model,
         data=config.data,

@@ -119,32 +119,32 @@ from jaxpref.noise import em, peer
 from jaxpref.runtime.entry import entry_point
 
 ENOUGH = 30
-"""Votes of a worker whose agreement with gold is worth a rank."""
+"""Minimum number of votes of a worker to be ranked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything that decides the result; chosen on the questions held back."""
+    """All settings that determine the result; chosen on the development questions."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     dimensions: int = 200
     plain_scale: float = 0.03
-    """Prior variance of the text weights of models of text alone."""
+    """Prior variance of the text weights in text-only models."""
     scale: float = 0.3
-    """The same of the joint model."""
+    """The same for the joint model."""
     spread: float = 30.0
-    """Prior variance of what is an argument's own, in the joint model."""
+    """Prior variance of an argument's individual effect in the joint model."""
     smoothing: float = 0.1
     prior: tuple[float, float] = (9.0, 1.0)
-    """Right and wrong votes that every worker is given."""
+    """Right and wrong pseudo-votes of every worker."""
     trust: tuple[float, float, float] = (1.0, 1.0, 0.25)
-    """What the joint model's margin counts in the E-step: with one vote, two, all."""
+    """Weight of the joint model's margin in the E-step with one, two, and all votes."""
     rounds: int = 10
-    """Of the joint model: strengths, then reliabilities."""
+    """Alternations of the joint model: strengths, then reliabilities."""
     folds: int = 5
     reviews: int = 4
-    """Times that CRM's two models choose each other's pairs; three until all are
-    dropped that shall be."""
+    """Rounds in which CRM's two models select each other's pairs; three until all are
+    dropped that should be."""
 
 
 REGIMES = {"one vote a pair": 1, "two votes a pair": 2, "all votes": 5}
@@ -172,29 +172,29 @@ class Votes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much of the experiment to run."""
+    """Options of the experiment."""
 
     out: str | None = None
-    """Folder for results; without it runs/annotators, with _smoke behind."""
+    """Output folder (default: runs/annotators, with the suffix _smoke)."""
     data: str = "../shared/data/ukpconvarg1_votes.jsonl.gz"
     """UKPConvArg1 with single votes."""
     smoke: bool = False
-    """Only see that it works: one seed, few directions, numbers that mean little."""
+    """A sanity check: one seed, few components, and meaningless numbers."""
 
 
 def see(world: World, votes: int, *, seed: int) -> Votes:
-    """A draw of the votes, at most so many a pair."""
+    """A random sample of the votes, with a maximum number per pair."""
     seen = ukp.draw(world, votes, seed=seed)
     pair, item = np.unique(world.pairs[seen], return_inverse=True)
     at = world.topics[pair], world.first[pair], world.second[pair]
     return Votes(at, pair, item, world.workers[seen], world.signs[seen])
 
 
-# ---- methods: what they make of the votes they see ---------------------------------
+# ---- methods -----------------------------------------------------------------------
 
 
 def learn_from(seen: Votes, features, soft, weights, protocol: Protocol) -> np.ndarray:
-    """Margins of pairs under Bradley-Terry models of text that never saw their topic.
+    """Margins of pairs under Bradley-Terry text models trained on other topics.
 
     `soft` [P'] is what the pairs are labeled, as a probability that the first is
     better, and `weights` [P'] how many labels it stands for; features are [T, S, D].
@@ -208,7 +208,7 @@ def learn_from(seen: Votes, features, soft, weights, protocol: Protocol) -> np.n
 
 
 def text_model(seen: Votes, features, soft, weights, protocol: Protocol) -> Strengths:
-    """Logistic Bradley-Terry on the text alone; arguments as `learn_from`."""
+    """Logistic Bradley-Terry on the text alone; arguments as in `learn_from`."""
     scale = np.sqrt(protocol.plain_scale)
     x = strengths.fit(
         features * scale,
@@ -249,7 +249,7 @@ def reviewed_model(
 
 
 def crossed(train, features, at, *, folds: int) -> np.ndarray:
-    """Margins by text alone, each fold of topics by `train(pairs outside it)`."""
+    """Text-only margins; each fold of topics uses `train(pairs outside it)`."""
     margin = np.zeros(len(at[0]))
     for fold in range(folds):
         held = at[0] % folds == fold
@@ -259,7 +259,7 @@ def crossed(train, features, at, *, folds: int) -> np.ndarray:
 
 
 def reliabilities(seen: Votes, margin, num_workers: int, prior, where=None) -> em.Fit:
-    """EM over the votes; with margins of 0 it is Dawid and Skene's, without text."""
+    """EM over the votes; with margins of 0, Dawid and Skene's method without text."""
     return em.fit(
         (margin[seen.item] * seen.sign).astype(np.float32),
         seen.worker,
@@ -285,7 +285,7 @@ def pair_logits(seen: Votes, fit: em.Fit, where=None) -> np.ndarray:
 def learn_jointly(
     seen: Votes, features, num_workers: int, protocol: Protocol, trust, trains=None
 ) -> tuple[Strengths, em.Fit, np.ndarray]:
-    """Strengths and reliabilities from each other, in turns.
+    """Alternates between fitting strengths and reliabilities.
 
     What a pair's margin is to the E-step comes from all votes but its own: the pair's
     own evidence is taken out of the posterior (the cavity of Laplace's approximation),
@@ -322,25 +322,25 @@ def learn_jointly(
     return x, fit, outside
 
 
-# ---- what is measured ---------------------------------------------------------------
+# ---- measurements -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """What methods are held against; they never see it."""
+    """Ground truth for evaluation, which the methods never see."""
 
     gold: np.ndarray
-    """int [P]; 0 where there is none, or it was used to choose settings."""
+    """int [P]; 0 if unknown, or if used to choose settings."""
     ranked: np.ndarray
     """bool [K]; workers with enough votes on these pairs."""
     agreement: np.ndarray
     """float [K]; share of a worker's votes that agree with gold."""
     without: np.ndarray
-    """float [K]; the same with a gold that the worker's own votes do not enter."""
+    """float [K]; the same with a gold that excludes the worker's own votes."""
 
 
 def make_judge(world: World) -> Judge:
-    """Agreement with gold, and with what the other workers' votes say.
+    """Agreement with gold, and with the other workers' votes.
 
     Gold was estimated from these votes, so a worker agrees with it in part because it
     is made of the worker's votes.  `without` asks Dawid and Skene's estimate from all
@@ -364,7 +364,7 @@ def make_judge(world: World) -> Judge:
 
 
 def measure(seen: Votes, judge: Judge, *, held_out=None, logits=None, reliability=None):
-    """Numbers of one method, from what it gives.
+    """Results of one method.
 
     `held_out` are margins of pairs by a model that never saw their topic, [P'];
     `logits` of "the first is better" judge the votes, [P'], and `reliability` the
@@ -390,7 +390,7 @@ def measure(seen: Votes, judge: Judge, *, held_out=None, logits=None, reliabilit
 
 
 def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
-    """Every method on one draw of the votes: {method: numbers}, and the joint fit."""
+    """All methods on one draw of the votes: {method: results}, and the joint fit."""
     count = len(world.names)
     seen = see(world, REGIMES[regime], seed=seed)
     trust = protocol.trust[list(REGIMES).index(regime)]
@@ -450,7 +450,7 @@ def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
     logits, eta = pair_logits(seen, fit), np.asarray(fit.reliability)
     note("EM, jointly", held_out=margin, logits=logits, reliability=eta)
 
-    # What nobody has: gold itself, of all topics but the one that is judged.
+    # The oracle: gold itself, of all topics but the judged one.
     gold = world.gold[seen.pair]
     margin = learn(features, (1 + gold) / 2, (gold != 0).astype(float))
     judged = judge.gold[seen.pair][seen.item] != 0
@@ -466,7 +466,7 @@ def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
 
 
 def main(options: Options) -> None:
-    """From the votes to the report."""
+    """Runs the whole experiment and writes the report."""
     started = time.perf_counter()
     protocol, out = Protocol(), Path(options.out or "runs/annotators")
     if options.smoke:
@@ -520,7 +520,7 @@ def main(options: Options) -> None:
 
 
 def workers_of(fit: em.Fit, judge: Judge) -> list[dict]:
-    """Learned reliability with its interval beside agreement, of ranked workers."""
+    """Learned reliability with its interval, and agreement, for ranked workers."""
     columns = {
         "reliability": fit.reliability,
         "lower": fit.lower,

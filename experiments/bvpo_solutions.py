@@ -36,7 +36,7 @@ from jaxpref.objectives.trace_mixture import AUTO, bvpo
 from jaxpref.train import OptimizerConfig, TrainConfig, from_loss, read_metrics, run
 
 SKETCH = 512
-"""Random projections that stand for a gradient: squared norms within 6%."""
+"""Size of gradient sketches; squared norms are within 6%."""
 REDRAWS = 400
 LONGEST = 512
 
@@ -139,7 +139,7 @@ def measure(
 
 
 def variances(model, params, pairs: Pairs, references, *, beta: float) -> dict:
-    """Of the gradient of one batch of all questions, one resampled trace each."""
+    """Gradient variance of a batch of all questions with one resampled trace each."""
     rows = pairs.rows[~pairs.empty]
     sketches = np.stack(
         [
@@ -167,7 +167,7 @@ def variances(model, params, pairs: Pairs, references, *, beta: float) -> dict:
 
 
 def _rows(pairs: Pairs):
-    """Tokens [2, T], prompt's length and whole lengths [2] of every pair."""
+    """Tokens [2, T], prompt length, and total lengths [2] of every pair."""
     width = -(-pairs.longest // 64) * 64
     for n in range(len(pairs)):
         tokens = np.zeros((2, width), np.int32)

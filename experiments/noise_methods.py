@@ -336,7 +336,7 @@ def measured(protocol: Protocol, folder: Path, reference: Path, *, seed: int) ->
     """Gold reward, KL, and share of malformed samples of a policy."""
     sizes = protocol.world(protocol.pairs)
     found = base.measure(sizes, folder, reference, seed=seed)
-    return {name: found[name] for name in ("reward", "kl", "broken")}
+    return {name: found[name] for name in ("reward", "kl", "malformed")}
 
 
 def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> dict:

@@ -38,7 +38,7 @@ def add_share_of_known(records: list[dict], start: float, known: str) -> None:
 
 
 def make_table(records: list[dict], title: str) -> report.Table:
-    """One row a method: mean and standard deviation over seeds."""
+    """One row per method: mean and standard deviation over seeds."""
     rows = []
     for name in dict.fromkeys(r["method"] for r in records):
         runs = of(records, method=name)
@@ -64,7 +64,7 @@ def make_table(records: list[dict], title: str) -> report.Table:
 
 
 def draw_rewards(path: Path, records: list[dict], start: float, pairs: int) -> None:
-    """Reward against flip rate, a line a method and a panel a kind of noise."""
+    """Reward against flip rate: one line per method, one panel per kind of noise."""
     records = of(records, pairs=pairs)
     noises = list(dict.fromkeys(r["noise"] for r in records if r["rate"]))
     methods = list(dict.fromkeys(r["method"] for r in records))

@@ -203,21 +203,20 @@ def begin(protocol: Protocol, out: Path) -> bool:
         write_json(path, asked)
         return True
     try:
-        begun = dict(json.loads(path.read_text()))
+        before = dict(json.loads(path.read_text()))
     except ValueError as error:
         raise InputError(f"{path}: is not a protocol; use another --out") from error
-    names = sorted(n for n in begun | asked if begun.get(n) != asked.get(n))
+    names = sorted(n for n in before | asked if before.get(n) != asked.get(n))
     if names:
-        changes = (f"{n} was {begun.get(n)}, is {asked.get(n)}" for n in names)
+        changes = (f"{n} was {before.get(n)}, is {asked.get(n)}" for n in names)
         raise InputError(
-            f"{out}: was begun with another protocol ({'; '.join(changes)}); "
-            "use another --out"
+            f"{out}: has another protocol ({'; '.join(changes)}); use another --out"
         )
     return False
 
 
 def main(options: Options) -> None:
-    """The experiment, from nothing to the report."""
+    """Runs the whole experiment and writes the report."""
     if jax.process_count() > 1:
         raise InputError("this experiment is small: run it in one process")
     protocol, out, estimate = choose(options)
@@ -240,7 +239,7 @@ def main(options: Options) -> None:
     clock("pairs sampled")
 
     records, curves = [], []
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for done, (seed, arm) in enumerate((s, a) for s in protocol.seeds for a in arms):
         folder = out / "runs" / f"{arm.folder}-{seed}"
         export = run(preference_run(protocol, arm, seed, reference, out, folder))
@@ -249,7 +248,7 @@ def main(options: Options) -> None:
         records.append({"arm": arm.name, "seed": seed, **measured})
         lines = read_metrics(folder / "metrics.jsonl")
         curves += [{"arm": arm.name, "seed": seed, **line} for line in lines]
-        left = (time.perf_counter() - begun) / (done + 1) * (runs - done - 1)
+        left = (time.perf_counter() - started) / (done + 1) * (runs - done - 1)
         reward, kl = measured["reward"], measured["kl"]
         clock(
             f"run {done + 1} of {runs}: {arm.name}, seed {seed}: reward {reward:.2f}, "
@@ -266,7 +265,7 @@ def main(options: Options) -> None:
         records=records,
         frontier=frontier,
         curves=curves,
-        # What an earlier process did is not in this one's time.
+        # Work of an earlier process is not included in the time.
         seconds=time.perf_counter() - started if new else None,
         about=__doc__,
     )
@@ -276,7 +275,7 @@ def main(options: Options) -> None:
 
 
 def train_reference(protocol: Protocol, out: Path) -> Path:
-    """Makes a randomly initialized model folder and trains it; returns the export."""
+    """Trains a randomly initialized model and returns the folder of its export."""
     start, reviews = out / "world" / "untrained", out / "world" / "reviews.jsonl"
     if not start.is_dir():
         tokenizer = out / "world" / "tokenizer"
@@ -323,7 +322,7 @@ def train_reference(protocol: Protocol, out: Path) -> Path:
 
 
 def write_pairs(path: Path, reference: Path, count: int, *, seed: int, mesh):
-    """Writes pairs with clean labels, if not there (the flips are made in training)."""
+    """Writes pairs with clean labels, if missing (labels are flipped in training)."""
     if not path.exists():
         with jax.set_mesh(mesh):
             rows = make_pairs(reference, count, seed=seed)
@@ -332,7 +331,7 @@ def write_pairs(path: Path, reference: Path, count: int, *, seed: int, mesh):
 
 
 def make_pairs(reference: Path, count: int, *, seed: int) -> list[dict]:
-    """`count` pairs of different reviews, their labels Bradley-Terry draws."""
+    """`count` pairs of different reviews with Bradley-Terry labels."""
     prompts = world.all_prompts()
     asked = [prompts[i % len(prompts)] for i in range(count)]
     texts, *_ = sample(reference, asked * 2, seed=seed)
@@ -354,13 +353,13 @@ def make_pairs(reference: Path, count: int, *, seed: int) -> list[dict]:
 
 
 def sample(folder: Path, prompts: list[str], *, seed: int, batch: int = 1024):
-    """Samples one completion a prompt: texts, tokens, length of prompts, lengths.
+    """Samples one completion per prompt: texts, tokens, prompt length, lengths.
 
     A text that did not end gets "<unk>" behind it, so that it is no review.
     """
     tokenizer, model, params = _load(folder)
     ids = {prompt: encode_prompt(tokenizer, prompt) for prompt in set(prompts)}
-    (length,) = set(map(len, ids.values()))  # every prompt of this world is as long
+    (length,) = set(map(len, ids.values()))  # all prompts have one length
     rows = [ids[prompt] for prompt in prompts]
     rows += rows[:1] * (-len(rows) % batch)
     drawn, lengths = [], []
@@ -390,7 +389,7 @@ def sample(folder: Path, prompts: list[str], *, seed: int, batch: int = 1024):
 
 
 def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
-    """The engine's config of one preference run."""
+    """The config of one preference training run."""
     return TrainConfig(
         model=str(reference),
         data=str(out / "world" / f"pairs-{seed}.jsonl"),
@@ -406,9 +405,9 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
         keep_checkpoints=1,
         logit_chunk=16,
         options=DataOptions(flip_rate=arm.flip_rate, flip_seed=seed),
-        # Gradients of every loss are cut to one norm, below what any of them has, and
-        # Adam's division is switched off by a large epsilon: momentum with steps of
-        # one length for all.  See "Optimizer" in the module's docstring.
+        # The gradients of every loss are clipped to a norm below all of theirs, and
+        # a large epsilon disables Adam's normalization: momentum with steps of
+        # constant length.  See "Optimizer" in the module's docstring.
         optimizer=OptimizerConfig(
             learning_rate=protocol.step_length / 0.1,
             max_grad_norm=0.1,
@@ -419,7 +418,7 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
 
 
 def measure(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> dict:
-    """Samples a policy: gold reward, KL to the reference, share of broken reviews.
+    """Samples a policy: gold reward, KL to the reference, share of malformed reviews.
 
     The KL is the sum over positions of the exact divergence between the next-token
     distributions, averaged over sampled completions (Monte-Carlo over prefixes only,
@@ -429,7 +428,7 @@ def measure(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> 
     asked = prompts * (protocol.evaluated_samples // len(prompts))
     texts, tokens, start, lengths = sample(folder, asked, seed=seed)
     rewards = [world.gold_reward(p, text) for p, text in zip(asked, texts)]
-    broken = [world.read_review(text.split()) is None for text in texts]
+    malformed = [world.read_review(text.split()) is None for text in texts]
     (_, model, params), (_, _, base) = _load(folder), _load(reference)
     inside = np.arange(tokens.shape[1] - start) < lengths[:, None]
     kl = divergence(model, params, base, tokens, inside, start=start)
@@ -437,7 +436,7 @@ def measure(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> 
         "reward": float(np.mean(rewards)),
         "reward_error": float(np.std(rewards) / np.sqrt(len(rewards))),
         "kl": float(jnp.mean(kl)),
-        "broken": float(np.mean(broken)),
+        "malformed": float(np.mean(malformed)),
         "words": float(np.mean(lengths) - 1),
         "samples": texts[:: len(asked) // 8][:8],
     }
@@ -454,7 +453,7 @@ def divergence(model, params, base, tokens, inside, *, start: int):
 
 
 def add_kept(records: list[dict], start: float) -> None:
-    """Adds `kept`: the gain over the reference, as a share of the clean run's."""
+    """Adds `kept`: the gain over the reference divided by that of the clean run."""
     clean = {r["seed"]: r["reward"] for r in records if r["arm"] == "DPO, no flips"}
     for record in records:
         gain = clean[record["seed"]] - start

@@ -35,7 +35,7 @@ CHUNK = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Language:
-    """The world's texts as token ids; all of a kind are as long.
+    """The world's texts as token ids; all of one kind have the same length.
 
     Told apart by identity, so that `jax.jit` takes one as a static argument.
     """
@@ -72,7 +72,7 @@ def read_language(tokenizer: Any) -> Language:
 
 
 def completion_logps(model, params, tokens, *, start: int) -> jax.Array:
-    """Log-probs of tokens[:, start:] given what is before, [N] of tokens [N, T]."""
+    """Log-probs [N] of tokens[:, start:] given the tokens before; tokens [N, T]."""
     logps = jax.nn.log_softmax(model.logits(params, tokens)[:, start - 1 : -1])
     targets = tokens[:, start:, None]
     return jnp.sum(jnp.take_along_axis(logps, targets, axis=-1)[..., 0], axis=1)
@@ -130,7 +130,7 @@ def _answer_logps(model, params, language, prompts):
 
 
 def expected_rewards(joint, empty, rewards) -> dict[str, float]:
-    """Exact mean gold reward over prompts, with traces and without, and their mass.
+    """Exact mean gold reward over prompts, with and without traces, and their mass.
 
     Args:
       joint: log pi(r, y|x), [n, R, M].
@@ -153,7 +153,7 @@ def expected_rewards(joint, empty, rewards) -> dict[str, float]:
 
 
 class Exact(NamedTuple):
-    """Of one pair with traces; gradients are flat, [P]."""
+    """Exact gradients of one pair with traces, flattened to [P]."""
 
     marginal: jax.Array
     """The gradient of l_m."""
@@ -200,7 +200,7 @@ def exact(model, params, language: Language, pairs, base_logps, *, beta) -> Exac
             sides = jnp.einsum("sr,srp->sp", now, grads)
             return -jax.nn.sigmoid(-gap(lse(logps) - lse(base))) * gap(sides)
 
-        # The loss of every two traces, of which each is drawn from the reference's.
+        # The loss of every pair of traces, each weighted by its reference probability.
         weight = jax.nn.sigmoid(-beta * (ratios[0][:, None] - ratios[1][None]))
         drawn = then[0][:, None] * then[1][None]
         sides = [drawn * weight, (drawn * weight).T]

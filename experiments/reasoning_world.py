@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 LARGEST = 4
-"""Of the numbers in a prompt."""
+"""Range of the numbers in a prompt."""
 NUMBERS = tuple(map(str, range(3 * LARGEST + 1)))
 """The answers; the first ones are also in prompts and traces."""
 NAMES = ("x", "y", "z")
@@ -66,7 +66,7 @@ def numbers(prompt: str) -> tuple[int, int, int]:
 
 
 def gold_reward(prompt: str, answer: str) -> float:
-    """1 if the answer is the right one, else 0, whatever text it is.
+    """1 if the answer is right, else 0; any text is accepted.
 
     Raises:
       ValueError: the prompt is not one of this world.
@@ -88,7 +88,7 @@ def slip(rng, right: int, careful: float, *, largest: int) -> int:
 
 
 def write_trace(rng, prompt: str) -> tuple[str, str]:
-    """A trace and the answer after it, as people write them here."""
+    """A careless trace and the answer after it."""
     values = dict(zip(NAMES, numbers(prompt)))
     first, second, third = map(str, rng.permutation(NAMES))
     most = 2 * LARGEST, 3 * LARGEST
@@ -119,14 +119,14 @@ def write_demonstrations(count: int, seed: int) -> list[dict]:
 
 
 def trace_pair(prompt: str, chosen: tuple[str, str], rejected: tuple[str, str]) -> dict:
-    """A record of a pair, its sides (trace, answer)."""
+    """The record of a pair from its sides (trace, answer)."""
     sides = {"chosen": chosen, "rejected": rejected}
     named = {k: {"trace": t, "answer": a} for k, (t, a) in sides.items()}
     return {"prompt": prompt, **named}
 
 
 def split_prompts() -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the 100 prompts that pairs are made of, and of 25 held out.
+    """Indices of 100 prompts for training pairs and of 25 held-out prompts.
 
     Every number is as often in each place of those held out as in all.
     """
@@ -136,7 +136,7 @@ def split_prompts() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_pairs(rng, joint, empty, prompts, count: int):
-    """Pairs of sampled answers of different reward, with traces and without.
+    """Pairs of sampled answers with different rewards, with and without traces.
 
     Args:
       rng: numpy's generator.
@@ -179,7 +179,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    # As tokens of their own they need no white space around them.
+    # As special tokens they need no whitespace around them.
     tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in MARKERS])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

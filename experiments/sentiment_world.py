@@ -25,7 +25,7 @@ import numpy as np
 PLACES = ("cafe", "hotel", "inn", "diner")
 ASPECTS = ("food", "service", "room", "coffee", "soup", "beer")
 
-# Values run from -2 to 2.  "warm" and "cold" depend on what they are said of.
+# Values are from -2 to 2.  "warm" and "cold" depend on the aspect.
 ADJECTIVES = (
     dict.fromkeys(("superb", "wonderful"), 2.0)
     | dict.fromkeys(("good", "nice"), 1.0)
@@ -46,7 +46,7 @@ SHARPNESS = 2.0
 """How surely people see a difference: they tell reviews one point apart right 88 times
 of 100, s(2).  It is finite, so that labels are soft and DPO's optimum is finite too."""
 WORST = -4.0
-"""The value of a text outside the grammar: that of the worst clause there is."""
+"""The value of text outside the grammar: that of the worst possible clause."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = (
