@@ -12,7 +12,7 @@ from benchmarks.peers.job import Job, Steps, read_pairs, write_steps
 from benchmarks.peers.records import (
     disagreements,
     ratios,
-    summarise,
+    summarize,
     table,
     useful_flops,
 )
@@ -72,7 +72,7 @@ def run_of(seconds, pairs, peak=100.0):
 
 def summary(system, runs, *, prompts, answers):
     lists = [(np.array(prompts), np.array(answers))] * len(runs)
-    return summarise("hh", system, runs, lists, tiny_config(), warmup=1, rate=1e9)
+    return summarize("hh", system, runs, lists, tiny_config(), warmup=1, rate=1e9)
 
 
 def test_a_record_has_medians_over_rounds():
@@ -87,7 +87,7 @@ def test_a_record_has_medians_over_rounds():
     assert record["pairs_per_step"] == 1 and record["steps"] == 6
     config = tiny_config()
     flops = counted(config, 4, (2, 2)) + counted(config, 8, (2, 2))
-    assert record["utilisation"] == pytest.approx(flops / 4 / 1e9)
+    assert record["utilization"] == pytest.approx(flops / 4 / 1e9)
     json.dumps(record)
 
 

@@ -67,7 +67,7 @@ def noisy_sentiment(*options, timeout):
     )
 
 
-FLIPPED = ["DPO, 40 % flips", "rDPO, 40 % flips", "forward DPO, 40 % flips"]
+FLIPPED = ["DPO, 40% flips", "rDPO, 40% flips", "forward DPO, 40% flips"]
 
 
 def test_noisy_sentiment_from_its_command_to_its_report(tmp_path):

@@ -42,9 +42,9 @@ def test_calibrated_margins_are_found_calibrated():
     rng = np.random.default_rng(0)
     margins = rng.normal(size=200_000) * 2
     right = rng.random(margins.shape) < 1 / (1 + np.exp(-margins))
-    labelled = np.where(right, margins, -margins)
-    assert evaluate.expected_calibration_error(labelled) < 0.005
-    assert evaluate.expected_calibration_error(3 * labelled) > 0.05
+    labeled = np.where(right, margins, -margins)
+    assert evaluate.expected_calibration_error(labeled) < 0.005
+    assert evaluate.expected_calibration_error(3 * labeled) > 0.05
 
 
 def test_extreme_margins_fill_the_last_bin():

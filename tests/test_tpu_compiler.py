@@ -41,13 +41,13 @@ T = 2048
 
 
 @pytest.fixture(autouse=True)
-def nobody_to_ask(monkeypatch):
-    """Unless told, the compiler asks the network what TPUs this machine has."""
+def no_metadata_server(monkeypatch):
+    """Without these variables, the compiler queries the network for TPUs."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another process that compiles
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling
     }.items():
         monkeypatch.setenv(name, value)
 
@@ -79,14 +79,14 @@ def test_the_packed_step_runs_splash_attention(topology):
     calls = re.findall(
         r"%splash_mha_(\w+?)_segmented\w*[.\d]* = .*tpu_custom_call", text
     )
-    # Forward a second time, as nothing of a layer is kept for the backward pass.
+    # Two forward calls, because the backward pass recomputes the layers.
     assert sorted(calls) == ["dkv", "dq", "fwd", "fwd"]
     loops = re.findall(r' while\(.*op_name="([^"]*)"', text)
     assert loops and not [name for name in loops if "shard_map" in name]
 
 
-def test_gradients_alone_cross_from_slice_to_slice():
-    """Each chip sends its own part of them, and sums of numbers; no weight."""
+def test_only_gradients_cross_between_slices():
+    """Each chip sends its own part of the gradients and scalar sums, but no weights."""
     model = build(ARCHITECTURE, NUMERICS)
     objective, config = from_loss(losses.cpo), OptimizerConfig()
     schedule = make_schedule(config, 100)
@@ -111,7 +111,7 @@ def test_gradients_alone_cross_from_slice_to_slice():
     assert groups
     for group in re.findall(r"\{([\d,]+)\}", " ".join(groups)):
         assert len({int(chip) // 16 for chip in group.split(",")}) == 1
-    # Between slices: what is handed to the runtime of their network.
+    # Between slices: the transfers handed to the runtime of the network.
     sent = re.findall(
         r"= \((\w+)\[([\d,]*)\].* send\(.*TRANSFER".replace(
             "TRANSFER", r"_xla_megascale_transfer_type=\"(\w+)\""
@@ -126,7 +126,7 @@ def test_gradients_alone_cross_from_slice_to_slice():
     )
     parts = [layer(x) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2]
     parts += [2 * layer(params["embed"]), 2 * layer(params["head"])]
-    # The compiler joins those of a layer, or not: no matrix is among them whole, and a
-    # chip's part of each is.
+    # The compiler may combine the transfers of a layer.  Each chip's part of every
+    # matrix is among them, but no whole matrix.
     assert sum(parts) <= sum(sizes) and max(sizes) <= sum(parts)
     assert sum(parts) < math.prod(params["layers"]["gate"].shape[1:])

@@ -1,4 +1,4 @@
-"""What is measured: real pairs or pairs of one length, a model of random weights."""
+"""Benchmark cases: real pairs or pairs of equal lengths, and a model to train."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A process of `benchmarks.step`: jaxpref, packed rows, stored reference."""
+"""A process of `benchmarks.step`: jaxpref with packed rows and a stored reference."""
 
 import dataclasses
 import functools

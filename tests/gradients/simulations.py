@@ -103,7 +103,7 @@ def errors(
     return abs(alpha - best), error(alpha) / error(best) - 1
 
 
-def realised(*, dimension, spectrum, ratios=RATIOS, draws=4, steps=4000, seed=0):
+def realized(*, dimension, spectrum, ratios=RATIOS, draws=4, steps=4000, seed=0):
     """Relative excess of the mixture itself, alpha of its own step or the one before.
 
     [2, ratios]; one step's estimate, nothing averaged.
@@ -154,7 +154,7 @@ def main() -> None:
                 print(f"  K {k:2}, {t:3} steps: {cells}", flush=True)
     print("excess of the mixture itself, K 4, 1 step: alpha of this step / the last")
     for dimension, spectrum in itertools.product((10, 1000), SPECTRA):
-        rows = realised(dimension=dimension, spectrum=spectrum)
+        rows = realized(dimension=dimension, spectrum=spectrum)
         cells = "  ".join(f"{own:.1%}/{last:.1%}" for own, last in rows.T)
         print(f"dimension {dimension}, {spectrum}: {cells}", flush=True)
 

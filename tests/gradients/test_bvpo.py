@@ -217,7 +217,7 @@ def some(seed, **changes):
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_running_averages(decay):
-    """Weighted means in numpy, weights decay^age normalised; alpha of the means."""
+    """Weighted means in numpy, weights decay^age normalized; alpha of the means."""
     steps = [some(seed) for seed in range(6)]
     average = bvpo.running(decay=decay)
     state = average.init()
@@ -302,7 +302,7 @@ def test_auto_mix_comes_first_in_a_chain():
 @pytest.mark.parametrize("spectrum", simulations.SPECTRA)
 @pytest.mark.parametrize(("dimension", "size"), [(10, None), (1000, None), (1000, 64)])
 def test_alpha_within_a_tenth_of_the_best(dimension, size, spectrum):
-    """K = 4, all used, ten steps averaged, where mixing gains 10 % over the ends."""
+    """K = 4, all used, ten steps averaged, where mixing gains 10% over the ends."""
     wrong, excess = simulations.errors(
         dimension=dimension,
         spectrum=spectrum,

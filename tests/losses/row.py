@@ -46,7 +46,7 @@ class Row:
     holds a part fixed in the gradient, the oracle has a keyword `frozen`: the arrays at
     which that part is computed."""
     defaults: dict = dataclasses.field(default_factory=dict)
-    """The paper's hyper-parameters; the signature must have the same."""
+    """The paper's hyperparameters, which the signature must match."""
     options: tuple[dict, ...] = ({},)
     """The grid; the last one is used where one setting is enough."""
     draw: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)

@@ -228,7 +228,7 @@ def test_what_is_read_for_one_answer_is_asked_for_the_other(row):
         np.testing.assert_allclose(mean, clean, rtol=1e-10)
 
 
-def test_rates_can_be_learnt():
+def test_rates_can_be_learned():
     with jax.enable_x64(True):
         arrays = on_device(arrays_of(FOUR, extreme=False), jnp.float64)
         for correction in (losses.unbiased, losses.forward_corrected):

@@ -34,7 +34,7 @@ def test_ranking_accuracy_counts_ties_as_the_paper_does():
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_idealized_ranking_is_that_of_the_optimum_of_dpo(beta):
-    """P11, Theorem 3.1: two answers a prompt, minimised by gradient descent."""
+    """P11, Theorem 3.1: two answers a prompt, minimized by gradient descent."""
     with jax.enable_x64(True):
         shares = jnp.array([0.99, 0.9, 0.8, 0.6, 0.55, 0.3])
         # One step past and one short of what each share can turn round.
@@ -56,10 +56,10 @@ def test_idealized_ranking_is_that_of_the_optimum_of_dpo(beta):
         difference = jax.lax.fori_loop(0, 2000, step, jnp.zeros(12))
         optimum = reference + logit(shares) / beta
         np.testing.assert_allclose(difference, optimum, rtol=1e-9, atol=1e-9)
-        learnt = losses.ranking_accuracy(*table(difference))
+        learned = losses.ranking_accuracy(*table(difference))
         ideal = losses.idealized_ranking_accuracy(*table(reference), shares, beta=beta)
-        np.testing.assert_array_equal(learnt, [1] * 6 + [0] * 6)
-        np.testing.assert_array_equal(ideal, learnt)
+        np.testing.assert_array_equal(learned, [1] * 6 + [0] * 6)
+        np.testing.assert_array_equal(ideal, learned)
 
 
 def test_idealized_ranking_of_unanimous_annotators():
@@ -78,7 +78,7 @@ def test_idealized_ranking_of_unanimous_annotators():
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_ranking_difficulty_is_the_loss_that_decides(beta):
-    """P11, Theorem 4.1: ranked as labelled exactly where DPO is at most this."""
+    """P11, Theorem 4.1: ranked as labeled exactly where DPO is at most this."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         logps = on_device(rng.uniform(-60, 0, (4, 4000)), jnp.float64)

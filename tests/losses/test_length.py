@@ -18,7 +18,7 @@ LD_DPO = next(row for row in ROWS if row.loss is losses.ld_dpo)
 R_DPO = next(row for row in ROWS if row.loss is losses.r_dpo)
 
 
-def test_one_token_needs_no_normalising():
+def test_one_token_needs_no_normalizing():
     with jax.enable_x64(True):
         arrays = on_device(arrays_of(R_DPO)[:4], jnp.float64)
         one = jnp.ones(PAIRS, jnp.int32)

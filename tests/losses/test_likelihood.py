@@ -23,7 +23,7 @@ def mpo(*logps):
 
 
 def test_a_weighted_sum_of_losses_is_a_loss():
-    """Mixed preference optimisation, against its formula and its parts' gradients."""
+    """Mixed preference optimization, against its formula and its parts' gradients."""
     arrays = arrays_of(RPO)
     pc, pr, rc, rr = arrays
     preference = -log_expit(0.1 * ((pc - rc) - (pr - rr)))

@@ -177,8 +177,8 @@ def test_rare_ties_are_bradley_terry(name, option):
         d, zero = jnp.linspace(-8, 8, 33), jnp.zeros(33)
         loss = getattr(losses, name)(d, zero, zero, **nearly)
         np.testing.assert_allclose(loss, losses.bradley_terry(d, zero), rtol=1e-6)
-        learnt = lambda value: getattr(losses, name)(d, zero, zero + 0.5, **value)
-        check_grads(jax.jit(learnt), ({option: 2.5},), order=1, modes=("rev",))
+        learned = lambda value: getattr(losses, name)(d, zero, zero + 0.5, **value)
+        check_grads(jax.jit(learned), ({option: 2.5},), order=1, modes=("rev",))
 
 
 def test_labels_may_be_integers():

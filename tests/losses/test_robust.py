@@ -52,7 +52,7 @@ def test_rdpo_and_cdpo_lean_opposite_ways(rate):
     np.testing.assert_allclose(unbiased, -smoothed, rtol=1e-10, atol=1e-10)
 
 
-MINIMISERS = {
+MINIMIZERS = {
     "dpo": lambda p, q, e: logit(q),
     "cdpo": lambda p, q, e: logit((1 - e) * q + e * (1 - q)),
     "rdpo": lambda p, q, e: logit(p),
@@ -60,14 +60,14 @@ MINIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", MINIMISERS)
+@pytest.mark.parametrize("name", MINIMIZERS)
 @pytest.mark.parametrize(
     ("p", "rate"), list(itertools.product([0.2, 0.8, 0.95], [0.1, 0.3, 0.4]))
 )
-def test_population_minimiser(name, p, rate):
+def test_population_minimizer(name, p, rate):
     """P3: where each loss ends up when P(w > l) = p and labels flip at `rate`."""
     observed = (1 - rate) * p + rate * (1 - p)
-    expected = MINIMISERS[name](p, observed, rate)
+    expected = MINIMIZERS[name](p, observed, rate)
     options = {"beta": 1.0} | ({} if name == "dpo" else {"flip_rate": rate})
     loss = functools.partial(getattr(losses, name), **options)
     grid = np.linspace(-6, 6, 24001)

@@ -60,7 +60,7 @@ def fit(data: Votes, *, dtype=np.float32, margins=None, **options) -> em.Fit:
 
 
 def log_likelihood(data: Votes, reliability, margins=None) -> float:
-    """The marginal log-likelihood in numpy, item by item, both truths spelt out."""
+    """The marginal log-likelihood in numpy, item by item, both truths spelled out."""
     margins = data.margins if margins is None else margins
     reliability = np.asarray(reliability, np.float64)
     total = 0.0
@@ -100,7 +100,7 @@ def covered(interval, truth) -> float:
 
 
 def em_coverage(seed, *, reliability, count, votes_per_item=1, annotators=1000):
-    """Of 95 % intervals of `annotators` alike: the grid's, the counts', Laplace's."""
+    """Of 95% intervals of `annotators` alike: the grid's, the counts', Laplace's."""
     who = np.tile(np.arange(annotators), count)
     if votes_per_item > 1:
         # An annotator votes once on an item, beside ever changing others.
@@ -156,7 +156,7 @@ ENDS = ("lower", "upper")
 
 def main() -> None:
     """The tables, in about seven minutes on two busy cores."""
-    print("coverage of 95 % intervals, 1000 annotators each: grid, counts, Laplace")
+    print("coverage of 95% intervals, 1000 annotators each: grid, counts, Laplace")
     for per_item, eta, count in itertools.product(
         (1, 5), (0.6, 0.8, 0.95), (10, 100, 1000)
     ):

@@ -91,7 +91,7 @@ def test_says_when_shape_does_not_tell():
 
 
 def test_votes_on_shared_items_tell_the_temperature():
-    """Five votes an item, four annotators: T within 5 %, reliabilities within 0.02."""
+    """Five votes an item, four annotators: T within 5%, reliabilities within 0.02."""
     four = np.array([0.95, 0.8, 0.6, 0.3])
     data = votes(4, reliability=four, items=6000, votes_per_item=5, spread=2.0)
     temperature, found = calibration.fit_temperature_and_reliability(

@@ -188,7 +188,7 @@ def test_wrong_scale_of_the_margins_biases():
 
 
 def test_fit_is_the_most_likely():
-    """Against scipy's optimum of a likelihood spelt out in numpy, with a prior."""
+    """Against scipy's optimum of a likelihood spelled out in numpy, with a prior."""
     data = votes(4, reliability=FOUR, items=80, votes_per_item=3, spread=1.0)
     a, b = 2.0, 0.5
 
@@ -315,7 +315,7 @@ def test_interval_of_annotators_without_votes_is_the_prior():
 
 
 def test_intervals_cover_what_they_say():
-    """1000 annotators with 100 votes: 95 % of the intervals; counts fall far short."""
+    """1000 annotators with 100 votes: 95% of the intervals; counts fall far short."""
     ours, counted, _ = em_coverage(1, reliability=0.8, count=100)
     assert 0.93 <= ours <= 0.97
     assert counted < 0.85
@@ -516,7 +516,7 @@ def test_wrong_options_are_refused():
         call(prior=(-1, 2))
     with pytest.raises(ValueError, match="num_annotators and max_iterations >= 1"):
         em.fit(z, who, num_annotators=0)
-    with pytest.raises(ValueError, match="prior of more than no votes"):
+    with pytest.raises(ValueError, match="prior with a . b > 0"):
         em.estimate(z, z, prior=(0, 0))
     with pytest.raises(TypeError, match="floating-point numbers, got int32"):
         em.posterior(jnp.zeros(3, int), 0.9)

@@ -1,6 +1,6 @@
 """Given tensors through TRL's own trainers, and the same tensors through jaxpref.
 
-A trainer is made without its constructor, which wants a model, a tokeniser and a data
+A trainer is made without its constructor, which wants a model, a tokenizer and a data
 set: it gets the attributes that its `compute_loss` reads, from the defaults of its own
 config class.  Its model is a stand-in that answers with numbers of the test's choosing,
 token log-probs or logits.  Everything after the model is TRL's own code.
