@@ -139,4 +139,7 @@ class Task:
 
     def with_remat(self, policy: str) -> "Task":
         """The same with another policy of recomputing activations."""
-        return dataclasses.replace(self, scorer=self.scorer.with_remat(policy))
+        scorer = self.scorer.with_remat(policy)
+        if scorer == self.scorer:  # the programs stay those that are compiled
+            return self
+        return dataclasses.replace(self, scorer=scorer)
