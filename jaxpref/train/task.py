@@ -140,6 +140,6 @@ class Task:
     def with_remat(self, policy: str) -> "Task":
         """The same with another policy of recomputing activations."""
         scorer = self.scorer.with_remat(policy)
-        if scorer == self.scorer:  # the programs stay those that are compiled
-            return self
+        if scorer == self.scorer:
+            return self  # and its compiled programs
         return dataclasses.replace(self, scorer=scorer)
