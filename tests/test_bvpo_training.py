@@ -374,7 +374,7 @@ def test_records_come_from_both_files(tmp_path):
     found = read(heldout=heldout)
     assert (found.train_sources, found.heldout_sources) == ((traces, empty), (heldout,))
     # With data of its own for evaluation, nothing is held out of the rest.
-    assert len(found.splits.train) == 6 + 6 + 6 and len(found.splits.heldout) == 6 + 6
+    assert len(found.splits.train) == 6 + 6 and len(found.splits.heldout) == 6 + 6
     assert set(found.splits.train.sources) == {0, 1}
 
 

@@ -46,7 +46,8 @@ def score_and_side(name: str) -> tuple[str, int | None]:
 
 def scores_read(names: Iterable[str]) -> frozenset[str]:
     """The scores among the names that a loss reads, without their sides."""
-    return frozenset(score_and_side(name)[0] for name in names) & DESCRIPTIONS.keys()
+    scores = (score_and_side(name)[0] for name in names)
+    return frozenset(name for name in scores if name in DESCRIPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def computed_scores(scores: frozenset[str]) -> frozenset[str]:
     live = bool(scores & NEED_REFERENCE_WEIGHTS)
     own = frozenset(n for n in scores if live or not n.startswith("reference_"))
     # Rewards and log-probabilities are logged whether or not the loss reads them.
-    return (own & TOKEN_SCORES.keys()) | {"policy_logps"}
+    return frozenset(own & TOKEN_SCORES.keys()) | {"policy_logps"}
 
 
 def stored_scores(scores: frozenset[str]) -> frozenset[str]:
