@@ -36,8 +36,8 @@ import numpy as np
 import tyro
 
 from jaxpref import data
-from jaxpref.data.formats import Example, parse, prompt_key
 from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.records import Example, parse, prompt_key
 from jaxpref.evaluate import audit
 from jaxpref.evaluate.flips import known_flips
 from jaxpref.files import write_json, write_whole

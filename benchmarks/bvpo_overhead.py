@@ -34,12 +34,12 @@ import tyro
 
 from jaxpref import data, losses
 from jaxpref.models import ModelConfig, build
-from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.objectives import bvpo, from_loss
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -78,14 +78,19 @@ class OverheadConfig:
     """Pairs of blocks."""
 
 
-def make_pairs(config: OverheadConfig, vocab_size: int) -> data.Pairs:
+def make_pairs(config: OverheadConfig, vocab_size: int) -> data.PreferenceDataset:
     """Random pairs of one length, every other one with an empty trace."""
     rng = np.random.default_rng(0)
     tokens = lambda count: rng.integers(3, vocab_size, count).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(64):
         completions = [tokens(config.completion) for _ in range(2)]
-        builder.add(tokens(config.prompt), completions, id=str(n), empty=n % 2 == 1)
+        builder.add(
+            tokens(config.prompt),
+            completions,
+            id=str(n),
+            columns={"empty_trace": n % 2 == 1},
+        )
     return builder.build()
 
 
@@ -100,10 +105,10 @@ def measure(config: OverheadConfig) -> np.ndarray:
         tx = make_optimizer(optimizer, schedule)
         pairs = make_pairs(config, model.config.vocab_size)
         reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batches = data.mixed_batches(
+        layout = data.padded_layout(pairs, batch_size=config.batch_size)
+        batches = layout.batches(
             pairs,
-            shape=data.batch_shape(pairs),
-            batch_size=config.batch_size,
+            data.mixture(pairs, 0),
             reference=reference,
         )
         batch = to_global(next(batches), mesh)
@@ -112,15 +117,15 @@ def measure(config: OverheadConfig) -> np.ndarray:
             objective = bvpo(
                 from_loss(losses.dpo), alpha=alpha, probe_every=config.probe_every
             )
-            scores = make_scores(model, objective.needs)
-            step = make_train_step(scores, objective, tx, schedule)
+            scorer = make_scorer(model, objective.scores)
+            step = make_train_step(scorer, objective, tx, schedule)
             new = jax.jit(functools.partial(init_state, tx=tx, objective=objective))
             runs.append([step, new(jax.jit(model.init)(jax.random.key(0)))])
 
         def block(run) -> np.ndarray:
             start = np.array([time.perf_counter(), time.process_time()])
             for _ in range(config.probe_every):
-                run[1], _ = run[0](run[1], batch)
+                run[1], _ = run[0](run[1], None, batch)
             jax.block_until_ready(run[1])
             return np.array([time.perf_counter(), time.process_time()]) - start
 

@@ -49,7 +49,7 @@ PROCESSES = 2
 SAVE_EVERY = 2
 NOTICED = 6
 """Steps until the processes have agreed on the one at which SIGTERM ends them."""
-TIMINGS = ("tokens_per_second", "pairs_per_second", "waiting")
+TIMINGS = ("tokens_per_second", "pairs_per_second", "data_wait_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

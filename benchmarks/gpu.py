@@ -59,7 +59,7 @@ from jaxpref.models.huggingface_config import config_to_hf
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import row_shards, to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, make_mesh
 
 PEAK_TFLOPS = {
@@ -173,7 +173,9 @@ def product_tflops(size: int, repeats: int = 5) -> float:
 # ---- the work ----------------------------------------------------------------------
 
 
-def make_pairs(config: GpuConfig) -> tuple[ModelConfig, data.Pairs, Path | None]:
+def make_pairs(
+    config: GpuConfig,
+) -> tuple[ModelConfig, data.PreferenceDataset, Path | None]:
     """The model's sizes, the pairs, and the model's folder where one was named."""
     if config.model is None:
         sizes = PRESETS["llama-3-1b"]
@@ -197,7 +199,7 @@ def make_pairs(config: GpuConfig) -> tuple[ModelConfig, data.Pairs, Path | None]
     folder = Path(resolve_folder(config.model))
     options = data.DataOptions(max_length=config.row_length // 2, heldout_fraction=0.0)
     tokenizer = data.load_tokenizer(folder)
-    plan = data.make_plan(data.open_source(config.data), tokenizer, options)
+    plan = data.make_splits(data.open_source(config.data), tokenizer, options)
     return load_config(folder), plan.train, folder
 
 
@@ -208,22 +210,29 @@ def quantiles(values) -> dict[str, float]:
 
 
 def measure(
-    config: GpuConfig, sizes: ModelConfig, pairs: data.Pairs, folder: Path | None
+    config: GpuConfig,
+    sizes: ModelConfig,
+    pairs: data.PreferenceDataset,
+    folder: Path | None,
 ) -> dict:
     """Our step on packed rows, batches made and placed as in a run."""
     sizes = dataclasses.replace(sizes, compute_dtype="bfloat16", remat=config.remat)
     model = build(sizes)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        shape = data.packed_shape(
+        layout = data.packed_layout(
             pairs,
             row_length=config.row_length,
             batch_size=config.batch_size,
-            parts=row_shards(mesh),
+            shards=row_shards(mesh),
         )
-        batches = data.packed_batches(pairs, shape=shape, reference=reference_of(pairs))
-        scores = make_scores(model, chunk_size=config.logit_chunk)
-        step, new_state = make_step(model, scores)
+        batches = layout.batches(
+            pairs, data.uniform(pairs, 0), reference=reference_of(pairs)
+        )
+        scorer = make_scorer(
+            model, frozenset({"policy_logps"}), chunk_size=config.logit_chunk
+        )
+        step, new_state = make_step(model, scorer)
         key = jax.random.key(0)
         if folder is None:
             params = jax.jit(model.init)(key)
@@ -240,7 +249,7 @@ def measure(
             for _ in range(config.steps):
                 batch = next(batches)
                 seen.append(batch)
-                state, metrics = step(state, to_global(batch, mesh))
+                state, metrics = step(state, None, to_global(batch, mesh))
             loss = float(metrics["loss"])  # waits for the last step
             seconds = time.perf_counter() - started
             if number < 2:
@@ -257,7 +266,7 @@ def measure(
     peak = stats.get("peak_bytes_in_use")
     return {
         "system": "jaxpref",
-        "rows": shape.rows,
+        "rows": layout.rows * layout.accumulation,
         "filled": float(np.mean(filled)),
         "peak_mib": None if peak is None else peak / 2**20,
     } | {name: quantiles(found) for name, found in rates.items()}

@@ -29,14 +29,14 @@ from jaxpref import data, losses
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     make_mesh,
     read_metrics,
     run,
@@ -80,22 +80,25 @@ def main(options: Options) -> None:
     chosen = data.DataOptions(
         max_length=options.max_length, max_pairs=options.max_pairs
     )
-    pairs = data.make_plan(
+    pairs = data.make_splits(
         data.open_source(options.data),
         data.load_tokenizer(Path(options.tokenizer or folder)),
         chosen,
     ).train
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    packed = data.packed_shape(
-        pairs, row_length=options.row_length, batch_size=options.batch_size
-    )
+    size = options.batch_size
+    layouts = {
+        "padded": data.padded_layout(pairs, batch_size=size),
+        "packed": data.packed_layout(
+            pairs, row_length=options.row_length, batch_size=size
+        ),
+    }
 
     def make(layout: str, processes: int):
-        common = {"reference": reference, "processes": processes}
-        if layout == "packed":
-            return data.packed_batches(pairs, shape=packed, **common)
-        shape = data.batch_shape(pairs)
-        return data.batches(pairs, shape=shape, batch_size=options.batch_size, **common)
+        order = data.uniform(pairs, 0)
+        return layouts[layout].batches(
+            pairs, order, reference=reference, processes=processes
+        )
 
     for layout, row_length in (("padded", "none"), ("packed", options.row_length)):
         for processes, seconds in loading(make, layout, options).items():
@@ -139,13 +142,15 @@ def stepping(folder: Path, batch, rounds: int) -> float:
     tx, objective = make_optimizer(config, schedule), from_loss(losses.dpo)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        step = make_train_step(make_scores(model), objective, tx, schedule)
+        step = make_train_step(
+            make_scorer(model, objective.scores), objective, tx, schedule
+        )
         new = jax.jit(lambda params: init_state(params, tx, objective))
         state, placed = new(load_params(folder, model)), to_global(batch, mesh)
         seconds = []
         for _ in range(rounds + 1):
             began = time.perf_counter()
-            state, metrics = step(state, placed)
+            state, metrics = step(state, None, placed)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))
@@ -172,7 +177,9 @@ def running(
             )
         )
         lines = read_metrics(out / "metrics.jsonl")
-    return next(line["waiting"] for line in lines if "waiting" in line)
+    return next(
+        line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line
+    )
 
 
 if __name__ == "__main__":

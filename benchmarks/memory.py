@@ -58,13 +58,14 @@ from benchmarks.random_steps import (
     random_pairs,
 )
 from jaxpref import data, losses
-from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import Model, ModelConfig, build
+from jaxpref.objectives import from_loss
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
-from jaxpref.scoring.scores import ScoreFunction, make_scores
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.scores import Scores
 
 MODELS = {
     "smollm-135m-4-layers": dataclasses.replace(PRESETS["smollm2-135m"], num_layers=4),
@@ -139,22 +140,23 @@ def _logits(model: Model, params, hidden) -> jax.Array:
     return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def scores_with(
+def scorer_with(
     head: Callable, model: Model, *, blockwise: bool = False
-) -> ScoreFunction:
-    """Scores as those of `make_scores`, through another head; without a mesh.
+) -> Callable[..., Scores]:
+    """As a `PolicyScorer` is called, through another head; without a mesh.
 
     `blockwise` has each padded sequence attended to as a packed row of one prompt.
     """
 
-    def scores(params, batch: data.PreferenceBatch, reference=None):
+    def score(params, frozen, batch: data.PreferenceBatch) -> Scores:
+        del frozen
         rows, sequences, _ = batch.tokens.shape
         _, slots, sides = batch.completion_lengths.shape
         flat = lambda x: x.reshape(rows * sequences, *x.shape[2:])
         positions = segments = None
         if batch.segments is not None:
             positions, segments = flat(batch.positions), flat(batch.segments)
-            segments = segments // PARTS, segments % PARTS
+            segments = segments // batch.num_parts, segments % batch.num_parts
         elif blockwise:
             one = jnp.zeros_like(flat(batch.tokens))
             segments = one, one
@@ -167,19 +169,19 @@ def scores_with(
         )
         return {"policy_logps": sums.reshape(rows, slots, sides)}
 
-    return scores
+    return score
 
 
 HEADS = {
-    "ours": make_scores,
-    "log_softmax": lambda model: scores_with(log_softmax_head, model),
-    "logsumexp": lambda model: scores_with(logsumexp_head, model),
-    "none": lambda model: scores_with(no_head, model),
+    "ours": lambda model: make_scorer(model, from_loss(losses.dpo).scores),
+    "log_softmax": lambda model: scorer_with(log_softmax_head, model),
+    "logsumexp": lambda model: scorer_with(logsumexp_head, model),
+    "none": lambda model: scorer_with(no_head, model),
 }
 """In the rows of ours."""
 PEERS = {
-    "peers": lambda model: scores_with(log_softmax_head, model, blockwise=True),
-    "thrifty": lambda model: scores_with(logsumexp_head, model, blockwise=True),
+    "peers": lambda model: scorer_with(log_softmax_head, model, blockwise=True),
+    "thrifty": lambda model: scorer_with(logsumexp_head, model, blockwise=True),
 }
 """In the padded layout."""
 AGAINST = (*PEERS, "log_softmax", "logsumexp")
@@ -189,12 +191,12 @@ AGAINST = (*PEERS, "log_softmax", "logsumexp")
 # ---- the measurement ---------------------------------------------------------------
 
 
-def temporaries(model: Model, scores: ScoreFunction, batch) -> int:
+def temporaries(model: Model, scorer: Callable[..., Scores], batch) -> int:
     """Bytes of a compiled step's temporaries; nothing is run, and no weight made."""
-    step, new_state = make_step(model, scores)
+    step, new_state = make_step(model, scorer)
     state = jax.eval_shape(lambda key: new_state(model.init(key)), jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(state, None, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

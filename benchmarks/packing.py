@@ -18,14 +18,14 @@ import numpy as np
 import tyro
 
 from jaxpref import data, losses
-from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -54,31 +54,33 @@ class Options:
 def main(options: Options) -> None:
     """Both layouts, in turns."""
     folder = Path(resolve_folder(options.model))
-    plan = data.make_plan(
+    plan = data.make_splits(
         data.open_source(options.data),
         data.load_tokenizer(folder),
         data.DataOptions(max_length=options.max_length, max_pairs=options.max_pairs),
     )
     pairs, model = plan.train, build(load_config(folder))
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    shape = data.packed_shape(
-        pairs, row_length=options.row_length, batch_size=options.batch_size
-    )
+    size = options.batch_size
     layouts = {
-        "one pair a row": data.batches(
-            pairs,
-            shape=data.batch_shape(pairs),
-            batch_size=options.batch_size,
-            reference=reference,
+        "one pair per row": data.padded_layout(pairs, batch_size=size),
+        "packed rows": data.packed_layout(
+            pairs, row_length=options.row_length, batch_size=size
         ),
-        "packed rows": data.packed_batches(pairs, shape=shape, reference=reference),
+    }
+    layouts = {
+        name: layout.batches(pairs, data.uniform(pairs, 0), reference=reference)
+        for name, layout in layouts.items()
     }
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         tx = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
         objective = from_loss(losses.dpo)
         step = make_train_step(
-            make_scores(model), objective, tx, make_schedule(OptimizerConfig(), 1000)
+            make_scorer(model, objective.scores),
+            objective,
+            tx,
+            make_schedule(OptimizerConfig(), 1000),
         )
         states = {
             name: jax.jit(lambda p: init_state(p, tx, objective))(
@@ -91,10 +93,10 @@ def main(options: Options) -> None:
             for name, batches in layouts.items():
                 batch = next(batches)
                 real = batch.pairs[batch.pairs >= 0]
-                exist = lengths(pairs)[0][real].sum()
+                exist = pairs.packed_lengths[real].sum()
                 placed = to_global(batch, mesh)
                 started = time.perf_counter()
-                states[name], metrics = step(states[name], placed)
+                states[name], metrics = step(states[name], None, placed)
                 jax.block_until_ready(metrics)
                 seconds = time.perf_counter() - started
                 if number >= 2:

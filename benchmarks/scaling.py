@@ -55,7 +55,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.random_steps import make_step, pair_a_row_batch, random_pairs
-from jaxpref.data.batch import PARTS, PreferenceBatch
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.files import write_json, write_whole
 from jaxpref.models import Model, ModelConfig, build
@@ -176,7 +176,7 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
     state = [jax.jit(lambda key: new_state(model.init(key)))(jax.random.key(0))]
 
     def run():
-        state[0], metrics = step(state[0], batch)
+        state[0], metrics = step(state[0], None, batch)
         jax.block_until_ready((state[0], metrics))
 
     return run
@@ -185,6 +185,7 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
 def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     """Runs the attention of all layers of a step, forward and backward."""
     c, segments = model.config, jnp.asarray(batch.segments[0, :, 0])
+    parts = segments // batch.num_parts, segments % batch.num_parts
     q, k, v, slopes = (
         jax.random.normal(key, (c.num_layers, *segments.shape, heads, c.head_dim))
         for key, heads in zip(
@@ -196,7 +197,7 @@ def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     def total(q, k, v, slopes):
         # Stacked and scanned, so that as much is kept for the backward pass.
         def layer(_, x):
-            return None, packed_attention(*x, segments // PARTS, segments % PARTS)
+            return None, packed_attention(*x, *parts)
 
         _, out = jax.lax.scan(layer, None, (q, k, v))
         return jnp.sum(out * slopes)

@@ -37,15 +37,9 @@ from jaxpref import losses, report
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
-from jaxpref.train import (
-    Decay,
-    OptimizerConfig,
-    TrainConfig,
-    from_loss,
-    read_metrics,
-    run,
-)
+from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

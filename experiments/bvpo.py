@@ -129,16 +129,10 @@ from jaxpref.files import write_json
 from jaxpref.gradients.bvpo import mean_squared_error, optimal_alpha
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.huggingface import load_config, load_params, save
-from jaxpref.objectives.trace_mixture import AUTO, bvpo
+from jaxpref.objectives import bvpo, from_loss, sft
+from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.runtime.entry import entry_point
-from jaxpref.train import (
-    OptimizerConfig,
-    TrainConfig,
-    from_loss,
-    read_metrics,
-    run,
-    sft,
-)
+from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from jaxpref import losses
 from jaxpref.data import (
     DataOptions,
     MixOptions,
-    Pairs,
+    PreferenceDataset,
     load_tokenizer,
-    make_mixed_plan,
+    make_mixed_splits,
     open_source,
 )
 from jaxpref.errors import InputError
@@ -32,8 +32,9 @@ from jaxpref.gradients import bvpo as mixing
 from jaxpref.models import build, token_logps
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.objectives.trace_mixture import AUTO, bvpo
-from jaxpref.train import OptimizerConfig, TrainConfig, from_loss, read_metrics, run
+from jaxpref.objectives import bvpo, from_loss
+from jaxpref.objectives.trace_mixture import AUTO
+from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 SKETCH = 512
 """Random projections that stand for a gradient: squared norms within 6 %."""
@@ -101,7 +102,7 @@ def measure(
     tokenizer, model = load_tokenizer(folder), build(load_config(folder))
     length = min(LONGEST, model.config.max_position_embeddings)
     options = DataOptions(max_length=length, heldout_fraction=0.0)
-    plan = make_mixed_plan(open_source(str(out / "pairs.jsonl")), tokenizer, options)
+    plan = make_mixed_splits(open_source(str(out / "pairs.jsonl")), tokenizer, options)
     export = run(
         TrainConfig(
             model=str(folder),
@@ -138,16 +139,21 @@ def measure(
     }
 
 
-def variances(model, params, pairs: Pairs, references, *, beta: float) -> dict:
+def variances(
+    model, params, pairs: PreferenceDataset, references, *, beta: float
+) -> dict:
     """Of the gradient of one batch of all questions, one resampled trace each."""
-    rows = pairs.rows[~pairs.empty]
+    rows = pairs.columns["row"][~pairs.columns["empty_trace"]]
     sketches = np.stack(
         [
             np.asarray(_sketch(model, params, *row, base, beta=beta))
             for row, base in zip(_rows(pairs), references)
         ]
     )
-    trace, empty = sketches[~pairs.empty], sketches[pairs.empty]
+    trace, empty = (
+        sketches[~pairs.columns["empty_trace"]],
+        sketches[pairs.columns["empty_trace"]],
+    )
     g_e = empty.mean(axis=0)
     owned = [np.flatnonzero(rows == row) for row in np.unique(rows)]
     rng = np.random.default_rng(0)
@@ -166,7 +172,7 @@ def variances(model, params, pairs: Pairs, references, *, beta: float) -> dict:
 # ---- one pair at a time ------------------------------------------------------------
 
 
-def _rows(pairs: Pairs):
+def _rows(pairs: PreferenceDataset):
     """Tokens [2, T], prompt's length and whole lengths [2] of every pair."""
     width = -(-pairs.longest // 64) * 64
     for n in range(len(pairs)):
@@ -178,7 +184,7 @@ def _rows(pairs: Pairs):
         yield tokens, len(prompt), np.array(list(map(len, sides)))
 
 
-def _logps(model, params, pairs: Pairs) -> np.ndarray:
+def _logps(model, params, pairs: PreferenceDataset) -> np.ndarray:
     """Log-probs of both completions of every pair, [N, 2]."""
     return np.stack([np.asarray(_of_pair(model, params, *row)) for row in _rows(pairs)])
 

@@ -89,22 +89,20 @@ from jaxpref import losses
 from jaxpref.data import (
     DataOptions,
     InjectOptions,
-    batch_shape,
-    eval_batches,
     load_tokenizer,
-    make_plan,
+    make_splits,
     open_source,
+    padded_layout,
 )
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import build
 from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, learned_rate, re_po
+from jaxpref.objectives import Objective, crm, em, from_loss, learned_rate, re_po
 from jaxpref.runtime.entry import entry_point
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, Objective, from_loss, make_mesh, read_metrics, run
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.train import MeshConfig, make_mesh, read_metrics, run
 
 ANNOTATORS = {"ann": 0.25, "bob": 0.75, "cat": 1.0, "dan": 2.0}
 """Flip rate of each annotator, as a multiple of the mean."""
@@ -146,13 +144,14 @@ class Method:
 
 
 BETA = {"beta": 1.0}
+DPO = functools.partial(losses.dpo, **BETA)
 TOLD = "forward DPO, told"
 LEARNED = "learned rate"
 METHODS = (
-    Method("DPO", lambda rate: from_loss(losses.dpo, **BETA)),
+    Method("DPO", lambda rate: from_loss(DPO)),
     Method(TOLD, lambda rate: from_loss(losses.forward_dpo, flip_rate=rate, **BETA)),
-    Method("EM", lambda rate: em(losses.dpo, **BETA), learns=True),
-    Method(LEARNED, lambda rate: learned_rate(losses.dpo, **BETA), learns=True),
+    Method("EM", lambda rate: em(DPO), learns=True),
+    Method(LEARNED, lambda rate: learned_rate(DPO), learns=True),
 )
 MORE_METHODS = (
     Method("rDPO, told", lambda rate: from_loss(losses.rdpo, flip_rate=rate, **BETA)),
@@ -161,8 +160,8 @@ MORE_METHODS = (
     Method("ROPO", lambda rate: from_loss(losses.ropo, **BETA)),
     Method("Hölder-DPO", lambda rate: from_loss(losses.holder_dpo, **BETA)),
     Method("Dr. DPO", lambda rate: from_loss(losses.dr_dpo, **BETA)),
-    Method("RE-PO", lambda rate: re_po(losses.dpo, **BETA), learns=True),
-    Method("CRM, told", lambda rate: crm(losses.dpo, noise_rate=rate, **BETA)),
+    Method("RE-PO", lambda rate: re_po(DPO), learns=True),
+    Method("CRM, told", lambda rate: crm(DPO, noise_rate=rate)),
 )
 
 
@@ -338,19 +337,21 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
     options = dataclasses.replace(
         config.options, heldout_fraction=0.0, max_pairs=protocol.judged_pairs
     )
-    plan = make_plan(open_source(config.data), load_tokenizer(export), options)
+    plan = make_splits(open_source(config.data), load_tokenizer(export), options)
     pairs = plan.train
-    if not pairs.flips.any():
+    if not pairs.columns["is_flipped"].any():
         return {"auroc": None, "auroc_oracle": None}
     model = build(load_config(export))
-    step = make_score_step(make_scores(model, chunk_size=16))
-    batches = functools.partial(eval_batches, shape=batch_shape(pairs), batch_size=64)
+    scorer = make_scorer(model, frozenset({"policy_logps"}), chunk_size=16)
+    step = make_score_step(scorer)
+    layout = padded_layout(pairs, batch_size=64)
     logps = [
-        score_pairs(
+        score_dataset(
             step,
             load_params(folder, model),
+            None,
             pairs,
-            eval_batches=batches,
+            eval_batches=layout.eval_batches,
             mesh=mesh,
             title="AUROC",
         )["policy_logps"]
@@ -358,11 +359,13 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
     ]
     ratios = logps[0] - logps[1]
     rows = map(json.loads, Path(config.data).read_text().splitlines())
-    rewards = np.array([row["rewards"] for row in rows])[pairs.rows]
-    true = np.where(pairs.flips, -1, 1) * (rewards[:, 0] - rewards[:, 1])
+    rewards = np.array([row["rewards"] for row in rows])[pairs.columns["row"]]
+    true = np.where(pairs.columns["is_flipped"], -1, 1) * (
+        rewards[:, 0] - rewards[:, 1]
+    )
     return {
-        "auroc": area(ratios[:, 1] - ratios[:, 0], pairs.flips),
-        "auroc_oracle": area(-true, pairs.flips),
+        "auroc": area(ratios[:, 1] - ratios[:, 0], pairs.columns["is_flipped"]),
+        "auroc_oracle": area(-true, pairs.columns["is_flipped"]),
     }
 
 

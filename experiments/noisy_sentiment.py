@@ -90,17 +90,16 @@ from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.objectives import from_loss, sft
 from jaxpref.runtime.entry import entry_point
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     make_mesh,
     read_metrics,
     run,
-    sft,
 )
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from jaxpref.errors import DIVERGED, InputError
-from jaxpref.runtime import processes
+from jaxpref.runtime import environment, processes
 from jaxpref.train import agreement, read_metrics
 from tests.virtual import xla_flags
 
@@ -60,7 +60,7 @@ def test_one_process_agrees_with_itself():
     assert processes.failing_processes(True) == []
     assert processes.failing_processes(False) == [0]
     np.testing.assert_array_equal(processes.broadcast_from_process_zero([4, 2]), [4, 2])
-    assert agreement.versions() == agreement.versions()
+    assert environment.versions() == environment.versions()
 
 
 class Whole:
@@ -76,19 +76,22 @@ class Whole:
 
 def test_a_batch_of_other_pairs_is_found(monkeypatch):
     pairs = types.SimpleNamespace(ids=np.array([f"id-{n}" for n in range(40)]))
-    plan = types.SimpleNamespace(digest="d", train=pairs)
+    splits = types.SimpleNamespace(digest="d", train=pairs)
+    task = types.SimpleNamespace(
+        datasets=types.SimpleNamespace(splits=splits), batches=lambda whole: Whole()
+    )
     feed = types.SimpleNamespace(state_before=lambda: 2, get_state=lambda: 3)
     ids = [f"id-{n}" for n in range(8, 12)]
     usual = {"the pairs": "d", "the place in the data": 3, "the batch": ids}
     # Rows of a micro-batch may lie elsewhere, but not in another micro-batch.
     seen = np.array([[9, 8], [10, 11]])[..., None]
     among(monkeypatch, usual)
-    agreement.agree_on_batch(3, Whole, plan, feed, seen)
-    with pytest.raises(InputError, match="step 3: computed of other pairs"):
-        agreement.agree_on_batch(3, Whole, plan, feed, seen[::-1])
+    agreement.check_batch_agreement(3, task, feed, seen)
+    with pytest.raises(InputError, match="step 3: computed from other pairs"):
+        agreement.check_batch_agreement(3, task, feed, seen[::-1])
     among(monkeypatch, usual | {"the batch": ids[::-1]})
     with pytest.raises(InputError, match="process 1 differs from process 0 in the bat"):
-        agreement.agree_on_batch(3, Whole, plan, feed, seen)
+        agreement.check_batch_agreement(3, task, feed, seen)
 
 
 # ---- two processes ----------------------------------------------------------------
@@ -116,12 +119,12 @@ class Mishap:
             batch = dataclasses.replace(batch, reference={"reference_logps": nan})
         return batch
 
-make_batches = data.batches
+make_batches = data.PaddedLayout.batches
 def batches(*args, **options):
     made = make_batches(*args, **options)
     # The whole batch is drawn again to compare it: no mishap there.
-    return made if options["process_count"] == 1 else Mishap(made)
-data.batches = batches
+    return made if args[0].process_count == 1 else Mishap(made)
+data.PaddedLayout.batches = batches
 
 read = Checkpoints._read
 def unlucky(self, step, abstract):

@@ -50,6 +50,7 @@ ALLOWED = {
             "gradients",
             "data",
             "models",
+            "report",
             "runtime",
             "sampling",
             "scoring",
@@ -162,8 +163,20 @@ def test_evaluate_scores_with_trains_pieces_but_never_runs_its_loop():
     for path in (PACKAGE / "evaluate").rglob("*.py"):
         for line, name in imports(path):
             where = f"{path}:{line}: {name}"
-            assert not f"{name}.".startswith("jaxpref.train.loop."), where
+            assert not f"{name}.".startswith("jaxpref.train.fit."), where
             assert name not in {"jaxpref.train", "jaxpref.train.run"}, where
+
+
+def test_objectives_know_no_model_and_no_mesh():
+    """They read scores by name, whatever computes them."""
+    forbidden = ("jaxpref.models", "jaxpref.runtime", "jaxpref.train", "jax.sharding")
+    allowed = ("jaxpref.scoring.scores.", "jaxpref.data.batch.", "jaxpref.data.labels.")
+    for path in (PACKAGE / "objectives").rglob("*.py"):
+        for line, name in imports(path):
+            where = f"{path}:{line}: {name}"
+            assert not name.startswith(forbidden), where
+            if name.startswith(("jaxpref.scoring", "jaxpref.data")):
+                assert name.startswith(allowed), where
 
 
 def test_nnx_stays_in_two_files():

@@ -179,7 +179,7 @@ def test_texts_beside_each_other_are_escaped(tmp_path):
 
 def test_features_are_those_of_the_model_without_padding(tmp_path, model):
     rows = records(9)
-    plan = data.make_plan(
+    plan = data.make_splits(
         ListSource(rows),
         data.load_tokenizer(model),
         DataOptions(max_length=64, heldout_fraction=0.0),

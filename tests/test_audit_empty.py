@@ -34,9 +34,9 @@ def test_empty_completions_are_counted_and_never_clean(
 
     # It is a file to train on, at which the given one still stops.
     tokenizer = data.load_tokenizer(model)
-    data.make_plan(data.open_source(str(tmp_path / "out/clean.jsonl")), tokenizer)
+    data.make_splits(data.open_source(str(tmp_path / "out/clean.jsonl")), tokenizer)
     with pytest.raises(InputError, match="row 6: field 'rejected' is an empty"):
-        data.make_plan(data.open_source(str(tmp_path / "pairs.jsonl")), tokenizer)
+        data.make_splits(data.open_source(str(tmp_path / "pairs.jsonl")), tokenizer)
 
 
 def test_a_published_file_with_an_empty_answer_is_audited(

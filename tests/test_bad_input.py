@@ -508,7 +508,7 @@ def test_a_run_killed_before_its_export_only_exports(resumable, monkeypatch):
     shutil.rmtree(resumable.out / "export")
     (resumable.out / ".export.partial").mkdir()  # what a kill may leave behind
     monkeypatch.setattr(sys, "argv", ["jaxpref", *resumable.train()])
-    monkeypatch.setattr("jaxpref.train.loop.Feed.__next__", None)  # no step is made
+    monkeypatch.setattr("jaxpref.train.feed.Feed.draw", None)  # no step is made
     cli.main()
     assert weights.read_bytes() == before
     assert read_metrics(resumable.out / "metrics.jsonl") == lines

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jaxpref.train.inputs import injection_warning
 
 from jaxpref import cli
 from jaxpref.cli import train as train_command
@@ -19,7 +20,6 @@ from jaxpref.data.options import DataOptions, resolved_max_length
 from jaxpref.errors import InputError
 from jaxpref.plan.sweep import with_flags
 from jaxpref.train.config import to_json
-from jaxpref.train.inputs import injection_warning
 from jaxpref.train.options import RunOptions, StepOptions, steps_of
 
 ROOT = Path(__file__).resolve().parents[1]

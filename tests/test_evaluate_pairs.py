@@ -44,7 +44,7 @@ def evaluate(inputs, out, model, *flags):
 
 def tokenized(inputs):
     """(prompt and completion, tokens of the completion) of every pair and side."""
-    plan = data.make_plan(
+    plan = data.make_splits(
         data.open_source(str(inputs / "pairs.jsonl")),
         data.load_tokenizer(inputs / "lm"),
         DataOptions(max_length=64, heldout_fraction=0.0),

@@ -513,7 +513,7 @@ from jaxpref import cli, data
 
 dead, mortal = sys.argv[2], os.environ["JAX_PROCESS_ID"] == "1"
 sys.argv[1:] = sys.argv[3:]
-make_batches, fetched = data.batches, 0
+make_batches, fetched = data.PaddedLayout.batches, 0
 
 class Mortal:
     def __init__(self, batches):
@@ -527,7 +527,8 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 
-data.batches = lambda *args, **kwargs: Mortal(make_batches(*args, **kwargs))
+data.PaddedLayout.batches = lambda *args, **options: Mortal(
+    make_batches(*args, **options))
 cli.main()
 """
 

@@ -10,12 +10,11 @@ import pytest
 from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import ModelConfig, build
-from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.objectives import bvpo, from_loss
 from jaxpref.plan import PlanConfig, advice, child, command, program, roofline
 from jaxpref.plan.chips import GIB, Chip, parse_topology
 from jaxpref.plan.presets import PRESETS
 from jaxpref.plan.sweep import candidates
-from jaxpref.train import from_loss
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxpref.train.shapes import abstract_batch
 
 from jaxpref import losses
 from jaxpref.cli import plan as plan_command
 from jaxpref.models import ModelConfig, build
+from jaxpref.objectives import from_loss
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
 from jaxpref.runtime.mesh import on_devices
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, from_loss, make_mesh
-from jaxpref.train.shapes import abstract_batch
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, make_mesh
 from tests.tiny import make_model_folder, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,8 +139,8 @@ def test_activations_are_what_the_backward_pass_keeps():
                 accumulation=1,
             )
             batch = dataclasses.replace(batch, reference={})
-            scores = make_scores(model, work.objective.needs)
-            found[remat] = program._activations(scores, params, batch, None)
+            scorer = make_scorer(model, work.objective.scores)
+            found[remat] = program._activations(scorer, params, None, batch)
     inputs = tiny_config().num_layers * 2 * 16 * tiny_config().hidden_size * 4
     assert inputs <= found["full"] < found["dots"] < found["none"]
 

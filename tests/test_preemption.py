@@ -87,7 +87,7 @@ def test_a_preempted_run_ends_as_an_undisturbed_one(inputs, tmp_path):
         (out / "export" / "model.safetensors").read_bytes() for out in (cut, whole)
     )
     assert found == expected
-    timings = {"tokens_per_second", "pairs_per_second", "waiting"}
+    timings = {"tokens_per_second", "pairs_per_second", "data_wait_fraction"}
     found, expected = (
         [
             {k: v for k, v in line.items() if k not in timings}

@@ -7,8 +7,9 @@ import json
 import jax.numpy as jnp
 
 from jaxpref import data, losses
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.profile import WARM, profiled
-from jaxpref.train import from_loss, read_metrics, run
+from jaxpref.train import read_metrics, run
 from jaxpref.train.config import MAY_CHANGE
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file

@@ -16,7 +16,7 @@ from experiments import bvpo_solutions as solutions
 from experiments import reasoning_errors as errors
 from experiments import reasoning_gradients as sums
 from experiments import reasoning_world as world
-from jaxpref.data import DataOptions, ListSource, load_tokenizer, make_mixed_plan
+from jaxpref.data import DataOptions, ListSource, load_tokenizer, make_mixed_splits
 from jaxpref.errors import InputError
 from jaxpref.gradients import bvpo
 from jaxpref.models import ModelConfig, build
@@ -128,8 +128,8 @@ def test_pairs_are_read_by_the_engine_as_the_sums_read_them(tmp_path):
     prompts, traces = world.all_prompts(), world.all_traces()
     record = world.trace_pair(prompts[37], (traces[5], "1"), (traces[70], "4"))
     options = DataOptions(heldout_fraction=0.0)
-    pairs = make_mixed_plan(ListSource([record]), tokenizer, options).train
-    assert pairs.empty.tolist() == [False, True]
+    pairs = make_mixed_splits(ListSource([record]), tokenizer, options).train
+    assert pairs.columns["empty_trace"].tolist() == [False, True]
     (empty,) = sums.empty_sequences(language, np.array([[37, 1, 4]]))
     for side, (trace, answer) in enumerate([(5, 1), (70, 4)]):
         whole = np.concatenate([pairs.prompt(0), pairs.completion(0, side)])

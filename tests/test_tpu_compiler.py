@@ -1,6 +1,5 @@
 """Train steps, compiled by the TPU compiler on a machine without a TPU."""
 
-import functools
 import math
 import re
 
@@ -15,15 +14,14 @@ from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
 from jaxpref.models import ModelConfig, build
 from jaxpref.models.config import ROWS
+from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.program import devices_of
 from jaxpref.runtime.mesh import AXES, on_devices
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, Task, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_batch, abstract_state
-from jaxpref.train.state import init_state
-from jaxpref.train.step import make_train_step
+from jaxpref.train.shapes import abstract_batch
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
@@ -77,7 +75,7 @@ def test_the_packed_step_runs_splash_attention(topology):
         begin = lambda: step.new_state(model.init(jax.random.key(0)))
         state = on_devices(jax.eval_shape(begin), mesh)
         batch = jax.tree.map(shaped, packed_batch(pairs, row_length=T))
-        text = step.step.lower(state, batch).compile().as_text()
+        text = step.step.lower(state, None, batch).compile().as_text()
     calls = re.findall(
         r"%splash_mha_(\w+?)_segmented\w*[.\d]* = .*tpu_custom_call", text
     )
@@ -92,18 +90,21 @@ def test_gradients_alone_cross_from_slice_to_slice():
     model = build(MODEL)
     objective, config = from_loss(losses.cpo), OptimizerConfig()
     schedule = make_schedule(config, 100)
-    tx = make_optimizer(config, schedule)
     mesh = make_mesh(MeshConfig(), devices_of(parse_topology("2xv5e:4x4")))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
     with jax.set_mesh(mesh):
-        new_state = functools.partial(init_state, tx=tx, objective=objective)
-        params, state = abstract_state(model.init, new_state, mesh)
+        task = Task(
+            scorer=make_scorer(model, objective.scores),
+            objective=objective,
+            optimizer=make_optimizer(config, schedule),
+            schedule=schedule,
+            mesh=mesh,
+        )
+        params, state = task.abstract_params(), task.abstract_state()
         batch = abstract_batch(
             objective, mesh, prompt_length=128, answer_length=128, batch_size=32
         )
-        scores = make_scores(model, objective.needs)
-        step = make_train_step(scores, objective, tx, schedule)
-        text = step.lower(state, batch, None).compile().as_text()
+        text = task.train_step.lower(state, None, batch).compile().as_text()
 
     # Within a slice: groups of its 16 chips.
     groups = re.findall(r"replica_groups=\{(\{[\d,{}]*\})\}", text)

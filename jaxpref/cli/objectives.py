@@ -16,17 +16,20 @@ from jaxpref import losses
 from jaxpref.cli.options import Part, Parts
 from jaxpref.cli.words import Given, closest
 from jaxpref.errors import InputError
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, em_weighted, learned_rate, re_po
-from jaxpref.objectives.objective import (
+from jaxpref.objectives import (
     Objective,
     beta_dpo,
+    bvpo,
+    crm,
+    em,
+    em_weighted,
     from_loss,
+    learned_rate,
+    re_po,
     reward_regression,
     sft,
     trainable,
 )
-from jaxpref.objectives.trace_mixture import bvpo
 
 FACTORIES = {make.__name__: make for make in (beta_dpo, reward_regression, sft)}
 """Losses whose objective is not their mean over the pairs: `make(**options)`."""
@@ -113,16 +116,12 @@ class Choice:
             objective = FACTORIES[self.loss](**of("loss"))
         elif self.wrapper:
             loss = functools.partial(LOSSES[self.loss], **of("loss"))
-            objective = _wrap(self.wrapper, loss, of("wrapper"))
+            objective = WRAPPERS[self.wrapper](loss, **of("wrapper"))
         else:
             objective = from_loss(LOSSES[self.loss], **of("loss"))
         if self.mixture:
             objective = MIXTURES[self.mixture](objective, **of("mixture"))
         return objective
-
-
-def _wrap(name: str, loss: functools.partial, options: dict) -> Objective:
-    return WRAPPERS[name](loss.func, **options, **loss.keywords)
 
 
 def choose(given: Given) -> tuple[Choice, Given]:

@@ -49,7 +49,7 @@ def command(argv: Sequence[str]) -> None:
     config = config_of(given)
     import jax
 
-    from jaxpref.train.loop import run
+    from jaxpref.train.run import run
 
     export = run(config)
     if jax.process_index() == 0:

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from jaxpref import data
-from jaxpref.data import DataOptions, Pairs, Source
-from jaxpref.data.formats import EMPTY, Example, parse, prompt_key
+from jaxpref.data import DataOptions, PreferenceDataset, Source
+from jaxpref.data.records import EMPTY, Example, parse, prompt_key
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features as feature_store
 from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
@@ -30,8 +30,8 @@ from jaxpref.models import build
 from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
-from jaxpref.runtime.precision import with_compute_dtype
-from jaxpref.train.inputs import check_fits
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.scoring.checks import check_fits
 from jaxpref.train.options import Dtype
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
@@ -104,7 +104,8 @@ def run(config: AuditConfig) -> Audit:
     _check(config)
     if jax.process_count() > 1:
         raise InputError("an audit runs in one process; start it on one machine")
-    config = with_compute_dtype(config)
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
     source = _named_annotators(data.open_source(config.data), config.annotator_field)
     options = DataOptions(
@@ -116,19 +117,19 @@ def run(config: AuditConfig) -> Audit:
     )
     positions = load_config(folder).max_position_embeddings
     options = data.for_model(options, positions)
-    plan = data.make_plan(source, data.load_tokenizer(folder), options, sides=2)
+    plan = data.make_splits(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
-    rows, first = np.unique(pairs.rows, return_index=True)
+    rows, first = np.unique(pairs.columns["row"], return_index=True)
     if len(rows) < len(pairs):
         twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
         raise InputError(
-            f"{config.data} row {pairs.rows[twice] + 1}: has several traces a side; an "
-            "audit judges a record once, so leave one of them"
+            f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces "
+            "a side; an audit judges a record once, so leave one of them"
         )
     print(f"{config.data}: {plan.describe()}", flush=True)
     out = _open_out(config, pairs)
     found = _features(config, folder, pairs, Path(config.features or out / "features"))
-    examples = [_example(source, int(row)) for row in pairs.rows]
+    examples = [_example(source, int(row)) for row in pairs.columns["row"]]
     keys = [prompt_key(example.prompt) for example in examples]
 
     print(f"judging {len(pairs)} pairs in {config.folds} folds", flush=True)
@@ -139,11 +140,16 @@ def run(config: AuditConfig) -> Audit:
     }
     margins = cross_fit(columns, **fold).margins
     by_length = cross_fit(lengths, **fold).margins
-    items, orientation = _items(pairs.completion_keys(), pairs.annotators)
-    names = [*pairs.annotator_names, *([None] if (pairs.annotators < 0).any() else [])]
+    items, orientation = _items(pairs.completion_keys(), pairs.columns["annotator"])
+    names = [
+        *pairs.annotator_names,
+        *([None] if (pairs.columns["annotator"] < 0).any() else []),
+    ]
     judged = estimate(
         margins,
-        np.where(pairs.annotators < 0, len(names) - 1, pairs.annotators),
+        np.where(
+            pairs.columns["annotator"] < 0, len(names) - 1, pairs.columns["annotator"]
+        ),
         items=items,
         orientation=orientation,
         num_annotators=len(names),
@@ -151,8 +157,10 @@ def run(config: AuditConfig) -> Audit:
     )
     summary = _summary(judged, margins, by_length, names, items, keys, plan.report)
     rows = _rows(judged, by_length, pairs, config)
-    if pairs.flips.any():
-        summary["known_flips"] = known_flips(judged.posterior, margins, pairs.flips)
+    if pairs.columns["is_flipped"].any():
+        summary["known_flips"] = known_flips(
+            judged.posterior, margins, pairs.columns["is_flipped"]
+        )
     order = np.lexsort((margins, judged.posterior))
     suspects = [rows[n] | _texts(examples[n]) for n in order[:20]]
     write_whole(out / "audit.jsonl", _lines(rows))
@@ -233,7 +241,7 @@ def _named_annotators(source: Source, field: str | None) -> _Renamed:
     return _Renamed(source, name)
 
 
-def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
+def _open_out(config: AuditConfig, pairs: PreferenceDataset) -> Path:
     """Makes OUT, or finds the same audit in it; an interrupted one goes on."""
     out, name = Path(config.out), "audit_config.json"
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -243,7 +251,9 @@ def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
     return out
 
 
-def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> Features:
+def _features(
+    config: AuditConfig, folder: Path, pairs: PreferenceDataset, cache: Path
+) -> Features:
     model_config = load_config(folder)
     check_fits([config.data], pairs, str(folder), model_config)
     mesh = make_mesh(config.mesh)
@@ -334,16 +344,19 @@ def _summary(
 
 
 def _rows(
-    judged: Estimate, by_length: np.ndarray, pairs: Pairs, config: AuditConfig
+    judged: Estimate,
+    by_length: np.ndarray,
+    pairs: PreferenceDataset,
+    config: AuditConfig,
 ) -> list[dict[str, Any]]:
     names, rows = pairs.annotator_names, []
     for n in range(len(pairs)):
-        p, annotator = float(judged.posterior[n]), int(pairs.annotators[n])
+        p, annotator = float(judged.posterior[n]), int(pairs.columns["annotator"][n])
         suspicious = config.action == "soft" or p < config.threshold
         rows.append(
             {
                 "id": str(pairs.ids[n]),
-                "row": int(pairs.rows[n]) + 1,
+                "row": int(pairs.columns["row"][n]) + 1,
                 "p_correct": p,
                 "margin": float(judged.margins[n]),
                 "length_margin": float(by_length[n]),

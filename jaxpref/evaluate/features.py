@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref import data
-from jaxpref.data import BatchShape, Pairs, PairsBuilder
+from jaxpref.data import DatasetBuilder, PaddedLayout, PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, write_whole
 from jaxpref.models import Model
@@ -86,7 +85,7 @@ def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callabl
 
 
 def compute(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     feature_step: Callable,
     params,
     *,
@@ -124,14 +123,14 @@ def compute(
     with tqdm(
         total=len(missing), desc="features", unit="completion", disable=None
     ) as bar:
-        for shape, part in _blocks(pairs, missing):
-            values = _of_block(part, feature_step, params, shape, batch_size, mesh)
+        for layout, part in _blocks(pairs, missing, batch_size):
+            values = _of_block(part, feature_step, params, layout, mesh)
             wrong = ~np.isfinite(values).all(axis=1)
             if wrong.any():
                 raise InputError(
-                    f"{source} row {part.rows[wrong][0] + 1}: its hidden states are not"
-                    f" finite ({wrong.sum()} such completions); check the weights, or"
-                    " set --compute-dtype float32"
+                    f"{source} row {part.columns['row'][wrong][0] + 1}: its hidden"
+                    f" states are not finite ({wrong.sum()} such completions); check"
+                    " the weights, or set --compute-dtype float32"
                 )
             _save(folder, digest, part.ids, values)
             table |= zip(part.ids.tolist(), values)
@@ -151,7 +150,9 @@ def _first_of_each(keys: np.ndarray, table) -> list[tuple[int, int, str]]:
     return list(found.values())
 
 
-def _blocks(pairs: Pairs, missing: list) -> Iterator[tuple[BatchShape, Pairs]]:
+def _blocks(
+    pairs: PreferenceDataset, missing: list, batch_size: int
+) -> Iterator[tuple[PaddedLayout, PreferenceDataset]]:
     """Completions of about one length together, so that little is computed for padding.
 
     Lengths are rounded up to 2^k or 3 * 2^k, predictions to halves of that: a few dozen
@@ -169,16 +170,23 @@ def _blocks(pairs: Pairs, missing: list) -> Iterator[tuple[BatchShape, Pairs]]:
 
     for shape, group in itertools.groupby(sorted(missing, key=shape_of), shape_of):
         group = list(group)
+        length, predictions = shape
+        layout = PaddedLayout(
+            sequence_length=length,
+            predictions=predictions,
+            num_completions=1,
+            batch_size=batch_size,
+        )
         for start in range(0, len(group), BLOCK):
-            part = PairsBuilder(1)
+            part = DatasetBuilder(1)
             for n, side, key in group[start : start + BLOCK]:
                 part.add(
                     pairs.prompt(n),
                     [pairs.completion(n, side)],
                     id=key,
-                    row=int(pairs.rows[n]),
+                    columns={"row": int(pairs.columns["row"][n])},
                 )
-            yield BatchShape(*shape, sides=1), part.build()
+            yield layout, part.build()
 
 
 def _rounded(length: int) -> int:
@@ -190,9 +198,11 @@ def _rounded(length: int) -> int:
     return size
 
 
-def _of_block(part: Pairs, feature_step, params, shape, batch_size, mesh) -> np.ndarray:
+def _of_block(
+    part: PreferenceDataset, feature_step, params, layout: PaddedLayout, mesh
+) -> np.ndarray:
     out = []
-    for batch in data.eval_batches(part, shape=shape, batch_size=batch_size):
+    for batch in layout.eval_batches(part):
         values, index = jax.device_get(feature_step(params, to_global(batch, mesh)))
         out.append(values.reshape(-1, values.shape[-1])[index.ravel() >= 0])
     return np.concatenate(out)

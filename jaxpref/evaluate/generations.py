@@ -17,7 +17,7 @@ from jaxpref.models import ModelConfig, build
 from jaxpref.models.hub import resolve_folder, stop_tokens
 from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
-from jaxpref.runtime.precision import with_compute_dtype
+from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train.options import Dtype
 
@@ -78,7 +78,8 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         )
     model_config = load_config(folder)
     _check_prompts(prompts, model_config, config)
-    config = with_compute_dtype(config)
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = build(

@@ -54,7 +54,7 @@ from jaxpref.losses._token import *
 from jaxpref.losses._unpaired import *
 from jaxpref.losses._weights import *
 
-# A file of the room says itself what it exports, so that a new loss touches one file.
+# Each file lists its own exports, so that adding a loss touches a single file.
 __all__: list[str] = []
 __all__ += _batch.__all__
 __all__ += _corrections.__all__

@@ -33,8 +33,8 @@ def sft(policy_chosen_logps: Pairs) -> Pairs:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
 
     Returns:
-      One loss per completion in nats, [*batch], at least float32.  Divide the sum by
-      the count of tokens, not of completions, to weigh every token alike.
+      One loss per completion in nats, [*batch], at least float32.  To weight all tokens
+      equally, divide the sum by the number of tokens, not of completions.
 
     Raises:
       TypeError: if the array is not floating point.
@@ -47,7 +47,7 @@ def sft(policy_chosen_logps: Pairs) -> Pairs:
       3.0
 
     References:
-      Maximum likelihood; as the chosen-answer term of preference losses, Pang et al.,
+      Maximum likelihood; as the chosen-answer term of preference losses: Pang et al.,
       "Iterative Reasoning Preference Optimization", 2024, arXiv:2404.19733.
     """
     return _nll(policy_chosen_logps)
@@ -66,13 +66,13 @@ def rpo(
 
         loss = -log s(h) - eta beta log pi(y_w|x),    h = beta D
 
-    The likelihood of a baseline policy's answers, here the chosen ones, is what is left
-    of an adversary over reward models: it keeps the policy from answers that only look
-    good because the data is silent about them.  The likelihood is a sum over tokens, as
+    The likelihood of a baseline policy's answers, here the chosen ones, comes from an
+    adversary over reward models.  It keeps the policy away from answers that only seem
+    good because the data does not cover them.  The likelihood is a sum over tokens, as
     in the paper's main results, and is weighted by eta beta, not by eta alone.
 
-    Unlike under DPO, a pair far beyond its margin still pulls its chosen answer up.  A
-    flipped label pulls the worse answer up as hard.
+    Unlike in DPO, the chosen answer of a pair with a large margin still has a gradient.
+    With a flipped label, this gradient raises the worse answer just as much.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -130,8 +130,8 @@ def iterative_rpo(
         loss = -log s(h) - alpha log pi(y_w|x) / |y_w|,    h = beta D
 
     The likelihood is averaged over the tokens of each chosen answer, so that long
-    reasoning does not weigh more than short.  The name's iterations, in which the pairs
-    are sampled anew from the trained policy, are the caller's.
+    answers do not get more weight than short ones.  The iterations, in which the
+    trained policy samples new pairs, are up to the caller.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -175,6 +175,6 @@ def iterative_rpo(
 
 
 def _nll(policy_chosen_logps) -> jax.Array:
-    """-log pi(y_w|x), promoted and checked: what every likelihood term is made of."""
+    """-log pi(y_w|x), promoted and checked."""
     (chosen,) = _common.promoted(policy_chosen_logps=policy_chosen_logps)
     return -chosen

@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import ModelConfig
+from jaxpref.objectives import Objective
 from jaxpref.plan import child
 from jaxpref.plan.chips import Topology, parse_topology
 from jaxpref.plan.config import PlanConfig
@@ -26,7 +27,7 @@ from jaxpref.plan.roofline import (
 )
 from jaxpref.plan.sweep import candidates, flags_of, with_flags
 from jaxpref.plan.table import print_plan, print_sweep
-from jaxpref.train import Objective
+from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS, stored_scores
 
 
 def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
@@ -48,7 +49,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     if target := os.environ.get(child.TARGET):
         write_json(target, measure(work_of(config, model, objective), topology))
         return {}
-    if config.row_length is not None and objective.mixes:
+    if config.row_length is not None and objective.mixes_empty_traces:
         raise InputError(
             f"--row-length {config.row_length}: {objective.name} is trained with one "
             "pair a row; leave it out"
@@ -147,12 +148,12 @@ def find(
         predictions=targets[-1],
         seen=_seen(config, objective, sequences),
         accumulation=config.accumulation,
-        head=not objective.needs_rewards,
+        head="rewards" not in objective.scores,
         logit_chunk=config.logit_chunk,
     )
     ahead = int(objective.coupled and config.accumulation > 1)
-    ahead += int(objective.needs_live_reference)
-    work = load(passes_ahead=ahead, models=1 + objective.trains_two)
+    ahead += int(bool(objective.scores & NEED_REFERENCE_WEIGHTS))
+    work = load(passes_ahead=ahead, models=objective.num_models)
     step = _memory(measured["step"], topology)
     score = _memory(measured["score"], topology)
     held = measured["bytes"]
@@ -170,7 +171,7 @@ def find(
         "activation_bytes": measured["activations"],
         **step,
         "fits": step["fits"] and score["fits"],
-        "stored_reference": bool(objective.stored),
+        "stored_reference": bool(stored_scores(objective.scores)),
         "ideal_wire_bytes": ideal_wire_bytes(work),
         "ideal_dcn_bytes": ideal_dcn_bytes(work),
         "score": score | {"flops": sum(forward_flops(load()).values())},
@@ -189,7 +190,7 @@ def find(
         if config.pairs:
             steps = config.pairs / config.batch
             timed["hours"] = steps * seconds / 3600
-            if objective.stored:
+            if stored_scores(objective.scores):
                 timed["score_hours"] = steps * forward / 3600
     else:
         timed["flops_per_step"] = 3 * sum(forward_flops(work).values())
@@ -252,7 +253,7 @@ def _seen(config: PlanConfig, objective: Objective, sequences: int) -> float:
         return sequences * config.seq * (config.seq + 1) / 2
     answer, prompt = config.answer, config.seq - config.answer
     one = answer * prompt + answer * (answer + 1) / 2
-    return config.batch * (prompt * (prompt + 1) / 2 + objective.sides * one)
+    return config.batch * (prompt * (prompt + 1) / 2 + objective.num_completions * one)
 
 
 def _merit(plan: dict) -> tuple:

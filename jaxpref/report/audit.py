@@ -1,17 +1,13 @@
 """The page of an audit: how many labels are wrong, whose, and which first."""
 
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure as Drawing
-
-from jaxpref.files import write_whole
+from jaxpref.report.drawing import drawing
 from jaxpref.report.html import Figure, Section, SideBySide, Table, write_html
-from jaxpref.report.style import FAINT, MATPLOTLIB, PALETTE
+from jaxpref.report.style import FAINT, PALETTE
 
 Record = Mapping[str, Any]
 
@@ -22,7 +18,7 @@ BANDS = (
     ("1/2 to 0.8", 0.5, 0.8, PALETTE[3]),
     ("above 0.8", 0.8, 1.1, PALETTE[0]),
 )
-"""Of the probability that a label is right, and their colours."""
+"""Of the probability that a label is right, and their colors."""
 
 
 def write_audit(
@@ -61,7 +57,7 @@ def write_audit(
         named = []
         if len(annotators) > 1:
             _draw_annotators(figures["annotators"], annotators[:LISTED])
-            caption = "95 % credible intervals; the number of votes on the right."
+            caption = "95% credible intervals; the number of votes on the right."
             named = [Figure(figures["annotators"], caption)]
         sections = [
             Section("How many labels are wrong", _rate_parts(summary, pairs)),
@@ -72,13 +68,13 @@ def write_audit(
                     Figure(
                         figures["margins"],
                         "Margins of all pairs: above 0 the model agrees with the "
-                        "label. Colours say how probably the label is right.",
+                        "label. Colors say how probably the label is right.",
                     ),
                     Figure(
                         figures["calibration"],
                         "Share of labels that agree with the model, against the "
                         "model's confidence in its own choice; ten bins of equal "
-                        "counts, 95 % intervals. The line is what a calibrated model "
+                        "counts, 95% intervals. The line is what a calibrated model "
                         f"sees if {_share(_rate_used(summary))} of the labels are "
                         "wrong.",
                     ),
@@ -113,7 +109,7 @@ def _lead(summary: Record, pairs: Sequence[Record]) -> str:
     if summary["identified"]:
         rate = _share(summary["flip_rate"])
         return (
-            f"About {rate} of the labels are wrong (95 % interval {_share(low)} to "
+            f"About {rate} of the labels are wrong (95% interval {_share(low)} to "
             f"{_share(high)}). {counted}"
         )
     return (
@@ -131,7 +127,7 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
     known = summary["identified"]
     rows = [
         ["flip rate", _share(summary["flip_rate"]) if known else "not identified"],
-        ["95 % interval", f"{_share(low)} to {_share(high)}"],
+        ["95% interval", f"{_share(low)} to {_share(high)}"],
         ["pairs judged", summary["pairs"]],
         ["different pairs of texts", summary["items"]],
         ["different prompts", summary["prompts"]],
@@ -151,7 +147,7 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
         parts.append(
             f"The file marks {_share(found['base_rate'])} of its labels as flipped "
             "(field `flip`, not used by the audit). AUROC of the probabilities "
-            f"{found['auroc']:.3f}; among the 10 % most suspicious pairs "
+            f"{found['auroc']:.3f}; among the 10% most suspicious pairs "
             f"{_share(found['precision'])} are flipped, {found['lift']:.2f} times the "
             "base rate."
         )
@@ -174,9 +170,7 @@ def _annotator_parts(annotators: Sequence[Record]) -> list:
     caption = "Probability that a vote is right; the least reliable first."
     if left:
         caption += f" {left} more reliable annotators are in `summary.json`."
-    return [
-        Table(["annotator", "reliability", "95 % interval", "votes"], rows, caption)
-    ]
+    return [Table(["annotator", "reliability", "95% interval", "votes"], rows, caption)]
 
 
 def _accuracy_table(summary: Record) -> Table:
@@ -189,7 +183,7 @@ def _accuracy_table(summary: Record) -> Table:
         for name, key in (("features", "model"), ("length alone", "length_only"))
     ]
     return Table(
-        ["judged by", "accuracy", "95 % interval"],
+        ["judged by", "accuracy", "95% interval"],
         rows,
         "Share of the labels, as they stand, that the cross-fitted model agrees with.",
     )
@@ -226,12 +220,11 @@ def _name(record: Record) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}%"
 
 
 def _draw_margins(path: Path, pairs: Sequence[Record]) -> None:
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Drawing(figsize=(6.6, 3.2), layout="constrained")
+    with drawing(path, size=(6.6, 3.2)) as figure:
         axes = figure.add_subplot()
         parts = [
             [r["margin"] for r in pairs if low <= r["p_correct"] < high]
@@ -247,13 +240,11 @@ def _draw_margins(path: Path, pairs: Sequence[Record]) -> None:
             loc="outside lower left", ncols=3, fontsize=9, title_fontsize=9,
             title="probability that the label is right", alignment="left",
         )  # fmt: skip
-        _save(figure, path)
 
 
 def _draw_calibration(path: Path, bins: Sequence[Record], summary: Record) -> None:
     rate = _rate_used(summary)
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Drawing(figsize=(6.6, 3.6), layout="constrained")
+    with drawing(path, size=(6.6, 3.6)) as figure:
         axes = figure.add_subplot()
         x = [record["confidence"] for record in bins]
         y = [record["agreement"] for record in bins]
@@ -272,13 +263,11 @@ def _draw_calibration(path: Path, bins: Sequence[Record], summary: Record) -> No
         )  # fmt: skip
         axes.set(xlabel="confidence of the model", ylabel="labels that agree with it")
         axes.legend(loc="upper left", fontsize=9)
-        _save(figure, path)
 
 
 def _draw_annotators(path: Path, annotators: Sequence[Record]) -> None:
-    with matplotlib.rc_context(MATPLOTLIB):
-        height = 1.0 + 0.24 * len(annotators)
-        figure = Drawing(figsize=(6.6, height), layout="constrained")
+    height = 1.0 + 0.24 * len(annotators)
+    with drawing(path, size=(6.6, height)) as figure:
         axes = figure.add_subplot()
         rows = range(len(annotators))
         at = [record["reliability"] for record in annotators]
@@ -297,10 +286,3 @@ def _draw_annotators(path: Path, annotators: Sequence[Record]) -> None:
                 transform=axes.get_yaxis_transform(),
             )  # fmt: skip
         axes.grid(axis="y", visible=False)
-        _save(figure, path)
-
-
-def _save(figure: Drawing, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())

@@ -1,24 +1,24 @@
 """Figures of runs, drawn from plain records and saved as PNG.
 
 A record is a dict: the arm it belongs to, its seed, and numbers by name.  Arms take
-their colours in the order in which they first appear, so figures drawn from records in
-one order agree in colour.  Nothing here touches pyplot's global state or a display.
+their colors in the order in which they first appear, so figures drawn from records in
+one order agree in color.
 """
 
-import io
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from jaxpref.errors import InputError
-from jaxpref.files import write_whole
+from jaxpref.report.drawing import drawing
 from jaxpref.report.seeds import mean_and_deviation
-from jaxpref.report.style import MATPLOTLIB, PALETTE
+from jaxpref.report.style import PALETTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 
@@ -59,8 +59,7 @@ def reward_against_kl(
         the file cannot be written.
     """
     arms = _grouped(points, arm, needs=(x, y), allows=(order,), path=path)
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Figure(figsize=(6.6, 4.3), layout="constrained")
+    with drawing(path, size=(6.6, 4.3)) as figure:
         axes = figure.add_subplot()
         for color, (name, records) in zip(_colors(arms), arms.items()):
             ends = []
@@ -80,7 +79,7 @@ def reward_against_kl(
                 label=name,
             )  # fmt: skip
         axes.set(xlabel=x_label, ylabel=y_label)
-        _finish(figure, axes, path, title=title)
+        _finish(figure, axes, title=title)
 
 
 def training_curves(
@@ -124,10 +123,8 @@ def training_curves(
             )
     columns = min(len(titles), 3)
     rows = math.ceil(len(titles) / columns)
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Figure(
-            figsize=(max(6.6, 2.8 * columns), 2.6 * rows + 0.6), layout="constrained"
-        )
+    size = max(6.6, 2.8 * columns), 2.6 * rows + 0.6
+    with drawing(path, size=size) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         # `panels` last: `zip` takes from what is before the one that ends.
         for (metric, panel_title), axes in zip(titles.items(), panels):
@@ -149,7 +146,7 @@ def training_curves(
             axes.set_xlabel(x if x_label is None else x_label)
         for axes in panels:
             axes.set_visible(False)
-        _finish(figure, figure.axes[0], path, title=title)
+        _finish(figure, figure.axes[0], title=title)
 
 
 def _grouped(
@@ -194,8 +191,8 @@ def _colors(arms: Mapping) -> list[str]:
     return [PALETTE[number % len(PALETTE)] for number in range(len(arms))]
 
 
-def _finish(figure: Figure, axes, path: str | Path, *, title: str) -> None:
-    """Title on the left, legend below it, and the file."""
+def _finish(figure: "Figure", axes: "Axes", *, title: str) -> None:
+    """Title on the left, legend below the panels."""
     handles, labels = axes.get_legend_handles_labels()
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -208,6 +205,3 @@ def _finish(figure: Figure, axes, path: str | Path, *, title: str) -> None:
             handles, labels, loc="outside lower left", fontsize=9,
             ncols=math.ceil(len(labels) / lines),
         )  # fmt: skip
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())

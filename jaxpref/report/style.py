@@ -1,4 +1,4 @@
-"""How reports look: colours of arms, settings of figures, the page's style sheet."""
+"""How reports look: colors of arms, settings of figures, the page's style sheet."""
 
 PALETTE = (
     "#3b6fb6",  # blue

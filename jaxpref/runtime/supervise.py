@@ -114,7 +114,7 @@ def supervise(config: SuperviseConfig) -> int:
                 # and nothing that Python sees where they wait for ever.
                 number = signal.SIGKILL if hung else signal.SIGINT
                 _stop(processes, number, config.grace)
-                saved = any(Path(folder).glob(f"*{progress.SAVED}"))
+                saved = any(Path(folder).glob(f"*{heartbeat.SAVED}"))
             code = processes[index].returncode
             ended = f"process {index} of {config.processes} "
             ended += hung or f"ended {_how(code)}"

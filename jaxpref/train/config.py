@@ -14,6 +14,7 @@ from jaxpref.errors import InputError
 from jaxpref.files import open_out, write_json
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import MeshConfig
+from jaxpref.scoring.scores import reads_reference
 from jaxpref.train.optimizer import OptimizerConfig
 from jaxpref.train.options import RunOptions
 
@@ -49,17 +50,6 @@ class TrainConfig(RunOptions):
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Where the training pairs come from, by `Pairs.sources`."""
-        empty = self.mix and self.mix.empty_data
-        return (self.data, empty) if empty else (self.data,)
-
-    @property
-    def heldout_sources(self) -> tuple[str, ...]:
-        """Where the pairs that are evaluated on come from, likewise."""
-        return (self.eval_data,) if self.eval_data else self.sources
-
     def __post_init__(self):
         super().__post_init__()
         self._check_dtypes()
@@ -86,20 +76,20 @@ class TrainConfig(RunOptions):
             )
 
     def _check_objective(self):
-        if isinstance(self.row_length, int) and self.objective.mixes:
+        if isinstance(self.row_length, int) and self.objective.mixes_empty_traces:
             raise InputError(
                 f"--row-length {self.row_length}: {self.objective.name} is trained "
                 "with one pair a row; leave it out"
             )
-        if self.objective.mixes != (self.mix is not None):
+        if self.objective.mixes_empty_traces != (self.mix is not None):
             raise InputError(
                 f"{self.objective.name}: mixes pairs with traces and with empty ones; "
                 "give mix=MixOptions()"
-                if self.objective.mixes
+                if self.objective.mixes_empty_traces
                 else f"mix {self.mix}: {self.objective.name} mixes nothing; wrap it "
                 "with bvpo"
             )
-        if self.reference is not None and not self.objective.needs_reference:
+        if self.reference is not None and not reads_reference(self.objective.scores):
             raise InputError(
                 f"--reference {self.reference}: {self.objective.name} reads none"
             )
@@ -116,24 +106,28 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(plain | {"loss": objective}, default=_plain))
 
 
-def open_run(config: TrainConfig) -> Path:
+def open_run(out: str, described: dict[str, Any]) -> Path:
     """Makes OUT, or finds the same run in it.
+
+    Args:
+      out: the folder.
+      described: the config, from `to_json`.
 
     Raises:
       InputError: if OUT cannot be written, or holds a run of another config; the
         message names the fields that differ.
     """
-    if "://" in config.out:
+    if "://" in out:
         raise InputError(
-            f"--out {config.out}: only folders are written to; mount the bucket, for "
+            f"--out {out}: only folders are written to; mount the bucket, for "
             "example with gcsfuse"
         )
-    out = Path(config.out)
-    open_out(out, "config.json", to_json(config), what="a run", may_change=MAY_CHANGE)
-    return out
+    folder = Path(out)
+    open_out(folder, "config.json", described, what="a run", may_change=MAY_CHANGE)
+    return folder
 
 
-def write_run_config(config: TrainConfig, out: Path) -> None:
+def write_run_config(described: dict[str, Any], out: Path) -> None:
     """Writes `config.json`: from here on OUT belongs to this config.
 
     Called once everything else was found to be usable, so that a first attempt with a
@@ -142,7 +136,7 @@ def write_run_config(config: TrainConfig, out: Path) -> None:
     # Not before every process has compared: they may share the folder.
     multihost_utils.sync_global_devices("config.json was read")
     if jax.process_index() == 0:
-        write_json(out / "config.json", to_json(config))
+        write_json(out / "config.json", described)
 
 
 def _plain(value):

@@ -1,0 +1,55 @@
+"""Metrics of held-out pairs during training."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.data import PreferenceDataset
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.objectives.inputs import Inputs
+from jaxpref.objectives.objective import Objective, State
+
+
+def evaluation_metrics(
+    objective: Objective,
+    scores: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
+    dataset: PreferenceDataset,
+    state: State,
+) -> dict[str, float]:
+    """Metrics of a scored dataset under `eval_` names; it is one batch to the loss.
+
+    Args:
+      objective: what the run minimizes.
+      scores: float32 [N, K] by name, of the trained model; by model and name where two
+        are trained.
+      reference: float32 [N, K] by name, of the reference.
+      dataset: N pairs.
+      state: the objective's state.
+    """
+    count = len(dataset)
+    no_tokens = np.zeros((count, 1, 0), np.int32)
+    batch = PreferenceBatch(
+        tokens=no_tokens,
+        lengths=no_tokens[..., 0:0],
+        predictors=no_tokens,
+        targets=no_tokens,
+        completions=no_tokens,
+        pairs=np.arange(count, dtype=np.int32)[:, None],
+        completion_lengths=dataset.completion_lengths[:, None],
+        reference={name: table[:, None] for name, table in reference.items()},
+        flips=dataset.columns["is_flipped"][:, None],
+        annotators=dataset.columns["annotator"][:, None],
+        empty=dataset.columns["empty_trace"][:, None],
+        weights=np.ones((count, 1), np.float32),
+        labels={name: values[:, None] for name, values in dataset.labels.items()},
+    )
+    scores = jax.tree.map(lambda table: table[:, None], scores)
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    inputs = Inputs(scores, batch)
+    losses, learned = objective.evaluation(inputs, state)
+    metrics = {"loss": losses.sum() / objective.count(batch)}
+    metrics |= objective.metrics(inputs) | learned
+    return {f"eval_{name}": float(value) for name, value in metrics.items()}
