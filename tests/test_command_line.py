@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jaxpref.train.inputs import injection_warning
 
 from jaxpref import cli
 from jaxpref.cli import train as train_command
@@ -18,9 +17,11 @@ from jaxpref.cli.options import options_of
 from jaxpref.cli.words import split
 from jaxpref.data.options import DataOptions, resolved_max_length
 from jaxpref.errors import InputError
+from jaxpref.objectives import from_loss
 from jaxpref.plan.sweep import with_flags
 from jaxpref.train.config import to_json
 from jaxpref.train.options import RunOptions, StepOptions, steps_of
+from jaxpref.train.prepare import injection_warning
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
@@ -125,14 +126,34 @@ def test_options_of_loss_and_objective_reach_them():
     words = ["--loss.beta", "0.3", "--objective", "em", "--objective.memory", "1e4"]
     wrapped = objective_of(*words)
     assert wrapped.name == "em_dpo"
-    assert wrapped.options["beta"] == 0.3 and wrapped.options["memory"] == 1e4
+    assert wrapped.options["loss"] == {"name": "dpo", "beta": 0.3}
+    assert wrapped.options["memory"] == 1e4
     words = ["--objective", "bvpo", "--objective.alpha", "0.25"]
     words += ["--objective.noise", "learned_rate"]
     words += ["--objective.noise.memory", "500"]
     mixed = objective_of(*words)
     assert mixed.name == "bvpo_learned_rate_dpo"
-    assert mixed.options["bvpo"] == {"alpha": 0.25}
-    assert mixed.options["memory"] == 500
+    assert mixed.options["alpha"] == 0.25
+    assert mixed.options["objective"]["memory"] == 500
+
+
+def test_an_option_of_the_objective_may_be_called_as_one_of_the_loss(monkeypatch):
+    found = {}
+
+    def tempered(loss, *, beta: float = 1.0):
+        """An objective with a beta of its own.
+
+        Args:
+          loss: a loss of single pairs.
+          beta: its temperature.
+        """
+        found.update(loss=loss.keywords, beta=beta)
+        return from_loss(loss)
+
+    monkeypatch.setitem(WRAPPERS, "tempered", tempered)
+    words = ["--loss.beta", "0.3", "--objective", "tempered", "--objective.beta", "2"]
+    objective_of(*words)
+    assert found == {"loss": {"beta": 0.3}, "beta": 2.0}
 
 
 COMPLETIONS = {

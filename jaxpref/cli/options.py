@@ -97,11 +97,16 @@ def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
         )
     words = [word for name, values in given.items() for word in _spelled(name, values)]
     try:
-        return _tyro(_umbrella(parts), words)
+        values = vars(_tyro(_flat(options), words))
     except SystemExit:
         for name, values in given.items():
             _check_value(name, options.get(name), values)
         raise InputError(f"{command}: cannot read {' '.join(words)}") from None
+    by_name = dict(zip(options, values.values()))
+    made = {
+        field: _make(part.type, part.prefix, by_name) for field, part in parts.items()
+    }
+    return types.SimpleNamespace(**made)
 
 
 def _spelled(name: str, values: Sequence[str]) -> list[str]:
@@ -120,17 +125,39 @@ def _tyro(kind: Any, words: Sequence[str]) -> Any:
     )
 
 
-def _umbrella(parts: Parts) -> type:
+def _flat(options: Mapping[str, Option]) -> type:
+    """A dataclass with a field for each option, in their order, that checks nothing.
+
+    tyro would make errors of the real ones' checks its own.
+    """
     import tyro
 
-    return dataclasses.make_dataclass(
-        "Arguments",
-        [
-            (name, Annotated[part.type, tyro.conf.arg(name=part.prefix)])
-            for name, part in parts.items()
-        ],
-        kw_only=True,
-    )
+    fields = []
+    for number, option in enumerate(options.values()):
+        kind = Annotated[option.type, tyro.conf.arg(name=option.name)]
+        default = dataclasses.field()
+        if option.default is not REQUIRED:
+            default = dataclasses.field(default=option.default)
+        fields.append((f"option_{number}", kind, default))
+    return dataclasses.make_dataclass("Options", fields, kw_only=True)
+
+
+def _make(kind: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass from the values of its options."""
+    hints = typing.get_type_hints(kind)
+    given = {}
+    for field in dataclasses.fields(kind):
+        name = _name(field, prefix)
+        nested = dataclasses.is_dataclass(hints[field.name])
+        given[field.name] = (
+            _make(hints[field.name], name, values) if nested else values[name]
+        )
+    return kind(**given)
+
+
+def _name(field: dataclasses.Field, prefix: str) -> str:
+    name = canonical(field.name)
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _check_value(name: str, option: Option | None, values: Sequence[str]) -> None:
@@ -156,8 +183,7 @@ def _of(kind: type, prefix: str) -> list[Option]:
     docs = _docs(kind)
     found = []
     for field in dataclasses.fields(kind):
-        name = canonical(field.name)
-        name = f"{prefix}.{name}" if prefix else name
+        name = _name(field, prefix)
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             found += _of(hint, name)
