@@ -21,7 +21,7 @@ def beta_dpo(*arrays, beta, alpha, frozen):
 
 
 def targets(margins, gamma, tau):
-    """gamma N p at the least of mean -log s(h - gamma N p) + tau KL(p || uniform).
+    """gamma N p at the minimum of mean -log s(h - gamma N p) + tau KL(p || uniform).
 
     By damped Newton steps on p and the multiplier of sum p = 1, in wide floats.
     """

@@ -134,7 +134,7 @@ def test_length_desensitized_at_extremes():
     np.testing.assert_allclose(out[:2], [-5e3, 0], rtol=5e-3)
 
 
-# Wrong use.
+# Invalid arguments.
 
 
 def test_length_desensitized_refuses_wrong_arrays():

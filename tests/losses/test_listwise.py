@@ -108,7 +108,7 @@ def both(loss):
 
 
 @every_case
-def test_values_and_slopes(loss, oracle, extra):
+def test_values_and_gradients(loss, oracle, extra):
     scores, *others, real = drawn()
     extra = others[:extra]
     expected = oracle_of_lists(oracle, scores, extra, real).astype(float)
@@ -172,7 +172,7 @@ def test_a_constant_in_all_scores_changes_nothing(loss, oracle, extra):
 
 
 @every_case
-def test_wrong_use(loss, oracle, extra):
+def test_invalid_arguments(loss, oracle, extra):
     bare = inspect.unwrap(loss)
     scores = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match=r"one shape, got .*where \(3,\)"):
@@ -237,7 +237,7 @@ def test_plackett_luce_is_a_distribution_over_orders():
 
 
 def test_lipo_lambda_moves_an_untrained_policy():
-    """All scores equal: ranks must differ, or nothing would ever be learned."""
+    """With equal scores, ranks must differ; otherwise all gradients are 0."""
     labels = jnp.asarray([0.0, 0.5, 1.0])
     slope = jax.grad(losses.lipo_lambda)(jnp.zeros(3), labels)
     assert slope[0] > 0 > slope[2]

@@ -45,7 +45,7 @@ def test_sum_by_completion():
     np.testing.assert_array_equal(sharded_gradient, gradient)
 
 
-def test_sum_by_completion_refuses_wrong_use():
+def test_sum_by_completion_rejects_invalid_arguments():
     total = inspect.unwrap(losses.sum_by_completion)
     logps, owner = jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32)
     with pytest.raises(ValueError, match=r"one shape .* \(2, 3\), completions \(3,\)"):
@@ -61,7 +61,7 @@ def test_sum_by_completion_refuses_wrong_use():
 
 
 def layout(seed=0):
-    """Poisoned padding, three leading shapes' worth of owners in a mixed order."""
+    """Padding with NaN, and owners in a mixed order."""
     rng = np.random.default_rng(seed)
     values = np.round(rng.normal(size=(2, 8, 3, 5)) * 2**8) / 2**8
     owner = rng.integers(-1, 4, size=values.shape)
@@ -136,7 +136,7 @@ def test_sum_prefix_by_completion():
     assert total(arrays[0].astype(jnp.float16), *arrays[1:]).dtype == jnp.float32
 
 
-def test_sums_refuse_wrong_use():
+def test_sums_reject_invalid_arguments():
     logps, owner = jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32)
     weighted = inspect.unwrap(losses.sum_weighted_by_completion)
     with pytest.raises(ValueError, match=r"one shape, got .*token_weights \(3,\)"):
@@ -168,7 +168,7 @@ ODDS = np.array([-1e4, -800.0, -30.0, -2.0, -0.7, -0.69, -0.5, -1e-3, -2e-6])
 
 
 def test_log_odds():
-    """Against 60 digits, on both sides of -log 2 and at both ends."""
+    """Against 60-digit arithmetic, on both sides of -log 2 and at both ends."""
     with decimal.localcontext() as digits:
         digits.prec = 60
         averages = [decimal.Decimal(float(a)) for a in ODDS]
@@ -212,7 +212,7 @@ def test_token_kls():
         sharded(losses.token_kls, *tables, axis=1), single, rtol=1e-6
     )
 
-    # In logits, the gradient is what the policy has too much of.
+    # In logits, the gradient is the policy minus the reference.
     loss = lambda z: losses.token_kls(jax.nn.log_softmax(z), tables[1]).sum()
     gradient = jax.grad(loss)(jnp.asarray(logits[0], jnp.float32))
     np.testing.assert_allclose(
@@ -227,7 +227,7 @@ def test_token_kls_of_impossible_tokens():
     np.testing.assert_allclose(divergence, 0.5 * np.log(2), rtol=1e-6)
     np.testing.assert_allclose(slope, [-0.5, -0.5, 0])
     np.testing.assert_array_equal(losses.token_kls(half, half), 0)
-    # What the reference expects and the policy excludes is infinitely far.
+    # The KL is infinite if the policy excludes a token of the reference.
     assert losses.token_kls(half, policy) == jnp.inf
     with pytest.raises(ValueError, match="one shape"):
         inspect.unwrap(losses.token_kls)(policy, policy[:2])
