@@ -141,8 +141,8 @@ def test_equal_gradients_and_negative_estimates():
     both = noisy | {"empty_variance": 1.0}
     assert bvpo.optimal_alpha(**zeros | both) == 0.5
     assert bvpo.optimal_alpha(**zeros | {"trace_variance": 1e30}) == 0
-    slope = jax.grad(lambda v: bvpo.optimal_alpha(**zeros | {"empty_bias_sq": v}))
-    assert np.isfinite(slope(0.0))
+    gradient = jax.grad(lambda v: bvpo.optimal_alpha(**zeros | {"empty_bias_sq": v}))
+    assert np.isfinite(gradient(0.0))
 
 
 def test_jit_and_vmap():

@@ -21,7 +21,7 @@ def four(seed=0, pairs=64, scale=4.0):
     return [jnp.asarray(rng.normal(0, scale, pairs)) for _ in range(4)]
 
 
-def value_and_slopes(loss, arrays):
+def value_and_derivatives(loss, arrays):
     """The batch loss, mean over pairs, and its gradient in the policy's log-probs."""
     mean = lambda pc, pr: loss(pc, pr, *arrays[2:]).mean()
     return jax.value_and_grad(mean, argnums=(0, 1))(*arrays[:2])
@@ -43,8 +43,8 @@ def test_dr_dpo_is_the_papers_batch_loss(beta_prime):
         tolerance = 1e-12 * max(1, beta_prime)
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=tolerance),
-            value_and_slopes(loss, arrays),
-            value_and_slopes(paper, arrays),
+            value_and_derivatives(loss, arrays),
+            value_and_derivatives(paper, arrays),
         )
 
 
@@ -75,11 +75,14 @@ def test_dr_dpo_and_kl_dpo_weight_in_opposite_directions():
     """A contradicted pair loses weight in one and gains it in the other."""
     margin = jnp.array([2.0, 2.0, 2.0, -2.0])
     zero = jnp.zeros(4)
-    slope = lambda loss: jax.grad(lambda m: loss(m, zero, zero, zero, beta=1.0).sum())(
-        margin
+    derivative = lambda loss: jax.grad(
+        lambda m: loss(m, zero, zero, zero, beta=1.0).sum()
+    )(margin)
+    plain = derivative(losses.dpo)
+    trusting, worried = (
+        derivative(losses.dr_dpo) / plain,
+        derivative(losses.kl_dpo) / plain,
     )
-    plain = slope(losses.dpo)
-    trusting, worried = slope(losses.dr_dpo) / plain, slope(losses.kl_dpo) / plain
     assert trusting[3] < 0.3 < 1 < trusting[0] and worried[3] > 2 > 1 > worried[0]
 
 
@@ -127,8 +130,8 @@ def test_ranked_losses_are_the_sorted_differences(loss):
         arrays = four()
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-12),
-            value_and_slopes(functools.partial(loss, beta=1.0), arrays),
-            value_and_slopes(paper, arrays),
+            value_and_derivatives(functools.partial(loss, beta=1.0), arrays),
+            value_and_derivatives(paper, arrays),
         )
         ours = np.sort(np.asarray(loss(*arrays, beta=1.0)))
         np.testing.assert_allclose(ours, np.sort(paper(*arrays)), rtol=1e-12)

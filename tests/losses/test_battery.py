@@ -79,9 +79,9 @@ def oracle_of(row: Row, options):
 def oracle_gradients(row: Row, arrays, options, step=2.0**-17):
     """Central differences of the oracle's sum, in every array that training changes."""
     oracle = oracle_of(row, options)
-    slopes = []
+    derivatives = []
     for i in differentiable(row):
-        slope = np.zeros(PAIRS, np.longdouble)
+        derivative = np.zeros(PAIRS, np.longdouble)
         # Independent pairs can all be changed at once.
         groups = np.eye(PAIRS, dtype=bool) if row.coupled else [np.ones(PAIRS, bool)]
         for group in groups:
@@ -91,9 +91,9 @@ def oracle_gradients(row: Row, arrays, options, step=2.0**-17):
                 moved[i] = moved[i] + sign * step * group
                 sides.append(oracle(moved, arrays))
             difference = sides[0] - sides[1]
-            slope[group] = difference.sum() if row.coupled else difference
-        slopes.append((slope / (2 * step)).astype(float))
-    return slopes
+            derivative[group] = difference.sum() if row.coupled else difference
+        derivatives.append((derivative / (2 * step)).astype(float))
+    return derivatives
 
 
 def test_every_loss_has_a_row():

@@ -32,10 +32,10 @@ FOUR = next(row for row in TABLE if row.loss is losses.dpo)
 every_row = pytest.mark.parametrize("row", ONE_BY_ONE, ids=lambda row: row.name)
 
 
-def value_and_slopes(row, loss, arrays, **options):
+def value_and_gradients(row, loss, arrays, **options):
     total = lambda *a: loss(*a, **options).sum()
-    slopes = jax.grad(total, argnums=tuple(differentiable(row)))(*arrays)
-    return loss(*arrays, **options), slopes
+    gradients = jax.grad(total, argnums=tuple(differentiable(row)))(*arrays)
+    return loss(*arrays, **options), gradients
 
 
 def test_most_losses_can_be_corrected():
@@ -77,8 +77,8 @@ def test_gradients_of_the_mean_over_flips_are_the_clean_ones(row):
 
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9),
-            value_and_slopes(row, mean, arrays, **options),
-            value_and_slopes(row, row.loss, arrays, **options),
+            value_and_gradients(row, mean, arrays, **options),
+            value_and_gradients(row, row.loss, arrays, **options),
         )
 
 
@@ -90,8 +90,10 @@ def test_rate_0_is_the_loss_bit_for_bit(row, dtype):
     for rate in (0, 0.0, jnp.zeros(PAIRS)):
         jax.tree.map(
             functools.partial(np.testing.assert_array_equal, strict=True),
-            value_and_slopes(row, losses.unbiased(row.loss, rate), arrays, **options),
-            value_and_slopes(row, row.loss, arrays, **options),
+            value_and_gradients(
+                row, losses.unbiased(row.loss, rate), arrays, **options
+            ),
+            value_and_gradients(row, row.loss, arrays, **options),
         )
 
 
@@ -102,7 +104,7 @@ def test_finite_at_extremes(row, dtype, correction):
     arrays = on_device(arrays_of(row), dtype)
     corrected = correction(row.loss, 0.3)
     for value in jax.tree.leaves(
-        value_and_slopes(row, corrected, arrays, **row.options[-1])
+        value_and_gradients(row, corrected, arrays, **row.options[-1])
     ):
         assert np.isfinite(np.asarray(value, np.float32)).all()
 
@@ -144,8 +146,10 @@ def test_corrected_dpo_is_rdpo_and_forward_dpo(correction, special, rate):
                 functools.partial(
                     np.testing.assert_allclose, rtol=tolerance, atol=tolerance
                 ),
-                value_and_slopes(FOUR, correction(losses.dpo, rates), arrays, beta=1.0),
-                value_and_slopes(FOUR, special, arrays, beta=1.0, flip_rate=rates),
+                value_and_gradients(
+                    FOUR, correction(losses.dpo, rates), arrays, beta=1.0
+                ),
+                value_and_gradients(FOUR, special, arrays, beta=1.0, flip_rate=rates),
             )
 
 
@@ -203,8 +207,8 @@ def test_gibbs_logits_of_simpo_without_target_are_its_margin():
         at = lambda m, gamma: logits(m, zero, one, one, gamma=gamma)
         np.testing.assert_allclose(at(m, 0.0), m, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(at(m, 0.7), -at(-m, 0.7), rtol=1e-12)
-        slope = jax.grad(lambda m: at(m, 0.7).sum())(zero)
-        np.testing.assert_allclose(slope, 2 / (1 + np.exp(-0.7)), rtol=1e-12)
+        gradient = jax.grad(lambda m: at(m, 0.7).sum())(zero)
+        np.testing.assert_allclose(gradient, 2 / (1 + np.exp(-0.7)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("row", ASKING, ids=lambda row: row.name)

@@ -269,10 +269,10 @@ def test_kl_estimators_are_nonnegative_and_finite():
         ratios = jnp.asarray(steps, dtype)
         for k in (losses.kl_k1, losses.kl_k2, losses.kl_k3):
             value = k(ratios)
-            slope = jax.grad(lambda x: k(x).sum())(ratios)  # noqa: B023
-            assert value.dtype == jnp.float32 and slope.dtype == dtype
+            gradient = jax.grad(lambda x: k(x).sum())(ratios)  # noqa: B023
+            assert value.dtype == jnp.float32 and gradient.dtype == dtype
             assert np.isfinite(value).all()
-            assert np.isfinite(np.asarray(slope, np.float32)).all()
+            assert np.isfinite(np.asarray(gradient, np.float32)).all()
             assert k is losses.kl_k1 or (value >= 0).all()
     with jax.enable_x64(True):
         ratios = jnp.asarray(steps[np.abs(steps) < 50])

@@ -37,11 +37,11 @@ def test_alpha_po_goes_over_into_simpo():
         np.testing.assert_allclose(loss(*arrays, alpha=alpha), simpo, rtol=2e-6)
         traced = jax.jit(lambda a: loss(*arrays, alpha=a))(jnp.float32(alpha))
         np.testing.assert_allclose(traced, simpo, rtol=2e-6)
-    slope = jax.grad(lambda c: loss(c, *arrays[1:], alpha=0.0).sum())(arrays[0])
+    derivative = jax.grad(lambda c: loss(c, *arrays[1:], alpha=0.0).sum())(arrays[0])
     other = jax.grad(lambda c: losses.simpo(c, *arrays[1:], beta=2.0, gamma=0.5).sum())(
         arrays[0]
     )
-    np.testing.assert_allclose(slope, other, rtol=1e-6)
+    np.testing.assert_allclose(derivative, other, rtol=1e-6)
 
 
 def test_alpha_po_shapes():
@@ -64,15 +64,17 @@ def test_alpha_po_is_finite_at_extremes(alpha, dtype):
     chosen = jnp.asarray([1e4, -1e4, -1.0, -1.0], dtype)
     rejected = jnp.asarray([-1.0, -1.0, 1e4, -1e4], dtype)
     loss = lambda c, r: jnp.sum(losses.alpha_po(c, r, one, one, alpha=alpha))
-    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(chosen, rejected)
+    value, derivatives = jax.value_and_grad(loss, argnums=(0, 1))(chosen, rejected)
     assert np.isfinite(value)
-    assert all(np.isfinite(np.asarray(s, np.float32)).all() for s in slopes)
+    assert all(np.isfinite(np.asarray(s, np.float32)).all() for s in derivatives)
 
 
 def test_alpha_po_has_gradients_for_very_unlikely_answers():
     one, at = jnp.ones(1), jnp.asarray([-12.0])
-    slope = jax.grad(lambda c: losses.alpha_po(c, at, one, one, alpha=2.0).sum())(at)
-    assert slope < -1
+    derivative = jax.grad(lambda c: losses.alpha_po(c, at, one, one, alpha=2.0).sum())(
+        at
+    )
+    assert derivative < -1
 
 
 @pytest.mark.parametrize("alpha", [float("inf"), -float("inf")])

@@ -218,8 +218,10 @@ def test_reward_regression():
     np.testing.assert_allclose(losses.reward_regression(*arrays), expected, rtol=1e-5)
     half = on_device([rewards, targets], jnp.bfloat16)
     assert losses.reward_regression(*half).dtype == jnp.float32
-    slope = jax.grad(lambda r: losses.reward_regression(r, arrays[1]).sum())(arrays[0])
-    np.testing.assert_allclose(slope, 2 * (rewards - targets), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda r: losses.reward_regression(r, arrays[1]).sum())(
+        arrays[0]
+    )
+    np.testing.assert_allclose(gradient, 2 * (rewards - targets), rtol=1e-5, atol=1e-6)
     with jax.set_mesh(explicit_mesh()):
         spec = PartitionSpec(("data", "fsdp"), None)
         value = jax.jit(losses.reward_regression)(*(place(a, spec) for a in arrays))
@@ -329,9 +331,9 @@ def test_general_preference_at_extremes(dtype):
     large = jnp.asarray([[1e4, 1.0], [-1e4, 1.0], [0.0, 0.0]], dtype)
     other = jnp.asarray([[1.0, 1e2], [1.0, 1e2], [0.0, 0.0]], dtype)
     total = lambda w: losses.general_preference(w, other).sum()
-    value, slope = jax.value_and_grad(total)(large)
+    value, gradient = jax.value_and_grad(total)(large)
     assert np.isfinite(np.asarray(value, np.float32))
-    assert np.isfinite(np.asarray(slope, np.float32)).all()
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
 
 
 def test_general_preference_rejects_invalid_arguments():

@@ -78,10 +78,10 @@ def test_population_minimizer(name, p, rate):
             + (1 - observed) * loss(zero, h, zero, zero)
         )
         best = grid[np.argmin(risk(jnp.asarray(grid)))]
-        slope = jax.grad(lambda h: risk(h)[0])(jnp.full(grid.shape, expected))[0]
-        slope = float(slope)
+        gradient = jax.grad(lambda h: risk(h)[0])(jnp.full(grid.shape, expected))[0]
+        gradient = float(gradient)
     assert abs(best - expected) <= 6e-4  # just over the grid's step
-    assert abs(slope) < 1e-12
+    assert abs(gradient) < 1e-12
 
 
 def test_forward_dpo_beyond_one_half():

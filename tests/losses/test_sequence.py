@@ -173,18 +173,18 @@ def test_log_odds():
         digits.prec = 60
         averages = [decimal.Decimal(float(a)) for a in ODDS]
         exact = [float(a - (1 - a.exp()).ln()) for a in averages]
-        slopes = [float(1 / (1 - a.exp())) for a in averages]
-    slope = jax.grad(lambda a: losses.log_odds(a).sum())
+        derivatives = [float(1 / (1 - a.exp())) for a in averages]
+    derivative = jax.grad(lambda a: losses.log_odds(a).sum())
     with jax.enable_x64(True):
         wide = jnp.asarray(ODDS, jnp.float64)
         np.testing.assert_allclose(losses.log_odds(wide), exact, rtol=1e-13)
-        np.testing.assert_allclose(slope(wide), slopes, rtol=1e-12)
+        np.testing.assert_allclose(derivative(wide), derivatives, rtol=1e-12)
     single = jnp.asarray(ODDS, jnp.float32)
     np.testing.assert_allclose(losses.log_odds(single), exact, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(slope(single), slopes, rtol=1e-5)
+    np.testing.assert_allclose(derivative(single), derivatives, rtol=1e-5)
     certain = jnp.asarray([-1e-8, 0.0, 3.0, 1e4])
     np.testing.assert_allclose(losses.log_odds(certain), np.log(1e6), rtol=1e-5)
-    np.testing.assert_array_equal(slope(certain), 0)
+    np.testing.assert_array_equal(derivative(certain), 0)
     np.testing.assert_allclose(
         jax.nn.sigmoid(losses.log_odds(single)), np.exp(ODDS), rtol=1e-6, atol=1e-30
     )
@@ -223,9 +223,9 @@ def test_token_kls():
 def test_token_kls_of_impossible_tokens():
     half = jnp.log(jnp.asarray([0.5, 0.5, 0.0]))
     policy = jnp.log(jnp.asarray([0.25, 0.5, 0.25]))
-    divergence, slope = jax.value_and_grad(losses.token_kls)(policy, half)
+    divergence, derivative = jax.value_and_grad(losses.token_kls)(policy, half)
     np.testing.assert_allclose(divergence, 0.5 * np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(slope, [-0.5, -0.5, 0])
+    np.testing.assert_allclose(derivative, [-0.5, -0.5, 0])
     np.testing.assert_array_equal(losses.token_kls(half, half), 0)
     # The KL is infinite if the policy excludes a token of the reference.
     assert losses.token_kls(half, policy) == jnp.inf

@@ -19,9 +19,9 @@ def of_ratios(loss, chosen=CHOSEN, rejected=REJECTED, **options):
         chosen, rejected = jnp.asarray(chosen), jnp.asarray(rejected)
         zero = jnp.zeros_like(chosen)
         total = lambda c, r: jnp.sum(loss(c, r, zero, zero, **options))
-        slopes = jax.grad(total, argnums=(0, 1))(chosen, rejected)
+        gradients = jax.grad(total, argnums=(0, 1))(chosen, rejected)
         value = loss(chosen, rejected, zero, zero, **options)
-        return tuple(np.asarray(x) for x in (value, *slopes))
+        return tuple(np.asarray(x) for x in (value, *gradients))
 
 
 def test_bco_pair_bounds_dpo():
@@ -33,10 +33,10 @@ def test_bco_pair_bounds_dpo():
 
 def test_the_optimal_chosen_reward_of_nca_pair_is_log_2():
     for ratio, sign in ((np.log(2) - 0.1, -1), (np.log(2) + 0.1, 1)):
-        _, slope, other = of_ratios(losses.nca_pair, [ratio], [0.0], beta=1.0)
-        assert np.sign(slope) == sign and other > 0
-    _, slope, _ = of_ratios(losses.nca_pair, [np.log(2)], [0.0], beta=1.0)
-    np.testing.assert_allclose(slope, 0, atol=1e-15)
+        _, gradient, other = of_ratios(losses.nca_pair, [ratio], [0.0], beta=1.0)
+        assert np.sign(gradient) == sign and other > 0
+    _, gradient, _ = of_ratios(losses.nca_pair, [np.log(2)], [0.0], beta=1.0)
+    np.testing.assert_allclose(gradient, 0, atol=1e-15)
 
 
 def test_apo_is_bounded_and_moves_each_side_in_its_direction():

@@ -33,10 +33,12 @@ def test_tdpo2_at_alpha_1_is_tdpo1_with_a_stop_gradient():
     arrays = on_device(arrays_of(TDPO1), jnp.float32)
     second = functools.partial(losses.tdpo2, alpha=1.0)
     np.testing.assert_allclose(second(*arrays), losses.tdpo1(*arrays), rtol=1e-6)
-    slopes = lambda loss: jax.grad(
+    derivatives = lambda loss: jax.grad(
         lambda *a: jnp.sum(loss(*a)), argnums=tuple(range(6))
     )(*arrays)
-    for i, (first, other) in enumerate(zip(slopes(losses.tdpo1), slopes(second))):
+    for i, (first, other) in enumerate(
+        zip(derivatives(losses.tdpo1), derivatives(second))
+    ):
         if i == 4:
             # TDPO1 decreases if the policy leaves the reference on chosen answers.
             assert (first < 0).any() and not (first > 0).any() and not other.any()

@@ -81,8 +81,8 @@ def test_values_and_gradients(loss, oracle, numbers, options, theirs):
     wide = lambda x: np.asarray(x, np.longdouble)
     exact = lambda p: oracle(wide(p), wide(reference), DESIRABLE, *numbers, **theirs)
     step = 2.0**-17
-    slope = (exact(policy + step) - exact(policy - step)) / (2 * step)
-    expected, slope = exact(policy).astype(float), slope.astype(float)
+    derivative = (exact(policy + step) - exact(policy - step)) / (2 * step)
+    expected, derivative = exact(policy).astype(float), derivative.astype(float)
     run = both(loss, numbers, options)
     with jax.enable_x64(True):
         value, gradient = jax.jit(run)(
@@ -90,7 +90,7 @@ def test_values_and_gradients(loss, oracle, numbers, options, theirs):
         )
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(gradient, slope, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(gradient, derivative, rtol=1e-7, atol=1e-9)
     single = [jnp.asarray(a, jnp.float32) for a in (policy, reference)]
     labels = jnp.asarray(DESIRABLE)
     arrays = *single, labels
@@ -102,7 +102,7 @@ def test_values_and_gradients(loss, oracle, numbers, options, theirs):
     ]
     for value, gradient in results:
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(gradient, derivative, rtol=1e-5, atol=1e-7)
     half = [a.astype(jnp.bfloat16) for a in single]
     value, gradient = jax.jit(run)(*half, labels)
     assert value.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
@@ -179,8 +179,8 @@ def test_no_gradient_through_reference_points():
             + losses.bco(policy, reference, labels, shift).sum()
         )
 
-    for slope in jax.grad(total, argnums=(0, 1))(jnp.float32(1), jnp.float32(1)):
-        assert slope == 0
+    for derivative in jax.grad(total, argnums=(0, 1))(jnp.float32(1), jnp.float32(1)):
+        assert derivative == 0
     for mean in (
         lambda p: losses.kto_kl(p, reference),
         lambda p: losses.bco_shift(p, labels),
@@ -294,10 +294,10 @@ def test_kto_gradients_vanish_far_from_the_reference_point(desirable):
     zero, labels = jnp.zeros(401), jnp.full(401, desirable)
     loss = lambda r: losses.kto(r, zero, labels, 20.0, beta=0.2)
     value = loss(ratios)
-    slope = np.abs(jax.grad(lambda r: loss(r).sum())(ratios))
+    derivative = np.abs(jax.grad(lambda r: loss(r).sum())(ratios))
     assert (value >= 0).all() and (value <= 1).all()
-    assert ratios[slope.argmax()] == 20
-    np.testing.assert_allclose(slope[[0, -1]], 0, atol=1e-15)
+    assert ratios[derivative.argmax()] == 20
+    np.testing.assert_allclose(derivative[[0, -1]], 0, atol=1e-15)
 
 
 @pytest.mark.parametrize("desirable", [True, False])
@@ -313,5 +313,5 @@ def test_one_class_may_be_absent(desirable):
             + losses.kto(p, reference, labels, kl)
         ).sum()
 
-    value, slope = jax.value_and_grad(total)(policy)
-    assert np.isfinite(value) and np.isfinite(slope).all()
+    value, derivative = jax.value_and_grad(total)(policy)
+    assert np.isfinite(value) and np.isfinite(derivative).all()

@@ -99,8 +99,8 @@ def test_log_collisions_at_extremes(dtype):
     value = losses.log_collisions(logits)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, -np.log([1, 3, 2]), atol=1e-6)
-    slope = jax.grad(lambda z: losses.log_collisions(z).sum())(logits[:2])
-    assert np.isfinite(np.asarray(slope, np.float32)).all()
+    gradient = jax.grad(lambda z: losses.log_collisions(z).sum())(logits[:2])
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
 
 
 def test_sharded_equals_unsharded():

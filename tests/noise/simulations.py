@@ -87,8 +87,8 @@ def laplace_interval(found: em.Fit, data: Votes, level=0.95):
     """Another alternative: a normal approximation from the curvature."""
     eta = np.asarray(found.reliability, np.float64)
     at, c = eta[data.annotators], np.tanh(np.asarray(found.evidence, np.float64) / 2)
-    slopes = 2 * c / (1 + (2 * at - 1) * c)
-    curvature = np.bincount(data.annotators, slopes**2, eta.size)
+    gradients = 2 * c / (1 + (2 * at - 1) * c)
+    curvature = np.bincount(data.annotators, gradients**2, eta.size)
     half = norm.ppf((1 + level) / 2) / np.sqrt(np.maximum(curvature, 1e-12))
     return eta - half, eta + half
 

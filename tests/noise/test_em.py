@@ -90,10 +90,10 @@ def test_m_steps_differ_beyond_dpo():
         d, zero, w = jnp.array([0.4, -2.0]), jnp.zeros(2), jnp.array([0.9, 0.3])
         ipo = functools.partial(losses.ipo, beta=0.5)
         z = losses.gibbs_logits(ipo)
-        slopes = jax.grad(
+        derivatives = jax.grad(
             lambda d: em.likelihood_loss(z(d, zero, zero, zero), w).sum()
         )(d)
-        np.testing.assert_allclose(slopes, (expit(4 * d) - w) * 4, rtol=1e-12)
+        np.testing.assert_allclose(derivatives, (expit(4 * d) - w) * 4, rtol=1e-12)
         pair, exchanged = ipo(d, zero, zero, zero), ipo(zero, d, zero, zero)
         expected = w * (d - 1) ** 2 + (1 - w) * (d + 1) ** 2
         ours = em.weighted_loss(pair, exchanged, w)
@@ -117,17 +117,17 @@ def test_losses_at_special_reliabilities():
     z = jnp.linspace(-40, 40, 9)
     at = lambda eta: lambda z: em.likelihood_loss(z, em.posterior(z, eta))
     np.testing.assert_array_equal(at(1.0)(z), -jax.nn.log_sigmoid(z))
-    slope = lambda eta, z: jax.grad(lambda z: at(eta)(z).sum())(z)
+    derivative = lambda eta, z: jax.grad(lambda z: at(eta)(z).sum())(z)
     with jax.enable_x64(True):
-        # w and p differ by the rounding of z + 0, whose slope is at most 1/4.
+        # w and p differ by the rounding of z + 0, whose derivative is at most 1/4.
         rounding = 40 / 4 * np.finfo(np.float64).eps
         z = jnp.linspace(-40, 40, 9)
-        np.testing.assert_allclose(slope(0.5, z), 0, atol=rounding)
+        np.testing.assert_allclose(derivative(0.5, z), 0, atol=rounding)
     zero = jnp.zeros(1)
     smoothed = jax.grad(
         lambda h: losses.cdpo(h, zero, zero, zero, beta=1.0, flip_rate=0.2).sum()
     )(zero)
-    np.testing.assert_allclose(slope(0.8, zero), smoothed, rtol=1e-6)
+    np.testing.assert_allclose(derivative(0.8, zero), smoothed, rtol=1e-6)
     extreme = jnp.array([-1e4, 1e4, -1e30, 1e30])
     for w in (0.0, 0.5, 1.0):
         assert np.isfinite(em.likelihood_loss(extreme, jnp.full(4, w))).all()
@@ -240,9 +240,9 @@ def test_em_is_a_contraction(reliability):
         mapped = lambda eta: em.posterior(z, eta).mean()
         p = expit(data.margins)
         for eta in (0.2, 0.6, 0.9):
-            slope = np.sum((2 * p - 1) / (p * eta + (1 - p) * (1 - eta)))
+            derivative = np.sum((2 * p - 1) / (p * eta + (1 - p) * (1 - eta)))
             expected = 5000 * (mapped(eta) - eta) / (eta * (1 - eta))
-            np.testing.assert_allclose(slope, expected, rtol=1e-9)
+            np.testing.assert_allclose(derivative, expected, rtol=1e-9)
         zeros = jnp.zeros(5000, int)
         ends = [
             em.fit(z, zeros, num_annotators=1, prior=None, start=start, tolerance=1e-9)
