@@ -297,8 +297,8 @@ def measure_trl(config: GpuConfig, sizes: LlamaArchitecture, pairs, folder) -> d
         )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"system": "trl", "error": told[:300]}
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"system": "trl", "error": message[:300]}
     found = json.loads(lines[-1])
     # One order in both: TRL's loader does not shuffle here.
     seconds = np.array(found.pop("seconds")).reshape(-1, config.steps)[2:].sum(1)
@@ -338,7 +338,7 @@ def main(config: GpuConfig) -> None:
     """Measures and prints; a single line if there is no GPU."""
     device = find_device(config.platform)
     if device is None:
-        print("skipped: jax finds no GPU (--platform cpu is a dry run)")
+        print("no GPU found by jax: skipped (--platform cpu is a dry run)")
         return
     peak, kind = None, device.device_kind
     if config.platform == "cpu":

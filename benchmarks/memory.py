@@ -250,8 +250,8 @@ def main(config: MemoryConfig) -> None:
                 records.append(record)
                 mib = (f"{record['mib'][name]:.0f}" for name in names)
                 ratios = ", ".join(f"{x:.2f}" for x in record["ratios"].values())
-                told = heading.format(layout, vocab_size, length, *mib)
-                print(f"{told}  {ratios}", flush=True)
+                line = heading.format(layout, vocab_size, length, *mib)
+                print(f"{line}  {ratios}", flush=True)
     largest = max(vocabularies)
     ratios = [r["ratios"]["peers"] for r in records if r["vocabulary"] == largest]
     print(

@@ -250,8 +250,8 @@ def measure_devices(config: ScalingConfig, count: int) -> dict:
     command = [sys.executable, "-m", "benchmarks.scaling", "--only-devices", asked]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"{count} virtual devices: {told}")
+        line = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"{count} virtual devices: {line}")
     seconds = json.loads(done.stdout.strip().splitlines()[-1])
     return {"axis": "devices", "size": count, "seconds": seconds}
 
@@ -352,7 +352,7 @@ def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
         panel.plot(sizes, line, color=FAINT, ls=":", lw=1, label="in proportion")
         lowest = min(lowest, line[0])
     panel.set(xscale="log", yscale="log", ylabel="seconds a step")
-    # At least a factor of four, with room for the legend above.
+    # At least a factor of four, with space for the legend above.
     low = lowest / 1.3
     panel.set_ylim(low, max(highest, 4 * low) * (highest / low) ** (0.15 * len(curves)))
     panel.set_xticks(sizes, [f"{size:g}" for size in sizes])

@@ -37,7 +37,7 @@ CHUNK = 8
 class Language:
     """The world's texts as token ids; all of one kind have the same length.
 
-    Told apart by identity, so that `jax.jit` takes one as a static argument.
+    Compared by identity, so that `jax.jit` takes one as a static argument.
     """
 
     prompts: np.ndarray

@@ -58,9 +58,9 @@ def linear_errors(name, rate, n):
     @jax.jit
     def fit(x, start):
         margins = lambda theta: jnp.einsum("snd,sd->sn", x, theta)
-        slope = jax.vmap(jax.vmap(jax.grad(lambda h: loss(h))))
+        derivative = jax.vmap(jax.vmap(jax.grad(lambda h: loss(h))))
         bend = jax.vmap(jax.vmap(jax.grad(jax.grad(lambda h: loss(h)))))
-        gradient = lambda t: jnp.einsum("sn,snd->sd", slope(margins(t)), x)
+        gradient = lambda t: jnp.einsum("sn,snd->sd", derivative(margins(t)), x)
         curvature = lambda t: jnp.einsum("sn,snd,sne->sde", bend(margins(t)), x, x)
         return minimized(gradient, curvature, start, 40)
 
@@ -120,8 +120,8 @@ def lost_length(observed):
     length = LENGTH
     for _ in range(50):
         s = 1 / (1 + np.exp(-length * nodes))
-        slope = weights @ ((s - observed(truth)) * nodes)
-        length -= slope / (weights @ (s * (1 - s) * nodes**2))
+        derivative = weights @ ((s - observed(truth)) * nodes)
+        length -= derivative / (weights @ (s * (1 - s) * nodes**2))
     return LENGTH - length
 
 
