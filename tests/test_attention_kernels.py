@@ -99,6 +99,20 @@ def test_causal_kernels_see_the_past(name, monkeypatch):
     close(slopes_of(kernel, slopes)(q, k, v), slopes_of(dense, slopes)(q, k, v))
 
 
+def test_splash_takes_a_copy_of_the_keys_for_each_completion():
+    T = 150
+    pairs, parts = rows(T, answers=3)
+    q, k, v, _ = arrays(T, np.float32)
+    attend = functools.partial(splash_packed, completions=3, interpret=True)
+    found = jax.jit(attend)(q, k, v, jnp.array(pairs), jnp.array(parts))
+    real, expected = pairs >= 0, by_definition(q, k, v, seen(pairs, parts))
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    # A third answer where two were announced is not taken for another one.
+    attend = functools.partial(splash_packed, completions=2, interpret=True)
+    found = jax.jit(attend)(q, k, v, jnp.array(pairs), jnp.array(parts))
+    np.testing.assert_array_equal(np.isnan(found).all((2, 3)), parts == 3)
+
+
 def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
     kernel = functools.partial(splash_packed, interpret=True)
     monkeypatch.setattr(attention, "packed_kernel", lambda q: kernel)

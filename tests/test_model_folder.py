@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxpref.errors import InputError
-from jaxpref.models import Numerics, build, tensor_files
+from jaxpref.models import Numerics, RewardModel, build, tensor_files
 from jaxpref.models.families.llama import TENSORS, LlamaArchitecture
-from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder import check_folder, load_params, save
 from jaxpref.models.folder_config import (
     architecture_from_fields,
     architecture_to_fields,
@@ -263,7 +263,11 @@ def test_a_wrong_tensor_is_named(folder, change, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; .* only 'llama'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; supported are llama"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, .* not supported"),
+        ({"num_experts": 8}, "num_experts is 8, which is not supported"),
+        ({"layer_types": ["full_attention"]}, "layer_types is .* delete the field"),
+        ({"rope_scaling": {"type": "linear", "beta_fast": 32}}, "beta_fast is 32"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -288,6 +292,32 @@ def test_a_config_that_cannot_be_honoured_is_named(folder, changes, words):
     with pytest.raises(InputError, match=words) as error:
         read_architecture(folder)
     assert str(error.value).count("config.json") == 1 and "\n" not in str(error.value)
+
+
+def test_fields_that_change_nothing_are_accepted(folder):
+    before = read_architecture(folder)
+    off = {"use_sliding_window": False, "sliding_window": None, "pruned_heads": {}}
+    others = {"attention_dropout": 0.1, "pretraining_tp": 1, "use_cache": True}
+    edit_config(folder, **off, **others, rope_interleaved=False)
+    assert read_architecture(folder) == before
+
+
+def test_a_folder_is_checked_without_its_weights(folder, monkeypatch):
+    nan = np.full(8, np.nan, np.float32)
+    edit_tensors(folder, lambda t: t.update({"model.norm.weight": nan}))
+    assert check_folder(folder) == CONFIG
+    with pytest.raises(InputError, match="holds no reward model"):
+        check_folder(folder, RewardModel)
+    check_folder(folder, RewardModel, new_head=True)
+    edit_tensors(folder, lambda t: t.update({QUERY: t[QUERY][:4].copy()}))
+    with pytest.raises(InputError, match=rf"{QUERY} has shape \[4, 8\]"):
+        check_folder(folder)
+    edit_tensors(folder, lambda t: t.update(odd=nan))
+    with pytest.raises(InputError, match="tensor odd is not part of a llama model"):
+        check_folder(folder)
+    edit_config(folder, num_experts=8)
+    with pytest.raises(InputError, match="num_experts"):
+        check_folder(folder)
 
 
 def cut_weights(folder):

@@ -72,13 +72,15 @@ def causal_attention(
     if (kernel := causal_kernel(q)) is not None:
         return _on_each_device(kernel, q, k, v)
     B, T = q.shape[:2]
-    # A row of one block gains nothing.  Beyond, milliseconds of the gradient of dense
-    # and blockwise attention on two busy cores, and MiB of temporary arrays:
-    #     16 rows of 8 heads of 8 features, 4 rows of 9 heads of 64 features
-    #     T = 64     4 and 4, 8 and 1             3 and 7, 3 and 3
-    #     T = 128    27 and 12, 32 and 2          18 and 9, 9 and 4
-    #     T = 512    1007 and 216, 513 and 7      738 and 89, 146 and 16
-    #     T = 1024   9832 and 847, 2051 and 14    3615 and 1337, 579 and 31
+    # A row of one block gains nothing.  Gradient of dense and of blockwise attention on
+    # two busy cores, in milliseconds, and MiB of temporary arrays:
+    #
+    #               16 rows, 8 heads of 8          4 rows, 9 heads of 64
+    #      T      dense       blockwise          dense       blockwise
+    #     64       4,    8        4,  1           3,   3        7,  3
+    #    128      27,   32       12,  2          18,   9        9,  4
+    #    512    1007,  513      216,  7         738, 146       89, 16
+    #   1024    9832, 2051      847, 14        3615, 579     1337, 31
     if platform() != "cpu" or T <= BLOCK:
         return attention(q, k, v, None)
     parts = jnp.zeros((B, T), jnp.int32, out_sharding=on_mesh(SPECS.tokens))

@@ -150,7 +150,8 @@ def save(
     Raises:
         InputError: the folder cannot be written, or a weight is not finite in `dtype`.
     """
-    folder, source = Path(folder).resolve(), source_folder and Path(source_folder)
+    folder = Path(folder).resolve()
+    source = None if source_folder is None else Path(source_folder)
     stored_dtype = np.dtype(jnp.dtype(dtype or model.numerics.param_dtype))
     if stored_dtype.name not in DTYPES.values():
         raise InputError(
@@ -302,7 +303,7 @@ def _load_leaf(
         sizes = [len(range(n)[s]) for s, n in zip(index, inner_shape, strict=True)]
         return values.T.reshape(sizes)
 
-    def piece(index: Sequence[slice]) -> np.ndarray:
+    def piece(index: Any) -> np.ndarray:
         bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
         if bounds not in pieces:  # devices that hold the same shard share one reading
             if name.stacked:

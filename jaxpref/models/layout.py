@@ -48,7 +48,7 @@ class Specs:
 SPECS = Specs()
 
 
-def on_mesh(spec: P) -> P | None:
+def on_mesh(spec: P | None) -> P | None:
     """The spec if a mesh is set, else None, so that the same code serves both."""
     return None if jax.sharding.get_abstract_mesh().empty else spec
 

@@ -54,7 +54,7 @@ def dense_einsum(
     terms, out = equation.split("->")
     of_x, of_weight = terms.split(",")
     out_dtype = out_dtype or x.dtype
-    layout = lambda like: on_mesh(jax.typeof(like).sharding.spec)
+    layout: Any = lambda like: on_mesh(jax.typeof(like).sharding.spec)
     copied = weight.ndim > len(of_weight)
     sharded = not copied and is_fsdp_sharded(weight)
     gradient_spec = row_group_layout(layout(weight)) if sharded else layout(weight)

@@ -11,6 +11,7 @@ V vocabulary, N row groups (see `gathering`).
 """
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def _over_chunks(
     head: Head,
     chunk_size: int | None,
     save_single_chunk: bool = False,
-) -> tuple[PerPosition, ...]:
+) -> Any:
     """`function(targets [B, c], *hiddens [B, c, D])` over P, chunk by chunk.
 
     `save_single_chunk`: if there is a single chunk, its backward pass recomputes

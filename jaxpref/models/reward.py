@@ -40,7 +40,7 @@ class RewardModel:
     @property
     def backbone(self) -> Model:
         """The model whose parameters are these without `score`."""
-        tied = dataclasses.rereshard(self.architecture, tie_word_embeddings=True)
+        tied = dataclasses.replace(self.architecture, tie_word_embeddings=True)
         return Model(tied, self.numerics)
 
     def init(self, key: jax.Array) -> Params:

@@ -143,9 +143,10 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 def _gather(entry: Entry, dtype: np.dtype) -> np.ndarray:
     beat(f"exporting {entry.tensor}")
     name = entry.name
-    value = entry.array[entry.layer] if name.stacked else entry.array
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        value = jax.device_put(value, NamedSharding(value.sharding.mesh, P()))
+    value: Any = entry.array[entry.layer] if name.stacked else entry.array
+    sharding = getattr(value, "sharding", None)
+    if isinstance(sharding, NamedSharding) and not value.is_fully_addressable:
+        value = jax.device_put(value, NamedSharding(sharding.mesh, P()))
     with np.errstate(over="ignore"):
         value = np.asarray(value).astype(dtype)
     if not np.isfinite(value).all():
