@@ -314,14 +314,14 @@ def test_layout_does_not_change_the_mixture(pairs, whole, sizes, accumulation):
 
 
 def test_evaluation_is_the_wrapped_objectives(pairs):
-    from jaxpref.train.evaluation import evaluation_metrics
+    from jaxpref.train.evaluation import evaluation_metrics, make_evaluation
 
     base = em(LOSS)
     rng = np.random.default_rng(0)
     logps = rng.normal(size=(len(pairs), 2)).astype(np.float32)
     scores, zeros = {"policy_logps": logps}, {"reference_logps": 0 * logps}
     found, expected = (
-        evaluation_metrics(o, scores, zeros, pairs, o.init(0))
+        evaluation_metrics(make_evaluation(o), scores, zeros, pairs, o.init(0))
         for o in (bvpo(base, alpha="auto"), base)
     )
     assert found == expected

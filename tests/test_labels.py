@@ -26,7 +26,7 @@ from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import weighted_losses
 from jaxpref.scoring import make_scorer
 from jaxpref.train import TrainConfig, read_metrics
-from jaxpref.train.evaluation import evaluation_metrics
+from jaxpref.train.evaluation import evaluation_metrics, make_evaluation
 from tests.data_tokenizers import byte_tokenizer
 from tests.test_reward_models import reward_steps
 from tests.tiny import (
@@ -263,7 +263,9 @@ def test_a_loss_reads_its_pairs_numbers(name):
         found.extend(each[real])
         rewards[index] = mine
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
-    evaluated = evaluation_metrics(objective, {"rewards": rewards}, {}, pairs, {})
+    evaluated = evaluation_metrics(
+        make_evaluation(objective), {"rewards": rewards}, {}, pairs, {}
+    )
     assert evaluated["eval_loss"] == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
