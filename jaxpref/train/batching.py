@@ -1,36 +1,37 @@
 """The layout of a run's batches on its mesh, and the order of its pairs."""
 
-import dataclasses
-from pathlib import Path
+from typing import Literal
 
 import jax
 
 from jaxpref import data
 from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
-from jaxpref.train.elsewhere import begun_rows
+
+TOKENS_PER_DEVICE = 8_192
+"""Tokens of a packed micro-batch that keep a device busy."""
 
 
 def make_layout(
     splits: data.Splits,
+    order: data.Order,
     mesh: jax.sharding.Mesh,
-    out: Path,
     *,
     batch_size: int,
     accumulation: int,
-    row_length: int | None,
+    row_length: int | Literal["auto"] | None,
+    num_steps: int,
 ) -> data.Layout:
     """The layout of all batches of a run.
 
-    A packed run that was begun on other devices keeps its rows where these can share
-    them: the mesh decides how many there are, and then they stay as they were.
-
     Args:
       splits: the run's data.
+      order: of its training pairs.
       mesh: the devices that share the rows.
-      out: the run's folder.
       batch_size: pairs of a step.
-      accumulation: micro-batches of a step.
-      row_length: tokens of a packed row, or None for one pair a row.
+      accumulation: micro-batches of a step; of packed rows at least so many.
+      row_length: tokens of a packed row, "auto" to choose them from the data, or None
+        for one pair per row.
+      num_steps: of the run.
 
     Raises:
       InputError: if the devices cannot share the rows evenly.
@@ -46,13 +47,15 @@ def make_layout(
     if row_length is None:
         check_rows(batch_size, accumulation, mesh)
         return data.padded_layout(*datasets, **common)
-    layout = data.packed_layout(
-        *datasets, row_length=row_length, shards=row_shards(mesh), **common
+    return data.packed_layout(
+        *datasets,
+        order=order,
+        row_length=row_length,
+        num_steps=num_steps,
+        shards=row_shards(mesh),
+        tokens_per_device=TOKENS_PER_DEVICE if row_length == "auto" else 0,
+        **common,
     )
-    begun = begun_rows(out / "checkpoints")
-    if begun is not None and begun % (accumulation * row_shards(mesh)) == 0:
-        layout = dataclasses.replace(layout, rows=begun // accumulation)
-    return layout
 
 
 def make_order(

@@ -1,38 +1,10 @@
 """What a run that goes on elsewhere keeps, and what it cannot."""
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
-import numpy as np
-
-from jaxpref.runtime.processes import broadcast_from_process_zero
-from jaxpref.train.checkpoint import digest_of_meta
-
-
-def begun_rows(checkpoints: Path) -> int | None:
-    """Packed rows of a batch of the run in OUT; None if it has saved none.
-
-    Other devices would choose another number, and so other batches.
-
-    Args:
-      checkpoints: its folder, which process 0 reads for all.
-    """
-    rows = 0
-    if jax.process_index() == 0:
-        for path in checkpoints.glob("*/meta/metadata"):
-            try:
-                meta = json.loads(path.read_text("utf-8"))
-                found = int(meta["data"]["rows"] or 0)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # damaged: found and told when it is restored
-            if meta.get("digest", digest_of_meta(meta)) == digest_of_meta(meta):
-                rows = found
-                break
-    return int(broadcast_from_process_zero(np.int32(rows))) or None
 
 
 def surroundings(mesh: jax.sharding.Mesh) -> dict[str, str]:

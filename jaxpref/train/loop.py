@@ -92,22 +92,20 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
     plan = read_plan(config, tokenizer)
-    batching = make_layout(
-        plan,
-        mesh,
-        out,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        row_length=config.row_length,
-    )
     order = make_order(
         plan.train,
         seed=config.seed,
         empty_share=None if config.mix is None else config.mix.empty_share,
     )
-    packed_rows = None
-    if config.row_length is not None:
-        packed_rows = batching.rows * batching.accumulation
+    batching = make_layout(
+        plan,
+        order,
+        mesh,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        row_length=config.row_length,
+        num_steps=config.max_steps,
+    )
 
     # ---- model, optimiser, state: restored, or born from the model folder ---------
     model_config = load_config(folder)
@@ -147,8 +145,9 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
         programs = ["train_step"] + ["score_step"] * len(scorers)
         print(describe(batching, programs), flush=True)
         if config.row_length is None and not objective.mixes:
-            shards = config.accumulation * row_shards(mesh)
-            told = padding_advice(batching, plan.train, plan.heldout, shards=shards)
+            told = padding_advice(
+                batching, order, plan.train, plan.heldout, shards=row_shards(mesh)
+            )
             if told is not None:
                 print(told, flush=True)
     schedule = make_schedule(config.optimizer, config.max_steps)
@@ -168,7 +167,7 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
     saved = {}
     if restored is not None:
         saved = restored[1]
-        check_same(saved, config, out, plan, packed_rows, digest)
+        check_same(saved, config, out, plan, digest)
         told = told_of_change(
             saved.get("surroundings", where), where, int(restored[0].step)
         )
@@ -255,7 +254,6 @@ def _run(config: TrainConfig, out: Path, mesh: jax.sharding.Mesh) -> Path:
             "iterator": feed.get_state(),
             "plan": plan.digest,
             "reference": digest,
-            "rows": packed_rows,
             "surroundings": where,
             "first_losses": guard.get_state(),
             "best": best.get_state(),

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxpref.data import Layout, PreferenceDataset, packed_layout
-from jaxpref.errors import InputError
+from jaxpref.data import Layout, Order, PreferenceDataset, packed_layout
 
 
 def describe(layout: Layout, programs: Sequence[str]) -> str:
@@ -16,38 +15,28 @@ def describe(layout: Layout, programs: Sequence[str]) -> str:
 
 def padding_advice(
     layout: Layout,
-    dataset: PreferenceDataset,
+    order: Order,
+    train: PreferenceDataset,
     heldout: PreferenceDataset,
     *,
     shards: int,
 ) -> str | None:
-    """What packed rows would save a run with one pair a row; None where it is little.
+    """What packed rows would save a run; None where it is little.
 
     Args:
       layout: of its batches.
-      dataset: the training data.
+      order: of the training pairs.
+      train: the training data.
       heldout: the data it is evaluated on, which rows must hold too.
-      shards: parts the rows of a step are split into, devices times micro-batches.
+      shards: devices that share the rows of a micro-batch.
     """
-    overhead = layout.overhead(dataset)
+    overhead = layout.overhead(train)
     if overhead < 1.3:
         return None
-    tokens = dataset.packed_lengths
-    longest = max(int(x.packed_lengths.max(initial=0)) for x in (dataset, heldout))
-    row = max(longest, int(layout.batch_size / shards * tokens.mean()))
-    row = -(-row // 64) * 64
-    advice = (
+    size = layout.batch_size
+    packed = packed_layout(train, heldout, order=order, batch_size=size, shards=shards)
+    return (
         f"padding overhead {overhead:.1f}x (prompts are repeated per answer); "
-        f"--row-length {row} would reduce it"
+        f"--row-length {packed.row_length} would reduce it to "
+        f"{packed.overhead(train):.2f}x"
     )
-    try:
-        packed_layout(
-            dataset,
-            heldout,
-            row_length=row,
-            batch_size=layout.batch_size,
-            shards=shards,
-        )
-    except InputError:
-        return advice + ", in larger batches than these"
-    return advice + " to about 1.05x"

@@ -30,7 +30,7 @@ def abstract_batch(
       mesh: the devices.
       prompt_length: tokens of each prompt.
       answer_length: tokens of each answer.
-      batch_size: pairs of a step; about as many where they are packed.
+      batch_size: pairs of a step.
       accumulation: micro-batches of a step.
       row_length: tokens of a packed row, None for one pair a row.
 
@@ -54,7 +54,12 @@ def abstract_batch(
         layout = data.padded_layout(pair, **common)
     else:
         layout = data.packed_layout(
-            pair, row_length=row_length, shards=row_shards(mesh), **common
+            pair,
+            order=data.in_order(pair),
+            row_length=row_length,
+            num_steps=1,
+            shards=row_shards(mesh),
+            **common,
         )
     batch = layout.abstract_batch(
         labels=sorted(objective.labels), reference=sorted(objective.stored)
