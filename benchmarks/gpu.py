@@ -1,8 +1,8 @@
 r"""A DPO step of a 1B-class model on one GPU: bf16 products, float32 master weights.
 
 Commands
-    Random weights and random pairs of up to 2,048 tokens in packed rows of 2,048;
-    beside it TRL on the same pairs, with an interpreter that has torch and trl:
+    Random weights and random pairs of up to 2,048 tokens in packed rows of 2,048, and
+    TRL on the same pairs, with a Python interpreter that has torch and trl:
 
         python -m benchmarks.gpu --json gpu.json
         python -m benchmarks.gpu --trl-python ~/trl/bin/python --json gpu.json
@@ -11,24 +11,24 @@ Commands
 
         python -m benchmarks.gpu --model unsloth/Llama-3.2-1B --data pairs.jsonl
 
-    The same code on a CPU, tiny, to see that it runs; its figures mean nothing:
+    The same code on a CPU with tiny sizes, as a sanity check with meaningless numbers:
 
         python -m benchmarks.gpu --platform cpu --tiny
 
 Expected
-    On a machine without a GPU one line and exit code 0.  It has not run on one yet.
+    Without a GPU, one line and exit code 0.  It has not run on a GPU yet.
 
-Figures
-    Useful FLOP are those of a pair with its prompt once, its real tokens only, the head
-    on completion tokens only, attention where the mask lets it look; backward twice
-    forward; nothing for padding or for what is computed again.  MFU is useful FLOP a
-    second by the card's peak, TRL's of the same useful FLOP.  Peak memory is that of
-    the allocator over the whole run, without the CUDA context.
+Results
+    Useful FLOP count each prompt once, real tokens only, the head on completion tokens
+    only, and attention within the mask.  The backward pass counts twice the forward
+    pass; padding and recomputation count nothing.  MFU is useful FLOP per second
+    divided by the peak of the card, with the same useful FLOP for TRL.  Peak memory is
+    that of the allocator over the whole run, without the CUDA context.
 """
 
 import os
 
-# The reserve of 75 % of the card would leave TRL's process, which comes first, little.
+# The reserve of 75% of the card would leave TRL's process, which comes first, little.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -52,10 +52,11 @@ from benchmarks.random_steps import make_step, random_pairs, reference_of
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import architecture_to_fields, read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
-from jaxpref.models.huggingface_config import config_to_hf
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import row_shards, to_global
@@ -78,10 +79,10 @@ PEAK_TFLOPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuConfig:
-    """What is measured."""
+    """Options of this benchmark."""
 
     platform: Literal["gpu", "cpu"] = "gpu"
-    """Where; `cpu` is a dry run."""
+    """Platform to use; `cpu` is a dry run."""
     tiny: bool = False
     """A model of 0.1M parameters and short pairs."""
     model: str | None = None
@@ -89,27 +90,27 @@ class GpuConfig:
     data: str | None = None
     """Preference file, with --model; random pairs if not given."""
     row_length: int = 2048
-    """Tokens of a packed row, and most tokens of a pair."""
+    """Tokens of a packed row, and maximum tokens of a pair."""
     batch_size: int = 16
     """Pairs a step, on average."""
     logit_chunk: int | None = None
     """Completion tokens of a row whose logits exist at the same time; by default as in
     training, as many as fill a quarter of a GiB."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass computes again; TRL's everything with full, else nothing.
+    """What the backward pass recomputes; TRL: everything with full, else nothing.
     """
     blocks: int = 5
-    """Blocks of steps that are timed."""
+    """Timed blocks of steps."""
     steps: int = 4
-    """Steps of a block; two blocks' steps come before, untimed."""
+    """Steps per block; two untimed blocks come first."""
     peak_tflops: float | None = None
-    """The card's dense bf16 rate, where the table has none."""
+    """The card's dense bf16 rate, if the table does not have it."""
     trl_python: str | None = None
-    """Interpreter with torch and trl, to measure TRL in the same run."""
+    """Python interpreter with torch and trl, to measure TRL in the same run."""
     trl_accumulation: int = 1
     """Micro-batches of TRL's step."""
     json: str | None = None
-    """File for the record."""
+    """JSON file for the results."""
 
     def __post_init__(self):
         if (self.model is None) != (self.data is None):
@@ -128,7 +129,7 @@ class GpuConfig:
 
 
 def find_device(platform: str) -> jax.Device | None:
-    """The first device of a platform, None where there is none."""
+    """The first device of a platform, or None."""
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -151,14 +152,12 @@ def peak_of(kind: str, given: float | None) -> float:
     if given is not None:
         return given
     if not named:
-        raise InputError(
-            f"{kind}: its peak rate is not known; give --peak-tflops, dense bf16"
-        )
+        raise InputError(f"{kind}: unknown peak rate; pass --peak-tflops, dense bf16")
     return float(PEAK_TFLOPS[max(named, key=len)])
 
 
 def product_tflops(size: int, repeats: int = 5) -> float:
-    """What large bf16 matrix products reach in this run; the median."""
+    """Median rate of large bf16 matrix products in this run."""
     a = jnp.ones((size, size), jnp.bfloat16)
     multiply = jax.jit(lambda a, b: a @ b)
     multiply(a, a).block_until_ready()
@@ -175,8 +174,8 @@ def product_tflops(size: int, repeats: int = 5) -> float:
 
 def make_pairs(
     config: GpuConfig,
-) -> tuple[ModelConfig, data.PreferenceDataset, Path | None]:
-    """The model's sizes, the pairs, and the model's folder where one was named."""
+) -> tuple[LlamaArchitecture, data.PreferenceDataset, Path | None]:
+    """The model's sizes, the pairs, and the model's folder if given."""
     if config.model is None:
         sizes = PRESETS["llama-3-1b"]
         if config.tiny:
@@ -200,7 +199,7 @@ def make_pairs(
     options = data.DataOptions(max_length=config.row_length // 2, heldout_fraction=0.0)
     tokenizer = data.load_tokenizer(folder)
     plan = data.make_splits(data.open_source(config.data), tokenizer, options)
-    return load_config(folder), plan.train, folder
+    return read_architecture(folder), plan.train, folder
 
 
 def quantiles(values) -> dict[str, float]:
@@ -211,13 +210,13 @@ def quantiles(values) -> dict[str, float]:
 
 def measure(
     config: GpuConfig,
-    sizes: ModelConfig,
+    sizes: LlamaArchitecture,
     pairs: data.PreferenceDataset,
     folder: Path | None,
 ) -> dict:
-    """Our step on packed rows, batches made and placed as in a run."""
-    sizes = dataclasses.replace(sizes, compute_dtype="bfloat16", remat=config.remat)
-    model = build(sizes)
+    """Our step on packed rows, including making and placing batches."""
+    numerics = Numerics(compute_dtype="bfloat16", remat=config.remat)
+    model = build(sizes, numerics)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         layout = data.packed_layout(
@@ -272,13 +271,13 @@ def measure(
     } | {name: quantiles(found) for name, found in rates.items()}
 
 
-def measure_trl(config: GpuConfig, sizes: ModelConfig, pairs, folder) -> dict:
-    """TRL's trainer on the same pairs in a process of its own, reference stored."""
+def measure_trl(config: GpuConfig, sizes: LlamaArchitecture, pairs, folder) -> dict:
+    """TRL's trainer on the same pairs in its own process, with a stored reference."""
     count = min(len(pairs), config.batch_size * config.steps * (config.blocks + 2))
     job = {
         "device": config.platform,
         "folder": None if folder is None else str(folder),
-        "config": config_to_hf(sizes),
+        "config": architecture_to_fields(sizes),
         "batch_size": config.batch_size,
         "accumulation": config.trl_accumulation,
         "remat": config.remat == "full",
@@ -298,8 +297,8 @@ def measure_trl(config: GpuConfig, sizes: ModelConfig, pairs, folder) -> dict:
         )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"system": "trl", "error": told[:300]}
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"system": "trl", "error": message[:300]}
     found = json.loads(lines[-1])
     # One order in both: TRL's loader does not shuffle here.
     seconds = np.array(found.pop("seconds")).reshape(-1, config.steps)[2:].sum(1)
@@ -327,7 +326,7 @@ def line(found: dict, peak: float | None) -> str:
         parts.append(f"{spread(found['tokens_per_second'])} tokens/s")
     parts.append(f"{spread(found['tflops'])} useful TFLOP/s")
     if peak is not None:
-        parts.append(f"MFU {spread(found['tflops'], 100 / peak)} %")
+        parts.append(f"MFU {spread(found['tflops'], 100 / peak)}%")
     if found["peak_mib"] is not None:
         parts.append(f"peak {found['peak_mib'] / 1024:.1f} GiB")
     if "filled" in found:
@@ -336,14 +335,14 @@ def line(found: dict, peak: float | None) -> str:
 
 
 def main(config: GpuConfig) -> None:
-    """Measures and prints; one line where there is no GPU."""
+    """Measures and prints; a single line if there is no GPU."""
     device = find_device(config.platform)
     if device is None:
-        print("no GPU that this jax can use: skipped (--platform cpu is a dry run)")
+        print("no GPU found by jax: skipped (--platform cpu is a dry run)")
         return
     peak, kind = None, device.device_kind
     if config.platform == "cpu":
-        print("dry run on a CPU: it shows that the code runs, and nothing of a GPU")
+        print("dry run on a CPU: a sanity check that says nothing about GPUs")
     else:
         peak = peak_of(kind, config.peak_tflops)
     sizes, pairs, folder = make_pairs(config)
@@ -365,7 +364,7 @@ def main(config: GpuConfig) -> None:
             ) from error
         print(line(found[-1], peak), flush=True)
     product = product_tflops(256 if config.tiny else 8192)
-    print(f"{kind}: {product:.3g} TFLOP/s in bf16 products, peak {peak or 'not known'}")
+    print(f"{kind}: {product:.3g} TFLOP/s in bf16 products, peak {peak or 'unknown'}")
     if config.json is not None:
         record = {
             "dry_run": config.platform == "cpu",

@@ -1,7 +1,7 @@
-"""Random pairs and the train step that takes them: what the other benchmarks share.
+"""Random pairs and a train step, shared by the other benchmarks.
 
-The step is the one that training jits (`jaxpref.train.step.make_train_step`) with DPO
-and AdamW; a benchmark may bring a scorer of its own.
+The step is that of training (`jaxpref.train.step.make_train_step`) with DPO and AdamW;
+a benchmark may provide its own scorer.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from jaxpref.train.step import make_train_step
 
 
 class Step(NamedTuple):
-    """A jitted `(state, None, batch) -> (state, metrics)`, and how it begins."""
+    """A jitted step, and a function from parameters to the initial state."""
 
     step: Callable
     new_state: Callable
 
 
 def make_step(model: Model, scorer: Scorer | None = None) -> Step:
-    """DPO with AdamW, with the scorer of a run unless another is given."""
+    """A DPO step with AdamW, with the usual scorer unless another is given."""
     optimizer = OptimizerConfig()
     schedule = make_schedule(optimizer, 1000)
     tx = make_optimizer(optimizer, schedule)
@@ -59,12 +59,12 @@ def random_pairs(
 
 
 def reference_of(pairs: data.PreferenceDataset) -> dict[str, np.ndarray]:
-    """Stored reference log-probs; zeros cost what true ones do."""
+    """Stored reference log-probs; zeros take as long as real ones."""
     return {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
 
 
 def padded_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
-    """All the pairs as one batch, a pair a row."""
+    """All pairs as one batch, one pair per row."""
     layout = data.padded_layout(pairs, batch_size=len(pairs))
     whole = np.arange(len(pairs))[None]
     return layout.collate(pairs, whole, reference=reference_of(pairs))
@@ -73,14 +73,14 @@ def padded_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
 def packed_batch(
     pairs: data.PreferenceDataset, *, row_length: int
 ) -> data.PreferenceBatch:
-    """A batch of packed rows that holds about as many pairs as are given."""
+    """A batch of packed rows that holds approximately the given number of pairs."""
     layout = data.packed_layout(pairs, row_length=row_length, batch_size=len(pairs))
     order, reference = data.uniform(pairs, 0), reference_of(pairs)
     return next(layout.batches(pairs, order, reference=reference, threads=0))
 
 
 def pair_a_row_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
-    """All the pairs as one batch of packed rows, each as long as the longest pair."""
+    """All pairs as one batch of packed rows as long as the longest pair."""
     longest = int(pairs.packed_lengths.max())
     layout = data.packed_layout(pairs, row_length=longest, batch_size=len(pairs))
     layout = dataclasses.replace(layout, slots=1)

@@ -1,10 +1,10 @@
 """Gradient variance over real reasoning traces: several solutions of one question.
 
-Solutions of GSM8K test questions by four models, right and wrong (Cobbe et al. 2021,
-arXiv:2110.14168).  The steps are the trace, the number behind "A:" is the answer, and
-right solutions of one question are traces of one answer, as if resampled.  They are
-questions of the TEST set: a model trained on them must never be scored on GSM8K test,
-and here none is; only gradients are looked at.
+Right and wrong solutions of GSM8K test questions by four models (Cobbe et al. 2021,
+arXiv:2110.14168).  The steps are the trace, and the number after "A:" is the answer.
+Right solutions of a question are treated as resampled traces of one answer.  The
+questions are from the TEST set: never evaluate a model trained on them on GSM8K test.
+Here only gradients are measured.
 """
 
 import functools
@@ -30,14 +30,15 @@ from jaxpref.data import (
 from jaxpref.errors import InputError
 from jaxpref.gradients import bvpo as mixing
 from jaxpref.models import build, token_logps
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.objectives import bvpo, from_loss
 from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 SKETCH = 512
-"""Random projections that stand for a gradient: squared norms within 6 %."""
+"""Size of gradient sketches; squared norms are within 6%."""
 REDRAWS = 400
 LONGEST = 512
 
@@ -99,8 +100,8 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     records = read_records(path, questions)
     write_jsonl(out / "pairs.jsonl", records)
-    tokenizer, model = load_tokenizer(folder), build(load_config(folder))
-    length = min(LONGEST, model.config.max_position_embeddings)
+    tokenizer, model = load_tokenizer(folder), build(read_architecture(folder))
+    length = min(LONGEST, model.architecture.max_position_embeddings)
     options = DataOptions(max_length=length, heldout_fraction=0.0)
     plan = make_mixed_splits(open_source(str(out / "pairs.jsonl")), tokenizer, options)
     export = run(
@@ -142,7 +143,7 @@ def measure(
 def variances(
     model, params, pairs: PreferenceDataset, references, *, beta: float
 ) -> dict:
-    """Of the gradient of one batch of all questions, one resampled trace each."""
+    """Gradient variance of a batch of all questions with one resampled trace each."""
     rows = pairs.columns["row"][~pairs.columns["empty_trace"]]
     sketches = np.stack(
         [
@@ -173,7 +174,7 @@ def variances(
 
 
 def _rows(pairs: PreferenceDataset):
-    """Tokens [2, T], prompt's length and whole lengths [2] of every pair."""
+    """Tokens [2, T], prompt length, and total lengths [2] of every pair."""
     width = -(-pairs.longest // 64) * 64
     for n in range(len(pairs)):
         tokens = np.zeros((2, width), np.int32)

@@ -6,20 +6,26 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxpref.models.attention import BLOCK, attention, packed_attention
-from jaxpref.models.config import SPECS
+from jaxpref.models.attention import (
+    Segments,
+    attention,
+    causal_attention,
+    packed_attention,
+)
+from jaxpref.models.blockwise import BLOCK
+from jaxpref.models.layout import SPECS
 
 H, G, K = 4, 2, 8
 
 
-def rows(T, seed=0):
-    """Pairs and parts of two rows: prompts, two answers each, padding at the end."""
+def rows(T, seed=0, answers=2):
+    """Pairs and parts of two rows: prompts, their answers, padding at the end."""
     rng = np.random.default_rng(seed)
     pairs, parts = np.full((2, T), -1), np.zeros((2, T), int)
     for row in range(2):
         at = pair = 0
         while True:
-            sizes = rng.integers(1, max(2, T // 6), 3)
+            sizes = rng.integers(1, max(2, T // 3 // answers), answers + 1)
             if at + sizes.sum() > T - row * 3:
                 break
             for part, size in enumerate(sizes):
@@ -58,7 +64,9 @@ def test_packed_attention_is_attention_to_what_is_seen(T):
     with jax.enable_x64(True):
         q, k, v, slopes = arrays(T)
         pairs, parts = rows(T)
-        found = jax.jit(packed_attention)(q, k, v, jnp.array(pairs), jnp.array(parts))
+        found = jax.jit(packed_attention)(
+            q, k, v, (jnp.array(pairs), jnp.array(parts), 2)
+        )
     real = pairs >= 0
     expected = by_definition(q, k, v, seen(pairs, parts))
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-12, atol=1e-13)
@@ -74,12 +82,90 @@ def test_gradients_are_those_of_dense_attention(T):
         # Padding sees itself here, so that no row of the mask is empty.
         mask = jnp.asarray(seen(pairs, parts) | np.eye(T, dtype=bool))
         summed = lambda function: lambda *qkv: jnp.sum(function(*qkv) * slopes)
-        packed = summed(lambda *qkv: packed_attention(*qkv, jnp.array(pairs), parts))
+        packed = summed(
+            lambda *qkv: packed_attention(*qkv, Segments(jnp.array(pairs), parts))
+        )
         dense = summed(lambda *qkv: attention(*qkv, mask))
         found = jax.jit(jax.grad(packed, (0, 1, 2)))(q, k, v)
         expected = jax.jit(jax.grad(dense, (0, 1, 2)))(q, k, v)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_any_number_of_answers_can_follow_a_prompt():
+    T = 3 * BLOCK + 5
+    pairs, parts = rows(T, answers=5)
+    assert parts.max() == 5
+    mask, real = seen(pairs, parts), pairs >= 0
+    with jax.enable_x64(True):
+        q, k, v, slopes = arrays(T)
+        slopes = slopes * real[..., None, None]
+        segments = Segments(jnp.array(pairs), jnp.array(parts), 5)
+        found = {}
+        for twice in (False, True):
+            attend = lambda *qkv, twice=twice: packed_attention(
+                *qkv, segments, twice_differentiable=twice
+            )
+            total = lambda *qkv, attend=attend: jnp.sum(attend(*qkv) * slopes)
+            gradients = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+            found[twice] = jax.jit(attend)(q, k, v)[real], *gradients
+    expected = by_definition(q, k, v, mask)[real]
+    np.testing.assert_allclose(found[False][0], expected, rtol=1e-12, atol=1e-13)
+    for a, b in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_whole_rows_in_float32_are_those_of_dense_attention(with_lengths):
+    """Forward and gradients to 1e-5 of numbers of about 1, some 80 roundings."""
+    T = 4 * BLOCK + 9
+    q, k, v, slopes = arrays(T, np.float32)
+    lengths = jnp.array([T, BLOCK + 3]) if with_lengths else None
+    if with_lengths:
+        slopes = slopes * (np.arange(T) < lengths[:, None])[..., None, None]
+
+    def run(attend):
+        total = lambda *qkv: jnp.sum(attend(*qkv) * slopes)
+        return jax.jit(attend)(q, k, v), *jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+
+    found = run(lambda *qkv: causal_attention(*qkv, lengths))
+    expected = run(lambda *qkv: attention(*qkv, None))
+    out, wanted = found[0], expected[0]
+    if with_lengths:
+        out, wanted = out[1, : lengths[1]], wanted[1, : lengths[1]]
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-5)
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_rows_never_hold_all_scores():
+    T = 16 * BLOCK
+    q, k, v, slopes = arrays(T, np.float32)
+    total = lambda *qkv: jnp.sum(causal_attention(*qkv) * slopes)
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 0.2 * q.shape[0] * H * T * T * 4
+
+
+def test_only_dense_attention_is_differentiated_twice():
+    T = 2 * BLOCK
+    q, k, v, slopes = arrays(T, np.float32)
+    segments = Segments(jnp.zeros((2, T), int), jnp.zeros((2, T), int))
+
+    def second(attend):
+        def squared(q):
+            gradient = jax.grad(lambda q: jnp.sum(attend(q, k, v) * slopes))(q)
+            return jnp.sum(gradient**2)
+
+        return jax.jit(jax.grad(squared))(q)
+
+    twice = dict(twice_differentiable=True)
+    whole = second(lambda *qkv: causal_attention(*qkv, **twice))
+    packed = second(lambda *qkv: packed_attention(*qkv, segments, **twice))
+    assert jnp.abs(whole).max() > 1e-3
+    np.testing.assert_allclose(packed, whole, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="[Rr]everse-mode"):
+        second(causal_attention)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2)])
@@ -92,7 +178,9 @@ def test_a_mesh_changes_nothing(sizes):
     def run(place):
         def summed(q, k, v):
             placed = (place(x, SPECS.heads) for x in (q, k, v))
-            out = packed_attention(*placed, *(place(x, SPECS.tokens) for x in segments))
+            out = packed_attention(
+                *placed, Segments(*(place(x, SPECS.tokens) for x in segments))
+            )
             return jnp.sum(out * place(slopes, SPECS.heads)), out
 
         segments = jnp.array(pairs), jnp.array(parts)
@@ -120,7 +208,7 @@ def test_a_mesh_changes_nothing(sizes):
 def test_bfloat16_rounds_the_factors_only():
     q, k, v, _ = arrays(2 * BLOCK, jnp.bfloat16)
     pairs, parts = rows(2 * BLOCK)
-    found = packed_attention(q, k, v, jnp.array(pairs), jnp.array(parts))
+    found = packed_attention(q, k, v, Segments(jnp.array(pairs), jnp.array(parts)))
     assert found.dtype == jnp.bfloat16
     expected = by_definition(q, k, v, seen(pairs, parts))
     real = pairs >= 0

@@ -19,7 +19,7 @@ from jaxpref.models.attention_kernels import (
     splash,
     splash_packed,
 )
-from jaxpref.models.config import SPECS
+from jaxpref.models.layout import SPECS
 from tests.test_attention import arrays, by_definition, rows, seen
 
 AXES = ("data", "fsdp", "tensor")
@@ -99,6 +99,20 @@ def test_causal_kernels_see_the_past(name, monkeypatch):
     close(slopes_of(kernel, slopes)(q, k, v), slopes_of(dense, slopes)(q, k, v))
 
 
+def test_splash_takes_a_copy_of_the_keys_for_each_completion():
+    T = 150
+    pairs, parts = rows(T, answers=3)
+    q, k, v, _ = arrays(T, np.float32)
+    attend = functools.partial(splash_packed, completions=3, interpret=True)
+    found = jax.jit(attend)(q, k, v, jnp.array(pairs), jnp.array(parts))
+    real, expected = pairs >= 0, by_definition(q, k, v, seen(pairs, parts))
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    # A third answer where two were announced is not taken for another one.
+    attend = functools.partial(splash_packed, completions=2, interpret=True)
+    found = jax.jit(attend)(q, k, v, jnp.array(pairs), jnp.array(parts))
+    np.testing.assert_array_equal(np.isnan(found).all((2, 3)), parts == 3)
+
+
 def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
     kernel = functools.partial(splash_packed, interpret=True)
     monkeypatch.setattr(attention, "packed_kernel", lambda q: kernel)
@@ -110,7 +124,7 @@ def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
     def attend(*qkv):
         heads = (jax.reshard(x, SPECS.heads) for x in qkv)
         tokens = (jax.reshard(x, SPECS.tokens) for x in segments)
-        return attention.packed_attention(*heads, *tokens)
+        return attention.packed_attention(*heads, attention.Segments(*tokens))
 
     with jax.set_mesh(mesh):
         slopes = jax.reshard(slopes, SPECS.heads)

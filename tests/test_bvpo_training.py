@@ -13,7 +13,7 @@ from jaxpref import data, losses
 from jaxpref.cli import train as train_command
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
-from jaxpref.models import build
+from jaxpref.models import Numerics, build
 from jaxpref.objectives import bvpo, crm, em, from_loss, learned_rate, sft
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
@@ -164,7 +164,7 @@ def test_what_all_learn_of_the_labels_is_learnt_of_both_kinds(pairs):
 def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
     """`jax.grad` of one pair at a time, projected, and the formulas in numpy."""
     batch = first_batch(pairs, accumulation=2)
-    model = build(tiny_config(remat="full"))
+    model = build(tiny_config(), Numerics(remat="full", twice_differentiable=True))
     params = tiny_params(model)
     objective = bvpo(DPO, alpha="auto")
     scorer = make_scorer(model, objective.scores, chunk_size=4)
@@ -314,14 +314,14 @@ def test_layout_does_not_change_the_mixture(pairs, whole, sizes, accumulation):
 
 
 def test_evaluation_is_the_wrapped_objectives(pairs):
-    from jaxpref.train.evaluation import evaluation_metrics
+    from jaxpref.train.evaluation import evaluation_metrics, make_evaluation
 
     base = em(LOSS)
     rng = np.random.default_rng(0)
     logps = rng.normal(size=(len(pairs), 2)).astype(np.float32)
     scores, zeros = {"policy_logps": logps}, {"reference_logps": 0 * logps}
     found, expected = (
-        evaluation_metrics(o, scores, zeros, pairs, o.init(0))
+        evaluation_metrics(make_evaluation(o), scores, zeros, pairs, o.init(0))
         for o in (bvpo(base, alpha="auto"), base)
     )
     assert found == expected
@@ -374,7 +374,7 @@ def test_records_come_from_both_files(tmp_path):
     found = read(heldout=heldout)
     assert (found.train_sources, found.heldout_sources) == ((traces, empty), (heldout,))
     # With data of its own for evaluation, nothing is held out of the rest.
-    assert len(found.splits.train) == 6 + 6 + 6 and len(found.splits.heldout) == 6 + 6
+    assert len(found.splits.train) == 6 + 6 and len(found.splits.heldout) == 6 + 6
     assert set(found.splits.train.sources) == {0, 1}
 
 

@@ -12,7 +12,7 @@ from scipy.special import expit
 from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
-from jaxpref.models.huggingface import load_params
+from jaxpref.models.folder import load_params
 from jaxpref.objectives import crm, from_loss
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.runtime.mesh import to_global

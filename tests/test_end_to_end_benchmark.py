@@ -25,7 +25,8 @@ from benchmarks.peers.cases import write_model
 from benchmarks.peers.processes import measured
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from tests.tiny import tiny_config
 
 OPTIONS = Options(model="m", data="/d.jsonl", json="x.json")
@@ -37,11 +38,11 @@ def test_the_first_layers_of_a_model_are_those_of_the_model(tmp_path):
     (tmp_path / "whole" / "tokenizer.json").write_text("{}")
     cut = cut_layers(tmp_path / "whole", tmp_path / "cut", 2)
     assert (cut / "tokenizer.json").read_text() == "{}"
-    assert load_config(cut) == dataclasses.replace(
-        load_config(tmp_path / "whole"), num_layers=2
+    assert read_architecture(cut) == dataclasses.replace(
+        read_architecture(tmp_path / "whole"), num_layers=2
     )
     whole, part = (
-        load_params(folder, build(load_config(folder)))
+        load_params(folder, build(read_architecture(folder)))
         for folder in (tmp_path / "whole", cut)
     )
     whole["layers"] = jax.tree.map(lambda x: x[:2], whole["layers"])

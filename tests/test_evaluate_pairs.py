@@ -13,7 +13,8 @@ from jaxpref import cli, data
 from jaxpref.cli import evaluate as evaluate_command
 from jaxpref.data import DataOptions
 from jaxpref.models import RewardModel, build
-from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder_config import read_architecture
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 
 
@@ -73,7 +74,7 @@ def check_shares(metrics, margins, lengths):
 
 def test_a_reward_model_is_judged_by_its_scores(inputs, tmp_path):
     metrics, lines = evaluate(inputs, tmp_path, "reward")
-    model = RewardModel(load_config(inputs / "reward"))
+    model = RewardModel(read_architecture(inputs / "reward"))
     params = load_params(inputs / "reward", model)
     pairs, wholes = tokenized(inputs)
     alone = jax.jit(model.rewards)
@@ -120,7 +121,7 @@ def test_a_language_model_is_judged_by_log_ratios(inputs, tmp_path):
     flags = ("--reference", inputs / "other", "--beta", 0.5)
     metrics, lines = evaluate(inputs, tmp_path, "lm", *flags)
     _, wholes = tokenized(inputs)
-    config = load_config(inputs / "lm")
+    config = read_architecture(inputs / "lm")
     network = build(config)
     tables = {}
     for name, folder in (("logps", "lm"), ("reference_logps", "other")):

@@ -12,6 +12,7 @@ import pytest
 from jaxpref.runtime import memory
 from jaxpref.train import read_metrics, run, task
 from jaxpref.train.feed import AHEAD, Feed
+from tests.compiled import compiled
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -135,7 +136,9 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     inputs, tmp_path, monkeypatch, capsys
 ):
     config = config_for(inputs, tmp_path / "run", max_steps=2, remat="auto")
-    run(config)
+    with compiled("score_step") as programs:
+        run(config)
+    assert len(programs) == 1  # for the reference and for evaluation
     path = tmp_path / "run" / "memory.json"
     found = json.loads(path.read_text())
     assert found["remat"] == "none" and found["step_bytes"].keys() == {"none"}
@@ -145,7 +148,7 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     chosen = []
 
     def remembered(scorer, *arguments):
-        chosen.append(scorer.model.config.remat)
+        chosen.append(scorer.model.numerics.remat)
         return make(scorer, *arguments)
 
     make = task.make_train_step

@@ -7,7 +7,12 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxpref.models import gathering
-from jaxpref.models.gathering import carried, copies, look_up, turned
+from jaxpref.models.gathering import (
+    all_gather_per_row_group,
+    embedding_lookup,
+    linear_vjp,
+    transpose_table,
+)
 from jaxpref.models.logprobs import project, token_logps
 from jaxpref.plan import hlo
 from tests.test_models import replace
@@ -31,9 +36,9 @@ def draw():
 
 def tied(embed, tokens):
     """Something of a tied embedding and head."""
-    table = copies(embed, "float32")
-    x = look_up(table, tokens, jnp.float32)
-    z = project(jnp.sin(x), turned(table, "float32"))
+    table = all_gather_per_row_group(embed, "float32")
+    x = embedding_lookup(table, tokens, jnp.float32)
+    z = project(jnp.sin(x), transpose_table(table, "float32"))
     return jnp.sum(jnp.cos(z))
 
 
@@ -72,7 +77,9 @@ def test_slopes_are_added_up_in_the_dtype_of_the_weight(sizes):
     slopes[0, 0] = 256.0
 
     def summed(embed):
-        x = look_up(copies(embed, "bfloat16"), tokens, jnp.bfloat16)
+        x = embedding_lookup(
+            all_gather_per_row_group(embed, "bfloat16"), tokens, jnp.bfloat16
+        )
         assert x.dtype == jnp.bfloat16
         return jnp.sum(x.astype(jnp.float32) * slopes)
 
@@ -92,7 +99,7 @@ def test_slopes_are_added_up_in_the_dtype_of_the_weight(sizes):
 def test_what_is_moved_is_rounded_and_its_slope_is_not():
     x = jnp.asarray([1 / 3, 2.0, 1e-9])
     value, slope = jax.value_and_grad(
-        lambda x: jnp.vdot(carried(jnp.flip, jnp.flip, x, "bfloat16"), x)
+        lambda x: jnp.vdot(linear_vjp(jnp.flip, jnp.flip, x, "bfloat16"), x)
     )(x)
     rounded = np.asarray(x.astype(jnp.bfloat16), np.float64)
     np.testing.assert_allclose(value, rounded[::-1] @ np.asarray(x), rtol=1e-6)
@@ -100,7 +107,7 @@ def test_what_is_moved_is_rounded_and_its_slope_is_not():
         slope, rounded[::-1] + np.asarray(x)[::-1], rtol=1e-6, atol=0
     )
     # Float32 is not widened on its way.
-    same = lambda x: carried(jnp.flip, jnp.flip, x, "float64")
+    same = lambda x: linear_vjp(jnp.flip, jnp.flip, x, "float64")
     assert "f64" not in str(jax.make_jaxpr(same)(x))
 
 

@@ -26,7 +26,7 @@ from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import weighted_losses
 from jaxpref.scoring import make_scorer
 from jaxpref.train import TrainConfig, read_metrics
-from jaxpref.train.evaluation import evaluation_metrics
+from jaxpref.train.evaluation import evaluation_metrics, make_evaluation
 from tests.data_tokenizers import byte_tokenizer
 from tests.test_reward_models import reward_steps
 from tests.tiny import (
@@ -148,14 +148,14 @@ def test_batches_hold_the_pairs_own_numbers_and_zeros_elsewhere():
 def test_without_fields_nothing_is_another_plan():
     rows = records()
     bare = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
-    plan, labelled = plan_of(bare, LabelFields()), plan_of(rows)
+    plan, labeled = plan_of(bare, LabelFields()), plan_of(rows)
     assert plan.train.labels == {}
-    assert plan.train.ids.tolist() == labelled.train.ids.tolist()
+    assert plan.train.ids.tolist() == labeled.train.ids.tolist()
     other = [row | {"weight": row["weight"] + 1} for row in rows]
-    assert len({plan.digest, labelled.digest, plan_of(other).digest}) == 3
+    assert len({plan.digest, labeled.digest, plan_of(other).digest}) == 3
     renamed = [row | {"w": row["weight"]} for row in rows]
     by_w = LabelFields(**(FIELDS.named | {"preference_strengths": "w"}))
-    assert plan_of(renamed, by_w).digest == labelled.digest
+    assert plan_of(renamed, by_w).digest == labeled.digest
 
 
 WRONG = {
@@ -263,7 +263,9 @@ def test_a_loss_reads_its_pairs_numbers(name):
         found.extend(each[real])
         rewards[index] = mine
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
-    evaluated = evaluation_metrics(objective, {"rewards": rewards}, {}, pairs, {})
+    evaluated = evaluation_metrics(
+        make_evaluation(objective), {"rewards": rewards}, {}, pairs, {}
+    )
     assert evaluated["eval_loss"] == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
@@ -289,7 +291,7 @@ def test_layout_does_not_change_the_numbers(name):
     "loss",
     [losses.margin_bradley_terry, losses.scaled_bradley_terry, losses.rao_kupper],
 )
-def test_noise_is_learnt_beside_numbers(loss):
+def test_noise_is_learned_beside_numbers(loss):
     """The exchanged pair, to which a posterior compares, has the same numbers."""
     pairs = plan_of(records()).train
     batch, *_ = data.padded_layout(pairs, batch_size=24).eval_batches(pairs)

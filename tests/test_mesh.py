@@ -115,8 +115,9 @@ from jaxpref.runtime.mesh import initialize_distributed
 initialize_distributed()
 import jax, numpy as np
 from jax.sharding import AxisType
-from jaxpref.models import build, huggingface
-from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models import build, tensor_files
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.runtime.mesh import AXES, check_rows, share_of_rows, to_global
 
 folder = sys.argv[2]
@@ -145,7 +146,7 @@ with jax.set_mesh(mesh):
 shared = np.array(whole.addressable_data(0)).tolist()
 
 # What is read of a model's folder, and by how much at a time.
-read, opened = [], huggingface._open
+read, opened = [], tensor_files.open_file
 
 class Counted:
     def __init__(self, tensor):
@@ -158,9 +159,9 @@ class Counted:
             read.append((found.nbytes, 4 * int(np.prod(self.get_shape()))))
         return found
 
-huggingface._open = lambda path: {n: Counted(t) for n, t in opened(path).items()}
+tensor_files.open_file = lambda path: {n: Counted(t) for n, t in opened(path).items()}
 with jax.set_mesh(mesh_of(list(range(8)), 1, 8, 1)):
-    load_params(folder, build(load_config(folder)))
+    load_params(folder, build(read_architecture(folder)))
 print(json.dumps({"placed": placed, "shared": shared, "read": read}))
 """
 

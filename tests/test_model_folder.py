@@ -11,14 +11,19 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig, RopeScaling, build, huggingface
-from jaxpref.models.huggingface import load_config, load_params, save
-from jaxpref.models.huggingface_config import config_from_hf, config_to_hf
-from jaxpref.models.huggingface_names import LLAMA
+from jaxpref.models import Numerics, RewardModel, build, tensor_files
+from jaxpref.models.families.llama import TENSORS, LlamaArchitecture
+from jaxpref.models.folder import check_folder, load_params, save
+from jaxpref.models.folder_config import (
+    architecture_from_fields,
+    architecture_to_fields,
+    read_architecture,
+)
+from jaxpref.models.rotary import RopeScaling
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
-CONFIG = ModelConfig(
+CONFIG = LlamaArchitecture(
     vocab_size=16,
     hidden_size=8,
     intermediate_size=12,
@@ -59,7 +64,7 @@ def edit_config(folder, **changes):
 
 
 def load(folder):
-    model = build(load_config(folder))
+    model = build(read_architecture(folder))
     return model, load_params(folder, model)
 
 
@@ -74,7 +79,7 @@ def test_the_real_folder_round_trips_bit_for_bit(stories260k, tmp_path):
     model, params = load(stories260k)
     save(tmp_path / "out", model, params, stories260k)
     assert bits(tmp_path / "out") == bits(stories260k)
-    assert load_config(tmp_path / "out") == model.config
+    assert read_architecture(tmp_path / "out") == model.architecture
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         copied = (tmp_path / "out" / name).read_bytes()
         assert copied == (stories260k / name).read_bytes()
@@ -86,7 +91,7 @@ def test_the_real_folder_round_trips_bit_for_bit(stories260k, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_dtype_is_kept_in_one_file_and_in_many(tmp_path, dtype, tied):
-    model = build(ModelConfig(**vars(CONFIG) | {"tie_word_embeddings": tied}))
+    model = build(LlamaArchitecture(**vars(CONFIG) | {"tie_word_embeddings": tied}))
     save(tmp_path / "one", model, random_params(model), dtype=dtype)
     stored = bits(tmp_path / "one")
     assert {str(d) for d, _, _ in stored.values()} == {dtype}
@@ -106,7 +111,7 @@ def test_every_dtype_is_kept_in_one_file_and_in_many(tmp_path, dtype, tied):
         assert sum(len(stored[n][2]) for n in names) <= 700 or len(names) == 1
 
     # Parameters held in the stored dtype are the same bits too.
-    narrow = build(ModelConfig(**vars(loaded.config) | {"param_dtype": dtype}))
+    narrow = build(loaded.architecture, Numerics(param_dtype=dtype))
     save(tmp_path / "again", narrow, load_params(tmp_path / "many", narrow))
     assert bits(tmp_path / "again") == stored
 
@@ -151,10 +156,10 @@ def test_a_mesh_reads_each_part_of_a_matrix_once(folder, monkeypatch):
             read.append(self.tensor[index])
             return read[-1]
 
-    opened = huggingface._open
+    opened = tensor_files.open_file
     monkeypatch.setattr(
-        huggingface,
-        "_open",
+        tensor_files,
+        "open_file",
         lambda path: {name: Counted(t) for name, t in opened(path).items()},
     )
     names, types = ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3
@@ -169,10 +174,10 @@ def test_a_mesh_reads_each_part_of_a_matrix_once(folder, monkeypatch):
 def test_a_part_that_is_no_range_of_rows_or_columns_is_refused():
     whole, half = slice(None), slice(0, 1)
     shape = (8, 4, 2)  # inputs, heads, features of a head
-    rows, columns = LLAMA["layers.query"].stored_index(shape, (half, half, whole))
+    rows, columns = TENSORS["layers.query"].stored_index(shape, (half, half, whole))
     assert (rows, columns) == (slice(0, 2), slice(0, 1))
     with pytest.raises(AssertionError, match="not one range"):
-        LLAMA["layers.query"].stored_index(shape, (whole, whole, half))
+        TENSORS["layers.query"].stored_index(shape, (whole, whole, half))
 
 
 def test_files_can_be_read_by_whoever_can_read_the_config(folder):
@@ -195,16 +200,18 @@ def test_saving_again_replaces_weights_and_nothing_else(folder):
     [RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 1024)],
 )
 def test_rotary_fields_are_read_as_old_and_new_transformers_write_them(folder, scaling):
-    config = ModelConfig(**vars(CONFIG) | {"rope_theta": 5e5, "rope_scaling": scaling})
-    old = config_to_hf(config)
-    assert config_from_hf(old, "x") == config
+    config = LlamaArchitecture(
+        **vars(CONFIG) | {"rope_theta": 5e5, "rope_scaling": scaling}
+    )
+    old = architecture_to_fields(config)
+    assert architecture_from_fields(old, "x") == config
     new = dict(old)
     theta, nested = new.pop("rope_theta"), new.pop("rope_scaling")
     new["rope_parameters"] = {"rope_theta": theta, **nested}
-    assert config_from_hf(new, "x") == config
+    assert architecture_from_fields(new, "x") == config
     oldest = old | {"rope_scaling": dict(nested)}
     del oldest["rope_scaling"]["rope_type"]  # only `type`
-    assert config_from_hf(oldest, "x") == config
+    assert architecture_from_fields(oldest, "x") == config
 
 
 def test_a_tied_folder_may_repeat_the_embedding_and_store_rotary_buffers(folder):
@@ -256,7 +263,11 @@ def test_a_wrong_tensor_is_named(folder, change, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; .* only 'llama'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; supported are llama"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, .* not supported"),
+        ({"num_experts": 8}, "num_experts is 8, which is not supported"),
+        ({"layer_types": ["full_attention"]}, "layer_types is .* delete the field"),
+        ({"rope_scaling": {"type": "linear", "beta_fast": 32}}, "beta_fast is 32"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -279,8 +290,34 @@ def test_a_wrong_tensor_is_named(folder, change, words):
 def test_a_config_that_cannot_be_honoured_is_named(folder, changes, words):
     edit_config(folder, **changes)
     with pytest.raises(InputError, match=words) as error:
-        load_config(folder)
+        read_architecture(folder)
     assert str(error.value).count("config.json") == 1 and "\n" not in str(error.value)
+
+
+def test_fields_that_change_nothing_are_accepted(folder):
+    before = read_architecture(folder)
+    off = {"use_sliding_window": False, "sliding_window": None, "pruned_heads": {}}
+    others = {"attention_dropout": 0.1, "pretraining_tp": 1, "use_cache": True}
+    edit_config(folder, **off, **others, rope_interleaved=False)
+    assert read_architecture(folder) == before
+
+
+def test_a_folder_is_checked_without_its_weights(folder, monkeypatch):
+    nan = np.full(8, np.nan, np.float32)
+    edit_tensors(folder, lambda t: t.update({"model.norm.weight": nan}))
+    assert check_folder(folder) == CONFIG
+    with pytest.raises(InputError, match="holds no reward model"):
+        check_folder(folder, RewardModel)
+    check_folder(folder, RewardModel, new_head=True)
+    edit_tensors(folder, lambda t: t.update({QUERY: t[QUERY][:4].copy()}))
+    with pytest.raises(InputError, match=rf"{QUERY} has shape \[4, 8\]"):
+        check_folder(folder)
+    edit_tensors(folder, lambda t: t.update(odd=nan))
+    with pytest.raises(InputError, match="tensor odd is not part of a llama model"):
+        check_folder(folder)
+    edit_config(folder, num_experts=8)
+    with pytest.raises(InputError, match="num_experts"):
+        check_folder(folder)
 
 
 def cut_weights(folder):

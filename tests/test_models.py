@@ -11,10 +11,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig, RopeScaling, build
-from jaxpref.models.config import inverse_frequencies
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.rotary import RopeScaling, inverse_frequencies
 
-CONFIG = ModelConfig(
+CONFIG = LlamaArchitecture(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=24,
@@ -30,13 +31,20 @@ TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, T))
 
 
 def replace(**changes):
-    return build(dataclasses.replace(CONFIG, **changes))
+    """The model with changes to its architecture and numerics."""
+    names = {field.name for field in dataclasses.fields(Numerics)} & set(changes)
+    numerics = Numerics(**{name: changes.pop(name) for name in names})
+    return build(dataclasses.replace(CONFIG, **changes), numerics)
 
 
 def mesh(*sizes):
     names, types = ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3
     devices = jax.devices()[: int(np.prod(sizes))]
     return jax.set_mesh(jax.make_mesh(sizes, names, axis_types=types, devices=devices))
+
+
+def frequencies(config):
+    return inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 def numpy_frequencies(config):
@@ -110,7 +118,7 @@ def test_logits_are_those_of_plain_numpy(tied, scaling):
     params = jax.tree.map(lambda a: a.astype(jnp.float32), params)
     logits = jax.jit(model.logits)(params, TOKENS[:1])[0]
     assert logits.dtype == jnp.float32
-    expected = numpy_logits(model.config, params, TOKENS[0])
+    expected = numpy_logits(model.architecture, params, TOKENS[0])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
     np.testing.assert_array_equal(
         model.head(params), params["embed"].T if tied else params["head"]
@@ -134,16 +142,14 @@ def test_frequencies_are_those_of_transformers(theta, scaling, expected):
     config = dataclasses.replace(
         CONFIG, head_dim=8, rope_theta=theta, rope_scaling=scaling
     )
-    np.testing.assert_allclose(inverse_frequencies(config), expected, rtol=3e-7)
+    np.testing.assert_allclose(frequencies(config), expected, rtol=3e-7)
 
 
 def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
     config = dataclasses.replace(CONFIG, head_dim=64, rope_theta=500000.0)
-    plain = np.array(inverse_frequencies(config))
+    plain = np.array(frequencies(config))
     llama3 = dataclasses.replace(LLAMA3, original_max_position_embeddings=8192)
-    scaled = np.array(
-        inverse_frequencies(dataclasses.replace(config, rope_scaling=llama3))
-    )
+    scaled = np.array(frequencies(dataclasses.replace(config, rope_scaling=llama3)))
     wavelength = 2 * np.pi / plain
     short, long = wavelength < 8192 / 4, wavelength > 8192 / 1
     assert short.any() and long.any() and (~short & ~long).any()
@@ -289,7 +295,7 @@ def test_float64_compute_is_float64_throughout():
         model = replace(param_dtype="float64", compute_dtype="float64")
         params = model.init(jax.random.key(0))
         logits = jax.jit(model.logits)(params, TOKENS)
-        expected = numpy_logits(model.config, params, TOKENS[0])
+        expected = numpy_logits(model.architecture, params, TOKENS[0])
         np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-12)
         one_pair = (jnp.zeros((B, T), int),) * 2
         packed = jax.jit(lambda p: model.hidden(p, TOKENS, None, one_pair))(params)

@@ -13,7 +13,7 @@ import pytest
 from jaxpref import data, losses
 from jaxpref.data.layouts.packed import fill
 from jaxpref.errors import InputError
-from jaxpref.models import RewardModel, build
+from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
@@ -82,9 +82,9 @@ NEEDS = [
 def test_scores_equal_those_of_whole_sequences(pairs, needs):
     """In float64, so that nothing but rounding could hide."""
     with jax.enable_x64(True):
-        wide = {"param_dtype": "float64", "compute_dtype": "float64"}
+        wide = Numerics(param_dtype="float64", compute_dtype="float64")
         make_model = RewardModel if "rewards" in needs else build
-        model = make_model(tiny_config(**wide))
+        model = make_model(tiny_config(), wide)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
         reference = jax.tree.map(lambda x: 0.9 * x, params)
         scorer = jax.jit(make_scorer(model, frozenset(needs), chunk_size=4))
@@ -135,9 +135,9 @@ def test_the_gradient_is_exact(pairs, accumulation, tied):
     rng = np.random.default_rng(1)
     table = {"reference_logps": rng.normal(-20, 2, (len(pairs), 2)).astype(np.float32)}
     objective = from_loss(losses.dpo, beta=0.1)
-    wide = {"param_dtype": "float64", "compute_dtype": "float64"}
+    wide = Numerics(param_dtype="float64", compute_dtype="float64")
     with jax.enable_x64(True):
-        model = build(tiny_config(tie_word_embeddings=tied, **wide))
+        model = build(tiny_config(tie_word_embeddings=tied), wide)
         scorer = make_scorer(model, objective.scores, chunk_size=4)
         score = lambda p, micro: scorer(p, None, micro)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))

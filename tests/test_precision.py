@@ -18,7 +18,7 @@ import pytest
 
 from jaxpref import data, losses
 from jaxpref.errors import InputError
-from jaxpref.models import build
+from jaxpref.models import Numerics, build
 from jaxpref.models.attention_kernels import splash, splash_packed
 from jaxpref.models.logprobs import project
 from jaxpref.objectives import from_loss
@@ -42,6 +42,7 @@ from tests.tiny import (
 )
 
 LOGPS = frozenset({"policy_logps"})
+BFLOAT16 = Numerics(compute_dtype="bfloat16")
 VOCABULARY = 56  # unlike any other size of the tiny model and its batches
 LAYOUTS = {"padded": {}, "packed": {"row_length": 64, "batch_size": 16}}
 
@@ -91,7 +92,7 @@ def test_the_first_loss_is_log_2(tmp_path, layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
     """To the bit on the same rows: one kernel for both, with gradients and without."""
-    model = build(tiny_config(vocab_size=VOCABULARY, compute_dtype="bfloat16"))
+    model = build(tiny_config(vocab_size=VOCABULARY), BFLOAT16)
     params = tiny_params(model)
     scorer = make_scorer(model, LOGPS, chunk_size=4)
     batch = jax.tree.map(jnp.asarray, next(batches_of(make_pairs(24), layout)))
@@ -107,7 +108,7 @@ def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
     assert found["policy_logps"].dtype == jnp.float32
     np.testing.assert_array_equal(found["policy_logps"], scored["policy_logps"][0])
     # And bfloat16 it is: not the float32 numbers.
-    wide = build(dataclasses.replace(model.config, compute_dtype="float32"))
+    wide = build(model.architecture)
     exact_step = make_score_step(make_scorer(wide, LOGPS, chunk_size=4))
     (exact, _) = exact_step(params, None, batch)
     rounding = np.abs(exact["policy_logps"] - scored["policy_logps"]).max()
@@ -142,7 +143,7 @@ def reduced(equation):
 @pytest.mark.parametrize("loss", [losses.dpo, losses.wpo, losses.tdpo2])
 def test_nothing_is_summed_in_bfloat16_over_the_vocabulary(layout, loss):
     objective = from_loss(loss)
-    model = build(tiny_config(vocab_size=VOCABULARY, compute_dtype="bfloat16"))
+    model = build(tiny_config(vocab_size=VOCABULARY), BFLOAT16)
     params = tiny_params(model)
     batch = jax.tree.map(
         jnp.asarray, next(batches_of(make_pairs(24), layout, accumulation=2))
@@ -160,7 +161,9 @@ def test_nothing_is_summed_in_bfloat16_over_the_vocabulary(layout, loss):
     for equation in over:
         assert equation.outvars[0].aval.dtype == jnp.float32, equation
     # What is summed over micro-batches and chunks: the gradients of all parameters.
-    shapes = {x.shape for x in jax.tree.leaves(params)} - {model.config.hidden_size}
+    shapes = {x.shape for x in jax.tree.leaves(params)} - {
+        model.architecture.hidden_size
+    }
     carried = [
         out.aval
         for e in found
@@ -175,7 +178,7 @@ def test_nothing_is_summed_in_bfloat16_over_the_vocabulary(layout, loss):
 
 def test_parameters_and_moments_stay_float32():
     objective = from_loss(losses.dpo)
-    model = build(tiny_config(compute_dtype="bfloat16"))
+    model = build(tiny_config(), BFLOAT16)
     schedule = make_schedule(OPTIMIZER, 100)
     tx = make_optimizer(OPTIMIZER, schedule)
     state = init_state(tiny_params(model), tx, objective)
@@ -227,7 +230,7 @@ def test_accelerators_compute_in_bfloat16(monkeypatch, capsys, platform, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert default_compute_dtype() == dtype
     told = capsys.readouterr().out
-    assert told == f"compute dtype {dtype}, by default on a {platform}\n"
+    assert told == f"compute dtype {dtype} (the default on {platform})\n"
 
 
 def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys):
@@ -247,7 +250,7 @@ def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys)
     # On a CPU the same command asks for something else, and says so.
     with pytest.raises(InputError, match="compute_dtype .'bfloat16' -> 'float32'."):
         run(config)
-    assert "compute dtype float32, by default on a cpu" in capsys.readouterr().out
+    assert "compute dtype float32 (the default on cpu)" in capsys.readouterr().out
     run(dataclasses.replace(config, compute_dtype="bfloat16"))
     assert "compute dtype" not in capsys.readouterr().out  # which was given
 
@@ -262,7 +265,7 @@ def test_every_product_can_be_asked_for_in_full_precision(layout):
     Those of float32 factors: bfloat16's are exact anyway.
     """
     objective = from_loss(losses.tdpo2)  # keeps the reference, so it has them all
-    model = build(tiny_config(remat="full"))
+    model = build(tiny_config(), Numerics(remat="full"))
     params = tiny_params(model)
     batch = jax.tree.map(jnp.asarray, next(batches_of(make_pairs(24), layout)))
 

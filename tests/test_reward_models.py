@@ -16,8 +16,9 @@ from jax.sharding import AxisType
 
 from jaxpref import losses
 from jaxpref.errors import InputError
-from jaxpref.models import RewardModel, build
-from jaxpref.models.huggingface import is_reward_model, load_config, load_params, save
+from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.reward import Padding, mc_rewards, padding_of
 from jaxpref.objectives import Objective, em, from_loss
 from jaxpref.runtime.mesh import to_global
@@ -88,7 +89,7 @@ def test_scores_are_read_where_asked(model, params):
 
 
 def test_scores_of_bfloat16_states_are_summed_in_float32(params):
-    narrow = RewardModel(tiny_config(compute_dtype="bfloat16"))
+    narrow = RewardModel(tiny_config(), Numerics(compute_dtype="bfloat16"))
     found = narrow.rewards(params, TOKENS, LENGTHS)
     exact = RewardModel(tiny_config()).rewards(params, TOKENS, LENGTHS)
     assert found.dtype == jnp.float32
@@ -130,7 +131,7 @@ def test_init_is_a_backbone_and_a_head(model):
     params = model.init(KEY)
     assert set(params) == {"embed", "layers", "norm", "score"}
     assert params["score"].shape == (16, 1)
-    half = RewardModel(tiny_config(param_dtype="bfloat16")).init(KEY)
+    half = RewardModel(tiny_config(), Numerics(param_dtype="bfloat16")).init(KEY)
     assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
 
 
@@ -183,7 +184,7 @@ def test_a_folder_round_trips_bit_for_bit(tmp_path, tied):
     save(tmp_path / "many", model, params, max_file_bytes=2000)
     for name in ("one", "many"):
         assert is_reward_model(tmp_path / name)
-        assert load_config(tmp_path / name) == model.config
+        assert read_architecture(tmp_path / name) == model.architecture
         assert_same(load_params(tmp_path / name, model), params)
     fields = json.loads((tmp_path / "one" / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForSequenceClassification"]
@@ -265,7 +266,10 @@ def test_a_tokenizer_that_pads_with_eos_is_told_otherwise(model, params, tmp_pat
     save(tmp_path / "out", model, params, source, padding=padding)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<s>", 1)
-    assert (tokenizer.eos_token, len(tokenizer)) == ("</s>", model.config.vocab_size)
+    assert (tokenizer.eos_token, len(tokenizer)) == (
+        "</s>",
+        model.architecture.vocab_size,
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pad_token_id"] == 1
 
@@ -445,7 +449,7 @@ def test_a_run_from_the_command_line_exports_a_reward_model(tmp_path):
     held = [line for line in lines if "eval_loss" in line]
     assert "eval_rewards/accuracies" in held[-1] and "eval_logps/chosen" not in held[-1]
 
-    model = RewardModel(load_config(export))
+    model = RewardModel(read_architecture(export))
     params = load_params(export, model)
     fresh = load_params(source, model, jax.random.key(5))
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), params, fresh)
@@ -472,6 +476,6 @@ def test_a_run_is_resumed_to_the_same_bits_and_trained_on(tmp_path):
 
     # A second run starts from the head that the first has learnt.
     again = train(export, pairs_file, tmp_path / "again", "--learning-rate", "1e-9")
-    model = RewardModel(load_config(export))
+    model = RewardModel(read_architecture(export))
     kept, params = load_params(again, model), load_params(export, model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept, params)

@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig, build
-from jaxpref.sampling import generate, left_pad
-from jaxpref.sampling import sampler as sampler_module
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.sampling import generate, left_pad, selection
 
-CONFIG = ModelConfig(
+CONFIG = LlamaArchitecture(
     vocab_size=16,
     hidden_size=8,
     intermediate_size=12,
@@ -57,7 +57,7 @@ FILTERS = [
 @pytest.mark.parametrize("temperature, top_k, top_p", FILTERS)
 def test_filters_keep_what_the_definition_keeps(temperature, top_k, top_p):
     logits = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32) * 2
-    kept = sampler_module.keep_likely(
+    kept = selection.filter_likely(
         jnp.asarray(logits / temperature), top_k or 16, top_p
     )
     expected = np.stack(
@@ -71,7 +71,7 @@ def test_filters_keep_what_the_definition_keeps(temperature, top_k, top_p):
 def test_top_p_of_one_cuts_nothing_of_a_large_vocabulary(top_k):
     """The float32 sum of the others' probabilities reaches 1 before the last token."""
     logits = np.linspace(0, 16, 4096, dtype=np.float32)[None]
-    kept = sampler_module.keep_likely(jnp.asarray(logits), top_k, jnp.float32(1))
+    kept = selection.filter_likely(jnp.asarray(logits), top_k, jnp.float32(1))
     np.testing.assert_array_equal(np.isfinite(kept)[0], np.arange(4096) >= 4096 - top_k)
 
 
@@ -174,14 +174,14 @@ def test_the_loop_ends_when_every_row_has_stopped(monkeypatch):
 
 def test_one_compile_for_a_shape(monkeypatch):
     prompts, lengths = left_pad(PROMPTS)
-    draws, traced, keep_likely = [], [], sampler_module.keep_likely
+    draws, traced, filter_likely = [], [], selection.filter_likely
 
     def counted(*args):
         traced.append(len(draws))
-        return keep_likely(*args)
+        return filter_likely(*args)
 
     # Called when the program is traced, and not when it runs.
-    monkeypatch.setattr(sampler_module, "keep_likely", counted)
+    monkeypatch.setattr(selection, "filter_likely", counted)
     for seed, options in enumerate(
         [
             dict(temperature=0.5, top_k=3),
@@ -243,7 +243,7 @@ def test_every_mesh_draws_the_same():
 
 
 def test_bfloat16_compute_samples():
-    model = build(dataclasses.replace(CONFIG, compute_dtype="bfloat16"))
+    model = build(CONFIG, Numerics(compute_dtype="bfloat16"))
     prompts, lengths = left_pad(PROMPTS)
     out, _ = generate(
         model, PARAMS, prompts, lengths, jax.random.key(0), max_new_tokens=3

@@ -9,11 +9,13 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxpref.train.shapes import abstract_batch
 
 from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
-from jaxpref.models import ModelConfig, build
-from jaxpref.models.config import ROWS
+from jaxpref.models import Numerics, build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.layout import ROWS
 from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.program import devices_of
@@ -21,12 +23,11 @@ from jaxpref.runtime.mesh import AXES, on_devices
 from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, OptimizerConfig, Task, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_batch
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
 
-MODEL = ModelConfig(
+ARCHITECTURE = LlamaArchitecture(
     vocab_size=1024,
     hidden_size=512,
     intermediate_size=1536,
@@ -34,20 +35,19 @@ MODEL = ModelConfig(
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
-    compute_dtype="bfloat16",
-    remat="full",
 )
+NUMERICS = Numerics(compute_dtype="bfloat16", remat="full")
 T = 2048
 
 
 @pytest.fixture(autouse=True)
-def nobody_to_ask(monkeypatch):
-    """Unless told, the compiler asks the network what TPUs this machine has."""
+def no_metadata_server(monkeypatch):
+    """Without these variables, the compiler queries the network for TPUs."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another process that compiles
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling
     }.items():
         monkeypatch.setenv(name, value)
 
@@ -62,8 +62,8 @@ def test_the_packed_step_runs_splash_attention(topology):
         devices=devices,
     )
     sizes = np.tile([[127, 255, 127]], (len(devices) * 4, 1))
-    pairs = random_pairs(sizes, vocab_size=MODEL.vocab_size)
-    model = build(MODEL)
+    pairs = random_pairs(sizes, vocab_size=ARCHITECTURE.vocab_size)
+    model = build(ARCHITECTURE, NUMERICS)
 
     def shaped(x):
         shape = (1, len(devices), *x.shape[2:])
@@ -79,15 +79,15 @@ def test_the_packed_step_runs_splash_attention(topology):
     calls = re.findall(
         r"%splash_mha_(\w+?)_segmented\w*[.\d]* = .*tpu_custom_call", text
     )
-    # Forward a second time, as nothing of a layer is kept for the backward pass.
+    # Two forward calls, because the backward pass recomputes the layers.
     assert sorted(calls) == ["dkv", "dq", "fwd", "fwd"]
     loops = re.findall(r' while\(.*op_name="([^"]*)"', text)
     assert loops and not [name for name in loops if "shard_map" in name]
 
 
-def test_gradients_alone_cross_from_slice_to_slice():
-    """Each chip sends its own part of them, and sums of numbers; no weight."""
-    model = build(MODEL)
+def test_only_gradients_cross_between_slices():
+    """Each chip sends its own part of the gradients and scalar sums, but no weights."""
+    model = build(ARCHITECTURE, NUMERICS)
     objective, config = from_loss(losses.cpo), OptimizerConfig()
     schedule = make_schedule(config, 100)
     mesh = make_mesh(MeshConfig(), devices_of(parse_topology("2xv5e:4x4")))
@@ -111,7 +111,7 @@ def test_gradients_alone_cross_from_slice_to_slice():
     assert groups
     for group in re.findall(r"\{([\d,]+)\}", " ".join(groups)):
         assert len({int(chip) // 16 for chip in group.split(",")}) == 1
-    # Between slices: what is handed to the runtime of their network.
+    # Between slices: the transfers handed to the runtime of the network.
     sent = re.findall(
         r"= \((\w+)\[([\d,]*)\].* send\(.*TRANSFER".replace(
             "TRANSFER", r"_xla_megascale_transfer_type=\"(\w+)\""
@@ -121,10 +121,12 @@ def test_gradients_alone_cross_from_slice_to_slice():
     assert {kind for *_, kind in sent} == {"ALL_REDUCE"}
     assert len(sent) == len(re.findall(r" send\(", text))
     sizes = [math.prod(map(int, shape.split(","))) for _, shape, _ in sent]
-    layer = lambda x: math.prod(x.sharding.shard_shape(x.shape)) // MODEL.num_layers
+    layer = lambda x: (
+        math.prod(x.sharding.shard_shape(x.shape)) // ARCHITECTURE.num_layers
+    )
     parts = [layer(x) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2]
     parts += [2 * layer(params["embed"]), 2 * layer(params["head"])]
-    # The compiler joins those of a layer, or not: no matrix is among them whole, and a
-    # chip's part of each is.
+    # The compiler may combine the transfers of a layer.  Each chip's part of every
+    # matrix is among them, but no whole matrix.
     assert sum(parts) <= sum(sizes) and max(sizes) <= sum(parts)
     assert sum(parts) < math.prod(params["layers"]["gate"].shape[1:])

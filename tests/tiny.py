@@ -37,7 +37,7 @@ def make_tokenizer(folder: Path) -> None:
 
 def tiny_config(**changes):
     """Sizes that every mesh of eight devices divides."""
-    from jaxpref.models import ModelConfig
+    from jaxpref.models.families.llama import LlamaArchitecture
 
     sizes = dict(
         vocab_size=-(-(len(WORDS) + 4) // 8) * 8,
@@ -49,7 +49,7 @@ def tiny_config(**changes):
         head_dim=4,
         max_position_embeddings=128,
     )
-    return ModelConfig(**(sizes | changes))
+    return LlamaArchitecture(**(sizes | changes))
 
 
 def tiny_params(model, seed: int = 0):
@@ -73,7 +73,7 @@ def tiny_params(model, seed: int = 0):
 def make_model_folder(folder: Path, seed: int = 0) -> Path:
     """A complete Hugging Face folder."""
     from jaxpref.models import build
-    from jaxpref.models.huggingface import save
+    from jaxpref.models.folder import save
 
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""What is measured: real pairs or pairs of one length, a model of random weights."""
+"""Benchmark cases: real pairs or pairs of equal lengths, and a model to train."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig
-from jaxpref.models.huggingface_config import config_to_hf
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder_config import architecture_to_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ CASES = {
     "ultrafeedback": Case("ultrafeedback", 1024, 1024, micro_batch=2),
     "fixed": Case("fixed", 64, 192, batch_size=4),
 }
-FIXED_MODEL = ModelConfig(
+FIXED_MODEL = LlamaArchitecture(
     vocab_size=32000,
     hidden_size=512,
     intermediate_size=1408,
@@ -98,7 +98,7 @@ def sizes(listed: Listed) -> tuple[np.ndarray, np.ndarray]:
     return lengths[:, 0], lengths[:, 1:]
 
 
-def write_model(folder: Path, config: ModelConfig) -> None:
+def write_model(folder: Path, config: LlamaArchitecture) -> None:
     """A Hugging Face folder of random float32 weights, the same every time."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: (
@@ -131,5 +131,5 @@ def write_model(folder: Path, config: ModelConfig) -> None:
         tensors["lm_head.weight"] = draw(config.vocab_size, D)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    fields = config_to_hf(config) | {"bos_token_id": 0, "eos_token_id": 1}
+    fields = architecture_to_fields(config) | {"bos_token_id": 0, "eos_token_id": 1}
     (folder / "config.json").write_text(json.dumps(fields, indent=2), "utf-8")

@@ -1,4 +1,4 @@
-"""A process of `benchmarks.step`: jaxpref, packed rows, stored reference."""
+"""A process of `benchmarks.step`: jaxpref with packed rows and a stored reference."""
 
 import dataclasses
 import functools
@@ -13,7 +13,8 @@ from job import RATE_SIZE, Job, Steps, read_job, read_pairs, write_rate, write_s
 
 from jaxpref import data, losses
 from jaxpref.models import build
-from jaxpref.models.huggingface import load_config, load_params
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.malloc import reuse_freed_memory
 from jaxpref.runtime.mesh import to_global
@@ -59,7 +60,7 @@ def train(job: Job, out: Path) -> None:
     for number, (prompt, *answers) in enumerate(listed):
         builder.add(prompt, answers, id=str(number))
     pairs = builder.build()
-    mesh, model = make_mesh(MeshConfig()), build(load_config(job.model))
+    mesh, model = make_mesh(MeshConfig()), build(read_architecture(job.model))
     optimizer = OptimizerConfig(
         learning_rate=job.learning_rate,
         decay=Decay.CONSTANT,

@@ -1,9 +1,9 @@
-"""`jaxpref audit`: which labels of a preference file are probably wrong, and whose.
+"""`jaxpref audit`: finds probably wrong labels and unreliable annotators.
 
-Every pair is judged by a model that was trained neither on it nor on its prompt: a
-Bradley-Terry model on frozen features, cross-fitted by prompt.  Its margins are
-calibrated together with the flip rate, and EM gives each annotator a reliability and
-each pair the probability that its label is right.
+Every pair is judged by a model that was not trained on it or its prompt: a
+Bradley-Terry model on frozen features, cross-fitted by prompt.  The margins are
+calibrated jointly with the flip rate.  EM then estimates the reliability of each
+annotator and the probability that each label is right.
 """
 
 import dataclasses
@@ -26,24 +26,25 @@ from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import agreement_bins, known_flips
 from jaxpref.evaluate.metrics import accuracy, wilson_interval
 from jaxpref.files import open_out, write_json, write_whole
-from jaxpref.models import build
+from jaxpref.models import Numerics, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, weights_digest
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits
 from jaxpref.train.options import Dtype
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
-"""Settings that a second audit into the same OUT may change."""
+"""Settings that may change when an audit is repeated with the same OUT."""
 STRONG = 3.0
-"""How much larger the few columns of lengths and log-probs are made than the states':
-their coefficients are penalised nine times less."""
+"""Scale of the few length and log-prob columns relative to the hidden states, so that
+their coefficients are penalized nine times less."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """What `jaxpref audit` reads."""
+    """Options of `jaxpref audit`."""
 
     data: str
     """Preference file or dataset.  Every pair in it is judged.  Records without a pair
@@ -76,34 +77,34 @@ class AuditConfig:
     context if that is shorter)."""
     max_prompt_length: int | None = None
     """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
-    their beginning."""
+    prompts are truncated at the start."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are used."""
+    """Layout of the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What was found, as plain records."""
+    """The results of an audit, as plain records."""
 
     summary: dict[str, Any]
-    """As in `summary.json`."""
+    """The contents of `summary.json`."""
     pairs: list[dict[str, Any]]
-    """As in `audit.jsonl`."""
+    """The contents of `audit.jsonl`."""
     suspects: list[dict[str, Any]]
     """The most suspicious pairs with their texts: `prompt`, `chosen`, `rejected`."""
     calibration: list[dict[str, float]]
-    """Bins of equal counts: `pairs`, mean `confidence` of the model, share of labels
+    """Bins with equal counts: `pairs`, mean `confidence` of the model, share of labels
     that agree with it, and its interval."""
 
 
 def run(config: AuditConfig) -> Audit:
-    """Audits a file; writes all of OUT but the page."""
+    """Audits a file and writes all of OUT except the report page."""
     _check(config)
     if jax.process_count() > 1:
-        raise InputError("an audit runs in one process; start it on one machine")
+        raise InputError("an audit runs in a single process; start it on one machine")
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
@@ -112,10 +113,10 @@ def run(config: AuditConfig) -> Audit:
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
-        # It looks at data that is wrong in places: what cannot be judged is counted.
+        # An audit expects malformed records; those that cannot be judged are counted.
         drop_empty=True,
     )
-    positions = load_config(folder).max_position_embeddings
+    positions = read_architecture(folder).max_position_embeddings
     options = data.for_model(options, positions)
     plan = data.make_splits(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
@@ -124,7 +125,7 @@ def run(config: AuditConfig) -> Audit:
         twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
         raise InputError(
             f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces "
-            "a side; an audit judges a record once, so leave one of them"
+            "per answer; an audit judges each record once, so keep only one trace"
         )
     print(f"{config.data}: {plan.describe()}", flush=True)
     out = _open_out(config, pairs)
@@ -173,9 +174,9 @@ def differences(found: Features) -> tuple[np.ndarray, np.ndarray]:
     """Chosen minus rejected: columns for the model, and the log-lengths alone.
 
     Returns:
-      float64 [N, 2 D + 3] of states, summed and average log-probs and log-lengths, and
-      [N, 1] of log-lengths, all scaled to a mean square of 1 but those few, which are
-      `STRONG` times that in the first array.
+      float64 [N, 2 D + 3] of hidden states, summed and average log-probs, and
+      log-lengths; and [N, 1] of log-lengths.  Columns have a mean square of 1, except
+      that log-probs and log-lengths in the first array are scaled by `STRONG`.
     """
     side = lambda values: values[:, 0].astype(np.float64) - values[:, 1]
     lengths = found.lengths.astype(np.float64)
@@ -197,7 +198,7 @@ def _check(config: AuditConfig) -> None:
 
 
 class _Renamed:
-    """A source whose records name their annotator in a field of the user's choice."""
+    """A source whose records name the annotator in a configurable field."""
 
     def __init__(self, source: Source, field: str):
         self._source, self._field = source, field
@@ -218,7 +219,7 @@ class _Renamed:
         return record | {"annotator": name}
 
     def original(self, index: int) -> Any:
-        """The record as it stands in the file."""
+        """The record as in the file."""
         return self._source[index]
 
     def location(self, index: int) -> str:
@@ -226,7 +227,7 @@ class _Renamed:
 
 
 def _named_annotators(source: Source, field: str | None) -> _Renamed:
-    """Raises InputError where no record has the field; some may lack it."""
+    """Renames the annotator field; raises InputError if no record has it."""
     name = "annotator" if field is None else field
     if field is not None and not any(
         isinstance(record := source[n], dict) and record.get(field) is not None
@@ -235,14 +236,14 @@ def _named_annotators(source: Source, field: str | None) -> _Renamed:
         first = source[0]
         has = ", ".join(map(str, first)) if isinstance(first, dict) else "no fields"
         raise InputError(
-            f"{source.location(0)} and all after it: no field {field!r} to tell "
-            f"annotators by; the record has {has[:200]}; change --annotator-field"
+            f"{source.location(0)} and all later rows: no field {field!r} to name the "
+            f"annotator; the record has {has[:200]}; change --annotator-field"
         )
     return _Renamed(source, name)
 
 
 def _open_out(config: AuditConfig, pairs: PreferenceDataset) -> Path:
-    """Makes OUT, or finds the same audit in it; an interrupted one goes on."""
+    """Creates OUT, or checks that it holds the same audit, which then resumes."""
     out, name = Path(config.out), "audit_config.json"
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     asked["contents"] = pairs.digest()
@@ -254,14 +255,12 @@ def _open_out(config: AuditConfig, pairs: PreferenceDataset) -> Path:
 def _features(
     config: AuditConfig, folder: Path, pairs: PreferenceDataset, cache: Path
 ) -> Features:
-    model_config = load_config(folder)
-    check_fits([config.data], pairs, str(folder), model_config)
+    architecture = read_architecture(folder)
+    check_fits([config.data], pairs, str(folder), architecture)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
-        model = build(
-            dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
-        )
+        model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
         params = load_params(folder, model)
         return feature_store.compute(
             pairs,
@@ -270,7 +269,7 @@ def _features(
             source=config.data,
             folder=cache,
             digest=weights_digest(folder, config.compute_dtype),
-            width=2 * model_config.hidden_size + 1,
+            width=2 * architecture.hidden_size + 1,
             batch_size=config.batch_size,
             mesh=mesh,
         )
@@ -278,7 +277,7 @@ def _features(
 
 def _example(source: Source, row: int) -> Example:
     example = _parsed(source, row)
-    assert isinstance(example, Example)  # the plan kept it
+    assert isinstance(example, Example)  # malformed records were dropped before
     return example
 
 
@@ -287,9 +286,10 @@ def _parsed(source: Source, row: int) -> Example | str:
 
 
 def _items(keys: np.ndarray, annotators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which votes judge the same pair of texts, and which of the two each prefers.
+    """Which votes judge the same pair of texts, and which text each vote prefers.
 
-    Copies of a record without an annotator are no second opinion: each stands alone.
+    Duplicates of a record without an annotator are not independent votes; each is its
+    own item.
     """
     _, ranks = np.unique(keys, return_inverse=True)
     ranks = ranks.reshape(keys.shape)
@@ -368,9 +368,10 @@ def _rows(
 
 
 def _cleaned(source: _Renamed, rows: list[dict[str, Any]], action: str):
-    """Records as in the file, in its order; those that were not judged as they are.
+    """The records of the file, in order, after applying the action.
 
-    But without those that have an empty completion: training would stop at one.
+    Records that were not judged are unchanged, except that those with an empty
+    completion are dropped, because training rejects them.
     """
     judged = {row["row"] - 1: row for row in rows}
     for index in range(len(source)):
@@ -386,7 +387,7 @@ def _cleaned(source: _Renamed, rows: list[dict[str, Any]], action: str):
                 "chosen": record["rejected"],
                 "rejected": record["chosen"],
             }
-            # A known flip that is exchanged is right again.
+            # Exchanging a known flip makes its label right.
             if isinstance(record.get("flip"), bool):
                 exchanged["flip"] = not record["flip"]
             yield record | exchanged

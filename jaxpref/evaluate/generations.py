@@ -1,4 +1,4 @@
-"""`jaxpref sample`: what a model says to prompts."""
+"""`jaxpref sample`: completions of prompts by a model."""
 
 import dataclasses
 import errno
@@ -13,9 +13,10 @@ from tqdm import tqdm
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, write_json
-from jaxpref.models import ModelConfig, build
+from jaxpref.models import Architecture, Numerics, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, stop_tokens
-from jaxpref.models.huggingface import load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.sampling import generate, left_pad
@@ -24,10 +25,10 @@ from jaxpref.train.options import Dtype
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What `jaxpref sample` reads."""
+    """Options of `jaxpref sample`."""
 
     model: str
-    """Hugging Face model folder (such as OUT/export of a run), or a hub id."""
+    """Hugging Face model folder (such as OUT/export of a run) or hub id."""
     prompts: tuple[str, ...] = ()
     """Prompts, each in quotes."""
     data: str | None = None
@@ -53,17 +54,17 @@ class SampleConfig:
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are used."""
+    """Layout of the devices."""
 
 
 def run(config: SampleConfig) -> list[dict[str, str]]:
     """Completes every prompt; prints the completions or writes them to `out`."""
     if bool(config.prompts) == bool(config.data):
-        raise InputError("give either --prompts TEXT ... or --data FILE")
+        raise InputError("pass either --prompts TEXT ... or --data FILE")
     if jax.process_count() > 1:
-        raise InputError("sampling runs in one process; start it on one machine")
+        raise InputError("sampling runs in a single process; start it on one machine")
     if config.out is not None:
-        _check_writable(Path(config.out))  # now rather than after the sampling
+        _check_writable(Path(config.out))  # fail before sampling, not after
     for name in ("limit", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} {getattr(config, name)}: must be at least 1")
@@ -76,15 +77,13 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         texts, prompts = data.read_prompts(
             data.open_source(config.data), tokenizer, limit=config.limit
         )
-    model_config = load_config(folder)
-    _check_prompts(prompts, model_config, config)
+    architecture = read_architecture(folder)
+    _check_prompts(prompts, architecture, config)
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model = build(
-            dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
-        )
+        model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
         params = load_params(folder, model)
         outputs = sample_texts(
             model,
@@ -105,9 +104,9 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
 def sample_texts(
     model, params, tokenizer, prompts, *, stop_tokens, config: SampleConfig
 ) -> list[str]:
-    """One completion for every prompt (token ids), `batch_size` prompts at a time.
+    """Samples one completion per prompt (token ids), in batches.
 
-    Short last batches are filled up with repeats, so that one shape is compiled.
+    The last batch is padded with repeated prompts, so that only one shape is compiled.
     """
     longest = max(map(len, prompts))
     width = -(-longest // 32) * 32
@@ -136,20 +135,20 @@ def sample_texts(
     return outputs[: len(prompts)]
 
 
-def _check_prompts(prompts, model_config: ModelConfig, config: SampleConfig) -> None:
+def _check_prompts(prompts, architecture: Architecture, config: SampleConfig) -> None:
     if not prompts:
-        raise InputError(f"{config.data}: holds no prompt")
+        raise InputError(f"{config.data}: contains no prompts")
     for row, prompt in enumerate(prompts, start=1):
-        if len(prompt) + config.max_new_tokens > model_config.max_position_embeddings:
+        if len(prompt) + config.max_new_tokens > architecture.max_position_embeddings:
             raise InputError(
                 f"prompt {row}: its {len(prompt)} tokens and --max-new-tokens "
                 f"{config.max_new_tokens} exceed the model's "
-                f"{model_config.max_position_embeddings} positions"
+                f"{architecture.max_position_embeddings} positions"
             )
-        if max(prompt) >= model_config.vocab_size:
+        if max(prompt) >= architecture.vocab_size:
             raise InputError(
                 f"prompt {row}: the tokenizer of {config.model} gives token "
-                f"{max(prompt)}, but its embedding has {model_config.vocab_size} rows; "
+                f"{max(prompt)}, but its embedding has {architecture.vocab_size} rows; "
                 "use the tokenizer that belongs to the model"
             )
 
@@ -158,7 +157,7 @@ def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "not a file that may be written")
+            raise PermissionError(errno.EACCES, "not a writable file")
     except OSError as error:
         raise cannot_write(path, error) from error
 

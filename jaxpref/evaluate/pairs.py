@@ -19,9 +19,10 @@ from jaxpref.data import DataOptions, PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
 from jaxpref.files import write_json, write_whole
-from jaxpref.models import RewardModel, build
+from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import is_reward_model, load_config, load_params
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_finite, check_fits
@@ -94,7 +95,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
     )
-    positions = load_config(folder).max_position_embeddings
+    positions = read_architecture(folder).max_position_embeddings
     options = data.for_model(options, positions)
     plan = data.make_splits(
         data.open_source(config.data), data.load_tokenizer(folder), options, sides=2
@@ -155,13 +156,11 @@ def _score(
     mesh: jax.sharding.Mesh,
     title: str,
 ) -> np.ndarray:
-    """One of `scores.PROVIDED` of every completion, float32 [N, 2]."""
-    model_config = load_config(folder)
-    check_fits([config.data], pairs, str(folder), model_config)
+    """One of the scores of every completion, float32 [N, 2]."""
+    architecture = read_architecture(folder)
+    check_fits([config.data], pairs, str(folder), architecture)
     make_model = RewardModel if name == "rewards" else build
-    model = make_model(
-        dataclasses.replace(model_config, compute_dtype=config.compute_dtype)
-    )
+    model = make_model(architecture, Numerics(compute_dtype=config.compute_dtype))
     params = load_params(folder, model)
     index, count = share_of_rows(mesh)
     layout = data.padded_layout(

@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = ["aot", "aot_unpaired", "dr_dpo", "kl_dpo"]
 
 
 def dr_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     beta_prime: Scalar = 1.0,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """Distributionally robustified DPO: down-weights pairs with a large loss.
 
         batch loss = L = -b' log mean_i exp(-l_i / b'),    l_i = -log s(h_i)
@@ -45,8 +45,8 @@ def dr_dpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       beta_prime: b' > 0, the cost of non-uniform weights.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; 0 where not real.
@@ -87,16 +87,16 @@ def dr_dpo(
 
 
 def kl_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     tau: Scalar = 1.0,
     max_weight: Scalar = 10.0,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """Kullback-Leibler DPO: up-weights pairs with a large loss.
 
         loss_i = w_i l_i,    l_i = -log s(h_i)
@@ -113,8 +113,8 @@ def kl_dpo(
       beta: inverse temperature of the KL penalty, > 0.
       tau: temperature of the weights, > 0, nats of loss.
       max_weight: upper limit of the weights, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not real.
@@ -154,14 +154,14 @@ def kl_dpo(
 
 
 def aot(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """Alignment via optimal transport, paired: margins matched by rank, not by pair.
 
         loss_i = -log s(beta (m_i - r_(i)))
@@ -178,8 +178,8 @@ def aot(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, at the index of its policy margin, [*batch], at least float32;
@@ -212,22 +212,23 @@ def aot(
 
 
 def aot_unpaired(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """Alignment via optimal transport, unpaired: log-ratios matched by rank.
 
         loss_i = -log s(beta (a_i - b_(i)))
 
     a is log pi/ref of the chosen answers, b that of the rejected ones, and b_(i) the
-    rejected log-ratio with the same rank in the batch as a_i.  Minimizing the mean makes
-    the distribution of chosen rewards exceed that of the rejected ones.  It does not
-    matter which answers were paired, so the two sides may be permuted independently.
+    rejected log-ratio with the same rank in the batch as a_i.  Minimizing the mean
+    makes the distribution of chosen rewards exceed that of the rejected ones.  It does
+    not matter which answers were paired, so the two sides may be permuted
+    independently.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -235,8 +236,8 @@ def aot_unpaired(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, at the index of its chosen answer, [*batch], at least float32;
@@ -291,7 +292,7 @@ def _soft_minimum(losses: jax.Array, cost: jax.Array, where: jax.Array) -> jax.A
 
 
 def _rank_losses(values: jax.Array, others: jax.Array, beta, where) -> jax.Array:
-    """-log s(beta (value - other)), where `other` has the same rank; real pairs only."""
+    """-log s(beta (value - other)), with `other` of the same rank among real pairs."""
     _common.positive("beta", beta)
     where = _common.mask(where, values)
     # Padding sorts last.

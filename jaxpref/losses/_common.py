@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
-Pairs = Float[Array, "*batch"]
+PerPair = Float[Array, "*batch"]
 """One number per pair, with any batch axes."""
 Lengths = Real[Array, "*batch"]
 """Number of completion tokens, integer or float."""
@@ -134,7 +134,7 @@ def log_ratios(
     reference_chosen_logps,
     reference_rejected_logps,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log pi/ref of each answer, promoted and checked."""
+    """Computes log pi/ref of each answer, promoted and checked."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = promoted(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,

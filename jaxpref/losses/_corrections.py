@@ -24,10 +24,10 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
         corrected = [(1 - e) loss(pair) - e loss(exchanged)] / (1 - 2e)
                   = loss(pair) + e / (1 - 2e) [loss(pair) - loss(exchanged)]
 
-    `unbiased(dpo, e)` is `rdpo`.  It keeps the minimiser of the clean loss at the price
-    of a spread that grows as 1 / (1 - 2e).  It may be negative, and is unbounded below
-    where `loss` is unbounded above: stop early, or use `forward_corrected`.  e = 0 is
-    `loss`.
+    `unbiased(dpo, e)` is `rdpo`.  The corrected loss has the minimizer of the clean
+    loss, but its standard deviation grows like 1 / (1 - 2e).  It may be negative, and
+    is unbounded below if `loss` is unbounded above: stop early, or use
+    `forward_corrected`.  e = 0 gives `loss`.
 
     Args:
       loss: a pairwise loss: a function that returns one loss per pair, and whose
@@ -89,7 +89,7 @@ def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
         policy_rejected_logps, chosen_rewards and rejected_rewards, ...).
       flip_rate: e, the probability that a label is wrong; one number in [0, 1/2), or an
         array that broadcasts to one per pair and may hold anything in [0, 1].
-        Differentiable on (0, 1), so that it can be learnt.
+        Differentiable on (0, 1), so that it can be learned.
 
     Returns:
       A function with the parameters of `loss`, plus the counterparts of arrays that
@@ -171,8 +171,8 @@ def _in_both_orders(loss: Callable, combine: Callable, how: str) -> Callable:
     reads = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     if "where" in signature.parameters:
         raise TypeError(
-            f"Expected a loss that treats pairs independently, got {name}, which couples "
-            "the pairs of a batch: their flips cannot be corrected one by one."
+            f"Expected a loss that treats pairs independently, got {name}, which "
+            "couples the pairs of a batch: their flips cannot be corrected one by one."
         )
     others = {array: _other_answer(array) for array in reads}
     alone = [array for array, other in others.items() if other not in others]
@@ -200,7 +200,7 @@ def _in_both_orders(loss: Callable, combine: Callable, how: str) -> Callable:
 
 
 def _with_metadata(function: Callable, loss: Callable, signature, how: str) -> Callable:
-    """Gives `function` the name, signature, and docstring of `how` applied to `loss`."""
+    """Gives `function` the name and signature of `how` applied to `loss`."""
     function.__name__ = function.__qualname__ = f"{how}_{_name(loss)}"
     function.__signature__ = signature
     function.__doc__ = f"`{how}` of `{_name(loss)}`, with the same parameters."

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Mask, Pairs, Scalar
+from jaxpref.losses._common import Lengths, Mask, PerPair, Scalar
 
 __all__ = [
     "brier_score",
@@ -31,7 +31,7 @@ Outcomes = Num[Array, "*batch"]
 """Observed outcomes: 1, 0, or 1/2 for a tie."""
 
 
-def ranking_accuracy(chosen_logps: Pairs, rejected_logps: Pairs) -> Pairs:
+def ranking_accuracy(chosen_logps: PerPair, rejected_logps: PerPair) -> PerPair:
     """Whether the chosen answer is at least as likely as the rejected one.
 
         accuracy = 1 if log pi(y_w|x) >= log pi(y_l|x) else 0
@@ -68,14 +68,14 @@ def ranking_accuracy(chosen_logps: Pairs, rejected_logps: Pairs) -> Pairs:
 
 
 def idealized_ranking_accuracy(
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    preference_probabilities: Pairs,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    preference_probabilities: PerPair,
     *,
     beta: Scalar = 0.1,
     eps: Scalar = 1e-3,
-) -> Pairs:
-    """The ranking accuracy of the policy that minimises DPO perfectly.
+) -> PerPair:
+    """The ranking accuracy of the policy that minimizes DPO perfectly.
 
         accuracy = 1 if log(ref(y_w|x) / ref(y_l|x)) + logit(a) / beta > 0 else 0
 
@@ -124,12 +124,12 @@ def idealized_ranking_accuracy(
 
 
 def ranking_difficulty(
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """How small DPO's loss must get before the policy ranks a pair as labelled.
+) -> PerPair:
+    """How small the DPO loss must be for the policy to rank a pair as labeled.
 
         threshold = -log s(beta c),    c = log ref(y_l|x) / ref(y_w|x)
 
@@ -170,13 +170,13 @@ def ranking_difficulty(
     return _common.logistic_loss(beta * (rejected - chosen))
 
 
-def ches(chosen_hidden_sums: Hidden, rejected_hidden_sums: Hidden) -> Pairs:
-    """The centred hidden embedding similarity of a pair.
+def ches(chosen_hidden_sums: Hidden, rejected_hidden_sums: Hidden) -> PerPair:
+    """The centered hidden embedding similarity of a pair.
 
         score = <S_w, S_l> - ||S_w||^2
 
     The higher the score, the more training on the pair tends to lower the likelihood of
-    the chosen answer (likelihood displacement).  The authors filter out such pairs.
+    both answers (likelihood displacement).  Such pairs are filtered out beforehand.
 
     Args:
       chosen_hidden_sums: S_w, the sum of the last layer's hidden states at the |y_w|
@@ -215,7 +215,7 @@ def length_normalized_ches(
     rejected_hidden_sums: Hidden,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
-) -> Pairs:
+) -> PerPair:
     """`ches` of the means of the hidden states instead of their sums.
 
         score = <S_w, S_l> / (|y_w| |y_l|) - ||S_w||^2 / |y_w|^2
@@ -244,7 +244,7 @@ def length_normalized_ches(
 
     References:
       Razin et al., "Unintentional Unalignment: Likelihood Displacement in Direct
-      Preference Optimization", 2024, arXiv:2410.08847, the length-normalised CHES
+      Preference Optimization", 2024, arXiv:2410.08847, the length-normalized CHES
       score.
       princeton-nlp/unintentional-unalignment, ches/ches.py, `length_normalize`.
     """
@@ -258,7 +258,7 @@ def length_normalized_ches(
     )
 
 
-def brier_score(probabilities: Pairs, outcomes: Outcomes) -> Pairs:
+def brier_score(probabilities: PerPair, outcomes: Outcomes) -> PerPair:
     """Squared error of a predicted probability.
 
         score = (p - outcome)^2
@@ -290,7 +290,7 @@ def brier_score(probabilities: Pairs, outcomes: Outcomes) -> Pairs:
 
 
 def expected_calibration_error(
-    probabilities: Pairs,
+    probabilities: PerPair,
     outcomes: Outcomes,
     *,
     bins: int = 10,
@@ -307,7 +307,7 @@ def expected_calibration_error(
       probabilities: p, that the first answer is preferred, in [0, 1]; [*batch].
       outcomes: 1 if it was, 0 if not, 1/2 for a tie; [*batch].
       bins: equal-width bins of [1/2, 1]; the upper edge belongs to the next bin.
-      where: which pairs are real; the others may hold anything; [*batch].
+      where: which pairs are real; the others are ignored; [*batch].
 
     Returns:
       One number in [0, 1] for all pairs, [], at least float32; 0 if there is no pair,
@@ -349,7 +349,7 @@ def expected_calibration_error(
     return jnp.sum(jnp.abs(sums)) / jnp.maximum(jnp.sum(where), 1).astype(sums.dtype)
 
 
-def kl_k1(log_ratios: Pairs) -> Pairs:
+def kl_k1(log_ratios: PerPair) -> PerPair:
     """The simple estimator of KL(pi||ref) from a sample of pi.
 
         k1 = l,    l = log pi(y|x) / ref(y|x),  y ~ pi
@@ -379,7 +379,7 @@ def kl_k1(log_ratios: Pairs) -> Pairs:
     return log_ratios
 
 
-def kl_k2(log_ratios: Pairs) -> Pairs:
+def kl_k2(log_ratios: PerPair) -> PerPair:
     """The squared estimator of KL(pi||ref) from a sample of pi.
 
         k2 = l^2 / 2,    l = log pi(y|x) / ref(y|x),  y ~ pi
@@ -409,7 +409,7 @@ def kl_k2(log_ratios: Pairs) -> Pairs:
     return 0.5 * jnp.square(log_ratios)
 
 
-def kl_k3(log_ratios: Pairs) -> Pairs:
+def kl_k3(log_ratios: PerPair) -> PerPair:
     """The unbiased, nonnegative estimator of KL(pi||ref) from a sample of pi.
 
         k3 = exp(-l) - 1 + l,    l = log pi(y|x) / ref(y|x),  y ~ pi

@@ -1,33 +1,33 @@
 """DPO under divergences other than the reverse KL.
 
-The KL penalty of RLHF may be replaced by any f-divergence E_ref[f(pi/ref)].  The optimal
-policy then has the reward beta f'(pi/ref), up to a term that depends only on the
-prompt, and DPO becomes
+The KL penalty of RLHF may be replaced by any f-divergence E_ref[f(pi/ref)].  The
+optimal policy then has the reward beta f'(pi/ref), up to a term that depends only on
+the prompt, and DPO becomes
 
     loss = -log s(beta f'(u_w) - beta f'(u_l)),    u = pi/ref = exp(a)
 
-Constants in f' cancel.  The reverse KL, f'(u) = log u + 1, gives `dpo` itself.  If f' is
-an exponential of the log-ratio a, its exponent is clipped at 80 to prevent overflow in
-float32.  A clipped answer has no gradient.
+Constants in f' cancel.  The reverse KL, f'(u) = log u + 1, gives `dpo` itself.  If f'
+is an exponential of the log-ratio a, its exponent is clipped at 80 to prevent overflow
+in float32.  A clipped answer has no gradient.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = ["alpha_dpo", "chi_po", "forward_kl_dpo", "js_dpo"]
 
 
 def forward_kl_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """f-DPO with the forward KL, KL(ref || pi): mass-covering.
 
         loss = -log s(beta f'(u_w) - beta f'(u_l)),    f'(u) = -1 / u,    u = pi/ref
@@ -74,13 +74,13 @@ def forward_kl_dpo(
 
 
 def js_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """f-DPO with the Jensen-Shannon divergence.
 
         loss = -log s(beta f'(u_w) - beta f'(u_l)),    f'(u) = log(2u / (1 + u))
@@ -126,14 +126,14 @@ def js_dpo(
 
 
 def alpha_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar,
-) -> Pairs:
+) -> PerPair:
     """f-DPO with an alpha-divergence: between the reverse and the forward KL.
 
         loss = -log s(beta f'(u_w) - beta f'(u_l)),    f'(u) = (1 - u^-alpha) / alpha
@@ -186,15 +186,15 @@ def alpha_dpo(
 
 
 def chi_po(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.05,
     max_reward: Scalar,
-) -> Pairs:
-    """Chi-squared preference optimisation: DPO with the link u + log u.
+) -> PerPair:
+    """Chi-squared preference optimization: DPO with the link u + log u.
 
         loss = -log s(clip(beta f'(u_w) - beta f'(u_l), -2 R, 2 R)),    u = pi/ref
         f'(u) = u + log u,    R = max_reward

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Mask, Pairs, Scalar
+from jaxpref.losses._common import Lengths, Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = [
@@ -20,16 +20,16 @@ RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 
 
 def beta_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     running_mean: Scalar,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 0.6,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """beta-DPO: one beta per batch, which increases with the margins of the batch.
 
         loss_i = -log s(b D_i)
@@ -48,8 +48,8 @@ def beta_dpo(
       running_mean: moving mean of the margins D in nats, including this batch; [].
       beta: the beta of a batch whose mean margin is `running_mean`, > 0.
       alpha: sensitivity of beta to the batch, per nat of margin, >= 0.
-      where: which pairs were selected, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs were selected, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not selected.
@@ -92,7 +92,7 @@ def beta_dpo(
 
 
 def margin_moments(
-    margins: Pairs,
+    margins: PerPair,
     running_mean: Scalar,
     running_std: Scalar,
     *,
@@ -113,8 +113,8 @@ def margin_moments(
       running_mean: the moving mean so far; [].
       running_std: the moving standard deviation so far; [].
       momentum: weight of the old value, in [0, 1].
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       The new mean and standard deviation, [], at least float32.
@@ -156,7 +156,7 @@ def margin_moments(
 
 
 def beta_dpo_selection(
-    margins: Pairs,
+    margins: PerPair,
     running_mean: Scalar,
     running_std: Scalar,
     key: RandomKey,
@@ -179,8 +179,8 @@ def beta_dpo_selection(
       running_std: moving standard deviation of the margins; [].
       key: a jax random key.
       drop_rate: fraction of the pairs to drop, in [0, 1].
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       Which pairs were drawn, [*batch]; false where not real.
@@ -226,17 +226,17 @@ def beta_dpo_selection(
 
 
 def gamma_po(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     gamma: Scalar,
     tau: Scalar = 10.0,
     where: Mask = None,
-) -> Pairs:
-    """gamma-PO on DPO: larger target margins for confident pairs than for ambiguous ones.
+) -> PerPair:
+    """gamma-PO on DPO: confident pairs get larger target margins than ambiguous ones.
 
         loss_i = -log s(h_i - (g_i - gamma))
 
@@ -258,8 +258,8 @@ def gamma_po(
       beta: inverse temperature of the KL penalty, > 0.
       gamma: mean target margin, in units of reward, >= 0.
       tau: weight of the KL term, which keeps the targets close together, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not real.
@@ -296,8 +296,8 @@ def gamma_po(
 
 @_common.reward_per_token
 def gamma_simpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
@@ -305,13 +305,13 @@ def gamma_simpo(
     gamma: Scalar = 4.0,
     tau: Scalar = 10.0,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """gamma-PO on SimPO: a target margin for each pair, with mean `gamma`.
 
         loss_i = -log s(h_i - g_i)
 
-    h_i is SimPO's difference of average log-probs times beta.  The targets g_i solve the
-    problem of `gamma_po` and pass no gradient.  tau -> infinity gives `simpo`.
+    h_i is SimPO's difference of average log-probs times beta.  The targets g_i solve
+    the problem of `gamma_po` and pass no gradient.  tau -> infinity gives `simpo`.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -321,8 +321,8 @@ def gamma_simpo(
       beta: scale of the rewards, > 0.
       gamma: mean target margin, in units of reward, >= 0.
       tau: weight of the KL term, which keeps the targets close together, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not real.

@@ -1,30 +1,30 @@
-"""DPO made less fond of length: normalised, regularised or desensitised.
+"""DPO with less length bias: normalized, regularized, or desensitized.
 
-A summed log-ratio grows with the answer, so DPO pays for length.  The three cures here:
-`ln_dpo` averages over tokens, `r_dpo` charges every token a price, and `ld_dpo` counts
-less what the longer answer adds beyond the length of the shorter.
+A summed log-ratio grows with the length of the answer, so DPO rewards length.  `ln_dpo`
+averages over tokens, `r_dpo` charges a price per token, and `ld_dpo` discounts the
+tokens of the longer answer beyond the length of the shorter one.
 """
 
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 
 __all__ = ["ld_dpo", "length_desensitized", "ln_dpo", "r_dpo"]
 
 
 @_common.reward_per_token
 def ln_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 5.0,
-) -> Pairs:
-    """Length-normalised DPO: log-ratios averaged over completion tokens.
+) -> PerPair:
+    """Length-normalized DPO: log-ratios averaged over completion tokens.
 
         loss = -log s(beta (a_w / |y_w| - a_l / |y_l|)),    a = log pi/ref
 
@@ -56,7 +56,7 @@ def ln_dpo(
 
     References:
       Lambert et al., "Tulu 3: Pushing Frontiers in Open Language Model Post-Training",
-      2024, arXiv:2411.15124, length-normalised DPO.
+      2024, arXiv:2411.15124, length-normalized DPO.
       Authors' code: allenai/open-instruct, docs/tulu3.md (dpo_norm, beta 5); TRL,
       trl/trainer/dpo_trainer.py, "sigmoid_norm".
     """
@@ -73,17 +73,17 @@ def ln_dpo(
 
 
 def r_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar,
-) -> Pairs:
-    """Length-regularised DPO: a price per token, taken off the reward.
+) -> PerPair:
+    """Length-regularized DPO: a price per token is subtracted from the reward.
 
         loss = -log s(h + alpha (|y_w| - |y_l|)),    h = beta D
 
@@ -122,8 +122,8 @@ def r_dpo(
 
     References:
       Park et al., "Disentangling Length from Quality in Direct Preference
-      Optimization", 2024, arXiv:2403.19159, the length-regularised objective; derived
-      above from the length-penalised reward.
+      Optimization", 2024, arXiv:2403.19159, the length-regularized objective; derived
+      above from the length-penalized reward.
     """
     _common.not_negative("alpha", alpha)
     h = _common.reward_margin(
@@ -146,19 +146,19 @@ def r_dpo(
 
 
 def ld_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    policy_chosen_prefix_logps: Pairs,
-    policy_rejected_prefix_logps: Pairs,
-    reference_chosen_prefix_logps: Pairs,
-    reference_rejected_prefix_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    policy_chosen_prefix_logps: PerPair,
+    policy_rejected_prefix_logps: PerPair,
+    reference_chosen_prefix_logps: PerPair,
+    reference_rejected_prefix_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 0.5,
-) -> Pairs:
-    """Length-desensitised DPO: what the longer answer adds counts alpha.
+) -> PerPair:
+    """Length-desensitized DPO: the tail of the longer answer is weighted by alpha.
 
         loss = -log s(beta (a'_w - a'_l)),    a' = log pi'/ref'
         log pi' = log pi(prefix) + alpha (log pi - log pi(prefix)), likewise for ref
@@ -199,7 +199,7 @@ def ld_dpo(
 
     References:
       Liu et al., "Length Desensitization in Direct Preference Optimization", 2024,
-      arXiv:2409.06411, the length-desensitised likelihood.
+      arXiv:2409.06411, the length-desensitized likelihood.
       TRL, trl/trainer/dpo_trainer.py, "ld_alpha": the reference is treated the same.
     """
     _common.positive("beta", beta)
@@ -222,7 +222,9 @@ def ld_dpo(
     return _common.logistic_loss(jnp.asarray(beta, chosen.dtype) * (chosen - rejected))
 
 
-def length_desensitized(logps: Pairs, prefix_logps: Pairs, *, alpha: Scalar) -> Pairs:
+def length_desensitized(
+    logps: PerPair, prefix_logps: PerPair, *, alpha: Scalar
+) -> PerPair:
     """Log-probs in which the tail after the prefix is weighted by alpha.
 
         out = log pi(prefix) + alpha (log pi - log pi(prefix))
@@ -250,7 +252,7 @@ def length_desensitized(logps: Pairs, prefix_logps: Pairs, *, alpha: Scalar) -> 
 
     References:
       Liu et al., "Length Desensitization in Direct Preference Optimization", 2024,
-      arXiv:2409.06411, the length-desensitised likelihood.
+      arXiv:2409.06411, the length-desensitized likelihood.
     """
     _common.fraction("alpha", alpha)
     whole, prefix = _common.promoted(logps=logps, prefix_logps=prefix_logps)

@@ -1,10 +1,10 @@
-"""Plain likelihood, and preference losses with a likelihood term beside them.
+"""The likelihood loss, and preference losses with an added likelihood term.
 
-`rpo` and `iterative_rpo` are DPO plus a multiple of `sft` and differ in how they count
-it.  Any other mixture is a sum.  Mixed preference optimisation (MPO), for one, weighs a
-preference, a quality and a generation loss by 0.8, 0.2 and 1 (Wang et al., "Enhancing
-the Reasoning Ability of Multimodal Large Language Models via Mixed Preference
-Optimization", 2024, arXiv:2411.10442):
+`rpo` and `iterative_rpo` are DPO plus `sft` with different weights and normalization.
+Write other mixtures as sums.  For example, mixed preference optimization (MPO) weights
+a preference, a quality, and a generation loss by 0.8, 0.2, and 1 (Wang et al.,
+"Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed
+Preference Optimization", 2024, arXiv:2411.10442):
 
     >>> import jax.numpy as jnp
     >>> from jaxpref.losses import bco_pair, dpo, sft
@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 
 __all__ = ["iterative_rpo", "rpo", "sft"]
 
 
-def sft(policy_chosen_logps: Pairs) -> Pairs:
+def sft(policy_chosen_logps: PerPair) -> PerPair:
     """Negative log-likelihood of the chosen completion: supervised fine-tuning.
 
         loss = -log pi(y_w|x)
@@ -54,15 +54,15 @@ def sft(policy_chosen_logps: Pairs) -> Pairs:
 
 
 def rpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
     eta: Scalar = 0.005,
-) -> Pairs:
-    """Regularised preference optimisation: DPO, and the chosen answer's likelihood.
+) -> PerPair:
+    """Regularized preference optimization: DPO plus the chosen answer's likelihood.
 
         loss = -log s(h) - eta beta log pi(y_w|x),    h = beta D
 
@@ -80,7 +80,7 @@ def rpo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      eta: strength of the regulariser relative to the KL penalty, >= 0; 0 is DPO.
+      eta: strength of the regularizer relative to the KL penalty, >= 0; 0 is DPO.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -116,16 +116,16 @@ def rpo(
 
 
 def iterative_rpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 1.0,
-) -> Pairs:
-    """Iterative reasoning preference optimisation: DPO, and the likelihood per token.
+) -> PerPair:
+    """Iterative reasoning preference optimization: DPO plus the likelihood per token.
 
         loss = -log s(h) - alpha log pi(y_w|x) / |y_w|,    h = beta D
 

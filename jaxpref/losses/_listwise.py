@@ -31,7 +31,7 @@ def plackett_luce(scores: Items, *, where: ItemMask = None) -> Float[Array, "*li
 
     Args:
       scores: one score per item, the best item first; [*lists, items].
-      where: which items are real, the others may hold anything; [*lists, items].
+      where: which items are real; the others are ignored; [*lists, items].
 
     Returns:
       One loss per list, [*lists], at least float32; >= 0, and 0 for lists of one item
@@ -78,7 +78,7 @@ def lipo_lambda(
       scores: one score per item, usually implicit rewards; [*lists, items].
       labels: quality of each item, larger is better; the authors scale it to [0, 1];
         [*lists, items].
-      where: which items are real, the others may hold anything; [*lists, items].
+      where: which items are real; the others are ignored; [*lists, items].
 
     Returns:
       One loss per list, [*lists], at least float32; >= 0, and 0 where no two real items
@@ -119,7 +119,7 @@ def lipo_lambda(
 def irpo(
     scores: Items, relevances: Labels, positions: Labels, *, where: ItemMask = None
 ) -> Float[Array, "*lists"]:
-    """In-context ranking preference optimisation, with the weights of NDCG.
+    """In-context ranking preference optimization, with the weights of NDCG.
 
         loss = mean over i of w_i log(1 + mean over j != i of exp(s_j - s_i))
         w_i = (2^relevance_i - 1) / log2(1 + position_i)
@@ -134,7 +134,7 @@ def irpo(
       relevances: graded relevance of each item, >= 0; [*lists, items].
       positions: target position of each item in the list, starting at 1; [*lists,
         items].
-      where: which items are real, the others may hold anything; [*lists, items].
+      where: which items are real; the others are ignored; [*lists, items].
 
     Returns:
       One loss per list, [*lists], at least float32; >= 0, and 0 for lists of one item

@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 
 __all__ = ["discopop", "dove", "dpo", "exo_pair", "hinge", "ipo", "ipo_averaged"]
 
 
 def dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Direct preference optimisation: the logistic loss of the implicit reward margin.
+) -> PerPair:
+    """Direct preference optimization: the logistic loss of the implicit reward margin.
 
         loss = -log s(h),    h = beta D
 
@@ -59,13 +59,13 @@ def dpo(
 
 
 def dove(
-    policy_chosen_joint_logps: Pairs,
-    policy_rejected_joint_logps: Pairs,
-    reference_chosen_joint_logps: Pairs,
-    reference_rejected_joint_logps: Pairs,
+    policy_chosen_joint_logps: PerPair,
+    policy_rejected_joint_logps: PerPair,
+    reference_chosen_joint_logps: PerPair,
+    reference_rejected_joint_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """DPO over joint instruction-response pairs, each side with its own instruction.
 
         loss = -log s(beta log pi(I_w, R_w)/ref(I_w, R_w)
@@ -120,13 +120,13 @@ def dove(
 
 
 def hinge(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.05,
-) -> Pairs:
+) -> PerPair:
     """Hinge loss of the implicit reward margin: SLiC's loss with DPO's reward.
 
         loss = max(0, 1 - h),    h = beta D
@@ -159,7 +159,7 @@ def hinge(
       Liu et al., "Statistical Rejection Sampling Improves Preference Optimization"
       (RSO), 2023, arXiv:2309.06657, the hinge-norm loss.
       Zhao et al., "SLiC-HF: Sequence Likelihood Calibration with Human Feedback", 2023,
-      arXiv:2305.10425, the hinge on log-probs that it normalises by the reference.
+      arXiv:2305.10425, the hinge on log-probs that it normalizes by the reference.
     """
     h = _common.reward_margin(
         policy_chosen_logps,
@@ -172,15 +172,15 @@ def hinge(
 
 
 def exo_pair(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 1e-3,
-) -> Pairs:
-    """Efficient exact optimisation on pairs: the reverse KL to a smoothed label.
+) -> PerPair:
+    """Efficient exact optimization on pairs: the reverse KL to a smoothed label.
 
         loss = KL(q || p),    q = [s(h), s(-h)],    p = [1 - t, t],    h = beta D
              = s(h) log(s(h) / (1 - t)) + s(-h) log(s(-h) / t)
@@ -235,15 +235,15 @@ def exo_pair(
 
 
 def discopop(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.05,
     tau: Scalar = 0.05,
-) -> Pairs:
-    """Discovered preference optimisation: the log-ratio modulated loss (LRML).
+) -> PerPair:
+    """Discovered preference optimization: the log-ratio modulated loss (LRML).
 
         loss = (1 - g) (-log s(h)) + g exp(-h),    g = s(h / tau),    h = beta D
 
@@ -298,27 +298,27 @@ def discopop(
 
 
 def ipo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Identity preference optimisation, on summed log-probs as in the paper.
+) -> PerPair:
+    """Identity preference optimization, on summed log-probs as in the paper.
 
         loss = (D - 1 / (2 beta))^2
 
-    The loss regresses the margin onto a finite target.  `beta` is the paper's tau.  With
-    sums, the target is the same for short and long answers; `ipo_averaged` regresses
-    the per-token margin instead and needs a different `beta`.
+    The loss regresses the margin onto a finite target.  `beta` is the paper's tau.
+    With sums, the target is the same for short and long answers; `ipo_averaged`
+    regresses the per-token margin instead and needs a different `beta`.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
       policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
-      beta: regularisation strength (tau), > 0; the target margin is 1 / (2 beta) nats.
+      beta: regularization strength (tau), > 0; the target margin is 1 / (2 beta) nats.
 
     Returns:
       One loss per pair in nats squared, [*batch], at least float32; >= 0.
@@ -349,16 +349,16 @@ def ipo(
 
 @_common.reward_per_token
 def ipo_averaged(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Identity preference optimisation on log-ratios averaged over completion tokens.
+) -> PerPair:
+    """Identity preference optimization on log-ratios averaged over completion tokens.
 
         loss = (a_w / |y_w| - a_l / |y_l| - 1 / (2 beta))^2,    a = log pi/ref
 
@@ -369,7 +369,7 @@ def ipo_averaged(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
       rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
-      beta: regularisation strength (tau), > 0; the target: 1 / (2 beta) nats per token.
+      beta: regularization strength (tau), > 0; the target: 1 / (2 beta) nats per token.
 
     Returns:
       One loss per pair in (nats per token) squared, [*batch], at least float32; >= 0.

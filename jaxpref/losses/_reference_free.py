@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 from jaxpref.losses._sequence import log_odds
 
 __all__ = ["alpha_po", "cpo", "mapo", "orpo", "simpo"]
@@ -12,15 +12,15 @@ __all__ = ["alpha_po", "cpo", "mapo", "orpo", "simpo"]
 
 @_common.reward_per_token
 def simpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 2.0,
     gamma: Scalar = 0.5,
-) -> Pairs:
-    """Simple preference optimisation: no reference, average log-probs, a target margin.
+) -> PerPair:
+    """Simple preference optimization: no reference, average log-probs, a target margin.
 
         loss = -log s(beta log pi(y_w|x) / |y_w| - beta log pi(y_l|x) / |y_l| - gamma)
 
@@ -61,25 +61,25 @@ def simpo(
 
 @_common.reward_per_token
 def alpha_po(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     alpha: Scalar = 0.25,
     beta: Scalar = 2.5,
     gamma: Scalar = 0.25,
-) -> Pairs:
+) -> PerPair:
     """AlphaPO: SimPO with a parameter for the shape of the reward.
 
         loss = -log s(beta (r_w - r_l) - gamma)
         r = (1 - p^-alpha) / alpha,    log p = log pi(y|x) / |y|
 
     alpha = 0 gives SimPO's r = log p, and alpha = -1 the linear reward.  The derivative
-    dr/dlog p is p^-alpha: for alpha > 0 it grows as the answer becomes less likely.  The
-    exponent -alpha log p is clipped at 80, so that float32 gradients do not overflow.
-    The defaults are those reported for Mistral-7B-Instruct (tuned as gamma / beta =
-    0.1).
+    dr/dlog p is p^-alpha: for alpha > 0 it grows as the answer becomes less likely.
+    The exponent -alpha log p is clipped at 80, so that float32 gradients do not
+    overflow.  The defaults are those reported for Mistral-7B-Instruct (tuned as gamma /
+    beta = 0.1).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -125,14 +125,14 @@ def alpha_po(
 
 
 def cpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     nll_weight: Scalar = 1.0,
-) -> Pairs:
-    """Contrastive preference optimisation: no reference, and a likelihood term.
+) -> PerPair:
+    """Contrastive preference optimization: no reference, plus a likelihood term.
 
         loss = -log s(beta (log pi(y_w|x) - log pi(y_l|x))) - c log pi(y_w|x) / |y_w|
 
@@ -182,14 +182,14 @@ def cpo(
 
 @_common.reward_per_token
 def orpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Odds-ratio preference optimisation: fine-tuning with a preference term beside it.
+) -> PerPair:
+    """Odds-ratio preference optimization: fine-tuning plus a preference term.
 
         loss = -a_w - beta log s(log odds(a_w) - log odds(a_l))
         log odds(a) = a - log(1 - exp(a)),    a = log pi(y|x) / |y|
@@ -234,22 +234,22 @@ def orpo(
 
 @_common.reward_per_token
 def mapo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     scale: Scalar = 1.0,
-) -> Pairs:
-    """Margin-aware preference optimisation, its likelihood margin for language models.
+) -> PerPair:
+    """Margin-aware preference optimization, adapted from diffusion to language models.
 
         loss = x_w - beta log s(scale (g(x_w) - g(x_l)))
         g(x) = x / (exp(x) - 1),    x = -log pi(y|x) / |y|
 
-    g decreases from 1 at x = 0 to 0, so the margin is in (-1, 1), and the gradient of an
-    unlikely answer vanishes.  Adapted from the authors' loss for diffusion models: the
-    negative log-likelihood per token replaces the squared error of the noise, and
+    g decreases from 1 at x = 0 to 0, so the margin is in (-1, 1), and the gradient of
+    an unlikely answer vanishes.  Adapted from the authors' loss for diffusion models:
+    the negative log-likelihood per token replaces the squared error of the noise, and
     `scale` (1 by default) replaces the number of denoising steps.
 
     Args:
@@ -292,7 +292,7 @@ def mapo(
 def _averages(
     policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
 ) -> tuple[jax.Array, jax.Array]:
-    """Log pi per token of each answer, promoted and checked."""
+    """Computes log pi per token of each answer, promoted and checked."""
     chosen, rejected = _common.promoted(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,

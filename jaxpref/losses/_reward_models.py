@@ -1,7 +1,7 @@
-"""Losses that train reward models: a number for an answer, learnt from comparisons.
+"""Losses for training reward models from comparisons and ratings.
 
-They read rewards, not log-probs, so each also trains a policy when it is given
-`implicit_rewards`: `bradley_terry` of them is `dpo`.
+They read rewards, not log-probs.  With `implicit_rewards` they also train a policy:
+`bradley_terry` of implicit rewards is `dpo`.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = [
     "bradley_terry",
@@ -31,13 +31,14 @@ Eigenscales = Float[Array, "*batch planes"] | None
 """One weight per plane (two coordinates of the embeddings); None if all are 1."""
 
 
-def bradley_terry(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
+def bradley_terry(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:
     """Negative log-likelihood of the label under the Bradley-Terry model.
 
         loss = -log s(r_w - r_l)
 
-    Equal rewards give log 2.  Rewards are learnt up to a constant of the prompt: see
-    `center_rewards`.  A contradicted pair pulls with s(r_l - r_w), up to 1.
+    Equal rewards give log 2.  Rewards are identified only up to a constant per prompt;
+    see `center_rewards`.  The magnitude of the gradient is s(r_l - r_w), up to 1 for a
+    contradicted pair.
 
     Args:
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
@@ -67,8 +68,8 @@ def bradley_terry(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
 
 
 def margin_bradley_terry(
-    chosen_rewards: Pairs, rejected_rewards: Pairs, preference_margins: Labels
-) -> Pairs:
+    chosen_rewards: PerPair, rejected_rewards: PerPair, preference_margins: Labels
+) -> PerPair:
     """Bradley-Terry with an annotated target margin.
 
         loss = -log s(r_w - r_l - m)
@@ -106,8 +107,8 @@ def margin_bradley_terry(
 
 
 def scaled_bradley_terry(
-    chosen_rewards: Pairs, rejected_rewards: Pairs, preference_strengths: Labels
-) -> Pairs:
+    chosen_rewards: PerPair, rejected_rewards: PerPair, preference_strengths: Labels
+) -> PerPair:
     """Bradley-Terry weighted by the strength of the annotated preference.
 
         loss = -m log s(r_w - r_l)
@@ -146,20 +147,20 @@ def scaled_bradley_terry(
 
 
 def rao_kupper(
-    chosen_rewards: Pairs,
-    rejected_rewards: Pairs,
+    chosen_rewards: PerPair,
+    rejected_rewards: PerPair,
     ties: Labels,
     *,
     theta: Scalar = 3.0,
-) -> Pairs:
+) -> PerPair:
     """Likelihood of wins and ties under the Rao-Kupper model (perception threshold).
 
         loss = -(1 - t) log P(win) - t log P(tie)
         P(win) = s(d - a),  P(tie) = (theta^2 - 1) s(d - a) s(-d - a)
 
-    with d = r_w - r_l and the perception threshold a = log theta in nats.  Ties draw the
-    rewards together.  Without ties, theta -> 1 gives `bradley_terry`.  With the default,
-    equal answers tie half of the time: (theta - 1) / (theta + 1) = 1/2.
+    with d = r_w - r_l and the perception threshold a = log theta in nats.  Ties draw
+    the rewards together.  Without ties, theta -> 1 gives `bradley_terry`.  With the
+    default, equal answers tie half of the time: (theta - 1) / (theta + 1) = 1/2.
 
     Args:
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  The order
@@ -202,12 +203,12 @@ def rao_kupper(
 
 
 def davidson(
-    chosen_rewards: Pairs,
-    rejected_rewards: Pairs,
+    chosen_rewards: PerPair,
+    rejected_rewards: PerPair,
     ties: Labels,
     *,
     nu: Scalar = 2.0,
-) -> Pairs:
+) -> PerPair:
     """Likelihood of wins and ties under the Davidson model (ties keep the win odds).
 
         loss = -(1 - t) log P(win) - t log P(tie)
@@ -255,7 +256,7 @@ def davidson(
     return win + labels * (half - weight)
 
 
-def reward_regression(rewards: Pairs, targets: Labels) -> Pairs:
+def reward_regression(rewards: PerPair, targets: Labels) -> PerPair:
     """Squared error of a predicted rating.
 
         loss = (r - target)^2
@@ -290,7 +291,7 @@ def reward_regression(rewards: Pairs, targets: Labels) -> Pairs:
     return jnp.square(rewards - jnp.asarray(targets, rewards.dtype))
 
 
-def center_rewards(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
+def center_rewards(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:
     """A penalty that fixes the constant that comparisons do not determine.
 
         loss = (r_w + r_l)^2
@@ -333,7 +334,7 @@ def skew_symmetric_score(
     rejected_embeddings: Embeddings,
     *,
     eigenscales: Eigenscales = None,
-) -> Pairs:
+) -> PerPair:
     """A score of one embedded answer over another that allows cyclic preferences.
 
         score = sum over planes p of  c_p (w_2p l_2p+1 - w_2p+1 l_2p)
@@ -377,7 +378,7 @@ def general_preference(
     *,
     tau: Scalar = 0.1,
     eigenscales: Eigenscales = None,
-) -> Pairs:
+) -> PerPair:
     """Bradley-Terry with a skew-symmetric score instead of a difference of rewards.
 
         loss = -log s(score / tau),    score = skew_symmetric_score

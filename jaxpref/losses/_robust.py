@@ -3,34 +3,35 @@
 The first three losses use a known flip rate e.  `cdpo` smooths the label.  `rdpo`
 corrects the loss, so that its mean over flips is the clean DPO loss.  `forward_dpo`
 corrects the model of the label, which gives the likelihood of the observed label.
-`ropo` needs no rate: it adds a loss whose mean gradient keeps its direction under flips.
+`ropo` needs no rate: it adds a loss whose mean gradient keeps its direction under
+flips.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Rate, Scalar
+from jaxpref.losses._common import PerPair, Rate, Scalar
 
 __all__ = ["cdpo", "forward_dpo", "rdpo", "ropo"]
 
 
 def cdpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     flip_rate: Rate,
-) -> Pairs:
+) -> PerPair:
     """Conservative DPO: cross-entropy with the label smoothed by the flip rate.
 
         loss = -(1 - e) log s(h) - e log s(-h)  =  -log s(h) + e h
 
-    The minimum is at the finite margin h = log((1 - e) / e).  Smoothing shrinks: under
-    flips at rate e its minimiser is nearer to 0 than DPO's, not nearer to the truth.
-    Gradient in h: -(s(-h) - e).
+    The minimum is at the finite margin h = log((1 - e) / e).  Smoothing shrinks the
+    margin: under flips at rate e, its minimizer is closer to 0 than DPO's, not closer
+    to the truth.  Gradient in h: -(s(-h) - e).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -72,14 +73,14 @@ def cdpo(
 
 
 def rdpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     flip_rate: Rate,
-) -> Pairs:
+) -> PerPair:
     """Provably robust DPO: its mean over label flips is the DPO loss of clean labels.
 
         loss = [-(1 - e) log s(h) + e log s(-h)] / (1 - 2e)
@@ -132,14 +133,14 @@ def rdpo(
 
 
 def forward_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     flip_rate: Rate,
-) -> Pairs:
+) -> PerPair:
     """Forward-corrected DPO: the likelihood of the observed, possibly flipped, label.
 
         loss = -log((1 - e) s(h) + e s(-h))
@@ -191,15 +192,15 @@ def forward_dpo(
 
 
 def ropo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 14.0,
-) -> Pairs:
-    """Robust preference optimisation: DPO plus a noise-tolerant loss.
+) -> PerPair:
+    """Robust preference optimization: DPO plus a noise-tolerant loss.
 
         loss = 4 alpha / (1 + alpha)^2 [-log s(h) + alpha s(-h)]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs
+from jaxpref.losses._common import Lengths, PerPair
 
 __all__ = [
     "average_logps",
@@ -177,7 +177,7 @@ def sum_prefix_by_completion(
     return _sum_where(values, own & (nth <= prefix_lengths[..., None, None, :]))
 
 
-def average_logps(logps: Pairs, lengths: Lengths) -> Pairs:
+def average_logps(logps: PerPair, lengths: Lengths) -> PerPair:
     """Log-probs per token: sums divided by lengths.
 
         out = log pi(y|x) / |y|
@@ -203,7 +203,7 @@ def average_logps(logps: Pairs, lengths: Lengths) -> Pairs:
     return _common.per_token(logps, lengths, "lengths")
 
 
-def log_odds(average_logps: Pairs) -> Pairs:
+def log_odds(average_logps: PerPair) -> PerPair:
     """Log-odds of the length-normalized probability of a completion.
 
         out = log p - log(1 - p),    log p = log pi(y|x) / |y|
@@ -246,12 +246,12 @@ def token_kls(
         out = sum_v ref(v) (log ref(v) - log pi(v))
 
     Summed over a completion (`sum_by_completion`), it is the sequential KL divergence
-    that token-level losses read.  The expectation is over the reference, not the policy.
-    Tokens that the reference excludes (log-prob -inf) add 0.
+    that token-level losses read.  The expectation is over the reference, not the
+    policy.  Tokens that the reference excludes (log-prob -inf) add 0.
 
     Args:
-      policy_log_probs: log pi(v | prefix), normalised, nats; [*tokens, V].
-      reference_log_probs: log ref(v | prefix), normalised, nats; [*tokens, V].
+      policy_log_probs: log pi(v | prefix), normalized, nats; [*tokens, V].
+      reference_log_probs: log ref(v | prefix), normalized, nats; [*tokens, V].
 
     Returns:
       Divergences in nats, [*tokens], at least float32; >= 0 up to rounding.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = [
     "apo_down",
@@ -26,13 +26,13 @@ __all__ = [
 
 
 def nca_pair(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
+) -> PerPair:
     """Noise contrastive alignment of a pair: classifies answers as policy or noise.
 
         loss = -log s(beta a_w) - 1/2 log s(-beta a_w) - 1/2 log s(-beta a_l)
@@ -78,14 +78,14 @@ def nca_pair(
 
 
 def apo_zero(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Anchored preference optimisation: chosen up, rejected down, each on its own.
+) -> PerPair:
+    """Anchored preference optimization: raises the chosen, lowers the rejected answer.
 
         loss = 1 - s(beta a_w) + s(beta a_l)
 
@@ -130,14 +130,14 @@ def apo_zero(
 
 
 def apo_down(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Anchored preference optimisation: both down, the rejected answer further.
+) -> PerPair:
+    """Anchored preference optimization: lowers both answers, the rejected one more.
 
         loss = s(beta a_w) + 1 - s(beta (a_w - a_l))
 
@@ -181,14 +181,14 @@ def apo_down(
 
 
 def sppo_hard(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 1e-3,
-) -> Pairs:
-    """Self-play preference optimisation with hard labels: each side to its own target.
+) -> PerPair:
+    """Self-play preference optimization with hard labels: one target per answer.
 
         loss = (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2
 
@@ -234,14 +234,14 @@ def sppo_hard(
 
 
 def bco_pair(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
-    """Binary classifier optimisation of a pair: chosen is 1, rejected is 0.
+) -> PerPair:
+    """Binary classifier optimization of a pair: chosen is class 1, rejected class 0.
 
         loss = -log s(beta a_w) - log s(-beta a_l)
 
@@ -286,21 +286,22 @@ def bco_pair(
 
 
 def dpop(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.3,
     penalty: Scalar = 50.0,
-) -> Pairs:
+) -> PerPair:
     """DPO-Positive (Smaug): DPO that keeps the chosen answer from becoming less likely.
 
         loss = -log s(beta (a_w - a_l - penalty max(0, -a_w)))
 
-    If the chosen answer is at least as likely as under the reference, value and gradient
-    are those of `dpo`.  Otherwise, every nat below the reference costs `penalty` nats of
-    margin, so raising the chosen answer gains more than lowering the rejected one.
+    If the chosen answer is at least as likely as under the reference, value and
+    gradient are those of `dpo`.  Otherwise, every nat below the reference costs
+    `penalty` nats of margin, so raising the chosen answer gains more than lowering the
+    rejected one.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -343,14 +344,14 @@ def dpop(
 
 
 def flex_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     chosen_beta: Scalar,
     rejected_beta: Scalar,
-) -> Pairs:
+) -> PerPair:
     """Flex-DPO: one beta for the chosen answer and another for the rejected one.
 
         loss = -log s(chosen_beta a_w - rejected_beta a_l)

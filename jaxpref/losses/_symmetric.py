@@ -1,9 +1,9 @@
-"""Losses that bound what a contradicted pair can do, without knowing the flip rate.
+"""Losses that limit the influence of contradicted pairs without a known flip rate.
 
-A loss with l(h) + l(-h) constant has, under flips at any rate e < 1/2, the clean loss
-times 1 - 2e plus a constant as its mean: the noise leaves the minimiser where it was.
-`sympo_*` are such losses.  `power_dpo` runs from DPO to the first of them, and
-`holder_dpo` stops listening to a pair that the policy strongly contradicts.
+If l(h) + l(-h) is constant, the mean of the loss under flips at any rate e < 1/2 is the
+clean loss times 1 - 2e plus a constant.  So the noise does not change the minimizer.
+`sympo_*` are such losses.  `power_dpo` interpolates between DPO and `sympo_sigmoid`.
+In `holder_dpo`, the gradient of a strongly contradicted pair vanishes.
 """
 
 import numbers
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = [
     "holder_dpo",
@@ -24,14 +24,14 @@ __all__ = [
 
 
 def sympo_sigmoid(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Symmetric preference optimisation with the sigmoid loss.
+) -> PerPair:
+    """Symmetric preference optimization with the sigmoid loss.
 
         loss = s(-h)
 
@@ -77,14 +77,14 @@ def sympo_sigmoid(
 
 
 def sympo_ramp(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Symmetric preference optimisation with the symmetric ramp loss.
+) -> PerPair:
+    """Symmetric preference optimization with the symmetric ramp loss.
 
         loss = min(1, max(0, (1 - h) / 2))
 
@@ -129,14 +129,14 @@ def sympo_ramp(
 
 
 def sympo_unhinged(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Symmetric preference optimisation with the unhinged loss.
+) -> PerPair:
+    """Symmetric preference optimization with the unhinged loss.
 
         loss = 1 - h
 
@@ -181,15 +181,15 @@ def sympo_unhinged(
 
 
 def power_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     power: Scalar = 0.7,
-) -> Pairs:
-    """DPO with the generalised cross-entropy in place of the logarithm.
+) -> PerPair:
+    """DPO with the generalized cross-entropy in place of the logarithm.
 
         loss = (1 - s(h)^q) / q,    q = `power`
 
@@ -240,21 +240,21 @@ def power_dpo(
 
 
 def holder_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     gamma: Scalar = 2.0,
-) -> Pairs:
+) -> PerPair:
     """Holder-DPO: the density-power divergence in place of the KL divergence.
 
         loss = gamma s(h)^(1 + gamma) - (1 + gamma) s(h)^gamma
 
     Bounded between -1 (the policy agrees with the label) and 0 (it contradicts it).
-    Redescending: the gradient in h, -gamma (1 + gamma) s(h)^gamma s(-h)^2, vanishes as h
-    decreases, so a strongly contradicted pair is treated as a flip.  Not convex.
+    Redescending: the gradient in h, -gamma (1 + gamma) s(h)^gamma s(-h)^2, vanishes as
+    h decreases, so a strongly contradicted pair is treated as a flip.  Not convex.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].

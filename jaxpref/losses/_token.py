@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = ["sparse_po", "tdpo1", "tdpo2"]
 
 
 def tdpo1(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    chosen_kls: Pairs,
-    rejected_kls: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    chosen_kls: PerPair,
+    rejected_kls: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """Token-level DPO, first form: the margin minus the difference of divergences.
 
         loss = -log s(beta (D - (KL_l - KL_w)))
@@ -73,16 +73,16 @@ def tdpo1(
 
 
 def tdpo2(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    chosen_kls: Pairs,
-    rejected_kls: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    chosen_kls: PerPair,
+    rejected_kls: PerPair,
     *,
     alpha: Scalar = 0.5,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """Token-level DPO, second form: no gradient through the chosen divergence.
 
         loss = -log s(beta (D - alpha (KL_l - sg[KL_w])))
@@ -135,13 +135,13 @@ def tdpo2(
 
 
 def sparse_po(
-    chosen_masked_log_ratios: Pairs,
-    rejected_masked_log_ratios: Pairs,
-    chosen_masked_kls: Pairs,
-    rejected_masked_kls: Pairs,
+    chosen_masked_log_ratios: PerPair,
+    rejected_masked_log_ratios: PerPair,
+    chosen_masked_kls: PerPair,
+    rejected_masked_kls: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """SparsePO: token-level DPO with masks that weight each token's reward and KL.
 
         loss = -log s(beta (u - d))
@@ -196,7 +196,7 @@ def _log_ratios_and_kls(
     chosen_kls,
     rejected_kls,
 ) -> tuple[jax.Array, ...]:
-    """Log pi/ref and divergence of each answer, promoted and checked."""
+    """Computes log pi/ref and divergence of each answer, promoted and checked."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected, kl_w, kl_l = (
         _common.promoted(
             policy_chosen_logps=policy_chosen_logps,

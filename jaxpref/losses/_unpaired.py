@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 
 __all__ = ["apo_zero_unpaired", "bco", "bco_shift", "kto", "kto_kl", "udm_weights"]
 
@@ -20,24 +20,24 @@ Labels = Bool[Array, "*batch"]
 
 
 def kto(
-    policy_logps: Pairs,
-    reference_logps: Pairs,
+    policy_logps: PerPair,
+    reference_logps: PerPair,
     desirable: Labels,
     kl: Scalar,
     *,
     beta: Scalar = 0.1,
     desirable_weight: Scalar = 1.0,
     undesirable_weight: Scalar = 1.0,
-) -> Pairs:
-    """Kahneman-Tversky optimisation: gains and losses against a reference point.
+) -> PerPair:
+    """Kahneman-Tversky optimization: gains and losses relative to a reference point.
 
         loss = w_D (1 - s(beta (a - z)))  if desirable
                w_U (1 - s(beta (z - a)))  if not,    a = log pi(y|x)/ref(y|x)
 
-    The reference point z is `kl`, an estimate of KL(pi || ref) from mismatched answers,
-    see `kto_kl`; no gradient flows through it.  Bounded: answers far on either side of
-    z stop pulling, mislabelled ones among them.  The authors advise weights such that
-    w_D n_D / (w_U n_U) is in [1, 4/3].
+    The reference point z is `kl`, an estimate of KL(pi || ref) from mismatched answers
+    (see `kto_kl`); no gradient flows through it.  Bounded: the gradient vanishes far
+    from z on either side, including that of mislabeled answers.  The authors recommend
+    weights such that w_D n_D / (w_U n_U) is in [1, 4/3].
 
     Args:
       policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
@@ -81,8 +81,8 @@ def kto(
 
 
 def kto_kl(
-    policy_mismatched_logps: Pairs,
-    reference_mismatched_logps: Pairs,
+    policy_mismatched_logps: PerPair,
+    reference_mismatched_logps: PerPair,
     *,
     where: Mask = None,
 ) -> Float[Array, ""]:
@@ -125,13 +125,13 @@ def kto_kl(
 
 
 def apo_zero_unpaired(
-    policy_logps: Pairs,
-    reference_logps: Pairs,
+    policy_logps: PerPair,
+    reference_logps: PerPair,
     desirable: Labels,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Anchored preference optimisation of single answers: KTO with its point at 0.
+) -> PerPair:
+    """Anchored preference optimization of single answers: KTO with reference point 0.
 
         loss = 1 - s(beta a) if desirable, s(beta a) if not,    a = log pi(y|x)/ref(y|x)
 
@@ -169,20 +169,21 @@ def apo_zero_unpaired(
 
 
 def bco(
-    policy_logps: Pairs,
-    reference_logps: Pairs,
+    policy_logps: PerPair,
+    reference_logps: PerPair,
     desirable: Labels,
     running_shift: Scalar,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
-    """Binary classifier optimisation: cross-entropy of shifted implicit rewards.
+) -> PerPair:
+    """Binary classifier optimization: cross-entropy of shifted implicit rewards.
 
         loss = -log s(r - d) if desirable, -log s(d - r) if not,    r = beta log pi/ref
 
-    For any shift d the two halves of a pair sum to more than their DPO loss; the gap is
-    least at d = (r_w + r_l) / 2, whence `bco_shift`.  No gradient flows through d.
-    Unlike `kto` unbounded: mislabelled answers keep pulling.
+    For any shift d, the losses of a pair's two answers sum to more than its DPO loss.
+    The gap is smallest at d = (r_w + r_l) / 2, which motivates `bco_shift`.  No
+    gradient flows through d.  Unlike `kto`, the loss is unbounded: the gradient of
+    mislabeled answers does not vanish.
 
     Args:
       policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
@@ -220,7 +221,7 @@ def bco(
 
 
 def bco_shift(
-    rewards: Pairs, desirable: Labels, *, where: Mask = None
+    rewards: PerPair, desirable: Labels, *, where: Mask = None
 ) -> Float[Array, ""]:
     """The reward shift of `bco` for one batch: midway between the class means.
 
@@ -266,8 +267,8 @@ def bco_shift(
 
 
 def udm_weights(
-    probabilities: Pairs, *, low: Scalar = 0.5, high: Scalar = 10.0
-) -> Pairs:
+    probabilities: PerPair, *, low: Scalar = 0.5, high: Scalar = 10.0
+) -> PerPair:
     """Weights that match the prompts of undesirable answers to those of desirable ones.
 
         out = clip(f / (1 - f), low, high),    f = P(x has a desirable answer)
@@ -311,7 +312,7 @@ def udm_weights(
 def _signed(
     policy_logps, reference_logps, desirable, beta, *, kl=0.0, running_shift=0.0
 ) -> jax.Array:
-    """Beta (log pi/ref - kl) - running_shift, negated if undesirable.
+    """Computes beta (log pi/ref - kl) - running_shift, negated if undesirable.
 
     No gradient flows through `kl` and `running_shift`.
     """

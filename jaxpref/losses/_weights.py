@@ -5,28 +5,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = ["log_collisions", "wpo", "wpo_log_weights"]
 
 
 def wpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    chosen_log_weights: Pairs,
-    rejected_log_weights: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    chosen_log_weights: PerPair,
+    rejected_log_weights: PerPair,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
-    """Weighted preference optimisation: pairs count as far as they are on-policy.
+) -> PerPair:
+    """Weighted preference optimization: on-policy pairs have more weight.
 
-        loss = -min(1, w_w w_l) log s(h),    w held fixed
+        loss = -min(1, w_w w_l) log s(h),    no gradient through w
 
-    log w(y) is the mean over tokens of log pi(y_t) - log sum_v pi(v)^2, as of
-    `wpo_log_weights`: near 0 for an answer sampled from the policy, far below for one
-    that it would not have written.  A uniform policy has weight 1.
+    log w(y) is the mean over tokens of log pi(y_t) - log sum_v pi(v)^2, from
+    `wpo_log_weights`.  It is near 0 for an answer sampled from the policy, and far
+    below for one that the policy would not generate.  A uniform policy has weight 1.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -135,7 +135,7 @@ def log_collisions(
     Between -log V (uniform) and 0 (deterministic).  A logit of -inf excludes a token.
 
     Args:
-      logits: z, in any normalisation; [*positions, vocabulary].
+      logits: z, in any normalization; [*positions, vocabulary].
 
     Returns:
       One log-probability per position, [*positions], at least float32; <= 0.

@@ -1,42 +1,50 @@
 """Attention by the kernels that jax ships for accelerators, and the choice of one.
 
-TPU: splash attention.  A token sees keys of its own segment only, and a prompt would
-have to be in the segments of both answers; so the keys are given twice, and the second
-time prompts are in the segments of the rejected answers.  Blocks without a key that is
-seen are neither fetched nor multiplied.
+TPU: splash attention.  There a token sees only keys of its own segment, but a prompt
+would have to be in the segments of all its completions.  So the keys are passed once
+per completion: in copy c, prompts are in the segment of completion c.  Blocks of keys
+that no query sees are neither fetched nor multiplied.
 GPU: cuDNN's flash attention.  Packed rows need a mask there, whose memory grows with
-the square of the row, and only what lies after a query is left out; jax 0.10 even
-computes slopes in the mask, which 0.12 does not.  (jax's Pallas kernel for GPUs takes
+the square of the row, and only keys after a query are skipped; jax 0.10 also computes
+gradients of the mask, which 0.12 does not.  (jax's Pallas kernel for GPUs takes
 segments, but only as many keys as queries, and no shared key heads.)
+None of them has been run on a TPU; cuDNN's were measured on a GPU.
+They have no second derivatives.
 
-Axes: B rows, T tokens, H query heads, G key-value heads, K head features, N blocks of
-queries and M of keys.
+Axes: B rows, T tokens, H query heads, G key-value heads, K head features, C completions
+of a prompt, N blocks of queries and M of keys.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxpref.models.config import platform
+from jaxpref.models.layout import platform
+
+Queries = Float[Array, "B T H K"]
+Keys = Float[Array, "B T G K"]
+PerToken = Int[Array, "B T"]
 
 LANES = 128
-"""Splash takes rows of a multiple of this, the width of a vector register."""
+"""The width of a vector register; splash needs rows of a multiple of it."""
 BLOCKS = (512, 256, 128)
-"""Tokens of a block on TPU: the first that divides the row, as a step of the grid has a
-fixed cost.  Not measured: no TPU was at hand."""
+"""Tokens of a block on TPU: the first that divides the row, since each step of the grid
+has a fixed cost.  Not yet measured on a TPU."""
 
 
-def causal_kernel(q) -> Callable | None:
-    """The kernel `(q, k, v)` for whole rows, or None where XLA's attention serves."""
+def causal_kernel(q: Queries) -> Callable | None:
+    """The kernel `(q, k, v)` for whole rows, or None if there is none here."""
     where = platform()
     if where == "tpu" and _splash_takes(q):
         return splash
     return cudnn if where == "gpu" and _cudnn_takes(q) else None
 
 
-def packed_kernel(q) -> Callable | None:
-    """The kernel `(q, k, v, pairs, parts)` for packed rows, or None for blockwise."""
+def packed_kernel(q: Queries) -> Callable | None:
+    """The kernel for packed rows, called as `splash_packed`, or None for blockwise."""
     where = platform()
     if where == "tpu" and _splash_takes(q):
         return splash_packed
@@ -48,65 +56,78 @@ def packed_kernel(q) -> Callable | None:
 # ---- TPU ---------------------------------------------------------------------------
 
 
-def _splash_takes(q) -> bool:
+def _splash_takes(q: Queries) -> bool:
     return q.dtype in (jnp.bfloat16, jnp.float32)
 
 
-def splash(q, k, v, *, interpret=False):
-    """Causal attention [B, T, H, K] of whole rows; shapes as `attention`'s."""
+def splash(q: Queries, k: Keys, v: Keys, *, interpret: bool = False) -> Queries:
+    """Causal attention of whole rows."""
     T, H = q.shape[1:3]
     q, k, v = _by_head(_scaled(q)), _by_head(k), _by_head(v)
     kernel = _make_splash(H, q.shape[2], copies=1, interpret=interpret)
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :T]
 
 
-def splash_packed(q, k, v, pairs, parts, *, interpret=False):
-    """Attention [B, T, H, K] of packed rows, as `packed_attention`'s.
+def splash_packed(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    prompt_ids: PerToken,
+    parts: PerToken,
+    *,
+    completions: int = 2,
+    interpret: bool = False,
+) -> Queries:
+    """Attention of packed rows, see `attention.packed_attention`.
 
-    `parts` are 0, 1 and 2: prompts, and at most two answers of a pair.
+    A token of a part beyond `completions` gets NaN, not the result of another part.
     """
     T, H = q.shape[1:3]
+    beyond = parts > completions
     q, k, v = _by_head(_scaled(q)), _by_head(k), _by_head(v)
     pad = ((0, 0), (0, q.shape[2] - T))
-    pairs = jnp.pad(pairs, pad, constant_values=-1)
+    prompt_ids = jnp.pad(prompt_ids, pad, constant_values=-1)
     parts = jnp.pad(parts, pad)
-    # Padding sees itself; nobody sees the copies of anything but prompts.
+    # Padding sees itself; nobody sees anything but prompts in the copies.
     padding, nobody = -1 - jnp.arange(q.shape[2]), -1 - q.shape[2]
-    own = jnp.where(pairs < 0, padding, 2 * pairs + (parts == 2))
-    copies = jnp.where((pairs >= 0) & (parts == 0), 2 * pairs + 1, nobody)
-    kernel = _make_splash(H, q.shape[2], copies=2, interpret=interpret)
+    first = completions * prompt_ids
+    own = jnp.where(prompt_ids < 0, padding, first + jnp.maximum(parts - 1, 0))
+    is_prompt = (prompt_ids >= 0) & (parts == 0)
+    copies = [jnp.where(is_prompt, first + c, nobody) for c in range(1, completions)]
+    kernel = _make_splash(H, q.shape[2], copies=completions, interpret=interpret)
 
-    def row(q, k, v, own, copies):
+    def row(q, k, v, own, *copies):
         # The copies come first, so that all of them lie before every query.
-        twice = lambda x: jnp.concatenate([x, x], axis=1)
-        keys = jnp.concatenate([copies, own])
+        repeated = lambda x: jnp.concatenate([x] * completions, axis=1)
+        keys = jnp.concatenate([*copies, own])
         ids = _splash().SegmentIds(own, keys)
-        return _skip_blocks(kernel, own, keys)(q, twice(k), twice(v), ids)
+        return _skip_blocks(kernel, own, keys)(q, repeated(k), repeated(v), ids)
 
-    out = jax.lax.map(lambda x: row(*x), (q, k, v, own, copies))
-    return out.swapaxes(1, 2)[:, :T]
+    out = jax.lax.map(lambda x: row(*x), (q, k, v, own, *copies))
+    out = out.swapaxes(1, 2)[:, :T]
+    return jnp.where(beyond[..., None, None], jnp.nan, out)
 
 
-def _splash():
-    # Slow to import, and of use on TPU only.
+def _splash() -> Any:
+    # Slow to import, and only needed on TPU.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     return splash_attention
 
 
-def _scaled(q):
+def _scaled(q: Queries) -> Queries:
     """Queries over sqrt(K), which the kernel leaves to its caller."""
     return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
-def _by_head(x):
+def _by_head(x: jax.Array) -> jax.Array:
     """[B, T, H, K] to [B, H, T, K], the row padded to whole registers."""
     padding = -x.shape[1] % LANES
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
-def _make_splash(H, T, *, copies, interpret):
-    """The kernel of T queries to `copies` times T keys, causal in the last T."""
+def _make_splash(H: int, T: int, *, copies: int, interpret: bool) -> Any:
+    """The kernel of T queries and `copies` times T keys, causal in the last T."""
     module = _splash()
     block = next(n for n in BLOCKS if T % n == 0)
     names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv "
@@ -121,13 +142,13 @@ def _make_splash(H, T, *, copies, interpret):
     )
 
 
-def _skip_blocks(kernel, queries, keys):
-    """The kernel, at work only in blocks where a query sees a key.
+def _skip_blocks(kernel: Any, queries: Int[Array, " T"], keys: Int[Array, " S"]) -> Any:
+    """The kernel, restricted to blocks where some query sees some key.
 
     Args:
         kernel: of `_make_splash`, which skips only what lies after the queries.
-        queries: int [T], segments.
-        keys: int [2 T], segments.
+        queries: the segment of each query.
+        keys: the segment of each key.
     """
     info = kernel.fwd_mask_info
     N, M = info.block_mask.shape[1:]
@@ -136,7 +157,7 @@ def _skip_blocks(kernel, queries, keys):
     work = jnp.where(some, info.block_mask[0], 0)
 
     def table(info, axis):
-        # In an idle block the next one at work is fetched, or nothing after the last.
+        # A skipped block fetches what the next one needs, or nothing after the last.
         place = jax.lax.broadcasted_iota(jnp.int32, work.shape, axis)
         last = jnp.max(jnp.where(work > 0, place, 0), axis=axis, keepdims=True)
         following = jnp.where(work > 0, place, last)
@@ -157,9 +178,9 @@ def _skip_blocks(kernel, queries, keys):
 # ---- GPU ---------------------------------------------------------------------------
 
 
-def _cudnn_takes(q) -> bool:
-    """Whether cuDNN is here, and takes queries of this dtype and shape."""
-    device = jax.local_devices()[0]
+def _cudnn_takes(q: Queries) -> bool:
+    """Whether cuDNN is available and supports queries of this dtype and shape."""
+    device: Any = jax.local_devices()[0]
     T, K = q.shape[1], q.shape[-1]
     return (
         q.dtype in (jnp.bfloat16, jnp.float16)
@@ -171,27 +192,43 @@ def _cudnn_takes(q) -> bool:
     )
 
 
-def cudnn(q, k, v):
-    """Causal attention [B, T, H, K] of whole rows; shapes as `attention`'s."""
+def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
+    """Causal attention of whole rows."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def cudnn_packed(q, k, v, pairs, parts):
-    """Attention [B, T, H, K] of packed rows, as `packed_attention`'s."""
-    mask = _same_text(pairs, parts)
+def cudnn_packed(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    prompt_ids: PerToken,
+    parts: PerToken,
+    *,
+    completions: int = 2,
+) -> Queries:
+    """Attention of packed rows, see `attention.packed_attention`."""
+    mask = visible(prompt_ids, parts)
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask, is_causal=True, implementation="cudnn"
     )
 
 
-def dense_packed(q, k, v, pairs, parts):
-    """The same where cuDNN cannot, with all scores in memory."""
-    mask = _same_text(pairs, parts)
+def dense_packed(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    prompt_ids: PerToken,
+    parts: PerToken,
+    *,
+    completions: int = 2,
+) -> Queries:
+    """The same without cuDNN, with all scores in memory."""
+    mask = visible(prompt_ids, parts)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
 
-def _same_text(pairs, parts):
-    """What each query sees, and what follows it: bool [B, 1, T, T]."""
+def visible(prompt_ids: PerToken, parts: PerToken) -> Bool[Array, "B 1 T T"]:
+    """Which keys each query of packed rows sees, if they are not after it."""
     query, key = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None])
-    before = key(parts) == 0
-    return (query(pairs) == key(pairs)) & ((query(parts) == key(parts)) | before)
+    same_part = (query(parts) == key(parts)) | (key(parts) == 0)
+    return (query(prompt_ids) == key(prompt_ids)) & same_part

@@ -2,17 +2,26 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
-from jaxpref.models.attention import attention
-from jaxpref.models.config import SPECS, ModelConfig, check_mesh, on_mesh, place
+from jaxpref.models import logprobs
+from jaxpref.models.architecture import Architecture
+from jaxpref.models.attention import (
+    Segments,
+    attention,
+    causal_attention,
+    packed_attention,
+)
+from jaxpref.models.layout import SPECS, check_mesh, on_mesh, reshard
 from jaxpref.models.linear import PRODUCT
-from jaxpref.models.logprobs import project
-from jaxpref.models.transformer import Block, Transformer, rotary_angles
+from jaxpref.models.numerics import FLOAT32, Numerics
+from jaxpref.models.transformer import Attend, Block, Transformer
 
 Params = dict[str, Any]
 
@@ -22,25 +31,26 @@ Params = dict[str, Any]
 class Cache:
     """Keys and values of the tokens seen so far, for one batch of sequences."""
 
-    keys: jax.Array
-    """[L, B, S, G, K] in the compute dtype, rotated."""
-    values: jax.Array
-    """[L, B, S, G, K] in the compute dtype."""
-    start: jax.Array
-    """int32 [B]; the slot of each row's first real token, left padding before it."""
-    filled: jax.Array
-    """int32 []; slots written so far, the same in every row."""
+    keys: Float[Array, "L B S G K"]
+    """In the compute dtype, rotated."""
+    values: Float[Array, "L B S G K"]
+    """In the compute dtype."""
+    start: Int[Array, " B"]
+    """int32; the slot of each row's first real token, left padding before it."""
+    filled: Int[Array, ""]
+    """int32; slots written so far, the same in every row."""
 
 
 @functools.cache
-def _graphs(config: ModelConfig):
+def _graphs(architecture: Architecture, numerics: Numerics) -> tuple[Any, Any]:
     # The structures without arrays.  Layouts are in the arrays' types, not in here: one
     # structure serves every mesh.
-    module = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    make = architecture.family.transformer
+    module = nnx.eval_shape(lambda: make(architecture, numerics, nnx.Rngs(0)))
     return nnx.split(module)[0], nnx.split(module.layers)[0]
 
 
-def _remat(layer, policy: str):
+def _remat(layer: Callable, policy: str) -> Callable:
     if policy == "none":
         return layer
     saved = jax.checkpoint_policies.save_only_these_names(PRODUCT)
@@ -52,21 +62,23 @@ def _remat(layer, policy: str):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer: a config and pure functions of its parameters.
+    """A decoder-only transformer as pure functions of its parameters.
 
-    Parameters are a nested dict: `embed` [V, D], `layers` (each leaf [L, ...]), `norm`
-    [D] and, unless tied, `head` [D, V].  The functions work without a mesh and under an
-    Explicit mesh with axes `data`, `fsdp`, `tensor` set by `jax.set_mesh`; there B must
-    be a multiple of data * fsdp.  A model is hashable: a static argument of `jax.jit`.
+    Parameters are a nested dict: `embed` [V, D], `layers` (each leaf [L, ...]), those
+    of the family's final norm and, unless tied, `head` [D, V].  The functions work
+    without a mesh and under an Explicit mesh with axes `data`, `fsdp`, `tensor` set by
+    `jax.set_mesh`; there B must be a multiple of data * fsdp.  A model holds no arrays
+    and is hashable: a static argument of `jax.jit`.
     """
 
-    config: ModelConfig
+    architecture: Architecture
+    numerics: Numerics = FLOAT32
 
     def _transformer(self, params: Params) -> Transformer:
-        return nnx.merge(_graphs(self.config)[0], params)
+        return nnx.merge(_graphs(self.architecture, self.numerics)[0], params)
 
-    def _layer(self, weights) -> Block:
-        return nnx.merge(_graphs(self.config)[1], weights)
+    def _layer(self, weights: Params) -> Block:
+        return nnx.merge(_graphs(self.architecture, self.numerics)[1], weights)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, in their layout on the mesh that is set.
@@ -79,98 +91,150 @@ class Model:
             InputError: the mesh's axes are not Explicit `data`, `fsdp` and `tensor`, or
                 they do not divide the model's sizes.
         """
-        check_mesh(self.config)
-        module = Transformer(self.config, nnx.Rngs(key))
+        check_mesh(self.architecture)
+        make = self.architecture.family.transformer
+        module = make(self.architecture, self.numerics, nnx.Rngs(key))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def hidden(
-        self, params: Params, tokens, positions=None, segments=None
-    ) -> jax.Array:
-        """Final hidden states [B, T, D] of tokens [B, T], in the compute dtype.
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Segments | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states, in the compute dtype.
 
         Args:
             params: parameters.
-            tokens: int [B, T].
-            positions: int [B, T], by default 0, 1, 2, ... in every row.
-            segments: `(pairs, parts)` of packed rows, each int [B, T]; see
-                `packed_attention`.  By default every token sees all before it, which is
-                all that rows padded on the right need.
+            tokens: rows, padded on the right or packed.
+            positions: by default 0, 1, 2, ... in every row.
+            segments: of packed rows.  By default every token sees all before it, which
+                is all that rows padded on the right need.
+            lengths: of rows that are not packed, the number of real tokens.  Saves
+                attention to and from the padding, whose states then mean nothing.
         """
         transformer = self._transformer(params)
-        return self._hidden(
-            transformer, transformer.table(), params, tokens, positions, segments
-        )
+        inputs = tokens, positions, segments, lengths
+        return self._hidden(transformer, transformer.table(), params, *inputs)
 
     def hidden_and_heads(
-        self, params: Params, tokens, positions=None, segments=None
-    ) -> tuple[jax.Array, jax.Array]:
-        """`hidden`, and the LM head that `token_logps` is to multiply it by.
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Segments | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "*N D V"]]:
+        """`hidden`, and the LM head for `token_logps`.
 
-        The head [N, D, V] has a copy for each of the N groups of rows of the mesh, or
-        is [D, V] where there is one: what training takes in place of `head`, as its
-        slope is summed over devices but once, if tied together with the embedding's.
+        The head [N, D, V] has one copy for each of the N row groups of the mesh, or is
+        [D, V] if there is one.  Training uses it in place of `head`: its gradient is
+        summed over devices only once, together with that of a tied embedding.
         """
         transformer = self._transformer(params)
         table = transformer.table()
-        hidden = self._hidden(transformer, table, params, tokens, positions, segments)
+        inputs = tokens, positions, segments, lengths
+        hidden = self._hidden(transformer, table, params, *inputs)
         return hidden, transformer.heads(table)
 
-    def _hidden(self, transformer, table, params, tokens, positions, segments):
+    def _hidden(
+        self,
+        transformer: Transformer,
+        table,
+        params,
+        tokens,
+        positions,
+        segments,
+        lengths,
+    ) -> jax.Array:
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         else:
-            positions = place(positions, SPECS.tokens)
-        if segments is not None:
-            segments = tuple(place(x, SPECS.tokens) for x in segments)
-        angles = rotary_angles(self.config, positions)
+            positions = reshard(positions, SPECS.tokens)
+        shared = transformer.shared_inputs(positions)
+        attend = self._attend(segments, lengths)
 
-        def layer(x, weights):
-            return self._layer(weights)(x, angles, segments), None
+        def layer(x, weights_and_attributes):
+            weights, attributes = weights_and_attributes
+            x, _ = self._layer(weights)(x, shared, attributes, attend)
+            return x, None
 
-        layer = _remat(layer, self.config.remat)
-        x = transformer.embed_tokens(table, tokens)
-        unroll = min(self.config.unroll, self.config.num_layers)
-        x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
+        layer = _remat(layer, self.numerics.remat)
+        x = transformer.embed_tokens(table, tokens, positions)
+        unroll = min(self.numerics.unroll, self.architecture.num_layers)
+        layers = (params["layers"], transformer.layer_attributes())
+        x, _ = jax.lax.scan(layer, x, layers, unroll=unroll)
         return transformer.final_norm(x)
 
-    def head(self, params: Params) -> jax.Array:
-        """The LM head [D, V] in the parameter dtype (if tied, the embedding turned)."""
+    def _attend(self, segments: Segments | None, lengths) -> Attend:
+        """Attention over whole rows, packed or not."""
+        twice = self.numerics.twice_differentiable
+        if segments is not None:
+            ids, parts, completions = Segments(*segments)
+            ids, parts = reshard(ids, SPECS.tokens), reshard(parts, SPECS.tokens)
+            packed = Segments(ids, parts, completions)
+            return lambda q, k, v: (
+                packed_attention(q, k, v, packed, twice_differentiable=twice),
+                None,
+            )
+        if lengths is not None:
+            lengths = reshard(lengths, SPECS.rows)
+        return lambda q, k, v: (
+            causal_attention(q, k, v, lengths, twice_differentiable=twice),
+            None,
+        )
+
+    def head(self, params: Params) -> Float[Array, "D V"]:
+        """The LM head in the parameter dtype (if tied, the embedding transposed)."""
         return self._transformer(params).head_weight()
 
-    def logits(self, params: Params, tokens) -> jax.Array:
-        """Logits [B, T, V] in float32 or wider; for tests, never for training."""
-        return project(self.hidden(params, tokens), self.head(params))
+    def logits(
+        self, params: Params, tokens: Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32 or wider; for tests, never for training."""
+        hidden, soft_cap = self.hidden(params, tokens), self.architecture.logit_soft_cap
+        return logprobs.logits(hidden, self.head(params), soft_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` rows of at most `length` tokens."""
-        c = self.config
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        a = self.architecture
+        shape = (a.num_layers, batch, length, a.num_kv_heads, a.head_dim)
         zeros = lambda: jnp.zeros(
-            shape, c.compute_dtype, out_sharding=on_mesh(SPECS.cache)
+            shape, self.numerics.compute_dtype, out_sharding=on_mesh(SPECS.cache)
         )
-        start = place(jnp.zeros(batch, jnp.int32), SPECS.rows)
+        start = reshard(jnp.zeros(batch, jnp.int32), SPECS.rows)
         return Cache(zeros(), zeros(), start, jnp.zeros((), jnp.int32))
 
-    def prefill(self, params: Params, tokens, lengths, cache: Cache):
-        """Hidden states [B, T, D] of prompts padded on the left, and the filled cache.
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of prompts padded on the left, and the filled cache.
 
         Args:
             params: parameters.
-            tokens: int [B, T], row b's prompt in its last `lengths[b]` places.
-            lengths: int [B].
+            tokens: row b's prompt in its last `lengths[b]` places.
+            lengths: the number of real tokens in each row.
             cache: an empty cache of length >= T.
 
         Raises:
             ValueError: the prompts are longer than the cache.
         """
-        start = place(tokens.shape[1] - lengths, SPECS.rows)
+        start = reshard(tokens.shape[1] - lengths, SPECS.rows)
         cache = dataclasses.replace(cache, start=start.astype(jnp.int32))
         return self.decode(params, tokens, cache)
 
-    def decode(self, params: Params, tokens, cache: Cache):
-        """Hidden states [B, T, D] of the next T tokens [B, T], and the grown cache.
+    def decode(
+        self, params: Params, tokens: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of the next T tokens, and the cache with them.
 
-        The caller keeps within the cache: filled + T <= its length.  `filled` is data,
+        The caller stays within the cache: filled + T <= its length.  `filled` is data,
         so a step too many raises nothing; it overwrites the last slots.
 
         Raises:
@@ -183,34 +247,43 @@ class Model:
             )
         slots = cache.filled + jnp.arange(tokens.shape[1])
         positions = jnp.maximum(slots[None] - cache.start[:, None], 0)
-        keys = jnp.arange(cache.keys.shape[2])
-        seen = (keys >= cache.start[:, None])[:, None] & (keys <= slots[:, None])
-        mask = place(seen[:, None], SPECS.mask)
+        places = jnp.arange(cache.keys.shape[2])
+        seen = (places >= cache.start[:, None])[:, None] & (places <= slots[:, None])
+        mask = reshard(seen[:, None], SPECS.mask)
         transformer = self._transformer(params)
-        angles = rotary_angles(self.config, positions)
+        shared = transformer.shared_inputs(positions)
 
         # The cache is a carry, not a scanned input: XLA then updates it in place.
-        def layer(carry, weights_and_index):
-            x, keys, values = carry
-            weights, index = weights_and_index
-            block = self._layer(weights)
-            q, k, v = block.queries_keys_values(x, angles)
-            at = (index, 0, cache.filled, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None], at)
-            values = jax.lax.dynamic_update_slice(values, v[None], at)
-            k, v = keys[index], values[index]
-            x = block.mix(x, attention(q, k, v, mask))
-            return (block.mlp(x), keys, values), None
+        def layer(carry, scanned):
+            x, *cached = carry
+            weights, attributes, index = scanned
 
-        x = transformer.embed_tokens(transformer.table(), tokens)
-        carry = (x, cache.keys, cache.values)
-        layers = (params["layers"], jnp.arange(self.config.num_layers))
-        (x, keys, values), _ = jax.lax.scan(layer, carry, layers)
+            def attend(q, k, v):
+                at = (index, 0, cache.filled, 0, 0)
+                keys, values = (
+                    jax.lax.dynamic_update_slice(old, new[None], at)
+                    for old, new in zip(cached, (k, v), strict=True)
+                )
+                return attention(q, keys[index], values[index], mask), (keys, values)
+
+            x, cached = self._layer(weights)(x, shared, attributes, attend)
+            return (x, *cached), None
+
+        x = transformer.embed_tokens(transformer.table(), tokens, positions)
+        attributes = transformer.layer_attributes()
+        layers = (
+            params["layers"],
+            attributes,
+            jnp.arange(self.architecture.num_layers),
+        )
+        (x, keys, values), _ = jax.lax.scan(
+            layer, (x, cache.keys, cache.values), layers
+        )
         filled = cache.filled + tokens.shape[1]
         cache = dataclasses.replace(cache, keys=keys, values=values, filled=filled)
         return transformer.final_norm(x), cache
 
 
-def build(config: ModelConfig) -> Model:
-    """The model of a config; it holds no arrays."""
-    return Model(config)
+def build(architecture: Architecture, numerics: Numerics = FLOAT32) -> Model:
+    """The model of an architecture; it holds no arrays."""
+    return Model(architecture, numerics)

@@ -1,38 +1,42 @@
-"""Weights that are stored in parts over `fsdp`: gathered whole, slopes scattered back.
+"""FSDP, written out: weights are gathered once, gradients reduce-scattered once.
 
-Left to the compiler, a device that has gathered a weight gets the whole of its slope by
-an all-reduce, of the head in every chunk of a loop, and keeps a part: twice the bytes,
-or many times.  Here each of the N groups of rows has a copy of its own, so what slopes
-a device finds are added up where they are, and one reduce-scatter ends it.
+If this is left to the compiler, a device that has gathered a weight receives the whole
+of its gradient by an all-reduce, for the head once per chunk of a loop, and keeps its
+own shard: twice the bytes, or many times.  Here each of the N row groups has a copy of
+its own.  A device then sums the gradients that it computes locally, and one
+reduce-scatter at the end does the rest.
 
-Axes: N devices of `data` and `fsdp` together, B rows, T tokens, V vocabulary, D hidden.
+Axes: N row groups (the devices of `data` and `fsdp` together), B rows, T tokens,
+V vocabulary, D hidden.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from jaxpref.models.config import SPECS, on_mesh, place, platform
+from jaxpref.models.layout import SPECS, on_mesh, platform, reshard
 from jaxpref.sharding import ROWS
 
 
-def in_parts(weight) -> bool:
-    """Whether several devices of `fsdp` hold parts of a weight."""
-    if row_groups() == 1:
+def is_fsdp_sharded(weight: jax.Array) -> bool:
+    """Whether a weight is spread over several devices of `fsdp`."""
+    if num_row_groups() == 1:
         return False
     mesh = jax.sharding.get_abstract_mesh()
     spec = jax.typeof(weight).sharding.spec
     return "fsdp" in spec and mesh.shape["fsdp"] > 1
 
 
-def row_groups() -> int:
-    """N, of the mesh that is set; 1 where none is, or where it is not of TPUs.
+def num_row_groups() -> int:
+    """N of the mesh that is set; 1 without a mesh, or on other devices than TPUs.
 
-    It is the TPU's compiler that needs to be told.  On eight virtual CPU devices steps
-    with these collectives were seen to wait for each other for ever.
+    Only the compiler for TPU needs this.  On eight virtual CPU devices, steps with
+    these collectives sometimes deadlocked.
     """
     if platform() != "tpu":
         return 1
@@ -40,106 +44,114 @@ def row_groups() -> int:
     return math.prod(sizes.get(axis, 1) for axis in ROWS)
 
 
-def gather(weight) -> jax.Array:
-    """A weight that is in parts as N copies [N, ...], one for each group of rows."""
+def all_gather(weight: jax.Array) -> jax.Array:
+    """An fsdp-sharded weight as N copies [N, ...], one per row group."""
     spec = jax.typeof(weight).sharding.spec
     axis = spec.index("fsdp")
 
-    def whole(part):
-        for groups in reversed(phases(jax.lax.axis_size("fsdp"))):
-            part = jax.lax.all_gather(
-                part, "fsdp", axis=axis, axis_index_groups=groups, tiled=True
+    def whole(shard):
+        for groups in reversed(hierarchical_groups(jax.lax.axis_size("fsdp"))):
+            shard = jax.lax.all_gather(
+                shard, "fsdp", axis=axis, axis_index_groups=groups, tiled=True
             )
-        return part[None]
+        return shard[None]
 
     return jax.shard_map(
-        whole, in_specs=spec, out_specs=of_copies(spec), check_vma=False
+        whole, in_specs=spec, out_specs=row_group_layout(spec), check_vma=False
     )(weight)
 
 
-def scatter(slope, spec: P) -> jax.Array:
-    """Slopes [N, ...] of the copies, summed; in the layout `spec` of the weight."""
+def reduce_scatter(gradients: jax.Array, spec: P) -> jax.Array:
+    """The sum of the copies' gradients [N, ...], in the layout `spec` of the weight."""
     axis = spec.index("fsdp")
 
-    def part(slope):
-        slope = slope[0]
-        for groups in phases(jax.lax.axis_size("fsdp")):
-            slope = jax.lax.psum_scatter(
-                slope,
+    def shard(gradient):
+        gradient = gradient[0]
+        for groups in hierarchical_groups(jax.lax.axis_size("fsdp")):
+            gradient = jax.lax.psum_scatter(
+                gradient,
                 "fsdp",
                 scatter_dimension=axis,
                 axis_index_groups=groups,
                 tiled=True,
             )
-        return jax.lax.psum(slope, "data")
+        return jax.lax.psum(gradient, "data")
 
     return jax.shard_map(
-        part, in_specs=of_copies(spec), out_specs=spec, check_vma=False
-    )(slope)
+        shard, in_specs=row_group_layout(spec), out_specs=spec, check_vma=False
+    )(gradients)
 
 
-def of_copies(spec: P) -> P:
-    """The layout of a weight's copies."""
+def row_group_layout(spec: P) -> P:
+    """The layout of a weight's copies [N, ...], given that of the weight."""
     return P(ROWS, *(None if axes == "fsdp" else axes for axes in spec))
 
 
-def phases(size: int) -> list[list[list[int]]]:
-    """Groups of devices whose reduce-scatters, one after the other, are one of all.
+def hierarchical_groups(size: int) -> list[list[list[int]]]:
+    """Groups of devices whose reduce-scatters, in turn, equal one over all devices.
 
-    Of a reduce-scatter over a whole slice the TPU's compiler makes an all-reduce, of
-    which each chip keeps a part, and so it does with an all-gather where the slice has
-    three axes: twice the bytes.  Not so over groups: so first the devices that are
-    `inner` apart, then those that stand together; gathered the other way round.
+    The compiler for TPU turns a reduce-scatter over a whole slice into an all-reduce of
+    which each chip keeps a shard, and an all-gather likewise if the slice has three
+    axes: twice the bytes.  It does not do so over groups.  Hence first the devices that
+    are `inner` apart, then those that are adjacent; all-gathers in the reverse order.
     """
     inner = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
     outer = size // inner
     apart = [[i + inner * k for k in range(outer)] for i in range(inner)]
-    together = [[i * inner + k for k in range(inner)] for i in range(outer)]
-    return [apart, together] if inner > 1 else [apart]
+    adjacent = [[i * inner + k for k in range(inner)] for i in range(outer)]
+    return [apart, adjacent] if inner > 1 else [apart]
 
 
-def carried(move: Callable, back: Callable, weight, dtype) -> jax.Array:
-    """`move(weight)`, of numbers rounded to `dtype`; its slope is not rounded.
+def linear_vjp(
+    function: Callable, transpose: Callable, weight: jax.Array, dtype: Any
+) -> jax.Array:
+    """`function(weight)` in the precision of `dtype`; the gradient is not rounded.
 
     Args:
-        move: a rearrangement, linear.
-        back: its transpose, of slopes.
+        function: linear, without arithmetic, such as a gather or a transposition.
+        transpose: its transpose, applied to cotangents.
         weight: in the parameter dtype, in which the result comes too: a cast to `dtype`
-            undoes that, and nothing is made twice as wide.
-        dtype: of what is moved, if it is the narrower one.
+            undoes that, and nothing is stored twice as wide.
+        dtype: of what is moved, if it is narrower than the weight's.
     """
     dtype = min(jnp.dtype(dtype), weight.dtype, key=lambda d: d.itemsize)
 
     @jax.custom_vjp
     def apply(weight):
-        return move(weight.astype(dtype)).astype(weight.dtype)
+        return function(weight.astype(dtype)).astype(weight.dtype)
 
-    apply.defvjp(lambda weight: (apply(weight), None), lambda _, slope: (back(slope),))
+    apply.defvjp(
+        lambda weight: (apply(weight), None),
+        lambda _, cotangent: (transpose(cotangent),),
+    )
     return apply(weight)
 
 
-def copies(weight, dtype) -> jax.Array:
-    """A weight [V, D] or [D, V] as N copies, one for each group of rows.
+def all_gather_per_row_group(weight: jax.Array, dtype: Any) -> jax.Array:
+    """A weight [V, D] or [D, V] as N copies, one per row group.
 
-    The all-gather of FSDP, in `dtype`; slopes, in the parameter dtype, come back by one
-    reduce-scatter.
+    The all-gather of FSDP, in `dtype`; gradients, in the parameter dtype, come back by
+    one reduce-scatter.
     """
     if on_mesh(SPECS.embed) is None:
         return weight[None]
     spec = jax.typeof(weight).sharding.spec
-    return carried(gather, lambda slope: scatter(slope, spec), weight, dtype)
+    scatter = lambda gradients: reduce_scatter(gradients, spec)
+    return linear_vjp(all_gather, scatter, weight, dtype)
 
 
-def turned(table, dtype) -> jax.Array:
-    """Copies [N, V, D] of an embedding as those of a head [N, D, V]."""
-    turn = lambda table: place(jnp.swapaxes(table, 1, 2), SPECS.copies)
-    return carried(turn, turn, table, dtype)
+def transpose_table(table: Float[Array, "N V D"], dtype: Any) -> Float[Array, "N D V"]:
+    """The copies of a tied embedding as copies of the head."""
+    swap = lambda table: reshard(jnp.swapaxes(table, 1, 2), SPECS.row_group_copies)
+    return linear_vjp(swap, swap, table, dtype)
 
 
-def look_up(table, tokens, dtype) -> jax.Array:
-    """Vectors [B, T, D] in `dtype` of tokens [B, T], by copies [N, V, D].
+def embedding_lookup(
+    table: Float[Array, "N V D"], tokens: Int[Array, "B T"], dtype: Any
+) -> Float[Array, "B T D"]:
+    """The tokens' vectors in `dtype`, from one copy of the embedding per row group.
 
-    Slopes are added up in the dtype of the table.
+    Gradients are summed in the dtype of the table.
     """
     size, wide = table.shape[1], table.dtype
 
@@ -147,24 +159,25 @@ def look_up(table, tokens, dtype) -> jax.Array:
     def apply(table, tokens):
         return _on_each_device(
             lambda table, tokens: table[0].astype(dtype).at[tokens].get(),
-            (SPECS.copies, SPECS.tokens),
+            (SPECS.row_group_copies, SPECS.tokens),
             SPECS.features,
         )(table, tokens)
 
-    def add_up(tokens, slope):
-        nothing = jnp.zeros((1, size, slope.shape[-1]), wide)
-        return nothing.at[0, tokens].add(slope.astype(wide))
+    def accumulate(tokens, cotangent):
+        zeros = jnp.zeros((1, size, cotangent.shape[-1]), wide)
+        return zeros.at[0, tokens].add(cotangent.astype(wide))
 
-    def backward(tokens, slope):
+    def backward(tokens, cotangent):
         specs = SPECS.tokens, SPECS.features
-        return _on_each_device(add_up, specs, SPECS.copies)(tokens, slope), None
+        add = _on_each_device(accumulate, specs, SPECS.row_group_copies)
+        return add(tokens, cotangent), None
 
     apply.defvjp(lambda table, tokens: (apply(table, tokens), tokens), backward)
-    return apply(table, place(tokens, SPECS.tokens))
+    return apply(table, reshard(tokens, SPECS.tokens))
 
 
-def _on_each_device(function: Callable, specs, out) -> Callable:
-    """The function of each device's own part, where a mesh is set."""
+def _on_each_device(function: Callable, specs: tuple[P, ...], out: P) -> Callable:
+    """The function applied to each device's own shards, if a mesh is set."""
     if on_mesh(out) is None:
         return function
     return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from jaxpref.errors import InputError, first_line
-from jaxpref.models.huggingface_config import read_json
+from jaxpref.models.config_json import read_json
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 

@@ -1,66 +1,81 @@
 """Products of activations with weights, and gradients that transpose neither."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxpref.models.config import on_mesh
-from jaxpref.models.gathering import gather, in_parts, of_copies, row_groups, scatter
+from jaxpref.models.gathering import (
+    all_gather,
+    is_fsdp_sharded,
+    num_row_groups,
+    reduce_scatter,
+    row_group_layout,
+)
+from jaxpref.models.layout import on_mesh
 
 PRODUCT = "product"
-"""What policies of `jax.checkpoint` know the results by."""
+"""The name of the results for policies of `jax.checkpoint`."""
 
 
-def product(equation: str, x, weight, *, spec=None, out_dtype=None) -> jax.Array:
+def dense_einsum(
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    spec: P | None = None,
+    out_dtype: Any = None,
+) -> jax.Array:
     """`einsum(equation, x, weight)`: factors in the dtype of x, sums at least float32.
 
-    The slopes are einsums of the same kind,
+    The gradients are einsums of the same kind,
 
         d/dx: out, weight -> x        d/dweight: x, out -> weight
 
     in this order of factors.  JAX's own order for the weight is (out, x), for which XLA
     on CPU writes a transposed copy of `out`, the larger of the two.
-    A weight that is stored in parts is gathered in the dtype of x for the product and
-    again for the slope of x, and its own slope is scattered; see `gathering`.
-    `jax.jvp` cannot go through; a derivative along a direction is that of `jax.vjp`'s
-    function in its own argument.
+    A weight that is sharded over fsdp is gathered in the dtype of x for the product and
+    again for the gradient of x, and its own gradient is scattered; see `gathering`.
+    `jax.jvp` cannot differentiate this; for a derivative along a direction, take that
+    of `jax.vjp`'s function in its own argument.
 
     Args:
-        equation: of one activation and one weight, every index of which is in two of
-            the three terms; rows come first in those of the activation and the result.
+        equation: of one activation and one weight, each index in two of the three
+            terms; rows come first in those of the activation and the result.
         x: activations.
-        weight: in the parameter dtype; its gradient comes in that dtype, out of sums
-            that were never rounded to the dtype of x.  With an axis more than the
-            equation says: copies for as many groups of rows.
+        weight: in the parameter dtype; its gradient comes in that dtype, from sums that
+            were never rounded to the dtype of x.  With one axis more than the equation
+            names: one copy per row group.
         spec: layout of the result on the mesh that is set.
         out_dtype: dtype of the result, by default that of x.
     """
     terms, out = equation.split("->")
     of_x, of_weight = terms.split(",")
     out_dtype = out_dtype or x.dtype
-    layout = lambda like: on_mesh(jax.typeof(like).sharding.spec)
+    layout: Any = lambda like: on_mesh(jax.typeof(like).sharding.spec)
     copied = weight.ndim > len(of_weight)
-    parted = not copied and in_parts(weight)
-    of_slope = of_copies(layout(weight)) if parted else layout(weight)
-    plain, rows = spec, x.shape[0]
-    if copied or parted:
+    sharded = not copied and is_fsdp_sharded(weight)
+    gradient_spec = row_group_layout(layout(weight)) if sharded else layout(weight)
+    whole_spec, rows = spec, x.shape[0]
+    if copied or sharded:
         of_x, of_weight, out = (f"n{term}" for term in (of_x, of_weight, out))
-        groups = weight.shape[0] if copied else row_groups()
+        groups = weight.shape[0] if copied else num_row_groups()
         split = (groups, rows // groups, *x.shape[1:])
-        x = jnp.reshape(x, split, out_sharding=on_mesh(_split(layout(x))))
-        spec = _split(spec)
+        x = jnp.reshape(x, split, out_sharding=on_mesh(_by_row_group(layout(x))))
+        spec = _by_row_group(spec)
 
     def einsum(equation, a, b, dtype, spec):
-        # In the same precision forwards and backwards, whatever dtype slopes come in.
+        # The same precision forward and backward, whatever the cotangents' dtype.
         a, b = a.astype(x.dtype), b.astype(x.dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
-        found = jnp.einsum(
+        result = jnp.einsum(
             equation, a, b, preferred_element_type=wide, out_sharding=on_mesh(spec)
         )
-        return found.astype(dtype)
+        return result.astype(dtype)
 
-    whole = lambda weight: gather(weight.astype(x.dtype)) if parted else weight
+    whole = lambda weight: all_gather(weight.astype(x.dtype)) if sharded else weight
 
     @jax.custom_vjp
     def apply(x, weight):
@@ -70,27 +85,27 @@ def product(equation: str, x, weight, *, spec=None, out_dtype=None) -> jax.Array
     def forward(x, weight):
         return apply(x, weight), (x, weight)
 
-    def backward(kept, slope):
-        x, weight = kept
+    def backward(saved, cotangent):
+        x, weight = saved
         to_x, to_weight = f"{out},{of_weight}->{of_x}", f"{of_x},{out}->{of_weight}"
-        dweight = einsum(to_weight, x, slope, weight.dtype, of_slope)
+        dweight = einsum(to_weight, x, cotangent, weight.dtype, gradient_spec)
         if x.dtype != weight.dtype:
-            # XLA on CPU has no float32 product of bfloat16 factors whose result is
-            # turned, as that for a tied embedding is, and would make one of the two.
+            # XLA on CPU has no float32 product of bfloat16 factors with a transposed
+            # result, as a tied embedding's gradient is, and would widen the factors.
             dweight = jax.lax.optimization_barrier(dweight)
-        if parted:
-            dweight = scatter(dweight, layout(weight))
-        return einsum(to_x, slope, whole(weight), x.dtype, layout(x)), dweight
+        if sharded:
+            dweight = reduce_scatter(dweight, layout(weight))
+        return einsum(to_x, cotangent, whole(weight), x.dtype, layout(x)), dweight
 
     apply.defvjp(forward, backward)
-    found = apply(x, weight)
-    if copied or parted:
-        shape = (rows, *found.shape[2:])
-        found = jnp.reshape(found, shape, out_sharding=on_mesh(plain))
+    result = apply(x, weight)
+    if copied or sharded:
+        shape = (rows, *result.shape[2:])
+        result = jnp.reshape(result, shape, out_sharding=on_mesh(whole_spec))
     # jax.checkpoint sees no product in a function with its own gradient, but its name.
-    return checkpoint_name(found, PRODUCT)
+    return checkpoint_name(result, PRODUCT)
 
 
-def _split(spec: P | None) -> P | None:
-    """The layout of [N, B / N, ...], of that of [B, ...]."""
+def _by_row_group(spec: P | None) -> P | None:
+    """The layout of [N, B / N, ...], given that of [B, ...]."""
     return None if spec is None else P(spec[0], None, *spec[1:])

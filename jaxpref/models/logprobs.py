@@ -2,32 +2,49 @@
 
 The head runs on the predictor positions only, `chunk_size` of them at a time: the
 largest arrays with a vocabulary axis, besides the head and its gradient, are
-`[B, chunk_size, V]`.  The backward pass computes each chunk's logits again, but where
-one chunk is all that log-probs need: it is kept, and the head costs three products in
-place of four.
+`[B, chunk_size, V]`.  The backward pass computes each chunk's logits again.  Only if
+there is a single chunk and nothing but log-probs is asked for are its logits saved, and
+the head then costs three products instead of four.
+
+Axes: B rows, T tokens, P predicted positions, c positions of a chunk, D hidden,
+V vocabulary, N row groups (see `gathering`).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from jaxpref.models.config import SPECS, place
-from jaxpref.models.linear import product
+from jaxpref.models.layout import SPECS, reshard
+from jaxpref.models.linear import dense_einsum
+
+Hidden = Float[Array, "B T D"]
+Head = Float[Array, "*N D V"]
+Positions = Int[Array, "B P"]
+PerPosition = Float[Array, "B P"]
 
 
-def project(hidden, head) -> jax.Array:
-    """Logits [B, T, V] = hidden [B, T, D] @ head [D, V], in float32 or wider.
+def project(hidden: Hidden, head: Head) -> Float[Array, "B T V"]:
+    """Logits before a soft cap: hidden @ head.
 
-    The factors are in the dtype of `hidden`, the sums in float32 or wider; V is spread
-    over the `tensor` axis of the mesh.  Of a head [N, D, V] each of N groups of rows
-    has its own copy; see `gathering`.
+    The factors are in the dtype of `hidden`, the sums in float32 or wider; V is sharded
+    over the `tensor` axis of the mesh.  Each of N row groups uses its own copy of a
+    head [N, D, V]; see `gathering`.
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return product("btd,dv->btv", hidden, head, spec=SPECS.features, out_dtype=wide)
+    spec = SPECS.features
+    return dense_einsum("btd,dv->btv", hidden, head, spec=spec, out_dtype=wide)
 
 
-def _logits(hidden, head, soft_cap: float | None) -> jax.Array:
+def logits(
+    hidden: Hidden, head: Head, soft_cap: float | None = None
+) -> Float[Array, "B T V"]:
+    """Logits z = hidden @ head in float32 or wider, or soft_cap tanh(z / soft_cap).
+
+    Source: Gemma Team 2024, arXiv:2408.00118, section 2.
+    """
     z = project(hidden, head)
     if soft_cap is None:
         return z
@@ -37,46 +54,45 @@ def _logits(hidden, head, soft_cap: float | None) -> jax.Array:
 
 
 CHUNK_BYTES = 2**28
-"""Logits of a chunk on one device, where `chunk_size` is not given: at least so many,
-and as many as the head's slope takes, which is there beside them in any case."""
+"""Default size of a chunk's logits on one device.  It is at least the size of the
+head's gradient, which is in memory at the same time in any case."""
 
 
 def token_logps(
-    hidden,
-    head,
-    predictors,
-    targets,
+    hidden: Hidden,
+    head: Head,
+    predictors: Positions,
+    targets: Positions,
     *,
     chunk_size: int | None = None,
     soft_cap: float | None = None,
-) -> jax.Array:
+) -> PerPosition:
     """Log-prob in nats of each target under the state that predicts it.
 
     out[b, p] = log_softmax(hidden[b, predictors[b, p]] @ head)[targets[b, p]]
 
     Args:
-        hidden: [B, T, D], the final hidden states.
-        head: [D, V], or [N, D, V] with a copy for each of N groups of rows.  Keep it in
-            the parameter dtype: its gradient is summed over chunks in that dtype; the
+        hidden: the final hidden states.
+        head: [D, V], or [N, D, V] with one copy per row group.  Keep it in the
+            parameter dtype: its gradient is summed over chunks in that dtype; the
             factors are in the dtype of `hidden`.
-        predictors: int [B, P], positions whose hidden state predicts each target.
-        targets: int [B, P], the predicted tokens.
-        chunk_size: predicted positions of every row in one chunk, at most; by default
+        predictors: positions whose hidden state predicts each target.
+        targets: the predicted tokens.
+        chunk_size: most predicted positions of each row in a chunk; by default
             `default_chunk`.
-        soft_cap: logits z are replaced by soft_cap tanh(z / soft_cap); Gemma Team 2024,
-            arXiv:2408.00118, section 2.
+        soft_cap: of the logits; see `logits`.
 
     Returns:
-        Log-probs [B, P], float32 (float64 for float64 hidden states).  Unused places
-        hold some finite number: mask them when summing.
+        Log-probs, float32 (float64 for float64 hidden states).  Unused places hold some
+        finite number: mask them when summing.
     """
 
     def chunk(t, h):
-        z = _logits(h, head, soft_cap)
+        z = logits(h, head, soft_cap)
         return (_logps(z, t),)
 
     (logps,) = _over_chunks(
-        chunk, predictors, targets, (hidden,), head, chunk_size, keep_one=True
+        chunk, predictors, targets, (hidden,), head, chunk_size, save_single_chunk=True
     )
     return logps
 
@@ -114,10 +130,10 @@ STATISTICS = {
 
 def token_statistics(
     names: Collection[str],
-    hidden,
-    head,
-    predictors,
-    targets,
+    hidden: Hidden,
+    head: Head,
+    predictors: Positions,
+    targets: Positions,
     *,
     reference: tuple[jax.Array, jax.Array] | None = None,
     chunk_size: int | None = None,
@@ -145,49 +161,50 @@ def token_statistics(
         return {"logps": logps}
 
     def chunk(t, h, *reference_h):
-        z, reference_z = _logits(h, head, soft_cap), None
+        z, reference_z = logits(h, head, soft_cap), None
         if reference is not None:
-            reference_z = _logits(*reference_h, reference[1], soft_cap)
+            reference_z = logits(*reference_h, reference[1], soft_cap)
         return {name: STATISTICS[name](z, t, reference_z) for name in names}
 
     hiddens = (hidden,) if reference is None else (hidden, reference[0])
     return _over_chunks(chunk, predictors, targets, hiddens, head, chunk_size)
 
 
-def _logps(z, t) -> jax.Array:
-    # Selected by comparison and not by a gather, so V may be sharded over `tensor`.
-    tokens = place(jnp.arange(z.shape[-1]), SPECS.vocabulary)
+def _logps(z: jax.Array, t: jax.Array) -> jax.Array:
+    # Selected by comparison and not by a gather, so that V can be sharded.
+    tokens = reshard(jnp.arange(z.shape[-1]), SPECS.vocabulary)
     chosen = tokens == t[..., None]
     z_t = jnp.sum(jnp.where(chosen, z, 0), axis=-1)
     return z_t - jax.nn.logsumexp(z, axis=-1)
 
 
 def _over_chunks(
-    function,
-    predictors,
-    targets,
-    hiddens,
-    head,
+    function: Callable,
+    predictors: Positions,
+    targets: Positions,
+    hiddens: tuple[Hidden, ...],
+    head: Head,
     chunk_size: int | None,
-    keep_one: bool = False,
-):
+    save_single_chunk: bool = False,
+) -> Any:
     """`function(targets [B, c], *hiddens [B, c, D])` over P, chunk by chunk.
 
-    `keep_one`: what one chunk needs backwards is kept, where there is but one.
+    `save_single_chunk`: if there is a single chunk, its backward pass recomputes
+    nothing.
     """
     B, P = targets.shape
     chunks = max(-(-P // (chunk_size or _chunk_size(B, head))), 1)
-    chunk_size = max(-(-P // chunks), 1)  # one unused place where nothing is asked for
+    chunk_size = max(-(-P // chunks), 1)  # one unused place if P = 0
     padding = ((0, 0), (0, chunks * chunk_size - P))
-    predictors = jnp.pad(place(predictors, SPECS.tokens), padding)
-    targets = jnp.pad(place(targets, SPECS.tokens), padding)
+    predictors = jnp.pad(reshard(predictors, SPECS.tokens), padding)
+    targets = jnp.pad(reshard(targets, SPECS.tokens), padding)
     # A gather within its own row: under vmap it needs no annotation.
     at_predictors = lambda hidden: jax.vmap(lambda h, i: h[i])(
-        place(hidden, SPECS.hidden), predictors
+        reshard(hidden, SPECS.hidden), predictors
     )
     split = lambda a: jnp.moveaxis(a.reshape(B, -1, chunk_size, *a.shape[2:]), 1, 0)
     join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :P]
-    if chunks == 1 and keep_one:
+    if chunks == 1 and save_single_chunk:
         outs = function(targets, *(at_predictors(h) for h in hiddens))
         return jax.tree.map(lambda a: a[:, :P], outs)
     checkpointed = jax.checkpoint(function)
@@ -199,7 +216,7 @@ def _over_chunks(
     return jax.tree.map(join, outs)
 
 
-def _chunk_size(B: int, head) -> int:
+def _chunk_size(B: int, head: Head) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh.shape)
     rows = -(-B // (sizes["data"] * sizes["fsdp"]))
@@ -207,12 +224,12 @@ def _chunk_size(B: int, head) -> int:
 
 
 def default_chunk(rows: int, width: int, vocabulary: int) -> int:
-    """Predicted positions of a row whose logits make one chunk; see `CHUNK_BYTES`.
+    """Predicted positions per row in a chunk; see `CHUNK_BYTES`.
 
     Args:
-        rows: of one device.
+        rows: on one device.
         width: hidden size.
-        vocabulary: tokens of the part that a device has.
+        vocabulary: tokens of a device's shard.
     """
-    of_a_position = 4 * rows * vocabulary
-    return max(CHUNK_BYTES // of_a_position, width // rows, 1)
+    bytes_per_position = 4 * rows * vocabulary
+    return max(CHUNK_BYTES // bytes_per_position, width // rows, 1)

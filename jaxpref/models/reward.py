@@ -11,31 +11,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from jaxpref.models.config import SPECS, ModelConfig, on_mesh, place
+from jaxpref.models.architecture import Architecture
+from jaxpref.models.attention import Segments
 from jaxpref.models.functional import Model, Params
+from jaxpref.models.layout import SPECS, on_mesh, reshard
+from jaxpref.models.numerics import FLOAT32, Numerics
 from jaxpref.sharding import ROWS
 
 HEAD = P(None, None)
-"""One number a feature: too small to be worth spreading."""
+"""One number per feature: too small to be worth sharding."""
 PASSES = P(None, ROWS, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A transformer that scores: a config and pure functions of its parameters.
+    """A transformer that scores answers, as pure functions of its parameters.
 
-    Parameters are those of `Model` without `head`, and `score` [D, 1].  The config says
-    what the backbone is; `tie_word_embeddings` means nothing here, since there is no LM
-    head.  Hashable, and with the same meshes as `Model`.
+    Parameters are those of `Model` without `head`, and `score` [D, 1].  The
+    architecture is that of the backbone; `tie_word_embeddings` means nothing here, as
+    there is no LM head.  Hashable, and works on the same meshes as `Model`.
     """
 
-    config: ModelConfig
+    architecture: Architecture
+    numerics: Numerics = FLOAT32
 
     @property
     def backbone(self) -> Model:
         """The model whose parameters are these without `score`."""
-        return Model(dataclasses.replace(self.config, tie_word_embeddings=True))
+        tied = dataclasses.replace(self.architecture, tie_word_embeddings=True)
+        return Model(tied, self.numerics)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, in their layout on the mesh that is set.
@@ -46,47 +52,61 @@ class RewardModel:
         of_backbone, of_score = jax.random.split(key)
         return self.backbone.init(of_backbone) | {"score": self.new_score(of_score)}
 
-    def new_score(self, key: jax.Array) -> jax.Array:
-        """A head [D, 1] to begin with: normal with variance 1 / (D + 1).
+    def new_score(self, key: jax.Array) -> Float[Array, "D 1"]:
+        """A random head: normal with variance 1 / (D + 1).
 
         Scores of an untrained head are then about as large as the features.  Not zero,
         so that two reward models of one backbone and two keys learn different things.
 
         Source: Stiennon et al. 2020, arXiv:2009.01325.
         """
-        size, dtype = self.config.hidden_size, jnp.dtype(self.config.param_dtype)
+        size = self.architecture.hidden_size
+        dtype = jnp.dtype(self.numerics.param_dtype)
         draw = jax.random.normal(key, (size, 1), dtype, out_sharding=on_mesh(HEAD))
         return draw * jnp.asarray((size + 1) ** -0.5, dtype)
 
     def hidden(
-        self, params: Params, tokens, positions=None, segments=None
-    ) -> jax.Array:
-        """Final hidden states [B, T, D] of tokens [B, T]; see `Model.hidden`."""
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Segments | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states; see `Model.hidden`."""
         backbone = {name: x for name, x in params.items() if name != "score"}
-        return self.backbone.hidden(backbone, tokens, positions, segments)
+        return self.backbone.hidden(backbone, tokens, positions, segments, lengths)
 
     def rewards_at(
-        self, params: Params, tokens, places, positions=None, segments=None
-    ) -> jax.Array:
-        """Scores [B, P] read at `places` int [B, P] of tokens int [B, T].
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        places: Int[Array, "B P"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Segments | None = None,
+    ) -> Float[Array, "B P"]:
+        """Scores read at `places`, float32 (float64 for float64 hidden states).
 
-        Float32, or float64 for float64 hidden states.  Rows are padded on the right, or
-        packed; see `Model.hidden`.
+        Rows are padded on the right, or packed; see `Model.hidden`.
         """
         hidden = self.hidden(params, tokens, positions, segments)
         scores = score_states(hidden, params["score"])
-        return _take(scores, place(places, SPECS.tokens))
+        return _take(scores, reshard(places, SPECS.tokens))
 
-    def rewards(self, params: Params, tokens, lengths) -> jax.Array:
-        """Scores [B] of the first lengths[b] tokens of each row of tokens int [B, T].
+    def rewards(
+        self, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> Float[Array, " B"]:
+        """Scores of the first lengths[b] tokens of each row.
 
         A sequence of length 0 gets the score of its first place.
         """
         return self.rewards_at(params, tokens, _ends(lengths))[:, 0]
 
 
-def score_states(hidden, score) -> jax.Array:
-    """Scores [..., T] = hidden [..., T, D] @ score [D, 1], in float32 or wider.
+def score_states(
+    hidden: Float[Array, "B T D"], score: Float[Array, "D 1"]
+) -> Float[Array, "B T"]:
+    """Scores hidden @ score, in float32 or wider.
 
     The factors are in the dtype of `hidden`.
     """
@@ -102,32 +122,31 @@ def score_states(hidden, score) -> jax.Array:
 def mc_rewards(
     model: RewardModel,
     params: Params,
-    tokens,
-    lengths,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
     key: jax.Array,
     *,
     rate: float = 0.1,
     passes: int = 10,
-) -> jax.Array:
-    """Scores [passes, B] with dropout on the last hidden state: Monte Carlo dropout.
+) -> Float[Array, "passes B"]:
+    """Scores with dropout on the last hidden state: Monte Carlo dropout.
 
         out[t, b] = sum_d m[t, b, d] / (1 - rate) hidden[b, d] score[d]
 
     with independent m[t, b, d], 1 with probability 1 - rate and else 0.  The backbone,
-    which is trained without dropout, runs once and only the head's input is dropped:
-    the passes cost next to nothing, and what differs between them is the head's
-    uncertainty, not the backbone's.  Their mean is `model.rewards`.
+    which is trained without dropout, runs once and dropout applies to the head's input
+    only: the passes cost next to nothing, and their spread is the uncertainty of the
+    head, not of the backbone.  Their mean is `model.rewards`.
 
-    The passes of two answers are independent, as are rows of a batch.  The noise
-    belongs to the row's place in the batch.
+    Passes and rows are independent.  The noise depends on the row's place in the batch.
 
     Args:
         model: the reward model.
         params: its parameters.
-        tokens: int [B, T], padded on the right.
-        lengths: int [B], real tokens of each row.
+        tokens: rows, padded on the right.
+        lengths: the number of real tokens in each row.
         key: a jax random key.
-        rate: the share of features that is dropped, in [0, 1).
+        rate: the probability of dropping a feature, in [0, 1).
         passes: T of `jaxpref.noise.uncertainty`, >= 1.
 
     Raises:
@@ -140,16 +159,16 @@ def mc_rewards(
         raise ValueError(f"Expected rate in [0, 1), got {rate}.")
     if passes < 1:
         raise ValueError(f"Expected passes >= 1, got {passes}.")
-    states = _take(model.hidden(params, tokens), place(_ends(lengths), SPECS.tokens))
+    states = _take(model.hidden(params, tokens), reshard(_ends(lengths), SPECS.tokens))
     shape = (passes, states.shape[0], states.shape[2])
     uniform = jax.random.uniform(key, shape, out_sharding=on_mesh(PASSES))
-    kept = jnp.where(uniform < rate, 0, states[:, 0] / (1 - rate))
-    return jax.vmap(lambda h: score_states(h[:, None], params["score"])[:, 0])(kept)
+    dropped = jnp.where(uniform < rate, 0, states[:, 0] / (1 - rate))
+    return jax.vmap(lambda h: score_states(h[:, None], params["score"])[:, 0])(dropped)
 
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """The token that a reward model's input is padded with."""
+    """The token that pads the input of a reward model."""
 
     token: str
     """Its text, as the tokenizer's files name it."""
@@ -175,10 +194,10 @@ def padding_of(tokenizer: Any) -> Padding | None:
     return None
 
 
-def _ends(lengths) -> jax.Array:
+def _ends(lengths: jax.Array) -> jax.Array:
     return jnp.maximum(lengths - 1, 0)[:, None]
 
 
-def _take(values, positions) -> jax.Array:
-    """Of values [B, T, ...] those at positions [B, P], each within its own row."""
+def _take(values: jax.Array, positions: jax.Array) -> jax.Array:
+    """The values [B, P, ...] at positions [B, P] of [B, T, ...], row by row."""
     return jax.vmap(lambda v, i: v[i])(values, positions)

@@ -1,26 +1,42 @@
-"""The decoder-only transformer, as Flax NNX modules.
+"""What the modules of all families share, written in Flax NNX.
 
-Axes: B rows, T tokens, S key slots, D hidden, H query heads, G key-value heads, K head
-features, F feed-forward features, V vocabulary, L layers.
+Axes: B rows, T tokens, D hidden, H query heads, G key-value heads, K head features,
+V vocabulary, L layers, N row groups (see `gathering`).
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
-from jaxpref.models.attention import attention, packed_attention
-from jaxpref.models.config import (
-    SPECS,
-    ModelConfig,
-    inverse_frequencies,
-    on_mesh,
-    place,
+from jaxpref.models.architecture import Architecture
+from jaxpref.models.gathering import (
+    all_gather_per_row_group,
+    embedding_lookup,
+    num_row_groups,
+    transpose_table,
 )
-from jaxpref.models.gathering import copies, look_up, row_groups, turned
-from jaxpref.models.linear import product
+from jaxpref.models.layout import SPECS, on_mesh, reshard
+from jaxpref.models.numerics import Numerics
+
+Rngs = nnx.Rngs
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""Attention as a block calls it.
+
+Queries [B, T, H, K], keys and values [B, T, G, K] to the result [B, T, H, K] and the
+state that the block returns: in decoding the cache, in training nothing.  Scores are
+scaled by 1/sqrt(K).
+"""
 
 
-def rms_norm(x, gain, eps):
+def rms_norm(
+    x: Float[Array, "*axes D"], gain: Float[Array, " D"], eps: float
+) -> Float[Array, "*axes D"]:
     """RMSNorm: x / sqrt(mean(x^2) + eps) * gain, the quotient in float32 or wider.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
@@ -30,134 +46,127 @@ def rms_norm(x, gain, eps):
     return (wide * scale).astype(x.dtype) * gain.astype(x.dtype)
 
 
-def rotary_angles(config: ModelConfig, positions):
-    """Cosines and sines [B, T, 1, K/2] of positions [B, T], in float32 or wider."""
-    wide = jnp.promote_types(config.compute_dtype, jnp.float32)
-    angles = positions[..., None, None].astype(wide) * jnp.asarray(
-        inverse_frequencies(config), wide
-    )
-    return jnp.cos(angles), jnp.sin(angles)
+def normal(
+    rngs: Rngs,
+    architecture: Architecture,
+    numerics: Numerics,
+    shape: Sequence[int],
+    spec: PartitionSpec,
+    scale: float = 1.0,
+) -> nnx.Param:
+    """A parameter with standard deviation `scale` times `initializer_range`.
 
-
-def rotate(x, cos, sin):
-    """Turns features (i, i + K/2) of x [B, T, H, K] by the position's angles."""
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def _normal(rngs, config, shape, spec, scale=1.0):
-    # Drawn in its layout: no device ever holds the whole weight.
-    key, dtype = rngs.params(), jnp.dtype(config.param_dtype)
+    It is drawn in its layout: no device ever holds the whole of it.
+    """
+    key, dtype = rngs.params(), jnp.dtype(numerics.param_dtype)
     draw = jax.random.normal(key, shape, dtype, out_sharding=on_mesh(spec))
-    return nnx.Param(draw * jnp.asarray(scale * config.initializer_range, dtype))
+    return nnx.Param(draw * jnp.asarray(scale * architecture.initializer_range, dtype))
 
 
-def _ones(config, shape, spec):
-    return nnx.Param(place(jnp.ones(shape, jnp.dtype(config.param_dtype)), spec))
+def ones(numerics: Numerics, shape: Sequence[int], spec: PartitionSpec) -> nnx.Param:
+    """A parameter of ones, as the gain of a norm."""
+    return nnx.Param(reshard(jnp.ones(shape, jnp.dtype(numerics.param_dtype)), spec))
+
+
+def zeros(numerics: Numerics, shape: Sequence[int], spec: PartitionSpec) -> nnx.Param:
+    """A parameter of zeros, as a bias."""
+    return nnx.Param(reshard(jnp.zeros(shape, jnp.dtype(numerics.param_dtype)), spec))
 
 
 class Block(nnx.Module):
-    """All layers: attention and a gated MLP, each on a normed residual stream.
+    """The layers of a family.
 
-    Built with stacked weights [L, ...]; applied with those of one layer, a slice that
-    `functional.py` takes within its scan.
+    Built with the weights of all layers, each array [L, ...]; called with those of one
+    layer, a slice that `functional` takes within its scan over the layers.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        c, L, D = config, config.num_layers, config.hidden_size
-        H, G, K, F = c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
-        # Residual writers start smaller, so that depth does not grow the stream.
-        small = (2 * L) ** -0.5
-        self.config = config
-        self.attention_norm = _ones(c, (L, D), SPECS.layer_norm)
-        self.query = _normal(rngs, c, (L, D, H, K), SPECS.attention_in)
-        self.key = _normal(rngs, c, (L, D, G, K), SPECS.attention_in)
-        self.value = _normal(rngs, c, (L, D, G, K), SPECS.attention_in)
-        self.output = _normal(rngs, c, (L, H, K, D), SPECS.attention_out, small)
-        self.mlp_norm = _ones(c, (L, D), SPECS.layer_norm)
-        self.gate = _normal(rngs, c, (L, D, F), SPECS.mlp_in)
-        self.up = _normal(rngs, c, (L, D, F), SPECS.mlp_in)
-        self.down = _normal(rngs, c, (L, F, D), SPECS.mlp_out, small)
+    def __init__(self, architecture: Any, numerics: Numerics, rngs: Rngs):
+        raise NotImplementedError
 
-    def queries_keys_values(self, x, angles):
-        """Rotated queries [B, T, H, K], rotated keys and values [B, T, G, K]."""
-        h = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
-        q, k, v = (
-            product("btd,dhk->bthk", h, w[...], spec=SPECS.heads)
-            for w in (self.query, self.key, self.value)
-        )
-        return rotate(q, *angles), rotate(k, *angles), v
+    def __call__(
+        self, x: Float[Array, "B T D"], shared: Any, attributes: Any, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """One layer.
 
-    def mix(self, x, a):
-        """Adds what attention found, [B, T, H, K]."""
-        return x + product("bthk,hkd->btd", a, self.output[...], spec=SPECS.hidden)
+        Args:
+            x: the residual stream.
+            shared: what `Transformer.shared_inputs` returned, the same in all layers.
+            attributes: the layer's slice of `Transformer.layer_attributes`.
+            attend: attention, called once.
 
-    def mlp(self, x):
-        """Adds down(silu(gate(h)) * up(h)): SwiGLU, Shazeer 2020, arXiv:2002.05202."""
-        h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        gate = product("btd,df->btf", h, self.gate[...], spec=SPECS.features)
-        up = product("btd,df->btf", h, self.up[...], spec=SPECS.features)
-        h = jax.nn.silu(gate) * up
-        return x + product("btf,fd->btd", h, self.down[...], spec=SPECS.hidden)
-
-    def __call__(self, x, angles, segments=None):
-        """One layer: [B, T, D] to [B, T, D]; `(pairs, parts)` of packed rows."""
-        q, k, v = self.queries_keys_values(x, angles)
-        if segments is None:
-            return self.mlp(
-                self.mix(x, attention(q, k, v, None, kernels=self.config.kernels))
-            )
-        return self.mlp(self.mix(x, packed_attention(q, k, v, *segments)))
+        Returns:
+            The new residual stream, and the state that `attend` returned.
+        """
+        raise NotImplementedError
 
 
 class Transformer(nnx.Module):
-    """Embedding, stacked layers, final norm and, where it is not tied, the LM head."""
+    """Embedding, stacked layers and, if it is not tied, the LM head.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        V, D = config.vocab_size, config.hidden_size
-        self.config = config
-        self.embed = _normal(rngs, config, (V, D), SPECS.embed)
-        self.layers = Block(config, rngs)
-        self.norm = _ones(config, (D,), SPECS.norm)
-        if not config.tie_word_embeddings:
-            self.head = _normal(rngs, config, (D, V), SPECS.head)
+    A family's subclass names the block and adds the final norm.
+    """
 
-    def table(self):
-        """The embedding: a copy for each group of rows [N, V, D]; [V, D] of one."""
-        if row_groups() == 1:
-            return self.embed[...]
-        return copies(self.embed[...], self.config.compute_dtype)
+    block: ClassVar[type[Block]]
 
-    def embed_tokens(self, table, tokens):
-        """Tokens [B, T] to vectors [B, T, D] in the compute dtype."""
-        dtype = self.config.compute_dtype
-        if table.ndim > 2:
-            return place(look_up(table, tokens, dtype), SPECS.hidden)
-        # The FSDP all-gather, written out.
-        table = place(table.astype(dtype), SPECS.embed_gathered)
-        tokens = place(tokens, SPECS.tokens)
-        x = table.at[tokens].get(out_sharding=on_mesh(SPECS.features))
-        return place(x, SPECS.hidden)
+    def __init__(self, architecture: Any, numerics: Numerics, rngs: Rngs):
+        V, D = architecture.vocab_size, architecture.hidden_size
+        self.architecture, self.numerics = architecture, numerics
+        self.embed = normal(rngs, architecture, numerics, (V, D), SPECS.embed)
+        self.layers = self.block(architecture, numerics, rngs)
+        if not architecture.tie_word_embeddings:
+            self.head = normal(rngs, architecture, numerics, (D, V), SPECS.head)
 
-    def final_norm(self, x):
-        """The last norm, [B, T, D] to [B, T, D]."""
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+    def shared_inputs(self, positions: Int[Array, "B T"]) -> Any:
+        """What every layer is given of the tokens' positions, such as rotary angles."""
+        raise NotImplementedError
 
-    def heads(self, table):
-        """The LM head, one copy for each group of rows [N, D, V]; see `table`.
+    def layer_attributes(self) -> Any:
+        """Constants that differ by layer: a pytree of arrays [L, ...], or None."""
+        return None
 
-        [D, V] where there is one group: XLA on CPU would turn a copy in every chunk.
+    def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the LM head reads of the last layer's residual stream."""
+        raise NotImplementedError
+
+    def embed_tokens(
+        self,
+        table: Float[Array, "*N V D"],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """The first residual stream, in the compute dtype.
+
+        A family that scales embeddings or adds learned positions overrides this.
         """
-        if row_groups() == 1:
-            return self.head_weight()
-        dtype = self.config.compute_dtype
-        if self.config.tie_word_embeddings:
-            return turned(table, dtype)
-        return copies(self.head[...], dtype)
+        dtype = self.numerics.compute_dtype
+        if table.ndim > 2:
+            return reshard(embedding_lookup(table, tokens, dtype), SPECS.hidden)
+        # The all-gather of FSDP, written out.
+        table = reshard(table.astype(dtype), SPECS.embed_gathered)
+        tokens = reshard(tokens, SPECS.tokens)
+        x = table.at[tokens].get(out_sharding=on_mesh(SPECS.features))
+        return reshard(x, SPECS.hidden)
 
-    def head_weight(self):
-        """The LM head [D, V], whole over fsdp, its vocabulary spread over tensor."""
-        tied = self.config.tie_word_embeddings
+    def table(self) -> Float[Array, "*N V D"]:
+        """The embedding: one copy per row group, or [V, D] if there is one group."""
+        if num_row_groups() == 1:
+            return self.embed[...]
+        return all_gather_per_row_group(self.embed[...], self.numerics.compute_dtype)
+
+    def heads(self, table: Float[Array, "*N V D"]) -> Float[Array, "*N D V"]:
+        """The LM head, one copy per row group; see `table`.
+
+        [D, V] if there is one group: XLA on CPU would transpose a copy in each chunk.
+        """
+        if num_row_groups() == 1:
+            return self.head_weight()
+        dtype = self.numerics.compute_dtype
+        if self.architecture.tie_word_embeddings:
+            return transpose_table(table, dtype)
+        return all_gather_per_row_group(self.head[...], dtype)
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        """The LM head, whole over fsdp, its vocabulary sharded over tensor."""
+        tied = self.architecture.tie_word_embeddings
         head = self.embed[...].T if tied else self.head[...]
-        return place(head, SPECS.head_gathered)
+        return reshard(head, SPECS.head_gathered)

@@ -1,13 +1,14 @@
-"""Sizes of known models, so that planning needs no model folder."""
+"""Sizes of well-known models, so that planning needs no model folder."""
 
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig, RopeScaling
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config
+from jaxpref.models.rotary import RopeScaling
 
 
-def _llama3(factor: float, **sizes) -> ModelConfig:
-    return ModelConfig(
+def _llama3(factor: float, **sizes) -> LlamaArchitecture:
+    return LlamaArchitecture(
         vocab_size=128256,
         num_kv_heads=8,
         rope_theta=500000.0,
@@ -17,8 +18,8 @@ def _llama3(factor: float, **sizes) -> ModelConfig:
     )
 
 
-def _smollm2(**sizes) -> ModelConfig:
-    return ModelConfig(
+def _smollm2(**sizes) -> LlamaArchitecture:
+    return LlamaArchitecture(
         vocab_size=49152,
         head_dim=64,
         max_position_embeddings=8192,
@@ -77,8 +78,8 @@ PRESETS = {
         num_kv_heads=32,
         rope_theta=130000.0,
     ),
-    # Llama's layers in the sizes of a small model with a large vocabulary.
-    "llama-0.6b-152k": ModelConfig(
+    # Llama layers with the sizes of a small model that has a large vocabulary.
+    "llama-0.6b-152k": LlamaArchitecture(
         vocab_size=151936,
         hidden_size=1024,
         intermediate_size=3072,
@@ -91,18 +92,18 @@ PRESETS = {
         tie_word_embeddings=True,
     ),
 }
-"""By name: Llama 3.1 (8B, 70B), Llama 3.2 (1B), SmolLM2, and a 0.6B."""
+"""Presets by name: Llama 3.1 (8B, 70B), Llama 3.2 (1B), SmolLM2, and a 0.6B."""
 
 
-def find_model(name: str) -> ModelConfig:
-    """The sizes of a preset, or of a Hugging Face folder; no weights are read.
+def find_model(name: str) -> LlamaArchitecture:
+    """Returns the sizes of a preset or of a Hugging Face folder, without its weights.
 
     Raises:
-      InputError: if there is neither.
+      InputError: if there is no such preset and no such folder.
     """
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]
     try:
-        return load_config(resolve_folder(name))
+        return read_architecture(resolve_folder(name))
     except InputError as error:
         raise InputError(f"{error}; presets: {', '.join(PRESETS)}") from error

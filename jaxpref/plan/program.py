@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from jaxpref.errors import InputError, first_line
 from jaxpref.files import cache_folder, write_json
-from jaxpref.models import ModelConfig, RewardModel, build
+from jaxpref.models import Model, RewardModel, build
 from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
@@ -38,7 +38,7 @@ FORMAT = 5
 class Work:
     """What one step does, and how it is laid out."""
 
-    model: ModelConfig
+    model: Model
     """Sizes and numerics, remat included."""
     objective: Objective
     """What is made small."""
@@ -147,11 +147,13 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
     """What a run would compile."""
     make_model = RewardModel if "rewards" in work.objective.scores else build
     # As a run has it: a probe differentiates a gradient.
-    sizes = dataclasses.replace(work.model, kernels=work.objective.probe is None)
+    numerics = dataclasses.replace(
+        work.model.numerics, twice_differentiable=work.objective.probe is not None
+    )
     schedule = make_schedule(work.optimizer, 1000)
     return Programs(
         scorer=make_scorer(
-            make_model(sizes),
+            make_model(work.model.architecture, numerics),
             work.objective.scores,
             chunk_size=work.logit_chunk,
             num_models=work.objective.num_models,
@@ -197,7 +199,7 @@ def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:
 
     def lower():
         return lower_sampler(
-            build(work.model),
+            work.model,
             params,
             *on_devices((whole(shape), whole(shape[:1]), key), mesh),
             max_new_tokens=work.answer_length,

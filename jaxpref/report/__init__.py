@@ -1,6 +1,6 @@
-"""Reports: how is it shown?
+"""Reports: PNG figures and self-contained HTML pages from plain records.
 
-Plain records (lists of dicts) in, PNG figures and one self-contained HTML file out.
+Records are lists of dicts.
 """
 
 from jaxpref.report.audit import write_audit as write_audit

@@ -1,5 +1,6 @@
-"""Sampling: what would the model say?"""
+"""Sampling: continuations of prompts."""
 
+from jaxpref.sampling.sampler import decode as decode
 from jaxpref.sampling.sampler import generate as generate
 from jaxpref.sampling.sampler import left_pad as left_pad
 from jaxpref.sampling.sampler import lower as lower

@@ -6,11 +6,14 @@ import numpy as np
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
-from jaxpref.models import ModelConfig
+from jaxpref.models import Architecture
 
 
 def check_fits(
-    sources: Sequence[str], dataset: PreferenceDataset, model: str, config: ModelConfig
+    sources: Sequence[str],
+    dataset: PreferenceDataset,
+    model: str,
+    architecture: Architecture,
 ) -> None:
     """Checks that a model has an embedding for every token and for every position.
 
@@ -20,25 +23,26 @@ def check_fits(
       sources: where the records come from, by the column `source`.
       dataset: the records.
       model: the model's folder, for messages.
-      config: the model's.
+      architecture: the model's.
 
     Raises:
       InputError: naming the first row that does not fit.
     """
-    if dataset.longest > config.max_position_embeddings:
+    if dataset.longest > architecture.max_position_embeddings:
         longest = (dataset.prompt_lengths + dataset.completion_lengths.max(1)).argmax()
         raise InputError(
             f"{_place(sources, dataset, longest)}: a sequence of {dataset.longest} "
-            f"tokens is longer than the {config.max_position_embeddings} positions of "
-            f"{model}; lower --max-length"
+            f"tokens is longer than the {architecture.max_position_embeddings} "
+            f"positions of {model}; lower --max-length"
         )
-    outside = np.flatnonzero(dataset.tokens >= config.vocab_size)
+    outside = np.flatnonzero(dataset.tokens >= architecture.vocab_size)
     if len(outside):
         record = np.searchsorted(dataset.offsets, outside[0], side="right") - 1
         raise InputError(
             f"{_place(sources, dataset, record)}: the tokenizer of {model} gives "
             f"token {dataset.tokens[outside[0]]}, but its embedding has "
-            f"{config.vocab_size} rows; use the tokenizer that belongs to the model"
+            f"{architecture.vocab_size} rows; use the tokenizer that belongs to the "
+            "model"
         )
 
 

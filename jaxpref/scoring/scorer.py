@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel, logprobs
-from jaxpref.models.config import SPECS, on_mesh
-from jaxpref.models.huggingface import load_params, save
+from jaxpref.models.attention import Segments
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.layout import SPECS, on_mesh
 from jaxpref.models.reward import Padding
 from jaxpref.scoring.scores import (
     NEED_REFERENCE_WEIGHTS,
@@ -291,19 +292,17 @@ def make_scorer(
 
 
 def _packing(batch: PreferenceBatch) -> tuple:
-    """Positions and `(pairs, parts)` of packed rows, [R Q, T] each; None if padded."""
+    """Positions [R Q, T] and segments of packed rows; None if padded."""
     if batch.segments is None:
         return None, None
-    segments = flat_sequences(batch, batch.segments)
-    return (
-        flat_sequences(batch, batch.positions),
-        (segments // batch.num_parts, segments % batch.num_parts),
-    )
+    numbers, parts = flat_sequences(batch, batch.segments), batch.num_parts
+    segments = Segments(numbers // parts, numbers % parts, completions=parts - 1)
+    return flat_sequences(batch, batch.positions), segments
 
 
 def _with_remat(model: Model | RewardModel, policy: str) -> Model | RewardModel:
-    config = dataclasses.replace(model.config, remat=policy)
-    return dataclasses.replace(model, config=config)
+    numerics = dataclasses.replace(model.numerics, remat=policy)
+    return dataclasses.replace(model, numerics=numerics)
 
 
 def _save(

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.models.config import SPECS, on_mesh
+from jaxpref.models.attention import Segments
+from jaxpref.models.layout import SPECS, on_mesh
 
 Scores = dict[str, Array]
 """Name without its side -> float32 or wider [..., R, S, K]."""
@@ -45,7 +46,8 @@ def score_and_side(name: str) -> tuple[str, int | None]:
 
 def scores_read(names: Iterable[str]) -> frozenset[str]:
     """The scores among the names that a loss reads, without their sides."""
-    return frozenset(score_and_side(name)[0] for name in names) & DESCRIPTIONS.keys()
+    scores = (score_and_side(name)[0] for name in names)
+    return frozenset(name for name in scores if name in DESCRIPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def computed_scores(scores: frozenset[str]) -> frozenset[str]:
     live = bool(scores & NEED_REFERENCE_WEIGHTS)
     own = frozenset(n for n in scores if live or not n.startswith("reference_"))
     # Rewards and log-probabilities are logged whether or not the loss reads them.
-    return (own & TOKEN_SCORES.keys()) | {"policy_logps"}
+    return frozenset(own & TOKEN_SCORES.keys()) | {"policy_logps"}
 
 
 def stored_scores(scores: frozenset[str]) -> frozenset[str]:
@@ -134,7 +136,7 @@ def reads_reference(scores: frozenset[str]) -> bool:
 
 
 def last_places(
-    segments: tuple[Int[Array, "rows T"], Int[Array, "rows T"]],
+    segments: Segments,
     *,
     slots: int,
     sides: int,
@@ -142,13 +144,13 @@ def last_places(
     """Where each completion of packed rows ends, [rows, slots * sides]; -1 if unused.
 
     Args:
-      segments: `(pairs, parts)` of each token; a pair's number is its slot.
+      segments: of each token; a pair's number is its slot.
       slots: S.
       sides: K.
     """
     owner = jnp.arange(slots * sides)
     of_slot, part = owner // sides, owner % sides + 1
-    pairs, parts = (x[..., None] for x in segments)
+    pairs, parts = (x[..., None] for x in (segments.prompt_ids, segments.parts))
     place = jnp.arange(pairs.shape[1])[:, None]
     own = (pairs == of_slot) & (parts == part)
     return jnp.max(jnp.where(own, place, -1), axis=1)

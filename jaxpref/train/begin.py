@@ -85,16 +85,14 @@ def _score_reference(
     The policy's new parameters stand in for the reference's where both begin from the
     same folder.
     """
-    datasets = task.datasets
+    if task.reference is None or not task.reference.scores:
+        return {"train": {}, "heldout": {}}
+    splits, datasets = task.datasets.splits, task.datasets
+    every = np.arange(len(splits.heldout))
     sets = [
-        ScoredSet(name, dataset, sources, np.arange(len(dataset)))
-        for name, dataset, sources in (
-            ("train", datasets.splits.train, datasets.train_sources),
-            ("heldout", datasets.splits.heldout, datasets.heldout_sources),
-        )
+        ScoredSet("train", splits.train, datasets.train_sources, task.records_seen()),
+        ScoredSet("heldout", splits.heldout, datasets.heldout_sources, every),
     ]
-    if task.reference is None:
-        return {scored.name: {} for scored in sets}
     scorer, folder = task.reference_scorer, task.reference.folder
 
     def load() -> Params:

@@ -1,19 +1,33 @@
 """Metrics of held-out pairs during training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import Objective, State
+from jaxpref.scoring.scores import Scores
+
+
+def make_evaluation(objective: Objective) -> Callable:
+    """The jitted `(scores, batch, state) -> metrics` of held-out pairs."""
+
+    def evaluate(
+        scores: Scores, batch: PreferenceBatch, state: State
+    ) -> dict[str, jax.Array]:
+        inputs = Inputs(scores, batch)
+        losses, learned = objective.evaluation(inputs, state)
+        metrics = {"loss": losses.sum() / objective.count(batch)}
+        return metrics | objective.metrics(inputs) | learned
+
+    return jax.jit(evaluate)
 
 
 def evaluation_metrics(
-    objective: Objective,
+    evaluate: Callable,
     scores: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
     dataset: PreferenceDataset,
@@ -22,7 +36,7 @@ def evaluation_metrics(
     """Metrics of a scored dataset under `eval_` names; it is one batch to the loss.
 
     Args:
-      objective: what the run minimizes.
+      evaluate: from `make_evaluation`.
       scores: float32 [N, K] by name, of the trained model; by model and name where two
         are trained.
       reference: float32 [N, K] by name, of the reference.
@@ -47,9 +61,5 @@ def evaluation_metrics(
         labels={name: values[:, None] for name, values in dataset.labels.items()},
     )
     scores = jax.tree.map(lambda table: table[:, None], scores)
-    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
-    inputs = Inputs(scores, batch)
-    losses, learned = objective.evaluation(inputs, state)
-    metrics = {"loss": losses.sum() / objective.count(batch)}
-    metrics |= objective.metrics(inputs) | learned
+    metrics = jax.device_get(evaluate(scores, batch, state))
     return {f"eval_{name}": float(value) for name, value in metrics.items()}

@@ -149,7 +149,7 @@ class Run:
             )
             reference = self._reference["heldout"]
             found = evaluation_metrics(
-                task.objective, scores, reference, heldout, state.objective_state
+                task.evaluation, scores, reference, heldout, state.objective_state
             )
             self._writer.write(step, found)
             # Not over the progress bar.

@@ -5,9 +5,9 @@ import functools
 
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.models import RewardModel, build
+from jaxpref.models import Architecture, Numerics, RewardModel, build
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.models.huggingface import load_config
 from jaxpref.models.reward import padding_of
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import check_rows, make_mesh
@@ -35,26 +35,26 @@ def prepare(config: TrainConfig) -> Task:
     if row_length is None:
         check_rows(config.batch_size, config.accumulation, mesh)
     folder = resolve_folder(config.model)
-    model_config = load_config(folder)
-    numerics = {
-        "param_dtype": config.param_dtype,
-        "compute_dtype": config.compute_dtype,
-        "remat": "none" if config.remat == "auto" else config.remat,
-        "unroll": config.unroll,
+    architecture = read_architecture(folder)
+    numerics = Numerics(
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        remat="none" if config.remat == "auto" else config.remat,
+        unroll=config.unroll,
         # A probe differentiates a gradient.
-        "kernels": objective.probe is None,
-    }
+        twice_differentiable=objective.probe is not None,
+    )
     make_model = RewardModel if "rewards" in objective.scores else build
-    model = make_model(dataclasses.replace(model_config, **numerics))
+    model = make_model(architecture, numerics)
     reference = _reference(
         objective,
         config.reference or config.model,
-        model_config,
+        architecture,
         dtypes=f"{config.param_dtype} {config.compute_dtype}",
         numerics=f"{config.logit_chunk} logits at a time",
     )
     tokenizer = data.load_tokenizer(folder)
-    options = data.for_model(config.options, model_config.max_position_embeddings)
+    options = data.for_model(config.options, architecture.max_position_embeddings)
     datasets = read_datasets(
         objective,
         tokenizer,
@@ -64,8 +64,8 @@ def prepare(config: TrainConfig) -> Task:
         heldout=config.eval_data,
     )
     splits = datasets.splits
-    check_fits(datasets.train_sources, splits.train, config.model, model_config)
-    check_fits(datasets.heldout_sources, splits.heldout, config.model, model_config)
+    check_fits(datasets.train_sources, splits.train, config.model, architecture)
+    check_fits(datasets.heldout_sources, splits.heldout, config.model, architecture)
     layout = make_layout(
         splits,
         mesh,
@@ -100,7 +100,12 @@ def prepare(config: TrainConfig) -> Task:
 
 
 def _reference(
-    objective: Objective, name: str, model_config, *, dtypes: str, numerics: str
+    objective: Objective,
+    name: str,
+    architecture: Architecture,
+    *,
+    dtypes: str,
+    numerics: str,
 ) -> Reference | None:
     """The reference of a run, where its objective reads one.
 
@@ -110,7 +115,7 @@ def _reference(
     if not reads_reference(objective.scores):
         return None
     folder = resolve_folder(name)
-    if load_config(folder) != model_config:
+    if read_architecture(folder) != architecture:
         raise InputError(
             f"{name}: its config.json describes another model than the one that is "
             "trained; a reference has the same sizes"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,6 +18,7 @@ from jaxpref.scoring.reference import Reference
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
 from jaxpref.scoring.scores import stored_scores
+from jaxpref.train.evaluation import make_evaluation
 from jaxpref.train.state import TrainState, init_state
 from jaxpref.train.step import make_train_step
 
@@ -92,6 +94,11 @@ class Programs:
             return self.score_step
         return make_score_step(self.reference_scorer)
 
+    @functools.cached_property
+    def evaluation(self) -> Any:
+        """The jitted `(scores, batch, objective's state) -> metrics`."""
+        return make_evaluation(self.objective)
+
     def score(self, score_step: Callable) -> Callable:
         """`score_dataset` of a score step, with the run's batches and mesh."""
         return functools.partial(
@@ -148,6 +155,15 @@ class Task(Programs):
         return layout.batches(
             train, self.order, reference=reference, processes=processes
         )
+
+    def records_seen(self) -> np.ndarray:
+        """The training records that the run's steps see, int [M], in their order."""
+        seen: dict[int, None] = {}
+        for step in range(self.steps):
+            seen |= dict.fromkeys(self.order(step, self.layout.batch_size).tolist())
+            if len(seen) == len(self.datasets.splits.train):
+                break
+        return np.fromiter(seen, np.int64)
 
     def with_remat(self, policy: str) -> "Task":
         """The same with another policy of recomputing activations."""

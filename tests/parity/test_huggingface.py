@@ -10,9 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from jaxpref.models import ModelConfig, RopeScaling, build
-from jaxpref.models.huggingface import load_config, load_params, save
-from jaxpref.models.huggingface_config import config_to_hf
+from jaxpref.models import build
+from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder_config import architecture_to_fields, read_architecture
+from jaxpref.models.rotary import RopeScaling
 from jaxpref.sampling import generate, left_pad
 
 pytestmark = pytest.mark.parity
@@ -60,7 +62,7 @@ def torch_logits(model, tokens):
 
 
 def load(folder):
-    model = build(load_config(folder))
+    model = build(read_architecture(folder))
     return model, load_params(folder, model)
 
 
@@ -133,7 +135,7 @@ def test_half_precision_folders_are_the_same_numbers(tmp_path, dtype):
 
 def test_a_model_made_here_loads_there(tmp_path):
     model = build(
-        ModelConfig(
+        LlamaArchitecture(
             vocab_size=64,
             hidden_size=32,
             intermediate_size=48,
@@ -187,14 +189,14 @@ def test_greedy_text_agrees_on_the_real_model(stories260k):
 
 @pytest.mark.parametrize("top_k, top_p", [(3, 1.0), (None, 0.7), (9, 0.8), (1, 0.1)])
 def test_filters_keep_the_tokens_that_transformers_keeps(top_k, top_p):
-    from jaxpref.sampling.sampler import keep_likely
+    from jaxpref.sampling.selection import filter_likely
 
     logits = np.random.default_rng(0).normal(size=(100, 40)).astype(np.float32) * 2
     theirs = torch.tensor(logits)
     if top_k is not None:
         theirs = transformers.TopKLogitsWarper(top_k)(None, theirs)
     theirs = transformers.TopPLogitsWarper(top_p)(None, theirs)
-    ours = keep_likely(jnp.asarray(logits), top_k or 40, top_p)
+    ours = filter_likely(jnp.asarray(logits), top_k or 40, top_p)
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs.numpy()))
 
 
@@ -205,8 +207,8 @@ def test_our_config_reads_as_its_config(tmp_path):
         theirs.save_pretrained(tmp_path)
         fields = json.loads((tmp_path / "config.json").read_text())
         assert "rope_parameters" in fields
-        config = load_config(tmp_path)
-        again = transformers.LlamaConfig(**config_to_hf(config))
+        config = read_architecture(tmp_path)
+        again = transformers.LlamaConfig(**architecture_to_fields(config))
         for name in ("rope_type", "rope_theta", "factor", "low_freq_factor"):
             found, wanted = (c.rope_parameters.get(name) for c in (again, theirs))
             assert found == wanted

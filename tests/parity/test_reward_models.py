@@ -8,7 +8,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from jaxpref.models import RewardModel
-from jaxpref.models.huggingface import load_config, load_params, save
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.reward import Padding, padding_of
 
 pytestmark = pytest.mark.parity
@@ -55,7 +56,7 @@ def torch_scores(model, tokens):
 
 
 def load(folder, *head_key):
-    model = RewardModel(load_config(folder))
+    model = RewardModel(read_architecture(folder))
     return model, load_params(folder, model, *head_key)
 
 

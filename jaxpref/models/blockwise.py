@@ -1,0 +1,205 @@
+"""Blockwise attention with a hand-written backward pass, for CPU.
+
+Work and memory grow with the pairs of tokens that see each other, block by block,
+and not with the square of the row.  The backward pass computes the scores again.
+
+Axes: B rows, T tokens, H query heads, G key-value heads, K head features; N blocks of a
+row, M = H / G * block queries of a block that share a key head.
+
+Source of the blockwise softmax: Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+BLOCK = 64
+"""Tokens of a block."""
+NEVER = -1e30
+"""In place of minus infinity, whose differences are NaN."""
+
+
+def blockwise_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    prompt_ids: Int[Array, "B T"],
+    parts: Int[Array, "B T"],
+) -> Float[Array, "B T H K"]:
+    """Attention of packed rows, see `attention.packed_attention`.
+
+    Each query block visits the key blocks that hold the prompts and the own parts of
+    its tokens.  It cannot be differentiated twice.
+    """
+    T = q.shape[1]
+    padding = -T % BLOCK
+    if padding:
+        pad = lambda x, value=0: jnp.pad(
+            x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=value
+        )
+        q, k, v, parts = pad(q), pad(k), pad(v), pad(parts)
+        prompt_ids = pad(prompt_ids, -1)
+    return _blockwise(q, k, v, prompt_ids, parts)[:, :T]
+
+
+@jax.custom_vjp
+def _blockwise(q, k, v, prompt_ids, parts):
+    return _forward(q, k, v, prompt_ids, parts)[0]
+
+
+def _forward(q, k, v, prompt_ids, parts):
+    rows = (_queries(q, k.shape[2]), _keys(k), _keys(v), *_visits(prompt_ids, parts))
+    out, lse = jax.lax.map(lambda row: _forward_row(*row), rows)
+    return _tokens(out), (q, k, v, prompt_ids, parts, out, lse)
+
+
+def _backward(saved, cotangents):
+    q, k, v, prompt_ids, parts, out, lse = saved
+    G = k.shape[2]
+    # The gradient of each query's normalizer: the mean gradient of its weights.
+    cotangents = _queries(cotangents, G)
+    wide = jnp.promote_types(out.dtype, jnp.float32)
+    means = jnp.sum(cotangents.astype(wide) * out.astype(wide), axis=-1)
+    rows = (_queries(q, G), _keys(k), _keys(v), *_visits(prompt_ids, parts))
+    dq, dk, dv = jax.lax.map(
+        lambda row: _backward_row(*row), (*rows, cotangents, means, lse)
+    )
+    return _tokens(dq), _tokens(dk), _tokens(dv), None, None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _forward_row(q, k, v, prompt_ids, parts, visits):
+    """Outputs [N, G, M, K] and the log of each query's normalizer [N, G, M]."""
+    scale, wide = q.shape[-1] ** -0.5, jnp.promote_types(q.dtype, jnp.float32)
+
+    def queries(i, carry):
+        out, lse = carry
+
+        def keys(n, carry):
+            top, total, summed = carry
+            j = _visited(visits[i], n)
+            scores = _einsum("gmk,gsk->gms", q[i], k[j]) * scale
+            scores = jnp.where(_visible(prompt_ids, parts, i, j, q), scores, NEVER)
+            higher = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - higher[..., None])
+            shrink = jnp.exp(top - higher)
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            more = _einsum("gms,gsk->gmk", weights.astype(v.dtype), v[j])
+            return higher, total, summed * shrink[..., None] + more
+
+        G, M, K = q.shape[1:]
+        lowest = jnp.full((G, M), NEVER, wide)
+        start = lowest, jnp.zeros((G, M), wide), jnp.zeros((G, M, K), wide)
+        top, total, summed = jax.lax.fori_loop(0, visits[i, 3], keys, start)
+        mean = (summed / total[..., None]).astype(q.dtype)
+        return out.at[i].set(mean), lse.at[i].set(top + jnp.log(total))
+
+    empty = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], wide)
+    return jax.lax.fori_loop(0, len(q), queries, empty)
+
+
+def _backward_row(q, k, v, prompt_ids, parts, visits, cotangents, means, lse):
+    """Gradients of queries [N, G, M, K], and of keys and values [N, G, block, K]."""
+    scale, wide = q.shape[-1] ** -0.5, lse.dtype
+
+    def queries(i, carry):
+        def keys(n, carry):
+            dq, dk, dv = carry
+            j = _visited(visits[i], n)
+            scores = _einsum("gmk,gsk->gms", q[i], k[j]) * scale
+            seen = _visible(prompt_ids, parts, i, j, q)
+            weights = jnp.where(seen, jnp.exp(scores - lse[i][..., None]), 0)
+            dweights = _einsum("gmk,gsk->gms", cotangents[i], v[j])
+            dscores = (weights * (dweights - means[i][..., None])).astype(q.dtype)
+            weights = weights.astype(q.dtype)
+            dv = dv.at[j].add(_einsum("gms,gmk->gsk", weights, cotangents[i]))
+            dk = dk.at[j].add(_einsum("gms,gmk->gsk", dscores, q[i]) * scale)
+            return dq + _einsum("gms,gsk->gmk", dscores, k[j]), dk, dv
+
+        dq, dk, dv = carry
+        start = jnp.zeros(q.shape[1:], wide), dk, dv
+        dqi, dk, dv = jax.lax.fori_loop(0, visits[i, 3], keys, start)
+        return dq.at[i].set((dqi * scale).astype(q.dtype)), dk, dv
+
+    zeros = jnp.zeros(k.shape, wide)
+    dq, dk, dv = jax.lax.fori_loop(
+        0, len(q), queries, (jnp.zeros_like(q), zeros, zeros)
+    )
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _einsum(equation, a, b):
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=wide)
+
+
+def _visible(prompt_ids, parts, i, j, q):
+    """Which keys of block j the queries of block i see, bool [M, block]."""
+    query, key = (lambda x: x[i][:, None]), (lambda x: x[j][None])
+    slots = jnp.arange(BLOCK)
+    same_part = (query(parts) == key(parts)) | (key(parts) == 0)
+    seen = (query(prompt_ids) == key(prompt_ids)) & same_part
+    seen &= (i * BLOCK + slots)[:, None] >= (j * BLOCK + slots)[None]
+    return jnp.tile(seen, (q.shape[2] // BLOCK, 1))
+
+
+def _visited(visits, n):
+    """The n-th key block that a query block visits."""
+    first, before, own, _ = visits
+    return jnp.where(n < before, first + n, own + n - before)
+
+
+def _visits(prompt_ids, parts):
+    """Prompts and parts by block [B, N, block], and what each block visits [B, N, 4].
+
+    A query block visits two runs of key blocks: `before` blocks from `first` on, with
+    the prompts, and the blocks from `own` up to itself, with the queries' own parts.
+    The fourth number is their count.  Between the two runs lie completions that no
+    query in the block sees.  Padding visits its own block only and sees at least
+    itself.
+    """
+    slots = jnp.arange(prompt_ids.shape[1])
+    real = prompt_ids >= 0
+
+    def begins(x):
+        change = x[:, 1:] != x[:, :-1]
+        return jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
+
+    by_block = lambda x: x.reshape(len(x), -1, BLOCK)
+    new_prompt = begins(prompt_ids)
+    begin = jax.lax.cummax(jnp.where(new_prompt, slots, 0), axis=1)
+    own = jax.lax.cummax(jnp.where(new_prompt | begins(parts), slots, 0), axis=1)
+    # The last token of the prompt, for its completions.
+    prompt = real & (parts == 0)
+    prompt_end = jax.lax.cummax(jnp.where(prompt, slots, 0), axis=1)
+    begin, own, prompt_end = (
+        jnp.where(real, x, slots) for x in (begin, own, prompt_end)
+    )
+    first = jnp.min(by_block(begin), axis=-1) // BLOCK
+    own = jnp.min(by_block(own), axis=-1) // BLOCK
+    prompt_end = jnp.max(by_block(prompt_end), axis=-1) // BLOCK
+    before = jnp.clip(prompt_end + 1 - first, 0, own - first)
+    count = before + jnp.arange(own.shape[1]) - own + 1
+    visits = jnp.stack([first, before, own, count], -1)
+    return by_block(prompt_ids), by_block(parts), visits
+
+
+def _queries(q, G):
+    """[B, T, H, K] to [B, N, G, M, K]: queries of one key head adjacent."""
+    B, T, H, K = q.shape
+    q = q.reshape(B, T // BLOCK, BLOCK, G, H // G, K)
+    return q.transpose(0, 1, 3, 4, 2, 5).reshape(B, T // BLOCK, G, -1, K)
+
+
+def _keys(k):
+    """[B, T, G, K] to [B, N, G, block, K]."""
+    return _queries(k, k.shape[2])
+
+
+def _tokens(x):
+    """[B, N, G, M, K] back to [B, T, H, K], whatever M is."""
+    B, N, G, M, K = x.shape
+    x = x.reshape(B, N, G, M // BLOCK, BLOCK, K).transpose(0, 1, 4, 2, 3, 5)
+    return x.reshape(B, N * BLOCK, -1, K)

@@ -1,0 +1,377 @@
+"""Hugging Face model folders (config.json + safetensors) of any family.
+
+A folder holds a language model (`AutoModelForCausalLM`) or a reward model
+(`AutoModelForSequenceClassification` with one label); its config.json says which.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from safetensors import SafetensorError
+
+from jaxpref.errors import InputError
+from jaxpref.models.architecture import Architecture
+from jaxpref.models.config_json import HARMLESS, read_json
+from jaxpref.models.families import Family, TensorName
+from jaxpref.models.folder_config import (
+    architecture_to_fields,
+    is_reward_model,
+    read_architecture,
+)
+from jaxpref.models.functional import Model, Params
+from jaxpref.models.layout import check_mesh
+from jaxpref.models.reward import Padding, RewardModel
+from jaxpref.models.tensor_files import (
+    DTYPES,
+    INDEX,
+    entries,
+    open_tensors,
+    write_json,
+    write_tensors,
+)
+from jaxpref.runtime.heartbeat import beat
+
+AnyModel = Model | RewardModel
+
+REWARD_FIELDS = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+"""Fields of a reward model's config.json: one label, whose logit is the score."""
+
+TOKENIZER_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Copied unchanged from the source folder into a saved one."""
+
+
+def check_folder(
+    folder: str | Path,
+    kind: type[Model] | type[RewardModel] | None = None,
+    *,
+    new_head: bool = False,
+) -> Architecture:
+    """The architecture of a folder whose weights can be loaded, unless damaged.
+
+    Reads config.json and the headers of the weight files, but no weights: a run does
+    this before it spends time on the data.
+
+    Args:
+        folder: the folder.
+        kind: the class of the model to be loaded; by default as config.json says.
+        new_head: whether a reward model may take the backbone of a language model, as
+            `load_params` does with a `head_key`.
+
+    Raises:
+        InputError: what `load_params` would raise, but for values of weights.
+    """
+    folder = Path(folder)
+    architecture = read_architecture(folder)
+    if kind is None:
+        kind = RewardModel if is_reward_model(folder) else Model
+    _match(folder, kind(architecture), open_tensors(folder), new_head)
+    return architecture
+
+
+def load_params(
+    folder: str | Path, model: AnyModel, head_key: jax.Array | None = None
+) -> Params:
+    """The weights of a folder, cast to the model's `param_dtype`.
+
+    Under a mesh (`jax.set_mesh`) every process reads only the shards of its own
+    devices.  A tied model's folder may hold the LM head if it equals the embedding.
+
+    Args:
+        folder: the folder.
+        model: a language or a reward model, as the folder holds.
+        head_key: a random key.  With it a reward model takes the backbone of a language
+            model's folder, and a new head of its own; else unused.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of another shape or dtype, or holds a
+            value that is not finite; or the mesh does not divide the model's sizes.
+    """
+    folder = Path(folder)
+    check_mesh(model.architecture)
+    stored = open_tensors(folder)
+    shapes, drawn = _match(folder, model, stored, head_key is not None), {}
+    if isinstance(model, RewardModel) and "score" not in shapes:
+        drawn = {"score": jax.jit(model.new_score)(head_key)}
+    _check_tied_head(folder, model, stored)
+    leaves = [
+        _load_leaf(folder, stored, name, leaf)
+        for name, leaf in _named_leaves(model.architecture.family, shapes)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves) | drawn
+
+
+def save(
+    folder: str | Path,
+    model: AnyModel,
+    params: Params,
+    source_folder: str | Path | None = None,
+    dtype: str | None = None,
+    *,
+    padding: Padding | None = None,
+    max_file_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json and safetensors that `transformers` loads.
+
+    Everything is written under a temporary name beside `folder` and then renamed, so a
+    crash leaves no half-written model.  Sharded parameters are gathered one layer's
+    matrix at a time.  With several processes all must call it; the first one writes.
+
+    Args:
+        folder: the folder to write; other files in an existing one stay as they are.
+        model: the model.
+        params: its parameters, sharded or not.
+        source_folder: where the model came from: its tokenizer files are copied, and so
+            are the fields of its config.json that do not concern the architecture
+            (token ids).
+        dtype: "float32", "float16" or "bfloat16"; by default that of the parameters.
+        padding: from `reward.padding_of`; a reward model's config.json and tokenizer
+            name it, a language model's stay as they are.  Without it `transformers`
+            refuses to score more than one sequence at a time.
+        max_file_bytes: weights beyond this size are split over several files; one
+            file's weights are held in host memory at a time.
+
+    Raises:
+        InputError: the folder cannot be written, or a weight is not finite in `dtype`.
+    """
+    folder = Path(folder).resolve()
+    source = None if source_folder is None else Path(source_folder)
+    stored_dtype = np.dtype(jnp.dtype(dtype or model.numerics.param_dtype))
+    if stored_dtype.name not in DTYPES.values():
+        raise InputError(
+            f"{folder}: weights are saved in {', '.join(DTYPES.values())}, not "
+            f"{stored_dtype}"
+        )
+    if not isinstance(model, RewardModel):
+        padding = None
+    fields = _config_fields(model, source, padding) | {"torch_dtype": stored_dtype.name}
+    tensors = [
+        entry
+        for name, leaf in _named_leaves(model.architecture.family, params)
+        for entry in entries(name, leaf)
+    ]
+    temporary = folder.parent / f".{folder.name}.partial"
+    writes = jax.process_index() == 0
+    try:
+        if writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_json(temporary / "config.json", fields)
+        target = temporary if writes else None
+        write_tensors(target, tensors, stored_dtype, max_file_bytes)
+        if writes:
+            _copy_tokenizer(source, temporary, padding)
+            _move_into_place(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{folder}: the model cannot be written ({reason}); free some space or "
+            "choose another folder"
+        ) from None
+    finally:
+        if writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _named_leaves(family: Family, tree: Params) -> list[tuple[TensorName, Any]]:
+    """The leaves of parameters in the tree's order, and where each lies in a folder."""
+    key = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(family.tensors[key(path)], leaf) for path, leaf in leaves]
+
+
+# --- reading
+
+
+def _match(
+    folder: Path, model: AnyModel, stored: dict[str, Any], new_head: bool
+) -> Params:
+    """The shapes of the parameters that `stored` holds.
+
+    All of the model's, without `score` if it is not stored and `new_head` is true.
+    """
+    family = model.architecture.family
+    shapes = dict(jax.eval_shape(model.init, jax.random.key(0)))
+    head, score = (family.tensors[name].template for name in ("head", "score"))
+    if score in stored and "score" not in shapes:
+        raise InputError(
+            f"{folder}: holds a reward model (tensor {score}), which has no LM head; "
+            "give a language model, or train this one with a loss of rewards"
+        )
+    ignored = set()
+    if "score" in shapes and score not in stored:
+        if not new_head:
+            raise InputError(
+                f"{folder}: holds no reward model (tensor {score} is missing); give "
+                "one, such as OUT/export of a run with --loss bradley_terry"
+            )
+        del shapes["score"]
+        ignored = {head}
+    elif model.architecture.tie_word_embeddings:
+        ignored = {head}  # checked when it is loaded
+    expected = {}
+    for name, leaf in _named_leaves(family, shapes):
+        stored_shape = name.stored_shape(leaf.shape)
+        expected |= dict.fromkeys(name.tensors(leaf.shape), stored_shape)
+    _check_names(folder, model.architecture, stored, expected, ignored)
+    for name, shape in expected.items():
+        found = stored[name].get_shape()
+        if found != list(shape):
+            raise InputError(
+                f"{folder}: tensor {name} has shape {found}, but config.json asks for "
+                f"{list(shape)}; the two do not belong together"
+            )
+    return shapes
+
+
+def _check_names(
+    folder: Path,
+    architecture: Architecture,
+    stored: dict[str, Any],
+    expected: dict[str, tuple[int, ...]],
+    ignored: set[str],
+) -> None:
+    family = architecture.family
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        head = family.tensors["head"].template
+        hint = "; set tie_word_embeddings if it is tied" if missing == [head] else ""
+        raise InputError(
+            f"{folder}: tensor {missing[0]} is missing ({len(missing)} of "
+            f"{len(expected)} are){hint}"
+        )
+    unknown = [
+        name
+        for name in stored
+        if not (name in expected or name in ignored)
+        and not name.endswith(family.ignored_tensors)
+    ]
+    if unknown:
+        raise InputError(
+            f"{folder}: tensor {unknown[0]} is not part of a {family.model_type} model "
+            f"with {architecture.num_layers} layers ({len(unknown)} such); check "
+            "config.json"
+        )
+
+
+def _check_tied_head(folder: Path, model: AnyModel, stored: dict[str, Any]) -> None:
+    """A language model may repeat its tied embedding, but not store another head."""
+    tensors = model.architecture.family.tensors
+    head, embed = (tensors[name].template for name in ("head", "embed"))
+    tied = isinstance(model, Model) and model.architecture.tie_word_embeddings
+    if (
+        tied
+        and head in stored
+        and not np.array_equal(stored[head][:], stored[embed][:])
+    ):
+        raise InputError(
+            f"{folder}: tensor {head} differs from {embed}, but config.json says "
+            "tie_word_embeddings; set it to false"
+        )
+
+
+def _load_leaf(
+    folder: Path, stored: dict[str, Any], name: TensorName, leaf: Any
+) -> jax.Array:
+    tensors, pieces = name.tensors(leaf.shape), {}
+    inner_shape = leaf.shape[1:] if name.stacked else leaf.shape
+
+    def read(tensor: str, index: Sequence[slice]) -> np.ndarray:
+        beat(f"reading {folder}: {tensor}")
+        values = stored[tensor][name.stored_index(inner_shape, index)]
+        values = values.astype(leaf.dtype)
+        if not np.isfinite(values).all():
+            raise InputError(f"{folder}: tensor {tensor} holds NaN or infinite values")
+        if name.inputs == 0:
+            return values
+        sizes = [len(range(n)[s]) for s, n in zip(index, inner_shape, strict=True)]
+        return values.T.reshape(sizes)
+
+    def piece(index: Any) -> np.ndarray:
+        bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+        if bounds not in pieces:  # devices that hold the same shard share one reading
+            if name.stacked:
+                layers = [read(tensor, index[1:]) for tensor in tensors[index[0]]]
+                pieces[bounds] = np.stack(layers)
+            else:
+                pieces[bounds] = read(tensors[0], index)
+        return pieces[bounds]
+
+    if leaf.sharding is None:
+        return jnp.asarray(piece((slice(None),) * len(leaf.shape)))
+    sharding = NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+    return jax.make_array_from_callback(leaf.shape, sharding, piece)
+
+
+# --- writing
+
+
+def _config_fields(
+    model: AnyModel, source: Path | None, padding: Padding | None
+) -> dict[str, Any]:
+    architecture = model.architecture
+    fields = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if source is not None:
+        if not source.is_dir():
+            raise InputError(f"{source}: no such folder to copy the tokenizer from")
+        if (source / "config.json").exists():
+            harmless = {*HARMLESS, *architecture.family.harmless} - {"dtype"}
+            copied = read_json(source / "config.json").items()
+            fields |= {name: value for name, value in copied if name in harmless}
+    fields |= architecture_to_fields(architecture)
+    if isinstance(model, RewardModel):
+        fields |= REWARD_FIELDS
+        fields |= {"architectures": [architecture.family.classifier]}
+        fields |= {"pad_token_id": padding.id if padding else None}
+    return fields
+
+
+def _copy_tokenizer(source: Path | None, folder: Path, padding: Padding | None) -> None:
+    if source is not None:
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+    if padding is not None:
+        _set_pad_token(folder, padding)
+
+
+def _set_pad_token(folder: Path, padding: Padding) -> None:
+    """Names the padding token in the tokenizer's files that name another or none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path := folder / name).exists():
+            fields = read_json(path)
+            written = name == "tokenizer_config.json" or "pad_token" in fields
+            token = fields.get("pad_token")
+            if isinstance(token, dict):  # as older files have it
+                token = token["content"]
+            if written and token != padding.token:
+                write_json(path, fields | {"pad_token": padding.token})
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    written = {path.name for path in temporary.iterdir()}
+    for name in sorted(written):
+        (temporary / name).replace(folder / name)
+    # Weights of an earlier save under other names would be read in place of ours.
+    for path in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        if path.name not in written:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""What the config.json of a model folder says, whatever its family."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxpref.errors import InputError
+from jaxpref.models import families
+from jaxpref.models.architecture import Architecture
+from jaxpref.models.config_json import HARMLESS, ConfigFields, read_json
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """What a folder's config.json describes.
+
+    Raises:
+        InputError: no readable config.json, or a field that is not supported.
+    """
+    path = Path(folder) / "config.json"
+    return architecture_from_fields(read_json(path), path)
+
+
+def architecture_from_fields(
+    values: dict[str, Any], source: str | Path
+) -> Architecture:
+    """What the fields of a config.json describe; `source` is named in messages.
+
+    Raises:
+        InputError: a field is missing, malformed or not supported.
+    """
+    fields = ConfigFields(values, str(source))
+    supported = {family.model_type: family for family in families.FAMILIES}
+    family = supported.get(model_type := fields.get("model_type"))
+    if family is None:
+        raise InputError(
+            f"{source}: field model_type is {model_type!r}; supported are "
+            f"{', '.join(sorted(supported))}"
+        )
+    if fields.get("quantization_config") is not None:
+        raise InputError(
+            f"{source}: field quantization_config: quantized weights cannot be "
+            "trained; use a folder with float32, float16 or bfloat16 weights"
+        )
+    try:
+        architecture = family.read_config(fields)
+    except InputError as error:
+        message = str(error)
+        if not message.startswith(fields.source):
+            message = f"{source}: {message}"
+        raise InputError(message) from None
+    fields.check_all_read({*HARMLESS, *family.harmless})
+    return architecture
+
+
+def architecture_to_fields(architecture: Architecture) -> dict[str, Any]:
+    """The config.json of a language model."""
+    family = architecture.family
+    return {
+        "architectures": [family.causal_lm],
+        "model_type": family.model_type,
+        **family.write_config(architecture),
+    }
+
+
+def is_reward_model(folder: str | Path) -> bool:
+    """Whether a folder's config.json is that of a sequence classifier.
+
+    Raises:
+        InputError: no readable config.json.
+    """
+    architectures = read_json(Path(folder) / "config.json").get("architectures")
+    return any(str(a).endswith("SequenceClassification") for a in architectures or ())

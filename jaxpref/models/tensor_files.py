@@ -1,0 +1,158 @@
+"""The safetensors files of a model folder: opened, indexed and written."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxpref.errors import InputError
+from jaxpref.models.config_json import read_json
+from jaxpref.models.families import TensorName
+from jaxpref.runtime.heartbeat import beat
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes of weights: the names of the format, and those of numpy."""
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def open_file(path: Path) -> dict[str, Any]:
+    """The tensors of a file by name; indexing one reads that part of it from disk.
+
+    Raises:
+        InputError: the file cannot be read, or holds a tensor of an unsupported dtype.
+    """
+    try:
+        file = safe_open(path, framework="np")
+        tensors = {name: file.get_slice(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; the folder is incomplete, copy it again"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); check its permissions"
+        ) from None
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: not a complete safetensors file ({error}); copy or download it "
+            "again"
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.get_dtype() not in DTYPES:
+            raise InputError(
+                f"{path}: tensor {name} is stored as {tensor.get_dtype()}; convert the "
+                "weights to float32, float16 or bfloat16"
+            )
+    return tensors
+
+
+def open_tensors(folder: Path) -> dict[str, Any]:
+    """The tensors of all files of a folder by name; only headers are read.
+
+    Raises:
+        InputError: a file is missing or cannot be read.
+    """
+    if (folder / WEIGHTS).exists():
+        return open_file(folder / WEIGHTS)
+    if not (folder / INDEX).exists():
+        raise InputError(
+            f"{folder}: has neither {WEIGHTS} nor {INDEX}; only safetensors are read, "
+            "so convert other weights first"
+        )
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in index.values()
+    ):
+        raise InputError(
+            f"{folder / INDEX}: weight_map is not a table of tensor and file names"
+        )
+    tensors = {}
+    for file in sorted(set(index.values())):
+        tensors |= open_file(folder / file)
+    for name, file in index.items():
+        if name not in tensors:
+            raise InputError(f"{folder / file}: tensor {name} is indexed, but missing")
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: a layer of an array, or the whole of one."""
+
+    tensor: str
+    name: TensorName
+    array: Any
+    layer: int
+
+
+def entries(name: TensorName, array: Any) -> list[Entry]:
+    """The tensors that hold an array of our parameters."""
+    tensors = enumerate(name.tensors(array.shape))
+    return [Entry(tensor, name, array, layer) for layer, tensor in tensors]
+
+
+def write_tensors(
+    folder: Path | None, tensors: list[Entry], dtype: np.dtype, max_file_bytes: int
+) -> None:
+    """Writes tensors into `folder`, or with None only helps to gather them.
+
+    Raises:
+        InputError: a value is not finite in `dtype`.
+    """
+    files, size = [[]], 0
+    for entry in tensors:
+        nbytes = math.prod(entry.name.stored_shape(entry.array.shape)) * dtype.itemsize
+        if size + nbytes > max_file_bytes and files[-1]:
+            files, size = [*files, []], 0
+        files[-1].append(entry)
+        size += nbytes
+
+    index, total = {}, 0
+    for i, of_file in enumerate(files):
+        file = WEIGHTS
+        if len(files) > 1:
+            file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        values = {entry.tensor: _gather(entry, dtype) for entry in of_file}
+        index |= dict.fromkeys(values, file)
+        total += sum(value.nbytes for value in values.values())
+        if folder is not None:
+            save_file(values, folder / file, metadata={"format": "pt"})
+            # The library makes files that only their owner can read.
+            shutil.copymode(folder / "config.json", folder / file)
+        del values  # before the next file's are gathered
+    if len(files) > 1 and folder is not None:
+        table = {"metadata": {"total_size": total}, "weight_map": index}
+        write_json(folder / INDEX, table)
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a JSON object as the files of model folders are written."""
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _gather(entry: Entry, dtype: np.dtype) -> np.ndarray:
+    beat(f"exporting {entry.tensor}")
+    name = entry.name
+    value: Any = entry.array[entry.layer] if name.stacked else entry.array
+    sharding = getattr(value, "sharding", None)
+    if isinstance(sharding, NamedSharding) and not value.is_fully_addressable:
+        value = jax.device_put(value, NamedSharding(sharding.mesh, P()))
+    with np.errstate(over="ignore"):
+        value = np.asarray(value).astype(dtype)
+    if not np.isfinite(value).all():
+        raise InputError(
+            f"tensor {entry.tensor} is not finite in {dtype}; nothing was saved"
+        )
+    if name.inputs:
+        value = value.reshape(math.prod(value.shape[: name.inputs]), -1).T
+    return np.ascontiguousarray(value)  # or the library saves the wrong order
