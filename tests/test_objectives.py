@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpref import losses
-from jaxpref.cli import LOSSES
+from jaxpref.cli.objectives import LOSSES
 from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.objectives import beta_dpo, from_loss

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jaxpref.train.shapes import abstract_batch
 
 from jaxpref import losses
 from jaxpref.cli import plan as plan_command
@@ -19,6 +18,7 @@ from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.objectives import from_loss
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
+from jaxpref.plan.layout import abstract_batch, uniform_layout
 from jaxpref.runtime.mesh import on_devices
 from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, make_mesh
@@ -133,14 +133,9 @@ def test_activations_are_the_residuals_of_the_backward_pass():
         with jax.set_mesh(mesh):
             model = work.model
             params = on_devices(jax.eval_shape(model.init, jax.random.key(0)), mesh)
-            batch = abstract_batch(
-                work.objective,
-                mesh,
-                prompt_length=8,
-                answer_length=8,
-                batch_size=8,
-                accumulation=1,
-            )
+            lengths = dict(prompt_length=8, answer_length=8)
+            layout = uniform_layout(2, mesh, batch_size=8, **lengths)
+            batch = abstract_batch(layout, work.objective, mesh)
             batch = dataclasses.replace(batch, reference={})
             scorer = make_scorer(model, work.objective.scores)
             found[remat] = program._activations(scorer, params, None, batch)

@@ -18,7 +18,6 @@ from benchmarks.random_steps import (
     pair_a_row_batch,
     random_pairs,
 )
-from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.models import build
 from tests.tiny import tiny_config, tiny_params
@@ -81,8 +80,9 @@ def test_useful_flops_count_the_mask_and_the_weights():
     batch = packed_batch(pairs, row_length=64)
     segments = batch.segments[0, :, 0]
     key, query = segments[:, None], segments[:, :, None]
-    seen = (query >= 0) & (key // PARTS == query // PARTS)
-    seen &= (key % PARTS == 0) | (key == query)
+    parts = batch.num_parts
+    seen = (query >= 0) & (key // parts == query // parts)
+    seen &= (key % parts == 0) | (key == query)
     seen &= np.tri(segments.shape[1], dtype=bool)
     held = batch.pairs[batch.pairs >= 0]  # some twice, to fill the row
     tokens, answers = LENGTHS[held].sum(), LENGTHS[held, 1:].sum()

@@ -9,7 +9,6 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxpref.train.shapes import abstract_batch
 
 from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
@@ -18,11 +17,13 @@ from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.layout import ROWS
 from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
+from jaxpref.plan.layout import abstract_batch, uniform_layout
 from jaxpref.plan.program import devices_of
 from jaxpref.runtime.mesh import AXES, on_devices
 from jaxpref.scoring import make_scorer
-from jaxpref.train import MeshConfig, OptimizerConfig, Task, make_mesh
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.task import Programs
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
@@ -93,17 +94,18 @@ def test_only_gradients_cross_between_slices():
     mesh = make_mesh(MeshConfig(), devices_of(parse_topology("2xv5e:4x4")))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
     with jax.set_mesh(mesh):
-        task = Task(
+        task = Programs(
             scorer=make_scorer(model, objective.scores),
             objective=objective,
             optimizer=make_optimizer(config, schedule),
             schedule=schedule,
             mesh=mesh,
+            layout=uniform_layout(
+                2, mesh, prompt_length=128, answer_length=128, batch_size=32
+            ),
         )
         params, state = task.abstract_params(), task.abstract_state()
-        batch = abstract_batch(
-            objective, mesh, prompt_length=128, answer_length=128, batch_size=32
-        )
+        batch = abstract_batch(task.layout, objective, mesh)
         text = task.train_step.lower(state, None, batch).compile().as_text()
 
     # Within a slice: groups of its 16 chips.

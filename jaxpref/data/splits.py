@@ -223,7 +223,7 @@ def _read(
                 [pair.example for pair in pairs],
                 [source.location(pair.row) for pair in pairs],
                 tokenizer,
-                max_length=options.max_length,
+                max_length=options.longest,
                 max_prompt_length=options.longest_prompt,
                 markers=options.markers,
             )
