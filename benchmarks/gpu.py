@@ -220,15 +220,15 @@ def measure(
     model = build(sizes)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
+        order = data.uniform(pairs, 0)
         layout = data.packed_layout(
             pairs,
+            order=order,
             row_length=config.row_length,
             batch_size=config.batch_size,
             shards=row_shards(mesh),
         )
-        batches = layout.batches(
-            pairs, data.uniform(pairs, 0), reference=reference_of(pairs)
-        )
+        batches = layout.batches(pairs, order, reference=reference_of(pairs))
         scores = make_scores(model, chunk_size=config.logit_chunk)
         step, new_state = make_step(model, scores)
         key = jax.random.key(0)

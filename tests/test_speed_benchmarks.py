@@ -18,7 +18,6 @@ from benchmarks.random_steps import (
     pair_a_row_batch,
     random_pairs,
 )
-from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.models import build
 from tests.tiny import tiny_config, tiny_params
@@ -79,10 +78,11 @@ def test_useful_flops_are_those_of_the_mask_and_the_weights():
     matrices = [x for x in jax.tree.leaves(params["layers"]) if len(x.shape) > 2]
     weights = sum(x.size for x in matrices)  # of all layers
     batch = packed_batch(pairs, row_length=64)
-    segments = batch.segments[0, :, 0]
+    segments = batch.segments.reshape(-1, batch.segments.shape[-1])
+    parts = batch.num_parts
     key, query = segments[:, None], segments[:, :, None]
-    seen = (query >= 0) & (key // PARTS == query // PARTS)
-    seen &= (key % PARTS == 0) | (key == query)
+    seen = (query >= 0) & (key // parts == query // parts)
+    seen &= (key % parts == 0) | (key == query)
     seen &= np.tri(segments.shape[1], dtype=bool)
     held = batch.pairs[batch.pairs >= 0]  # some twice, to fill the row
     tokens, answers = LENGTHS[held].sum(), LENGTHS[held, 1:].sum()

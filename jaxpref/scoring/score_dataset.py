@@ -50,7 +50,7 @@ def score_pairs(
       params: the model's parameters.
       pairs: N pairs of K sides.
       reference: the reference's parameters, where the scores need them.
-      eval_batches: every pair once, as `data.eval_batches` with its sizes bound.
+      eval_batches: every pair once, as a layout's `eval_batches`.
       mesh: the mesh the batches are placed on.
       title: shown at the progress bar.
       bar: of a larger set that these pairs are a part of, in place of one of their own.
