@@ -219,15 +219,15 @@ def measure(
     model = build(sizes, numerics)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
+        order = data.uniform(pairs, 0)
         layout = data.packed_layout(
             pairs,
+            order=order,
             row_length=config.row_length,
             batch_size=config.batch_size,
             shards=row_shards(mesh),
         )
-        batches = layout.batches(
-            pairs, data.uniform(pairs, 0), reference=reference_of(pairs)
-        )
+        batches = layout.batches(pairs, order, reference=reference_of(pairs))
         scorer = make_scorer(
             model, frozenset({"policy_logps"}), chunk_size=config.logit_chunk
         )

@@ -64,7 +64,7 @@ class Options:
     max_length: int = 512
     """Maximum length of prompt plus completion, in tokens."""
     batch_size: int = 8
-    """Pairs per step; on average for packed rows."""
+    """Pairs per step."""
     max_pairs: int = 1000
     """Maximum number of pairs to read."""
     processes: tuple[int, ...] = (1, 2)
@@ -89,16 +89,15 @@ def main(options: Options) -> None:
         chosen,
     ).train
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    size = options.batch_size
+    size, order = options.batch_size, data.uniform(pairs, 0)
     layouts = {
         "padded": data.padded_layout(pairs, batch_size=size),
         "packed": data.packed_layout(
-            pairs, row_length=options.row_length, batch_size=size
+            pairs, order=order, row_length=options.row_length, batch_size=size
         ),
     }
 
     def make(layout: str, processes: int):
-        order = data.uniform(pairs, 0)
         return layouts[layout].batches(
             pairs, order, reference=reference, processes=processes
         )

@@ -46,7 +46,7 @@ class Options:
     max_length: int = 512
     """Maximum length of prompt plus completion, in tokens."""
     batch_size: int = 32
-    """Pairs per step; on average for packed rows."""
+    """Pairs per step."""
     max_pairs: int = 800
     """Maximum number of pairs to read."""
     steps: int = 12
@@ -63,15 +63,15 @@ def main(options: Options) -> None:
     )
     pairs, model = plan.train, build(read_architecture(folder))
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    size = options.batch_size
+    size, order = options.batch_size, data.uniform(pairs, 0)
     layouts = {
         "one pair per row": data.padded_layout(pairs, batch_size=size),
         "packed rows": data.packed_layout(
-            pairs, row_length=options.row_length, batch_size=size
+            pairs, order=order, row_length=options.row_length, batch_size=size
         ),
     }
     layouts = {
-        name: layout.batches(pairs, data.uniform(pairs, 0), reference=reference)
+        name: layout.batches(pairs, order, reference=reference)
         for name, layout in layouts.items()
     }
     mesh = make_mesh(MeshConfig())

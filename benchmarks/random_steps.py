@@ -73,16 +73,26 @@ def padded_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
 def packed_batch(
     pairs: data.PreferenceDataset, *, row_length: int
 ) -> data.PreferenceBatch:
-    """A batch of packed rows that holds approximately the given number of pairs."""
-    layout = data.packed_layout(pairs, row_length=row_length, batch_size=len(pairs))
+    """A batch of packed rows that holds all the pairs."""
     order, reference = data.uniform(pairs, 0), reference_of(pairs)
+    layout = data.packed_layout(
+        pairs,
+        order=order,
+        row_length=row_length,
+        batch_size=len(pairs),
+        num_steps=1,
+        tokens_per_device=len(pairs) * row_length,
+    )
     return next(layout.batches(pairs, order, reference=reference, threads=0))
 
 
 def pair_a_row_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
     """All pairs as one batch of packed rows as long as the longest pair."""
     longest = int(pairs.packed_lengths.max())
-    layout = data.packed_layout(pairs, row_length=longest, batch_size=len(pairs))
+    order = data.in_order(pairs)
+    layout = data.packed_layout(
+        pairs, order=order, row_length=longest, batch_size=len(pairs), num_steps=1
+    )
     layout = dataclasses.replace(layout, slots=1)
     whole = np.arange(len(pairs))[None, :, None]
     return layout.collate(pairs, whole, reference=reference_of(pairs))

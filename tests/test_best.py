@@ -76,7 +76,7 @@ def test_the_best_is_kept_survives_a_restart_and_is_exported(
         return score_dataset(*args, title=title, **options)
 
     monkeypatch.setattr(task, "score_dataset", noted)
-    make_batches = data.batches
+    make_batches = data.PaddedLayout.batches
 
     class Mortal:
         def __init__(self, batches):
@@ -95,11 +95,13 @@ def test_the_best_is_kept_survives_a_restart_and_is_exported(
         keep_checkpoints=1,
         keep_best="max:eval_x",
     )
-    monkeypatch.setattr(data, "batches", lambda *a, **o: Mortal(make_batches(*a, **o)))
+    monkeypatch.setattr(
+        data.PaddedLayout, "batches", lambda *a, **o: Mortal(make_batches(*a, **o))
+    )
     with pytest.raises(RuntimeError, match="killed"):
         run(config_for(inputs, out, **options))
     assert checkpoints(out) == [3, 4]
-    monkeypatch.setattr(data, "batches", make_batches)
+    monkeypatch.setattr(data.PaddedLayout, "batches", make_batches)
     run(config_for(inputs, out, **options))
     assert seen == ["0", "3", "6", "6", "9", "12", "15", "16"]
     assert checkpoints(out) == [3, 16]

@@ -12,6 +12,7 @@ from jaxpref.data import (
     InjectOptions,
     ListSource,
     PreferenceBatch,
+    first_seen,
     make_splits,
     padded_layout,
     uniform,
@@ -159,6 +160,15 @@ def test_the_order_is_pinned():
     """A change here changes every run's order of examples: say so in the changelog."""
     first = [batch.pairs.ravel().tolist() for batch in take(train(), 2)]
     assert first == [[35, 3, 49, 30, 25, 44, 16, 37], [15, 1, 33, 19, 47, 17, 31, 20]]
+
+
+def test_the_pairs_that_a_run_sees_are_known_beforehand():
+    order = uniform(PLAN.train, 3)
+    drawn = np.concatenate([b.pairs.ravel() for b in take(train(), 20)]).tolist()
+    for steps in (1, 3, 20):
+        found = first_seen(order, PLAN.train, batch_size=8, num_steps=steps)
+        assert found.tolist() == [*dict.fromkeys(drawn[: 8 * steps])]
+    assert len(found) == len(PLAN.train)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])

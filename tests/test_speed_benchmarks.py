@@ -78,7 +78,8 @@ def test_useful_flops_count_the_mask_and_the_weights():
     matrices = [x for x in jax.tree.leaves(params["layers"]) if len(x.shape) > 2]
     weights = sum(x.size for x in matrices)  # of all layers
     batch = packed_batch(pairs, row_length=64)
-    segments = batch.segments[0, :, 0]
+    segments = batch.segments.reshape(-1, batch.segments.shape[-1])
+    parts = batch.num_parts
     key, query = segments[:, None], segments[:, :, None]
     parts = batch.num_parts
     seen = (query >= 0) & (key // parts == query // parts)

@@ -1,6 +1,5 @@
 """A process of `benchmarks.step`: jaxpref with packed rows and a stored reference."""
 
-import dataclasses
 import functools
 import itertools
 import time
@@ -36,13 +35,10 @@ def layout(job: Job, pairs: data.PreferenceDataset):
     row = max(longest, job.batch_size * int(pairs.packed_lengths.mean()) // 2)
     made = data.packed_layout(
         pairs,
+        order=data.uniform(pairs, 0),
         row_length=job.row_length or -(-row // 64) * 64,
         batch_size=job.batch_size,
     )
-    if job.repeat:
-        # All in one batch, as the other systems have them.
-        while len([*made.eval_batches(pairs)]) > 1:
-            made = dataclasses.replace(made, rows=made.rows + 1)
     return _train(made, pairs), made.eval_batches
 
 

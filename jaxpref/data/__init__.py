@@ -21,6 +21,7 @@ from jaxpref.data.options import for_model as for_model
 from jaxpref.data.prompts import read_prompts as read_prompts
 from jaxpref.data.render import TraceMarkers as TraceMarkers
 from jaxpref.data.samplers import Order as Order
+from jaxpref.data.samplers import first_seen as first_seen
 from jaxpref.data.samplers import in_order as in_order
 from jaxpref.data.samplers import mixture as mixture
 from jaxpref.data.samplers import uniform as uniform

@@ -75,6 +75,28 @@ def in_order(dataset: PreferenceDataset) -> Order:
     return _InOrder(len(dataset))
 
 
+def first_seen(
+    order: Order, dataset: PreferenceDataset, *, batch_size: int, num_steps: int
+) -> np.ndarray:
+    """The pairs that some steps see, each once, in the order in which they come first.
+
+    Args:
+      order: from `uniform` or `mixture`.
+      dataset: the pairs that it orders.
+      batch_size: pairs of a step.
+      num_steps: the steps, from the first one on.
+
+    Returns:
+      int [M], M at most the number of pairs.
+    """
+    seen: dict[int, None] = {}
+    for step in range(num_steps):
+        seen |= dict.fromkeys(order(step, batch_size).tolist())
+        if len(seen) == len(dataset):
+            break
+    return np.array([*seen], np.int64)
+
+
 def empty_places(batch_size: int, share: float) -> np.ndarray:
     """Which places of a batch hold an empty trace, bool [B], as evenly as can be."""
     if batch_size < 2:

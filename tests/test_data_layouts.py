@@ -1,0 +1,137 @@
+"""Layouts of one, two and three completions per prompt, some of them absent."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpref import data
+
+
+def lists(count, completions, *, seed=0):
+    """Prompts with up to `completions` answers; every third of three is shorter."""
+    rng = np.random.default_rng(seed)
+    words = lambda low, high: rng.integers(4, 40, rng.integers(low, high)).tolist()
+    builder = data.DatasetBuilder(completions)
+    for n in range(count):
+        answers = [words(2, 9) for _ in range(completions)]
+        if completions > 2 and n % 3 == 0:
+            answers[-1] = []
+        numbers = {"ties": n / count, "is_flipped": n % 2}
+        builder.add([1, *words(1, 7)], answers, id=f"{n}", columns=numbers)
+    return builder.build()
+
+
+def make_layout(name, dataset, order, **sizes):
+    if name == "padded":
+        return data.padded_layout(dataset, batch_size=8, **sizes)
+    return data.packed_layout(
+        dataset, order=order, batch_size=8, row_length=64, num_steps=5, **sizes
+    )
+
+
+def read_back(batch):
+    """{pair: [(prompt, completion), ...]} from the arrays alone."""
+    found = {}
+    k = batch.completion_lengths.shape[-1]
+    for a, r, s in np.argwhere(batch.pairs >= 0):
+        sides = []
+        for side in range(k):
+            sequence = 0 if batch.segments is not None else side
+            tokens = batch.tokens[a, r, sequence]
+            own = batch.completions[a, r, sequence] == s * k + side
+            targets = batch.targets[a, r, sequence][own]
+            predictors = batch.predictors[a, r, sequence][own]
+            assert len(targets) == batch.completion_lengths[a, r, s, side]
+            if not len(targets):
+                sides.append(None)
+                continue
+            assert (tokens[predictors[1:]] == targets[:-1]).all()
+            last = predictors[0]
+            if batch.segments is None:
+                prompt = tokens[: last + 1]
+            else:
+                segments = batch.segments[a, r, 0]
+                mine = segments == batch.num_parts * s
+                prompt = tokens[mine]
+                assert np.flatnonzero(mine)[-1] == last
+                answer = segments == batch.num_parts * s + 1 + side
+                assert tokens[answer].tolist() == targets.tolist()
+                positions = batch.positions[a, r, 0]
+                whole = [*positions[mine], *positions[answer]]
+                assert whole == [*range(len(prompt) + len(targets))]
+            sides.append((prompt.tolist(), targets.tolist()))
+        found[int(batch.pairs[a, r, s])] = sides
+    return found
+
+
+@pytest.mark.parametrize("name", ["padded", "packed"])
+@pytest.mark.parametrize("completions", [1, 2, 3])
+def test_batches_hold_the_lists_of_their_step(name, completions):
+    dataset = lists(30, completions)
+    order = data.uniform(dataset, 3)
+    layout = make_layout(name, dataset, order)
+    batches = layout.batches(dataset, order, threads=0)
+    for step in range(5):
+        batch = next(batches)
+        found = read_back(batch)
+        assert sorted(found) == sorted(order(step, 8).tolist())
+        for n, sides in found.items():
+            for side, read in enumerate(sides):
+                answer = dataset.completion(n, side).tolist()
+                expected = (dataset.prompt(n).tolist(), answer) if answer else None
+                assert read == expected
+        real = batch.pairs >= 0
+        where = batch.pairs[real]
+        assert (batch.weights == real).all()
+        for values, column in (
+            (batch.flips, dataset.columns["is_flipped"]),
+            (batch.labels["ties"], dataset.columns["ties"]),
+        ):
+            assert values.dtype == column.dtype
+            np.testing.assert_array_equal(values[real], column[where])
+            assert not values[~real].any()
+
+
+@pytest.mark.parametrize("name", ["padded", "packed"])
+@pytest.mark.parametrize("completions", [1, 2, 3])
+def test_the_abstract_batch_has_the_shapes_of_the_others(name, completions):
+    dataset = lists(30, completions)
+    order = data.uniform(dataset, 3)
+    table = {"one": np.zeros((30, completions), np.float32)}
+    for processes in (1, 2):
+        layout = make_layout(
+            name, dataset, order, accumulation=2, process_count=processes,
+            **({} if name == "padded" else {"shards": processes}),
+        )  # fmt: skip
+        whole = layout.of_all_processes()
+        abstract = layout.abstract_batch(labels=["ties"], reference=["one"])
+        shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+        batch = next(whole.batches(dataset, order, reference=table, threads=0))
+        assert shapes(abstract) == shapes(batch)
+        part = next(layout.batches(dataset, order, reference=table, threads=0))
+        assert part.tokens.shape[1] * processes == batch.tokens.shape[1] == layout.rows
+        (evaluated, *_) = whole.eval_batches(dataset, reference=table)
+        assert shapes(evaluated) == shapes(batch)
+        a, rows = batch.tokens.shape[:2]
+        assert layout.describe().startswith(f"{a} x {rows} rows of ")
+
+
+def test_a_column_is_added_in_one_place():
+    """A number per pair goes through the builder, splits and batches by its name."""
+    builder = data.DatasetBuilder(1)
+    for n in range(4):
+        builder.add([1], [[5]], id=f"{n}", columns={"confidence": n / 4})
+    dataset = builder.build()
+    assert dataset.columns["confidence"].dtype == np.float32
+    (batch,) = data.padded_layout(dataset, batch_size=4).eval_batches(dataset)
+    assert batch.labels["confidence"].ravel().tolist() == [0, 0.25, 0.5, 0.75]
+    taken = dataset.take(np.array([2]))
+    assert taken.columns["confidence"].tolist() == [0.5]
+    other = dataclasses.replace(
+        dataset, columns=dataset.columns | {"confidence": np.zeros(4, np.float32)}
+    )
+    assert other.digest() != dataset.digest()
+    with pytest.raises(ValueError, match="columns"):
+        builder.add([1], [[5]], id="5")
