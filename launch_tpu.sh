@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Starts an experiment on a Cloud TPU, brings it back after a preemption, fetches what it
-# wrote: `./launch_tpu.sh --help`.  Pages: docs/pods.md.
+# Runs an experiment on a Cloud TPU, restarts it after a preemption, and downloads its
+# results.  See `./launch_tpu.sh --help` and docs/pods.md.
 #
-# The order of this file: help, what was asked, commands shown or run, what runs on a
-# worker, one function for each step, the run that joins them.
+# This file, from top to bottom: help, options, printing or running commands, the scripts
+# that run on a worker, one function per step, and the run that combines the steps.
 #
-# Google Cloud SDK 528 parses every gcloud command below (a test asks it to), states are
-# those of its API, runtime versions those of cloud.google.com/tpu/docs/runtimes.  What the
-# commands do was only played by a stub; no real TPU has seen this script yet.
-# shellcheck disable=SC2016 # much of what stands in single quotes is for the workers
+# A test runs every gcloud command below through the parser of Google Cloud SDK 528.  The
+# states come from its API, and the runtime versions from
+# cloud.google.com/tpu/docs/runtimes.  So far the script has been tested only against a
+# `gcloud` stub, not on a real TPU.
+# shellcheck disable=SC2016 # most single-quoted strings are scripts for the workers
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,59 +19,59 @@ usage() {
 usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT...]
        ./launch_tpu.sh --local N [--restarts N] [--dry-run] -- EXPERIMENT...
 
-  run      all of it: create, wait, install, start, follow, again after a
-           preemption, fetch.  The same command again goes on where it was
-  resume   the same as run
-  create   ask for the TPU (a queued resource), if it is not there already
-  wait     until it is ready; one line a change
-  install  code and environment on every worker; nothing where they are the same
-  start    EXPERIMENT under `python -m jaxpref.runtime.supervise` on every worker
-  follow   its log and its end
-  status   of the TPU and of every worker
-  fetch    what it wrote, without checkpoints, to --results
-  stop     end the experiment (SIGTERM: it saves its last step), keep the TPU
-  delete   delete the TPU; what is in the bucket stays
+  run      do everything: create, wait, install, start, follow, fetch.  After a
+           preemption, recreate the TPU and resume.  Repeat the command to reattach
+  resume   same as run
+  create   request the TPU (a queued resource) unless it already exists
+  wait     wait until the TPU is ready; print a line for each change of state
+  install  install code and environment on every worker; skip what is up to date
+  start    start EXPERIMENT under `python -m jaxpref.runtime.supervise` on every worker
+  follow   print the experiment's log until it ends
+  status   print the state of the TPU and of every worker
+  fetch    download the results, without checkpoints, to --results
+  stop     end the experiment (SIGTERM: it saves its last step); keep the TPU
+  delete   delete the TPU; the contents of the bucket remain
 
-  --local N              N processes on this machine, the same supervisor; on CPUs
-                         unless JAX_PLATFORMS says otherwise, with the Python of .venv
-                         or of PATH unless PYTHON names another
-  --name NAME            of the TPU; the run's folder in the bucket has it too
+  --local N              run N processes on this machine under the same supervisor.
+                         Uses CPUs unless JAX_PLATFORMS is set, and the Python of
+                         .venv or PATH unless PYTHON is set
+  --name NAME            name of the TPU and of the run's folder in the bucket
   --zone ZONE            for example us-west4-a
-  --project PROJECT      where gcloud's own setting is not the one
+  --project PROJECT      Google Cloud project (default: gcloud's own setting)
   --type TYPE            for example v5litepod-16, v4-32, v5p-128, v6e-8
-  --node-count N         slices of that type (Multislice; default 1)
-  --spot                 cheaper, may be preempted
-  --runtime-version V    chosen by the type where not given
-  --bucket gs://B[/DIR]  the folder `runs/` of the experiment, mounted on every worker,
-                         so write `--out runs/...`; `none` keeps it on each worker, which
-                         only does for one host and survives no preemption
-  --git URL --commit C   clone this on every worker, in place of copying this tree
-  --extras LIST          of pyproject.toml (default train,tpu)
-  --python VERSION       on the workers (default 3.12)
-  --env KEY=VALUE        for the experiment; may be repeated
-  --restarts N           by the supervisor, of processes that died (default 3)
-  --hung S, --grace S,   the supervisor's: seconds without progress, from SIGTERM to
-  --steady S             SIGKILL, that renew its restarts (its defaults)
-  --recreations N        of a TPU that was preempted (default 20)
-  --wait-minutes N       for the TPU (default 1440)
-  --poll-seconds N       between looks (default 30)
-  --results DIR          for fetch (default results/NAME)
-  --delete-after         run deletes the TPU once the experiment has ended; if it could
-                         not be installed or followed the TPU is left, and told of
-  --create-option OPT    passed on to `gcloud ... create`; may be repeated
-  --ssh-option OPT       passed on to `gcloud ... ssh` and `scp`; may be repeated
-  --dry-run              print each command, run none
+  --node-count N         number of slices of that type (Multislice; default 1)
+  --spot                 use spot capacity: cheaper, but may be preempted
+  --runtime-version V    TPU software version (default: depends on the type)
+  --bucket gs://B[/DIR]  mounted on every worker as `runs/`, so use `--out runs/...`.
+                         `none` writes to each worker's own disk: it supports only a
+                         single host and does not survive a preemption
+  --git URL --commit C   clone this commit on every worker instead of copying this tree
+  --extras LIST          extras of pyproject.toml to install (default train,tpu)
+  --python VERSION       Python version on the workers (default 3.12)
+  --env KEY=VALUE        environment variable for the experiment; may be repeated
+  --restarts N           how often the supervisor restarts after a failure (default 3)
+  --hung S, --grace S,   passed to the supervisor: seconds without progress, seconds
+  --steady S             between SIGTERM and SIGKILL, seconds that reset --restarts
+  --recreations N        how often to recreate a preempted TPU (default 20)
+  --wait-minutes N       how long to wait for the TPU (default 1440)
+  --poll-seconds N       time between status checks (default 30)
+  --results DIR          where fetch writes (default results/NAME)
+  --delete-after         run deletes the TPU when the experiment ends.  If installing or
+                         following fails, run keeps the TPU and prints a warning
+  --create-option OPT    passed to `gcloud ... create`; may be repeated
+  --ssh-option OPT       passed to `gcloud ... ssh` and `scp`; may be repeated
+  --dry-run              print each command without running it
 
-With several workers gcloud asks for your key in ssh-agent:
+With several workers, gcloud requires your SSH key in ssh-agent:
   ssh-add ~/.ssh/google_compute_engine
 
-exit codes: 0 done; 2 wrong use; 3 the TPU was refused, or preempted too often; 4 not ready
-in time; 5 not installed; 6 workers cannot be reached; 130 interrupted (the experiment goes
-on); run and follow: the experiment's own.
+exit codes: 0 success; 2 invalid usage; 3 TPU refused or preempted too often; 4 TPU not
+ready in time; 5 installation failed; 6 workers unreachable; 130 interrupted (the
+experiment keeps running).  run and follow return the experiment's own exit code.
 HELP
 }
 
-# ---- what was asked ------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------
 
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 fail() { # CODE MESSAGE
@@ -95,7 +96,7 @@ parse() {
       --delete-after) DELETE_AFTER=1 && continue ;;
       --*=*) value=${option#*=} option=${option%%=*} ;;
       --*)
-        (($#)) || fail 2 "$option: a value must follow"
+        (($#)) || fail 2 "$option: expected a value"
         value=$1
         shift
         ;;
@@ -126,7 +127,7 @@ parse() {
       --create-option) CREATE_OPTIONS+=("$value") ;;
       --ssh-option) SSH_OPTIONS+=("$value") ;;
       --local) LOCAL=$value ;;
-      *) fail 2 "$option: no such option; see --help" ;;
+      *) fail 2 "$option: unknown option; see --help" ;;
     esac
   done
 }
@@ -137,23 +138,23 @@ check() {
     "--wait-minutes $WAIT_MINUTES" ${LOCAL:+"--local $LOCAL"}; do
     [[ $each =~ \ [0-9]+$ ]] || fail 2 "$each: expected a whole number"
   done
-  ((NODES > 0)) || fail 2 "--node-count $NODES: at least 1"
+  ((NODES > 0)) || fail 2 "--node-count $NODES: must be at least 1"
   if [[ -n $LOCAL ]]; then
-    ((LOCAL > 0)) || fail 2 "--local $LOCAL: at least 1"
+    ((LOCAL > 0)) || fail 2 "--local $LOCAL: must be at least 1"
     [[ -z $COMMAND ]] || fail 2 "$COMMAND: --local takes no command"
-    ((${#EXPERIMENT[@]})) || fail 2 "no experiment: put it after --"
+    ((${#EXPERIMENT[@]})) || fail 2 "no experiment given: put its command after --"
     return
   fi
   case $COMMAND in
     run | resume | create | wait | install | start | follow | status | fetch | stop | delete) ;;
     '') usage >&2 && exit 2 ;;
-    *) fail 2 "$COMMAND: no such command; see --help" ;;
+    *) fail 2 "$COMMAND: unknown command; see --help" ;;
   esac
   [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-    fail 2 "--name '$NAME': lower-case letters, digits and dashes, a letter first"
-  [[ -n $ZONE ]] || fail 2 "--zone is missing"
+    fail 2 "--name '$NAME': use lowercase letters, digits, and dashes; start with a letter"
+  [[ -n $ZONE ]] || fail 2 "--zone is required"
   case $COMMAND in run | resume | create)
-    [[ -n $TYPE ]] || fail 2 "--type is missing, for example --type v5litepod-16"
+    [[ -n $TYPE ]] || fail 2 "--type is required, for example --type v5litepod-16"
     [[ -n $RUNTIME ]] || choose_runtime
     ;;
   esac
@@ -163,14 +164,14 @@ check() {
     ;;
   esac
   case $COMMAND in run | resume | start)
-    ((${#EXPERIMENT[@]})) || fail 2 "no experiment: put it after --"
+    ((${#EXPERIMENT[@]})) || fail 2 "no experiment given: put its command after --"
     ;;
   esac
   if [[ -n $SPOT && $BUCKET == none ]]; then
-    fail 2 "--spot with --bucket none: a preemption would lose the run"
+    fail 2 "--spot with --bucket none: the run would be lost on preemption"
   fi
   [[ -n $GIT && -n $COMMIT || -z $GIT$COMMIT ]] ||
-    fail 2 "--git and --commit go together"
+    fail 2 "--git and --commit must be given together"
   for each in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
     [[ $each =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail 2 "--env $each: expected KEY=VALUE"
   done
@@ -182,17 +183,17 @@ choose_runtime() {
     v5p-*) RUNTIME=v2-alpha-tpuv5 ;;
     v5litepod-*) RUNTIME=v2-alpha-tpuv5-lite ;;
     v2-* | v3-* | v4-*) RUNTIME=tpu-ubuntu2204-base ;;
-    tpu7x* | v7x*) fail 2 "--type $TYPE: TPU7x is only to be had through GKE" ;;
-    *) fail 2 "--type $TYPE: not known here; add --runtime-version" ;;
+    tpu7x* | v7x*) fail 2 "--type $TYPE: TPU7x is available only through GKE" ;;
+    *) fail 2 "--type $TYPE: unknown type; add --runtime-version" ;;
   esac
 }
 
-# ---- commands, shown or run ----------------------------------------------------------
+# ---- printing or running commands ----------------------------------------------------
 
-exec 3>&1 # what --dry-run prints, also from inside $(...)
-exec 4>&2 # for a message where stderr is turned away
+exec 3>&1 # where --dry-run prints, even inside $(...)
+exec 4>&2 # for messages where stderr is redirected
 
-quoted() { # each argument as the shell would read it; only then is it shown in quotes
+quoted() { # prints the arguments as a command line, quoted where the shell needs it
   local each line=''
   for each in "$@"; do
     if [[ ! $each =~ ^[A-Za-z0-9_./:=,@%+~-]+$ ]]; then
@@ -212,19 +213,19 @@ do_() {
   fi
 }
 
-tpu() { # VERB ARGUMENTS: gcloud on the queued resource, in its zone
+tpu() { # VERB ARGUMENTS: runs a gcloud command for the queued resource
   local verb=$1
   shift
   do_ gcloud compute tpus queued-resources "$verb" "$@" --zone="$ZONE" \
     ${PROJECT:+"--project=$PROJECT"}
 }
 
-on_all() { # SCRIPT: on every worker of every slice
+on_all() { # SCRIPT: runs it on every worker of every slice
   tpu ssh "$NAME" --node=all --worker=all --command="$1" \
     ${SSH_OPTIONS[@]+"${SSH_OPTIONS[@]}"}
 }
 
-on_first() { # SCRIPT: on the worker that writes logs
+on_first() { # SCRIPT: runs it on worker 0 of slice 0, whose log `follow` shows
   tpu ssh "$NAME" --node=0 --worker=0 --command="$1" \
     ${SSH_OPTIONS[@]+"${SSH_OPTIONS[@]}"}
 }
@@ -233,20 +234,20 @@ sha256() {
   if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-16
 }
 
-supervised() { # the line that a worker runs
+supervised() { # prints the command line that a worker runs
   quoted python -m jaxpref.runtime.supervise --restarts "$RESTARTS" \
     ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} -- "${EXPERIMENT[@]}"
 }
 
-LOST=207 GONE=208 # between functions; no experiment is expected to end so
-PATIENCE=10       # looks in a row without an answer
+LOST=207 GONE=208 # internal return codes that no experiment is expected to use
+PATIENCE=10       # status checks in a row that may fail
 
-# ---- what runs on a worker -----------------------------------------------------------
+# ---- scripts that run on a worker ----------------------------------------------------
 #
-# ~/jaxpref there: code/, venv/, bucket/ (the mount), runs (what --out means: a folder of
-# the bucket), log, pid, exit (the code, once the supervisor has ended), command.
+# ~/jaxpref on a worker holds code/, venv/, bucket/ (the mount), runs (a link to the run's
+# folder in the bucket), log, pid, command, and exit (the supervisor's exit code).
 
-remote_head() { # a name for the log, and where all of it lies
+remote_head() { # NAME: the common first lines of each script
   printf '# jaxpref: %s\nset -eu\nmkdir -p "$HOME/jaxpref"\ncd "$HOME/jaxpref"\n' "$1"
 }
 
@@ -272,8 +273,8 @@ elif ! mountpoint -q bucket; then
     sudo apt-get install -qq -y gcsfuse >/dev/null
   fi
   mkdir -p bucket
-  # Other workers write here too, so nothing that was looked up may be remembered; and a
-  # checkpoint is finished by renaming its folder.
+  # Other workers write here too, so metadata must not be cached.  Finishing a checkpoint
+  # renames its folder.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=1000000 \
     "$bucket" bucket >&2
 fi
@@ -297,13 +298,13 @@ if [ "$(cat code/.digest 2>/dev/null)" != "$code" ]; then
 fi
 if [ "$(cat venv/.digest 2>/dev/null)" != "$environment" ]; then
   rm -rf venv
-  # Ubuntu 22.04 brings Python 3.10, which is too old; uv fetches another.
+  # Python 3.10 of Ubuntu 22.04 is too old; uv downloads a newer one.
   if ! "python$python" -m venv venv >/dev/null 2>&1; then
     rm -rf venv
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --seed --python "$python" venv
   fi
-  # Versions of the first installation, so that a node made later has the same.
+  # Pin the versions of the first installation, so that nodes created later match it.
   pins="runs/.environment-$environment.txt"
   if [ -s "$pins" ]; then set -- -c "$pins"; else set --; fi
   venv/bin/python -m pip install --quiet "$@" -e "code[$extras]" >&2
@@ -324,7 +325,7 @@ fi
 REMOTE
 }
 
-remote_alive() { # defines `alive`: a reboot ends it even if its number is in use again
+remote_alive() { # defines `alive`; the boot ID guards against a PID reused after a reboot
   cat <<'REMOTE'
 boot=$(cat /proc/sys/kernel/random/boot_id)
 alive() {
@@ -340,7 +341,7 @@ remote_start() {
   remote_alive
   printf 'if alive; then exit 0; fi\n'
   printf 'export PATH="$HOME/jaxpref/venv/bin:$PATH"\n'
-  # What is compiled is in the bucket too: a new node need not compile it again.
+  # The compilation cache is in the bucket too, so a new node need not recompile.
   printf 'export JAX_COMPILATION_CACHE_DIR="$HOME/jaxpref/runs/.compiled"\n'
   for each in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
     printf 'export %s=%q\n' "${each%%=*}" "${each#*=}"
@@ -350,14 +351,14 @@ remote_start() {
 rm -f exit
 printf '%s\n' "$line" >command
 cd code
-# The trap lets the shell outlive a SIGTERM to all, to write down how it ended.
+# The trap lets this shell survive a SIGTERM to the process group and record the exit code.
 setsid nohup bash -c 'trap : TERM; eval "$0"; echo $? >../exit.new; mv ../exit.new ../exit' "$line" \
   >>../log 2>&1 </dev/null &
 printf '%s\n%s\n' "$!" "$boot" >../pid
 REMOTE
 }
 
-remote_status() { # one line: worker HOST running|gone|idle|exit CODE
+remote_status() { # prints one line: worker HOST running|gone|idle|exit CODE
   remote_head status
   remote_alive
   cat <<'REMOTE'
@@ -369,7 +370,7 @@ echo "worker $(hostname) $state"
 REMOTE
 }
 
-remote_log() { # BYTES that are known already
+remote_log() { # OFFSET in bytes, from which the log is printed
   remote_head log
   printf 'if [ -f log ]; then tail -c +%d log; fi\n' "$(($1 + 1))"
 }
@@ -382,7 +383,7 @@ remote_stop() {
 
 # ---- the steps -----------------------------------------------------------------------
 
-state() { # of the queued resource; ABSENT where there is none
+state() { # prints the state of the queued resource, or ABSENT if there is none
   local found complaint
   complaint=$(mktemp)
   if found=$(tpu describe "$NAME" --format='value(state.state)' 2>"$complaint"); then
@@ -396,7 +397,7 @@ state() { # of the queued resource; ABSENT where there is none
   rm -f "$complaint"
 }
 
-nodes_ready() { # false if a node was preempted though its request still stands
+nodes_ready() { # false if a node was preempted while its request is still active
   local index found names=("$NAME")
   if ((NODES > 1)); then
     names=()
@@ -413,7 +414,7 @@ nodes_ready() { # false if a node was preempted though its request still stands
   done
 }
 
-create() { # nothing where a request stands; a dead one is replaced
+create() { # replaces a failed request; does nothing if one is active
   local now nodes=(--node-id="$NAME") unknown=0
   now=$(state)
   while [[ $now == UNKNOWN && -z $DRY ]]; do
@@ -424,11 +425,11 @@ create() { # nothing where a request stands; a dead one is replaced
   done
   case $now in
     ACTIVE | CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING)
-      say "$NAME is there already ($now)"
+      say "$NAME already exists ($now)"
       return 0
       ;;
     SUSPENDING | SUSPENDED | FAILED | DELETING)
-      say "$NAME is $now: making it anew"
+      say "$NAME is $now: recreating it"
       delete || return 3
       ;;
   esac
@@ -436,12 +437,12 @@ create() { # nothing where a request stands; a dead one is replaced
   tpu create "$NAME" "${nodes[@]}" --accelerator-type="$TYPE" \
     --runtime-version="$RUNTIME" ${SPOT:+--spot} \
     ${CREATE_OPTIONS[@]+"${CREATE_OPTIONS[@]}"} --quiet || {
-    say "$NAME: refused; what gcloud said stands above"
+    say "$NAME: refused; see gcloud's error above"
     return 3
   }
 }
 
-await() { # 0 ready, 3 failed, 4 too late, 6 gcloud does not answer, LOST preempted
+await() { # 0 ready, 3 failed, 4 timed out, 6 no answer from gcloud, LOST preempted
   local now before='' unknown=0 end=$((SECONDS + WAIT_MINUTES * 60))
   while :; do
     now=$(state)
@@ -463,7 +464,7 @@ await() { # 0 ready, 3 failed, 4 too late, 6 gcloud does not answer, LOST preemp
       *) unknown=0 ;;
     esac
     if ((SECONDS >= end)); then
-      say "$NAME: not ready after $WAIT_MINUTES minutes; it keeps its place in the queue"
+      say "$NAME: not ready after $WAIT_MINUTES minutes; it stays in the queue"
       return 4
     fi
     sleep "$POLL"
@@ -481,7 +482,7 @@ digest_of_code() {
   fi
 }
 
-digest_of_environment() { # code of a commit brings its own pyproject.toml
+digest_of_environment() { # a cloned commit has its own pyproject.toml
   { if [[ -n $GIT ]]; then echo "$GIT $COMMIT"; else cat "$HERE/pyproject.toml"; fi &&
     echo "$EXTRAS $PYTHON_VERSION"; } | sha256
 }
@@ -502,9 +503,9 @@ install() {
     }
     rm -rf "$packed"
   fi
-  for try in 1 2; do # a worker that has finished has nothing to do the second time
+  for try in 1 2; do # the second try does nothing on workers that succeeded
     if found=$(on_all "$script"); then break; fi
-    say "installation failed on a worker (try $try of 2)"
+    say "installation failed on a worker (attempt $try of 2)"
     ((try == 1)) || return 5
   done
   [[ -z $DRY ]] || found='environment 0'
@@ -523,7 +524,7 @@ start() {
 
 statuses() { on_all "$(remote_status)" 2>/dev/null | grep '^worker '; }
 
-KNOWN=0 # bytes of the log that were shown
+KNOWN=0 # number of bytes of the log already shown
 
 show_log() {
   local text
@@ -535,7 +536,7 @@ show_log() {
   rm -f "$text"
 }
 
-follow() { # 0 ended (its code is in ENDED), 6 no answer, LOST preempted, GONE not running
+follow() { # 0 ended (exit code in ENDED), 6 unreachable, LOST preempted, GONE not running
   local silent=0 interrupted=0 found now
   while :; do
     now=$(state)
@@ -549,19 +550,19 @@ follow() { # 0 ended (its code is in ENDED), 6 no answer, LOST preempted, GONE n
     if [[ -z $found ]]; then
       nodes_ready || return "$LOST"
       silent=$((silent + 1))
-      say "no answer from the workers ($silent of $PATIENCE)"
+      say "no response from the workers ($silent of $PATIENCE)"
       ((silent < PATIENCE)) || return 6
     elif ended "$found"; then
       show_log
-      # A preemption ends the experiment (130, or 143 where it was training) before
-      # anything else tells of it.
+      # A preemption ends the experiment (130, or 143 if it was training) before the
+      # state of the TPU changes.
       interrupted=$((interrupted + 1))
       if ((ENDED != 130 && ENDED != 143 || interrupted == PATIENCE)); then
         say "ended with code $ENDED: $(xargs <<<"$found")"
         ((ENDED == 0)) || on_all "$(remote_stop)" 2>/dev/null || true
         return 0
       fi
-      ((interrupted > 1)) || say "interrupted; waiting for whether this is a preemption"
+      ((interrupted > 1)) || say "interrupted; checking whether this is a preemption"
     elif grep -Eq ' (gone|idle)$' <<<"$found"; then
       say "not running: $(xargs <<<"$found")"
       return "$GONE"
@@ -574,7 +575,7 @@ follow() { # 0 ended (its code is in ENDED), 6 no answer, LOST preempted, GONE n
 
 ENDED=0
 
-ended() { # STATUSES: true if all ended well, or one did not; sets ENDED
+ended() { # STATUSES: true if all workers succeeded or any failed; sets ENDED
   ENDED=$(sed -n 's/.* exit //p' <<<"$1" | sort -n | grep -vx 0 | head -n 1) || true
   [[ -z $ENDED ]] || return 0
   ENDED=0
@@ -608,26 +609,26 @@ delete() {
   fi
 }
 
-run() { # what the experiment ended with; a TPU that is left behind is told of
+run() { # returns the experiment's exit code; warns about a TPU that still exists
   local code=0
   attempt || code=$?
-  if [[ -z $DRY && -n $MADE ]]; then
+  if [[ -z $DRY && -n $EXISTS ]]; then
     say "$NAME still exists and costs money: $0 delete --name $NAME --zone $ZONE"
   fi
   return "$code"
 }
 
-MADE='' # whether there is a TPU, as far as is known
+EXISTS='' # nonempty if the TPU exists, as far as is known
 
-attempt() {
+attempt() { # all steps, repeated after each preemption
   local code recreations=0
   while :; do
     create || return
-    MADE=1
+    EXISTS=1
     code=0
     await || code=$?
     ((code)) || once || code=$?
-    if ((code == 5 || code == 6)); then # was it the TPU that went away?
+    if ((code == 5 || code == 6)); then # did it fail because the TPU is gone?
       case $(state) in SUSPENDING | SUSPENDED | DELETING | ABSENT) code=$LOST ;; esac
     fi
     case $code in
@@ -637,37 +638,37 @@ attempt() {
     esac
     recreations=$((recreations + 1))
     if ((recreations > RECREATIONS)); then
-      say "$NAME: lost $recreations times, which is more than --recreations"
+      say "$NAME: lost $recreations times, more than --recreations $RECREATIONS allows"
       return 3
     fi
-    if ((code == LOST)); then # also where the request outlives its nodes
+    if ((code == LOST)); then # the request may outlive its nodes: delete it first
       delete || return 3
-      MADE=''
+      EXISTS=''
       KNOWN=0
     fi
     say "resuming ($recreations of at most $RECREATIONS)"
   done
   if ! fetch; then
-    say "the results could not be fetched; fetch tries again"
-    [[ $BUCKET != none ]] || DELETE_AFTER='' # they are nowhere else
+    say "the results could not be downloaded; run the fetch command to try again"
+    [[ $BUCKET != none ]] || DELETE_AFTER='' # the TPU holds the only copy
   fi
   if [[ -n $DELETE_AFTER ]]; then
     delete || return 3
-    MADE=''
+    EXISTS=''
   fi
   return "$ENDED"
 }
 
-once() { # install, start, follow; where it is running already, only follow
+once() { # installs, starts, and follows; only follows if it is already running
   local found='' other
   [[ -n $DRY ]] || found=$(statuses) || true
   if [[ -n $found ]] && ! grep -qv ' running$' <<<"$found"; then
     other=$(on_first 'cat jaxpref/command' 2>/dev/null) || other=''
     if [[ $other != "$(supervised)" ]]; then
-      say "$NAME runs another experiment, stop it first: $other"
+      say "$NAME is running another experiment; stop it first: $other"
       return 2
     fi
-    say "it is running already"
+    say "already running"
   else
     install || return
     start || return
@@ -687,7 +688,7 @@ local_() {
     -- "${EXPERIMENT[@]}"
 }
 
-# ---- go ------------------------------------------------------------------------------
+# ---- main ----------------------------------------------------------------------------
 
 parse "$@"
 check
@@ -696,7 +697,7 @@ if [[ -n $LOCAL ]]; then
   exit
 fi
 [[ -n $DRY ]] || command -v gcloud >/dev/null || fail 2 "gcloud is not installed"
-trap 'say "interrupted; the TPU and the experiment go on, run attaches again" 2>&4; exit 130' INT TERM
+trap 'say "interrupted; the experiment keeps running, and run reattaches to it" 2>&4; exit 130' INT TERM
 code=0
 case $COMMAND in
   run | resume) run || code=$? ;;
@@ -714,7 +715,7 @@ case $COMMAND in
   delete) delete || code=$? ;;
 esac
 if ((code == LOST || code == GONE)); then
-  say "$NAME was lost; run brings it back and goes on"
+  say "$NAME was lost; the run command recreates it and resumes"
   code=3
 fi
 exit "$code"

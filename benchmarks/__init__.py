@@ -1,1 +1,1 @@
-"""How fast, and how well: measurements that take longer than a test."""
+"""Benchmarks of speed and quality that take longer than a test."""

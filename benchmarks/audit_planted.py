@@ -1,9 +1,9 @@
-r"""How well does `jaxpref audit` find labels that were flipped on purpose?
+r"""How well does `jaxpref audit` find planted label flips?
 
-Swaps chosen and rejected of a known share of the pairs, runs the audit on the file, and
-compares: AUROC of 1 - p_correct for the planted flips, and how many of the 10 % most
-suspicious pairs were flipped.  The pairs' prompts are divided by hash into two halves:
-"development", on which the audit's settings were chosen, and "report".
+Exchanges chosen and rejected in a known share of the pairs, audits the file, and
+reports the AUROC of 1 - p_correct for the planted flips and their share in the 10% most
+suspicious pairs.  The prompts are divided by hash into two halves: "development", on
+which the audit's settings were chosen, and "report".
 
 Commands
     Both halves of HH helpful, the tiny model and a 135M one:
@@ -14,17 +14,17 @@ Commands
             --model SmolLM2-135M-Instruct --max-length 128 --max-prompt-length 48 \
             --half report --out runs/planted135m
 
-    `--half report` audits the whole file, as a user would, and counts the flips found
-    in the report half alone.  Features are computed once for all seeds.
+    `--half report` audits the whole file, as a user would, but measures only the report
+    half.  Features are computed once for all seeds.
 
 Expected
-    One column a seed, their mean and standard deviation; OUT/results.json has the same.
+    One column per seed, and mean and standard deviation, also in OUT/results.json.
     With the tiny model lift 2.15 ± 0.17 and AUROC 0.681 ± 0.017, in 12 seconds once the
-    features are kept (they took 2.4 minutes of processor time); with the 135M model
+    features are cached (they took 2.4 minutes of CPU time); with the 135M model
     2.44 ± 0.24 and 0.722 ± 0.011, in 63 seconds (14 minutes).  Two cores, one thread of
-    OpenBLAS: OPENBLAS_NUM_THREADS=1, without which a busy machine is many times slower.
-    Original labels that are wrong count as not flipped, so even a perfect audit stays
-    below an AUROC of 1, and the estimated rate is above the planted one.
+    OpenBLAS: without OPENBLAS_NUM_THREADS=1 a busy machine is many times slower.
+    Wrong labels of the original file count as not flipped.  So even a perfect audit has
+    an AUROC below 1, and the estimated rate is above the planted one.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ import numpy as np
 import tyro
 
 from jaxpref import data
-from jaxpref.data.formats import Example, parse, prompt_key
 from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.records import Example, parse, prompt_key
 from jaxpref.evaluate import audit
 from jaxpref.evaluate.flips import known_flips
 from jaxpref.files import write_json, write_whole
@@ -46,22 +46,22 @@ from jaxpref.runtime.entry import entry_point
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlantedConfig:
-    """What this benchmark reads."""
+    """Options of this benchmark."""
 
     data: str
-    """Preference file; its labels count as right."""
+    """Preference file, whose labels are assumed to be right."""
     model: str
     """Model folder or hub id."""
     out: str
-    """Folder for the planted files, the audits and the table."""
+    """Folder for the files with planted flips, the audits, and the results."""
     flip_rate: float = 0.2
-    """Share of labels that are flipped."""
+    """Share of labels to flip."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Which pairs are flipped."""
+    """Seeds that select the flipped pairs."""
     half: Literal["development", "report", "both"] = "both"
-    """Prompts whose pairs are counted."""
+    """Half of the prompts on which the audit is measured."""
     alone: bool = False
-    """Audit only the pairs that are counted, instead of the whole file."""
+    """Audit only these prompts instead of the whole file."""
     max_length: int = 1024
     """As in `jaxpref audit`."""
     max_prompt_length: int | None = None
@@ -69,11 +69,11 @@ class PlantedConfig:
     folds: int = 5
     """As in `jaxpref audit`."""
     features: str | None = None
-    """Folder of cached features; OUT/features where not given."""
+    """Folder of cached features (default: OUT/features)."""
 
 
 def halves(source: data.Source) -> list[str]:
-    """The half of each record, by hash of its prompt; "" where it has no pair."""
+    """The half of each record, by hash of its prompt; "" if it has no pair."""
     found = []
     for row in range(len(source)):
         example = parse(source[row], source.location(row), sides=2, drop_empty=True)

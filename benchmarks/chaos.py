@@ -1,24 +1,23 @@
-r"""Does a run that is killed twenty times end with the bits of one that is not?
+r"""Is a run with twenty injected faults bit-identical to an undisturbed one?
 
-Trains a small model on preference pairs, in two processes of four virtual CPU devices
-under `jaxpref.runtime.supervise`, twice: undisturbed, and with an event in each of its
-lives, of all the kinds that `benchmarks.chaos_child` lists.  Restarts are the
-supervisor's; after an end that it does not restart (a full disk) the same command is
-given again.
-Then the exported parameters and all lines of metrics but their timings must be equal.
+Trains a small model on preference pairs, in two processes with four virtual CPU devices
+under `jaxpref.runtime.supervise`.  It trains twice: undisturbed, and with a fault after
+each start, of all the kinds that `benchmarks.chaos_child` lists.  The supervisor
+restarts the run; after an exit that it does not restart (a full disk), the command is
+repeated.  The exported parameters and all metrics except timings must then be equal.
 
 Command
         python -m benchmarks.chaos --kills 20 --seed 0 --json chaos.json \
             --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz
 
-The seed decides which events come, in what order, over which process, how many steps
-after a restart and at what moment of a step; where the machine then is, its clock does.
+The seed determines the faults, their order, the process, the number of steps after a
+restart, and the moment within a step.  The exact timing still depends on the machine.
 
 Expected
-    All 20 come, and both runs are equal, bit for bit.  On two cores busy with other
-    work (seed 0, 99 steps): three flipped bits and a truncated file were all noticed;
-    it stepped again 22 seconds after an event (median; 13 to 49); 570 seconds of
-    processors, 21 minutes by the clock.
+    All 20 faults are injected, and both runs are bit-identical.  On two cores busy with
+    other work (seed 0, 99 steps): three flipped bits and a truncated file were all
+    detected; the median time from a fault to the next step was 22 seconds (13 to 49);
+    570 seconds of CPU time, 21 minutes of wall-clock time.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from benchmarks.chaos_child import DAMAGES, KINDS, TOLD, Event
+from benchmarks.chaos_child import DAMAGES, KINDS, PREFIX, Event
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.runtime.entry import entry_point
@@ -48,13 +47,13 @@ from jaxpref.train import read_metrics
 PROCESSES = 2
 SAVE_EVERY = 2
 NOTICED = 6
-"""Steps until the processes have agreed on the one at which SIGTERM ends them."""
-TIMINGS = ("tokens_per_second", "pairs_per_second", "waiting")
+"""Steps until the processes agree on the step at which SIGTERM ends them."""
+TIMINGS = ("tokens_per_second", "pairs_per_second", "data_wait_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChaosConfig:
-    """What is disturbed, and how often."""
+    """Options of this benchmark."""
 
     model: str
     """Model folder."""
@@ -63,19 +62,19 @@ class ChaosConfig:
     kills: int = 20
     """Events."""
     seed: int = 0
-    """Of the events."""
+    """Seed of the faults."""
     kinds: tuple[str, ...] = tuple(KINDS)
-    """Kinds of events; each comes once before one comes twice."""
+    """Kinds of faults; each occurs once before any occurs twice."""
     max_length: int = 96
-    """Most tokens of prompt and completion together."""
+    """Maximum length of prompt plus completion, in tokens."""
     max_pairs: int = 200
-    """Pairs that are read."""
+    """Maximum number of pairs to read."""
     patience: float = 180.0
-    """Seconds without a sign of life after which a run counts as hung."""
+    """Seconds without output after which a run counts as hung."""
     out: str | None = None
-    """Empty folder for the runs and their log; a temporary one where not given."""
+    """Empty folder for the runs and their log (default: a temporary one)."""
     json: str | None = None
-    """File for the record."""
+    """JSON file for the results."""
 
     def __post_init__(self):
         for kind in self.kinds:
@@ -90,7 +89,7 @@ class ChaosConfig:
 
 
 def draw(config: ChaosConfig) -> list[Event]:
-    """The events of a seed; the first one leaves a checkpoint to restore."""
+    """The faults of a seed; the first one leaves a checkpoint to restore."""
     rng = np.random.default_rng(config.seed)
     more = rng.choice(config.kinds, max(config.kills - len(config.kinds), 0)).tolist()
     kinds = [*config.kinds, *more][: config.kills]
@@ -117,7 +116,7 @@ def draw(config: ChaosConfig) -> list[Event]:
 
 
 def steps_for(events: Sequence[Event]) -> int:
-    """Steps of a run that does not end before the last event came."""
+    """A number of steps that lasts until after the last fault."""
     at = furthest = 0
     for event in events:
         if event.kind in ("kill while starting", "kill in a restore"):
@@ -157,10 +156,10 @@ def command(config: ChaosConfig, out: Path, steps: int) -> list[str]:
 
 
 class Run:
-    """A run with its events, from the first command to the last."""
+    """A run with its faults, from the first command to the last."""
 
     def __init__(self, config: ChaosConfig, folder: Path, events: Sequence[Event]):
-        """Writes the events where the processes find them.
+        """Writes the faults where the processes find them.
 
         Args:
           config: of the benchmark.
@@ -173,7 +172,7 @@ class Run:
         write_json(folder / "events.json", [dataclasses.asdict(e) for e in events])
 
     def finish(self, steps: int, bar: tqdm) -> float:
-        """Gives the command again until it ends well; seconds.
+        """Repeats the command until it succeeds; returns the seconds.
 
         Raises:
           InputError: if it hangs, ends otherwise than its event explains, or ends well
@@ -192,7 +191,7 @@ class Run:
         return time.monotonic() - began
 
     def _once(self, argv: list[str], bar: tqdm) -> int:
-        """Until the supervisor ends; its exit code."""
+        """Waits for the supervisor and returns its exit code."""
         supervised = [sys.executable, "-m", "jaxpref.runtime.supervise"]
         supervised += ["--processes", str(PROCESSES), "--pause", "0", "--grace", "10"]
         supervised += ["--restarts", str(2 * len(self.events) + 1), "--", *argv]
@@ -215,39 +214,39 @@ class Run:
             process.wait()
 
     def _note(self, line: str, bar: tqdm) -> None:
-        """Adds what a line tells to the record of the event before it."""
-        if not line.startswith(TOLD):
-            # It may stand behind a progress bar.
+        """Adds the contents of a log line to the record of the preceding fault."""
+        if not line.startswith(PREFIX):
+            # It may follow a progress bar on the line.
             found = re.search(r"(supervise: |jaxpref: |WARNING:jaxpref:).*", line)
             if self.records and found:
-                self.records[-1]["told"].append(found[0])
+                self.records[-1]["log"].append(found[0])
             return
-        told = json.loads(line.removeprefix(TOLD))
-        if "event" in told:
-            event = self.events[told.pop("event")]
+        entry = json.loads(line.removeprefix(PREFIX))
+        if "event" in entry:
+            event = self.events[entry.pop("event")]
             self.records.append(
-                {"kind": event.kind, "targets": list(event.targets), **told, "told": []}
+                {"kind": event.kind, "targets": list(event.targets), **entry, "log": []}
             )
             bar.set_postfix_str(event.kind)
             bar.update()
-        elif "step" in told:
-            # After SIGTERM, or on a full disk, the same life goes on for a while; and
+        elif "step" in entry:
+            # After SIGTERM, or on a full disk, the processes run on for a while; and
             # the next one may end before its first step.
-            for record in self.records[: told["life"]]:
+            for record in self.records[: entry["life"]]:
                 if "resumed_at" not in record:
-                    record["resumed_at"] = told["step"] - 1
-                    record["seconds"] = round(told["time"] - record["time"], 2)
+                    record["resumed_at"] = entry["step"] - 1
+                    record["seconds"] = round(entry["time"] - record["time"], 2)
         elif self.records:
-            self.records[-1] |= told
+            self.records[-1] |= entry
 
     def _tail(self) -> str:
         text = (self.folder / "log.txt").read_text(errors="replace")
-        kept = [x for x in re.split(r"[\r\n]+", text) if x and not x.startswith(TOLD)]
+        kept = [x for x in re.split(r"[\r\n]+", text) if x and not x.startswith(PREFIX)]
         return " | ".join(kept[-5:])
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of the processes: their devices, and what both runs compute or compile once."""
+    """Environment of the processes: devices, and caches that both runs share."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     virtual = "--xla_force_host_platform_device_count="
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -262,7 +261,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def lines_of(process: subprocess.Popen, log: Path, patience: float) -> Iterator[str]:
-    """The lines of a process, which are also added to a log.
+    """The output lines of a process, which are also appended to a log.
 
     Raises:
       TimeoutError: if none comes for that many seconds.
@@ -282,7 +281,7 @@ def lines_of(process: subprocess.Popen, log: Path, patience: float) -> Iterator[
         try:
             line = lines.get(timeout=patience)
         except queue.Empty:
-            raise TimeoutError(f"nothing was told for {patience:g} s") from None
+            raise TimeoutError(f"no output for {patience:g} s") from None
         if line is None:
             return
         yield line
@@ -292,7 +291,7 @@ def lines_of(process: subprocess.Popen, log: Path, patience: float) -> Iterator[
 
 
 def differences(undisturbed: Path, disturbed: Path) -> list[str]:
-    """What two runs do not have in common, bit for bit; empty where they are equal."""
+    """Differences between two runs; empty if they are bit-identical."""
     weights = "export/model.safetensors"
     found = []
     if (undisturbed / weights).read_bytes() != (disturbed / weights).read_bytes():
@@ -311,7 +310,7 @@ def differences(undisturbed: Path, disturbed: Path) -> list[str]:
 
 
 def main(config: ChaosConfig) -> dict:
-    """Both runs and their comparison; the record.
+    """Runs both, compares them, and returns the results.
 
     Raises:
       InputError: if a run hung or could not be finished.
@@ -340,18 +339,18 @@ def main(config: ChaosConfig) -> dict:
 
 
 def describe(record: dict) -> str:
-    """A line for each event, and the verdict."""
+    """One line per fault, and the verdict."""
     lines = []
     for number, event in enumerate(record["events"]):
         who = " and ".join(map(str, event["targets"]))
-        since = f"{event['seconds']:.1f} s" if "seconds" in event else "never"
+        since = f"{event['seconds']:.1f} s" if "seconds" in event else "not at all"
         lines.append(
             f"{number + 1:2} {event['kind']} (process {who}) at step {event['step']}: "
-            f"went on at {event.get('resumed_at')}, stepped again after {since}"
+            f"resumed at {event.get('resumed_at')}, next step after {since}"
         )
-        lines += [f"     {line}" for line in event["told"]]
+        lines += [f"     {line}" for line in event["log"]]
     wrong = ", ".join(record["differences"])
-    lines.append(f"differs: {wrong}" if wrong else "equal, bit for bit")
+    lines.append(f"differs: {wrong}" if wrong else "bit-identical")
     return "\n".join(lines)
 
 

@@ -1,12 +1,11 @@
-"""One process of the run that `benchmarks.chaos` disturbs: `train`, and an event.
+"""A process of the run that `benchmarks.chaos` disturbs: `train` with a fault.
 
     python -m benchmarks.chaos_child FOLDER train --model ...
 
-FOLDER holds `events.json`, in order.  In each life of the run, from the start of its
-processes to their end, the next event comes over it: the process that it names begins
-it, after it wrote down that it did (`fired-00.json`, ...), so no event comes twice.
-What happens is told on stderr, a line of JSON each, since a pipe is never full where
-a disk is.
+FOLDER holds the ordered list `events.json`.  After each start of the run, the next
+event is injected by the process that it names.  The process first records it
+(`fired-00.json`, ...), so no event occurs twice.  Events are logged on stderr as lines
+of JSON, because a pipe still works if the disk is full.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ KINDS = {
 }
 DAMAGES = ("truncated file", "flipped bit")
 BY_STEP = {*KINDS} - {"kill while starting", "kill in a save", "kill in a restore"}
-TOLD = "chaos: "
+PREFIX = "chaos: "
 _LIMIT = 1000  # bytes that a file may have on a full disk
 _STARTING = (
     6.0  # seconds after its start in which a process may be killed while starting
@@ -45,22 +44,22 @@ _STARTING = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """What comes over one life of the run."""
+    """A fault to inject after one start of the run."""
 
     kind: str
     """One of `KINDS`."""
     actor: int
-    """The process in which it begins."""
+    """The process that injects it."""
     targets: tuple[int, ...]
-    """Those that it meets."""
+    """The processes that it affects."""
     after: int
-    """Steps of this life before it."""
+    """Steps since the start before it occurs."""
     moment: float
-    """In [0, 1): how far into what it disturbs, and where in a file."""
+    """In [0, 1): moment within the disturbed operation, or position in a file."""
 
 
 def main(folder: Path, argv: list[str]) -> None:
-    """Trains, until the event comes."""
+    """Trains until the fault occurs."""
     index = int(os.environ["JAX_PROCESS_ID"])
     (folder / f"pid-{index}").write_text(str(os.getpid()))
     events = [
@@ -81,7 +80,7 @@ def main(folder: Path, argv: list[str]) -> None:
 
 
 class _Life:
-    """Of this process: its steps, and the event where this process begins it."""
+    """Counts the steps of this process, and injects its fault."""
 
     def __init__(self, folder: Path, out: Path, number: int, event: Event | None):
         self.folder, self.out, self.number, self.event = folder, out, number, event
@@ -89,10 +88,10 @@ class _Life:
         self.first = self.step = None
         self.last = time.monotonic()
         self.restoring = self.fired = False
-        self.begun = threading.Lock()
+        self.started = threading.Lock()
 
     def patch(self, *, mine: bool) -> None:
-        """Puts itself in the way of steps, saves and restores."""
+        """Hooks into steps, saves, and restores."""
         kind = self.event.kind if mine else ""
         if kind == "kill while starting":
             self.later(_STARTING * self.event.moment)
@@ -105,9 +104,9 @@ class _Life:
         def stepped(late, step, *args):
             self.first, self.step = self.first or step, step
             if self.index == 0:
-                tell({"step": step, "time": time.time(), "life": self.number})
+                log({"step": step, "time": time.time(), "life": self.number})
             if self.fired and kind.startswith("SIGTERM"):
-                time.sleep(0.3)  # JAX looks once a second: that is to be few steps
+                time.sleep(0.3)  # JAX checks once per second, which should be few steps
             now = time.monotonic()
             seconds, self.last = now - self.last, now
             if kind in BY_STEP and step - self.first + 1 >= self.event.after:
@@ -143,8 +142,8 @@ class _Life:
         return set()
 
     def later(self, seconds: float, seen: Callable[[], object] = lambda: True) -> None:
-        """The event, once and in a thread of its own, after what must be seen first."""
-        if not self.begun.acquire(blocking=False):
+        """Injects the fault once, in a thread, after its preconditions hold."""
+        if not self.started.acquire(blocking=False):
             return
 
         def wait():
@@ -157,17 +156,17 @@ class _Life:
         threading.Thread(target=wait, daemon=True).start()
 
     def fire(self) -> None:
-        """Tells, and does it."""
+        """Logs the fault and injects it."""
         event = self.event
-        told = {
+        record = {
             "event": self.number,
             "time": time.time(),
             "step": self.step,
             "unfinished": unfinished(self.out),
             "restoring": self.restoring,
         }
-        (self.folder / f"fired-{self.number:02}.json").write_text(json.dumps(told))
-        tell(told)
+        (self.folder / f"fired-{self.number:02}.json").write_text(json.dumps(record))
+        log(record)
         self.fired = True
         pids = [int((self.folder / f"pid-{i}").read_text()) for i in event.targets]
         # Itself last.
@@ -181,18 +180,18 @@ class _Life:
 
 
 def finished(out: Path) -> list[Path]:
-    """The checkpoints that have their final name, in order."""
+    """The completed checkpoints, in order."""
     folders = (out / "checkpoints").glob("*")
     return sorted((f for f in folders if f.name.isdigit()), key=lambda f: int(f.name))
 
 
 def unfinished(out: Path) -> list[str]:
-    """The names of those that do not."""
+    """The names of incomplete checkpoints."""
     return sorted(f.name for f in (out / "checkpoints").glob("*tmp*"))
 
 
 def _damage(path: Path, event: Event, out: Path) -> None:
-    """Damages a file of the newest checkpoint, once; larger ones are hit more often."""
+    """Damages a file of the newest checkpoint, once; larger files are more likely."""
     if path.exists():
         return
     newest = finished(out)[-1]
@@ -207,14 +206,14 @@ def _damage(path: Path, event: Event, out: Path) -> None:
     else:
         content[place] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
-    told = {"damaged": str(file.relative_to(out / "checkpoints")), "byte": place}
-    path.write_text(json.dumps(told))
-    tell(told)
+    record = {"damaged": str(file.relative_to(out / "checkpoints")), "byte": place}
+    path.write_text(json.dumps(record))
+    log(record)
 
 
-def tell(what: Mapping[str, object]) -> None:
-    """A line on stderr, whatever a progress bar left there."""
-    os.write(2, f"\n{TOLD}{json.dumps(what)}\n".encode())
+def log(what: Mapping[str, object]) -> None:
+    """Writes a line to stderr, even after a progress bar."""
+    os.write(2, f"\n{PREFIX}{json.dumps(what)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 r"""A DPO step of a 1B-class model on one GPU: bf16 products, float32 master weights.
 
 Commands
-    Random weights and random pairs of up to 2,048 tokens in packed rows of 2,048;
-    beside it TRL on the same pairs, with an interpreter that has torch and trl:
+    Random weights and random pairs of up to 2,048 tokens in packed rows of 2,048, and
+    TRL on the same pairs, with a Python interpreter that has torch and trl:
 
         python -m benchmarks.gpu --json gpu.json
         python -m benchmarks.gpu --trl-python ~/trl/bin/python --json gpu.json
@@ -11,24 +11,24 @@ Commands
 
         python -m benchmarks.gpu --model unsloth/Llama-3.2-1B --data pairs.jsonl
 
-    The same code on a CPU, tiny, to see that it runs; its figures mean nothing:
+    The same code on a CPU with tiny sizes, as a sanity check with meaningless numbers:
 
         python -m benchmarks.gpu --platform cpu --tiny
 
 Expected
-    On a machine without a GPU one line and exit code 0.  It has not run on one yet.
+    Without a GPU, one line and exit code 0.  It has not run on a GPU yet.
 
-Figures
-    Useful FLOP are those of a pair with its prompt once, its real tokens only, the head
-    on completion tokens only, attention where the mask lets it look; backward twice
-    forward; nothing for padding or for what is computed again.  MFU is useful FLOP a
-    second by the card's peak, TRL's of the same useful FLOP.  Peak memory is that of
-    the allocator over the whole run, without the CUDA context.
+Results
+    Useful FLOP count each prompt once, real tokens only, the head on completion tokens
+    only, and attention within the mask.  The backward pass counts twice the forward
+    pass; padding and recomputation count nothing.  MFU is useful FLOP per second
+    divided by the peak of the card, with the same useful FLOP for TRL.  Peak memory is
+    that of the allocator over the whole run, without the CUDA context.
 """
 
 import os
 
-# The reserve of 75 % of the card would leave TRL's process, which comes first, little.
+# The reserve of 75% of the card would leave TRL's process, which comes first, little.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -60,7 +60,7 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import row_shards, to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, make_mesh
 
 PEAK_TFLOPS = {
@@ -79,10 +79,10 @@ PEAK_TFLOPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuConfig:
-    """What is measured."""
+    """Options of this benchmark."""
 
     platform: Literal["gpu", "cpu"] = "gpu"
-    """Where; `cpu` is a dry run."""
+    """Platform to use; `cpu` is a dry run."""
     tiny: bool = False
     """A model of 0.1M parameters and short pairs."""
     model: str | None = None
@@ -90,27 +90,27 @@ class GpuConfig:
     data: str | None = None
     """Preference file, with --model; random pairs if not given."""
     row_length: int = 2048
-    """Tokens of a packed row, and most tokens of a pair."""
+    """Tokens of a packed row, and maximum tokens of a pair."""
     batch_size: int = 16
     """Pairs a step, on average."""
     logit_chunk: int | None = None
     """Completion tokens of a row whose logits exist at the same time; by default as in
     training, as many as fill a quarter of a GiB."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass computes again; TRL's everything with full, else nothing.
+    """What the backward pass recomputes; TRL: everything with full, else nothing.
     """
     blocks: int = 5
-    """Blocks of steps that are timed."""
+    """Timed blocks of steps."""
     steps: int = 4
-    """Steps of a block; two blocks' steps come before, untimed."""
+    """Steps per block; two untimed blocks come first."""
     peak_tflops: float | None = None
-    """The card's dense bf16 rate, where the table has none."""
+    """The card's dense bf16 rate, if the table does not have it."""
     trl_python: str | None = None
-    """Interpreter with torch and trl, to measure TRL in the same run."""
+    """Python interpreter with torch and trl, to measure TRL in the same run."""
     trl_accumulation: int = 1
     """Micro-batches of TRL's step."""
     json: str | None = None
-    """File for the record."""
+    """JSON file for the results."""
 
     def __post_init__(self):
         if (self.model is None) != (self.data is None):
@@ -129,7 +129,7 @@ class GpuConfig:
 
 
 def find_device(platform: str) -> jax.Device | None:
-    """The first device of a platform, None where there is none."""
+    """The first device of a platform, or None."""
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -152,14 +152,12 @@ def peak_of(kind: str, given: float | None) -> float:
     if given is not None:
         return given
     if not named:
-        raise InputError(
-            f"{kind}: its peak rate is not known; give --peak-tflops, dense bf16"
-        )
+        raise InputError(f"{kind}: unknown peak rate; pass --peak-tflops, dense bf16")
     return float(PEAK_TFLOPS[max(named, key=len)])
 
 
 def product_tflops(size: int, repeats: int = 5) -> float:
-    """What large bf16 matrix products reach in this run; the median."""
+    """Median rate of large bf16 matrix products in this run."""
     a = jnp.ones((size, size), jnp.bfloat16)
     multiply = jax.jit(lambda a, b: a @ b)
     multiply(a, a).block_until_ready()
@@ -174,8 +172,10 @@ def product_tflops(size: int, repeats: int = 5) -> float:
 # ---- the work ----------------------------------------------------------------------
 
 
-def make_pairs(config: GpuConfig) -> tuple[LlamaArchitecture, data.Pairs, Path | None]:
-    """The model's sizes, the pairs, and the model's folder where one was named."""
+def make_pairs(
+    config: GpuConfig,
+) -> tuple[LlamaArchitecture, data.PreferenceDataset, Path | None]:
+    """The model's sizes, the pairs, and the model's folder if given."""
     if config.model is None:
         sizes = PRESETS["llama-3-1b"]
         if config.tiny:
@@ -198,7 +198,7 @@ def make_pairs(config: GpuConfig) -> tuple[LlamaArchitecture, data.Pairs, Path |
     folder = Path(resolve_folder(config.model))
     options = data.DataOptions(max_length=config.row_length // 2, heldout_fraction=0.0)
     tokenizer = data.load_tokenizer(folder)
-    plan = data.make_plan(data.open_source(config.data), tokenizer, options)
+    plan = data.make_splits(data.open_source(config.data), tokenizer, options)
     return read_architecture(folder), plan.train, folder
 
 
@@ -209,22 +209,29 @@ def quantiles(values) -> dict[str, float]:
 
 
 def measure(
-    config: GpuConfig, sizes: LlamaArchitecture, pairs: data.Pairs, folder: Path | None
+    config: GpuConfig,
+    sizes: LlamaArchitecture,
+    pairs: data.PreferenceDataset,
+    folder: Path | None,
 ) -> dict:
-    """Our step on packed rows, batches made and placed as in a run."""
+    """Our step on packed rows, including making and placing batches."""
     numerics = Numerics(compute_dtype="bfloat16", remat=config.remat)
     model = build(sizes, numerics)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        shape = data.packed_shape(
+        layout = data.packed_layout(
             pairs,
             row_length=config.row_length,
             batch_size=config.batch_size,
-            parts=row_shards(mesh),
+            shards=row_shards(mesh),
         )
-        batches = data.packed_batches(pairs, shape=shape, reference=reference_of(pairs))
-        scores = make_scores(model, chunk_size=config.logit_chunk)
-        step, new_state = make_step(model, scores)
+        batches = layout.batches(
+            pairs, data.uniform(pairs, 0), reference=reference_of(pairs)
+        )
+        scorer = make_scorer(
+            model, frozenset({"policy_logps"}), chunk_size=config.logit_chunk
+        )
+        step, new_state = make_step(model, scorer)
         key = jax.random.key(0)
         if folder is None:
             params = jax.jit(model.init)(key)
@@ -241,7 +248,7 @@ def measure(
             for _ in range(config.steps):
                 batch = next(batches)
                 seen.append(batch)
-                state, metrics = step(state, to_global(batch, mesh))
+                state, metrics = step(state, None, to_global(batch, mesh))
             loss = float(metrics["loss"])  # waits for the last step
             seconds = time.perf_counter() - started
             if number < 2:
@@ -258,14 +265,14 @@ def measure(
     peak = stats.get("peak_bytes_in_use")
     return {
         "system": "jaxpref",
-        "rows": shape.rows,
+        "rows": layout.rows * layout.accumulation,
         "filled": float(np.mean(filled)),
         "peak_mib": None if peak is None else peak / 2**20,
     } | {name: quantiles(found) for name, found in rates.items()}
 
 
 def measure_trl(config: GpuConfig, sizes: LlamaArchitecture, pairs, folder) -> dict:
-    """TRL's trainer on the same pairs in a process of its own, reference stored."""
+    """TRL's trainer on the same pairs in its own process, with a stored reference."""
     count = min(len(pairs), config.batch_size * config.steps * (config.blocks + 2))
     job = {
         "device": config.platform,
@@ -290,8 +297,8 @@ def measure_trl(config: GpuConfig, sizes: LlamaArchitecture, pairs, folder) -> d
         )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"system": "trl", "error": told[:300]}
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"system": "trl", "error": message[:300]}
     found = json.loads(lines[-1])
     # One order in both: TRL's loader does not shuffle here.
     seconds = np.array(found.pop("seconds")).reshape(-1, config.steps)[2:].sum(1)
@@ -319,7 +326,7 @@ def line(found: dict, peak: float | None) -> str:
         parts.append(f"{spread(found['tokens_per_second'])} tokens/s")
     parts.append(f"{spread(found['tflops'])} useful TFLOP/s")
     if peak is not None:
-        parts.append(f"MFU {spread(found['tflops'], 100 / peak)} %")
+        parts.append(f"MFU {spread(found['tflops'], 100 / peak)}%")
     if found["peak_mib"] is not None:
         parts.append(f"peak {found['peak_mib'] / 1024:.1f} GiB")
     if "filled" in found:
@@ -328,14 +335,14 @@ def line(found: dict, peak: float | None) -> str:
 
 
 def main(config: GpuConfig) -> None:
-    """Measures and prints; one line where there is no GPU."""
+    """Measures and prints; a single line if there is no GPU."""
     device = find_device(config.platform)
     if device is None:
-        print("no GPU that this jax can use: skipped (--platform cpu is a dry run)")
+        print("no GPU found by jax: skipped (--platform cpu is a dry run)")
         return
     peak, kind = None, device.device_kind
     if config.platform == "cpu":
-        print("dry run on a CPU: it shows that the code runs, and nothing of a GPU")
+        print("dry run on a CPU: a sanity check that says nothing about GPUs")
     else:
         peak = peak_of(kind, config.peak_tflops)
     sizes, pairs, folder = make_pairs(config)
@@ -357,7 +364,7 @@ def main(config: GpuConfig) -> None:
             ) from error
         print(line(found[-1], peak), flush=True)
     product = product_tflops(256 if config.tiny else 8192)
-    print(f"{kind}: {product:.3g} TFLOP/s in bf16 products, peak {peak or 'not known'}")
+    print(f"{kind}: {product:.3g} TFLOP/s in bf16 products, peak {peak or 'unknown'}")
     if config.json is not None:
         record = {
             "dry_run": config.platform == "cpu",

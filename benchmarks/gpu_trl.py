@@ -1,8 +1,8 @@
-"""TRL's DPO trainer on given token ids; `gpu.py` starts it where torch and trl are.
+"""TRL's DPO trainer on given token ids, started by `gpu.py` with another interpreter.
 
     python gpu_trl.py JOB.json
 
-Prints one JSON line: seconds of every step, loading included, and peak memory.
+Prints a line of JSON: the seconds of every step, including loading, and peak memory.
 """
 
 import json
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 def word_tokenizer(size: int):
-    """A tokenizer whose words are numbers, so that any tokens can be given as text."""
+    """A tokenizer whose words are numbers, so that any tokens can be passed as text."""
     vocab = {str(n): n for n in range(size)}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -36,7 +36,7 @@ def word_tokenizer(size: int):
 
 
 class Clock(transformers.TrainerCallback):
-    """The time at the end of every step."""
+    """Records the time at the end of every step."""
 
     def __init__(self):
         self.times = []
@@ -51,14 +51,14 @@ class Clock(transformers.TrainerCallback):
 
 
 class InOrder(trl.DPOTrainer):
-    """Pairs in the order in which they are given."""
+    """Keeps the order of the pairs."""
 
     def _get_train_sampler(self, *_):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def main() -> None:
-    """Trains, and prints."""
+    """Trains, and prints the results."""
     if JOB["folder"] is None:
         config = transformers.LlamaConfig(**JOB["config"])
         model = transformers.LlamaForCausalLM(config).float()

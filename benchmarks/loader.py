@@ -1,24 +1,27 @@
-"""Does the step ever wait for data?  Batches a second, beside the time of a step.
+r"""Does the step wait for data?  Batches per second, compared with the step time.
 
-    python -m benchmarks.loader --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz
+    python -m benchmarks.loader --model stories260k-hf \
+        --data hh_rlhf_helpful_base_test.jsonl.gz
 
-Makes batches of both layouts as fast as they come, by threads of this process and by
-processes of their own, in turns, and compares the time of a batch with that of a train
-step of the model on such a batch.  Then trains for real, and reports the share of time
-that the run says it waited.  `--tokenizer` names another folder for the tokens, with
-which there is no step and no run: the model has no such embeddings.
+Makes batches of both layouts as fast as possible, with threads of this process and with
+separate processes in turn, and compares the time of a batch with that of a train step
+on it.  Then trains, and reports the share of time that the run waited for data.
+`--tokenizer` names another folder for the tokenizer; then there is no step and no
+training, because the model lacks the embeddings.
 
 With `--processes 1 --max-length 256 --row-length 512 --max-pairs 400`, on two cores
-busy with other work (medians of 5 rounds, quartiles): threads 972 (934 to 992) padded
-and 1,108 (1,007 to 1,133) packed batches a second, one process 506 (486 to 508) and 406
-(366 to 587), which carrying batches over costs; a step takes 1.1 and 1.3 seconds, a
-thousand times a batch; the runs waited 0.03 % and 0.71 % of their time.
-"""  # noqa: E501
+busy with other work (medians and quartiles of 5 rounds): threads make 972 (934 to 992)
+padded and 1,108 (1,007 to 1,133) packed batches per second, and one process 506 (486 to
+508) and 406 (366 to 587), because of the transfer between processes.  A step takes 1.1
+and 1.3 seconds, a thousand times as long as a batch.  The runs waited 0.03% and 0.71%
+of their time.
+"""
 
 import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -29,14 +32,14 @@ from jaxpref.models import build
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     make_mesh,
     read_metrics,
     run,
@@ -48,61 +51,64 @@ from jaxpref.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Options of this benchmark."""
 
     model: str
     """Model folder or hub id."""
     data: str
     """Preference file."""
     tokenizer: str | None = None
-    """Folder of another tokenizer: batches only, without a step."""
+    """Folder of another tokenizer: measures batches only, without a step."""
     row_length: int = 1024
     """Tokens of a packed row."""
     max_length: int = 512
-    """Most tokens of prompt and completion together."""
+    """Maximum length of prompt plus completion, in tokens."""
     batch_size: int = 8
-    """Pairs a step; of packed rows on average."""
+    """Pairs per step; on average for packed rows."""
     max_pairs: int = 1000
-    """Pairs that are read."""
+    """Maximum number of pairs to read."""
     processes: tuple[int, ...] = (1, 2)
-    """Numbers of processes beside the thread."""
+    """Numbers of loader processes to compare with the thread."""
     batches: int = 40
     """Batches a round, of each."""
     rounds: int = 5
-    """Times that all are measured, in turns."""
+    """Rounds of measurements, in turns."""
     steps: int = 10
-    """Steps of the run of each layout; 0: no step is measured and nothing is run."""
+    """Training steps per layout; 0 measures neither a step nor a run."""
 
 
 def main(options: Options) -> None:
-    """Batches, a step, and a run, of either layout."""
+    """Measures batches, a step, and a run for both layouts."""
     folder = Path(resolve_folder(options.model))
     chosen = data.DataOptions(
         max_length=options.max_length, max_pairs=options.max_pairs
     )
-    pairs = data.make_plan(
+    pairs = data.make_splits(
         data.open_source(options.data),
         data.load_tokenizer(Path(options.tokenizer or folder)),
         chosen,
     ).train
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    packed = data.packed_shape(
-        pairs, row_length=options.row_length, batch_size=options.batch_size
-    )
+    size = options.batch_size
+    layouts = {
+        "padded": data.padded_layout(pairs, batch_size=size),
+        "packed": data.packed_layout(
+            pairs, row_length=options.row_length, batch_size=size
+        ),
+    }
 
     def make(layout: str, processes: int):
-        common = {"reference": reference, "processes": processes}
-        if layout == "packed":
-            return data.packed_batches(pairs, shape=packed, **common)
-        shape = data.batch_shape(pairs)
-        return data.batches(pairs, shape=shape, batch_size=options.batch_size, **common)
+        order = data.uniform(pairs, 0)
+        return layouts[layout].batches(
+            pairs, order, reference=reference, processes=processes
+        )
 
-    for layout, row_length in (("padded", None), ("packed", options.row_length)):
+    for layout, row_length in (("padded", "none"), ("packed", options.row_length)):
         for processes, seconds in loading(make, layout, options).items():
             name = f"{processes} processes" if processes else "threads"
             low, middle, high = np.quantile(1 / seconds, [0.25, 0.5, 0.75])
             print(
-                f"{layout}, {name}: {middle:.0f} batches a second ({low:.0f} to "
+                f"{layout}, {name}: {middle:.0f} batches per second ({low:.0f} to "
                 f"{high:.0f}), {1e3 / middle:.2f} ms each",
                 flush=True,
             )
@@ -111,13 +117,13 @@ def main(options: Options) -> None:
             waited = running(options, chosen, row_length)
             print(
                 f"{layout}: a step takes {1e3 * seconds:.0f} ms; a run of "
-                f"{options.steps} steps waited {waited:.2%} of its time",
+                f"{options.steps} steps waited for data {waited:.2%} of the time",
                 flush=True,
             )
 
 
 def loading(make, layout: str, options: Options) -> dict[int, np.ndarray]:
-    """Seconds a batch in each round, by the number of processes; 0 is the thread."""
+    """Seconds per batch in each round, by the number of processes; 0 is the thread."""
     iterators = {n: make(layout, n) for n in (0, *options.processes)}
     found = {n: [] for n in iterators}
     for number in range(options.rounds + 1):
@@ -139,22 +145,24 @@ def stepping(folder: Path, batch, rounds: int) -> float:
     tx, objective = make_optimizer(config, schedule), from_loss(losses.dpo)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        step = make_train_step(make_scores(model), objective, tx, schedule)
+        step = make_train_step(
+            make_scorer(model, objective.scores), objective, tx, schedule
+        )
         new = jax.jit(lambda params: init_state(params, tx, objective))
         state, placed = new(load_params(folder, model)), to_global(batch, mesh)
         seconds = []
         for _ in range(rounds + 1):
             began = time.perf_counter()
-            state, metrics = step(state, placed)
+            state, metrics = step(state, None, placed)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))
 
 
 def running(
-    options: Options, chosen: data.DataOptions, row_length: int | None
+    options: Options, chosen: data.DataOptions, row_length: int | Literal["none"]
 ) -> float:
-    """The share of its time that a run waited, as it says itself."""
+    """The share of time that a run reports as waiting for data."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         run(
@@ -172,7 +180,9 @@ def running(
             )
         )
         lines = read_metrics(out / "metrics.jsonl")
-    return next(line["waiting"] for line in lines if "waiting" in line)
+    return next(
+        line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line
+    )
 
 
 if __name__ == "__main__":

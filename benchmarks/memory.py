@@ -1,19 +1,19 @@
-r"""What a train step needs beside its state: our step against logits everywhere.
+r"""Temporary memory of a train step, compared with steps that compute all logits.
 
-Compiles the step that training runs (DPO, AdamW), from shapes alone, and prints the
-compiler's temporaries (`memory_analysis().temp_size_in_bytes`, gradients among them).
-The same pairs go through
+Compiles the training step (DPO, AdamW) from shapes alone, and prints the compiler's
+temporaries (`memory_analysis().temp_size_in_bytes`, including gradients).  The same
+pairs are processed by
 
-- ours: packed rows, the head on completion tokens only, a chunk at a time;
-- peers: a sequence for each answer with its prompt, logits [B, T, V] of all positions,
-  then their log_softmax; `thrifty` peers take z[y] - logsumexp(z) instead, the least
-  that all logits need, as Tunix 0.1.7 does (TRL 1.16 is neither: it makes tiles of
-  logits).  Attention is our blockwise one, so none of the difference is attention's;
+- ours: packed rows, with the head on completion tokens only, one chunk at a time;
+- peers: one sequence per answer with its prompt, logits [B, T, V] of all positions, and
+  their log_softmax.  `thrifty` peers use z[y] - logsumexp(z) instead, the least memory
+  with all logits, like Tunix 0.1.7 (TRL 1.16 computes tiles of logits and is neither).
+  Attention is our blockwise attention, so it does not contribute to the difference;
 
-and, in the rows of ours, through other heads on the same backbone:
+and, for the packed rows, by other heads on the same backbone:
 
 - log_softmax, logsumexp: those of the peers;
-- none: no head at all, to see what the backbone takes.
+- none: no head, to measure the backbone.
 
 Commands
     All sizes, and a 0.6B model with a large vocabulary:
@@ -26,7 +26,7 @@ Commands
         python -m benchmarks.memory --quick
         python -m benchmarks.memory --quick --layouts padded
 
-    All of it is compiling: 80 to 170 seconds a line on two busy cores.
+    It only compiles: 80 to 170 seconds per line on two busy cores.
 
 Expected
     MiB for four pairs, `--vocabularies 152064`, float32, jax 0.10.2 on a CPU (x86):
@@ -37,8 +37,8 @@ Expected
          2,048   32,496   23,326  5,218          0.16       0.22
          4,096   64,816   46,142  8,631          0.13       0.19
 
-    At 512 tokens the turned embedding and the head's gradient, 0.3 GiB each, lie beside
-    the chunk's arrays, however few the tokens.
+    At 512 tokens, the transposed embedding and the gradient of the head (0.3 GiB each)
+    are in memory together with the chunk's arrays, however few tokens there are.
 """
 
 import dataclasses
@@ -58,14 +58,15 @@ from benchmarks.random_steps import (
     random_pairs,
 )
 from jaxpref import data, losses
-from jaxpref.data.batch import PARTS
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import Model, Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.objectives import from_loss
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
-from jaxpref.scoring.scores import ScoreFunction, make_scores
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.scores import Scores
 
 MODELS = {
     "smollm-135m-4-layers": dataclasses.replace(PRESETS["smollm2-135m"], num_layers=4),
@@ -75,24 +76,24 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What is compiled."""
+    """Options of this benchmark."""
 
     model: Literal["smollm-135m-4-layers", "llama-0.6b-152k"] = "smollm-135m-4-layers"
-    """Sizes; the vocabulary is replaced."""
+    """Preset of sizes; its vocabulary is replaced."""
     vocabularies: tuple[int, ...] = (49152, 152064)
     """Sizes of the vocabulary."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """Tokens of a prompt and one of its answers; a quarter is the prompt."""
+    """Tokens of a prompt plus an answer; a quarter is the prompt."""
     layouts: tuple[Literal["packed", "padded"], ...] = ("packed",)
-    """Of ours: prompts once, or with each answer; a row holds one pair."""
+    """Our layouts: prompts once (packed) or per answer (padded); one pair per row."""
     pairs: int = 4
-    """Pairs of a batch."""
+    """Pairs per batch."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again."""
+    """What the backward pass recomputes."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products."""
     json: str | None = None
-    """File for the records."""
+    """JSON file for the results."""
     quick: bool = False
     """The largest vocabulary, up to 1,024 tokens."""
 
@@ -100,12 +101,12 @@ class MemoryConfig:
         if min(self.lengths) < 32 or self.pairs < 1 or min(self.vocabularies) < 8:
             raise InputError(
                 f"lengths {self.lengths}, pairs {self.pairs}, vocabularies "
-                f"{self.vocabularies}: give at least 32 tokens, 1 pair, 8 entries"
+                f"{self.vocabularies}: needs at least 32 tokens, 1 pair, 8 entries"
             )
 
 
 def random_batches(config: MemoryConfig, length: int, vocab_size: int):
-    """The same pairs in both layouts, without any padding."""
+    """The same pairs in both layouts, without padding."""
     quarter = length // 4
     sizes = [quarter, length - quarter, length - quarter]
     pairs = random_pairs(np.tile(sizes, (config.pairs, 1)), vocab_size=vocab_size)
@@ -116,13 +117,13 @@ def random_batches(config: MemoryConfig, length: int, vocab_size: int):
 
 
 def log_softmax_head(model: Model, params, hidden, predictors, targets) -> jax.Array:
-    """Log-probs [B, P] out of a [B, T, V] table of them."""
+    """Log-probs [B, P] from an array [B, T, V] of log-probs."""
     table = jax.nn.log_softmax(_logits(model, params, hidden))
     return jax.vmap(lambda row, p, t: row[p, t])(table, predictors, targets)
 
 
 def logsumexp_head(model: Model, params, hidden, predictors, targets) -> jax.Array:
-    """The same without a table beside the logits."""
+    """The same without an array of log-probs."""
     logits = _logits(model, params, hidden)
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jax.vmap(lambda row, p, t: row[p, t])(logits, predictors, targets)
@@ -130,7 +131,7 @@ def logsumexp_head(model: Model, params, hidden, predictors, targets) -> jax.Arr
 
 
 def no_head(model: Model, params, hidden, predictors, targets) -> jax.Array:
-    """Something of every hidden state, [B, P], that costs nothing."""
+    """A negligible function of every hidden state, [B, P]."""
     sums = jnp.sum(hidden, axis=-1, dtype=jnp.float32)
     return jax.vmap(lambda row, p: row[p])(sums, predictors)
 
@@ -140,22 +141,23 @@ def _logits(model: Model, params, hidden) -> jax.Array:
     return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def scores_with(
+def scorer_with(
     head: Callable, model: Model, *, blockwise: bool = False
-) -> ScoreFunction:
-    """Scores as those of `make_scores`, through another head; without a mesh.
+) -> Callable[..., Scores]:
+    """As a `PolicyScorer` is called, through another head; without a mesh.
 
     `blockwise` has each padded sequence attended to as a packed row of one prompt.
     """
 
-    def scores(params, batch: data.PreferenceBatch, reference=None):
+    def score(params, frozen, batch: data.PreferenceBatch) -> Scores:
+        del frozen
         rows, sequences, _ = batch.tokens.shape
         _, slots, sides = batch.completion_lengths.shape
         flat = lambda x: x.reshape(rows * sequences, *x.shape[2:])
         positions = segments = None
         if batch.segments is not None:
             positions, segments = flat(batch.positions), flat(batch.segments)
-            segments = segments // PARTS, segments % PARTS
+            segments = segments // batch.num_parts, segments % batch.num_parts
         elif blockwise:
             one = jnp.zeros_like(flat(batch.tokens))
             segments = one, one
@@ -168,41 +170,41 @@ def scores_with(
         )
         return {"policy_logps": sums.reshape(rows, slots, sides)}
 
-    return scores
+    return score
 
 
 HEADS = {
-    "ours": make_scores,
-    "log_softmax": lambda model: scores_with(log_softmax_head, model),
-    "logsumexp": lambda model: scores_with(logsumexp_head, model),
-    "none": lambda model: scores_with(no_head, model),
+    "ours": lambda model: make_scorer(model, from_loss(losses.dpo).scores),
+    "log_softmax": lambda model: scorer_with(log_softmax_head, model),
+    "logsumexp": lambda model: scorer_with(logsumexp_head, model),
+    "none": lambda model: scorer_with(no_head, model),
 }
-"""In the rows of ours."""
+"""Heads for our rows."""
 PEERS = {
-    "peers": lambda model: scores_with(log_softmax_head, model, blockwise=True),
-    "thrifty": lambda model: scores_with(logsumexp_head, model, blockwise=True),
+    "peers": lambda model: scorer_with(log_softmax_head, model, blockwise=True),
+    "thrifty": lambda model: scorer_with(logsumexp_head, model, blockwise=True),
 }
-"""In the padded layout."""
+"""Heads for the padded layout."""
 AGAINST = (*PEERS, "log_softmax", "logsumexp")
-"""What ours is compared with."""
+"""Systems to compare with."""
 
 
 # ---- the measurement ---------------------------------------------------------------
 
 
-def temporaries(model: Model, scores: ScoreFunction, batch) -> int:
-    """Bytes of a compiled step's temporaries; nothing is run, and no weight made."""
-    step, new_state = make_step(model, scores)
+def temporaries(model: Model, scorer: Callable[..., Scores], batch) -> int:
+    """Bytes of a compiled step's temporaries; nothing is run or allocated."""
+    step, new_state = make_step(model, scorer)
     state = jax.eval_shape(lambda key: new_state(model.init(key)), jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(state, None, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def measure(
     config: MemoryConfig, sizes: LlamaArchitecture, layout: str, length: int
 ) -> dict:
-    """One record: MiB by name, and ours as a share of the others."""
+    """One record: MiB by name, and ours relative to the others."""
     numerics = Numerics(remat=config.remat, compute_dtype=config.compute_dtype)
     model = build(sizes, numerics)
     batches = random_batches(config, length, sizes.vocab_size)
@@ -225,7 +227,7 @@ def measure(
 
 
 def main(config: MemoryConfig) -> None:
-    """The table, row by row."""
+    """Prints the table."""
     vocabularies, lengths = config.vocabularies, config.lengths
     if config.quick:
         vocabularies = (max(vocabularies),)
@@ -248,13 +250,13 @@ def main(config: MemoryConfig) -> None:
                 records.append(record)
                 mib = (f"{record['mib'][name]:.0f}" for name in names)
                 ratios = ", ".join(f"{x:.2f}" for x in record["ratios"].values())
-                told = heading.format(layout, vocab_size, length, *mib)
-                print(f"{told}  {ratios}", flush=True)
+                line = heading.format(layout, vocab_size, length, *mib)
+                print(f"{line}  {ratios}", flush=True)
     largest = max(vocabularies)
     ratios = [r["ratios"]["peers"] for r in records if r["vocabulary"] == largest]
     print(
-        f"vocabulary {largest}: {min(ratios):.2f} to {max(ratios):.2f} of the step of "
-        f"peers; at most a third in {np.mean(np.array(ratios) <= 1 / 3):.0%} of cases"
+        f"vocabulary {largest}: {min(ratios):.2f} to {max(ratios):.2f} of the peers' "
+        f"step; at most a third in {np.mean(np.array(ratios) <= 1 / 3):.0%} of cases"
     )
     if config.json is not None:
         setting = dataclasses.asdict(config) | {

@@ -1,28 +1,28 @@
-r"""What does it cost to divide a step over a mesh?  Eight virtual devices beside one.
+r"""The overhead of sharding a step over a mesh: eight virtual devices and one.
 
-Times the step that training runs (DPO, AdamW, a pair a row) on the same global batch of
-random pairs, by one device that holds everything and by eight virtual ones on the same
-cores, divided along each axis of the mesh and along all three.  The cores do the same
-useful work, so what is more is what the division costs here: collectives, work that is
-done on every device, and smaller matrix products.  Each layout has its own process,
-one after the other in turns; an overhead is the ratio of medians of the same turn.
+Times the training step (DPO, AdamW, one pair per row) on the same global batch of
+random pairs.  It runs on one device and on eight virtual devices of the same cores,
+sharded along each axis of the mesh and along all three.  The cores do the same useful
+work, so the additional time is the overhead: collectives, replicated work, and smaller
+matrix products.  Each layout runs in its own process, in turns; an overhead is the
+ratio of medians in the same turn.
 
 Commands
         python -m benchmarks.mesh --json mesh.json
         python -m benchmarks.mesh --quick
 
 Expected
-    By the clock beside the unsharded step, on two quiet cores with `--turns 3
-    --steps 5` (median and range of turns; 5 minutes):
+    Wall-clock time relative to the unsharded step, on two quiet cores with `--turns 3
+    --steps 5` (median and range over turns; 5 minutes):
 
                                     260 thousand parameters    17 million
-        data 8                      +4 % (+2 to +16)           +29 % (+21 to +36)
-        fsdp 8                      +22 % (+9 to +32)          +11 % (+9 to +20)
-        fsdp 4, tensor 2            +16 % (+8 to +25)          +13 % (+4 to +18)
-        data 2, fsdp 2, tensor 2    +16 % (+5 to +32)          +21 % (+16 to +36)
+        data 8                      +4% (+2 to +16)           +29% (+21 to +36)
+        fsdp 8                      +22% (+9 to +32)          +11% (+9 to +20)
+        fsdp 4, tensor 2            +16% (+8 to +25)          +13% (+4 to +18)
+        data 2, fsdp 2, tensor 2    +16% (+5 to +32)          +21% (+16 to +36)
 
-    The unsharded step takes 0.153 and 1.28 s.  Processor time grows by 16 to 30 % and
-    14 to 36 %.
+    The unsharded step takes 0.153 and 1.28 s.  CPU time grows by 16 to 30% and
+    14 to 36%.
 """
 
 import dataclasses
@@ -75,26 +75,26 @@ CLOCKS = {"clock": time.perf_counter, "processors": time.process_time}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshBenchmark:
-    """What is timed."""
+    """Options of this benchmark."""
 
     pairs: int = 16
-    """Pairs of a step, over all devices."""
+    """Pairs per step, over all devices."""
     prompt: int = 64
     """Tokens of every prompt."""
     completion: int = 64
     """Tokens of every completion."""
     steps: int = 10
-    """Steps that are timed in each turn; two before them compile and warm up."""
+    """Timed steps per turn, after two for compilation and warm-up."""
     turns: int = 3
     """Turns."""
     json: str | None = None
-    """File for the records."""
+    """JSON file for the results."""
     quick: bool = False
-    """One turn of three steps, and the smaller model alone."""
+    """One turn of three steps with the smaller model only."""
 
 
 def measure(config: MeshBenchmark, model_name: str, mesh_name: str) -> dict:
-    """Median seconds of a step by each clock, in a process with its own devices."""
+    """Median wall-clock and CPU seconds of a step, in a separate process."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     virtual = "--xla_force_host_platform_device_count="
     flags = [flag for flag in flags if not flag.startswith(virtual)]
@@ -108,13 +108,13 @@ def measure(config: MeshBenchmark, model_name: str, mesh_name: str) -> dict:
         text=True,
     )
     if done.returncode:
-        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"{model_name}, {mesh_name}: {told}")
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"{model_name}, {mesh_name}: {message}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
-    """Prints what `measure` reads."""
+    """Prints JSON for `measure`."""
     model = build(MODELS[model_name])
     sizes = np.tile(
         [config.prompt, config.completion, config.completion], (config.pairs, 1)
@@ -128,7 +128,7 @@ def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
         seconds = {name: [] for name in CLOCKS}
         for number in range(config.steps + 2):
             began = {name: clock() for name, clock in CLOCKS.items()}
-            state, metrics = step(state, batch)
+            state, metrics = step(state, None, batch)
             jax.block_until_ready((state, metrics))
             for name, clock in CLOCKS.items() if number >= 2 else ():
                 seconds[name].append(clock() - began[name])
@@ -136,7 +136,7 @@ def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
 
 
 def main(config: MeshBenchmark) -> list[dict]:
-    """All layouts in turns; a record for each model and mesh."""
+    """Measures all layouts in turns; returns a record per model and mesh."""
     if config.quick:
         config = dataclasses.replace(config, steps=3, turns=1)
     models = list(MODELS)[: 1 if config.quick else None]
@@ -167,14 +167,14 @@ def main(config: MeshBenchmark) -> list[dict]:
 
 def describe(record: dict) -> str:
     """One line."""
-    told = [f"{record['model']}, {record['mesh']}:"]
+    lines = [f"{record['model']}, {record['mesh']}:"]
     for clock in CLOCKS:
         found = record[clock]
-        told.append(f"{1000 * np.median(found['seconds']):.0f} ms by the {clock}")
+        lines.append(f"{1000 * np.median(found['seconds']):.0f} ms by the {clock}")
         if record["mesh"] != UNSHARDED:
             low, middle, high = np.quantile(found["overhead"], (0, 0.5, 1))
-            told[-1] += f" ({middle:+.0%}; {low:+.0%} to {high:+.0%})"
-    return f"{told[0]} {', '.join(told[1:])}"
+            lines[-1] += f" ({middle:+.0%}; {low:+.0%} to {high:+.0%})"
+    return f"{lines[0]} {', '.join(lines[1:])}"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What packed rows save: one pair a row, padded, beside several with prompts once.
+r"""What packing saves: one padded pair per row, and several pairs with prompts once.
 
-    python -m benchmarks.packing --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz --row-length 1024 --steps 8
+    python -m benchmarks.packing --model stories260k-hf \
+        --data hh_rlhf_helpful_base_test.jsonl.gz --row-length 1024 --steps 8
 
-Trains both layouts for a few steps on the same pairs, in turns, and prints for each
-the tokens that are computed for one that exists (a prompt counted once), and pairs a
-second: median and quartiles over steps, without the first two.
+Trains both layouts for a few steps on the same pairs, in turns.  For each it prints the
+padding overhead (computed tokens per real token, with each prompt counted once) and the
+pairs per second: median and quartiles over steps, without the first two.
 
-Expected: 2.56 and about 1.05 tokens computed for one that exists.
-"""  # noqa: E501
+Expected: a padding overhead of 2.56 and about 1.05.
+"""
 
 import dataclasses
 import time
@@ -18,15 +19,15 @@ import numpy as np
 import tyro
 
 from jaxpref import data, losses
-from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -34,7 +35,7 @@ from jaxpref.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Options of this benchmark."""
 
     model: str
     """Model folder or hub id."""
@@ -43,43 +44,45 @@ class Options:
     row_length: int = 1024
     """Tokens of a packed row."""
     max_length: int = 512
-    """Most tokens of prompt and completion together."""
+    """Maximum length of prompt plus completion, in tokens."""
     batch_size: int = 32
-    """Pairs a step; of packed rows on average."""
+    """Pairs per step; on average for packed rows."""
     max_pairs: int = 800
-    """Pairs that are read."""
+    """Maximum number of pairs to read."""
     steps: int = 12
-    """Of each layout."""
+    """Steps per layout."""
 
 
 def main(options: Options) -> None:
-    """Both layouts, in turns."""
+    """Trains both layouts, in turns."""
     folder = Path(resolve_folder(options.model))
-    plan = data.make_plan(
+    plan = data.make_splits(
         data.open_source(options.data),
         data.load_tokenizer(folder),
         data.DataOptions(max_length=options.max_length, max_pairs=options.max_pairs),
     )
     pairs, model = plan.train, build(read_architecture(folder))
     reference = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    shape = data.packed_shape(
-        pairs, row_length=options.row_length, batch_size=options.batch_size
-    )
+    size = options.batch_size
     layouts = {
-        "one pair a row": data.batches(
-            pairs,
-            shape=data.batch_shape(pairs),
-            batch_size=options.batch_size,
-            reference=reference,
+        "one pair per row": data.padded_layout(pairs, batch_size=size),
+        "packed rows": data.packed_layout(
+            pairs, row_length=options.row_length, batch_size=size
         ),
-        "packed rows": data.packed_batches(pairs, shape=shape, reference=reference),
+    }
+    layouts = {
+        name: layout.batches(pairs, data.uniform(pairs, 0), reference=reference)
+        for name, layout in layouts.items()
     }
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         tx = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
         objective = from_loss(losses.dpo)
         step = make_train_step(
-            make_scores(model), objective, tx, make_schedule(OptimizerConfig(), 1000)
+            make_scorer(model, objective.scores),
+            objective,
+            tx,
+            make_schedule(OptimizerConfig(), 1000),
         )
         states = {
             name: jax.jit(lambda p: init_state(p, tx, objective))(
@@ -92,10 +95,10 @@ def main(options: Options) -> None:
             for name, batches in layouts.items():
                 batch = next(batches)
                 real = batch.pairs[batch.pairs >= 0]
-                exist = lengths(pairs)[0][real].sum()
+                exist = pairs.packed_lengths[real].sum()
                 placed = to_global(batch, mesh)
                 started = time.perf_counter()
-                states[name], metrics = step(states[name], placed)
+                states[name], metrics = step(states[name], None, placed)
                 jax.block_until_ready(metrics)
                 seconds = time.perf_counter() - started
                 if number >= 2:
@@ -105,8 +108,8 @@ def main(options: Options) -> None:
         rates, waste = np.array(rows).T
         low, middle, high = np.quantile(rates, [0.25, 0.5, 0.75])
         print(
-            f"{name}: {middle:.1f} pairs a second ({low:.1f} to {high:.1f}); "
-            f"{np.mean(waste):.2f} tokens computed for one that exists"
+            f"{name}: {middle:.1f} pairs per second ({low:.1f} to {high:.1f}); "
+            f"padding overhead {np.mean(waste):.2f}"
         )
 
 

@@ -1,17 +1,17 @@
-r"""How a train step's time grows with length, pairs, layers, vocabulary and devices.
+r"""How the step time scales with length, pairs, layers, vocabulary, and devices.
 
-Times the step that training runs (DPO, AdamW, packed rows) on random pairs, one row for
-each pair, one size after the other in turn, and fits
+Times the training step (DPO, AdamW, packed rows) on random pairs, with one row per pair
+and alternating sizes, and fits
 
     log seconds = exponent * log size + constant
 
 by least squares to the medians over turns; the spread is that of fits to single turns.
 
-Tokens of a step grow along two axes: with the length of its pairs and with their
-number.  Attention within a pair is the one part whose cost grows with the square of the
-length.  Its share is timed apart: a program that runs only `packed_attention` on rows
-of the same segments, all the layers, forward and backward, is timed within the same
-turn and its seconds are taken off the step's.
+The number of tokens grows with the length of the pairs and with their number.
+Attention within a pair is the only part whose cost is quadratic in the length.  It is
+timed separately: a program that runs only `packed_attention` on rows with the same
+segments, for all layers, forward and backward, is timed in the same turn and
+subtracted.
 
 Commands
         python -m benchmarks.scaling --json scaling.json --png scaling.png
@@ -21,20 +21,20 @@ Expected
     Exponents with `--clock processors` on two cores busy with other work, jax 0.10.2,
     float32 (spread over three turns; between the largest two sizes):
 
-        tokens of a pair, 256 to 4,096    1.16 (1.13 to 1.20; 1.52)
+        tokens per pair, 256 to 4,096     1.16 (1.13 to 1.20; 1.52)
           attention alone                 1.80 (1.78 to 1.84; 1.90)
           without attention               0.94 (0.92 to 1.04; 1.11)
-        pairs of a step, 1 to 8           1.00 (0.98 to 1.00; 1.09)
+        pairs per step, 1 to 8            1.00 (0.98 to 1.00; 1.09)
         layers, 1 to 8                    0.75 (0.71 to 0.76; 0.91)
         vocabulary, 4,096 to 32,768       0.26 (0.23 to 0.31; 0.40)
         virtual devices, 1 to 4           0.11 (0.07 to 0.14; 0.12)
 
     Attention is 0.08 of a step with one pair of 256 tokens and 0.43 with one of 4,096.
-    The run took 388 seconds of processors, and 15 minutes there.
+    The run took 388 seconds of CPU time and 15 minutes of wall-clock time.
 
-    Devices are virtual ones on the same cores, each number in a process of its own: it
-    shows that the program runs on them and what dividing the work costs, and can show
-    no speed-up.
+    The devices are virtual ones on the same cores, in a separate process for each
+    number of devices.  This measures the overhead of sharding and cannot show a
+    speedup.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.random_steps import make_step, pair_a_row_batch, random_pairs
-from jaxpref.data.batch import PARTS, PreferenceBatch
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.files import write_json, write_whole
 from jaxpref.models import Model, build
@@ -71,28 +71,28 @@ Axis = Literal["length", "pairs", "layers", "vocabulary", "devices"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """What is timed.  Along an axis all other sizes are the single ones."""
+    """Options of this benchmark.  Along an axis, the other sizes are fixed."""
 
     axes: tuple[Axis, ...] | None = None
-    """What grows: by default all, in a quick run length and pairs."""
+    """Axes to scale (default: all; length and pairs in a quick run)."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    """Tokens of a pair's row: a seventh is the prompt, three for each answer."""
+    """Tokens per row: a seventh for the prompt, three sevenths for each answer."""
     counts: tuple[int, ...] = (1, 2, 4, 8)
-    """Pairs of a step."""
+    """Pairs per step."""
     depths: tuple[int, ...] = (1, 2, 4, 8)
     """Layers."""
     vocabularies: tuple[int, ...] = (4096, 8192, 16384, 32768)
     """Sizes of the vocabulary."""
     devices: tuple[int, ...] = (1, 2, 4)
-    """Virtual devices, over which the rows and weights are spread (fsdp)."""
+    """Numbers of virtual devices, over which rows and weights are sharded (fsdp)."""
     length: int = 512
-    """On the other axes."""
+    """Value for the other axes."""
     pairs: int = 1
-    """On the other axes, but as many as the most devices where there are several."""
+    """Value for the other axes; for devices, the largest number of devices."""
     layers: int = 4
-    """On the other axes."""
+    """Value for the other axes."""
     vocabulary: int = 8192
-    """On the other axes."""
+    """Value for the other axes."""
     hidden: int = 576
     """Width: three query heads of 64 for each key head, the MLP 8/3 as wide."""
     turns: int = 3
@@ -101,7 +101,7 @@ class ScalingConfig:
     """Seconds by the clock, or of all processors together, which other work on the
     machine disturbs less."""
     json: str | None = None
-    """File for the records."""
+    """JSON file for the results."""
     png: str | None = None
     """File for the figure."""
     quick: bool = False
@@ -177,7 +177,7 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
     state = [jax.jit(lambda key: new_state(model.init(key)))(jax.random.key(0))]
 
     def run():
-        state[0], metrics = step(state[0], batch)
+        state[0], metrics = step(state[0], None, batch)
         jax.block_until_ready((state[0], metrics))
 
     return run
@@ -186,7 +186,8 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
 def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     """Runs the attention of all layers of a step, forward and backward."""
     c, segments = model.architecture, jnp.asarray(batch.segments[0, :, 0])
-    q, k, v, slopes = (
+    parts = segments // batch.num_parts, segments % batch.num_parts
+    q, k, v, cotangents = (
         jax.random.normal(key, (c.num_layers, *segments.shape, heads, c.head_dim))
         for key, heads in zip(
             jax.random.split(jax.random.key(0), 4),
@@ -194,17 +195,16 @@ def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
         )
     )
 
-    def total(q, k, v, slopes):
+    def total(q, k, v, cotangents):
         # Stacked and scanned, so that as much is kept for the backward pass.
         def layer(_, x):
-            of_rows = Segments(segments // PARTS, segments % PARTS)
-            return None, packed_attention(*x, of_rows)
+            return None, packed_attention(*x, Segments(*parts))
 
         _, out = jax.lax.scan(layer, None, (q, k, v))
-        return jnp.sum(out * slopes)
+        return jnp.sum(out * cotangents)
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    return lambda: jax.block_until_ready(gradient(q, k, v, slopes))
+    return lambda: jax.block_until_ready(gradient(q, k, v, cotangents))
 
 
 CLOCKS = {"wall": time.perf_counter, "processors": time.process_time}
@@ -250,8 +250,8 @@ def measure_devices(config: ScalingConfig, count: int) -> dict:
     command = [sys.executable, "-m", "benchmarks.scaling", "--only-devices", asked]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        told = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"{count} virtual devices: {told}")
+        line = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"{count} virtual devices: {line}")
     seconds = json.loads(done.stdout.strip().splitlines()[-1])
     return {"axis": "devices", "size": count, "seconds": seconds}
 
@@ -352,7 +352,7 @@ def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
         panel.plot(sizes, line, color=FAINT, ls=":", lw=1, label="in proportion")
         lowest = min(lowest, line[0])
     panel.set(xscale="log", yscale="log", ylabel="seconds a step")
-    # At least a factor of four, with room for the legend above.
+    # At least a factor of four, with space for the legend above.
     low = lowest / 1.3
     panel.set_ylim(low, max(highest, 4 * low) * (highest / low) ** (0.15 * len(curves)))
     panel.set_xticks(sizes, [f"{size:g}" for size in sizes])

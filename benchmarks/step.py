@@ -1,51 +1,54 @@
-r"""How fast is a DPO step beside the peers' on the same pairs, and in what memory?
+r"""Speed and memory of a DPO step, compared with other libraries on the same pairs.
 
-Every system has a virtual environment of its own (made once, in .bench) and runs in
-processes of its own, in turns: jaxpref, TRL, Tunix, torch by hand, and again, for some
-rounds.  All begin with the same random float32 weights in a Hugging Face folder, the
-same pairs of tokens, AdamW with the same numbers, and all cores.  A round has pairs of
-its own; its first step compiles and is not counted.
+Each system has its own virtual environment (created once, in .bench) and its own
+processes.  They run in turns for several rounds: jaxpref, TRL, Tunix, plain torch.  All
+start with the same random float32 weights in a Hugging Face folder, and use the same
+tokenized pairs, AdamW with the same settings, and all cores.  Each round has its own
+pairs; its first step compiles and is not counted.
 
 Systems
-    jaxpref: packed rows with each prompt once, reference log-probs stored.
-    trl: TRL 1.16, reference log-probs computed beforehand, no gradient checkpointing,
-        its own collator, which pads to the longest sequence of a batch.
+    jaxpref: packed rows with each prompt once, stored reference log-probs.
+    trl: TRL 1.16 with reference log-probs computed in advance, no gradient
+        checkpointing, and its own collator, which pads to the longest sequence of a
+        batch.
     tunix: google-tunix 0.1.7, which has no stored reference: its model computes the
         log-probs in each step; prompts and answers are padded to fixed lengths.
-    torch: as one writes it by hand: padded to the longest of the batch, all logits,
-        stored reference.
+    torch: plain torch, padded to the longest sequence of the batch, with all logits and
+        a stored reference.
 
 Cases
-    hh: HH helpful, at most 512 tokens of prompt and as many of answer, 8 pairs a step.
-    ultrafeedback: at most 1,024 of each; Tunix accumulates steps of 2 pairs, since the
-        logits of 8 would not fit in memory.
-    fixed: 4 pairs of 64 random tokens and two answers of 192: nothing to save.
+    hh: HH helpful, at most 512 tokens each for prompt and answer, 8 pairs per step.
+    ultrafeedback: at most 1,024 tokens each; Tunix accumulates steps of 2 pairs,
+        because the logits of 8 would not fit in memory.
+    fixed: 4 pairs with a prompt of 64 random tokens and two answers of 192.
     The model of the first two has the sizes and the tokenizer of --model, cut to
-    --layers; that of the third has 8 layers, width 512, a vocabulary of 32,000.
+    --layers; that of the third has 8 layers, width 512, and a vocabulary of 32,000.
 
 Commands
-    All, and a short look at everything:
+    All systems and cases, and a quick version:
 
         python -m benchmarks.step --cases hh,ultrafeedback,fixed \
             --systems jaxpref,trl,tunix,torch --json step.json
         python -m benchmarks.step --cases hh,ultrafeedback,fixed \
             --systems jaxpref,trl,tunix,torch --json quick.json --quick
 
-What is written
-    One record a case and system.  `pairs_per_second`: median over rounds of pairs by
-    seconds, a pair having the mean tokens of the round's (packed rows hold about, not
-    exactly, as many pairs a step, and not the same: with few of them their mean length
-    differs by some percent).  `spread`: its quartiles.  `seconds_per_step`: from the
-    end of a step to the end of the next, with its batch.  `peak_mib`: the most memory
-    of the process, everything included.  `utilisation`: operations that the pairs need
-    (see `useful_flops`) by seconds, as a share of the rate of a 2,048 x 2,048 float32
-    matrix product measured in the same run in XLA and in torch, the best of both.
+Output
+    One record per case and system:
+    `pairs_per_second`: median over rounds of pairs per second.  A pair is normalized to
+        the mean tokens of the round, because packed rows hold only approximately as
+        many pairs per step, and different ones.
+    `spread`: its quartiles.
+    `seconds_per_step`: from the end of a step to the end of the next, with its batch.
+    `peak_mib`: peak memory of the whole process.
+    `utilization`: necessary operations (see `useful_flops`) per second, as a share of
+        the rate of a 2,048 x 2,048 float32 matrix product measured in the same run, the
+        better of XLA and torch.
 
-    Before the rounds all systems take three steps on the same four short pairs: first
-    losses must be log 2 within 2e-4, first gradients must have the same norm within
-    0.05 %, and losses must fall alike within 2 %; `disagreements` says where they do
-    not.  In the rounds packed batches hold other pairs, so losses are not compared.
-    A system that cannot be installed, or whose process fails, is in `missing`.
+    Before the rounds, all systems take three steps on the same four short pairs.  Their
+    first losses must be log 2 within 2e-4, their first gradients must have the same
+    norm within 0.05%, and their losses must decrease equally within 2%; differences are
+    in `disagreements`.  In the rounds, packed batches hold other pairs, so losses are
+    not compared.  Systems that cannot be installed, or that fail, are in `missing`.
 """
 
 import dataclasses
@@ -73,7 +76,7 @@ from benchmarks.peers.cases import (
 )
 from benchmarks.peers.environments import Missing, make, python_of
 from benchmarks.peers.job import Job
-from benchmarks.peers.records import disagreements, ratios, summarise, table
+from benchmarks.peers.records import disagreements, ratios, summarize, table
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
@@ -91,10 +94,10 @@ CHECK_PAIRS, CHECK_TOKENS, CHECK_STEPS = 4, 64, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Options of this benchmark."""
 
     json: str
-    """File for the records."""
+    """JSON file for the results."""
     cases: str = ",".join(CASES)
     """Which, with commas."""
     systems: str = ",".join(SYSTEMS)
@@ -272,7 +275,7 @@ def default_model(options: Options) -> Path:
 
 
 def measure_rates(options, pythons, folder: Path, bar) -> dict[str, float]:
-    """FLOP a second of a float32 matrix product, best of rounds, by library."""
+    """FLOP per second of a float32 matrix product, best of rounds, by library."""
     scripts = {"jax": ("jaxpref", sys.executable)}
     for system in ("torch", "trl"):
         if system in pythons:
@@ -340,15 +343,15 @@ def measure(
     )
     checked = dict(take(check, "check"))
     if checked:
-        told = disagreements(checked)
-        written["disagreements"] += [f"{case.name}: {line}" for line in told]
+        differences = disagreements(checked)
+        written["disagreements"] += [f"{case.name}: {line}" for line in differences]
     for number, pairs in enumerate(listed):
         write_pairs(job, pairs)
         for system, found in take(job, f"round {number + 1}"):
             runs[system].append(found)
     for system, of_rounds in runs.items():
         if system not in failed:
-            record = summarise(
+            record = summarize(
                 case.name,
                 system,
                 of_rounds,

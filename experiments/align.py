@@ -18,10 +18,10 @@ Commands
         python -m experiments.align --model DIR --data pairs.jsonl --out runs/align
 
 Expected
-    One table: held-out accuracy and margin before and after, for each loss.  The time
-    is that of two `jaxpref train` runs of `--max-steps` steps.
+    A table of held-out accuracy and margin before and after training, for each loss.
+    It takes as long as two `jaxpref train` runs of `--max-steps` steps.
 
-Written to OUT
+Output in OUT
     `dpo/` and `rdpo/` (complete runs with `metrics.jsonl` and `export/`),
     `results.json`, `curves.png`, `report.html`.
 """
@@ -37,25 +37,19 @@ from jaxpref import losses, report
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
-from jaxpref.train import (
-    Decay,
-    OptimizerConfig,
-    TrainConfig,
-    from_loss,
-    read_metrics,
-    run,
-)
+from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """What this experiment reads; everything else is `TrainConfig`'s default."""
+    """Options of this experiment; all other settings are defaults of `TrainConfig`."""
 
     model: str
-    """Hugging Face model folder, or a hub id."""
+    """Hugging Face model folder or hub id."""
     data: str
-    """Preference file or data set."""
+    """Preference file or dataset."""
     out: str
     """Folder for the runs and the report."""
     flip_rate: float = 0.2
@@ -65,27 +59,29 @@ class AlignConfig:
     learning_rate: float = 5e-7
     """Peak learning rate of AdamW."""
     max_steps: int = 200
-    """Optimiser steps of each run."""
+    """Optimizer steps of each run."""
     batch_size: int = 32
-    """Pairs a step."""
+    """Pairs per step."""
     accumulation: int = 1
-    """Micro-batches a step."""
+    """Micro-batches per step."""
     max_length: int = 1024
-    """Longest prompt and completion together, in tokens."""
+    """Maximum length of prompt plus completion, in tokens."""
     max_pairs: int | None = None
-    """Read only so many pairs."""
+    """Maximum number of pairs to read."""
     heldout_fraction: float = 0.05
-    """Share of the prompts that accuracy is measured on."""
+    """Share of the prompts held out for evaluation."""
     compute_dtype: str | None = None
-    """Dtype of products; where not given, bfloat16 on TPU and GPU, float32 on CPU."""
+    """Dtype of products (default: bfloat16 on TPU and GPU, float32 on CPU)."""
     seed: int = 0
-    """Order of the pairs."""
+    """Seed of the order of the pairs."""
 
 
 def main(config: AlignConfig) -> None:
     """Runs both losses, then compares them."""
     if not config.heldout_fraction:
-        raise InputError("--heldout-fraction 0 leaves no pair to compare the losses on")
+        raise InputError(
+            "--heldout-fraction 0 leaves no pairs to compare the losses on"
+        )
     out = Path(config.out)
     arms = {
         "dpo": from_loss(losses.dpo, beta=config.beta),
@@ -98,7 +94,7 @@ def main(config: AlignConfig) -> None:
 
 
 def write_report(config: AlignConfig, arms: Sequence[str], out: Path) -> None:
-    """`results.json`, `curves.png`, `report.html` from the held-out metric lines."""
+    """Writes results, curves, and the report from the held-out metrics."""
     heldout = {}
     for name in arms:
         lines = read_metrics(out / name / "metrics.jsonl")
@@ -140,7 +136,7 @@ def write_report(config: AlignConfig, arms: Sequence[str], out: Path) -> None:
 
 
 def train_config(config: AlignConfig, objective, out: Path) -> TrainConfig:
-    """One run of the engine."""
+    """The config of one training run."""
     return TrainConfig(
         model=config.model,
         data=config.data,

@@ -1,20 +1,21 @@
-"""Which crowd votes are wrong, and which workers, from single votes and the text.
+"""Finding wrong crowd votes and unreliable workers from single votes and the text.
 
 Claim
-    RE-PO (Cao et al. 2025, arXiv:2509.24159) learns how reliable each annotator is from
-    a model that knows the text.  With one vote a pair, where text-free aggregation
-    (Dawid and Skene 1979) knows nothing, reliabilities learned jointly with strengths
-    of the arguments find wrong votes; with two votes they beat it; with all votes they
-    do not fall far below it.  They do not make a better model of unseen topics.
+    RE-PO (Cao et al. 2025, arXiv:2509.24159) learns the reliability of each annotator
+    from a model of the text.  With one vote per pair, text-free aggregation (Dawid and
+    Skene 1979) is uninformative, but reliabilities learned jointly with argument
+    strengths identify wrong votes.  With two votes per pair they are better than
+    aggregation, and with all votes only slightly worse.  They do not improve a model of
+    unseen topics.
 
 Commands
     python -m experiments.annotators              (default)
-    python -m experiments.annotators --smoke      (does it work?)
+    python -m experiments.annotators --smoke      (sanity check)
 
 Expected
     Default, mean and standard deviation over five draws of the votes (all: one draw):
 
-        one vote a pair       accuracy       AUROC          Spearman     without
+        one vote per pair     accuracy       AUROC          Spearman     without
         length alone          0.747 ± 0.000  0.767 ± 0.003  –            –
         plain BT              0.772 ± 0.001  0.796 ± 0.004  –            –
         label smoothing       0.773 ± 0.001  0.796 ± 0.004  –            –
@@ -23,9 +24,9 @@ Expected
         EM, text margins      0.775 ± 0.001  0.767 ± 0.003  0.26 ± 0.05  0.29 ± 0.07
         CRM                   0.770 ± 0.001  0.793 ± 0.004  –            –
         EM, jointly           0.773 ± 0.001  0.880 ± 0.007  0.38 ± 0.04  0.38 ± 0.06
-        told gold             0.774 ± 0.000  –              0.65 ± 0.04  0.55 ± 0.06
+        oracle                0.774 ± 0.000  –              0.65 ± 0.04  0.55 ± 0.06
 
-        two votes a pair      accuracy       AUROC          Spearman     without
+        two votes per pair    accuracy       AUROC          Spearman     without
         length alone          0.747 ± 0.000  0.768 ± 0.001  –            –
         plain BT              0.775 ± 0.001  0.798 ± 0.001  –            –
         label smoothing       0.776 ± 0.001  0.799 ± 0.001  –            –
@@ -34,7 +35,7 @@ Expected
         EM, text margins      0.776 ± 0.001  0.907 ± 0.003  0.50 ± 0.05  0.48 ± 0.05
         CRM                   0.768 ± 0.001  0.788 ± 0.001  –            –
         EM, jointly           0.772 ± 0.001  0.934 ± 0.002  0.55 ± 0.04  0.53 ± 0.04
-        told gold             0.774 ± 0.000  –              0.83 ± 0.02  0.71 ± 0.03
+        oracle                0.774 ± 0.000  –              0.83 ± 0.02  0.71 ± 0.03
 
         all votes             accuracy       AUROC          Spearman     without
         length alone          0.747          0.773          –            –
@@ -45,51 +46,54 @@ Expected
         EM, text margins      0.776          0.987          0.83         0.81
         CRM                   0.767          0.795          –            –
         EM, jointly           0.773          0.990          0.86         0.82
-        told gold             0.774          –              1.00         0.86
+        oracle                0.774          –              1.00         0.86
 
-    accuracy: on gold, by a text model trained on no pair of the topic.  AUROC: finding
-    votes that contradict gold.  Spearman: learned reliability with the share of all of
-    a worker's votes that agree with gold, 155 workers with 30 or more; "without":
-    with what the others' votes on the pair say (Dawid-Skene from all other votes).
-    "told gold" is what cannot be had: a text model trained on gold, and the agreement
-    of the seen votes with gold.
+    accuracy: agreement with gold of a text model trained on no pair of the topic.
+    AUROC: of finding votes that contradict gold.  Spearman: rank correlation of the
+    learned reliability with the share of all of a worker's votes that agree with gold,
+    for 155 workers with 30 or more votes; "without": with the agreement with the other
+    workers' votes on the pair (Dawid-Skene from all other votes).  "oracle" uses gold:
+    a text model trained on it, and the agreement of the seen votes with it.
     Time: 1.8 minutes on two cores busy with other work, with OPENBLAS_NUM_THREADS=1
-    (jax 0.10.2, CPU); with --smoke 17 seconds.
+    (jax 0.10.2, CPU); 17 seconds with --smoke.
 
-What was aimed at, and missed
-    One vote a pair, Spearman 0.40: 0.38 ± 0.04, missed by 0.02 (one draw of five is
+Goals, and which were missed
+    One vote per pair, Spearman 0.40: 0.38 ± 0.04, missed by 0.02 (one draw of five is
     above).  AUROC 0.85: 0.88, reached.  Two points of accuracy over BT and smoothing:
-    0.1 and 0.0, missed (CRM: 0.2 below BT); the same text model trained on gold itself
-    is no better, so with these features label noise is not what limits accuracy on
-    unseen topics.  With two votes the joint EM's is 0.3 below BT's.
-    All votes, not below Dawid-Skene: missed by a little, AUROC 0.9898 and 0.9902,
+    0.1 and 0.0, missed (CRM: 0.2 below BT).  The same text model trained on gold is no
+    better, so label noise does not limit the accuracy on unseen topics with these
+    features.  With two votes the joint EM is 0.3 below BT.
+    All votes, not below Dawid-Skene: narrowly missed, AUROC 0.9898 and 0.9902,
     Spearman 0.862 and 0.868 (without the worker 0.820 and 0.819).
-    Two votes, better than Dawid-Skene: AUROC 0.93 over 0.86, Spearman 0.55 over 0.45.
+    Two votes, better than Dawid-Skene: reached, AUROC 0.93 over 0.86, Spearman 0.55
+    over 0.45.
 
 Protocol
-    Votes: UKPConvArg1 (`ukp.py`), 49,498 votes; 15,038 ties (23 %) are left out.
-    Text: 200 principal directions of surface numbers, word and character TF-IDF.
-    "plain BT", "label smoothing" (0.1), "majority vote" and the EMs train the same
-    logistic Bradley-Terry model on other labels: votes, smoothed votes, majorities,
-    posteriors.  Five folds by topic; the other stance of a question may be trained on.
-    "CRM" (Zhang et al. 2025, arXiv:2505.10597): two such models, trained on the pairs
-    that the other one finds easy, but for the share that "EM, text margins" holds for
-    wrong; the mean of both.
-    "EM, text margins": the margins of plain BT under cross-fitting go into the EM once.
+    Votes: UKPConvArg1 (`ukp.py`), 49,498 votes; 15,038 ties (23%) are left out.
+    Text: 200 principal components of surface statistics and of word and character
+    TF-IDF.
+    "plain BT", "label smoothing" (0.1), "majority vote", and the EMs train the same
+    logistic Bradley-Terry model on different labels: votes, smoothed votes, majorities,
+    posteriors.  There are five folds by topic; the other stance of a question may be in
+    the training set.
+    "CRM" (Zhang et al. 2025, arXiv:2505.10597): two such models, each trained on the
+    pairs that the other one finds easy, without the share that "EM, text margins"
+    considers wrong; the mean of both.
+    "EM, text margins": the cross-fitted margins of plain BT are used in a single EM.
     "EM, jointly": a mixed model (`strengths.py`) gives every argument a strength from
-    its text and an effect of its own, so that the votes on its other pairs of the topic
-    say what a vote on this one should be.  Strengths and reliabilities are refitted in
-    turns, ten times; the E-step sees a pair's margin with the pair's own votes taken
-    out and its uncertainty averaged over.  Prior of a worker: 9 votes right, 1 wrong.
-    For its accuracy, reliabilities too are learned without the votes of the fold; those
-    of the other two that have any see all votes.
-    Settings were chosen on the gold of three questions (six topics) that are not in
-    these numbers; their votes are trained on.  There, too, the margin's weight with all
-    votes, 0.25: gold is MACE's estimate from these very votes without the text.
-    Changed after results had been seen: the spread of the effects, 3 to 30, by the
-    three questions again (three draws with 3 had Spearman 0.35, 0.35, 0.43; with 30
-    0.35, 0.37, 0.44); and accuracy of the joint EM, which is that of the common text
-    model refitted to its posteriors: its own text part has 0.763.
+    its text and an individual effect, so that votes on its other pairs inform a vote on
+    this pair.  Strengths and reliabilities are refitted alternately, ten times.  The
+    E-step uses a pair's margin without the pair's own votes, and averages over its
+    uncertainty.  Prior of a worker: 9 votes right, 1 wrong.  For its accuracy, the
+    reliabilities too are learned without the votes of the fold; the other two methods
+    with reliabilities use all votes.
+    The settings were chosen on the gold of three questions (six topics) that are not in
+    these results, but whose votes are trained on.  So was the margin's weight with all
+    votes, 0.25, because gold is MACE's estimate from these same votes without the text.
+    Changed after seeing results: the spread of the effects, from 3 to 30, again by the
+    three questions (three draws had Spearman 0.35, 0.35, 0.43 with 3, and 0.35, 0.37,
+    0.44 with 30); and the accuracy of the joint EM, which is now that of the common
+    text model refitted to its posteriors (its own text part has 0.763).
 """
 
 import dataclasses
@@ -115,32 +119,32 @@ from jaxpref.noise import em, peer
 from jaxpref.runtime.entry import entry_point
 
 ENOUGH = 30
-"""Votes of a worker whose agreement with gold is worth a rank."""
+"""Minimum number of votes of a worker to be ranked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything that decides the result; chosen on the questions held back."""
+    """All settings that determine the result; chosen on the development questions."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     dimensions: int = 200
     plain_scale: float = 0.03
-    """Prior variance of the text weights of models of text alone."""
+    """Prior variance of the text weights in text-only models."""
     scale: float = 0.3
-    """The same of the joint model."""
+    """The same for the joint model."""
     spread: float = 30.0
-    """Prior variance of what is an argument's own, in the joint model."""
+    """Prior variance of an argument's individual effect in the joint model."""
     smoothing: float = 0.1
     prior: tuple[float, float] = (9.0, 1.0)
-    """Right and wrong votes that every worker is given."""
+    """Right and wrong pseudo-votes of every worker."""
     trust: tuple[float, float, float] = (1.0, 1.0, 0.25)
-    """What the joint model's margin counts in the E-step: with one vote, two, all."""
+    """Weight of the joint model's margin in the E-step with one, two, and all votes."""
     rounds: int = 10
-    """Of the joint model: strengths, then reliabilities."""
+    """Alternations of the joint model: strengths, then reliabilities."""
     folds: int = 5
     reviews: int = 4
-    """Times that CRM's two models choose each other's pairs; three until all are
-    dropped that shall be."""
+    """Rounds in which CRM's two models select each other's pairs; three until all are
+    dropped that should be."""
 
 
 REGIMES = {"one vote a pair": 1, "two votes a pair": 2, "all votes": 5}
@@ -168,31 +172,31 @@ class Votes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much of the experiment to run."""
+    """Options of the experiment."""
 
     out: str | None = None
-    """Folder for results; without it runs/annotators, with _smoke behind."""
+    """Output folder (default: runs/annotators, with the suffix _smoke)."""
     data: str = "../shared/data/ukpconvarg1_votes.jsonl.gz"
     """UKPConvArg1 with single votes."""
     smoke: bool = False
-    """Only see that it works: one seed, few directions, numbers that mean little."""
+    """A sanity check: one seed, few components, and meaningless numbers."""
 
 
 def see(world: World, votes: int, *, seed: int) -> Votes:
-    """A draw of the votes, at most so many a pair."""
+    """A random sample of the votes, with a maximum number per pair."""
     seen = ukp.draw(world, votes, seed=seed)
     pair, item = np.unique(world.pairs[seen], return_inverse=True)
     at = world.topics[pair], world.first[pair], world.second[pair]
     return Votes(at, pair, item, world.workers[seen], world.signs[seen])
 
 
-# ---- methods: what they make of the votes they see ---------------------------------
+# ---- methods -----------------------------------------------------------------------
 
 
 def learn_from(seen: Votes, features, soft, weights, protocol: Protocol) -> np.ndarray:
-    """Margins of pairs under Bradley-Terry models of text that never saw their topic.
+    """Margins of pairs under Bradley-Terry text models trained on other topics.
 
-    `soft` [P'] is what the pairs are labelled, as a probability that the first is
+    `soft` [P'] is what the pairs are labeled, as a probability that the first is
     better, and `weights` [P'] how many labels it stands for; features are [T, S, D].
     """
     return crossed(
@@ -204,7 +208,7 @@ def learn_from(seen: Votes, features, soft, weights, protocol: Protocol) -> np.n
 
 
 def text_model(seen: Votes, features, soft, weights, protocol: Protocol) -> Strengths:
-    """Logistic Bradley-Terry on the text alone; arguments as `learn_from`."""
+    """Logistic Bradley-Terry on the text alone; arguments as in `learn_from`."""
     scale = np.sqrt(protocol.plain_scale)
     x = strengths.fit(
         features * scale,
@@ -224,9 +228,9 @@ def reviewed_model(
 
     They begin with a half of the pairs each.  `sign` [P'] is the label, 0 for none.
     """
-    labelled = trains & (sign != 0)
+    labeled = trains & (sign != 0)
     lot = np.random.default_rng(0).random(len(sign)) < 0.5
-    chosen = labelled & lot, labelled & ~lot
+    chosen = labeled & lot, labeled & ~lot
     for epoch in range(protocol.reviews + 1):
         both = [
             text_model(seen, features, (1 + sign) / 2, subset.astype(float), protocol)
@@ -237,7 +241,7 @@ def reviewed_model(
         chosen = peer.peer_selection(
             *(margin.astype(np.float32) for margin in margins),
             keep=keep,
-            where=labelled,
+            where=labeled,
         )
         chosen = [np.asarray(subset) for subset in chosen]
     one, two = both
@@ -245,7 +249,7 @@ def reviewed_model(
 
 
 def crossed(train, features, at, *, folds: int) -> np.ndarray:
-    """Margins by text alone, each fold of topics by `train(pairs outside it)`."""
+    """Text-only margins; each fold of topics uses `train(pairs outside it)`."""
     margin = np.zeros(len(at[0]))
     for fold in range(folds):
         held = at[0] % folds == fold
@@ -255,7 +259,7 @@ def crossed(train, features, at, *, folds: int) -> np.ndarray:
 
 
 def reliabilities(seen: Votes, margin, num_workers: int, prior, where=None) -> em.Fit:
-    """EM over the votes; with margins of 0 it is Dawid and Skene's, without text."""
+    """EM over the votes; with margins of 0, Dawid and Skene's method without text."""
     return em.fit(
         (margin[seen.item] * seen.sign).astype(np.float32),
         seen.worker,
@@ -281,7 +285,7 @@ def pair_logits(seen: Votes, fit: em.Fit, where=None) -> np.ndarray:
 def learn_jointly(
     seen: Votes, features, num_workers: int, protocol: Protocol, trust, trains=None
 ) -> tuple[Strengths, em.Fit, np.ndarray]:
-    """Strengths and reliabilities from each other, in turns.
+    """Alternates between fitting strengths and reliabilities.
 
     What a pair's margin is to the E-step comes from all votes but its own: the pair's
     own evidence is taken out of the posterior (the cavity of Laplace's approximation),
@@ -318,25 +322,25 @@ def learn_jointly(
     return x, fit, outside
 
 
-# ---- what is measured ---------------------------------------------------------------
+# ---- measurements -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """What methods are held against; they never see it."""
+    """Ground truth for evaluation, which the methods never see."""
 
     gold: np.ndarray
-    """int [P]; 0 where there is none, or it was used to choose settings."""
+    """int [P]; 0 if unknown, or if used to choose settings."""
     ranked: np.ndarray
     """bool [K]; workers with enough votes on these pairs."""
     agreement: np.ndarray
     """float [K]; share of a worker's votes that agree with gold."""
     without: np.ndarray
-    """float [K]; the same with a gold that the worker's own votes do not enter."""
+    """float [K]; the same with a gold that excludes the worker's own votes."""
 
 
 def make_judge(world: World) -> Judge:
-    """Agreement with gold, and with what the other workers' votes say.
+    """Agreement with gold, and with the other workers' votes.
 
     Gold was estimated from these votes, so a worker agrees with it in part because it
     is made of the worker's votes.  `without` asks Dawid and Skene's estimate from all
@@ -360,7 +364,7 @@ def make_judge(world: World) -> Judge:
 
 
 def measure(seen: Votes, judge: Judge, *, held_out=None, logits=None, reliability=None):
-    """Numbers of one method, from what it gives.
+    """Results of one method.
 
     `held_out` are margins of pairs by a model that never saw their topic, [P'];
     `logits` of "the first is better" judge the votes, [P'], and `reliability` the
@@ -386,7 +390,7 @@ def measure(seen: Votes, judge: Judge, *, held_out=None, logits=None, reliabilit
 
 
 def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
-    """Every method on one draw of the votes: {method: numbers}, and the joint fit."""
+    """All methods on one draw of the votes: {method: results}, and the joint fit."""
     count = len(world.names)
     seen = see(world, REGIMES[regime], seed=seed)
     trust = protocol.trust[list(REGIMES).index(regime)]
@@ -446,7 +450,7 @@ def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
     logits, eta = pair_logits(seen, fit), np.asarray(fit.reliability)
     note("EM, jointly", held_out=margin, logits=logits, reliability=eta)
 
-    # What nobody has: gold itself, of all topics but the one that is judged.
+    # The oracle: gold itself, of all topics but the judged one.
     gold = world.gold[seen.pair]
     margin = learn(features, (1 + gold) / 2, (gold != 0).astype(float))
     judged = judge.gold[seen.pair][seen.item] != 0
@@ -454,7 +458,7 @@ def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
         seen.worker, judged * (seen.sign == gold[seen.item]), minlength=count
     )
     votes = np.bincount(seen.worker, judged, minlength=count)
-    note("told gold", held_out=margin, reliability=right / np.maximum(votes, 1))
+    note("oracle", held_out=margin, reliability=right / np.maximum(votes, 1))
     return found, fit
 
 
@@ -462,7 +466,7 @@ def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
 
 
 def main(options: Options) -> None:
-    """From the votes to the report."""
+    """Runs the whole experiment and writes the report."""
     started = time.perf_counter()
     protocol, out = Protocol(), Path(options.out or "runs/annotators")
     if options.smoke:
@@ -488,12 +492,12 @@ def main(options: Options) -> None:
             ]
             if seed == protocol.seeds[0]:
                 workers[regime] = workers_of(fit, judge)
-            joint, told = found["EM, jointly"], found["told gold"]
+            joint, oracle = found["EM, jointly"], found["oracle"]
             say(
                 started,
                 f"{regime}, seed {seed}: joint EM accuracy {joint['accuracy']:.3f},"
                 f" AUROC {joint['auroc']:.3f}, Spearman {joint['spearman']:.2f}"
-                f" (told gold {told['spearman']:.2f})",
+                f" (oracle {oracle['spearman']:.2f})",
             )
     facts = {
         "votes": len(world.pairs),
@@ -516,7 +520,7 @@ def main(options: Options) -> None:
 
 
 def workers_of(fit: em.Fit, judge: Judge) -> list[dict]:
-    """Learned reliability with its interval beside agreement, of ranked workers."""
+    """Learned reliability with its interval, and agreement, for ranked workers."""
     columns = {
         "reliability": fit.reliability,
         "lower": fit.lower,

@@ -1,4 +1,4 @@
-"""The table, figures and page that `annotators.py` ends with."""
+"""The table, figures, and report of `annotators.py`."""
 
 import io
 import textwrap
@@ -21,7 +21,7 @@ _DIGITS = {"accuracy": 3, "auroc": 3, "spearman": 2, "spearman_without": 2}
 
 
 def make_table(records: list[dict], regime: str) -> report.Table:
-    """One row a method: mean and standard deviation over draws of the votes."""
+    """One row per method: mean and standard deviation over draws of the votes."""
     found = [record for record in records if record["regime"] == regime]
     names = list(dict.fromkeys(record["arm"] for record in found))
     rows = [
@@ -32,7 +32,7 @@ def make_table(records: list[dict], regime: str) -> report.Table:
                     [
                         record[key]
                         for record in found
-                        # NaN: all workers are alike to the method.
+                        # NaN: the method treats all workers equally.
                         if record["arm"] == name
                         and record.get(key) is not None
                         and record[key] == record[key]
@@ -104,7 +104,7 @@ def write_results(
     curves = report.Figure(out / "votes.png", "Methods by votes a pair.")
     dots = report.Figure(
         out / "workers.png",
-        "Reliability learned jointly, first draw, with its 95 % interval, against the "
+        "Reliability learned jointly, first draw, with its 95% interval, against the "
         "share of all of a worker's votes that agree with gold.",
     )
     report.write_html(

@@ -1,26 +1,26 @@
-"""Mixing noisy gradients through reasoning traces with calm ones without, and how much.
+"""Mixing noisy gradients with reasoning traces and biased gradients without traces.
 
 Claim
-    A preference gradient through a sampled reasoning trace is noisy, one with an empty
-    trace is biased and calm, and a mixture errs less than either (BVPO, Zhu et al.
-    2025, arXiv:2510.05095, where alpha is fixed at 0.5).  The best alpha, estimated
-    from the gradients themselves ("auto"), errs no more than both ends and than 0.5,
-    and policies trained with it are as good as those with the best fixed alpha.  Here
-    the truth is known: traces can be enumerated, and the gradient of the marginal
+    A preference gradient through a sampled reasoning trace is noisy, and one with an
+    empty trace is biased but has low variance.  A mixture has a smaller error than
+    either (BVPO, Zhu et al. 2025, arXiv:2510.05095, where alpha is fixed at 0.5).  With
+    the best alpha, estimated from the gradients ("auto"), the error is at most that of
+    alpha 0, 0.5, and 1, and policies are as good as with the best fixed alpha.  Here
+    the truth is known: traces can be enumerated, so the gradient of the marginal
     likelihood of answers is a finite sum.
 
 Commands
     python -m experiments.bvpo             (default)
-    python -m experiments.bvpo --smoke     (does it work?)
+    python -m experiments.bvpo --smoke     (sanity check)
     python -m experiments.bvpo --full      (ten seeds, longer; not timed)
-    The same command resumes what was begun in OUT: runs/bvpo, runs/bvpo_smoke,
-    runs/bvpo_full, or what --out names.
+    Repeating a command resumes its run in OUT: runs/bvpo, runs/bvpo_smoke,
+    runs/bvpo_full, or the folder of --out.
 
 Expected
     Default, mean and standard deviation over seeds 0 to 4.
 
-    Squared error of the gradient; "best" is auto's error over the least of alpha 0,
-    0.5 and 1:
+    Squared error of the gradient; "best" is auto's error divided by the least error of
+    alpha 0, 0.5, and 1:
 
                             alpha 0       0.5           1             auto          best
         at the reference
@@ -33,10 +33,10 @@ Expected
           traces            57.2 ± 1.9    17.7 ± 0.6    13.4 ± 1.8    10.9 ± 1.2    0.82
           traces and pairs  34.4 ± 3.0    17.4 ± 0.6    35.6 ± 3.6    17.4 ± 0.6    1.00
 
-    Auto's mean alpha is within 0.02 of the closed form's in every row (0.83, 0.50,
-    0.86, 0.59, 0.83 and 0.49; the closed form's is 0.81 and 0.48 in the last two).  The
+    Auto's mean alpha is within 0.02 of the closed form in every row (0.83, 0.50, 0.86,
+    0.59, 0.83, and 0.49; the closed form has 0.81 and 0.48 in the last two).  The
     variance over resampled traces is 1.00 ± 0.03 times alpha squared times the exact
-    one.
+    variance.
 
         final gold reward   with a trace    with an empty trace   auto gains, paired
         before training     0.504           0.527
@@ -48,56 +48,61 @@ Expected
         auto                0.551 ± 0.009   0.624 ± 0.016
 
     Real solutions, one batch of all questions: variance 279 at alpha 1 and 70 at 0.5
-    before training, 245 and 61 after.  There the empty gradient is far shorter than the
-    trace gradient (squared 5 and 2,300), so its bias is nearly all of the gradient, and
-    the least error is at an alpha of 0.89, after training 0.72.
+    before training, 245 and 61 after.  There the empty gradient is much smaller than
+    the trace gradient (squared norms 5 and 2,300), so its bias is nearly the whole
+    gradient.  The least error is at an alpha of 0.89, and at 0.72 after training.
     Time: 6.7 minutes on two cores busy with other work (load 6; jax 0.10.2, CPU).
 
-What was aimed at, and what is less than it seems
-    Error no worse than both ends and than 0.5: reached within the spread.  With pairs
-    resampled in batches of 8 the best alpha happens to be 0.5, and nothing is left to
-    gain over it; where it is not, auto errs 3 to 18 % less than the best of the three.
-    Reward at least that of the best fixed alpha: reached within the spread, not beyond
-    it: 0.5 is best here, and auto is 0.003 ± 0.004 below it.
-    Alpha learned in training is noisy: at the last step 0.28, 0.34, 0.42, 0.35 and
-    0.45, where the closed form for one trace a pair is 0.33 ± 0.02 at the reference.
-    Near its lowest point the error is flat, so that this costs little.
-    The error is that of one step.  With short steps noise averages out over steps and
-    bias does not, so that a larger alpha may end better than the one of least error.
-    So it was in a first world, addition modulo 5, where on two development seeds alpha
-    1 ended at 0.583, auto at 0.566, 0.5 at 0.556 and 0 at 0.463.
+Goals, and limitations
+    Error at most that of alpha 0, 0.5, and 1: reached within the spread.  With pairs
+    resampled in batches of 8, the best alpha happens to be 0.5, so nothing can be
+    gained over it.  In the other rows, the error of auto is 3 to 18% smaller than the
+    best of the three.
+    Reward at least that of the best fixed alpha: reached within the spread, but not
+    exceeded.  0.5 is best here, and auto is 0.003 ± 0.004 below it.
+    The alpha learned in training is noisy: 0.28, 0.34, 0.42, 0.35, and 0.45 at the last
+    step, compared with the closed form for one trace per pair at the reference of
+    0.33 ± 0.02.  The error is flat near its minimum, so this costs little.
+    The error is that of a single step.  With short steps, noise averages out over steps
+    but bias does not, so a larger alpha than the one of least error may be better in
+    the end.  This was the case in a first world, addition modulo 5.  On two development
+    seeds the final rewards were 0.583 with alpha 1, 0.566 with auto, 0.556 with 0.5,
+    and 0.463 with 0.
 
 Protocol
-    World: `reasoning_world.py`, sums of three numbers by way of a claim about two of
-    them; 108 traces a prompt, gold reward 1 for the right answer.
-    Reference: a llama of 22,240 parameters, trained on 20,000 careless demonstrations,
-    half of them with an empty trace.
-    Pairs: two samples of the reference for one of 100 prompts, one right and one wrong,
-    with traces and with an empty trace independently; 25 prompts are held out.
-    Gradients: of DPO, beta 1, for 64 pairs of each kind (`reasoning_gradients.py`).  A
-    step draws a batch of each kind and four traces a pair from the reference, whose
-    mean is g_t; 200 steps a seed.  "traces": error about the marginal gradient of the
-    batch's own pairs.  "traces and pairs": about that of all 64.  Batches have 8 pairs
-    of each kind, or 32 where it says so.  Closed form: theorem 2, its bias and variance
-    exact.
-    Auto: `ingredients` of each step's drawn gradients (all parameters, no sketch),
-    averaged by `running` with decay 0.9, from the first step on; never the truth.  It
-    takes the trace gradient to be unbiased, which is so at the reference; "after
-    training" (100 steps at alpha 0.5) traces of the reference are stale, and it is not.
-    Training: through the engine, 100 steps of 8 + 8 pairs, one trace a pair, AdamW, the
-    same for every alpha.  There auto sees one random projection of each pair's gradient
-    at a probe, 22 probes a run, and its alpha is much noisier than in the first part.
-    Reward: exact, by adding up over all traces; texts outside the world count 0.
+    World: `reasoning_world.py`, sums of three numbers with a claim about two of them as
+    the trace; 108 traces per prompt, gold reward 1 for the right answer.
+    Reference: a Llama model with 22,240 parameters, trained on 20,000 careless
+    demonstrations, half of them with an empty trace.
+    Pairs: two samples from the reference for one of 100 prompts, one right and one
+    wrong, independently with traces and with an empty trace; 25 prompts are held out.
+    Gradients: of DPO with beta 1, for 64 pairs of each kind (`reasoning_gradients.py`).
+    A step draws a batch of each kind and four traces per pair from the reference, whose
+    mean is g_t; 200 steps per seed.  "traces": error relative to the marginal gradient
+    of the batch's own pairs.  "traces and pairs": relative to that of all 64.  Batches
+    have 8 pairs of each kind, or 32 where stated.  Closed form: theorem 2 with exact
+    bias and variance.
+    Auto: `ingredients` of each step's sampled gradients (all parameters, no sketch),
+    averaged by `running` with decay 0.9 from the first step on, without the truth.  It
+    assumes that the trace gradient is unbiased, which holds at the reference.  "After
+    training" (100 steps at alpha 0.5), the reference's traces are stale and the
+    assumption does not hold.
+    Training: by `jaxpref.train`, 100 steps of 8 + 8 pairs, one trace per pair, AdamW,
+    the same for every alpha.  There auto uses one random projection of each pair's
+    gradient per probe and 22 probes per run, and its alpha is much noisier than in the
+    first part.
+    Reward: exact, summed over all traces; texts outside the world count 0.
     Real solutions (`bvpo_solutions.py`): 12 GSM8K test questions, stories260K, beta
-    0.1, 8 steps with auto.  Steps are the trace, the number the answer.  NEVER score
-    GSM8K test on a model trained on them.
-    World, model, beta, batch and step length were chosen on demonstrations of seed 100
-    and pairs of seeds 100 and 101, with the prompts of z = 3 held out; of the learning
-    rates 3e-4, 6e-4 and 1e-3 the one with the highest mean reward of alpha 0, 0.5, 1.
-    Changed after results had been seen: the world (not every reference learnt to add
-    modulo 5); which prompts are held out (a first run, on z = 3, ranked the alphas
-    alike: 0.495, 0.517, 0.521, 0.506, 0.484 from 0 to 1, and 0.525 of auto); and
-    batches of 32 were added.
+    0.1, 8 steps with auto.  The steps are the trace, and the number is the answer.
+    NEVER evaluate a model trained on them on GSM8K test.
+    World, model, beta, batch, and step length were chosen on demonstrations of seed 100
+    and pairs of seeds 100 and 101, with the prompts of z = 3 held out.  Of the learning
+    rates 3e-4, 6e-4, and 1e-3, the one with the highest mean reward of alpha 0, 0.5,
+    and 1 was chosen.
+    Changed after seeing results: the world (not every reference learned to add modulo
+    5); the held-out prompts (a first run on z = 3 ranked the alphas in the same order:
+    0.495, 0.517, 0.521, 0.506, 0.484 from 0 to 1, and 0.525 for auto); and batches of
+    32 were added.
 """
 
 import dataclasses
@@ -131,21 +136,15 @@ from jaxpref.models import build
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
-from jaxpref.objectives.trace_mixture import AUTO, bvpo
+from jaxpref.objectives import bvpo, from_loss, sft
+from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.runtime.entry import entry_point
-from jaxpref.train import (
-    OptimizerConfig,
-    TrainConfig,
-    from_loss,
-    read_metrics,
-    run,
-    sft,
-)
+from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything that decides the result; see "Protocol" in the module's docstring."""
+    """All settings that determine the result; see "Protocol" above."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     alphas: tuple[float | str, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, AUTO)
@@ -154,46 +153,46 @@ class Protocol:
     sft_steps: int = 800
     sft_batch: int = 128
     population: int = 64
-    """Pairs of each kind whose gradients are known exactly."""
+    """Pairs of each kind whose exact gradients are computed."""
     gradient_batch: int = 8
     large_batch: int = 32
-    """A second size, where there is less noise and alpha is larger."""
+    """A second batch size, with less noise and a larger alpha."""
     traces: int = 4
     gradient_steps: int = 200
     redraws: int = 200
     decay: float = 0.9
-    """Of the averages of auto, in the measured gradients and in training."""
+    """Decay of auto's averages, both in measurements and in training."""
     pairs: int = 2048
-    """Of each kind, for training."""
+    """Pairs of each kind for training."""
     steps: int = 100
     batch: int = 16
-    """Pairs of both kinds together."""
+    """Pairs of both kinds."""
     learning_rate: float = 1e-3
     questions: int = 12
-    """Of the real solutions."""
+    """Settings for the real solutions."""
     solution_steps: int = 8
     solution_beta: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much of the experiment to run."""
+    """Options of the experiment."""
 
     out: str | None = None
-    """Folder for everything; the same command resumes what was begun in it.  Without
-    it: runs/bvpo, with _smoke or _full behind."""
+    """Output folder; repeating the command resumes the run in it.  Default: runs/bvpo,
+    with the suffix _smoke or _full."""
     data: str = "../shared/data/gsm8k_solution_pairs.jsonl.gz"
-    """Solutions of GSM8K test questions, right and wrong ones paired."""
+    """Solutions of GSM8K test questions, in pairs of a right and a wrong one."""
     model: str = "../shared/models/stories260k-hf"
-    """Model folder or hub id for those solutions, e.g. of SmolLM2-135M."""
+    """Model folder or hub id for these solutions, e.g. of SmolLM2-135M."""
     smoke: bool = False
-    """Only see that it works: two minutes, and numbers that mean nothing."""
+    """A sanity check: takes two minutes and gives meaningless numbers."""
     full: bool = False
-    """Ten seeds, longer training and more questions; not timed."""
+    """Ten seeds, longer training, and more questions; not timed."""
 
 
 def choose(options: Options) -> tuple[Protocol, Path, str]:
-    """What is run, where it goes, and about how long it takes."""
+    """The protocol, the output folder, and the approximate duration."""
     if options.smoke and options.full:
         raise InputError("--smoke and --full are two experiments: give one of them")
     protocol, out, estimate = Protocol(), "runs/bvpo", "about 10 minutes"
@@ -214,7 +213,7 @@ def choose(options: Options) -> tuple[Protocol, Path, str]:
 
 
 def main(options: Options) -> None:
-    """The experiment, from nothing to the report."""
+    """Runs the whole experiment and writes the report."""
     if jax.process_count() > 1:
         raise InputError("this experiment is small: run it in one process")
     protocol, out, estimate = choose(options)
@@ -235,7 +234,7 @@ def main(options: Options) -> None:
         f"{start['empty_reward']:.3f}, {start['language']:.1%} in the language"
     )
 
-    trained, gradients, learnt = [], [], []
+    trained, gradients, learned = [], [], []
     for seed in protocol.seeds:
         write_pairs(protocol, model, base, language, out, seed)
         after = None
@@ -248,7 +247,7 @@ def main(options: Options) -> None:
             clock(f"alpha {alpha}, seed {seed}: {trained[-1]['reward']:.3f}")
             if alpha == AUTO:
                 lines = read_metrics(folder / "metrics.jsonl")
-                learnt += [{"seed": seed, **x} for x in lines if "bvpo/alpha" in x]
+                learned += [{"seed": seed, **x} for x in lines if "bvpo/alpha" in x]
         small, large = protocol.gradient_batch, protocol.large_batch
         places = {
             "at the reference": (base, small),
@@ -280,19 +279,19 @@ def main(options: Options) -> None:
         reference=start,
         gradients=gradients,
         trained=trained,
-        learnt=learnt,
+        learned=learned,
         real=real,
-        # What an earlier process did is not in this one's time.
+        # Work of an earlier process is not included in the time.
         seconds=time.perf_counter() - started if new else None,
         about=__doc__,
     )
 
 
-# ---- the reference: a small llama trained from scratch on demonstrations -----------
+# ---- the reference: a small Llama trained from scratch on demonstrations -----------
 
 
 def train_reference(protocol: Protocol, out: Path) -> Path:
-    """Makes a randomly initialised model folder and trains it; returns the export."""
+    """Trains a randomly initialized model and returns the folder of its export."""
     start, rows = out / "world" / "untrained", out / "world" / "demonstrations.jsonl"
     if not start.is_dir():
         tokenizer = out / "world" / "tokenizer"
@@ -322,7 +321,7 @@ def train_reference(protocol: Protocol, out: Path) -> Path:
 
 
 def model_config() -> LlamaArchitecture:
-    """A llama of 22,240 parameters."""
+    """A Llama model with 22,240 parameters."""
     return LlamaArchitecture(
         vocab_size=len(world.VOCABULARY),
         hidden_size=32,
@@ -336,11 +335,11 @@ def model_config() -> LlamaArchitecture:
     )
 
 
-# ---- pairs: samples of the reference, ranked by the gold reward --------------------
+# ---- pairs: samples from the reference, ranked by the gold reward ------------------
 
 
 def write_pairs(protocol: Protocol, model, base, language, out: Path, seed: int):
-    """Two files of the seed's pairs, if not there."""
+    """Writes the two files of a seed's pairs, if missing."""
     paths = [_pairs_file(out, kind, seed) for kind in ("trace", "empty")]
     if all(path.exists() for path in paths):
         return
@@ -371,7 +370,7 @@ def _pairs_file(out: Path, kind: str, seed: int) -> Path:
 
 
 def preference_run(protocol, alpha, seed: int, reference, out, folder) -> TrainConfig:
-    """The engine's config of one preference run."""
+    """The config of one preference training run."""
     base = from_loss(losses.dpo, beta=protocol.beta)
     decay = {"decay": protocol.decay} if alpha == AUTO else {}
     return TrainConfig(
@@ -396,7 +395,7 @@ def preference_run(protocol, alpha, seed: int, reference, out, folder) -> TrainC
 
 
 def final_rewards(model, params, *, language: Language) -> dict[str, float]:
-    """Exact gold rewards on the prompts held out; see `expected_rewards`."""
+    """Exact gold rewards on the held-out prompts; see `expected_rewards`."""
     _, held = world.split_prompts()
     joint, empty = exact_sums.answer_logps(model, params, language, held)
     rewards = world.gold_rewards(world.all_prompts())[held]
@@ -406,7 +405,7 @@ def final_rewards(model, params, *, language: Language) -> dict[str, float]:
 def measure_gradients(
     protocol: Protocol, model, params, base, language, seed: int, *, batch: int
 ) -> dict:
-    """Errors of mixed gradients by alpha, and auto's; see `reasoning_errors.py`."""
+    """Errors of mixed gradients for each alpha and for auto (`reasoning_errors.py`)."""
     train, _ = world.split_prompts()
     scored = exact_sums.answer_logps(model, base, language, train)
     rng = np.random.default_rng([seed, 1])

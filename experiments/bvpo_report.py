@@ -1,4 +1,4 @@
-"""The tables, figures and page that `bvpo.py` ends with."""
+"""The tables, figures, and report of `bvpo.py`."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ _SOLUTIONS = (
 
 
 def error_table(gradients: list[dict], place: str) -> report.Table:
-    """Mean squared errors by kind: both ends, the middle, auto."""
+    """Mean squared errors by kind: alpha 0, 0.5, 1, and auto."""
     found = [g for g in gradients if g["place"] == place]
     rows = []
     for kind in KINDS:
@@ -69,7 +69,7 @@ def error_table(gradients: list[dict], place: str) -> report.Table:
 
 
 def reward_table(reference: dict, trained: list[dict]) -> report.Table:
-    """One row an alpha: exact final gold rewards."""
+    """One row per alpha: exact final gold rewards."""
     keys = ("reward", "empty_reward", "language")
     auto = {r["seed"]: r["reward"] for r in trained if r["alpha"] == AUTO}
     rows = [["before training", *(f"{reference[k]:.3f}" for k in keys), None]]
@@ -111,7 +111,7 @@ def solution_table(real: dict) -> report.Table:
 
 
 def draw_errors(path: Path, gradients: list[dict]) -> None:
-    """Mean squared error against alpha, a panel for each place and kind."""
+    """Mean squared error against alpha, one panel per setting and kind."""
     places = list(dict.fromkeys(g["place"] for g in gradients))
     fine = np.linspace(0, 1, 101)
     with matplotlib.rc_context(MATPLOTLIB):
@@ -192,7 +192,7 @@ def draw_rewards(path: Path, reference: dict, trained: list[dict]) -> None:
 
 
 def parabola(alpha, *, trace_variance, empty_variance, covariance, **biases):
-    """Theorem 2 in plain numbers, for a line."""
+    """Theorem 2 in numpy, for a plotted line."""
     rest = 1 - alpha
     return (
         alpha**2 * (trace_variance + biases["trace_bias_sq"])
@@ -216,7 +216,7 @@ def _save(path: Path, figure: Figure) -> None:
 
 
 def write_results(
-    out: Path, *, protocol, reference, gradients, trained, learnt, real, seconds, about
+    out: Path, *, protocol, reference, gradients, trained, learned, real, seconds, about
 ) -> None:
     """`results.json`, the figures and `report.html`; prints the tables.
 
@@ -227,7 +227,7 @@ def write_results(
         "reference": reference,
         "gradients": gradients,
         "trained": trained,
-        "learnt": learnt,
+        "learned": learned,
         "solutions": real,
         "seconds": seconds,
     }
@@ -250,7 +250,7 @@ def write_results(
     draw_rewards(out / "rewards.png", reference, trained)
     report.training_curves(
         out / "alpha.png",
-        [{"arm": "auto", **x} for x in learnt],
+        [{"arm": "auto", **x} for x in learned],
         {
             "bvpo/alpha": "alpha",
             "bvpo/trace_variance": "variance of the trace gradient",
@@ -294,7 +294,7 @@ def write_results(
         "Reasoning traces: noisy gradients, biased ones, and their mixture",
         [report.Section(title, content) for title, content in parts.items()],
         summary=(
-            "Made by more than one process: begun, then resumed."
+            "Run by more than one process (resumed)."
             if seconds is None
             else f"Made in {seconds / 60:.1f} minutes."
         ),

@@ -1,10 +1,10 @@
 """Gradient variance over real reasoning traces: several solutions of one question.
 
-Solutions of GSM8K test questions by four models, right and wrong (Cobbe et al. 2021,
-arXiv:2110.14168).  The steps are the trace, the number behind "A:" is the answer, and
-right solutions of one question are traces of one answer, as if resampled.  They are
-questions of the TEST set: a model trained on them must never be scored on GSM8K test,
-and here none is; only gradients are looked at.
+Right and wrong solutions of GSM8K test questions by four models (Cobbe et al. 2021,
+arXiv:2110.14168).  The steps are the trace, and the number after "A:" is the answer.
+Right solutions of a question are treated as resampled traces of one answer.  The
+questions are from the TEST set: never evaluate a model trained on them on GSM8K test.
+Here only gradients are measured.
 """
 
 import functools
@@ -22,9 +22,9 @@ from jaxpref import losses
 from jaxpref.data import (
     DataOptions,
     MixOptions,
-    Pairs,
+    PreferenceDataset,
     load_tokenizer,
-    make_mixed_plan,
+    make_mixed_splits,
     open_source,
 )
 from jaxpref.errors import InputError
@@ -33,11 +33,12 @@ from jaxpref.models import build, token_logps
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.objectives.trace_mixture import AUTO, bvpo
-from jaxpref.train import OptimizerConfig, TrainConfig, from_loss, read_metrics, run
+from jaxpref.objectives import bvpo, from_loss
+from jaxpref.objectives.trace_mixture import AUTO
+from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 SKETCH = 512
-"""Random projections that stand for a gradient: squared norms within 6 %."""
+"""Size of gradient sketches; squared norms are within 6%."""
 REDRAWS = 400
 LONGEST = 512
 
@@ -102,7 +103,7 @@ def measure(
     tokenizer, model = load_tokenizer(folder), build(read_architecture(folder))
     length = min(LONGEST, model.architecture.max_position_embeddings)
     options = DataOptions(max_length=length, heldout_fraction=0.0)
-    plan = make_mixed_plan(open_source(str(out / "pairs.jsonl")), tokenizer, options)
+    plan = make_mixed_splits(open_source(str(out / "pairs.jsonl")), tokenizer, options)
     export = run(
         TrainConfig(
             model=str(folder),
@@ -139,16 +140,21 @@ def measure(
     }
 
 
-def variances(model, params, pairs: Pairs, references, *, beta: float) -> dict:
-    """Of the gradient of one batch of all questions, one resampled trace each."""
-    rows = pairs.rows[~pairs.empty]
+def variances(
+    model, params, pairs: PreferenceDataset, references, *, beta: float
+) -> dict:
+    """Gradient variance of a batch of all questions with one resampled trace each."""
+    rows = pairs.columns["row"][~pairs.columns["empty_trace"]]
     sketches = np.stack(
         [
             np.asarray(_sketch(model, params, *row, base, beta=beta))
             for row, base in zip(_rows(pairs), references)
         ]
     )
-    trace, empty = sketches[~pairs.empty], sketches[pairs.empty]
+    trace, empty = (
+        sketches[~pairs.columns["empty_trace"]],
+        sketches[pairs.columns["empty_trace"]],
+    )
     g_e = empty.mean(axis=0)
     owned = [np.flatnonzero(rows == row) for row in np.unique(rows)]
     rng = np.random.default_rng(0)
@@ -167,8 +173,8 @@ def variances(model, params, pairs: Pairs, references, *, beta: float) -> dict:
 # ---- one pair at a time ------------------------------------------------------------
 
 
-def _rows(pairs: Pairs):
-    """Tokens [2, T], prompt's length and whole lengths [2] of every pair."""
+def _rows(pairs: PreferenceDataset):
+    """Tokens [2, T], prompt length, and total lengths [2] of every pair."""
     width = -(-pairs.longest // 64) * 64
     for n in range(len(pairs)):
         tokens = np.zeros((2, width), np.int32)
@@ -179,7 +185,7 @@ def _rows(pairs: Pairs):
         yield tokens, len(prompt), np.array(list(map(len, sides)))
 
 
-def _logps(model, params, pairs: Pairs) -> np.ndarray:
+def _logps(model, params, pairs: PreferenceDataset) -> np.ndarray:
     """Log-probs of both completions of every pair, [N, 2]."""
     return np.stack([np.asarray(_of_pair(model, params, *row)) for row in _rows(pairs)])
 

@@ -1,4 +1,4 @@
-"""The tables, figures and page that `noise_methods.py` ends with."""
+"""The tables, figures, and report of `noise_methods.py`."""
 
 import io
 import textwrap
@@ -28,17 +28,17 @@ def of(records: list[dict], **wanted) -> list[dict]:
     return [r for r in records if all(r[name] == x for name, x in wanted.items())]
 
 
-def add_kept(records: list[dict], start: float, told: str) -> None:
-    """Adds `kept`: the gain over the reference, as a share of that of the told loss."""
+def add_share_of_known(records: list[dict], start: float, known: str) -> None:
+    """Adds `kept`: the gain over the reference divided by that with the known rate."""
     for record in records:
         same = {name: record[name] for name in ("noise", "rate", "pairs", "seed")}
-        best = of(records, method=told, **same)
+        best = of(records, method=known, **same)
         gain = best[0]["reward"] - start if best else 0.0
         record["kept"] = (record["reward"] - start) / gain if gain > 0 else None
 
 
 def make_table(records: list[dict], title: str) -> report.Table:
-    """One row a method: mean and standard deviation over seeds."""
+    """One row per method: mean and standard deviation over seeds."""
     rows = []
     for name in dict.fromkeys(r["method"] for r in records):
         runs = of(records, method=name)
@@ -58,13 +58,13 @@ def make_table(records: list[dict], title: str) -> report.Table:
             ]
         )
     seeds = sorted({r["seed"] for r in records})
-    columns = ["gold reward", "KL", "share of told", "flip rate", "AUROC", "of oracle"]
+    columns = ["gold reward", "KL", "share of known", "flip rate", "AUROC", "of oracle"]
     caption = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
     return report.Table([title, *columns], rows, caption=caption)
 
 
 def draw_rewards(path: Path, records: list[dict], start: float, pairs: int) -> None:
-    """Reward against flip rate, a line a method and a panel a kind of noise."""
+    """Reward against flip rate: one line per method, one panel per kind of noise."""
     records = of(records, pairs=pairs)
     noises = list(dict.fromkeys(r["noise"] for r in records if r["rate"]))
     methods = list(dict.fromkeys(r["method"] for r in records))
@@ -137,10 +137,16 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def write_results(
-    out: Path, records: list[dict], start: float, *, told: str, learned: str, about: str
+    out: Path,
+    records: list[dict],
+    start: float,
+    *,
+    known: str,
+    learned: str,
+    about: str,
 ) -> None:
     """`results.json`, two figures and `report.html`; prints the tables."""
-    add_kept(records, start, told)
+    add_share_of_known(records, start, known)
     pairs = max(r["pairs"] for r in records)
     settings = dict.fromkeys((r["noise"], r["rate"], r["pairs"]) for r in records)
     tables = [

@@ -1,69 +1,72 @@
-"""Noisy preference labels hurt a small language model, and a robust loss saves it.
+"""Label noise hurts DPO on a small language model, and robust losses recover.
 
 Claim
-    With 40 % of the labels flipped, DPO (Rafailov et al. 2023, arXiv:2305.18290) keeps
-    little of what it gains on clean labels; rDPO (Ray Chowdhury et al. 2024,
-    arXiv:2403.00409) and the forward-corrected likelihood (2512.00709) keep most.  Why:
-    DPO fits the observed labels, P = (1 - e) p + e (1 - p), and ends at a margin of
-    logit P instead of logit p: here at about an eighth of it.  The corrected losses
-    end at logit p.  In the paper the model is GPT-2 large on IMDb.
+    With 40% of the labels flipped, DPO (Rafailov et al. 2023, arXiv:2305.18290) loses
+    most of its gain on clean labels.  rDPO (Ray Chowdhury et al. 2024,
+    arXiv:2403.00409) and the forward-corrected likelihood (2512.00709) keep most of it.
+    The reason: DPO fits the observed labels, P = (1 - e) p + e (1 - p), and converges
+    to a margin of logit P instead of logit p, here about an eighth.  The corrected
+    losses converge to logit p.  The paper uses GPT-2 large on IMDb.
 
 Commands
     python -m experiments.noisy_sentiment             (default)
-    python -m experiments.noisy_sentiment --smoke     (does it work?)
+    python -m experiments.noisy_sentiment --smoke     (sanity check)
     python -m experiments.noisy_sentiment --full      (over an hour)
-    The same command resumes what was begun in OUT: runs/noisy_sentiment,
-    runs/noisy_sentiment_smoke, runs/noisy_sentiment_full, or what --out names.
+    Repeating a command resumes its run in OUT: runs/noisy_sentiment,
+    runs/noisy_sentiment_smoke, runs/noisy_sentiment_full, or the folder of --out.
 
 Expected
     Default, mean and standard deviation over seeds 0, 1, 2 (reward is from -4 to 4):
 
-                         gold reward   KL to reference   share of clean gain   broken
-        reference               0.00                 0                     0      2 %
-        DPO, no flips    0.98 ± 0.03       0.64 ± 0.02           1.00              2 %
-        DPO, 40 %        0.10 ± 0.01       0.03 ± 0.01           0.10 ± 0.01       2 %
-        rDPO, 40 %       0.77 ± 0.04       0.78 ± 0.11           0.78 ± 0.06       2 %
-        forward, 40 %    1.07 ± 0.19       2.42 ± 0.53           1.09 ± 0.18       2 %
+                         gold reward   KL to reference   share of clean gain   malformed
+        reference               0.00                 0                     0      2%
+        DPO, no flips    0.98 ± 0.03       0.64 ± 0.02           1.00              2%
+        DPO, 40%         0.10 ± 0.01       0.03 ± 0.01           0.10 ± 0.01       2%
+        rDPO, 40%        0.77 ± 0.04       0.78 ± 0.11           0.78 ± 0.06       2%
+        forward, 40%     1.07 ± 0.19       2.42 ± 0.53           1.09 ± 0.18       2%
 
     Time: 5.8 and 7.4 minutes in two runs on two cores (jax 0.10.2, CPU).  The corrected
-    losses pay for their reward with more KL than the clean run: rDPO a little, forward
-    DPO nearly four times as much.  What flips take from DPO is partly scale and not
-    direction: its accuracy on clean held-out pairs ends at that of forward DPO (0.67;
-    rDPO 0.72, clean 0.78: `training.png`), its margin at an eighth of the clean run's.
+    losses have a higher KL than the clean run: rDPO slightly, and forward DPO almost
+    four times as high.  Part of DPO's loss is only a smaller margin scale: its final
+    accuracy on clean held-out pairs equals that of forward DPO (0.67; rDPO 0.72, clean
+    0.78: `training.png`), but its margin is an eighth of the clean run's.
 
 Protocol
     World: `sentiment_world.py`, a grammar of reviews with an exact gold reward.
-    Reference: a llama of 0.23 M parameters, trained from scratch on 20,000 reviews.
-    Pairs: for each seed, 16,384 new pairs of samples of the reference at temperature 1.
+    Reference: a Llama model with 0.23 M parameters, trained from scratch on 20,000
+    reviews.
+    Pairs: for each seed, 16,384 new pairs of samples from the reference at temperature
+    1.
     Labels: Bradley-Terry draws from the gold reward, P = s(2 (r_a - r_b)), then each
-    flipped with the known rate.  Draws and not the better review: hard labels would put
-    DPO's optimum at infinity, so that every loss would only be as good as the moment it
-    was stopped; with draws, DPO on clean labels and beta 1 has a known optimum,
-    ref(y|x) exp(2 r(x, y)) / Z(x): the end of the line "best possible" in the report.
-    Beta is 1 and not 0.1, because noise shows only once margins reach logit P, here at
-    most 0.4: with small beta or few steps, noisy DPO looks as good as the rest.
-    Training: one pass over the pairs (nothing is seen twice, so no label is learnt by
-    heart), 256 steps of 64 pairs, the same pairs in the same order for every arm.
-    Optimiser: for all arms the same momentum with steps of one length.  Adam's division
-    gives each weight the same step whether its gradient is signal or label noise, and
-    at 40 % flips it is nearly all noise, which costs rDPO most.  A large epsilon
-    switches the division off; then the scale of a loss would decide its
-    step (rDPO's gradient is 5 times DPO's, forward DPO's a fifth), so all gradients
-    are cut to one norm that is below all of theirs.
+    flipped with the known rate.  With hard labels for the better review, DPO's optimum
+    would be at infinity, and results would depend only on when training stops.  With
+    draws, DPO on clean labels and beta 1 has a known optimum, ref(y|x) exp(2 r(x, y)) /
+    Z(x), which is the end of the line "best possible" in the report.
+    Beta is 1 instead of 0.1, because noise matters only once margins reach logit P,
+    here at most 0.4.  With a small beta or few steps, noisy DPO looks as good as the
+    other losses.
+    Training: one pass over the pairs (no pair is repeated, so no label is memorized),
+    256 steps of 64 pairs, with the same pairs in the same order for every arm.
+    Optimizer: the same momentum with steps of constant length for all arms.  Adam's
+    normalization gives each weight the same step size whether its gradient is signal or
+    label noise.  At 40% flips it is mostly noise, which costs rDPO most.  A large
+    epsilon disables the normalization.  Then the scale of a loss would determine its
+    step (rDPO's gradient is 5 times DPO's, forward DPO's a fifth), so all gradients are
+    clipped to a norm below all of theirs.
     Measured on 1,920 samples of each policy: gold reward, and KL to the reference
-    (exact for the next token, Monte-Carlo over what comes before).  Share kept: gain
+    (exact for the next token, Monte Carlo over the prefix).  Share of clean gain: gain
     over the reference divided by that of DPO without flips with the same seed.
-    World, model, beta and optimiser were chosen with a prototype, on other draws of
-    reference, pairs and labels than those reported.
+    World, model, beta, and optimizer were chosen with a prototype on different draws of
+    reference, pairs, and labels.
 
-What to expect of other settings (tried in a prototype; no command here makes them)
-    A smaller beta undoes DPO's shrinkage by 1 - 2 e and brings back much of its gain.
-    The corrected losses need no other beta than clean labels do: that is their merit.
-    Longer steps gain more on clean labels, but let the corrected losses leave the
-    language: rDPO is unbounded below, the forward correction stops pulling back pairs
-    with large wrong margins, and neither sees text outside the pairs.
-    Three seeds understate rDPO's spread: under other draws of the flips and the order
-    one seed of three kept only a quarter of the clean gain.
+Other settings (tried in a prototype; not reproducible with the commands above)
+    A smaller beta compensates for DPO's shrinkage by 1 - 2 e and recovers much of its
+    gain.  The corrected losses work with the beta for clean labels, which is their
+    advantage.  Longer steps gain more on clean labels, but with the corrected losses
+    the policy leaves the language.  rDPO is unbounded below, the forward correction has
+    no gradient for pairs with large wrong margins, and neither constrains text outside
+    the pairs.  Three seeds underestimate rDPO's variance: with other draws of the flips
+    and the order, one of three seeds reached only a quarter of the clean gain.
 """
 
 import dataclasses
@@ -85,30 +88,29 @@ from experiments import sentiment_world as world
 from experiments.progress import say
 from experiments.sentiment_report import write_results
 from jaxpref import losses
-from jaxpref.data import DataOptions, encode_prompt, load_tokenizer
+from jaxpref.data import DataOptions, InjectOptions, encode_prompt, load_tokenizer
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import build
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
+from jaxpref.objectives import from_loss, sft
 from jaxpref.runtime.entry import entry_point
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     make_mesh,
     read_metrics,
     run,
-    sft,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything that decides the result; see "Protocol" in the module's docstring."""
+    """All settings that determine the result; see "Protocol" above."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     flip_rates: tuple[float, ...] = (0.4,)
@@ -127,7 +129,7 @@ class Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to train; every arm sees the same pairs in the same order."""
+    """A loss and a flip rate; every arm sees the same pairs in the same order."""
 
     name: str
     loss: Callable
@@ -136,7 +138,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """Name of the arm's folders under OUT/runs."""
+        """Folder name of the arm under OUT/runs."""
         return f"{self.loss.__name__}-{round(100 * self.flip_rate)}"
 
 
@@ -145,7 +147,7 @@ def make_arms(protocol: Protocol) -> list[Arm]:
     beta = protocol.beta
     arms = [Arm("DPO, no flips", losses.dpo, 0.0, {"beta": beta})]
     for rate in protocol.flip_rates:
-        at = f", {100 * rate:.0f} % flips"
+        at = f", {100 * rate:.0f}% flips"
         known = {"beta": beta, "flip_rate": rate}
         arms += [
             Arm(f"DPO{at}", losses.dpo, rate, {"beta": beta}),
@@ -155,8 +157,8 @@ def make_arms(protocol: Protocol) -> list[Arm]:
         if protocol.all_losses:
             arms += [
                 Arm(f"cDPO{at}", losses.cdpo, rate, known),
-                # IPO ends at a margin of (2 P(chosen wins) - 1) / (2 beta): a quarter
-                # of the beta gives it DPO's margin where the answers are nearly equal.
+                # IPO converges to a margin of (2 P(chosen wins) - 1) / (2 beta); with a
+                # quarter of the beta, this is DPO's margin for nearly equal answers.
                 Arm(f"IPO{at}", losses.ipo, rate, {"beta": beta / 4}),
             ]
     return arms
@@ -164,21 +166,21 @@ def make_arms(protocol: Protocol) -> list[Arm]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much of the experiment to run."""
+    """Options of the experiment."""
 
     out: str | None = None
-    """Folder for everything; the same command resumes what was begun in it.  Without
-    it: runs/noisy_sentiment, with _smoke or _full behind."""
+    """Output folder; repeating the command resumes the run in it.  Default:
+    runs/noisy_sentiment, with the suffix _smoke or _full."""
     smoke: bool = False
-    """Only see that it works: a minute, and numbers that mean nothing."""
+    """A sanity check: takes a minute and gives meaningless numbers."""
     full: bool = False
-    """Also cDPO, IPO, flip rates from 0.1 to 0.45 and five seeds: over an hour."""
+    """Also cDPO, IPO, flip rates from 0.1 to 0.45, and five seeds: over an hour."""
 
 
 def choose(options: Options) -> tuple[Protocol, Path, str]:
-    """What is run, where it goes, and about how long it takes."""
+    """The protocol, the output folder, and the approximate duration."""
     if options.smoke and options.full:
-        raise InputError("--smoke and --full are two experiments: give one of them")
+        raise InputError("--smoke and --full cannot be combined")
     protocol, out, estimate = Protocol(), "runs/noisy_sentiment", "under 10 minutes"
     if options.full:
         rates = (0.1, 0.2, 0.3, 0.4, 0.45)
@@ -194,7 +196,7 @@ def choose(options: Options) -> tuple[Protocol, Path, str]:
 
 
 def begin(protocol: Protocol, out: Path) -> bool:
-    """Opens OUT and says whether it is new; refuses what another protocol began."""
+    """Opens OUT; returns whether it is new.  Raises if its protocol differs."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "protocol.json"
     asked = json.loads(json.dumps(dataclasses.asdict(protocol)))
@@ -202,21 +204,20 @@ def begin(protocol: Protocol, out: Path) -> bool:
         write_json(path, asked)
         return True
     try:
-        begun = dict(json.loads(path.read_text()))
+        before = dict(json.loads(path.read_text()))
     except ValueError as error:
         raise InputError(f"{path}: is not a protocol; use another --out") from error
-    names = sorted(n for n in begun | asked if begun.get(n) != asked.get(n))
+    names = sorted(n for n in before | asked if before.get(n) != asked.get(n))
     if names:
-        changes = (f"{n} was {begun.get(n)}, is {asked.get(n)}" for n in names)
+        changes = (f"{n} was {before.get(n)}, is {asked.get(n)}" for n in names)
         raise InputError(
-            f"{out}: was begun with another protocol ({'; '.join(changes)}); "
-            "use another --out"
+            f"{out}: has another protocol ({'; '.join(changes)}); use another --out"
         )
     return False
 
 
 def main(options: Options) -> None:
-    """The experiment, from nothing to the report."""
+    """Runs the whole experiment and writes the report."""
     if jax.process_count() > 1:
         raise InputError("this experiment is small: run it in one process")
     protocol, out, estimate = choose(options)
@@ -239,7 +240,7 @@ def main(options: Options) -> None:
     clock("pairs sampled")
 
     records, curves = [], []
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for done, (seed, arm) in enumerate((s, a) for s in protocol.seeds for a in arms):
         folder = out / "runs" / f"{arm.folder}-{seed}"
         export = run(preference_run(protocol, arm, seed, reference, out, folder))
@@ -248,7 +249,7 @@ def main(options: Options) -> None:
         records.append({"arm": arm.name, "seed": seed, **measured})
         lines = read_metrics(folder / "metrics.jsonl")
         curves += [{"arm": arm.name, "seed": seed, **line} for line in lines]
-        left = (time.perf_counter() - begun) / (done + 1) * (runs - done - 1)
+        left = (time.perf_counter() - started) / (done + 1) * (runs - done - 1)
         reward, kl = measured["reward"], measured["kl"]
         clock(
             f"run {done + 1} of {runs}: {arm.name}, seed {seed}: reward {reward:.2f}, "
@@ -265,7 +266,7 @@ def main(options: Options) -> None:
         records=records,
         frontier=frontier,
         curves=curves,
-        # What an earlier process did is not in this one's time.
+        # Work of an earlier process is not included in the time.
         seconds=time.perf_counter() - started if new else None,
         about=__doc__,
     )
@@ -275,7 +276,7 @@ def main(options: Options) -> None:
 
 
 def train_reference(protocol: Protocol, out: Path) -> Path:
-    """Makes a randomly initialised model folder and trains it; returns the export."""
+    """Trains a randomly initialized model and returns the folder of its export."""
     start, reviews = out / "world" / "untrained", out / "world" / "reviews.jsonl"
     if not start.is_dir():
         tokenizer = out / "world" / "tokenizer"
@@ -318,11 +319,11 @@ def train_reference(protocol: Protocol, out: Path) -> Path:
     )
 
 
-# ---- pairs: two samples of the reference, labelled by the gold reward --------------
+# ---- pairs: two samples of the reference, labeled by the gold reward --------------
 
 
 def write_pairs(path: Path, reference: Path, count: int, *, seed: int, mesh):
-    """Writes pairs with clean labels, if not there (the flips are made in training)."""
+    """Writes pairs with clean labels, if missing (labels are flipped in training)."""
     if not path.exists():
         with jax.set_mesh(mesh):
             rows = make_pairs(reference, count, seed=seed)
@@ -331,7 +332,7 @@ def write_pairs(path: Path, reference: Path, count: int, *, seed: int, mesh):
 
 
 def make_pairs(reference: Path, count: int, *, seed: int) -> list[dict]:
-    """`count` pairs of different reviews, their labels Bradley-Terry draws."""
+    """`count` pairs of different reviews with Bradley-Terry labels."""
     prompts = world.all_prompts()
     asked = [prompts[i % len(prompts)] for i in range(count)]
     texts, *_ = sample(reference, asked * 2, seed=seed)
@@ -353,13 +354,13 @@ def make_pairs(reference: Path, count: int, *, seed: int) -> list[dict]:
 
 
 def sample(folder: Path, prompts: list[str], *, seed: int, batch: int = 1024):
-    """Samples one completion a prompt: texts, tokens, length of prompts, lengths.
+    """Samples one completion per prompt: texts, tokens, prompt length, lengths.
 
     A text that did not end gets "<unk>" behind it, so that it is no review.
     """
     tokenizer, model, params = _load(folder)
     ids = {prompt: encode_prompt(tokenizer, prompt) for prompt in set(prompts)}
-    (length,) = set(map(len, ids.values()))  # every prompt of this world is as long
+    (length,) = set(map(len, ids.values()))  # all prompts have one length
     rows = [ids[prompt] for prompt in prompts]
     rows += rows[:1] * (-len(rows) % batch)
     drawn, lengths = [], []
@@ -389,7 +390,7 @@ def sample(folder: Path, prompts: list[str], *, seed: int, batch: int = 1024):
 
 
 def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
-    """The engine's config of one preference run."""
+    """The config of one preference training run."""
     return TrainConfig(
         model=str(reference),
         data=str(out / "world" / f"pairs-{seed}.jsonl"),
@@ -404,10 +405,10 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
         save_every=protocol.steps,
         keep_checkpoints=1,
         logit_chunk=16,
-        options=DataOptions(flip_rate=arm.flip_rate, flip_seed=seed),
-        # Gradients of every loss are cut to one norm, below what any of them has, and
-        # Adam's division is switched off by a large epsilon: momentum with steps of
-        # one length for all.  See "Optimiser" in the module's docstring.
+        options=DataOptions(inject=InjectOptions(flip_rate=arm.flip_rate, seed=seed)),
+        # The gradients of every loss are clipped to a norm below all of theirs, and
+        # a large epsilon disables Adam's normalization: momentum with steps of
+        # constant length.  See "Optimizer" in the module's docstring.
         optimizer=OptimizerConfig(
             learning_rate=protocol.step_length / 0.1,
             max_grad_norm=0.1,
@@ -418,7 +419,7 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
 
 
 def measure(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> dict:
-    """Samples a policy: gold reward, KL to the reference, share of broken reviews.
+    """Samples a policy: gold reward, KL to the reference, share of malformed reviews.
 
     The KL is the sum over positions of the exact divergence between the next-token
     distributions, averaged over sampled completions (Monte-Carlo over prefixes only,
@@ -428,7 +429,7 @@ def measure(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> 
     asked = prompts * (protocol.evaluated_samples // len(prompts))
     texts, tokens, start, lengths = sample(folder, asked, seed=seed)
     rewards = [world.gold_reward(p, text) for p, text in zip(asked, texts)]
-    broken = [world.read_review(text.split()) is None for text in texts]
+    malformed = [world.read_review(text.split()) is None for text in texts]
     (_, model, params), (_, _, base) = _load(folder), _load(reference)
     inside = np.arange(tokens.shape[1] - start) < lengths[:, None]
     kl = divergence(model, params, base, tokens, inside, start=start)
@@ -436,7 +437,7 @@ def measure(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> 
         "reward": float(np.mean(rewards)),
         "reward_error": float(np.std(rewards) / np.sqrt(len(rewards))),
         "kl": float(jnp.mean(kl)),
-        "broken": float(np.mean(broken)),
+        "malformed": float(np.mean(malformed)),
         "words": float(np.mean(lengths) - 1),
         "samples": texts[:: len(asked) // 8][:8],
     }
@@ -453,7 +454,7 @@ def divergence(model, params, base, tokens, inside, *, start: int):
 
 
 def add_kept(records: list[dict], start: float) -> None:
-    """Adds `kept`: the gain over the reference, as a share of the clean run's."""
+    """Adds `kept`: the gain over the reference divided by that of the clean run."""
     clean = {r["seed"]: r["reward"] for r in records if r["arm"] == "DPO, no flips"}
     for record in records:
         gain = clean[record["seed"]] - start

@@ -1,15 +1,15 @@
-"""How far mixed gradients are from the true one, with alpha given and with it learned.
+"""Errors of mixed gradients relative to the true one, with a fixed or learned alpha.
 
-Two errors of a gradient made of B pairs with K sampled traces each (their mean) and B
-pairs with an empty trace, both drawn from a population of pairs:
+There are two errors of a gradient from B pairs with K sampled traces each (their mean)
+and B pairs with an empty trace, both drawn from a population of pairs:
 
-    "traces"            about the marginal gradient of these B pairs: the data are
-                        given, only the traces vary
-    "traces and pairs"  about the marginal gradient of the whole population, as
-                        stochastic gradient descent has it
+    "traces"            relative to the marginal gradient of these B pairs: only the
+                        traces vary
+    "traces and pairs"  relative to the marginal gradient of the whole population, as in
+                        stochastic gradient descent
 
-Both are parabolas in alpha, of which three numbers a step are kept: ||e_t||^2,
-||e_e||^2 and <e_t, e_e>, e = gradient - truth.  "auto" sees the drawn gradients alone:
+Both are parabolas in alpha, determined by three numbers per step: ||e_t||^2, ||e_e||^2,
+and <e_t, e_e>, with e = gradient - truth.  "auto" uses only the sampled gradients:
 `jaxpref.gradients.bvpo.ingredients` of each step, averaged by `running`.
 """
 
@@ -31,12 +31,12 @@ GRID = tuple(round(0.1 * n, 1) for n in range(11))
 
 @dataclasses.dataclass(frozen=True)
 class Population:
-    """N pairs with traces and N with an empty one, and what is exact about them."""
+    """N pairs with traces and N with an empty trace, and their exact gradients."""
 
     pairs: np.ndarray
     """int [N, 3]: prompt, chosen and rejected answer; of pairs with traces."""
     base_logps: jax.Array
-    """[N, 2, R]: log ref(r, y|x), of which traces are drawn."""
+    """[N, 2, R]: log ref(r, y|x), from which traces are drawn."""
     exact: Exact
     """With a leading axis of pairs."""
     empty: jax.Array
@@ -46,7 +46,7 @@ class Population:
 def make_population(
     model, params, base, language: Language, pairs, empty_pairs, *, beta
 ) -> Population:
-    """All that is exact; `params` of the policy and `base` of the reference."""
+    """Computes the exact quantities for the policy `params` and reference `base`."""
     base_logps = _trace_logps(model, base, language, jnp.asarray(pairs))
     found = _exact(model, params, language, jnp.asarray(pairs), base_logps, beta=beta)
     start = language.prompts.shape[1] + len(language.empty)
@@ -71,7 +71,7 @@ _drawn = jax.jit(
 
 
 def true_ingredients(population: Population, *, batch: int, traces: int) -> dict:
-    """The six exact numbers of each kind of error, averaged over batches.
+    """The six exact quantities of each kind of error, averaged over batches.
 
     Batches draw pairs with replacement, both kinds independently.
     """
@@ -119,7 +119,7 @@ def true_ingredients(population: Population, *, batch: int, traces: int) -> dict
 def measure_errors(
     model, params, language, population, key, *, steps, batch, traces, beta, decay
 ) -> dict[str, dict[str, jax.Array]]:
-    """Three numbers a step of each kind of error, and auto's alpha; [steps].
+    """Three numbers per step for each kind of error, and auto's alpha; [steps].
 
     `population` is the tuple of `Population`'s fields.
     """
@@ -238,7 +238,7 @@ def mixture_variance(drawn, empty_gradient, alpha) -> float:
 
 @functools.partial(jax.jit, static_argnums=(0, 2), static_argnames="beta")
 def _redraw(model, params, language, pairs, base_logps, keys, *, beta):
-    """The batch's gradient with one trace a pair, for every key: [n, P]."""
+    """The batch's gradient with one trace per pair, for every key: [n, P]."""
 
     def one(key):
         grads = draw(

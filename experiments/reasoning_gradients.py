@@ -2,17 +2,18 @@
 
 For a pair (x, y_w, y_l) and beta, with pi the policy and ref the reference:
 
-    marginal   l_m = -ls(h_m), h = beta log[pi(y_w|x) / ref(y_w|x)] - the same of y_l,
-               pi(y|x) = sum_r pi(r, y|x); its gradient is what everything is after
+    marginal   l_m = -ls(h_m), h = beta log[pi(y_w|x) / ref(y_w|x)] - the same for y_l,
+               pi(y|x) = sum_r pi(r, y|x); its gradient is the true gradient
     trace      l_t = the same with pi(r, y|x) of sampled r_w, r_l ~ ref(r|x, y)
     empty      l_e = the same with pi(y|x, empty trace)
 
-By Fisher's identity grad log pi(y|x) = sum_r pi(r|x, y) grad log pi(r, y|x), so the
-gradients of all joint log-probs, [R, P] a side, give the marginal gradient, the mean of
-the trace gradient and its variance as finite sums.  Where the policy is the reference,
-h is 0 for every trace and the trace gradient has no bias; away from it, it has one.
+By Fisher's identity grad log pi(y|x) = sum_r pi(r|x, y) grad log pi(r, y|x).  So the
+gradients of all joint log-probs, [R, P] per side, give the marginal gradient and the
+mean and variance of the trace gradient as finite sums.  If the policy equals the
+reference, h is 0 for every trace and the trace gradient is unbiased; otherwise it is
+biased.
 
-Completions end with EOS, as in training; answers alone are enumerated without it.
+Completions end with EOS, as in training; bare answers are enumerated without it.
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ CHUNK = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Language:
-    """The world's texts as token ids; all of a kind are as long.
+    """The world's texts as token ids; all of one kind have the same length.
 
-    Told apart by identity, so that `jax.jit` takes one as a static argument.
+    Compared by identity, so that `jax.jit` takes one as a static argument.
     """
 
     prompts: np.ndarray
@@ -71,7 +72,7 @@ def read_language(tokenizer: Any) -> Language:
 
 
 def completion_logps(model, params, tokens, *, start: int) -> jax.Array:
-    """Log-probs of tokens[:, start:] given what is before, [N] of tokens [N, T]."""
+    """Log-probs [N] of tokens[:, start:] given the tokens before; tokens [N, T]."""
     logps = jax.nn.log_softmax(model.logits(params, tokens)[:, start - 1 : -1])
     targets = tokens[:, start:, None]
     return jnp.sum(jnp.take_along_axis(logps, targets, axis=-1)[..., 0], axis=1)
@@ -129,7 +130,7 @@ def _answer_logps(model, params, language, prompts):
 
 
 def expected_rewards(joint, empty, rewards) -> dict[str, float]:
-    """Exact mean gold reward over prompts, with traces and without, and their mass.
+    """Exact mean gold reward over prompts, with and without traces, and their mass.
 
     Args:
       joint: log pi(r, y|x), [n, R, M].
@@ -152,7 +153,7 @@ def expected_rewards(joint, empty, rewards) -> dict[str, float]:
 
 
 class Exact(NamedTuple):
-    """Of one pair with traces; gradients are flat, [P]."""
+    """Exact gradients of one pair with traces, flattened to [P]."""
 
     marginal: jax.Array
     """The gradient of l_m."""
@@ -199,7 +200,7 @@ def exact(model, params, language: Language, pairs, base_logps, *, beta) -> Exac
             sides = jnp.einsum("sr,srp->sp", now, grads)
             return -jax.nn.sigmoid(-gap(lse(logps) - lse(base))) * gap(sides)
 
-        # The loss of every two traces, of which each is drawn from the reference's.
+        # The loss of every pair of traces, each weighted by its reference probability.
         weight = jax.nn.sigmoid(-beta * (ratios[0][:, None] - ratios[1][None]))
         drawn = then[0][:, None] * then[1][None]
         sides = [drawn * weight, (drawn * weight).T]

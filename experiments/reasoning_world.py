@@ -1,17 +1,18 @@
-"""A small world of reasoning: three numbers are added, two of them first.
+"""A toy world of reasoning: three numbers are added, two of them first.
 
     prompt = "3 4 1 ="                   (x, y and z, from 0 to 4; 125 prompts)
     trace  = FILLER NAME NAME SUM        ("so x z 4": x + z makes 4; 108 traces)
     answer = NUMBER                      (0 to 12)
 
-A trace says which two numbers are added first, in which order, and what they make; the
-answer adds the third.  Filler and order change nothing, and the trace may be wrong.
-There are few enough traces to add up over all of them: what a model thinks of an answer
-is a finite sum.  The gold reward sees the answer only: 1 if it is right, else 0.
+A trace states which two numbers are added first, in which order, and their sum; the
+answer adds the third.  Filler and order are irrelevant, and the trace may be wrong.
+There are few enough traces to sum over all of them, so the probability of an answer
+under a model is a finite sum.  The gold reward depends only on the answer: 1 if it is
+right, else 0.
 
-People who write here are careless.  Either sum is right with probability `CAREFUL`,
-without a trace the answer with `CARELESS`, and else off by one: a model trained on them
-has as much to learn from preferences as people make mistakes.
+The demonstrations are careless.  Each sum is right with probability `CAREFUL`, and an
+answer without a trace with `CARELESS`; otherwise it is off by one.  So a model trained
+on them can still learn from preferences.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 LARGEST = 4
-"""Of the numbers in a prompt."""
+"""Range of the numbers in a prompt."""
 NUMBERS = tuple(map(str, range(3 * LARGEST + 1)))
 """The answers; the first ones are also in prompts and traces."""
 NAMES = ("x", "y", "z")
@@ -65,7 +66,7 @@ def numbers(prompt: str) -> tuple[int, int, int]:
 
 
 def gold_reward(prompt: str, answer: str) -> float:
-    """1 if the answer is the right one, else 0, whatever text it is.
+    """1 if the answer is right, else 0; any text is accepted.
 
     Raises:
       ValueError: the prompt is not one of this world.
@@ -87,7 +88,7 @@ def slip(rng, right: int, careful: float, *, largest: int) -> int:
 
 
 def write_trace(rng, prompt: str) -> tuple[str, str]:
-    """A trace and the answer after it, as people write them here."""
+    """A careless trace and the answer after it."""
     values = dict(zip(NAMES, numbers(prompt)))
     first, second, third = map(str, rng.permutation(NAMES))
     most = 2 * LARGEST, 3 * LARGEST
@@ -118,14 +119,14 @@ def write_demonstrations(count: int, seed: int) -> list[dict]:
 
 
 def trace_pair(prompt: str, chosen: tuple[str, str], rejected: tuple[str, str]) -> dict:
-    """A record of a pair, its sides (trace, answer)."""
+    """The record of a pair from its sides (trace, answer)."""
     sides = {"chosen": chosen, "rejected": rejected}
     named = {k: {"trace": t, "answer": a} for k, (t, a) in sides.items()}
     return {"prompt": prompt, **named}
 
 
 def split_prompts() -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the 100 prompts that pairs are made of, and of 25 held out.
+    """Indices of 100 prompts for training pairs and of 25 held-out prompts.
 
     Every number is as often in each place of those held out as in all.
     """
@@ -135,7 +136,7 @@ def split_prompts() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_pairs(rng, joint, empty, prompts, count: int):
-    """Pairs of sampled answers of different reward, with traces and without.
+    """Pairs of sampled answers with different rewards, with and without traces.
 
     Args:
       rng: numpy's generator.
@@ -178,7 +179,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    # As tokens of their own they need no white space around them.
+    # As special tokens they need no whitespace around them.
     tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in MARKERS])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,4 +1,4 @@
-"""The files and the page that `noisy_sentiment.py` ends with."""
+"""The result files and the report of `noisy_sentiment.py`."""
 
 import dataclasses
 import textwrap
@@ -16,12 +16,12 @@ _REWARD_KL = (
 
 
 def make_table(reference: dict, records: list[dict]) -> report.Table:
-    """One row an arm: mean and standard deviation over seeds."""
+    """One row per arm: mean and standard deviation over seeds."""
     names = list(dict.fromkeys(r["arm"] for r in records))
     seeds = sorted({str(r["seed"]) for r in records})
     rows = [
         ["reference", f"{reference['reward']:.2f}", "0", "0"]
-        + [f"{reference['broken']:.0%}"]
+        + [f"{reference['malformed']:.0%}"]
     ]
     for name in names:
         runs = [r for r in records if r["arm"] == name]
@@ -29,12 +29,12 @@ def make_table(reference: dict, records: list[dict]) -> report.Table:
             report.mean_spread([r[key] for r in runs])
             for key in ("reward", "kl", "kept")
         ]
-        rows.append([name, *spread, f"{np.mean([r['broken'] for r in runs]):.0%}"])
+        rows.append([name, *spread, f"{np.mean([r['malformed'] for r in runs]):.0%}"])
     return report.Table(
-        ["", "gold reward", "KL to the reference", "share of clean gain", "broken"],
+        ["", "gold reward", "KL to the reference", "share of clean gain", "malformed"],
         rows,
         caption=f"mean ± standard deviation over the seeds {', '.join(seeds)}; reward "
-        "from -4 to 4; broken: share of samples that are no review",
+        "from -4 to 4; malformed: share of samples outside the grammar",
     )
 
 
@@ -94,7 +94,7 @@ def write_page(out: Path, table: report.Table, records, seconds, about: str) -> 
         "Noisy labels and the losses that survive them",
         [report.Section(title, content) for title, content in parts.items()],
         summary=(
-            "Made by more than one process: begun, then resumed."
+            "Run by more than one process (resumed)."
             if seconds is None
             else f"Made in {seconds / 60:.1f} minutes."
         ),

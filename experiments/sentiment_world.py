@@ -1,4 +1,4 @@
-"""A small world of reviews whose gold reward is known exactly.
+"""A toy world of reviews with an exactly known gold reward.
 
     review   = clause "." [closing]
              | clause "and" clause "." | clause "but" clause "."
@@ -6,16 +6,15 @@
     clause   = "the" ASPECT "was" ["not"] [INTENSIFIER] ADJECTIVE
     closing  = "we loved it ." | "i would return ." | "i would not return ." | ...
 
-A prompt names a place and the aspect its reader cares about:
+A prompt names a place and the aspect that its reader cares about:
 "cafe , mostly soup :".
 
-The gold reward reads a review as a person does, by composition and not by counting
-words (after the lexicon method of Taboada et al. 2011): an adjective has a value, and
-for some the sign hangs on the aspect ("a cold beer", "a cold soup"); an intensifier
-scales it; "not" turns it round and weakens it ("not awful" is faint praise); what
-follows "but" weighs double and what follows "although" half; the aspect that the prompt
-asks for weighs double.  The reward is the weighted mean over the clauses, and any text
-outside the grammar gets the lowest reward there is.
+The gold reward is compositional rather than a word count (after the lexicon method of
+Taboada et al. 2011).  Each adjective has a value, whose sign may depend on the aspect
+("a cold beer", "a cold soup").  An intensifier scales the value, and "not" reverses and
+weakens it ("not awful" is faint praise).  A clause after "but" has double weight, a
+clause after "although" half, and the aspect in the prompt double.  The reward is the
+weighted mean over the clauses.  Text outside the grammar gets the lowest reward.
 """
 
 import json
@@ -26,7 +25,7 @@ import numpy as np
 PLACES = ("cafe", "hotel", "inn", "diner")
 ASPECTS = ("food", "service", "room", "coffee", "soup", "beer")
 
-# Values run from -2 to 2.  "warm" and "cold" depend on what they are said of.
+# Values are from -2 to 2.  "warm" and "cold" depend on the aspect.
 ADJECTIVES = (
     dict.fromkeys(("superb", "wonderful"), 2.0)
     | dict.fromkeys(("good", "nice"), 1.0)
@@ -47,7 +46,7 @@ SHARPNESS = 2.0
 """How surely people see a difference: they tell reviews one point apart right 88 times
 of 100, s(2).  It is finite, so that labels are soft and DPO's optimum is finite too."""
 WORST = -4.0
-"""The value of a text outside the grammar: that of the worst clause there is."""
+"""The value of text outside the grammar: that of the worst possible clause."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = (
@@ -202,10 +201,10 @@ def best_possible(rewards: np.ndarray, beta: float) -> tuple[float, float]:
     """
     tilt = SHARPNESS * rewards / beta
     tilt = tilt - tilt.max(axis=1, keepdims=True)
-    normaliser = np.exp(tilt).mean(axis=1, keepdims=True)
-    weights = np.exp(tilt) / normaliser / rewards.shape[1]
+    normalizer = np.exp(tilt).mean(axis=1, keepdims=True)
+    weights = np.exp(tilt) / normalizer / rewards.shape[1]
     reward = np.sum(weights * rewards, axis=1)
-    kl = np.sum(weights * (tilt - np.log(normaliser)), axis=1)
+    kl = np.sum(weights * (tilt - np.log(normalizer)), axis=1)
     return float(reward.mean()), float(kl.mean())
 
 

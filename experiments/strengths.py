@@ -1,13 +1,14 @@
-"""Bradley-Terry strengths of arguments from text and from votes: a mixed model.
+"""Bradley-Terry strengths of arguments from text and votes: a mixed model.
 
 An argument i of topic t has the strength
 
     q = f . w + u,    w ~ N(0, I),    u ~ N(0, spread)
 
-f are features of its text, w is shared by all topics, u is its own.  The logit of "the
-first of a pair is better" is the margin m = q_first - q_second.  An argument stands in
-some thirty pairs of its topic, so u pools the votes on it; a topic without votes is
-judged by the text alone.  With spread near zero it is logistic regression.
+f are the features of its text, w is shared by all topics, and u is individual.  The
+logit of "the first of a pair is better" is the margin m = q_first - q_second.  An
+argument occurs in about thirty pairs of its topic, so u pools the votes on it.  A topic
+without votes is judged by the text alone.  With a spread near zero, this is logistic
+regression.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""UKPConvArg1: which of two arguments is more convincing, five crowd votes a pair.
+"""UKPConvArg1: which of two arguments is more convincing, with five votes per pair.
 
 Habernal and Gurevych, "Which argument is more convincing?", ACL 2016; CC-BY 4.0.
-12,935 pairs of 797 arguments in 24 topics (12 questions, two stances each), 3,700
-workers.  Ties, a quarter of the votes, are left out and counted.
+12,935 pairs of 797 arguments in 24 topics (12 questions with two stances each) and
+3,700 workers.  Ties, a quarter of the votes, are counted and left out.
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ def draw(world: World, votes: int, *, seed: int) -> np.ndarray:
 
 
 def length_features(world: World) -> np.ndarray:
-    """Logarithms of words and characters, standardised; [T, S, 2]."""
+    """Logarithms of words and characters, standardized; [T, S, 2]."""
     return _padded(
         world,
         _scaled([[np.log1p(len(t.split())), np.log1p(len(t))] for t in _all(world)]),

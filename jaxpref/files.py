@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the folder that runs share."""
+"""Atomic file writes, the cache folder, and opening the folder of a run."""
 
 import json
 import os
@@ -9,20 +9,20 @@ from jaxpref.errors import InputError
 
 
 def cache_folder() -> Path:
-    """Where all runs of this user keep what is worth computing once.
+    """The cache folder shared by all runs of this user.
 
-    `$JAXPREF_CACHE`; else `jaxpref` in `$XDG_CACHE_HOME`, else in `~/.cache`.  All of
-    it can be deleted at any time: it is made again.
+    `$JAXPREF_CACHE` if set; otherwise `jaxpref` in `$XDG_CACHE_HOME` or `~/.cache`.  It
+    can be deleted at any time; its contents are recreated.
 
     Raises:
-      InputError: if there is no home folder, or what is given is no folder.
+      InputError: if there is no home folder, or `JAXPREF_CACHE` is not a folder.
     """
     if given := os.environ.get("JAXPREF_CACHE"):
         if "://" in given:
             raise InputError(
-                f"JAXPREF_CACHE {given}: only folders are read and written; mount the "
-                "bucket, for example with gcsfuse. Compiled programs alone may lie in "
-                f"one: JAX_COMPILATION_CACHE_DIR={given}"
+                f"JAXPREF_CACHE {given}: must be a folder; mount the bucket, for "
+                "example with gcsfuse. A bucket can cache only compiled programs: "
+                f"JAX_COMPILATION_CACHE_DIR={given}"
             )
         folder = Path(os.path.expanduser(given)).absolute()
     else:
@@ -30,16 +30,16 @@ def cache_folder() -> Path:
         folder = Path(base) / "jaxpref"
     if not folder.is_absolute():
         raise InputError(
-            f"{folder}: no folder for what runs share; set JAXPREF_CACHE to one"
+            f"{folder}: not usable as the cache folder; set JAXPREF_CACHE to a folder"
         )
     return folder
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes under a temporary name beside `path`, then renames.
+    """Writes a file atomically: to a temporary name beside `path`, then renamed.
 
     Raises:
-      InputError: if it cannot be written; what was there before is untouched.
+      InputError: if the file cannot be written; an existing file stays unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -53,25 +53,25 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def write_json(path: str | Path, content) -> None:
-    """Writes a JSON file whole or not at all; errors as `write_whole`."""
+    """Writes a JSON file atomically; raises the same errors as `write_whole`."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def open_out(
     out: Path, name: str, asked: dict, *, what: str, may_change: Collection[str]
 ) -> None:
-    """Makes the folder OUT, or finds in it what was begun with the same config.
+    """Creates the folder OUT, or checks that it was created with the same config.
 
     Args:
       out: the folder.
-      name: of its config file, which the caller writes.
-      asked: the config, as JSON would give it back.
-      what: lies in the folder, for messages: "a run".
-      may_change: fields that do not bind the folder.
+      name: file name of its config, which the caller writes.
+      asked: the requested config, as JSON would decode it.
+      what: what the folder holds, for messages: "a run".
+      may_change: fields that may differ from the stored config.
 
     Raises:
-      InputError: if OUT cannot be written, its config cannot be read, or differs; the
-        message names the fields.
+      InputError: if OUT cannot be written, or if its config cannot be read or differs;
+        the message names the fields.
     """
     path = out / name
     try:
@@ -95,14 +95,14 @@ def open_out(
     ]
     if changed:
         raise InputError(
-            f"{out} holds {what} of another config; changed: {', '.join(changed)}. Use "
-            "the same options to resume, or another --out"
+            f"{out} holds {what} with another config; changed: {', '.join(changed)}. "
+            "Use the same options to resume, or another --out"
         )
 
 
 def cannot_write(path: str | Path, error: OSError) -> InputError:
-    """The error of a file that could not be written."""
+    """The error for a file that could not be written."""
     return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); make room or choose "
-        "another folder"
+        f"{path}: cannot be written ({error.strerror or error}); free some space or "
+        "choose another folder"
     )

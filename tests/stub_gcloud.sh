@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Plays `gcloud` (and python3.12, gcsfuse, mountpoint) for tests/test_launch_tpu.py.
+# Stands in for `gcloud`, python3.12, gcsfuse, and mountpoint in tests/test_launch_tpu.py.
 #
-# $STUB holds: calls (one line a call), scenario (what goes wrong, "KEY CODE TEXT", each
+# $STUB holds: calls (one line per call), scenario (events to inject, "KEY CODE TEXT", each
 # line used once), state (of the queued resource), homes/NODE-WORKER (each worker's home,
-# where the commands for the workers are really run), gs/ (buckets).
-# shellcheck disable=SC2153 # WORKER is set for what a worker runs
+# where the workers' commands are actually run), gs/ (buckets).
+# shellcheck disable=SC2153 # WORKER is set for the commands of a worker
 set -euo pipefail
 
-next() { # KEY: the scenario's first line for it, used up; in CODE and TEXT
+next() { # KEY: removes the scenario's first line for it and sets CODE and TEXT
   local found
   found=$(grep -n -m 1 "^$1 " "$STUB/scenario") || return 1
   sed -i "${found%%:*}d" "$STUB/scenario"
@@ -39,7 +39,7 @@ make_nodes() {
   done
 }
 
-option() { # NAME ARGUMENTS: its value
+option() { # NAME ARGUMENTS: prints the value of the option
   local name=$1 each
   shift
   for each in "$@"; do [[ $each != "$name="* ]] || printf '%s' "${each#*=}"; done
@@ -70,8 +70,8 @@ gcloud_() {
     key=node
   fi
   if next "$key"; then
-    # "after FILE STATE": only once the experiment has come that far; and
-    # "after FILE interrupted": the workers get SIGTERM, the state is still ACTIVE.
+    # "after FILE STATE": waits until the experiment has written FILE;
+    # "after FILE interrupted": the workers get SIGTERM while the state is still ACTIVE.
     if [[ $TEXT == after\ * ]]; then
       read -r _ file TEXT <<<"$TEXT"
       for _ in $(seq 600); do

@@ -1,4 +1,4 @@
-"""What processes must have in common: compared, named, and agreed upon at a restore."""
+"""Values that must be equal on all processes, and restoring the same checkpoint."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from jaxpref.errors import DIVERGED, InputError
-from jaxpref.runtime import processes
+from jaxpref.runtime import environment, processes
 from jaxpref.train import agreement, read_metrics
 from tests.virtual import xla_flags
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def among(monkeypatch, *others):
-    """The others' values take part in the next comparison."""
+    """Simulates other processes with these values in the next comparison."""
     monkeypatch.setattr(processes.jax, "process_count", lambda: 1 + len(others))
 
     def gathered(mine):
@@ -40,7 +40,7 @@ def test_equal_values_pass(monkeypatch):
     processes.assert_equal_across_processes("step 3", values)
 
 
-def test_who_differs_and_in_what(monkeypatch):
+def test_a_difference_is_reported(monkeypatch):
     mine = {"seed": 1, "data": "a.jsonl", "batch_size": 8}
     among(monkeypatch, mine, mine | {"seed": 2, "batch_size": 16})
     with pytest.raises(
@@ -49,21 +49,21 @@ def test_who_differs_and_in_what(monkeypatch):
         processes.assert_equal_across_processes("step 3", mine)
 
 
-def test_the_most_are_right(monkeypatch):
+def test_the_majority_is_the_reference(monkeypatch):
     among(monkeypatch, {"seed": 2}, {"seed": 2})
     with pytest.raises(InputError, match="process 0 differs from process 1 in seed"):
         processes.assert_equal_across_processes("step 3", {"seed": 1})
 
 
-def test_one_process_agrees_with_itself():
+def test_a_single_process_agrees_with_itself():
     processes.assert_equal_across_processes("step 3", {"seed": object()})
     assert processes.failing_processes(True) == []
     assert processes.failing_processes(False) == [0]
     np.testing.assert_array_equal(processes.broadcast_from_process_zero([4, 2]), [4, 2])
-    assert agreement.versions() == agreement.versions()
+    assert environment.versions() == environment.versions()
 
 
-class Whole:
+class Batches:
     """An iterator over batches of four pairs in two micro-batches."""
 
     def __next__(self):
@@ -74,21 +74,24 @@ class Whole:
         self.state = state
 
 
-def test_a_batch_of_other_pairs_is_found(monkeypatch):
+def test_a_batch_of_other_pairs_is_detected(monkeypatch):
     pairs = types.SimpleNamespace(ids=np.array([f"id-{n}" for n in range(40)]))
-    plan = types.SimpleNamespace(digest="d", train=pairs)
+    splits = types.SimpleNamespace(digest="d", train=pairs)
+    task = types.SimpleNamespace(
+        datasets=types.SimpleNamespace(splits=splits), batches=lambda whole: Whole()
+    )
     feed = types.SimpleNamespace(state_before=lambda: 2, get_state=lambda: 3)
     ids = [f"id-{n}" for n in range(8, 12)]
     usual = {"the pairs": "d", "the place in the data": 3, "the batch": ids}
-    # Rows of a micro-batch may lie elsewhere, but not in another micro-batch.
+    # Rows may move within a micro-batch, but not to another micro-batch.
     seen = np.array([[9, 8], [10, 11]])[..., None]
     among(monkeypatch, usual)
-    agreement.agree_on_batch(3, Whole, plan, feed, seen)
-    with pytest.raises(InputError, match="step 3: computed of other pairs"):
-        agreement.agree_on_batch(3, Whole, plan, feed, seen[::-1])
+    agreement.check_batch_agreement(3, task, feed, seen)
+    with pytest.raises(InputError, match="step 3: computed from other pairs"):
+        agreement.check_batch_agreement(3, task, feed, seen[::-1])
     among(monkeypatch, usual | {"the batch": ids[::-1]})
     with pytest.raises(InputError, match="process 1 differs from process 0 in the bat"):
-        agreement.agree_on_batch(3, Whole, plan, feed, seen)
+        agreement.check_batch_agreement(3, task, feed, seen)
 
 
 # ---- two processes ----------------------------------------------------------------
@@ -116,12 +119,12 @@ class Mishap:
             batch = dataclasses.replace(batch, reference={"reference_logps": nan})
         return batch
 
-make_batches = data.batches
+make_batches = data.PaddedLayout.batches
 def batches(*args, **options):
     made = make_batches(*args, **options)
-    # The whole batch is drawn again to compare it: no mishap there.
-    return made if options["process_count"] == 1 else Mishap(made)
-data.batches = batches
+    # The whole batch is drawn again for the comparison, without the mishap.
+    return made if args[0].process_count == 1 else Mishap(made)
+data.PaddedLayout.batches = batches
 
 read = Checkpoints._read
 def unlucky(self, step, abstract):
@@ -178,34 +181,34 @@ def run_two(inputs: Path, out: Path, *mishaps: dict, **changes: dict):
             )
         )
     try:
-        told = [process.communicate(timeout=240)[1] for process in processes]
+        logs = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], told
+    return [process.returncode for process in processes], logs
 
 
-def errors(told: list[str]) -> str:
+def errors(logs: list[str]) -> str:
     return "\n".join(
-        line for x in told for line in x.splitlines() if "jaxpref: error" in line
+        line for x in logs for line in x.splitlines() if "jaxpref: error" in line
     )
 
 
-def test_other_options_are_found_before_anything_is_read(inputs, tmp_path):
-    codes, told = run_two(inputs, tmp_path / "run", {}, {}, of_1={"seed": 1})
-    assert 2 in codes and 0 not in codes, told
+def test_other_options_are_detected_before_anything_is_read(inputs, tmp_path):
+    codes, logs = run_two(inputs, tmp_path / "run", {}, {}, of_1={"seed": 1})
+    assert 2 in codes and 0 not in codes, logs
     message = "before the run: process 1 differs from process 0 in seed; start all"
-    assert message in errors(told), told
+    assert message in errors(logs), logs
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_processes_stop_fall_back_and_differ_together(inputs, tmp_path):
-    """Bad steps; a checkpoint that one cannot read; a batch too many in one."""
+def test_processes_stop_and_fall_back_together(inputs, tmp_path):
+    """Bad steps, a checkpoint that one process cannot read, an extra batch in one."""
     out = tmp_path / "run"
     nan = {"nan_from": 6}
-    codes, told = run_two(inputs, out, nan, nan)
-    assert codes == [DIVERGED] * 2 == [65] * 2, told
-    for stderr in told:
+    codes, logs = run_two(inputs, out, nan, nan)
+    assert codes == [DIVERGED] * 2 == [65] * 2, logs
+    for stderr in logs:
         (line,) = [x for x in stderr.splitlines() if x.startswith("jaxpref: error: ")]
         assert "stopped at step 7: 2 bad steps in a row" in line
     assert sorted(checkpoints(out)) == ["2", "4"]
@@ -215,15 +218,15 @@ def test_processes_stop_fall_back_and_differ_together(inputs, tmp_path):
     lines = read_metrics(out / "metrics.jsonl")
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
 
-    # Both go back to step 2, which process 1 says; the third batch from there is a
-    # wrong one in process 1, which is found before step 6 is saved.
-    codes, told = run_two(inputs, out, {}, {"unreadable": 4, "twice_at": 3})
-    assert "checkpoint 4 cannot be read (process 1 says so)" in told[0], told
-    assert "checkpoint 4 cannot be read (no such file)" in told[1], told
-    assert 2 in codes and 0 not in codes, told
-    found = errors(told)
-    assert "step 6: process 1 differs from process 0 in the place in the data" in found
-    # Step 4 was written anew.
+    # Both fall back to step 2, because process 1 cannot read step 4.  The third batch
+    # from there is wrong in process 1, which is detected before step 6 is saved.
+    codes, logs = run_two(inputs, out, {}, {"unreadable": 4, "twice_at": 3})
+    assert "checkpoint 4 cannot be read (process 1 says so)" in logs[0], logs
+    assert "checkpoint 4 cannot be read (no such file)" in logs[1], logs
+    assert 2 in codes and 0 not in codes, logs
+    error = errors(logs)
+    assert "step 6: process 1 differs from process 0 in the place in the data" in error
+    # Step 4 was written again.
     assert sorted(checkpoints(out)) == ["2", "4"]
 
 

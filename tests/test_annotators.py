@@ -1,4 +1,4 @@
-"""The real votes, the mixed model against dense oracles, and the whole experiment."""
+"""The real votes, the mixed model against dense oracles, and the experiment."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def small():
 
 
 def design(features, at):
-    """Dense: margins are design @ [w, u]."""
+    """Dense form: margins are design @ [w, u]."""
     topic, first, second = at
     rows = []
     for t, i, j in zip(topic, first, second):
@@ -58,7 +58,7 @@ def dense_mode(features, at, soft, weights, spread):
     return x, precision, found.x
 
 
-def test_the_counts_of_the_votes(world):
+def test_counts_of_votes(world):
     assert len(world.gold) == 12_935 and len(world.texts) == 24
     assert (len(world.pairs), world.ties) == (49_498, 15_038)
     assert sum(map(len, world.texts)) == 797 and len(set(world.names)) > 3600
@@ -68,7 +68,7 @@ def test_the_counts_of_the_votes(world):
     assert right.mean() == pytest.approx(0.8506, abs=1e-4)
 
 
-def test_draws_are_seeded_and_at_most_so_many_a_pair(world):
+def test_draws_are_seeded_with_a_maximum_per_pair(world):
     one, two = (ukp.draw(world, n, seed=0) for n in (1, 2))
     assert (one == ukp.draw(world, 1, seed=0)).all()
     assert (one <= two).all() and (one != ukp.draw(world, 1, seed=1)).any()
@@ -79,7 +79,7 @@ def test_draws_are_seeded_and_at_most_so_many_a_pair(world):
     assert ukp.draw(world, 5, seed=0).all()
 
 
-def test_features_see_the_text_and_padding_is_zero(world):
+def test_features_depend_on_the_text_and_padding_is_zero(world):
     few = dataclasses.replace(
         world, texts=[["a short one", "Why? Because it is LONGER, I think!"], ["x"]]
     )
@@ -97,7 +97,7 @@ def test_strengths_are_the_posterior_mode(small):
         features, at, soft, weights, spread=0.7, start=strengths.zeros(features)
     )
     np.testing.assert_allclose(np.r_[x.w, x.u.ravel()], theta, atol=2e-3)
-    # Without what is an argument's own it is ridge regression on the text.
+    # Without individual effects it is ridge regression on the text.
     alone = strengths.fit(
         features,
         at,
@@ -109,7 +109,7 @@ def test_strengths_are_the_posterior_mode(small):
     assert np.abs(alone.u).max() < 1e-4
 
 
-def test_variances_are_laplace_s(small):
+def test_variances_are_those_of_laplace(small):
     features, at, _, precision = small
     x, prior = design(features, at), np.r_[np.ones(WIDTH), np.full(15, 1 / 0.7)]
     covariance = np.linalg.inv(x.T @ (precision[:, None] * x) + np.diag(prior))
@@ -118,8 +118,8 @@ def test_variances_are_laplace_s(small):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def test_a_pair_is_judged_without_its_own_votes():
-    """The cavity is near a fit that leaves the pair out, far from one that has it."""
+def test_the_cavity_excludes_the_pairs_own_votes():
+    """The cavity is close to a fit without the pair, and far from one with it."""
     rng = np.random.default_rng(1)
     features = rng.normal(size=(TOPICS, SIZE, WIDTH))
     places = [(t, i, j) for t in range(TOPICS) for i in range(SIZE) for j in range(i)]
@@ -143,10 +143,10 @@ def test_a_pair_is_judged_without_its_own_votes():
     outside = strengths.cavity(features, at, margin, evidence, everyone, spread=0.7)
     left_out = np.array([mode(n)[n] for n in range(len(places))])
     inside_error = np.abs(margin - left_out).mean()
-    # Shrinkage by the uncertainty is no part of a mode: compare directions and trend.
+    # A mode does not include shrinkage by uncertainty: compare directions and trend.
     assert np.corrcoef(outside, left_out)[0, 1] > 0.97
     assert np.abs(outside - left_out).mean() < inside_error / 2
-    # The pair's own votes pull the mode their way; they do not pull the cavity.
+    # The pair's own votes shift the mode but not the cavity.
     assert np.mean(np.sign(evidence) * (margin - left_out)) > 0.2
 
 
@@ -163,7 +163,7 @@ def test_ranks_and_areas():
 
 
 def simulated(seed=0):
-    """One vote a pair, strengths partly in the text, a fifth of workers unreliable."""
+    """One vote per pair, strengths partly in the text, unreliable workers."""
     rng = np.random.default_rng(seed)
     topics, size, workers = 8, 14, 30
     features = rng.normal(size=(topics, size, 3))
@@ -180,7 +180,7 @@ def simulated(seed=0):
     return features, Votes(at, index, index, worker, sign), truth, eta
 
 
-def test_the_joint_model_finds_the_unreliable_and_the_wrong():
+def test_the_joint_model_finds_unreliable_workers_and_wrong_votes():
     features, seen, truth, eta = simulated()
     protocol = Protocol(scale=1.0, spread=1.0)
     _, fit, _ = annotators.learn_jointly(seen, features, len(eta), protocol, 1.0)
@@ -195,7 +195,7 @@ def test_the_joint_model_finds_the_unreliable_and_the_wrong():
     assert ranks.area(doubt(blind), wrong) == pytest.approx(0.5)
 
 
-def test_held_out_topics_leave_no_trace():
+def test_held_out_topics_do_not_affect_the_model():
     features, seen, truth, eta = simulated()
     protocol = Protocol(scale=1.0, spread=1.0, rounds=3)
     trains = seen.at[0] % 2 == 0
@@ -217,7 +217,7 @@ def test_held_out_topics_leave_no_trace():
     assert (before[held] == after[held]).all() and (before != after)[~held].any()
 
 
-def test_a_file_that_is_none_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     path = tmp_path / "votes.jsonl.gz"
     path.write_text("no gzip")
     for data in (path, tmp_path / "none.gz"):
@@ -227,7 +227,7 @@ def test_a_file_that_is_none_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_command_to_the_report(shared, tmp_path):
+def test_the_whole_experiment(shared, tmp_path):
     script = Path(__file__).resolve().parents[1] / "experiments" / "annotators.py"
     data = shared / "data" / "ukpconvarg1_votes.jsonl.gz"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The audit finds planted flips and unreliable annotators, and says what it cannot."""
+"""Audits find planted flips and unreliable annotators, and report what is unknown."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ import scipy.special
 import scipy.stats
 
 from jaxpref import cli, data, report
+from jaxpref.cli import audit as audit_command
 from jaxpref.data import DataOptions, ListSource
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit, features
@@ -31,7 +32,7 @@ WORKERS = ("ann", "bob", "eve", "ann")
 
 
 def records(count=240, seed=0):
-    """Answers full of good or of bad words; annotators wrong at their own rates."""
+    """Answers with good or bad words, and annotators with different flip rates."""
     rng = np.random.default_rng(seed)
     found = []
     for n in range(count):
@@ -47,7 +48,7 @@ def records(count=240, seed=0):
                 "rejected": rejected,
                 "worker": name,
                 "flip": flip,
-                "kept": [n, "<b>&</b>"],
+                "extra": [n, "<b>&</b>"],
             }
         )
     return found
@@ -74,10 +75,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model, cache):
-    """A whole audit by the command line."""
+    """A complete audit by the command line."""
     folder = tmp_path_factory.mktemp("finished")
     path = write(folder / "pairs.jsonl", records())
-    cli.audit(
+    audit_command.command(
         f"--data {path} --model {model} --out {folder / 'out'} --max-length 64 "
         f"--annotator-field worker --features {cache}".split()
     )
@@ -119,19 +120,19 @@ def test_planted_flips_are_found_and_annotators_ranked(finished):
     assert summary["model"]["accuracy"] > summary["length_only"]["accuracy"]
 
 
-def test_the_clean_file_leaves_out_what_is_suspicious(finished):
+def test_the_clean_file_drops_suspicious_pairs(finished):
     rows, judged = records(), read(finished / "out" / "audit.jsonl")
     assert {row["action"] for row in judged} == {"keep", "drop"}
     assert all((row["action"] == "drop") == (row["p_correct"] < 0.5) for row in judged)
-    kept = [row for row, found in zip(rows, judged) if found["action"] == "keep"]
-    assert read(finished / "out" / "clean.jsonl") == kept
+    remaining = [row for row, found in zip(rows, judged) if found["action"] == "keep"]
+    assert read(finished / "out" / "clean.jsonl") == remaining
     flips = lambda some: np.mean([row["flip"] for row in some])
-    assert flips(kept) < 0.5 * flips(rows)
+    assert flips(remaining) < 0.5 * flips(rows)
 
 
 @pytest.mark.parametrize("action", ["relabel", "soft"])
-def test_the_clean_file_keeps_every_other_field(tmp_path, model, cache, action):
-    same = {"kept": [1], "extra": None}
+def test_the_clean_file_preserves_all_other_fields(tmp_path, model, cache, action):
+    same = {"extra": [1], "none": None}
     unjudged = {"prompt": "it", "chosen": " was", "rejected": " was"} | same
     rows = [*records(), unjudged]
     common = {"annotator_field": "worker", "features": str(cache)}
@@ -152,14 +153,14 @@ def test_the_clean_file_keeps_every_other_field(tmp_path, model, cache, action):
             assert made == row
 
 
-def test_the_page_shows_everything_and_escapes_texts(finished):
+def test_the_report_is_complete(finished):
     page = (finished / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     for part in (
         "jaxpref audit --data",
         "--annotator-field worker",
         "length alone",
-        "Whose labels",
+        "Annotators",
         "The 20 most suspicious pairs",
     ):
         assert part in page
@@ -167,7 +168,7 @@ def test_the_page_shows_everything_and_escapes_texts(finished):
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_texts_beside_each_other_are_escaped(tmp_path):
+def test_texts_side_by_side_are_escaped(tmp_path):
     part = report.SideBySide(
         [("left", "<script>\nx"), ("right", "&")], title="a < b", above="<i>" * 200
     )
@@ -177,9 +178,9 @@ def test_texts_beside_each_other_are_escaped(tmp_path):
     assert "<script" not in page and "<i>" not in page and "<details>" in page
 
 
-def test_features_are_those_of_the_model_without_padding(tmp_path, model):
+def test_features_equal_those_of_the_model_without_padding(tmp_path, model):
     rows = records(9)
-    plan = data.make_plan(
+    plan = data.make_splits(
         ListSource(rows),
         data.load_tokenizer(model),
         DataOptions(max_length=64, heldout_fraction=0.0),
@@ -221,7 +222,7 @@ def compute(folder, model, pairs):
     return found, network, load_params(model, network)
 
 
-def test_an_interrupted_feature_pass_goes_on(tmp_path, model, monkeypatch):
+def test_an_interrupted_feature_pass_resumes(tmp_path, model, monkeypatch):
     rows = records(30)
     monkeypatch.setattr(features, "BLOCK", 8)
     real, calls = features._of_block, []
@@ -238,7 +239,8 @@ def test_an_interrupted_feature_pass_goes_on(tmp_path, model, monkeypatch):
     before = sum(calls[:2])
     again = run(tmp_path, model, rows)
     assert sum(calls[3:]) == 60 - before
-    # A third time nothing is left, nor for flipped rows in another order elsewhere.
+    # A third run computes nothing, and neither does one with rows flipped and
+    # reordered.
     calls.clear()
     calls.extend([0, 0, 0])
     same = run(tmp_path, model, rows)
@@ -249,14 +251,14 @@ def test_an_interrupted_feature_pass_goes_on(tmp_path, model, monkeypatch):
     out = {"out": str(tmp_path / "two"), "features": str(tmp_path / "out/features")}
     run(tmp_path, model, other[::-1], **out)
     assert calls == [0, 0, 0]
-    # A damaged file is made anew.
+    # A damaged file is computed again.
     path = next((tmp_path / "out/features").glob("*.npz"))
     path.write_bytes(path.read_bytes()[:100])
     assert run(tmp_path, model, rows).pairs == again.pairs
     assert len(calls) > 3
 
 
-def test_votes_on_one_pair_are_read_once_and_share_their_truth(tmp_path, model):
+def test_votes_on_one_pair_share_features_and_truth(tmp_path, model):
     rows = [
         row | {"worker": f"w{vote}", "flip": False}
         | ({"chosen": row["rejected"], "rejected": row["chosen"]} if vote == 2 else {})
@@ -295,7 +297,7 @@ def one_annotator(margins):
     )
 
 
-def test_the_rate_is_recovered_whatever_the_scale_of_the_margins():
+def test_the_rate_is_recovered_for_any_scale_of_the_margins():
     margins = 3 * simulated(0.2, 20_000, 3.0)
     found = one_annotator(margins)
     assert found.identified and found.reason is None
@@ -315,18 +317,18 @@ def test_the_rate_is_recovered_whatever_the_scale_of_the_margins():
     np.testing.assert_allclose(found.posterior, scipy.special.expit(odds), atol=2e-3)
 
 
-def test_small_margins_do_not_identify_the_rate_and_this_is_said():
+def test_small_margins_do_not_identify_the_rate():
     found = one_annotator(simulated(0.2, 2000, 0.3))
     assert not found.identified and "any flip rate from" in found.reason
     low, high = found.flip_rate_interval
     assert low < 0.2 < high
-    # The posterior stands on the assumed rate.
+    # The posterior is based on the assumed rate.
     truth = scipy.special.expit(found.margins + np.log(0.9 / 0.1))
     np.testing.assert_allclose(found.posterior, truth, atol=1e-3)
 
 
-def test_a_rate_between_nothing_and_much_is_not_quoted():
-    """The interval is short enough for a rate, but begins at 0."""
+def test_a_rate_whose_interval_includes_0_is_not_reported():
+    """The interval is short enough, but it starts at 0."""
     found = one_annotator(simulated(0.05, 1000, 1.5))
     assert found.flip_rate_interval[0] < 0.005
     assert 0.1 < found.flip_rate_interval[1] < 0.25
@@ -335,7 +337,7 @@ def test_a_rate_between_nothing_and_much_is_not_quoted():
     assert clean.identified and clean.flip_rate < 0.01
 
 
-def test_margins_that_tell_nothing_leave_the_assumed_rate():
+def test_uninformative_margins_leave_the_assumed_rate():
     rng = np.random.default_rng(0)
     count = 240
     found = estimate(
@@ -350,7 +352,7 @@ def test_margins_that_tell_nothing_leave_the_assumed_rate():
     assert (found.reliability > 0.5).all() and (found.posterior > 0.5).mean() > 0.9
 
 
-def test_one_prompt_alone_says_nothing(tmp_path, model):
+def test_a_single_prompt_is_uninformative(tmp_path, model):
     row = {"prompt": "the film", "chosen": " was good", "rejected": " was bad"}
     found = run(tmp_path, model, [row] * 12)
     assert found.summary["prompts"] == 1 and not found.summary["identified"]
@@ -360,10 +362,12 @@ def test_one_prompt_alone_says_nothing(tmp_path, model):
     assert np.isfinite(p).all() and len(set(p)) == 1 and p[0] > 0.5
 
 
-def test_three_pairs_give_a_result_and_no_rate(tmp_path, model, capsys):
+def test_three_pairs_give_a_result_without_a_rate(tmp_path, model, capsys):
     path = write(tmp_path / "three.jsonl", records(3))
     out = tmp_path / "out"
-    cli.audit(f"--data {path} --model {model} --out {out} --max-length 64".split())
+    audit_command.command(
+        ["--data", str(path), "--model", str(model), "--out", str(out)]
+    )
     assert "flip rate not identified" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["identified"] and len(read(out / "audit.jsonl")) == 3
@@ -372,14 +376,14 @@ def test_three_pairs_give_a_result_and_no_rate(tmp_path, model, capsys):
         assert np.isfinite([row[name] for row in read(out / "audit.jsonl")]).all()
 
 
-def test_one_annotator_is_no_ranking(tmp_path, model):
+def test_a_single_annotator(tmp_path, model):
     rows = [row | {"worker": "ann"} for row in records(30)]
     found = run(tmp_path, model, rows, annotator_field="worker")
     (only,) = found.summary["annotators"]
     assert only["annotator"] == "ann" and only["count"] == 30
 
 
-def test_rows_without_a_name_are_one_annotator(tmp_path, model):
+def test_rows_without_a_name_share_one_annotator(tmp_path, model):
     rows = records(30)
     for row in rows[::4]:
         del row["worker"]
@@ -389,7 +393,7 @@ def test_rows_without_a_name_are_one_annotator(tmp_path, model):
 
 
 def fails(monkeypatch, capsys, *arguments) -> str:
-    """The one line of an error, by the command line."""
+    """The error line of a failing command."""
     monkeypatch.setattr(sys, "argv", ["jaxpref", "audit", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -400,7 +404,7 @@ def fails(monkeypatch, capsys, *arguments) -> str:
     return line
 
 
-def test_wrong_input_is_one_clear_line(tmp_path, model, finished, monkeypatch, capsys):
+def test_invalid_input_is_one_line(tmp_path, model, finished, monkeypatch, capsys):
     path = finished / "pairs.jsonl"
     ask = lambda *more, data=path, model=model, out=tmp_path / "new": fails(
         monkeypatch, capsys, "--data", data, "--model", model, "--out", out,
@@ -419,13 +423,11 @@ def test_wrong_input_is_one_clear_line(tmp_path, model, finished, monkeypatch, c
     equal = write(tmp_path / "equal.jsonl", [same] * 3)
     assert "chosen and rejected are identical 3" in ask(data=equal)
     line = ask("--annotator-field", "worker", "--seed", 1, out=finished / "out")
-    assert "holds an audit of another config" in line and "seed" in line
+    assert "holds an audit with another config" in line and "seed" in line
     assert not (tmp_path / "new" / "audit.jsonl").exists()
 
 
-def test_another_action_may_be_asked_of_a_finished_audit(
-    tmp_path, finished, model, cache
-):
+def test_the_action_of_a_finished_audit_may_change(tmp_path, finished, model, cache):
     shutil.copytree(finished / "out", tmp_path / "out")
     found = audit.run(
         audit.AuditConfig(
@@ -441,17 +443,17 @@ def test_another_action_may_be_asked_of_a_finished_audit(
     assert {row["action"] for row in found.pairs} == {"soft"}
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path, model):
+def test_weights_that_are_not_finite_are_reported(tmp_path, model):
     from safetensors.numpy import load_file, save_file
 
-    broken = tmp_path / "broken"
-    shutil.copytree(model, broken)
-    tensors = load_file(broken / "model.safetensors")
-    spoiled = {name: np.full_like(value, np.nan) for name, value in tensors.items()}
-    (broken / "model.safetensors").unlink()
-    save_file(spoiled, broken / "model.safetensors")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors = {name: np.full_like(value, np.nan) for name, value in tensors.items()}
+    (damaged / "model.safetensors").unlink()
+    save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(InputError, match="holds NaN"):
-        run(tmp_path, broken, records(3))
+        run(tmp_path, damaged, records(3))
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, without any peer: operations, records, agreement."""
+"""Calculations of the benchmarks: operations, records, and agreement."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from benchmarks.peers.job import Job, Steps, read_pairs, write_steps
 from benchmarks.peers.records import (
     disagreements,
     ratios,
-    summarise,
+    summarize,
     table,
     useful_flops,
 )
@@ -25,7 +25,7 @@ from tests.tiny import tiny_config
 
 
 def counted(config, prompt, answers):
-    """Multiplications and additions, matrix by matrix and key by key."""
+    """Multiplications and additions, by matrix and by key."""
     D, K = config.hidden_size, config.head_dim
     H, G = config.num_heads, config.num_kv_heads
     matrices = [(D, H * K), (D, G * K), (D, G * K), (H * K, D)]
@@ -36,7 +36,7 @@ def counted(config, prompt, answers):
             forward += sum(2 * rows * columns for rows, columns in matrices)
         for start, length in [(0, prompt)] + [(prompt, answer) for answer in answers]:
             for place in range(length):
-                # Scores, and the weighted sum of values, of itself and all before it.
+                # Scores and weighted sum of values, for itself and earlier tokens.
                 forward += 2 * (2 * H * K) * (start + place + 1)
     forward += sum(answers) * 2 * D * config.vocab_size
     return 3 * forward
@@ -72,11 +72,11 @@ def run_of(seconds, pairs, peak=100.0):
 
 def summary(system, runs, *, prompts, answers):
     lists = [(np.array(prompts), np.array(answers))] * len(runs)
-    return summarise("hh", system, runs, lists, tiny_config(), warmup=1, rate=1e9)
+    return summarize("hh", system, runs, lists, tiny_config(), warmup=1, rate=1e9)
 
 
 def test_a_record_has_medians_over_rounds():
-    # The first pair is the warm-up's; the mean of the others is 10 tokens.
+    # The first pair belongs to the warm-up; the mean of the others is 10 tokens.
     prompts, answers = [90, 4, 8], [[1, 1], [2, 2], [2, 2]]
     runs = [run_of([s, s], [[1], [2]], peak) for s, peak in [(1, 9), (2, 5), (4, 7)]]
     record = summary("trl", runs, prompts=prompts, answers=answers)
@@ -87,12 +87,12 @@ def test_a_record_has_medians_over_rounds():
     assert record["pairs_per_step"] == 1 and record["steps"] == 6
     config = tiny_config()
     flops = counted(config, 4, (2, 2)) + counted(config, 8, (2, 2))
-    assert record["utilisation"] == pytest.approx(flops / 4 / 1e9)
+    assert record["utilization"] == pytest.approx(flops / 4 / 1e9)
     json.dumps(record)
 
 
-def test_a_short_pair_counts_for_less_than_one():
-    # Packed steps that met the short pair twice and the long one never.
+def test_a_short_pair_counts_less_than_one():
+    # Packed steps that contained the short pair twice and the long one never.
     runs = [run_of([1.0], [[1, 1]])]
     record = summary(
         "jaxpref", runs, prompts=[9, 4, 8], answers=[[1, 1], [2, 2], [2, 2]]
@@ -134,7 +134,7 @@ def test_the_table_has_a_line_for_each_record_and_ratio():
     assert len(lines) == 4 and "1.00 times" in lines[-1]
 
 
-def test_disagreements_are_told():
+def test_disagreements_are_reported():
     log2 = math.log(2)
     good = {"losses": [log2, 0.68, 0.66], "grad_norms": [10.0]}
     close = {"losses": [log2 + 1e-5, 0.6801, 0.6604], "grad_norms": [10.001]}
@@ -153,7 +153,7 @@ def test_disagreements_are_told():
     assert len(disagreements({"jaxpref": good, "trl": nan})) == 2
 
 
-def test_the_model_folder_is_read_as_it_was_written(tmp_path):
+def test_the_model_folder_round_trips(tmp_path):
     config = tiny_config(tie_word_embeddings=False)
     write_model(tmp_path / "model", config)
     write_model(tmp_path / "again", config)
@@ -168,7 +168,7 @@ def test_the_model_folder_is_read_as_it_was_written(tmp_path):
     assert np.std(params["embed"]) == pytest.approx(0.02, rel=0.1)
 
 
-def test_a_job_says_what_its_process_found(tmp_path):
+def test_a_job_returns_the_results_of_its_process(tmp_path):
     (tmp_path / "pairs.json").write_text(
         json.dumps([[[n], [n], [n]] for n in range(9)])
     )
@@ -191,7 +191,7 @@ def test_a_job_says_what_its_process_found(tmp_path):
     assert found["peak_mib"] > 10 and found["versions"]["numpy"] == np.__version__
 
 
-def test_options_are_checked_in_one_line():
+def test_invalid_options_are_one_line():
     with pytest.raises(InputError, match="--cases: 'hhh' is not one of hh"):
         Options(json="x", cases="hhh")
     with pytest.raises(InputError, match="--systems: 'easydel'"):

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.train import loop, run
+from jaxpref.train import outputs, run, task
 from jaxpref.train.best import Best, check_asked
 from tests.test_guard import checkpoints, config_for, inputs  # noqa: F401
 
@@ -63,19 +63,19 @@ def test_the_best_is_kept_survives_a_restart_and_is_exported(
     """Evaluated every 3 steps, saved every 4; best at step 3, killed in step 8."""
     values = {0: 9.0, 3: 0.8, 6: 0.6, 9: 0.7, 12: 0.1, 15: 0.2, 16: 0.3}
     monkeypatch.setattr(
-        loop,
+        outputs,
         "evaluation_metrics",
         lambda *_: {"eval_x": values[int(seen[-1])]},
     )
     seen = []
-    make_score = loop.score_pairs
+    score_dataset = task.score_dataset
 
     def noted(*args, title, **options):
         if title.startswith("evaluation at step "):
             seen.append(title.split()[-1])
-        return make_score(*args, title=title, **options)
+        return score_dataset(*args, title=title, **options)
 
-    monkeypatch.setattr(loop, "score_pairs", noted)
+    monkeypatch.setattr(task, "score_dataset", noted)
     make_batches = data.batches
 
     class Mortal:

@@ -9,27 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import cli, data, losses
-from jaxpref.data.mixture import MixedBatches
+from jaxpref import data, losses
+from jaxpref.cli import train as train_command
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
 from jaxpref.models import Numerics, build
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, learned_rate
-from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.objectives import bvpo, crm, em, from_loss, learned_rate, sft
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import TrainConfig, from_loss, read_metrics, sft
-from jaxpref.train.inputs import check_finite, check_fits
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.train import TrainConfig, read_metrics
+from jaxpref.train import gradient as engine
 from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.prepare import read_datasets
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
+from tests.data_tokenizers import byte_tokenizer
 from tests.test_traces import plan_of, traced
 from tests.test_training import OPTIMIZER, mesh_of
-from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
+from tests.tiny import MULTIPLES, WORDS, make_model_folder, tiny_config, tiny_params
 
-DPO = from_loss(losses.dpo, beta=0.5)
+LOSS = functools.partial(losses.dpo, beta=0.5)
+DPO = from_loss(LOSS)
 KEPT = ("trace_variance", "empty_variance", "bias_sq")
 
 
@@ -38,28 +40,24 @@ def pairs():
     """15 pairs with traces, and 9 with an empty one and shorter answers."""
     rng = np.random.default_rng(1)
     words = lambda low, high: rng.integers(4, 40, rng.integers(low, high)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(24):
         empty = n % 8 in (1, 4, 6)
         longest = 5 if empty else 9
         answers = [words(3, longest), words(3, longest)]
-        builder.add([1, *words(2, 6)], answers, id=f"pair-{n}", empty=empty)
+        builder.add(
+            [1, *words(2, 6)], answers, id=f"pair-{n}", columns={"empty_trace": empty}
+        )
     return builder.build()
 
 
 def streams(pairs, accumulation=1):
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    return data.mixed_batches(
-        pairs,
-        shape=shape,
-        batch_size=8,
-        empty_share=0.375,
-        accumulation=accumulation,
-        seed=3,
-        threads=0,
-        reference=zeros,
+    layout = data.padded_layout(
+        pairs, batch_size=8, accumulation=accumulation, **MULTIPLES
     )
+    zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+    order = data.mixture(pairs, 3, 0.375)
+    return layout.batches(pairs, order, threads=0, reference=zeros)
 
 
 def first_batch(pairs, accumulation=1):
@@ -99,7 +97,7 @@ CURVED = {
 
 def gradient(objective, batch, state=None):
     state = objective.init(0) if state is None else state
-    run = jax.jit(functools.partial(objective.gradient, curved))
+    run = jax.jit(functools.partial(engine.gradient, objective, curved))
     return run(CURVED, batch, state)
 
 
@@ -108,8 +106,8 @@ def gradient(objective, batch, state=None):
     [
         (DPO, (0.0, 0.3, 1.0), 1),
         (from_loss(losses.simpo, beta=2.0, gamma=0.5), (0.3,), 1),
-        (em(losses.dpo, beta=0.5), (0.3,), 4),
-        (learned_rate(losses.dpo, beta=0.5), (0.3,), 1),
+        (em(LOSS), (0.3,), 4),
+        (learned_rate(LOSS), (0.3,), 1),
     ],
     ids=lambda x: getattr(x, "name", None),
 )
@@ -152,7 +150,7 @@ def test_a_batch_of_one_kind_has_its_plain_mean(pairs, kind):
 
 def test_what_all_learn_of_the_labels_is_learnt_of_both_kinds(pairs):
     batch = first_batch(pairs)
-    base = em(losses.dpo, beta=0.5)
+    base = em(LOSS)
     _, expected, _ = gradient(base, batch)
     _, state, metrics = gradient(bvpo(base, alpha="auto"), batch)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
@@ -168,16 +166,17 @@ def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
     batch = first_batch(pairs, accumulation=2)
     model = build(tiny_config(), Numerics(remat="full", twice_differentiable=True))
     params = tiny_params(model)
-    scores = make_scores(model, chunk_size=4)
     objective = bvpo(DPO, alpha="auto")
-    _, _, metrics = jax.jit(functools.partial(objective.gradient, scores))(
+    scorer = make_scorer(model, objective.scores, chunk_size=4)
+    score = lambda params, micro: scorer(params, None, micro)
+    _, _, metrics = jax.jit(functools.partial(engine.gradient, objective, score))(
         params, batch, objective.init(0)
     )
 
     @jax.jit
     def own(params, micro):
         def loss(params):
-            logps = scores(params, micro)["policy_logps"][0, 0]
+            logps = score(params, micro)["policy_logps"][0, 0]
             return jnp.logaddexp(0, -0.5 * (logps[0] - logps[1]))
 
         return jax.grad(loss)(params)
@@ -225,8 +224,8 @@ def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
 def test_alpha_is_that_of_the_probes_before(pairs):
     batches = streams(pairs)
     objective = bvpo(DPO, alpha="auto", probe_every=3, decay=0.8)
-    run = jax.jit(functools.partial(objective.gradient, curved, CURVED))
-    plain = jax.jit(functools.partial(DPO.gradient, curved, CURVED))
+    run = jax.jit(functools.partial(engine.gradient, objective, curved, CURVED))
+    plain = jax.jit(functools.partial(engine.gradient, DPO, curved, CURVED))
     state, probes = objective.init(0), 0
     for step in range(8):
         expected = 0.5
@@ -269,7 +268,7 @@ def test_a_probe_of_what_is_not_finite_is_passed_over(pairs):
 
 def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, count=4):
     """All metrics of `bvpo` in a few steps, [steps, metrics], and their names."""
-    objective = bvpo(em(losses.dpo, beta=0.5), alpha="auto", probe_every=2)
+    objective = bvpo(em(LOSS), alpha="auto", probe_every=2)
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         model = build(tiny_config())
@@ -277,12 +276,12 @@ def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, count=4):
         tx = make_optimizer(OPTIMIZER, schedule)
         new = lambda p: init_state(p, tx, objective)
         state = jax.jit(new)(tiny_params(model))
-        scores = make_scores(model, objective.needs, chunk_size=4)
-        step = make_train_step(scores, objective, tx, schedule)
+        scorer = make_scorer(model, objective.scores, chunk_size=4)
+        step = make_train_step(scorer, objective, tx, schedule)
         batches, history = streams(pairs, accumulation), []
         with compiled("train_step") as programs:
             for _ in range(count):
-                state, metrics = step(state, to_global(next(batches), mesh))
+                state, metrics = step(state, None, to_global(next(batches), mesh))
                 wanted = {
                     name: float(value)
                     for name, value in metrics.items()
@@ -315,14 +314,14 @@ def test_layout_does_not_change_the_mixture(pairs, whole, sizes, accumulation):
 
 
 def test_evaluation_is_the_wrapped_objectives(pairs):
-    from jaxpref.scoring.score_dataset import evaluation_metrics
+    from jaxpref.train.evaluation import evaluation_metrics, make_evaluation
 
-    base = em(losses.dpo, beta=0.5)
+    base = em(LOSS)
     rng = np.random.default_rng(0)
     logps = rng.normal(size=(len(pairs), 2)).astype(np.float32)
     scores, zeros = {"policy_logps": logps}, {"reference_logps": 0 * logps}
     found, expected = (
-        evaluation_metrics(o, scores, zeros, pairs, o.init(0))
+        evaluation_metrics(make_evaluation(o), scores, zeros, pairs, o.init(0))
         for o in (bvpo(base, alpha="auto"), base)
     )
     assert found == expected
@@ -354,10 +353,29 @@ def test_an_objective_that_mixes_has_its_data_and_no_other_has():
     with pytest.raises(InputError, match="dpo mixes nothing"):
         TrainConfig(**plain, objective=DPO, mix=data.MixOptions())
     mix = data.MixOptions(empty_data="e")
-    config = TrainConfig(**plain, objective=bvpo(DPO), mix=mix)
-    assert config.sources == config.heldout_sources == ("d", "e")
-    config = dataclasses.replace(config, eval_data="h")
-    assert (config.sources, config.heldout_sources) == (("d", "e"), ("h",))
+    assert TrainConfig(**plain, objective=bvpo(DPO), mix=mix).mix == mix
+
+
+def test_records_come_from_both_files(tmp_path):
+    traces, empty, heldout = (
+        str(write_records(tmp_path / f"{name}.jsonl", 6, traces=name != "e", seed=n))
+        for n, name in enumerate("deh")
+    )
+    read = functools.partial(
+        read_datasets,
+        bvpo(DPO),
+        byte_tokenizer(),
+        data.DataOptions(max_length=128, heldout_fraction=0.3),
+        mix=data.MixOptions(empty_data=empty),
+        train=traces,
+    )
+    found = read(heldout=None)
+    assert found.train_sources == found.heldout_sources == (traces, empty)
+    found = read(heldout=heldout)
+    assert (found.train_sources, found.heldout_sources) == ((traces, empty), (heldout,))
+    # With data of its own for evaluation, nothing is held out of the rest.
+    assert len(found.splits.train) == 6 + 6 and len(found.splits.heldout) == 6 + 6
+    assert set(found.splits.train.sources) == {0, 1}
 
 
 def test_messages_name_the_file_that_a_pair_is_in():
@@ -365,9 +383,9 @@ def test_messages_name_the_file_that_a_pair_is_in():
     plain = {"prompt": "p", "chosen": " c", "rejected": " d"}
     records = [*traced(3), plain | {"prompt": "x"}]
     train = plan_of(records, empty=[plain, plain | {"prompt": "long" * 30}]).train
-    assert train.empty.tolist() == [False] * 3 + [True] * 3
-    assert train.sources.tolist() == [0, 0, 0, 0, 1, 1]
-    assert not plan_of(records).train.sources.any()
+    assert train.columns["empty_trace"].tolist() == [False] * 3 + [True] * 3
+    assert train.columns["source"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert not plan_of(records).train.columns["source"].any()
     names = ("with.jsonl", "without.jsonl")
     few = tiny_config(max_position_embeddings=64, vocab_size=512)
     with pytest.raises(InputError, match="^without.jsonl row 2: a sequence of"):
@@ -438,19 +456,27 @@ class Killed(BaseException):
 
 
 def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
-    cli.train(command(tmp_path / "whole"))
-    following, fetched = MixedBatches.__next__, []
+    train_command.command(command(tmp_path / "whole"))
+    make_batches = data.PaddedLayout.batches
 
-    def mortal(batches):
-        fetched.append(None)
-        if len(fetched) > 3:
-            raise Killed
-        return following(batches)
+    class Mortal:
+        def __init__(self, batches):
+            self.batches, self.fetched = batches, 0
+            self.set_state, self.get_state = batches.set_state, batches.get_state
+
+        def __next__(self):
+            self.fetched += 1
+            if self.fetched > 3:
+                raise Killed
+            return next(self.batches)
+
+    def mortal(*args, **options):
+        return Mortal(make_batches(*args, **options))
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(MixedBatches, "__next__", mortal)
-        cli.train(command(tmp_path / "cut"))
-    cli.train(command(tmp_path / "cut"))
+        patched.setattr(data.PaddedLayout, "batches", mortal)
+        train_command.command(command(tmp_path / "cut"))
+    train_command.command(command(tmp_path / "cut"))
     weights, lines, configs = (
         [read(tmp_path / name) for name in ("whole", "cut")]
         for read in (
@@ -459,7 +485,7 @@ def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
                 {
                     k: v
                     for k, v in line.items()
-                    if not k.endswith("_per_second") and k != "waiting"
+                    if not k.endswith("_per_second") and k != "data_wait_fraction"
                 }
                 for line in read_metrics(out / "metrics.jsonl")
             ],
@@ -473,15 +499,18 @@ def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
     assert steps[0]["bvpo/alpha"] == 0.5 and steps[1]["bvpo/alpha"] != 0.5
     assert {"bvpo/cosine", "bvpo/mse_empty", "noise/flip_rate"} <= steps[0].keys()
     loss = configs[0]["loss"]
-    assert (loss["name"], loss["memory"]) == ("bvpo_em_dpo", 500)
-    assert loss["bvpo"] == {"alpha": "auto", "probe_every": 2, "decay": 0.9}
+    mixed = loss.pop("objective")
+    assert (mixed["name"], mixed["memory"]) == ("em_dpo", 500)
+    assert mixed["loss"]["beta"] == 0.5
+    own = {"alpha": "auto", "probe_every": 2, "decay": 0.9}
+    assert loss == {"name": "bvpo_em_dpo"} | own
     assert configs[0]["mix"]["empty_share"] == 0.25
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective.noise": "crm"}, "--objective.noise crm: expected one of em"),
+        ({"objective.noise": "crm"}, "--objective.noise crm: no such objective"),
         ({"objective.alpha": 2}, "alpha 2.0: must be in"),
         ({"empty-share": 1}, "empty_share 1.0 must be"),
         ({"batch-size": 1}, "batch_size 1 "),
@@ -490,11 +519,10 @@ def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
 def test_wrong_flags_are_named(command, tmp_path, changes, message):
     devices = {f"mesh.{axis}": 1 for axis in ("fsdp", "tensor")} | {"mesh.data": 8}
     with pytest.raises(InputError, match=message):
-        cli.train(command(tmp_path / "run", **devices, **changes))
+        train_command.command(command(tmp_path / "run", **devices, **changes))
 
 
-def test_the_flags_of_a_mixture_are_unknown_to_other_objectives(capsys):
+def test_the_flags_of_a_mixture_are_unknown_to_other_objectives():
     plain = "--model m --data d --out o --objective em --empty-data e"
-    with pytest.raises(SystemExit):
-        cli.train(plain.split())
-    assert "empty-data" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--empty-data: jaxpref train .* no such"):
+        train_command.command(plain.split())

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends with the bits of one that is not."""
+"""A run with injected faults ends bit-identical to an undisturbed one."""
 
 import collections
 import dataclasses
@@ -15,26 +15,28 @@ CONFIG = chaos.ChaosConfig(model="model", data="pairs.jsonl")
 
 
 def check(record: dict, kills: int) -> None:
-    """Every event came, was noticed as it should be, and cost no bit."""
-    told = chaos.describe(record)
-    assert record["differences"] == [] and len(record["events"]) == kills, told
+    """Checks that every fault occurred, was handled, and changed nothing."""
+    description = chaos.describe(record)
+    assert record["differences"] == [] and len(record["events"]) == kills, description
     for event in record["events"]:
-        heard = "\n".join(event["told"])
-        assert event["seconds"] > 0, told
+        log = "\n".join(event["log"])
+        assert event["seconds"] > 0, description
         if event["kind"].startswith("SIGTERM"):
-            assert "preempted: saved step" in heard and "with code 143" in heard, told
+            assert "preempted: saved step" in log and "with code 143" in log, (
+                description
+            )
         elif event["kind"] == "full disk":
-            assert event["supervisor"] == 2 and "jaxpref: error: " in heard, told
+            assert event["supervisor"] == 2 and "jaxpref: error: " in log, description
         else:
-            assert "SIGKILL" in heard, told
+            assert "SIGKILL" in log, description
         if event["kind"] in DAMAGES:
             step = int(event["damaged"].split("/")[0])
-            noticed = re.search("is damaged: |cannot be read", heard)
-            # Not all bytes of a file are read: then it went on from there, and the bits
-            # that it ended with show that nothing was lost.
-            assert (noticed is None) == (event["resumed_at"] == step), told
+            detected = re.search("is damaged: |cannot be read", log)
+            # Not all bytes of a file are read.  If the damage was not detected, the run
+            # resumed from this checkpoint, and its results show that nothing was lost.
+            assert (detected is None) == (event["resumed_at"] == step), description
         if event["kind"] == "kill in a restore":
-            assert event["restoring"], told
+            assert event["restoring"], description
 
 
 def test_events_are_a_function_of_the_seed():
@@ -50,7 +52,7 @@ def test_events_are_a_function_of_the_seed():
     assert chaos.steps_for(events) > sum(e.after for e in events)
 
 
-def test_wrong_use():
+def test_invalid_usage():
     for wrong in ({"kinds": ("earthquake",)}, {"kills": 0}, {"kinds": ("kill both",)}):
         with pytest.raises(InputError):
             dataclasses.replace(CONFIG, **wrong)
@@ -68,7 +70,7 @@ def test_three_events(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_events_over_a_real_model_and_real_pairs(shared, stories260k, tmp_path):
+def test_twenty_events_with_a_real_model_and_real_pairs(shared, stories260k, tmp_path):
     config = chaos.ChaosConfig(
         model=str(stories260k),
         data=str(shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz"),

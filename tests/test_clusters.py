@@ -1,4 +1,4 @@
-"""Who belongs to a run: the environments that say it, as JAX itself reads them."""
+"""Detection of the processes of a run from the environment, as JAX does it."""
 
 import os
 import socket
@@ -52,7 +52,7 @@ EXPLICIT = {
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What would be joined: (address, processes, process), by JAX's own detection."""
+    """Records (address, processes, process), as determined by JAX's own detection."""
     for name in list(os.environ):
         if name.startswith(("SLURM", "OMPI", "TPU_", "MEGASCALE", "JAX_C", "JAX_N")):
             monkeypatch.delenv(name)
@@ -62,7 +62,7 @@ def joined(monkeypatch):
         address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
             address, count, index, None, None, 1
         )
-        # In jax's order and words.
+        # The checks and messages of jax, in its order.
         if address is None:
             raise ValueError("coordinator_address should be defined.")
         if count is None:
@@ -79,7 +79,7 @@ def set_environ(monkeypatch, environ):
 
 
 def on_tpu(monkeypatch):
-    """As where JAX finds chips when it is imported."""
+    """Simulates a machine where JAX finds TPU chips when it is imported."""
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     nothing = lambda key: None
     monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value_from_metadata", nothing)
@@ -97,14 +97,14 @@ def on_tpu(monkeypatch):
         (GKE, True, ("localhost:8482", 2, 1)),
         (SLICES, True, ("localhost:8482", 4, 3)),
         (EXPLICIT, False, ("box:1234", 2, 1)),
-        # What is said explicitly comes first.
+        # Explicit settings take precedence.
         (SLURM | EXPLICIT, False, ("box:1234", 2, 1)),
         (GKE | EXPLICIT, True, ("box:1234", 2, 1)),
-        # As some launchers do it: the address alone, the rest is the cluster's.
+        # Some launchers set only the address; the rest comes from the cluster.
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "box:1"}, False, ("box:1", 4, 2)),
     ],
 )
-def test_what_the_environment_says(monkeypatch, joined, environ, tpu, expected):
+def test_processes_are_detected(monkeypatch, joined, environ, tpu, expected):
     set_environ(monkeypatch, environ)
     if tpu:
         on_tpu(monkeypatch)
@@ -113,7 +113,7 @@ def test_what_the_environment_says(monkeypatch, joined, environ, tpu, expected):
 
 
 def test_pods_of_an_indexed_job_with_gpus(monkeypatch, joined):
-    """As in a JobSet: the others are asked of Kubernetes, with its Python package."""
+    """As in a JobSet: JAX finds the others through the Kubernetes API."""
     set_environ(monkeypatch, INDEXED_JOB)
     ignore = lambda *_, **__: None
     kubernetes = types.ModuleType("kubernetes")
@@ -144,13 +144,13 @@ def test_pods_of_an_indexed_job_with_gpus(monkeypatch, joined):
     [
         {},
         {"SLURM_NTASKS": "1"},
-        # Not where TPUs are left alone, or are only described (`jaxpref plan`).
+        # TPUs that the run does not use, or only describes (`jaxpref plan`).
         GKE | {"JAX_NUM_PROCESSES": "1"},
         {"TPU_WORKER_HOSTNAMES": "localhost"},
         SLURM | {"JAX_NUM_PROCESSES": "1"},
     ],
 )
-def test_a_run_of_its_own(monkeypatch, joined, environ):
+def test_a_single_process_run(monkeypatch, joined, environ):
     set_environ(monkeypatch, environ)
     initialize_distributed()
     assert joined == []
@@ -160,16 +160,16 @@ def test_a_run_of_its_own(monkeypatch, joined, environ):
 @pytest.mark.parametrize(
     ("environ", "fragment"),
     [
-        # In a shell of salloc: told of tasks, but not one of them.
-        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but not which processes"),
-        # Open MPI 5 does not say where the first one is.
+        # In a shell of salloc, which is not itself one of the tasks.
+        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but the processes of the run"),
+        # Open MPI 5 does not give the address of the first process.
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2"),
         (INDEXED_JOB, "indexed job"),
         ({"JAX_COORDINATOR_ADDRESS": "box:1"}, "Number of processes must be defined"),
         (EXPLICIT | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID 'one': must be a whole"),
     ],
 )
-def test_half_of_it_said(monkeypatch, joined, environ, fragment):
+def test_incomplete_environments_are_rejected(monkeypatch, joined, environ, fragment):
     set_environ(monkeypatch, environ)
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(InputError) as error:
@@ -177,10 +177,10 @@ def test_half_of_it_said(monkeypatch, joined, environ, fragment):
     assert fragment in str(error.value) and "\n" not in str(error.value)
 
 
-def test_options_say_it_too(monkeypatch, joined):
-    told = "train --coordinator box:1 --processes=3 --process-id 2 --loss nonsense"
-    monkeypatch.setattr(sys, "argv", ["jaxpref", *told.split()])
-    for name in EXPLICIT:  # to be taken out again
+def test_command_line_options(monkeypatch, joined):
+    options = "train --coordinator box:1 --processes=3 --process-id 2 --loss nonsense"
+    monkeypatch.setattr(sys, "argv", ["jaxpref", *options.split()])
+    for name in EXPLICIT:  # removed again after the test
         monkeypatch.setenv(name, "")
     with pytest.raises(SystemExit):
         cli.main()
@@ -204,17 +204,17 @@ print(jax.process_index(), jax.process_count())
 
 
 def test_two_pods_of_gke_find_each_other():
-    """All but the chips: JAX is told to believe in them."""
+    """Everything is real except the chips, whose presence is faked."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    environ = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     pods = [
         subprocess.Popen(
             [sys.executable, "-c", GKE_POD, ROOT],
-            env=kept
+            env=environ
             | GKE
-            # Not asked of the metadata server, which is not here.
+            # Set, so that JAX does not query the metadata server.
             | dict.fromkeys(SLICES.keys() - GKE.keys(), "")
             | {
                 "JAX_FORCE_TPU_INIT": "1",
@@ -229,8 +229,8 @@ def test_two_pods_of_gke_find_each_other():
         for index in (0, 1)
     ]
     try:
-        told = [pod.communicate(timeout=120) for pod in pods]
+        outputs = [pod.communicate(timeout=120) for pod in pods]
     finally:
         for pod in pods:
             pod.kill()
-    assert [out.split() for out, _ in told] == [["0", "2"], ["1", "2"]], told
+    assert [out.split() for out, _ in outputs] == [["0", "2"], ["1", "2"]], outputs

@@ -1,5 +1,6 @@
 """Two models that choose each other's pairs, in the engine."""
 
+import functools
 import math
 
 import jax
@@ -8,36 +9,43 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.folder import load_params
-from jaxpref.objectives import co_training
-from jaxpref.objectives.co_training import crm
+from jaxpref.objectives import crm, from_loss
+from jaxpref.objectives.inputs import Inputs
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import Decay, OptimizerConfig, from_loss
+from jaxpref.scoring import make_scorer
+from jaxpref.train import Decay, OptimizerConfig
+from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
 from tests.test_reward_models import train
 from tests.test_training import mesh_of, pairs  # noqa: F401
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
-SHAPE = {"length_multiple": 16, "prediction_multiple": 8}
+BASE = losses.bradley_terry
+DPO = functools.partial(losses.dpo, beta=0.5)
 
 
 def first_batch(pairs, count=8):  # noqa: F811
-    shape = data.batch_shape(pairs, **SHAPE)
-    batch = next(data.batches(pairs, shape=shape, batch_size=count, threads=0))
+    batch = next(padded_batches(pairs, batch_size=count))
     return jax.tree.map(jnp.asarray, batch)
 
 
 def of_weights(params, batch):
     """The scores of two "models", each the rewards of 8 pairs."""
     shaped = lambda x: x.reshape(*batch.pairs.shape[-2:], 2)
-    return {"rewards": shaped(params["one"]), "peer_rewards": shaped(params["two"])}
+    return {name: {"rewards": shaped(params[name])} for name in ("one", "two")}
 
 
 def softplus_slope(margin):
@@ -50,11 +58,10 @@ def test_each_model_learns_what_the_other_finds_easy(pairs, steps):  # noqa: F81
     rng = np.random.default_rng(steps)
     rewards = {name: rng.normal(size=(8, 2)) for name in ("one", "two")}
     objective = crm(losses.bradley_terry, noise_rate=0.4, ramp_steps=5)
-    state = {"running_steps": jnp.int32(steps)}
+    state = jnp.int32(steps)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rewards)
-    grads, after, metrics = jax.jit(objective.gradient, static_argnums=0)(
-        of_weights, params, batch, state
-    )
+    find = jax.jit(functools.partial(gradient, objective, of_weights))
+    grads, after, metrics = find(params, batch, state)
     keep = round(8 * (1 - 0.4 * min(1, steps / 5)))
     margins = {name: x[:, 0] - x[:, 1] for name, x in rewards.items()}
     loss = 0.0
@@ -68,7 +75,7 @@ def test_each_model_learns_what_the_other_finds_easy(pairs, steps):  # noqa: F81
         np.testing.assert_allclose(grads[name], expected, atol=1e-6)
         loss += np.log1p(np.exp(-margins[name]))[chosen].mean()
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
-    assert int(after["running_steps"]) == steps + 1
+    assert int(after) == steps + 1
     agreement = np.mean((margins["one"] > 0) == (margins["two"] > 0))
     assert float(metrics["crm/agreement"]) == pytest.approx(agreement)
 
@@ -79,61 +86,57 @@ def test_with_nothing_to_drop_two_models_train_alone(pairs):  # noqa: F811
     params = {n: jnp.asarray(rng.normal(size=(8, 2)), jnp.float32) for n in "ab"}
     both = {"one": params["a"], "two": params["b"]}
     objective = crm(losses.bradley_terry, noise_rate=0.0, ramp_steps=1)
-    state = {"running_steps": jnp.int32(1)}
-    found, _, _ = objective.gradient(of_weights, both, batch, state)
+    found, _, _ = gradient(objective, of_weights, both, batch, jnp.int32(1))
     alone = lambda p, micro: {"rewards": p.reshape(*micro.pairs.shape, 2)}
     plain = from_loss(losses.bradley_terry)
     for name, mine in (("one", "a"), ("two", "b")):
-        expected, _, _ = plain.gradient(alone, params[mine], batch, {})
+        expected, _, _ = gradient(plain, alone, params[mine], batch, {})
         np.testing.assert_allclose(found[name], expected, rtol=1e-6)
 
 
 def test_evaluation_is_the_first_models_loss_on_all_pairs(pairs):  # noqa: F811
     batch = first_batch(pairs)
     rewards = np.random.default_rng(0).normal(size=(1, 8, 1, 2)).astype(np.float32)
-    scores = {"rewards": jnp.asarray(rewards), "peer_rewards": jnp.zeros((1, 8, 1, 2))}
+    scores = {
+        "one": {"rewards": jnp.asarray(rewards)},
+        "two": {"rewards": jnp.zeros((1, 8, 1, 2))},
+    }
     objective = crm(losses.bradley_terry, noise_rate=0.4, ramp_steps=5)
     expected = np.log1p(np.exp(rewards[..., 1] - rewards[..., 0]))
     for steps in (0, 1, 50):
-        state = {"running_steps": jnp.int32(steps)}
-        found = objective.losses(scores, batch, state)
+        found, _ = objective.evaluation(Inputs(scores, batch), jnp.int32(steps))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa: F811
     """Losses of three steps, and the parameters of both models."""
     dpo = loss == "dpo"
-    base = losses.dpo if dpo else losses.bradley_terry
-    options = {"beta": 0.5} if dpo else {}
-    objective = crm(base, noise_rate=0.25, ramp_steps=2, **options)
+    base = DPO if dpo else losses.bradley_terry
+    objective = crm(base, noise_rate=0.25, ramp_steps=2)
     optimizer = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         model = (build if dpo else RewardModel)(tiny_config())
         schedule = make_schedule(optimizer, 100)
         tx = make_optimizer(optimizer, schedule)
-        scores = co_training.scores_of_both(
-            make_scores(model, objective.needs, chunk_size=4)
-        )
+        scorer = make_scorer(model, objective.scores, chunk_size=4, num_models=2)
         one = tiny_params(model)
         two = jax.tree.map(jnp.copy, one) if dpo else jax.tree.map(jnp.negative, one)
         new = lambda p: init_state(p, tx, objective, num_annotators=0)
         state = jax.jit(new)({"one": one, "two": two})
-        step = make_train_step(scores, objective, tx, schedule)
+        step = make_train_step(scorer, objective, tx, schedule)
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batches = data.batches(
+        batches = padded_batches(
             pairs,
-            shape=data.batch_shape(pairs, **SHAPE),
             batch_size=8,
             accumulation=accumulation,
             seed=3,
-            threads=0,
             reference=zeros if dpo else None,
         )
         history = []
         with compiled("train_step") as programs:
             for _ in range(3):
-                state, metrics = step(state, to_global(next(batches), mesh))
+                state, metrics = step(state, None, to_global(next(batches), mesh))
                 history.append([metrics["loss"], metrics["grad_norm"]])
         assert len(programs) == 1
         return np.array(history, float), jax.device_get(state.params)
@@ -166,12 +169,12 @@ def test_two_equal_policies_part(pairs):  # noqa: F811
         ({"noise_rate": -0.1}, "noise_rate -0.1"),
         ({"noise_rate": 0.2, "ramp_steps": 0.0}, "ramp_steps 0.0"),
         ({"noise_rate": 0.2, "ramp_steps": math.inf}, "ramp_steps inf"),
-        ({"noise_rate": 0.2, "gamma": 1.0}, "gamma"),
+        ({"noise_rate": 0.2, "loss": functools.partial(BASE, gamma=1.0)}, "gamma"),
     ],
 )
 def test_wrong_options_are_named(wrong, message):
     with pytest.raises(InputError, match=message):
-        crm(losses.bradley_terry, **wrong)
+        crm(**{"loss": BASE} | wrong)
 
 
 def test_a_loss_of_whole_batches_is_refused():

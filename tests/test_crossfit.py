@@ -1,4 +1,4 @@
-"""Cross-fitting: no pair is judged by what it taught, and the fit is the right one."""
+"""Cross-fitting: no pair is judged by a model trained on it, and the fit is optimal."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_the_fit_is_the_minimum_for_every_penalty(count, width, soft):
         np.testing.assert_allclose(column, oracle(x, penalty, targets), atol=1e-5)
 
 
-def test_exchanging_the_answers_changes_the_sign_of_the_margin_alone():
+def test_exchanging_the_answers_only_changes_the_sign_of_the_margin():
     x, rng = draw(), np.random.default_rng(2)
     signs = rng.choice([-1.0, 1.0], len(x))
     soft = rng.random(len(x))
@@ -49,19 +49,19 @@ def test_exchanging_the_answers_changes_the_sign_of_the_margin_alone():
     np.testing.assert_allclose(flipped, fit_path(x, [0.1], soft), atol=1e-6)
 
 
-def test_no_label_of_a_fold_reaches_the_margins_of_its_pairs():
+def test_labels_of_a_fold_do_not_affect_its_own_margins():
     x = draw(90)
     folds, inner = np.arange(90) % 3, np.arange(90) // 3 % 4
     before = cross_fit(x, folds, inner).margins
     for fold in range(3):
         changed = np.where((folds == fold)[:, None], -x, x)
         after = cross_fit(changed, folds, inner).margins
-        # The pairs of the fold are exchanged, so their margins change sign exactly.
+        # The answers of the fold are exchanged, so its margins change sign exactly.
         np.testing.assert_array_equal(after[folds == fold], -before[folds == fold])
         assert not np.allclose(after[folds != fold], before[folds != fold])
 
 
-def test_the_penalty_is_chosen_from_the_training_pairs_alone():
+def test_the_penalty_depends_only_on_the_training_pairs():
     x = draw(90)
     folds, inner = np.arange(90) % 3, np.arange(90) // 3 % 4
     chosen = cross_fit(x, folds, inner).penalties
@@ -71,7 +71,7 @@ def test_the_penalty_is_chosen_from_the_training_pairs_alone():
         assert cross_fit(noise, folds, inner).penalties[fold] == chosen[fold]
 
 
-def test_columns_that_tell_nothing_get_the_largest_penalty():
+def test_uninformative_columns_get_a_large_penalty():
     x = np.random.default_rng(4).normal(size=(200, 30))
     found = cross_fit(x, np.arange(200) % 2, np.arange(200) // 2 % 5)
     assert (found.penalties >= 1).all()
@@ -79,7 +79,7 @@ def test_columns_that_tell_nothing_get_the_largest_penalty():
     np.testing.assert_array_equal(nothing.margins, 0)
 
 
-def test_a_prompt_is_in_one_fold_and_seeds_divide_differently():
+def test_folds_are_by_prompt_and_depend_on_the_seed():
     prompts = [f"prompt {n % 50}" for n in range(200)]
     folds = prompt_folds(prompts, folds=5, seed=0)
     assert set(folds) == set(range(5))
@@ -90,11 +90,11 @@ def test_a_prompt_is_in_one_fold_and_seeds_divide_differently():
     moved = prompt_folds([prompts[n] for n in order], folds=5, seed=0)
     np.testing.assert_array_equal(moved, folds[order])
     other = prompt_folds(prompts, folds=5, seed=1)
-    # 50 prompts, each in the same fold with probability 1/5: 10 +- 3 standard errors.
+    # 50 prompts, each in the same fold with probability 1/5: 10 plus 3 standard errors.
     assert np.sum(folds[:50] == other[:50]) < 20
 
 
-def test_a_single_fold_judges_nothing():
+def test_a_single_fold_gives_zero_margins():
     found = cross_fit(draw(10), np.zeros(10, int), np.zeros(10, int))
     np.testing.assert_array_equal(found.margins, 0)
     assert np.isnan(found.penalties).all()

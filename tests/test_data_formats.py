@@ -4,11 +4,19 @@ import gzip
 import json
 import sys
 import time
+import types
 
 import pytest
 
-from jaxpref.data import DataOptions, ListSource, make_plan, open_source
-from jaxpref.data.formats import (
+from jaxpref.data import (
+    DataOptions,
+    InjectOptions,
+    ListSource,
+    make_splits,
+    open_source,
+    records,
+)
+from jaxpref.data.records import (
     EMPTY,
     HUMAN_LAST,
     IDENTICAL,
@@ -221,6 +229,24 @@ def test_the_prompt_to_sample_from_is_that_of_training(record):
     assert parse_prompt(record, "row 1") == parse(record, "row 1", sides=1).prompt
 
 
+def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):
+    """Here: two answers in one field, and which of them is better in another."""
+
+    def parse_best(record, where, *, sides, drop_empty):
+        best = record["best"]
+        answers = record["answers"][best], record["answers"][1 - best]
+        return Example(record["prompt"], answers)
+
+    ranked = types.SimpleNamespace(
+        matches=lambda record, sides: "answers" in record, parse=parse_best
+    )
+    monkeypatch.setattr(records, "FORMATS", (ranked, *records.FORMATS))
+    record = {"prompt": "q", "answers": ["b", "a"], "best": 1, "annotator": "w1"}
+    expected = Example("q", ("a", "b"), annotator="w1")
+    assert parse(record, "f row 1", sides=2) == expected
+    assert parse(PAIR, "f row 1", sides=2) == AS_STRINGS
+
+
 def test_a_prompt_without_a_completion():
     assert parse_prompt({"prompt": "q", "chosen": None}, "row 1") == "q"
     assert parse_prompt({"prompt": [SYSTEM, USER]}, "row 1") == (SYSTEM, USER)
@@ -311,7 +337,7 @@ def test_bad_records_name_file_row_and_field(kind, tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", [PAIR, PAIR, record])
     started = time.monotonic()
     with pytest.raises(InputError, match=expected) as error:
-        make_plan(open_source(path), byte_tokenizer())
+        make_splits(open_source(path), byte_tokenizer())
     assert f"{path} row 3" in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert time.monotonic() - started < 20
@@ -340,7 +366,7 @@ def test_bad_bytes_name_file_and_row(kind, suffix, tmp_path):
     contents = json.dumps(PAIR).encode() + b"\n" + raw
     path.write_bytes(gzip.compress(contents, 1) if suffix[-1] == "z" else contents)
     with pytest.raises(InputError, match=expected) as error:
-        make_plan(open_source(path), byte_tokenizer())
+        make_splits(open_source(path), byte_tokenizer())
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 
@@ -375,14 +401,14 @@ def test_bad_files_are_one_line(kind, tmp_path):
 def test_nothing_left_is_an_error_with_counts():
     source = ListSource([PAIR | {"rejected": "a"}] * 3, "pairs.jsonl")
     with pytest.raises(InputError, match="pairs.jsonl row 1 .*no record is left") as e:
-        make_plan(source, byte_tokenizer())
+        make_splits(source, byte_tokenizer())
     assert "identical 3" in str(e.value)
 
 
 def test_empty_completions_can_be_dropped():
     records = [PAIR, PAIR | {"chosen": ""}]
     options = DataOptions(drop_empty=True, heldout_fraction=0)
-    plan = make_plan(ListSource(records), byte_tokenizer(), options)
+    plan = make_splits(ListSource(records), byte_tokenizer(), options)
     assert len(plan.train) == 1 and plan.report[f"dropped: {EMPTY}"] == 1
 
 
@@ -393,8 +419,6 @@ def test_empty_completions_can_be_dropped():
         (dict(max_prompt_length=1), "max_prompt_length 1"),
         (dict(max_length=3), "max_prompt_length 1 must be from 2 to max_length 3"),
         (dict(heldout_fraction=1.5), "heldout_fraction 1.5"),
-        (dict(flip_rate=-0.1), "flip_rate -0.1"),
-        (dict(flip_rate=float("nan")), "flip_rate nan"),
         (dict(max_pairs=0), "max_pairs 0"),
     ],
 )
@@ -403,21 +427,27 @@ def test_bad_options(options, expected):
         DataOptions(**options)
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_bad_flip_rates(rate):
+    with pytest.raises(InputError, match=f"inject.flip_rate {rate}"):
+        InjectOptions(flip_rate=rate)
+
+
 def test_a_prompt_takes_half_the_length_unless_said_otherwise():
     assert DataOptions(max_length=256).longest_prompt == 128
     assert DataOptions(max_length=256, max_prompt_length=7).longest_prompt == 7
     long = [{"prompt": "q" * 99, "chosen": "a", "rejected": "b"}]
     options = DataOptions(max_length=20, heldout_fraction=0)
-    plan = make_plan(ListSource(long), byte_tokenizer(), options)
+    plan = make_splits(ListSource(long), byte_tokenizer(), options)
     assert plan.train.prompt_lengths.tolist() == [10]
 
 
 def test_flips_need_pairs():
-    with pytest.raises(InputError, match="flip_rate needs pairs"):
-        make_plan(
+    with pytest.raises(InputError, match="--inject needs pairs"):
+        make_splits(
             ListSource(synthetic_pairs(2)),
             byte_tokenizer(),
-            DataOptions(flip_rate=0.1),
+            DataOptions(inject=InjectOptions(flip_rate=0.1)),
             sides=1,
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from jaxpref.data import DataOptions, ListSource, make_plan
+from jaxpref.data import DataOptions, InjectOptions, ListSource, make_splits
 from jaxpref.data.noise import (
     flip_by_class,
     flip_by_margin,
@@ -36,7 +36,7 @@ def near(flips, rate):
 
 
 def plan_of(records, **options):
-    return make_plan(ListSource(records), TOKENIZER, DataOptions(**options))
+    return make_splits(ListSource(records), TOKENIZER, DataOptions(**options))
 
 
 def test_symmetric_flips_are_pinned():
@@ -107,11 +107,16 @@ def test_planted_flips_swap_completions_and_keep_the_truth():
         for side in (0, 1):
             source = pairs.completion(n, 1 - side if flips[n] else side)
             assert noisy.completion(n, side).tolist() == source.tolist()
-    assert noisy.flips.tolist() == (pairs.flips != flips).tolist()
+    assert (
+        noisy.columns["is_flipped"].tolist()
+        == (pairs.columns["is_flipped"] != flips).tolist()
+    )
     assert noisy.ids is pairs.ids
     assert flip_pairs(noisy, flips).digest() == pairs.digest()
     # The same as planting while the file is read.
-    planned = plan_of(records, heldout_fraction=0, flip_rate=0.4).train
+    planned = plan_of(
+        records, heldout_fraction=0, inject=InjectOptions(flip_rate=0.4)
+    ).train
     assert noisy.digest() == planned.digest()
 
 
@@ -123,17 +128,23 @@ def test_a_run_takes_rates_by_annotator_from_a_file(tmp_path):
     ]
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"ann": 0, "eve": 1, "7": 0.5}))
-    options = dict(flip_annotators=str(path), flip_rate=0.3, heldout_fraction=0.25)
+    options = dict(
+        inject=InjectOptions(annotators=str(path), flip_rate=0.3), heldout_fraction=0.25
+    )
     plan = plan_of(records, **options)
     train = plan.train
     rates = {"ann": 0.0, "eve": 1.0, "7": 0.5, None: 0.3}
-    by = [train.annotator_names[a] if a >= 0 else None for a in train.annotators]
-    for name, who, flip in zip(train.ids, by, train.flips):
+    by = [
+        train.annotator_names[a] if a >= 0 else None for a in train.columns["annotator"]
+    ]
+    for name, who, flip in zip(train.ids, by, train.columns["is_flipped"]):
         assert flip == (uniform(f"flip 0\n{name}") < rates[who])
-    assert not plan.heldout.flips.any()
-    assert plan.report["flipped"] == train.flips.sum()
+    assert not plan.heldout.columns["is_flipped"].any()
+    assert plan.report["flipped"] == train.columns["is_flipped"].sum()
     clean = plan_of(records, heldout_fraction=0.25)
-    assert flip_pairs(train, train.flips).digest() == clean.train.digest()
+    assert (
+        flip_pairs(train, train.columns["is_flipped"]).digest() == clean.train.digest()
+    )
 
 
 def test_a_run_flips_by_which_answer_is_longer():
@@ -141,13 +152,15 @@ def test_a_run_flips_by_which_answer_is_longer():
     records = synthetic_pairs(300)
     for record in records[::3]:
         record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
-    options = dict(heldout_fraction=0, flip_rate=0.1, flip_longer=0.7)
+    options = dict(heldout_fraction=0, inject=InjectOptions(flip_rate=0.1, longer=0.7))
     train = plan_of(records, **options).train
-    longer = train.rows % 3 != 0
-    for name, flip, more in zip(train.ids, train.flips, longer):
+    longer = train.columns["row"] % 3 != 0
+    for name, flip, more in zip(train.ids, train.columns["is_flipped"], longer):
         assert flip == (uniform(f"flip 0\n{name}") < (0.7 if more else 0.1))
-    only_short = plan_of(records, **options | dict(flip_longer=0.0)).train
-    assert not only_short.flips[longer].any() and only_short.flips.any()
+    inject = InjectOptions(flip_rate=0.1, longer=0.0)
+    only_short = plan_of(records, heldout_fraction=0, inject=inject).train
+    short = only_short.columns["is_flipped"]
+    assert not short[longer].any() and short.any()
     # In conversations it is the text of the answer that counts.
     talks = [
         {
@@ -157,20 +170,26 @@ def test_a_run_flips_by_which_answer_is_longer():
         }
         for r in records
     ]
-    spoken = make_plan(
+    spoken = make_splits(
         ListSource(talks),
         byte_tokenizer(template=CHATML),
-        DataOptions(heldout_fraction=0, flip_rate=0.0, flip_longer=1.0),
+        DataOptions(
+            heldout_fraction=0, inject=InjectOptions(flip_rate=0.0, longer=1.0)
+        ),
     ).train
-    assert spoken.flips.tolist() == (spoken.rows % 3 != 0).tolist()
+    flipped = spoken.columns["is_flipped"]
+    assert flipped.tolist() == (spoken.columns["row"] % 3 != 0).tolist()
 
 
 def test_evaluation_data_keep_their_labels():
-    noisy = DataOptions(flip_rate=0.3, flip_annotators="rates.json", max_length=77)
-    assert noisy.injects_noise and DataOptions(flip_longer=0.1).injects_noise
-    assert noisy.without_noise() == DataOptions(max_length=77)
-    fields = {f.name for f in dataclasses.fields(DataOptions) if "flip" in f.name}
-    assert fields == {"flip_rate", "flip_seed", "flip_annotators", "flip_longer"}
+    noisy = DataOptions(
+        inject=InjectOptions(flip_rate=0.3, annotators="rates.json"), max_length=77
+    )
+    assert noisy.inject.active and InjectOptions(longer=0.1).active
+    assert not InjectOptions(seed=3).active
+    assert noisy.without_injection() == DataOptions(max_length=77)
+    fields = {f.name for f in dataclasses.fields(InjectOptions)}
+    assert fields == {"flip_rate", "seed", "annotators", "longer"}
 
 
 def test_what_cannot_be_is_refused(tmp_path):
@@ -193,16 +212,16 @@ def test_what_cannot_be_is_refused(tmp_path):
         read_rates(tmp_path / "none.json")
     path.write_text('{"nobody": 0.1}')
     with pytest.raises(InputError, match="rates.json: no pair.*annotators"):
-        plan_of(synthetic_pairs(5), flip_annotators=str(path))
-    with pytest.raises(InputError, match="flip_longer 1.2"):
-        DataOptions(flip_longer=1.2)
+        plan_of(synthetic_pairs(5), inject=InjectOptions(annotators=str(path)))
+    with pytest.raises(InputError, match="inject.longer 1.2"):
+        DataOptions(inject=InjectOptions(longer=1.2))
     with pytest.raises(InputError, match="give one of them"):
-        DataOptions(flip_longer=0.2, flip_annotators="x.json")
+        DataOptions(inject=InjectOptions(longer=0.2, annotators="x.json"))
     with pytest.raises(InputError, match="needs pairs"):
-        make_plan(
+        make_splits(
             ListSource([{"prompt": "a", "completion": "b"}]),
             TOKENIZER,
-            DataOptions(flip_longer=0.2),
+            DataOptions(inject=InjectOptions(longer=0.2)),
             sides=1,
         )
     for rate in (-0.1, 1.1, float("nan")):

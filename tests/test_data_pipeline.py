@@ -9,12 +9,12 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     PreferenceBatch,
-    batch_shape,
-    batches,
-    eval_batches,
-    make_plan,
+    make_splits,
+    padded_layout,
+    uniform,
 )
 from jaxpref.errors import InputError
 from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
@@ -23,18 +23,27 @@ TOKENIZER = byte_tokenizer()
 RECORDS = [
     record | {"annotator": n % 3} for n, record in enumerate(synthetic_pairs(70))
 ]
-PLAN = make_plan(
-    ListSource(RECORDS), TOKENIZER, DataOptions(flip_rate=0.3, heldout_fraction=0.3)
+PLAN = make_splits(
+    ListSource(RECORDS),
+    TOKENIZER,
+    DataOptions(inject=InjectOptions(flip_rate=0.3), heldout_fraction=0.3),
 )
-SHAPE = batch_shape(PLAN.train, PLAN.heldout)
+SHAPE = padded_layout(PLAN.train, PLAN.heldout, batch_size=1)
 
 
 def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-def train(**options):
-    return batches(PLAN.train, shape=SHAPE, **(dict(batch_size=8, seed=3) | options))
+def layout_of(**sizes):
+    return padded_layout(PLAN.train, PLAN.heldout, **dict(batch_size=8) | sizes)
+
+
+def train(*, seed=3, threads=2, reference=None, **sizes):
+    order = uniform(PLAN.train, seed)
+    return layout_of(**sizes).batches(
+        PLAN.train, order, reference=reference, threads=threads
+    )
 
 
 def assert_equal(first, second):
@@ -101,7 +110,7 @@ def test_every_row_is_its_pair_and_every_target_follows_its_predictor():
                 not targets[~used].any() and not batch.predictors[a, r, q][~used].any()
             )
             assert batch.completion_lengths[a, r, 0, q] == size
-            record = RECORDS[PLAN.train.rows[n]]
+            record = RECORDS[PLAN.train.columns["row"][n]]
             names = ("chosen", "rejected")
             side = names[1 - q] if batch.flips[a, r, 0] else names[q]
             text = TOKENIZER.decode(tokens[:length])
@@ -188,13 +197,8 @@ def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
     assert size % 8
     table = np.arange(2 * size, dtype=np.float32).reshape(size, 2) + 1
     parts = [
-        eval_batches(
-            PLAN.heldout,
-            shape=SHAPE,
-            batch_size=8,
-            process_index=p,
-            process_count=count,
-            reference={"one": table},
+        layout_of(process_index=p, process_count=count).eval_batches(
+            PLAN.heldout, reference={"one": table}
         )
         for p in range(count)
     ]
@@ -216,16 +220,16 @@ def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
 
 
 def test_no_pair_to_evaluate_is_no_batch():
-    plan = make_plan(ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0))
-    assert list(eval_batches(plan.heldout, shape=SHAPE, batch_size=8)) == []
+    plan = make_splits(ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0))
+    assert list(layout_of().eval_batches(plan.heldout)) == []
 
 
 def test_padding_is_told_by_length_and_not_by_id():
     """EOS has id 0, which is also what padding is filled with."""
     tokenizer = byte_tokenizer(first=("</s>", "<s>"))
-    plan = make_plan(ListSource(RECORDS), tokenizer, DataOptions(heldout_fraction=0))
-    shape = batch_shape(plan.train)
-    batch = next(batches(plan.train, shape=shape, batch_size=4))
+    plan = make_splits(ListSource(RECORDS), tokenizer, DataOptions(heldout_fraction=0))
+    layout = padded_layout(plan.train, batch_size=4)
+    batch = next(layout.batches(plan.train, uniform(plan.train, 0)))
     last = np.take_along_axis(batch.tokens, batch.lengths[..., None] - 1, -1)
     assert not last.any()
     ends = np.take_along_axis(
@@ -235,12 +239,12 @@ def test_padding_is_told_by_length_and_not_by_id():
 
 
 def test_plain_completions_have_one_side():
-    plan = make_plan(
+    plan = make_splits(
         ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0), sides=1
     )
-    shape = batch_shape(plan.train)
-    assert shape.sides == 1
-    batch = next(batches(plan.train, shape=shape, batch_size=4))
+    layout = padded_layout(plan.train, batch_size=4)
+    assert layout.num_completions == 1
+    batch = next(layout.batches(plan.train, uniform(plan.train, 0)))
     assert batch.tokens.shape[:3] == (1, 4, 1)
     assert batch.completion_lengths.shape == (1, 4, 1, 1)
 
@@ -250,10 +254,10 @@ def test_wrong_sizes_are_refused():
         train(accumulation=3)
     with pytest.raises(InputError, match="x 16 processes"):
         train(process_count=16)
-    empty = make_plan(
+    empty = make_splits(
         ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=1)
     ).train
     with pytest.raises(InputError, match="no pair is left to train on"):
-        batches(empty, shape=SHAPE, batch_size=8)
+        uniform(empty, 0)
     with pytest.raises(ValueError, match="one K"):
-        batch_shape(empty)
+        padded_layout(empty, batch_size=8)

@@ -10,12 +10,13 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    DatasetBuilder,
+    InjectOptions,
     ListSource,
-    PairsBuilder,
-    batch_shape,
     load_tokenizer,
-    make_plan,
+    make_splits,
     open_source,
+    padded_layout,
     read_prompts,
 )
 from jaxpref.data.hashing import hash_uniforms
@@ -34,7 +35,7 @@ def uniform(text):
 
 def plan_of(records, **options):
     sides = options.pop("sides", 2)
-    return make_plan(
+    return make_splits(
         ListSource(records), TOKENIZER, DataOptions(**options), sides=sides
     )
 
@@ -45,7 +46,7 @@ def texts(pairs):
         str(pairs.ids[n]): (
             TOKENIZER.decode(pairs.prompt(n)[1:]),
             tuple(TOKENIZER.decode(pairs.completion(n, k)) for k in range(2)),
-            bool(pairs.flips[n]),
+            bool(pairs.columns["is_flipped"][n]),
         )
         for n in range(len(pairs))
     }
@@ -57,7 +58,7 @@ def dialogues(shared):
 
 
 def test_counts_on_real_dialogues(dialogues, stories260k):
-    plan = make_plan(
+    plan = make_splits(
         open_source(dialogues),
         load_tokenizer(stories260k),
         DataOptions(max_length=512, max_prompt_length=256, heldout_fraction=0.1),
@@ -76,19 +77,21 @@ def test_counts_on_real_dialogues(dialogues, stories260k):
         assert pairs.offsets[-1] == len(pairs.tokens)
         assert all(pairs.tokens[pairs.offsets[:-1]] == 1)
         assert (pairs.tokens == 1).sum() == len(pairs)
-    shape = batch_shape(plan.train, plan.heldout)
-    assert (shape.sequence_length, shape.sides) == (512, 2)
+    layout = padded_layout(plan.train, plan.heldout, batch_size=1)
+    assert (layout.sequence_length, layout.num_completions) == (512, 2)
     with gzip.open(dialogues, "rt", encoding="utf-8") as file:
         lines = file.readlines()
     for n in (0, 1, len(plan.train) - 1):
-        chosen = json.loads(lines[plan.train.rows[n]])["chosen"]
+        chosen = json.loads(lines[plan.train.columns["row"][n]])["chosen"]
         start = load_tokenizer(stories260k).decode(plan.train.completion(n, 0))
         assert start.removesuffix("</s>").strip() in chosen
 
 
 def test_real_preferences_with_an_empty_answer(shared, stories260k):
     source = open_source(shared / "data" / "ultrafeedback_sample_train.jsonl.gz")
-    plan = make_plan(source, load_tokenizer(stories260k), DataOptions(drop_empty=True))
+    plan = make_splits(
+        source, load_tokenizer(stories260k), DataOptions(drop_empty=True)
+    )
     assert plan.report["dropped: chosen and rejected are identical"] == 4
     assert plan.report["dropped: a completion is empty"] == 2
 
@@ -110,7 +113,7 @@ def test_ids_are_the_hash_of_the_content_and_its_occurrence():
 
 def test_flips_splits_and_ids_do_not_depend_on_order_or_other_rows():
     records = synthetic_pairs(300, prompts=120)
-    options = dict(flip_rate=0.3, flip_seed=5, heldout_fraction=0.2)
+    options = dict(inject=InjectOptions(flip_rate=0.3, seed=5), heldout_fraction=0.2)
     plan = plan_of(records, **options)
     shuffled = random.Random(1).sample(records, len(records))
     other = plan_of(shuffled, **options)
@@ -125,29 +128,42 @@ def test_flips_swap_training_labels_only():
     records = synthetic_pairs(400)
     options = dict(heldout_fraction=0.25)
     clean = plan_of(records, **options)
-    noisy = plan_of(records, flip_rate=0.4, **options)
+    noisy = plan_of(records, inject=InjectOptions(flip_rate=0.4), **options)
     assert clean.train.ids.tolist() == noisy.train.ids.tolist()
     assert texts(clean.heldout) == texts(noisy.heldout)
-    assert not noisy.heldout.flips.any() and not clean.train.flips.any()
-    assert noisy.report["flipped"] == noisy.train.flips.sum()
+    assert (
+        not noisy.heldout.columns["is_flipped"].any()
+        and not clean.train.columns["is_flipped"].any()
+    )
+    assert noisy.report["flipped"] == noisy.train.columns["is_flipped"].sum()
     before, after = texts(clean.train), texts(noisy.train)
     for name, (prompt, answers, flip) in after.items():
         assert before[name] == (prompt, answers[::-1] if flip else answers, False)
     # Five standard deviations of a binomial.
     n = len(noisy.train)
-    assert abs(noisy.train.flips.sum() - 0.4 * n) < 5 * (n * 0.24) ** 0.5
-    assert plan_of(records, flip_rate=1.0, **options).train.flips.all()
+    assert (
+        abs(noisy.train.columns["is_flipped"].sum() - 0.4 * n) < 5 * (n * 0.24) ** 0.5
+    )
+    assert (
+        plan_of(records, inject=InjectOptions(flip_rate=1.0), **options)
+        .train.columns["is_flipped"]
+        .all()
+    )
 
 
 def test_flips_and_splits_are_pinned():
     """A change here flips and holds out other pairs in every run: no such change."""
     records = synthetic_pairs(200)
     for seed in (0, 1):
-        plan = plan_of(records, flip_rate=0.3, flip_seed=seed, heldout_fraction=0.4)
-        for pair_id, flip in zip(plan.train.ids, plan.train.flips):
+        plan = plan_of(
+            records,
+            inject=InjectOptions(flip_rate=0.3, seed=seed),
+            heldout_fraction=0.4,
+        )
+        for pair_id, flip in zip(plan.train.ids, plan.train.columns["is_flipped"]):
             assert flip == (uniform(f"flip {seed}\n{pair_id}") < 0.3)
         expected = [n for n in range(200) if uniform(f"heldout\nquestion {n}") < 0.4]
-        assert plan.heldout.rows.tolist() == expected
+        assert plan.heldout.columns["row"].tolist() == expected
 
 
 def test_flip_decisions_are_uniform_nested_and_seeded():
@@ -169,10 +185,19 @@ def test_flips_of_the_file_are_kept_and_a_second_flip_restores():
     records = [r | {"flip": n % 3 == 0} for n, r in enumerate(synthetic_pairs(90))]
     kept = plan_of(records, heldout_fraction=0.3)
     for pairs in (kept.train, kept.heldout):
-        assert pairs.flips.tolist() == (pairs.rows % 3 == 0).tolist()
-    every = plan_of(records, heldout_fraction=0.3, flip_rate=1.0)
-    assert every.train.flips.tolist() == (every.train.rows % 3 != 0).tolist()
-    assert every.heldout.flips.tolist() == (every.heldout.rows % 3 == 0).tolist()
+        assert (
+            pairs.columns["is_flipped"].tolist()
+            == (pairs.columns["row"] % 3 == 0).tolist()
+        )
+    every = plan_of(records, heldout_fraction=0.3, inject=InjectOptions(flip_rate=1.0))
+    assert (
+        every.train.columns["is_flipped"].tolist()
+        == (every.train.columns["row"] % 3 != 0).tolist()
+    )
+    assert (
+        every.heldout.columns["is_flipped"].tolist()
+        == (every.heldout.columns["row"] % 3 == 0).tolist()
+    )
     assert kept.report["flips in the file"] == 30
 
 
@@ -202,8 +227,10 @@ def test_conversations_split_by_prompt():
         }
         for n in range(100)
     ]
-    plan = make_plan(ListSource(records), tokenizer, DataOptions(heldout_fraction=0.5))
-    train, heldout = (set(p.rows % 20) for p in (plan.train, plan.heldout))
+    plan = make_splits(
+        ListSource(records), tokenizer, DataOptions(heldout_fraction=0.5)
+    )
+    train, heldout = (set(p.columns["row"] % 20) for p in (plan.train, plan.heldout))
     assert train and heldout and not train & heldout
 
 
@@ -214,14 +241,16 @@ def test_annotators_are_indexed_by_sorted_name():
     plan = plan_of(records, heldout_fraction=0.4)
     for pairs in (plan.train, plan.heldout):
         assert pairs.annotator_names == ("10", "w1", "w2")
-        assert pairs.annotators.tolist() == [[2, 0, -1, 1][n % 4] for n in pairs.rows]
+        assert pairs.columns["annotator"].tolist() == [
+            [2, 0, -1, 1][n % 4] for n in pairs.columns["row"]
+        ]
 
 
 def test_max_pairs_stops_early():
     records = [*synthetic_pairs(10), "not a record"]
     records[1] = records[0] | {"rejected": records[0]["chosen"]}
     plan = plan_of(records, max_pairs=5, heldout_fraction=0)
-    assert plan.train.rows.tolist() == [0, 2, 3, 4, 5]
+    assert plan.train.columns["row"].tolist() == [0, 2, 3, 4, 5]
     assert (
         plan.train.ids.tolist()
         == plan_of(records[:10], heldout_fraction=0).train.ids[:5].tolist()
@@ -235,7 +264,10 @@ def test_completions_for_sft():
         {"chosen": "\n\nHuman: q\n\nAssistant: x", "rejected": "n"},
     ]
     plan = plan_of(records, sides=1, heldout_fraction=0)
-    assert plan.train.num_sides == 1 and plan.train.completion_lengths.shape == (3, 1)
+    assert plan.train.num_completions == 1 and plan.train.completion_lengths.shape == (
+        3,
+        1,
+    )
     assert plan.train.completion(1, 0).tolist() == ids(TOKENIZER, "z", "</s>")
     assert TOKENIZER.decode(plan.train.completion(2, 0)) == " x</s>"
 
@@ -247,7 +279,7 @@ def test_digest_changes_exactly_with_the_contents():
     assert plan.train.digest() != plan.heldout.digest()
     others = [
         plan_of(records[:-1]),
-        plan_of(records, flip_rate=0.2),
+        plan_of(records, inject=InjectOptions(flip_rate=0.2)),
         plan_of(records, max_length=20, max_prompt_length=8),
         plan_of([r | {"annotator": 1} for r in records]),
         plan_of(records, heldout_fraction=0.5),
@@ -279,17 +311,23 @@ def test_pairs_without_a_difference_are_dropped_and_cuts_counted():
 
 
 def test_builder_gives_back_what_was_added():
-    builder = PairsBuilder(2)
+    builder = DatasetBuilder(2)
     builder.add([1, 5], [[6, 2], [7, 8, 2]], id="a-0")
-    builder.add([1], [[9], [2]], id="b-0", flip=True, annotator="w", row=7)
+    builder.add(
+        [1], [[9], [2]], id="b-0", annotator="w", columns={"is_flipped": True, "row": 7}
+    )
     pairs = builder.build()
     assert pairs.tokens.tolist() == [1, 5, 6, 2, 7, 8, 2, 1, 9, 2]
     assert pairs.tokens.dtype == np.int32 and pairs.offsets.dtype == np.int64
     assert pairs.completion(0, 1).tolist() == [7, 8, 2]
     assert pairs.prompt(1).tolist() == [1] and pairs.completion(1, 0).tolist() == [9]
-    assert pairs.rows.tolist() == [0, 7] and pairs.annotators.tolist() == [-1, 0]
-    shape = batch_shape(pairs, length_multiple=4, prediction_multiple=2)
-    assert (shape.sequence_length, shape.predictions) == (8, 4)
+    assert pairs.columns["row"].tolist() == [0, 7] and pairs.columns[
+        "annotator"
+    ].tolist() == [-1, 0]
+    layout = padded_layout(
+        pairs, batch_size=1, length_multiple=4, prediction_multiple=2
+    )
+    assert (layout.sequence_length, layout.predictions) == (8, 4)
     with pytest.raises(ValueError, match="1 completions, not 2"):
         builder.add([1], [[2]], id="c-0")
     with pytest.raises(ValueError, match="a prompt without tokens"):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxpref.data import DataOptions, make_plan, open_source
+from jaxpref.data import DataOptions, make_splits, open_source
 from jaxpref.errors import InputError
 from tests.data_tokenizers import CHATML, byte_tokenizer, synthetic_pairs, write_lines
 
@@ -92,12 +92,12 @@ def test_saved_hugging_face_sets(tmp_path):
         open_source(tmp_path / "one", split="train")
     with pytest.raises(InputError, match="no split 'dev'; it has"):
         open_source(tmp_path / "two", split="dev")
-    plan = make_plan(
+    plan = make_splits(
         open_source(tmp_path / "one"),
         byte_tokenizer(template=CHATML),
         DataOptions(heldout_fraction=0),
     )
-    assert plan.train.flips.tolist() == [False, True, False, True]
+    assert plan.train.columns["is_flipped"].tolist() == [False, True, False, True]
     assert plan.train.annotator_names == ("0", "1", "2", "3")
 
 
@@ -188,7 +188,7 @@ def test_tfds(tfds_folder):
         f"où {n}?" for n in range(5)
     }
     assert by_name[0]["chosen"] == "là"
-    plan = make_plan(
+    plan = make_splits(
         by_folder, byte_tokenizer(template=CHATML), DataOptions(heldout_fraction=0)
     )
     assert len(plan.train) == 5

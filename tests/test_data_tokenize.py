@@ -6,7 +6,7 @@ import json
 import pytest
 
 from jaxpref.data import load_tokenizer
-from jaxpref.data.formats import Example, parse
+from jaxpref.data.records import Example, parse
 from jaxpref.data.tokenize import (
     INNER_END,
     NO_PROMPT,

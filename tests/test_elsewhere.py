@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from jaxpref.errors import InputError
+from jaxpref.runtime.environment import environment_change_message
 from jaxpref.train import MeshConfig, read_metrics, run
-from jaxpref.train.elsewhere import begun_rows, told_of_change
+from jaxpref.train.checkpoint import begun_rows
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -44,19 +45,23 @@ def test_it_says_what_it_cannot_keep(inputs, tmp_path, capsys):
         shutil.rmtree(tmp_path / name / "checkpoints" / "4")
     capsys.readouterr()
     run(dataclasses.replace(whole, out=str(tmp_path / "here")))
-    assert "elsewhere" not in capsys.readouterr().out
+    assert "another environment" not in capsys.readouterr().out
     run(dataclasses.replace(whole, out=str(tmp_path / "there"), mesh=RESUMED))
-    told = [x for x in capsys.readouterr().out.splitlines() if "elsewhere" in x]
+    told = [
+        x for x in capsys.readouterr().out.splitlines() if "another environment" in x
+    ]
     assert len(told) == 1 and told[0].startswith(
-        "resumed at step 2 elsewhere (mesh data 1 x fsdp 8 x tensor 1 -> data 2 x "
-        "fsdp 2 x tensor 2): the same pairs in the same batches"
+        "resumed at step 2 in another environment (mesh data 1 x fsdp 8 x tensor 1 -> "
+        "data 2 x fsdp 2 x tensor 2): the same pairs in the same batches"
     )
     expected, here, there = (
         steps_of(tmp_path / name) for name in ("whole", "here", "there")
     )
     for a, b, c in zip(expected, here, there, strict=True):
-        assert a["loss"] == b["loss"] and a["fill"] == b["fill"]
-        assert c["fill"] == pytest.approx(a["fill"], rel=1e-6)
+        assert (
+            a["loss"] == b["loss"] and a["token_utilization"] == b["token_utilization"]
+        )
+        assert c["token_utilization"] == pytest.approx(a["token_utilization"], rel=1e-6)
         assert c["loss"] == pytest.approx(a["loss"], rel=2e-4)
         assert c["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-4)
 
@@ -89,7 +94,11 @@ def test_rows_are_read_of_whole_checkpoints_only(tmp_path):
 
 def test_the_line():
     saved = {"mesh": "data 1", "processes": "2", "jax": "0.10.2"}
-    assert told_of_change(saved, saved | {"cores": "2"}, 7) is None
-    line = told_of_change(saved, saved | {"processes": "4", "jax": "0.12"}, 7)
-    assert "step 7 elsewhere (jax 0.10.2 -> 0.12; processes 2 -> 4)" in line
+    assert environment_change_message(saved, saved | {"cores": "2"}, 7) is None
+    line = environment_change_message(
+        saved, saved | {"processes": "4", "jax": "0.12"}, 7
+    )
+    assert (
+        "step 7 in another environment (jax 0.10.2 -> 0.12; processes 2 -> 4)" in line
+    )
     assert "\n" not in line and "not bit for bit" in line

@@ -10,6 +10,7 @@ import scipy.special
 import scipy.stats
 
 from jaxpref import cli, data
+from jaxpref.cli import evaluate as evaluate_command
 from jaxpref.data import DataOptions
 from jaxpref.models import RewardModel, build
 from jaxpref.models.folder import load_params, save
@@ -34,7 +35,7 @@ def inputs(tmp_path_factory):
 
 def evaluate(inputs, out, model, *flags):
     """What the command writes: metrics and lines."""
-    cli.evaluate(
+    evaluate_command.command(
         f"--model {inputs / model} --data {inputs / 'pairs.jsonl'} --out {out} "
         f"--max-length 64 --batch-size 8 {' '.join(map(str, flags))}".split()
     )
@@ -44,7 +45,7 @@ def evaluate(inputs, out, model, *flags):
 
 def tokenized(inputs):
     """(prompt and completion, tokens of the completion) of every pair and side."""
-    plan = data.make_plan(
+    plan = data.make_splits(
         data.open_source(str(inputs / "pairs.jsonl")),
         data.load_tokenizer(inputs / "lm"),
         DataOptions(max_length=64, heldout_fraction=0.0),

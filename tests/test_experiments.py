@@ -1,4 +1,4 @@
-"""Every experiment runs from its command to its report, as small as it can be."""
+"""Every experiment runs from its command to its report, at a small size."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def config(stories260k, shared, tmp_path):
     )
 
 
-def test_align_on_a_real_model_and_real_pairs(config, tmp_path):
+def test_align_with_a_real_model_and_real_pairs(config, tmp_path):
     align.main(config)
     rows = json.loads((tmp_path / "align" / "results.json").read_text())
     assert [row["loss"] for row in rows] == ["dpo", "rdpo"]
@@ -42,7 +42,7 @@ def test_align_on_a_real_model_and_real_pairs(config, tmp_path):
         assert (tmp_path / "align" / name / "export" / "model.safetensors").exists()
 
 
-def test_align_refuses_to_compare_on_nothing(tmp_path):
+def test_align_needs_held_out_pairs(tmp_path):
     config = align.AlignConfig(
         model=str(make_model_folder(tmp_path / "model")),
         data=str(make_pairs_file(tmp_path / "pairs.jsonl")),
@@ -55,7 +55,7 @@ def test_align_refuses_to_compare_on_nothing(tmp_path):
 
 
 def noisy_sentiment(*options, timeout):
-    """The command as a user types it, on one device."""
+    """Runs the command as a user would, on one device."""
     root = Path(__file__).resolve().parents[1]
     script = str(root / "experiments" / "noisy_sentiment.py")
     return subprocess.run(
@@ -67,10 +67,10 @@ def noisy_sentiment(*options, timeout):
     )
 
 
-FLIPPED = ["DPO, 40 % flips", "rDPO, 40 % flips", "forward DPO, 40 % flips"]
+FLIPPED = ["DPO, 40% flips", "rDPO, 40% flips", "forward DPO, 40% flips"]
 
 
-def test_noisy_sentiment_from_its_command_to_its_report(tmp_path):
+def test_noisy_sentiment_from_command_to_report(tmp_path):
     out = tmp_path / "smoke"
     first = noisy_sentiment("--smoke", "--out", out, timeout=600)
     assert first.returncode == 0, first.stderr[-2000:]
@@ -87,7 +87,7 @@ def test_noisy_sentiment_from_its_command_to_its_report(tmp_path):
     for name in ("reward_kl.png", "training.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
-    # The same command trains nothing again, and says what it did not time.
+    # Repeating the command trains nothing, and reports what it did not time.
     again = noisy_sentiment("--smoke", "--out", out, timeout=600)
     assert again.returncode == 0, again.stderr[-2000:]
     resumed = json.loads((out / "results.json").read_text())
@@ -95,14 +95,14 @@ def test_noisy_sentiment_from_its_command_to_its_report(tmp_path):
     assert resumed == made
     assert "8/8 [" in first.stderr and " 1/8 [" not in again.stderr
 
-    # Another protocol in the same folder is refused in one line.
+    # Another protocol in the same folder is rejected with one line.
     other = noisy_sentiment("--out", out, timeout=600)
     assert other.returncode == 2 and "pairs was 640, is 16384" in other.stderr
     assert "Traceback" not in other.stderr
 
 
 @pytest.mark.slow
-def test_flipped_labels_hurt_dpo_and_the_corrected_losses_keep_most(tmp_path):
+def test_flipped_labels_hurt_dpo_more_than_the_corrected_losses(tmp_path):
     done = noisy_sentiment("--out", tmp_path / "default", timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = json.loads((tmp_path / "default" / "results.json").read_text())["runs"]

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref.train import loop, memory, read_metrics, run
+from jaxpref.runtime import memory
+from jaxpref.train import read_metrics, run, task
 from jaxpref.train.feed import AHEAD, Feed
+from tests.compiled import compiled
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -50,7 +52,7 @@ def test_batches_are_placed_ahead_and_the_state_is_that_of_the_last_one():
     feed = Feed(numbers, lambda n: n * 10)
     assert feed.get_state() == 0 and numbers.drawn == 0
     for n in range(5):
-        assert next(feed) == 10 * n
+        assert feed.draw() == 10 * n
         # The thread goes on while the batch is in use, and only so far.
         while numbers.drawn < n + 1 + AHEAD:
             assert numbers.came.acquire(timeout=30)
@@ -61,18 +63,19 @@ def test_batches_are_placed_ahead_and_the_state_is_that_of_the_last_one():
 
 def test_an_error_comes_in_its_place():
     feed = Feed(Numbers(fails_at=2), lambda n: n)
-    assert [next(feed), next(feed)] == [0, 1]
+    assert [feed.draw(), feed.draw()] == [0, 1]
     for _ in range(2):  # and not for ever nothing
         with pytest.raises(ValueError, match="row 3 is wrong"):
-            next(feed)
+            feed.draw()
     feed.close()
 
 
 def test_a_closed_feed_has_no_more():
     feed = Feed(Numbers(), lambda n: n)
-    assert next(feed) == 0
+    assert feed.draw() == 0
     feed.close()
-    assert [*feed] == []
+    with pytest.raises(StopIteration):
+        feed.draw()
 
 
 @each_layout
@@ -80,7 +83,7 @@ def test_a_step_copies_nothing_that_is_not_asked_for(
     inputs, tmp_path, monkeypatch, layout
 ):
     """Under a guard, for all threads, from the second step to the last."""
-    make = loop.make_train_step
+    make = task.make_train_step
     steps = []
 
     def guarded(*arguments):
@@ -95,7 +98,7 @@ def test_a_step_copies_nothing_that_is_not_asked_for(
 
         return count
 
-    monkeypatch.setattr(loop, "make_train_step", guarded)
+    monkeypatch.setattr(task, "make_train_step", guarded)
     config = config_for(inputs, tmp_path / "run", max_steps=5, save_every=9)
     try:
         run(dataclasses.replace(config, **LAYOUTS[layout], eval_every=9))
@@ -106,7 +109,9 @@ def test_a_step_copies_nothing_that_is_not_asked_for(
         jax.config.update("jax_transfer_guard", "allow")
     assert len(steps) == 5
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    waiting = [line["waiting"] for line in lines if "waiting" in line]
+    waiting = [
+        line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line
+    ]
     assert len(waiting) == 4 and all(0 <= share <= 1 for share in waiting)
 
 
@@ -131,7 +136,9 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     inputs, tmp_path, monkeypatch, capsys
 ):
     config = config_for(inputs, tmp_path / "run", max_steps=2, remat="auto")
-    run(config)
+    with compiled("score_step") as programs:
+        run(config)
+    assert len(programs) == 1  # for the reference and for evaluation
     path = tmp_path / "run" / "memory.json"
     found = json.loads(path.read_text())
     assert found["remat"] == "none" and found["step_bytes"].keys() == {"none"}
@@ -139,10 +146,13 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     # A device that is too small for what was chosen: the run goes on as it began.
     monkeypatch.setattr(memory, "memory_limit", lambda: 1)
     chosen = []
-    make = loop.build
-    monkeypatch.setattr(
-        loop, "build", lambda config: chosen.append(config.remat) or make(config)
-    )
+
+    def remembered(scorer, *arguments):
+        chosen.append(scorer.model.numerics.remat)
+        return make(scorer, *arguments)
+
+    make = task.make_train_step
+    monkeypatch.setattr(task, "make_train_step", remembered)
     run(config)
     assert set(chosen) == {"none"}
     # A run of its own takes the one that needs least, and says that it may not do.

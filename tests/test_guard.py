@@ -9,10 +9,13 @@ import pytest
 
 from jaxpref import data, losses
 from jaxpref.errors import InputError, Stopped
+from jaxpref.objectives import from_loss
 from jaxpref.runtime import heartbeat
-from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, from_loss, run
+from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, run
 from jaxpref.train import guard as guards
 from jaxpref.train.guard import Guard
+from jaxpref.train.options import GuardOptions
+from jaxpref.train.task import Datasets
 from tests.tiny import make_model_folder, make_pairs_file
 
 
@@ -25,9 +28,10 @@ def pairs_of(count: int):
 
 
 def guard_of(tmp_path, first=(), **options) -> Guard:
-    settings = {"max_bad_steps": 3, "max_loss_rise": 10.0, "sources": ("pairs.jsonl",)}
-    config = types.SimpleNamespace(**(settings | options))
-    return Guard(config, pairs_of(8), tmp_path, first)
+    options = {"max_bad_steps": 3, "max_loss_rise": 10.0} | options
+    splits = types.SimpleNamespace(train=pairs_of(8))
+    datasets = Datasets(splits, ("pairs.jsonl",), ())
+    return Guard(GuardOptions(**options), datasets, tmp_path, first=first)
 
 
 BATCH = np.arange(8).reshape(2, 4, 1)
@@ -52,25 +56,25 @@ def test_a_loss_far_above_its_beginning_stops_the_run(tmp_path, start):
         abs(np.median(np.float32(start + noise))), 1
     )
     for step, loss in enumerate(start + noise, 1):
-        guard.judge(step, metrics_of(loss), BATCH)
+        guard.check_step(step, metrics_of(loss), BATCH)
     for step, loss in enumerate([most + 1, most + 1, most - 1, most + 1, most + 2], 11):
-        guard.judge(step, metrics_of(loss), BATCH)
-        assert guard.well == (loss < most)
+        guard.check_step(step, metrics_of(loss), BATCH)
+        assert guard.healthy == (loss < most)
     with pytest.raises(Stopped, match="step 16: 3 bad steps in a row"):
-        guard.judge(16, metrics_of(most + 1), BATCH)
+        guard.check_step(16, metrics_of(most + 1), BATCH)
 
 
 def test_a_run_does_not_end_well_whose_loss_has_just_risen(tmp_path):
     guard = guard_of(tmp_path)
     for step in range(1, 11):
-        guard.judge(step, metrics_of(0.7), BATCH)
-    guard.judge(11, metrics_of(np.nan, finite=False), BATCH)
+        guard.check_step(step, metrics_of(0.7), BATCH)
+    guard.check_step(11, metrics_of(np.nan, finite=False), BATCH)
     guard.check_end(11)  # the step was skipped
-    guard.judge(12, metrics_of(1e3), BATCH)
+    guard.check_step(12, metrics_of(1e3), BATCH)
     with pytest.raises(Stopped, match="step 12: the run was over, and its loss risen"):
         guard.check_end(12)
     assert (tmp_path / "stopped" / "step_12.json").exists()
-    guard.judge(13, metrics_of(0.7), BATCH)
+    guard.check_step(13, metrics_of(0.7), BATCH)
     guard.check_end(13)
 
 
@@ -82,28 +86,28 @@ def test_losses_of_any_kind_are_borne(tmp_path):
     for series in (-steps, spiky, 0.7 + steps / 500, rng.standard_cauchy(1000)):
         guard = guard_of(tmp_path, max_bad_steps=10)
         for step, loss in enumerate(series, 1):
-            guard.judge(step, metrics_of(loss), BATCH)
+            guard.check_step(step, metrics_of(loss), BATCH)
 
 
 def test_nothing_rises_too_far_where_that_is_allowed(tmp_path):
     guard = guard_of(tmp_path, [0.7] * 10, max_loss_rise=np.inf)
     for step in range(20):
-        guard.judge(step, metrics_of(1e30), BATCH)
+        guard.check_step(step, metrics_of(1e30), BATCH)
 
 
 def test_what_is_not_finite_is_counted_and_told(tmp_path, caplog):
     guard = guard_of(tmp_path)
     bad = metrics_of(np.nan, finite=False, blamed=[2, 5])
-    guard.judge(1, bad, BATCH)
-    guard.judge(2, metrics_of(0.5, finite=False), BATCH)
-    assert not guard.well and guard.get_state() == []
+    guard.check_step(1, bad, BATCH)
+    guard.check_step(2, metrics_of(0.5, finite=False), BATCH)
+    assert not guard.healthy and guard.get_state() == []
     assert "Pairs with a non-finite loss: id-2, id-5" in caplog.messages[0]
     assert "Every pair's loss is finite" in caplog.messages[1]
-    guard.judge(3, metrics_of(0.25), BATCH)
-    assert guard.well and guard.get_state() == [0.25]
+    guard.check_step(3, metrics_of(0.25), BATCH)
+    assert guard.healthy and guard.get_state() == [0.25]
     with pytest.raises(Stopped) as stopped:
         for step in (4, 5, 6):
-            guard.judge(step, bad, BATCH)
+            guard.check_step(step, bad, BATCH)
     path = tmp_path / "stopped" / "step_6.json"
     assert str(path) in str(stopped.value) and "\n" not in str(stopped.value)
     told = json.loads(path.read_text())
@@ -124,13 +128,13 @@ def test_what_is_not_finite_is_counted_and_told(tmp_path, caplog):
 def test_a_resumed_guard_judges_as_the_first(tmp_path):
     first = guard_of(tmp_path)
     for step in range(1, 15):
-        first.judge(step, metrics_of(0.5), BATCH)
+        first.check_step(step, metrics_of(0.5), BATCH)
     again = guard_of(tmp_path, json.loads(json.dumps(first.get_state())))
     for guard in (first, again):
-        guard.judge(15, metrics_of(10.4), BATCH)
-        assert guard.well
-        guard.judge(16, metrics_of(10.6), BATCH)
-        assert not guard.well
+        guard.check_step(15, metrics_of(10.4), BATCH)
+        assert guard.healthy
+        guard.check_step(16, metrics_of(10.6), BATCH)
+        assert not guard.healthy
 
 
 def test_a_full_disk_does_not_hide_why(tmp_path, monkeypatch):
@@ -140,7 +144,7 @@ def test_a_full_disk_does_not_hide_why(tmp_path, monkeypatch):
     monkeypatch.setattr(guards, "write_json", full)
     guard = guard_of(tmp_path, max_bad_steps=1)
     with pytest.raises(Stopped, match="not finite.*No space left"):
-        guard.judge(1, metrics_of(np.nan, finite=False), BATCH)
+        guard.check_step(1, metrics_of(np.nan, finite=False), BATCH)
 
 
 # ---- whole runs -------------------------------------------------------------------
@@ -213,12 +217,12 @@ def test_a_run_stops_and_leaves_its_checkpoints(
     inputs, tmp_path, monkeypatch, change, start, last_kept, why
 ):
     """The last good step stays; the same data stop it again, other data do not."""
-    make_batches = data.batches
+    make_batches = data.PaddedLayout.batches
     spoilt = lambda *args, **options: Spoilt(
         make_batches(*args, **options), start, change
     )
     config = config_for(inputs, tmp_path / "run")
-    monkeypatch.setattr(data, "batches", spoilt)
+    monkeypatch.setattr(data.PaddedLayout, "batches", spoilt)
     for _ in range(2):
         with pytest.raises(Stopped, match=why):
             run(config)
@@ -239,7 +243,7 @@ def test_a_run_stops_and_leaves_its_checkpoints(
     )
     assert record.keys() >= {"prompt"} and pair["file"] == config.data
 
-    monkeypatch.setattr(data, "batches", make_batches)
+    monkeypatch.setattr(data.PaddedLayout, "batches", make_batches)
     run(config)
     run(config_for(inputs, tmp_path / "whole"))
     found, expected = (
@@ -252,18 +256,18 @@ def test_a_run_stops_and_leaves_its_checkpoints(
 def test_a_run_tells_how_it_gets_on(inputs, tmp_path, monkeypatch):
     file, told = tmp_path / "progress", []
     monkeypatch.setenv(heartbeat.VARIABLE, str(file))
-    write = progress._write
+    write = heartbeat._write
 
     def noted(suffix, text):
         write(suffix, text)
         told.append((suffix, text) if file.exists() else None)
 
-    monkeypatch.setattr(progress, "_write", noted)
+    monkeypatch.setattr(heartbeat, "_write", noted)
     run(config_for(inputs, tmp_path / "run", save_every=8))
     assert None not in told
     steps = [text for suffix, text in told if text.startswith("step ")]
     assert steps == [f"step {n}" for n in range(1, 17)]
-    assert [int(text) for suffix, text in told if suffix == progress.SAVED] == [8, 16]
+    assert [int(text) for suffix, text in told if suffix == heartbeat.SAVED] == [8, 16]
     assert any(text.endswith("pairs of evaluation at step 0") for _, text in told)
     assert any(text.startswith("reading ") for _, text in told)
     # What comes after the run is not watched.

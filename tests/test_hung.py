@@ -1,4 +1,4 @@
-"""A trainer that stands still under the supervisor: noticed, named, and restarted."""
+"""A trainer that hangs under the supervisor is reported and restarted."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 HUNG = 60.0
-"""Seconds: longer than the compilation on two busy cores."""
+"""Seconds; longer than the compilation on two busy cores."""
 
 HANGS = """
 import os, pathlib, sys, time
@@ -30,7 +30,7 @@ def hanging(feed):
     taken += 1
     if taken == 8 and os.environ["JAX_PROCESS_ID"] == "1" and not once.exists():
         once.touch()
-        time.sleep(100_000)  # its heartbeat goes on: JAX sees nothing
+        time.sleep(100_000)  # JAX's heartbeat continues, so JAX does not notice
     return take(feed)
 
 Feed.__next__ = hanging
@@ -39,7 +39,7 @@ cli.main()
 
 
 @pytest.mark.slow
-def test_a_trainer_that_hangs_is_named_and_the_run_goes_on(tmp_path):
+def test_a_trainer_that_hangs_is_reported_and_restarted(tmp_path):
     make_model_folder(tmp_path / "model")
     make_pairs_file(tmp_path / "pairs.jsonl")
     settings = {
@@ -74,10 +74,10 @@ def test_a_trainer_that_hangs_is_named_and_the_run_goes_on(tmp_path):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr
-    # A progress bar may stand before it.
+    # A progress bar may precede it on the line.
     (line,) = re.findall("supervise: .*", done.stderr)
-    # A step's metrics come when the next one is on its way.
-    assert f"process 1 of 2 told of nothing for {HUNG:g} s, last: step 6" in line
+    # A step is reported once the next one has been dispatched.
+    assert f"process 1 of 2 made no progress for {HUNG:g} s, last: step 6" in line
     assert "process 0: the batch of step 8" in line
     assert line.endswith("; restart 1 of 3 in 1 s")
     steps = [x["step"] for x in read_metrics(tmp_path / "run" / "metrics.jsonl")]

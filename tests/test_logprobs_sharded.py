@@ -11,11 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from scipy.special import log_softmax
 
-from jaxpref.models.logprobs import (
-    token_logps,
-    token_logps_and_collisions,
-    token_logps_and_kls,
-)
+from jaxpref.models.logprobs import token_logps, token_statistics
 
 # Sizes of which no chunk's array of logits is the smaller one, on any of the meshes:
 # [B, C, V] is larger than [B, T, D], than [D, V] and than whatever has no V.  V is four
@@ -36,13 +32,19 @@ def logps(hidden, head, other, other_head, predictors, targets):
 
 
 def collisions(hidden, head, other, other_head, predictors, targets):
-    return token_logps_and_collisions(hidden, head, predictors, targets, chunk_size=C)
+    names = ("logps", "collisions")
+    arguments = hidden, head, predictors, targets
+    found = token_statistics(names, *arguments, chunk_size=C)
+    return tuple(found[name] for name in names)
 
 
 def kls(hidden, head, other, other_head, predictors, targets):
     # A reference is a constant to whoever trains.
     fixed = jax.lax.stop_gradient((other, other_head))
-    return token_logps_and_kls(hidden, head, *fixed, predictors, targets, chunk_size=C)
+    names = ("logps", "reference_logps", "kls")
+    arguments = hidden, head, predictors, targets
+    found = token_statistics(names, *arguments, reference=fixed, chunk_size=C)
+    return tuple(found[name] for name in names)
 
 
 functions = pytest.mark.parametrize("function", [logps, collisions, kls])

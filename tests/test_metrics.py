@@ -1,4 +1,4 @@
-"""Accuracy, calibration and intervals against definitions and scipy."""
+"""Accuracy, calibration, and intervals, against definitions and scipy."""
 
 import math
 
@@ -11,7 +11,7 @@ from jaxpref import evaluate
 MARGINS = np.array([2.0, 0.5, 0.0, -0.1, -3.0, 1e4, -1e4, 0.5])
 
 
-def test_accuracy_counts_ties_half():
+def test_ties_count_half_in_the_accuracy():
     assert evaluate.accuracy(MARGINS) == (4 + 0.5) / 8
     assert evaluate.accuracy(np.zeros(7)) == 0.5
 
@@ -38,13 +38,13 @@ def test_expected_calibration_error_by_hand():
     np.testing.assert_allclose([r["accuracy"] for r in records], [0.5, 1.0])
 
 
-def test_calibrated_margins_are_found_calibrated():
+def test_the_calibration_error_of_calibrated_margins():
     rng = np.random.default_rng(0)
     margins = rng.normal(size=200_000) * 2
     right = rng.random(margins.shape) < 1 / (1 + np.exp(-margins))
-    labelled = np.where(right, margins, -margins)
-    assert evaluate.expected_calibration_error(labelled) < 0.005
-    assert evaluate.expected_calibration_error(3 * labelled) > 0.05
+    labeled = np.where(right, margins, -margins)
+    assert evaluate.expected_calibration_error(labeled) < 0.005
+    assert evaluate.expected_calibration_error(3 * labeled) > 0.05
 
 
 def test_extreme_margins_fill_the_last_bin():
@@ -60,13 +60,13 @@ def test_extreme_margins_fill_the_last_bin():
 
 @pytest.mark.parametrize("hits", [0, 3, 10, 20])
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_wilson_interval_is_scipys(hits, confidence):
+def test_wilson_interval_equals_scipys(hits, confidence):
     ours = evaluate.wilson_interval(hits / 20, 20, confidence=confidence)
     theirs = binomtest(hits, 20).proportion_ci(confidence, method="wilson")
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
-def test_bootstrap_interval_is_the_normal_one_for_many_samples():
+def test_bootstrap_interval_is_normal_for_many_samples():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=4000)
     low, high = evaluate.bootstrap_interval(values, confidence=0.9)
     half = norm.ppf(0.95) * values.std() / math.sqrt(len(values))
@@ -92,7 +92,7 @@ def test_preference_metrics_is_one_flat_record():
 
 
 @pytest.mark.parametrize("margins", [[], [1.0, float("nan")], [[1.0]]])
-def test_unusable_margins_are_refused(margins):
+def test_invalid_margins_are_rejected(margins):
     for metric in (
         evaluate.accuracy,
         evaluate.brier_score,
@@ -103,7 +103,7 @@ def test_unusable_margins_are_refused(margins):
             metric(np.array(margins))
 
 
-def test_arguments_out_of_range_are_refused():
+def test_arguments_out_of_range_are_rejected():
     with pytest.raises(ValueError, match=r"confidence in \(0, 1\), got 95"):
         evaluate.wilson_interval(0.5, 10, confidence=95)
     with pytest.raises(ValueError, match="got 0.5 of 0"):

@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.noise import running
-from jaxpref.objectives.co_training import crm
-from jaxpref.objectives.learned_noise import em, em_weighted, learned_rate, re_po
-from jaxpref.train import from_loss
+from jaxpref.objectives import crm, em, em_weighted, from_loss, learned_rate, re_po
+from jaxpref.objectives.inputs import Inputs
+from jaxpref.train.gradient import gradient
 from tests.test_training import few_steps, pairs  # noqa: F401
+from tests.tiny import padded_batches
+
+DPO = functools.partial(losses.dpo, beta=0.5)
+UNIT = functools.partial(losses.dpo, beta=1.0)
 
 
 def test_reliability_one_is_the_base_loss(pairs):  # noqa: F811
     base, _ = few_steps(pairs, objective=from_loss(losses.dpo, beta=0.5))
-    sure = em(losses.dpo, beta=0.5, prior_right=1e9, prior_wrong=1e-6)
+    sure = em(DPO, prior_right=1e9, prior_wrong=1e-6)
     found, _ = few_steps(pairs, objective=sure)
     np.testing.assert_allclose(found, base, rtol=1e-4)
 
@@ -29,29 +33,29 @@ def test_first_step_is_conservative_dpo(pairs):  # noqa: F811
     cdpo, _ = few_steps(
         pairs, objective=from_loss(losses.cdpo, beta=0.5, flip_rate=0.1), steps=1
     )
-    for objective in (em(losses.dpo, beta=0.5), re_po(losses.dpo, beta=0.5)):
+    for objective in (em(DPO), re_po(DPO)):
         found, _ = few_steps(pairs, objective=objective, steps=1)
         np.testing.assert_allclose(found, cdpo, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [em, learned_rate, re_po])
 def test_layout_does_not_change_what_is_learnt(pairs, make):  # noqa: F811
-    objective = make(losses.dpo, beta=0.5)
+    objective = make(DPO)
     whole, _ = few_steps(pairs, objective=objective)
     split, _ = few_steps(pairs, objective=objective, sizes=(2, 2, 2), accumulation=2)
     np.testing.assert_allclose(split, whole, rtol=1e-4)
 
 
 def test_both_readings_agree_for_dpo_and_differ_for_ipo(pairs):  # noqa: F811
-    def two(loss, **options):
+    def two(loss):
         return [
-            few_steps(pairs, objective=make(loss, **options))[0][:, 1]
+            few_steps(pairs, objective=make(loss))[0][:, 1]
             for make in (em, em_weighted)
         ]
 
-    likelihood, weighted = two(losses.dpo, beta=0.5)
+    likelihood, weighted = two(DPO)
     np.testing.assert_allclose(likelihood, weighted, rtol=1e-4)
-    likelihood, weighted = two(losses.ipo, beta=0.5)
+    likelihood, weighted = two(functools.partial(losses.ipo, beta=0.5))
     assert not np.allclose(likelihood, weighted, rtol=1e-2)
 
 
@@ -78,9 +82,10 @@ def state_after(objective, margins, annotators, num_annotators, state=None):
     batch = jax.tree.map(jax.numpy.asarray, batch)
     logps = np.stack([np.nan_to_num(margins), np.zeros(len(margins))], -1)
     logps = jax.numpy.asarray(logps.reshape(-1, 1, 2), jax.numpy.float32)
-    scores = lambda w, micro: {"policy_logps": w * logps}
-    _, state, metrics = objective.gradient(
-        scores,
+    score = lambda w, micro: {"policy_logps": w * logps}
+    _, state, metrics = gradient(
+        objective,
+        score,
         jax.numpy.float32(1.0),
         batch,
         objective.init(num_annotators) if state is None else state,
@@ -93,7 +98,7 @@ def test_reliabilities_are_the_papers():
     margins = np.array([2.0, -1.0, 0.5, 3.0, np.nan])
     annotators = np.array([0, 0, 2, -1, 1])
     right = expit(margins + logit(0.9))
-    state, metrics = state_after(re_po(losses.dpo, beta=1.0), margins, annotators, 3)
+    state, metrics = state_after(re_po(UNIT), margins, annotators, 3)
     expected = [
         0.9 * 0.9 + 0.1 * right[:2].mean(),
         0.9,
@@ -102,7 +107,7 @@ def test_reliabilities_are_the_papers():
     ]
     np.testing.assert_allclose(state["reliability"], expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["noise/posterior"], right[:4].mean(), rtol=1e-6)
-    state, _ = state_after(em(losses.dpo, beta=1.0), margins, annotators, 3)
+    state, _ = state_after(em(UNIT), margins, annotators, 3)
     expected = [
         (9 + right[:2].sum()) / 12,
         0.9,
@@ -115,7 +120,7 @@ def test_reliabilities_are_the_papers():
 def test_learned_rate_begins_as_forward_dpo_at_one_quarter(pairs):  # noqa: F811
     forward = from_loss(losses.forward_dpo, beta=0.5, flip_rate=0.25)
     base, _ = few_steps(pairs, objective=forward, steps=1)
-    found, _ = few_steps(pairs, objective=learned_rate(losses.dpo, beta=0.5), steps=1)
+    found, _ = few_steps(pairs, objective=learned_rate(DPO), steps=1)
     np.testing.assert_allclose(found, base, rtol=1e-4)
 
 
@@ -124,14 +129,14 @@ def test_learned_rate_is_that_of_the_margins_seen():
     rng = np.random.default_rng(0)
     batches = [np.abs(rng.normal(0, 4, 400)) for _ in range(3)]
     batches = [np.where(rng.random(400) < 0.3, -z, z) for z in batches]
-    objective = learned_rate(losses.dpo, beta=1.0, memory=1000.0)
+    objective = learned_rate(UNIT, memory=1000.0)
     counts, state = running.no_counts(), None
     for z in batches:
         before = running.posterior(counts)
         counts = running.count(counts, jnp.asarray(z, jnp.float32), memory=1000.0)
         state, metrics = state_after(objective, z, np.full(400, -1), 0, state=state)
     after = running.posterior(counts)
-    np.testing.assert_allclose(state["running_rate"], after.rate, rtol=1e-5)
+    np.testing.assert_allclose(running.posterior(state).rate, after.rate, rtol=1e-5)
     # Metrics are of the state that the step began with.
     shown = [metrics[f"noise/{name}"] for name in ("flip_rate", "temperature")]
     np.testing.assert_allclose(shown, [before.rate, before.temperature], rtol=1e-5)
@@ -145,13 +150,13 @@ def test_learned_rate_is_that_of_the_margins_seen():
 )
 def test_losses_of_a_token_have_rewards_of_a_token(pairs, make):  # noqa: F811
     """Whatever wraps them: the metrics look at the loss as it is."""
-    objective = make(losses.simpo, beta=2.0, gamma=0.5)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+    objective = make(functools.partial(losses.simpo, beta=2.0, gamma=0.5))
+    batch = next(padded_batches(pairs, batch_size=8))
     batch = jax.tree.map(jnp.asarray, batch)
-    logps = -3.0 * batch.completion_lengths
-    scores = {"policy_logps": logps, "peer_policy_logps": logps}
-    found = objective.metrics(scores, batch, objective.init(0))
+    scores = {"policy_logps": -3.0 * batch.completion_lengths}
+    if objective.num_models == 2:
+        scores = {"one": scores, "two": scores}
+    found = objective.metrics(Inputs(scores, batch))
     assert found["rewards/chosen"] == pytest.approx(-6.0)
 
 
@@ -163,13 +168,13 @@ def test_losses_of_a_token_have_rewards_of_a_token(pairs, make):  # noqa: F811
         (re_po, {"reliability": 1.0}, "reliability 1.0"),
         (re_po, {"momentum": 1.0}, "momentum 1.0"),
         (learned_rate, {"memory": 0}, "memory 0"),
-        (em, {"beta": -1.0}, "beta > 0"),
-        (em, {"gamma": 1.0}, "gamma"),
+        (em, {"loss": functools.partial(losses.dpo, beta=-1.0)}, "beta > 0"),
+        (em, {"loss": functools.partial(losses.dpo, gamma=1.0)}, "gamma"),
     ],
 )
 def test_wrong_options_are_named(make, options, named):
     with pytest.raises(InputError, match=named):
-        make(losses.dpo, **options)
+        make(**{"loss": losses.dpo} | options)
 
 
 def test_losses_of_the_whole_batch_are_refused():

@@ -1,6 +1,7 @@
 """Losses in the engine: what they are fed, and what a batch may be split into."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -8,17 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.cli import LOSSES
 from jaxpref.errors import InputError
 from jaxpref.models import build
-from jaxpref.scoring.reward_metrics import averages_tokens
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import beta_dpo, from_loss
+from jaxpref.objectives import beta_dpo, from_loss
+from jaxpref.objectives.inputs import Inputs
+from jaxpref.objectives.rewards import per_token_reward
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.scores import (
+    NEED_REFERENCE_WEIGHTS,
+    TOKEN_SCORES,
+    reads_reference,
+    stored_scores,
+)
+from jaxpref.train.gradient import gradient
 from tests.losses.table import TABLE
 from tests.test_train_losses import REQUIRED
 from tests.test_training import few_steps, pairs  # noqa: F401
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import padded_batches, tiny_config, tiny_params
 
 COUPLED = {
     "dr_dpo": from_loss(losses.dr_dpo, beta=0.5),
@@ -48,17 +57,16 @@ def test_a_coupled_loss_sees_the_whole_batch(pairs, name):  # noqa: F811
 
 
 def few_pairs(pairs, count, **options):  # noqa: F811
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    options |= dict(shape=shape, batch_size=count, threads=0, reference=zeros)
-    return jax.tree.map(jnp.asarray, next(data.batches(pairs, **options)))
+    options |= dict(batch_size=count, reference=zeros)
+    return jax.tree.map(jnp.asarray, next(padded_batches(pairs, **options)))
 
 
 def one_weight_step(objective, batch, dtype=jnp.float32):
     """Gradient, next state and metrics of a "model" of log-probs w for every token."""
-    scores = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
-    step = jax.jit(objective.gradient, static_argnums=0)
-    return step(scores, dtype(-1), batch, objective.init(0))
+    score = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
+    step = jax.jit(functools.partial(gradient, objective, score))
+    return step(dtype(-1), batch, objective.init(0))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -97,24 +105,41 @@ def test_losses_of_more_than_log_probs(pairs, name):  # noqa: F811
 
 
 def test_only_whole_distributions_keep_the_reference():
-    live = {name for name, o in (COUPLED | LIVE).items() if o.needs_live_reference}
+    scores = {name: o.scores for name, o in (COUPLED | LIVE).items()}
+    live = {name for name, read in scores.items() if read & NEED_REFERENCE_WEIGHTS}
     assert live == {"tdpo1", "tdpo2"}
-    assert LIVE["ld_dpo"].stored == {"reference_logps", "reference_prefix_logps"}
-    assert LIVE["wpo"].stored == {"reference_logps"}
-    assert not COUPLED["gamma_simpo"].needs_reference
-    assert LIVE["tdpo1"].needs_reference and not LIVE["tdpo1"].stored
+    both = {"reference_logps", "reference_prefix_logps"}
+    assert stored_scores(scores["ld_dpo"]) == both
+    assert stored_scores(scores["wpo"]) == {"reference_logps"}
+    assert not reads_reference(scores["gamma_simpo"])
+    assert reads_reference(scores["tdpo1"]) and not stored_scores(scores["tdpo1"])
+
+
+# Every score alone, where it can be, and beside those of other statistics.
+COMBINATIONS = (
+    ("kls",),
+    ("log_weights",),
+    ("policy_prefix_logps",),
+    ("kls", "log_weights"),
+    ("kls", "reference_prefix_logps"),
+    ("kls", "policy_prefix_logps", "reference_logps"),
+    tuple(TOKEN_SCORES),
+)
 
 
 def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F811
     model = build(tiny_config())
     params, reference = tiny_params(model), tiny_params(model, seed=1)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=4, threads=0))
+    batch = next(padded_batches(pairs, batch_size=4))
     micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-    found = {}
-    for needs in ("kls", "log_weights", "policy_prefix_logps"):
-        scores = make_scores(model, frozenset({needs}), chunk_size=4)
-        found |= jax.jit(scores)(params, micro, reference)
+    scorers = [make_scorer(model, frozenset(x), chunk_size=4) for x in COMBINATIONS]
+    # In one program, which shares the models' passes.
+    found = jax.jit(lambda *args: [scorer(*args) for scorer in scorers])(
+        params, reference, micro
+    )
+    for names, scorer, scores in zip(COMBINATIONS, scorers, found):
+        assert scores.keys() == scorer.scores == {*names, "policy_logps"}
+    assert set().union(*found) == TOKEN_SCORES.keys()
     for row, n in enumerate(batch.pairs[0, :, 0]):
         prompt = pairs.prompt(n)
         shorter = min(len(pairs.completion(n, side)) for side in (0, 1))
@@ -126,26 +151,53 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
                 np.asarray(jax.nn.log_softmax(model.logits(p, tokens)[0, at]), float)
                 for p in (params, reference)
             )
-            logps = table[np.arange(len(completion)), completion]
+            chosen = np.arange(len(completion)), completion
+            logps, reference_logps = table[chosen], other[chosen]
             expected = {
                 "policy_logps": logps.sum(),
                 "policy_prefix_logps": logps[:shorter].sum(),
-                "reference_logps": other[np.arange(len(completion)), completion].sum(),
+                "reference_logps": reference_logps.sum(),
+                "reference_prefix_logps": reference_logps[:shorter].sum(),
                 "kls": (np.exp(other) * (other - table)).sum(),
                 "log_weights": (logps - np.log(np.exp(2 * table).sum(-1))).mean(),
             }
-            for name, value in expected.items():
-                ours = found[name][row, 0, side]
-                np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
+            for scores in found:
+                for name, values in scores.items():
+                    ours, value = values[row, 0, side], expected[name]
+                    np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
 
 
-def test_rewards_are_averaged_where_the_loss_averages():
+def averages_tokens(loss, reads, options):
+    """Whether a loss averages log-probabilities over tokens, from its gradient.
+
+    That of the rejected answer halves where all answers are twice as long and as
+    unlikely, and the policy equals its reference.
+    """
+    if not {"policy_rejected_logps", "rejected_lengths"} <= set(reads):
+        return False
+
+    def gradient_at(tokens):
+        def summed(rejected):
+            arrays = {name: jnp.full(1, -tokens) for name in reads}
+            arrays |= {n: jnp.full(1, tokens) for n in reads if n.endswith("lengths")}
+            arrays["policy_rejected_logps"] = rejected
+            return jnp.sum(loss(*arrays.values(), **options))
+
+        return float(jax.grad(summed)(jnp.full(1, -tokens))[0])
+
+    return abs(gradient_at(2.0) / gradient_at(1.0) - 0.5) < 1e-3
+
+
+def test_losses_that_average_over_tokens_declare_it():
     averaged = set()
     for name, loss in LOSSES.items():
         if name in ("beta_dpo", "reward_regression", "sft"):
+            assert not per_token_reward(loss)
             continue
         objective = from_loss(loss, **REQUIRED.get(name, {}))
-        if averages_tokens(loss, objective.reads, objective.options):
+        averages = averages_tokens(loss, objective.reads, objective.options)
+        assert averages == per_token_reward(loss), name
+        if averages:
             averaged.add(name)
     assert averaged == {
         "alpha_po",
@@ -168,7 +220,7 @@ def test_steps_can_be_traced_for_devices_that_are_only_described():
         pairs=empty, completion_lengths=jnp.ones((1, 4, 1, 2), jnp.int32), reference={}
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        found = jax.eval_shape(lambda s: objective.metrics(s, batch, {}), scores)
+        found = jax.eval_shape(lambda s: objective.metrics(Inputs(s, batch)), scores)
     assert found["rewards/margins"].shape == ()
 
 
@@ -234,18 +286,15 @@ def test_beta_dpo_leaves_no_batch_empty(pairs, count, drop_rate):  # noqa: F811
 def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     objective = beta_dpo(beta=0.5, drop_rate=0.5)
     model = build(tiny_config())
-    scores = make_scores(model, objective.needs, chunk_size=4)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
+    scorer = make_scorer(model, objective.scores, chunk_size=4)
+    score = lambda params, micro: scorer(params, None, micro)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    batch = next(
-        data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
-    )
+    batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
     batch = jax.tree.map(jnp.asarray, batch)
     params, state = tiny_params(model), objective.init(0)
-    _, after, metrics = jax.jit(objective.gradient, static_argnums=0)(
-        scores, params, batch, state
-    )
-    logps = scores(params, jax.tree.map(lambda x: x[0], batch))["policy_logps"][:, 0]
+    find = jax.jit(functools.partial(gradient, objective, score))
+    _, after, metrics = find(params, batch, state)
+    logps = score(params, jax.tree.map(lambda x: x[0], batch))["policy_logps"][:, 0]
     margins = np.asarray(logps[:, 0] - logps[:, 1], float)
     assert int(after["batches"]) == 1
     np.testing.assert_allclose(after["running_mean"], 0.1 * margins.mean(), rtol=1e-4)
@@ -262,3 +311,40 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
             beta = max(1e-3, 0.5 * (1 + 0.6 * (margins[mask].mean() - usual)))
             candidates.append(np.log1p(np.exp(-beta * margins[mask])).mean())
     assert np.abs(np.array(candidates) - found).min() < 1e-5
+
+
+def with_scalar(loss, weight):
+    """The objective of a loss and, per micro-batch, weight mean(w^2 |y|) / 2."""
+
+    def scalar(inputs, state):
+        return weight * jnp.mean(inputs.scores["squares"]) / 2
+
+    return dataclasses.replace(from_loss(loss, beta=0.5), scalar=scalar)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("loss", [losses.dpo, losses.dr_dpo], ids=["dpo", "dr_dpo"])
+def test_a_scalar_term_adds_its_mean_over_micro_batches(pairs, loss, accumulation):  # noqa: F811
+    """Of weights w, log-probabilities w |y|; micro-batches of 1 to 2 pairs."""
+    batch = few_pairs(pairs, 8, accumulation=accumulation)
+    if accumulation > 1:  # the first micro-batch has one pair
+        empty = {"pairs": -1, "weights": 0}
+        blank = {n: getattr(batch, n).at[0, 1].set(x) for n, x in empty.items()}
+        batch = dataclasses.replace(batch, **blank)
+
+    def score(w, micro):
+        lengths = jnp.asarray(micro.completion_lengths, jnp.float32)
+        return {"policy_logps": w * lengths, "squares": jnp.sum(w**2 * lengths)}
+
+    find = lambda objective: jax.jit(functools.partial(gradient, objective, score))
+    plain, both = (
+        find(objective)(jnp.float32(-1), batch, {})
+        for objective in (from_loss(loss, beta=0.5), with_scalar(loss, 0.25))
+    )
+    tokens = np.asarray(batch.completion_lengths, float).sum((1, 2, 3))
+    counts = np.asarray(batch.pairs >= 0).sum((1, 2))
+    mean = (tokens * counts).sum() / counts.sum()
+    # d/dw of weight w^2 mean / 2 at w = -1, and its value.
+    assert float(both[0] - plain[0]) == pytest.approx(-0.25 * mean, rel=1e-5)
+    added = both[2]["loss"] - plain[2]["loss"]
+    assert float(added) == pytest.approx(0.125 * mean, rel=1e-5)

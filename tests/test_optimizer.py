@@ -14,25 +14,25 @@ import pytest
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import build
+from jaxpref.objectives import from_loss
 from jaxpref.plan.program import _bytes_of_one as bytes_of_one
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import (
-    Decay,
-    Optimizer,
-    OptimizerConfig,
-    from_loss,
-    read_metrics,
-    run,
-)
+from jaxpref.scoring import make_scorer
+from jaxpref.train import Decay, Optimizer, OptimizerConfig, read_metrics, run
 from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_state
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
+from jaxpref.train.task import Task
 from tests.test_packing import make_pairs
 from tests.test_training import config_for, mesh_of
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 SIZES = (2, 2, 2)
 # Two sizes of most matrices are at least 128: those are factored.
@@ -51,9 +51,8 @@ each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def batches_of(pairs):
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-    return data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
+    return padded_batches(pairs, batch_size=8, reference=zeros)
 
 
 def begun(config):
@@ -62,7 +61,20 @@ def begun(config):
     tx = make_optimizer(config, schedule)
     new_state = functools.partial(init_state, tx=tx, objective=OBJECTIVE)
     state = jax.jit(new_state)(tiny_params(model))
-    return state, make_train_step(make_scores(model), OBJECTIVE, tx, schedule), tx
+    scorer = make_scorer(model, OBJECTIVE.scores)
+    return state, make_train_step(scorer, OBJECTIVE, tx, schedule), tx
+
+
+def task_of(config, mesh):
+    """A task without records, for the shapes of its state."""
+    schedule = make_schedule(config, 100)
+    return Task(
+        scorer=make_scorer(build(MODEL), OBJECTIVE.scores),
+        objective=OBJECTIVE,
+        optimizer=make_optimizer(config, schedule),
+        schedule=schedule,
+        mesh=mesh,
+    )
 
 
 def by_optax(name):
@@ -98,14 +110,14 @@ def test_a_sharded_step_is_a_plain_loop_of_optax(config):
             history.append(float(metrics["loss"]))
     # Unsharded, without our step, state or guard.
     model, tx = build(MODEL), by_optax(config.optimizer.value)
-    params, scores = tiny_params(model), make_scores(model)
+    params, scorer = tiny_params(model), make_scorer(model, OBJECTIVE.scores)
     opt_state, batches = tx.init(params), batches_of(pairs)
 
     @jax.jit
     def plain(params, opt_state, batch):
         def loss(params):
             micro = jax.tree.map(lambda x: x[0], batch)
-            found = scores(params, micro)["policy_logps"]
+            found = scorer(params, None, micro)["policy_logps"]
             reference = micro.reference["reference_logps"]
             columns = (*jnp.moveaxis(found, -1, 0), *jnp.moveaxis(reference, -1, 0))
             return jnp.mean(losses.dpo(*columns, beta=0.5))
@@ -174,12 +186,8 @@ def test_a_checkpoint_restores_it_to_the_bit(config, tmp_path):
         checkpoints = Checkpoints(tmp_path / "c", keep=1)
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        _, abstract = abstract_state(
-            build(MODEL).init,
-            functools.partial(init_state, tx=tx, objective=OBJECTIVE),
-            mesh,
-        )
-        restored, _ = checkpoints.restore(abstract)
+        task = task_of(config, mesh)
+        restored, _ = checkpoints.restore(task.abstract_state())
         assert digests(restored) == expected
         types = lambda s: jax.tree.map(jax.typeof, s)
         assert types(restored) == types(state)
@@ -219,11 +227,10 @@ def test_it_needs_what_it_says_and_a_plan_counts_that():
     """A plan counts the bytes of one device from these shapes."""
 
     def held(config):
-        tx = make_optimizer(config, make_schedule(config, 100))
-        new_state = functools.partial(init_state, tx=tx, objective=OBJECTIVE)
         mesh = mesh_of(*SIZES)
         with jax.set_mesh(mesh):
-            params, state = abstract_state(build(MODEL).init, new_state, mesh)
+            task = task_of(config, mesh)
+            params, state = task.abstract_params(), task.abstract_state()
         return bytes_of_one(params), bytes_of_one(state.opt_state)
 
     # Two moments, and two counters of steps.

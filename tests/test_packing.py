@@ -11,29 +11,35 @@ import numpy as np
 import pytest
 
 from jaxpref import data, losses
-from jaxpref.data.packing import as_array, collate_packed, fill, lengths
-from jaxpref.data.pipeline import collate
+from jaxpref.data.layouts.packed import fill
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
 from jaxpref.train import (
     Decay,
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    from_loss,
     read_metrics,
     run,
 )
+from jaxpref.train.gradient import gradient
 from tests.test_training import mesh_of
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    MULTIPLES,
+    make_model_folder,
+    make_pairs_file,
+    tiny_config,
+    tiny_params,
+)
 
 
 def make_pairs(count, *, seed=0, longest=(8, 9)):
     rng = np.random.default_rng(seed)
     words = lambda most: rng.integers(4, 40, rng.integers(1, most)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(count):
         prompt, answer = longest
         builder.add([1, *words(prompt)], [words(answer), words(answer)], id=f"{n}")
@@ -47,21 +53,20 @@ def pairs():
 
 def packed(pairs, *, rows=4, row_length=48, accumulation=1, reference=None):
     """One batch of the first pairs, and which these are."""
-    shape = data.packed_shape(pairs, row_length=row_length, batch_size=8)
-    shape = dataclasses.replace(shape, rows=rows)
-    (batch, *_) = data.packed_eval_batches(
-        pairs, shape=shape, accumulation=accumulation, reference=reference
+    layout = data.packed_layout(pairs, row_length=row_length, batch_size=8)
+    layout = dataclasses.replace(
+        layout, rows=rows // accumulation, accumulation=accumulation
     )
+    (batch, *_) = layout.eval_batches(pairs, reference=reference)
     held = batch.pairs[batch.pairs >= 0]
     assert len(set(held.tolist())) == len(held) > 4
     return jax.tree.map(jnp.asarray, batch), held
 
 
 def padded(pairs, held, reference=None):
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    return jax.tree.map(
-        jnp.asarray, collate(pairs, held[None], shape=shape, reference=reference)
-    )
+    layout = data.padded_layout(pairs, batch_size=len(held), **MULTIPLES)
+    batch = layout.collate(pairs, held[None], reference=reference)
+    return jax.tree.map(jnp.asarray, batch)
 
 
 NEEDS = [
@@ -82,11 +87,11 @@ def test_scores_equal_those_of_whole_sequences(pairs, needs):
         model = make_model(tiny_config(), wide)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
         reference = jax.tree.map(lambda x: 0.9 * x, params)
-        scores = jax.jit(make_scores(model, frozenset(needs), chunk_size=4))
+        scorer = jax.jit(make_scorer(model, frozenset(needs), chunk_size=4))
         batch, held = packed(pairs)
         micro = lambda b: jax.tree.map(lambda x: x[0], b)
-        found = scores(params, micro(batch), reference)
-        expected = scores(params, micro(padded(pairs, held)), reference)
+        found = scorer(params, reference, micro(batch))
+        expected = scorer(params, reference, micro(padded(pairs, held)))
     at = np.asarray(batch.pairs[0])
     order = [np.argwhere(at == n)[0] for n in held]
     for name, values in expected.items():
@@ -104,19 +109,20 @@ def test_the_gradient_is_that_of_whole_sequences(pairs, sizes, accumulation):
     table = {"reference_logps": rng.normal(-20, 2, (len(pairs), 2)).astype(np.float32)}
     objective = from_loss(losses.dpo, beta=0.1)
 
-    def gradient(batch, *sizes):
+    def on_mesh(batch, *sizes):
         mesh = mesh_of(*sizes)
         with jax.set_mesh(mesh):
             model = build(tiny_config())
-            scores = make_scores(model, chunk_size=4)
-            step = jax.jit(lambda p, b: objective.gradient(scores, p, b, {}))
+            scorer = make_scorer(model, objective.scores, chunk_size=4)
+            score = lambda p, micro: scorer(p, None, micro)
+            step = jax.jit(lambda p, b: gradient(objective, score, p, b, {}))
             grads, _, metrics = step(tiny_params(model), to_global(batch, mesh))
         return jax.device_get(grads), float(metrics["loss"])
 
     batch, held = packed(pairs, accumulation=accumulation, reference=table)
-    found, loss = gradient(jax.device_get(batch), *sizes)
+    found, loss = on_mesh(jax.device_get(batch), *sizes)
     whole = jax.device_get(padded(pairs, held, reference=table))
-    expected, whole_loss = gradient(whole, 1, 1, 1)
+    expected, whole_loss = on_mesh(whole, 1, 1, 1)
     assert loss == pytest.approx(whole_loss, rel=1e-5)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, found, expected)
@@ -132,12 +138,13 @@ def test_the_gradient_is_exact(pairs, accumulation, tied):
     wide = Numerics(param_dtype="float64", compute_dtype="float64")
     with jax.enable_x64(True):
         model = build(tiny_config(tie_word_embeddings=tied), wide)
-        scores = make_scores(model, chunk_size=4)
+        scorer = make_scorer(model, objective.scores, chunk_size=4)
+        score = lambda p, micro: scorer(p, None, micro)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
-        gradient = jax.jit(lambda batch: objective.gradient(scores, params, batch, {}))
+        of_batch = jax.jit(lambda b: gradient(objective, score, params, b, {}))
         batch, held = packed(pairs, accumulation=accumulation, reference=table)
-        found, _, metrics = gradient(batch)
-        expected, _, whole = gradient(padded(pairs, held, reference=table))
+        found, _, metrics = of_batch(batch)
+        expected, _, whole = of_batch(padded(pairs, held, reference=table))
         assert metrics["loss"] == pytest.approx(float(whole["loss"]), rel=1e-13)
         for ours, exact in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
             atol = 1e-12 * float(jnp.abs(exact).max())
@@ -145,14 +152,14 @@ def test_the_gradient_is_exact(pairs, accumulation, tied):
 
 
 def test_a_row_by_hand():
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     builder.add([1, 5], [[6, 7], [8]], id="a")
     builder.add([1], [[9], [4, 4]], id="b")
     pairs = builder.build()
-    shape = data.PackedShape(
-        sequence_length=10, predictions=7, slots=3, sides=2, rows=1
+    layout = data.PackedLayout(
+        row_length=10, predictions=7, slots=3, num_completions=2, rows=1, batch_size=2
     )
-    batch = collate_packed(pairs, np.array([[[0, 1, -1]]]), shape=shape)
+    batch = layout.collate(pairs, np.array([[[0, 1, -1]]]))
     row = lambda x: x[0, 0, 0].tolist()
     assert row(batch.tokens) == [1, 5, 6, 7, 8, 1, 9, 4, 4, 0]
     assert row(batch.positions) == [0, 1, 2, 3, 2, 0, 1, 1, 2, 0]
@@ -170,17 +177,15 @@ def numbers(batch):
     return batch.pairs[batch.pairs >= 0].tolist()
 
 
-def stream(pairs, *, batch_size=16, row_length=64, **options):
-    parts = options.get("accumulation", 1) * options.get("process_count", 1)
-    shape = data.packed_shape(
-        pairs, row_length=row_length, batch_size=batch_size, parts=max(parts, 4)
-    )
-    return data.packed_batches(pairs, shape=shape, seed=3, **options)
+def stream(pairs, *, seed=3, threads=0, **sizes):
+    sizes = dict(batch_size=16, row_length=64, shards=2) | sizes
+    layout = data.packed_layout(pairs, **sizes)
+    return layout.batches(pairs, data.uniform(pairs, seed), threads=threads)
 
 
 def test_every_pair_is_seen_equally_often():
     pairs = make_pairs(50)
-    batches = stream(pairs, prefetch=0)
+    batches = stream(pairs)
     seen = np.bincount(
         np.concatenate([numbers(next(batches)) for _ in range(100)]), minlength=50
     )
@@ -188,15 +193,15 @@ def test_every_pair_is_seen_equally_often():
     assert seen.max() - seen.min() <= 2 and seen.mean() > 10
 
 
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_the_stream_resumes_where_it_was(prefetch):
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_stream_resumes_where_it_was(threads):
     pairs = make_pairs(40)
-    batches = stream(pairs, prefetch=prefetch)
+    batches = stream(pairs, threads=threads)
     for _ in range(5):
         next(batches)
     state = json.loads(json.dumps(batches.get_state()))
     expected = [next(batches) for _ in range(4)]
-    again = stream(pairs, prefetch=prefetch)
+    again = stream(pairs, threads=threads)
     next(again)
     again.set_state(state)
     for batch in expected:
@@ -205,9 +210,9 @@ def test_the_stream_resumes_where_it_was(prefetch):
 
 def test_processes_share_the_same_rows():
     pairs = make_pairs(60)
-    whole = stream(pairs, prefetch=0, accumulation=2)
+    whole = stream(pairs, accumulation=2)
     parts = [
-        stream(pairs, prefetch=0, accumulation=2, process_index=p, process_count=2)
+        stream(pairs, accumulation=2, process_index=p, process_count=2)
         for p in range(2)
     ]
     for _ in range(3):
@@ -218,11 +223,7 @@ def test_processes_share_the_same_rows():
 
 def test_another_seed_is_another_order():
     pairs = make_pairs(60)
-    shape = data.packed_shape(pairs, row_length=64, batch_size=8)
-    one, two = (
-        numbers(next(data.packed_batches(pairs, shape=shape, seed=seed, prefetch=0)))
-        for seed in (0, 1)
-    )
+    one, two = (numbers(next(stream(pairs, seed=seed))) for seed in (0, 1))
     assert one != two
 
 
@@ -231,10 +232,10 @@ def test_rows_are_full(shared):
     tokenizer = data.load_tokenizer(shared / "models" / "stories260k-hf")
     source = data.open_source(shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz")
     options = data.DataOptions(max_length=512, max_pairs=600)
-    pairs = data.make_plan(source, tokenizer, options).train
-    row_length = -(-int(lengths(pairs)[0].max()) // 256) * 256
-    shape = data.packed_shape(pairs, row_length=row_length, batch_size=32)
-    batches = data.packed_batches(pairs, shape=shape, prefetch=0)
+    pairs = data.make_splits(source, tokenizer, options).train
+    row_length = -(-int(pairs.packed_lengths.max()) // 256) * 256
+    layout = data.packed_layout(pairs, row_length=row_length, batch_size=32)
+    batches = layout.batches(pairs, data.uniform(pairs, 0), threads=0)
     drawn = [next(batches) for _ in range(12)]
     share = [batch.lengths.sum() / batch.tokens.size for batch in drawn]
     assert min(share) > 0.9 and np.mean(share) > 0.95
@@ -242,37 +243,36 @@ def test_rows_are_full(shared):
     assert 24 < np.mean(held) < 40
 
 
-def test_nobody_waits_for_ever_and_nothing_overflows():
-    rng = np.random.default_rng(0)
-    tokens, answers = rng.integers(3, 40, 300), rng.integers(2, 20, 300)
-    shape = data.PackedShape(
-        sequence_length=40, predictions=24, slots=4, sides=2, rows=3
+def test_no_pair_waits_forever_and_nothing_overflows():
+    dataset = make_pairs(300, longest=(20, 10))
+    tokens, answers = dataset.packed_lengths, dataset.completion_lengths.sum(1)
+    layout = data.PackedLayout(
+        row_length=40, predictions=24, slots=4, num_completions=2, rows=3, batch_size=8
     )
     waiting = collections.deque(range(300))
     while waiting:
         first = waiting[0]
-        rows = fill(waiting, tokens, answers, shape)
-        assert any(first in row for row in rows)
+        rows = fill(waiting, dataset, layout)
+        assert len(rows) == 3 and any(first in row for row in rows)
         for row in rows:
             assert tokens[row].sum() <= 40 and answers[row].sum() <= 24
             assert len(row) <= 4
-        assert as_array(rows, shape).shape == (3, 4)
         assert list(waiting) == sorted(waiting)
 
 
 def test_no_pairs_are_no_batches(pairs):
-    shape = data.packed_shape(pairs, row_length=48, batch_size=8)
-    assert [*data.packed_eval_batches(pairs.take(np.arange(0)), shape=shape)] == []
+    layout = data.packed_layout(pairs, row_length=48, batch_size=8)
+    assert [*layout.eval_batches(pairs.take(np.arange(0)))] == []
 
 
 def test_too_many_devices_for_so_few_pairs_are_refused(pairs):
     with pytest.raises(InputError, match="8 rows, .* hold about .* batch_size is 4"):
-        data.packed_shape(pairs, row_length=64, batch_size=4, parts=8)
+        data.packed_layout(pairs, row_length=64, batch_size=4, shards=8)
 
 
 def test_a_pair_longer_than_a_row_is_refused(pairs):
     with pytest.raises(InputError, match="row_length 8: a pair has .* tokens"):
-        data.packed_shape(pairs, row_length=8, batch_size=4)
+        data.packed_layout(pairs, row_length=8, batch_size=4)
 
 
 def test_a_packed_run_starts_at_log_2_and_resumes(tmp_path):

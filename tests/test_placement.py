@@ -1,7 +1,8 @@
 """Nothing large ever lies whole on one device: weights, moments, batches."""
 
 import contextlib
-import functools
+import importlib
+import math
 import shutil
 
 import jax
@@ -9,11 +10,13 @@ import pytest
 
 from jaxpref import data, losses
 from jaxpref.models import build
-from jaxpref.train import MeshConfig, from_loss, loop, make_mesh, run
+from jaxpref.objectives import from_loss
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring import scorer as scorers
+from jaxpref.train import MeshConfig, Task, make_mesh, run
+from jaxpref.train import task as tasks
 from jaxpref.train.checkpoint import Checkpoints, _digest
 from jaxpref.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_state
-from jaxpref.train.state import init_state
 from tests.test_optimizer import CONFIGS
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config
@@ -31,10 +34,18 @@ def test_programs_that_begin_a_run_hold_its_parts_alone(config):
         tiny_config(vocab_size=16384, hidden_size=256, tie_word_embeddings=True)
     )
     mesh = make_mesh(MESH)
-    tx = make_optimizer(config, make_schedule(config, 10))
-    new_state = functools.partial(init_state, tx=tx, objective=from_loss(losses.dpo))
+    schedule = make_schedule(config, 10)
+    tx = make_optimizer(config, schedule)
+    objective = from_loss(losses.dpo)
+    task = Task(
+        scorer=make_scorer(model, objective.scores),
+        objective=objective,
+        optimizer=tx,
+        schedule=schedule,
+        mesh=mesh,
+    )
     with jax.set_mesh(mesh):
-        params, state = abstract_state(model.init, new_state, mesh)
+        params, state = task.abstract_params(), task.abstract_state()
         largest = max(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
         )
@@ -43,7 +54,7 @@ def test_programs_that_begin_a_run_hold_its_parts_alone(config):
         )
         programs = {
             "parameters": (jax.jit(model.init).lower(jax.random.key(0)), params),
-            "state": (jax.jit(new_state, donate_argnums=0).lower(params), state),
+            "state": (jax.jit(task.new_state, donate_argnums=0).lower(params), state),
             "digests": (_digest.lower(jax.tree.leaves(state)), None),
         }
         for name, (lowered, made) in programs.items():
@@ -65,7 +76,8 @@ def watched(monkeypatch):
         for x in jax.live_arrays():
             if id(x) in known or x.nbytes <= SMALL:
                 continue
-            part = max(shard.data.nbytes for shard in x.addressable_shards)
+            # By its sharding, which tells even of an array that was donated meanwhile.
+            part = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             seen.append(where)
             assert part * 4 <= x.nbytes, (where, x.shape, x.sharding)
 
@@ -77,12 +89,13 @@ def watched(monkeypatch):
 
         return wrapped
 
-    for name in ("load_params", "to_global"):
-        wrapped = looking(name, getattr(loop, name))
-        monkeypatch.setattr(loop, name, wrapped)
-    make = loop.make_train_step
+    running = importlib.import_module("jaxpref.train.run")  # not the function
+    for module, name in ((scorers, "load_params"), (running, "to_global")):
+        wrapped = looking(name, getattr(module, name))
+        monkeypatch.setattr(module, name, wrapped)
+    make = tasks.make_train_step
     monkeypatch.setattr(
-        loop, "make_train_step", lambda *args: looking("step", make(*args))
+        tasks, "make_train_step", lambda *args: looking("step", make(*args))
     )
     for name in ("restore", "save"):
         wrapped = looking(name, getattr(Checkpoints, name))

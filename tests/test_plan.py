@@ -1,4 +1,4 @@
-"""Plans: what is read of compiled programs, counted by hand, and told to the user."""
+"""`jaxpref plan`: FLOPs, times, topologies, and advice, checked against hand counts."""
 
 import dataclasses
 import math
@@ -11,12 +11,11 @@ from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
-from jaxpref.objectives.trace_mixture import bvpo
+from jaxpref.objectives import bvpo, from_loss
 from jaxpref.plan import PlanConfig, advice, child, command, program, roofline
 from jaxpref.plan.chips import GIB, Chip, parse_topology
 from jaxpref.plan.presets import PRESETS
 from jaxpref.plan.sweep import candidates
-from jaxpref.train import from_loss
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,18 +27,18 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     "name, parameters",
     [
-        # As the models' cards and safetensors indices have them.
+        # From the model cards and safetensors indices.
         ("llama-3-1b", 1_235_814_400),
         ("llama-3-8b", 8_030_261_248),
         ("llama-3-70b", 70_553_706_496),
         ("smollm2-135m", 134_515_008),
         ("smollm2-360m", 361_821_120),
         ("smollm2-1.7b", 1_711_376_384),
-        # 596,049,920 of Qwen3-0.6B, less the norms of its queries and keys.
+        # Qwen3-0.6B has 596,049,920, including its query and key norms.
         ("llama-0.6b-152k", 596_049_920 - 28 * 2 * 128),
     ],
 )
-def test_presets_have_as_many_parameters_as_the_models(name, parameters):
+def test_presets_have_the_models_parameter_counts(name, parameters):
     model = build(PRESETS[name])
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == parameters
@@ -100,7 +99,7 @@ def test_the_slowest_of_four_bounds_the_step():
     tied = dataclasses.replace(load, model=model, models=2)
     assert roofline.ideal_wire_bytes(tied) == 2 * 12 * (layers + 8 * 100) * 3 / 4
     assert roofline.step_flops(tied)[0] == 2 * flops
-    # A quarter of the slopes lies on a chip; a ring of three passes 2/3 of it twice.
+    # A chip holds a quarter of the gradients; a ring of three passes 2/3 of it twice.
     between = roofline.ideal_dcn_bytes(load)
     assert between == pytest.approx(4 / 3 * 4 * (layers + 2 * 8 * 100) / 4)
     assert roofline.ideal_dcn_bytes(small_load()) == 0
@@ -121,12 +120,12 @@ def test_the_slowest_of_four_bounds_the_step():
         assert found["mfu_estimate"] == pytest.approx(flops / peak)
 
 
-def test_a_token_is_drawn_as_fast_as_weights_and_cache_are_read():
+def test_the_time_per_token_is_bounded_by_weights_and_cache():
     load = small_load(sequences=8, length=10)
     layers, head = roofline.layer_weights(load.model), 8 * 100
-    # Two prompts a device; keys and values of one head of 4 features in 3 layers.
+    # Two prompts per device; keys and values of one head of 4 features in 3 layers.
     cache = 2 * 3 * 1 * 4 * 2 * 10
-    # The layers are gathered, so written and read; float32 logits too.
+    # The gathered layers are written and read, and so are the float32 logits.
     read = 4 * (2 * layers + head + cache) + 8 * 2 * 100
     flops = 2 * (layers + head) * 8 + 4 * 3 * (2 * 4) * 8 * 10
     fields = "flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth"
@@ -137,27 +136,27 @@ def test_a_token_is_drawn_as_fast_as_weights_and_cache_are_read():
         ("ici_bandwidth", "ici", 4 * layers * 3 / 4),
     ):
         chip = Chip("chip", hbm_bytes=1, axes=2, **(slow | {field: 1.0}))
-        found = roofline.of_a_token(load, chip, None)
+        found = roofline.token_estimate(load, chip, None)
         assert found["bound"] == bound
         assert found["seconds_per_token"] == pytest.approx(seconds)
         assert found["tokens_per_second"] == pytest.approx(8 / seconds)
-    assert roofline.of_a_token(load, chip, 7.0)["ici_seconds"] == 7.0
+    assert roofline.token_estimate(load, chip, 7.0)["ici_seconds"] == 7.0
 
 
 def test_packed_rows_attend_within_their_pair():
     config = dict(model="m", topology="cpu:8", batch=4, seq=6, answer_length=2)
     objective = from_loss(losses.dpo)
-    padded = command._seen(PlanConfig(**config), objective, sequences=8)
+    padded = command._attended_pairs(PlanConfig(**config), objective, sequences=8)
     assert padded == 8 * 21
-    packed = command._seen(PlanConfig(**config, row_length=32), objective, 2)
-    seen = 0  # by drawing the triangle of prompt, chosen and rejected
+    packed = command._attended_pairs(PlanConfig(**config, row_length=32), objective, 2)
+    seen = 0  # counted in the attention mask of prompt, chosen, and rejected
     parts = [0] * 4 + [1] * 2 + [2] * 2
     for i, query in enumerate(parts):
         seen += sum(key in (0, query) for key in parts[: i + 1])
     assert packed == 4 * seen
 
 
-# ---- what is asked, and what cannot be -----------------------------------------------
+# ---- options and errors --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +168,7 @@ def test_topologies(name, devices):
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p:4x4", "v5e:4x4x4", "cpu:0", "v5e", ""])
-def test_an_unknown_topology_lists_those_that_are_known(name):
+def test_an_unknown_topology_lists_the_known_ones(name):
     with pytest.raises(
         InputError, match=r"--topology .* like v4:4x4x4, v5e:4x4, .*cpu"
     ):
@@ -182,15 +181,15 @@ def test_an_unknown_model_lists_the_presets():
         command.run(config, from_loss(losses.dpo), [])
 
 
-def test_a_mixture_has_one_pair_a_row():
+def test_a_mixture_has_one_pair_per_row():
     config = PlanConfig(
         model="llama-3-1b", topology="cpu:8", batch=8, seq=8, row_length=32
     )
-    with pytest.raises(InputError, match="--row-length 32: bvpo_dpo .* one pair a row"):
+    with pytest.raises(InputError, match="--row-length 32: bvpo_dpo .* pair per row"):
         command.run(config, bvpo(from_loss(losses.dpo)), [])
 
 
-def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
+def test_the_message_if_libtpu_is_missing(monkeypatch):
     def missing(package):
         raise program.importlib.metadata.PackageNotFoundError(package)
 
@@ -212,12 +211,12 @@ def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
         ("Used 512.5M of 0.25G hbm. Exceeded", 512.5 * 2**20, 0.25 * GIB),
     ],
 )
-def test_how_much_is_too_much_is_read_of_the_compilers_message(message, needs, limit):
+def test_the_compilers_out_of_memory_message_is_parsed(message, needs, limit):
     assert program.too_large(message) == {"needs": needs, "limit": limit}
     assert program.too_large("INTERNAL: no") is None
 
 
-def test_advice_names_the_knobs():
+def test_advice_suggests_options():
     sizes = dict(model="llama-3-8b", batch=64, seq=8)
     config = PlanConfig(topology="v5e:4x4", remat="dots", **sizes)
     plan = {
@@ -229,9 +228,9 @@ def test_advice_names_the_knobs():
     found = advice.advice(config, plan)
     assert found[0] == "--remat full" and found[1].startswith("--accumulation 2 ")
     found = advice.advice(config, plan | {"hbm_limit_bytes": 350})
-    assert "take more chips" in found[0]
+    assert "more chips" in found[0]
     assert found[1] == "--optimizer adafactor, or --adam-mu-dtype bfloat16"
-    # Rows are split evenly, fsdp stays within a slice, and divides the vocabulary.
+    # Rows are split evenly; fsdp stays within a slice and divides the vocabulary.
     config = PlanConfig(topology="v5e:4x4", **sizes)
     found = advice.advice(config, plan | {"tokens_shape": [1, 48, 2, 8]})
     assert found[0].startswith("--accumulation 3 ")
@@ -246,7 +245,7 @@ def test_advice_names_the_knobs():
     assert not any("fsdp" in line for line in advice.advice(config, plan | whole))
 
 
-def test_a_sweep_takes_the_meshes_that_divide_the_model():
+def test_a_sweep_uses_the_meshes_that_divide_the_model():
     config = PlanConfig(model="m", topology="cpu:16", batch=32, seq=8)
     model = tiny_config(vocab_size=48)  # hidden 16, 4 heads, 2 for keys
     tried = {
@@ -256,7 +255,7 @@ def test_a_sweep_takes_the_meshes_that_divide_the_model():
     assert tried == {(1, 16, 1), (1, 8, 2)}
 
 
-def test_the_compilers_environment_is_its_own(monkeypatch):
+def test_the_environment_of_the_child_process(monkeypatch):
     flag = "--xla_force_host_platform_device_count"
     monkeypatch.setenv("XLA_FLAGS", f"--xla_other=1 {flag}=3")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "elsewhere:1")

@@ -1,4 +1,4 @@
-"""Collectives, read of texts as compilers write them, and counted by hand."""
+"""Collectives read from the text of compiled programs, checked against hand counts."""
 
 import pytest
 
@@ -38,7 +38,7 @@ ENTRY %main (arg: f32[8,16]) -> f32[8,16] {
 @pytest.mark.parametrize(
     "noted, times",
     [("", 5), (', backend_config={"known_trip_count":{"n":"7"}}', 7)],
-    ids=["counted", "noted"],
+    ids=["counted", "annotated"],
 )
 @pytest.mark.parametrize(
     "whole",
@@ -48,7 +48,7 @@ ENTRY %main (arg: f32[8,16]) -> f32[8,16] {
         "replica_groups=mesh['a'=8,'b'=2] {'a'}",
     ],
 )
-def test_a_collective_counts_as_often_as_its_loop_turns(noted, times, whole):
+def test_a_collective_counts_once_per_iteration_of_its_loop(noted, times, whole):
     text = GATHERS.replace("NOTED", noted).replace("WHOLE", whole)
     found = hlo.collectives(text, devices=8)
     gathered, summed = 64 * 16 * 2, 8 * 16 * 4
@@ -63,7 +63,7 @@ def test_a_collective_counts_as_often_as_its_loop_turns(noted, times, whole):
     assert hlo.wire_bytes(found) == times * gathered * 7 / 8 + summed * 7 / 4
 
 
-def test_a_counter_may_take_larger_steps_that_come_from_outside():
+def test_the_step_of_a_counter_may_come_from_outside_the_loop():
     text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
     text = text.replace("(s32[], f32[8,16]{1,0})", "(s32[], f32[8,16]{1,0}, s32[])")
     text = text.replace(
@@ -76,7 +76,7 @@ def test_a_counter_may_take_larger_steps_that_come_from_outside():
     assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 3  # 0, 2, 4
 
 
-def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
+def test_an_all_reduce_that_keeps_a_part_is_a_reduce_scatter():
     text = """
 %all-reduce-scatter.3 (p: f32[64]) -> f32[8] {
   %p = f32[64]{0} parameter(0)
@@ -96,7 +96,7 @@ ENTRY %main (arg: f32[64]) -> f32[8] {
     }
 
 
-def test_one_that_runs_on_through_fusions_and_a_loop_is_one():
+def test_a_collective_split_over_fusions_and_a_loop_counts_once():
     text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
     begun = "  %begun = bf16[64,16]{1,0} fusion(%arg), calls=%async_collective_fusion\n"
     text = text.replace("  %sum =", begun + "  %sum =")
@@ -109,8 +109,8 @@ def test_one_that_runs_on_through_fusions_and_a_loop_is_one():
     assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 1
 
 
-def test_a_turn_that_is_written_out_before_its_loop_is_one_more():
-    """With the same channel, groups and size."""
+def test_a_peeled_iteration_counts_in_addition_to_the_loop():
+    """Even with the same channel, groups, and size."""
     text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
     first = (
         "  %first = bf16[64,16]{1,0} all-gather(%arg), channel_id=1, "
@@ -120,7 +120,7 @@ def test_a_turn_that_is_written_out_before_its_loop_is_one_more():
     assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 6
 
 
-def test_those_that_are_begun_count_their_results_and_branches_once():
+def test_started_collectives_and_branches_count_once():
     text = """
 %yes (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
@@ -149,8 +149,8 @@ ENTRY %main (arg: f32[4]) -> f32[4] {
     }
 
 
-def test_a_kernels_attributes_end_no_loop():
-    """They are written over several lines, of which the last begins with braces."""
+def test_the_attributes_of_a_kernel_do_not_end_a_computation():
+    """They span several lines, the last of which begins with braces."""
     kernel = """  %kernel = f32[8,16]{1,0} custom-call(%x), attributes={metadata={
 "block": "{\\"q\\": 512}"
 }}, metadata={op_name="kernel"}
@@ -160,7 +160,7 @@ def test_a_kernels_attributes_end_no_loop():
     assert hlo.collectives(text, devices=8)["all-gather"]["count"] == 5
 
 
-def test_one_channel_may_serve_several():
+def test_several_collectives_may_share_a_channel():
     text = """
 ENTRY %main (arg: f32[64]) -> f32[8] {
   %arg = f32[64]{0} parameter(0)
@@ -179,8 +179,8 @@ ENTRY %main (arg: f32[64]) -> f32[8] {
     }
 
 
-def test_what_slices_say_to_each_other_is_a_kind_of_its_own():
-    """A `send` and a `recv`; the arrays that come in, as often as the loop turns."""
+def test_collectives_between_slices_are_separate_kinds():
+    """A `send` and a `recv`; received arrays count once per iteration of the loop."""
     runtime = (
         "channel_id=5, is_host_transfer=true, frontend_attributes={"
         '_xla_host_transfer_rendezvous="a_0",_xla_megascale_target="{1,2}x{0:3}",'
@@ -216,7 +216,7 @@ def test_what_slices_say_to_each_other_is_a_kind_of_its_own():
     assert hlo.wire_bytes(found) == 0
 
 
-def test_one_that_another_core_carries_out_is_found():
+def test_a_collective_on_another_core_is_counted():
     text = """
 %carried (p: f32[64]) -> f32[8] {
   %p = f32[64]{0} parameter(0)
@@ -237,7 +237,7 @@ ENTRY %main (arg: f32[64]) -> f32[8] {
     assert hlo.collectives(text, devices=8)["reduce-scatter"]["bytes"] == 256
 
 
-def test_a_loop_that_ends_by_what_it_computes_turns_as_often_as_is_said():
+def test_the_iterations_of_a_data_dependent_loop_are_given():
     text = GATHERS.replace("WHOLE", "replica_groups=[1,8]<=[8]").replace("NOTED", "")
     text = text.replace(
         "ROOT %test = pred[] compare(%j, %bound), direction=LT",

@@ -1,4 +1,4 @@
-"""Plans from end to end: what is compiled, what is kept of it, and what is told."""
+"""Plans end to end: the compiled programs, the cache, and the printed plan."""
 
 import dataclasses
 import json
@@ -10,16 +10,18 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxpref.train.shapes import abstract_batch
 
-from jaxpref import cli, losses
+from jaxpref import losses
+from jaxpref.cli import plan as plan_command
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.objectives import from_loss
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
 from jaxpref.runtime.mesh import on_devices
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, from_loss, make_mesh
-from jaxpref.train.shapes import abstract_batch
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, make_mesh
 from tests.tiny import make_model_folder, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,13 +33,13 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
     argv = f"--model {folder} --topology cpu:8 --batch 16 --seq 24 --mesh.tensor 2"
     argv = f"{argv} --json {tmp_path}/plan.json --loss rdpo --loss.flip-rate 0.1"
-    cli.plan(argv.split())
+    plan_command.command(argv.split())
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] is None and plan["roofline_seconds"] is None
     assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert plan["tokens_shape"] == [1, 16, 2, 24] and plan["loss"] == "rdpo"
-    # A device holds an eighth of every matrix, and all of the norms' gains; the moments
-    # twice that and two counters of four bytes.
+    # A device holds an eighth of every matrix and all norm scales.  The moments are
+    # twice that plus two four-byte counters.
     c = tiny_config()
     D, K, L = c.hidden_size, c.head_dim, c.num_layers
     layer = D * K * 2 * (c.num_heads + c.num_kv_heads) + 3 * D * c.intermediate_size
@@ -45,7 +47,7 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     held = 4 * (matrices // 8 + D * (2 * L + 1))
     assert plan["held_bytes"]["parameters"] == held
     assert plan["held_bytes"]["optimizer"] == 2 * held + 8
-    # The state and what the step reads of the batch.
+    # The state, and the part of the batch that the step reads.
     state = 3 * held + 8 + 8
     assert state < plan["argument_bytes"] <= state + plan["held_bytes"]["batch"]
     assert plan["temp_bytes"] > 0 and plan["hbm_bytes"] > plan["temp_bytes"]
@@ -55,22 +57,22 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     )  # 12 by eights
     forward += 4 * L * D * 16 * 2 * (24 * 25 // 2)
     assert plan["flops_per_step"] == 3 * forward
-    # Weights of the layers are gathered over fsdp in both passes.
+    # The weights of the layers are gathered over fsdp in both passes.
     assert plan["collectives"]["all-gather"]["count"] > 2 * 7 * L
     assert plan["wire_bytes"] > plan["ideal_wire_bytes"] > 0  # tensor has its own
     assert 0 < plan["activation_bytes"] < plan["temp_bytes"]
-    drawn = plan["decode"]
-    assert drawn["prompts"] == 16 and drawn["slots"] == 24
-    # Weights, prompts and lengths on every device, a key, and options of the draws.
+    decode = plan["decode"]
+    assert decode["prompts"] == 16 and decode["slots"] == 24
+    # Weights, prompts and lengths on every device, a key, and sampling options.
     prompts = 4 * 16 * (12 + 1)
-    assert 0 <= drawn["argument_bytes"] - held - prompts < 64
-    # In the loop, for each token: the layers' weights once.
-    assert 0 < drawn["wire_bytes"] < plan["wire_bytes"]
+    assert 0 <= decode["argument_bytes"] - held - prompts < 64
+    # The loop gathers the weights of the layers once per token.
+    assert 0 < decode["wire_bytes"] < plan["wire_bytes"]
     assert plan["score"]["hbm_bytes"] < plan["hbm_bytes"]
-    told = capsys.readouterr().out
-    assert re.search(r"cpu:8: 8 devices, data=1 x fsdp=4 x tensor=2", told)
-    assert "collectives of a step" in told and "fits" not in told
-    # Compiled once: another process finds it, as this one.
+    printed = capsys.readouterr().out
+    assert re.search(r"cpu:8: 8 devices, data=1 x fsdp=4 x tensor=2", printed)
+    assert "collectives of a step" in printed and "fits" not in printed
+    # The result is cached, for this process too.
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: 1 / 0)
     config = PlanConfig(
         model=str(folder),
@@ -86,7 +88,7 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         "--objective em --objective.prior-right 4",
         "--objective crm --objective.noise-rate 0.2",
@@ -94,25 +96,31 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
         "--loss bradley_terry",
     ],
 )
-def test_a_plan_of_what_train_takes(asked, tmp_path, monkeypatch):
+def test_plans_of_losses_and_objectives(options, tmp_path, monkeypatch):
     folder = make_model_folder(tmp_path / "model")
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(child.TARGET, str(tmp_path / "found.json"))
-    cli.plan(f"--model {folder} --topology cpu:8 --batch 8 --seq 16 {asked}".split())
+    plan_command.command(
+        [
+            "--model",
+            str(folder),
+            *f"--topology cpu:8 --batch 8 --seq 16 {options}".split(),
+        ]
+    )
     found = json.loads((tmp_path / "found.json").read_text())
     held = found["bytes"]
     assert held["optimizer"] == 2 * held["parameters"] + 8
     assert found["step"]["temp"] > 0 and found["score"]["temp"] > 0
-    if "bradley" in asked:
-        assert found["decode"] is None  # no words in it
+    if "bradley" in options:
+        assert found["decode"] is None  # a reward model generates nothing
     else:
-        # The sampler has one model, the step of peers two.
+        # The sampler has one model; the step of a co-trained pair has two.
         share = found["decode"]["argument"] / held["parameters"]
-        assert (share < 0.6) == ("crm" in asked)
+        assert (share < 0.6) == ("crm" in options)
 
 
-def test_activations_are_what_the_backward_pass_keeps():
-    """The layers' inputs at least; more of them where less is computed again."""
+def test_activations_are_the_residuals_of_the_backward_pass():
+    """At least the layers' inputs, and more if less is recomputed."""
     sizes = dict(model="m", topology="cpu:8", batch=8, seq=16)
     found = {}
     for remat in ("full", "dots", "none"):
@@ -134,8 +142,8 @@ def test_activations_are_what_the_backward_pass_keeps():
                 accumulation=1,
             )
             batch = dataclasses.replace(batch, reference={})
-            scores = make_scores(model, work.objective.needs)
-            found[remat] = program._activations(scores, params, batch, None)
+            scorer = make_scorer(model, work.objective.scores)
+            found[remat] = program._activations(scorer, params, None, batch)
     inputs = tiny_config().num_layers * 2 * 16 * tiny_config().hidden_size * 4
     assert inputs <= found["full"] < found["dots"] < found["none"]
 
@@ -159,7 +167,7 @@ def test_a_plan_for_a_tpu(tmp_path):
     assert 0 < plan["mfu_estimate"] < 1 and plan["roofline_seconds"] > 0
     assert "fits" in done.stdout
     assert plan["decode"]["fits"] and plan["decode"]["seconds_per_token"] > 0
-    assert "a token of each of 8 prompts" in done.stdout
+    assert "per token of each of 8 prompts" in done.stdout
 
 
 SIZES = dict(
@@ -177,10 +185,10 @@ NUMERICS = Numerics(compute_dtype="bfloat16", remat="full")
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4", "2xv5e:2x2"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_tpus_chips_send_no_more_than_fsdp_needs(
+def test_communication_on_tpu_is_close_to_ideal_fsdp(
     monkeypatch, tmp_path, topology, tied
 ):
-    """Read from what its compiler makes of a whole slice, on two and three axes."""
+    """Read from programs compiled for whole slices with two and three torus axes."""
     pytest.importorskip("libtpu")
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path))
     topology = parse_topology(topology)
@@ -206,7 +214,7 @@ def test_a_tpus_chips_send_no_more_than_fsdp_needs(
         seen=0,
     )
     share = hlo.wire_bytes(found) / roofline.ideal_wire_bytes(load)
-    # An embedding is gathered once, and these models are little else.
+    # An embedding is gathered only once, and it dominates these small models.
     assert 0.6 <= share <= 1.1
     between = hlo.wire_bytes(found, between_slices=True)
     ideal = roofline.ideal_dcn_bytes(load)

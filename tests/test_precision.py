@@ -21,17 +21,27 @@ from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
 from jaxpref.models.attention_kernels import splash, splash_packed
 from jaxpref.models.logprobs import project
-from jaxpref.runtime.precision import with_compute_dtype
+from jaxpref.objectives import from_loss
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.scoring import make_scorer
 from jaxpref.scoring.score_dataset import make_score_step
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, from_loss, read_metrics, run
+from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS
+from jaxpref.train import MeshConfig, read_metrics, run
+from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.test_packing import make_pairs
 from tests.test_training import OPTIMIZER, config_for
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
+LOGPS = frozenset({"policy_logps"})
 BFLOAT16 = Numerics(compute_dtype="bfloat16")
 VOCABULARY = 56  # unlike any other size of the tiny model and its batches
 LAYOUTS = {"padded": {}, "packed": {"row_length": 64, "batch_size": 16}}
@@ -40,14 +50,17 @@ LAYOUTS = {"padded": {}, "packed": {"row_length": 64, "batch_size": 16}}
 def batches_of(pairs, layout, **options):
     table = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
     if layout == "padded":
-        shape = data.batch_shape(pairs)
-        return data.batches(
-            pairs, shape=shape, batch_size=8, threads=0, reference=table, **options
-        )
-    shape = data.packed_shape(pairs, row_length=64, batch_size=16, parts=2)
-    return data.packed_batches(
-        pairs, shape=shape, prefetch=0, reference=table, **options
+        return padded_batches(pairs, batch_size=8, reference=table, **options)
+    accumulation = options.pop("accumulation", 1)
+    packed = data.packed_layout(
+        pairs,
+        row_length=64,
+        batch_size=16,
+        accumulation=accumulation,
+        shards=2 // accumulation,
     )
+    order = data.uniform(pairs, options.pop("seed", 0))
+    return packed.batches(pairs, order, reference=table, threads=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -80,14 +93,15 @@ def test_the_first_loss_is_log_2(tmp_path, layout, dtype):
 def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
     """To the bit on the same rows: one kernel for both, with gradients and without."""
     model = build(tiny_config(vocab_size=VOCABULARY), BFLOAT16)
-    params, scores = tiny_params(model), make_scores(model, chunk_size=4)
+    params = tiny_params(model)
+    scorer = make_scorer(model, LOGPS, chunk_size=4)
     batch = jax.tree.map(jnp.asarray, next(batches_of(make_pairs(24), layout)))
-    (scored, _) = make_score_step(scores)(params, batch)
+    (scored, _) = make_score_step(scorer)(params, None, batch)
 
     @jax.jit
     def trained(params):
         micro = jax.tree.map(lambda x: x[0], batch)
-        out, pull = jax.vjp(lambda p: scores(p, micro), params)
+        out, pull = jax.vjp(lambda p: scorer(p, None, micro), params)
         return out, pull(jax.tree.map(jnp.ones_like, out))
 
     (found, _) = trained(params)
@@ -95,7 +109,8 @@ def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
     np.testing.assert_array_equal(found["policy_logps"], scored["policy_logps"][0])
     # And bfloat16 it is: not the float32 numbers.
     wide = build(model.architecture)
-    (exact, _) = make_score_step(make_scores(wide, chunk_size=4))(params, batch)
+    exact_step = make_score_step(make_scorer(wide, LOGPS, chunk_size=4))
+    (exact, _) = exact_step(params, None, batch)
     rounding = np.abs(exact["policy_logps"] - scored["policy_logps"]).max()
     assert 1e-4 < rounding < 0.5
 
@@ -133,14 +148,14 @@ def test_nothing_is_summed_in_bfloat16_over_the_vocabulary(layout, loss):
     batch = jax.tree.map(
         jnp.asarray, next(batches_of(make_pairs(24), layout, accumulation=2))
     )
-    kept = params if objective.needs_live_reference else None
+    frozen = params if objective.scores & NEED_REFERENCE_WEIGHTS else None
 
-    def gradient(params):
-        scores = make_scores(model, objective.needs, chunk_size=4)
-        bound = lambda p, b: scores(p, b, kept)
-        return objective.gradient(bound, params, batch, objective.init(0))
+    def of_params(params):
+        scorer = make_scorer(model, objective.scores, chunk_size=4)
+        score = lambda p, b: scorer(p, frozen, b)
+        return gradient(objective, score, params, batch, objective.init(0))
 
-    found = list(equations(jax.make_jaxpr(gradient)(params).jaxpr))
+    found = list(equations(jax.make_jaxpr(of_params)(params).jaxpr))
     over = [e for e in found if VOCABULARY in reduced(e)]
     assert len(over) >= 4
     for equation in over:
@@ -168,9 +183,10 @@ def test_parameters_and_moments_stay_float32():
     tx = make_optimizer(OPTIMIZER, schedule)
     state = init_state(tiny_params(model), tx, objective)
     before = jax.device_get(state.params)
-    step = make_train_step(make_scores(model), objective, tx, schedule)
+    scorer = make_scorer(model, objective.scores)
+    step = make_train_step(scorer, objective, tx, schedule)
     batch = next(batches_of(make_pairs(24), "padded"))
-    state, metrics = step(state, batch)
+    state, metrics = step(state, None, batch)
     floats = {
         x.dtype
         for x in jax.tree.leaves((state.params, state.opt_state))
@@ -212,11 +228,9 @@ def test_accelerators_compute_in_bfloat16(monkeypatch, capsys, platform, dtype):
     config = config_for(("model", "pairs"), "out")
     assert config.compute_dtype is None and config.param_dtype == "float32"
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    assert with_compute_dtype(config).compute_dtype == dtype
+    assert default_compute_dtype() == dtype
     told = capsys.readouterr().out
-    assert told == f"compute dtype {dtype}, by default on a {platform}\n"
-    given = dataclasses.replace(config, compute_dtype="float32")
-    assert with_compute_dtype(given) is given and not capsys.readouterr().out
+    assert told == f"compute dtype {dtype} (the default on {platform})\n"
 
 
 def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys):
@@ -236,8 +250,9 @@ def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys)
     # On a CPU the same command asks for something else, and says so.
     with pytest.raises(InputError, match="compute_dtype .'bfloat16' -> 'float32'."):
         run(config)
-    assert "compute dtype float32, by default on a cpu" in capsys.readouterr().out
+    assert "compute dtype float32 (the default on cpu)" in capsys.readouterr().out
     run(dataclasses.replace(config, compute_dtype="bfloat16"))
+    assert "compute dtype" not in capsys.readouterr().out  # which was given
 
 
 # ---- full precision, where it is asked for -------------------------------------------
@@ -254,13 +269,13 @@ def test_every_product_can_be_asked_for_in_full_precision(layout):
     params = tiny_params(model)
     batch = jax.tree.map(jnp.asarray, next(batches_of(make_pairs(24), layout)))
 
-    def gradient(params):
-        scores = make_scores(model, objective.needs, chunk_size=4)
-        bound = lambda p, b: scores(p, b, params)
-        return objective.gradient(bound, params, batch, objective.init(0))
+    def of_params(params):
+        scorer = make_scorer(model, objective.scores, chunk_size=4)
+        score = lambda p, b: scorer(p, params, b)
+        return gradient(objective, score, params, batch, objective.init(0))
 
     def products():
-        text = jax.jit(gradient).lower(params).as_text()
+        text = jax.jit(of_params).lower(params).as_text()
         return [line for line in text.splitlines() if "dot_general" in line]
 
     assert not any("HIGHEST" in line for line in products())

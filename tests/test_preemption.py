@@ -1,4 +1,4 @@
-"""SIGTERM while a run trains: saved, told, ended with a code of its own, resumed."""
+"""SIGTERM during training: the step is saved, and the run ends and can be resumed."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from jaxpref.train import read_metrics
 from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLD = re.compile(
+PREEMPTED_LINE = re.compile(
     r"^jaxpref: preempted: saved step (\d+); the same command resumes$", re.MULTILINE
 )
 
@@ -35,7 +35,7 @@ def notified(feed):
     global taken
     taken += 1
     if taken == at_batch:
-        # The machine's own, and the one that the supervisor passes on.
+        # The machine's signal, and the one that the supervisor forwards.
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     return take(feed)
@@ -46,7 +46,7 @@ cli.main()
 
 
 def start(inputs: Path, out: Path, *, steps: int, at_batch: int = 0, **environ):
-    """Starts one process with one device, which gets SIGTERM at that batch."""
+    """Starts a process with one device, which gets SIGTERM at batch `at_batch`."""
     settings = {
         "model": inputs / "model",
         "data": inputs / "pairs.jsonl",
@@ -72,22 +72,22 @@ def checkpoints(out: Path) -> list[str]:
     return [path.name for path in (out / "checkpoints").iterdir() if path.is_dir()]
 
 
-def test_a_preempted_run_ends_as_an_undisturbed_one(inputs, tmp_path):
+def test_a_preempted_run_ends_like_an_undisturbed_one(inputs, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run = lambda out, **options: start(inputs, out, steps=20, **options)
     preempted, undisturbed = run(cut, at_batch=8), run(whole)
     stderr = preempted.communicate(timeout=240)[1]
     assert preempted.returncode == PREEMPTED == 143, stderr
-    assert TOLD.findall(stderr) == checkpoints(cut) == ["8"]
+    assert PREEMPTED_LINE.findall(stderr) == checkpoints(cut) == ["8"]
     assert not (cut / "export").exists()
     for process in (undisturbed, run(cut)):
         stderr = process.communicate(timeout=240)[1]
-        assert process.returncode == 0 and not TOLD.search(stderr), stderr
+        assert process.returncode == 0 and not PREEMPTED_LINE.search(stderr), stderr
     found, expected = (
         (out / "export" / "model.safetensors").read_bytes() for out in (cut, whole)
     )
     assert found == expected
-    timings = {"tokens_per_second", "pairs_per_second", "waiting"}
+    timings = {"tokens_per_second", "pairs_per_second", "data_wait_fraction"}
     found, expected = (
         [
             {k: v for k, v in line.items() if k not in timings}
@@ -98,7 +98,7 @@ def test_a_preempted_run_ends_as_an_undisturbed_one(inputs, tmp_path):
     assert found == expected
 
 
-def test_processes_agree_on_a_step_though_one_of_them_is_told(inputs, tmp_path):
+def test_processes_agree_on_a_step_if_one_gets_the_signal(inputs, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -115,35 +115,35 @@ def test_processes_agree_on_a_step_though_one_of_them_is_told(inputs, tmp_path):
         for index in (0, 1)
     ]
     try:
-        told = [process.communicate(timeout=240)[1] for process in processes]
+        logs = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [PREEMPTED] * 2, told
-    (step,), (also,) = (TOLD.findall(stderr) for stderr in told)
-    # Told before it takes its eighth step, which both may still take.
-    assert step == also and int(step) >= 8
+    assert [process.returncode for process in processes] == [PREEMPTED] * 2, logs
+    (step,), (other,) = (PREEMPTED_LINE.findall(stderr) for stderr in logs)
+    # The signal comes before step 8, which both may still complete.
+    assert step == other and int(step) >= 8
     assert checkpoints(tmp_path / "run") == [step]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["step"] == int(step)
 
 
-def test_a_notice_is_noted_and_a_later_one_interrupts(monkeypatch):
+def test_the_first_signal_is_recorded_and_a_later_one_interrupts(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), watched(0) as noticed:
-        assert not noticed(1)
+    with pytest.raises(KeyboardInterrupt), watched(0) as should_stop:
+        assert not should_stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert noticed(2)
+        assert should_stop(2)
         monkeypatch.setattr(preemption, "SAME_NOTICE", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_what_a_preempted_run_says():
-    assert TOLD.fullmatch(f"jaxpref: {Preempted(7)}")[1] == "7"
+def test_the_message_of_a_preempted_run():
+    assert PREEMPTED_LINE.fullmatch(f"jaxpref: {Preempted(7)}")[1] == "7"
     assert str(Preempted(7, saved=False)) == (
-        "preempted: step 7 goes wrong, not saved; the same command resumes"
+        "preempted: step 7 is bad, not saved; the same command resumes"
     )
 
 
@@ -151,8 +151,8 @@ def test_outside_the_main_thread_signals_are_left_alone():
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with watched(0) as noticed:
-            found.extend([noticed(1), signal.getsignal(signal.SIGTERM)])
+        with watched(0) as should_stop:
+            found.extend([should_stop(1), signal.getsignal(signal.SIGTERM)])
 
     thread = threading.Thread(target=work)
     thread.start()

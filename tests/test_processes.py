@@ -28,11 +28,13 @@ sys.path.insert(0, sys.argv[1])
 import jax
 import numpy as np
 from jaxpref import cli, data
-from jaxpref.train import inputs, loop
+import jaxpref.train
 
 kept, folder = {}, sys.argv[2]
+# The modules, not the functions of these names.
+running, preparing = (sys.modules[f"jaxpref.train.{x}"] for x in ("run", "prepare"))
 
-def placed(batch, mesh, place=loop.to_global):
+def placed(batch, mesh, place=running.to_global):
     # Of the global batch: who is in which row, as this process's devices hold it.
     found = place(batch, mesh)
     kept["rows made"].add(batch.tokens.shape[:2])
@@ -42,20 +44,22 @@ def placed(batch, mesh, place=loop.to_global):
         first = shard.index[1].start or 0
         for a, r in np.ndindex(here.shape[:2]):
             name = f"{a},{first + r}"
-            rows[name] = [kept["plan"].train.ids[i] for i in here[a, r] if i >= 0]
+            rows[name] = [kept["pairs"].ids[i] for i in here[a, r] if i >= 0]
     kept["batches"].append(rows)
     return found
 
-def planned(config, tokenizer, read=loop.read_plan):
-    kept["plan"] = read(config, tokenizer)
-    return kept["plan"]
+def prepared(*args, read=preparing.read_datasets, **kwargs):
+    found = read(*args, **kwargs)
+    kept["pairs"] = found.splits.train
+    return found
 
-def made(*args, make=data.make_plan, **kwargs):
+def made(*args, make=data.make_splits, **kwargs):
     found = make(*args, **kwargs)
     kept["pairs read"] = len(found.train) + len(found.heldout)
     return found
 
-loop.to_global, loop.read_plan, inputs.data.make_plan = placed, planned, made
+running.to_global, preparing.read_datasets = placed, prepared
+data.make_splits = made
 
 for name, argv in json.loads(sys.argv[3]).items():
     kept |= {"batches": [], "rows made": set()}
@@ -63,7 +67,7 @@ for name, argv in json.loads(sys.argv[3]).items():
     cli.main()
     path = f"{folder}/{name}-{jax.process_index()}-of-{jax.process_count()}.json"
     with open(path, "w") as file:
-        json.dump(kept | {"rows made": [*kept["rows made"]], "plan": None}, file)
+        json.dump(kept | {"rows made": [*kept["rows made"]], "pairs": None}, file)
 """
 
 STEPS = 4
@@ -217,7 +221,11 @@ def check_equal(folder: Path, name: str, count: int, *, of: str | None = None) -
     assert shape(found) == shape(expected)
     assert [x["step"] for x in found if "loss" in x] == list(range(1, STEPS + 1))
     for a, b in zip(found, expected, strict=True):
-        for key in a.keys() - {"tokens_per_second", "pairs_per_second", "waiting"}:
+        for key in a.keys() - {
+            "tokens_per_second",
+            "pairs_per_second",
+            "data_wait_fraction",
+        }:
             # The same batches; float32 sums over devices come in another order.
             assert a[key] == pytest.approx(b[key], rel=2e-4, abs=2e-5), (a, key)
     weights = "export/model.safetensors"
@@ -245,7 +253,7 @@ def test_a_run_of_two_processes_goes_on_in_one(done, name):
     check_equal(folder, name, 1, of=f"{name}, moved")
     rest = batches_of(folder, f"{name}, moved", 1)
     assert rest[: STEPS - 2] == batches_of(folder, name, 1)[2:]
-    line = "resumed at step 2 elsewhere (processes 2 -> 1): the same pairs in the same"
+    line = "resumed at step 2 in another environment (processes 2 -> 1): the same pairs"
     assert printed[1][0].count(line) == len(RUNS)
 
 

@@ -1,4 +1,4 @@
-"""A profile of some steps: written, and of no effect on the numbers."""
+"""Profiles of a few steps are written and do not change the results."""
 
 import dataclasses
 import gzip
@@ -7,20 +7,21 @@ import json
 import jax.numpy as jnp
 
 from jaxpref import data, losses
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.profile import WARM, profiled
-from jaxpref.train import from_loss, read_metrics, run
+from jaxpref.train import read_metrics, run
 from jaxpref.train.config import MAY_CHANGE
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
 
 
 def events(folder):
-    """Names of what lies in a trace, as Perfetto reads it."""
+    """The events of a trace, as Perfetto reads them."""
     (path,) = folder.rglob("*.trace.json.gz")
     return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
-def test_a_profiled_run_is_the_same_run(tmp_path):
+def test_profiling_does_not_change_the_run(tmp_path):
     inputs = make_model_folder(tmp_path / "m"), make_pairs_file(tmp_path / "p.jsonl")
     config = config_for(
         inputs,
@@ -55,7 +56,7 @@ def test_a_profiled_run_is_the_same_run(tmp_path):
     }
     assert steps == {WARM + 1, WARM + 2}
     assert not (tmp_path / "plain" / "profile").exists()
-    assert "profile" in MAY_CHANGE  # of a run that is resumed
+    assert "profile" in MAY_CHANGE  # when a run is resumed
 
 
 def test_without_a_profile_nothing_is_wrapped(tmp_path):
@@ -74,11 +75,11 @@ def test_a_run_may_end_before_its_profile(tmp_path):
     assert events(tmp_path / "profile" / "process_0")
 
 
-def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "profile").write_text("in the way")
     with profiled(lambda state: (state + 1, {}), tmp_path, steps=2) as traced:
         state = jnp.zeros(())
         for _ in range(WARM + 3):
             state, _ = traced(state)
     assert state == WARM + 3
-    assert "no trace of the steps" in caplog.text
+    assert "profiling failed" in caplog.text

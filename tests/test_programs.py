@@ -12,19 +12,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxpref.train.programs import padding_advice
 
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.compilation import enable_compilation_cache, log_compilations
-from jaxpref.train import MeshConfig, TrainConfig, from_loss, run
-from jaxpref.train.programs import describe, padding_told
+from jaxpref.train import MeshConfig, TrainConfig, run
 from tests.compiled import programs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("row_length", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize("row_length", ["none", 64], ids=["padded", "packed"])
 def test_each_program_is_compiled_once_and_after_a_resume_none(
     inputs, tmp_path, row_length, capsys
 ):
@@ -56,8 +57,10 @@ def test_each_program_is_compiled_once_and_after_a_resume_none(
         assert [n for n, _ in first].count(name) == 1
         assert [entry for entry in resumed if entry[0] == name] == [(name, True)]
     assert all(from_disk for _, from_disk in resumed), resumed
-    line = "programs of the model, at most: train_step, score_step\n"
-    assert capsys.readouterr().out.count(line) == 2
+    told = capsys.readouterr().out
+    assert told.count("every batch: 1 x ") == 2
+    # Of padding, where there is any.
+    assert told.count("--row-length") == (2 if row_length is None else 0)
 
 
 COMPILE = """
@@ -216,54 +219,52 @@ def test_what_is_compiled_is_explained_and_warnings_still_come(capsys, caplog):
 
 
 def test_the_shape_is_told():
-    shape = data.BatchShape(sequence_length=48, predictions=16, sides=2)
-    line = describe(shape=shape, batch_size=8, accumulation=2, programs=["train_step"])
+    sizes = dict(predictions=16, num_completions=2, batch_size=8)
+    layout = data.PaddedLayout(sequence_length=48, accumulation=2, **sizes)
+    line = f"every batch: {layout.describe()}"
     assert line == (
-        "every batch: 2 x 4 rows of 2 x 48 tokens, predictions 16, pair slots 1; "
-        "programs of the model, at most: train_step"
+        "every batch: 2 x 4 rows of 2 x 48 tokens, predictions 16, pair slots 1"
     )
-    shape = data.PackedShape(
-        sequence_length=64, predictions=40, slots=5, sides=2, rows=6
-    )
-    line = describe(shape=shape, accumulation=1, programs=["train_step"])
-    assert "1 x 6 rows of 1 x 64 tokens, predictions 40, pair slots 5;" in line
+    layout = data.PackedLayout(row_length=64, slots=5, rows=6, **sizes)
+    line = layout.describe()
+    assert "1 x 6 rows of 1 x 64 tokens, predictions 16, pair slots 5" in line
 
 
 def test_what_packed_rows_would_save_is_told():
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(4):
         builder.add([5] * 20, [[6] * 10, [7] * (10 + n)], id=str(n))
     pairs = builder.build()
-    told = functools.partial(padding_told, pairs, pairs, batch_size=8, shards=2)
-    wide = data.BatchShape(sequence_length=48, predictions=16, sides=2)
+    sizes = dict(predictions=16, num_completions=2, batch_size=8)
+    advice = functools.partial(padding_advice, dataset=pairs, heldout=pairs, shards=2)
+    wide = data.PaddedLayout(sequence_length=48, **sizes)
     # 2 x 48 tokens for 41.5; four pairs of a device are 166 tokens.
-    assert "2.3 tokens are computed" in told(wide)
-    assert "--row-length 192 " in told(wide)
-    tight = data.BatchShape(sequence_length=26, predictions=16, sides=2)
-    assert told(tight) is None
+    assert "padding overhead 2.3x" in advice(wide)
+    assert "--row-length 192 " in advice(wide)
+    assert advice(data.PaddedLayout(sequence_length=26, **sizes)) is None
 
 
 def test_what_is_told_of_packed_rows_can_be_asked_for():
     """Rows hold what is evaluated on too, and no more pairs than were asked for."""
 
     def of(*answers):
-        builder = data.PairsBuilder(2)
+        builder = data.DatasetBuilder(2)
         for n, size in enumerate(answers):
             builder.add([5] * 20, [[6] * 10, [7] * size], id=str(n))
         return builder.build()
 
     pairs, heldout = of(10, 12, 30), of(200)
-    shape = data.batch_shape(pairs, heldout)
+    layout = data.padded_layout(pairs, heldout, batch_size=16)
 
     def refused(shards):
-        told = padding_told(pairs, heldout, shape, batch_size=16, shards=shards)
+        told = padding_advice(layout, pairs, heldout, shards=shards)
         row = int(told.partition("--row-length ")[2].split()[0])
-        sizes = dict(row_length=row, batch_size=16, parts=shards)
+        sizes = dict(row_length=row, batch_size=16, shards=shards)
         if "larger batches" in told:
             with pytest.raises(InputError, match="a larger batch"):
-                data.packed_shape(pairs, heldout, **sizes)
+                data.packed_layout(pairs, heldout, **sizes)
             return True
-        data.packed_shape(pairs, heldout, **sizes)
+        data.packed_layout(pairs, heldout, **sizes)
         return False
 
     assert [refused(shards) for shards in (1, 2, 16)] == [False, False, True]

@@ -16,7 +16,7 @@ from experiments import bvpo_solutions as solutions
 from experiments import reasoning_errors as errors
 from experiments import reasoning_gradients as sums
 from experiments import reasoning_world as world
-from jaxpref.data import DataOptions, ListSource, load_tokenizer, make_mixed_plan
+from jaxpref.data import DataOptions, ListSource, load_tokenizer, make_mixed_splits
 from jaxpref.errors import InputError
 from jaxpref.gradients import bvpo
 from jaxpref.models import Numerics, build
@@ -26,7 +26,7 @@ BETA = 0.7
 
 
 def tiny_model(seed, **sizes):
-    """A random model of five words and 2 x 4 numbers a layer."""
+    """A random model with five words and 2 x 4 numbers per layer."""
     architecture = LlamaArchitecture(
         **(dict(vocab_size=5, hidden_size=8, intermediate_size=8) | sizes),
         num_layers=1,
@@ -42,14 +42,14 @@ def tiny_model(seed, **sizes):
 
 @pytest.fixture
 def wide():
-    """Double precision, for finite differences and sums that must come out."""
+    """Double precision, for finite differences and exact sums."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def everything():
-    """A language of all pairs of five words as traces, and each as an answer."""
+    """A language with all pairs of five words as traces, and each word as an answer."""
     return sums.Language(
         prompts=np.array([[0, 1, 2], [0, 3, 3], [0, 4, 1]], np.int32),
         traces=np.array(list(itertools.product(range(5), repeat=2)), np.int32),
@@ -75,17 +75,17 @@ def everything():
         ("0 0 0 =", "", 0.0),
     ],
 )
-def test_gold_reward_of_answers_worked_by_hand(prompt, answer, reward):
+def test_gold_reward_of_answers_by_hand(prompt, answer, reward):
     assert world.gold_reward(prompt, answer) == reward
 
 
 @pytest.mark.parametrize("prompt", ["", "1 2 3", "1 2 5 =", "1 2 3 4 =", "so x y 1"])
-def test_a_foreign_prompt_is_refused(prompt):
+def test_prompts_outside_the_world_are_rejected(prompt):
     with pytest.raises(ValueError, match="not a prompt of this world"):
         world.gold_reward(prompt, "1")
 
 
-def test_traces_and_prompts_are_all_different_and_counted():
+def test_numbers_of_distinct_traces_and_prompts():
     traces, prompts = world.all_traces(), world.all_prompts()
     assert len(set(traces)) == len(traces) == 2 * 6 * 9
     assert len(set(prompts)) == len(prompts) == 5**3
@@ -93,14 +93,14 @@ def test_traces_and_prompts_are_all_different_and_counted():
     assert rewards.shape == (125, 13) and (rewards.sum(axis=1) == 1).all()
 
 
-def test_prompts_held_out_have_every_number_in_every_place():
+def test_held_out_prompts_have_every_number_in_every_position():
     train, held = world.split_prompts()
     assert sorted([*train, *held]) == list(range(125)) and len(held) == 25
     places = np.array([world.numbers(world.all_prompts()[n]) for n in held]).T
     assert all((np.bincount(place) == 5).all() for place in places)
 
 
-def test_demonstrations_are_in_the_language_and_as_careless_as_said():
+def test_demonstrations_are_in_the_language_and_have_the_stated_errors():
     rows = world.write_demonstrations(8000, seed=3)
     assert rows == world.write_demonstrations(8000, seed=3)
     traces = set(world.all_traces())
@@ -113,13 +113,13 @@ def test_demonstrations_are_in_the_language_and_as_careless_as_said():
             trace, _, answer = answer.removeprefix("<think>").partition("</think>")
             assert trace in traces
         right[thinks].append(world.gold_reward(bare, answer))
-    # Two slips cancel each other half of the time, more often at an end.
+    # Two errors cancel half of the time, and more often at an end.
     assert len(right[True]) == len(right[False]) == 4000
     assert abs(np.mean(right[False]) - 0.4) < 4 * np.sqrt(0.24 / 4000)
     assert 0.7**2 + 0.3**2 / 2 - 0.03 < np.mean(right[True]) < 0.6
 
 
-def test_pairs_are_read_by_the_engine_as_the_sums_read_them(tmp_path):
+def test_training_reads_pairs_like_the_exact_sums(tmp_path):
     world.write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     tokenizer = load_tokenizer(tmp_path)
@@ -128,8 +128,8 @@ def test_pairs_are_read_by_the_engine_as_the_sums_read_them(tmp_path):
     prompts, traces = world.all_prompts(), world.all_traces()
     record = world.trace_pair(prompts[37], (traces[5], "1"), (traces[70], "4"))
     options = DataOptions(heldout_fraction=0.0)
-    pairs = make_mixed_plan(ListSource([record]), tokenizer, options).train
-    assert pairs.empty.tolist() == [False, True]
+    pairs = make_mixed_splits(ListSource([record]), tokenizer, options).train
+    assert pairs.columns["empty_trace"].tolist() == [False, True]
     (empty,) = sums.empty_sequences(language, np.array([[37, 1, 4]]))
     for side, (trace, answer) in enumerate([(5, 1), (70, 4)]):
         whole = np.concatenate([pairs.prompt(0), pairs.completion(0, side)])
@@ -141,7 +141,7 @@ def test_pairs_are_read_by_the_engine_as_the_sums_read_them(tmp_path):
         assert tokenizer.unk_token_id not in whole
 
 
-def test_drawn_pairs_have_the_right_answer_first_as_often_as_they_should():
+def test_drawn_pairs_have_the_expected_frequencies():
     prompts = np.array([3, 8])
     rng = np.random.default_rng(0)
     joint = np.log(rng.dirichlet(np.ones(2 * 13), size=2)).reshape(2, 2, 13)
@@ -152,7 +152,7 @@ def test_drawn_pairs_have_the_right_answer_first_as_often_as_they_should():
     for pairs, logps in zip(found, (joint, empty[:, None])):
         at = np.searchsorted(prompts, pairs[:, 0])
         assert (pairs[:, 1] == right[at]).all() and (pairs[:, 2] != pairs[:, 1]).all()
-        # Of pairs with one right answer, the wrong one is as likely as it is in all.
+        # In pairs with one right answer, wrong answers have their overall frequencies.
         kept = np.exp(logps)
         kept[np.arange(2), :, right] = 0
         p = np.exp(logps)[np.arange(2), :, right].sum(axis=1)
@@ -175,10 +175,10 @@ def softmax(z):
 def test_the_enumeration_is_the_chain_rule_and_sums_to_one(wide, everything):
     model, params = tiny_model(0)
     joint, empty = sums.answer_logps(model, params, everything, [0, 2])
-    # All words may follow all words here, so nothing is outside the language.
+    # Any word may follow any word here, so nothing is outside the language.
     np.testing.assert_allclose(np.exp(joint).sum(axis=(1, 2)), 1, rtol=1e-12)
     np.testing.assert_allclose(np.exp(empty).sum(axis=1), 1, rtol=1e-12)
-    # One token after the other, word by word, for all answers of prompt 2.
+    # Token by token, for all answers to prompt 2.
     # (Padded behind, which causal attention does not see: one program for all.)
     all_logits = jax.jit(model.logits)
     prompt = everything.prompts[2].tolist()
@@ -199,7 +199,7 @@ def test_the_enumeration_is_the_chain_rule_and_sums_to_one(wide, everything):
     np.testing.assert_allclose(np.exp(empty[1]), alone, rtol=1e-10)
 
 
-def test_expected_rewards_of_probabilities_worked_by_hand():
+def test_expected_rewards_by_hand():
     joint = np.log([[[0.1, 0.2], [0.3, 0.2]]])
     found = sums.expected_rewards(joint, np.log([[0.25, 0.5]]), np.array([[1.0, 0.0]]))
     assert found == pytest.approx(
@@ -209,7 +209,7 @@ def test_expected_rewards_of_probabilities_worked_by_hand():
 
 @pytest.fixture
 def away(wide, everything):
-    """A policy that is not its reference, two pairs, and what is exact about them."""
+    """A policy away from its reference, two pairs, and their exact gradients."""
     model, params = tiny_model(1)
     _, base = tiny_model(2)
     pairs = np.array([[0, 1, 3], [2, 4, 0]])
@@ -218,7 +218,7 @@ def away(wide, everything):
     return model, params, pairs, base_logps, found
 
 
-def test_the_marginal_gradient_is_that_of_finite_differences(away, everything):
+def test_the_marginal_gradient_matches_finite_differences(away, everything):
     model, params, pairs, base_logps, found = away
     flat, unravel = ravel_pytree(params)
     loss = jax.jit(
@@ -230,11 +230,11 @@ def test_the_marginal_gradient_is_that_of_finite_differences(away, everything):
     for n in range(2):
         for seed in range(3):
             v = np.random.default_rng(seed).normal(size=flat.shape)
-            slope = (loss(flat + 1e-5 * v, n) - loss(flat - 1e-5 * v, n)) / 2e-5
-            assert found.marginal[n] @ v == pytest.approx(float(slope), rel=1e-6)
+            gradient = (loss(flat + 1e-5 * v, n) - loss(flat - 1e-5 * v, n)) / 2e-5
+            assert found.marginal[n] @ v == pytest.approx(float(gradient), rel=1e-6)
 
 
-def test_mean_and_variance_of_trace_gradients_are_those_of_all_draws(away, everything):
+def test_mean_and_variance_of_trace_gradients_over_all_draws(away, everything):
     model, params, pairs, base_logps, found = away
     count = len(everything.traces)
     a, b = np.divmod(np.arange(count**2), count)
@@ -257,7 +257,7 @@ def test_mean_and_variance_of_trace_gradients_are_those_of_all_draws(away, every
         assert np.abs(mean - found.marginal[n]).max() > 1e-4  # stale traces: a bias
 
 
-def test_at_the_reference_the_trace_gradient_has_no_bias(wide, everything):
+def test_the_trace_gradient_is_unbiased_at_the_reference(wide, everything):
     model, params = tiny_model(3)
     pairs = np.array([[1, 0, 2]])
     base_logps = sums.trace_logps(model, params, everything, pairs)
@@ -269,7 +269,7 @@ def test_at_the_reference_the_trace_gradient_has_no_bias(wide, everything):
 
 
 def test_true_ingredients_give_the_error_over_all_batches(wide):
-    # Batches of one pair and one trace: all of them can be written down.
+    # Batches of one pair and one trace can all be enumerated.
     rng = np.random.default_rng(0)
     marginal, empty = rng.normal(size=(2, 3, 4))
     draws = rng.normal(size=(3, 2, 4)) + marginal[:, None] + 0.3  # two likely traces
@@ -321,7 +321,7 @@ def test_measured_errors_and_variances_approach_the_exact_ones(wide, everything)
     for kind, found in records.items():
         exact = [float(bvpo.mean_squared_error(a, **truth[kind])) for a in errors.GRID]
         np.testing.assert_allclose(errors.errors_by_alpha(found), exact, rtol=0.1)
-        # Auto's own error is that of its alphas.
+        # The error of auto is that of its alphas.
         assert np.mean(found["auto"]) < 1.1 * max(exact)
         assert np.all((found["alpha"] >= 0) & (found["alpha"] <= 1))
     np.testing.assert_allclose(
@@ -361,7 +361,7 @@ def test_the_real_file_has_questions_with_several_solutions(shared):
 
 
 @pytest.mark.slow
-def test_bvpo_from_its_command_to_its_report(shared, tmp_path):
+def test_bvpo_from_command_to_report(shared, tmp_path):
     root, out = Path(__file__).resolve().parents[1], tmp_path / "smoke"
     command = [sys.executable, "-m", "experiments.bvpo", "--smoke", "--out", str(out)]
     command += ["--data", str(shared / "data" / "gsm8k_solution_pairs.jsonl.gz")]
@@ -392,7 +392,7 @@ def test_bvpo_from_its_command_to_its_report(shared, tmp_path):
     for name in ("errors", "variances", "rewards", "alpha", "solutions"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
-    # The same command trains nothing again, and says what it did not time.
+    # Repeating the command trains nothing, and reports what it did not time.
     resumed = go()
     assert resumed.pop("seconds") is None and made.pop("seconds") > 0
     assert resumed == made

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
+from jaxpref.objectives import from_loss
 from jaxpref.scoring import reference, score_cache
-from jaxpref.train import MeshConfig, TrainConfig, from_loss, loop, read_metrics, run
+from jaxpref.train import MeshConfig, TrainConfig, begin, read_metrics, run, task
 from tests.tiny import make_model_folder, make_pairs_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,14 +43,14 @@ def shared_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def scored(monkeypatch):
     """The number of pairs of each set that the reference scores, block by block."""
-    counts, score_pairs = [], loop.score_pairs
+    counts, score_dataset = [], task.score_dataset
 
-    def count(step, params, pairs, *args, title, **options):
+    def count(step, params, frozen, dataset, *, title, **options):
         if title.startswith("reference"):
-            counts.append(len(pairs))
-        return score_pairs(step, params, pairs, *args, title=title, **options)
+            counts.append(len(dataset))
+        return score_dataset(step, params, frozen, dataset, title=title, **options)
 
-    monkeypatch.setattr(loop, "score_pairs", count)
+    monkeypatch.setattr(task, "score_dataset", count)
     return counts
 
 
@@ -59,17 +60,17 @@ class Enough(Exception):
 
 def score_only(config):
     """A run up to where it would compile the train step."""
-    make_train_step = loop.make_train_step
+    make_train_step = task.make_train_step
 
     def enough(*_):
         raise Enough
 
-    loop.make_train_step = enough
+    task.make_train_step = enough
     try:
         with pytest.raises(Enough):
             run(config)
     finally:
-        loop.make_train_step = make_train_step
+        task.make_train_step = make_train_step
 
 
 def config_for(inputs, out, **changes):
@@ -102,12 +103,14 @@ def first_loss(out):
     return next(line["loss"] for line in lines if "loss" in line)
 
 
-@pytest.mark.parametrize("row_length", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize("row_length", ["none", 64], ids=["padded", "packed"])
 def test_a_sweep_scores_the_reference_once(
     inputs, tmp_path, shared_folder, scored, row_length
 ):
     """Other losses, flips and seeds find every number, and start at log 2."""
-    noisy = data.DataOptions(max_length=64, heldout_fraction=0.2, flip_rate=0.4)
+    noisy = data.DataOptions(
+        max_length=64, heldout_fraction=0.2, inject=data.InjectOptions(flip_rate=0.4)
+    )
     config = lambda name, **changes: config_for(
         inputs, tmp_path / name, row_length=row_length, batch_size=16, **changes
     )
@@ -124,7 +127,9 @@ def test_losses_that_read_more_share_what_they_can(
     inputs, tmp_path, shared_folder, scored
 ):
     """Of a prefix there are other numbers, beside those of whole completions."""
-    noisy = data.DataOptions(max_length=64, heldout_fraction=0.2, flip_rate=0.4)
+    noisy = data.DataOptions(
+        max_length=64, heldout_fraction=0.2, inject=data.InjectOptions(flip_rate=0.4)
+    )
     config = lambda name, **changes: config_for(inputs, tmp_path / name, **changes)
     run(config("first"))
     run(config("wpo", objective=from_loss(losses.wpo), options=noisy))
@@ -139,7 +144,9 @@ def test_losses_that_read_more_share_what_they_can(
 
 def test_a_hit_gives_the_bits_of_a_miss(inputs, tmp_path, shared_folder, monkeypatch):
     """Also where the numbers were computed of flipped pairs, in blocks."""
-    noisy = data.DataOptions(max_length=64, heldout_fraction=0.2, flip_rate=0.4)
+    noisy = data.DataOptions(
+        max_length=64, heldout_fraction=0.2, inject=data.InjectOptions(flip_rate=0.4)
+    )
     monkeypatch.setattr(reference, "SHARD", 16)
     score_only(config_for(inputs, tmp_path / "noisy", options=noisy))
     monkeypatch.undo()
@@ -182,7 +189,7 @@ def test_other_tokens_are_other_keys():
     def keys(
         *, prompt=(1, 5, 6), sides=((7, 2), (8, 9, 2)), names=("reference_logps",)
     ):
-        builder = data.PairsBuilder(2)
+        builder = data.DatasetBuilder(2)
         builder.add(list(prompt), [list(side) for side in sides], id="a")
         return reference.score_keys(builder.build(), names)[:, 0].tolist()
 
@@ -201,18 +208,18 @@ def test_a_killed_pass_goes_on_where_it_was(
     inputs, tmp_path, shared_folder, scored, monkeypatch
 ):
     monkeypatch.setattr(reference, "SHARD", 12)  # two batches of eight
-    counting = loop.score_pairs
+    counting = task.score_dataset
 
     def mortal(*args, **options):
         if len(scored) == 2:
             raise KeyboardInterrupt
         return counting(*args, **options)
 
-    monkeypatch.setattr(loop, "score_pairs", mortal)
+    monkeypatch.setattr(task, "score_dataset", mortal)
     with pytest.raises(KeyboardInterrupt):
         run(config_for(inputs, tmp_path / "one"))
     assert scored == [16, 16]
-    monkeypatch.setattr(loop, "score_pairs", counting)
+    monkeypatch.setattr(task, "score_dataset", counting)
     score_only(config_for(inputs, tmp_path / "two"))
     assert scored == [16, 16, 16, 4, 12]
 
@@ -281,12 +288,17 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
     """Bytes of live arrays: first one model, then the training state, nothing else."""
     alive = lambda: sum(x.nbytes for x in jax.live_arrays())
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    make_tables, make_step = reference.make_tables, loop.make_train_step
+    make_tables, make_step = begin.reference_tables, task.make_train_step
     seen = {}
 
-    def tables_made(config, plan, out, model, params, *args):
-        seen["model"] = size(params)
-        found = make_tables(config, plan, out, model, params, *args)
+    def tables_made(*args, load, **options):
+        def loaded():
+            params = load()
+            seen["model"] = size(params)
+            return params
+
+        found = make_tables(*args, load=loaded, **options)
+        del loaded, load
         gc.collect()
         seen["before"] = alive()
         return found
@@ -296,8 +308,8 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
         seen["after"] = alive()
         return make_step(*args)
 
-    monkeypatch.setattr(reference, "make_tables", tables_made)
-    monkeypatch.setattr(loop, "make_train_step", step_made)
+    monkeypatch.setattr(begin, "reference_tables", tables_made)
+    monkeypatch.setattr(task, "make_train_step", step_made)
     for name in (None, str(inputs / "other")):
         gc.collect()
         start = alive()

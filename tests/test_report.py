@@ -1,4 +1,4 @@
-"""Figures show every arm; the report is one file that escapes what it is given."""
+"""Figures show every arm; reports are single files with all inputs escaped."""
 
 import base64
 import os
@@ -18,7 +18,7 @@ from jaxpref import report
 from jaxpref.errors import InputError
 from jaxpref.report.style import PALETTE
 
-ARMS = ("DPO, clean labels", "DPO, 40 % flipped", "rDPO", "forward DPO")
+ARMS = ("DPO, clean labels", "DPO, 40% flipped", "rDPO", "forward DPO")
 RECORDS = [
     {
         "arm": arm,
@@ -35,7 +35,7 @@ RECORDS = [
 
 
 def shows(path, color) -> bool:
-    """Whether some pixels of the picture have about this colour."""
+    """Whether the image has pixels of approximately this color."""
     pixels = matplotlib.image.imread(path)[..., :3]
     distance = np.abs(pixels - matplotlib.colors.to_rgb(color)).max(-1)
     return np.sum(distance < 0.04) > 20
@@ -55,7 +55,7 @@ def shows(path, color) -> bool:
     ],
     ids=["frontier", "points", "curves", "sweep"],
 )
-def test_every_arm_is_drawn_in_its_colour(tmp_path, draw):
+def test_every_arm_is_drawn_in_its_color(tmp_path, draw):
     draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
     for color in PALETTE[: len(ARMS)]:
@@ -65,14 +65,14 @@ def test_every_arm_is_drawn_in_its_colour(tmp_path, draw):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Every figure that is saved, in order."""
+    """All figures that are saved, in order."""
     figures, savefig = [], matplotlib.figure.Figure.savefig
 
-    def keep(figure, *args, **options):
+    def record(figure, *args, **options):
         figures.append(figure)
         return savefig(figure, *args, **options)
 
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
     return figures
 
 
@@ -85,12 +85,12 @@ def segments(lines):
     return [segment.tolist() for segment in lines.get_segments()]
 
 
-def test_the_frontier_shows_runs_their_mean_and_their_deviations(tmp_path, drawn):
+def test_reward_against_kl_shows_runs_means_and_deviations(tmp_path, drawn):
     run = lambda seed, *at: [
         {"arm": "a", "seed": seed, "step": step, "kl": x, "reward": y}
         for step, x, y in at
     ]
-    # Last points: kl 1, 2, 3 and reward 10, 20, 60; the first run comes out of order.
+    # Last points: kl 1, 2, 3 and reward 10, 20, 60; the first run is out of order.
     records = run(0, (2, 1.0, 10.0), (0, 0.0, 5.0), (1, 4.0, 80.0))
     records += run(1, (2, 2.0, 20.0)) + run(2, (2, 3.0, 60.0))
     records += [{"arm": "b", "kl": 7.0, "reward": -1.0}]
@@ -109,11 +109,11 @@ def test_the_frontier_shows_runs_their_mean_and_their_deviations(tmp_path, drawn
     np.testing.assert_allclose(
         segments(up), [[[2, 30 - deviation], [2, 30 + deviation]]]
     )
-    for bar in axes.containers[1].lines[2]:  # one seed has no deviation
+    for bar in axes.containers[1].lines[2]:  # a single seed has no deviation
         assert segments(bar) == [[[7, -1], [7, -1]]]
 
 
-def test_curves_show_means_and_bands_of_one_deviation(tmp_path, drawn):
+def test_curves_show_means_and_standard_deviations(tmp_path, drawn):
     values = {0: (1.0, 2.0, 6.0), 1: (5.0, 5.0, 5.0), 2: (8.0,)}
     records = [
         {"arm": "a", "step": step, "loss": value, "kl": 10 * value}
@@ -156,15 +156,15 @@ def test_every_metric_has_a_panel(tmp_path, drawn, count, shape):
     assert figure.axes[0].get_xlabel() == "a sweep"
 
 
-def test_a_metric_only_some_records_have(tmp_path):
-    """Evaluations are rarer than steps; an arm may lack a metric altogether."""
+def test_a_metric_may_be_missing_in_some_records(tmp_path):
+    """Evaluations are rarer than steps, and an arm may lack a metric."""
     records = [{"arm": "a", "step": 0, "loss": 1.0}, {"arm": "b", "step": 0}]
     records += [{"arm": "a", "step": 1, "loss": None}]
     report.training_curves(tmp_path / "figure.png", records, ["loss"])
     assert shows(tmp_path / "figure.png", PALETTE[0])
 
 
-def test_numpy_numbers_are_numbers(tmp_path):
+def test_numpy_numbers_are_accepted(tmp_path):
     records = [{"arm": "a", "kl": np.float32(1), "reward": np.int64(2)}]
     report.reward_against_kl(tmp_path / "figure.png", records)
 
@@ -189,7 +189,7 @@ def test_nothing_to_draw_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["0.5", float("nan"), float("inf"), [1.0]])
-def test_what_is_no_finite_number_is_named(tmp_path, value):
+def test_values_that_are_not_finite_are_reported(tmp_path, value):
     path = tmp_path / "figure.png"
     good = {"arm": "a", "step": 0, "kl": 1.0, "reward": 1.0}
     for name in ("kl", "reward", "step"):
@@ -203,7 +203,7 @@ def test_what_is_no_finite_number_is_named(tmp_path, value):
     assert not path.exists()
 
 
-def test_a_figure_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_figures_are_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "figure.png"
     draw = lambda path: report.training_curves(path, RECORDS, ["kl"])
     path.write_text("old")
@@ -225,7 +225,7 @@ def test_a_figure_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects links, text and the content of cells."""
+    """Checks that tags nest, and collects links, text, and cell contents."""
 
     def __init__(self, text):
         super().__init__()
@@ -257,7 +257,7 @@ def picture(tmp_path):
     return path
 
 
-def test_report_is_one_file_with_everything_in_it(tmp_path, picture):
+def test_a_report_is_self_contained(tmp_path, picture):
     path = tmp_path / "report.html"
     table = report.Table(
         ["arm", "reward", "KL", "note"],
@@ -291,7 +291,7 @@ def test_report_is_one_file_with_everything_in_it(tmp_path, picture):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.png", "report.html"]
 
 
-def test_everything_given_is_escaped(tmp_path, picture):
+def test_all_inputs_are_escaped(tmp_path, picture):
     evil = '<script>alert("x")</script> & \'"> {css} `<b>`'
     path = tmp_path / "report.html"
     table = report.Table([evil], [[evil]], caption=evil)
@@ -305,7 +305,7 @@ def test_everything_given_is_escaped(tmp_path, picture):
     assert seen.count('<script>alert("x")</script> & \'"> {css}') == 10
 
 
-def test_report_errors_are_one_line(tmp_path, picture):
+def test_errors_of_reports(tmp_path, picture):
     page = tmp_path / "report.html"
     write = lambda *parts, path=page: report.write_html(
         path, "t", [report.Section("s", parts)]
@@ -336,8 +336,8 @@ def test_mean_spread():
     assert report.mean_spread(np.array([-1, 0, 1], np.float32)) == "0.00 ± 1.00"
 
 
-def test_report_loads_neither_jax_nor_pyplot():
-    """It draws on machines without a display, in a process that may already use jax."""
+def test_reports_import_neither_jax_nor_pyplot():
+    """Figures need no display and no jax."""
     script = (
         "import sys, jaxpref.report; "
         "print(*{'jax', 'matplotlib.pyplot'} & set(sys.modules))"

@@ -14,22 +14,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxpref import data, losses
+from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.reward import Padding, mc_rewards, padding_of
-from jaxpref.objectives.learned_noise import em
+from jaxpref.objectives import Objective, em, from_loss
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.scores import last_tokens, make_scores
-from jaxpref.train import (
-    Decay,
-    Objective,
-    OptimizerConfig,
-    from_loss,
-    read_metrics,
-)
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.scores import last_tokens, reads_reference
+from jaxpref.train import Decay, OptimizerConfig, read_metrics
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
@@ -39,6 +34,7 @@ from tests.tiny import (
     make_model_folder,
     make_pairs_file,
     make_tokenizer,
+    padded_batches,
     tiny_config,
     tiny_params,
 )
@@ -296,14 +292,14 @@ def centered(chosen_rewards, rejected_rewards, *, weight=0.01):
 
 
 def micro_batch(pairs):  # noqa: F811
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=8, threads=0))
+    batch = next(padded_batches(pairs, batch_size=8))
     return batch, jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
 
 
 def test_scores_are_those_of_each_whole_answer(pairs, model, params):  # noqa: F811
     batch, micro = micro_batch(pairs)
-    found = jax.jit(make_scores(model, frozenset({"rewards"})))(params, micro)
+    scorer = make_scorer(model, frozenset({"rewards"}))
+    found = jax.jit(scorer)(params, None, micro)
     assert set(found) == {"rewards"} and found["rewards"].shape == (8, 1, 2)
     alone = jax.jit(model.rewards)
     for row, n in enumerate(batch.pairs[0, :, 0]):
@@ -333,22 +329,20 @@ def reward_steps(pairs, loss, *, sizes=(1, 1, 1), accumulation=1):  # noqa: F811
         model = RewardModel(tiny_config())
         schedule = make_schedule(optimizer, 100)
         tx = make_optimizer(optimizer, schedule)
-        scores = make_scores(model, objective.needs)
+        scorer = make_scorer(model, objective.scores)
         new = lambda p: init_state(p, tx, objective, num_annotators=0)
         state = jax.jit(new)(tiny_params(model))
-        step = make_train_step(scores, objective, tx, schedule)
-        batches = data.batches(
+        step = make_train_step(scorer, objective, tx, schedule)
+        batches = padded_batches(
             pairs,
-            shape=data.batch_shape(pairs, length_multiple=16, prediction_multiple=8),
             batch_size=8,
             accumulation=accumulation,
             seed=3,
-            threads=0,
         )
         history = []
         with compiled("train_step") as programs:
             for _ in range(3):
-                state, metrics = step(state, to_global(next(batches), mesh))
+                state, metrics = step(state, None, to_global(next(batches), mesh))
                 history.append(jax.device_get(metrics))
         assert len(programs) == 1
         return history, jax.device_get(state.params)
@@ -373,8 +367,7 @@ def test_layout_does_not_change_the_numbers(pairs, sizes, accumulation):  # noqa
 
 def test_the_first_step_is_the_mean_over_the_pairs(pairs, model, params):  # noqa: F811
     (first, *_), _ = reward_steps(pairs, losses.bradley_terry)
-    shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-    batch = next(data.batches(pairs, shape=shape, batch_size=8, seed=3, threads=0))
+    batch = next(padded_batches(pairs, batch_size=8, seed=3))
     tokens, lengths = batch.tokens[0].reshape(16, -1), batch.lengths[0].reshape(16)
     rewards = np.asarray(model.rewards(params, tokens, lengths), float).reshape(8, 2)
     margins = rewards[:, 0] - rewards[:, 1]
@@ -413,9 +406,9 @@ def test_rewards_and_log_probs_are_not_read_at_once():
 
     with pytest.raises(InputError, match="both: reads policy_logps, rewards; .* one"):
         from_loss(both)
-    objective = from_loss(losses.bradley_terry)
-    assert objective.needs_rewards and not objective.needs_reference
-    assert not from_loss(losses.dpo).needs_rewards
+    read = from_loss(losses.bradley_terry).scores
+    assert "rewards" in read and not reads_reference(read)
+    assert "rewards" not in from_loss(losses.dpo).scores
 
 
 def train(folder, pairs_file, out, *flags, loss="bradley_terry"):

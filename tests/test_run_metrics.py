@@ -1,7 +1,6 @@
 """What a run writes about itself: rates of training alone, and TensorBoard's file."""
 
 import struct
-import types
 
 import numpy as np
 import pytest
@@ -41,12 +40,14 @@ def step_metrics():
 
 def test_rates_leave_out_compiling_evaluating_and_saving(clock, tmp_path):
     writer = metrics.MetricsWriter(tmp_path, resumed_at=0)
-    config = types.SimpleNamespace(
-        max_steps=6, log_every=2, objective=types.SimpleNamespace(name="dpo")
-    )
-    judged = []
+    checked = []
     late = metrics.LateMetrics(
-        writer, config=config, judge=lambda step, *_: judged.append(step), start=0
+        writer,
+        name="dpo",
+        log_every=2,
+        max_steps=6,
+        check_step=lambda step, *_: checked.append(step),
+        start=0,
     )
     clock.now += 100  # compiles
     late.push(1, step_metrics(), np.arange(4)[None])
@@ -64,7 +65,7 @@ def test_rates_leave_out_compiling_evaluating_and_saving(clock, tmp_path):
         pass
     late.close()
     writer.close()
-    assert judged == [1, 2, 3, 4, 5, 6]
+    assert checked == [1, 2, 3, 4, 5, 6]
     lines = {line["step"]: line for line in read_metrics(tmp_path / "metrics.jsonl")}
     assert sorted(lines) == [1, 2, 4, 6]
     assert "tokens_per_second" not in lines[1]

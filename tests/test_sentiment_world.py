@@ -11,7 +11,7 @@ PROMPT = "cafe , mostly soup :"
 @pytest.mark.parametrize(
     "review, reward",
     [
-        # Worked by hand from the rules in the module's docstring.
+        # Computed by hand from the rules in the module's docstring.
         ("the food was good .", 1.0),
         ("the food was very superb .", 4.0),
         ("the food was slightly awful .", -1.0),
@@ -23,14 +23,14 @@ PROMPT = "cafe , mostly soup :"
         ("the food was good and the room was awful .", -0.5),
         ("the food was good but the room was awful .", (1 - 2 * 2) / 3),
         ("although the food was good , the room was awful .", (0.5 - 2) / 1.5),
-        # The soup is what this reader asks for: its clause weighs double.
+        # The prompt asks for the soup, so its clause has double weight.
         ("the soup was good and the room was awful .", (2 * 1 - 2) / 3),
         ("the room was awful but the soup was good .", (-2 + 4 * 1) / 5),
         ("the soup was good . we hated it .", (2 * 1 - 2) / 3),
         ("the food was good . i would not return .", 0.0),
     ],
 )
-def test_gold_reward_of_reviews_worked_by_hand(review, reward):
+def test_gold_reward_of_reviews_by_hand(review, reward):
     assert world.gold_reward(PROMPT, review) == pytest.approx(reward, abs=1e-12)
 
 
@@ -61,19 +61,19 @@ def test_text_outside_the_grammar_gets_the_worst_reward(text):
     assert world.gold_reward(PROMPT, text) == world.WORST
 
 
-def test_what_the_reader_asks_for_decides():
+def test_the_aspect_in_the_prompt_has_double_weight():
     review = "the soup was superb and the room was awful ."
     asks_soup, asks_room = "inn , mostly soup :", "inn , mostly room :"
     assert world.gold_reward(asks_soup, review) == pytest.approx(2 / 3)
     assert world.gold_reward(asks_room, review) == pytest.approx(-2 / 3)
 
 
-def test_a_foreign_prompt_is_refused():
+def test_prompts_outside_the_world_are_rejected():
     with pytest.raises(ValueError, match="not a prompt of this world"):
         world.gold_reward("tell me a joke", "the food was good .")
 
 
-def test_written_reviews_are_in_the_grammar_and_balanced():
+def test_generated_reviews_are_in_the_grammar_and_balanced():
     reviews = world.write_reviews(4000, seed=0)
     assert reviews == world.write_reviews(4000, seed=0)
     assert {prompt for prompt, _ in reviews} == set(world.all_prompts())
@@ -105,7 +105,7 @@ def test_best_possible_reaches_the_closed_form_of_two_reviews():
     assert kl == pytest.approx(p * np.log(2 * p) + (1 - p) * np.log(2 * (1 - p)))
 
 
-def test_tokenizer_loads_and_reads_every_word_as_one_token(tmp_path):
+def test_every_word_is_one_token(tmp_path):
     transformers = pytest.importorskip("transformers")
     world.write_tokenizer(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_tokenizer_loads_and_reads_every_word_as_one_token(tmp_path):
     assert special == (0, 1, 2)
 
 
-def test_jsonl_is_written_whole(tmp_path):
+def test_jsonl_is_written_atomically(tmp_path):
     path = tmp_path / "pairs.jsonl"
     records = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2
     world.write_jsonl(path, records)

@@ -1,4 +1,4 @@
-"""The benchmarks of memory, scaling and GPUs: what they count, and that they run."""
+"""The benchmarks of memory, scaling, and GPUs run, and calculate correctly."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ from tests.tiny import tiny_config, tiny_params
 LENGTHS = np.array([[3, 4, 6], [5, 2, 3], [2, 7, 4], [4, 4, 5]])
 
 
-def test_what_memory_compares_computes_the_same():
+def test_compared_heads_compute_the_same():
     model = build(tiny_config())
     params = tiny_params(model)
     pairs = random_pairs(LENGTHS, vocab_size=model.architecture.vocab_size)
@@ -34,13 +34,13 @@ def test_what_memory_compares_computes_the_same():
         jax.tree.map(lambda x: jnp.asarray(x[0]), make(pairs))
         for make in (pair_a_row_batch, padded_batch)
     )
-    # Row by row the same pair, prompts once or twice.
+    # The same pair in each row, with its prompt once or twice.
     cases = [(make, packed) for make in memory.HEADS.values()]
     heads = (memory.HEADS["log_softmax"], *memory.PEERS.values())
     cases += [(make, padded) for make in heads]
     ours, log_softmax, logsumexp, none, *others = jax.jit(
         lambda params, batches: [
-            make(model)(params, batch)["policy_logps"]
+            make(model)(params, None, batch)["policy_logps"]
             for (make, _), batch in zip(cases, batches)
         ]
     )(params, [batch for _, batch in cases])
@@ -70,7 +70,7 @@ def test_logits_of_all_positions_take_more_memory():
     assert found["ratios"]["peers"] == pytest.approx(mib["ours"] / mib["peers"])
 
 
-def test_useful_flops_are_those_of_the_mask_and_the_weights():
+def test_useful_flops_count_the_mask_and_the_weights():
     config = tiny_config()
     model = build(config)
     pairs = random_pairs(LENGTHS, vocab_size=config.vocab_size)
@@ -86,13 +86,13 @@ def test_useful_flops_are_those_of_the_mask_and_the_weights():
     seen &= np.tri(segments.shape[1], dtype=bool)
     held = batch.pairs[batch.pairs >= 0]  # some twice, to fill the row
     tokens, answers = LENGTHS[held].sum(), LENGTHS[held, 1:].sum()
-    # Once for the scores, once for the values, of each head.
+    # Once for the scores and once for the values of each head.
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * seen.sum()
     head = config.hidden_size * config.vocab_size * answers
     assert found[held].sum() == 6 * (weights * tokens + attention + head)
 
 
-def test_cards_are_known_by_their_whole_name():
+def test_cards_are_identified_by_their_full_name():
     assert gpu.peak_of("NVIDIA H200", None) == 989
     assert gpu.peak_of("NVIDIA H100 PCIe", None) == 756
     assert gpu.peak_of("NVIDIA A100-SXM4-80GB", None) == 312
@@ -109,10 +109,10 @@ def test_exponents_of_power_laws():
     seconds = np.stack([3 * sizes**1.5, sizes**1.0, 0.1 * sizes**2.0], axis=1)
     found = scaling.fit(sizes, seconds)
     np.testing.assert_allclose([found["low"], found["high"]], [1, 2], rtol=1e-12)
-    # One disturbed size in each turn leaves the medians alone.
+    # One outlier per turn does not affect the medians.
     disturbed = np.tile(sizes[:, None] ** 1.5, 3) * np.where(np.eye(4, 3), 9, 1)
     assert scaling.fit(sizes, disturbed)["exponent"] == pytest.approx(1.5)
-    # A fixed cost hides growth from the fit, least between the largest sizes.
+    # A fixed cost reduces the exponent, least between the largest sizes.
     fixed = scaling.fit(sizes, (10 + sizes**2.0)[:, None])
     assert fixed["last"] > fixed["exponent"]
     records = [
@@ -125,14 +125,14 @@ def test_exponents_of_power_laws():
     assert 1 < fits["step"]["exponent"] < 2
 
 
-def test_what_scaling_times():
+def test_sizes_of_scaling():
     config = scaling.ScalingConfig(hidden=192, layers=1, vocabulary=512)
     model, batch = scaling.make_model_and_batch(config, {"length": 70, "pairs": 2})
     assert batch.lengths.tolist() == [[[70], [70]]]
     assert batch.completion_lengths.tolist() == [[[[30, 30]]] * 2]
     gradients = scaling.attention_alone(model, batch)()
     assert [x.shape[-2] for x in gradients] == [3, 1, 1]  # heads
-    # Every query has a gradient but the first of a row, which sees only itself.
+    # All queries have gradients but the first of a row, which sees only itself.
     assert np.asarray(jnp.abs(gradients[0]).sum((0, 3, 4)) > 0)[:, 1:].all()
 
 
@@ -153,12 +153,12 @@ def test_scaling_is_drawn(tmp_path):
 
 def test_without_a_gpu_one_line_and_no_error(capsys):
     gpu.main(gpu.GpuConfig())
-    told = capsys.readouterr().out
-    assert told.startswith("no GPU") and told.count("\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("no GPU") and printed.count("\n") == 1
 
 
 def command(module, *options):
-    """As a user types it, on one device."""
+    """Runs the command as a user would, on one device."""
     root = Path(__file__).resolve().parents[1]
     return subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *map(str, options)],

@@ -1,4 +1,4 @@
-"""The supervisor: who died, who is stopped, what is restarted, and the exit code."""
+"""The supervisor: failures, restarts, signals, and exit codes."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--pause", "0.05", "--grace", "5"]
 
-# Each child notes its start, and knows whether that was its first.
+# Each child records its start and knows whether it is the first one.
 CHILD = """
 import os, signal, sys, time
 index = int(os.environ.get("JAX_PROCESS_ID", "0"))
@@ -48,7 +48,7 @@ def starts(folder: Path, index: int) -> list[str]:
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 30
     while not path.exists():
-        assert time.monotonic() < end, f"{path} never came"
+        assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.02)
 
 
@@ -56,7 +56,7 @@ def lines(done: subprocess.CompletedProcess) -> list[str]:
     return [x for x in done.stderr.splitlines() if x.startswith("supervise: ")]
 
 
-def test_a_killed_process_takes_its_peer_along_and_both_come_back(tmp_path):
+def test_all_processes_are_restarted_after_one_is_killed(tmp_path):
     body = """
 if first and index == 1:
     while not os.path.exists("ready"): time.sleep(0.02)
@@ -77,7 +77,7 @@ if first:
     assert (tmp_path / "stopped").exists()
 
 
-def test_one_process_is_told_nothing(tmp_path):
+def test_a_single_process_gets_no_coordinator(tmp_path):
     done = run(tmp_path, *child("print(index)"))
     assert (done.returncode, done.stdout, lines(done)) == (0, "0\n", [])
     assert starts(tmp_path, 0) == ["alone"]
@@ -94,7 +94,7 @@ def test_restarts_run_out_and_the_pause_doubles(tmp_path):
     assert len(starts(tmp_path, 0)) == 3
 
 
-def test_a_signal_as_the_last_word(tmp_path):
+def test_the_exit_code_after_a_signal(tmp_path):
     abort = child("os.kill(os.getpid(), signal.SIGABRT)")
     done = run(tmp_path, "--restarts", "0", *abort)
     assert done.returncode == 128 + signal.SIGABRT
@@ -102,7 +102,7 @@ def test_a_signal_as_the_last_word(tmp_path):
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_wrong_input_is_not_restarted(tmp_path, who):
+def test_invalid_input_is_not_restarted(tmp_path, who):
     body = f"""
 if index == {who}: sys.exit(2)
 time.sleep(60)
@@ -114,7 +114,7 @@ time.sleep(60)
     assert len(starts(tmp_path, who)) == 1
 
 
-def test_who_lost_a_peer_may_call_it_wrong_input(tmp_path):
+def test_invalid_input_is_restarted_if_a_peer_was_killed(tmp_path):
     body = """
 if first:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(2))
@@ -133,21 +133,21 @@ def test_a_run_that_stopped_itself_is_not_restarted(tmp_path):
     assert len(starts(tmp_path, 0)) == 1
 
 
-TELLS = """
-def tell(text, suffix=""):
+REPORT = """
+def report(text, suffix=""):
     with open(os.environ["JAXPREF_PROGRESS"] + suffix, "w") as file: file.write(text)
 """
 
 
 @pytest.mark.parametrize("how", ["time.sleep(60)", "os.kill(os.getpid(), 19)"])
-def test_a_process_that_hangs_is_killed_and_all_come_back(tmp_path, how):
-    """One sleeps or is stopped at step 3, the other waits for it at step 4."""
-    body = f"""{TELLS}
+def test_all_processes_are_restarted_after_one_hangs(tmp_path, how):
+    """One sleeps or is stopped at step 3; the other waits for it at step 4."""
+    body = f"""{REPORT}
 for step in (1, 2, 3):
-    tell(f"step {{step}}")
+    report(f"step {{step}}")
     time.sleep(0.1)
 if first and index == 1: {how}
-tell("step 4")
+report("step 4")
 if first: time.sleep(60)
 """
     began = time.monotonic()
@@ -155,17 +155,17 @@ if first: time.sleep(60)
     assert done.returncode == 0, done.stderr
     (line,) = lines(done)
     assert line.startswith(
-        "supervise: process 1 of 2 told of nothing for 1.5 s, last: step 3"
+        "supervise: process 1 of 2 made no progress for 1.5 s, last: step 3"
     )
     assert line.endswith("; restart 1 of 3 in 0.05 s")
     assert 1.5 < time.monotonic() - began < 30
 
 
-def test_who_tells_nothing_or_has_finished_is_waited_for(tmp_path):
+def test_a_process_that_reports_nothing_or_has_finished_is_not_hung(tmp_path):
     silent = run(tmp_path, "--hung", "0.3", *child("time.sleep(1)"))
     assert (silent.returncode, lines(silent)) == (0, [])
-    body = f"""{TELLS}
-tell("step 1")
+    body = f"""{REPORT}
+report("step 1")
 os.remove(os.environ["JAXPREF_PROGRESS"])
 time.sleep(1)
 """
@@ -179,23 +179,23 @@ time.sleep(1)
 @pytest.mark.parametrize(
     ("steady", "saved", "restarts"), [("0", True, 3), ("0", False, 1), ("60", True, 1)]
 )
-def test_a_run_that_gets_on_does_not_use_up_its_restarts(
+def test_a_run_that_makes_progress_does_not_use_up_its_restarts(
     tmp_path, steady, saved, restarts
 ):
-    """It fails three times, and would end well the fourth time."""
-    body = f"""{TELLS}
-if {saved}: tell("100", ".saved")
+    """It fails three times and would succeed the fourth time."""
+    body = f"""{REPORT}
+if {saved}: report("100", ".saved")
 starts = len(open("started0").readlines())
 sys.exit(0 if starts == 4 else 9)
 """
     done = run(tmp_path, "--restarts", "1", "--steady", steady, *child(body))
     assert len(starts(tmp_path, 0)) == 1 + restarts
-    told = ["restart 1 of 1"] * restarts
+    expected = ["restart 1 of 1"] * restarts
     if restarts == 1:
-        told.append("no restarts left of 1")
+        expected.append("no restarts left of 1")
     assert done.returncode == (0 if restarts == 3 else 9)
-    assert len(lines(done)) == len(told)
-    assert all(part in line for part, line in zip(told, lines(done)))
+    assert len(lines(done)) == len(expected)
+    assert all(part in line for part, line in zip(expected, lines(done)))
 
 
 def test_a_process_that_ignores_signals_is_killed(tmp_path):
@@ -213,7 +213,7 @@ if first:
     assert "process 1 of 2 ended with code 1" in lines(done)[0]
 
 
-def test_what_a_dead_process_left_behind_is_killed_too(tmp_path):
+def test_children_of_a_dead_process_are_killed(tmp_path):
     body = """
 import subprocess
 if first:
@@ -234,15 +234,15 @@ except FileNotFoundError:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("ends", "code"),
-    # Finished; saved by one or both; and not saved by both.
+    # All finished; one or both saved; one did not save.
     [((0, 0), 0), ((143, 143), 143), ((0, 143), 143), ((130, 143), 130)],
 )
-def test_a_signal_is_passed_on_once(tmp_path, number, ends, code):
+def test_a_signal_is_forwarded_once(tmp_path, number, ends, code):
     body = f"""
-def told(number, frame):
-    open(f"told{{index}}", "a").write(f"{{number}}\\n")
+def handler(number, frame):
+    open(f"signals{{index}}", "a").write(f"{{number}}\\n")
     sys.exit({ends}[index])
-signal.signal(signal.SIGTERM, told); signal.signal(signal.SIGINT, told)
+signal.signal(signal.SIGTERM, handler); signal.signal(signal.SIGINT, handler)
 open(f"ready{{index}}", "w")
 time.sleep(60)
 """
@@ -258,7 +258,7 @@ time.sleep(60)
     process.send_signal(number)
     assert process.wait(30) == code, process.stderr.read()
     for index in (0, 1):
-        assert (tmp_path / f"told{index}").read_text() == f"{int(number)}\n"
+        assert (tmp_path / f"signals{index}").read_text() == f"{int(number)}\n"
         assert len(starts(tmp_path, index)) == 1
 
 
@@ -276,9 +276,9 @@ def test_a_signal_during_the_pause(tmp_path):
     process.stderr.close()
 
 
-def test_children_die_with_a_parent_that_is_killed(tmp_path):
+def test_children_die_with_the_supervisor(tmp_path):
     if sys.platform != "linux":
-        pytest.skip("only Linux tells a child that its parent died")
+        pytest.skip("only Linux signals a child when its parent dies")
     body = 'open("pid", "w").write(f"{os.getpid()} ")\ntime.sleep(60)'
     process = subprocess.Popen(
         supervisor(*child(body)),
@@ -291,7 +291,7 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path):
     process.kill()
     process.wait(30)
     stat, end = Path(f"/proc/{pid}/stat"), time.monotonic() + 30
-    # Nobody may be there to collect it: a zombie is dead too.
+    # It may stay a zombie if no process reaps it.
     while stat.exists() and stat.read_text().split()[2] != "Z":
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -310,13 +310,13 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path):
         (["--", "/no/such/command"], "/no/such/command: No such file"),
     ],
 )
-def test_wrong_use(tmp_path, arguments, fragment):
+def test_invalid_usage(tmp_path, arguments, fragment):
     done = run(tmp_path, *arguments)
     assert done.returncode == 2
     assert fragment in done.stderr and "Traceback" not in done.stderr
 
 
-def test_it_loads_no_jax():
+def test_the_supervisor_does_not_import_jax():
     code = "import sys, jaxpref.runtime.supervise; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True

@@ -1,6 +1,5 @@
 """Train steps, compiled by the TPU compiler on a machine without a TPU."""
 
-import functools
 import math
 import re
 
@@ -10,21 +9,20 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxpref.train.shapes import abstract_batch
 
 from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.layout import ROWS
+from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.program import devices_of
 from jaxpref.runtime.mesh import AXES, on_devices
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, Task, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_batch, abstract_state
-from jaxpref.train.state import init_state
-from jaxpref.train.step import make_train_step
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
@@ -43,13 +41,13 @@ T = 2048
 
 
 @pytest.fixture(autouse=True)
-def nobody_to_ask(monkeypatch):
-    """Unless told, the compiler asks the network what TPUs this machine has."""
+def no_metadata_server(monkeypatch):
+    """Without these variables, the compiler queries the network for TPUs."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another process that compiles
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling
     }.items():
         monkeypatch.setenv(name, value)
 
@@ -77,40 +75,43 @@ def test_the_packed_step_runs_splash_attention(topology):
         begin = lambda: step.new_state(model.init(jax.random.key(0)))
         state = on_devices(jax.eval_shape(begin), mesh)
         batch = jax.tree.map(shaped, packed_batch(pairs, row_length=T))
-        text = step.step.lower(state, batch).compile().as_text()
+        text = step.step.lower(state, None, batch).compile().as_text()
     calls = re.findall(
         r"%splash_mha_(\w+?)_segmented\w*[.\d]* = .*tpu_custom_call", text
     )
-    # Forward a second time, as nothing of a layer is kept for the backward pass.
+    # Two forward calls, because the backward pass recomputes the layers.
     assert sorted(calls) == ["dkv", "dq", "fwd", "fwd"]
     loops = re.findall(r' while\(.*op_name="([^"]*)"', text)
     assert loops and not [name for name in loops if "shard_map" in name]
 
 
-def test_gradients_alone_cross_from_slice_to_slice():
-    """Each chip sends its own part of them, and sums of numbers; no weight."""
+def test_only_gradients_cross_between_slices():
+    """Each chip sends its own part of the gradients and scalar sums, but no weights."""
     model = build(ARCHITECTURE, NUMERICS)
     objective, config = from_loss(losses.cpo), OptimizerConfig()
     schedule = make_schedule(config, 100)
-    tx = make_optimizer(config, schedule)
     mesh = make_mesh(MeshConfig(), devices_of(parse_topology("2xv5e:4x4")))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
     with jax.set_mesh(mesh):
-        new_state = functools.partial(init_state, tx=tx, objective=objective)
-        params, state = abstract_state(model.init, new_state, mesh)
+        task = Task(
+            scorer=make_scorer(model, objective.scores),
+            objective=objective,
+            optimizer=make_optimizer(config, schedule),
+            schedule=schedule,
+            mesh=mesh,
+        )
+        params, state = task.abstract_params(), task.abstract_state()
         batch = abstract_batch(
             objective, mesh, prompt_length=128, answer_length=128, batch_size=32
         )
-        scores = make_scores(model, objective.needs)
-        step = make_train_step(scores, objective, tx, schedule)
-        text = step.lower(state, batch, None).compile().as_text()
+        text = task.train_step.lower(state, None, batch).compile().as_text()
 
     # Within a slice: groups of its 16 chips.
     groups = re.findall(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
     assert groups
     for group in re.findall(r"\{([\d,]+)\}", " ".join(groups)):
         assert len({int(chip) // 16 for chip in group.split(",")}) == 1
-    # Between slices: what is handed to the runtime of their network.
+    # Between slices: the transfers handed to the runtime of the network.
     sent = re.findall(
         r"= \((\w+)\[([\d,]*)\].* send\(.*TRANSFER".replace(
             "TRANSFER", r"_xla_megascale_transfer_type=\"(\w+)\""
@@ -125,7 +126,7 @@ def test_gradients_alone_cross_from_slice_to_slice():
     )
     parts = [layer(x) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2]
     parts += [2 * layer(params["embed"]), 2 * layer(params["head"])]
-    # The compiler joins those of a layer, or not: no matrix is among them whole, and a
-    # chip's part of each is.
+    # The compiler may combine the transfers of a layer.  Each chip's part of every
+    # matrix is among them, but no whole matrix.
     assert sum(parts) <= sum(sizes) and max(sizes) <= sum(parts)
     assert sum(parts) < math.prod(params["layers"]["gate"].shape[1:])

@@ -9,10 +9,10 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
-    batch_shape,
-    batches,
-    make_plan,
+    make_splits,
+    padded_layout,
 )
 from jaxpref.errors import InputError
 from tests.data_tokenizers import synthetic_pairs
@@ -41,58 +41,53 @@ def test_ids_are_hashes_with_the_trace_and_unique():
 
 def test_pairs_of_a_record_keep_together_and_are_flipped_together():
     records = traced(300, traces=3, prompts=120)
-    options = dict(flip_rate=0.3, flip_seed=5, heldout_fraction=0.3)
+    options = dict(inject=InjectOptions(flip_rate=0.3, seed=5), heldout_fraction=0.3)
     plan = plan_of(records, **options)
     train, heldout = plan.train, plan.heldout
-    assert not set(train.rows) & set(heldout.rows)
+    assert not set(train.columns["row"]) & set(heldout.columns["row"])
     assert len(train.ids) == len(set(train.ids))
     for pairs in (train, heldout):
-        assert pairs.empty.any() and not pairs.empty.all()
-        rows, counts = np.unique(pairs.rows, return_counts=True)
+        assert (
+            pairs.columns["empty_trace"].any()
+            and not pairs.columns["empty_trace"].all()
+        )
+        rows, counts = np.unique(pairs.columns["row"], return_counts=True)
         # Three traces on one side at least, and once more with an empty trace.
-        assert (counts == 4).all() and pairs.empty.sum() == len(rows)
-    assert not heldout.flips.any()
-    share = [len(set(train.flips[train.rows == row])) for row in set(train.rows)]
+        assert (counts == 4).all() and pairs.columns["empty_trace"].sum() == len(rows)
+    assert not heldout.columns["is_flipped"].any()
+    share = [
+        len(set(train.columns["is_flipped"][train.columns["row"] == row]))
+        for row in set(train.columns["row"])
+    ]
     assert set(share) == {1}
     for n in range(len(train)):
-        source = records[train.rows[n]]
+        source = records[train.columns["row"][n]]
         content = [
             source["prompt"],
             [source[x]["answer"] for x in ("chosen", "rejected")],
         ]
         content += [None, [source[x]["trace"] for x in ("chosen", "rejected")]]
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16] + "-0"
-        assert train.flips[n] == (uniform(f"flip 5\n{name}") < 0.3)
+        assert train.columns["is_flipped"][n] == (uniform(f"flip 5\n{name}") < 0.3)
         first = train.completion(n, 0)
-        wanted = source["rejected" if train.flips[n] else "chosen"]["answer"]
+        wanted = source["rejected" if train.columns["is_flipped"][n] else "chosen"][
+            "answer"
+        ]
         assert TOKENIZER.decode(first).endswith(f"{wanted}</s>")
+
+
+def by_id(pairs):
+    columns = pairs.columns["is_flipped"], pairs.columns["empty_trace"]
+    return dict(zip(pairs.ids, zip(pair_texts(pairs), *columns)))
 
 
 def test_plans_with_traces_do_not_depend_on_the_order_of_rows():
     records = traced(100, traces=2, prompts=40)
-    options = dict(flip_rate=0.3, heldout_fraction=0.3)
+    options = dict(inject=InjectOptions(flip_rate=0.3), heldout_fraction=0.3)
     plan = plan_of(records, **options)
     other = plan_of(random.Random(1).sample(records, 100), **options)
     for a, b in ((plan.train, other.train), (plan.heldout, other.heldout)):
-        of = lambda p: dict(zip(p.ids, zip(pair_texts(p), p.flips, p.empty)))
-        assert of(a) == of(b)
-
-
-def test_digests_without_traces_are_what_they_were():
-    records = [r | {"annotator": n % 2} for n, r in enumerate(synthetic_pairs(20))]
-    pairs = plan_of(records, mixed=False, flip_rate=0.5).train
-    digest = hashlib.sha256()
-    for name, kind in (
-        ("tokens", "<i4"),
-        ("prompt_lengths", "<i4"),
-        ("completion_lengths", "<i4"),
-        ("flips", "|b1"),
-        ("annotators", "<i4"),
-    ):
-        values = getattr(pairs, name)
-        digest.update(f"{name} {kind} {values.shape}".encode())
-        digest.update(values.astype(kind).tobytes())
-    assert pairs.digest() == digest.hexdigest()
+        assert by_id(a) == by_id(b)
 
 
 def test_digest_tells_an_empty_trace_from_the_same_tokens_in_the_prompt():
@@ -116,7 +111,10 @@ def test_empty_data_is_read_in_any_format_and_split_by_the_same_hash():
     prompts = [r["prompt"] for r in empty[:-1]] + ["\n\nHuman: q\n\nAssistant:"]
     held = {x for x in prompts if uniform(f"heldout\n{x.strip()}") < 0.3}
     pairs = plan.heldout
-    found = [TOKENIZER.decode(pairs.prompt(n)[1:]) for n in np.flatnonzero(pairs.empty)]
+    found = [
+        TOKENIZER.decode(pairs.prompt(n)[1:])
+        for n in np.flatnonzero(pairs.columns["empty_trace"])
+    ]
     assert {x.removesuffix("<think></think>") for x in found} == held
     assert len(plan.heldout) > len(held)
 
@@ -136,20 +134,19 @@ def test_max_pairs_keeps_the_pairs_of_a_record_together():
     records = traced(10, traces=3)
     for limit, rows in ((1, 1), (4, 1), (5, 2), (39, 10), (40, 10)):
         plan = plan_of(records, max_pairs=limit)
-        assert plan.train.rows.tolist() == sorted([*range(rows)] * 4)
+        assert plan.train.columns["row"].tolist() == sorted([*range(rows)] * 4)
     assert len(plan_of(records, mixed=False).train) == 30
     plain = synthetic_pairs(10)
     plan = plan_of(records, empty=plain, max_pairs=6)
-    assert plan.train.empty.tolist() == [False] * 6 + [True] * 6
+    assert plan.train.columns["empty_trace"].tolist() == [False] * 6 + [True] * 6
 
 
 def test_supervised_examples_of_every_trace():
     records = [{"prompt": "q", "completion": side(["t", "v"], "a")}, record()]
-    plan = make_plan(
+    plan = make_splits(
         ListSource(records), TOKENIZER, DataOptions(heldout_fraction=0.0), sides=1
     )
     texts = [TOKENIZER.decode(plan.train.completion(n, 0)) for n in range(3)]
     assert texts == [f"<think>{t}</think>a</s>" for t in "tvt"]
-    shape = batch_shape(plan.train)
-    batch = next(batches(plan.train, shape=shape, batch_size=3, threads=0))
+    (batch,) = padded_layout(plan.train, batch_size=3).eval_batches(plan.train)
     assert not batch.empty.any()

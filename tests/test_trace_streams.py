@@ -1,4 +1,4 @@
-"""Mixed batches: two streams with states of their own, the same for any processes."""
+"""Batches that mix traces and empty ones: two orders, the same for any processes."""
 
 import itertools
 import json
@@ -9,16 +9,16 @@ import pytest
 
 from jaxpref.data import (
     DataOptions,
+    InjectOptions,
     ListSource,
     MixOptions,
-    batch_shape,
-    batches,
-    eval_batches,
-    make_mixed_plan,
-    make_plan,
-    mixed_batches,
+    make_mixed_splits,
+    make_splits,
+    mixture,
+    padded_layout,
+    uniform,
 )
-from jaxpref.data.mixture import empty_rows
+from jaxpref.data.samplers import empty_places
 from jaxpref.errors import InputError
 from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
 from tests.test_data_pipeline import assert_equal, joined, take
@@ -28,7 +28,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def plan_of(num_traces, num_empty, **options):
-    return make_mixed_plan(
+    return make_mixed_splits(
         ListSource(traced(num_traces)),
         TOKENIZER,
         DataOptions(**(dict(heldout_fraction=0.0) | options)),
@@ -36,12 +36,13 @@ def plan_of(num_traces, num_empty, **options):
     )
 
 
-PAIRS = plan_of(37, 23, flip_rate=0.3).train
-SHAPE = batch_shape(PAIRS)
+PAIRS = plan_of(37, 23, inject=InjectOptions(flip_rate=0.3)).train
 
 
-def train(pairs=PAIRS, **options):
-    return mixed_batches(pairs, shape=SHAPE, **(dict(batch_size=8, seed=3) | options))
+def train(pairs=PAIRS, *, seed=3, empty_share=0.5, threads=2, reference=None, **sizes):
+    layout = padded_layout(PAIRS, **dict(batch_size=8) | sizes)
+    order = mixture(pairs, seed, empty_share)
+    return layout.batches(pairs, order, reference=reference, threads=threads)
 
 
 def stream(taken, empty):
@@ -54,13 +55,17 @@ def test_every_batch_has_the_same_number_of_each_kind(share, count):
     for batch in take(train(empty_share=share), 20):
         assert batch.empty.dtype == bool and batch.empty.shape == (1, 8, 1)
         assert batch.empty.sum() == count
-        np.testing.assert_array_equal(batch.empty, PAIRS.empty[batch.pairs])
-        np.testing.assert_array_equal(batch.flips, PAIRS.flips[batch.pairs])
+        np.testing.assert_array_equal(
+            batch.empty, PAIRS.columns["empty_trace"][batch.pairs]
+        )
+        np.testing.assert_array_equal(
+            batch.flips, PAIRS.columns["is_flipped"][batch.pairs]
+        )
         assert (batch.weights == 1).all()
 
 
 def test_rows_are_the_pairs_that_they_name():
-    whole = list(eval_batches(PAIRS, shape=SHAPE, batch_size=len(PAIRS)))[0]
+    whole = next(iter(padded_layout(PAIRS, batch_size=len(PAIRS)).eval_batches(PAIRS)))
     for batch in take(train(accumulation=2), 12):
         expected = jax.tree.map(lambda x, b=batch: x[0, b.pairs[..., 0]], whole)
         assert_equal(batch, expected)
@@ -70,7 +75,7 @@ def test_the_mix_is_the_same_everywhere_where_the_counts_allow_it():
     for size, count in itertools.product((2, 3, 8, 12, 24), range(1, 24)):
         if count >= size:
             continue
-        rows = empty_rows(size, count / size)
+        rows = empty_places(size, count / size)
         assert rows.sum() == count
         for parts in range(1, size + 1):
             if size % parts == 0:
@@ -102,7 +107,7 @@ def test_accumulation_cuts_the_same_batch():
 def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
     taken = take(train(), 40)
     for empty in (False, True):
-        mine = np.flatnonzero(PAIRS.empty == empty).tolist()
+        mine = np.flatnonzero(PAIRS.columns["empty_trace"] == empty).tolist()
         seen, size = stream(taken, empty), len(mine)
         epochs = [seen[n * size : (n + 1) * size] for n in range(4)]
         assert all(sorted(epoch) == mine for epoch in epochs)
@@ -111,9 +116,15 @@ def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
 
 def test_one_stream_does_not_depend_on_the_other():
     """Its epochs, order and share of the batch are its own."""
-    other = plan_of(37, 5, flip_rate=0.3).train
-    assert other.ids[~other.empty].tolist() == PAIRS.ids[~PAIRS.empty].tolist()
-    for empty, pairs in ((False, other), (True, plan_of(11, 23, flip_rate=0.3).train)):
+    other = plan_of(37, 5, inject=InjectOptions(flip_rate=0.3)).train
+    assert (
+        other.ids[~other.columns["empty_trace"]].tolist()
+        == PAIRS.ids[~PAIRS.columns["empty_trace"]].tolist()
+    )
+    for empty, pairs in (
+        (False, other),
+        (True, plan_of(11, 23, inject=InjectOptions(flip_rate=0.3)).train),
+    ):
         ids = [
             p.ids[stream(take(train(p), 30), empty)].tolist() for p in (PAIRS, pairs)
         ]
@@ -132,7 +143,7 @@ def test_seeds_and_kinds_shuffle_apart():
     for seed in range(4):
         taken = take(train(pairs, seed=seed, batch_size=46), 3)
         for empty in (False, True):
-            first = np.flatnonzero(pairs.empty == empty)[0]
+            first = np.flatnonzero(pairs.columns["empty_trace"] == empty)[0]
             order = np.array(stream(taken, empty)) - first
             orders |= {tuple(order[n * 23 : (n + 1) * 23]) for n in range(3)}
     assert len(orders) == 24
@@ -145,12 +156,12 @@ def test_the_orders_are_pinned():
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_resumed_from_the_states_of_both_streams(threads):
+def test_resumed_from_one_integer(threads):
     straight = take(train(), 20)
     iterator = train(threads=threads)
     take(iterator, 7)
     state = json.loads(json.dumps(iterator.get_state()))
-    assert state == {"trace": {"next_index": 7}, "empty": {"next_index": 7}}
+    assert state == {"next_index": 7}
     next(iterator)
     resumed = train(threads=threads)
     resumed.set_state(state)
@@ -162,19 +173,6 @@ def test_resumed_from_the_states_of_both_streams(threads):
     assert_equal(joined([next(half) for half in halves]), straight[7])
 
 
-def test_each_stream_goes_on_from_its_own_state():
-    straight = take(train(), 12)
-    iterator = train()
-    iterator.set_state({"trace": {"next_index": 3}, "empty": {"next_index": 9}})
-    batch = next(iterator)
-    assert stream([batch], False) == stream(straight[3:4], False)
-    assert stream([batch], True) == stream(straight[9:10], True)
-    assert iterator.get_state() == {
-        "trace": {"next_index": 4},
-        "empty": {"next_index": 10},
-    }
-
-
 def test_reference_scores_travel_with_their_pair():
     table = np.random.default_rng(0).normal(size=(len(PAIRS), 2)).astype(np.float32)
     for batch in take(train(reference={"one": table}), 5):
@@ -184,19 +182,19 @@ def test_reference_scores_travel_with_their_pair():
 
 
 def test_evaluation_sees_both_kinds():
-    found = list(eval_batches(PAIRS, shape=SHAPE, batch_size=8))
+    found = list(padded_layout(PAIRS, batch_size=8).eval_batches(PAIRS))
     empty = np.concatenate([batch.empty.ravel() for batch in found])
-    assert empty[: len(PAIRS)].tolist() == PAIRS.empty.tolist()
+    assert empty[: len(PAIRS)].tolist() == PAIRS.columns["empty_trace"].tolist()
     assert not empty[len(PAIRS) :].any()
 
 
 def test_ordinary_batches_are_never_empty():
-    plan = make_plan(ListSource(traced(20)), TOKENIZER, DataOptions())
-    shape = batch_shape(plan.train, plan.heldout)
-    for batch in take(batches(plan.train, shape=shape, batch_size=4), 3):
+    plan = make_splits(ListSource(traced(20)), TOKENIZER, DataOptions())
+    layout = padded_layout(plan.train, plan.heldout, batch_size=4)
+    for batch in take(layout.batches(plan.train, uniform(plan.train, 0)), 3):
         assert batch.empty.shape == (1, 4, 1) and not batch.empty.any()
     with pytest.raises(InputError, match="no pair with an empty trace is left"):
-        mixed_batches(plan.train, shape=shape, batch_size=4)
+        mixture(plan.train, 0)
 
 
 def test_wrong_sizes_are_refused():

@@ -8,15 +8,14 @@ from jaxpref.data import (
     DataOptions,
     ListSource,
     TraceMarkers,
-    batch_shape,
     encode_prompt,
-    eval_batches,
     load_tokenizer,
-    make_mixed_plan,
-    make_plan,
+    make_mixed_splits,
+    make_splits,
     open_source,
+    padded_layout,
 )
-from jaxpref.data.formats import EMPTY, IDENTICAL, Example, expand, parse
+from jaxpref.data.records import EMPTY, IDENTICAL, Example, expand, parse
 from jaxpref.data.tokenize import LONG_ANSWER, tokenize
 from jaxpref.errors import InputError
 from tests.data_tokenizers import (
@@ -84,9 +83,9 @@ def traced(count, *, traces=1, prompts=None):
 def plan_of(records, tokenizer=TOKENIZER, *, empty=None, mixed=True, **options):
     options = DataOptions(**(dict(heldout_fraction=0.0) | options))
     if not mixed:
-        return make_plan(ListSource(records), tokenizer, options)
+        return make_splits(ListSource(records), tokenizer, options)
     source = None if empty is None else ListSource(empty, "empty.jsonl")
-    return make_mixed_plan(ListSource(records), tokenizer, options, empty=source)
+    return make_mixed_splits(ListSource(records), tokenizer, options, empty=source)
 
 
 def pair_texts(pairs, tokenizer=TOKENIZER):
@@ -104,7 +103,7 @@ def chat_texts(template, chosen=("t", "a"), rejected=("u", "b"), **options):
     """The trace pair and the empty-trace pair of one record under a chat template."""
     tok = byte_tokenizer(bos=None, eos="<|im_end|>", merges=(), template=template)
     pairs = plan_of([record([USER], chosen, rejected)], tok, **options).train
-    assert pairs.empty.tolist() == [False, True]
+    assert pairs.columns["empty_trace"].tolist() == [False, True]
     return pair_texts(pairs, tok)
 
 
@@ -173,7 +172,7 @@ BAD = {
 def test_bad_records_are_named(tmp_path, name, mixed):
     bad, message = BAD[name]
     path = write_lines(tmp_path / "pairs.jsonl", [record(), bad])
-    make = make_mixed_plan if mixed else make_plan
+    make = make_mixed_splits if mixed else make_splits
     with pytest.raises(InputError, match=f"pairs.jsonl row 2: .*{message}") as error:
         make(open_source(path), TOKENIZER)
     assert "\n" not in str(error.value)
@@ -188,7 +187,7 @@ def test_empty_answers_and_identical_sides_are_counted():
     plan = plan_of([record(), blank, same, answer], drop_empty=True)
     assert plan.report[f"dropped: {EMPTY}"] == 1
     assert plan.report[f"dropped: {IDENTICAL}"] == 2
-    assert plan.train.empty.tolist() == [False, True, False]
+    assert plan.train.columns["empty_trace"].tolist() == [False, True, False]
 
 
 # ---- text and tokens -----------------------------------------------------------------
@@ -231,7 +230,7 @@ def test_an_ordinary_plan_has_trace_pairs_only():
         ("<s>q", "<think>t</think>a</s>", "<think>u</think>b</s>"),
         ("<s>q", "a</s>", "b</s>"),
     ]
-    assert not pairs.empty.any()
+    assert not pairs.columns["empty_trace"].any()
     # The same tokens as those of the whole text given as a string.
     whole = {"prompt": "q", "chosen": "<think>t</think>a"}
     (expected,) = pair_texts(
@@ -243,10 +242,10 @@ def test_an_ordinary_plan_has_trace_pairs_only():
 def test_pairs_without_a_trace_get_an_empty_one_where_the_run_mixes():
     plain = {"prompt": "q", "chosen": "a", "rejected": "b"}
     plan = plan_of([record("p"), plain])
-    assert plan.train.empty.tolist() == [False, True, True]
+    assert plan.train.columns["empty_trace"].tolist() == [False, True, True]
     assert pair_texts(plan.train)[2] == ("<s>q<think></think>", "a</s>", "b</s>")
     plan = plan_of([record("p"), plain], empty=[plain | {"prompt": "r"}])
-    assert plan.train.empty.tolist() == [False, True, True]
+    assert plan.train.columns["empty_trace"].tolist() == [False, True, True]
     assert [x[0] for x in pair_texts(plan.train)] == [
         "<s>p",
         "<s>q<think></think>",
@@ -284,26 +283,25 @@ def test_solutions_with_their_steps_as_traces(shared, stories260k):
             records.append(record(source[row]["prompt"], *sides))
     plan = plan_of(records, tok, max_length=200, max_prompt_length=100)
     assert len(records) > 40 and plan.report["traces cut"] > 10
-    for n, row in enumerate(plan.train.rows):
+    for n, row in enumerate(plan.train.columns["row"]):
         for k, name in enumerate(("chosen", "rejected")):
             answer = records[row][name]["answer"]
             text = tok.decode(plan.train.completion(n, k))
             assert text.endswith(f"{answer}</s>")
-            if not plan.train.empty[n]:
+            if not plan.train.columns["empty_trace"][n]:
                 before = text.removesuffix(f"</think>{answer}</s>").strip()
                 kept = before.removeprefix("<think>").rstrip("\ufffd")
                 assert before.startswith("<think>")
                 assert records[row][name]["trace"].startswith(kept)
     lengths = plan.train.prompt_lengths[:, None] + plan.train.completion_lengths
     assert lengths.max() == 200
-    assert (plan.train.completion_lengths[plan.train.empty] < 20).all()
+    assert (plan.train.completion_lengths[plan.train.columns["empty_trace"]] < 20).all()
 
 
 def test_the_answer_alone_is_predicted_behind_an_empty_trace():
     pairs = plan_of([record("q", ("t", "xyz"), ("u", "w"))]).train
     assert [len(pairs.completion(1, k)) for k in (0, 1)] == [4, 2]
-    shape = batch_shape(pairs)
-    (batch,) = eval_batches(pairs, shape=shape, batch_size=2)
+    (batch,) = padded_layout(pairs, batch_size=2).eval_batches(pairs)
     assert batch.empty.tolist() == [[[False], [True]]]
     used = batch.completions >= 0
     assert used[0, 1].sum(-1).tolist() == [4, 2]
@@ -503,7 +501,7 @@ def test_answers_that_do_not_fit_are_dropped_and_counted_where_there_are_traces(
     long = record("q", ("t", "y" * 40), ("u", "n"))
     plan = plan_of([record(), long], max_length=40, max_prompt_length=20)
     assert plan.report[f"dropped: {LONG_ANSWER}"] == 2
-    assert plan.train.rows.tolist() == [0, 0]
+    assert plan.train.columns["row"].tolist() == [0, 0]
     assert not plan.report["completions cut"]
     # A run without traces cuts its completions as it always did.
     plain = {"prompt": "q", "chosen": "y" * 60, "rejected": "n"}

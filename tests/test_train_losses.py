@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from jaxpref import cli
+from jaxpref.cli.objectives import LOSSES
 from jaxpref.data import open_source
 from jaxpref.train import read_metrics
 
@@ -49,7 +50,7 @@ def labelled(source, fields, path):
     "name",
     [
         pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
-        for name in cli.LOSSES
+        for name in LOSSES
     ],
 )
 def test_ten_steps(name, stories260k, shared, tmp_path, monkeypatch, capsys):

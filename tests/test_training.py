@@ -20,26 +20,38 @@ from jax.sharding import AxisType
 from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import build
+from jaxpref.objectives import from_loss, sft
 from jaxpref.runtime.mesh import AXES, on_devices, to_global
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.scoring.scores import (
+    NEED_REFERENCE_WEIGHTS,
+    policy_name,
+    stored_scores,
+)
 from jaxpref.train import (
     Decay,
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
     checkpoint,
-    from_loss,
     read_metrics,
     run,
-    sft,
 )
 from jaxpref.train.checkpoint import Checkpoints, digests
+from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
-from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
+from tests.tiny import (
+    MULTIPLES,
+    make_model_folder,
+    make_pairs_file,
+    padded_batches,
+    tiny_config,
+    tiny_params,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
@@ -49,7 +61,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
 def pairs():
     rng = np.random.default_rng(1)
     words = lambda low, high: rng.integers(4, 40, rng.integers(low, high)).tolist()
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for n in range(24):
         builder.add([1, *words(2, 6)], [words(3, 9), words(3, 9)], id=f"pair-{n}")
     return builder.build()
@@ -71,34 +83,33 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         model = build(tiny_config())
-        scores = make_scores(model, objective.needs, chunk_size=4)
+        scorer = make_scorer(model, objective.scores, chunk_size=4)
         schedule = make_schedule(OPTIMIZER, 100)
         tx = make_optimizer(OPTIMIZER, schedule)
         params = tiny_params(model)
-        split = dict(
-            shape=data.batch_shape(pairs, length_multiple=16, prediction_multiple=8),
-            batch_size=8,
-            accumulation=accumulation,
-        )
+        split = dict(batch_size=8, accumulation=accumulation)
+        layout = data.padded_layout(pairs, **MULTIPLES, **split)
         score = functools.partial(
-            score_pairs,
-            make_score_step(scores),
-            eval_batches=functools.partial(data.eval_batches, **split),
+            score_dataset,
+            make_score_step(scorer),
+            eval_batches=layout.eval_batches,
             mesh=mesh,
             title="",
         )
-        kept = (
-            jax.tree.map(jnp.copy, params) if objective.needs_live_reference else None
-        )
-        found = score(params, pairs, kept)
-        stored = {n: found[n.replace("reference", "policy")] for n in objective.stored}
+        frozen = None
+        if objective.scores & NEED_REFERENCE_WEIGHTS:
+            frozen = jax.tree.map(jnp.copy, params)
+        found = score(params, frozen, pairs)
+        stored = {
+            name: found[policy_name(name)] for name in stored_scores(objective.scores)
+        }
         state = jax.jit(lambda p: init_state(p, tx, objective))(params)
-        step = make_train_step(scores, objective, tx, schedule)
-        batches = data.batches(pairs, seed=3, reference=stored, threads=0, **split)
+        step = make_train_step(scorer, objective, tx, schedule)
+        batches = padded_batches(pairs, seed=3, reference=stored, **split)
         history = []
         with compiled("train_step") as programs:
             for _ in range(steps):
-                state, metrics = step(state, to_global(next(batches), mesh), kept)
+                state, metrics = step(state, frozen, to_global(next(batches), mesh))
                 history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         assert len(programs) == 1
         return np.array(history), jax.device_get(state.params)
@@ -125,8 +136,8 @@ def test_sharding_does_not_change_the_numbers(pairs, sizes):
 
 @pytest.mark.parametrize("objective", [from_loss(losses.dpo, beta=0.5), sft()])
 def test_accumulation_does_not_change_the_numbers(pairs, objective):
-    if objective.sides == 1:
-        builder = data.PairsBuilder(1)
+    if objective.num_completions == 1:
+        builder = data.DatasetBuilder(1)
         for n, name in enumerate(pairs.ids):
             builder.add(pairs.prompt(n), [pairs.completion(n, 0)], id=name)
         pairs = builder.build()
@@ -147,23 +158,22 @@ def test_what_is_not_finite_never_enters_the_state(pairs):
         schedule = make_schedule(OPTIMIZER, 100)
         tx = make_optimizer(OPTIMIZER, schedule)
         state = init_state(tiny_params(model), tx, objective)
-        step = make_train_step(make_scores(model), objective, tx, schedule)
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batch = next(
-            data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
+        step = make_train_step(
+            make_scorer(model, objective.scores), objective, tx, schedule
         )
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
         reference = batch.reference["reference_logps"].copy()
         reference[0, 5, 0, 1] = np.nan
         bad = dataclasses.replace(batch, reference={"reference_logps": reference})
         before = digests((state.params, state.opt_state))
-        state, metrics = step(state, to_global(bad, mesh))
+        state, metrics = step(state, None, to_global(bad, mesh))
         assert digests((state.params, state.opt_state)) == before
         assert (int(state.step), int(state.skipped)) == (1, 1)
         assert not bool(metrics["finite"])
         nonfinite = np.asarray(metrics["nonfinite_pairs"])
         assert nonfinite[nonfinite >= 0].tolist() == [batch.pairs[0, 5, 0]]
-        state, metrics = step(state, to_global(batch, mesh))
+        state, metrics = step(state, None, to_global(batch, mesh))
         assert digests((state.params, state.opt_state)) != before
         assert (int(state.step), int(state.skipped)) == (2, 1)
 
@@ -177,14 +187,13 @@ def test_an_update_that_is_not_finite_never_enters_the_state(pairs):
         broken = optax.stateless(lambda updates, _: jax.tree.map(jnp.log, updates))
         tx = optax.chain(make_optimizer(OPTIMIZER, schedule), broken)
         state = init_state(tiny_params(model), tx, objective)
-        step = make_train_step(make_scores(model), objective, tx, schedule)
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batch = next(
-            data.batches(pairs, shape=shape, batch_size=8, threads=0, reference=zeros)
+        step = make_train_step(
+            make_scorer(model, objective.scores), objective, tx, schedule
         )
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
         before = digests((state.params, state.opt_state))
-        state, metrics = step(state, to_global(batch, mesh))
+        state, metrics = step(state, None, to_global(batch, mesh))
         assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
         assert not bool(metrics["finite"])
         assert digests((state.params, state.opt_state)) == before
@@ -200,21 +209,18 @@ def test_bfloat16_gradients_are_summed_in_float32(pairs):
     """Many equal micro-batches: a bfloat16 sum would stop growing."""
     objective = from_loss(losses.dpo, beta=0.5)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        one = next(
-            data.batches(pairs, shape=shape, batch_size=1, threads=0, reference=zeros)
-        )
+        one = next(padded_batches(pairs, batch_size=1, reference=zeros))
         many = jax.tree.map(lambda x: np.repeat(x, 600, axis=0), one)
         # The "model" is one weight: log-probs (w, 0) for every pair.
-        scores = lambda w, batch: {
+        score = lambda w, batch: {
             "policy_logps": w.astype(jnp.float32)
             * jnp.array([1.0, 0.0])
             * batch.weights[..., None]
         }
         w = jnp.bfloat16(0.25)
         (a, *_), (b, *_) = (
-            objective.gradient(scores, w, jax.tree.map(jnp.asarray, x), {})
+            gradient(objective, score, w, jax.tree.map(jnp.asarray, x), {})
             for x in (one, many)
         )
         np.testing.assert_allclose(float(a), float(b), rtol=2**-7)
@@ -229,14 +235,13 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         tx = make_optimizer(OPTIMIZER, schedule)
         make = lambda p: init_state(p, tx, objective)
         state = jax.jit(make)(tiny_params(model))
-        step = make_train_step(make_scores(model), objective, tx, schedule)
-        shape = data.batch_shape(pairs, length_multiple=16, prediction_multiple=8)
-        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
-        batches = data.batches(
-            pairs, shape=shape, batch_size=8, threads=0, reference=zeros
+        step = make_train_step(
+            make_scorer(model, objective.scores), objective, tx, schedule
         )
+        zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
+        batches = padded_batches(pairs, batch_size=8, reference=zeros)
         with compiled("train_step") as programs:
-            state, _ = step(state, to_global(next(batches), mesh))
+            state, _ = step(state, None, to_global(next(batches), mesh))
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
         saved = digests(state)
         checkpoints.save(1, state, {"iterator": batches.get_state()})
@@ -247,7 +252,7 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         assert meta == {"iterator": {"next_index": 1}}
         assert len(programs) == 1
         with compiled("train_step") as programs:
-            step(restored, to_global(next(batches), mesh))
+            step(restored, None, to_global(next(batches), mesh))
         assert not programs
         checkpoints.close()
 
@@ -430,8 +435,9 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 
-make_batches = data.batches
-data.batches = lambda *args, **kwargs: Mortal(make_batches(*args, **kwargs))
+make_batches = data.PaddedLayout.batches
+data.PaddedLayout.batches = lambda *args, **options: Mortal(
+    make_batches(*args, **options))
 run(config_for((Path(model), Path(pairs)), out))
 """
 
@@ -459,7 +465,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(inputs, tmp_path):
         for name in ("whole", "cut")
     )
     assert found == expected
-    timings = {"tokens_per_second", "pairs_per_second", "waiting"}
+    timings = {"tokens_per_second", "pairs_per_second", "data_wait_fraction"}
     expected, found = (
         [
             {k: v for k, v in line.items() if k not in timings}

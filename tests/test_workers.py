@@ -17,13 +17,13 @@ from tests.test_packing import make_pairs
 
 
 def padded(pairs, **options):
-    shape = data.batch_shape(pairs)
-    return data.batches(pairs, shape=shape, batch_size=4, seed=3, **options)
+    layout = data.padded_layout(pairs, batch_size=4)
+    return layout.batches(pairs, data.uniform(pairs, 3), **options)
 
 
 def packed(pairs, **options):
-    shape = data.packed_shape(pairs, row_length=64, batch_size=16)
-    return data.packed_batches(pairs, shape=shape, seed=3, **options)
+    layout = data.packed_layout(pairs, row_length=64, batch_size=16)
+    return layout.batches(pairs, data.uniform(pairs, 3), **options)
 
 
 @pytest.mark.parametrize("make", [padded, packed])

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxpref import data
+
 WORDS = (
     "the a film book meal was is good bad great dull fine warm cold and but not very "
     "I we they liked hated saw read ate it again never always with friends food plot"
@@ -93,3 +95,14 @@ def make_pairs_file(path: Path, count: int = 64, seed: int = 0) -> Path:
             }
             file.write(json.dumps(row) + "\n")
     return path
+
+
+MULTIPLES = {"length_multiple": 16, "prediction_multiple": 8}
+"""Lengths of padded batches that compile once, whatever the pairs."""
+
+
+def padded_batches(dataset, *, seed=0, reference=None, **sizes):
+    """Endless training batches, made when they are asked for."""
+    layout = data.padded_layout(dataset, **MULTIPLES | sizes)
+    order = data.uniform(dataset, seed)
+    return layout.batches(dataset, order, reference=reference, threads=0)

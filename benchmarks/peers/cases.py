@@ -1,4 +1,4 @@
-"""What is measured: real pairs or pairs of one length, a model of random weights."""
+"""Benchmark cases: real pairs or pairs of equal lengths, and a model to train."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def real_pairs(case: Case, source: str, tokenizer, count: int) -> Listed:
         heldout_fraction=0.0,
         drop_empty=True,
     )
-    pairs = data.make_plan(data.open_source(source), tokenizer, options).train
+    pairs = data.make_splits(data.open_source(source), tokenizer, options).train
     order = np.random.default_rng(0).permutation(len(pairs))
     fits = pairs.completion_lengths.max(1) <= case.response_length
     kept = [index for index in order if fits[index]][:count]

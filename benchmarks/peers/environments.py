@@ -1,4 +1,4 @@
-"""One virtual environment a system, made where it is not there yet."""
+"""One virtual environment per system, created if missing."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
-"""What one process of `benchmarks.step` is told, and what it says when it is done.
+"""Input and output of one process of `benchmarks.step`.
 
-The standard library alone: every system's own environment runs this.
+Uses only the standard library, because it runs in the environment of every system.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ def write_steps(out: Path, job: Job, steps: Steps, packages: list[str]) -> None:
 
 
 def write_rate(out: Path, product: Callable[[], object], *, repeats: int = 15) -> None:
-    """FLOP a second of a product of two square matrices, median of some."""
+    """Median FLOP per second of a product of two square matrices."""
     product()
     seconds = []
     for _ in range(repeats):

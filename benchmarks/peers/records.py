@@ -1,4 +1,4 @@
-"""From the steps of all processes to one record a case and system."""
+"""From the steps of all processes to one record per case and system."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def useful_flops(config, prompts: np.ndarray, answers: np.ndarray) -> np.ndarray
 
 
 def pairs_per_second(run: Mapping, tokens: np.ndarray) -> float:
-    """Pairs of the mean length of a list that a process did in a second.
+    """Pairs per second of a process, normalized to the mean length of a list.
 
     Packed batches hold other pairs, and a few more or fewer, than the list's: a pair
     shorter than the list's mean counts for less than one.  Where a process did the
@@ -58,7 +58,7 @@ def pairs_per_second(run: Mapping, tokens: np.ndarray) -> float:
     return done / tokens[tokens > 0].mean() / sum(run["seconds"])
 
 
-def summarise(
+def summarize(
     case: str,
     system: str,
     runs: Sequence[Mapping],
@@ -77,7 +77,7 @@ def summarise(
       lists: prompts [N] and answers [N, 2] in tokens, of each round's pairs.
       config: sizes of the model.
       warmup: pairs at the beginning of each list that were not timed.
-      rate: FLOP a second of a matrix product in the same run.
+      rate: FLOP per second of a matrix product in the same run.
     """
     speeds, seconds, shares = [], [], []
     for run, (prompts, answers) in zip(runs, lists):
@@ -95,7 +95,7 @@ def summarise(
         "pairs_per_second": float(np.median(speeds)),
         "seconds_per_step": float(np.median(seconds)),
         "peak_mib": float(np.median([run["peak_mib"] for run in runs])),
-        "utilisation": float(np.median(shares)),
+        "utilization": float(np.median(shares)),
         "spread": [float(x) for x in np.quantile(speeds, [0.25, 0.75])],
         "pairs_per_second_of_rounds": [float(speed) for speed in speeds],
         "pairs_per_step": float(np.mean([len(step) for step in steps])),
@@ -138,27 +138,27 @@ def disagreements(found: Mapping[str, Mapping]) -> list[str]:
     Args:
       found: by system, `losses` and `grad_norms` of steps on one and the same batch.
     """
-    told = []
+    differences = []
     name, (first, *_) = next(iter(found)), found.values()
     for system, run in found.items():
         if not abs(run["losses"][0] - math.log(2)) <= FIRST_LOSS:
-            told.append(
+            differences.append(
                 f"{system}: the first loss is {run['losses'][0]:.6f}, not log 2"
             )
         norm, expected = run["grad_norms"][0], first["grad_norms"][0]
         if not abs(norm - expected) <= GRAD_NORM * expected:
-            told.append(
+            differences.append(
                 f"{system}: the first gradient's norm is {norm:.5g}, not {expected:.5g}"
                 f" as of {name}"
             )
         for step, (loss, other) in enumerate(zip(run["losses"], first["losses"])):
             allowed = FIRST_LOSS + LATER_LOSSES * abs(math.log(2) - other)
             if step and not abs(loss - other) <= allowed:
-                told.append(
+                differences.append(
                     f"{system}: the loss of step {step} is {loss:.6f}, not {other:.6f}"
                     f" as of {name}"
                 )
-    return told
+    return differences
 
 
 def table(records: Sequence[Mapping]) -> str:
@@ -174,7 +174,7 @@ def table(records: Sequence[Mapping]) -> str:
             f"{r['case']:14} {r['system']:8} {r['pairs_per_second']:8.3f}"
             f" {quartiles:>15} {r['seconds_per_step']:8.2f}"
             f" {r['pairs_per_step']:6.1f} {r['peak_mib']:7.0f}"
-            f" {100 * r['utilisation']:5.1f} %"
+            f" {100 * r['utilization']:5.1f}%"
         )
     for r in ratios(records):
         low, high = r["speed_spread"]

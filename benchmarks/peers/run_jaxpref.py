@@ -1,4 +1,4 @@
-"""A process of `benchmarks.step`: jaxpref, packed rows, stored reference."""
+"""A process of `benchmarks.step`: jaxpref with packed rows and a stored reference."""
 
 import dataclasses
 import functools
@@ -12,42 +12,43 @@ import numpy as np
 from job import RATE_SIZE, Job, Steps, read_job, read_pairs, write_rate, write_steps
 
 from jaxpref import data, losses
-from jaxpref.data.packing import lengths
 from jaxpref.models import build
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
+from jaxpref.objectives import from_loss
 from jaxpref.runtime.malloc import reuse_freed_memory
 from jaxpref.runtime.mesh import to_global
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import Decay, MeshConfig, OptimizerConfig, from_loss, make_mesh
+from jaxpref.scoring import make_scorer
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.train import Decay, MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 
 
-def layout(job: Job, pairs: data.Pairs):
+def layout(job: Job, pairs: data.PreferenceDataset):
     """Endless training batches, and every pair once, of pairs and their reference."""
     if job.row_length < 0:
-        sizes = dict(shape=data.batch_shape(pairs), batch_size=job.batch_size)
-        # A training run collates ahead of the step; so does `packed_batches`.
-        train = functools.partial(data.batches, pairs, **sizes)
-        every = functools.partial(data.eval_batches, **sizes)
-        return train, every
+        made = data.padded_layout(pairs, batch_size=job.batch_size)
+        return _train(made, pairs), made.eval_batches
     longest = int((pairs.offsets[1:] - pairs.offsets[:-1]).max())
     # Half a batch's tokens, at least the longest pair.
-    row = max(longest, job.batch_size * int(lengths(pairs)[0].mean()) // 2)
-    shape = data.packed_shape(
+    row = max(longest, job.batch_size * int(pairs.packed_lengths.mean()) // 2)
+    made = data.packed_layout(
         pairs,
         row_length=job.row_length or -(-row // 64) * 64,
         batch_size=job.batch_size,
     )
     if job.repeat:
         # All in one batch, as the other systems have them.
-        while len([*data.packed_eval_batches(pairs, shape=shape)]) > 1:
-            shape = dataclasses.replace(shape, rows=shape.rows + 1)
-    train = functools.partial(data.packed_batches, pairs, shape=shape)
-    return train, functools.partial(data.packed_eval_batches, shape=shape)
+        while len([*made.eval_batches(pairs)]) > 1:
+            made = dataclasses.replace(made, rows=made.rows + 1)
+    return _train(made, pairs), made.eval_batches
+
+
+def _train(made: data.Layout, pairs: data.PreferenceDataset):
+    # As a training run, it makes batches ahead of the step.
+    return functools.partial(made.batches, pairs, data.uniform(pairs, 0))
 
 
 def train(job: Job, out: Path) -> None:
@@ -55,7 +56,7 @@ def train(job: Job, out: Path) -> None:
     listed = read_pairs(job)
     first = 0 if job.repeat else job.warmup * job.batch_size
     listed = listed[: job.batch_size] if job.repeat else listed[first:]
-    builder = data.PairsBuilder(2)
+    builder = data.DatasetBuilder(2)
     for number, (prompt, *answers) in enumerate(listed):
         builder.add(prompt, answers, id=str(number))
     pairs = builder.build()
@@ -70,18 +71,19 @@ def train(job: Job, out: Path) -> None:
     objective, steps = from_loss(losses.dpo, beta=job.beta), Steps()
     with jax.set_mesh(mesh):
         train_batches, every = layout(job, pairs)
-        scores = make_scores(model)
+        scorer = make_scorer(model, objective.scores)
         params = load_params(job.model, model)
-        policy = score_pairs(
-            make_score_step(scores),
+        policy = score_dataset(
+            make_score_step(scorer),
             params,
+            None,
             pairs,
             eval_batches=every,
             mesh=mesh,
             title="reference",
         )
         reference = {"reference_logps": policy["policy_logps"]}
-        step = make_train_step(scores, objective, tx, schedule)
+        step = make_train_step(scorer, objective, tx, schedule)
         state = jax.jit(lambda p: init_state(p, tx, objective), donate_argnums=0)(
             params
         )
@@ -98,7 +100,7 @@ def train(job: Job, out: Path) -> None:
         # As many pairs as the others have, about: a packed batch holds what it holds.
         while done < job.warmup or seen < job.steps * job.batch_size:
             batch = next(batches)
-            state, metrics = step(state, to_global(batch, mesh))
+            state, metrics = step(state, None, to_global(batch, mesh))
             jax.block_until_ready((state, metrics))
             steps.ends.append(time.perf_counter())
             steps.losses.append(float(metrics["loss"]))

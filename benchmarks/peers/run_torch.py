@@ -1,7 +1,7 @@
-"""A process of `benchmarks.step`: a DPO step as one writes it by hand in torch.
+"""A process of `benchmarks.step`: a DPO step in plain torch.
 
-Chosen and rejected in one batch, padded to its longest sequence; logits of every
-position; reference log-probs computed beforehand; fused AdamW.
+Chosen and rejected in one batch, padded to its longest sequence; logits at every
+position; reference log-probs computed in advance; fused AdamW.
 """
 
 import time

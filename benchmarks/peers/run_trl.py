@@ -1,8 +1,8 @@
-"""A process of `benchmarks.step`: TRL's DPOTrainer, stored reference.
+"""A process of `benchmarks.step`: TRL's DPOTrainer with a stored reference.
 
-What it does by default, but for: reference log-probs beforehand, no gradient
-checkpointing (TRL's default trades time for memory), float32, a constant learning rate,
-batches in their order.  The text is tokenised already: `_prepare_dataset` is left out.
+Default settings, except: reference log-probs in advance, no gradient checkpointing
+(TRL's default trades time for memory), float32, a constant learning rate, and batches
+in order.  The text is already tokenized, so `_prepare_dataset` is skipped.
 """
 
 import tempfile

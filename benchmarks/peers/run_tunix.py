@@ -1,8 +1,8 @@
-"""A process of `benchmarks.step`: google-tunix's DPOTrainer, live reference.
+"""A process of `benchmarks.step`: google-tunix's DPOTrainer with a live reference.
 
-It has no stored reference, and wants prompts padded on the left and answers on the
-right, both to fixed lengths, so that a run compiles once.  Its model is loaded onto a
-mesh, as in its own examples: otherwise the step is compiled twice.
+Tunix has no stored reference.  It requires prompts padded on the left and answers on
+the right to fixed lengths, so that a run compiles once.  The model is loaded onto a
+mesh, as in Tunix's examples; otherwise the step compiles twice.
 """
 
 import json

@@ -1,31 +1,34 @@
-"""What is one batch?  From text on disk to `PreferenceBatch`.
+"""From records on disk to `PreferenceBatch`.
 
-`open_source` -> `make_plan` (check, tokenise, drop, split, flip) -> `batches`; with
-reasoning traces and empty ones side by side `make_mixed_plan` -> `mixed_batches`.
+`open_source` -> `make_splits` (check, tokenize, drop, split, flip) -> a dataset; a
+sampler (`uniform`, `mixture`) says which pairs a step sees, and a layout
+(`padded_layout`, `packed_layout`) turns them into batches.
 """
 
 from jaxpref.data.batch import PreferenceBatch as PreferenceBatch
+from jaxpref.data.dataset import DatasetBuilder as DatasetBuilder
+from jaxpref.data.dataset import PreferenceDataset as PreferenceDataset
 from jaxpref.data.labels import LabelFields as LabelFields
-from jaxpref.data.mixture import mixed_batches as mixed_batches
+from jaxpref.data.layouts import Layout as Layout
+from jaxpref.data.layouts import PackedLayout as PackedLayout
+from jaxpref.data.layouts import PaddedLayout as PaddedLayout
+from jaxpref.data.layouts import packed_layout as packed_layout
+from jaxpref.data.layouts import padded_layout as padded_layout
 from jaxpref.data.options import DataOptions as DataOptions
+from jaxpref.data.options import InjectOptions as InjectOptions
 from jaxpref.data.options import MixOptions as MixOptions
-from jaxpref.data.packing import PackedShape as PackedShape
-from jaxpref.data.packing import packed_batches as packed_batches
-from jaxpref.data.packing import packed_eval_batches as packed_eval_batches
-from jaxpref.data.packing import packed_shape as packed_shape
-from jaxpref.data.pairs import BatchShape as BatchShape
-from jaxpref.data.pairs import Pairs as Pairs
-from jaxpref.data.pairs import PairsBuilder as PairsBuilder
-from jaxpref.data.pairs import batch_shape as batch_shape
-from jaxpref.data.pipeline import batches as batches
-from jaxpref.data.pipeline import eval_batches as eval_batches
-from jaxpref.data.plan import Plan as Plan
-from jaxpref.data.plan import make_mixed_plan as make_mixed_plan
-from jaxpref.data.plan import make_plan as make_plan
-from jaxpref.data.plan import read_prompts as read_prompts
+from jaxpref.data.options import for_model as for_model
+from jaxpref.data.prompts import read_prompts as read_prompts
 from jaxpref.data.render import TraceMarkers as TraceMarkers
+from jaxpref.data.samplers import Order as Order
+from jaxpref.data.samplers import in_order as in_order
+from jaxpref.data.samplers import mixture as mixture
+from jaxpref.data.samplers import uniform as uniform
 from jaxpref.data.sources import ListSource as ListSource
 from jaxpref.data.sources import Source as Source
 from jaxpref.data.sources import open_source as open_source
+from jaxpref.data.splits import Splits as Splits
+from jaxpref.data.splits import make_mixed_splits as make_mixed_splits
+from jaxpref.data.splits import make_splits as make_splits
 from jaxpref.data.tokenize import encode_prompt as encode_prompt
 from jaxpref.data.tokenize import load_tokenizer as load_tokenizer

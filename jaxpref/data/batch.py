@@ -1,12 +1,12 @@
 """The batch: the only shape in which data meets a model."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.tree_util
 import numpy as np
 
-PARTS = 3
-"""Prompt, chosen and rejected of a packed pair: segment = PARTS * slot + part."""
+from jaxpref.data.dataset import PreferenceDataset
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,7 @@ class PreferenceBatch:
     completions: np.ndarray
     """int32 [A, R, Q, P]; `slot * K + side` of each target's owner; -1 if unused."""
     pairs: np.ndarray
-    """int32 [A, R, S]; index of the pair in the plan; -1 marks an empty slot."""
+    """int32 [A, R, S]; index of the pair in the dataset; -1 marks an empty slot."""
     completion_lengths: np.ndarray
     """int32 [A, R, S, K]; target tokens of each completion."""
     reference: dict[str, np.ndarray]
@@ -45,7 +45,7 @@ class PreferenceBatch:
     flips: np.ndarray
     """bool [A, R, S]; this label was flipped by us (known only for injected noise)."""
     annotators: np.ndarray
-    """int32 [A, R, S]; annotator index in the plan; -1 if unknown."""
+    """int32 [A, R, S]; annotator index in the dataset; -1 if unknown."""
     empty: np.ndarray
     """bool [A, R, S]; the pair has an empty trace, in a run that mixes such pairs with
     pairs that have traces; False everywhere else."""
@@ -58,11 +58,47 @@ class PreferenceBatch:
     """int32 [A, R, Q, T] of packed rows: a token's place in prompt and answer.  None in
     the padded layout, where it is its place in the sequence."""
     segments: np.ndarray | None = None
-    """int32 [A, R, Q, T] of packed rows: PARTS * slot + part of each token (0 prompt,
-    1 chosen, 2 rejected), -1 padding.  An answer sees its prompt and itself.  None in
+    """int32 [A, R, Q, T] of packed rows: (1 + K) * slot + part of each token (0 prompt,
+    1 + k completion k), -1 padding.  A completion sees its prompt and itself.  None in
     the padded layout, where a token sees all before it."""
 
     @property
     def mask(self):
         """Whether each slot holds a pair, bool [A, R, S]."""
         return self.pairs >= 0
+
+    @property
+    def num_parts(self) -> int:
+        """1 + K, the parts of a packed pair: the prompt and its completions."""
+        return 1 + self.completion_lengths.shape[-1]
+
+
+def slot_fields(
+    dataset: PreferenceDataset,
+    indices: np.ndarray,
+    reference: Mapping[str, np.ndarray] | None,
+) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
+    """The fields of a batch that hold a number for each pair or completion.
+
+    Args:
+      dataset: where the numbers are.
+      indices: int [A, R, S]; the pair of each slot, -1 for an empty one.
+      reference: float32 [N, K] arrays of all pairs by name, or None.
+    """
+    real = indices >= 0
+    where = np.where(real, indices, 0)
+
+    def take(values: np.ndarray, fill: int = 0) -> np.ndarray:
+        mask = real.reshape(real.shape + (1,) * (values.ndim - 1))
+        return np.where(mask, values[where], np.asarray(fill, values.dtype))
+
+    return {
+        "pairs": indices.astype(np.int32),
+        "completion_lengths": take(dataset.completion_lengths),
+        "reference": {name: take(table) for name, table in (reference or {}).items()},
+        "flips": take(dataset.columns["is_flipped"]),
+        "annotators": take(dataset.columns["annotator"], -1),
+        "empty": take(dataset.columns["empty_trace"]),
+        "weights": real.astype(np.float32),
+        "labels": {name: take(values) for name, values in dataset.labels.items()},
+    }

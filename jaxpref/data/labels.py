@@ -40,7 +40,7 @@ class LabelFields:
     more."""
     ties: str | None = None
     """Field that says whether it is a tie: true or 1, false or 0, or the share of
-    annotators who called one.  Accuracies count ties as they are labelled."""
+    annotators who called one.  Accuracies count ties as they are labeled."""
     chosen_ratings: str | None = None
     """Field with the rating of the chosen answer: any number."""
     rejected_ratings: str | None = None

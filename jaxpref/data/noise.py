@@ -5,8 +5,8 @@ compares one number a pair, u(seed, id), to the pair's own rate.  So a pair is f
 or not whatever the other pairs are, and with one seed the pairs flipped at low rates
 are a subset of those flipped at higher ones, also across the kinds of noise.
 
-`flip_pairs` plants the flips in tokenised pairs; what was flipped stays known as
-`Pairs.flips`, for evaluation only.
+`flip_pairs` plants the flips in tokenized pairs; what was flipped stays known as
+the column `is_flipped`, for evaluation only.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.labels import exchanged
-from jaxpref.data.pairs import Pairs
 from jaxpref.errors import InputError, first_line
 
 
@@ -113,11 +113,11 @@ def flip_ties(ids: Sequence[str], *, share: float, seed: int) -> np.ndarray:
     return tied & flip_symmetric(ids, rate=0.5, seed=seed)
 
 
-def flip_pairs(pairs: Pairs, flips: np.ndarray) -> Pairs:
+def flip_pairs(pairs: PreferenceDataset, flips: np.ndarray) -> PreferenceDataset:
     """The pairs with chosen and rejected exchanged where `flips` [N] is true.
 
-    A pair known to be flipped already is right again: `Pairs.flips` says so.  Ratings
-    go with their answers; margins, strengths and ties stay; see `LabelFields`.
+    A pair known to be flipped already is right again: the column `is_flipped` says so.
+    Ratings go with their answers; margins, strengths and ties stay; see `LabelFields`.
     """
     tokens = pairs.tokens.copy()
     for n in np.flatnonzero(flips):
@@ -127,12 +127,13 @@ def flip_pairs(pairs: Pairs, flips: np.ndarray) -> Pairs:
     lengths = pairs.completion_lengths
     lengths = np.where(flips[:, None], lengths[:, ::-1], lengths)
     other = exchanged(pairs.labels)
+    columns = {k: np.where(flips, other[k], v) for k, v in pairs.labels.items()}
+    columns["is_flipped"] = pairs.columns["is_flipped"] ^ flips
     return dataclasses.replace(
         pairs,
         tokens=tokens,
         completion_lengths=lengths,
-        flips=pairs.flips ^ flips,
-        labels={k: np.where(flips, other[k], v) for k, v in pairs.labels.items()},
+        columns=pairs.columns | columns,
     )
 
 

@@ -1,4 +1,4 @@
-"""What is asked of the data: lengths, split, noise, markers, and the mix of traces."""
+"""Options of the data: lengths, split, injected noise, markers, mix of traces."""
 
 import dataclasses
 
@@ -6,68 +6,98 @@ from jaxpref.data.labels import LabelFields
 from jaxpref.data.render import THINK, TraceMarkers
 from jaxpref.errors import InputError
 
+MAX_LENGTH = 1024
+"""Most tokens of prompt and completion, unless `max_length` or the model says so."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InjectOptions:
+    """Wrong labels added to the training pairs on purpose, for experiments.
+
+    A flip swaps the chosen and the rejected completion.  Held-out pairs keep the labels
+    of the file.
+    """
+
+    flip_rate: float = 0.0
+    """Probability of flipping the label of a training pair.  This corrupts your data;
+    the rate that a loss assumes is an option of the loss, as --loss.flip-rate."""
+    seed: int = 0
+    """Seed of the choice of pairs to flip."""
+    annotators: str | None = None
+    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}.  Pairs of
+    other annotators are flipped at --inject.flip-rate."""
+    longer: float | None = None
+    """Flip rate of the training pairs whose chosen completion has more characters than
+    the rejected one.  The others are flipped at --inject.flip-rate."""
+
+    def __post_init__(self):
+        if not 0 <= self.flip_rate <= 1:
+            raise InputError(f"inject.flip_rate {self.flip_rate} must be from 0 to 1")
+        if self.longer is not None and not 0 <= self.longer <= 1:
+            raise InputError(f"inject.longer {self.longer} must be from 0 to 1")
+        if self.annotators and self.longer is not None:
+            raise InputError(
+                "inject.annotators and inject.longer both say how often a pair is "
+                "flipped: give one of them"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any pair may be flipped."""
+        return bool(self.flip_rate or self.longer or self.annotators)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
     """What to make of a source."""
 
-    max_length: int = 1024
-    """Most tokens of prompt and completion together, BOS and EOS included."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and completion together, BOS and EOS included (default:
+    1024, or the model's context if that is shorter).  Longer completions are cut."""
     max_prompt_length: int | None = None
-    """Most tokens of a prompt, BOS included; longer ones are cut on the left.  None
-    means half of max_length."""
+    """Maximum tokens of a prompt, BOS included (default: half of --max-length).  Longer
+    prompts lose their beginning."""
     heldout_fraction: float = 0.05
-    """Share of the prompts held out for evaluation, chosen by hash of the prompt."""
-    flip_rate: float = 0.0
-    """Probability of swapping chosen and rejected of a training pair (label noise)."""
-    flip_seed: int = 0
-    """Which pairs are flipped."""
-    flip_annotators: str | None = None
-    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}; pairs of other
-    annotators have flip_rate."""
-    flip_longer: float | None = None
-    """Flip rate of the training pairs whose chosen completion has more characters than
-    the rejected one; the others have flip_rate.  None makes no difference."""
+    """Share of the prompts held out for evaluation, chosen by a hash of the prompt."""
+    inject: InjectOptions = InjectOptions()
+    """Wrong labels to add on purpose, for experiments."""
     max_pairs: int | None = None
-    """Stop reading a file once so many pairs of it are kept, with all pairs of the last
-    record; None reads all."""
+    """Read a file only until this many pairs of it are used, with all pairs of the last
+    record (default: read all)."""
     drop_empty: bool = False
-    """Drop and count records with an empty completion instead of stopping at one."""
+    """Drop records with an empty completion, and count them, instead of stopping with
+    an error."""
     labels: LabelFields = LabelFields()
-    """Fields of the records with numbers that a loss reads beside the order."""
+    """Fields of the records with numbers that a loss reads beside the preference."""
     trace_open: str = THINK.open
-    """What the model writes before a reasoning trace, where records have traces."""
+    """Text that the model writes before a reasoning trace, if records have traces."""
     trace_close: str = THINK.close
-    """What it writes behind one; both together are the empty trace, except where the
+    """Text that it writes after one.  Both together are the empty trace, unless the
     chat template has its own (it knows `enable_thinking`)."""
 
     def __post_init__(self):
-        if not 2 <= self.longest_prompt <= self.max_length:
+        if not 2 <= self.longest_prompt <= self.longest:
             raise InputError(
                 f"max_prompt_length {self.longest_prompt} must be from 2 to"
-                f" max_length {self.max_length}"
+                f" max_length {self.longest}"
             )
         if not 0 <= self.heldout_fraction <= 1:
             raise InputError(
                 f"heldout_fraction {self.heldout_fraction} must be from 0 to 1"
-            )
-        if not 0 <= self.flip_rate <= 1:
-            raise InputError(f"flip_rate {self.flip_rate} must be from 0 to 1")
-        if self.flip_longer is not None and not 0 <= self.flip_longer <= 1:
-            raise InputError(f"flip_longer {self.flip_longer} must be from 0 to 1")
-        if self.flip_annotators and self.flip_longer is not None:
-            raise InputError(
-                "flip_annotators and flip_longer both say how often a pair is flipped: "
-                "give one of them"
             )
         if self.max_pairs is not None and self.max_pairs < 1:
             raise InputError(f"max_pairs {self.max_pairs} must be positive")
         TraceMarkers(self.trace_open, self.trace_close)  # refuses blank ones
 
     @property
+    def longest(self) -> int:
+        """Most tokens of prompt and completion, of a model that has no limit."""
+        return MAX_LENGTH if self.max_length is None else self.max_length
+
+    @property
     def longest_prompt(self) -> int:
         """Most tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
-        half = self.max_length // 2
+        half = self.longest // 2
         return half if self.max_prompt_length is None else self.max_prompt_length
 
     @property
@@ -75,19 +105,35 @@ class DataOptions:
         """What stands before and behind a trace."""
         return TraceMarkers(self.trace_open, self.trace_close)
 
-    @property
-    def injects_noise(self) -> bool:
-        """Whether any pair may be flipped."""
-        return bool(self.flip_rate or self.flip_longer or self.flip_annotators)
-
-    def without_noise(self) -> "DataOptions":
+    def without_injection(self) -> "DataOptions":
         """The same with labels as in the file."""
-        return dataclasses.replace(
-            self, flip_rate=0.0, flip_annotators=None, flip_longer=None
-        )
+        return dataclasses.replace(self, inject=InjectOptions())
 
 
 DEFAULTS = DataOptions()
+
+
+def resolved_max_length(options: DataOptions, max_position_embeddings: int) -> int:
+    """Most tokens of prompt and completion for a model with so many positions.
+
+    Raises:
+      InputError: if more are asked for than the model has positions.
+    """
+    if options.max_length is None:
+        return min(MAX_LENGTH, max_position_embeddings)
+    if options.max_length > max_position_embeddings:
+        raise InputError(
+            f"max_length {options.max_length}: the model has "
+            f"{max_position_embeddings} positions; give --max-length "
+            f"{max_position_embeddings} or less, or leave it out"
+        )
+    return options.max_length
+
+
+def for_model(options: DataOptions, max_position_embeddings: int) -> DataOptions:
+    """The options with a `max_length` that the model can read; see above."""
+    length = resolved_max_length(options, max_position_embeddings)
+    return dataclasses.replace(options, max_length=length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +144,10 @@ class MixOptions:
     """
 
     empty_data: str | None = None
-    """Preference file or data set made with thinking switched off; without it, the
-    answers of `--data` are taken again with an empty trace."""
+    """Preference data generated with thinking switched off (default: the answers of
+    --data again, with an empty trace)."""
     empty_share: float = 0.5
-    """Share of a batch's pairs that have an empty trace, rounded to whole pairs."""
+    """Share of each batch's pairs that have an empty trace, rounded to whole pairs."""
 
     def __post_init__(self):
         if not 0 < self.empty_share < 1:

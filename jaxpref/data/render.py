@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpref.data.formats import Example, Message
+from jaxpref.data.records import Example, Message
 from jaxpref.errors import InputError, first_line
 
 _STAND_IN = "TheAnswerStandsHere"

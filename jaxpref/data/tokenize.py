@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpref.data.formats import Example, Message
+from jaxpref.data.records import Example, Message
 from jaxpref.data.render import THINK, Texts, TraceMarkers, render, render_prompt
 from jaxpref.errors import InputError, first_line
 

@@ -1,4 +1,4 @@
-"""Evaluation: is it better, and how sure are we?"""
+"""Evaluation: metrics with confidence intervals, and audits of preference data."""
 
 from jaxpref.evaluate.metrics import accuracy as accuracy
 from jaxpref.evaluate.metrics import bootstrap_interval as bootstrap_interval

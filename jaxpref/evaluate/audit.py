@@ -1,9 +1,9 @@
-"""`jaxpref audit`: which labels of a preference file are probably wrong, and whose.
+"""`jaxpref audit`: finds probably wrong labels and unreliable annotators.
 
-Every pair is judged by a model that was trained neither on it nor on its prompt: a
-Bradley-Terry model on frozen features, cross-fitted by prompt.  Its margins are
-calibrated together with the flip rate, and EM gives each annotator a reliability and
-each pair the probability that its label is right.
+Every pair is judged by a model that was not trained on it or its prompt: a
+Bradley-Terry model on frozen features, cross-fitted by prompt.  The margins are
+calibrated jointly with the flip rate.  EM then estimates the reliability of each
+annotator and the probability that each label is right.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from jaxpref import data
-from jaxpref.data import DataOptions, Pairs, Source
-from jaxpref.data.formats import EMPTY, Example, parse, prompt_key
+from jaxpref.data import DataOptions, PreferenceDataset, Source
+from jaxpref.data.records import EMPTY, Example, parse, prompt_key
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features as feature_store
 from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
@@ -31,102 +31,106 @@ from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, weights_digest
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
-from jaxpref.runtime.precision import with_compute_dtype
-from jaxpref.train.config import Dtype
-from jaxpref.train.inputs import check_fits
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.scoring.checks import check_fits
+from jaxpref.train.options import Dtype
 
 MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
-"""Settings that a second audit into the same OUT may change."""
+"""Settings that may change when an audit is repeated with the same OUT."""
 STRONG = 3.0
-"""How much larger the few columns of lengths and log-probs are made than the states':
-their coefficients are penalised nine times less."""
+"""Scale of the few length and log-prob columns relative to the hidden states, so that
+their coefficients are penalized nine times less."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """What `jaxpref audit` reads."""
+    """Options of `jaxpref audit`."""
 
     data: str
-    """Preference file or data set; every pair of it is judged, and records without one
-    (a completion is empty, both are identical) are counted."""
+    """Preference file or dataset.  Every pair in it is judged.  Records without a pair
+    (a completion is empty, or both are identical) are counted."""
     model: str
-    """Hugging Face model folder, or a hub id: its features judge the pairs."""
+    """Hugging Face model folder, or a hub id; its features are used to judge pairs."""
     out: str
     """Folder for `audit.jsonl`, `clean.jsonl`, `summary.json` and `report.html`."""
     annotator_field: str | None = None
-    """Field of the records that names the annotator; `annotator` where not given."""
+    """Field of the records that names the annotator (default: annotator)."""
     action: Literal["drop", "relabel", "soft"] = "drop"
-    """What `clean.jsonl` makes of suspicious pairs: leave them out, exchange `chosen`
-    and `rejected` (and no other field: ratings stay where they are), or write
-    `p_correct` into every record."""
+    """What to do with suspicious pairs in `clean.jsonl`: drop them, relabel them by
+    swapping `chosen` and `rejected` (and no other field, such as ratings), or keep all
+    and add the probability `p_correct` to every record."""
     threshold: float = 0.5
     """A pair is suspicious if the probability that its label is right is below this."""
     assumed_flip_rate: float = 0.1
-    """Stands in for the flip rate where the pairs do not determine it."""
+    """Flip rate to assume if the pairs do not determine it."""
     features: str | None = None
-    """Folder of cached features, OUT/features where not given; audits of one model may
+    """Folder of cached features (default: OUT/features).  Audits with one model may
     share it."""
     folds: int = 5
-    """Parts the prompts are divided into; a pair is judged by a model of the others."""
+    """Folds of the cross-validation.  A pair is judged by a fit to the other folds."""
     seed: int = 0
-    """Seed of that division."""
+    """Seed of the assignment of prompts to folds."""
     batch_size: int = 32
-    """Completions the model reads at the same time, over all devices."""
-    max_length: int = DataOptions.max_length
-    """Longest prompt and completion together, in tokens."""
+    """Completions the model reads at once, over all devices."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and completion together (default: 1024, or the model's
+    context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
-    their beginning."""
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
+    prompts are truncated at the start."""
     compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
-    GPU and float32 on CPU."""
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are used."""
+    """Layout of the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What was found, as plain records."""
+    """The results of an audit, as plain records."""
 
     summary: dict[str, Any]
-    """As in `summary.json`."""
+    """The contents of `summary.json`."""
     pairs: list[dict[str, Any]]
-    """As in `audit.jsonl`."""
+    """The contents of `audit.jsonl`."""
     suspects: list[dict[str, Any]]
     """The most suspicious pairs with their texts: `prompt`, `chosen`, `rejected`."""
     calibration: list[dict[str, float]]
-    """Bins of equal counts: `pairs`, mean `confidence` of the model, share of labels
+    """Bins with equal counts: `pairs`, mean `confidence` of the model, share of labels
     that agree with it, and its interval."""
 
 
 def run(config: AuditConfig) -> Audit:
-    """Audits a file; writes all of OUT but the page."""
+    """Audits a file and writes all of OUT except the report page."""
     _check(config)
     if jax.process_count() > 1:
-        raise InputError("an audit runs in one process; start it on one machine")
-    config = with_compute_dtype(config)
+        raise InputError("an audit runs in a single process; start it on one machine")
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
     source = _named_annotators(data.open_source(config.data), config.annotator_field)
     options = DataOptions(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
-        # It looks at data that is wrong in places: what cannot be judged is counted.
+        # An audit expects malformed records; those that cannot be judged are counted.
         drop_empty=True,
     )
-    plan = data.make_plan(source, data.load_tokenizer(folder), options, sides=2)
+    positions = read_architecture(folder).max_position_embeddings
+    options = data.for_model(options, positions)
+    plan = data.make_splits(source, data.load_tokenizer(folder), options, sides=2)
     pairs = plan.train
-    rows, first = np.unique(pairs.rows, return_index=True)
+    rows, first = np.unique(pairs.columns["row"], return_index=True)
     if len(rows) < len(pairs):
         twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
         raise InputError(
-            f"{config.data} row {pairs.rows[twice] + 1}: has several traces a side; an "
-            "audit judges a record once, so leave one of them"
+            f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces "
+            "per answer; an audit judges each record once, so keep only one trace"
         )
     print(f"{config.data}: {plan.describe()}", flush=True)
     out = _open_out(config, pairs)
     found = _features(config, folder, pairs, Path(config.features or out / "features"))
-    examples = [_example(source, int(row)) for row in pairs.rows]
+    examples = [_example(source, int(row)) for row in pairs.columns["row"]]
     keys = [prompt_key(example.prompt) for example in examples]
 
     print(f"judging {len(pairs)} pairs in {config.folds} folds", flush=True)
@@ -137,11 +141,16 @@ def run(config: AuditConfig) -> Audit:
     }
     margins = cross_fit(columns, **fold).margins
     by_length = cross_fit(lengths, **fold).margins
-    items, orientation = _items(pairs.completion_keys(), pairs.annotators)
-    names = [*pairs.annotator_names, *([None] if (pairs.annotators < 0).any() else [])]
+    items, orientation = _items(pairs.completion_keys(), pairs.columns["annotator"])
+    names = [
+        *pairs.annotator_names,
+        *([None] if (pairs.columns["annotator"] < 0).any() else []),
+    ]
     judged = estimate(
         margins,
-        np.where(pairs.annotators < 0, len(names) - 1, pairs.annotators),
+        np.where(
+            pairs.columns["annotator"] < 0, len(names) - 1, pairs.columns["annotator"]
+        ),
         items=items,
         orientation=orientation,
         num_annotators=len(names),
@@ -149,8 +158,10 @@ def run(config: AuditConfig) -> Audit:
     )
     summary = _summary(judged, margins, by_length, names, items, keys, plan.report)
     rows = _rows(judged, by_length, pairs, config)
-    if pairs.flips.any():
-        summary["known_flips"] = known_flips(judged.posterior, margins, pairs.flips)
+    if pairs.columns["is_flipped"].any():
+        summary["known_flips"] = known_flips(
+            judged.posterior, margins, pairs.columns["is_flipped"]
+        )
     order = np.lexsort((margins, judged.posterior))
     suspects = [rows[n] | _texts(examples[n]) for n in order[:20]]
     write_whole(out / "audit.jsonl", _lines(rows))
@@ -163,9 +174,9 @@ def differences(found: Features) -> tuple[np.ndarray, np.ndarray]:
     """Chosen minus rejected: columns for the model, and the log-lengths alone.
 
     Returns:
-      float64 [N, 2 D + 3] of states, summed and average log-probs and log-lengths, and
-      [N, 1] of log-lengths, all scaled to a mean square of 1 but those few, which are
-      `STRONG` times that in the first array.
+      float64 [N, 2 D + 3] of hidden states, summed and average log-probs, and
+      log-lengths; and [N, 1] of log-lengths.  Columns have a mean square of 1, except
+      that log-probs and log-lengths in the first array are scaled by `STRONG`.
     """
     side = lambda values: values[:, 0].astype(np.float64) - values[:, 1]
     lengths = found.lengths.astype(np.float64)
@@ -187,7 +198,7 @@ def _check(config: AuditConfig) -> None:
 
 
 class _Renamed:
-    """A source whose records name their annotator in a field of the user's choice."""
+    """A source whose records name the annotator in a configurable field."""
 
     def __init__(self, source: Source, field: str):
         self._source, self._field = source, field
@@ -208,7 +219,7 @@ class _Renamed:
         return record | {"annotator": name}
 
     def original(self, index: int) -> Any:
-        """The record as it stands in the file."""
+        """The record as in the file."""
         return self._source[index]
 
     def location(self, index: int) -> str:
@@ -216,7 +227,7 @@ class _Renamed:
 
 
 def _named_annotators(source: Source, field: str | None) -> _Renamed:
-    """Raises InputError where no record has the field; some may lack it."""
+    """Renames the annotator field; raises InputError if no record has it."""
     name = "annotator" if field is None else field
     if field is not None and not any(
         isinstance(record := source[n], dict) and record.get(field) is not None
@@ -225,14 +236,14 @@ def _named_annotators(source: Source, field: str | None) -> _Renamed:
         first = source[0]
         has = ", ".join(map(str, first)) if isinstance(first, dict) else "no fields"
         raise InputError(
-            f"{source.location(0)} and all after it: no field {field!r} to tell "
-            f"annotators by; the record has {has[:200]}; change --annotator-field"
+            f"{source.location(0)} and all later rows: no field {field!r} to name the "
+            f"annotator; the record has {has[:200]}; change --annotator-field"
         )
     return _Renamed(source, name)
 
 
-def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
-    """Makes OUT, or finds the same audit in it; an interrupted one goes on."""
+def _open_out(config: AuditConfig, pairs: PreferenceDataset) -> Path:
+    """Creates OUT, or checks that it holds the same audit, which then resumes."""
     out, name = Path(config.out), "audit_config.json"
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     asked["contents"] = pairs.digest()
@@ -241,7 +252,9 @@ def _open_out(config: AuditConfig, pairs: Pairs) -> Path:
     return out
 
 
-def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> Features:
+def _features(
+    config: AuditConfig, folder: Path, pairs: PreferenceDataset, cache: Path
+) -> Features:
     architecture = read_architecture(folder)
     check_fits([config.data], pairs, str(folder), architecture)
     mesh = make_mesh(config.mesh)
@@ -264,7 +277,7 @@ def _features(config: AuditConfig, folder: Path, pairs: Pairs, cache: Path) -> F
 
 def _example(source: Source, row: int) -> Example:
     example = _parsed(source, row)
-    assert isinstance(example, Example)  # the plan kept it
+    assert isinstance(example, Example)  # malformed records were dropped before
     return example
 
 
@@ -273,9 +286,10 @@ def _parsed(source: Source, row: int) -> Example | str:
 
 
 def _items(keys: np.ndarray, annotators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which votes judge the same pair of texts, and which of the two each prefers.
+    """Which votes judge the same pair of texts, and which text each vote prefers.
 
-    Copies of a record without an annotator are no second opinion: each stands alone.
+    Duplicates of a record without an annotator are not independent votes; each is its
+    own item.
     """
     _, ranks = np.unique(keys, return_inverse=True)
     ranks = ranks.reshape(keys.shape)
@@ -330,16 +344,19 @@ def _summary(
 
 
 def _rows(
-    judged: Estimate, by_length: np.ndarray, pairs: Pairs, config: AuditConfig
+    judged: Estimate,
+    by_length: np.ndarray,
+    pairs: PreferenceDataset,
+    config: AuditConfig,
 ) -> list[dict[str, Any]]:
     names, rows = pairs.annotator_names, []
     for n in range(len(pairs)):
-        p, annotator = float(judged.posterior[n]), int(pairs.annotators[n])
+        p, annotator = float(judged.posterior[n]), int(pairs.columns["annotator"][n])
         suspicious = config.action == "soft" or p < config.threshold
         rows.append(
             {
                 "id": str(pairs.ids[n]),
-                "row": int(pairs.rows[n]) + 1,
+                "row": int(pairs.columns["row"][n]) + 1,
                 "p_correct": p,
                 "margin": float(judged.margins[n]),
                 "length_margin": float(by_length[n]),
@@ -351,9 +368,10 @@ def _rows(
 
 
 def _cleaned(source: _Renamed, rows: list[dict[str, Any]], action: str):
-    """Records as in the file, in its order; those that were not judged as they are.
+    """The records of the file, in order, after applying the action.
 
-    But without those that have an empty completion: training would stop at one.
+    Records that were not judged are unchanged, except that those with an empty
+    completion are dropped, because training rejects them.
     """
     judged = {row["row"] - 1: row for row in rows}
     for index in range(len(source)):
@@ -369,7 +387,7 @@ def _cleaned(source: _Renamed, rows: list[dict[str, Any]], action: str):
                 "chosen": record["rejected"],
                 "rejected": record["chosen"],
             }
-            # A known flip that is exchanged is right again.
+            # Exchanging a known flip makes its label right.
             if isinstance(record.get("flip"), bool):
                 exchanged["flip"] = not record["flip"]
             yield record | exchanged

@@ -1,12 +1,12 @@
-"""Margins of pairs under models that saw neither them nor their prompts.
+"""Cross-fitted margins: from models trained on neither the pair nor its prompt.
 
-Everything in float64 on the host.  The model is a linear reward r(y) = b . f(y) of the
-features of a completion, fitted as Bradley-Terry with a Gaussian prior:
+All computations are in float64 on the host.  The model is a linear reward r(y) =
+b . f(y) of the features of a completion, fitted as Bradley-Terry with a Gaussian prior:
 
     min over b   mean of  softplus(-b . x)  +  penalty / 2 |b|^2,    x = f(w) - f(l)
 
-w is the answer that the label prefers.  There is no intercept: exchanging the answers
-changes the sign of the margin b . x and nothing else.
+w is the answer that the label prefers.  There is no intercept, so exchanging the
+answers only changes the sign of the margin b . x.
 """
 
 import dataclasses
@@ -18,33 +18,33 @@ from jaxtyping import Float, Int
 from jaxpref.data.hashing import hash_uniforms
 
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-3, 6))
-"""From which the penalty is chosen; columns are scaled to a mean square of 1."""
+"""Candidate penalties; the columns are scaled to a mean square of 1."""
 STEPS = 200
 TOLERANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossFit:
-    """Margins of N pairs, each by the model of the other folds."""
+    """Margins of N pairs, each from a model trained on the other folds."""
 
     margins: np.ndarray
     """float64 [N]; positive where the model agrees with the label; not calibrated."""
     penalties: np.ndarray
-    """float64 [folds]; chosen by cross-validation within each fold's training pairs."""
+    """float64 [folds]; selected by cross-validation on each fold's training pairs."""
 
 
 def prompt_folds(
     prompts: Iterable[str], *, folds: int, seed: int
 ) -> Int[np.ndarray, " pairs"]:
-    """The fold of each pair: prompts in the order of their hashes are dealt in turn.
+    """Assigns each pair to a fold by the hash of its prompt.
 
-    Equal prompts share a fold, folds differ by one prompt at most, and the order of
-    rows does not matter.
+    Equal prompts share a fold, the numbers of prompts in the folds differ by at most 1,
+    and the order of the rows does not matter.
 
     Args:
       prompts: one key per pair.
-      folds: how many there are.
-      seed: another seed gives an unrelated division.
+      folds: number of folds.
+      seed: different seeds give independent assignments.
     """
     different, index = np.unique(list(prompts), return_inverse=True)
     uniforms = hash_uniforms(map(str, different), salt=f"fold {seed}")
@@ -58,10 +58,10 @@ def fit_path(
     penalties: Sequence[float],
     targets: Float[np.ndarray, " pairs"] | None = None,
 ) -> Float[np.ndarray, "features penalties"]:
-    """Coefficients for several penalties at once.
+    """Fits the coefficients for several penalties at once.
 
-    Newton's method with the curvature's upper bound X'X / 4 in place of the curvature:
-    every step lowers the loss, and one eigendecomposition serves all steps and
+    Uses Newton's method with the upper bound X'X / 4 in place of the Hessian.  Every
+    step decreases the loss, and a single eigendecomposition serves all steps and
     penalties.
 
     Args:
@@ -70,7 +70,7 @@ def fit_path(
       targets: probabilities that the labels are right; None means 1.
 
     Returns:
-      b of each penalty as a column.
+      The coefficients b, one column per penalty.
 
     References:
       Böhning and Lindsay, "Monotonicity of Quadratic-Approximation Algorithms", 1988.
@@ -81,9 +81,9 @@ def fit_path(
         bounds, basis = np.linalg.eigh(differences.T @ differences / (4 * count))
     else:
         bounds, rotation = np.linalg.eigh(differences @ differences.T / (4 * count))
-        kept = bounds > 1e-12 * bounds[-1]
-        bounds = bounds[kept]
-        basis = differences.T @ rotation[:, kept] / np.sqrt(4 * count * bounds)
+        positive = bounds > 1e-12 * bounds[-1]
+        bounds = bounds[positive]
+        basis = differences.T @ rotation[:, positive] / np.sqrt(4 * count * bounds)
     bounds = np.maximum(bounds, 0.0)[:, None]
     rotated = differences @ basis
     wanted = 1.0 if targets is None else targets[:, None]
@@ -94,7 +94,7 @@ def fit_path(
         gradient = rotated.T @ surplus / count + penalty * found
         step = gradient / (bounds + penalty)
         found -= step
-        # The root mean square change of the margins, in nats.
+        # Root mean square change of the margins, in nats.
         if np.sqrt(np.max(np.sum(4 * bounds * step**2, axis=0))) < TOLERANCE:
             break
     return basis @ found
@@ -108,22 +108,22 @@ def cross_fit(
     penalties: Sequence[float] = PENALTIES,
     targets: Float[np.ndarray, " pairs"] | None = None,
 ) -> CrossFit:
-    """The margin of every pair under the model fitted to the pairs of other folds.
+    """The margin of every pair under a model fitted to the pairs of the other folds.
 
-    Columns are scaled to a mean square of 1 over all pairs: that reads no label, since
-    a label is only the sign of its row.  The penalty of a fold has the least logistic
-    loss in a cross-validation by `inner_folds` of its training pairs alone.
+    The columns must be scaled over all pairs; this uses no labels, because a label is
+    only the sign of its row.  The penalty of each fold minimizes the logistic loss in a
+    cross-validation by `inner_folds` on its training pairs alone.
 
     Args:
       differences: x, features of the preferred answer minus those of the other.
       folds: fold of each pair; a prompt's pairs share one.
-      inner_folds: the division for the choice of the penalty; likewise by prompt.
-      penalties: from which it is chosen.
+      inner_folds: folds for selecting the penalty, also by prompt.
+      penalties: candidate penalties.
       targets: probabilities that the labels are right, for a second round; None means
         1.
 
     Returns:
-      `CrossFit`; margin 0 in a fold that leaves nothing to train on.
+      `CrossFit`; the margins are 0 if no training pairs are left.
     """
     margins, chosen = np.zeros(len(folds)), []
     for fold in np.unique(folds):
@@ -141,7 +141,7 @@ def cross_fit(
 
 
 def scaled(columns: Float[np.ndarray, "pairs features"]) -> np.ndarray:
-    """Columns divided by their root mean square; constant zeros stay."""
+    """Divides columns by their root mean square; columns of zeros are unchanged."""
     sizes = np.sqrt(np.mean(columns**2, axis=0))
     return columns / np.where(sizes > 0, sizes, 1.0)
 
@@ -157,11 +157,11 @@ def _best_penalty(differences, targets, folds, penalties) -> float:
     for fold in np.unique(folds):
         test = folds == fold
         if test.all():
-            continue  # a single fold: nothing to learn from
-        learnt = None if targets is None else targets[~test]
-        margins = differences[test] @ fit_path(differences[~test], penalties, learnt)
+            continue  # a single fold: no training pairs
+        learned = None if targets is None else targets[~test]
+        margins = differences[test] @ fit_path(differences[~test], penalties, learned)
         right = 1.0 if targets is None else targets[test, None]
         # -w log s(m) - (1 - w) log s(-m)
         losses += np.sum(np.logaddexp(0, margins) - right * margins, axis=0)
-    # The largest of equals: what tells nothing about the choice asks for caution.
+    # Among equal losses choose the largest penalty, the most conservative choice.
     return float(penalties[len(penalties) - 1 - np.argmin(losses[::-1])])

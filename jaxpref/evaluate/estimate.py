@@ -1,4 +1,4 @@
-"""From margins to flip rate, reliabilities and posteriors, or a reason why not."""
+"""From margins to the flip rate, reliabilities, and posteriors."""
 
 import dataclasses
 
@@ -9,16 +9,16 @@ from jaxtyping import Float, Int
 from jaxpref.noise import calibration, em, rate
 
 CERTAIN = 100
-"""Votes of the prior for each real one where all labels have an assumed flip rate."""
+"""Pseudo-votes per real vote if the flip rate of all labels is assumed."""
 CLEAN = 0.1
-"""A flip rate that may be 0 counts as identified if it is surely below this."""
+"""A flip rate that may be 0 is identified if its interval ends below this."""
 FEW = 10
-"""Votes of the prior for each annotator where the mean of all is assumed."""
+"""Pseudo-votes per annotator if the mean reliability is assumed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What N votes of K annotators say under margins that did not learn from them."""
+    """Estimates from N votes of K annotators and cross-fitted margins."""
 
     margins: np.ndarray
     """float64 [N]; calibrated, nats, positive where the model agrees with the label."""
@@ -27,23 +27,23 @@ class Estimate:
     reliability: np.ndarray
     """float64 [K]."""
     lower: np.ndarray
-    """float64 [K]; 95 % credible intervals of the reliabilities begin here."""
+    """float64 [K]; lower ends of the 95% credible intervals of the reliabilities."""
     upper: np.ndarray
-    """float64 [K]; and end here."""
+    """float64 [K]; upper ends of these intervals."""
     counts: np.ndarray
     """int64 [K]; votes of each annotator."""
     temperature: float
-    """The margins that were given are divided by it."""
+    """The temperature by which the given margins were divided."""
     flip_rate: float | None
     """Most likely share of wrong labels; None unless `identified`."""
     flip_rate_interval: tuple[float, float]
-    """95 %."""
+    """95% interval of the flip rate."""
     identified: bool
     """Whether the votes determine the flip rate."""
     reason: str | None
-    """Why they do not."""
+    """Why the flip rate is not identified; None if it is."""
     assumed_flip_rate: float | None
-    """What the posteriors stand on then; None where the rate is identified."""
+    """The rate assumed for the posteriors; None if the rate is identified."""
 
 
 def estimate(
@@ -55,20 +55,20 @@ def estimate(
     num_annotators: int,
     assumed_flip_rate: float,
 ) -> Estimate:
-    """Temperature, flip rate, reliabilities and posteriors.
+    """Estimates the temperature, flip rate, reliabilities, and posteriors.
 
-    Where each item has one vote, temperature and flip rate come from the marginal
-    likelihood of all votes; where some have several, from that of EM, to which the
-    votes on an item are evidence about each other.  If that does not determine the
-    rate, the temperature is the most likely one at the assumed rate.
+    If each item has one vote, temperature and flip rate come from the marginal
+    likelihood of all votes.  If some items have several, they come from EM, in which
+    the votes on an item are evidence about each other.  If the rate is not identified,
+    the temperature is the most likely one given the assumed rate.
 
     Args:
-      margins: cross-fitted, of any scale, positive where the model agrees.
+      margins: cross-fitted margins of any scale, positive where the model agrees.
       annotators: index of the annotator of each vote.
       items: which votes judge the same pair.
       orientation: +1 or -1, which answer of its item a vote prefers.
       num_annotators: K.
-      assumed_flip_rate: stands in where the votes do not determine the rate.
+      assumed_flip_rate: used if the votes do not determine the rate.
 
     Returns:
       `Estimate`.
@@ -89,7 +89,7 @@ def estimate(
         flip_rate = 1 - float(one.reliability[0])
         interval = 1 - float(one.upper[0]), 1 - float(one.lower[0])
         identified = interval[1] - interval[0] < rate.WIDEST and interval[1] < 0.5
-    # From 0 to more than this, not even whether any label is wrong is known.
+    # An interval from 0 to above CLEAN does not even show whether any label is wrong.
     identified = identified and (interval[0] > 0.005 or interval[1] < CLEAN)
     temperature = float(scale.temperature)
     if not identified:
@@ -112,7 +112,7 @@ def estimate(
         fit = em.fit(z, annotators, prior=(right, wrong), **several)
     wide = lambda x: np.asarray(x, np.float64)
     lower, upper = wide(fit.lower), wide(fit.upper)
-    if num_annotators == 1:  # allows for not knowing the temperature
+    if num_annotators == 1:  # includes the uncertainty of the temperature
         lower, upper = wide([1 - interval[1]]), wide([1 - interval[0]])
     return Estimate(
         margins=wide(z),
@@ -133,11 +133,11 @@ def estimate(
 def _reason(margins: np.ndarray, interval: tuple[float, float]) -> str:
     if not margins.any():
         return (
-            "every margin is 0: too few prompts to learn from some and judge others, "
-            "or answers that do not differ in any feature"
+            "every margin is 0: there are too few prompts for cross-fitting, or the "
+            "answers do not differ in any feature"
         )
     return (
-        f"{len(margins)} labels allow any flip rate from {interval[0]:.2f} to "
-        f"{interval[1]:.2f}: a weak model and wrong labels look alike; more pairs, a "
-        "better model or several votes on a pair would tell"
+        f"{len(margins)} labels are compatible with any flip rate from "
+        f"{interval[0]:.2f} to {interval[1]:.2f}: a weak model and wrong labels look "
+        "alike; more pairs, a better model, or several votes per pair would help"
     )

@@ -1,9 +1,9 @@
-"""What a model makes of every completion: computed once, kept on disk, resumable.
+"""Features of every completion from a language model, cached on disk and resumable.
 
-Files of a feature folder are named by a digest of the model, and their rows by a digest
-of prompt and completion tokens.  So rows that are added, removed, reordered or flipped,
-several votes on one pair, and an interrupted pass cost only what is new; audits of one
-model may share a folder.
+Files in a feature folder are named by a digest of the model, and their rows by a digest
+of prompt and completion tokens.  So only new completions are computed if rows are
+added, removed, reordered, or flipped, if pairs have several votes, or after an
+interruption.  Audits with the same model may share a folder.
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref import data
-from jaxpref.data import BatchShape, Pairs, PairsBuilder
+from jaxpref.data import DatasetBuilder, PaddedLayout, PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, write_whole
 from jaxpref.models import Model
@@ -31,18 +30,18 @@ from jaxpref.runtime.mesh import to_global
 from jaxpref.sharding import replicated
 
 BLOCK = 512
-"""Most completions in a file: what an interrupt can lose."""
+"""Maximum number of completions per file; an interrupt loses at most one file."""
 SHORTEST = 32
 """Smallest padded length, in tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What is known of N pairs' completions; side 0 is the one the label prefers."""
+    """Features of the completions of N pairs; index 0 is the preferred completion."""
 
     states: np.ndarray
-    """float32 [N, 2, 2 D]; final hidden state, mean over the completion and at its
-    last token."""
+    """float32 [N, 2, 2 D]; final hidden states: the mean over the completion, and the
+    state at its last token."""
     logps: np.ndarray
     """float32 [N, 2]; log-prob in nats, summed over the completion."""
     lengths: np.ndarray
@@ -50,10 +49,11 @@ class Features:
 
 
 def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callable:
-    """The jitted `(params, batch) -> (features [A * R, 2 D + 1], pairs [A, R, 1])`.
+    """Returns the jitted `(params, batch) -> (features [A * R, 2 D + 1], pairs)`.
 
-    Columns are the final hidden state's mean over the completion's tokens, the state at
-    its last token, and its summed log-prob.  Batches hold one completion a row.
+    The columns are the mean of the final hidden states over the completion's tokens,
+    the state at its last token, and its summed log-prob.  Batches have one completion
+    per row; the pair indices are [A, R, 1].
     """
 
     def of_micro(params, batch):
@@ -86,7 +86,7 @@ def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callabl
 
 
 def compute(
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     feature_step: Callable,
     params,
     *,
@@ -97,22 +97,22 @@ def compute(
     batch_size: int,
     mesh: jax.sharding.Mesh,
 ) -> Features:
-    """Features of every completion, from `folder` where they lie there already.
+    """Computes the features of every completion, or reads them from `folder`.
 
     Args:
       pairs: N pairs.
       feature_step: from `make_feature_step`.
       params: the model's parameters.
-      source: where the pairs come from, for errors.
-      folder: where features are kept; made if missing.
-      digest: of the model, from `weights_digest`.
-      width: columns of the step's result, 2 D + 1.
+      source: name of the pairs' source, for error messages.
+      folder: folder of cached features; created if missing.
+      digest: digest of the model, from `weights_digest`.
+      width: number of columns of the step's result, 2 D + 1.
       batch_size: completions at the same time, over all devices.
-      mesh: the mesh the batches are placed on.
+      mesh: mesh on which the batches are placed.
 
     Raises:
-      InputError: if the folder cannot be written, or the model gives numbers that are
-        not finite; names the row.
+      InputError: if the folder cannot be written, or the model's outputs are not
+        finite; the message names the row.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,14 +124,14 @@ def compute(
     with tqdm(
         total=len(missing), desc="features", unit="completion", disable=None
     ) as bar:
-        for shape, part in _blocks(pairs, missing):
-            values = _of_block(part, feature_step, params, shape, batch_size, mesh)
+        for layout, part in _blocks(pairs, missing, batch_size):
+            values = _of_block(part, feature_step, params, layout, mesh)
             wrong = ~np.isfinite(values).all(axis=1)
             if wrong.any():
                 raise InputError(
-                    f"{source} row {part.rows[wrong][0] + 1}: its hidden states are not"
-                    f" finite ({wrong.sum()} such completions); check the weights, or"
-                    " set --compute-dtype float32"
+                    f"{source} row {part.columns['row'][wrong][0] + 1}: its hidden"
+                    f" states are not finite ({wrong.sum()} such completions); check"
+                    " the weights, or set --compute-dtype float32"
                 )
             _save(folder, digest, part.ids, values)
             table |= zip(part.ids.tolist(), values)
@@ -142,7 +142,7 @@ def compute(
 
 
 def _first_of_each(keys: np.ndarray, table) -> list[tuple[int, int, str]]:
-    """(pair, side, key) of every completion that is not in the table, once."""
+    """(pair, side, key) of each distinct completion that is not in the table."""
     found = {}
     for (n, side), key in np.ndenumerate(keys):
         key = str(key)
@@ -151,11 +151,13 @@ def _first_of_each(keys: np.ndarray, table) -> list[tuple[int, int, str]]:
     return list(found.values())
 
 
-def _blocks(pairs: Pairs, missing: list) -> Iterator[tuple[BatchShape, Pairs]]:
-    """Completions of about one length together, so that little is computed for padding.
+def _blocks(
+    pairs: PreferenceDataset, missing: list, batch_size: int
+) -> Iterator[tuple[PaddedLayout, PreferenceDataset]]:
+    """Groups completions of similar lengths to reduce padding.
 
-    Lengths are rounded up to 2^k or 3 * 2^k, predictions to halves of that: a few dozen
-    shapes are compiled at most, whatever the data.
+    Lengths are rounded up to 2^k or 3 * 2^k, and predictions to these divided by powers
+    of 2.  So at most a few dozen shapes are compiled.
     """
 
     def shape_of(entry) -> tuple[int, int]:
@@ -169,16 +171,23 @@ def _blocks(pairs: Pairs, missing: list) -> Iterator[tuple[BatchShape, Pairs]]:
 
     for shape, group in itertools.groupby(sorted(missing, key=shape_of), shape_of):
         group = list(group)
+        length, predictions = shape
+        layout = PaddedLayout(
+            sequence_length=length,
+            predictions=predictions,
+            num_completions=1,
+            batch_size=batch_size,
+        )
         for start in range(0, len(group), BLOCK):
-            part = PairsBuilder(1)
+            part = DatasetBuilder(1)
             for n, side, key in group[start : start + BLOCK]:
                 part.add(
                     pairs.prompt(n),
                     [pairs.completion(n, side)],
                     id=key,
-                    row=int(pairs.rows[n]),
+                    columns={"row": int(pairs.columns["row"][n])},
                 )
-            yield BatchShape(*shape, sides=1), part.build()
+            yield layout, part.build()
 
 
 def _rounded(length: int) -> int:
@@ -190,16 +199,18 @@ def _rounded(length: int) -> int:
     return size
 
 
-def _of_block(part: Pairs, feature_step, params, shape, batch_size, mesh) -> np.ndarray:
+def _of_block(
+    part: PreferenceDataset, feature_step, params, layout: PaddedLayout, mesh
+) -> np.ndarray:
     out = []
-    for batch in data.eval_batches(part, shape=shape, batch_size=batch_size):
+    for batch in layout.eval_batches(part):
         values, index = jax.device_get(feature_step(params, to_global(batch, mesh)))
         out.append(values.reshape(-1, values.shape[-1])[index.ravel() >= 0])
     return np.concatenate(out)
 
 
 def _save(folder: Path, digest: str, ids: np.ndarray, values: np.ndarray) -> None:
-    # Named by what it holds, so that two passes over other data never collide.
+    # Named by its content, so that passes over different data never collide.
     content = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
     file = io.BytesIO()
     np.savez(file, ids=ids, values=values)
@@ -213,7 +224,7 @@ def _load(folder: Path, digest: str, width: int) -> dict[str, np.ndarray]:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 ids, values = stored["ids"], stored["values"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
-            continue  # damaged: made anew
+            continue  # damaged: compute again
         if values.shape == (len(ids), width) and np.isfinite(values).all():
             table |= zip(ids.tolist(), values)
     return table

@@ -1,4 +1,4 @@
-"""How well suspicion fits what is known: flips that were planted, labels that agree."""
+"""Checks of an audit: agreement with labels by confidence, and known flips."""
 
 import numpy as np
 
@@ -6,15 +6,15 @@ from jaxpref.evaluate.metrics import accuracy, wilson_interval
 
 
 def agreement_bins(margins: np.ndarray, *, bins: int = 10) -> list[dict[str, float]]:
-    """How often labels agree with the model where it is how sure; bins of equal counts.
+    """How often labels agree with the model, binned by confidence (equal counts).
 
     Args:
-      margins: calibrated, oriented by the labels; [N].
-      bins: how many; fewer where there are few pairs.
+      margins: calibrated margins, positive where the model agrees with the label; [N].
+      bins: number of bins, at most one per pair.
 
     Returns:
-      `pairs`, mean `confidence`, `agreement` (ties half) and its 95 % interval `low`,
-      `high`.
+      `pairs`, mean `confidence`, `agreement` (a tie counts 1/2), and the ends `low` and
+      `high` of its 95% interval.
     """
     parts = np.array_split(np.argsort(np.abs(margins)), min(bins, len(margins)))
     records = []
@@ -37,11 +37,11 @@ def agreement_bins(margins: np.ndarray, *, bins: int = 10) -> list[dict[str, flo
 def known_flips(
     posterior: np.ndarray, margins: np.ndarray, flips: np.ndarray
 ) -> dict[str, float]:
-    """How well flips that are known (field `flip`) were found; they are never used.
+    """How well an audit found known flips (field `flip`), which it does not use.
 
     Returns:
-      `pairs`, `base_rate`, `auroc` of 1 - posterior, and of the 10 % most suspicious
-      pairs `precision` and its `lift` over the base rate.
+      `pairs`, `base_rate`, `auroc` of 1 - posterior, and for the 10% most suspicious
+      pairs the `precision` and its `lift` over the base rate.
     """
     order = np.lexsort((margins, posterior))
     top = order[: max(1, len(order) // 10)]
@@ -56,12 +56,12 @@ def known_flips(
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive has a higher score than a negative; ties count half.
+    """Probability that a positive scores higher than a negative; a tie counts 1/2.
 
-    NaN unless there are both.
+    NaN unless both classes occur.
     """
     _, rank, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    # Mean rank of each value: those below, and half of its own.
+    # Mean rank of each value.
     below = np.cumsum(counts) - counts + (counts + 1) / 2
     ones, zeros = int(np.sum(positive)), int(np.sum(~positive))
     if not ones or not zeros:

@@ -1,4 +1,4 @@
-"""`jaxpref sample`: what a model says to prompts."""
+"""`jaxpref sample`: completions of prompts by a model."""
 
 import dataclasses
 import errno
@@ -18,53 +18,53 @@ from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, stop_tokens
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
-from jaxpref.runtime.precision import with_compute_dtype
+from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.sampling import generate, left_pad
-from jaxpref.train.config import Dtype
+from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What `jaxpref sample` reads."""
+    """Options of `jaxpref sample`."""
 
     model: str
-    """Hugging Face model folder (such as OUT/export of a run), or a hub id."""
+    """Hugging Face model folder (such as OUT/export of a run) or hub id."""
     prompts: tuple[str, ...] = ()
     """Prompts, each in quotes."""
     data: str | None = None
-    """A file or data set whose prompts are used instead."""
+    """A file or dataset whose prompts are used instead of --prompts."""
     limit: int = 100
-    """At most so many prompts of `--data`."""
+    """Maximum number of prompts to take from --data."""
     out: str | None = None
-    """JSON file for the completions (a list of instruction, output, generator: the form
-    AlpacaEval reads); without it they are printed."""
+    """JSON file for the completions, in the format of AlpacaEval (default: print
+    them)."""
     max_new_tokens: int = 128
-    """Tokens after which a completion is cut."""
+    """Maximum tokens of a completion."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_k: int = 0
-    """Only the k most likely tokens are drawn from; 0 means all."""
+    """Sample from the k most likely tokens only; 0 means all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that reach this probability together are drawn from."""
+    """Sample from the most likely tokens that together reach this probability only."""
     batch_size: int = 16
-    """Prompts answered at the same time."""
+    """Prompts completed at once."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
-    GPU and float32 on CPU."""
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are used."""
+    """Layout of the devices."""
 
 
 def run(config: SampleConfig) -> list[dict[str, str]]:
     """Completes every prompt; prints the completions or writes them to `out`."""
     if bool(config.prompts) == bool(config.data):
-        raise InputError("give either --prompts TEXT ... or --data FILE")
+        raise InputError("pass either --prompts TEXT ... or --data FILE")
     if jax.process_count() > 1:
-        raise InputError("sampling runs in one process; start it on one machine")
+        raise InputError("sampling runs in a single process; start it on one machine")
     if config.out is not None:
-        _check_writable(Path(config.out))  # now rather than after the sampling
+        _check_writable(Path(config.out))  # fail before sampling, not after
     for name in ("limit", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} {getattr(config, name)}: must be at least 1")
@@ -79,7 +79,8 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
         )
     architecture = read_architecture(folder)
     _check_prompts(prompts, architecture, config)
-    config = with_compute_dtype(config)
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
@@ -103,9 +104,9 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
 def sample_texts(
     model, params, tokenizer, prompts, *, stop_tokens, config: SampleConfig
 ) -> list[str]:
-    """One completion for every prompt (token ids), `batch_size` prompts at a time.
+    """Samples one completion per prompt (token ids), in batches.
 
-    Short last batches are filled up with repeats, so that one shape is compiled.
+    The last batch is padded with repeated prompts, so that only one shape is compiled.
     """
     longest = max(map(len, prompts))
     width = -(-longest // 32) * 32
@@ -136,7 +137,7 @@ def sample_texts(
 
 def _check_prompts(prompts, architecture: Architecture, config: SampleConfig) -> None:
     if not prompts:
-        raise InputError(f"{config.data}: holds no prompt")
+        raise InputError(f"{config.data}: contains no prompts")
     for row, prompt in enumerate(prompts, start=1):
         if len(prompt) + config.max_new_tokens > architecture.max_position_embeddings:
             raise InputError(
@@ -156,7 +157,7 @@ def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "not a file that may be written")
+            raise PermissionError(errno.EACCES, "not a writable file")
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -1,7 +1,7 @@
-"""How good is a set of reward margins, and how sure can one be of it?
+"""Metrics of reward margins, with confidence intervals.
 
-Pure numpy functions in float64, for the host: they see every held-out pair at once.  A
-margin is the reward of the chosen answer minus that of the rejected one; the model's
+Pure numpy functions in float64 for the host, on all held-out pairs at once.  A margin
+is the reward of the chosen answer minus that of the rejected one.  The model's
 probability that the label is right is s(margin) = 1 / (1 + exp(-margin)).
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 
 def accuracy(margins: Float[np.ndarray, " pairs"]) -> float:
-    """Share of pairs ordered as labelled; a tie counts half.
+    """Share of pairs ordered as labeled; a tie counts 1/2.
 
     Args:
       margins: reward margins; [pairs].
@@ -28,11 +28,11 @@ def accuracy(margins: Float[np.ndarray, " pairs"]) -> float:
 
 
 def brier_score(margins: Float[np.ndarray, " pairs"]) -> float:
-    """Mean squared error of the probability given to the label.
+    """Mean squared error of the predicted probability of the label.
 
         mean (1 - s(margin))^2
 
-    0 is perfect, 1/4 is what always saying 1/2 gets.
+    0 is perfect; a constant prediction of 1/2 scores 1/4.
 
     Args:
       margins: reward margins in nats (beta times log-ratios for DPO); [pairs].
@@ -52,10 +52,10 @@ def brier_score(margins: Float[np.ndarray, " pairs"]) -> float:
 def reliability_bins(
     margins: Float[np.ndarray, " pairs"], *, bins: int = 10
 ) -> list[dict[str, float]]:
-    """What happened where the model was how sure: the points of a reliability diagram.
+    """Accuracy by confidence: the points of a reliability diagram.
 
     The model prefers the answer with the higher reward, with confidence
-    max(p, 1 - p) in [1/2, 1], p = s(margin), and is right if that is the chosen one.
+    max(p, 1 - p) in [1/2, 1], p = s(margin).  It is right if that is the chosen answer.
 
     Args:
       margins: reward margins in nats; [pairs].
@@ -63,7 +63,7 @@ def reliability_bins(
 
     Returns:
       One record for each non-empty bin, in order: `lower` and `upper` edge, `pairs`,
-      mean `confidence`, and `accuracy` (ties half).
+      mean `confidence`, and `accuracy` (a tie counts 1/2).
 
     Raises:
       ValueError: if there is no pair, a margin is NaN, or `bins` < 1.
@@ -97,7 +97,7 @@ def expected_calibration_error(
       bins: equal-width bins of the confidences' range [1/2, 1].
 
     Returns:
-      A number in [0, 1]; 0 is calibrated.
+      A number in [0, 1]; 0 means calibrated.
 
     Raises:
       ValueError: if there is no pair, a margin is NaN, or `bins` < 1.
@@ -116,12 +116,12 @@ def expected_calibration_error(
 def wilson_interval(
     share: float, count: int, *, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Confidence interval of a share of independent trials, e.g. of an accuracy.
+    """Confidence interval of a proportion, e.g. an accuracy.
 
         (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
 
-    Holds its level at 0, at 1 and for small counts, where p -+ z sqrt(p (1 - p)/n) has
-    no width.  Ties counted half make it slightly too wide, never too narrow.
+    It has the right coverage near 0 and 1 and for small counts, where p -+ z sqrt(p (1
+    - p)/n) does not.  Ties that count 1/2 make it slightly too wide, never too narrow.
 
     Args:
       share: p, the observed share in [0, 1].
@@ -141,10 +141,10 @@ def wilson_interval(
     if not (0 <= share <= 1 and count >= 1):
         raise ValueError(f"Expected a share of >= 1 trials, got {share} of {count}.")
     z = statistics.NormalDist().inv_cdf(0.5 + 0.5 * _level(confidence))
-    centre = share + z**2 / (2 * count)
+    center = share + z**2 / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
 def bootstrap_interval(
@@ -160,7 +160,7 @@ def bootstrap_interval(
       values: independent samples; [samples].
       confidence: probability of covering the true mean, in (0, 1).
       resamples: samples drawn with replacement.
-      seed: of the draws; the same seed gives the same interval.
+      seed: seed of the resampling; the same seed gives the same interval.
 
     Returns:
       Lower and upper end.
@@ -174,7 +174,7 @@ def bootstrap_interval(
     values = _checked(values)
     tail = 0.5 - 0.5 * _level(confidence)
     random = np.random.default_rng(seed)
-    # One resample at a time: all of them at once would be resamples x samples numbers.
+    # One resample at a time, to save memory.
     means = [
         np.mean(values[random.integers(0, len(values), len(values))])
         for _ in range(resamples)
@@ -184,15 +184,15 @@ def bootstrap_interval(
 
 
 def preference_metrics(margins: Float[np.ndarray, " pairs"]) -> dict[str, float]:
-    """Everything above for one set of held-out pairs, as a flat record.
+    """All metrics above for one set of held-out pairs, as a flat record.
 
     Args:
       margins: reward margins in nats; [pairs].
 
     Returns:
-      `pairs`, `rewards/accuracies` with its 95 % Wilson interval (`..._low`,
-      `..._high`), the mean `rewards/margins` with its 95 % bootstrap interval,
-      `calibration/ece` and `calibration/brier`.
+      `pairs`, `rewards/accuracies` with its 95% Wilson interval (`..._low`,
+      `..._high`), the mean `rewards/margins` with its 95% bootstrap interval,
+      `calibration/ece`, and `calibration/brier`.
 
     Raises:
       ValueError: if there is no pair or a margin is NaN.
@@ -235,6 +235,6 @@ def _hits(margins: np.ndarray) -> np.ndarray:
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:
-    # exp of a non-positive number only: it cannot overflow.
+    # The argument of exp is never positive, so it cannot overflow.
     small = np.exp(-np.abs(z))
     return np.where(z >= 0, 1.0, small) / (1.0 + small)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxpref import data
-from jaxpref.data import DataOptions, Pairs
+from jaxpref.data import DataOptions, PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
 from jaxpref.files import write_json, write_whole
@@ -24,11 +24,11 @@ from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import resolve_folder
 from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
-from jaxpref.runtime.precision import with_compute_dtype
-from jaxpref.scoring.score_dataset import make_score_step, score_pairs
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train.config import Dtype
-from jaxpref.train.inputs import check_finite, check_fits
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.scoring.scorer import make_scorer
+from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,25 +39,26 @@ class EvaluateConfig:
     """Hugging Face model folder (such as OUT/export of a run), or a hub id; a language
     model or a reward model."""
     data: str
-    """Preference file or data set; every pair of it is scored."""
+    """Preference file or dataset.  Every pair in it is scored."""
     out: str
     """Folder for `metrics.json` and `eval_pairs.jsonl`."""
     reference: str | None = None
-    """Reference model folder or hub id; without it, log-probs count by themselves.  A
-    reward model needs none."""
+    """Reference model folder or hub id (default: none, so rewards are beta times the
+    log-probability).  A reward model needs none."""
     beta: float | None = None
-    """Implicit rewards are beta times the log-ratio to the reference, 0.1 where not
-    given.  A reward model has no beta."""
+    """Implicit rewards are beta times the log-ratio to the reference (default: 0.1).  A
+    reward model has no beta."""
     batch_size: int = 16
-    """Pairs scored at the same time, over all devices."""
-    max_length: int = DataOptions.max_length
-    """Longest prompt and completion together, in tokens."""
+    """Pairs scored at once, over all devices."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and completion together (default: 1024, or the model's
+    context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Longest prompt, in tokens, by default half of `max_length`; longer ones lose
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
     their beginning."""
     compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations; where not given, bfloat16 on TPU and
-    GPU and float32 on CPU."""
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
@@ -94,13 +95,16 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
     )
-    plan = data.make_plan(
+    positions = read_architecture(folder).max_position_embeddings
+    options = data.for_model(options, positions)
+    plan = data.make_splits(
         data.open_source(config.data), data.load_tokenizer(folder), options, sides=2
     )
     pairs = plan.train
     if jax.process_index() == 0:
         print(f"{config.data}: {plan.describe()}", flush=True)
-    config = with_compute_dtype(config)
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
@@ -131,7 +135,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     return metrics
 
 
-def _length_only(pairs: Pairs) -> dict[str, float]:
+def _length_only(pairs: PreferenceDataset) -> dict[str, float]:
     """How often the chosen completion is the one with more tokens; a tie counts half.
 
     What a model has to beat to have understood anything.
@@ -147,42 +151,44 @@ def _score(
     folder: Path,
     name: str,
     *,
-    pairs: Pairs,
+    pairs: PreferenceDataset,
     config: EvaluateConfig,
     mesh: jax.sharding.Mesh,
     title: str,
 ) -> np.ndarray:
-    """One of `scores.PROVIDED` of every completion, float32 [N, 2]."""
+    """One of the scores of every completion, float32 [N, 2]."""
     architecture = read_architecture(folder)
     check_fits([config.data], pairs, str(folder), architecture)
     make_model = RewardModel if name == "rewards" else build
     model = make_model(architecture, Numerics(compute_dtype=config.compute_dtype))
     params = load_params(folder, model)
     index, count = share_of_rows(mesh)
-    batches = functools.partial(
-        data.eval_batches,
-        shape=data.batch_shape(pairs),
-        batch_size=config.batch_size,
-        process_index=index,
-        process_count=count,
+    layout = data.padded_layout(
+        pairs, batch_size=config.batch_size, process_index=index, process_count=count
     )
-    step = make_score_step(make_scores(model, frozenset({name})))
-    scores = score_pairs(
-        step, params, pairs, eval_batches=batches, mesh=mesh, title=title
+    score = functools.partial(
+        score_dataset,
+        make_score_step(make_scorer(model, frozenset({name}))),
+        eval_batches=layout.eval_batches,
+        mesh=mesh,
     )
+    scores = score(params, None, pairs, title=title)
     check_finite([config.data], pairs, str(folder), scores[name])
     return scores[name]
 
 
 def _write_pairs(
-    path: Path, pairs: Pairs, scores: Mapping[str, np.ndarray], margins: np.ndarray
+    path: Path,
+    pairs: PreferenceDataset,
+    scores: Mapping[str, np.ndarray],
+    margins: np.ndarray,
 ) -> None:
     lines = []
     for n in range(len(pairs)):
-        annotator = int(pairs.annotators[n])
+        annotator = int(pairs.columns["annotator"][n])
         row = {
             "id": str(pairs.ids[n]),
-            "row": int(pairs.rows[n]) + 1,
+            "row": int(pairs.columns["row"][n]) + 1,
             **{
                 f"{name}_{side}": float(table[n, k])
                 for name, table in scores.items()
@@ -192,7 +198,7 @@ def _write_pairs(
             "length_rejected": int(pairs.completion_lengths[n, 1]),
             "margin": float(margins[n]),
             "correct": None if margins[n] == 0 else bool(margins[n] > 0),
-            "flip": bool(pairs.flips[n]),
+            "flip": bool(pairs.columns["is_flipped"][n]),
             "annotator": pairs.annotator_names[annotator] if annotator >= 0 else None,
         }
         lines.append(json.dumps(row) + "\n")

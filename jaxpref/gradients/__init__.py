@@ -1,7 +1,7 @@
-"""Gradients: how are estimates of one gradient combined?
+"""Combining several estimates of one gradient.
 
-Pure functions on pytrees of jax arrays: gradients in, a gradient or numbers about it
-out.  Models, traces and training are the business of other rooms.
+Pure functions on pytrees of jax arrays, from gradients to a gradient or to statistics
+of it.  Models, traces, and training belong to other packages.
 """
 
 from jaxpref.gradients import bvpo

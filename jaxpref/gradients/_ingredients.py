@@ -1,4 +1,4 @@
-"""The six numbers the error of a mixture depends on, and estimates of them."""
+"""The six quantities that determine the error of a mixture, and their estimates."""
 
 import dataclasses
 
@@ -15,16 +15,16 @@ __all__ = ["Ingredients", "ingredients"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ingredients:
-    """What the error of the mixture depends on: `optimal_alpha(**vars(found))`.
+    """The quantities that determine the error of the mixture.
 
-    Squares of the gradient's unit.  Exact ones obey trace_variance, empty_variance >= 0
-    and the like; unbiased estimates of them need not.
+    Pass them on as `optimal_alpha(**vars(found))`.  They have the gradient's unit
+    squared.  The exact variances are >= 0; unbiased estimates need not be.
     """
 
     trace_variance: Float[Array, "*batch"]
-    """tr S_t, of the gradient that is used: where it averages draws, of their mean."""
+    """tr S_t of the gradient that is used (of the mean, if it averages draws)."""
     empty_variance: Float[Array, "*batch"]
-    """tr S_e, likewise; 0 given the data."""
+    """tr S_e, likewise; 0 conditional on the data."""
     covariance: Float[Array, "*batch"]
     """tr S_te; 0 if the two come from independent data."""
     trace_bias_sq: Float[Array, "*batch"]
@@ -45,33 +45,33 @@ def ingredients(
     trace_where: Bool[Array, " K"] | None = None,
     empty_where: Bool[Array, " M"] | None = None,
 ) -> Ingredients:
-    """Unbiased estimates of the six numbers from repeated draws of both gradients.
+    """Unbiased estimates of the six quantities from repeated draws of both gradients.
 
         tr S_t     = sum_k ||g_t,k - mean_t||^2 / (K - 1)             =: s_t
         tr S_e     = sum_m ||g_e,m - mean_e||^2 / (M - 1), 0 if M = 1 =: s_e
         tr S_te    = sum_k <g_t,k - mean_t, g_e,k - mean_e> / (K - 1) =: s_te, if paired
         ||b_e||^2  = ||mean_e - mean_t||^2 - s_t / K - s_e / M + 2 s_te / K
 
-    and of a gradient that averages trace_size and empty_size such draws, s_t /
-    trace_size, s_e / empty_size and s_te / max(trace_size, empty_size).
+    For a gradient that averages trace_size and empty_size such draws, they become s_t /
+    trace_size, s_e / empty_size, and s_te / max(trace_size, empty_size).
 
-    The gradient mu is taken to be E g_t: trace_bias_sq and bias_dot are 0.  A bias of
-    the trace gradient is invisible in its draws; ignoring it moves alpha by
-    <b_t, b_t - b_e> / denominator: towards the trace end, unless the empty gradient
-    errs the same way by more, <b_t, b_e> > ||b_t||^2.
+    E g_t is taken as the true gradient mu, so trace_bias_sq and bias_dot are 0.  A bias
+    of the trace gradient is not visible in its draws.  Ignoring it shifts alpha by
+    <b_t, b_t - b_e> / denominator.  The shift is toward the trace gradient, unless the
+    empty gradient has a larger error in the same direction, <b_t, b_e> > ||b_t||^2.
 
-    The estimate of ||b_e||^2 may be below 0.  It is not clipped, so that its mean over
-    steps is right; `optimal_alpha` clips.
+    The estimate of ||b_e||^2 may be negative.  It is not clipped, so that its mean over
+    steps is unbiased; `optimal_alpha` clips.
 
-    A draw is one independent sample of what varies: given the data, the batch's
-    gradient with the k-th trace of every pair (then M = 1: without traces nothing
-    varies); over data too, the gradient of one pair.  Both kinds of pairs may lie in
-    one array that is passed twice, with two masks.
+    A draw is one independent sample of what varies.  Conditional on the data, it is the
+    batch gradient with the k-th trace of every pair (and M = 1, because without traces
+    nothing varies).  If the data vary too, it is the gradient of one pair.  Both kinds
+    of pairs may be in one array that is passed twice, with two masks.
 
-    How well alpha is found: mean |alpha - alpha*| of Gaussian draws, K = 4, all used,
-    M = 1, ingredients averaged over 1 / 10 / 100 steps, at a ratio ||b_e||^2 / tr S_t.
-    Noise is "flat", alike in all coordinates, or "steep", with variances as 1 / i; b_e
-    is drawn from the same distribution.
+    Accuracy of alpha: mean |alpha - alpha*| of Gaussian draws with K = 4, all used, and
+    M = 1, with ingredients averaged over 1 / 10 / 100 steps, for several ratios
+    ||b_e||^2 / tr S_t.  The noise is "flat", with equal variances in all coordinates,
+    or "steep", with variances like 1 / i; b_e is drawn from the same distribution.
 
         parameters                ratio 0.01        0.1          1         10
         10, flat               .08/.06/.02 .13/.09/.04 .21/.07/.02 .02/.01/.00
@@ -82,30 +82,32 @@ def ingredients(
           sketches of 64       .10/.05/.02 .12/.06/.02 .10/.04/.01 .02/.01/.00
           sketches of 256      .07/.04/.01 .10/.06/.01 .06/.02/.01 .01/.00/.00
 
-    (`python -m tests.gradients.simulations`, seeds 0 to 39, of 100,000 parameters 0 to
-    19; standard errors up to 0.03 after 1 step, 0.015 after 10, 0.005 after 100; two
-    cores, seven minutes; also K = 2, 8, 16, and excess errors.)  Between ratios of 0.1
-    and 10, where the best mixture beats the better end by at least 10 %, ten steps
-    leave alpha within 0.1 on average, if only just with 10 steep parameters; a single
-    step often does not.  It does not get much better with K: of all draws used, the
-    noise of the mean is what hides b_e.  At a ratio of 0.01 alpha* is 0.01, and an
-    alpha off by 0.05 makes the error much larger than the least (by 63 % with 1,000
-    steep parameters after 10 steps, 7 % after 100): average over 100 steps or more.
+    (`python -m tests.gradients.simulations`, seeds 0 to 39, for 100,000 parameters 0 to
+    19; standard errors up to 0.03 after 1 step, 0.015 after 10, 0.005 after 100; seven
+    minutes on two cores; it also covers K = 2, 8, 16 and excess errors.)
+
+    At ratios from 0.1 to 10, the best mixture beats the better of the two gradients by
+    at least 10%.  There, ten steps give alpha within 0.1 on average (barely so with 10
+    steep parameters), and a single step often does not.  A larger K does not help much,
+    because the noise of the mean hides b_e.  At a ratio of 0.01, alpha* is 0.01, and an
+    alpha that is off by 0.05 increases the error considerably over its minimum (by 63%
+    with 1,000 steep parameters after 10 steps, 7% after 100).  So average over 100
+    steps or more.
 
     Args:
       trace_draws: a pytree whose leaves have a leading axis of K >= 2 draws: gradients
         [K, ...] or their sketches under one key, [K, size].
-      empty_draws: the same with M >= 1 draws.  M = 1 says that g_e is not random.
-      paired: whether draw k of both is of the same data; needs K = M.
-      trace_size: how many draws the trace gradient that is used averages.
-      empty_size: the same of the other.
-      trace_where: which draws are real, [K]; None if all are.  What the others hold
-        (NaN included) does not matter.
-      empty_where: the same, [M].  Of paired draws, those real in both are used.
+      empty_draws: the same with M >= 1 draws.  M = 1 means that g_e is not random.
+      paired: whether the k-th draws of both use the same data; requires K = M.
+      trace_size: number of draws that the trace gradient in use averages.
+      empty_size: the same for the empty-trace gradient.
+      trace_where: which draws are real, [K]; None if all are.  The other draws are
+        ignored, even if they hold NaN.
+      empty_where: the same, [M].  Paired draws must be real in both.
 
     Returns:
-      `Ingredients` of single numbers, at least float32.  NaN, which `running` passes
-      over, where fewer than two real draws (of M = 1: the one) leave it unknown.
+      `Ingredients` of single numbers, at least float32.  They are NaN, which `running`
+      skips, if there are fewer than two real draws (for M = 1: fewer than one).
 
     Raises:
       TypeError: if a leaf is not floating point.
@@ -131,7 +133,7 @@ def ingredients(
         )
     if paired and trace_count != empty_count:
         raise ValueError(
-            f"Expected as many draws of both where they are paired, got {trace_count} "
+            f"Expected equal numbers of draws if they are paired, got {trace_count} "
             f"and {empty_count}."
         )
     for name, size in (("trace_size", trace_size), ("empty_size", empty_size)):
@@ -145,8 +147,8 @@ def ingredients(
 
     scatter_t = scatter_e = scatter_te = gap = jnp.zeros((), dtype)
     for trace, empty in draws:
-        mean_t, off_t = _centred(trace, trace_where, k)
-        mean_e, off_e = _centred(empty, empty_where, m)
+        mean_t, off_t = _centered(trace, trace_where, k)
+        mean_e, off_e = _centered(empty, empty_where, m)
         scatter_t += jnp.sum(off_t**2)
         scatter_e += jnp.sum(off_e**2)
         scatter_te += jnp.sum(off_t * off_e) if paired else 0
@@ -172,7 +174,7 @@ def ingredients(
 
 
 def _draws(trace_draws, empty_draws) -> list[tuple[jax.Array, jax.Array]]:
-    """The leaves of both, side by side; raises ValueError unless they fit."""
+    """Pairs of leaves of both trees; raises ValueError unless they match."""
     trees = (trace_draws, empty_draws)
     if len({jax.tree.structure(tree) for tree in trees}) > 1 or not jax.tree.leaves(
         trace_draws
@@ -197,8 +199,8 @@ def _where(name: str, where, count: int) -> jax.Array:
     return jnp.asarray(where, bool)
 
 
-def _centred(draws: jax.Array, where: jax.Array, count) -> tuple[jax.Array, jax.Array]:
-    """The mean of the real draws and how far each is from it, 0 for the others."""
+def _centered(draws: jax.Array, where: jax.Array, count) -> tuple[jax.Array, jax.Array]:
+    """The mean of the real draws, and each draw's deviation from it (0 if not real)."""
     where = jnp.expand_dims(where, tuple(range(1, draws.ndim)))
     draws = jnp.where(where, draws, 0)
     mean = jnp.sum(draws, axis=0) / jnp.maximum(count, 1).astype(draws.dtype)

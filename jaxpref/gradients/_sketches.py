@@ -1,4 +1,4 @@
-"""Sketches: a few random numbers that stand for a gradient of many."""
+"""Sketches: random projections of a gradient to a few numbers."""
 
 import functools
 
@@ -13,39 +13,39 @@ __all__ = ["direction", "sketch"]
 
 RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 ROW = 1024
-"""Elements of a row into which a leaf without axes to choose from is cut."""
+"""Row length into which scalars and vectors are reshaped."""
 
 
 def sketch(gradient: PyTree, key: RandomKey, *, size: int) -> Float[Array, " size"]:
-    """Random projections of a gradient, which keep its squared norm on average.
+    """Random projections of a gradient that preserve its squared norm on average.
 
         out_j = <g, v_j> / sqrt(size),  v_j one Rademacher vector each (signs +-1)
 
-    E <sketch(a), sketch(b)> = <a, b> over keys, exactly, so whatever is quadratic in
-    gradients, as all of `ingredients` is, stays unbiased.  The squared norm of one
-    sketch has the relative standard deviation
+    E <sketch(a), sketch(b)> = <a, b> exactly, over keys.  So everything that is
+    quadratic in gradients, such as `ingredients`, remains unbiased.  The squared norm
+    of one sketch has the relative standard deviation
 
         sqrt(2 / size (1 - sum_i g_i^4 / ||g||^4)),  at most sqrt(2 / size)
 
-    0.18 at 64 and 0.09 at 256, whatever the number of parameters.  Vectors that shall
-    be compared need the same key, those of different steps different ones: then the
-    error of a mean over T steps falls to sqrt(2 / (size T)), while with one key for all
-    of them it would stay.
+    or 0.18 at size 64 and 0.09 at 256, for any number of parameters.  Use the same key
+    for vectors to be compared, and different keys for different steps.  Then the error
+    of a mean over T steps decreases to sqrt(2 / (size T)); with a single key for all
+    steps it would not decrease.
 
-    The signs of element (r, c) of a matrix are a_jr b_jc d_rc, three independent ones:
-    the v_j have the mean and variance above as if all their signs were drawn, for one
-    random word per parameter and one thin matrix product (2 size operations per
-    parameter), where a training step takes 6 per parameter and token.  Nothing of
-    shape [size, parameters] is ever held.  Under Explicit axes the leaves may lie as
-    they like; the sketch is on every device.
+    The sign of element (r, c) of a matrix is a product of three independent signs,
+    a_jr b_jc d_rc.  The v_j then have the same mean and variance as if all signs were
+    independent.  This costs one random word per parameter and one thin matrix product
+    (2 size operations per parameter; a training step takes 6 per parameter and token).
+    No array of shape [size, parameters] is materialized.  Under Explicit axes the
+    leaves may have any sharding; the sketch is replicated.
 
     Args:
       gradient: a pytree of floating-point arrays.
       key: a jax random key.
-      size: how many projections.
+      size: number of projections.
 
     Returns:
-      [size], at least float32; of a stack of gradients,
+      [size], at least float32.  For a stack of gradients use
       `jax.vmap(lambda g: sketch(g, key, size=size))(stack)`.
 
     Raises:
@@ -70,29 +70,29 @@ def sketch(gradient: PyTree, key: RandomKey, *, size: int) -> Float[Array, " siz
         return sum(_project(*pair, size=size) for pair in zip(leaves, keys))
 
     if _explicit():
-        # A product contracts axes that are split; the compiler knows how to add up.
+        # The product contracts sharded axes; let the compiler insert the reductions.
         project = jax.sharding.auto_axes(project, out_sharding=PartitionSpec())
     out = project(key, *leaves)
     return out / jnp.sqrt(jnp.asarray(size, out.dtype))
 
 
 def direction(key: RandomKey, like: PyTree) -> PyTree:
-    """One Rademacher vector v over all parameters, for a forward-mode probe.
+    """A Rademacher vector v over all parameters, for a forward-mode probe.
 
         <g_i, v> = d loss_i(params + e v) / d e  at e = 0
 
-    `jax.jvp` of the losses of all n pairs along v gives this number of every pair's
-    gradient for about the cost of one more forward pass, and without any gradient.  As
-    E <a, v> <b, v> = <a, b>, the n numbers are sketches of size 1: `ingredients` takes
-    them as they are, [n], with an error of sqrt(2) relative to what it estimates (and
-    that of n draws), which averages over steps of different keys as sqrt(2 / T).
+    `jax.jvp` of the losses of all n pairs along v computes this number for every pair,
+    for about the cost of another forward pass and without any gradient.  As E <a, v>
+    <b, v> = <a, b>, the n numbers are sketches of size 1.  Pass them to `ingredients`
+    directly, [n].  In addition to the error of n draws, this has a relative error of
+    sqrt(2), or sqrt(2 / T) for a mean over T steps with different keys.
 
     Args:
       key: a jax random key.
       like: a pytree of floating-point arrays, for example the parameters.
 
     Returns:
-      A pytree of +-1 in the structure, shapes, dtypes and layout of `like`.
+      A pytree of +-1 with the structure, shapes, dtypes, and sharding of `like`.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -115,7 +115,7 @@ def direction(key: RandomKey, like: PyTree) -> PyTree:
 
 
 def wide(leaf) -> jax.Array:
-    """The array in at least float32."""
+    """Casts the array to at least float32."""
     (leaf,) = _common.promoted(gradient=leaf)
     return leaf
 
@@ -126,13 +126,13 @@ def _project(leaf: jax.Array, key, *, size: int) -> jax.Array:
         row = min(ROW, max(leaf.size, 1))
         flat = jnp.pad(leaf.reshape(-1), (0, -leaf.size % row))
         leaf = flat.reshape(-1, row)
-    # The axis that keeps both thin factors small: their longer sides are n and P / n.
+    # Choose the axis that keeps both thin factors small: sides n and P / n.
     axes = reversed(range(leaf.ndim))
     axis = min(axes, key=lambda a: leaf.shape[a] ** 2 + _rest(leaf, a) ** 2)
     each, along, across = jax.random.split(key, 3)
     along = _signs(along, (leaf.shape[axis], size), leaf.dtype)
     signed = leaf * _signs(each, leaf.shape, leaf.dtype)
-    # Not in the short floats that accelerators prefer: small differences matter.
+    # Full precision instead of the accelerator's default: small differences matter.
     rows = jnp.tensordot(signed, along, axes=(axis, 0), precision="highest")
     across = _signs(across, rows.shape, leaf.dtype)
     return jnp.sum(rows * across, axis=tuple(range(rows.ndim - 1)))

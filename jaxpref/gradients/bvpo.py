@@ -1,8 +1,8 @@
-"""BVPO: a noisy gradient and a biased one, mixed so that their error is least.
+"""BVPO: the mixture of a noisy and a biased gradient with the least squared error.
 
-Of a model that writes a reasoning trace before its answer there are two estimates of
-the gradient mu of the marginal loss: g_t through sampled traces, noisy, and g_e with
-the trace switched off, biased and calm.  The mixture
+For a model that writes a reasoning trace before its answer, there are two estimates of
+the gradient mu of the marginal loss.  g_t uses sampled traces and is noisy.  g_e uses
+an empty trace; it is biased but has low variance.  The mixture
 
     g = alpha g_t + (1 - alpha) g_e
 
@@ -13,17 +13,17 @@ two, the mean squared error (theorem 2)
                      + alpha^2 tr S_t + (1 - alpha)^2 tr S_e
                      + 2 alpha (1 - alpha) tr S_te
 
-a parabola in alpha.  Its six numbers are `Ingredients`; `optimal_alpha` is the lowest
-point, `ingredients` estimates the six from repeated draws or their sketches, `running`
-averages them over steps.  Given the data, g_e is not random, and the variance of g is
-alpha^2 tr S_t (theorem 1).
+a parabola in alpha.  Its six coefficients are the `Ingredients`, and `optimal_alpha` is
+its minimum.  `ingredients` estimates them from repeated draws or their sketches, and
+`running` averages them over steps.  Conditional on the data, g_e is not random, and the
+variance of g is alpha^2 tr S_t (theorem 1).
 
-The mixture is linear: with a constant alpha it is also the gradient of the mixed loss
-alpha L_t + (1 - alpha) L_e, in one backward pass and with nothing of this file.
+The mixture is linear.  So for a constant alpha it is the gradient of the mixed loss
+alpha L_t + (1 - alpha) L_e, in one backward pass and without this module.
 
 References:
-  Zhu et al., "BVPO", 2025, arXiv:2510.05095, Eq. 2 and theorems 1 and 2; there alpha is
-  fixed at 0.5 and never estimated.
+  Zhu et al., "BVPO", 2025, arXiv:2510.05095, Eq. 2 and theorems 1 and 2.  The paper
+  fixes alpha at 0.5 and does not estimate it.
 """
 
 import dataclasses
@@ -65,8 +65,7 @@ def mix(trace_gradient: PyTree, empty_gradient: PyTree, alpha) -> PyTree:
       alpha: one number in [0, 1], may be traced.
 
     Returns:
-      Such a pytree, in the common dtype of each pair of leaves, computed in at least
-      float32.
+      A pytree in the common dtype of each pair of leaves, computed in at least float32.
 
     Raises:
       TypeError: if a leaf is not floating point.
@@ -101,17 +100,17 @@ def optimal_alpha(
     empty_bias_sq,
     bias_dot,
 ) -> Float[Array, "*batch"]:
-    """The alpha of least mean squared error.
+    """The alpha with the least mean squared error.
 
                 tr S_e - tr S_te + ||b_e||^2 - <b_t, b_e>
         out = ---------------------------------------------,  clipped to [0, 1]
               tr S_t + tr S_e - 2 tr S_te + ||b_t - b_e||^2
 
-    Never worse than either end.  With b_t = 0 and g_e not random it is
-    ||b_e||^2 / (||b_e||^2 + tr S_t).  Where the denominator, E ||g_t - g_e||^2 about
-    their data, is 0, the two ends are one and so are all mixtures: 1/2.
+    Never worse than either gradient.  If b_t = 0 and g_e is not random, it is
+    ||b_e||^2 / (||b_e||^2 + tr S_t).  If the denominator E ||g_t - g_e||^2 is 0, all
+    mixtures are equal, and it is 1/2.
 
-    Variances and squared norms below 0, as estimates may be, count as 0.
+    Variances and squared norms below 0, which estimates may be, are set to 0.
 
     Args:
       trace_variance: tr S_t, the trace of the covariance matrix of g_t.
@@ -120,7 +119,7 @@ def optimal_alpha(
       trace_bias_sq: ||b_t||^2.
       empty_bias_sq: ||b_e||^2.
       bias_dot: <b_t, b_e>.
-        All of one unit, whichever; numbers or arrays that broadcast, may be traced.
+        All in the same unit; numbers or arrays that broadcast, may be traced.
 
     Returns:
       alpha in [0, 1], at least float32; [*batch].
@@ -148,7 +147,7 @@ def optimal_alpha(
     s_t, s_e, t, e = (jnp.maximum(x, 0) for x in (s_t, s_e, t, e))
     gain = (s_e - s_te) + (e - dot)
     total = (s_t + s_e - 2 * s_te) + (t + e - 2 * dot)
-    # What rounding leaves of equal terms is no difference of the ends.
+    # Ignore differences at the level of rounding errors.
     least = 4 * jnp.finfo(total.dtype).eps * (s_t + s_e + t + e)
     differ = total > least
     return jnp.where(differ, jnp.clip(gain / jnp.where(differ, total, 1), 0, 1), 0.5)
@@ -164,20 +163,20 @@ def mean_squared_error(
     empty_bias_sq,
     bias_dot,
 ) -> Float[Array, "*batch"]:
-    """The mean squared error of the mixture, as in the module's text.
+    """The mean squared error of the mixture; see the module's docstring.
 
-    Linear in the six, so unbiased estimates of them give an unbiased one of it, which
-    may be below 0.
+    Linear in the six quantities, so unbiased estimates of them give an unbiased
+    estimate, which may be negative.
 
     Args:
-      alpha: the share of the trace gradient; 1 and 0 are the two ends.
+      alpha: the share of the trace gradient.
       trace_variance: tr S_t, the trace of the covariance matrix of g_t.
       empty_variance: tr S_e.
       covariance: tr S_te.
       trace_bias_sq: ||b_t||^2.
       empty_bias_sq: ||b_e||^2.
       bias_dot: <b_t, b_e>.
-        All of one unit; numbers or arrays that broadcast, may be traced.
+        All in the same unit; numbers or arrays that broadcast, may be traced.
 
     Returns:
       One number per alpha in that unit, at least float32; [*batch].
@@ -198,48 +197,49 @@ def mean_squared_error(
 
 
 class Transform(NamedTuple):
-    """A pair of pure functions, as `optax.GradientTransformation` is one."""
+    """A pair of pure functions, like `optax.GradientTransformation`."""
 
     init: Callable
-    """Makes the state."""
+    """Creates the state."""
     update: Callable
-    """`update(what comes in, state, ...) -> (what comes out, state)`."""
+    """`update(inputs, state, ...) -> (outputs, state)`."""
 
 
 class RunningState(NamedTuple):
-    """What `running` keeps; a pytree of seven numbers."""
+    """The state of `running`; a pytree of seven numbers."""
 
     means: Ingredients
-    """Averages over the steps so far, their bias towards 0 corrected."""
+    """Bias-corrected averages over the steps so far."""
     weight: Float[Array, ""]
-    """1 - decay^steps: 0 before there is any estimate."""
+    """1 - decay^steps; 0 before the first estimate."""
 
 
 def running(*, decay: float, initial_alpha: float = 0.5) -> Transform:
-    """The alpha of averages of the ingredients over steps.
+    """Computes alpha from moving averages of the ingredients.
 
         means <- means + (1 - decay) / weight (found - means)
         weight <- decay weight + (1 - decay),  before the means
         alpha = optimal_alpha(means)
 
-    An average of ratios is biased, a ratio of averages hardly: so the ingredients are
-    averaged and not alpha.  The average spans about 1 / (1 - decay) steps; how many are
-    needed, `ingredients` says.  A step whose ingredients are not all finite changes
-    nothing.
+    The ingredients are averaged rather than alpha, because an average of ratios is
+    biased, while a ratio of averages hardly is.  The average spans about 1 / (1 -
+    decay) steps; `ingredients` documents how many are needed.  A step whose ingredients
+    are not all finite changes nothing.
 
-    This alpha knows the draws that it mixes, if by a share of 1 - decay.  With nothing
-    averaged (decay 0), K = 4, 1,000 parameters with steep noise and ||b_e||^2 = tr S_t,
-    the mixture's error exceeds the least one by 8.1 %, and by 6.0 % with the alpha of
-    the step before (`python -m tests.gradients.simulations`, 4000 steps, seed 0).
+    This alpha depends on the draws that it mixes, with a weight of 1 - decay.  Without
+    averaging (decay 0), K = 4, 1,000 parameters with steep noise, and ||b_e||^2 =
+    tr S_t, the error of the mixture exceeds the minimum by 8.1%, and by 6.0% with the
+    alpha of the previous step (`python -m tests.gradients.simulations`, 4000 steps,
+    seed 0).
 
     Args:
-      decay: what stays of the averages in a step, in [0, 1); 0 uses this step only.
-      initial_alpha: alpha until there is any estimate.
+      decay: weight of the old averages, in [0, 1); 0 uses only the current step.
+      initial_alpha: alpha before the first estimate.
 
     Returns:
-      `init() -> state` and `update(ingredients, state) -> (alpha, state)`, whose alpha
-      knows this step's ingredients; `optimal_alpha(**vars(state.means))` of the state
-      that went in does not.
+      `init() -> state` and `update(ingredients, state) -> (alpha, state)`.  This alpha
+      uses the ingredients of the current step.  For an alpha that does not, apply
+      `optimal_alpha(**vars(state.means))` to the previous state.
 
     Raises:
       ValueError: if a Python number is out of its range.
@@ -281,23 +281,23 @@ def running(*, decay: float, initial_alpha: float = 0.5) -> Transform:
 def auto_mix(
     *, decay: float, initial_alpha: float = 0.5, paired: bool = False
 ) -> Transform:
-    """Stacked draws of both gradients in, their best mixture out.
+    """Mixes stacked draws of both gradients optimally.
 
         out = alpha mean_t + (1 - alpha) mean_e
 
-    with alpha of `running` over the exact `ingredients` of every step.  A gradient
-    transformation in the sense of optax, to stand first in `optax.chain`.  It holds all
-    draws at once: for small models.  A large one sketches each draw, adds it to its
-    mean, and uses `ingredients` of the sketches, `running` and `mix`.
+    alpha comes from `running` on the exact `ingredients` of every step.  This is an
+    optax gradient transformation, to be placed first in `optax.chain`.  It holds all
+    draws at once, so it is for small models.  For large models, sketch each draw, add
+    it to its mean, and use `ingredients` of the sketches, `running`, and `mix`.
 
     Args:
-      decay: as of `running`.
-      initial_alpha: as of `running`.
-      paired: as of `ingredients`.
+      decay: as in `running`.
+      initial_alpha: as in `running`.
+      paired: as in `ingredients`.
 
     Returns:
       `init(params) -> state` and `update((trace_draws, empty_draws), state, params) ->
-      (gradient, state)`; the draws as `ingredients` takes them, the gradient without
+      (gradient, state)`.  The draws are as in `ingredients`, and the gradient lacks
       their leading axis.
 
     Raises:
@@ -336,4 +336,4 @@ def _floating(*values) -> list[jax.Array]:
 def _decay(decay) -> None:
     _common.fraction("decay", decay)
     if isinstance(decay, numbers.Real) and decay == 1:
-        raise ValueError("Expected decay < 1, got 1: nothing would ever be learnt.")
+        raise ValueError("Expected decay < 1, got 1: the averages would never change.")

@@ -1,9 +1,9 @@
-"""Losses: what number should be small?
+"""Preference losses as pure functions on jax arrays.
 
-Pure functions on jax arrays: one equation each, one loss per pair out, the caller
-reduces.  Log-probs come first and in the field's order, hyper-parameters are
-keyword-only, and everything is computed in at least float32.  A loss declares the
-arrays it reads by the names of its positional parameters.
+Each function implements one equation and returns one loss per pair; the caller reduces.
+Arrays are positional, log-probs first, and hyperparameters are keyword-only.  All
+computations use at least float32.  The names of the positional parameters declare which
+arrays a loss reads.
 
 Throughout, for a prompt x with chosen answer y_w and rejected answer y_l:
 
@@ -54,7 +54,7 @@ from jaxpref.losses._token import *
 from jaxpref.losses._unpaired import *
 from jaxpref.losses._weights import *
 
-# A file of the room says itself what it exports, so that a new loss touches one file.
+# Each file lists its own exports, so that adding a loss touches a single file.
 __all__: list[str] = []
 __all__ += _batch.__all__
 __all__ += _corrections.__all__

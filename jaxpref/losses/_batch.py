@@ -1,42 +1,42 @@
-"""Pairwise losses in which the pairs of a batch are weighed or matched together.
+"""Pairwise losses in which the pairs of a batch are weighted or matched together.
 
-The batch is the global one, whatever way it lies on devices; only inside `shard_map`
-or `pmap` does a function see one device's pairs and take them for the batch.  Each
-function still returns one number per pair: their mean over the real pairs is the
-paper's loss of the batch, in value and in gradient.
+The batch is the global one, regardless of its sharding; only inside `shard_map` or
+`pmap` does a function treat the pairs of one device as the batch.  Each function still
+returns one number per pair.  Their mean over the real pairs is the paper's batch loss,
+in value and in gradient.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = ["aot", "aot_unpaired", "dr_dpo", "kl_dpo"]
 
 
 def dr_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     beta_prime: Scalar = 1.0,
     where: Mask = None,
-) -> Pairs:
-    """Distributionally robustified DPO: trusts the pairs that fit.
+) -> PerPair:
+    """Distributionally robustified DPO: down-weights pairs with a large loss.
 
         batch loss = L = -b' log mean_i exp(-l_i / b'),    l_i = -log s(h_i)
         loss_i     = w_i l_i + b' mean_j w_j log w_j,    w_i = exp((L - l_i) / b')
 
-    with w held fixed.  The second line is the first in its dual form: reweigh the batch
-    to a smaller loss and pay b' for every nat that the weights are away from uniform.
-    They have mean 1, as the softmax of -l / b' times the number of pairs, so loss_i has
-    mean L, in gradient too.  b' -> infinity is DPO, b' -> 0 the smallest of its losses
-    in the batch; L is never above the mean of DPO.  A contradicted pair loses weight,
-    flips among them.
+    without a gradient through w.  The second line is the dual form of the first: it
+    reweights the batch to a smaller loss at a cost of b' per nat of KL divergence from
+    uniform weights.  The weights are the softmax of -l / b' times the number of pairs.
+    So they have mean 1, and loss_i has mean L, in value and gradient.  b' -> infinity
+    gives DPO, and b' -> 0 the smallest DPO loss in the batch; L is at most the mean DPO
+    loss.  Contradicted pairs lose weight, including flipped labels.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -44,9 +44,9 @@ def dr_dpo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      beta_prime: b' > 0, how much a departure from uniform weights costs.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      beta_prime: b' > 0, the cost of non-uniform weights.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; 0 where not real.
@@ -81,29 +81,29 @@ def dr_dpo(
     fixed = jax.lax.stop_gradient(losses)
     soft_minimum = _soft_minimum(fixed, cost, where)
     weights = jnp.exp((soft_minimum - fixed) / cost)
-    # b' log w_i = L - l_i and mean w = 1, so the price is what is left of L.
-    price = soft_minimum - _common.mean(weights * fixed, where)
-    return jnp.where(where, weights * losses + price, 0)
+    # b' log w_i = L - l_i and mean w = 1, so the KL term is L - mean w l.
+    kl_term = soft_minimum - _common.mean(weights * fixed, where)
+    return jnp.where(where, weights * losses + kl_term, 0)
 
 
 def kl_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     tau: Scalar = 1.0,
     max_weight: Scalar = 10.0,
     where: Mask = None,
-) -> Pairs:
-    """Kullback-Leibler DPO: prepares for the preferences that fit worst.
+) -> PerPair:
+    """Kullback-Leibler DPO: up-weights pairs with a large loss.
 
         loss_i = w_i l_i,    l_i = -log s(h_i)
-        w_i    = min(exp((l_i - mean l) / tau), max_weight), held fixed
+        w_i    = min(exp((l_i - mean l) / tau), max_weight), without a gradient
 
-    Robust to a shift of the preferences, not to flips: a contradicted pair GAINS
-    weight, the opposite of `dr_dpo`.  tau -> infinity is DPO.
+    Robust to a shift of the preferences, but not to flips: contradicted pairs GAIN
+    weight, the opposite of `dr_dpo`.  tau -> infinity gives DPO.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -112,9 +112,9 @@ def kl_dpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       tau: temperature of the weights, > 0, nats of loss.
-      max_weight: the most a pair may weigh, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      max_weight: upper limit of the weights, > 0.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not real.
@@ -148,28 +148,29 @@ def kl_dpo(
     )
     tau, most = (jnp.asarray(option, losses.dtype) for option in (tau, max_weight))
     excess = (losses - _common.mean(losses, where)) / tau
-    # Capped as an exponent, so that it cannot overflow.
+    # The cap is applied to the exponent, which prevents overflow.
     weights = jax.lax.stop_gradient(jnp.exp(jnp.minimum(excess, jnp.log(most))))
     return jnp.where(where, weights * losses, 0)
 
 
 def aot(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """Alignment via optimal transport, paired: margins matched by rank, not by pair.
 
         loss_i = -log s(beta (m_i - r_(i)))
 
     m is the policy's margin log pi(y_w|x) - log pi(y_l|x), r the reference's, and r_(i)
-    the reference margin whose rank in the batch is that of m_i.  The mean asks the
-    distribution of margins, not each margin, to exceed the reference's.  It does not
-    change if the reference margins are permuted.  With one pair it is DPO.
+    the reference margin with the same rank in the batch as m_i.  Minimizing the mean
+    makes the distribution of margins exceed the reference's, not each single margin.
+    The loss is invariant to permutations of the reference margins.  With one pair it is
+    DPO.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -177,11 +178,11 @@ def aot(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
-      One loss per pair, at the place of its policy margin, [*batch], at least float32;
+      One loss per pair, at the index of its policy margin, [*batch], at least float32;
       >= 0; 0 where not real.
 
     Raises:
@@ -192,7 +193,7 @@ def aot(
       >>> import jax.numpy as jnp
       >>> from jaxpref.losses import aot
       >>> zero, margin = jnp.zeros(2), jnp.array([3.0, 1.0])
-      >>> print(aot(margin, zero, margin[::-1], zero))  # the same margins, elsewhere
+      >>> print(aot(margin, zero, margin[::-1], zero))  # a permutation
       [0.6931472 0.6931472]
 
     References:
@@ -211,22 +212,23 @@ def aot(
 
 
 def aot_unpaired(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """Alignment via optimal transport, unpaired: log-ratios matched by rank.
 
         loss_i = -log s(beta (a_i - b_(i)))
 
-    a = log pi/ref of the chosen answers, b of the rejected ones, and b_(i) the rejected
-    log-ratio whose rank in the batch is that of a_i.  The mean asks the distribution of
-    chosen rewards to exceed that of the rejected ones; which answer was compared with
-    which does not matter, so the two sides may be permuted independently.
+    a is log pi/ref of the chosen answers, b that of the rejected ones, and b_(i) the
+    rejected log-ratio with the same rank in the batch as a_i.  Minimizing the mean
+    makes the distribution of chosen rewards exceed that of the rejected ones.  It does
+    not matter which answers were paired, so the two sides may be permuted
+    independently.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -234,11 +236,11 @@ def aot_unpaired(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
-      One loss per pair, at the place of its chosen answer, [*batch], at least float32;
+      One loss per pair, at the index of its chosen answer, [*batch], at least float32;
       >= 0; 0 where not real.
 
     Raises:
@@ -268,12 +270,12 @@ def aot_unpaired(
 
 
 def _dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta, where):
-    """DPO's losses, log 2 where not real, and the mask."""
+    """DPO losses, log 2 where not real, and the mask."""
     h = _common.reward_margin(
         chosen, rejected, reference_chosen, reference_rejected, beta
     )
     where = _common.mask(where, h)
-    # Masked while everything is linear: what is not real has no slope to be NaN.
+    # Masked before the nonlinearity, so that padding cannot cause NaN gradients.
     return _common.logistic_loss(jnp.where(where, h, 0)), where
 
 
@@ -282,18 +284,18 @@ def _soft_minimum(losses: jax.Array, cost: jax.Array, where: jax.Array) -> jax.A
     least = jnp.min(losses, initial=jnp.inf, where=where)
     least = jnp.where(jnp.any(where), least, 0)
     fall = (least - losses) / cost
-    # Near uniform weights log1p keeps what the cost is about to multiply; far from
-    # them the plain mean is the one that does not cancel.
-    little = _common.mean(jnp.expm1(fall), where)
-    whole = _common.mean(jnp.exp(fall), where)
-    return least - cost * jnp.where(little > -0.5, jnp.log1p(little), jnp.log(whole))
+    # Near uniform weights, log1p keeps the precision that the factor `cost` needs; far
+    # from them, the plain mean does not cancel.
+    near = _common.mean(jnp.expm1(fall), where)
+    far = _common.mean(jnp.exp(fall), where)
+    return least - cost * jnp.where(near > -0.5, jnp.log1p(near), jnp.log(far))
 
 
 def _rank_losses(values: jax.Array, others: jax.Array, beta, where) -> jax.Array:
-    """-log s(beta (value - the other of its rank)), ranked among the real pairs."""
+    """-log s(beta (value - other)), with `other` of the same rank among real pairs."""
     _common.positive("beta", beta)
     where = _common.mask(where, values)
-    # What is not real sorts behind everything that is.
+    # Padding sorts last.
     flat = lambda x: replicated(jnp.where(where, x, jnp.inf)).reshape(-1)
     ranks = jnp.argsort(jnp.argsort(flat(values)))
     matched = jnp.sort(flat(others))[ranks].reshape(values.shape)

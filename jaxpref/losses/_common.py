@@ -1,4 +1,4 @@
-"""What every loss shares: promotion, static checks and the log-ratio margin."""
+"""Helpers shared by all losses: promotion, static checks, and the log-ratio margin."""
 
 import numbers
 
@@ -6,23 +6,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
-Pairs = Float[Array, "*batch"]
-"""One number per pair, under any leading axes."""
+PerPair = Float[Array, "*batch"]
+"""One number per pair, with any batch axes."""
 Lengths = Real[Array, "*batch"]
-"""Completion tokens, integer or float."""
+"""Number of completion tokens, integer or float."""
 Scalar = float | int | Float[Array, ""]
-"""A Python number, checked when it is read, or a traced scalar, which cannot be."""
+"""A Python number, whose range is checked, or a traced scalar, which is not checked."""
 Rate = float | int | Float[Array, "*#batch"]
 """One rate for all pairs, or one per pair."""
 Mask = Bool[Array, "*batch"] | None
 """Which pairs are real; None if all are."""
 
 
+def reward_per_token(loss):
+    """Declares that a loss's implicit reward is an average over completion tokens.
+
+    Training then logs rewards in the loss's own convention.
+    """
+    loss.reward_per_token = True
+    return loss
+
+
 def promoted(**arrays) -> tuple[jax.Array, ...]:
-    """The arrays in their common dtype, at least float32; float64 stays float64.
+    """Casts the arrays to their common dtype, at least float32.
 
     Raises:
-      TypeError: if an array does not hold floating-point numbers.
+      TypeError: if an array is not floating point.
       ValueError: if the shapes differ.
     """
     values = {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -35,7 +44,7 @@ def promoted(**arrays) -> tuple[jax.Array, ...]:
 
 
 def same_shape(**arrays) -> None:
-    """Raises ValueError naming every array unless all have one shape."""
+    """Raises a ValueError with all shapes unless they are equal."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -43,7 +52,7 @@ def same_shape(**arrays) -> None:
 
 
 def one_number(name: str, value) -> None:
-    """Raises ValueError for text, and for an array with axes: it would broadcast."""
+    """Raises ValueError for text, and for arrays with axes, which would broadcast."""
     if isinstance(value, str) or jnp.ndim(value):
         got = repr(value) if isinstance(value, str) else f"shape {jnp.shape(value)}"
         raise ValueError(f"Expected {name} to be one number, got {got}.")
@@ -108,10 +117,9 @@ def rates(flip_rate, like: jax.Array) -> jax.Array:
 
 
 def correction(flip_rate, like: jax.Array) -> jax.Array:
-    """What undoes flips at the rate e, e / (1 - 2e); checked as `rates` does.
+    """The factor e / (1 - 2e) that corrects for flips, with the checks of `rates`.
 
-    Of a Python number it is taken before rounding: near 1/2 in float32, 1 - 2e keeps
-    few of its digits.
+    Python numbers are divided in float64: in float32, 1 - 2e loses precision near 1/2.
     """
     rate = rates(flip_rate, like)
     if isinstance(flip_rate, numbers.Real):
@@ -126,15 +134,15 @@ def log_ratios(
     reference_chosen_logps,
     reference_rejected_logps,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each side's log pi/ref, promoted and checked."""
+    """Computes log pi/ref of each answer, promoted and checked."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = promoted(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
         reference_chosen_logps=reference_chosen_logps,
         reference_rejected_logps=reference_rejected_logps,
     )
-    # Policy minus reference first: both are large and nearly equal, so little is lost,
-    # and the difference is exactly 0 where they agree.
+    # Subtract the reference first: both are large and nearly equal, so this loses
+    # little precision, and the difference is exactly 0 where they agree.
     return policy_chosen - reference_chosen, policy_rejected - reference_rejected
 
 
@@ -176,21 +184,21 @@ def logistic_loss(z: jax.Array) -> jax.Array:
 
 
 def flipped_logistic_loss(z: jax.Array, rate: jax.Array) -> jax.Array:
-    """-log((1 - e) s(z) + e s(-z)): a label that is wrong at the rate e."""
-    # In logs, s(z) cannot underflow; at e = 0 the second term is log 0 = -inf, which
-    # logaddexp drops exactly, in the value and in the gradient.
-    kept = jnp.log1p(-rate) + jax.nn.log_sigmoid(z)
+    """-log((1 - e) s(z) + e s(-z)), for a label that is wrong at the rate e."""
+    # In log space s(z) cannot underflow.  At e = 0 the second term is log 0 = -inf,
+    # which logaddexp drops exactly, in the value and in the gradient.
+    correct = jnp.log1p(-rate) + jax.nn.log_sigmoid(z)
     flipped = jnp.log(rate) + jax.nn.log_sigmoid(-z)
-    return -jnp.logaddexp(kept, flipped)
+    return -jnp.logaddexp(correct, flipped)
 
 
 def clipped_exp(x: jax.Array) -> jax.Array:
-    """exp(x), held at exp(80): the largest that float32 carries through a gradient."""
+    """exp(x), clipped at exp(80) so that float32 gradients do not overflow."""
     return jnp.exp(jnp.minimum(x, 80))
 
 
 def scalar(name: str, value, like: jax.Array) -> jax.Array:
-    """One number in the dtype of `like`.
+    """Casts one number to the dtype of `like`.
 
     Raises:
       ValueError: if it has axes, which would broadcast against the pairs.
@@ -200,7 +208,7 @@ def scalar(name: str, value, like: jax.Array) -> jax.Array:
 
 
 def mask(where, like: jax.Array) -> jax.Array:
-    """`where` as booleans in the shape of `like`; all true where it is None.
+    """`where` as booleans in the shape of `like`; all true if it is None.
 
     Raises:
       ValueError: if the shapes differ.
@@ -212,10 +220,10 @@ def mask(where, like: jax.Array) -> jax.Array:
 
 
 def mean(values: jax.Array, where: jax.Array) -> jax.Array:
-    """Mean over every axis of the real pairs; 0 where there is none.
+    """Mean over the real pairs, over all axes; 0 if there are none.
 
-    The batch a coupled loss is defined on is the global one: under `jit` the sum runs
-    over every device.
+    Coupled losses are defined on the global batch: under `jit` the sum runs over all
+    devices.
     """
     total = jnp.sum(jnp.where(where, values, 0))
     return total / jnp.maximum(jnp.sum(where), 1).astype(values.dtype)

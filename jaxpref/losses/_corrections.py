@@ -1,9 +1,10 @@
-"""Corrections for flipped labels that turn any pairwise loss into a robust one.
+"""Label-noise corrections that turn any pairwise loss into a robust one.
 
-All call a loss twice, on the pair and on the pair with its answers exchanged, so a loss
-qualifies if it reads some array for both answers, under names that say which, and looks
-at one pair at a time.  An array that it reads for one answer alone (CPO's
-chosen_lengths) is asked for the other one too, after the loss's own arrays.
+Each correction calls the loss twice: on the pair, and on the pair with its answers
+exchanged.  So the loss must treat pairs independently and read some array for both
+answers, with `chosen` and `rejected` in the names.  If it reads an array for only one
+answer (CPO's chosen_lengths), the corrected loss also takes the array of the other
+answer, after the loss's own arrays.
 """
 
 import inspect
@@ -23,26 +24,25 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
         corrected = [(1 - e) loss(pair) - e loss(exchanged)] / (1 - 2e)
                   = loss(pair) + e / (1 - 2e) [loss(pair) - loss(exchanged)]
 
-    `unbiased(dpo, e)` is `rdpo`.  It keeps the minimiser of the clean loss at the price
-    of a spread that grows as 1 / (1 - 2e).  It may be negative, and is unbounded below
-    where `loss` is unbounded above: stop early, or use `forward_corrected`.  e = 0 is
-    `loss`.
+    `unbiased(dpo, e)` is `rdpo`.  The corrected loss has the minimizer of the clean
+    loss, but its standard deviation grows like 1 / (1 - 2e).  It may be negative, and
+    is unbounded below if `loss` is unbounded above: stop early, or use
+    `forward_corrected`.  e = 0 gives `loss`.
 
     Args:
-      loss: a pairwise loss: a function of arrays that its positional parameters name
-        for both answers (policy_chosen_logps and policy_rejected_logps, chosen_rewards
-        and rejected_rewards, ...), one loss per pair out.
+      loss: a pairwise loss: a function that returns one loss per pair, and whose
+        positional parameters name arrays of both answers (policy_chosen_logps and
+        policy_rejected_logps, chosen_rewards and rejected_rewards, ...).
       flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
         array that broadcasts to one per pair.  Differentiable.
 
     Returns:
-      A function with the parameters of `loss`, and the arrays that it reads for one
-      answer alone for the other one too.
+      A function with the parameters of `loss`, plus the counterparts of arrays that
+      `loss` reads for only one answer.
 
     Raises:
       TypeError: if no array has a counterpart for the other answer, or `loss` couples
-        the pairs of a batch (takes `where`): its mean over independent flips is not
-        made of those two terms.
+        the pairs of a batch (takes `where`), for which the equation does not hold.
       ValueError: if a Python `flip_rate` is outside [0, 1/2); when called, if an array
         of rates does not broadcast to the pairs.  Values in arrays are not checked; 1/2
         in an array gives infinities or NaN.
@@ -52,7 +52,7 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
       >>> from jaxpref.losses import unbiased, ipo
       >>> zero, margin = jnp.zeros(2), jnp.array([3.0, -3.0])
       >>> right, wrong = unbiased(ipo, 0.25)(margin, zero, zero, zero, beta=0.5)
-      >>> print(f"{0.75 * right + 0.25 * wrong:.4f}")  # what ipo gives the right label
+      >>> print(f"{0.75 * right + 0.25 * wrong:.4f}")  # ipo of the clean label
       4.0000
 
     References:
@@ -62,8 +62,8 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
     """
 
     def correct(pair, exchanged):
-        # The second form: the first subtracts two numbers that may nearly cancel and
-        # divides what is left of them by 1 - 2e.
+        # The second form of the equation: in the first, two numbers may nearly cancel,
+        # and the division by 1 - 2e amplifies the error.
         return pair + _common.correction(flip_rate, pair) * (pair - exchanged)
 
     corrected = _in_both_orders(loss, correct, "unbiased")
@@ -78,22 +78,22 @@ def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
         corrected = -log((1 - e) p + e (1 - p))
 
     p is the probability of the label if preferences follow exp(-loss).
-    `forward_corrected(dpo, e)` is `forward_dpo`.  Bounded, between -log(1 - e) and
-    -log e.  Redescending: a pair contradicted strongly is taken for a flip.  Only the
-    difference of the two losses is left, and what they have in common no longer counts:
-    e = 0 is the logistic loss of that difference, which is `loss` for DPO but not IPO.
+    `forward_corrected(dpo, e)` is `forward_dpo`.  The corrected loss is bounded between
+    -log(1 - e) and -log e.  It is redescending: a strongly contradicted pair is treated
+    as a flip.  Only the difference of the two losses matters.  So e = 0 gives the
+    logistic loss of the difference, which is `loss` itself for DPO but not for IPO.
 
     Args:
-      loss: a pairwise loss: a function of arrays that its positional parameters name
-        for both answers (policy_chosen_logps and policy_rejected_logps, chosen_rewards
-        and rejected_rewards, ...), one loss per pair out.
+      loss: a pairwise loss: a function that returns one loss per pair, and whose
+        positional parameters name arrays of both answers (policy_chosen_logps and
+        policy_rejected_logps, chosen_rewards and rejected_rewards, ...).
       flip_rate: e, the probability that a label is wrong; one number in [0, 1/2), or an
         array that broadcasts to one per pair and may hold anything in [0, 1].
-        Differentiable on (0, 1), so that it can be learnt.
+        Differentiable on (0, 1), so that it can be learned.
 
     Returns:
-      A function with the parameters of `loss`, and the arrays that it reads for one
-      answer alone for the other one too.
+      A function with the parameters of `loss`, plus the counterparts of arrays that
+      `loss` reads for only one answer.
 
     Raises:
       TypeError: if no array has a counterpart for the other answer, or `loss` couples
@@ -121,27 +121,27 @@ def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
         return _common.flipped_logistic_loss(z, _common.rates(flip_rate, z))
 
     signature = inspect.signature(logits)
-    return _introduced(corrected, loss, signature, "forward_corrected")
+    return _with_metadata(corrected, loss, signature, "forward_corrected")
 
 
 def gibbs_logits(loss: Callable) -> Callable:
-    """The logit of the preference that `loss` implies: its margin in nats.
+    """The logit of the preference probability that `loss` implies, in nats.
 
         z = loss(exchanged) - loss(pair),    P(y_w is preferred) = s(z)
 
-    Preferences that follow exp(-loss) have it.  DPO: h.  IPO: 2 D / beta.  SimPO:
+    This holds if preferences follow exp(-loss).  DPO: h.  IPO: 2 D / beta.  SimPO:
     log s(m - gamma) - log s(-m - gamma), with m its margin.  CPO: beta times the
-    log-prob margin, plus nll_weight times that of the averages.  Only the difference of
-    the two losses counts; what they have in common does not.
+    log-prob margin, plus nll_weight times the margin of the averages.  Terms that both
+    losses share cancel.
 
     Args:
-      loss: a pairwise loss: a function of arrays that its positional parameters name
-        for both answers (policy_chosen_logps and policy_rejected_logps, chosen_rewards
-        and rejected_rewards, ...), one loss per pair out.
+      loss: a pairwise loss: a function that returns one loss per pair, and whose
+        positional parameters name arrays of both answers (policy_chosen_logps and
+        policy_rejected_logps, chosen_rewards and rejected_rewards, ...).
 
     Returns:
-      A function with the parameters of `loss`, and the arrays that it reads for one
-      answer alone for the other one too; [*batch] out, at least float32.
+      A function with the parameters of `loss`, plus the counterparts of arrays that
+      `loss` reads for only one answer.  It returns [*batch], at least float32.
 
     Raises:
       TypeError: if no array has a counterpart for the other answer, or `loss` couples
@@ -164,15 +164,15 @@ def gibbs_logits(loss: Callable) -> Callable:
 
 
 def _in_both_orders(loss: Callable, combine: Callable, how: str) -> Callable:
-    """`combine(loss(pair), loss(exchanged))`, called as `loss` is."""
+    """`combine(loss(pair), loss(exchanged))`, with the signature of `loss`."""
     name = _name(loss)
     signature = inspect.signature(loss)
     parameters = list(signature.parameters.values())
     reads = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     if "where" in signature.parameters:
         raise TypeError(
-            f"Expected a loss of one pair at a time, got {name}, which couples the "
-            "pairs of a batch: their flips cannot be undone one by one."
+            f"Expected a loss that treats pairs independently, got {name}, which "
+            "couples the pairs of a batch: their flips cannot be corrected one by one."
         )
     others = {array: _other_answer(array) for array in reads}
     alone = [array for array, other in others.items() if other not in others]
@@ -183,8 +183,8 @@ def _in_both_orders(loss: Callable, combine: Callable, how: str) -> Callable:
             f"which reads {missing or ', '.join(reads)}."
         )
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    asked = [inspect.Parameter(others[array], kind) for array in alone]
-    parameters[len(reads) : len(reads)] = asked
+    added = [inspect.Parameter(others[array], kind) for array in alone]
+    parameters[len(reads) : len(reads)] = added
     others |= {others[array]: array for array in alone}
     called_as = signature.replace(parameters=parameters)
 
@@ -196,25 +196,25 @@ def _in_both_orders(loss: Callable, combine: Callable, how: str) -> Callable:
         }
         return combine(loss(**own(arguments)), loss(**own(exchanged)))
 
-    return _introduced(both, loss, called_as, how)
+    return _with_metadata(both, loss, called_as, how)
 
 
-def _introduced(function: Callable, loss: Callable, signature, how: str) -> Callable:
-    """`function` with the name, signature and docstring of `how` applied to `loss`."""
+def _with_metadata(function: Callable, loss: Callable, signature, how: str) -> Callable:
+    """Gives `function` the name and signature of `how` applied to `loss`."""
     function.__name__ = function.__qualname__ = f"{how}_{_name(loss)}"
     function.__signature__ = signature
-    function.__doc__ = f"`{how}` of `{_name(loss)}`, whose parameters it has."
+    function.__doc__ = f"`{how}` of `{_name(loss)}`, with the same parameters."
     return function
 
 
 def _name(loss: Callable) -> str:
-    """Its own name, or that of what a `functools.partial` wraps."""
+    """The name of the loss, or of the function that a `functools.partial` wraps."""
     inner = getattr(loss, "func", loss)
     return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _check_range(flip_rate) -> None:
-    """Raises ValueError for a number out of range; a shape waits for the pairs."""
+    """Raises ValueError for a number out of range; arrays are checked when called."""
     _common.rates(flip_rate if jnp.ndim(flip_rate) == 0 else 0.0, jnp.zeros(()))
 
 

@@ -1,7 +1,8 @@
-"""What to look at beside the loss: ranking, displacement, calibration, divergence.
+"""Diagnostics: ranking, likelihood displacement, calibration, and divergence.
 
-Nothing here is made small.  Everything is one number per pair or per sample and the
-caller averages, but for the calibration error, which is one number for all pairs.
+None of these is a training objective.  Each function returns one number per pair or
+sample, which the caller averages, except the calibration error, which is one number for
+all pairs.
 """
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Mask, Pairs, Scalar
+from jaxpref.losses._common import Lengths, Mask, PerPair, Scalar
 
 __all__ = [
     "brier_score",
@@ -27,17 +28,17 @@ __all__ = [
 Hidden = Float[Array, "*batch width"]
 """One hidden state per answer."""
 Outcomes = Num[Array, "*batch"]
-"""What happened: 1, 0, or 1/2 for a tie."""
+"""Observed outcomes: 1, 0, or 1/2 for a tie."""
 
 
-def ranking_accuracy(chosen_logps: Pairs, rejected_logps: Pairs) -> Pairs:
-    """Whether the policy itself finds the chosen answer at least as likely.
+def ranking_accuracy(chosen_logps: PerPair, rejected_logps: PerPair) -> PerPair:
+    """Whether the chosen answer is at least as likely as the rejected one.
 
         accuracy = 1 if log pi(y_w|x) >= log pi(y_l|x) else 0
 
-    Of log-probs, not of rewards: a policy may be far above its reference on every
-    chosen answer and still prefer the rejected one.  Ties count 1, as in the paper;
-    `reward_accuracies(chosen_logps, rejected_logps)` differs in counting them 1/2.
+    This compares log-probs, not rewards: a policy may be far above its reference on
+    every chosen answer and still prefer the rejected one.  Ties count 1, as in the
+    paper; `reward_accuracies(chosen_logps, rejected_logps)` counts them 1/2.
 
     Args:
       chosen_logps: log pi(y_w|x) summed (or averaged) over completion tokens; [*batch].
@@ -67,27 +68,27 @@ def ranking_accuracy(chosen_logps: Pairs, rejected_logps: Pairs) -> Pairs:
 
 
 def idealized_ranking_accuracy(
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    preference_probabilities: Pairs,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    preference_probabilities: PerPair,
     *,
     beta: Scalar = 0.1,
     eps: Scalar = 1e-3,
-) -> Pairs:
-    """The ranking accuracy of the policy that minimises DPO perfectly.
+) -> PerPair:
+    """The ranking accuracy of the policy that minimizes DPO perfectly.
 
         accuracy = 1 if log(ref(y_w|x) / ref(y_l|x)) + logit(a) / beta > 0 else 0
 
-    The left side is log pi*(y_w|x) / pi*(y_l|x).  Needs no training: what is below 1
-    here, DPO with this reference and this beta cannot learn to rank.
+    The left side is log pi*(y_w|x) / pi*(y_l|x) of the optimal policy.  Needs no
+    training: if a pair has 0, DPO with this reference and beta cannot learn its order.
 
     Args:
       reference_chosen_logps: log ref(y_w|x) summed over completion tokens; [*batch].
       reference_rejected_logps: log ref(y_l|x), the same way; [*batch].
       preference_probabilities: a, the share of annotators who prefer y_w; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      eps: shares are kept this far from 0 and 1, where the logit is infinite; in
-        (0, 1/2).
+      eps: shares are clipped to [eps, 1 - eps], because the logit is infinite at 0 and
+        1; in (0, 1/2).
 
     Returns:
       One of 0 and 1 per pair, [*batch], at least float32; NaN where an input is NaN.
@@ -123,18 +124,19 @@ def idealized_ranking_accuracy(
 
 
 def ranking_difficulty(
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """How small DPO's loss must get before the policy ranks a pair as labelled.
+) -> PerPair:
+    """How small the DPO loss must be for the policy to rank a pair as labeled.
 
         threshold = -log s(beta c),    c = log ref(y_l|x) / ref(y_w|x)
 
-    `ranking_accuracy` is 1 exactly where `dpo` is at most this.  log 2 where the
-    reference is undecided; the smaller, the harder: where the reference prefers the
-    rejected answer by c nats, the loss has to fall to about exp(-beta c).
+    `ranking_accuracy` is 1 exactly if `dpo` is at most this threshold.  It is log 2 if
+    the reference has no preference.  A smaller threshold is harder to reach: if the
+    reference prefers the rejected answer by c nats, the loss has to fall to about
+    exp(-beta c).
 
     Args:
       reference_chosen_logps: log ref(y_w|x) summed over completion tokens; [*batch].
@@ -168,18 +170,18 @@ def ranking_difficulty(
     return _common.logistic_loss(beta * (rejected - chosen))
 
 
-def ches(chosen_hidden_sums: Hidden, rejected_hidden_sums: Hidden) -> Pairs:
-    """The centred hidden embedding similarity of a pair.
+def ches(chosen_hidden_sums: Hidden, rejected_hidden_sums: Hidden) -> PerPair:
+    """The centered hidden embedding similarity of a pair.
 
         score = <S_w, S_l> - ||S_w||^2
 
-    The higher, the more training on the pair tends to lower the likelihood of both
-    answers (likelihood displacement): such pairs are filtered out beforehand.
+    The higher the score, the more training on the pair tends to lower the likelihood of
+    both answers (likelihood displacement).  Such pairs are filtered out beforehand.
 
     Args:
       chosen_hidden_sums: S_w, the sum of the last layer's hidden states at the |y_w|
-        positions that predict a token of y_w, so from the prompt's last token to the
-        last but one of the answer; [*batch, width].
+        positions that predict a token of y_w, from the prompt's last token to the
+        answer's second-to-last; [*batch, width].
       rejected_hidden_sums: S_l, the same for y_l; [*batch, width].
 
     Returns:
@@ -204,7 +206,7 @@ def ches(chosen_hidden_sums: Hidden, rejected_hidden_sums: Hidden) -> Pairs:
         chosen_hidden_sums=chosen_hidden_sums,
         rejected_hidden_sums=rejected_hidden_sums,
     )
-    # One product of the difference: the two terms are large and nearly equal.
+    # Factored, because the two terms are large and nearly equal.
     return jnp.sum(chosen * (rejected - chosen), axis=-1)
 
 
@@ -213,12 +215,12 @@ def length_normalized_ches(
     rejected_hidden_sums: Hidden,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
-) -> Pairs:
+) -> PerPair:
     """`ches` of the means of the hidden states instead of their sums.
 
         score = <S_w, S_l> / (|y_w| |y_l|) - ||S_w||^2 / |y_w|^2
 
-    To compare pairs of different lengths: sums grow with the answer.
+    Use it to compare pairs of different lengths, because sums grow with the length.
 
     Args:
       chosen_hidden_sums: S_w as for `ches`; [*batch, width].
@@ -242,7 +244,7 @@ def length_normalized_ches(
 
     References:
       Razin et al., "Unintentional Unalignment: Likelihood Displacement in Direct
-      Preference Optimization", 2024, arXiv:2410.08847, the length-normalised CHES
+      Preference Optimization", 2024, arXiv:2410.08847, the length-normalized CHES
       score.
       princeton-nlp/unintentional-unalignment, ches/ches.py, `length_normalize`.
     """
@@ -256,12 +258,12 @@ def length_normalized_ches(
     )
 
 
-def brier_score(probabilities: Pairs, outcomes: Outcomes) -> Pairs:
+def brier_score(probabilities: PerPair, outcomes: Outcomes) -> PerPair:
     """Squared error of a predicted probability.
 
         score = (p - outcome)^2
 
-    Its mean is 0 for an oracle and 1/4 for always saying 1/2.
+    Its mean is 0 for an oracle and 1/4 for a constant prediction of 1/2.
 
     Args:
       probabilities: p, that the first answer is preferred, in [0, 1]; [*batch].
@@ -288,24 +290,24 @@ def brier_score(probabilities: Pairs, outcomes: Outcomes) -> Pairs:
 
 
 def expected_calibration_error(
-    probabilities: Pairs,
+    probabilities: PerPair,
     outcomes: Outcomes,
     *,
     bins: int = 10,
     where: Mask = None,
 ) -> Float[Array, ""]:
-    """Distance between how sure the predictions are and how often they are right.
+    """Mean distance between the confidence and the accuracy of predictions.
 
         sum over bins of  pairs in bin / pairs * |accuracy - confidence|
 
-    A prediction is the likelier answer, its confidence max(p, 1 - p) in [1/2, 1]; at
-    p = 1/2 it is half right whatever happens.  Bins are equally wide.
+    The prediction is the more likely answer, and its confidence is max(p, 1 - p) in
+    [1/2, 1].  At p = 1/2 it counts as half right.  The bins have equal widths.
 
     Args:
       probabilities: p, that the first answer is preferred, in [0, 1]; [*batch].
       outcomes: 1 if it was, 0 if not, 1/2 for a tie; [*batch].
       bins: equal-width bins of [1/2, 1]; the upper edge belongs to the next bin.
-      where: which pairs are real; the others may hold anything; [*batch].
+      where: which pairs are real; the others are ignored; [*batch].
 
     Returns:
       One number in [0, 1] for all pairs, [], at least float32; 0 if there is no pair,
@@ -333,13 +335,13 @@ def expected_calibration_error(
     (probabilities,) = _common.promoted(probabilities=probabilities)
     outcomes = _outcomes(probabilities, outcomes)
     where = _common.mask(where, probabilities)
-    # Before any arithmetic: what padding holds must not matter.
+    # Masked before any arithmetic, because padding may hold anything.
     probabilities = jnp.where(where, probabilities, 0.5)
     outcomes = jnp.where(where, outcomes, 0.5)
     confidence = jnp.maximum(probabilities, 1 - probabilities)
     hits = 0.5 + jnp.sign(probabilities - 0.5) * (outcomes - 0.5)
     gaps = jnp.where(where, hits - confidence, 0)
-    # NaN is no bin's: it is put into one, so that it shows.
+    # NaN belongs to no bin; the clip assigns one, so that the result is NaN.
     index = jnp.clip(((confidence - 0.5) * 2 * bins).astype(jnp.int32), 0, bins - 1)
     numbered = jnp.arange(bins).reshape((1,) * index.ndim + (bins,))
     own = index[..., None] == numbered
@@ -347,12 +349,12 @@ def expected_calibration_error(
     return jnp.sum(jnp.abs(sums)) / jnp.maximum(jnp.sum(where), 1).astype(sums.dtype)
 
 
-def kl_k1(log_ratios: Pairs) -> Pairs:
-    """The plain estimate of KL(pi||ref) from a sample of pi.
+def kl_k1(log_ratios: PerPair) -> PerPair:
+    """The simple estimator of KL(pi||ref) from a sample of pi.
 
         k1 = l,    l = log pi(y|x) / ref(y|x),  y ~ pi
 
-    Unbiased; of high variance, and often negative although KL is not.
+    Unbiased, but has high variance and is often negative, although the KL is not.
 
     Args:
       log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
@@ -377,12 +379,12 @@ def kl_k1(log_ratios: Pairs) -> Pairs:
     return log_ratios
 
 
-def kl_k2(log_ratios: Pairs) -> Pairs:
-    """The squared estimate of KL(pi||ref) from a sample of pi.
+def kl_k2(log_ratios: PerPair) -> PerPair:
+    """The squared estimator of KL(pi||ref) from a sample of pi.
 
         k2 = l^2 / 2,    l = log pi(y|x) / ref(y|x),  y ~ pi
 
-    Biased, little where the two are close; of low variance, and >= 0.
+    Has low variance and is >= 0, but is biased (little, if the two are close).
 
     Args:
       log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
@@ -407,13 +409,13 @@ def kl_k2(log_ratios: Pairs) -> Pairs:
     return 0.5 * jnp.square(log_ratios)
 
 
-def kl_k3(log_ratios: Pairs) -> Pairs:
-    """The estimate of KL(pi||ref) from a sample of pi that is unbiased and never < 0.
+def kl_k3(log_ratios: PerPair) -> PerPair:
+    """The unbiased, nonnegative estimator of KL(pi||ref) from a sample of pi.
 
         k3 = exp(-l) - 1 + l,    l = log pi(y|x) / ref(y|x),  y ~ pi
 
     k1 with a control variate: exp(-l) - 1 = ref/pi - 1 has mean 0 under pi.  The
-    exponent -l is clipped at 80: beyond, float32 overflows.
+    exponent -l is clipped at 80 to prevent overflow in float32.
 
     Args:
       log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].

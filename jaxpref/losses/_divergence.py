@@ -1,40 +1,41 @@
 """DPO under divergences other than the reverse KL.
 
-The KL penalty of RLHF may be any f-divergence E_ref[f(pi/ref)]; the optimal policy then
-has the reward beta f'(pi/ref), up to a term of the prompt, and DPO becomes
+The KL penalty of RLHF may be replaced by any f-divergence E_ref[f(pi/ref)].  The
+optimal policy then has the reward beta f'(pi/ref), up to a term that depends only on
+the prompt, and DPO becomes
 
     loss = -log s(beta f'(u_w) - beta f'(u_l)),    u = pi/ref = exp(a)
 
-Constants of f' cancel.  The reverse KL, f'(u) = log u + 1, is `dpo` itself.  Where f'
-is an exponential of the log-ratio a, its exponent is clipped at 80: beyond, float32
-would overflow, and the clipped answer has no gradient any more.
+Constants in f' cancel.  The reverse KL, f'(u) = log u + 1, gives `dpo` itself.  If f'
+is an exponential of the log-ratio a, its exponent is clipped at 80 to prevent overflow
+in float32.  A clipped answer has no gradient.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = ["alpha_dpo", "chi_po", "forward_kl_dpo", "js_dpo"]
 
 
 def forward_kl_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """f-DPO with the forward KL, KL(ref || pi): mass-covering.
 
         loss = -log s(beta f'(u_w) - beta f'(u_l)),    f'(u) = -1 / u,    u = pi/ref
 
-    -1/u is bounded above by 0 and falls exponentially with the log-ratio: an answer
-    that became less likely than under the reference weighs 1/u, one that became more
-    likely soon weighs nothing.  The exponent is clipped at 80: an answer whose
-    log-ratio is below -80 nats has no gradient.
+    The gradient in the log-ratio is proportional to 1/u: large for an answer that has
+    become less likely than under the reference, and soon negligible for one that has
+    become more likely.  The exponent is clipped at 80: an answer whose log-ratio is
+    below -80 nats has no gradient.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -73,20 +74,20 @@ def forward_kl_dpo(
 
 
 def js_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """f-DPO with the Jensen-Shannon divergence.
 
         loss = -log s(beta f'(u_w) - beta f'(u_l)),    f'(u) = log(2u / (1 + u))
 
-    f' is log 2 + log s(a) in the log-ratio a = log u: `dpo` for answers that became
-    less likely, and bounded by log 2 for those that became more likely, which stop
-    pulling.
+    In terms of the log-ratio a = log u, f' is log 2 + log s(a).  This is like `dpo` for
+    answers that have become much less likely.  For answers that have become more
+    likely it is bounded by log 2, and the gradient vanishes.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -125,21 +126,21 @@ def js_dpo(
 
 
 def alpha_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar,
-) -> Pairs:
+) -> PerPair:
     """f-DPO with an alpha-divergence: between the reverse and the forward KL.
 
         loss = -log s(beta f'(u_w) - beta f'(u_l)),    f'(u) = (1 - u^-alpha) / alpha
 
-    alpha -> 0 is `dpo`, alpha -> 1 is `forward_kl_dpo`.  f' is bounded above by
-    1 / alpha and falls like u^-alpha.  The exponent is clipped at 80: an answer whose
-    log-ratio is below -80 / alpha nats has no gradient.
+    alpha -> 0 gives `dpo`, and alpha -> 1 gives `forward_kl_dpo`.  f' is bounded above
+    by 1 / alpha and decreases like -u^-alpha.  The exponent is clipped at 80: an answer
+    whose log-ratio is below -80 / alpha nats has no gradient.
 
     `alpha` is the paper's; TRL's `f_alpha_divergence_coef` is 1 - alpha.
 
@@ -149,7 +150,7 @@ def alpha_dpo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: weight of the divergence, > 0; the default is DPO's.
-      alpha: which divergence, in (0, 1); the paper tries 0.3, 0.5 and 0.7.
+      alpha: order of the divergence, in (0, 1); the paper tries 0.3, 0.5, and 0.7.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -179,33 +180,33 @@ def alpha_dpo(
         reference_rejected_logps,
     )
     alpha = jnp.asarray(alpha, chosen.dtype)
-    # exp(x) - 1 in one function, lest it cancels for small alpha.
+    # expm1 prevents cancellation for small alpha.
     score = lambda ratio: -jnp.expm1(jnp.minimum(-alpha * ratio, 80)) / alpha
     return _common.logistic_loss(_margin(score(chosen), score(rejected), beta))
 
 
 def chi_po(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.05,
     max_reward: Scalar,
-) -> Pairs:
-    """Chi-squared preference optimisation: DPO with the link u + log u.
+) -> PerPair:
+    """Chi-squared preference optimization: DPO with the link u + log u.
 
         loss = -log s(clip(beta f'(u_w) - beta f'(u_l), -2 R, 2 R)),    u = pi/ref
         f'(u) = u + log u,    R = max_reward
 
     The penalty is the KL plus a chi-squared divergence, which grows with the second
-    moment of pi/ref: raising an answer far above the reference is dear, so the policy
-    stays where the data covers it.  `dpo` for answers that became much less likely.
-    Pairs beyond the clip, either way, have no gradient: with flips, a contradicted pair
-    lets go there.
+    moment of pi/ref.  This makes it costly to raise an answer far above the reference,
+    so the policy stays where the data covers it.  For answers that have become much
+    less likely, the loss is like `dpo`.  Pairs beyond the clip on either side have no
+    gradient, including strongly contradicted pairs.
 
-    The exponent in u = exp(a) is clipped at 80, which tells only where both answers
-    rose by more than 80 nats.
+    The exponent in u = exp(a) is clipped at 80, which matters only if both log-ratios
+    exceed 80 nats.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -213,8 +214,8 @@ def chi_po(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: weight of the divergence, > 0; the paper reports 0.05 and 0.005.
-      max_reward: R, the largest reward to be expected, > 0; the logit between two is
-        clipped at twice that.  The paper's R_max, for which it gives no value.
+      max_reward: R, an upper bound on the rewards, > 0; the logit is clipped at twice
+        that.  The paper's R_max, for which it gives no value.
 
     Returns:
       One loss per pair, [*batch], at least float32; in [-log s(2R), -log s(-2R)].

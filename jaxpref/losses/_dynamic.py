@@ -1,11 +1,11 @@
-"""Pairwise losses whose beta or target margin follows the batch."""
+"""Pairwise losses whose beta or target margin adapts to the batch."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Mask, Pairs, Scalar
+from jaxpref.losses._common import Lengths, Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = [
@@ -20,35 +20,36 @@ RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 
 
 def beta_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     running_mean: Scalar,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 0.6,
     where: Mask = None,
-) -> Pairs:
-    """beta-DPO: a beta for the batch, larger where its margins are larger.
+) -> PerPair:
+    """beta-DPO: one beta per batch, which increases with the margins of the batch.
 
         loss_i = -log s(b D_i)
-        b      = max(0.001, beta (1 + alpha (mean D - running_mean))), held fixed
+        b      = max(0.001, beta (1 + alpha (mean D - running_mean))), no gradient
 
-    Mean and loss are over the selected pairs.  One step of the authors' algorithm is
-    `margin_moments`, then `beta_dpo_selection`, then this, its `where` the selection:
-    the moving moments are updated BEFORE they are used.  alpha = 0 is DPO.
+    Mean and loss are over the selected pairs.  One step of the authors' algorithm calls
+    `margin_moments`, then `beta_dpo_selection`, then this function with the selection
+    as `where`.  So the moving moments are updated BEFORE they are used.  alpha = 0
+    gives DPO.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
       policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
-      running_mean: moving mean of the margins D in nats, this batch counted; [].
-      beta: the beta of a batch whose margins are as usual, > 0.
-      alpha: how far beta follows the batch, per nat of margin, >= 0.
-      where: which pairs were selected, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      running_mean: moving mean of the margins D in nats, including this batch; [].
+      beta: the beta of a batch whose mean margin is `running_mean`, > 0.
+      alpha: sensitivity of beta to the batch, per nat of margin, >= 0.
+      where: which pairs were selected, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not selected.
@@ -62,7 +63,7 @@ def beta_dpo(
       >>> import jax.numpy as jnp
       >>> from jaxpref.losses import beta_dpo
       >>> zero, margin = jnp.zeros(2), jnp.array([3.0, 1.0])
-      >>> loss = beta_dpo(margin, zero, zero, zero, 2.0)  # a batch as usual: beta
+      >>> loss = beta_dpo(margin, zero, zero, zero, 2.0)  # b = beta
       >>> [f"{x:.4f}" for x in loss]
       ['0.5544', '0.6444']
 
@@ -82,38 +83,38 @@ def beta_dpo(
     margins = chosen - rejected
     where = _common.mask(where, margins)
     margins = jnp.where(where, margins, 0)
-    usual = _common.scalar("running_mean", running_mean, margins)
+    expected = _common.scalar("running_mean", running_mean, margins)
     beta, alpha = (jnp.asarray(option, margins.dtype) for option in (beta, alpha))
-    excess = _common.mean(margins, where) - usual
+    excess = _common.mean(margins, where) - expected
     batch_beta = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
     losses = _common.logistic_loss(jax.lax.stop_gradient(batch_beta) * margins)
     return jnp.where(where, losses, 0)
 
 
 def margin_moments(
-    margins: Pairs,
+    margins: PerPair,
     running_mean: Scalar,
     running_std: Scalar,
     *,
     momentum: Scalar = 0.9,
     where: Mask = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """beta-DPO's moving mean and standard deviation, one batch further.
+    """Updates beta-DPO's moving mean and standard deviation with one batch.
 
         mean' = momentum mean + (1 - momentum) mean D
         std'  = momentum std + (1 - momentum) std D
 
-    std D is the unbiased one of the batch, 0 for a single pair.  Both start at 0 in the
-    authors' code.  A batch without a real pair changes nothing.  Held fixed in the
-    gradient.
+    std D is the unbiased estimate from the batch, 0 for a single pair.  Both moments
+    start at 0 in the authors' code.  A batch without real pairs changes nothing.  No
+    gradient flows through the moments.
 
     Args:
       margins: D, the log-ratio margins in nats, without beta; [*batch].
       running_mean: the moving mean so far; [].
       running_std: the moving standard deviation so far; [].
-      momentum: the part of the old value that stays, in [0, 1].
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      momentum: weight of the old value, in [0, 1].
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       The new mean and standard deviation, [], at least float32.
@@ -141,21 +142,21 @@ def margin_moments(
     mean = _common.mean(margins, where)
     squares = jnp.sum(jnp.where(where, jnp.square(margins - mean), 0))
     freedom = jnp.maximum(jnp.sum(where) - 1, 1).astype(margins.dtype)
-    stays = jnp.asarray(momentum, margins.dtype)
+    momentum = jnp.asarray(momentum, margins.dtype)
 
-    def moved(name, old, new):
+    def updated(name, old, new):
         old = _common.scalar(name, old, margins)
-        new = stays * old + (1 - stays) * new
+        new = momentum * old + (1 - momentum) * new
         return jax.lax.stop_gradient(jnp.where(jnp.any(where), new, old))
 
     return (
-        moved("running_mean", running_mean, mean),
-        moved("running_std", running_std, jnp.sqrt(squares / freedom)),
+        updated("running_mean", running_mean, mean),
+        updated("running_std", running_std, jnp.sqrt(squares / freedom)),
     )
 
 
 def beta_dpo_selection(
-    margins: Pairs,
+    margins: PerPair,
     running_mean: Scalar,
     running_std: Scalar,
     key: RandomKey,
@@ -163,23 +164,23 @@ def beta_dpo_selection(
     drop_rate: Scalar = 0.2,
     where: Mask = None,
 ) -> Bool[Array, "*batch"]:
-    """beta-DPO's filter: keeps pairs whose margin is usual, drawn without replacement.
+    """beta-DPO's filter: samples pairs with typical margins, without replacement.
 
         P(i drawn next)  proportional to  exp(-((D_i - mean) / std)^2 / 2)
 
-    until n - ceil(drop_rate n) of the n real pairs are drawn.  Drawn as the largest of
-    log-weights plus Gumbel noise, which is the same distribution, so a pair far outside
-    is drawn last and not, its weight having underflowed, never.  The noise belongs to
-    the pair's place in the global batch, however it lies on devices.
+    until n - ceil(drop_rate n) of the n real pairs are drawn.  Uses the Gumbel top-k
+    trick, which has the same distribution.  So an outlier is drawn last, rather than
+    never because its weight underflows.  The noise depends on the position of the pair
+    in the global batch, regardless of its sharding.
 
     Args:
       margins: D, the log-ratio margins in nats, without beta; [*batch].
-      running_mean: moving mean of the margins, as of `margin_moments`; [].
+      running_mean: moving mean of the margins, from `margin_moments`; [].
       running_std: moving standard deviation of the margins; [].
       key: a jax random key.
-      drop_rate: the part of the pairs that is left out, in [0, 1].
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      drop_rate: fraction of the pairs to drop, in [0, 1].
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       Which pairs were drawn, [*batch]; false where not real.
@@ -206,48 +207,48 @@ def beta_dpo_selection(
     where = _common.mask(where, margins)
     mean = _common.scalar("running_mean", running_mean, margins)
     std = _common.scalar("running_std", running_std, margins)
-    # All margins alike give a standard deviation of 0, and an equal chance.
+    # Equal margins have a standard deviation of 0, and equal probabilities.
     std = jnp.maximum(std, jnp.finfo(margins.dtype).tiny)
     distance = jnp.where(margins == mean, 0, (margins - mean) / std)
-    # Far outside is far outside: squares must not overflow to one infinity for all.
+    # Clipped, so that the squares of outliers do not overflow to infinity.
     far = jnp.sqrt(jnp.finfo(margins.dtype).max) / 4
     log_weights = -0.5 * jnp.square(jnp.clip(distance, -far, far))
-    # Against the likeliest, so that the noise is not lost where all are far outside.
-    likeliest = jnp.max(log_weights, initial=-jnp.inf, where=where)
-    log_weights = jnp.where(where, log_weights - likeliest, -jnp.inf)
+    # Relative to the largest, so that the noise matters even if all are outliers.
+    largest = jnp.max(log_weights, initial=-jnp.inf, where=where)
+    log_weights = jnp.where(where, log_weights - largest, -jnp.inf)
     scores = replicated(log_weights).reshape(-1)
     noise = jax.random.gumbel(key, scores.shape, scores.dtype)
     place = jnp.argsort(jnp.argsort(-(scores + noise))).reshape(margins.shape)
     count = jnp.sum(where)
-    # A thousandth, so that 10 * 0.7 in floats does not round up to 8.
+    # Minus 0.001, so that 10 * 0.7 in floating point does not round up to 8.
     dropped = jnp.ceil(count * jnp.asarray(drop_rate, margins.dtype) - 1e-3)
     return where & (place < count - dropped)
 
 
 def gamma_po(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     gamma: Scalar,
     tau: Scalar = 10.0,
     where: Mask = None,
-) -> Pairs:
-    """gamma-PO on DPO: asks more of confident pairs and less of ambiguous ones.
+) -> PerPair:
+    """gamma-PO on DPO: confident pairs get larger target margins than ambiguous ones.
 
         loss_i = -log s(h_i - (g_i - gamma))
 
-    The target margins g_i >= 0 have mean `gamma`, are held fixed, and solve for the
-    batch's reward margins h
+    The target margins g_i >= 0 have mean `gamma`, pass no gradient, and solve
 
         min_p  mean_i -log s(h_i - g_i) + tau KL(p || uniform),    g_i = gamma N p_i
 
-    with p on the simplex: pairs with a large margin are given a larger target.  DPO has
-    no target, so only the departure from the mean counts here.  gamma = 0 and tau ->
-    infinity are DPO.  The problem is convex and solved to rounding on this batch; the
-    authors take 20 mirror-descent steps on this batch and a queue of earlier margins.
+    for the reward margins h of the batch, with p on the simplex.  So pairs with a large
+    margin get a larger target.  DPO has no target, so only the deviation from the mean
+    matters here.  gamma = 0 and tau -> infinity give DPO.  The problem is convex, and
+    is solved to rounding error on this batch.  The authors take 20 mirror-descent steps
+    on this batch and a queue of earlier margins.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -256,9 +257,9 @@ def gamma_po(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       gamma: mean target margin, in units of reward, >= 0.
-      tau: how strongly targets are held together, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      tau: weight of the KL term, which keeps the targets close together, > 0.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not real.
@@ -293,9 +294,10 @@ def gamma_po(
     return jnp.where(where, _common.logistic_loss(h - (targets - gamma)), 0)
 
 
+@_common.reward_per_token
 def gamma_simpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
@@ -303,13 +305,13 @@ def gamma_simpo(
     gamma: Scalar = 4.0,
     tau: Scalar = 10.0,
     where: Mask = None,
-) -> Pairs:
+) -> PerPair:
     """gamma-PO on SimPO: a target margin for each pair, with mean `gamma`.
 
         loss_i = -log s(h_i - g_i)
 
-    h_i is SimPO's difference of average log-probs times beta, and the targets g_i, held
-    fixed, solve the problem of `gamma_po`.  tau -> infinity is `simpo`.
+    h_i is SimPO's difference of average log-probs times beta.  The targets g_i solve
+    the problem of `gamma_po` and pass no gradient.  tau -> infinity gives `simpo`.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -318,9 +320,9 @@ def gamma_simpo(
       rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
       beta: scale of the rewards, > 0.
       gamma: mean target margin, in units of reward, >= 0.
-      tau: how strongly targets are held together, > 0.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      tau: weight of the KL term, which keeps the targets close together, > 0.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0; 0 where not real.
@@ -355,7 +357,7 @@ def gamma_simpo(
         rejected_lengths=rejected_lengths,
     )
     where = _common.mask(where, chosen)
-    # A length that is not real must not divide: its quotient's slope could be NaN.
+    # Never divide by the length of padding: its gradient could be NaN.
     chosen_lengths = jnp.where(where, chosen_lengths, 1)
     rejected_lengths = jnp.where(where, rejected_lengths, 1)
     chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
@@ -366,36 +368,35 @@ def gamma_simpo(
 
 
 def _target_margins(h: jax.Array, gamma, tau, where) -> tuple[jax.Array, jax.Array]:
-    """gamma-PO's mean target and the targets g, held fixed.
+    """gamma-PO's mean target, and the targets g without gradients.
 
-    Where the problem is solved, with u = log(N p) and so g = gamma exp(u), every pair
-    has the same slope  tau u + gamma s(g - h) = v,  and mean exp(u) = 1.  The first
-    gives u for a v, the second then gives v; both rise, so halving finds them.
+    Let u = log(N p), so that g = gamma exp(u).  At the solution, all pairs satisfy
+    tau u + gamma s(g - h) = v  with the same multiplier v, and mean exp(u) = 1.  The
+    first equation gives u for each v, and the second gives v.  Both are increasing, so
+    bisection solves them.
     """
     _common.not_negative("gamma", gamma)
     _common.positive("tau", tau)
     gamma, tau = (jnp.asarray(option, h.dtype) for option in (gamma, tau))
     h = jax.lax.stop_gradient(h)
-    # No pair can have more than all of the target.
-    most = jnp.log(jnp.maximum(jnp.sum(where), 1).astype(h.dtype))
+    # The share p of a pair is at most 1.
+    largest = jnp.log(jnp.maximum(jnp.sum(where), 1).astype(h.dtype))
 
-    def logs(slope):
-        too_low = lambda u: (
-            tau * u + gamma * jax.nn.sigmoid(gamma * jnp.exp(u) - h) < slope
-        )
-        low, high = (slope - gamma) / tau, slope / tau
-        return _halved(too_low, jnp.minimum(low, most), jnp.minimum(high, most))
+    def log_shares(v):
+        too_low = lambda u: tau * u + gamma * jax.nn.sigmoid(gamma * jnp.exp(u) - h) < v
+        low, high = (v - gamma) / tau, v / tau
+        return _bisect(too_low, jnp.minimum(low, largest), jnp.minimum(high, largest))
 
-    too_low = lambda slope: _common.mean(jnp.exp(logs(slope)), where) < 1
-    slope = _halved(too_low, jnp.zeros_like(gamma), gamma)
-    shares = jnp.exp(logs(slope))
-    # The mean to rounding, whatever the slope has lost; 1 where nothing is real.
+    too_low = lambda v: _common.mean(jnp.exp(log_shares(v)), where) < 1
+    v = _bisect(too_low, jnp.zeros_like(gamma), gamma)
+    shares = jnp.exp(log_shares(v))
+    # Normalize, so that the mean is exact despite rounding errors in v.
     mean = jnp.where(jnp.any(where), _common.mean(shares, where), 1)
     return gamma, jax.lax.stop_gradient(gamma * shares / mean)
 
 
-def _halved(too_low, low: jax.Array, high: jax.Array) -> jax.Array:
-    """Where `too_low` turns false between `low` and `high`, to rounding."""
+def _bisect(too_low, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The point between `low` and `high` where `too_low` becomes false."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -403,7 +404,7 @@ def _halved(too_low, low: jax.Array, high: jax.Array) -> jax.Array:
         up = too_low(middle)
         return jnp.where(up, middle, low), jnp.where(up, high, middle)
 
-    # What a loop carries keeps its shape and its layout: those of the answer.
+    # The loop state needs the shape and sharding of the result.
     like = jnp.zeros_like(low) * too_low(low)
     low, high = low + like, high + like
     steps = jnp.finfo(low.dtype).nmant + 8

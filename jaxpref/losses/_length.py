@@ -1,34 +1,35 @@
-"""DPO made less fond of length: normalised, regularised or desensitised.
+"""DPO with less length bias: normalized, regularized, or desensitized.
 
-A summed log-ratio grows with the answer, so DPO pays for length.  The three cures here:
-`ln_dpo` averages over tokens, `r_dpo` charges every token a price, and `ld_dpo` counts
-less what the longer answer adds beyond the length of the shorter.
+A summed log-ratio grows with the length of the answer, so DPO rewards length.  `ln_dpo`
+averages over tokens, `r_dpo` charges a price per token, and `ld_dpo` discounts the
+tokens of the longer answer beyond the length of the shorter one.
 """
 
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 
 __all__ = ["ld_dpo", "length_desensitized", "ln_dpo", "r_dpo"]
 
 
+@_common.reward_per_token
 def ln_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 5.0,
-) -> Pairs:
-    """Length-normalised DPO: log-ratios averaged over completion tokens.
+) -> PerPair:
+    """Length-normalized DPO: log-ratios averaged over completion tokens.
 
         loss = -log s(beta (a_w / |y_w| - a_l / |y_l|)),    a = log pi/ref
 
-    Policy equal to reference gives log 2.  Averages are smaller than sums by the
-    length, hence the large `beta`, which is Tulu 3's.
+    It equals log 2 if the policy equals the reference.  Averages are smaller than sums
+    by a factor of the length, hence the large default of `beta` (from Tulu 3).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -55,7 +56,7 @@ def ln_dpo(
 
     References:
       Lambert et al., "Tulu 3: Pushing Frontiers in Open Language Model Post-Training",
-      2024, arXiv:2411.15124, length-normalised DPO.
+      2024, arXiv:2411.15124, length-normalized DPO.
       Authors' code: allenai/open-instruct, docs/tulu3.md (dpo_norm, beta 5); TRL,
       trl/trainer/dpo_trainer.py, "sigmoid_norm".
     """
@@ -72,25 +73,26 @@ def ln_dpo(
 
 
 def r_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar,
-) -> Pairs:
-    """Length-regularised DPO: a price per token, taken off the reward.
+) -> PerPair:
+    """Length-regularized DPO: a price per token is subtracted from the reward.
 
         loss = -log s(h + alpha (|y_w| - |y_l|)),    h = beta D
 
-    DPO for the reward r(x, y) - alpha |y|: its optimum has r = beta log pi/ref +
-    alpha |y| up to a term of the prompt, and the pair's difference of that is the
-    logit.  So a chosen answer that is longer is in part explained by its length and
-    pulls less; one that is shorter pulls more.  0 is DPO exactly.  Not rDPO, the robust
-    loss for flipped labels, which is `rdpo`.
+    This is DPO for the reward r(x, y) - alpha |y|.  At its optimum, r = beta log pi/ref
+    + alpha |y| up to a term that depends only on the prompt, and the logit is the
+    difference of r between the answers.  So if the chosen answer is longer, its length
+    partly explains the label and the gradient is smaller; if it is shorter, the
+    gradient is larger.  alpha = 0 is exactly DPO.  Not to be confused with rDPO, the
+    robust loss for flipped labels (`rdpo`).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -100,8 +102,8 @@ def r_dpo(
       chosen_lengths: |y_w|, completion tokens; [*batch].
       rejected_lengths: |y_l|, completion tokens; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      alpha: reward that one token costs, >= 0.  It adds up over the difference in
-        lengths, so small values do much; tune it to the data.
+      alpha: price of one token in units of reward, >= 0.  It is multiplied by the
+        difference in lengths, so even small values matter; tune it to the data.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -120,8 +122,8 @@ def r_dpo(
 
     References:
       Park et al., "Disentangling Length from Quality in Direct Preference
-      Optimization", 2024, arXiv:2403.19159, the length-regularised objective; derived
-      above from the length-penalised reward.
+      Optimization", 2024, arXiv:2403.19159, the length-regularized objective; derived
+      above from the length-penalized reward.
     """
     _common.not_negative("alpha", alpha)
     h = _common.reward_margin(
@@ -136,7 +138,7 @@ def r_dpo(
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
     )
-    # Lengths first: unsigned integers would wrap below 0.
+    # Cast first: differences of unsigned integers would wrap around.
     chosen, rejected = (
         jnp.asarray(lengths, h.dtype) for lengths in (chosen_lengths, rejected_lengths)
     )
@@ -144,26 +146,26 @@ def r_dpo(
 
 
 def ld_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    policy_chosen_prefix_logps: Pairs,
-    policy_rejected_prefix_logps: Pairs,
-    reference_chosen_prefix_logps: Pairs,
-    reference_rejected_prefix_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    policy_chosen_prefix_logps: PerPair,
+    policy_rejected_prefix_logps: PerPair,
+    reference_chosen_prefix_logps: PerPair,
+    reference_rejected_prefix_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 0.5,
-) -> Pairs:
-    """Length-desensitised DPO: what the longer answer adds counts alpha.
+) -> PerPair:
+    """Length-desensitized DPO: the tail of the longer answer is weighted by alpha.
 
         loss = -log s(beta (a'_w - a'_l)),    a' = log pi'/ref'
-        log pi' = log pi(prefix) + alpha (log pi - log pi(prefix)), and so for ref
+        log pi' = log pi(prefix) + alpha (log pi - log pi(prefix)), likewise for ref
 
-    The prefix is an answer's first min(|y_w|, |y_l|) tokens: the shorter answer is all
-    prefix, and of the longer one the tail is discounted, under policy and reference
-    alike.  alpha = 1 is DPO; alpha = 0 drops the tail.
+    The prefix consists of the first min(|y_w|, |y_l|) tokens of an answer.  So only the
+    tail of the longer answer is discounted, under both policy and reference.  alpha = 1
+    gives DPO; alpha = 0 drops the tail.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -176,8 +178,8 @@ def ld_dpo(
       reference_rejected_prefix_logps: log ref of the rejected answer's prefix;
         [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      alpha: weight of the tail in [0, 1].  The best value depends on the model; 1/2 is
-        where the paper says to start.
+      alpha: weight of the tail in [0, 1].  The best value depends on the model; the
+        paper suggests starting with 1/2.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -197,12 +199,12 @@ def ld_dpo(
 
     References:
       Liu et al., "Length Desensitization in Direct Preference Optimization", 2024,
-      arXiv:2409.06411, the length-desensitised likelihood.
+      arXiv:2409.06411, the length-desensitized likelihood.
       TRL, trl/trainer/dpo_trainer.py, "ld_alpha": the reference is treated the same.
     """
     _common.positive("beta", beta)
     _common.fraction("alpha", alpha)
-    # One check for all eight, so that whichever is wrong is named.
+    # A single check of all eight, so that the error lists all shapes.
     pc, pr, rc, rr, pc_prefix, pr_prefix, rc_prefix, rr_prefix = _common.promoted(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
@@ -213,26 +215,27 @@ def ld_dpo(
         reference_chosen_prefix_logps=reference_chosen_prefix_logps,
         reference_rejected_prefix_logps=reference_rejected_prefix_logps,
     )
-    # The discount is linear: of the log-ratio it is the log-ratio of the discounted.
-    # In this order what policy and reference share cancels first.
+    # The discount is linear, so it may be applied to log-ratios.  Subtracting the
+    # reference first preserves precision.
     chosen = _discounted(pc - rc, pc_prefix - rc_prefix, alpha)
     rejected = _discounted(pr - rr, pr_prefix - rr_prefix, alpha)
     return _common.logistic_loss(jnp.asarray(beta, chosen.dtype) * (chosen - rejected))
 
 
-def length_desensitized(logps: Pairs, prefix_logps: Pairs, *, alpha: Scalar) -> Pairs:
-    """Log-probs in which what comes after the prefix counts alpha.
+def length_desensitized(
+    logps: PerPair, prefix_logps: PerPair, *, alpha: Scalar
+) -> PerPair:
+    """Log-probs in which the tail after the prefix is weighted by alpha.
 
         out = log pi(prefix) + alpha (log pi - log pi(prefix))
 
-    What `ld_dpo` does to its log-probs, for use with any other loss of summed
-    log-probs.
+    The transform of `ld_dpo`, for use with any other loss of summed log-probs.
 
     Args:
       logps: log pi(y|x) summed over all completion tokens, nats; [*batch].
       prefix_logps: log pi summed over the first tokens of the completion, as many as
         the shorter answer of its pair has, nats; [*batch].
-      alpha: weight of the rest, in [0, 1]; 1 gives `logps`, 0 `prefix_logps`.
+      alpha: weight of the tail, in [0, 1]; 1 gives `logps`, 0 gives `prefix_logps`.
 
     Returns:
       One log-prob per completion in nats, [*batch], at least float32.
@@ -249,7 +252,7 @@ def length_desensitized(logps: Pairs, prefix_logps: Pairs, *, alpha: Scalar) -> 
 
     References:
       Liu et al., "Length Desensitization in Direct Preference Optimization", 2024,
-      arXiv:2409.06411, the length-desensitised likelihood.
+      arXiv:2409.06411, the length-desensitized likelihood.
     """
     _common.fraction("alpha", alpha)
     whole, prefix = _common.promoted(logps=logps, prefix_logps=prefix_logps)
@@ -257,5 +260,5 @@ def length_desensitized(logps: Pairs, prefix_logps: Pairs, *, alpha: Scalar) -> 
 
 
 def _discounted(whole, prefix, alpha):
-    """The prefix in full and alpha of the rest."""
+    """The prefix plus alpha times the tail."""
     return prefix + jnp.asarray(alpha, whole.dtype) * (whole - prefix)

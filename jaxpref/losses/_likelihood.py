@@ -1,10 +1,10 @@
-"""Plain likelihood, and preference losses with a likelihood term beside them.
+"""The likelihood loss, and preference losses with an added likelihood term.
 
-`rpo` and `iterative_rpo` are DPO plus a multiple of `sft` and differ in how they count
-it.  Any other mixture is a sum.  Mixed preference optimisation (MPO), for one, weighs a
-preference, a quality and a generation loss by 0.8, 0.2 and 1 (Wang et al., "Enhancing
-the Reasoning Ability of Multimodal Large Language Models via Mixed Preference
-Optimization", 2024, arXiv:2411.10442):
+`rpo` and `iterative_rpo` are DPO plus `sft` with different weights and normalization.
+Write other mixtures as sums.  For example, mixed preference optimization (MPO) weights
+a preference, a quality, and a generation loss by 0.8, 0.2, and 1 (Wang et al.,
+"Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed
+Preference Optimization", 2024, arXiv:2411.10442):
 
     >>> import jax.numpy as jnp
     >>> from jaxpref.losses import bco_pair, dpo, sft
@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 
 __all__ = ["iterative_rpo", "rpo", "sft"]
 
 
-def sft(policy_chosen_logps: Pairs) -> Pairs:
+def sft(policy_chosen_logps: PerPair) -> PerPair:
     """Negative log-likelihood of the chosen completion: supervised fine-tuning.
 
         loss = -log pi(y_w|x)
@@ -33,8 +33,8 @@ def sft(policy_chosen_logps: Pairs) -> Pairs:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
 
     Returns:
-      One loss per completion in nats, [*batch], at least float32.  Divide the sum by
-      the count of tokens, not of completions, to weigh every token alike.
+      One loss per completion in nats, [*batch], at least float32.  To weight all tokens
+      equally, divide the sum by the number of tokens, not of completions.
 
     Raises:
       TypeError: if the array is not floating point.
@@ -47,32 +47,32 @@ def sft(policy_chosen_logps: Pairs) -> Pairs:
       3.0
 
     References:
-      Maximum likelihood; as the chosen-answer term of preference losses, Pang et al.,
+      Maximum likelihood; as the chosen-answer term of preference losses: Pang et al.,
       "Iterative Reasoning Preference Optimization", 2024, arXiv:2404.19733.
     """
     return _nll(policy_chosen_logps)
 
 
 def rpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
     eta: Scalar = 0.005,
-) -> Pairs:
-    """Regularised preference optimisation: DPO, and the chosen answer's likelihood.
+) -> PerPair:
+    """Regularized preference optimization: DPO plus the chosen answer's likelihood.
 
         loss = -log s(h) - eta beta log pi(y_w|x),    h = beta D
 
-    The likelihood of a baseline policy's answers, here the chosen ones, is what is left
-    of an adversary over reward models: it keeps the policy from answers that only look
-    good because the data is silent about them.  The likelihood is a sum over tokens, as
+    The likelihood of a baseline policy's answers, here the chosen ones, comes from an
+    adversary over reward models.  It keeps the policy away from answers that only seem
+    good because the data does not cover them.  The likelihood is a sum over tokens, as
     in the paper's main results, and is weighted by eta beta, not by eta alone.
 
-    Unlike under DPO, a pair far beyond its margin still pulls its chosen answer up.  A
-    flipped label pulls the worse answer up as hard.
+    Unlike in DPO, the chosen answer of a pair with a large margin still has a gradient.
+    With a flipped label, this gradient raises the worse answer just as much.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -80,7 +80,7 @@ def rpo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      eta: strength of the regulariser relative to the KL penalty, >= 0; 0 is DPO.
+      eta: strength of the regularizer relative to the KL penalty, >= 0; 0 is DPO.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -116,22 +116,22 @@ def rpo(
 
 
 def iterative_rpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 1.0,
-) -> Pairs:
-    """Iterative reasoning preference optimisation: DPO, and the likelihood per token.
+) -> PerPair:
+    """Iterative reasoning preference optimization: DPO plus the likelihood per token.
 
         loss = -log s(h) - alpha log pi(y_w|x) / |y_w|,    h = beta D
 
     The likelihood is averaged over the tokens of each chosen answer, so that long
-    reasoning does not weigh more than short.  The name's iterations, in which the pairs
-    are sampled anew from the trained policy, are the caller's.
+    answers do not get more weight than short ones.  The iterations, in which the
+    trained policy samples new pairs, are up to the caller.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -175,6 +175,6 @@ def iterative_rpo(
 
 
 def _nll(policy_chosen_logps) -> jax.Array:
-    """-log pi(y_w|x), promoted and checked: what every likelihood term is made of."""
+    """-log pi(y_w|x), promoted and checked."""
     (chosen,) = _common.promoted(policy_chosen_logps=policy_chosen_logps)
     return -chosen

@@ -1,9 +1,9 @@
-"""Losses of lists: several answers to a prompt, ranked or graded.
+"""Listwise losses: several answers to a prompt, ranked or graded.
 
-Scores come first, [*lists, items]; as a rule they are implicit rewards
-(`implicit_rewards`), and then a list of two is a pair.  The items' axis is the last one
-and lies whole on each device; lists may be sharded in any way.  Ranks and orders are
-found by comparing all items with each other, so nothing is sorted or moved.
+Scores come first, [*lists, items]; usually they are implicit rewards
+(`implicit_rewards`), and a list of two is then a pair.  The last axis holds the items
+and must not be sharded; lists may be sharded in any way.  Ranks are computed by
+comparing all items with each other, so nothing is sorted or moved.
 """
 
 import jax
@@ -20,17 +20,18 @@ ItemMask = Bool[Array, "*lists items"] | None
 
 
 def plackett_luce(scores: Items, *, where: ItemMask = None) -> Float[Array, "*lists"]:
-    """Negative log-likelihood of a ranking, best item first: list-wise DPO, list-MLE.
+    """Negative log-likelihood of a ranking, best item first: listwise DPO, ListMLE.
 
         loss = sum over i of [log sum over j >= i of exp(s_j)  -  s_i]
 
     The Plackett-Luce model picks the best item by softmax, then the best of the rest,
-    and so on.  With implicit rewards for scores it is DPO of lists; two items give DPO.
-    Convex in the scores, and unbounded: an item ranked far too high pulls for ever.
+    and so on.  With implicit rewards as scores it is listwise DPO; two items give DPO.
+    Convex in the scores and unbounded: the gradient of an item that is ranked far too
+    high does not vanish.
 
     Args:
       scores: one score per item, the best item first; [*lists, items].
-      where: which items are real, the others may hold anything; [*lists, items].
+      where: which items are real; the others are ignored; [*lists, items].
 
     Returns:
       One loss per list, [*lists], at least float32; >= 0, and 0 for lists of one item
@@ -50,7 +51,7 @@ def plackett_luce(scores: Items, *, where: ItemMask = None) -> Float[Array, "*li
     References:
       Rafailov et al., "Direct Preference Optimization", 2023, arXiv:2305.18290, the
       appendix on the Plackett-Luce model.
-      As list-MLE: Liu et al., "LiPO: Listwise Preference Optimization through
+      As ListMLE: Liu et al., "LiPO: Listwise Preference Optimization through
       Learning-to-Rank", 2024, arXiv:2402.01878.
     """
     scores, real, differences = _compared(scores, where)
@@ -62,22 +63,22 @@ def plackett_luce(scores: Items, *, where: ItemMask = None) -> Float[Array, "*li
 def lipo_lambda(
     scores: Items, labels: Labels, *, where: ItemMask = None
 ) -> Float[Array, "*lists"]:
-    """LiPO-lambda: every pair of a list, weighted by what swapping it does to the DCG.
+    """LiPO-lambda: all pairs of a list, weighted by the change in DCG if swapped.
 
         loss = sum over pairs with label_i > label_j of w_ij log(1 + exp(s_j - s_i))
         w_ij = |2^label_i - 2^label_j| |1 / log(1 + t_i) - 1 / log(1 + t_j)|
 
-    t_i is the rank of item i by its current score, 1 for the highest; weights pass no
-    gradient.  Equal scores are ranked as they stand in the list: were they to share a
-    rank, an untrained policy (equal to its reference, all rewards 0) would have no
-    gradient.  Items of equal label are not compared.  Two items give DPO times a
+    t_i is the rank of item i by its current score, 1 for the highest; the weights pass
+    no gradient.  Equal scores are ranked by their position in the list.  If they shared
+    a rank, an untrained policy (equal to its reference, all rewards 0) would have no
+    gradient.  Items with equal labels are not compared.  Two items give DPO times a
     constant.
 
     Args:
-      scores: one score per item, implicit rewards as a rule; [*lists, items].
-      labels: how good each item is, larger is better; the authors scale them to [0, 1];
+      scores: one score per item, usually implicit rewards; [*lists, items].
+      labels: quality of each item, larger is better; the authors scale it to [0, 1];
         [*lists, items].
-      where: which items are real, the others may hold anything; [*lists, items].
+      where: which items are real; the others are ignored; [*lists, items].
 
     Returns:
       One loss per list, [*lists], at least float32; >= 0, and 0 where no two real items
@@ -118,22 +119,22 @@ def lipo_lambda(
 def irpo(
     scores: Items, relevances: Labels, positions: Labels, *, where: ItemMask = None
 ) -> Float[Array, "*lists"]:
-    """In-context ranking preference optimisation, with the weights of NDCG.
+    """In-context ranking preference optimization, with the weights of NDCG.
 
         loss = mean over i of w_i log(1 + mean over j != i of exp(s_j - s_i))
         w_i = (2^relevance_i - 1) / log2(1 + position_i)
 
-    Each relevant item is compared with all others at once, the more so the higher it
-    belongs.  Items of relevance 0 have no term of their own.  Two items of relevances 1
-    and 0, the first at position 1, give half of DPO.  Not the loss of Pang et al. that
-    shares the abbreviation.
+    Each relevant item is compared with all others at once, with a larger weight the
+    higher it should be ranked.  Items of relevance 0 have no term of their own.  Two
+    items of relevances 1 and 0, the first at position 1, give half of DPO.  Not to be
+    confused with the loss of Pang et al. with the same abbreviation (`iterative_rpo`).
 
     Args:
-      scores: one score per item, implicit rewards as a rule; [*lists, items].
+      scores: one score per item, usually implicit rewards; [*lists, items].
       relevances: graded relevance of each item, >= 0; [*lists, items].
-      positions: the place each item belongs to in the list, 1 the first; [*lists,
+      positions: target position of each item in the list, starting at 1; [*lists,
         items].
-      where: which items are real, the others may hold anything; [*lists, items].
+      where: which items are real; the others are ignored; [*lists, items].
 
     Returns:
       One loss per list, [*lists], at least float32; >= 0, and 0 for lists of one item
@@ -189,7 +190,7 @@ def _softplus_sum(differences: jax.Array, where: jax.Array) -> jax.Array:
     top = jnp.max(differences, axis=-1, initial=-jnp.inf, where=where)
     top = jax.lax.stop_gradient(jnp.where(some, top, 0))
     terms = jnp.exp(jnp.where(where, differences - top[..., None], -jnp.inf))
-    # Where nothing is summed, the logarithm and its gradient see a harmless 1.
+    # If nothing is summed, use 1, so that the logarithm's gradient stays finite.
     total = jnp.where(some, jnp.sum(terms, axis=-1), 1)
     return jnp.where(some, jax.nn.softplus(top + jnp.log(total)), 0)
 

@@ -1,28 +1,28 @@
-"""Pairwise losses of the log-ratio margin that take every label at its word."""
+"""Pairwise losses of the log-ratio margin that assume correct labels."""
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 
 __all__ = ["discopop", "dove", "dpo", "exo_pair", "hinge", "ipo", "ipo_averaged"]
 
 
 def dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Direct preference optimisation: the logistic loss of the implicit reward margin.
+) -> PerPair:
+    """Direct preference optimization: the logistic loss of the implicit reward margin.
 
         loss = -log s(h),    h = beta D
 
-    Policy equal to reference gives log 2.  The gradient in h is -s(-h): pairs that are
-    ordered the wrong way round pull hardest, flipped labels among them.
+    It equals log 2 if the policy equals the reference.  The gradient in h is -s(-h):
+    pairs in the wrong order have the largest gradients, including flipped labels.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -59,21 +59,21 @@ def dpo(
 
 
 def dove(
-    policy_chosen_joint_logps: Pairs,
-    policy_rejected_joint_logps: Pairs,
-    reference_chosen_joint_logps: Pairs,
-    reference_rejected_joint_logps: Pairs,
+    policy_chosen_joint_logps: PerPair,
+    policy_rejected_joint_logps: PerPair,
+    reference_chosen_joint_logps: PerPair,
+    reference_rejected_joint_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
+) -> PerPair:
     """DPO over joint instruction-response pairs, each side with its own instruction.
 
         loss = -log s(beta log pi(I_w, R_w)/ref(I_w, R_w)
                       - beta log pi(I_l, R_l)/ref(I_l, R_l))
 
-    The equation is DPO's and so is the code; what differs is what the log-probs count:
-    here they are sums over the tokens of the instruction AND of the response.  With one
-    instruction on both sides its tokens cancel, and the loss is `dpo`.
+    The equation is DPO's, but the log-probs are sums over the tokens of the instruction
+    AND the response.  If both sides have the same instruction, its tokens cancel and
+    the loss is `dpo`.
 
     Args:
       policy_chosen_joint_logps: log pi(I_w, R_w), instruction and response together,
@@ -120,26 +120,26 @@ def dove(
 
 
 def hinge(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.05,
-) -> Pairs:
+) -> PerPair:
     """Hinge loss of the implicit reward margin: SLiC's loss with DPO's reward.
 
         loss = max(0, 1 - h),    h = beta D
 
-    Pairs ordered right by a margin of 1 / beta nats have no gradient; all others pull
-    with the same force, flipped labels among them.  `beta` is the paper's gamma.
+    Pairs in the right order by a margin of 1 / beta nats have no gradient.  All others
+    have the same gradient, including flipped labels.  `beta` is the paper's gamma.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
       policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
-      beta: scale of the implicit reward, > 0; the margin asked for is 1 / beta nats.
+      beta: scale of the implicit reward, > 0; the target margin is 1 / beta nats.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -159,7 +159,7 @@ def hinge(
       Liu et al., "Statistical Rejection Sampling Improves Preference Optimization"
       (RSO), 2023, arXiv:2309.06657, the hinge-norm loss.
       Zhao et al., "SLiC-HF: Sequence Likelihood Calibration with Human Feedback", 2023,
-      arXiv:2305.10425, the hinge on log-probs that it normalises by the reference.
+      arXiv:2305.10425, the hinge on log-probs that it normalizes by the reference.
     """
     h = _common.reward_margin(
         policy_chosen_logps,
@@ -172,24 +172,24 @@ def hinge(
 
 
 def exo_pair(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 1e-3,
-) -> Pairs:
-    """Efficient exact optimisation on pairs: the reverse KL to a smoothed label.
+) -> PerPair:
+    """Efficient exact optimization on pairs: the reverse KL to a smoothed label.
 
         loss = KL(q || p),    q = [s(h), s(-h)],    p = [1 - t, t],    h = beta D
              = s(h) log(s(h) / (1 - t)) + s(-h) log(s(-h) / t)
 
-    DPO takes the other direction, KL(p || q).  `label_smoothing` t is the target's, not
-    a flip rate, and cannot be 0, where the divergence is infinite.  Zero exactly at the
-    margin h = log((1 - t) / t); bounded by -log t.  Gradient in h:
-    s(h) s(-h) (h - log((1 - t) / t)): redescending, so a pair that the policy
-    contradicts strongly hardly pulls.  Not convex in h.
+    DPO uses the other direction, KL(p || q).  `label_smoothing` t smooths the target.
+    It is not a flip rate, and must not be 0, where the divergence is infinite.  The
+    loss is zero only at the margin h = log((1 - t) / t), and bounded by -log t.  The
+    gradient in h is s(h) s(-h) (h - log((1 - t) / t)).  It is redescending: a pair that
+    the policy strongly contradicts has almost no gradient.  Not convex in h.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -197,7 +197,7 @@ def exo_pair(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, the paper's beta_pi, > 0.
-      label_smoothing: t in (0, 1/2), what the target leaves to the rejected answer.
+      label_smoothing: t in (0, 1/2), the target's probability of the rejected answer.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0 up to rounding.
@@ -235,22 +235,22 @@ def exo_pair(
 
 
 def discopop(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.05,
     tau: Scalar = 0.05,
-) -> Pairs:
-    """Discovered preference optimisation: the log-ratio modulated loss (LRML).
+) -> PerPair:
+    """Discovered preference optimization: the log-ratio modulated loss (LRML).
 
         loss = (1 - g) (-log s(h)) + g exp(-h),    g = s(h / tau),    h = beta D
 
-    The logistic loss where the pair is ordered wrong, the exponential where it is
-    ordered right.  Not convex: at h = 0 the two do not meet (log 2 against 1), so the
-    loss climbs from a local minimum a few tau below 0 to a local maximum above it.  A
-    pair that is ordered wrong has to cross that bump, and may stay behind it.
+    Blends the logistic loss, for pairs in the wrong order, with the exponential loss,
+    for pairs in the right order.  Not convex: at h = 0 the two differ (log 2 and 1), so
+    the loss rises from a local minimum a few tau below 0 to a local maximum above it.
+    A pair in the wrong order has to cross this bump, and may get stuck before it.
 
     g exp(-h) is computed as one exponential.  For tau <= 1 it never exceeds 1; for
     tau > 1 it grows without bound as h falls, and the exponent is clipped at 80.
@@ -261,7 +261,7 @@ def discopop(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      tau: width of the passage from one loss to the other, in units of h, > 0.
+      tau: width of the transition from one loss to the other, in units of h, > 0.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -291,34 +291,34 @@ def discopop(
         beta,
     )
     gate = h / jnp.asarray(tau, h.dtype)
-    # In one exponential: s(gate) underflows long before exp(-h) overflows, and 0 times
-    # infinity is not a number.
+    # A single exponential: s(gate) underflows long before exp(-h) overflows, and 0
+    # times infinity is NaN.
     exponential = _common.clipped_exp(jax.nn.log_sigmoid(gate) - h)
     return jax.nn.sigmoid(-gate) * _common.logistic_loss(h) + exponential
 
 
 def ipo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Identity preference optimisation, on summed log-probs as in the paper.
+) -> PerPair:
+    """Identity preference optimization, on summed log-probs as in the paper.
 
         loss = (D - 1 / (2 beta))^2
 
-    The margin is pulled to a finite target instead of to infinity.  `beta` is the
-    paper's tau.  On sums the target is the same for short and long answers;
-    `ipo_averaged` regresses the per-token margin instead and needs another `beta`.
+    The loss regresses the margin onto a finite target.  `beta` is the paper's tau.
+    With sums, the target is the same for short and long answers; `ipo_averaged`
+    regresses the per-token margin instead and needs a different `beta`.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
       policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
-      beta: regularisation strength (tau), > 0; the target margin is 1 / (2 beta) nats.
+      beta: regularization strength (tau), > 0; the target margin is 1 / (2 beta) nats.
 
     Returns:
       One loss per pair in nats squared, [*batch], at least float32; >= 0.
@@ -347,17 +347,18 @@ def ipo(
     return _squared_distance(chosen - rejected, beta)
 
 
+@_common.reward_per_token
 def ipo_averaged(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Identity preference optimisation on log-ratios averaged over completion tokens.
+) -> PerPair:
+    """Identity preference optimization on log-ratios averaged over completion tokens.
 
         loss = (a_w / |y_w| - a_l / |y_l| - 1 / (2 beta))^2,    a = log pi/ref
 
@@ -368,7 +369,7 @@ def ipo_averaged(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
       rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
-      beta: regularisation strength (tau), > 0; the target is 1 / (2 beta) nats a token.
+      beta: regularization strength (tau), > 0; the target: 1 / (2 beta) nats per token.
 
     Returns:
       One loss per pair in (nats per token) squared, [*batch], at least float32; >= 0.
@@ -400,6 +401,6 @@ def ipo_averaged(
 
 
 def _squared_distance(margin: jax.Array, beta) -> jax.Array:
-    """(margin - 1 / (2 beta))^2: what both forms of IPO make small."""
+    """(margin - 1 / (2 beta))^2, the loss of both forms of IPO."""
     _common.positive("beta", beta)
     return jnp.square(margin - 0.5 / jnp.asarray(beta, margin.dtype))

@@ -1,30 +1,31 @@
-"""Pairwise losses that need no reference model."""
+"""Pairwise losses without a reference model."""
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 from jaxpref.losses._sequence import log_odds
 
 __all__ = ["alpha_po", "cpo", "mapo", "orpo", "simpo"]
 
 
+@_common.reward_per_token
 def simpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 2.0,
     gamma: Scalar = 0.5,
-) -> Pairs:
-    """Simple preference optimisation: no reference, average log-probs, a target margin.
+) -> PerPair:
+    """Simple preference optimization: no reference, average log-probs, a target margin.
 
         loss = -log s(beta log pi(y_w|x) / |y_w| - beta log pi(y_l|x) / |y_l| - gamma)
 
-    `gamma` is the margin itself, as in the paper's objective, not the ratio gamma/beta
-    that the authors tune.  The defaults are those of their training code (ratio 0.25).
+    `gamma` is the margin, as in the paper's objective, not the ratio gamma/beta that
+    the authors tune.  The defaults are those of their training code (ratio 0.25).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -58,26 +59,27 @@ def simpo(
     return _beyond_target(chosen - rejected, beta, gamma)
 
 
+@_common.reward_per_token
 def alpha_po(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     alpha: Scalar = 0.25,
     beta: Scalar = 2.5,
     gamma: Scalar = 0.25,
-) -> Pairs:
-    """AlphaPO: SimPO with a reward whose shape is a parameter.
+) -> PerPair:
+    """AlphaPO: SimPO with a parameter for the shape of the reward.
 
         loss = -log s(beta (r_w - r_l) - gamma)
         r = (1 - p^-alpha) / alpha,    log p = log pi(y|x) / |y|
 
-    alpha = 0 is SimPO's r = log p, alpha = -1 the linear reward.  The reward's slope is
-    p^-alpha: for alpha > 0 it grows as an answer gets unlikely.  The exponent
-    -alpha log p is held at 80, the largest that float32 carries through a gradient.
-    The defaults are those reported for Mistral-7B-Instruct (tuned as gamma / beta,
-    there 0.1).
+    alpha = 0 gives SimPO's r = log p, and alpha = -1 the linear reward.  The derivative
+    dr/dlog p is p^-alpha: for alpha > 0 it grows as the answer becomes less likely.
+    The exponent -alpha log p is clipped at 80, so that float32 gradients do not
+    overflow.  The defaults are those reported for Mistral-7B-Instruct (tuned as gamma /
+    beta = 0.1).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -115,7 +117,7 @@ def alpha_po(
     alpha = jnp.asarray(alpha, chosen.dtype)
 
     def reward(logp):
-        # expm1 keeps what a small alpha leaves of 1 - p^-alpha; at 0 it is the limit.
+        # expm1 prevents cancellation for small alpha; alpha = 0 is the limit.
         power = jnp.expm1(jnp.minimum(-alpha * logp, 80))
         return jnp.where(alpha == 0, logp, -power / jnp.where(alpha == 0, 1, alpha))
 
@@ -123,21 +125,22 @@ def alpha_po(
 
 
 def cpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     nll_weight: Scalar = 1.0,
-) -> Pairs:
-    """Contrastive preference optimisation: no reference, and a likelihood term.
+) -> PerPair:
+    """Contrastive preference optimization: no reference, plus a likelihood term.
 
         loss = -log s(beta (log pi(y_w|x) - log pi(y_l|x))) - c log pi(y_w|x) / |y_w|
 
-    DPO under a uniform reference, held near the data by the likelihood of the chosen
-    answer.  The preference term reads sums; the likelihood term, as in the authors' and
-    TRL's code, is a mean over tokens (theirs over all chosen tokens of a batch, here
-    over those of each answer; the paper writes the sum).  Its weight c is `nll_weight`.
+    DPO with a uniform reference, kept near the data by the likelihood of the chosen
+    answer.  The preference term uses sums.  The likelihood term, with weight c =
+    `nll_weight`, is a mean over tokens, as in the authors' and TRL's code; the paper
+    writes a sum.  Their mean is over all chosen tokens of a batch, and here it is over
+    the tokens of each answer.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -177,22 +180,23 @@ def cpo(
     return _common.logistic_loss(beta * (chosen - rejected)) - weight * average
 
 
+@_common.reward_per_token
 def orpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Odds-ratio preference optimisation: fine-tuning with a preference term beside it.
+) -> PerPair:
+    """Odds-ratio preference optimization: fine-tuning plus a preference term.
 
         loss = -a_w - beta log s(log odds(a_w) - log odds(a_l))
         log odds(a) = a - log(1 - exp(a)),    a = log pi(y|x) / |y|
 
-    `beta` is the paper's lambda, as in TRL: it weighs the preference term and is no
-    temperature.  The likelihood term is the mean over the answer's tokens.  Averages
-    above -1e-6 count as -1e-6 in the odds, which have no bound at 0; see `log_odds`.
+    `beta` is the paper's lambda, as in TRL: the weight of the preference term, not a
+    temperature.  The likelihood term is a mean over the answer's tokens.  In the odds,
+    averages are clipped at -1e-6, because the odds diverge at 0; see `log_odds`.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -228,24 +232,25 @@ def orpo(
     )
 
 
+@_common.reward_per_token
 def mapo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
     beta: Scalar = 0.1,
     scale: Scalar = 1.0,
-) -> Pairs:
-    """Margin-aware preference optimisation, its likelihood margin for language models.
+) -> PerPair:
+    """Margin-aware preference optimization, adapted from diffusion to language models.
 
         loss = x_w - beta log s(scale (g(x_w) - g(x_l)))
         g(x) = x / (exp(x) - 1),    x = -log pi(y|x) / |y|
 
-    g falls from 1 at x = 0 to 0, so that the margin is in (-1, 1) and an answer that is
-    already unlikely pulls no more.  Derived here from the authors' loss for diffusion
-    models: where they have the squared error of the noise and the number of denoising
-    steps, this has the negative log-likelihood of a token and `scale`, 1 by default.
+    g decreases from 1 at x = 0 to 0, so the margin is in (-1, 1), and the gradient of
+    an unlikely answer vanishes.  Adapted from the authors' loss for diffusion models:
+    the negative log-likelihood per token replaces the squared error of the noise, and
+    `scale` (1 by default) replaces the number of denoising steps.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) SUMMED over completion tokens, nats; [*batch].
@@ -253,7 +258,7 @@ def mapo(
       chosen_lengths: |y_w|, completion tokens; 0 counts as 1; [*batch].
       rejected_lengths: |y_l|, completion tokens; 0 counts as 1; [*batch].
       beta: weight of the margin term, > 0.
-      scale: what the margin is multiplied with, > 0.
+      scale: factor of the margin, > 0.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -287,7 +292,7 @@ def mapo(
 def _averages(
     policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
 ) -> tuple[jax.Array, jax.Array]:
-    """Each side's log pi per token, promoted and checked."""
+    """Computes log pi per token of each answer, promoted and checked."""
     chosen, rejected = _common.promoted(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
@@ -309,7 +314,7 @@ def _beyond_target(difference: jax.Array, beta, gamma) -> jax.Array:
 def _likelihood_and_margin(
     average: jax.Array, margin: jax.Array, *, weight
 ) -> jax.Array:
-    """Negative log-likelihood per token, and a margin's logistic loss beside it."""
+    """Negative log-likelihood per token plus the weighted logistic loss of a margin."""
     _common.positive("beta", weight)
     return jnp.asarray(weight, margin.dtype) * _common.logistic_loss(margin) - average
 
@@ -318,10 +323,10 @@ def _x_over_expm1(x: jax.Array) -> jax.Array:
     """X / (exp(x) - 1), finite with finite gradients for every finite x; 1 at 0."""
     t = jnp.abs(x)
     small = t < 0.25
-    # Bernoulli's series: near 0 the quotient's gradient is a difference of large terms.
+    # Bernoulli series: near 0 the quotient's gradient is a difference of large terms.
     t2 = jnp.where(small, t, 0) ** 2
     series = 1 - t / 2 + t2 / 12 * (1 - t2 / 60 * (1 - t2 / 42 * (1 - t2 / 40)))
     away = jnp.where(small, 1.0, t)
     quotient = away * jnp.exp(-away) / -jnp.expm1(-away)
-    # g(-t) = t + g(t), so that only falling exponentials are needed.
+    # g(-t) = t + g(t), so only decaying exponentials are needed.
     return jnp.maximum(-x, 0) + jnp.where(small, series, quotient)

@@ -1,7 +1,7 @@
-"""Losses that train reward models: a number for an answer, learnt from comparisons.
+"""Losses for training reward models from comparisons and ratings.
 
-They read rewards, not log-probs, so each also trains a policy when it is given
-`implicit_rewards`: `bradley_terry` of them is `dpo`.
+They read rewards, not log-probs.  With `implicit_rewards` they also train a policy:
+`bradley_terry` of implicit rewards is `dpo`.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = [
     "bradley_terry",
@@ -24,20 +24,21 @@ __all__ = [
 ]
 
 Labels = Real[Array, "*batch"]
-"""What annotators said beside the order, one number per pair, integer or float."""
+"""Annotations other than the order, one number per pair, integer or float."""
 Embeddings = Float[Array, "*batch embedding"]
 """One vector of even length per answer."""
 Eigenscales = Float[Array, "*batch planes"] | None
-"""One weight for each two coordinates of the embeddings; None if all are 1."""
+"""One weight per plane (two coordinates of the embeddings); None if all are 1."""
 
 
-def bradley_terry(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
-    """The likelihood of the label under the Bradley-Terry model.
+def bradley_terry(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:
+    """Negative log-likelihood of the label under the Bradley-Terry model.
 
         loss = -log s(r_w - r_l)
 
-    Equal rewards give log 2.  Rewards are learnt up to a constant of the prompt: see
-    `center_rewards`.  A contradicted pair pulls with s(r_l - r_w), up to 1.
+    Equal rewards give log 2.  Rewards are identified only up to a constant per prompt;
+    see `center_rewards`.  The magnitude of the gradient is s(r_l - r_w), up to 1 for a
+    contradicted pair.
 
     Args:
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
@@ -67,9 +68,9 @@ def bradley_terry(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
 
 
 def margin_bradley_terry(
-    chosen_rewards: Pairs, rejected_rewards: Pairs, preference_margins: Labels
-) -> Pairs:
-    """Bradley-Terry with an annotated margin that the rewards must differ by.
+    chosen_rewards: PerPair, rejected_rewards: PerPair, preference_margins: Labels
+) -> PerPair:
+    """Bradley-Terry with an annotated target margin.
 
         loss = -log s(r_w - r_l - m)
 
@@ -106,16 +107,16 @@ def margin_bradley_terry(
 
 
 def scaled_bradley_terry(
-    chosen_rewards: Pairs, rejected_rewards: Pairs, preference_strengths: Labels
-) -> Pairs:
-    """Bradley-Terry weighted by how strong the annotated preference is.
+    chosen_rewards: PerPair, rejected_rewards: PerPair, preference_strengths: Labels
+) -> PerPair:
+    """Bradley-Terry weighted by the strength of the annotated preference.
 
         loss = -m log s(r_w - r_l)
 
-    As if a pair had been drawn m times.  Unlike a margin, the strength says nothing
-    about how far apart the rewards must be.  A strength of 1 is `bradley_terry`.  The
-    paper's best reward model starts from one trained by `reward_regression` and is then
-    trained by this loss: the two follow each other and are not added.
+    Equivalent to m copies of the pair.  Unlike a margin, the strength is not a target
+    for the difference of the rewards.  A strength of 1 is `bradley_terry`.  The paper's
+    best reward model is first trained by `reward_regression` and then by this loss: the
+    two are applied in sequence, not added.
 
     Args:
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
@@ -146,27 +147,27 @@ def scaled_bradley_terry(
 
 
 def rao_kupper(
-    chosen_rewards: Pairs,
-    rejected_rewards: Pairs,
+    chosen_rewards: PerPair,
+    rejected_rewards: PerPair,
     ties: Labels,
     *,
     theta: Scalar = 3.0,
-) -> Pairs:
-    """The likelihood of a win or of a tie where small differences are not perceived.
+) -> PerPair:
+    """Likelihood of wins and ties under the Rao-Kupper model (perception threshold).
 
         loss = -(1 - t) log P(win) - t log P(tie)
         P(win) = s(d - a),  P(tie) = (theta^2 - 1) s(d - a) s(-d - a)
 
-    with d = r_w - r_l and a = log theta, the threshold of perception in nats.  Tied
-    pairs pull the rewards together.  Without ties, theta -> 1 is `bradley_terry`.  The
-    default makes equal answers tie half of the time, (theta - 1) / (theta + 1) = 1/2.
+    with d = r_w - r_l and the perception threshold a = log theta in nats.  Ties draw
+    the rewards together.  Without ties, theta -> 1 gives `bradley_terry`.  With the
+    default, equal answers tie half of the time: (theta - 1) / (theta + 1) = 1/2.
 
     Args:
-      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  In a tie the
-        order does not matter.
+      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  The order
+        does not matter in a tie.
       rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
-      ties: t, 1 where the annotator called a tie, 0 where not; anything between is the
-        share of annotators who did; [*batch].
+      ties: t, 1 for a tie, 0 otherwise; values in between are the share of annotators
+        who called a tie; [*batch].
       theta: how often answers tie, > 1.
 
     Returns:
@@ -193,36 +194,36 @@ def rao_kupper(
     difference = _common.reward_difference(chosen_rewards, rejected_rewards)
     labels = _labels(difference, ties=ties)
     threshold = jnp.log(jnp.asarray(theta, difference.dtype))
-    # Of a Python number taken before rounding: near 1 nothing may be left of it.
+    # Python numbers are multiplied in float64, for precision near theta = 1.
     odds = jnp.log(jnp.asarray((theta - 1) * (theta + 1), difference.dtype))
     win = _common.logistic_loss(difference - threshold)
-    # A tie is a win and a loss at once, times a constant.
+    # P(tie) is a constant times the product of win and loss probabilities.
     lost = _common.logistic_loss(-difference - threshold)
     return win + labels * (lost - odds)
 
 
 def davidson(
-    chosen_rewards: Pairs,
-    rejected_rewards: Pairs,
+    chosen_rewards: PerPair,
+    rejected_rewards: PerPair,
     ties: Labels,
     *,
     nu: Scalar = 2.0,
-) -> Pairs:
-    """The likelihood of a win or of a tie where ties do not change the odds of a win.
+) -> PerPair:
+    """Likelihood of wins and ties under the Davidson model (ties keep the win odds).
 
         loss = -(1 - t) log P(win) - t log P(tie)
         P(win) : P(loss) : P(tie) = exp(d) : 1 : nu exp(d / 2)
 
-    with d = r_w - r_l: a tie has the geometric mean of the two answers' weights.  Tied
-    pairs pull the rewards together.  Without ties, nu -> 0 is `bradley_terry`.  The
-    default makes equal answers tie half of the time, nu / (2 + nu) = 1/2.
+    with d = r_w - r_l: the weight of a tie is nu times the geometric mean of the other
+    two.  Ties draw the rewards together.  Without ties, nu -> 0 gives `bradley_terry`.
+    With the default, equal answers tie half of the time: nu / (2 + nu) = 1/2.
 
     Args:
-      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  In a tie the
-        order does not matter.
+      chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  The order
+        does not matter in a tie.
       rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
-      ties: t, 1 where the annotator called a tie, 0 where not; anything between is the
-        share of annotators who did; [*batch].
+      ties: t, 1 for a tie, 0 otherwise; values in between are the share of annotators
+        who called a tie; [*batch].
       nu: how often answers tie, > 0.
 
     Returns:
@@ -255,13 +256,13 @@ def davidson(
     return win + labels * (half - weight)
 
 
-def reward_regression(rewards: Pairs, targets: Labels) -> Pairs:
-    """Squared distance of a reward from a rating.
+def reward_regression(rewards: PerPair, targets: Labels) -> PerPair:
+    """Squared error of a predicted rating.
 
         loss = (r - target)^2
 
-    For a model that predicts several attributes the last axis may hold them.  To train
-    on ratings and on preferences at once add `bradley_terry` of the same rewards.
+    The last axis may hold several predicted attributes.  To train on ratings and
+    preferences together, add `bradley_terry` of the same rewards.
 
     Args:
       rewards: predicted ratings; [*batch].
@@ -290,14 +291,14 @@ def reward_regression(rewards: Pairs, targets: Labels) -> Pairs:
     return jnp.square(rewards - jnp.asarray(targets, rewards.dtype))
 
 
-def center_rewards(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
-    """A penalty that fixes the constant which comparisons leave open.
+def center_rewards(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:
+    """A penalty that fixes the constant that comparisons do not determine.
 
         loss = (r_w + r_l)^2
 
-    To be added with a small weight: `bradley_terry(w, l) + 0.01 * center_rewards(w, l)`
-    (0.01 is TRL's advice).  Bradley-Terry sees differences alone, and this term is
-    smallest where the rewards of a pair have mean 0.
+    Add it with a small weight: `bradley_terry(w, l) + 0.01 * center_rewards(w, l)` (TRL
+    recommends 0.01).  Bradley-Terry depends only on differences, and this term is
+    smallest if the rewards of a pair have mean 0.
 
     Args:
       chosen_rewards: r_w, rewards of the chosen answers; [*batch].
@@ -333,20 +334,21 @@ def skew_symmetric_score(
     rejected_embeddings: Embeddings,
     *,
     eigenscales: Eigenscales = None,
-) -> Pairs:
-    """By how much one embedded answer is preferred to another, cycles allowed.
+) -> PerPair:
+    """A score of one embedded answer over another that allows cyclic preferences.
 
         score = sum over planes p of  c_p (w_2p l_2p+1 - w_2p+1 l_2p)
 
-    Swapping the answers turns its sign, and an answer against itself scores 0.  Three
-    answers a third of a turn apart in one plane beat each other in a circle, which no
-    reward can say.  Planes enough make every skew-symmetric table of scores.
+    Swapping the answers flips the sign, and an answer scores 0 against itself.  Three
+    answers at angles of 120 degrees in one plane beat each other in a cycle, which no
+    reward can represent.  With enough planes, it represents any skew-symmetric matrix
+    of scores.
 
     Args:
       chosen_embeddings: w; [*batch, 2k].  The authors scale them to unit length.
       rejected_embeddings: l; [*batch, 2k].
       eigenscales: c >= 0, the weight of each plane for this prompt; [*batch, k]; None
-        counts all alike.
+        for equal weights.
 
     Returns:
       One score per pair, [*batch], at least float32.
@@ -376,8 +378,8 @@ def general_preference(
     *,
     tau: Scalar = 0.1,
     eigenscales: Eigenscales = None,
-) -> Pairs:
-    """Bradley-Terry on a skew-symmetric score instead of a difference of rewards.
+) -> PerPair:
+    """Bradley-Terry with a skew-symmetric score instead of a difference of rewards.
 
         loss = -log s(score / tau),    score = skew_symmetric_score
 

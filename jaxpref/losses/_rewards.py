@@ -1,21 +1,21 @@
-"""What a policy's log-probs say about the answers: rewards, margins, accuracies."""
+"""Implicit rewards of a policy, reward margins, and accuracies."""
 
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = ["implicit_rewards", "reward_accuracies", "reward_margins"]
 
 
 def implicit_rewards(
-    policy_logps: Pairs, reference_logps: Pairs, *, beta: Scalar = 0.1
-) -> Pairs:
-    """The reward that a policy trained by DPO stands for.
+    policy_logps: PerPair, reference_logps: PerPair, *, beta: Scalar = 0.1
+) -> PerPair:
+    """The implicit reward of a policy trained by DPO.
 
         reward = beta log(pi(y|x) / ref(y|x))
 
-    Known up to a term that depends on the prompt alone and cancels within a pair.
+    Determined up to a term that depends only on the prompt and cancels within a pair.
 
     Args:
       policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
@@ -45,7 +45,7 @@ def implicit_rewards(
     return jnp.asarray(beta, policy.dtype) * (policy - reference)
 
 
-def reward_margins(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
+def reward_margins(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:
     """Chosen minus rejected reward.
 
     Args:
@@ -68,11 +68,11 @@ def reward_margins(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
     return _common.reward_difference(chosen_rewards, rejected_rewards)
 
 
-def reward_accuracies(chosen_rewards: Pairs, rejected_rewards: Pairs) -> Pairs:
-    """Whether each pair is ordered as labelled: 1 yes, 0 no, 1/2 for a tie.
+def reward_accuracies(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:
+    """Whether each pair is ordered as labeled: 1 yes, 0 no, 1/2 for a tie.
 
-    A tie counts half, so an untrained policy (equal to its reference) scores 1/2, as
-    guessing does, and not 0.
+    A tie counts 1/2, so an untrained policy (equal to its reference) scores 1/2, as
+    guessing does, rather than 0.
 
     Args:
       chosen_rewards: rewards of the chosen answers; [*batch].

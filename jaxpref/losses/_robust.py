@@ -1,36 +1,37 @@
-"""DPO under labels that may be wrong.
+"""DPO with labels that may be wrong.
 
-With a known flip rate e the first three differ in what they correct: `cdpo` smooths the
-label, `rdpo` corrects the loss so that its mean over flips is the clean DPO loss, and
-`forward_dpo` corrects the model of the label, so that it is the likelihood of what was
-observed.  `ropo` knows no rate: it adds a loss whose direction flips do not change.
+The first three losses use a known flip rate e.  `cdpo` smooths the label.  `rdpo`
+corrects the loss, so that its mean over flips is the clean DPO loss.  `forward_dpo`
+corrects the model of the label, which gives the likelihood of the observed label.
+`ropo` needs no rate: it adds a loss whose mean gradient keeps its direction under
+flips.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Rate, Scalar
+from jaxpref.losses._common import PerPair, Rate, Scalar
 
 __all__ = ["cdpo", "forward_dpo", "rdpo", "ropo"]
 
 
 def cdpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     flip_rate: Rate,
-) -> Pairs:
+) -> PerPair:
     """Conservative DPO: cross-entropy with the label smoothed by the flip rate.
 
         loss = -(1 - e) log s(h) - e log s(-h)  =  -log s(h) + e h
 
-    The minimum is at the finite margin h = log((1 - e) / e).  Smoothing shrinks: under
-    flips at rate e its minimiser is nearer to 0 than DPO's, not nearer to the truth.
-    Gradient in h: -(s(-h) - e).
+    The minimum is at the finite margin h = log((1 - e) / e).  Smoothing shrinks the
+    margin: under flips at rate e, its minimizer is closer to 0 than DPO's, not closer
+    to the truth.  Gradient in h: -(s(-h) - e).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -39,7 +40,7 @@ def cdpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
-        array that broadcasts to one per pair.  0 is DPO exactly.
+        array that broadcasts to one per pair.  0 is exactly DPO.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -72,22 +73,22 @@ def cdpo(
 
 
 def rdpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     flip_rate: Rate,
-) -> Pairs:
+) -> PerPair:
     """Provably robust DPO: its mean over label flips is the DPO loss of clean labels.
 
         loss = [-(1 - e) log s(h) + e log s(-h)] / (1 - 2e)
              = -log s(h) - e / (1 - 2e) h
 
-    Unbounded below: the loss may be negative and, on separable data, falls for ever as
-    h grows.  Stop early, or use `forward_dpo`, which is bounded.  Its variance carries
-    1 / (1 - 2e)^2.  Gradient in h: -(s(-h) + e / (1 - 2e)).
+    Unbounded below: the loss may be negative and, on separable data, decreases without
+    limit as h grows.  Stop early, or use `forward_dpo`, which is bounded.  Its variance
+    grows like 1 / (1 - 2e)^2.  Gradient in h: -(s(-h) + e / (1 - 2e)).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -96,7 +97,7 @@ def rdpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       flip_rate: e in [0, 1/2), the probability that a label is wrong; one number, or an
-        array that broadcasts to one per pair.  0 is DPO exactly.
+        array that broadcasts to one per pair.  0 is exactly DPO.
 
     Returns:
       One loss per pair, [*batch], at least float32.
@@ -126,27 +127,27 @@ def rdpo(
         reference_rejected_logps,
         beta,
     )
-    # The second form: the first subtracts two logistic losses that nearly cancel and
-    # divides what is left of them by 1 - 2e.
+    # The second form of the equation: in the first, two logistic losses nearly cancel,
+    # and the division by 1 - 2e amplifies the error.
     return _common.logistic_loss(h) - _common.correction(flip_rate, h) * h
 
 
 def forward_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     flip_rate: Rate,
-) -> Pairs:
+) -> PerPair:
     """Forward-corrected DPO: the likelihood of the observed, possibly flipped, label.
 
         loss = -log((1 - e) s(h) + e s(-h))
 
-    Bounded: between -log(1 - e) and -log e.  Redescending: for e > 0 a pair that the
-    policy contradicts strongly is taken for a flip and stops pulling.  Not convex in h.
-    Gradient in h: -(1 - 2e) s(h) s(-h) / ((1 - e) s(h) + e s(-h)).
+    Bounded between -log(1 - e) and -log e.  Redescending: for e > 0, a pair that the
+    policy strongly contradicts is treated as a flip, and its gradient vanishes.  Not
+    convex in h.  Gradient in h: -(1 - 2e) s(h) s(-h) / ((1 - e) s(h) + e s(-h)).
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -155,9 +156,9 @@ def forward_dpo(
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
       flip_rate: e, the probability that a label is wrong; one number in [0, 1/2), or an
-        array that broadcasts to one per pair.  0 is DPO exactly.  Arrays may hold
-        anything in [0, 1]: at 1/2 the pair has no gradient, beyond it the label counts
-        as inverted.  Differentiable in `flip_rate` on (0, 1).
+        array that broadcasts to one per pair.  0 is exactly DPO.  Arrays may hold any
+        values in [0, 1]: at 1/2 the pair has no gradient, and above 1/2 the label is
+        inverted.  Differentiable in `flip_rate` on (0, 1).
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -191,23 +192,23 @@ def forward_dpo(
 
 
 def ropo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 14.0,
-) -> Pairs:
-    """Robust preference optimisation: DPO plus a noise-tolerant loss.
+) -> PerPair:
+    """Robust preference optimization: DPO plus a noise-tolerant loss.
 
         loss = 4 alpha / (1 + alpha)^2 [-log s(h) + alpha s(-h)]
 
     The second term is symmetric, s(-h) + s(h) = 1: flips at any rate e < 1/2 scale its
-    mean and keep its direction.  For alpha >= 1 the weight of a pair, minus the
-    gradient in h, is at most 1, at s(-h) = (1 + alpha) / (2 alpha), and falls beyond to
-    4 alpha / (1 + alpha)^2.  This is the loss alone; the paper's filtering and
-    rejection sampling are a matter of the data.
+    mean gradient but keep its direction.  For alpha >= 1, the weight of a pair (minus
+    the gradient in h) is at most 1.  It is 1 at s(-h) = (1 + alpha) / (2 alpha), and
+    decreases to 4 alpha / (1 + alpha)^2 for contradicted pairs.  This is only the loss;
+    the paper's filtering and rejection sampling are data processing.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -215,7 +216,7 @@ def ropo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      alpha: weight of the noise-tolerant term against DPO's, > 0.
+      alpha: weight of the noise-tolerant term relative to DPO's, > 0.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.

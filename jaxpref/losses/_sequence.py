@@ -1,11 +1,11 @@
-"""From tokens to completions: sums, averages, prefixes, odds and divergences."""
+"""From tokens to completions: sums, averages, prefixes, odds, and divergences."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Pairs
+from jaxpref.losses._common import Lengths, PerPair
 
 __all__ = [
     "average_logps",
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 CERTAIN = -1e-6
-"""Average log-probs above it count as it: float32 cannot tell them from certainty."""
+"""Average log-probs are clipped here: float32 cannot distinguish them from 0."""
 
 TokenValues = Float[Array, "*rows sequences predictions"]
 Owners = Int[Array, "*rows sequences predictions"]
@@ -30,15 +30,15 @@ def sum_by_completion(
 
         out[..., c] = sum of token_logps[..., q, p] where completions[..., q, p] == c
 
-    Summed by comparison, not by scatter, so it works under any sharding of the leading
-    axes: a completion never leaves its row.  Padding is dropped before the sum, so what
-    it holds (NaN included) does not matter.
+    Uses comparisons instead of a scatter, so it works with any sharding of the leading
+    axes, because a completion never spans rows.  Padding is masked before the sum, so
+    it may hold anything, even NaN.
 
     Args:
       token_logps: log-prob of each target token, nats; [*rows, Q, P].
       completions: index of the completion that each target belongs to, below
-        `num_completions`; -1 where the position is padding; [*rows, Q, P].
-      num_completions: completions of a row, counting empty ones; static.
+        `num_completions`; -1 for padding; [*rows, Q, P].
+      num_completions: completions per row, including empty ones; static.
 
     Returns:
       Summed log-probs, [*rows, num_completions], at least float32; 0 where a completion
@@ -67,19 +67,19 @@ def sum_weighted_by_completion(
     *,
     num_completions: int,
 ) -> Float[Array, "*rows completions"]:
-    """Sums each completion's token values, every token with a weight of its own.
+    """Sums the token values of each completion, with a weight per token.
 
         out[..., c] = sum of token_weights token_logps where completions == c
 
     For token masks, hard or learned: gradients flow into values and weights.  Weights
-    of 1 are `sum_by_completion`.  What padding holds does not matter, in either array.
+    of 1 give `sum_by_completion`.  Padding may hold anything in either array.
 
     Args:
       token_logps: log-prob, log-ratio or KL of each target token; [*rows, Q, P].
-      token_weights: what to multiply it with; [*rows, Q, P].
+      token_weights: weight of each target token; [*rows, Q, P].
       completions: index of the completion that each target belongs to, below
-        `num_completions`; -1 where the position is padding; [*rows, Q, P].
-      num_completions: completions of a row, counting empty ones; static.
+        `num_completions`; -1 for padding; [*rows, Q, P].
+      num_completions: completions per row, including empty ones; static.
 
     Returns:
       Weighted sums, [*rows, num_completions], at least float32; 0 where a completion
@@ -106,7 +106,7 @@ def sum_weighted_by_completion(
         token_logps=token_logps, token_weights=token_weights
     )
     own = _owned(values, completions, num_completions)
-    # Both dropped before they meet: 0 times the NaN of padding would be NaN.
+    # Mask both before the product: 0 times NaN would be NaN.
     used = jnp.asarray(completions) >= 0
     product = jnp.where(used, values, 0) * jnp.where(used, weights, 0)
     return _sum_where(product, own)
@@ -123,14 +123,14 @@ def sum_prefix_by_completion(
 
         out[..., c] = sum over the first prefix_lengths[..., c] tokens of completion c
 
-    Tokens of a completion are counted in the order of the row, sequence after sequence.
-    A prefix as long as the completion, or longer, is `sum_by_completion`.
+    The tokens of a completion are counted in the order of the row, sequence by
+    sequence.  Prefixes at least as long as the completions give `sum_by_completion`.
 
     Args:
       token_logps: log-prob of each target token, nats; [*rows, Q, P].
       completions: index of the completion that each target belongs to, below
         `num_completions`; -1 where the position is padding; [*rows, Q, P].
-      prefix_lengths: tokens of each completion that count; [*rows, num_completions].
+      prefix_lengths: tokens to sum per completion; [*rows, num_completions].
       num_completions: completions of a row, counting empty ones; static.
 
     Returns:
@@ -168,8 +168,8 @@ def sum_prefix_by_completion(
             f"Expected prefix_lengths of shape {shape}, got {prefix_lengths.shape}."
         )
     count = own.astype(jnp.int32)
-    # The how-manieth token of its completion each is: within its sequence, and after
-    # all those of earlier sequences.
+    # The index of each token within its completion: its index within the sequence, plus
+    # the tokens in earlier sequences.
     within = jnp.cumsum(count, axis=-2)
     totals = jnp.sum(count, axis=-2)
     earlier = jnp.cumsum(totals, axis=-2) - totals
@@ -177,7 +177,7 @@ def sum_prefix_by_completion(
     return _sum_where(values, own & (nth <= prefix_lengths[..., None, None, :]))
 
 
-def average_logps(logps: Pairs, lengths: Lengths) -> Pairs:
+def average_logps(logps: PerPair, lengths: Lengths) -> PerPair:
     """Log-probs per token: sums divided by lengths.
 
         out = log pi(y|x) / |y|
@@ -203,14 +203,14 @@ def average_logps(logps: Pairs, lengths: Lengths) -> Pairs:
     return _common.per_token(logps, lengths, "lengths")
 
 
-def log_odds(average_logps: Pairs) -> Pairs:
-    """Log-odds of a completion whose probability is its average token's.
+def log_odds(average_logps: PerPair) -> PerPair:
+    """Log-odds of the length-normalized probability of a completion.
 
         out = log p - log(1 - p),    log p = log pi(y|x) / |y|
 
     Stable at both ends: log(1 - p) is computed from log p without forming p.  Log-probs
-    above -1e-6 count as -1e-6, with no gradient: there the odds are without bound and
-    float32 cannot tell the log-prob from 0.
+    are clipped at -1e-6, with no gradient above, because the odds diverge there and
+    float32 cannot distinguish such log-probs from 0.
 
     Args:
       average_logps: log-probs per token, see `average_logps`; below 0; [*batch].
@@ -241,17 +241,17 @@ def token_kls(
     policy_log_probs: Float[Array, "*tokens vocabulary"],
     reference_log_probs: Float[Array, "*tokens vocabulary"],
 ) -> Float[Array, "*tokens"]:
-    """KL(ref || pi) at each position, from two tables of log-probabilities.
+    """KL(ref || pi) at each position, from two arrays of log-probabilities.
 
         out = sum_v ref(v) (log ref(v) - log pi(v))
 
-    Summed over a completion (`sum_by_completion`) it is the sequential KL divergence
-    that token-level losses read.  The direction is the reference's: its mean, not the
-    policy's.  Tokens that the reference excludes (log-prob -inf) add 0.
+    Summed over a completion (`sum_by_completion`), it is the sequential KL divergence
+    that token-level losses read.  The expectation is over the reference, not the
+    policy.  Tokens that the reference excludes (log-prob -inf) add 0.
 
     Args:
-      policy_log_probs: log pi(v | prefix), normalised, nats; [*tokens, V].
-      reference_log_probs: log ref(v | prefix), normalised, nats; [*tokens, V].
+      policy_log_probs: log pi(v | prefix), normalized, nats; [*tokens, V].
+      reference_log_probs: log ref(v | prefix), normalized, nats; [*tokens, V].
 
     Returns:
       Divergences in nats, [*tokens], at least float32; >= 0 up to rounding.
@@ -284,7 +284,7 @@ def token_kls(
 def _log1mexp(a: jax.Array) -> jax.Array:
     """log(1 - exp(a)) for a < 0, to full precision and with finite gradients."""
     near = a > -0.6931472
-    # Each branch sees a harmless number where the other one is taken.
+    # Each branch gets a safe value where the other one is selected.
     close, far = jnp.where(near, a, -1.0), jnp.where(near, -1.0, a)
     return jnp.where(near, jnp.log(-jnp.expm1(close)), jnp.log1p(-jnp.exp(far)))
 
@@ -301,7 +301,7 @@ def _owned(values: jax.Array, completions, num_completions: int) -> jax.Array:
         )
     if num_completions < 1:
         raise ValueError(f"Expected num_completions >= 1, got {num_completions}.")
-    # [..., Q, P, C] exists on paper only: XLA fuses the comparison into the sum.
+    # [..., Q, P, C] is never materialized: XLA fuses the comparison into the sum.
     index = jnp.arange(num_completions, dtype=completions.dtype)
     index = index.reshape((1,) * completions.ndim + (num_completions,))
     return completions[..., None] == index

@@ -1,7 +1,8 @@
-"""Pairwise losses that look at the chosen and the rejected answer separately.
+"""Pairwise losses that treat the chosen and the rejected answer separately.
 
-Losses of the margin alone are content when both answers become less likely, as long as
-the rejected one does so faster.  These say something about each side, in terms of
+A loss that depends only on the margin decreases even if both answers become less
+likely, as long as the rejected one does so faster.  The losses here constrain each
+side, in terms of
 
     a_w   log pi(y_w|x)/ref(y_w|x), the log-ratio of the chosen answer
     a_l   log pi(y_l|x)/ref(y_l|x), the log-ratio of the rejected answer
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = [
     "apo_down",
@@ -25,19 +26,19 @@ __all__ = [
 
 
 def nca_pair(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
-    """Noise contrastive alignment of a pair: is this answer the policy's or noise?
+) -> PerPair:
+    """Noise contrastive alignment of a pair: classifies answers as policy or noise.
 
         loss = -log s(beta a_w) - 1/2 log s(-beta a_w) - 1/2 log s(-beta a_l)
 
-    The chosen reward beta a_w is pulled to the finite log 2, never down past it; the
-    rejected one is pushed down.  Convex in both.
+    The optimum of the chosen reward beta a_w is the finite value log 2; the rejected
+    reward is pushed down.  Convex in both.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -77,20 +78,20 @@ def nca_pair(
 
 
 def apo_zero(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Anchored preference optimisation: chosen up, rejected down, each on its own.
+) -> PerPair:
+    """Anchored preference optimization: raises the chosen, lowers the rejected answer.
 
         loss = 1 - s(beta a_w) + s(beta a_l)
 
-    For chosen answers that are better than the policy's own.  Bounded in (0, 2), so
-    each side stops pulling far from its reference on either side: a pair that the
-    policy contradicts strongly is let go.  Not convex.
+    For chosen answers that are better than the policy's own.  Bounded in (0, 2): the
+    gradient of an answer vanishes if its log-ratio is far from 0 in either direction,
+    as in pairs that the policy strongly contradicts.  Not convex.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -129,19 +130,19 @@ def apo_zero(
 
 
 def apo_down(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Anchored preference optimisation: both down, the rejected answer further.
+) -> PerPair:
+    """Anchored preference optimization: lowers both answers, the rejected one more.
 
         loss = s(beta a_w) + 1 - s(beta (a_w - a_l))
 
-    For chosen answers that are worse than the policy's own.  Bounded in (0, 2), so a
-    pair that the policy contradicts strongly is let go.  Not convex.
+    For chosen answers that are worse than the policy's own.  Bounded in (0, 2), so the
+    gradient of the margin vanishes for a strongly contradicted pair.  Not convex.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -180,21 +181,20 @@ def apo_down(
 
 
 def sppo_hard(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 1e-3,
-) -> Pairs:
-    """Self-play preference optimisation with hard labels: each side to its own target.
+) -> PerPair:
+    """Self-play preference optimization with hard labels: one target per answer.
 
         loss = (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2
 
-    The paper regresses each log-ratio on eta (P(y beats pi) - 1/2); here the chosen
-    answer wins with probability 1, the rejected with 0, and `beta` is 1 / eta.  Convex;
-    a pair that the policy contradicts pulls in proportion to its distance, without
-    bound.
+    The paper regresses each log-ratio onto eta (P(y beats pi) - 1/2).  Here the chosen
+    answer wins with probability 1, the rejected with 0, and `beta` is 1 / eta.  Convex.
+    The gradient is proportional to the distance from the target, without bound.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -234,21 +234,20 @@ def sppo_hard(
 
 
 def bco_pair(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
-    """Binary classifier optimisation of a pair: chosen is 1, rejected is 0.
+) -> PerPair:
+    """Binary classifier optimization of a pair: chosen is class 1, rejected class 0.
 
         loss = -log s(beta a_w) - log s(-beta a_l)
 
-    The paper's loss with its reward shift at 0.  Never below `dpo` at the same `beta`,
-    which it bounds from above, and convex.  The gradient of each side is the
-    classifier's error: answers on the wrong side pull hardest, flipped labels among
-    them.
+    The paper's loss with a reward shift of 0.  Convex, and an upper bound on `dpo` with
+    the same `beta`.  The gradient of each answer is the classifier's error, so
+    misclassified answers have the largest gradients, including flipped labels.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -287,21 +286,22 @@ def bco_pair(
 
 
 def dpop(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.3,
     penalty: Scalar = 50.0,
-) -> Pairs:
-    """DPO-Positive (Smaug): DPO that forbids the chosen answer to fall.
+) -> PerPair:
+    """DPO-Positive (Smaug): DPO that keeps the chosen answer from becoming less likely.
 
         loss = -log s(beta (a_w - a_l - penalty max(0, -a_w)))
 
-    Where the chosen answer is at least as likely as under the reference this is `dpo`,
-    and so is its gradient.  Below, every nat it lost counts as `penalty` nats of
-    margin: the pull to bring it back exceeds what lowering the rejected answer gains.
+    If the chosen answer is at least as likely as under the reference, value and
+    gradient are those of `dpo`.  Otherwise, every nat below the reference costs
+    `penalty` nats of margin, so raising the chosen answer gains more than lowering the
+    rejected one.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -338,20 +338,20 @@ def dpop(
         reference_rejected_logps,
         beta,
     )
-    # relu, whose slope at 0 is 0: training starts there, and maximum's is 1/2.
+    # relu has a gradient of 0 at 0, where training starts; maximum has 1/2.
     lost = jnp.asarray(penalty, chosen.dtype) * jax.nn.relu(-chosen)
     return _common.logistic_loss(chosen - rejected - lost)
 
 
 def flex_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     chosen_beta: Scalar,
     rejected_beta: Scalar,
-) -> Pairs:
+) -> PerPair:
     """Flex-DPO: one beta for the chosen answer and another for the rejected one.
 
         loss = -log s(chosen_beta a_w - rejected_beta a_l)
@@ -359,7 +359,7 @@ def flex_dpo(
     DPO's gradients in the two log-probs are equal and opposite; here their ratio is
     chosen_beta / rejected_beta.  A `rejected_beta` below `chosen_beta` keeps the
     rejected answer from falling so fast that the chosen one stops rising.  The paper
-    recommends no values.
+    does not recommend values.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -367,7 +367,7 @@ def flex_dpo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       chosen_beta: the paper's beta+, > 0.
-      rejected_beta: the paper's beta-, > 0; equal to `chosen_beta` it is DPO.
+      rejected_beta: the paper's beta-, > 0; if equal to `chosen_beta`, this is DPO.
 
     Returns:
       One loss per pair, [*batch], at least float32; >= 0.
@@ -409,7 +409,7 @@ def _rewards(
     reference_rejected_logps,
     beta,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each side's implicit reward, beta log pi/ref."""
+    """The implicit reward of each answer, beta log pi/ref."""
     _common.positive("beta", beta)
     chosen, rejected = _common.log_ratios(
         policy_chosen_logps,

@@ -1,9 +1,9 @@
-"""Losses that bound what a contradicted pair can do, without knowing the flip rate.
+"""Losses that limit the influence of contradicted pairs without a known flip rate.
 
-A loss with l(h) + l(-h) constant has, under flips at any rate e < 1/2, the clean loss
-times 1 - 2e plus a constant as its mean: the noise leaves the minimiser where it was.
-`sympo_*` are such losses.  `power_dpo` runs from DPO to the first of them, and
-`holder_dpo` stops listening to a pair that the policy strongly contradicts.
+If l(h) + l(-h) is constant, the mean of the loss under flips at any rate e < 1/2 is the
+clean loss times 1 - 2e plus a constant.  So the noise does not change the minimizer.
+`sympo_*` are such losses.  `power_dpo` interpolates between DPO and `sympo_sigmoid`.
+In `holder_dpo`, the gradient of a strongly contradicted pair vanishes.
 """
 
 import numbers
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = [
     "holder_dpo",
@@ -24,20 +24,20 @@ __all__ = [
 
 
 def sympo_sigmoid(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Symmetric preference optimisation with the sigmoid loss.
+) -> PerPair:
+    """Symmetric preference optimization with the sigmoid loss.
 
         loss = s(-h)
 
-    Symmetric: loss(h) + loss(-h) = 1, so flips at any rate e < 1/2 scale the mean loss
-    by 1 - 2e and shift it, no more.  Bounded, not convex; the gradient -s(h) s(-h)
-    vanishes on both sides, so a strongly contradicted pair stops pulling.
+    Symmetric: loss(h) + loss(-h) = 1, so flips at any rate e < 1/2 only scale the mean
+    loss by 1 - 2e and shift it.  Bounded, not convex.  The gradient -s(h) s(-h)
+    vanishes on both sides, so a strongly contradicted pair has almost no gradient.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -77,20 +77,20 @@ def sympo_sigmoid(
 
 
 def sympo_ramp(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Symmetric preference optimisation with the symmetric ramp loss.
+) -> PerPair:
+    """Symmetric preference optimization with the symmetric ramp loss.
 
         loss = min(1, max(0, (1 - h) / 2))
 
-    Symmetric: loss(h) + loss(-h) = 1, so flips at any rate e < 1/2 scale the mean loss
-    by 1 - 2e and shift it, no more.  The gradient in h is -1/2 for |h| < 1 and 0 beyond
-    (taken as -1/4 at |h| = 1): pairs outside the ramp, right or wrong, do not pull.
+    Symmetric: loss(h) + loss(-h) = 1, so flips at any rate e < 1/2 only scale the mean
+    loss by 1 - 2e and shift it.  The gradient in h is -1/2 for |h| < 1 and 0 beyond
+    (-1/4 at |h| = 1): pairs outside the ramp, right or wrong, have no gradient.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -129,20 +129,20 @@ def sympo_ramp(
 
 
 def sympo_unhinged(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Symmetric preference optimisation with the unhinged loss.
+) -> PerPair:
+    """Symmetric preference optimization with the unhinged loss.
 
         loss = 1 - h
 
-    Symmetric: loss(h) + loss(-h) = 2, so flips at any rate e < 1/2 scale the mean loss
-    by 1 - 2e and shift it, no more.  Convex, and unbounded below: every pair pulls with
-    the same force for ever, so what holds the policy must come from elsewhere.
+    Symmetric: loss(h) + loss(-h) = 2, so flips at any rate e < 1/2 only scale the mean
+    loss by 1 - 2e and shift it.  Convex and unbounded below: the gradient is the same
+    for all margins, so something else must regularize the policy.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -181,22 +181,22 @@ def sympo_unhinged(
 
 
 def power_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     power: Scalar = 0.7,
-) -> Pairs:
-    """DPO with the generalised cross-entropy in place of the logarithm.
+) -> PerPair:
+    """DPO with the generalized cross-entropy in place of the logarithm.
 
         loss = (1 - s(h)^q) / q,    q = `power`
 
-    q -> 0 is DPO, q = 1 is `sympo_sigmoid`.  Bounded by 1/q.  Gradient in h:
-    -s(h)^q s(-h), DPO's times s(h)^q, so a strongly contradicted pair stops pulling.
-    The loss is that of noisy classification, put on the preference probability s(h)
-    here; no paper on preferences is followed.
+    q -> 0 gives DPO, and q = 1 is `sympo_sigmoid`.  Bounded by 1/q.  The gradient in h
+    is -s(h)^q s(-h), DPO's times s(h)^q, so it vanishes for a strongly contradicted
+    pair.  The loss comes from classification with noisy labels.  Here it is applied to
+    the preference probability s(h), independently of any paper on preferences.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -204,7 +204,7 @@ def power_dpo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      power: q in (0, 1], what is traded of the logarithm's speed for robustness.
+      power: q in (0, 1]; larger values are more robust but converge more slowly.
 
     Returns:
       One loss per pair, [*batch], at least float32; between 0 and 1/q.
@@ -235,26 +235,26 @@ def power_dpo(
         beta,
     )
     q = _common.scalar("power", power, h)
-    # expm1: 1 - s(h)^q would lose what is left of it where s(h) is near 1 or q near 0.
+    # expm1, because 1 - s(h)^q would cancel if s(h) is near 1 or q near 0.
     return -jnp.expm1(q * jax.nn.log_sigmoid(h)) / q
 
 
 def holder_dpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
     *,
     beta: Scalar = 0.1,
     gamma: Scalar = 2.0,
-) -> Pairs:
+) -> PerPair:
     """Holder-DPO: the density-power divergence in place of the KL divergence.
 
         loss = gamma s(h)^(1 + gamma) - (1 + gamma) s(h)^gamma
 
-    Bounded: between -1 (label agreed with) and 0 (label contradicted).  Redescending:
-    the gradient in h, -gamma (1 + gamma) s(h)^gamma s(-h)^2, vanishes as h falls, so a
-    strongly contradicted pair is taken for a flip and stops pulling.  Not convex.
+    Bounded between -1 (the policy agrees with the label) and 0 (it contradicts it).
+    Redescending: the gradient in h, -gamma (1 + gamma) s(h)^gamma s(-h)^2, vanishes as
+    h decreases, so a strongly contradicted pair is treated as a flip.  Not convex.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -262,7 +262,7 @@ def holder_dpo(
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
-      gamma: how fast contradicted pairs are let go, > 0.
+      gamma: how fast the gradient of contradicted pairs vanishes, > 0.
 
     Returns:
       One loss per pair, [*batch], at least float32; between -1 and 0.
@@ -293,5 +293,5 @@ def holder_dpo(
         beta,
     )
     gamma = jnp.asarray(gamma, h.dtype)
-    # s^gamma (gamma s - 1 - gamma), with s written so that nothing cancels near 1.
+    # s^gamma (gamma s - 1 - gamma), in a form that does not cancel near s = 1.
     return -jnp.exp(gamma * jax.nn.log_sigmoid(h)) * (1 + gamma * jax.nn.sigmoid(-h))

@@ -1,35 +1,36 @@
-"""Pairwise losses of token-level divergences from the reference.
+"""Pairwise losses with token-level divergences from the reference.
 
-They read sequential divergences beside the log-probs: KL(ref || pi) summed over the
-positions of a completion, see `token_kls` and `sum_by_completion`.
+In addition to log-probs they read sequential divergences: KL(ref || pi) summed over the
+positions of a completion.  See `token_kls` and `sum_by_completion`.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = ["sparse_po", "tdpo1", "tdpo2"]
 
 
 def tdpo1(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    chosen_kls: Pairs,
-    rejected_kls: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    chosen_kls: PerPair,
+    rejected_kls: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Token-level DPO, first form: the margin less the difference of the divergences.
+) -> PerPair:
+    """Token-level DPO, first form: the margin minus the difference of divergences.
 
         loss = -log s(beta (D - (KL_l - KL_w)))
 
-    Derived from a KL constraint at every token instead of on whole answers.  Equal
-    divergences give DPO.  Gradients flow through all of it: the chosen answer's
-    divergence is pushed up and the rejected one's down, which `tdpo2` mends.
+    Derived from a KL constraint on every token instead of on whole answers.  Equal
+    divergences give DPO.  Gradients flow through all terms, which increases the
+    divergence of the chosen answer and decreases that of the rejected one.  `tdpo2`
+    prevents the former.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -72,22 +73,22 @@ def tdpo1(
 
 
 def tdpo2(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    chosen_kls: Pairs,
-    rejected_kls: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    chosen_kls: PerPair,
+    rejected_kls: PerPair,
     *,
     alpha: Scalar = 0.5,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Token-level DPO, second form: the chosen answer's divergence is held fixed.
+) -> PerPair:
+    """Token-level DPO, second form: no gradient through the chosen divergence.
 
         loss = -log s(beta (D - alpha (KL_l - sg[KL_w])))
 
-    sg[.] passes no gradient, so nothing pushes the policy away from the reference on
-    the chosen answer; `alpha` weighs the divergences.  alpha = 0 is DPO.
+    sg[.] stops gradients, so nothing pushes the policy away from the reference on the
+    chosen answer.  `alpha` is the weight of the divergences.  alpha = 0 gives DPO.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
@@ -134,23 +135,23 @@ def tdpo2(
 
 
 def sparse_po(
-    chosen_masked_log_ratios: Pairs,
-    rejected_masked_log_ratios: Pairs,
-    chosen_masked_kls: Pairs,
-    rejected_masked_kls: Pairs,
+    chosen_masked_log_ratios: PerPair,
+    rejected_masked_log_ratios: PerPair,
+    chosen_masked_kls: PerPair,
+    rejected_masked_kls: PerPair,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """SparsePO: token-level DPO in which masks weigh every token's reward and KL.
+) -> PerPair:
+    """SparsePO: token-level DPO with masks that weight each token's reward and KL.
 
         loss = -log s(beta (u - d))
-        u = sum_t m_u(t) log pi(t)/ref(t) over y_w, less the same over y_l
-        d = sum_t m_d(t) KL(ref || pi)(t) over y_l, less the same over y_w
+        u = sum_t m_u(t) log pi(t)/ref(t) over y_w, minus the same over y_l
+        d = sum_t m_d(t) KL(ref || pi)(t) over y_l, minus the same over y_w
 
-    The masks m_u and m_d, >= 0, are the caller's, fixed or learned: the sums come from
-    `sum_weighted_by_completion`, through which masks get their gradients.  All ones
-    is `tdpo1`; m_d = 0 and m_u = 1 is DPO.  The paper's sparsity penalty is the sum of
-    the masks times a weight (0 by default), added to the loss.
+    The caller provides the masks m_u and m_d, >= 0, fixed or learned.  Compute the sums
+    with `sum_weighted_by_completion`, through which the masks get gradients.  Masks of
+    1 give `tdpo1`; m_d = 0 and m_u = 1 give DPO.  The paper also adds a sparsity
+    penalty to the loss: the sum of the masks times a weight (0 by default).
 
     Args:
       chosen_masked_log_ratios: sum of m_u log pi/ref over tokens of y_w; [*batch].
@@ -195,7 +196,7 @@ def _log_ratios_and_kls(
     chosen_kls,
     rejected_kls,
 ) -> tuple[jax.Array, ...]:
-    """Each side's log pi/ref and divergence, promoted and checked."""
+    """Computes log pi/ref and divergence of each answer, promoted and checked."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected, kl_w, kl_l = (
         _common.promoted(
             policy_chosen_logps=policy_chosen_logps,

@@ -1,8 +1,7 @@
-"""Losses of single answers that somebody liked or did not: no pairs needed.
+"""Losses of single answers that are labeled desirable or undesirable (unpaired).
 
-`desirable` says which of the two an answer is.  Means that couple the answers of a
-batch are functions of their own (`kto_kl`, `bco_shift`), so that the losses stay one
-number per answer and a caller may keep running means of them.
+Means that couple the answers of a batch are separate functions (`kto_kl`, `bco_shift`).
+So each loss is one number per answer, and a caller may use running means instead.
 """
 
 import numbers
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 
 __all__ = ["apo_zero_unpaired", "bco", "bco_shift", "kto", "kto_kl", "udm_weights"]
 
@@ -21,24 +20,24 @@ Labels = Bool[Array, "*batch"]
 
 
 def kto(
-    policy_logps: Pairs,
-    reference_logps: Pairs,
+    policy_logps: PerPair,
+    reference_logps: PerPair,
     desirable: Labels,
     kl: Scalar,
     *,
     beta: Scalar = 0.1,
     desirable_weight: Scalar = 1.0,
     undesirable_weight: Scalar = 1.0,
-) -> Pairs:
-    """Kahneman-Tversky optimisation: gains and losses against a reference point.
+) -> PerPair:
+    """Kahneman-Tversky optimization: gains and losses relative to a reference point.
 
         loss = w_D (1 - s(beta (a - z)))  if desirable
                w_U (1 - s(beta (z - a)))  if not,    a = log pi(y|x)/ref(y|x)
 
-    The reference point z is `kl`, an estimate of KL(pi || ref) from mismatched answers,
-    see `kto_kl`; no gradient flows through it.  Bounded: answers far on either side of
-    z stop pulling, mislabelled ones among them.  The authors advise weights such that
-    w_D n_D / (w_U n_U) is in [1, 4/3].
+    The reference point z is `kl`, an estimate of KL(pi || ref) from mismatched answers
+    (see `kto_kl`); no gradient flows through it.  Bounded: the gradient vanishes far
+    from z on either side, including that of mislabeled answers.  The authors recommend
+    weights such that w_D n_D / (w_U n_U) is in [1, 4/3].
 
     Args:
       policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
@@ -77,13 +76,13 @@ def kto(
         jnp.asarray(weight, value.dtype)
         for weight in (desirable_weight, undesirable_weight)
     )
-    # 1 - s(v) as s(-v), which does not round to 0.
+    # 1 - s(v) is computed as s(-v), which does not round to 0.
     return jnp.where(jnp.asarray(desirable), w_d, w_u) * jax.nn.sigmoid(-value)
 
 
 def kto_kl(
-    policy_mismatched_logps: Pairs,
-    reference_mismatched_logps: Pairs,
+    policy_mismatched_logps: PerPair,
+    reference_mismatched_logps: PerPair,
     *,
     where: Mask = None,
 ) -> Float[Array, ""]:
@@ -91,13 +90,13 @@ def kto_kl(
 
         out = max(0, mean of log pi(y'|x)/ref(y'|x)),    y' an answer to another prompt
 
-    The mean is over the real answers of the whole batch, under `jit` over every device;
-    no gradient flows through it.
+    The mean is over the real answers of the global batch, and under `jit` over all
+    devices.  No gradient flows through it.
 
     Args:
       policy_mismatched_logps: log pi(y'|x) summed over completion tokens; [*batch].
       reference_mismatched_logps: log ref(y'|x), the same way; [*batch].
-      where: which answers are real; all if None; [*batch].
+      where: which answers are real; None if all are; [*batch].
 
     Returns:
       One number in nats, [], at least float32; >= 0, and 0 if no answer is real.
@@ -126,18 +125,18 @@ def kto_kl(
 
 
 def apo_zero_unpaired(
-    policy_logps: Pairs,
-    reference_logps: Pairs,
+    policy_logps: PerPair,
+    reference_logps: PerPair,
     desirable: Labels,
     *,
     beta: Scalar = 0.1,
-) -> Pairs:
-    """Anchored preference optimisation of single answers: KTO with its point at 0.
+) -> PerPair:
+    """Anchored preference optimization of single answers: KTO with reference point 0.
 
         loss = 1 - s(beta a) if desirable, s(beta a) if not,    a = log pi(y|x)/ref(y|x)
 
-    Desirable answers should become likelier than under the reference, others less
-    likely; the two halves of a pair sum to the paired loss.  Bounded.
+    Desirable answers should become more likely than under the reference, the others
+    less likely.  The losses of a pair's two answers sum to the paired loss.  Bounded.
 
     Args:
       policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
@@ -170,20 +169,21 @@ def apo_zero_unpaired(
 
 
 def bco(
-    policy_logps: Pairs,
-    reference_logps: Pairs,
+    policy_logps: PerPair,
+    reference_logps: PerPair,
     desirable: Labels,
     running_shift: Scalar,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
-    """Binary classifier optimisation: cross-entropy of shifted implicit rewards.
+) -> PerPair:
+    """Binary classifier optimization: cross-entropy of shifted implicit rewards.
 
         loss = -log s(r - d) if desirable, -log s(d - r) if not,    r = beta log pi/ref
 
-    For any shift d the two halves of a pair sum to more than their DPO loss; the gap is
-    least at d = (r_w + r_l) / 2, whence `bco_shift`.  No gradient flows through d.
-    Unlike `kto` unbounded: mislabelled answers keep pulling.
+    For any shift d, the losses of a pair's two answers sum to more than its DPO loss.
+    The gap is smallest at d = (r_w + r_l) / 2, which motivates `bco_shift`.  No
+    gradient flows through d.  Unlike `kto`, the loss is unbounded: the gradient of
+    mislabeled answers does not vanish.
 
     Args:
       policy_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
@@ -221,24 +221,25 @@ def bco(
 
 
 def bco_shift(
-    rewards: Pairs, desirable: Labels, *, where: Mask = None
+    rewards: PerPair, desirable: Labels, *, where: Mask = None
 ) -> Float[Array, ""]:
-    """The reward shift of `bco` in one batch: midway between the classes' means.
+    """The reward shift of `bco` for one batch: midway between the class means.
 
         out = (mean of r over desirable + mean of r over undesirable) / 2
 
-    The authors keep an exponential moving average of it.  Means are over the whole
-    batch, under `jit` over every device; no gradient flows through them.  Classes count
-    alike however many answers they have (TRL averages all answers in one mean).
+    The authors use an exponential moving average of it.  The means are over the global
+    batch, and under `jit` over all devices.  No gradient flows through them.  Both
+    classes have the same weight, whatever their sizes (TRL uses one mean of all
+    answers).
 
     Args:
       rewards: implicit rewards, see `implicit_rewards`; [*batch].
       desirable: whether the answer is desirable; [*batch].
-      where: which answers are real; all if None; [*batch].
+      where: which answers are real; None if all are; [*batch].
 
     Returns:
-      One number in the rewards' unit, [], at least float32; where the batch holds one
-      class only, that class's mean, and 0 if no answer is real.
+      One number in the rewards' unit, [], at least float32.  If the batch has only one
+      class, that class's mean; 0 if no answer is real.
 
     Raises:
       TypeError: if `rewards` is not floating point or `desirable` not boolean.
@@ -261,25 +262,25 @@ def bco_shift(
     real = _common.mask(where, rewards)
     liked, not_liked = real & desirable, real & ~desirable
     total = _common.mean(rewards, liked) + _common.mean(rewards, not_liked)
-    # The mean of an empty class is 0: it adds nothing, and must not halve the other.
+    # The mean of an empty class is 0.  It must not halve the other mean.
     return jnp.where(jnp.any(liked) & jnp.any(not_liked), total / 2, total)
 
 
 def udm_weights(
-    probabilities: Pairs, *, low: Scalar = 0.5, high: Scalar = 10.0
-) -> Pairs:
+    probabilities: PerPair, *, low: Scalar = 0.5, high: Scalar = 10.0
+) -> PerPair:
     """Weights that match the prompts of undesirable answers to those of desirable ones.
 
         out = clip(f / (1 - f), low, high),    f = P(x has a desirable answer)
 
-    Underlying distribution matching: f is a classifier's probability that a prompt came
-    from the desirable half, and f / (1 - f) the ratio of the two densities, up to that
-    of the classes.  No gradient flows through the weights.
+    Underlying distribution matching: f is a classifier's probability that a prompt
+    belongs to a desirable answer, and f / (1 - f) is the density ratio of the two
+    classes, up to a constant.  No gradient flows through the weights.
 
     Args:
       probabilities: f of each undesirable answer's prompt, in [0, 1]; [*batch].
-      low: the least weight, >= 0.
-      high: the greatest weight, >= `low`.
+      low: the smallest weight, >= 0.
+      high: the largest weight, >= `low`.
 
     Returns:
       One weight per answer, [*batch], at least float32; in [low, high].
@@ -311,9 +312,9 @@ def udm_weights(
 def _signed(
     policy_logps, reference_logps, desirable, beta, *, kl=0.0, running_shift=0.0
 ) -> jax.Array:
-    """What should be large: beta (log pi/ref - kl) - running_shift, minus if disliked.
+    """Computes beta (log pi/ref - kl) - running_shift, negated if undesirable.
 
-    No gradient flows through the two points of reference.
+    No gradient flows through `kl` and `running_shift`.
     """
     _common.positive("beta", beta)
     policy, reference = _common.promoted(
@@ -332,7 +333,7 @@ def _labels(answers: jax.Array, desirable) -> jax.Array:
     """`desirable`, promoted to an array and checked."""
     desirable = jnp.asarray(desirable)
     _common.same_shape(answers=answers, desirable=desirable)
-    # Labels of -1 and 1 would both be true.
+    # Labels of -1 and 1 would both convert to true.
     if desirable.dtype != jnp.bool_:
         raise TypeError(f"Expected desirable to be boolean, got {desirable.dtype}.")
     return desirable

@@ -1,39 +1,39 @@
-"""DPO with a weight per pair: how likely the policy is to have written it."""
+"""DPO with a weight per pair: how likely the policy is to have generated it."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Pairs, Scalar
+from jaxpref.losses._common import PerPair, Scalar
 
 __all__ = ["log_collisions", "wpo", "wpo_log_weights"]
 
 
 def wpo(
-    policy_chosen_logps: Pairs,
-    policy_rejected_logps: Pairs,
-    reference_chosen_logps: Pairs,
-    reference_rejected_logps: Pairs,
-    chosen_log_weights: Pairs,
-    rejected_log_weights: Pairs,
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    reference_rejected_logps: PerPair,
+    chosen_log_weights: PerPair,
+    rejected_log_weights: PerPair,
     *,
     beta: Scalar = 0.01,
-) -> Pairs:
-    """Weighted preference optimisation: pairs count as far as they are on-policy.
+) -> PerPair:
+    """Weighted preference optimization: on-policy pairs have more weight.
 
-        loss = -min(1, w_w w_l) log s(h),    w held fixed
+        loss = -min(1, w_w w_l) log s(h),    no gradient through w
 
-    log w(y) is the mean over tokens of log pi(y_t) - log sum_v pi(v)^2, as of
-    `wpo_log_weights`: near 0 for an answer sampled from the policy, far below for one
-    that it would not have written.  A uniform policy has weight 1.
+    log w(y) is the mean over tokens of log pi(y_t) - log sum_v pi(v)^2, from
+    `wpo_log_weights`.  It is near 0 for an answer sampled from the policy, and far
+    below for one that the policy would not generate.  A uniform policy has weight 1.
 
     Args:
       policy_chosen_logps: log pi(y_w|x) summed over completion tokens, nats; [*batch].
       policy_rejected_logps: log pi(y_l|x), the same way; [*batch].
       reference_chosen_logps: log ref(y_w|x) under the frozen reference; [*batch].
       reference_rejected_logps: log ref(y_l|x) under the frozen reference; [*batch].
-      chosen_log_weights: log w(y_w) under the policy, nats a token; [*batch].
+      chosen_log_weights: log w(y_w) under the policy, nats per token; [*batch].
       rejected_log_weights: log w(y_l), the same way; [*batch].
       beta: inverse temperature of the KL penalty, > 0.
 
@@ -69,7 +69,7 @@ def wpo(
         chosen_log_weights=chosen_log_weights,
         rejected_log_weights=rejected_log_weights,
     )
-    # Capped as an exponent, so that it cannot overflow.
+    # The cap is applied to the exponent, which prevents overflow.
     weights = jnp.exp(jnp.minimum(chosen + rejected, 0))
     return jax.lax.stop_gradient(weights) * _common.logistic_loss(h)
 
@@ -79,19 +79,19 @@ def wpo_log_weights(
     token_log_collisions: Float[Array, "*batch positions"],
     mask: Bool[Array, "*batch positions"],
 ) -> Float[Array, "*batch"]:
-    """WPO's log-weight of an answer, aligned to answers sampled from the policy.
+    """WPO's log-weight of an answer, relative to answers sampled from the policy.
 
         log w(y) = mean over completion tokens of log pi(y_t) - log sum_v pi(v)^2
 
-    sum_v pi(v)^2 is the mean probability of a sampled token, so sampled answers weigh
-    about 1, however sure of itself the policy is.
+    sum_v pi(v)^2 is the mean probability of a sampled token.  So sampled answers have a
+    weight of about 1, however peaked the policy is.
 
     Args:
       token_logps: log pi(y_t) of each target token, nats; [*batch, positions].
-      token_log_collisions: log sum_v pi(v)^2 at the same positions, as of
+      token_log_collisions: log sum_v pi(v)^2 at the same positions, from
         `log_collisions`; [*batch, positions].
-      mask: true at completion tokens.  What the others hold (NaN included) does not
-        matter; [*batch, positions].
+      mask: true at completion tokens.  The others are ignored, even if they hold NaN;
+        [*batch, positions].
 
     Returns:
       One log-weight per answer, [*batch], at least float32; 0 where it has no token.
@@ -128,14 +128,14 @@ def wpo_log_weights(
 def log_collisions(
     logits: Float[Array, "*positions vocabulary"],
 ) -> Float[Array, "*positions"]:
-    """The log-probability that two tokens drawn from one distribution agree.
+    """The log-probability that two tokens sampled from one distribution are equal.
 
         log sum_v pi(v)^2 = logsumexp(2 z) - 2 logsumexp(z),    pi = softmax(z)
 
-    Between -log V, uniform, and 0, certain.  A logit of -inf rules a token out.
+    Between -log V (uniform) and 0 (deterministic).  A logit of -inf excludes a token.
 
     Args:
-      logits: z, in any normalisation; [*positions, vocabulary].
+      logits: z, in any normalization; [*positions, vocabulary].
 
     Returns:
       One log-probability per position, [*positions], at least float32; <= 0.

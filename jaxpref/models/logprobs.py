@@ -10,7 +10,7 @@ Axes: B rows, T tokens, P predicted positions, c positions of a chunk, D hidden,
 V vocabulary, N row groups (see `gathering`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -97,76 +97,76 @@ def token_logps(
     return logps
 
 
-def token_logps_and_entropies(
+def _collisions(z, t, reference_z):
+    """The log-probability that two draws give the same token: log sum_v pi(v)^2."""
+    del t, reference_z
+    return jax.nn.logsumexp(2 * z, axis=-1) - 2 * jax.nn.logsumexp(z, axis=-1)
+
+
+def _entropies(z, t, reference_z):
+    """Entropy in nats: - sum_v pi(v) log pi(v)."""
+    del t, reference_z
+    log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def _kls(z, t, reference_z):
+    """KL(reference || policy) in nats: sum_v ref(v) (log ref(v) - log pi(v))."""
+    del t
+    log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    log_r = reference_z - jax.nn.logsumexp(reference_z, axis=-1, keepdims=True)
+    return jnp.sum(jnp.exp(log_r) * (log_r - log_p), axis=-1)
+
+
+STATISTICS = {
+    "logps": lambda z, t, reference_z: _logps(z, t),
+    "collisions": _collisions,
+    "entropies": _entropies,
+    "kls": _kls,
+    "reference_logps": lambda z, t, reference_z: _logps(reference_z, t),
+}
+"""What can be computed of a token's logits, its target and the reference's logits."""
+
+
+def token_statistics(
+    names: Collection[str],
     hidden: Hidden,
     head: Head,
     predictors: Positions,
     targets: Positions,
     *,
+    reference: tuple[jax.Array, jax.Array] | None = None,
     chunk_size: int | None = None,
     soft_cap: float | None = None,
-) -> tuple[PerPosition, PerPosition]:
-    """`token_logps`, and the entropy in nats of the distribution each comes from.
+) -> dict[str, jax.Array]:
+    """Several of `STATISTICS` of each target, from one pass over the logits.
 
-    entropy[b, p] = - sum_v pi(v) log pi(v)
+    Args:
+        names: which statistics.
+        hidden: [B, T, D], as for `token_logps`, like all arguments not listed here.
+        head: [D, V] or [N, D, V].
+        predictors: int [B, P].
+        targets: int [B, P].
+        reference: the reference's hidden states and head, where a statistic needs them.
+        chunk_size: see `token_logps`.
+        soft_cap: see `token_logps`.
+
+    Returns:
+        Name -> [B, P], float32 or wider.
     """
+    if set(names) == {"logps"}:
+        logps = token_logps(
+            hidden, head, predictors, targets, chunk_size=chunk_size, soft_cap=soft_cap
+        )
+        return {"logps": logps}
 
-    def chunk(t, h):
-        z = logits(h, head, soft_cap)
-        log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
-        return _logps(z, t), -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    def chunk(t, h, *reference_h):
+        z, reference_z = logits(h, head, soft_cap), None
+        if reference is not None:
+            reference_z = logits(reference_h[0], reference[1], soft_cap)
+        return {name: STATISTICS[name](z, t, reference_z) for name in names}
 
-    return _over_chunks(chunk, predictors, targets, (hidden,), head, chunk_size)
-
-
-def token_logps_and_collisions(
-    hidden: Hidden,
-    head: Head,
-    predictors: Positions,
-    targets: Positions,
-    *,
-    chunk_size: int | None = None,
-    soft_cap: float | None = None,
-) -> tuple[PerPosition, PerPosition]:
-    """`token_logps`, and the log-probability that two draws give the same token.
-
-    collision[b, p] = log sum_v pi(v)^2 = logsumexp(2 z) - 2 logsumexp(z), z the logits
-    """
-
-    def chunk(t, h):
-        z = logits(h, head, soft_cap)
-        total = jax.nn.logsumexp(z, axis=-1)
-        return _logps(z, t), jax.nn.logsumexp(2 * z, axis=-1) - 2 * total
-
-    return _over_chunks(chunk, predictors, targets, (hidden,), head, chunk_size)
-
-
-def token_logps_and_kls(
-    hidden: Hidden,
-    head: Head,
-    reference_hidden: Hidden,
-    reference_head: Head,
-    predictors: Positions,
-    targets: Positions,
-    *,
-    chunk_size: int | None = None,
-    soft_cap: float | None = None,
-) -> tuple[PerPosition, PerPosition, PerPosition]:
-    """`token_logps` of a policy and of a reference, and KL(reference || policy).
-
-    kl[b, p] = sum_v ref(v) (log ref(v) - log pi(v)), in nats, over the vocabulary at
-    the position that predicts target p.
-    """
-
-    def chunk(t, h, reference_h):
-        z = logits(h, head, soft_cap)
-        reference_z = logits(reference_h, reference_head, soft_cap)
-        log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
-        log_r = reference_z - jax.nn.logsumexp(reference_z, axis=-1, keepdims=True)
-        kls = jnp.sum(jnp.exp(log_r) * (log_r - log_p), axis=-1)
-        return _logps(z, t), _logps(reference_z, t), kls
-
-    hiddens = (hidden, reference_hidden)
+    hiddens = (hidden,) if reference is None else (hidden, reference[0])
     return _over_chunks(chunk, predictors, targets, hiddens, head, chunk_size)
 
 

@@ -1,5 +1,5 @@
-"""Noise: which labels are wrong, and how often?
+"""Label noise: estimates of which labels are wrong, how often, and whose.
 
-Pure functions on jax arrays: margins and votes in, probabilities and rates out.
-Models, files and training are the business of other rooms.
+Pure functions on jax arrays from margins and votes to probabilities and rates.  Models,
+files, and training belong to other packages.
 """

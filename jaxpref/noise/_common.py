@@ -1,4 +1,4 @@
-"""What the files of this room share: promotion, checks, and sums per annotator."""
+"""Shared helpers: promotion, checks, and sums per annotator."""
 
 import numbers
 
@@ -7,18 +7,18 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
 POINTS = 129
-"""Of the grid on which an interval is read off a posterior."""
+"""Grid points for the credible interval of a posterior."""
 HALVINGS = 40
-"""Of a bracket around a root: below the spacing of float32."""
+"""Bisection steps; the final bracket is below the spacing of float32."""
 
 
 def sums(weights, annotators, where, like):
-    """Sum of the weights and number of the votes of each annotator."""
+    """The sum of the weights and the number of votes of each annotator."""
     annotators = jnp.asarray(annotators)
     where = jnp.ones(annotators.shape, bool) if where is None else where
     weights = jnp.where(where, weights, 0).astype(like.dtype)
     annotators = jnp.where(annotators < 0, like.size - 1, annotators)
-    # Compared, not scattered: a scatter along a sharded axis has no layout.
+    # Uses a comparison, because a scatter along a sharded axis has no sharding rule.
     own = (annotators[..., None] == jnp.arange(like.size)) & where[..., None]
     batch = tuple(range(annotators.ndim))
     right = jnp.sum(jnp.where(own, weights[..., None], 0), axis=batch)
@@ -26,7 +26,7 @@ def sums(weights, annotators, where, like):
 
 
 def floating(values) -> jax.Array:
-    """`values` in at least float32."""
+    """Casts `values` to at least float32."""
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f"Expected floating-point numbers, got {values.dtype}.")
@@ -34,7 +34,7 @@ def floating(values) -> jax.Array:
 
 
 def finite(logits: jax.Array) -> jax.Array:
-    """Infinities made so large that they act as such, and cancel to 0, not to NaN."""
+    """Clips infinities to huge finite numbers, which cancel to 0 instead of NaN."""
     most = jnp.finfo(logits.dtype).max / 4
     return jnp.clip(logits, -most, most)
 
@@ -46,7 +46,7 @@ def logit(probability, dtype) -> jax.Array:
 
 
 def pseudo_counts(prior):
-    """(a, b), Python numbers among them checked; arrays pass.
+    """Checks and returns the prior (a, b); arrays pass unchecked.
 
     Raises:
       ValueError: if a number is not finite and >= 0.
@@ -78,7 +78,7 @@ def check_annotators(annotators, where, num_annotators) -> None:
 
 
 def bisect(below, low: jax.Array, high: jax.Array) -> jax.Array:
-    """Where `below` turns from true to false from low to high; an end if nowhere."""
+    """The point between low and high where `below` becomes false; an end if none."""
 
     def halve(_, bracket):
         low, high = bracket
@@ -92,7 +92,7 @@ def bisect(below, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def credible_interval(evidence, eta, annotators, real, a, b, level):
-    """Equal tails of each annotator's posterior given the others' reliabilities.
+    """Equal-tailed interval of each reliability's posterior, given the others.
 
     With c = tanh(evidence / 2) a vote has likelihood proportional to 1 + (2 eta - 1) c,
     linear in eta: relative to the estimate, 1 + (eta - estimate) u.
@@ -118,7 +118,7 @@ def credible_interval(evidence, eta, annotators, real, a, b, level):
     mass = jnp.concatenate([jnp.zeros_like(mass[:1]), mass]) / mass[-1]
     quantile = jax.vmap(jnp.interp, in_axes=(None, 1, 1))
     tail = (1 - jnp.asarray(level, eta.dtype)) / 2
-    # A mode at 0 or 1 lies in a tail.
+    # The interval must contain the mode, which lies in a tail if it is 0 or 1.
     return (
         jnp.minimum(quantile(tail, mass, grid), eta),
         jnp.maximum(quantile(1 - tail, mass, grid), eta),

@@ -1,40 +1,40 @@
-"""Temperature: margins that mean what they say, although labels may be wrong.
+"""Calibration of margins by a temperature when labels may be wrong.
 
 A model's margin m is calibrated if the first answer is better with probability s(m).
-Models that have fitted their labels too well, or hardly at all, are not; `em` and
-`rate` then put down to annotators what is the model's.  Dividing margins by a
-temperature T mends the commonest error:
+Models that overfit or underfit their labels are not calibrated, and `em` and `rate`
+then attribute the model's errors to the annotators.  Dividing margins by a temperature
+T corrects the most common error:
 
     z = m / T,    P(vote) = eta s(z) + (1 - eta) s(-z)
 
-When can T and eta both be read off noisy votes?  The vote agrees with the model, at a
-margin of size x = |m|, with probability
+When do noisy votes determine both T and eta?  At a margin of size x = |m|, the vote
+agrees with the model with probability
 
     q(x) = 1/2 + (eta - 1/2) tanh(x / 2T)
 
-(q(x2) - 1/2) / (q(x1) - 1/2) = tanh(x2 / 2T) / tanh(x1 / 2T) for sizes x1 < x2 rises
-strictly with T, from 1 to x2 / x1; so two sizes determine T, and then eta: the shape of
-q, how it starts and where it levels off, tells the two apart.  But while all sizes are
-small against T, q is a straight line of slope (eta - 1/2) / 2T: only that quotient is
-known, whatever the number of votes.  With eta = 1/2, T is not known at all.  So look at
-`identified`, and at the intervals.
+For sizes x1 < x2, (q(x2) - 1/2) / (q(x1) - 1/2) = tanh(x2 / 2T) / tanh(x1 / 2T)
+increases strictly with T, from 1 to x2 / x1.  So two sizes determine T, and then eta:
+the initial slope of q and the level at which it saturates separate the two.  But if all
+sizes are small compared to T, q is a straight line of slope (eta - 1/2) / 2T.  Then
+only this quotient is determined, however many votes there are.  With eta = 1/2, T is
+not determined at all.  So check `identified` and the intervals.
 
-How many labels that takes: median error of the rate (factor of the temperature), and in
-how many of 200 data sets the rate was identified, z ~ N(0, sd^2)
+The number of labels needed: median error of the rate (factor of the temperature), and
+in how many of 200 datasets the rate was identified, z ~ N(0, sd^2)
 (`python -m tests.noise.simulations`, seeds 0 to 199):
 
-    labels   sd 2.5, e = 0.2       sd 2.5, e = 0.4       sd 1, e = 0.2
-       300   0.049 (x1.47)  58 %   0.048 (x4.56)  12 %   0.148 (x1.73)   9 %
-      1000   0.022 (x1.25)  94 %   0.031 (x2.06)  27 %   0.106 (x1.60)  10 %
-      3000   0.013 (x1.12) 100 %   0.016 (x1.46)  61 %   0.054 (x1.27)  26 %
-     10000   0.006 (x1.05) 100 %   0.008 (x1.21)  97 %   0.031 (x1.15)  79 %
+    labels   sd 2.5, e = 0.2      sd 2.5, e = 0.4      sd 1, e = 0.2
+       300   0.049 (x1.47)  58%   0.048 (x4.56)  12%   0.148 (x1.73)   9%
+      1000   0.022 (x1.25)  94%   0.031 (x2.06)  27%   0.106 (x1.60)  10%
+      3000   0.013 (x1.12) 100%   0.016 (x1.46)  61%   0.054 (x1.27)  26%
+     10000   0.006 (x1.05) 100%   0.008 (x1.21)  97%   0.031 (x1.15)  79%
 
-With sd 1 and e = 0.4, 10,000 labels are too few (12 %).  Knowing the temperature, the
-interval of the rate from 10,000 labels at e = 0.2 is 0.024 wide instead of 0.042 with
-sd 2.5, and 0.044 instead of 0.214 with sd 1.
+With sd 1 and e = 0.4, 10,000 labels are too few (12%).  If the temperature is known,
+the interval of the rate from 10,000 labels at e = 0.2 is 0.024 wide instead of 0.042
+with sd 2.5, and 0.044 instead of 0.214 with sd 1.
 
-Fit on margins of held-out or cross-fitted pairs.  A margin that is wrong otherwise than
-in scale (noise in m bends q as flips do) leaves a bias that no interval shows.
+Fit on margins of held-out or cross-fitted pairs.  Errors of the margins other than
+their scale cause a bias that no interval shows (noise in m bends q as flips do).
 """
 
 import dataclasses
@@ -50,24 +50,24 @@ from jaxpref.noise import _common, em, rate
 from jaxpref.sharding import replicated
 
 FARTHEST = 10.0
-"""Temperatures from 2^-10 to 2^10 are looked at, beyond which nobody's model is."""
+"""log2 of the largest temperature considered; the smallest is its inverse."""
 WIDEST = 4.0
-"""A temperature known to no better than this factor is not identified."""
+"""A temperature is identified if its interval spans less than this factor."""
 CELLS = 41
-"""Along each side of the grid of temperatures and rates."""
+"""Points per axis of the grid of temperatures and rates."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TemperatureFit:
-    """What the data say about the scale of the margins."""
+    """An estimated temperature."""
 
     temperature: Float[Array, ""]
-    """The most likely T: divide margins by it.  Above 1 where they were too sure."""
+    """The most likely T: divide margins by it.  Above 1 if they are overconfident."""
     lower: Float[Array, ""]
-    """Where the profile-likelihood interval begins."""
+    """Lower end of the profile-likelihood interval."""
     upper: Float[Array, ""]
-    """Where it ends."""
+    """Upper end of the profile-likelihood interval."""
     identified: Bool[Array, ""]
     """Whether `upper` is less than four times `lower`."""
 
@@ -85,15 +85,15 @@ def fit_temperature(
 
     Args:
       margin_logits: m, nats, positive where the model agrees with the label; [pairs].
-      weights: w in [0, 1], the probability that the label is right: 1 or 0 where it is
-        known, else a posterior that does not come from these margins (one that does
-        confirms them); [pairs].
+      weights: w in [0, 1], the probability that the label is right: 1 or 0 if known,
+        otherwise a posterior that must not come from these margins (it would only
+        confirm them); [pairs].
       where: which pairs are real; None if all are.
       level: probability with which the interval covers T, for outcomes 0 and 1.
 
     Returns:
-      `TemperatureFit`; T at an end of [2^-10, 2^10] where outcomes are separated
-      perfectly, or the margins are of no use.
+      `TemperatureFit`; T is an end of [2^-10, 2^10] if the outcomes are perfectly
+      separated or the margins carry no information.
 
     Raises:
       ValueError: if shapes do not fit, or `level` is not in (0, 1).
@@ -121,7 +121,7 @@ def _fit_temperature(margins, weights, where, level) -> TemperatureFit:
     w = jnp.where(where, weights, 0).astype(m.dtype)
     nll = lambda x: em.likelihood_loss(jnp.exp2(-x) * m, w)
     end = jnp.asarray(FARTHEST, m.dtype)
-    # With x = log2 T: the loss is convex in 1 / T, so its slope changes sign once.
+    # x = log2 T: the loss is convex in 1 / T, so its derivative changes sign once.
     cools = lambda x: jnp.sum((jax.nn.sigmoid(jnp.exp2(-x) * m) - w) * m) > 0
     best = _common.bisect(cools, -end, end)
     least = nll(best)
@@ -142,13 +142,13 @@ def fit_temperature_and_rate(
 
         T, e = argmax  sum of log((1 - e) s(m / T) + e s(-m / T)),    e in (0, 1/2)
 
-    on a grid, zoomed in four times.  Each interval is a profile-likelihood interval: it
-    allows for not knowing the other number.
+    on a grid that is refined four times.  The intervals are profile-likelihood
+    intervals: each accounts for the uncertainty of the other parameter.
 
     Args:
       margin_logits: m, nats, positive where the model agrees with the label; [labels].
       where: which labels are real; None if all are.
-      level: probability with which each interval covers its number.
+      level: coverage probability of each interval.
 
     Returns:
       `TemperatureFit` and `RateFit`.
@@ -173,7 +173,7 @@ def _fit_temperature_and_rate(margins, where, level):
         return jnp.maximum(e + (1 - 2 * e) * p, tiny)
 
     def surface(xs, es, x, e):
-        """Log-likelihoods relative to that at (x, e), label by label."""
+        """Log-likelihoods relative to (x, e), subtracted label by label."""
         base = jnp.log(label(x, e))
 
         def row(x):
@@ -191,9 +191,9 @@ def _fit_temperature_and_rate(margins, where, level):
         gains = surface(xs, es, x, e)
         i, j = jnp.unravel_index(jnp.argmax(gains), gains.shape)
         x, e = xs[i], es[j]
-        kept = gains > jnp.max(gains) - 4 * allowed
-        x_box = _around(xs, kept.any(1), x_box)
-        e_box = _around(es, kept.any(0), e_box)
+        plausible = gains > jnp.max(gains) - 4 * allowed
+        x_box = _around(xs, plausible.any(1), x_box)
+        e_box = _around(es, plausible.any(0), e_box)
     xs, es = _spread(x_box), _spread(e_box)
     gains = surface(xs, es, x, e)
     x_profile, e_profile = _ridge(gains), _ridge(gains.T)
@@ -228,12 +228,12 @@ def fit_temperature_and_reliability(
 
         T = argmax  of the log-likelihood of `em.fit` at margins m / T
 
-    on a grid, zoomed in twice (63 fits in all).  Votes of several annotators on an item
-    speak for the truth without the model, and identify T better than single votes do.
-    With one vote an item and few votes an annotator it underestimates T, having as many
-    reliabilities to choose as there are annotators: there fit T and the mean rate by
-    `fit_temperature_and_rate`, which does not depend on who voted, and the annotators
-    by `em.fit` at that temperature.
+    on a grid that is refined twice (63 fits in total).  Several votes on an item are
+    evidence about the truth independent of the model, and identify T better than single
+    votes do.  With one vote per item and few votes per annotator, T is underestimated,
+    because there are as many reliabilities as annotators.  In that case fit T and the
+    mean rate by `fit_temperature_and_rate`, which does not depend on who voted, and
+    then the annotators by `em.fit` at that temperature.
 
     Args:
       margin_logits: m, nats, positive where the model agrees with the vote; [votes].
@@ -243,7 +243,7 @@ def fit_temperature_and_reliability(
       orientation: as in `em.fit`.
       where: which votes are real; None if all are.
       prior: as in `em.fit`.
-      level: probability of the intervals; those of the reliabilities take T as known.
+      level: probability of the intervals; those of the reliabilities treat T as known.
 
     Returns:
       `TemperatureFit`, and the `em.Fit` at that temperature.
@@ -281,7 +281,7 @@ def fit_temperature_and_reliability(
 
 
 def _temperature(x, lower, upper) -> TemperatureFit:
-    """Of logarithms to the base 2."""
+    """Converts base-2 logarithms to a `TemperatureFit`."""
     return TemperatureFit(
         temperature=jnp.exp2(x),
         lower=jnp.exp2(lower),
@@ -291,7 +291,7 @@ def _temperature(x, lower, upper) -> TemperatureFit:
 
 
 def _allowed(level, dtype) -> jax.Array:
-    """How far below its maximum a log-likelihood may be inside an interval."""
+    """How far below its maximum the log-likelihood is at the ends of an interval."""
     return ndtri((1 + jnp.asarray(level, dtype)) / 2) ** 2 / 2
 
 
@@ -300,18 +300,18 @@ def _spread(box, cells: int = CELLS) -> jax.Array:
     return box[0] + jnp.linspace(0, 1, cells, dtype=box[0].dtype) * (box[1] - box[0])
 
 
-def _around(values, kept, box):
-    """The part of an axis that holds what is kept, and a cell more on each side."""
+def _around(values, selected, box):
+    """The range of the selected values, extended by a cell on each side."""
     cell = (box[1] - box[0]) / (values.size - 1)
-    low = jnp.min(jnp.where(kept, values, jnp.inf)) - cell
-    high = jnp.max(jnp.where(kept, values, -jnp.inf)) + cell
+    low = jnp.min(jnp.where(selected, values, jnp.inf)) - cell
+    high = jnp.max(jnp.where(selected, values, -jnp.inf)) + cell
     return jnp.maximum(low, box[0]), jnp.minimum(high, box[1])
 
 
 def _peak(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the parabola through the largest of a row has its top, and how high.
+    """Position and height of the maximum of a row, by a parabola through three points.
 
-    The ridge of a likelihood may be narrower than a cell.
+    The peak of a likelihood may be narrower than a cell.
     """
     at = jnp.argmax(values)
     inner = jnp.clip(at, 1, values.size - 2)
@@ -324,12 +324,12 @@ def _peak(values: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _ridge(gains: jax.Array) -> jax.Array:
-    """Of each row the highest point."""
+    """The maximum of each row."""
     return jax.vmap(lambda row: _peak(row)[1])(gains)
 
 
 def _top(values: jax.Array, profile: jax.Array) -> jax.Array:
-    """Where a profile over evenly spaced values is highest."""
+    """The value that maximizes a profile over evenly spaced values."""
     return values[0] + _peak(profile)[0] * (values[1] - values[0])
 
 
@@ -349,7 +349,7 @@ def _ends(values: jax.Array, profile: jax.Array, allowed):
 
 
 def _checked(margin_logits, where, level, **arrays):
-    """Margins in at least float32, and the mask."""
+    """Checks the arguments; returns margins in at least float32, and the mask."""
     margins = _common.floating(margin_logits)
     if isinstance(level, numbers.Real) and not 0 < level < 1:
         raise ValueError(f"Expected level in (0, 1), got {level}.")

@@ -1,7 +1,7 @@
-"""Expectation maximisation over label noise: which votes are right, and whose.
+"""Expectation maximization for label noise: correct votes and annotator reliabilities.
 
-A vote is one annotator's label of one pair.  The model says how probable the label is;
-an annotator k is right with probability eta_k, its reliability, whatever the pair:
+A vote is one annotator's label of one pair.  The model predicts the probability of the
+label.  Annotator k is right with probability eta_k, its reliability, on every pair:
 
     z        logit of the model's probability that the vote is right: its margin,
              positive where the model agrees with the vote; p = s(z)
@@ -10,13 +10,14 @@ an annotator k is right with probability eta_k, its reliability, whatever the pa
     w        = P(right | vote) = s(z + logit eta), the E-step
     eta_k    = mean of w over the votes of k, the M-step
 
-z comes from a model that has not learnt from the vote (held out or cross-fitted) and is
-calibrated (`jaxpref.noise.calibration`), or the estimate is biased: a model that is too
-sure of itself makes annotators look worse, one that is not sure enough makes them look
-better.  (model, eta) and (-model, 1 - eta) explain votes equally well; the model
-decides which of the two it is, so margins with the wrong sign give 1 - eta.
+z must come from a model that has not been trained on the vote (held out or
+cross-fitted) and must be calibrated (`jaxpref.noise.calibration`).  Otherwise the
+estimate is biased: an overconfident model makes annotators look worse, and an
+underconfident one makes them look better.  (model, eta) and (-model, 1 - eta) explain
+the votes equally well.  The model determines which it is, so margins with the wrong
+sign give 1 - eta.
 
-Ties are no votes: leave them out, or mask them with `where`, and count them yourself.
+Ties are not votes: leave them out, or mask them with `where`.
 
 Source: Cao et al., "Robust Preference Optimization: Aligning Language Models with Noisy
 Preference Feedback" (RE-PO), 2025, arXiv:2509.24159, Eq. 3 to 7.
@@ -34,44 +35,44 @@ from jaxpref.noise import _common
 from jaxpref.sharding import replicated
 
 START = 0.9
-"""RE-PO's first guess of a reliability."""
+"""RE-PO's initial reliability."""
 PRIOR = (9.0, 1.0)
-"""Ten votes at that guess."""
+"""Right and wrong pseudo-votes: ten votes at the initial reliability."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What `fit` found; every array on all devices."""
+    """The result of `fit`, replicated on all devices."""
 
     reliability: Float[Array, " annotators"]
     """P(a vote of this annotator is right); the mode of its posterior."""
     lower: Float[Array, " annotators"]
-    """Where the credible interval of the reliability begins."""
+    """Lower end of the credible interval of the reliability."""
     upper: Float[Array, " annotators"]
-    """Where it ends."""
+    """Upper end of the credible interval."""
     posterior: Float[Array, " votes"]
-    """P(this vote is right | all votes); of what is not real, of no meaning."""
+    """P(this vote is right | all votes); meaningless where not real."""
     evidence: Float[Array, " votes"]
-    """Logit of the same without knowing who voted: the margin and the other votes of
-    the item.  `posterior` is s(evidence + logit reliability)."""
+    """The logit that the vote is right, ignoring its annotator: from the margin and the
+    other votes on the item.  `posterior` is s(evidence + logit reliability)."""
     counts: Float[Array, " annotators"]
     """Votes of each annotator."""
     log_likelihood: Float[Array, ""]
-    """log P(votes) at the reliabilities found, nats, without the prior."""
+    """log P(votes) at the estimated reliabilities, nats, without the prior."""
     iterations: Int[Array, ""]
-    """M-steps taken."""
+    """Number of M-steps."""
     converged: Bool[Array, ""]
-    """Whether the estimated distance to the fixed point fell below the tolerance."""
+    """Whether the estimated distance to the fixed point is below the tolerance."""
 
 
 def posterior(margin_logits, reliability) -> jax.Array:
-    """The E-step for votes on pairs of their own: the probability that each is right.
+    """The E-step for one vote per pair: the probability that each vote is right.
 
         w = p eta / (p eta + (1 - p) (1 - eta)) = s(z + logit eta)
 
-    z = 0, a model that knows nothing, gives eta; eta = 1/2 gives p; eta = 1 gives 1.
-    Where model and annotator are both certain and contradict each other, 1/2.
+    z = 0, an uninformative model, gives eta; eta = 1/2 gives p; eta = 1 gives 1.  If
+    model and annotator are both certain and contradict each other, it is 1/2.
 
     Args:
       margin_logits: z, nats; [*batch].
@@ -96,14 +97,14 @@ def posterior(margin_logits, reliability) -> jax.Array:
 
 
 def likelihood_loss(margin_logits, weights) -> jax.Array:
-    """The M-step of the model, as RE-PO writes it: the likelihood of the latent label.
+    """The M-step of the model in RE-PO: the expected NLL of the latent label.
 
-        loss = -w log s(z) - (1 - w) log s(-z),    w held fixed
+        loss = -w log s(z) - (1 - w) log s(-z),    no gradient through w
 
     Its gradient in z is s(z) - w.  For DPO, where z is the implicit reward margin, it
-    equals `weighted_loss`; other losses it replaces by the logistic loss of their Gibbs
-    logits (`jaxpref.losses.gibbs_logits`), and what both orders of the answers have in
-    common, e.g. CPO's likelihood term, it drops.
+    equals `weighted_loss`.  Other losses are replaced by the logistic loss of their
+    Gibbs logits (`jaxpref.losses.gibbs_logits`).  This drops terms that both orders of
+    the answers share, e.g. CPO's likelihood term.
 
     Args:
       margin_logits: z, nats; [*batch].
@@ -117,18 +118,18 @@ def likelihood_loss(margin_logits, weights) -> jax.Array:
     """
     z = _common.floating(margin_logits)
     w = jax.lax.stop_gradient(jnp.asarray(weights, z.dtype))
-    # -log s(z) = softplus(-z), and softplus(z) - softplus(-z) = z: one logarithm, and
-    # finite for every finite z, whatever w.
+    # As softplus(z) - softplus(-z) = z, a single log-sigmoid suffices, and the result
+    # is finite for every finite z and all w.
     return -jax.nn.log_sigmoid(z) + (1 - w) * z
 
 
 def weighted_loss(loss_pair, loss_exchanged, weights) -> jax.Array:
-    """The M-step of the model that keeps the original loss.
+    """The M-step of the model with the original loss.
 
-        loss = w loss(pair) + (1 - w) loss(exchanged),    w held fixed
+        loss = w loss(pair) + (1 - w) loss(exchanged),    no gradient through w
 
     Args:
-      loss_pair: the base loss of the pair as labelled; [*batch].
+      loss_pair: the base loss of the pair as labeled; [*batch].
       loss_exchanged: the base loss with chosen and rejected exchanged; [*batch].
       weights: w in [0, 1], the probability that the label is right; [*batch].
 
@@ -136,8 +137,8 @@ def weighted_loss(loss_pair, loss_exchanged, weights) -> jax.Array:
       One loss per vote, [*batch]; w = 1 is the base loss.
 
     References:
-      The other reading of RE-PO, 2025, arXiv:2509.24159, Eq. 5; its gradient is equal
-      for losses with loss(exchanged) - loss(pair) = z and a logistic form, as DPO's.
+      Another reading of RE-PO, 2025, arXiv:2509.24159, Eq. 5; its gradient is the same
+      for logistic losses with loss(exchanged) - loss(pair) = z, such as DPO.
     """
     loss_pair = _common.floating(loss_pair)
     w = jax.lax.stop_gradient(jnp.asarray(weights, loss_pair.dtype))
@@ -157,22 +158,22 @@ def update(
 
         eta_k <- m eta_k + (1 - m) (a + sum of w) / (a + b + votes)
 
-    with the sums over the votes of k in the global batch, however it lies on devices.
-    Annotators absent from the batch keep their value, bit for bit.  A batch moves an
-    annotator as far with one vote as with a hundred; `tally` does not.
+    The sums are over the votes of k in the global batch, regardless of its sharding.
+    Annotators absent from the batch keep their value, bit for bit.  A single vote moves
+    an annotator as far as a hundred votes in one batch; in `tally` it does not.
 
     Args:
       reliability: eta, one per annotator; -1 in `annotators` means the last one.
       weights: w, posterior probabilities that the votes are right; [*batch].
       annotators: int index of the annotator of each vote; -1 if unknown; [*batch].
-      momentum: m, the share of the old value kept; RE-PO's alpha is 1 - m.
+      momentum: m, the weight of the old value; RE-PO's alpha is 1 - m.
       prior: None for the paper's mean, or (a, b): right and wrong votes added to every
         batch.
-      where: which votes are real, [*batch]; None if all are.  What the others hold (NaN
-        included) does not matter.
+      where: which votes are real, [*batch]; None if all are.  The other votes are
+        ignored, even if they hold NaN.
 
     Returns:
-      The new reliabilities, in the dtype of the old.
+      The new reliabilities, in the dtype of the old ones.
 
     References:
       RE-PO, 2025, arXiv:2509.24159, Eq. 7.
@@ -198,16 +199,16 @@ def tally(
         right_k <- exp(-n_k / memory) right_k + sum of w
         wrong_k <- exp(-n_k / memory) wrong_k + sum of (1 - w)
 
-    n_k is the number of votes of k in the global batch: an annotator forgets by its own
-    votes, not by batches, so rare annotators are not forgotten and the size of the
-    batch does not matter.  `estimate` makes reliabilities of the counts.
+    n_k is the number of votes of k in the global batch.  Counts decay with the votes of
+    the same annotator, not with batches.  So rare annotators are not forgotten, and the
+    batch size does not matter.  `estimate` converts counts to reliabilities.
 
     Args:
-      right: soft counts so far, zeros at first; -1 in `annotators` means the last one.
-      wrong: the same of wrong votes.
+      right: soft counts so far, initially 0; -1 in `annotators` means the last one.
+      wrong: the same for wrong votes.
       weights: w, posterior probabilities that the votes are right; [*batch].
       annotators: int index of the annotator of each vote; -1 if unknown; [*batch].
-      memory: the votes after which an old one counts 1/e; infinity forgets nothing.
+      memory: number of votes after which an old one counts 1/e; infinity for no decay.
       where: which votes are real, [*batch]; None if all are.
 
     Returns:
@@ -218,8 +219,8 @@ def tally(
       arXiv:0712.4273, for the idea.
     """
     new_right, votes = _common.sums(weights, annotators, where, right)
-    kept = jnp.exp(-votes / memory)
-    return kept * right + new_right, kept * wrong + (votes - new_right)
+    decay = jnp.exp(-votes / memory)
+    return decay * right + new_right, decay * wrong + (votes - new_right)
 
 
 def estimate(right, wrong, *, prior=PRIOR) -> jax.Array:
@@ -228,17 +229,17 @@ def estimate(right, wrong, *, prior=PRIOR) -> jax.Array:
     Args:
       right: soft counts of right votes, one per annotator.
       wrong: soft counts of wrong votes, one per annotator.
-      prior: (a, b), right and wrong votes that everyone is given; a + b > 0.
+      prior: (a, b), right and wrong votes added for every annotator; a + b > 0.
 
     Returns:
-      Reliabilities, one per annotator; of those without votes a / (a + b).
+      Reliabilities, one per annotator; a / (a + b) for those without votes.
 
     Raises:
       ValueError: if `prior` is not made of two numbers >= 0 with a sum > 0.
     """
     a, b = _common.pseudo_counts(prior)
     if a + b == 0:
-        raise ValueError(f"Expected a prior of more than no votes, got {prior}.")
+        raise ValueError(f"Expected a prior with a + b > 0, got {prior}.")
     return (a + right) / (a + b + right + wrong)
 
 
@@ -256,47 +257,46 @@ def fit(
     max_iterations: int = 1000,
     tolerance: float = 1e-5,
 ) -> Fit:
-    """Reliabilities of annotators by EM over a whole data set, to convergence.
+    """Estimates annotator reliabilities by EM over a whole dataset, to convergence.
 
         L_i   = M_i + sum over the votes n on item i of d_n logit eta_n
         w_n   = s(d_n L_i)
         eta_k = (a + sum of w over the votes of k) / (a + b + their number)
 
-    d_n = +1 where the vote prefers the first answer of its item and -1 where the
-    second, M_i = d_n z_n is the item's margin (the mean, where votes carry different
-    ones).  Votes on one item share one latent truth, so they are evidence about each
-    other.  The steps never lower the log-likelihood plus the log-prior
+    d_n is +1 if the vote prefers the first answer of its item and -1 if the second, and
+    M_i = d_n z_n is the item's margin (the mean, if its votes have different margins).
+    Votes on one item share a latent truth, so they are evidence about each other.  The
+    steps never lower the log-likelihood plus the log-prior
     a log eta_k + b log(1 - eta_k), summed over annotators.
 
-    The credible interval has equal tails of the posterior of eta_k given the other
-    reliabilities, on a grid: exact where each item has one vote.  Intervals of 95 %
-    covered the truth of 1000 annotators with 10, 100 or 1000 votes and a flat prior in
-    0.936 to 0.980 of cases with one vote an item, and in 0.905 to 0.966 with five, but
-    0.823 at 10 votes of reliability 0.6, where the others' reliabilities are as unsure.
-    A Beta of the summed posteriors, which takes them for counts, covered 0.557 to 0.859
-    and 0.780 to 0.965; a normal of the curvature 0.930 to 0.992 and 0.807 to 0.999
-    (`python -m tests.noise.simulations`, seed 0).
+    The credible interval is the equal-tailed interval of the posterior of eta_k given
+    the other reliabilities, on a grid; it is exact with one vote per item.  Coverage of
+    95% intervals for 1000 annotators with 10, 100, or 1000 votes and a flat prior:
+    0.936 to 0.980 with one vote per item, and 0.905 to 0.966 with five.  The exception
+    is 0.823 at 10 votes of reliability 0.6, where the others' reliabilities are just as
+    uncertain.  A Beta of the summed posteriors, which treats them as counts, covered
+    0.557 to 0.859 and 0.780 to 0.965, and a normal from the curvature 0.930 to 0.992
+    and 0.807 to 0.999 (`python -m tests.noise.simulations`, seed 0).
 
     Args:
       margin_logits: z, nats, positive where the model agrees with the vote; [votes].
-      annotators: int index of the annotator; -1 if unknown, which means the last of
-        `num_annotators`: all of them are one virtual annotator; [votes].
+      annotators: int index of the annotator; -1 if unknown.  All unknown annotators are
+        treated as one, the last of `num_annotators`; [votes].
       items: which votes judge the same pair; any integers; None if each has its own.
-      num_annotators: K, one more than the names where some are known and some are not;
-        1 where none is known.
-      orientation: d, +1 or -1; None takes the signs of the margins, +1 for 0: right
-        where the votes on an item carry one margin up to its sign, and that is not 0.
-        Give it to fit without a model, margins all 0 (Dawid and Skene's estimator with
+      num_annotators: K, the number of names, plus 1 if some are unknown.
+      orientation: d, +1 or -1; None for the signs of the margins (+1 for 0).  That is
+        correct if the votes on an item have the same nonzero margin up to its sign.
+        Needed to fit without a model, all margins 0 (Dawid and Skene's estimator with
         two labels and one rate per annotator).
       where: which votes are real (ties are not); None if all are.
-      prior: (a, b), right and wrong votes that everyone is given, the mode of
-        Beta(a + 1, b + 1); None for maximum likelihood, where annotators without a vote
-        keep `start`.
-      start: first reliability of everyone without a prior; with one, a / (a + b).
+      prior: (a, b), right and wrong votes added for every annotator: a Beta(a + 1,
+        b + 1) prior.  None for maximum likelihood, where annotators without a vote keep
+        `start`.
+      start: initial reliability without a prior; with a prior it is a / (a + b).
       level: probability of the credible intervals.
-      max_iterations: most M-steps.
-      tolerance: how far, in eta, from the fixed point to stop; the distance is
-        estimated from the last two steps, since EM is slow where margins are small.
+      max_iterations: maximum number of M-steps.
+      tolerance: distance in eta from the fixed point at which to stop, estimated from
+        the last two steps, because EM is slow if margins are small.
 
     Returns:
       `Fit`.
@@ -373,7 +373,7 @@ def _fit(
     num_annotators,
     max_iterations,
 ) -> Fit:
-    # A data set of scores is small: everything on every device, once.
+    # Scores are small, so replicate everything on every device.
     margins, annotators, where = map(replicated, (margins, annotators, where))
     dtype = margins.dtype
     a, b, start = (jnp.asarray(x, dtype) for x in (a, b, start))
@@ -383,7 +383,7 @@ def _fit(
     counts = per_annotator(where.astype(jnp.int32))
     votes = counts.astype(dtype)
 
-    # Masked while everything is linear, so that what is not real cannot be NaN.
+    # Masked before any nonlinearity, so that padding cannot cause NaN.
     margins = _common.finite(jnp.where(where, margins, 0))
     if items is None:
         sign, on_item, judged = jnp.ones_like(margins), lambda x: x, where
@@ -398,19 +398,19 @@ def _fit(
         on_item = lambda x: per_item(x)[ids]
         judges = on_item(real)
         margins = sign * on_item(real * sign * margins / jnp.maximum(judges, 1))
-        # One vote speaks for its item: the first real one.
+        # The first real vote on an item represents it in the likelihood.
         position = jnp.arange(margins.size)
         first = jax.ops.segment_min(
             jnp.where(where, position, margins.size), ids, margins.size
         )
         judged = where & (first[ids] == position)
 
-    # The loop keeps off 0 and 1, where a contradiction has probability 0.
+    # Keep eta away from 0 and 1, where a contradiction has probability 0.
     least = jnp.finfo(dtype).eps
     bounded = lambda eta: jnp.clip(eta, least, 1 - least)
 
     def evidence(eta):
-        """Logit that each vote is right, from its margin and the item's other votes."""
+        """Logit that each vote is right, from the margin and the item's other votes."""
         logits = real * sign * _common.logit(eta, dtype)[annotators]
         return margins + sign * (on_item(logits) - logits)
 
@@ -418,8 +418,8 @@ def _fit(
         return jax.nn.sigmoid(evidence(eta) + _common.logit(eta, dtype)[annotators])
 
     def m_step(eta):
-        # Sums of w - eta, not of w: near the fixed point they cancel instead of
-        # growing with the votes, and float32 keeps its digits.
+        # Sum w - eta instead of w: near the fixed point the terms cancel instead of
+        # growing with the votes, which preserves precision in float32.
         surplus = per_annotator(real * (e_step(eta) - eta[annotators]))
         prior = a * (1 - eta) - b * eta
         return bounded(eta + (prior + surplus) / jnp.maximum(a + b + votes, least))
@@ -428,8 +428,8 @@ def _fit(
         eta, moved, _, iterations = carry
         new = m_step(eta)
         now = jnp.abs(new - eta)
-        # An annotator's steps shrink by a factor r, so r / (1 - r) of the last one is
-        # still to go; steps of the size of rounding shrink no more.
+        # The steps shrink by a factor r, so the remaining distance is r / (1 - r) times
+        # the last step.  Steps at the level of rounding errors no longer shrink.
         ratio = jnp.clip(now / jnp.maximum(moved, least), 0, 1 - 1e-4)
         left = jnp.where(now <= 4 * least, 0, now * ratio / (1 - ratio))
         done = (iterations > 0) & (jnp.max(left) <= tolerance)

@@ -1,14 +1,14 @@
-"""Collaborative reward modelling (CRM): two models review each other's training pairs.
+"""Collaborative reward modeling (CRM): two models review each other's training pairs.
 
-A model that overfits a flipped label finds it easy, and would choose it again; another
-model, from another start, has not overfitted the same ones.  So each trains on the
-pairs that the OTHER one finds easy: those with a large margin r_w - r_l, or, of two
-policies (CRM-DPO), a large implicit reward margin.  Two equal models stay equal: they
-must start from different weights or see different batches.
+A model that has overfitted a flipped label finds it easy and would select it again.
+Another model, with different initial weights, has not overfitted the same labels.  So
+each model trains on the pairs that the OTHER one finds easy: those with a large margin
+r_w - r_l or, for two policies (CRM-DPO), a large implicit reward margin.  Two equal
+models stay equal, so they must start from different weights or see different batches.
 
-Selection is within a shuffled batch (`peer_selection`), or once over the whole epoch
-(`curriculum`), never both: of batches sorted by margin, the last ones hold wrong labels
-only, and a fixed share of each of them would be kept.
+Select either within shuffled batches (`peer_selection`) or once over the whole epoch
+(`curriculum`), but never both.  If batches are sorted by margin, the last ones contain
+only wrong labels, and a fixed share of each would be selected.
 """
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = ["curriculum", "kept_share", "peer_selection"]
@@ -25,18 +25,18 @@ __all__ = ["curriculum", "kept_share", "peer_selection"]
 def kept_share(
     epoch: Scalar | Int[Array, ""], *, noise_rate: Scalar, ramp_epochs: Scalar = 3
 ) -> Float[Array, ""]:
-    """The share of pairs to train on: all at first, then all but the flipped ones.
+    """The share of pairs to train on, from all to all but the flipped ones.
 
         out = 1 - noise_rate min(1, epoch / ramp_epochs)
 
-    A model learns what most labels agree on before it learns the exceptions by heart,
-    so nothing is dropped before its margins say something.
+    A model learns what most labels agree on before it memorizes exceptions.  So no pair
+    is dropped before the margins are informative.
 
     Args:
-      epoch: passes over the data so far, from 0; whole or not, may be traced.
-      noise_rate: the share of labels that is wrong, in [0, 1): known, or estimated, as
-        1 - mean reliability of `jaxpref.noise.em`.
-      ramp_epochs: epochs until the whole share is dropped, > 0.
+      epoch: number of passes over the data so far, may be fractional or traced.
+      noise_rate: share of wrong labels, in [0, 1): known, or estimated, for example as
+        1 - the mean reliability from `jaxpref.noise.em`.
+      ramp_epochs: number of epochs until the full share is dropped, > 0.
 
     Returns:
       A share in (0, 1], float32 or wider.
@@ -65,22 +65,22 @@ def kept_share(
 
 
 def peer_selection(
-    margins_one: Pairs, margins_two: Pairs, *, keep: Scalar, where: Mask = None
+    margins_one: PerPair, margins_two: PerPair, *, keep: Scalar, where: Mask = None
 ) -> tuple[Bool[Array, "*batch"], Bool[Array, "*batch"]]:
-    """The pairs of a batch that each of two models trains on: the other's easiest.
+    """Selects the pairs that each of two models trains on: the other's easiest.
 
         for one = the round(keep n) largest of margins_two, of n real pairs
         for two = the round(keep n) largest of margins_one
 
-    At least one pair is kept.  Of equal margins the first ones are.  The batch is the
-    global one and must be a random one: see the module's text.
+    At least one pair is selected.  Among equal margins, the first pairs are selected.
+    The batch is the global one and must be random; see the module's docstring.
 
     Args:
       margins_one: r_w - r_l of each pair under the first model, any unit; [*batch].
       margins_two: the same under the second model; [*batch].
-      keep: the share that is kept, in (0, 1], as of `kept_share`.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      keep: share of the pairs to select, in (0, 1], for example from `kept_share`.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       For model one and for model two, which pairs to train on, [*batch]; false where
@@ -116,27 +116,27 @@ def peer_selection(
 
 
 def curriculum(
-    margins_one: Pairs, margins_two: Pairs, *, keep: Scalar, where: Mask = None
+    margins_one: PerPair, margins_two: PerPair, *, keep: Scalar, where: Mask = None
 ) -> tuple[Int[Array, " pairs"], Int[Array, ""]]:
-    """An epoch of both models: the hardest pairs dropped, the others easy to hard.
+    """Orders an epoch for both models from easy to hard, without the hardest pairs.
 
         order = pairs by margins_one + margins_two, largest first
         count = round(keep n) of n real pairs, at least one
 
-    Train both models on order[:count], in this order, and drop nothing more from its
-    batches.  The sum is the mean margin of both; the two should be in one unit, as two
-    reward models trained alike are.  Of equal sums the first ones come first.
+    Train both models on order[:count], in this order, and drop nothing else.  The two
+    margins should have the same scale, like those of two reward models trained in the
+    same way.  Equal sums keep their order.
 
     Args:
       margins_one: r_w - r_l of each pair of the epoch under the first model; [*batch].
       margins_two: the same under the second model; [*batch].
-      keep: the share that is kept, in (0, 1], as of `kept_share`.
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      keep: share of the pairs to select, in (0, 1], for example from `kept_share`.
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
-      Indices into the flattened pairs, int32 [N], all of them, those not real at the
-      end; and how many of them to train on, int32 [].
+      Indices of all flattened pairs, int32 [N], with those not real at the end, and
+      the number of pairs to train on, int32 [].
 
     Raises:
       TypeError: if an array is not floating point.
@@ -161,12 +161,12 @@ def curriculum(
 
 
 def _easy_to_hard(margins: jax.Array, where: jax.Array) -> jax.Array:
-    """Flat indices, largest margin first, then NaN, and those not real at the end."""
+    """Flat indices: largest margin first, then NaN, then pairs that are not real."""
     flat = lambda x: replicated(x).reshape(-1)
     return jnp.lexsort((flat(-margins), flat(~where)))
 
 
 def _count(keep, where: jax.Array, dtype) -> jax.Array:
     real = jnp.sum(where)
-    kept = jnp.round(real * jnp.asarray(keep, dtype)).astype(jnp.int32)
-    return jnp.minimum(jnp.maximum(kept, 1), real)
+    count = jnp.round(real * jnp.asarray(keep, dtype)).astype(jnp.int32)
+    return jnp.minimum(jnp.maximum(count, 1), real)

@@ -1,18 +1,18 @@
-"""The flip rate: how often are labels wrong, and do the data say so?
+"""Estimates of the flip rate, and whether the data identify it.
 
 With z the margin of a label, positive where the model agrees with it, and e the flip
 rate, the label has the marginal likelihood
 
     P(label) = (1 - e) s(z) + e s(-z) = (1 + (1 - 2e) tanh(z / 2)) / 2
 
-Here e is one number in (0, 1/2): a rate beyond 1/2 is a rate below it of a model with
-the opposite sign, so the bound chooses the model.  For fixed margins the likelihood is
-log-concave in e, its maximum unique; it knows e by the margins that are large, and not
-at all if they are 0.  `jaxpref.noise.em` fits the same likelihood, one rate per
-annotator and without the bound.
+Here e is a number in (0, 1/2): a rate above 1/2 is equivalent to a rate below 1/2 with
+the sign of the model reversed, so the bound fixes the sign.  For fixed margins, the
+likelihood is log-concave in e with a unique maximum.  Large margins determine e, and
+margins of 0 do not inform it.  `jaxpref.noise.em` fits the same likelihood with one
+rate per annotator and without the bound.
 
-An estimate is as good as the margins: not from a model that has learnt from these
-labels, and calibrated (`jaxpref.noise.calibration`).
+The margins must come from a model that was not trained on these labels, and must be
+calibrated (`jaxpref.noise.calibration`).
 """
 
 import dataclasses
@@ -28,33 +28,33 @@ from jaxpref.noise import _common, em
 from jaxpref.sharding import replicated
 
 WIDEST = 0.25
-"""Half of (0, 1/2): a rate known no better than this is not identified."""
+"""A rate is identified if its interval is shorter than this, half of (0, 1/2)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RateFit:
-    """What the data say about one flip rate."""
+    """An estimated flip rate."""
 
     rate: Float[Array, ""]
     """The most likely e in (0, 1/2)."""
     lower: Float[Array, ""]
-    """Where the profile-likelihood interval begins."""
+    """Lower end of the profile-likelihood interval."""
     upper: Float[Array, ""]
-    """Where it ends."""
+    """Upper end of the profile-likelihood interval."""
     identified: Bool[Array, ""]
-    """Whether the interval is short enough to speak of a rate; where it is not, quote
-    the interval and not `rate`."""
+    """Whether the interval is short enough; if not, report the interval, not `rate`."""
     log_likelihood: Float[Array, ""]
     """log P(labels) at `rate`, nats."""
 
 
 def marginal_nll(margin_logits, rate) -> jax.Array:
-    """The negative log-likelihood of labels that are wrong at a rate.
+    """Negative log-likelihood of labels with a given flip rate.
 
         nll = -log((1 - e) s(z) + e s(-z))
 
-    `forward_dpo` as a function of the margin.  Differentiable in both.
+    This is `forward_dpo` as a function of the margin.  Differentiable in both
+    arguments.
 
     Args:
       margin_logits: z, nats; [*batch].
@@ -68,7 +68,7 @@ def marginal_nll(margin_logits, rate) -> jax.Array:
     """
     z = _common.floating(margin_logits)
     rate = jnp.asarray(rate, z.dtype)
-    # In logs nothing underflows; at e = 0 the second term is -inf, which drops out.
+    # In log space nothing underflows; at e = 0 the second term is -inf and drops out.
     right = jnp.log1p(-rate) + jax.nn.log_sigmoid(z)
     wrong = jnp.log(rate) + jax.nn.log_sigmoid(-z)
     return -jnp.logaddexp(right, wrong)
@@ -81,23 +81,23 @@ def fit_rate(
     level: float = 0.95,
     widest: float = WIDEST,
 ) -> RateFit:
-    """The most likely flip rate for fixed margins, one for all annotators.
+    """The maximum-likelihood flip rate for fixed margins, one for all annotators.
 
-    The interval holds every rate whose log-likelihood is less than half the chi-squared
-    quantile (one degree of freedom) below the maximum.  Where it reaches 1/2, labels
-    without any information are among what the data allow; a rate of 1/2 itself may also
-    mean that labels contradict the model more often than not.  Of 95 % intervals, 0.925
-    to 0.970 covered rates of 0.2 and 0.4 in 200 data sets each of 300 to 10,000 labels
+    The interval contains the rates whose log-likelihood is less than half the
+    chi-squared quantile (one degree of freedom) below the maximum.  If it reaches 1/2,
+    the data are compatible with uninformative labels.  A rate of 1/2 may also mean that
+    most labels contradict the model.  Of 95% intervals, 0.925 to 0.970 covered rates of
+    0.2 and 0.4 in 200 datasets each of 300 to 10,000 labels
     (`python -m tests.noise.simulations`, seeds 0 to 199).
 
     Args:
       margin_logits: z, nats; [labels].
       where: which labels are real; None if all are.
-      level: probability with which the interval covers the rate.
-      widest: the rate counts as identified if the interval is shorter.
+      level: coverage probability of the interval.
+      widest: the rate is identified if its interval is shorter than this.
 
     Returns:
-      `RateFit`; without a label, or with margins of 0, the interval is (0, 1/2).
+      `RateFit`; without labels, or if all margins are 0, the interval is (0, 1/2).
 
     Raises:
       ValueError: if shapes do not fit, or `level` is not in (0, 1).
@@ -130,13 +130,13 @@ def _fit_rate(margins, where, level, widest) -> RateFit:
     least = jnp.finfo(z.dtype).eps
     zero, half = jnp.asarray(least, z.dtype), jnp.asarray(0.5 - least, z.dtype)
     rises = lambda e: jnp.sum(_per_rate(z, e)) > 0
-    # Where nothing is known, the middle, and not an end that looks like an answer.
+    # If nothing is known, return the middle; an end would look like an estimate.
     rate = jnp.where(jnp.any(z != 0), _common.bisect(rises, zero, half), 0.25)
     per_rate = _per_rate(z, rate)
     allowed = ndtri((1 + jnp.asarray(level, z.dtype)) / 2) ** 2 / 2
 
     def inside(e):
-        # Relative to the maximum each term is small, so float32 keeps the difference.
+        # Relative to the maximum, each term is small, which preserves precision.
         gains = jnp.log(jnp.maximum(1 + (e - rate) * per_rate, 0))
         return jnp.sum(gains) > -allowed
 
@@ -159,20 +159,20 @@ def pooled_prior(
     num_annotators: int,
     where: Bool[Array, " votes"] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What all annotators together say about one of whom nothing else is known.
+    """The prior of a reliability, estimated from all annotators (empirical Bayes).
 
         (a, b) = argmax  sum over k of log int Beta(eta; a + 1, b + 1) L_k(eta) d eta
                          - 5/2 log(a + b + 2)
 
     L_k is the likelihood of the votes of k.  The second term is the usual vague prior
-    of a Beta's size: a single annotator, or a few with few votes, say nothing about how
-    annotators differ, and get a prior of hardly any votes instead of one that repeats
-    their own.  (a, b) is what `em.fit` and `em.estimate` take as `prior`: annotators
-    with few votes are drawn to the mean of all, those with many keep their own.
+    on the size of a Beta.  A single annotator, or a few with few votes, say little
+    about how annotators differ.  They get a prior of very few votes rather than one
+    that repeats their own.  Pass (a, b) to `em.fit` and `em.estimate` as `prior`: it
+    shrinks annotators with few votes toward the mean and hardly affects the others.
 
     Args:
-      evidence: logit that each vote is right, without its annotator: margins, or
-        `em.Fit.evidence` where several votes judge an item; [votes].
+      evidence: logit that each vote is right, ignoring its annotator: margins, or
+        `em.Fit.evidence` if items have several votes; [votes].
       annotators: int index of the annotator; -1 if unknown, the last; [votes].
       num_annotators: K.
       where: which votes are real; None if all are.
@@ -207,7 +207,7 @@ def _pooled_prior(evidence, annotators, where, num_annotators):
     likelihoods = jnp.exp(log_likelihoods - jnp.max(log_likelihoods, axis=0))
 
     def best(means, sizes):
-        """The mean a / (a + b) and log(a + b) of the best of all combinations."""
+        """The best combination of a mean a / (a + b) and a size log(a + b)."""
         mean, size = (x.reshape(-1, 1) for x in jnp.meshgrid(means, sizes))
         shape = jnp.exp(size) * (mean * jnp.log(grid) + (1 - mean) * jnp.log1p(-grid))
         density = jax.nn.softmax(shape, axis=-1)
@@ -238,10 +238,10 @@ def fit_rates(
     where: Bool[Array, " votes"] | None = None,
     level: float = 0.95,
 ) -> tuple[em.Fit, tuple[jax.Array, jax.Array]]:
-    """One rate per annotator, partially pooled: `em.fit` under `pooled_prior`.
+    """One rate per annotator, partially pooled: `em.fit` with `pooled_prior`.
 
-    Two rounds: what the other votes on an item say depends on the reliabilities, and
-    the prior on what they say.
+    Alternates twice, because the evidence of other votes on an item depends on the
+    reliabilities, and the prior depends on the evidence.
 
     Args:
       margin_logits: z, nats; [votes].
@@ -250,7 +250,7 @@ def fit_rates(
       num_annotators: K.
       orientation: as in `em.fit`.
       where: which votes are real; None if all are.
-      level: probability of the credible intervals, which take the prior as known.
+      level: probability of the credible intervals, which treat the prior as known.
 
     Returns:
       `em.Fit`, whose flip rates are 1 - reliability, and the prior (a, b).
@@ -278,5 +278,5 @@ def fit_rates(
 
 
 def _per_rate(z: jax.Array, e: jax.Array) -> jax.Array:
-    """Slope of log P(label) in e: (s(-z) - s(z)) / P(label), 0 at z = 0."""
+    """Computes d log P(label) / d e = (s(-z) - s(z)) / P(label); 0 at z = 0."""
     return -jnp.tanh(z / 2) * jnp.exp(marginal_nll(z, e))

@@ -1,15 +1,15 @@
-"""A flip rate learnt while a model trains: what its recent margins say of the labels.
+"""An online estimate of the flip rate from the recent margins of a model in training.
 
-A batch is scored before it is trained on, so in the first pass over the data its
-margins are those of a model that has not seen its labels.  Their sizes and whether they
-agree with the label are counted in bins, old batches fading out, and the counts have
-a posterior over the flip rate e and the temperature T of the margins (see
+Each batch is scored before the model trains on it.  So in the first pass over the data,
+the margins are those of a model that has not seen the labels.  The margins are binned
+by size and by whether they agree with the label, with decaying weights.  The counts
+give a posterior over the flip rate e and the temperature T of the margins (see
 `jaxpref.noise.calibration`):
 
     P(e, T | counts)  ~  prior(e) prior(T) product of  (1 - e) s(z / T) + e s(-z / T)
 
-The temperature is not a nicety: a policy in training is surer than it is right, and
-without T its confident errors would count as flipped labels.
+The temperature is essential: a policy in training is overconfident, and without T its
+confident errors would count as flipped labels.
 """
 
 import dataclasses
@@ -25,35 +25,34 @@ from jaxpref.noise.rate import WIDEST
 __all__ = ["RunningRate", "count", "no_counts", "posterior"]
 
 SMALLEST, OCTAVES, PER_OCTAVE = -7, 14, 8
-"""Sizes of margins are told apart from 2^-7 to 2^7, by factors of 2^(1/8)."""
+"""Bins of margin sizes from 2^-7 to 2^7, with edges a factor of 2^(1/8) apart."""
 BINS = OCTAVES * PER_OCTAVE
 RATES = 199
-"""Flip rates of the grid, evenly over (0, 1/2); the middle one is 1/4."""
+"""Flip rates on the grid, evenly spaced in (0, 1/2); the middle one is 1/4."""
 TEMPERATURE_SPREAD = 2.0
-"""Standard deviation of log2 T beforehand: two models of three are within a factor 4 of
-being calibrated."""
+"""Prior standard deviation of log2 T: two of three models are calibrated within a
+factor of 4."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RunningRate:
-    """What the counted margins say."""
+    """A posterior of the flip rate and the temperature."""
 
     rate: Float[Array, ""]
-    """The most likely e, whatever T is; 1/4 where nothing is known."""
+    """The most likely e, marginalized over T; 1/4 if nothing is known."""
     lower: Float[Array, ""]
-    """Where the credible interval of e begins."""
+    """Lower end of the credible interval of e."""
     upper: Float[Array, ""]
-    """Where it ends."""
+    """Upper end of the credible interval of e."""
     temperature: Float[Array, ""]
     """2 to the posterior mean of log2 T."""
     identified: Bool[Array, ""]
-    """Whether the interval is short enough to speak of a rate; where it is not, quote
-    the interval and not `rate`."""
+    """Whether the interval is short enough; if not, report the interval, not `rate`."""
 
 
 def no_counts(dtype=jnp.float32) -> Float[Array, "bins 2"]:
-    """Counts before the first batch."""
+    """The counts before the first batch: zeros."""
     return jnp.zeros((BINS, 2), dtype)
 
 
@@ -64,18 +63,18 @@ def count(
     memory=float("inf"),
     where: Bool[Array, " *batch"] | None = None,
 ) -> Float[Array, "bins 2"]:
-    """Adds a batch of margins to the counts of agreeing and disagreeing labels by size.
+    """Adds a batch of margins to the counts of agreeing and disagreeing labels.
 
-        counts <- exp(-labels of the batch / memory) counts + those of the batch
+        counts <- exp(-labels of the batch / memory) counts + counts of the batch
 
     Args:
       counts: from `no_counts` or an earlier batch; column 0 for labels the model agrees
         with, column 1 for the others.
       margin_logits: z, nats, positive where the model agrees with the label; [*batch],
-        of the global batch, however it lies on devices.
-      memory: labels after which an old one counts 1/e; infinity forgets nothing.
-      where: which labels are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+        of the global batch, regardless of its sharding.
+      memory: number of labels after which an old one counts 1/e; infinity for no decay.
+      where: which labels are real, [*batch]; None if all are.  The other labels are
+        ignored, even if they hold NaN.
 
     Returns:
       The new counts.
@@ -85,27 +84,27 @@ def count(
     z = jax.lax.stop_gradient(_common.finite(jnp.where(where, z, 0)))
     size = jnp.log2(jnp.maximum(jnp.abs(z), 2.0**SMALLEST)) - SMALLEST
     bins = jnp.clip(size * PER_OCTAVE, 0, BINS - 1).astype(jnp.int32)
-    # Compared, not scattered: a scatter along a sharded axis has no layout.
+    # Uses a comparison, because a scatter along a sharded axis has no sharding rule.
     own = (bins[..., None] == jnp.arange(BINS)) & where[..., None]
     agrees = jnp.where(z == 0, 0.5, (z > 0).astype(z.dtype))[..., None]
     batch = tuple(range(z.ndim))
     of = lambda share: jnp.sum(jnp.where(own, share, 0), axis=batch)
     new = jnp.stack([of(agrees), of(1 - agrees)], axis=1)
-    kept = jnp.exp(-jnp.sum(where) / jnp.asarray(memory, counts.dtype))
-    return kept * counts + new.astype(counts.dtype)
+    decay = jnp.exp(-jnp.sum(where) / jnp.asarray(memory, counts.dtype))
+    return decay * counts + new.astype(counts.dtype)
 
 
 def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
-    """The flip rate and the temperature that counted margins allow.
+    """The posterior of the flip rate and the temperature given the counts.
 
-    On a grid of `RATES` rates, 2e beforehand Beta(2, 2), and of temperatures from 2^-6
-    to 2^6, log-normal beforehand around 1.  The rate is the mode of its posterior and
-    not the mean: where flips are many the posterior has a long tail towards few, and
-    the mean lies in it.
+    Computed on a grid of `RATES` rates, with a Beta(2, 2) prior on 2e, and of
+    temperatures from 2^-6 to 2^6, with a log-normal prior around 1.  The rate is the
+    mode of its posterior, not the mean: if there are many flips, the posterior has a
+    long tail toward low rates that shifts the mean.
 
     Args:
       counts: from `count`.
-      level: posterior probability of the interval between equal tails.
+      level: posterior probability of the equal-tailed interval.
 
     Returns:
       `RunningRate`.
@@ -127,8 +126,8 @@ def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
 
     def of_temperature(step):
         lean = jnp.tanh(sizes / jnp.exp2(step) / 2) * (1 - 2 * rates[:, None])
-        # Relative to a coin, so that float32 keeps differences of long sums.  Products
-        # with the counts: XLA on CPU (jax 0.10 to 0.12) sums the fused form wrong.
+        # Relative to a fair coin, for precision in float32.  Matrix products, because
+        # XLA on CPU (jax 0.10 to 0.12) miscomputes the fused sums.
         dot = functools.partial(jnp.matmul, precision="highest")
         gains = dot(jnp.log1p(lean), counts[:, 0]) + dot(jnp.log1p(-lean), counts[:, 1])
         return gains + prior - (step / TEMPERATURE_SPREAD) ** 2 / 2

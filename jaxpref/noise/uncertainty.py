@@ -1,8 +1,8 @@
-"""How sure a model is of a label: repeated scores of the same pairs, compared.
+"""Model uncertainty about labels from repeated scores of the same pairs.
 
-The repetitions are passes with dropout left on (UPO) or the members of an ensemble; the
-first axis counts them.  Probabilities are oriented by the label: of a pair, that its
-chosen answer is the better one, s(r_w - r_l).
+The repetitions, on the first axis, are passes with dropout enabled (UPO) or the members
+of an ensemble.  Probabilities are relative to the label: s(r_w - r_l), the probability
+that the chosen answer is the better one.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Mask, Pairs, Scalar
+from jaxpref.losses._common import Mask, PerPair, Scalar
 from jaxpref.sharding import replicated
 
 __all__ = ["bald", "disagreement", "drop_and_sample", "mean_probability"]
@@ -20,12 +20,12 @@ Repeated = Float[Array, "passes *batch"]
 RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 
 
-def mean_probability(probabilities: Repeated) -> Pairs:
-    """What the passes predict together.
+def mean_probability(probabilities: Repeated) -> PerPair:
+    """The mean prediction of all passes.
 
         out = mean over t of p_t
 
-    Below 1/2 they contradict the label.
+    Below 1/2, the passes contradict the label.
 
     Args:
       probabilities: p_t, in [0, 1]; [T, *batch], T >= 1.
@@ -50,14 +50,13 @@ def mean_probability(probabilities: Repeated) -> Pairs:
     return jnp.mean(_passes(probabilities=probabilities), axis=0)
 
 
-def bald(probabilities: Repeated) -> Pairs:
-    """By how much the passes disagree: what the answer would tell of the weights.
+def bald(probabilities: Repeated) -> PerPair:
+    """The BALD score: the mutual information of the label and the weights.
 
         out = H(mean_t p_t) - mean_t H(p_t),  H(p) = -p log p - (1 - p) log(1 - p)
 
-    The mutual information of label and weights.  0 where all passes predict the same,
-    however undecided they are; log 2 where each is certain and half of them of either
-    answer.
+    It measures the disagreement of the passes.  It is 0 if all predict the same
+    probability, even 1/2, and log 2 if half are certain of each answer.
 
     Args:
       probabilities: p_t, in [0, 1]; [T, *batch], T >= 1.
@@ -73,7 +72,7 @@ def bald(probabilities: Repeated) -> Pairs:
       >>> import jax.numpy as jnp
       >>> from jaxpref.noise.uncertainty import bald
       >>> passes = jnp.array([[0.5, 0.0], [0.5, 1.0]])
-      >>> [f"{x:.4f}" for x in bald(passes)]  # undecided, and divided
+      >>> [f"{x:.4f}" for x in bald(passes)]  # undecided; divided
       ['0.0000', '0.6931']
 
     References:
@@ -87,13 +86,13 @@ def bald(probabilities: Repeated) -> Pairs:
     return jnp.maximum(total - jnp.mean(_entropy(passes), axis=0), 0)
 
 
-def disagreement(scores: Repeated) -> Pairs:
+def disagreement(scores: Repeated) -> PerPair:
     """The variance of a pair's score over the members of an ensemble.
 
         out = mean_t (s_t - mean_t s_t)^2
 
-    Of margins r_w - r_l, not of rewards: each member's rewards are known up to a
-    constant of the prompt alone, which a variance of rewards would count.
+    Use margins r_w - r_l, not rewards: the rewards of each member are determined only
+    up to a constant per prompt, which would add to the variance.
 
     Args:
       scores: s_t, for example reward margins in nats; [T, *batch], T >= 1.
@@ -119,31 +118,32 @@ def disagreement(scores: Repeated) -> Pairs:
 
 
 def drop_and_sample(
-    mean_probabilities: Pairs,
-    weights: Pairs,
+    mean_probabilities: PerPair,
+    weights: PerPair,
     key: RandomKey,
     *,
     share: Scalar = 0.5,
     where: Mask = None,
 ) -> Bool[Array, "*batch"]:
-    """UPO's filter: drops what the model contradicts, and samples from the rest.
+    """UPO's filter: drops pairs that the model contradicts and samples from the rest.
 
         agrees_i = mean_t p_t,i >= 1/2
         P(i drawn next)  proportional to  weight_i, among those that agree
 
     without replacement, until floor(share n) of the n pairs that agree are drawn.
     UPO's weights are `1 - bald(p)` (easy pairs first) or `bald(p)` (hard pairs first).
-    Drawn as the largest of log-weights plus Gumbel noise, which is the same
-    distribution; a weight of 0 is drawn after all others.  The noise belongs to the
-    pair's place in the global batch, however it lies on devices.
+    Uses the Gumbel top-k trick, which has the same distribution; pairs of weight 0 are
+    drawn last.  The noise depends on the position of the pair in the global batch,
+    regardless of its sharding.
 
     Args:
-      mean_probabilities: that the label is right, as of `mean_probability`; [*batch].
+      mean_probabilities: probabilities that the label is right, from
+        `mean_probability`; [*batch].
       weights: >= 0, of any scale; [*batch].
       key: a jax random key.
-      share: the part of the pairs that agree which is drawn, in [0, 1].
-      where: which pairs are real, [*batch]; None if all are.  What the others hold
-        (NaN included) does not matter.
+      share: fraction of the agreeing pairs to draw, in [0, 1].
+      where: which pairs are real, [*batch]; None if all are.  The other pairs are
+        ignored, even if they hold NaN.
 
     Returns:
       Which pairs were drawn, [*batch]; false where not real.
@@ -171,14 +171,14 @@ def drop_and_sample(
         mean_probabilities=mean_probabilities, weights=weights
     )
     agrees = _common.mask(where, weights) & (probabilities >= 0.5)
-    # Against the largest, so that a weight's size does not matter; all 0 are all alike.
+    # Relative to the largest, so that the scale does not matter; all 0 means uniform.
     largest = jnp.max(weights, initial=0, where=agrees)
     weights = jnp.where(largest > 0, weights / largest, 1)
     log_weights = jnp.log(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny))
     scores = replicated(jnp.where(agrees, log_weights, -jnp.inf)).reshape(-1)
     noise = jax.random.gumbel(key, scores.shape, scores.dtype)
     place = jnp.argsort(jnp.argsort(-(scores + noise))).reshape(weights.shape)
-    # A thousandth, so that 10 * 0.7 in floats does not round down to 6.
+    # Plus 0.001, so that 10 * 0.7 in floating point does not round down to 6.
     count = jnp.floor(jnp.sum(agrees) * jnp.asarray(share, weights.dtype) + 1e-3)
     return agrees & (place < count)
 
@@ -188,7 +188,7 @@ def _entropy(p: jax.Array) -> jax.Array:
 
 
 def _passes(**array) -> jax.Array:
-    """The array, promoted; raises ValueError unless it holds a pass."""
+    """The array, promoted; raises ValueError if it holds no pass."""
     ((name, _),) = array.items()
     (values,) = _common.promoted(**array)
     if values.ndim < 1 or not len(values):

@@ -1,1 +1,17 @@
 """What a run minimizes: losses with state, and what is learned beside the model."""
+
+from jaxpref.objectives.beta_dpo import beta_dpo as beta_dpo
+from jaxpref.objectives.bound_loss import Loss as Loss
+from jaxpref.objectives.co_training import crm as crm
+from jaxpref.objectives.inputs import Inputs as Inputs
+from jaxpref.objectives.learned_noise import em as em
+from jaxpref.objectives.learned_noise import em_weighted as em_weighted
+from jaxpref.objectives.learned_noise import learned_rate as learned_rate
+from jaxpref.objectives.learned_noise import re_po as re_po
+from jaxpref.objectives.objective import GradientProbe as GradientProbe
+from jaxpref.objectives.objective import Objective as Objective
+from jaxpref.objectives.objective import from_loss as from_loss
+from jaxpref.objectives.objective import trainable as trainable
+from jaxpref.objectives.supervised import reward_regression as reward_regression
+from jaxpref.objectives.supervised import sft as sft
+from jaxpref.objectives.trace_mixture import bvpo as bvpo

@@ -1,23 +1,28 @@
 """Objectives that learn how noisy the labels are while they train a policy.
 
-Each wraps any loss of single pairs.  What it learns is the objective's state: one
-reliability an annotator, or one flip rate, checkpointed with the model.
+Each wraps a loss of single pairs.  What it learns is the objective's state: one
+reliability per annotator, or one flip rate, checkpointed with the model.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.noise import em as noise
 from jaxpref.noise import running
 from jaxpref.noise.rate import marginal_nll
-from jaxpref.objectives.objective import Objective, mean_of
+from jaxpref.objectives.bound_loss import BoundLoss, Loss, bind
+from jaxpref.objectives.inputs import Inputs, mean_over
+from jaxpref.objectives.objective import Objective, State
+from jaxpref.objectives.rewards import per_token_reward, reward_metrics
 
-Loss = Callable[..., jax.Array]
+EStep = Callable[[Inputs, Array, Array], Array]
+"""`(inputs, logits, posterior that the label is right) -> losses`."""
+MStep = Callable[[State, Array, Inputs], State]
+"""`(state, posteriors, inputs) -> state`."""
 
 
 def em(
@@ -26,7 +31,6 @@ def em(
     prior_right: float = 9.0,
     prior_wrong: float = 1.0,
     memory: float = 20_000.0,
-    **options,
 ) -> Objective:
     """Online EM: reliabilities from soft counts, the policy by the Gibbs likelihood.
 
@@ -35,15 +39,14 @@ def em(
         eta_k = (prior_right + sum of w) / (prior_right + prior_wrong + votes of k)
 
     Pairs without an annotator share one.  An annotator with few votes stays near the
-    prior, one with many leaves it behind.
+    prior; one with many leaves it behind.
 
     Args:
-      loss: a loss of single pairs.
-      prior_right: votes of every annotator that count as right beforehand, >= 0.
-      prior_wrong: votes of every annotator that count as wrong beforehand, >= 0.
-      memory: votes after which an old vote of the same annotator counts 1/e: what the
-        policy said of it early in training is soon out of date.
-      **options: hyper-parameters of `loss`.
+      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
+      prior_right: prior votes of every annotator that count as right, > 0.
+      prior_wrong: prior votes of every annotator that count as wrong, > 0.
+      memory: votes of an annotator after which an old vote counts 1/e: what the policy
+        said of it early in training is soon out of date.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -51,8 +54,8 @@ def em(
     References:
       Cao et al., RE-PO, 2025, arXiv:2509.24159, Eq. 3 to 6; counts and prior are ours.
     """
-    own = _counting(prior_right, prior_wrong, memory)
-    return _em(loss, options, _likelihood, own, *_counts(**own))
+    own = _count_options(prior_right, prior_wrong, memory)
+    return _em("em", bind(loss), own, *_soft_counts(**own), _likelihood)
 
 
 def em_weighted(
@@ -61,41 +64,43 @@ def em_weighted(
     prior_right: float = 9.0,
     prior_wrong: float = 1.0,
     memory: float = 20_000.0,
-    **options,
 ) -> Objective:
-    """As `em`, but the policy is trained by the original loss, weighted.
+    """As `em`, but the policy is trained with the original loss, weighted.
 
         loss  = w loss(pair) + (1 - w) loss(exchanged)
 
     The other reading of the paper's M-step: what a loss has beside its preference term
-    (CPO's likelihood, IPO's square) is kept.  For DPO both are one.
+    (CPO's likelihood, IPO's square) is preserved.  For DPO the two are the same.
 
     Args:
-      loss: a loss of single pairs.
-      prior_right: votes of every annotator that count as right beforehand, >= 0.
-      prior_wrong: votes of every annotator that count as wrong beforehand, >= 0.
-      memory: votes after which an old vote of the same annotator counts 1/e.
-      **options: hyper-parameters of `loss`.
+      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
+      prior_right: prior votes of every annotator that count as right, > 0.
+      prior_wrong: prior votes of every annotator that count as wrong, > 0.
+      memory: votes of an annotator after which an old vote counts 1/e.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
     """
-    own = _counting(prior_right, prior_wrong, memory)
-    return _em(loss, options, _weighted, own, *_counts(**own))
+    own = _count_options(prior_right, prior_wrong, memory)
+    bound = bind(loss)
+
+    def weighted(inputs: Inputs, logits: Array, right: Array) -> Array:
+        pair = bound(inputs)
+        return noise.weighted_loss(pair, pair + logits, right)
+
+    return _em("em_weighted", bound, own, *_soft_counts(**own), weighted)
 
 
-def re_po(
-    loss: Loss, *, reliability: float = 0.9, momentum: float = 0.9, **options
-) -> Objective:
+def re_po(loss: Loss, *, reliability: float = 0.9, momentum: float = 0.9) -> Objective:
     """RE-PO as published: reliabilities are moving averages over batches.
 
         eta_k <- momentum eta_k + (1 - momentum) mean of w over the batch's votes of k
 
     Args:
-      loss: a loss of single pairs.
-      reliability: every annotator's at the start, in (0, 1).
-      momentum: the part of the old value that stays, in [0, 1); the paper's 1 - alpha.
-      **options: hyper-parameters of `loss`.
+      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
+      reliability: the initial reliability of every annotator, in (0, 1).
+      momentum: the share of the old value that stays, in [0, 1); 1 - alpha in the
+        paper.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -108,39 +113,38 @@ def re_po(
     if not 0 <= momentum < 1:
         raise InputError(f"re_po: momentum {momentum}: must be in [0, 1)")
 
-    def init(num_annotators):
+    def init(num_annotators: int) -> State:
         return {"reliability": jnp.full(num_annotators + 1, reliability, jnp.float32)}
 
-    def step(state, weights, batch):
+    def step(state: State, right: Array, inputs: Inputs) -> State:
         moved = noise.update(
             state["reliability"],
-            weights,
-            batch.annotators,
+            right,
+            inputs.annotators,
             momentum=momentum,
-            where=batch.pairs >= 0,
+            where=inputs.is_pair,
         )
         return {"reliability": moved}
 
     own = {"reliability": reliability, "momentum": momentum}
-    return _em(loss, options, _likelihood, own, init, step)
+    return _em("re_po", bind(loss), own, init, step, _likelihood)
 
 
-def learned_rate(loss: Loss, *, memory: float = 20_000.0, **options) -> Objective:
-    """One flip rate, learnt with the policy by the likelihood of the labels.
+def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
+    """One flip rate, learned with the policy by the likelihood of the labels.
 
         loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(exchanged) - loss(pair))
         e     = the most likely flip rate given the margins of past batches
 
-    `em` weighs each label by the posterior of a policy that at first knows nothing, and
+    `em` weighs each label by the posterior of a policy that knows nothing at first, and
     so stays near its prior.  Here e is judged by how often the policy's surer margins
-    agree with labels it had not yet seen, and the margins' temperature is judged beside
-    it: `jaxpref.noise.running`.  In later passes over the data labels have been seen,
-    and e comes out too small.
+    agree with labels it had not seen, and the margins' temperature is estimated beside
+    it: `jaxpref.noise.running`.  In later passes over the data the labels have been
+    seen, and e comes out too small.
 
     Args:
-      loss: a loss of single pairs.
+      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
       memory: labels after which an old one counts 1/e: the policy's margins change.
-      **options: hyper-parameters of `loss`.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -151,89 +155,106 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0, **options) -> Objectiv
     """
     if not memory > 0:
         raise InputError(f"learned_rate: memory {memory}: must be above 0")
-    logits = logits_of(loss)
+    bound = bind(loss)
+    logits = bound.logits()
 
-    def trained(*arrays, **options):
-        *pair, running_rate = arrays
-        return marginal_nll(logits(*pair, **options), running_rate)
-
-    declare(trained, logits, ["running_rate"], f"learned_rate_{loss.__name__}")
-
-    def init(_):
-        counts = running.no_counts()
-        return {"running_rate": running.posterior(counts).rate, "counts": counts}
-
-    def learn(arrays, batch, state):
-        *pair, _ = arrays.values()
-        margins = logits(*pair, **options)
-        real = batch.pairs >= 0
-        counts = running.count(state["counts"], margins, memory=memory, where=real)
-        return {"running_rate": running.posterior(counts).rate, "counts": counts}
-
-    def show(arrays, batch, state):
-        found = running.posterior(state["counts"])
-        return {
-            "noise/flip_rate": found.rate,
-            "noise/flip_rate_lower": found.lower,
-            "noise/flip_rate_upper": found.upper,
-            # Whether to quote the rate, or only the interval.
-            "noise/identified": found.identified.astype(jnp.float32),
-            "noise/temperature": found.temperature,
-        }
-
-    own = {"memory": memory}
-    return mean_of(trained, options, own=own, init=init, learn=learn, show=show)
-
-
-def _em(loss, options, reading, own, init, step) -> Objective:
-    """EM whose policy is trained by `reading(loss, its logits)`.
-
-    That loss has the reliabilities as its last array.
-    `step(state, weights, batch) -> state` is the M-step of the reliabilities.
-    """
-    logits = logits_of(loss)
-    trained = reading(loss, logits)
-
-    def posteriors(arrays):
-        *pair, reliabilities = arrays.values()
-        return noise.posterior(logits(*pair, **options), reliabilities)
-
-    def learn(arrays, batch, state):
-        return step(state, posteriors(arrays), batch)
-
-    def show(arrays, batch, state):
-        real = batch.pairs >= 0
-        right = posteriors(arrays)
-        mean = lambda x, where: (
-            jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
+    def learn(inputs: Inputs, counts: State):
+        before = running.posterior(counts)
+        counts = running.count(
+            counts, logits(inputs), memory=memory, where=inputs.is_pair
         )
-        return {
-            "noise/flip_rate": mean(1 - arrays["reliabilities"], real),
-            "noise/posterior": mean(right, real),
-            # Known only of flips that were planted.
-            "noise/posterior_flipped": mean(right, real & batch.flips),
+        return counts, {
+            "noise/flip_rate": before.rate,
+            "noise/flip_rate_lower": before.lower,
+            "noise/flip_rate_upper": before.upper,
+            # Whether to quote the rate, or only the interval.
+            "noise/identified": before.identified.astype(jnp.float32),
+            "noise/temperature": before.temperature,
         }
 
-    return mean_of(trained, options, own=own, init=init, learn=learn, show=show)
+    return _wrapping(
+        "learned_rate",
+        bound,
+        {"memory": memory},
+        losses=lambda inputs, counts: marginal_nll(
+            logits(inputs), running.posterior(counts).rate
+        ),
+        init=lambda _: running.no_counts(),
+        learn=learn,
+    )
 
 
-def _counts(prior_right: float, prior_wrong: float, memory: float):
-    """(init, step) of reliabilities that are shares of counted votes."""
+def _wrapping(
+    name: str, bound: BoundLoss, own: Mapping[str, Any], **functions
+) -> Objective:
+    """The objective `name` of a loss, with its own hyperparameters and functions."""
+    return Objective(
+        name=f"{name}_{bound.name}",
+        options={"loss": {"name": bound.name, **bound.options}, **own},
+        reads=bound.logit_reads(),
+        metrics=reward_metrics(
+            bound.reads, bound.options, per_token=per_token_reward(bound.function)
+        ),
+        **functions,
+    )
+
+
+def _em(
+    name: str,
+    bound: BoundLoss,
+    own: Mapping[str, Any],
+    init: Callable[[int], State],
+    step: MStep,
+    policy_loss: EStep,
+) -> Objective:
+    logits = bound.logits()
+
+    def posterior(inputs: Inputs, state: State) -> tuple[Array, Array, Array]:
+        z = logits(inputs)
+        reliability = of_annotators(state["reliability"], inputs.annotators)
+        return z, reliability, noise.posterior(z, reliability)
+
+    def pair_losses(inputs: Inputs, state: State) -> Array:
+        z, _, right = posterior(inputs, state)
+        return policy_loss(inputs, z, right)
+
+    def learn(inputs: Inputs, state: State):
+        _, reliability, right = posterior(inputs, state)
+        real = inputs.is_pair
+        return step(state, right, inputs), {
+            "noise/flip_rate": mean_over(1 - reliability, real),
+            "noise/posterior": mean_over(right, real),
+            # Known only of injected flips.
+            "noise/posterior_flipped": mean_over(right, real & inputs.batch.flips),
+        }
+
+    return _wrapping(name, bound, own, losses=pair_losses, init=init, learn=learn)
+
+
+def _likelihood(inputs: Inputs, logits: Array, right: Array) -> Array:
+    del inputs
+    return noise.likelihood_loss(logits, right)
+
+
+def _soft_counts(
+    prior_right: float, prior_wrong: float, memory: float
+) -> tuple[Callable[[int], State], MStep]:
+    """(init, M-step) of reliabilities that are shares of counted votes."""
     prior = prior_right, prior_wrong
 
-    def init(num_annotators):
+    def init(num_annotators: int) -> State:
         zeros = jnp.zeros(num_annotators + 1, jnp.float32)
         start = noise.estimate(zeros, zeros, prior=prior)
         return {"reliability": start, "right": zeros, "wrong": jnp.zeros_like(zeros)}
 
-    def step(state, weights, batch):
+    def step(state: State, right_posterior: Array, inputs: Inputs) -> State:
         right, wrong = noise.tally(
             state["right"],
             state["wrong"],
-            weights,
-            batch.annotators,
+            right_posterior,
+            inputs.annotators,
             memory=memory,
-            where=batch.pairs >= 0,
+            where=inputs.is_pair,
         )
         reliability = noise.estimate(right, wrong, prior=prior)
         return {"reliability": reliability, "right": right, "wrong": wrong}
@@ -241,7 +262,9 @@ def _counts(prior_right: float, prior_wrong: float, memory: float):
     return init, step
 
 
-def _counting(prior_right: float, prior_wrong: float, memory: float) -> dict:
+def _count_options(
+    prior_right: float, prior_wrong: float, memory: float
+) -> dict[str, float]:
     for name, value in (("prior_right", prior_right), ("prior_wrong", prior_wrong)):
         if not 0 < value < float("inf"):
             raise InputError(f"em: {name} {value}: must be above 0 and finite")
@@ -250,72 +273,11 @@ def _counting(prior_right: float, prior_wrong: float, memory: float) -> dict:
     return {"prior_right": prior_right, "prior_wrong": prior_wrong, "memory": memory}
 
 
-def _likelihood(loss: Loss, logits: Loss) -> Loss:
-    def trained(z, arrays, options, right):
-        return noise.likelihood_loss(z, right)
+def of_annotators(values: Array, annotators: Array) -> Array:
+    """Each pair's annotator's value; the last one where the annotator is unknown (-1).
 
-    return _of_posterior(logits, trained, f"em_{loss.__name__}")
-
-
-def _weighted(loss: Loss, logits: Loss) -> Loss:
-    reads = inspect.signature(loss).parameters
-
-    def trained(z, arrays, options, right):
-        own = {name: array for name, array in arrays.items() if name in reads}
-        pair = loss(**own, **options)
-        return noise.weighted_loss(pair, pair + z, right)
-
-    return _of_posterior(logits, trained, f"em_weighted_{loss.__name__}")
-
-
-def _of_posterior(logits: Loss, trained: Callable, name: str) -> Loss:
-    """A loss called `name` of the arrays of `logits` and of `reliabilities`.
-
-    `trained(margin logits, arrays, options, posterior that the label is right)`.
+    By comparison and not by a gather, so pairs may be sharded in any way.
     """
-    parameters = list(inspect.signature(logits).parameters.values())
-    names = [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]
-
-    def declared(*given, **options):
-        *pair, reliabilities = given
-        z = logits(*pair, **options)
-        right = noise.posterior(z, reliabilities)
-        return trained(z, dict(zip(names, pair)), options, right)
-
-    declare(declared, logits, ["reliabilities"], name)
-    return declared
-
-
-def logits_of(loss: Loss) -> Loss:
-    """Its Gibbs logits: loss(exchanged) - loss(pair).
-
-    Raises:
-      InputError: if the loss is not one of single pairs.
-    """
-    try:
-        return losses.gibbs_logits(loss)
-    except TypeError as error:
-        raise InputError(f"loss {loss.__name__}: {error}") from error
-
-
-def declare(
-    function: Callable,
-    like: Loss,
-    more: Sequence[str],
-    name: str,
-    *,
-    coupled: bool = False,
-) -> None:
-    """Gives `function` the arrays and options of `like`, and some arrays more.
-
-    `coupled` says that it takes `where`: it reads all pairs of a batch at once.
-    """
-    parameters = inspect.signature(like).parameters.values()
-    arrays = [p for p in parameters if p.kind != p.KEYWORD_ONLY]
-    options = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
-    arrays += [arrays[0].replace(name=extra) for extra in more]
-    if coupled:
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        options.append(inspect.Parameter("where", keyword, default=None))
-    function.__name__ = name
-    function.__signature__ = inspect.Signature([*arrays, *options])
+    index = jnp.where(annotators < 0, len(values) - 1, annotators)
+    own = index[..., None] == jnp.arange(len(values))
+    return jnp.sum(jnp.where(own, values, 0), axis=-1)

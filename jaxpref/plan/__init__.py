@@ -1,8 +1,7 @@
-"""Does it fit that pod, and how fast could it be, before anyone pays?
+"""Memory and time estimates of a run, without the devices that it needs.
 
-The train step and the reference pass of a run, and the sampler, are compiled for
-devices that are only described, from shapes alone, by the compiler that the devices
-would use.
+Compiles the train step, the reference pass, and the sampler from shapes alone, with the
+compiler of the target devices.
 """
 
 from jaxpref.plan.command import run as run

@@ -1,8 +1,8 @@
-"""The process that compiles.
+"""The child process that compiles.
 
-What a TPU's compiler is told it is told by the environment, before jax starts; it
-cannot be interrupted, and it may abort.  So a plan calls its own command line again,
-with a variable that names the file for what is found.
+The TPU compiler is configured by environment variables that are read before jax starts.
+It cannot be interrupted, and it may abort.  So `jaxpref plan` runs itself in a child
+process, with an environment variable that names the file for the results.
 """
 
 import json
@@ -20,8 +20,8 @@ from jaxpref.errors import InputError
 from jaxpref.plan.chips import Topology
 
 TARGET = "JAXPREF_PLAN_TARGET"
-"""The variable."""
-OF_CLUSTERS = (
+"""Environment variable with the path of the result file."""
+CLUSTER_VARIABLES = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
@@ -29,24 +29,24 @@ OF_CLUSTERS = (
     "OMPI_COMM_WORLD_SIZE",
     "JOB_COMPLETION_INDEX",
 )
-"""Variables by which a process would wait for others."""
+"""Environment variables that would make the child wait for other processes."""
 
 
 def environment(topology: Topology, target: Path) -> dict[str, str]:
-    """Of the process that compiles for a topology."""
-    keep = {k: v for k, v in os.environ.items() if k not in OF_CLUSTERS}
+    """The environment of the child process that compiles for a topology."""
+    inherited = {k: v for k, v in os.environ.items() if k not in CLUSTER_VARIABLES}
     virtual = "--xla_force_host_platform_device_count"
-    flags = re.sub(rf"{virtual}=\S*", "", keep.get("XLA_FLAGS", "")).split()
+    flags = re.sub(rf"{virtual}=\S*", "", inherited.get("XLA_FLAGS", "")).split()
     if topology.chip is None:
         flags.append(f"{virtual}={topology.devices}")
-    return keep | {
+    return inherited | {
         TARGET: str(target),
         "XLA_FLAGS": " ".join(flags),
         "JAX_PLATFORMS": "cpu",
-        # Nobody runs these programs; what is found of them is kept instead.
+        # The programs are never run; the results are cached instead.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "MALLOC_ARENA_MAX": "8",  # a compiler gives its memory back
-        # No machine is asked what it is, and no chip is opened, so others may have it.
+        "MALLOC_ARENA_MAX": "8",  # keeps glibc's defaults (`runtime.malloc`)
+        # Query no metadata server, and leave the chips of this machine to others.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -54,27 +54,27 @@ def environment(topology: Topology, target: Path) -> dict[str, str]:
     }
 
 
-def ask(argv: Sequence[str], topology: Topology, title: str) -> dict:
-    """What `program.measure` finds, of a process that is shown while it works.
+def compile_in_child(argv: Sequence[str], topology: Topology, title: str) -> dict:
+    """Runs `program.measure` in a child process and returns its result.
 
     Args:
-      argv: of `jaxpref plan`.
-      topology: the devices.
-      title: shown.
+      argv: arguments of `jaxpref plan`.
+      topology: the target devices.
+      title: text of the progress bar.
 
     Raises:
-      InputError: what the process says in its one line.
-      RuntimeError: if it ends otherwise.
+      InputError: with the child's message, if it reports invalid input.
+      RuntimeError: if the child fails in any other way.
     """
     with tempfile.TemporaryDirectory(prefix="jaxpref-plan-") as folder:
-        target, log = Path(folder) / "found.json", Path(folder) / "log"
-        with log.open("wb") as told:
+        target, log = Path(folder) / "results.json", Path(folder) / "log"
+        with log.open("wb") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "jaxpref", "plan", *argv],
                 env=environment(topology, target),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=told,
+                stderr=errors,
             )
             try:
                 _wait(process, title)
@@ -97,13 +97,13 @@ def _wait(process: subprocess.Popen, title: str) -> None:
     with tqdm(
         desc=title, bar_format="{desc}: {elapsed}", leave=False, disable=None
     ) as bar:
-        told = 0
+        minutes = 0
         while True:
             try:
                 process.wait(1 if terminal else 60)
                 return
             except subprocess.TimeoutExpired:
                 bar.refresh()
-                told += not terminal
-                if told:
-                    print(f"{title}: {told} min", file=sys.stderr, flush=True)
+                minutes += not terminal
+                if minutes:
+                    print(f"{title}: {minutes} min", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a TPU chip can do, and the slices that are built of them."""
+"""Specifications of TPU chips, and topologies of slices."""
 
 import dataclasses
 import math
@@ -11,40 +11,45 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as a program sees it: a chip, of TPU7x half of one."""
+    """One device as a program sees it: a chip, or half of one for TPU7x."""
 
     name: str
-    """As the documents call its generation."""
+    """Name of the generation in Cloud TPU's documentation."""
     flops: float
-    """Peak of bfloat16 products, floating-point operations a second."""
+    """Peak rate of bfloat16 products, floating-point operations per second."""
     hbm_bytes: float
-    """Memory for programs."""
+    """Memory available to programs."""
     hbm_bandwidth: float
-    """Bytes a second between memory and chip."""
+    """Bytes per second between memory and chip."""
     ici_bandwidth: float
-    """Bytes a second that all its links to other chips carry in one direction."""
+    """Bytes per second in one direction, over all links to other chips."""
     dcn_bandwidth: float
-    """Bytes a second that it receives of chips of other slices."""
+    """Bytes per second received from chips of other slices."""
     axes: int
     """Dimensions of the torus."""
     config: str = "default"
-    """How the compiler is to see the chip's cores: "megacore" makes two one device."""
+    """The compiler's chip configuration: "megacore" combines two cores in a device."""
     devices: int = 1
-    """Devices of a chip."""
+    """Devices per chip."""
     example: str = ""
-    """A topology."""
+    """An example topology, for error messages."""
 
 
-# Sources: Cloud TPU's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x
-# (Ironwood)", section "System architecture", docs.cloud.google.com/tpu/docs.  They give
-# the links' bandwidth in both directions (v5e 400, v5p 1,200, v6e 800, TPU7x 1,200
-# GBps), older versions in one (1,600, 4,800, 3,200 Gbps), which it is here.  v4's does
-# not stand there: 6 links of 50 GB/s, Jouppi et al. 2023, arXiv:2304.01433, table 4.
-# v5e's memory has 819 GBps in older versions, 800 GiBps in newer ones.  Its size is
-# what the compiler (libtpu 0.0.52) says is left to a program when one is too large: a
-# little less than the pages' 32, 16, 95, 32 and 192 GiB, of v5p a little more.  Of the
-# network between slices they give v5p 50 and v6e and TPU7x 100 Gbps a chip, v5e 6.4
-# Tbps for 256 chips; v4 is taken to have v5p's, for which there is no page.
+# Sources: Cloud TPU's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", and "TPU7x
+# (Ironwood)", section "System architecture", docs.cloud.google.com/tpu/docs.
+#
+# Links: the pages give the bandwidth in both directions (v5e 400, v5p 1,200, v6e 800,
+# TPU7x 1,200 GBps); older versions give one direction (1,600, 4,800, 3,200 Gbps), as
+# here.  They do not give v4's: 6 links of 50 GB/s, Jouppi et al. 2023,
+# arXiv:2304.01433, table 4.
+#
+# Memory: v5e's bandwidth is 819 GBps in older versions and 800 GiBps in newer ones.
+# The sizes are those that the compiler (libtpu 0.0.52) reports as available when a
+# program is too large: a little less than the pages' 32, 16, 95, 32, and 192 GiB, but
+# for v5p a little more.
+#
+# Network between slices: v5p 50 Gbps per chip, v6e and TPU7x 100, v5e 6.4 Tbps for 256
+# chips.  The pages do not give v4's, which is assumed to equal v5p's.
 CHIPS = {
     "v4": Chip(
         "TPU v4",
@@ -87,33 +92,33 @@ CHIPS = {
         example="4x4x4",
     ),
 }
-"""By the name that begins a topology."""
+"""Chips by the name that begins a topology."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of TPU chips, or virtual devices of this machine's CPU."""
+    """Slices of TPU chips, or virtual devices on CPU."""
 
     name: str
-    """As given: `v5p:4x4x8`, `2xv5e:16x16` or `cpu:8`."""
+    """The name given by the user: `v5p:4x4x8`, `2xv5e:16x16`, or `cpu:8`."""
     chip: Chip | None
-    """None for a CPU."""
+    """None for CPU."""
     devices: int
-    """How many a program sees, on all slices."""
+    """Number of devices of a program, over all slices."""
     slices: int = 1
-    """How many there are, all alike."""
+    """Number of slices, all of the same shape."""
 
     @property
     def slice(self) -> str:
-        """One of the slices, as libtpu calls it."""
+        """Name of one of the slices, as in libtpu."""
         return self.name.removeprefix(f"{self.slices}x")
 
 
 def parse_topology(name: str) -> Topology:
-    """`GENERATION:AxB` or `GENERATION:AxBxC` of chips, `Nx` that for N slices, `cpu:N`.
+    """Parses `GENERATION:AxB[xC]`, the same after `Nx` for N slices, or `cpu:N`.
 
     Raises:
-      InputError: if it is none of these.
+      InputError: if the name has none of these forms.
     """
     several = re.match(r"([2-9]|[1-9]\d+)x", name)
     slices = int(several[1]) if several else 1
@@ -126,7 +131,6 @@ def parse_topology(name: str) -> Topology:
         return Topology(name, chip, chips * chip.devices, slices)
     known = ", ".join(f"{k}:{chip.example}" for k, chip in CHIPS.items())
     raise InputError(
-        f"--topology {name}: not a topology that is known; give one like {known}, with "
-        "other sizes if you like, 2xv5e:4x4 for two slices, or cpu:8 for eight virtual "
-        "devices"
+        f"--topology {name}: unknown topology; use one like {known} (in any size), "
+        "2xv5e:4x4 for two slices, or cpu:8 for eight virtual devices"
     )

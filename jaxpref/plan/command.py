@@ -1,4 +1,4 @@
-"""`jaxpref plan`: one plan, or several of which one is recommended."""
+"""`jaxpref plan`: one plan, or a sweep that recommends one of several."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.models import Model, Numerics, build
+from jaxpref.objectives import Objective
 from jaxpref.plan import child
 from jaxpref.plan.chips import Topology, parse_topology
 from jaxpref.plan.config import PlanConfig
@@ -22,61 +23,62 @@ from jaxpref.plan.roofline import (
     forward_flops,
     ideal_dcn_bytes,
     ideal_wire_bytes,
-    of_a_token,
+    token_estimate,
 )
-from jaxpref.plan.sweep import candidates, flags_of
+from jaxpref.plan.sweep import candidates, flags_of, with_flags
 from jaxpref.plan.table import print_plan, print_sweep
-from jaxpref.train import Objective
+from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS, stored_scores
 
 
 def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
-    """Compiles, prints what was found, and writes it to `config.json` where given.
+    """Compiles a plan, prints it, and writes it to `config.json` if given.
 
     Args:
       config: the run and the machine.
-      objective: what is made small.
-      argv: the arguments of `jaxpref plan` that say the same.
+      objective: the training objective.
+      argv: the equivalent arguments of `jaxpref plan`.
 
     Returns:
-      The plan, that of the recommendation where there are several; see `find`.
+      The plan, or the recommended one of a sweep; see `estimate_plan`.
 
     Raises:
-      InputError: for anything the caller can put right.
+      InputError: if the options are invalid or do not fit each other.
     """
     topology = parse_topology(config.topology)
     model = model_of(config)
     if target := os.environ.get(child.TARGET):
         write_json(target, measure(work_of(config, model, objective), topology))
         return {}
-    if config.row_length is not None and objective.mixes:
+    if config.row_length is not None and objective.mixes_empty_traces:
         raise InputError(
-            f"--row-length {config.row_length}: {objective.name} is trained with one "
-            "pair a row; leave it out"
+            f"--row-length {config.row_length}: {objective.name} trains with one pair "
+            "per row; omit this option"
         )
     if config.json is not None and not Path(config.json).absolute().parent.is_dir():
         raise InputError(f"--json {config.json}: its folder does not exist")
     if not config.sweep:
-        found = find(config, objective, argv, topology, model)
-        print_plan(config, topology, found)
-        _write(config, found)
-        return found
+        plan = estimate_plan(config, objective, argv, topology, model)
+        print_plan(config, topology, plan)
+        _write(config, plan)
+        return plan
     plans = []
-    for tried in candidates(config, model.architecture, topology):
+    for candidate in candidates(config, model.architecture, topology):
         try:
-            flags = flags_of(tried)
-            plan = find(tried, objective, [*argv, *flags], topology, model)
+            flags = flags_of(candidate)
+            arguments = with_flags(argv, flags)
+            plan = estimate_plan(candidate, objective, arguments, topology, model)
         except InputError as error:
             print(f"{' '.join(flags)}: {error}", flush=True)
             continue
-        plans.append((tried, plan))
+        plans.append((candidate, plan))
         if len(plans) == 1:
             print_sweep(None, None)
-        print_sweep(tried, plan)
+        print_sweep(candidate, plan)
     if not plans:
-        raise InputError("no mesh of these devices fits the model and the batch")
-    best = min(plans, key=lambda pair: _merit(pair[1]))
+        raise InputError("no mesh of these devices divides the model and the batch")
+    best = min(plans, key=lambda pair: _rank(pair[1]))
     print(
-        "\nnothing fits; the nearest:" if best[1]["fits"] is False else "\nrecommended:"
+        "\nnothing fits; the closest:" if best[1]["fits"] is False else "\nrecommended:"
     )
     print_plan(best[0], topology, best[1])
     _write(config, best[1] | {"sweep": [plan for _, plan in plans]})
@@ -84,7 +86,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
 
 
 def model_of(config: PlanConfig) -> Model:
-    """The model's sizes, with the numerics that were asked for."""
+    """The model's sizes, with the numerics of the config."""
     numerics = Numerics(
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
@@ -95,7 +97,7 @@ def model_of(config: PlanConfig) -> Model:
 
 
 def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
-    """What is to be compiled."""
+    """The programs to compile."""
     return Work(
         model=model,
         objective=objective,
@@ -110,32 +112,36 @@ def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
     )
 
 
-def find(
+def estimate_plan(
     config: PlanConfig,
     objective: Objective,
     argv: Sequence[str],
     topology: Topology,
     model: Model,
 ) -> dict:
-    """One plan, as plain values; bytes are of one device.
+    """Computes one plan, as plain values.  All bytes are per device.
 
     Returns:
-      `fits` (whether step and scoring pass do; None on a CPU), and of the step
-      `hbm_bytes` (needed), `hbm_limit_bytes`, `temp_bytes` and
-      `argument_bytes` (None where the compiler only says how much is too much),
-      `held_bytes` by what, `activation_bytes` (a part of the temporaries),
-      `flops_per_step`, `roofline_seconds`, `mfu_estimate` and the rest of
-      `roofline.estimate` (None on a CPU), `collectives` (see `hlo.collectives`; None
-      where the program is too large), `wire_bytes` and `ideal_wire_bytes` within
-      a slice, `dcn_bytes` and `ideal_dcn_bytes` between slices, `tokens_per_second`,
-      `score` (the reference pass: the same of it), `decode` (the sampler: the same of
-      it, collectives and time of a token; None for a reward model), `mesh`, `devices`,
-      `compile_seconds`, and what was asked for.
+      A dict with the requested options, `mesh`, `devices`, `compile_seconds`, and:
+
+      - `fits`: whether the step and the reference pass fit; None on CPU.
+      - `hbm_bytes` (required by the step), `hbm_limit_bytes`, `temp_bytes`, and
+        `argument_bytes`.  The last two are None if the compiler runs out of memory.
+      - `held_bytes` of parameters, optimizer, batch, and reference;
+        `activation_bytes`, a part of the temporaries.
+      - `flops_per_step`, `roofline_seconds`, `mfu_estimate`, `tokens_per_second`, and
+        the rest of `roofline.estimate`; None on CPU.
+      - `collectives` (see `hlo.collectives`; None if the program is too large),
+        `wire_bytes` and `ideal_wire_bytes` within a slice, `dcn_bytes` and
+        `ideal_dcn_bytes` between slices.
+      - `score`: the same for the reference pass.
+      - `decode`: the same for the sampler, with the collectives and the time of one
+        token; None for a reward model.
     """
     numerics = dataclasses.replace(model.numerics, remat=config.remat)
     model = build(model.architecture, numerics)
     title = f"compiling {config.model} for {topology.name} {' '.join(flags_of(config))}"
-    measured = child.ask(argv, topology, title)
+    measured = child.compile_in_child(argv, topology, title)
     tokens, targets = measured["shape"]["tokens"], measured["shape"]["targets"]
     sequences = tokens[0] * tokens[1] * tokens[2]
     load = functools.partial(
@@ -146,14 +152,14 @@ def find(
         sequences=sequences,
         length=tokens[-1],
         predictions=targets[-1],
-        seen=_seen(config, objective, sequences),
+        seen=_attended_pairs(config, objective, sequences),
         accumulation=config.accumulation,
-        head=not objective.needs_rewards,
+        head="rewards" not in objective.scores,
         logit_chunk=config.logit_chunk,
     )
-    ahead = int(objective.coupled and config.accumulation > 1)
-    ahead += int(objective.needs_live_reference)
-    work = load(passes_ahead=ahead, models=1 + objective.trains_two)
+    extra_passes = int(objective.coupled and config.accumulation > 1)
+    extra_passes += int(bool(objective.scores & NEED_REFERENCE_WEIGHTS))
+    work = load(extra_passes=extra_passes, models=objective.num_models)
     step = _memory(measured["step"], topology)
     score = _memory(measured["score"], topology)
     held = measured["bytes"]
@@ -171,7 +177,7 @@ def find(
         "activation_bytes": measured["activations"],
         **step,
         "fits": step["fits"] and score["fits"],
-        "stored_reference": bool(objective.stored),
+        "stored_reference": bool(stored_scores(objective.scores)),
         "ideal_wire_bytes": ideal_wire_bytes(work),
         "ideal_dcn_bytes": ideal_dcn_bytes(work),
         "score": score | {"flops": sum(forward_flops(load()).values())},
@@ -190,7 +196,7 @@ def find(
         if config.pairs:
             steps = config.pairs / config.batch
             timed["hours"] = steps * seconds / 3600
-            if objective.stored:
+            if stored_scores(objective.scores):
                 timed["score_hours"] = steps * forward / 3600
     else:
         timed["flops_per_step"] = 3 * sum(forward_flops(work).values())
@@ -198,18 +204,18 @@ def find(
 
 
 def _decode(measured: dict, model: Model, topology: Topology) -> dict | None:
-    """What the sampler needs, and how fast it may be."""
-    if (of_sampler := measured["decode"]) is None:
+    """Memory of the sampler, and the bound on its time per token."""
+    if (sampler := measured["decode"]) is None:
         return None
     prompts, prompt, answer = measured["shape"]["prompts"]
-    of_a_turn = of_sampler.get("collectives_of_a_turn")
-    found = {
+    per_token = sampler.get("collectives_of_a_turn")
+    plan = {
         "prompts": prompts,
         "slots": prompt + answer,
-        **_memory(of_sampler | {"collectives": of_a_turn}, topology),
+        **_memory(sampler | {"collectives": per_token}, topology),
     }
     if topology.chip is None:
-        return found
+        return plan
     load = Load(
         model=model,
         mesh=measured["mesh"],
@@ -218,51 +224,51 @@ def _decode(measured: dict, model: Model, topology: Topology) -> dict | None:
         predictions=answer,
         seen=0,
     )
-    return found | of_a_token(load, topology.chip, found["wire_bytes"])
+    return plan | token_estimate(load, topology.chip, plan["wire_bytes"])
 
 
 def _memory(measured: dict, topology: Topology) -> dict:
-    """What one program needs of a device, and says to others."""
+    """Memory and communication of one program, per device."""
     limit = None if topology.chip is None else topology.chip.hbm_bytes
     limit = measured.get("limit", limit)
     needs, temp, argument = measured.get("needs"), None, None
     if needs is None:
         temp, argument = measured["temp"], measured["argument"]
-        # What is written in place is counted with the arguments.
+        # Outputs that alias arguments are counted with the arguments.
         needs = argument + temp + measured["output"] - measured["alias"]
-    spoken = measured.get("collectives")
+    collectives = measured.get("collectives")
     received = dict.fromkeys(("wire_bytes", "dcn_bytes"))
-    if spoken is not None:
-        received["wire_bytes"] = wire_bytes(spoken)
-        received["dcn_bytes"] = wire_bytes(spoken, between_slices=True)
+    if collectives is not None:
+        received["wire_bytes"] = wire_bytes(collectives)
+        received["dcn_bytes"] = wire_bytes(collectives, between_slices=True)
     return {
         "fits": None if limit is None else "needs" not in measured and needs <= limit,
         "hbm_bytes": needs,
         "hbm_limit_bytes": limit,
         "temp_bytes": temp,
         "argument_bytes": argument,
-        "collectives": spoken,
+        "collectives": collectives,
         **received,
         "compile_seconds": measured["seconds"],
     }
 
 
-def _seen(config: PlanConfig, objective: Objective, sequences: int) -> float:
-    """Pairs of a token and one that it attends to (itself too), of a step."""
+def _attended_pairs(config: PlanConfig, objective: Objective, sequences: int) -> float:
+    """Number of (query, key) token pairs that attend in a step, itself included."""
     if config.row_length is None:
         return sequences * config.seq * (config.seq + 1) / 2
     answer, prompt = config.answer, config.seq - config.answer
     one = answer * prompt + answer * (answer + 1) / 2
-    return config.batch * (prompt * (prompt + 1) / 2 + objective.sides * one)
+    return config.batch * (prompt * (prompt + 1) / 2 + objective.num_completions * one)
 
 
-def _merit(plan: dict) -> tuple:
-    """Smaller is better: what fits, by its time; what does not, by its need."""
+def _rank(plan: dict) -> tuple:
+    """Sort key: plans that fit by time, then the others by memory."""
     if plan["fits"] is False:
         return (1, plan["hbm_bytes"])
     return (0, plan["roofline_seconds"] or 0, plan["hbm_bytes"])
 
 
-def _write(config: PlanConfig, found: dict) -> None:
+def _write(config: PlanConfig, plan: dict) -> None:
     if config.json is not None:
-        write_json(config.json, json.loads(json.dumps(found)))
+        write_json(config.json, json.loads(json.dumps(plan)))

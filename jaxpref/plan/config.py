@@ -1,4 +1,4 @@
-"""What is asked of a plan."""
+"""Options of `jaxpref plan`."""
 
 import dataclasses
 from typing import Literal
@@ -9,44 +9,45 @@ from jaxpref.train import MeshConfig, OptimizerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """A run that is thought of, and the machine that it may get."""
+    """The run to plan, and the machine it would get."""
 
     model: str
     """Preset (llama-3-1b, llama-3-8b, llama-3-70b, smollm2-135m, smollm2-360m,
     smollm2-1.7b, llama-0.6b-152k), Hugging Face model folder, or a hub id."""
     topology: str
-    """Slice of TPU chips, as v5p:4x4x8, v5e:16x16, v6e:4x4, v4:4x4x4 or tpu7x:4x4x4; or
+    """TPU slice, for example v5p:4x4x8, v5e:16x16, v6e:4x4, v4:4x4x4 or tpu7x:4x4x4, or
     cpu:8 for eight virtual devices."""
     batch: int
-    """Pairs of a step, over all devices and micro-batches."""
+    """Pairs per step, over all devices and micro-batches."""
     seq: int
-    """Tokens of the longest prompt with an answer: what the padded rows are long."""
+    """Tokens of the longest prompt with an answer: the length of padded rows."""
     answer_length: int | None = None
-    """Tokens of the longest answer; half of seq where not given."""
+    """Tokens of the longest answer (default: half of --seq)."""
     row_length: int | None = None
-    """Tokens of a packed row; pairs are all taken to be as long as the longest."""
+    """Tokens per packed row (default: one pair per row, padded).  All pairs are assumed
+    to be as long as the longest."""
     accumulation: int = 1
-    """Micro-batches of a step."""
+    """Micro-batches per step."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes to save memory."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the parameters and of the optimiser's moments."""
+    """Dtype of the parameters and of the optimizer's moments."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of products and activations."""
+    """Dtype of matrix products and activations."""
     logit_chunk: int | None = None
-    """Completion tokens of a sequence whose logits exist at the same time."""
+    """Completion tokens of a sequence whose logits are in memory at once."""
     unroll: int = 1
-    """Layers of the scan over them that are written out."""
+    """Layers to unroll in the scan over layers."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """What is remembered of gradients for each weight."""
+    """The optimizer, whose state takes memory."""
     pairs: int | None = None
-    """Pairs of the data set, for the hours that one pass over it takes."""
+    """Pairs in the dataset, to estimate the hours of one pass over it."""
     sweep: bool = False
     """Try other meshes and remat policies too, and recommend one."""
     json: str | None = None
-    """Write what was found to this file."""
+    """File to write the plan to, as JSON."""
 
     def __post_init__(self):
         for name in ("batch", "seq", "accumulation", "unroll"):

@@ -1,11 +1,14 @@
-"""What chips say to each other in a step, read from the text of a compiled program.
+"""The collectives of a step, read from the text of a compiled program.
 
-Four things make a plain search for `all-gather` wrong.  What stands in a loop is
-carried out as often as the loop turns.  A reduce-scatter of the TPU compiler may be a
-fusion that holds an all-reduce, of which every chip keeps a part: half the bytes.  And
-one that runs beside products is spread over several fusions, all with its channel.
-The program is that of one slice, and what slices say to each other is a pair of `send`
-and `recv` with attributes for the runtime (Megascale) that carries it.
+A plain search for `all-gather` would miscount, for four reasons:
+
+- A collective in a loop runs once per iteration.
+- The TPU compiler may express a reduce-scatter as a fusion around an all-reduce, of
+  which every chip keeps a part: half the bytes.
+- A collective that overlaps with products is split over several fusions, all with the
+  same channel.
+- The program is that of one slice.  Communication between slices appears as a `send`
+  and a `recv` with attributes for the runtime (Megascale).
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ WIDTHS = {
     "c64": 8,
     "c128": 16,
 }
-"""Bytes of an element; the kinds of eight-bit floats all begin with f8."""
+"""Bytes per element; the names of all eight-bit floats begin with f8."""
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -34,14 +37,14 @@ KINDS = (
     "collective-broadcast",
 )
 HALVED = "all-reduce-scatter"
-"""In the name of a fusion that keeps a part of the all-reduce in it."""
+"""Part of the name of a fusion that keeps only a part of its all-reduce."""
 PIECES = "async_collective_fusion"
-"""In the name of a fusion that carries out a part of one, beside products."""
+"""Part of the name of a fusion that runs a piece of a collective beside products."""
 BETWEEN = " between slices"
-"""Ends the kinds of what goes over the network of the data center."""
+"""Suffix of the kinds of collectives that use the data center network."""
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-# Attributes of a kernel are written over several lines, the last of which is }}, ...
+# The attributes of a kernel span several lines, the last of which begins with }}.
 _END = re.compile(r"^\}(?!\})")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -55,7 +58,7 @@ class Line:
 
     name: str
     type: str
-    """Of the result, with its layout."""
+    """Type of the result, with its layout."""
     opcode: str
     rest: str
     """Operands and attributes."""
@@ -71,7 +74,7 @@ class Line:
         return _NAME.findall(self.rest)
 
     def called(self, attribute: str) -> list[str]:
-        """Names of the computations of an attribute: one, or several in braces."""
+        """Names of the computations that an attribute lists."""
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
         return _NAME.findall(match[1]) if match else []
 
@@ -88,26 +91,27 @@ class Computation:
 def collectives(
     text: str, *, devices: int, slices: int = 1, turns: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Collectives by kind, as one device carries them out in one run of the program.
+    """Counts the collectives that one device executes in one run of the program.
 
-    A branch counts where it is the one that says most.  Products that are computed ring
-    by ring while the weights arrive show up as `collective-permute`.
+    Of the branches of a conditional, the one that communicates most is counted.
+    Products that are computed while the weights arrive in a ring appear as
+    `collective-permute`.
 
     Args:
-      text: from `jax.stages.Compiled.as_text`.
-      devices: of a slice.
-      slices: how many there are.
-      turns: of a loop that ends by what it computes.
+      text: text from `jax.stages.Compiled.as_text`.
+      devices: devices per slice.
+      slices: number of slices.
+      turns: assumed iterations of a loop whose end depends on computed values.
 
     Returns:
-      For each kind, of `KINDS` or one of them `BETWEEN`, `count`; `bytes`, of the
-      gathered, reduced or exchanged array; and `wire_bytes`, what a device receives in
-      a ring of n devices, or slices: (n-1)/n of the bytes, twice that for an
-      all-reduce, all of them for a permutation.
+      For each kind (one of `KINDS`, with the suffix `BETWEEN` between slices): `count`;
+      `bytes` of the gathered, reduced, or exchanged array; and `wire_bytes` that a
+      device receives in a ring of n devices or slices.  These are (n-1)/n of the bytes,
+      twice that for an all-reduce, and all of them for a permutation.
     """
     computations, entry = parse(text)
     total: dict[str, dict[str, float]] = {}
-    found = _of(computations, entry, (devices, slices), turns)
+    found = _collect(computations, entry, (devices, slices), turns)
     for times, kind, figures in found.values():
         into = total.setdefault(kind, dict.fromkeys(figures, 0))
         for key, value in figures.items():
@@ -116,7 +120,7 @@ def collectives(
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations by name, and which one is the program."""
+    """The computations by name, and the name of the entry computation."""
     found, entry, name, lines, root = {}, "", None, {}, ""
     for written in text.splitlines():
         if head := _HEAD.match(written):
@@ -131,14 +135,14 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return found, entry
 
 
-def _of(
+def _collect(
     computations, name: str, sizes: tuple[int, int], turns: int = 1
 ) -> dict[tuple[str, str], tuple[int, str, dict]]:
-    """Those of the program, or of the body of a loop: how often, kind, and figures.
+    """Collectives of a computation: how often each runs, its kind, and its figures.
 
-    By channel, groups and size, and by where it stands.  Of one that is spread over
-    fusions (`PIECES`) all pieces are one, also where it is begun outside of a loop and
-    goes on in it.  `sizes` are the devices of a slice and the slices.
+    The keys are channel, groups, and size, and the position in the program.  All pieces
+    of a collective that is split over fusions (`PIECES`) count as one, even if some are
+    outside a loop and some inside.  `sizes` are the devices per slice and the slices.
     """
     total: dict[tuple[str, str], tuple[int, str, dict]] = {}
 
@@ -149,7 +153,7 @@ def _of(
                 (body,) = line.called("body")
                 times = trip_count(line, computation, computations)
                 times = turns if times is None else times
-                inside = _of(computations, body, sizes, turns)
+                inside = _collect(computations, body, sizes, turns)
                 for channel, (n, *one) in inside.items():
                     total.setdefault(channel, (n * times, *one))
             elif line.opcode == "conditional":
@@ -157,7 +161,7 @@ def _of(
                     *line.called("true_computation"),
                     *line.called("false_computation"),
                 ]
-                options = [_of(computations, b, sizes, turns) for b in branches]
+                options = [_collect(computations, b, sizes, turns) for b in branches]
                 for channel, one in max(options, key=_received, default={}).items():
                     total.setdefault(channel, one)
             elif line.opcode in ("fusion", "call", "async-start", "custom-call"):
@@ -172,12 +176,12 @@ def _of(
                             piece or PIECES in names,
                         )
             elif (kind := _kind(line)) is not None:
-                kind, figures = _one(line, kind, halved, *sizes)
+                kind, figures = _figures(line, kind, halved, *sizes)
                 which = re.findall(r"\b(?:channel_id|replica_groups)=\S+", line.rest)
                 which = f"{kind} {figures['bytes']} {which or name + line.name}"
-                # One channel may serve several, which then stand side by side.
+                # Several collectives of one computation may share a channel.
                 here[which] += 1
-                # Outside before inside, whichever comes first in the text.
+                # Pieces get one key, whichever comes first in the text.
                 if figures["bytes"]:
                     where = "" if piece else f"{name} {line.name}"
                     total[f"{which} {here[which]}", where] = (1, kind, figures)
@@ -198,7 +202,7 @@ def _received(found: dict[tuple[str, str], tuple[int, str, dict]]) -> float:
 def wire_bytes(
     found: dict[str, dict[str, float]], *, between_slices: bool = False
 ) -> float:
-    """What a device receives in all, of its own slice or of the others."""
+    """Total bytes that a device receives, within its slice or from other slices."""
     return sum(
         figures["wire_bytes"]
         for kind, figures in found.items()
@@ -207,7 +211,7 @@ def wire_bytes(
 
 
 def _kind(line: Line) -> str | None:
-    """Which collective a line begins."""
+    """The kind of collective that a line starts, or None."""
     if line.opcode == "recv" and (transfer := _TRANSFER.search(line.rest)):
         kind = transfer[1].lower().replace("_", "-")
         return (kind if kind in KINDS else "collective-permute") + BETWEEN
@@ -215,21 +219,21 @@ def _kind(line: Line) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _one(
+def _figures(
     line: Line, kind: str, halved: bool, devices: int, slices: int
 ) -> tuple[str, dict]:
-    """Kind, and `count`, `bytes` and `wire_bytes` of one collective."""
+    """The kind of one collective, and its `count`, `bytes`, and `wire_bytes`."""
     between = BETWEEN if kind.endswith(BETWEEN) else ""
     kind = kind.removesuffix(BETWEEN)
     group = slices if between else group_size(line.rest, devices)
     arrays = [size for size, _ in _arrays(line.type)]
-    # Begun here, it gives its operands too: (operands, results, marks).
+    # The result of a start includes the operands: (operands, results, contexts).
     if line.opcode == "all-gather-start":
         arrays = arrays[len(arrays) // 2 :]
     elif line.opcode == "collective-permute-start":
         arrays = arrays[1:2]
     elif between:
-        arrays = arrays[:1]  # (result, mark, token)
+        arrays = arrays[:1]  # (result, context, token)
     size = sum(arrays)
     if kind == "reduce-scatter":
         size *= group
@@ -238,7 +242,7 @@ def _one(
     share = (group - 1) / group
     share = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
     if not share:
-        size = 0  # of a device with itself
+        size = 0  # a group of one device
     return kind + between, {"count": 1, "bytes": size, "wire_bytes": share * size}
 
 
@@ -254,7 +258,7 @@ def _arrays(type: str) -> list[tuple[float, str]]:
 
 
 def group_size(rest: str, devices: int) -> int:
-    """How many devices take part together."""
+    """Number of devices in each group of a collective."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         named = re.findall(r"'(\w+)'", match[2])
@@ -267,9 +271,9 @@ def group_size(rest: str, devices: int) -> int:
 
 
 def trip_count(loop: Line, caller: Computation, computations) -> int | None:
-    """How often a loop turns: as noted, or from its counter, its bound and its step.
+    """Iterations of a loop: as annotated, or from its counter, bound, and step.
 
-    None where neither is known, as of a loop that ends by what it computes.
+    None if unknown, as for a loop whose end depends on computed values.
     """
     if match := re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.rest):
         return int(match[1])
@@ -295,7 +299,7 @@ def trip_count(loop: Line, caller: Computation, computations) -> int | None:
             or index >= min(len(start), len(following))
         ):
             return None
-        # What a loop carries round unchanged is what came in.
+        # A loop-invariant value equals its initial value.
         unchanged = _index(body.lines.get(following[index])) == index
         return constant(start[index], caller) if unchanged else None
 
@@ -315,7 +319,7 @@ def trip_count(loop: Line, caller: Computation, computations) -> int | None:
 
 
 def _index(line: Line | None) -> int | None:
-    """Which part of a tuple is read."""
+    """The tuple index that a line reads, or None."""
     if line is None or line.opcode != "get-tuple-element":
         return None
     match = re.search(r"index=(\d+)", line.rest)

@@ -1,4 +1,4 @@
-"""Architectures of known models, so that planning needs no model folder."""
+"""Architectures of well-known models, so that planning needs no model folder."""
 
 from typing import Any
 
@@ -81,7 +81,7 @@ PRESETS = {
         num_kv_heads=32,
         rope_theta=130000.0,
     ),
-    # A small model with a large vocabulary, of no published weights.
+    # Llama layers with the sizes of a small model that has a large vocabulary.
     "llama-0.6b-152k": LlamaArchitecture(
         vocab_size=151936,
         hidden_size=1024,
@@ -95,14 +95,14 @@ PRESETS = {
         tie_word_embeddings=True,
     ),
 }
-"""By name: Llama 3.1 (8B, 70B), Llama 3.2 (1B), SmolLM2, and a 0.6B."""
+"""Presets by name: Llama 3.1 (8B, 70B), Llama 3.2 (1B), SmolLM2, and a 0.6B."""
 
 
 def find_model(name: str) -> Architecture:
     """A preset, or the architecture of a Hugging Face folder; no weights are read.
 
     Raises:
-      InputError: if there is neither.
+      InputError: if there is no such preset and no such folder.
     """
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]

@@ -18,18 +18,17 @@ from jax.experimental import topologies
 from jaxpref.errors import InputError, first_line
 from jaxpref.files import cache_folder, write_json
 from jaxpref.models import Model, RewardModel, build
-from jaxpref.objectives import co_training
+from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
+from jaxpref.plan.layout import abstract_batch, uniform_layout
 from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
 from jaxpref.scoring.score_dataset import make_score_step
-from jaxpref.scoring.scores import make_scores
-from jaxpref.train import MeshConfig, Objective, OptimizerConfig, make_mesh
+from jaxpref.scoring.scorer import Scorer, make_scorer
+from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.shapes import abstract_batch, abstract_state
-from jaxpref.train.state import init_state
-from jaxpref.train.step import make_train_step
+from jaxpref.train.task import Programs
 
 FORMAT = 5
 """Of what is kept of a compiled program; part of the key."""
@@ -105,48 +104,22 @@ def measure(work: Work, topology: Topology) -> dict:
     Raises:
       InputError: if mesh, batch or topology do not fit each other.
     """
-    mesh = make_mesh(work.mesh, devices_of(topology))
-    objective = work.objective
-    make_model = RewardModel if objective.needs_rewards else build
-    # As a run has it: bvpo differentiates a gradient.
-    model = make_model(
-        work.model.architecture,
-        dataclasses.replace(work.model.numerics, twice_differentiable=objective.mixes),
-    )
-    new_params = co_training.both(model.init) if objective.trains_two else model.init
-    make = functools.partial(make_scores, model, chunk_size=work.logit_chunk)
-    scores = make(objective.needs)
-    if objective.trains_two:
-        scores = co_training.scores_of_both(scores)
-    schedule = make_schedule(work.optimizer, 1000)
-    tx = make_optimizer(work.optimizer, schedule)
+    task = programs_of(work, make_mesh(work.mesh, devices_of(topology)))
+    mesh = task.mesh
     with jax.set_mesh(mesh):
-        params, state = abstract_state(
-            new_params,
-            functools.partial(init_state, tx=tx, objective=objective),
-            mesh,
-        )
-        batch = abstract_batch(
-            objective,
-            mesh,
-            prompt_length=work.prompt_length,
-            answer_length=work.answer_length,
-            batch_size=work.batch_size,
-            accumulation=work.accumulation,
-            row_length=work.row_length,
-        )
-        one = params["one"] if objective.trains_two else params
-        kept = one if objective.needs_live_reference else None
-        step = make_train_step(scores, objective, tx, schedule)
-        score = make_score_step(make(objective.needs - {"log_weights"}))
+        params, state = task.abstract_params(), task.abstract_state()
+        frozen = task.abstract_frozen()
+        batch = abstract_batch(task.layout, task.objective, mesh)
+        one = params["one"] if task.objective.num_models > 1 else params
+        score = make_score_step(task.reference_scorer)
         plain = dataclasses.replace(batch, reference={})
-        activations = _activations(scores, params, plain, kept)
+        activations = _activations(task.scorer, params, frozen, plain)
         prompts, draw = _sampler(work, one, mesh)
         programs = {
-            "step": lambda: step.lower(state, batch, kept),
-            "score": lambda: score.lower(one, plain, kept),
+            "step": lambda: task.train_step.lower(state, frozen, batch),
+            "score": lambda: score.lower(one, frozen, plain),
         }
-        if not objective.needs_rewards:
+        if "rewards" not in task.objective.scores:
             programs["decode"] = draw
         found = {name: _compiled(lower, topology) for name, lower in programs.items()}
     rest = (state.objective_state, state.step, state.skipped)
@@ -154,7 +127,7 @@ def measure(work: Work, topology: Topology) -> dict:
         "parameters": params,
         "optimizer": state.opt_state,
         "batch": batch,
-        "reference": kept,
+        "reference": frozen,
         "other": rest,
     }
     found.setdefault("decode", None)
@@ -170,20 +143,51 @@ def measure(work: Work, topology: Topology) -> dict:
     }
 
 
-def _activations(scores, params, batch, reference) -> int:
+def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
+    """What a run would compile."""
+    make_model = RewardModel if "rewards" in work.objective.scores else build
+    # As a run has it: a probe differentiates a gradient.
+    numerics = dataclasses.replace(
+        work.model.numerics, twice_differentiable=work.objective.probe is not None
+    )
+    schedule = make_schedule(work.optimizer, 1000)
+    return Programs(
+        scorer=make_scorer(
+            make_model(work.model.architecture, numerics),
+            work.objective.scores,
+            chunk_size=work.logit_chunk,
+            num_models=work.objective.num_models,
+        ),
+        objective=work.objective,
+        optimizer=make_optimizer(work.optimizer, schedule),
+        schedule=schedule,
+        mesh=mesh,
+        layout=uniform_layout(
+            work.objective.num_completions,
+            mesh,
+            prompt_length=work.prompt_length,
+            answer_length=work.answer_length,
+            batch_size=work.batch_size,
+            accumulation=work.accumulation,
+            row_length=work.row_length,
+        ),
+    )
+
+
+def _activations(scorer: Scorer, params, frozen, batch) -> int:
     """Bytes of one device, of what is computed of tokens and kept for the gradient.
 
     What is laid out by rows (`data`), so a gathered embedding's copies too.
     """
-    kept = []
+    residuals = []
 
-    def backward(params, batch, reference):
+    def backward(params, frozen, batch):
         micro = jax.tree.map(lambda x: x[0], batch)
-        _, back = jax.vjp(lambda params: scores(params, micro, reference), params)
-        kept.extend(map(jax.typeof, jax.tree.leaves(back)))
+        _, pullback = jax.vjp(lambda params: scorer(params, frozen, micro), params)
+        residuals.extend(map(jax.typeof, jax.tree.leaves(pullback)))
 
-    jax.eval_shape(backward, params, batch, reference)
-    return _bytes_of_one([x for x in kept if "data" in str(x.sharding.spec)])
+    jax.eval_shape(backward, params, frozen, batch)
+    return _bytes_of_one([x for x in residuals if "data" in str(x.sharding.spec)])
 
 
 def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:

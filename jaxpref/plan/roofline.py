@@ -1,10 +1,10 @@
-"""How long a step takes at least, counted from the sizes of model and batch.
+"""A lower bound on the time of a step, from the sizes of the model and the batch.
 
     seconds >= max(FLOPs / peak, bytes of memory / its bandwidth,
-                   bytes received / ICI, bytes of other slices / DCN)
+                   bytes received / ICI, bytes from other slices / DCN)
 
-The compiler's own `cost_analysis` counts the body of a loop once, and the layers are a
-loop; so products are counted here.
+Products are counted here, because the compiler's `cost_analysis` counts the body of a
+loop only once, and the layers are a loop.
 """
 
 import dataclasses
@@ -15,96 +15,95 @@ from jaxpref.models.logprobs import default_chunk
 from jaxpref.plan.chips import Chip
 
 ASSUMPTIONS = (
-    "peak bfloat16 rate, products only",
-    "attention to earlier tokens only, scores not in memory",
-    "every weight, activation and logit through memory once for each product",
-    "all links of a chip busy, collectives behind everything else",
+    "products only, at the peak bfloat16 rate",
+    "causal attention whose scores never reach memory",
+    "each weight, activation, and logit passes through memory once per product",
+    "all links of a chip are busy, and communication overlaps with everything else",
 )
-"""What makes the estimate a bound: real steps are slower."""
-OF_SLICES = "the network between slices is this job's alone"
-"""One more, where there are several."""
+"""Assumptions that make the estimate a lower bound: real steps are slower."""
+MULTISLICE_ASSUMPTION = "the network between slices is not shared with other jobs"
+"""An additional assumption for several slices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a step computes, over all devices."""
+    """The computation of a step, over all devices."""
 
     model: Model
-    """Sizes; `remat` says what is computed twice."""
+    """Sizes, and `remat`, which determines the recomputation."""
     mesh: dict[str, int]
-    """Devices by axis."""
+    """Number of devices on each mesh axis."""
     slices: int = 1
-    """Between which the network is slower."""
+    """Number of slices, connected by a slower network."""
     sequences: int
-    """Sequences of a step, over all micro-batches."""
+    """Sequences per step, over all micro-batches."""
     length: int
-    """T, tokens of a sequence."""
+    """T, tokens per sequence."""
     predictions: int
-    """P, predicted tokens of a sequence."""
+    """P, predicted tokens per sequence."""
     seen: float
-    """Pairs of a token and one that it attends to, over all sequences."""
+    """Number of (query, key) token pairs that attend, over all sequences."""
     accumulation: int = 1
-    """Micro-batches."""
-    passes_ahead: int = 0
-    """Passes without gradient over the batch: of losses that couple pairs over several
-    micro-batches, and of a reference whose weights are there."""
+    """Micro-batches per step."""
+    extra_passes: int = 0
+    """Forward passes over the batch without gradients: for losses that couple pairs
+    across micro-batches, and for a reference model that is evaluated in the step."""
     head: bool = True
-    """Whether there are log-probs; a reward needs no vocabulary."""
+    """Whether log-probs are computed; a reward model has no vocabulary head."""
     logit_chunk: int | None = None
     """Completion tokens whose logits exist at the same time."""
     models: int = 1
-    """Models of these sizes that are trained side by side."""
+    """Number of models of these sizes that are trained together."""
 
     @property
     def devices(self) -> int:
-        """How many."""
+        """Number of devices."""
         return math.prod(self.mesh.values())
 
 
 def layer_weights(model: Architecture) -> int:
-    """Weights of the layers that are factors of products."""
+    """Number of weights in the matrices of the layers."""
     m = model
     attention = m.hidden_size * m.head_dim * 2 * (m.num_heads + m.num_kv_heads)
     return m.num_layers * (attention + 3 * m.hidden_size * m.intermediate_size)
 
 
 def forward_flops(load: Load) -> dict[str, float]:
-    """FLOPs of one pass over a step's batch: `layers`, `attention`, `head`.
+    """FLOPs of one forward pass over a step's batch: `layers`, `attention`, `head`.
 
-    Two for a weight and a token; in attention four for a feature of a head and a pair
-    of tokens; two for a weight of the head and a predicted token.
+    Two per weight and token; in attention, four per head feature and pair of tokens;
+    two per weight of the vocabulary head and predicted token.
     """
     m = load.model.architecture
     vocabulary = m.hidden_size * m.vocab_size if load.head else m.hidden_size
-    found = {
+    flops = {
         "layers": 2.0 * layer_weights(m) * load.sequences * load.length,
         "attention": 4.0 * m.num_layers * m.num_heads * m.head_dim * load.seen,
         "head": 2.0 * vocabulary * load.sequences * load.predictions,
     }
-    return {name: load.models * flops for name, flops in found.items()}
+    return {name: load.models * count for name, count in flops.items()}
 
 
 def step_flops(load: Load) -> tuple[float, float]:
-    """FLOPs of a step: what the mathematics asks for, and what is computed.
+    """FLOPs of a step: without recomputation (as in MFU), and in total.
 
-    A gradient takes two passes more.  Computed again are, by `remat`, the layers but
-    their last product ("full") or attention ("dots"), and the logits where they come in
-    several chunks.
+    The backward pass costs two forward passes.  `remat` recomputes the layers ("full")
+    or attention ("dots").  Logits are recomputed if there are several chunks.
     """
     forward = forward_flops(load)
     once = sum(forward.values())
-    again = {
+    recomputed = {
         "none": 0.0,
         "dots": forward["attention"],
         "full": forward["layers"] + forward["attention"],
     }[load.model.numerics.remat]
     if chunks(load) > 1:
-        again += forward["head"]
-    return 3 * once, 3 * once + again + load.passes_ahead * once
+        recomputed += forward["head"]
+    return 3 * once, 3 * once + recomputed + load.extra_passes * once
 
 
 def chunks(load: Load) -> int:
-    """In how many parts the logits of a micro-batch are computed."""
+    """Number of chunks in which the logits of a micro-batch are computed."""
     size = load.logit_chunk or default_chunk(
         _rows(load), load.model.architecture.hidden_size, math.ceil(_vocabulary(load))
     )
@@ -118,29 +117,31 @@ def _rows(load: Load) -> int:
 
 
 def _vocabulary(load: Load) -> float:
-    """Tokens of the vocabulary on one device."""
+    """Vocabulary entries on one device."""
     return load.model.architecture.vocab_size / load.mesh["tensor"] if load.head else 1
 
 
 def memory_traffic(load: Load, held: dict[str, int]) -> float:
     """Bytes that one device reads and writes in a step.
 
-    Weights: gathered (written), and read for each pass, in the compute dtype; their
-    gradients, in float32.  AdamW, which is computed twice (once for the norm of what it
-    does): parameters, moments and gradients read twice, written once.  Activations: a
-    dozen arrays of the hidden size for a layer, and those of heads and feed-forward.
-    Logits in float32: written and read.
+    - Weights in the compute dtype: written when gathered, and read in each pass.
+      Their gradients in float32.
+    - AdamW, which is computed twice (once for the norm of the update): parameters,
+      moments, and gradients are read twice and written once.
+    - Activations: a dozen arrays of the hidden size per layer, and the arrays of the
+      heads and the feed-forward layer.
+    - Logits in float32: written and read.
 
     Args:
-      load: of the step.
+      load: the step.
       held: bytes of `parameters` and `optimizer` on one device.
     """
     m, tensor = load.model.architecture, load.mesh["tensor"]
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
-    passes = 2 + (load.model.numerics.remat == "full") + load.passes_ahead
+    passes = 2 + (load.model.numerics.remat == "full") + load.extra_passes
     gathered = load.mesh["fsdp"] > 1
     weights = layer_weights(m) + (_vocabulary(load) * tensor * m.hidden_size)
-    of_weights = weights / tensor * (width * (passes + 2 * gathered) + 4)
+    weight_bytes = weights / tensor * (width * (passes + 2 * gathered) + 4)
     states = 2 * (2 * held["parameters"] + held["optimizer"])
     states += held["parameters"] + held["optimizer"]
     heads = 4 * m.head_dim * (m.num_heads + m.num_kv_heads) / tensor
@@ -149,36 +150,36 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
     activations = m.num_layers * (12 * m.hidden_size + heads + features) * width
     logits = _rows(load) * load.predictions * load.accumulation * _vocabulary(load)
     several = 4 + 2 * (chunks(load) > 1)
-    of_one = (
-        load.accumulation * of_weights
+    per_model = (
+        load.accumulation * weight_bytes
         + (passes + 1) * tokens * activations
         + several * 4 * logits
     )
-    return load.models * of_one + states
+    return load.models * per_model + states
 
 
 def ideal_wire_bytes(load: Load) -> float:
-    """What a device must receive in a step for FSDP alone.
+    """Bytes that a device must receive in a step for FSDP alone.
 
-    For each micro-batch, weights gathered twice in the compute dtype, and once more for
-    a pass without gradient; gradients reduced and scattered once in float32, in which
-    they are summed; (fsdp - 1) / fsdp of each.
-    A tied head is the embedding: one matrix with one gradient.
+    For each micro-batch, FSDP gathers the weights twice in the compute dtype, plus once
+    per extra pass, and reduce-scatters the gradients once in float32.  A device gets
+    (fsdp - 1) / fsdp of each.  A tied embedding and head are one matrix with one
+    gradient.
     """
     m, fsdp, tensor = load.model.architecture, load.mesh["fsdp"], load.mesh["tensor"]
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
     bytes_of = load.models * (2 * width + 4) * weights / tensor
-    bytes_of += load.passes_ahead * width * weights / tensor
+    bytes_of += load.extra_passes * width * weights / tensor
     return load.accumulation * (fsdp - 1) / fsdp * bytes_of
 
 
 def ideal_dcn_bytes(load: Load) -> float:
-    """What a device must receive of other slices in a step.
+    """Bytes that a device must receive from other slices in a step.
 
-    Its share of the float32 gradients, summed over S slices once, in a ring: 2 (S - 1)
-    / S of it.  (The step sums those of each micro-batch.)
+    2 (S - 1) / S of its share of the float32 gradients, for one ring all-reduce over S
+    slices.  (The actual step reduces the gradients of every micro-batch.)
     """
     m, shards = load.model.architecture, load.mesh["fsdp"] * load.mesh["tensor"]
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
@@ -187,22 +188,23 @@ def ideal_dcn_bytes(load: Load) -> float:
     return load.models * share * 4 * weights / shards
 
 
-def of_a_token(load: Load, chip: Chip, received: float | None) -> dict:
-    """The bound on the time in which the sampler draws a token for every prompt.
+def token_estimate(load: Load, chip: Chip, received: float | None) -> dict:
+    """A lower bound on the time to sample one token for every prompt.
 
-    Bytes of memory: weights in the compute dtype, those of the layers written too where
-    they are gathered for each token; the cache, every slot of which is read, filled or
-    not; float32 logits of the whole vocabulary, written and read.
+    Memory traffic: the weights in the compute dtype, written too if they are gathered
+    for each token; every slot of the cache, filled or not; and float32 logits of the
+    whole vocabulary, written and read.
 
     Args:
-      load: `sequences` prompts, and `length` slots in the cache of each.
+      load: `sequences` is the number of prompts, `length` the cache slots of each.
       chip: the devices.
-      received: bytes that a device receives of others for a token; None takes what it
-        is to gather the layers once.
+      received: bytes that a device receives per token; None for gathering the layers
+        once.
 
     Returns:
       `compute_seconds`, `memory_seconds`, `ici_seconds`, `seconds_per_token` (the
-      largest), `bound` (which of them), and `tokens_per_second` of all prompts.
+      largest of these), `bound` (which one it is), and `tokens_per_second` over all
+      prompts.
     """
     m, fsdp, tensor = load.model.architecture, load.mesh["fsdp"], load.mesh["tensor"]
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
@@ -234,32 +236,34 @@ def estimate(
     chip: Chip,
     held: dict[str, int],
     received: float | None,
-    of_slices: float | None,
+    received_from_slices: float | None,
 ) -> dict:
-    """The bound on a step's time, and what it is made of.
+    """A lower bound on the time of a step, and its components.
 
     Args:
-      load: of the step.
+      load: the step.
       chip: the devices.
       held: bytes of `parameters` and `optimizer` on one device.
-      received: bytes that a device receives of others on its slice; None takes
+      received: bytes that a device receives within its slice; None for
         `ideal_wire_bytes`.
-      of_slices: and of those on other slices; None takes `ideal_dcn_bytes`.
+      received_from_slices: bytes that it receives from other slices; None for
+        `ideal_dcn_bytes`.
 
     Returns:
-      `flops_per_step` (of the mathematics, over all devices), `computed_flops`,
+      `flops_per_step` (without recomputation, over all devices), `computed_flops`,
       `compute_seconds`, `memory_seconds`, `ici_seconds`, `dcn_seconds`,
-      `roofline_seconds`, `bound` (which of them), and `mfu_estimate`: flops_per_step /
-      (devices peak seconds).
+      `roofline_seconds` (the largest of these), `bound` (which one it is), and
+      `mfu_estimate`, flops_per_step / (devices x peak x seconds).
     """
     flops, computed = step_flops(load)
     received = ideal_wire_bytes(load) if received is None else received
-    of_slices = ideal_dcn_bytes(load) if of_slices is None else of_slices
+    if received_from_slices is None:
+        received_from_slices = ideal_dcn_bytes(load)
     seconds = {
         "compute": computed / load.devices / chip.flops,
         "memory": memory_traffic(load, held) / chip.hbm_bandwidth,
         "ici": received / chip.ici_bandwidth,
-        "dcn": of_slices / chip.dcn_bandwidth,
+        "dcn": received_from_slices / chip.dcn_bandwidth,
     }
     bound = max(seconds, key=seconds.__getitem__)
     return {

@@ -1,7 +1,7 @@
-"""Which meshes and policies are worth compiling."""
+"""The meshes and remat policies that `--sweep` compiles."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxpref.models import Architecture
 from jaxpref.plan.chips import Topology
@@ -12,11 +12,11 @@ from jaxpref.train import MeshConfig
 def candidates(
     config: PlanConfig, model: Architecture, topology: Topology
 ) -> Iterator[PlanConfig]:
-    """Plans to try: each mesh with remat "full" and with "dots".
+    """Plans to compile: each mesh with remat "full" and "dots".
 
-    For `tensor` 1, 2, 4 and 8, where it divides the model, the most devices for `fsdp`
-    that divide hidden size and vocabulary and lie on one slice, and the rest for
-    `data`; where the rows of a micro-batch can be split over them.
+    `tensor` is 1, 2, 4, or 8 if it divides the model.  `fsdp` is the largest number of
+    devices of a slice that divides the hidden size and the vocabulary.  The other
+    devices are on `data`.  The mesh must divide the rows of a micro-batch.
     """
     for tensor in (1, 2, 4, 8):
         sizes = (model.num_heads, model.num_kv_heads, model.intermediate_size)
@@ -25,7 +25,7 @@ def candidates(
         if topology.devices % parts or any(size % tensor for size in sizes):
             continue
         rest = topology.devices // tensor
-        fsdp = most_for_fsdp(model, topology, tensor)
+        fsdp = largest_fsdp(model, topology, tensor)
         if config.row_length is None and config.batch % (rest * config.accumulation):
             continue
         mesh = MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor)
@@ -33,8 +33,8 @@ def candidates(
             yield dataclasses.replace(config, mesh=mesh, remat=remat)
 
 
-def most_for_fsdp(model: Architecture, topology: Topology, tensor: int) -> int:
-    """Devices of a slice that can divide hidden size and vocabulary, at most."""
+def largest_fsdp(model: Architecture, topology: Topology, tensor: int) -> int:
+    """Most devices of a slice that divide both hidden size and vocabulary."""
     rest = topology.devices // tensor
     return max(
         n
@@ -45,7 +45,7 @@ def most_for_fsdp(model: Architecture, topology: Topology, tensor: int) -> int:
 
 
 def flags_of(config: PlanConfig) -> list[str]:
-    """The options of mesh and memory that say the same, for the command line."""
+    """The command-line options for the mesh and memory settings of a config."""
     mesh = config.mesh
     data = [] if mesh.data is None else ["--mesh.data", f"{mesh.data}"]
     return [
@@ -53,3 +53,14 @@ def flags_of(config: PlanConfig) -> list[str]:
         *("--mesh.tensor", f"{mesh.tensor}", "--remat", config.remat),
         *("--accumulation", f"{config.accumulation}"),
     ]
+
+
+def with_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A command line with these flags in place of its own of the same names."""
+    replaced, kept, skip = set(flags[::2]), [], False
+    for word in argv:
+        if word.startswith("--"):
+            skip = word.partition("=")[0].replace("_", "-") in replaced
+        if not skip:
+            kept.append(word)
+    return [*kept, *flags]

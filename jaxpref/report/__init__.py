@@ -1,6 +1,6 @@
-"""Reports: how is it shown?
+"""Reports: PNG figures and self-contained HTML pages from plain records.
 
-Plain records (lists of dicts) in, PNG figures and one self-contained HTML file out.
+Records are lists of dicts.
 """
 
 from jaxpref.report.audit import write_audit as write_audit
@@ -12,15 +12,21 @@ from jaxpref.report.html import mean_spread as mean_spread
 from jaxpref.report.html import write_html as write_html
 from jaxpref.report.plots import reward_against_kl as reward_against_kl
 from jaxpref.report.plots import training_curves as training_curves
+from jaxpref.report.progress import evaluation_line as evaluation_line
+from jaxpref.report.progress import summary_lines as summary_lines
+from jaxpref.report.training import write_training as write_training
 
 __all__ = [
     "Figure",
     "Section",
     "SideBySide",
     "Table",
+    "evaluation_line",
     "mean_spread",
     "reward_against_kl",
+    "summary_lines",
     "training_curves",
     "write_audit",
     "write_html",
+    "write_training",
 ]

@@ -1,4 +1,4 @@
-"""One HTML file that carries everything it shows: text, tables and figures."""
+"""Self-contained HTML pages with text, tables, and figures."""
 
 import base64
 import dataclasses
@@ -23,37 +23,37 @@ class Table:
     columns: Sequence[str]
     """Headings."""
     rows: Sequence[Sequence[object]]
-    """Cells: text as it stands, floats with four significant digits, None as a dash."""
+    """Cells: text as is, floats with four significant digits, None as a dash."""
     caption: str = ""
-    """What is counted, in which unit, over what."""
+    """Description of the numbers and their units."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """An image file, shown with a caption; the file's bytes go into the report."""
+    """An image file with a caption; its bytes are embedded in the page."""
 
     path: str | Path
     caption: str = ""
-    """What is to be seen; also what a screen reader says."""
+    """Description of the image, which is also its alternative text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
-    """Texts beside each other, as they were written: line breaks are kept."""
+    """Texts side by side, with their line breaks."""
 
     columns: Sequence[tuple[str, str]]
-    """Heading and text of each."""
+    """Heading and text of each column."""
     title: str = ""
     above: str = ""
-    """A text that all of them follow, e.g. the prompt; a long one opens on demand."""
+    """Text above the columns, e.g. the prompt; collapsed if it is long."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it, in order.
+    """A heading and the parts under it, in order.
 
-    Text is split at blank lines into paragraphs; a paragraph whose lines are all
-    indented is shown as it stands (a command), and `backticks` mark code.
+    Text is split into paragraphs at blank lines.  A paragraph whose lines are all
+    indented is shown verbatim (a command), and `backticks` mark code.
     """
 
     title: str
@@ -63,20 +63,20 @@ class Section:
 def write_html(
     path: str | Path, title: str, sections: Sequence[Section], *, summary: str = ""
 ) -> None:
-    """Writes the report as one file that needs no other and asks no network.
+    """Writes the report as one file that needs no other files and no network.
 
-    Everything given is escaped; nothing is read as HTML.  The file appears whole or not
-    at all.
+    All inputs are escaped; none is interpreted as HTML.  The file is written
+    atomically.
 
     Args:
       path: where to write.
-      title: of the page.
-      sections: what it holds, in order.
+      title: title of the page.
+      sections: contents of the page, in order.
       summary: the result in a sentence or two, shown under the title.
 
     Raises:
-      InputError: if a figure cannot be read or the report not be written.
-      ValueError: if a row of a table has not one cell for each column.
+      InputError: if a figure cannot be read or the report cannot be written.
+      ValueError: if a table row does not have one cell per column.
     """
     body = "\n".join(_section(number, s) for number, s in enumerate(sections, 1))
     lead = f'<div class="lead">{_text(summary)}</div>' if summary else ""
@@ -85,14 +85,14 @@ def write_html(
 
 
 def mean_spread(values: Sequence[float], *, digits: int = 2) -> str:
-    """`mean ± standard deviation` of runs that differ in the seed, for a table's cell.
+    """Formats `mean ± standard deviation` over seeds for a table cell.
 
     Args:
-      values: one number a run; a single one is shown without a spread.
-      digits: decimals.
+      values: one number per run; a single one is shown without a deviation.
+      digits: number of decimals.
 
     Returns:
-      The text; an en dash where there is no value.
+      The text; an en dash if there are no values.
     """
     if len(values) == 0:
         return "–"
@@ -102,7 +102,7 @@ def mean_spread(values: Sequence[float], *, digits: int = 2) -> str:
 
 
 LONG = 400
-"""Characters of a text above others that are shown at once."""
+"""Characters of the text above columns that are shown before it is expanded."""
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -222,7 +222,7 @@ def _figure(figure: Figure) -> str:
     kind, _ = mimetypes.guess_type(path.name)
     if kind not in {"image/png", "image/jpeg", "image/svg+xml"}:
         raise InputError(
-            f"{path}: not a PNG, JPEG or SVG image; draw the figure as one"
+            f"{path}: not a PNG, JPEG or SVG image; save the figure in one of these"
         )
     try:
         data = base64.b64encode(path.read_bytes()).decode("ascii")

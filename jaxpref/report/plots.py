@@ -1,24 +1,24 @@
-"""Figures of runs, drawn from plain records and saved as PNG.
+"""PNG figures of runs, drawn from plain records.
 
-A record is a dict: the arm it belongs to, its seed, and numbers by name.  Arms take
-their colours in the order in which they first appear, so figures drawn from records in
-one order agree in colour.  Nothing here touches pyplot's global state or a display.
+A record is a dict with its arm, its seed, and numbers by name.  Arms get their colors
+in order of first appearance, so figures from records in the same order have the same
+colors.  Nothing here uses pyplot's global state or a display.
 """
 
-import io
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from jaxpref.errors import InputError
-from jaxpref.files import write_whole
+from jaxpref.report.drawing import drawing
 from jaxpref.report.seeds import mean_and_deviation
-from jaxpref.report.style import MATPLOTLIB, PALETTE
+from jaxpref.report.style import PALETTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 
@@ -36,31 +36,30 @@ def reward_against_kl(
     y_label: str = "gold reward",
     title: str = "",
 ) -> None:
-    """What was gained against how far the policy moved: the frontier of each arm.
+    """Plots reward against the KL divergence from the reference, for each arm.
 
-    Thin lines join the points of one seed, in order, where it has several; the large
-    dot is the mean of the seeds' last points, its cross their standard deviations.
+    Thin lines connect the points of a seed, in order.  The large dot is the mean of the
+    seeds' last points, and the error bars are their standard deviations.
 
     Args:
       path: the PNG to write.
-      points: records with the fields `x`, `y` and `arm`, and `seed` and `order` where
-        an arm has several seeds or a seed several points.
+      points: records with the fields `x`, `y`, and `arm`.  `seed` and `order` are
+        needed if an arm has several seeds or a seed several points.
       x: name of the horizontal field.
       y: name of the vertical field.
-      arm: name of the field that groups.
-      seed: name of the field that tells runs of one arm apart.
+      arm: name of the field that identifies the arm.
+      seed: name of the field that distinguishes runs of one arm.
       order: name of the field that orders the points of a run, e.g. the step.
       x_label: axis label.
       y_label: axis label.
-      title: above the figure.
+      title: title of the figure.
 
     Raises:
-      InputError: if there is nothing to draw, something that is no finite number, or
-        the file cannot be written.
+      InputError: if there is nothing to draw, a value is not a finite number, or the
+        file cannot be written.
     """
     arms = _grouped(points, arm, needs=(x, y), allows=(order,), path=path)
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Figure(figsize=(6.6, 4.3), layout="constrained")
+    with drawing(path, size=(6.6, 4.3)) as figure:
         axes = figure.add_subplot()
         for color, (name, records) in zip(_colors(arms), arms.items()):
             ends = []
@@ -80,7 +79,7 @@ def reward_against_kl(
                 label=name,
             )  # fmt: skip
         axes.set(xlabel=x_label, ylabel=y_label)
-        _finish(figure, axes, path, title=title)
+        _finish(figure, axes, title=title)
 
 
 def training_curves(
@@ -93,25 +92,25 @@ def training_curves(
     x_label: str | None = None,
     title: str = "",
 ) -> None:
-    """Metrics over training (or over any other number), one panel each.
+    """Plots metrics over training or over another variable, one panel per metric.
 
-    Lines are means over the seeds, bands reach one standard deviation to either side.
-    Also draws a sweep: `x="flip_rate"`.
+    Lines are means over seeds, and bands are plus or minus one standard deviation.  It
+    also plots sweeps: `x="flip_rate"`.
 
     Args:
       path: the PNG to write.
-      records: records with the fields `x` and `arm` and some of the metrics; several
-        records of one arm at one `x` are seeds.  A metric may be missing or None in
-        some records, not in all.
+      records: records with the fields `x`, `arm`, and some of the metrics.  Several
+        records of one arm at the same `x` are seeds.  A metric may be missing or None
+        in some records but not in all.
       metrics: field names, or a mapping from field names to panel titles.
       x: name of the horizontal field.
-      arm: name of the field that groups.
+      arm: name of the field that identifies the arm.
       x_label: axis label; the field's name if None.
-      title: above the figure.
+      title: title of the figure.
 
     Raises:
-      InputError: if there is nothing to draw, something that is no finite number, or
-        the file cannot be written.
+      InputError: if there is nothing to draw, a value is not a finite number, or the
+        file cannot be written.
     """
     titles = metrics if isinstance(metrics, Mapping) else {m: m for m in metrics}
     if not titles:
@@ -124,12 +123,10 @@ def training_curves(
             )
     columns = min(len(titles), 3)
     rows = math.ceil(len(titles) / columns)
-    with matplotlib.rc_context(MATPLOTLIB):
-        figure = Figure(
-            figsize=(max(6.6, 2.8 * columns), 2.6 * rows + 0.6), layout="constrained"
-        )
+    size = max(6.6, 2.8 * columns), 2.6 * rows + 0.6
+    with drawing(path, size=size) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        # `panels` last: `zip` takes from what is before the one that ends.
+        # `panels` last: `zip` must not consume a panel when the metrics end.
         for (metric, panel_title), axes in zip(titles.items(), panels):
             for color, (name, runs) in zip(_colors(arms), arms.items()):
                 found = [run for run in runs if run.get(metric) is not None]
@@ -149,7 +146,7 @@ def training_curves(
             axes.set_xlabel(x if x_label is None else x_label)
         for axes in panels:
             axes.set_visible(False)
-        _finish(figure, figure.axes[0], path, title=title)
+        _finish(figure, figure.axes[0], title=title)
 
 
 def _grouped(
@@ -160,10 +157,10 @@ def _grouped(
     needs: Sequence[str] = (),
     allows: Iterable[str] = (),
 ) -> dict[Any, list[Record]]:
-    """Records by the value of a field, in order of first appearance.
+    """Groups records by the value of a field, in order of first appearance.
 
-    Raises InputError unless every record has the numbers that are needed and what it
-    has of those that are allowed is a number; NaN and infinity are none.
+    Raises InputError unless every record has finite numbers in the fields of `needs`,
+    and finite numbers or nothing in those of `allows`.
     """
     groups: dict[Any, list[Record]] = {}
     for number, record in enumerate(records, 1):
@@ -194,20 +191,17 @@ def _colors(arms: Mapping) -> list[str]:
     return [PALETTE[number % len(PALETTE)] for number in range(len(arms))]
 
 
-def _finish(figure: Figure, axes, path: str | Path, *, title: str) -> None:
-    """Title on the left, legend below it, and the file."""
+def _finish(figure: "Figure", axes: "Axes", *, title: str) -> None:
+    """Adds the title, and a legend below the panels."""
     handles, labels = axes.get_legend_handles_labels()
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     if any(label != "None" for label in labels):
-        # As many columns as fit: about 14 characters an inch, 6 of them for the handle.
-        room = 14 * figure.get_figwidth()
-        columns = max(1, int(room // (max(map(len, labels)) + 6)))
+        # As many columns as fit: about 14 characters per inch, 6 of them per handle.
+        width = 14 * figure.get_figwidth()
+        columns = max(1, int(width // (max(map(len, labels)) + 6)))
         lines = math.ceil(len(labels) / columns)
         figure.legend(
             handles, labels, loc="outside lower left", fontsize=9,
             ncols=math.ceil(len(labels) / lines),
         )  # fmt: skip
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())

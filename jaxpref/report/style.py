@@ -1,4 +1,4 @@
-"""How reports look: colours of arms, settings of figures, the page's style sheet."""
+"""Style of reports: colors, figure settings, and the style sheet."""
 
 PALETTE = (
     "#3b6fb6",  # blue
@@ -10,7 +10,7 @@ PALETTE = (
     "#b85c8e",  # rose
     "#4aa3b8",  # teal
 )
-"""Told apart also by readers with red-green blindness; arms take them in order."""
+"""Colors of the arms, in order; distinguishable with red-green color blindness."""
 
 INK, FAINT, GRID = "#26292e", "#6b7280", "#e6e8eb"
 

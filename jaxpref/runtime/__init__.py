@@ -1,4 +1,4 @@
-"""The machine a run lives on: devices, processes, signals, caches, and its supervisor.
+"""The environment of a run: devices, processes, signals, caches, and the supervisor.
 
-Nothing is imported here: the supervisor must not load jax.
+This file imports nothing, because the supervisor must not load jax.
 """

@@ -1,4 +1,4 @@
-"""Compiled programs: kept between processes, and logged when asked."""
+"""The compilation cache shared by processes, and an optional log of compilations."""
 
 import collections
 import contextlib
@@ -15,24 +15,24 @@ from jaxpref.files import cache_folder
 
 
 def enable_compilation_cache() -> None:
-    """Has compiled programs kept for later processes, unless jax was told otherwise.
+    """Caches compiled programs on disk for later processes.
 
-    They lie in `compiled/` of the cache folder, the small ones too: on CPU a process
-    compiles dozens of them.  `JAX_COMPILATION_CACHE_DIR` names another folder, or a
-    bucket (`gs://BUCKET/FOLDER`), where jax keeps what took a second to compile, or
-    nothing where it is empty.  jax keys them by program, flags, versions and processor;
-    of several processes the first one writes.
+    The cache is `compiled/` in the cache folder.  It includes small programs, of which
+    a process compiles dozens on CPU.  `JAX_COMPILATION_CACHE_DIR` names another folder
+    or a bucket (`gs://BUCKET/FOLDER`); jax then caches only programs that took at least
+    a second to compile.  An empty value disables the cache.  jax keys the programs by
+    their code, flags, versions, and processor.  Only process 0 writes.
 
     Raises:
-      InputError: if there is no home folder, or nothing that reaches the bucket.
+      InputError: if there is no home folder, or no package that can access the bucket.
     """
     if (given := jax.config.jax_compilation_cache_dir) is not None:
-        # Without them jax warns once, and compiles everything at every start.
-        reached = map(importlib.util.find_spec, ("gcsfs", "tensorflow"))
-        if given.startswith("gs://") and not any(reached):
+        # Without one of these, jax warns once and recompiles everything at every start.
+        clients = map(importlib.util.find_spec, ("gcsfs", "tensorflow"))
+        if given.startswith("gs://") and not any(clients):
             raise InputError(
-                f"JAX_COMPILATION_CACHE_DIR {given}: gcsfs, which reaches buckets, is "
-                'not installed: pip install gcsfs, or "jaxpref[tpu]"'
+                f"JAX_COMPILATION_CACHE_DIR {given}: a bucket requires gcsfs, which is "
+                'not installed; pip install gcsfs or "jaxpref[tpu]"'
             )
         return
     folder = str(cache_folder() / "compiled")
@@ -43,10 +43,11 @@ def enable_compilation_cache() -> None:
 
 @contextlib.contextmanager
 def log_compilations() -> Iterator[None]:
-    """Prints a line for every program that is compiled meanwhile, and their sum.
+    """Prints a line for every program compiled inside the context, and a total.
 
-    Name, seconds, whether it was compiled or came from the cache on disk, and how many
-    arrays of which shapes it takes.  jax tells the shapes nowhere but in its log.
+    A line has the program's name and compile time, whether it was compiled or read from
+    the cache on disk, and the number and shapes of its arguments.  The shapes come from
+    jax's log, the only place that has them.
     """
     arguments, hits = {}, []
     counts, seconds = collections.Counter(), collections.Counter()

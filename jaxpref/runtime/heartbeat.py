@@ -1,8 +1,8 @@
-"""What a process has done last, told to a supervisor that looks whether it goes on.
+"""Progress reports from a process to its supervisor.
 
-The supervisor names a file for each of its processes in `JAXPREF_PROGRESS`.  Whatever
-is written there is progress, and what it says is told to people if none comes any more.
-Nothing here imports jax: the supervisor reads what this module writes.
+The supervisor gives each process the path of a file in `JAXPREF_PROGRESS`.  Every write
+to it counts as progress.  If the writes stop, the supervisor prints the last text.
+Nothing here imports jax, because the supervisor uses this module too.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from pathlib import Path
 
 VARIABLE = "JAXPREF_PROGRESS"
 SAVED = ".saved"
-"""Ends the name of the file beside it that is there once a checkpoint is complete."""
+"""Suffix of the file that marks a completed checkpoint."""
 
 _file: str | None = None
 
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """Within, `beat` reports; outside, the supervisor expects nothing."""
+    """Enables `beat` in the context; outside, the supervisor expects no progress."""
     global _file
     _file = os.environ.get(VARIABLE)
     beat("the start")
@@ -34,12 +34,12 @@ def reporting() -> Iterator[None]:
 
 
 def beat(what: str) -> None:
-    """Says that `what` is done, as "step 12"."""
+    """Reports progress: `what` was just completed, for example "step 12"."""
     _write("", what)
 
 
 def mark_saved(step: int) -> None:
-    """Says that the checkpoint of a step is complete: a restart goes on from there."""
+    """Reports that the checkpoint of a step is complete: a restart resumes from it."""
     _write(SAVED, str(step))
 
 
@@ -50,42 +50,44 @@ def _write(suffix: str, text: str) -> None:
 
 
 class Monitor:
-    """The supervisor's side: who has told of nothing for too long."""
+    """The supervisor's side: finds processes that have stopped making progress."""
 
     def __init__(self, folder: Path, patience: float):
-        """Begins to listen.
+        """Starts monitoring.
 
         Args:
-          folder: process i tells its progress in the file `i` of it.
-          patience: seconds; 0 is for ever.
+          folder: process i reports its progress in the file `i` of this folder.
+          patience: seconds without progress that are allowed; 0 for no limit.
         """
         self._folder, self._patience = folder, patience
-        self._heard: dict[int, tuple[int | None, float]] = {}
+        # Process -> (time stamp of its file, when we first saw that time stamp).
+        self._seen: dict[int, tuple[int | None, float]] = {}
 
     def silent(self, running: Sequence[int]) -> tuple[int, str] | None:
-        """Whoever was silent longest, if for too long, and what is to be said of it.
+        """The process that stopped making progress first, and a message about it.
 
-        Who is not `watched`, because it has not begun or has finished, may be silent.
+        None if no process was silent for too long.  A process outside `reporting` may
+        be silent: it has not begun to train, or has finished.
 
         Args:
-          running: the processes to look at.
+          running: indices of the processes to check.
         """
         now, silent = time.monotonic(), []
         for index in running:
             written = self._written(index)
-            # Our own clock: that of a file system may be another.
-            if self._heard.get(index, (None,))[0] != written:
-                self._heard[index] = written, now
-            since = self._heard.setdefault(index, (written, now))[1]
+            # Measured by our own clock: that of the file system may differ.
+            if self._seen.get(index, (None,))[0] != written:
+                self._seen[index] = written, now
+            since = self._seen.setdefault(index, (written, now))[1]
             if written is not None and now - since > self._patience:
                 silent.append((written, index))
         if not silent or not self._patience:
             return None
-        told = [(i, self._told(i)) for _, i in sorted(silent)]
-        (first, last), *others = told
+        reports = [(i, self._last_report(i)) for _, i in sorted(silent)]
+        (first, last), *others = reports
         # The others wait for the one that stopped first.
         also = "".join(f"; process {i}: {what}" for i, what in others)
-        return first, f"told of nothing for {self._patience:g} s, last: {last}{also}"
+        return first, f"made no progress for {self._patience:g} s, last: {last}{also}"
 
     def _written(self, index: int) -> int | None:
         try:
@@ -93,7 +95,7 @@ class Monitor:
         except OSError:
             return None
 
-    def _told(self, index: int) -> str:
+    def _last_report(self, index: int) -> str:
         try:
             return (self._folder / str(index)).read_text()
         except OSError:

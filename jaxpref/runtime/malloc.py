@@ -1,4 +1,4 @@
-"""The C heap of a process that computes on its CPU."""
+"""Settings of the C heap for processes that compute on CPU."""
 
 import ctypes
 import os
@@ -6,22 +6,22 @@ import sys
 from pathlib import Path
 
 ACCELERATORS = ("nvidiactl", "kfd", "accel0", "vfio/0")
-"""What Linux calls the devices of Nvidia, AMD and Google below /dev."""
-# Of glibc's malloc.h.
+"""Names of Nvidia, AMD, and Google devices under /dev on Linux."""
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def reuse_freed_memory() -> None:
-    """Makes glibc keep freed memory, where XLA computes on the CPU.
+    """Makes glibc reuse freed memory when XLA computes on CPU.
 
-    XLA asks for the arrays of each program anew, and glibc gives large ones straight
-    back to Linux, which then has to clear every page again when it is touched.  One
-    heap that never shrinks does without; its peak may be higher, since little arrays
-    settle in the gaps.
+    XLA allocates the arrays of each program again.  glibc returns large ones to Linux
+    at once, which must then zero every page when it is touched again.  A single heap
+    that never shrinks avoids this.  Its peak may be higher, because small arrays
+    fragment it.
 
-    To be called before XLA starts its threads, which choose a heap then.  Does nothing
-    beside an accelerator, without glibc, or where a `MALLOC_` variable of the
-    environment says how it is to be (`MALLOC_ARENA_MAX=8` leaves glibc as it is).
+    Must be called before XLA starts its threads, which choose their heaps at the start.
+    Does nothing if there is an accelerator, if the C library is not glibc, or if a
+    `MALLOC_` environment variable is set (`MALLOC_ARENA_MAX=8` is glibc's default).
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Devices: the one mesh, the start of a multi-process run, and batches placed on it."""
+"""The device mesh, starting a multi-process run, and placing batches on devices."""
 
 import collections
 import dataclasses
@@ -16,20 +16,20 @@ from jaxpref.sharding import ROWS
 
 AXES = ("data", "fsdp", "tensor")
 DEAD_AFTER = 60
-"""Seconds without a heartbeat after which JAX takes a process for dead and ends the
-others; its own default is 100."""
+"""Seconds without a heartbeat after which JAX considers a process dead and ends the
+others; JAX's own default is 100."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each mesh axis has; one axis may be -1, "all that are left"."""
+    """Number of devices on each mesh axis; one axis may be -1 (all that remain)."""
 
     data: int | None = None
-    """Copies of the parameters; rows are split over them.  Where not given, one for
-    each slice of a multislice run or box of GPUs, between which the network is slower
-    than within."""
+    """Replicas of the parameters; rows are split over them.  Default: one per slice of
+    a multislice run or per GPU host, because the network between these is slower than
+    within."""
     fsdp: int = -1
-    """Devices that share one copy of the parameters; rows are split over them too."""
+    """Devices that share one replica of the parameters; they also split the rows."""
     tensor: int = 1
     """Devices that share each matrix product (heads, feed-forward, vocabulary)."""
 
@@ -37,19 +37,20 @@ class MeshConfig:
 def make_mesh(
     config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """The mesh over all devices; by Explicit axes a layout mistake fails when traced.
+    """Creates a mesh of all devices with Explicit axes.
 
-    Of several slices each holds whole copies of the parameters: `data` is spread over
-    the slices first, and `fsdp` and `tensor` stay within one.  Boxes of GPUs are slices
-    to jax too; there `data` may be any number, since a box may be too small for a copy.
+    With Explicit axes, a mistake in the layout fails at tracing.  Each of several
+    slices holds whole replicas of the parameters: `data` spans the slices, while `fsdp`
+    and `tensor` stay within one.  jax treats GPU hosts as slices too.  There `data` may
+    be any number, because one host may be too small for a replica.
 
     Args:
-      config: sizes of its axes.
-      devices: others than those of this run, e.g. some that are only described.
+      config: sizes of the axes.
+      devices: the devices to use in place of this run's, e.g. described topologies.
 
     Raises:
-      InputError: if the sizes do not multiply to the number of devices, or a copy of
-        the parameters would lie on several slices of TPUs.
+      InputError: if the product of the sizes is not the number of devices, or a replica
+        of the parameters would span several TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     slices = collections.defaultdict(list)
@@ -62,9 +63,9 @@ def make_mesh(
         ordered = np.concatenate(arranged)
     elif devices[0].platform == "tpu":
         raise InputError(
-            f"mesh data={data}: a copy of the parameters would lie on several of the "
-            f"{len(slices)} slices, which a slow network joins; give a multiple of "
-            f"{len(slices)}, or leave --mesh.data out (to make it fit: larger slices, "
+            f"mesh data={data}: a replica of the parameters would span several of the "
+            f"{len(slices)} slices, across their slow network; use a multiple of "
+            f"{len(slices)}, or omit --mesh.data (if memory is short: larger slices, "
             "or --optimizer adafactor)"
         )
     else:
@@ -74,10 +75,10 @@ def make_mesh(
 
 
 def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices of one slice, neighbours in the mesh near each other on the torus."""
+    """The devices of one slice, with mesh neighbors close together on the torus."""
     try:
         return jax.make_mesh(sizes, AXES, devices=devices).devices
-    except NotImplementedError:  # an axis of the torus is divided between two of ours
+    except NotImplementedError:  # one axis of the torus has to serve two mesh axes
         return mesh_utils.create_device_mesh(
             sizes, devices, allow_split_physical_axes=True
         )
@@ -88,20 +89,20 @@ def _slice(device: jax.Device) -> int:
 
 
 def _sizes(config: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
-    """Devices on each axis, all of them known."""
-    asked = {axis: getattr(config, axis) for axis in AXES}
-    if asked["data"] is None:
-        asked["data"] = slices
-    sizes = list(asked.values())
+    """The number of devices on each axis, with defaults and -1 filled in."""
+    requested = {axis: getattr(config, axis) for axis in AXES}
+    if requested["data"] is None:
+        requested["data"] = slices
+    sizes = list(requested.values())
     if sizes.count(-1) == 1:
         known = math.prod(size for size in sizes if size != -1)
         if known > 0:
             sizes[sizes.index(-1)] = count // known
     if min(sizes) < 1 or math.prod(sizes) != count:
-        told = " x ".join(f"{axis}={size}" for axis, size in asked.items())
+        product = " x ".join(f"{axis}={size}" for axis, size in requested.items())
         raise InputError(
-            f"mesh {told} does not cover the {count} device(s) of this run; "
-            "set the axes so that their product is that number (one may be -1)"
+            f"mesh {product} does not match the {count} device(s) of this run; "
+            "the product of the axes must be that number (one axis may be -1)"
         )
     return tuple(sizes)
 
@@ -122,14 +123,14 @@ def check_rows(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> N
 
 
 def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Which share of a batch's rows this process fills, and how many shares there are.
+    """Which share of a batch's rows this process loads, and the number of shares.
 
-    The rows of a share need not lie side by side: a mesh follows the torus, of which a
-    host's chips may be a square.  Where `tensor` reaches over several processes, all of
-    them fill the same share, alike.
+    The rows of a share need not be contiguous: the mesh follows the torus, where the
+    chips of a host may form a square.  If `tensor` spans several processes, all of
+    these load the same share.
 
     Raises:
-      InputError: if the rows of two processes overlap in part.
+      InputError: if the rows of two processes overlap only in part.
     """
     shards = row_shards(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
@@ -139,19 +140,19 @@ def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(parts)) for parts in held.values()})
     if any(len(parts) * len(shares) != shards for parts in shares):
         raise InputError(
-            f"mesh tensor={mesh.shape['tensor']}: some processes would hold a part of "
-            "each other's rows; choose a tensor that divides the devices of a process, "
-            "or is a multiple of them"
+            f"mesh tensor={mesh.shape['tensor']}: the rows of some processes would "
+            "partly overlap; choose a tensor size that divides the number of devices "
+            "per process or is a multiple of it"
         )
     mine = tuple(sorted(held[jax.process_index()]))
     return shares.index(mine), len(shares)
 
 
 def to_global(batch, mesh: jax.sharding.Mesh):
-    """Places each process's rows of an `[A, R, ...]` batch as one global batch.
+    """Combines each process's rows of an `[A, R, ...]` batch into one global batch.
 
-    A process's rows stay in their order, in those places of the batch that its devices
-    hold; so any mesh sees the same pairs in the same micro-batches.
+    A process's rows keep their order and fill the positions held by its devices, so
+    every mesh sees the same pairs in the same micro-batches.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.tree.map(
@@ -160,26 +161,27 @@ def to_global(batch, mesh: jax.sharding.Mesh):
 
 
 def initialize_distributed() -> None:
-    """Joins the other processes of this run, where the environment says there are any.
+    """Joins the other processes of this run, if the environment indicates any.
 
-    It says so by being a Cloud TPU machine or a GKE pod with TPUs, by Slurm or Open MPI
-    with more than one task, or by Kubernetes with an indexed job; JAX then finds out
-    who the others are.  `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` say it themselves and come first (`PROCESS_OPTIONS` of a command
-    line sets them); `JAX_NUM_PROCESSES=1` alone says that there are none.
+    These environments do: a Cloud TPU VM, a GKE pod with TPUs, Slurm or Open MPI with
+    more than one task, and an indexed job of Kubernetes.  JAX then detects the other
+    processes.  `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, and `JAX_PROCESS_ID`
+    take precedence; the command line sets them by `PROCESS_OPTIONS`.
+    `JAX_NUM_PROCESSES=1` alone forces a single-process run.
 
-    Must run before anything touches a device; a second call does nothing.
+    Must run before any device is used; a second call does nothing.
 
     Raises:
-      InputError: if the environment speaks of other processes and does not say which.
+      InputError: if the environment indicates several processes but does not identify
+        them.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        _make_room_for_virtual_devices()
+        _prevent_deadlock_of_virtual_devices()
     if jax.distributed.is_initialized():
         return
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
-    reason = "JAX_COORDINATOR_ADDRESS is set" if address else _speaks_of_others()
+    reason = "JAX_COORDINATOR_ADDRESS is set" if address else _cluster_hint()
     if reason is None or (count == 1 and not address):
         return
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
@@ -190,9 +192,9 @@ def initialize_distributed() -> None:
         )
     except ValueError as error:
         raise InputError(
-            f"{reason}, but not which processes belong to the run ({error}); give "
-            "--coordinator HOST:PORT --processes N --process-id I, or "
-            "JAX_NUM_PROCESSES=1 for a run of its own"
+            f"{reason}, but the processes of the run are not known ({error}); pass "
+            "--coordinator HOST:PORT --processes N --process-id I, or set "
+            "JAX_NUM_PROCESSES=1 for a single-process run"
         ) from error
 
 
@@ -201,7 +203,7 @@ PROCESS_OPTIONS = {
     "--processes": "JAX_NUM_PROCESSES",
     "--process-id": "JAX_PROCESS_ID",
 }
-"""Options of a command line that say which processes belong to a run."""
+"""Command-line options that identify the processes of a run."""
 
 
 def _number(name: str) -> int | None:
@@ -212,12 +214,12 @@ def _number(name: str) -> int | None:
         raise InputError(f"{name} {text!r}: must be a whole number") from error
 
 
-def _speaks_of_others() -> str | None:
-    """What of the environment does, or None."""
+def _cluster_hint() -> str | None:
+    """What in the environment indicates several processes, or None."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         if (_number(name) or 1) > 1:
             return f"{name} is {os.environ[name]}"
-    # JAX itself writes it there where it finds chips and libtpu.
+    # JAX itself sets this if it finds chips and libtpu.
     if "tpu" in (jax.config.jax_platforms or ""):
         return "this machine has TPUs"
     if "JOB_COMPLETION_INDEX" in os.environ:
@@ -225,19 +227,19 @@ def _speaks_of_others() -> str | None:
     return None
 
 
-def _make_room_for_virtual_devices() -> None:
-    """Keeps XLA's CPU collectives from waiting for each other for ever.
+def _prevent_deadlock_of_virtual_devices() -> None:
+    """Keeps XLA's CPU collectives from deadlocking.
 
-    A collective blocks a thread of XLA's pool until all devices have come, and a device
-    may block several at once.  With as many threads as devices, which is the default,
-    none may be left for the device that the others wait for.
+    A collective blocks a thread of XLA's pool until all devices arrive, and one device
+    may block several threads.  By default there are only as many threads as devices, so
+    none may remain for the device that the others wait for.
     """
     os.environ.setdefault("NPROC", "64")  # threads of XLA's pools
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def on_devices(abstract, mesh: jax.sharding.Mesh):
-    """Shapes from `jax.eval_shape`, their shardings bound to the mesh's devices."""
+    """Binds the shardings of shapes from `jax.eval_shape` to the mesh's devices."""
 
     def bind(x):
         spec = x.sharding.spec if x.sharding is not None else PartitionSpec()

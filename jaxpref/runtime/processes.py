@@ -1,4 +1,4 @@
-"""The processes of a run: what only one does, and what all must have in common."""
+"""Helpers for multi-process runs: process-0-only work, broadcasts, and comparisons."""
 
 import collections
 import hashlib
@@ -25,9 +25,9 @@ def log(message: str) -> None:
 
 
 def broadcast_from_process_zero(value: Any) -> np.ndarray:
-    """Process 0's array, on every process; the others give one of its shape and dtype.
+    """Returns process 0's array on every process.
 
-    To be called by all processes, at one place.
+    All processes must call it at the same point, with arrays of one shape and dtype.
     """
     value = np.asarray(value)
     if jax.process_count() == 1:
@@ -36,37 +36,37 @@ def broadcast_from_process_zero(value: Any) -> np.ndarray:
 
 
 def failing_processes(succeeded: bool) -> list[int]:
-    """The processes on which `succeeded` is False; to be called by all of them."""
+    """The processes on which `succeeded` is False; all processes must call it."""
     if jax.process_count() == 1:
         return [] if succeeded else [0]
-    found = multihost_utils.process_allgather(np.int32(succeeded))
-    return [int(i) for i in np.flatnonzero(np.asarray(found) == 0)]
+    results = multihost_utils.process_allgather(np.int32(succeeded))
+    return [int(i) for i in np.flatnonzero(np.asarray(results) == 0)]
 
 
 def assert_equal_across_processes(when: str, values: Mapping[str, Any]) -> None:
-    """Compares values between processes; to be called by all of them, at one place.
+    """Checks that values are equal on all processes, which must call it together.
 
     Args:
-      when: for the message: "step 100".
-      values: by name; bytes, or anything JSON can write.  All processes give the same
-        names.
+      when: prefix of the error message, for example "step 100".
+      values: values by name; bytes, or anything that JSON can encode.  All processes
+        must pass the same names.
 
     Raises:
-      InputError: on every process, naming one that differs from the majority (of two,
-        from the first) and the values that differ.
+      InputError: on every process.  The message names a process that differs from the
+        majority (of two processes, from the first) and the values that differ.
     """
     if jax.process_count() == 1:
         return
     mine = np.stack([_digest(value) for value in values.values()])
-    found = np.asarray(multihost_utils.process_allgather(mine))
-    ((usual, _),) = collections.Counter(x.tobytes() for x in found).most_common(1)
-    like = next(i for i, x in enumerate(found) if x.tobytes() == usual)
-    for index, others in enumerate(found):
-        differs = (others != found[like]).any(axis=-1)
+    digests = np.asarray(multihost_utils.process_allgather(mine))
+    ((majority, _),) = collections.Counter(x.tobytes() for x in digests).most_common(1)
+    usual = next(i for i, x in enumerate(digests) if x.tobytes() == majority)
+    for index, others in enumerate(digests):
+        differs = (others != digests[usual]).any(axis=-1)
         if differs.any():
-            names = [name for name, is_so in zip(values, differs) if is_so]
+            names = [name for name, differing in zip(values, differs) if differing]
             raise InputError(
-                f"{when}: process {index} differs from process {like} in "
+                f"{when}: process {index} differs from process {usual} in "
                 f"{', '.join(names)}; start all processes with the same command, code "
                 "and files, and they resume from the last checkpoint"
             )

@@ -1,4 +1,4 @@
-"""A trace of some steps: what host and devices did, and for how long."""
+"""Profiler traces of a few training steps."""
 
 import contextlib
 import logging
@@ -12,21 +12,21 @@ from jaxpref.errors import first_line
 _log = logging.getLogger("jaxpref")
 
 WARM = 2
-"""Steps of a process before the trace: the first compiles, and loads what is slow."""
+"""Steps before the trace starts; the first ones compile and load data."""
 
 
 @contextlib.contextmanager
 def profiled(step: Callable, out: Path, *, steps: int) -> Iterator[Callable]:
-    """The train step, of which `steps` calls are traced after the first `WARM`.
+    """Wraps the train step so that `steps` calls are traced after the first `WARM`.
 
-    Each process writes to `OUT/profile/process_N`; XProf and TensorBoard show the
-    folder, Perfetto the `trace.json.gz` in it.  The devices are waited for where the
-    trace begins and ends.  A trace that cannot be written is a warning.
+    Each process writes to `OUT/profile/process_N`.  XProf and TensorBoard open the
+    folder, and Perfetto opens the `trace.json.gz` in it.  The trace begins and ends
+    with all devices idle.  A trace that cannot be written causes only a warning.
 
     Args:
-      step: called with the state first; it is yielded as it is where `steps` is 0.
+      step: the train step; its first argument is the state.
       out: folder of the run.
-      steps: how many.
+      steps: number of steps to trace; 0 yields `step` unchanged.
     """
     if not steps:
         yield step
@@ -44,7 +44,7 @@ def profiled(step: Callable, out: Path, *, steps: int) -> Iterator[Callable]:
                 jax.profiler.stop_trace()
         except Exception as error:
             running = False
-            _log.warning("%s: no trace of the steps (%s)", folder, first_line(error))
+            _log.warning("%s: profiling failed (%s)", folder, first_line(error))
 
     def traced(state, *rest):
         nonlocal calls
@@ -55,11 +55,11 @@ def profiled(step: Callable, out: Path, *, steps: int) -> Iterator[Callable]:
         if not running:
             return step(state, *rest)
         with jax.profiler.StepTraceAnnotation("train_step", step_num=calls):
-            found = step(state, *rest)
+            result = step(state, *rest)
         if calls == WARM + steps:
-            jax.block_until_ready(found)
+            jax.block_until_ready(result)
             switch(on=False)
-        return found
+        return result
 
     try:
         yield traced

@@ -1,33 +1,34 @@
-"""A parent that restarts a run as a whole.
+"""A supervisor that restarts all processes of a run after a failure.
 
 Usage: `python -m jaxpref.runtime.supervise -- COMMAND`.
 
-When one process of a run dies, the others wait for it in a collective or are aborted by
-JAX's own service (exit code 134), and none of them can begin again alone.  So all are
-stopped and started again, and go on from their last checkpoint.  Nothing here imports
-jax: the parent stays small, and outlives what kills its children.
+When one process of a run dies, the others wait for it in a collective, or JAX's
+coordination service aborts them (exit code 134).  None of them can restart alone.  So
+the supervisor stops all processes and restarts them from their last checkpoint.  It
+does not import jax, so it stays small and survives what kills its children.
 
-A process can also hang: a collective that never ends, a file system that does not
-answer.  While it trains, `jaxpref` tells the supervisor of each step, checkpoint, and
-batch that it scores or reads; if one tells of nothing for `--hung` seconds, all are
-killed and started again.  Other commands tell nothing, and are waited for.
+A process can also hang, for example in a collective that never completes or on a file
+system that does not respond.  While it trains, `jaxpref` reports each step, each
+checkpoint, and each batch that it reads or scores.  If a process reports nothing for
+`--hung` seconds, all are killed and restarted.  Commands that report no progress are
+never considered hung.
 
-On a pod every worker runs one supervisor with one process, and JAX finds the others by
-itself.  With `--processes N` the N processes run here, and are told of each other by
-`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+On a pod, every worker runs one supervisor with one process, and JAX detects the others.
+With `--processes N`, the N processes run on this machine and find each other through
+`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, and `JAX_PROCESS_ID`.
 
 Exit codes:
-  0: every process ended with 0.
-  2: wrong input (of this command, or a process said so); never restarted, unless a
-    signal had killed another one.
-  65: a run stopped itself, as its steps went wrong; never restarted either.
-  143: this parent got SIGTERM, passed it on, and all saved their last step or
-    had finished: the same command goes on from there.
-  130: this parent got SIGTERM or SIGINT, passed it on, and not all have saved.
-  otherwise: the code of the first process that failed, once no restarts are left;
-    128 + n for one that signal n killed, 143 also for one that SIGTERM made save and
-    end (`jaxpref.runtime.preemption`): where this parent got none, it is restarted.
-    One that hung was killed: 137.
+  0: every process exited with 0.
+  2: invalid input, either to this command or to a process.  Not restarted, unless a
+    signal killed another process.
+  65: a run stopped itself because too many steps went wrong.  Not restarted.
+  143: the supervisor got SIGTERM and forwarded it, and every process saved its last
+    step or had finished.  The same command resumes the run.
+  130: the supervisor got SIGTERM or SIGINT and forwarded it; not every process saved.
+  otherwise: the exit code of the first process that failed, once no restarts are left.
+    128 + n stands for a process killed by signal n (137: it hung and was killed).  143
+    stands for one that got SIGTERM by itself and saved its last step
+    (`jaxpref.runtime.preemption`); such a process is restarted.
 """
 
 import argparse
@@ -46,55 +47,55 @@ from pathlib import Path
 
 from jaxpref.runtime import heartbeat
 
-WRONG_INPUT = 2
-FINAL = {WRONG_INPUT: "wrong input", 65: "a run that stopped itself"}
-"""Codes after which the same command would come to the same end."""
+INVALID_INPUT = 2
+FINAL = {INVALID_INPUT: "invalid input", 65: "a run that stopped itself"}
+"""Exit codes after which restarting the same command is pointless."""
 INTERRUPTED = 130
 SAVED = 128 + signal.SIGTERM
-_POLL = 0.1  # seconds between looks at the processes
+_POLL = 0.1  # seconds between checks of the processes
 _LONGEST_PAUSE = 60.0
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
-class _Signalled(Exception):
-    """SIGTERM or SIGINT came; `args[0]` is its number."""
+class _Signaled(Exception):
+    """SIGTERM or SIGINT was received; `args[0]` is its number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuperviseConfig:
-    """What is started, and how often."""
+    """What to start, and when to restart it."""
 
     command: tuple[str, ...]
     """The command and its arguments."""
     processes: int = 1
-    """Copies of it on this machine."""
+    """Copies of the command on this machine."""
     restarts: int = 3
-    """Times that all are started again after one failed."""
+    """How many times to restart all processes after a failure."""
     grace: float = 30.0
     """Seconds that a process has to end after SIGTERM or SIGINT, before SIGKILL."""
     pause: float = 1.0
     """Seconds before the first restart; doubled before each later one, at most 60."""
     hung: float = 1800.0
-    """Seconds without word of progress after which a process counts as hung; 0: never.
-    Longer than what takes longest without any: compiling, or a full bucket's write."""
+    """Seconds without progress after which a process counts as hung; 0: never.  Must be
+    longer than the longest operation that reports none, such as compiling the step."""
     steady: float = 600.0
-    """Seconds from start to failure that make it the first failure again, if a
-    checkpoint was completed in them: a run that gets on never uses up its restarts."""
+    """A failure this many seconds after the start resets the count of restarts, if a
+    checkpoint was completed.  So a run that makes progress does not use them up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command of the command line; the exit code."""
+    """Runs the command given on the command line and returns the exit code."""
     return supervise(_parse(sys.argv[1:] if argv is None else list(argv)))
 
 
 def supervise(config: SuperviseConfig) -> int:
-    """Runs the processes until all end well, or no restarts are left.
+    """Runs the processes until all succeed or no restarts are left.
 
-    Must be called from the main thread, as it handles SIGTERM and SIGINT.
+    Must be called from the main thread, because it handles SIGTERM and SIGINT.
 
     Returns:
-      The exit code; the module's docstring lists them.
+      The exit code, as listed in the module's docstring.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise)
@@ -110,16 +111,16 @@ def supervise(config: SuperviseConfig) -> int:
                     return 0
                 index, hung = failed
                 killed = any((process.poll() or 0) < 0 for process in processes)
-                # Not SIGTERM, at which they would try to agree with the dead on a step;
-                # and nothing that Python sees where they wait for ever.
+                # Not SIGTERM, because saving a step needs the dead process.  A hung
+                # process may never run Python's handlers, hence SIGKILL.
                 number = signal.SIGKILL if hung else signal.SIGINT
                 _stop(processes, number, config.grace)
-                saved = any(Path(folder).glob(f"*{progress.SAVED}"))
+                saved = any(Path(folder).glob(f"*{heartbeat.SAVED}"))
             code = processes[index].returncode
             ended = f"process {index} of {config.processes} "
             ended += hung or f"ended {_how(code)}"
             for process in processes:
-                # Who lost a peer may call that by a wrong name.
+                # A process that lost a peer may report that as another error.
                 if (what := FINAL.get(process.returncode)) and not killed:
                     code = process.returncode
                     _say(f"{ended}; {what} (code {code}) is not restarted")
@@ -134,8 +135,8 @@ def supervise(config: SuperviseConfig) -> int:
             _say(f"{ended}; restart {used} of {config.restarts} in {pause:g} s")
             processes.clear()
             time.sleep(pause)
-    except _Signalled as signalled:
-        _stop(processes, signalled.args[0], config.grace)
+    except _Signaled as signaled:
+        _stop(processes, signaled.args[0], config.grace)
         codes = {process.returncode for process in processes}
         if not codes or not codes <= {0, SAVED}:
             return INTERRUPTED
@@ -143,48 +144,48 @@ def supervise(config: SuperviseConfig) -> int:
     except OSError as error:
         _stop(processes, signal.SIGKILL, config.grace)
         _say(f"error: {config.command[0]}: {error.strerror}")
-        return WRONG_INPUT
+        return INVALID_INPUT
 
 
 def _start(
     config: SuperviseConfig, processes: list[subprocess.Popen], folder: Path
 ) -> None:
-    """Appends each process as it is started, so that none is lost to a signal."""
-    told = {}
+    """Starts the processes, appending each at once so that a signal loses none."""
+    shared = {}
     if config.processes > 1:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        told["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
-        told["JAX_NUM_PROCESSES"] = str(config.processes)
+        shared["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+        shared["JAX_NUM_PROCESSES"] = str(config.processes)
     for index in range(config.processes):
-        mine = told | ({"JAX_PROCESS_ID": str(index)} if told else {})
-        mine |= {heartbeat.VARIABLE: str(folder / str(index))}
-        with _signals_held():
+        variables = shared | ({"JAX_PROCESS_ID": str(index)} if shared else {})
+        variables |= {heartbeat.VARIABLE: str(folder / str(index))}
+        with _signals_blocked():
             processes.append(
                 subprocess.Popen(
                     config.command,
-                    env=os.environ | mine,
-                    # Ctrl-C reaches the parent alone, which passes it on once.
+                    env=os.environ | variables,
+                    # Ctrl-C reaches only the supervisor, which forwards it once.
                     start_new_session=True,
-                    preexec_fn=_in_the_child,
+                    preexec_fn=_prepare_child,
                 )
             )
 
 
 @contextlib.contextmanager
-def _signals_held():
-    """Between fork and append a signal would leave a process that nobody knows."""
-    held = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+def _signals_blocked():
+    """Blocks signals: one between fork and append would leave an untracked process."""
+    blocked = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 
 
-def _in_the_child() -> None:
-    """A child dies with its parent: two runs must never write to one folder."""
+def _prepare_child() -> None:
+    """Makes a child die with its parent: two runs must never write to one folder."""
     if _LIBC is not None:
         _LIBC.prctl(_DEATH_SIGNAL, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -195,12 +196,12 @@ def _in_the_child() -> None:
 def _first_failure(
     config: SuperviseConfig, processes: Sequence[subprocess.Popen], folder: Path
 ) -> tuple[int, str] | None:
-    """The first that ends with another code than 0, or hangs; None if all end well.
+    """Waits for the first process that fails or hangs; None if all succeed.
 
     Returns:
-      Its index, and what is to be said of it if it hangs, else nothing.
+      Its index, and a message about it if it hangs, else an empty string.
     """
-    listener = heartbeat.Monitor(folder, config.hung)
+    monitor = heartbeat.Monitor(folder, config.hung)
     while True:
         codes = [process.poll() for process in processes]
         for index, code in enumerate(codes):
@@ -209,13 +210,13 @@ def _first_failure(
         if None not in codes:
             return None
         running = [index for index, code in enumerate(codes) if code is None]
-        if silent := listener.silent(running):
+        if silent := monitor.silent(running):
             return silent
         time.sleep(_POLL)
 
 
 def _stop(processes: Sequence[subprocess.Popen], number: int, grace: float) -> None:
-    """Sends a signal to all that still run, and SIGKILL to what outlives the grace."""
+    """Sends a signal to all running processes, then SIGKILL after the grace time."""
     for process in processes:
         if process.poll() is None:
             process.send_signal(number)
@@ -223,17 +224,17 @@ def _stop(processes: Sequence[subprocess.Popen], number: int, grace: float) -> N
     while any(p.poll() is None for p in processes) and time.monotonic() < end:
         time.sleep(_POLL)
     for process in processes:
-        # The group too: a process may leave children behind.
+        # Kill the process group as well: a process may leave children behind.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _raise(number: int, frame) -> None:
-    # Once is enough: what follows is bounded by the grace time.
+    # Further signals are ignored, because the shutdown is bounded by the grace time.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
-    raise _Signalled(number)
+    raise _Signaled(number)
 
 
 def _how(code: int) -> str:
@@ -261,11 +262,11 @@ def _parse(argv: list[str]) -> SuperviseConfig:
     )
     for name, kind, least, what in (
         ("processes", int, 1, "copies of COMMAND on this machine"),
-        ("restarts", int, 0, "times that all are started again after one failed"),
+        ("restarts", int, 0, "how many times to restart all processes after a failure"),
         ("grace", float, 0, "seconds from SIGTERM or SIGINT to SIGKILL"),
-        ("pause", float, 0, "seconds before the first restart; later ones double"),
-        ("hung", float, 0, "seconds without progress of a run that hangs; 0: never"),
-        ("steady", float, 0, "seconds, with a checkpoint, that renew the restarts"),
+        ("pause", float, 0, "seconds before the first restart; later ones double it"),
+        ("hung", float, 0, "seconds without progress that count as hung; 0: never"),
+        ("steady", float, 0, "seconds, with a checkpoint, that reset the restarts"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -275,7 +276,7 @@ def _parse(argv: list[str]) -> SuperviseConfig:
         )
     parsed = parser.parse_args(options)
     if not command:
-        parser.error("no COMMAND: put it after --")
+        parser.error("no COMMAND given: put it after --")
     return SuperviseConfig(command=tuple(command), **vars(parsed))
 
 
@@ -285,7 +286,7 @@ def _at_least(least: float, kind: type):
             raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
         return value
 
-    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    read.__name__ = kind.__name__  # argparse uses it in the message for a non-number
     return read
 
 

@@ -1,1 +1,8 @@
 """What a model says of a batch, and the reference's scores, computed once."""
+
+from jaxpref.scoring.scorer import ExportOptions as ExportOptions
+from jaxpref.scoring.scorer import PolicyScorer as PolicyScorer
+from jaxpref.scoring.scorer import RewardScorer as RewardScorer
+from jaxpref.scoring.scorer import Scorer as Scorer
+from jaxpref.scoring.scorer import TwinScorer as TwinScorer
+from jaxpref.scoring.scorer import make_scorer as make_scorer

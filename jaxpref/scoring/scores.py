@@ -1,214 +1,172 @@
-"""What a model says of a batch: the arrays that losses are fed with, by name.
+"""The scores of completions: what a model says of a batch, by name.
 
-A loss reads `policy_chosen_logps`; a model scores all completions at once.  So arrays
-are kept by the loss's name without its side (`policy_logps`), with an axis of sides.
+A loss reads `policy_chosen_logps`; a model scores all completions at once.  So scores
+go by the loss's name without its side (`policy_logps`), with an axis of completions.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxpref import losses
-from jaxpref.data.batch import PARTS, PreferenceBatch
-from jaxpref.data.labels import LABELS
-from jaxpref.models import Model, RewardModel, logprobs
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.models.attention import Segments
 from jaxpref.models.layout import SPECS, on_mesh
 
-Scores = dict[str, jax.Array]
-"""Name without its side -> float32 or wider `[..., R, S, K]`."""
-ScoreFunction = Callable[..., Scores]
-"""`(params, batch without its A axis, reference=None) -> Scores`."""
+Scores = dict[str, Array]
+"""Name without its side -> float32 or wider [..., R, S, K]."""
 
-PROVIDED = {
-    "policy_logps": "log-probs summed over a completion's tokens",
+SIDES = {"chosen": 0, "rejected": 1}
+
+DESCRIPTIONS = {
+    "policy_logps": "log-probability summed over a completion's tokens",
     "policy_prefix_logps": "the same over its first min(|y_w|, |y_l|) tokens",
     "log_weights": "mean over its tokens of log pi(y_t) - log sum_v pi(v)^2",
-    "kls": "KL(ref || pi) summed over its positions; keeps the reference's weights",
+    "kls": "KL(ref || pi) summed over its positions; needs the reference's weights",
     "reference_logps": "as for the policy, under the reference",
     "reference_prefix_logps": "as for the policy, under the reference",
-    "rewards": "a reward model's score at its last token; not beside log-probs",
+    "rewards": "a reward model's score at its last token; not beside log-probabilities",
     "lengths": "its tokens",
 }
-"""What a loss may ask for, and what it is of each completion."""
-OF_THE_MODEL = {name for name in PROVIDED if not name.startswith(("ref", "lengths"))}
-"""Those that change with the model that is trained."""
+"""What a loss may read of each completion."""
 
 
-def without_side(name: str) -> str:
-    """`policy_chosen_logps` -> `policy_logps`."""
-    return name.replace("chosen_", "").replace("rejected_", "")
+def score_and_side(name: str) -> tuple[str, int | None]:
+    """`policy_rejected_logps` -> ("policy_logps", 1); the side is None without one."""
+    words = name.split("_")
+    for side, index in SIDES.items():
+        if side in words:
+            words.remove(side)
+            return "_".join(words), index
+    return name, None
 
 
-def make_scores(
-    model: Model | RewardModel,
-    needs: frozenset[str] = frozenset({"policy_logps"}),
-    *,
-    chunk_size: int | None = None,
-) -> ScoreFunction:
-    """Scores of the rows of a batch under a model.
+def scores_read(names: Iterable[str]) -> frozenset[str]:
+    """The scores among the names that a loss reads, without their sides."""
+    scores = (score_and_side(name)[0] for name in names)
+    return frozenset(name for name in scores if name in DESCRIPTIONS)
 
-    The backbone runs on every token, the LM head on completion tokens only,
-    `chunk_size` of them at a time; what needs whole distributions is summed up chunk by
-    chunk too.  Rewards need no LM head.
 
-    Args:
-      model: the functional model, for rewards a reward model; a reference has the same
-        sizes.
-      needs: names out of `PROVIDED` that are wanted beside `policy_logps`, or `rewards`
-        in their place.
-      chunk_size: completion tokens of a sequence whose logits exist at the same time;
-        by default `logprobs.default_chunk`.
+@dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """A score that is computed from statistics of a completion's tokens."""
 
-    Returns:
-      A pure function from parameters, `[R, ...]` batch fields and, where `kls` are
-      needed, the reference's parameters, to `[R, S, K]` scores.
+    statistics: tuple[str, ...]
+    """Names out of `models.logprobs.STATISTICS`."""
+    combine: Callable[..., Float[Array, "R S K"]]
+    """`combine(batch, *statistics [R Q, P]) -> [R, S, K]`."""
+
+
+def completion_sums(
+    batch: PreferenceBatch, of_token: Float[Array, "rows P"], **options
+) -> Float[Array, "R S K"]:
+    """Sums over each completion's tokens; `prefix_lengths` [R, S K] ends them early."""
+    rows, slots, sides = batch.completion_lengths.shape
+    of_token = jnp.reshape(
+        of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
+    )
+    add = losses.sum_prefix_by_completion if options else losses.sum_by_completion
+    sums = add(of_token, batch.completions, num_completions=slots * sides, **options)
+    return jnp.reshape(sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden))
+
+
+def prefix_sums(
+    batch: PreferenceBatch, of_token: Float[Array, "rows P"]
+) -> Float[Array, "R S K"]:
+    """Sums over as many tokens as the pair's shorter completion has."""
+    rows, slots, sides = batch.completion_lengths.shape
+    shorter = jnp.min(batch.completion_lengths, axis=-1, keepdims=True)
+    prefix_lengths = jnp.reshape(
+        jnp.broadcast_to(shorter, batch.completion_lengths.shape),
+        (rows, slots * sides),
+        out_sharding=on_mesh(SPECS.tokens),
+    )
+    return completion_sums(batch, of_token, prefix_lengths=prefix_lengths)
+
+
+def _log_weights(batch: PreferenceBatch, logps, collisions) -> Float[Array, "R S K"]:
+    sums = completion_sums(batch, logps - collisions)
+    return sums / jnp.maximum(batch.completion_lengths, 1)
+
+
+TOKEN_SCORES: Mapping[str, TokenScore] = {
+    "policy_logps": TokenScore(("logps",), completion_sums),
+    "policy_prefix_logps": TokenScore(("logps",), prefix_sums),
+    "log_weights": TokenScore(("logps", "collisions"), _log_weights),
+    "kls": TokenScore(("kls",), completion_sums),
+    "reference_logps": TokenScore(("reference_logps",), completion_sums),
+    "reference_prefix_logps": TokenScore(("reference_logps",), prefix_sums),
+}
+"""The scores of a language model, each independent of the others."""
+
+NEED_REFERENCE_WEIGHTS = frozenset({"kls"})
+"""Scores of whole distributions of the reference: they cannot be stored beforehand."""
+
+
+def computed_scores(scores: frozenset[str]) -> frozenset[str]:
+    """The scores that a language model computes in a step, of those that are read.
+
+    Scores of the reference alone are computed once, before training, unless its weights
+    are needed in the step anyway.
     """
-
-    def scores(params, batch: PreferenceBatch, reference=None) -> Scores:
-        rows, sequences, _ = batch.tokens.shape
-        _, slots, sides = batch.completion_lengths.shape
-        flat = lambda x: x.reshape(rows * sequences, *x.shape[2:])
-
-        def per_completion(sum_tokens, of_token, owners=batch.completions):
-            of_token = jnp.reshape(
-                of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
-            )
-            sums = sum_tokens(of_token, owners, num_completions=slots * sides)
-            return jnp.reshape(
-                sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden)
-            )
-
-        positions = segments = None
-        if batch.segments is not None:
-            positions, segments = flat(batch.positions), flat(batch.segments)
-            segments = segments // PARTS, segments % PARTS
-        if "rewards" in needs:
-            if segments is not None:
-                ends = last_places(segments, slots=slots, sides=sides)
-                rewards = model.rewards_at(
-                    params, flat(batch.tokens), ends, positions, segments
-                )
-                rewards = jnp.where(ends >= 0, rewards, 0)
-                return {
-                    "rewards": jnp.reshape(
-                        rewards,
-                        (rows, slots, sides),
-                        out_sharding=on_mesh(SPECS.hidden),
-                    )
-                }
-            # A token's own state is one place behind the one that predicts it.
-            at = flat(batch.predictors) + 1
-            rewards = model.rewards_at(params, flat(batch.tokens), at)
-            ends = last_tokens(batch.completions)
-            return {"rewards": per_completion(losses.sum_by_completion, rewards, ends)}
-
-        read = lambda p: model.hidden_and_heads(
-            p, flat(batch.tokens), positions, segments
-        )
-        asked = (flat(batch.predictors), flat(batch.targets))
-        of_tokens = {}
-        if "kls" in needs:
-            # The reference is a constant, whoever asks for a gradient.
-            fixed = jax.lax.stop_gradient(read(reference))
-            logps, reference_logps, kls = logprobs.token_logps_and_kls(
-                *read(params), *fixed, *asked, chunk_size=chunk_size
-            )
-            of_tokens = {"reference_logps": reference_logps, "kls": kls}
-        elif "log_weights" in needs:
-            logps, collisions = logprobs.token_logps_and_collisions(
-                *read(params), *asked, chunk_size=chunk_size
-            )
-            of_tokens = {"log_weights": logps - collisions}
-        else:
-            logps = logprobs.token_logps(*read(params), *asked, chunk_size=chunk_size)
-        of_tokens["policy_logps"] = logps
-        sums = {
-            name: per_completion(losses.sum_by_completion, of_token)
-            for name, of_token in of_tokens.items()
-        }
-        if "policy_prefix_logps" in needs:
-            # What the longer answer has beyond the shorter one is the tail.
-            shorter = jnp.min(batch.completion_lengths, axis=-1, keepdims=True)
-            prefix_lengths = jnp.broadcast_to(shorter, batch.completion_lengths.shape)
-            prefix_lengths = jnp.reshape(
-                prefix_lengths,
-                (rows, slots * sides),
-                out_sharding=on_mesh(SPECS.tokens),
-            )
-            sums["policy_prefix_logps"] = per_completion(
-                functools.partial(
-                    losses.sum_prefix_by_completion, prefix_lengths=prefix_lengths
-                ),
-                logps,
-            )
-        if "log_weights" in needs:
-            sums["log_weights"] /= jnp.maximum(batch.completion_lengths, 1)
-        return sums
-
-    return scores
+    live = bool(scores & NEED_REFERENCE_WEIGHTS)
+    own = frozenset(n for n in scores if live or not n.startswith("reference_"))
+    # Rewards and log-probabilities are logged whether or not the loss reads them.
+    return frozenset(own & TOKEN_SCORES.keys()) | {"policy_logps"}
 
 
-def last_places(segments, *, slots: int, sides: int) -> jax.Array:
-    """Where each completion of packed rows ends, int [B, slots * sides]; -1 if unused.
+def stored_scores(scores: frozenset[str]) -> frozenset[str]:
+    """The scores of the reference that are computed once, before training."""
+    if scores & NEED_REFERENCE_WEIGHTS:
+        return frozenset()
+    return frozenset(name for name in scores if name.startswith("reference_"))
+
+
+def policy_name(name: str) -> str:
+    """`reference_logps` -> `policy_logps`: the same score under the trained model."""
+    return name.replace("reference", "policy", 1)
+
+
+def reads_reference(scores: frozenset[str]) -> bool:
+    """Whether anything of a reference model is read."""
+    return bool(stored_scores(scores) or scores & NEED_REFERENCE_WEIGHTS)
+
+
+def last_places(
+    segments: Segments,
+    *,
+    slots: int,
+    sides: int,
+) -> Int[Array, "rows SK"]:
+    """Where each completion of packed rows ends, [rows, slots * sides]; -1 if unused.
 
     Args:
-      segments: `(pairs, parts)`, each int [B, T]; a pair's number is its slot.
+      segments: of each token; a pair's number is its slot.
       slots: S.
       sides: K.
     """
     owner = jnp.arange(slots * sides)
     of_slot, part = owner // sides, owner % sides + 1
-    pairs, parts = (x[..., None] for x in segments)
+    pairs, parts = (x[..., None] for x in (segments.prompt_ids, segments.parts))
     place = jnp.arange(pairs.shape[1])[:, None]
     own = (pairs == of_slot) & (parts == part)
     return jnp.max(jnp.where(own, place, -1), axis=1)
 
 
-def last_tokens(owners: jax.Array) -> jax.Array:
-    """Owners [..., P] of target tokens, -1 but for the last token of each completion.
+def last_tokens(owners: Int[Array, "*rows P"]) -> Int[Array, "*rows P"]:
+    """Owners of target tokens, -1 except for the last token of each completion.
 
-    A completion's tokens stand side by side in one sequence.
+    A completion's tokens are adjacent in one sequence.
     """
     padding = [(0, 0)] * (owners.ndim - 1) + [(0, 1)]
     following = jnp.pad(owners[..., 1:], padding, constant_values=-1)
     return jnp.where(owners == following, -1, owners)
 
 
-def pair_arrays(
-    reads: tuple[str, ...], scores: Scores, batch: PreferenceBatch, state: Any
-) -> dict[str, jax.Array]:
-    """The arrays that a loss reads, each `[..., S]`; running statistics are scalars.
-
-    `reliabilities` are those of the pairs' annotators, out of the state; the last is
-    the one of all annotators that are not known.  `LABELS` come with the pairs.
-
-    Empty slots hold log-probs 0 and lengths 1, so that no loss divides by zero there.
-    """
-    sides = {"chosen": 0, "rejected": 1}
-    lengths = jnp.maximum(batch.completion_lengths, 1).astype(jnp.float32)
-    available = {"lengths": lengths} | dict(batch.reference) | scores
-
-    def find(name: str) -> jax.Array:
-        if name.startswith("running_"):
-            return state[name]
-        if name == "reliabilities":
-            return of_annotators(state["reliability"], batch.annotators)
-        if name in LABELS:
-            return batch.labels[name]
-        (side,) = (k for word, k in sides.items() if word in name.split("_"))
-        return available[without_side(name)][..., side]
-
-    return {name: find(name) for name in reads}
-
-
-def of_annotators(values: jax.Array, annotators: jax.Array) -> jax.Array:
-    """Each pair's annotator's value; the last one's where it is not known (-1).
-
-    By comparison and not by a gather, so pairs may lie on any device.
-    """
-    index = jnp.where(annotators < 0, len(values) - 1, annotators)
-    own = index[..., None] == jnp.arange(len(values))
-    return jnp.sum(jnp.where(own, values, 0), axis=-1)
+def flat_sequences(batch: PreferenceBatch, array: jax.Array) -> jax.Array:
+    """[R, Q, ...] to [R Q, ...]: the sequences of a micro-batch side by side."""
+    rows, sequences, _ = batch.tokens.shape
+    return array.reshape(rows * sequences, *array.shape[2:])

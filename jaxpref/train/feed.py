@@ -1,12 +1,28 @@
-"""Batches on the devices, put there while the step before still runs."""
+"""Batches on the devices, transferred while the previous step is still running."""
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.train.state import TrainState
 
 AHEAD = 2
-"""Batches that are on the devices before they are asked for."""
+"""Batches on the devices beyond the one in use."""
+
+
+class Stream(Protocol):
+    """Where the batches of a training loop come from."""
+
+    def draw(self, state: TrainState) -> PreferenceBatch:
+        """The next batch, on the devices; it may depend on the state."""
+
+    def get_state(self) -> Any:
+        """The position after the batch drawn last, as JSON can write it."""
+
+    def state_before(self) -> Any:
+        """The position before the batch drawn last."""
 
 
 class Feed:
@@ -31,15 +47,13 @@ class Feed:
         self._thread: threading.Thread | None = None
         self._ended: BaseException | None = None
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        """The next batch, on the devices.
+    def draw(self, state: TrainState | None = None) -> PreferenceBatch:
+        """The next batch, on the devices, whatever the state is.
 
         Raises:
-          Exception: whatever the batches raised, and again whenever it is asked.
+          Exception: whatever the batches raised, and again at every later call.
         """
+        del state
         if self._ended is not None:
             raise self._ended
         if self._thread is None:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpref.data import Pairs
 from jaxpref.errors import InputError, Stopped
 from jaxpref.files import write_json
 from jaxpref.sharding import replicated
-from jaxpref.train.config import TrainConfig
+from jaxpref.train.options import GuardOptions
+from jaxpref.train.task import Datasets
 
 _log = logging.getLogger("jaxpref")
 
@@ -33,30 +33,37 @@ class Guard:
     Losses that are negative, or zero at the start, have a yardstick by it too.  A loss
     that falls without end is not seen until it is no longer finite.
 
-    While the last step was bad, no checkpoint is to be saved (`well`): the ones there
-    are stay, and a run that is resumed from one of them judges the same steps again.
+    While the last step was bad, no checkpoint is to be saved (`healthy`): the ones
+    there are stay, and a run that resumes from one of them judges the same steps
+    again.
     All processes see the same losses, so all come to the same end.
     """
 
     def __init__(
-        self, config: TrainConfig, pairs: Pairs, out: Path, first: Sequence[float] = ()
+        self,
+        options: GuardOptions,
+        datasets: Datasets,
+        out: Path,
+        *,
+        first: Sequence[float] = (),
     ):
-        """Judges nothing yet.
+        """Has checked nothing yet.
 
         Args:
-          config: of the run.
-          pairs: the training pairs, to name those of bad steps.
+          options: when to stop.
+          datasets: the records, to name those of bad steps.
           out: folder of the run.
           first: what `get_state` gave before the run was interrupted.
         """
-        self._config, self._pairs, self._out = config, pairs, out
+        self._options, self._out = options, out
+        self._pairs, self._sources = datasets.splits.train, datasets.train_sources
         self._first = list(first)
         self._bad: list[dict[str, Any]] = []
         self._risen = False
         self._batch: jax.Array | None = None
 
     @property
-    def well(self) -> bool:
+    def healthy(self) -> bool:
         """Whether the step judged last was not bad."""
         return not self._bad
 
@@ -73,7 +80,7 @@ class Guard:
             return None
         return np.asarray(jax.device_get(_gathered(self._batch)))
 
-    def judge(
+    def check_step(
         self, step: int, metrics: dict[str, np.ndarray], pairs: jax.Array
     ) -> None:
         """Looks at what a step gave.
@@ -91,7 +98,7 @@ class Guard:
         loss, start, most = float(metrics["loss"]), math.nan, math.inf
         if len(self._first) == FIRST:
             start = statistics.median(self._first)
-            most = start + self._config.max_loss_rise * max(abs(start), 1.0)
+            most = start + self._options.max_loss_rise * max(abs(start), 1.0)
         blamed = metrics["nonfinite_pairs"].ravel()
         blamed = blamed[blamed >= 0]
         if not metrics["finite"]:
@@ -108,7 +115,7 @@ class Guard:
         if jax.process_index() == 0:  # all of them say the same
             _log.warning("step %d: %s%s", step, why, more)
         self._bad.append(self._record(step, why, metrics, set(blamed.tolist())))
-        if len(self._bad) >= self._config.max_bad_steps:
+        if len(self._bad) >= self._options.max_bad_steps:
             bad = f"{len(self._bad)} bad steps in a row (--max-bad-steps), the last: "
             raise self._stopped(step, bad + why)
 
@@ -116,7 +123,7 @@ class Guard:
         """Refuses to end a run whose loss has just risen; skipped steps do no harm.
 
         Raises:
-          Stopped: as `judge`.
+          Stopped: as `check_step`.
         """
         if self._risen:
             why = "the run was over, and its loss risen by more than --max-loss-rise"
@@ -126,8 +133,8 @@ class Guard:
         def of_pair(index: int) -> dict[str, Any]:
             return {
                 "id": str(self._pairs.ids[index]),
-                "file": self._config.sources[self._pairs.sources[index]],
-                "row": int(self._pairs.rows[index]) + 1,
+                "file": self._sources[self._pairs.columns["source"][index]],
+                "row": int(self._pairs.columns["row"][index]) + 1,
                 "finite": index not in blamed,
             }
 

@@ -8,14 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from jaxpref.files import cannot_write, write_whole
 from jaxpref.runtime import heartbeat
-from jaxpref.train.config import TrainConfig
 
 
 class MetricsWriter:
@@ -38,6 +34,10 @@ class MetricsWriter:
         self._path = out / "metrics.jsonl"
         self._file = self._board = None
         if jax.process_index() == 0:
+            # Here, since it imports torch where torch is installed.
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+
             _keep_before(self._path, resumed_at)
             board = out / "tensorboard"
             with self._writing():
@@ -54,6 +54,9 @@ class MetricsWriter:
         """Appends one line and flushes it; non-finite numbers are written as null."""
         if self._file is None:
             return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._writing():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -85,33 +88,39 @@ class LateMetrics:
 
     `tokens_per_second` and `pairs_per_second` are of training alone: the clock stands
     still within `paused`, and the first step of a process, which compiles, is left out.
-    `waiting` is the share of that time that passed within `waiting`, for data.
+    `data_wait_fraction` is the share of that time spent within `waiting`, for data.
     """
 
     def __init__(
         self,
         writer: MetricsWriter,
         *,
-        config: TrainConfig,
-        judge: Callable[[int, dict, jax.Array], None],
+        name: str,
+        log_every: int,
+        max_steps: int,
+        check_step: Callable[[int, dict, jax.Array], None],
         start: int,
     ):
         """Shows the progress bar.
 
         Args:
           writer: where metric lines go.
-          config: of the run.
-          judge: `judge(step, metrics, pairs)` looks at every step, and may end the run.
+          name: of what is minimized, for the bar.
+          log_every: steps between two metric lines.
+          max_steps: steps of the run.
+          check_step: `check_step(step, metrics, pairs)` sees every step, and may raise
+            to end the run.
           start: steps done before this process began.
         """
-        self._config, self._writer, self._judge = config, writer, judge
+        self._writer, self._check_step = writer, check_step
+        self._log_every, self._max_steps = log_every, max_steps
         self._waiting = None
         self._compiled = False
         self._restart_clock()
         self._bar = tqdm(
-            total=config.max_steps,
+            total=max_steps,
             initial=start,
-            desc=config.objective.name,
+            desc=name,
             unit="step",
             disable=jax.process_index() != 0,
         )
@@ -125,7 +134,7 @@ class LateMetrics:
           pairs: [A, R, S]; the pairs of its batch.
 
         Raises:
-          Stopped: if `judge` ends the run.
+          Stopped: if `check_step` ends the run.
         """
         waiting, self._waiting = self._waiting, (step, metrics, pairs)
         if waiting is not None:
@@ -155,7 +164,7 @@ class LateMetrics:
     def _write(self, step: int, metrics: dict, pairs: jax.Array) -> None:
         metrics = jax.device_get(metrics)
         heartbeat.beat(f"step {step}")
-        self._judge(step, metrics, pairs)
+        self._check_step(step, metrics, pairs)
         del metrics["finite"], metrics["nonfinite_pairs"]
         self._tokens += int(metrics.pop("tokens"))
         self._pairs_done += int(metrics.pop("pairs"))
@@ -163,20 +172,20 @@ class LateMetrics:
         if not self._compiled:
             self._compiled = True
             self._restart_clock()
-        if step % self._config.log_every == 0 or step in (1, self._config.max_steps):
+        if step % self._log_every == 0 or step in (1, self._max_steps):
             values = {name: float(value) for name, value in metrics.items()}
             if self._tokens:
                 seconds = self._seconds + time.perf_counter() - self._since
                 values["tokens_per_second"] = self._tokens / seconds
                 values["pairs_per_second"] = self._pairs_done / seconds
-                values["waiting"] = self._waited / seconds
+                values["data_wait_fraction"] = self._waited / seconds
             self._restart_clock()
             self._writer.write(step, values)
             shown = {"loss": f"{values['loss']:.4f}"}
             if "rewards/accuracies" in values:
                 shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
-            if "waiting" in values:
-                shown["waiting"] = f"{values['waiting']:.1%}"
+            if "data_wait_fraction" in values:
+                shown["waiting"] = f"{values['data_wait_fraction']:.1%}"
             self._bar.set_postfix(shown)
 
     def _restart_clock(self) -> None:

@@ -29,20 +29,20 @@ class Decay(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
     optimizer: Optimizer = Optimizer.ADAMW
-    """adamw keeps two moments of every weight.  adafactor (Shazeer and Stern 2018,
-    arXiv:1804.04235, with absolute learning rates and no momentum) keeps sums over the
-    rows and columns of large matrices: hardly any memory."""
+    """AdamW, with two moments per weight, or Adafactor, which needs little memory.
+    Adafactor (Shazeer and Stern 2018, arXiv:1804.04235, with absolute learning rates
+    and no momentum) keeps sums over the rows and columns of large matrices."""
     learning_rate: float = 1e-6
-    """Peak learning rate.  Rule of thumb: 1e-6 for DPO on all weights of an LLM."""
+    """Peak learning rate.  A usual choice for DPO on all weights of an LLM is 1e-6."""
     decay: Decay = Decay.COSINE
-    """Shape of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
-    """Decoupled decay of every matrix (norm scales are left alone)."""
+    """Decoupled weight decay of matrices; norm scales are not decayed."""
     adam_b1: float = 0.9
     """AdamW's decay rate of the first moment."""
     adam_b2: float = 0.999
@@ -50,11 +50,11 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """AdamW's epsilon, outside the square root."""
     adam_mu_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype AdamW's first moment is kept in, that of the parameters where not given;
-    bfloat16 saves a quarter of its state.  The second moment has to see changes of one
-    part in 1 / (1 - adam_b2) and stays in the parameters' dtype."""
+    """Dtype of AdamW's first moment (default: that of the parameters).  bfloat16 saves
+    a quarter of the optimizer state.  The second moment changes too slowly for it and
+    stays in the dtype of the parameters."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it; 0 means never."""
+    """Global norm to which larger gradients are scaled down; 0 turns clipping off."""
 
     def __post_init__(self):
         if not 0 < self.learning_rate < math.inf:

@@ -16,7 +16,7 @@ class TrainState:
     """What a step reads and replaces; checkpoints add the data position."""
 
     step: jax.Array
-    """int32 []; optimiser steps tried, equal to the batches consumed."""
+    """int32 []; optimizer steps tried, equal to the batches consumed."""
     skipped: jax.Array
     """int32 []; how many of them were not finite and changed nothing else."""
     params: Any

@@ -1,4 +1,4 @@
-"""The train step: gradient -> optax -> apply, and a guard against non-finite values."""
+"""The train step: gradient -> optax -> apply, unless a value is not finite."""
 
 import dataclasses
 import functools
@@ -9,44 +9,41 @@ import jax.numpy as jnp
 import optax
 
 from jaxpref.objectives.objective import Objective
-from jaxpref.scoring.scores import ScoreFunction
+from jaxpref.scoring.scorer import Scorer
+from jaxpref.train.gradient import gradient
 from jaxpref.train.state import TrainState
 
 
 def make_train_step(
-    scores: ScoreFunction,
+    scorer: Scorer,
     objective: Objective,
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> Callable:
-    """Returns the jitted, donated `step(state, batch, reference) -> (state, metrics)`.
-
-    `reference` is the reference's parameters, or None where the objective needs none.
+    """Returns the jitted, donated `step(state, frozen, batch) -> (state, metrics)`.
 
     A loss, gradient or update that is not finite never enters the state: parameters,
-    optimiser and objective keep their old values, `skipped` counts one more, and the
+    optimizer and objective keep their old values, `skipped` counts one more, and the
     metric `finite` is False, for `Guard` to report the pairs.
     """
 
-    def train_step(state: TrainState, batch, reference=None):
-        grads, objective_state, metrics = objective.gradient(
-            functools.partial(scores, reference=reference),
-            state.params,
-            batch,
-            state.objective_state,
+    def train_step(state: TrainState, frozen, batch):
+        score = functools.partial(_score, scorer, frozen)
+        grads, objective_state, metrics = gradient(
+            objective, score, state.params, batch, state.objective_state
         )
         norm = optax.tree.norm(grads)
-        updates, _ = tx.update(grads, state.opt_state, state.params)
+        updates, _ = optimizer.update(grads, state.opt_state, state.params)
         finite = (
             jnp.isfinite(metrics["loss"])
             & jnp.isfinite(norm)
             & jnp.isfinite(optax.tree.norm(updates))
         )
 
-        def stepped():
-            # Made a second time, in the loop that writes the state in place: a second
-            # look at the arrays is cheaper than to keep old and new ones side by side.
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        def updated():
+            # Computed again inside the branch, where XLA writes the new state in place:
+            # reading the arrays twice is cheaper than holding both states in memory.
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             return dataclasses.replace(
                 state,
                 params=optax.apply_updates(state.params, updates),
@@ -54,17 +51,21 @@ def make_train_step(
                 objective_state=objective_state,
             )
 
-        kept = jax.lax.cond(finite, stepped, lambda: state)
+        following = jax.lax.cond(finite, updated, lambda: state)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.skipped),
             "tokens": jnp.sum(batch.lengths),
-            "fill": jnp.mean(batch.lengths / batch.tokens.shape[-1]),
+            "token_utilization": jnp.mean(batch.lengths / batch.tokens.shape[-1]),
             "pairs": jnp.sum(batch.pairs >= 0),
             "finite": finite,
         }
         return dataclasses.replace(
-            kept, step=state.step + 1, skipped=state.skipped + ~finite
+            following, step=state.step + 1, skipped=state.skipped + ~finite
         ), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _score(scorer: Scorer, frozen, params, micro):
+    return scorer(params, frozen, micro)

@@ -1,4 +1,4 @@
-"""Gaussian estimators of a known gradient, and how well their best mixture is found.
+"""Gaussian estimators of a known gradient, and the accuracy of their best mixture.
 
     python -m tests.gradients.simulations
 
@@ -30,7 +30,7 @@ SPECTRA = ("flat", "steep")
 
 
 def variances(spectrum: str, dimension: int) -> np.ndarray:
-    """Of the coordinates of one draw, with sum 1."""
+    """Variances of the coordinates of one draw, with sum 1."""
     place = np.arange(1, dimension + 1)
     weights = np.ones(dimension) if spectrum == "flat" else 1 / place
     return weights / weights.sum()
@@ -60,7 +60,7 @@ def noise(key, spread, *, draws, steps, size):
 
 @functools.partial(jax.jit, static_argnames=("used", "steps"))
 def estimates(bias, draws, ratios, *, used, steps):
-    """alpha of the first so many steps' averages, [steps, ratios], and its optimum."""
+    """alpha from averages over the first n steps, [steps, ratios], and its optimum."""
 
     def at(ratio):
         # Everything is linear, so one draw serves all ratios.
@@ -103,8 +103,8 @@ def errors(
     return abs(alpha - best), error(alpha) / error(best) - 1
 
 
-def realised(*, dimension, spectrum, ratios=RATIOS, draws=4, steps=4000, seed=0):
-    """Relative excess of the mixture itself, alpha of its own step or the one before.
+def mixture_excess(*, dimension, spectrum, ratios=RATIOS, draws=4, steps=4000, seed=0):
+    """Relative excess error of the mixture, with alpha of this or the previous step.
 
     [2, ratios]; one step's estimate, nothing averaged.
     """
@@ -136,7 +136,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    """The tables, in about seven minutes on two busy cores."""
+    """Prints the tables, in about seven minutes on two busy cores."""
     print("mean |alpha - alpha*| +- its standard error / mean excess of the MSE")
     print(f"columns: ||b_e||^2 / tr S_t = {RATIOS}")
     for (dimension, size, seeds), spectrum in itertools.product(SETTINGS, SPECTRA):
@@ -154,7 +154,7 @@ def main() -> None:
                 print(f"  K {k:2}, {t:3} steps: {cells}", flush=True)
     print("excess of the mixture itself, K 4, 1 step: alpha of this step / the last")
     for dimension, spectrum in itertools.product((10, 1000), SPECTRA):
-        rows = realised(dimension=dimension, spectrum=spectrum)
+        rows = mixture_excess(dimension=dimension, spectrum=spectrum)
         cells = "  ".join(f"{own:.1%}/{last:.1%}" for own, last in rows.T)
         print(f"dimension {dimension}, {spectrum}: {cells}", flush=True)
 

@@ -1,4 +1,4 @@
-"""The best mixture: against grids and samples in numpy; running averages; optax."""
+"""The best mixture, against grids and samples in numpy; running averages; optax."""
 
 import doctest
 import functools
@@ -29,7 +29,7 @@ GRID = np.linspace(0, 1, 2001)
 
 
 def random_setting(seed):
-    """Biases and a joint covariance of both estimators, and the six numbers of them."""
+    """Biases and a joint covariance of both estimators, and their six quantities."""
     random = np.random.default_rng(seed)
     d = random.integers(1, 6)
     biases = random.normal(size=(2, d)) * np.exp(random.normal(0, 1.5, (2, 1)))
@@ -47,7 +47,7 @@ def random_setting(seed):
     return biases, root, dict(zip(SIX, numbers))
 
 
-def test_both_names_of_the_room():
+def test_exported_names():
     assert gradients.bvpo is jaxpref.gradients.bvpo
 
 
@@ -58,12 +58,12 @@ def test_examples(module):
 
 
 def test_the_closed_form_is_the_grid_minimum_of_samples():
-    """The error of sampled mixtures, in numpy; its least place and its size."""
+    """The error of sampled mixtures in numpy: its minimizer and minimum."""
     for seed in range(20):
         (b_t, b_e), root, six = random_setting(seed)
         random = np.random.default_rng(seed)
         z = random.normal(size=(20_000, root.shape[1]))
-        # Whitened, so that sample moments are exact and the grid's place is sharp.
+        # Whitened, so that sample moments are exact and the minimizer is sharp.
         z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T, ddof=0)).T)
         noise = z @ root.T
         trace, empty = np.split(noise, 2, axis=1)
@@ -78,8 +78,8 @@ def test_the_closed_form_is_the_grid_minimum_of_samples():
         np.testing.assert_allclose(ours, error, rtol=1e-3)
 
 
-def test_never_worse_than_either_end_nor_anything_between():
-    """300 settings at once, as arrays."""
+def test_optimal_alpha_is_never_worse_than_any_other():
+    """For 300 settings at once, as arrays."""
     settings = [random_setting(seed)[2] for seed in range(300)]
     six = {name: np.array([s[name] for s in settings]) for name in SIX}
     with jax.enable_x64(True):
@@ -106,7 +106,7 @@ positive = strategies.floats(0, 1e6, width=32)
     positive, positive, positive, positive, *[strategies.floats(-1, 1)] * 2
 )
 def test_the_closed_form_for_any_six_numbers(s_t, s_e, t, e, correlation, cosine):
-    """Finite, in [0, 1], not worse than the ends; free of the unit; ends exchange."""
+    """Finite, in [0, 1], not worse than the ends, scale invariant, and symmetric."""
     s_te, dot = correlation * (s_t * s_e) ** 0.5, cosine * (t * e) ** 0.5
     with jax.enable_x64(True):
         six = dict(zip(SIX, map(jnp.float64, (s_t, s_e, s_te, t, e, dot))))
@@ -131,7 +131,7 @@ def test_the_special_case(ratio):
     )
 
 
-def test_equal_ends_and_impossible_estimates():
+def test_equal_gradients_and_negative_estimates():
     zeros = dict.fromkeys(SIX, 0)
     assert bvpo.optimal_alpha(**zeros) == 0.5
     assert bvpo.optimal_alpha(**dict.fromkeys(SIX, 0.1)) == 0.5  # g_t = g_e
@@ -141,8 +141,8 @@ def test_equal_ends_and_impossible_estimates():
     both = noisy | {"empty_variance": 1.0}
     assert bvpo.optimal_alpha(**zeros | both) == 0.5
     assert bvpo.optimal_alpha(**zeros | {"trace_variance": 1e30}) == 0
-    slope = jax.grad(lambda v: bvpo.optimal_alpha(**zeros | {"empty_bias_sq": v}))
-    assert np.isfinite(slope(0.0))
+    gradient = jax.grad(lambda v: bvpo.optimal_alpha(**zeros | {"empty_bias_sq": v}))
+    assert np.isfinite(gradient(0.0))
 
 
 def test_jit_and_vmap():
@@ -155,7 +155,7 @@ def test_jit_and_vmap():
 
 
 def test_theorem_one():
-    """Given the data the mixture's variance is alpha^2 that of the trace gradient."""
+    """Conditional on the data, the variance is alpha^2 times the trace gradient's."""
     random = np.random.default_rng(0)
     trace = random.normal(3.0, 2.0, (4000, 7)).astype(np.float32)
     empty = random.normal(size=7).astype(np.float32)
@@ -186,7 +186,7 @@ def test_mix():
 
 
 def test_a_constant_alpha_is_one_backward_pass():
-    """Both routes on a small model: mixed gradients, gradient of the mixed loss."""
+    """On a small model: mixed gradients equal the gradient of the mixed loss."""
     keys = jax.random.split(jax.random.key(0), 6)
     params = {
         "in": jax.random.normal(keys[0], (5, 8)),
@@ -217,7 +217,7 @@ def some(seed, **changes):
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_running_averages(decay):
-    """Weighted means in numpy, weights decay^age normalised; alpha of the means."""
+    """Weighted means in numpy, weights decay^age normalized; alpha of the means."""
     steps = [some(seed) for seed in range(6)]
     average = bvpo.running(decay=decay)
     state = average.init()
@@ -237,7 +237,7 @@ def test_running_averages(decay):
         np.testing.assert_allclose(state.weight, 1 - decay**count, rtol=1e-5)
 
 
-def test_a_step_that_says_nothing_changes_nothing():
+def test_a_step_without_estimates_changes_nothing():
     average = bvpo.running(decay=0.9, initial_alpha=0.3)
     nothing = some(0, covariance=jnp.float32(jnp.nan))
     alpha, state = average.update(nothing, average.init())
@@ -264,14 +264,14 @@ def test_running_keeps_its_types_in_a_scan():
 
 
 @pytest.mark.parametrize("make", [bvpo.running, bvpo.auto_mix])
-def test_wrong_options_are_refused(make):
+def test_invalid_options_are_rejected(make):
     for wrong in ({"decay": 1}, {"decay": -0.1}, {"decay": 0.5, "initial_alpha": 2}):
         with pytest.raises(ValueError, match=r"Expected (decay|initial_alpha)"):
             make(**wrong)
 
 
 def test_auto_mix_comes_first_in_a_chain():
-    """optax takes it as one of its own; the gradient is the stated mixture."""
+    """It works as an optax transformation and returns the stated mixture."""
     random = np.random.default_rng(3)
     params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
     draw = lambda count: jax.tree.map(
@@ -296,13 +296,13 @@ def test_auto_mix_comes_first_in_a_chain():
     assert jax.tree.structure(moved) == jax.tree.structure(params)
 
 
-# How well alpha is found, `python -m tests.gradients.simulations`
+# The accuracy of alpha, `python -m tests.gradients.simulations`
 
 
 @pytest.mark.parametrize("spectrum", simulations.SPECTRA)
 @pytest.mark.parametrize(("dimension", "size"), [(10, None), (1000, None), (1000, 64)])
 def test_alpha_within_a_tenth_of_the_best(dimension, size, spectrum):
-    """K = 4, all used, ten steps averaged, where mixing gains 10 % over the ends."""
+    """K = 4, all used, ten steps averaged, where mixing gains 10% over the ends."""
     wrong, excess = simulations.errors(
         dimension=dimension,
         spectrum=spectrum,

@@ -1,4 +1,4 @@
-"""The six numbers from draws: unbiased, masked, sharded, and refused when wrong."""
+"""Estimates of the six quantities: unbiasedness, masks, sharding, and errors."""
 
 import functools
 
@@ -28,7 +28,7 @@ def draws(repeats, count, seed=1):
 
 
 def unbiased(found: Ingredients, **expected):
-    """Means within four standard errors, whatever is not named 0."""
+    """Checks means within four standard errors; quantities not given are 0."""
     for name, values in vars(found).items():
         values = np.asarray(values, np.float64)
         error = values.std() / len(values) ** 0.5
@@ -64,7 +64,7 @@ def test_unbiased_from_paired_draws(k):
 
 
 def test_an_empty_gradient_that_is_not_random():
-    """M = 1: its value is its mean; estimates of the squared bias reach below 0."""
+    """M = 1: its value is its mean; estimates of the squared bias may be negative."""
     trace, _ = draws(40_000, 2)
     close_by = (MEANS[0] + 0.1).astype(np.float32)[None]
     found = jax.vmap(lambda t: ingredients(t, close_by))(trace)
@@ -95,7 +95,7 @@ def test_a_tree_is_its_concatenation():
 
 
 def test_a_common_shift_changes_nothing():
-    """mu itself is nowhere in the six."""
+    """The six quantities do not depend on mu."""
     trace, empty = (x[0] for x in draws(1, 5))
     with jax.enable_x64(True):
         trace, empty = (jnp.asarray(x, jnp.float64) for x in (trace, empty))
@@ -107,8 +107,8 @@ def test_a_common_shift_changes_nothing():
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_masked_is_left_out(paired):
-    """Any count inside one compiled function, with NaN where nothing is."""
+def test_masked_draws_are_ignored(paired):
+    """Any count in one compiled function; masked draws hold NaN."""
     trace, empty = (x[0] for x in draws(1, 8))
     masked = jax.jit(
         lambda t, e, t_real, e_real: ingredients(
@@ -139,8 +139,8 @@ def test_both_kinds_of_pairs_in_one_array():
 
 
 @pytest.mark.parametrize(("k", "m"), [(1, 4), (0, 4), (4, 1), (4, 0)])
-def test_too_few_real_draws_say_so(k, m):
-    """NaN, which `running` passes over; no variance of one of several slots."""
+def test_too_few_real_draws_give_nan(k, m):
+    """NaN, which `running` skips; one of several slots has no variance."""
     trace, empty = (x[0] for x in draws(1, 4))
     found = ingredients(
         trace, empty, trace_where=np.arange(4) < k, empty_where=np.arange(4) < m
@@ -156,7 +156,7 @@ def test_too_few_real_draws_say_so(k, m):
 
 
 def test_sharded_over_eight_devices():
-    """Draws over the devices, and parameters over them."""
+    """Draws sharded over the devices, and parameters sharded over them."""
     trace, empty = (x[0] for x in draws(1, 16))
     wide = [np.concatenate([x] * 4, axis=1)[:, :8] for x in (trace, empty)]
     real = np.arange(16) % 3 > 0
@@ -181,7 +181,7 @@ def test_sharded_over_eight_devices():
         jax.tree.map(close, found, eager)
 
 
-def test_wrong_draws_are_refused():
+def test_invalid_draws_are_rejected():
     ones = jnp.ones((4, 3))
     with pytest.raises(ValueError, match="at least 2 trace draws .* got 1 and 4"):
         ingredients(ones[:1], ones)

@@ -1,4 +1,4 @@
-"""Sketches and directions: their mean and spread, linearity, memory, and layout."""
+"""Sketches and directions: mean, deviation, linearity, memory, and sharding."""
 
 import functools
 
@@ -30,7 +30,7 @@ def many(gradient, *, size, keys=2000):
 
 
 def concentrated():
-    """One row and one column: where signs of rows and of columns alone would fail."""
+    """One row and one column, where separate row and column signs would fail."""
     values = np.zeros((8, 16), np.float32)
     values[2], values[:, 5] = 1, 1
     return {"w": values}
@@ -42,7 +42,7 @@ def rank_one():
 
 @pytest.mark.parametrize("make", [tree, concentrated, rank_one])
 @pytest.mark.parametrize("size", [1, 33])
-def test_squared_norm_kept_with_the_stated_spread(make, size):
+def test_squared_norm_has_the_stated_mean_and_deviation(make, size):
     gradient = make()
     g = flat(gradient).astype(np.float64)
     ratios = (np.asarray(many(gradient, size=size)) ** 2).sum(1) / (g @ g)
@@ -51,7 +51,7 @@ def test_squared_norm_kept_with_the_stated_spread(make, size):
     np.testing.assert_allclose(ratios.std(), spread, rtol=0.12)
 
 
-def test_inner_products_kept_and_linear():
+def test_inner_products_are_preserved_and_linear():
     a, b = tree(), tree(2.0)
     size = 8
     left, right = many(a, size=size), many(b, size=size)
@@ -62,7 +62,7 @@ def test_inner_products_kept_and_linear():
     np.testing.assert_allclose(both, 3 * left - right, atol=1e-3)
 
 
-def test_same_key_same_directions():
+def test_equal_keys_give_equal_directions():
     g = {"w": np.float32(RANDOM.normal(size=(8, 16)))}
     first, again = (sketch(g, jax.random.key(0), size=4) for _ in range(2))
     np.testing.assert_array_equal(first, again)
@@ -81,8 +81,8 @@ def test_dtypes():
         assert sketch(jnp.ones(3), jax.random.key(0), size=2).dtype == jnp.float64
 
 
-def test_never_holds_a_matrix_of_all_directions():
-    """Compiled, its scratch memory is a few gradients, not `size` of them."""
+def test_the_matrix_of_all_directions_is_never_materialized():
+    """The compiled temporaries are a few gradients, not `size` of them."""
     for shape in ((512, 512), (2**18,), (64, 64, 64)):
         gradient = jax.ShapeDtypeStruct(shape, jnp.float32)
         lower = jax.jit(lambda g, key: sketch(g, key, size=64)).lower
@@ -102,8 +102,8 @@ def test_directions_are_fair_signs():
     assert set(signs) == {-1.0, 1.0} and abs(signs.mean()) < 0.1
 
 
-def test_one_forward_probe_is_every_pairs_inner_product():
-    """jvp along a direction against the gradients one by one; and what it estimates."""
+def test_a_forward_probe_computes_all_inner_products():
+    """jvp along a direction, against single gradients; and the resulting estimates."""
     x = jnp.asarray(RANDOM.normal(size=(12, 5)), jnp.float32)
     params = {"w": jnp.asarray(RANDOM.normal(size=(5, 4)), jnp.float32)}
     losses = lambda p: jnp.sum(jnp.tanh(x @ p["w"]) ** 2, axis=-1)
@@ -130,8 +130,8 @@ def test_one_forward_probe_is_every_pairs_inner_product():
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_layout_changes_nothing(stacked):
-    """Leaves split over eight devices; stacked draws split over them too."""
+def test_sharding_does_not_matter(stacked):
+    """Leaves, and stacked draws, sharded over eight devices."""
     gradient = {
         "w": np.float32(RANDOM.normal(size=(8, 16, 24))),
         "b": np.float32(RANDOM.normal(size=3000)),
@@ -167,7 +167,7 @@ def test_layout_changes_nothing(stacked):
     jax.tree.map(np.testing.assert_array_equal, v, signs)
 
 
-def test_wrong_input_is_refused():
+def test_invalid_input_is_rejected():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="size >= 1, got 0"):
         sketch(jnp.ones(3), key, size=0)

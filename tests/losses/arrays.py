@@ -1,4 +1,4 @@
-"""Inputs that float32 holds exactly, drawn for a loss by the names of its arrays."""
+"""Random inputs that are exact in float32, by the names of a loss's arrays."""
 
 import numpy as np
 
@@ -19,17 +19,17 @@ RANGES = {
 
 
 def arrays_of(row: Row, *, extreme=True, seed=0, pairs=PAIRS) -> list[np.ndarray]:
-    """One array for each name the loss reads; the first begins with the extremes."""
+    """One array per name that the loss reads; the first starts with the extremes."""
     rng = np.random.default_rng(seed)
     drawn = []
     for name in row.reads:
         kind = name.split("_")[-1]
         if kind == "lengths":
-            # Powers of two keep every quotient exact.
+            # Powers of two make every quotient exact.
             drawn.append(2.0 ** rng.integers(0, 5, pairs))
         else:
             low, high = row.draw.get(name) or RANGES[kind]
-            # A moving statistic is one number for all pairs.
+            # A running statistic is one number for all pairs.
             shape = () if name.startswith("running") else pairs
             drawn.append(np.round(rng.uniform(low, high, shape) * 2**10) / 2**10)
     if extreme:
@@ -38,19 +38,19 @@ def arrays_of(row: Row, *, extreme=True, seed=0, pairs=PAIRS) -> list[np.ndarray
 
 
 def of_pairs(change, arrays):
-    """`change` of every array with one number a pair; moving statistics stay."""
+    """Applies `change` to every array with one number per pair, not to statistics."""
     return [change(array) if np.ndim(array) else array for array in arrays]
 
 
 def differentiable(row: Row) -> list[int]:
-    """Positions of the arrays a model's gradient flows through."""
+    """Indices of the arrays that have gradients in training."""
     ends = ("rewards", "kls", "ratios")
     moving = lambda n: n.startswith("policy") or n.endswith(ends)
     return [i for i, name in enumerate(row.reads) if moving(name)]
 
 
 def swapped(row: Row, arrays):
-    """The same pairs, chosen and rejected exchanged; what has no other side stays."""
+    """The same pairs with chosen and rejected exchanged; other arrays are unchanged."""
     exchange = {"chosen": "rejected", "rejected": "chosen"}
     values = dict(zip(row.reads, arrays))
     other = lambda name: "_".join(exchange.get(w, w) for w in name.split("_"))

@@ -6,7 +6,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 def sharded(function, *arrays, axis=0):
-    """`function` jitted on Explicit axes, `axis` of every array split over 8 devices.
+    """Jits `function` on Explicit axes, with `axis` of every array on 8 devices.
 
     What it returns must be split in the same way, except for single numbers.  Scalars
     are passed as they are.

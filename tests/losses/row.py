@@ -26,17 +26,17 @@ SIDE_SHIFTS = (
     ("policy_chosen_logps", "reference_chosen_logps"),
     ("policy_rejected_logps", "reference_rejected_logps"),
 )
-"""What leaves a loss of the two log-ratios as it is."""
+"""Sets of arrays whose shift does not change a loss of the two log-ratios."""
 MARGIN_SHIFTS = SIDE_SHIFTS + (
     ("policy_chosen_logps", "policy_rejected_logps"),
     ("reference_chosen_logps", "reference_rejected_logps"),
 )
-"""What leaves a loss of the log-ratio margin as it is."""
+"""Sets of arrays whose shift does not change a loss of the log-ratio margin."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """What is expected of one loss.  Functions take numpy arrays and options."""
+    """The expectations for one loss.  Functions take numpy arrays and options."""
 
     loss: Callable
     oracle: Callable
@@ -46,17 +46,17 @@ class Row:
     holds a part fixed in the gradient, the oracle has a keyword `frozen`: the arrays at
     which that part is computed."""
     defaults: dict = dataclasses.field(default_factory=dict)
-    """The paper's hyper-parameters; the signature must have the same."""
+    """The paper's hyperparameters, which the signature must match."""
     options: tuple[dict, ...] = ({},)
-    """The grid; the last one is used where one setting is enough."""
+    """The grid of options; the last is used if one setting is enough."""
     draw: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    """Ranges to draw arrays from, by name, where the usual is outside the domain."""
+    """Ranges of arrays, by name, if the default is outside the domain."""
     extremes: tuple[float, ...] = EXTREMES
     """Values of the first array at which loss and gradients must still be finite."""
     at_reference: Callable | None = None
-    """`at_reference(**options)`: the loss where policy and reference agree."""
+    """`at_reference(**options)`: the loss if policy and reference agree."""
     base: Callable | None = None
-    """The loss that this one is, bit for bit, at flip rate 0."""
+    """The loss that this one equals, bit for bit, at flip rate 0."""
     special: tuple[tuple[dict, Callable, dict], ...] = ()
     """`(options, other, options of other)`: settings where it equals another loss."""
     mirror: Callable | None = None
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def coupled(self) -> bool:
-        """Whether one pair's loss depends on the other pairs of the batch."""
+        """Whether the loss of a pair depends on the other pairs of the batch."""
         return "where" in inspect.signature(self.loss).parameters
 
 

@@ -16,7 +16,7 @@ def dpo(*arrays, beta):
 
 
 def dr_dpo(*arrays, beta, beta_prime, frozen):
-    """-b' log mean exp(-l / b'): the batch reweighed, its weights held, and a price."""
+    """-b' log mean exp(-l / b'): the reweighted batch plus the KL term."""
     held = -dpo(*frozen, beta=beta) / beta_prime
     log_weights = held - logsumexp(held) + np.log(held.size)
     price = beta_prime * (np.exp(log_weights) * log_weights).mean()
@@ -30,7 +30,7 @@ def kl_dpo(*arrays, beta, tau, max_weight, frozen):
 
 
 def by_rank(values, others, beta):
-    """The k-th smallest value against the k-th smallest other, where the value lies."""
+    """The k-th smallest value against the k-th smallest other, at the value's index."""
     loss = np.empty_like(values)
     order = np.argsort(values, kind="stable")
     loss[order] = logistic(beta * (values[order] - np.sort(others)))

@@ -8,7 +8,7 @@ from tests.losses.row import FOUR, LOG2, SIDE_SHIFTS, Row, log_ratios, logistic
 
 # exp(log-ratio) below exp(2): float32 can tell the difference of two of them.
 NEAR = {name: (-2.0, 0.0) for name in FOUR}
-# Nor can the widest float tell the rejected answer's slope beside an exp(1e4):
+# Even long double cannot resolve the rejected answer's gradient next to exp(1e4):
 # test_divergence.py goes there.
 TAME_EXTREMES = (1e4, -10.0, 1e3, -6.0, 30.0, -4.0)
 
@@ -54,7 +54,7 @@ def js_margin(*arrays, beta):
 
 def chi_logit(*arrays, beta, max_reward):
     chosen, rejected = log_ratios(*arrays)
-    # The same clip of the exponent as the code's.
+    # The exponent is clipped as in the code.
     links = [np.exp(np.minimum(ratio, 80)) + ratio for ratio in (chosen, rejected)]
     return np.clip(beta * links[0] - beta * links[1], -2 * max_reward, 2 * max_reward)
 

@@ -21,7 +21,7 @@ def beta_dpo(*arrays, beta, alpha, frozen):
 
 
 def targets(margins, gamma, tau):
-    """gamma N p at the least of mean -log s(h - gamma N p) + tau KL(p || uniform).
+    """gamma N p at the minimum of mean -log s(h - gamma N p) + tau KL(p || uniform).
 
     By damped Newton steps on p and the multiplier of sum p = 1, in wide floats.
     """
@@ -33,10 +33,10 @@ def targets(margins, gamma, tau):
 
     for _ in range(200):
         wrong = expit(gamma * n * p - margins)
-        slope = gamma * wrong + tau * (1 + np.log(n * p))
+        gradient = gamma * wrong + tau * (1 + np.log(n * p))
         curvature = gamma**2 * n * wrong * (1 - wrong) + tau / p
-        level = (slope / curvature).sum() / (1 / curvature).sum()
-        step = (level - slope) / curvature
+        level = (gradient / curvature).sum() / (1 / curvature).sum()
+        step = (level - gradient) / curvature
         size = np.longdouble(1)
         while (p + size * step <= 0).any():
             size /= 2
@@ -46,7 +46,8 @@ def targets(margins, gamma, tau):
         if abs(step).max() < 1e-22:
             break
     assert (
-        abs(slope - level).max() < 1e-12 * (1 + abs(level)) and abs(p.sum() - 1) < 1e-15
+        abs(gradient - level).max() < 1e-12 * (1 + abs(level))
+        and abs(p.sum() - 1) < 1e-15
     )
     return gamma * n * p
 

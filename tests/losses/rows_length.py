@@ -18,7 +18,7 @@ PREFIX_SHIFTS = tuple(
 )
 
 
-def normalised_margin(pc, pr, rc, rr, chosen_lengths, rejected_lengths):
+def normalized_margin(pc, pr, rc, rr, chosen_lengths, rejected_lengths):
     return (pc - rc) / chosen_lengths - (pr - rr) / rejected_lengths
 
 
@@ -37,12 +37,12 @@ def discounted_margin(*arrays, alpha):
 ROWS = (
     Row(
         loss=losses.ln_dpo,
-        oracle=lambda *a, beta: logistic(beta * normalised_margin(*a)),
+        oracle=lambda *a, beta: logistic(beta * normalized_margin(*a)),
         defaults={"beta": 5.0},
         options=({}, {"beta": 0.1}),
         at_reference=lambda **_: LOG2,
         mirror=lambda loss, swapped, *a, beta: (
-            loss - swapped + beta * normalised_margin(*a)
+            loss - swapped + beta * normalized_margin(*a)
         ),
         shifts=SIDE_SHIFTS,
     ),

@@ -3,7 +3,7 @@
 from jaxpref import losses
 from tests.losses.row import Row, logistic, reward_margin
 
-# The chosen answer's likelihood counts for itself: only these may move together.
+# The chosen answer's likelihood has its own term: only these may shift together.
 REJECTED_SHIFTS = (
     ("policy_rejected_logps", "reference_rejected_logps"),
     ("reference_chosen_logps", "reference_rejected_logps"),

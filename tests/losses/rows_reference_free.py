@@ -9,16 +9,16 @@ PRECISE = {
     "policy_chosen_logps": (-8.0, -1.0),
     "policy_rejected_logps": (-8.0, -1.0),
 }
-"""Away from 0, where odds have no bound, and where powers are moderate."""
+"""Away from 0, where odds diverge, and where powers are moderate."""
 
 
 def undone(loss):
-    """logit of exp(-loss): undoes a logistic loss."""
+    """logit of exp(-loss): inverts a logistic loss."""
     return -np.log(np.expm1(loss))
 
 
 def target_mirror(loss, swapped, *_, gamma, **__):
-    """The margins of the two orders, after the target is taken off, sum to -2 gamma."""
+    """The margins of the two orders, minus the target, sum to -2 gamma."""
     return undone(loss) + undone(swapped) + 2 * gamma
 
 
@@ -27,7 +27,7 @@ def alpha_po(pc, pr, chosen_lengths, rejected_lengths, *, alpha, beta, gamma):
         average = logps / lengths
         if alpha == 0:
             return average
-        # Held where p^-alpha passes exp(80).
+        # Clipped where p^-alpha exceeds exp(80).
         return (1 - np.exp(np.minimum(-alpha * average, 80))) / alpha
 
     margin = reward(pc, chosen_lengths) - reward(pr, rejected_lengths)
@@ -39,7 +39,7 @@ def cpo(pc, pr, chosen_lengths, *, beta, nll_weight):
 
 
 def log_odds(average):
-    """log p / (1 - p), with p cut at exp(-1e-6)."""
+    """log p / (1 - p), with p clipped at exp(-1e-6)."""
     average = np.minimum(average, -1e-6)
     return average - np.log(-np.expm1(average))
 
@@ -69,7 +69,7 @@ def mapo(pc, pr, chosen_lengths, rejected_lengths, *, beta, scale):
 
 
 def likelihoods(pc, pr, chosen_lengths, rejected_lengths):
-    """By how much the likelihood terms of the two orders differ."""
+    """The difference of the likelihood terms of the two orders."""
     return -pc / chosen_lengths + pr / rejected_lengths
 
 
@@ -86,7 +86,7 @@ ROWS = (
             {"alpha": 0.5, "beta": 1.0, "gamma": 0.0},
         ),
         draw=PRECISE,
-        # Beside exp(80) differences of losses lose every digit; see its own test.
+        # Next to exp(80), differences of losses lose all digits; see its own test.
         extremes=(8.0, -20.0, 4.0, -16.0),
         special=(({"alpha": 0.0, "beta": 2.0, "gamma": 0.5}, losses.simpo, {}),),
         mirror=target_mirror,

@@ -7,7 +7,7 @@ from jaxpref import losses
 from tests.losses.row import Row, logistic
 
 SHIFTS = (("chosen_rewards", "rejected_rewards"),)
-"""What comparisons cannot see."""
+"""Arrays whose common shift comparisons cannot detect."""
 
 
 def rao_kupper(chosen, rejected, ties, *, theta):
@@ -28,7 +28,7 @@ def davidson(chosen, rejected, ties, *, nu):
 
 
 def chosen_wins(loss, swapped, chosen, rejected, ties, **_):
-    """Swapping exchanges win and loss; a tie is a tie: what is left are the odds."""
+    """Swapping exchanges win and loss but not a tie, which leaves the odds."""
     return loss - swapped + (1 - ties) * (chosen - rejected)
 
 

@@ -23,7 +23,7 @@ def nca(*arrays, beta):
 
 
 def nca_mirror(loss, swapped, *arrays, beta):
-    """The noise terms are the same; the data terms change places."""
+    """The noise terms are the same; the data terms are exchanged."""
     chosen, rejected = log_ratios(*arrays)
     return loss - swapped - logistic(beta * chosen) + logistic(beta * rejected)
 
@@ -60,12 +60,12 @@ def dpop(policy_chosen, policy_rejected, chosen, rejected, *, beta, penalty):
 
 
 def log_odds(loss):
-    """logit of exp(-loss): undoes a logistic loss, however large."""
+    """logit of exp(-loss): inverts a logistic loss of any size."""
     return -loss - np.log(-np.expm1(-loss))
 
 
 def dpop_mirror(loss, swapped, *arrays, beta, penalty):
-    """The two logits sum to minus both answers' falls."""
+    """The two logits sum to minus the penalties of both answers."""
     chosen, rejected = log_ratios(*arrays)
     falls = np.maximum(-chosen, 0) + np.maximum(-rejected, 0)
     return log_odds(loss) + log_odds(swapped) + beta * penalty * falls

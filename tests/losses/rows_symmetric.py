@@ -39,7 +39,7 @@ ROWS = (
         at_reference=lambda gamma, **_: (
             gamma / 2 ** (1 + gamma) - (1 + gamma) / 2**gamma
         ),
-        # s^2 (2 s - 3), a polynomial with its centre of symmetry at s = 1/2.
+        # s^2 (2 s - 3), a polynomial with its center of symmetry at s = 1/2.
         mirror=lambda loss, swapped, *a, beta, gamma: (
             loss + swapped + 1 if gamma == 2 else 0
         ),

@@ -16,7 +16,7 @@ def tdpo2_margin(*arrays, alpha, fixed=None):
 
 
 def sparse_margin(ratios_w, ratios_l, kls_w, kls_l):
-    """u - d of the authors' code, whose divergences carry a minus."""
+    """u - d in the authors' code, whose divergences are negated."""
     u, d = ratios_w - ratios_l, -kls_w - -kls_l
     return u - d
 

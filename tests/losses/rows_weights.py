@@ -24,7 +24,7 @@ ROWS = (
         oracle=wpo,
         defaults={"beta": 0.01},
         options=({}, {"beta": 1.0}),
-        # Above 1 and below it.
+        # Above and below 1.
         draw={
             "chosen_log_weights": (-2.0, 2.0),
             "rejected_log_weights": (-1.0, 1.0),

@@ -1,4 +1,4 @@
-"""What the losses that couple a batch promise; the battery is in test_battery.py."""
+"""Properties of losses that couple a batch, beyond test_battery.py."""
 
 import functools
 
@@ -21,7 +21,7 @@ def four(seed=0, pairs=64, scale=4.0):
     return [jnp.asarray(rng.normal(0, scale, pairs)) for _ in range(4)]
 
 
-def value_and_slopes(loss, arrays):
+def value_and_derivatives(loss, arrays):
     """The batch loss, mean over pairs, and its gradient in the policy's log-probs."""
     mean = lambda pc, pr: loss(pc, pr, *arrays[2:]).mean()
     return jax.value_and_grad(mean, argnums=(0, 1))(*arrays[:2])
@@ -29,7 +29,7 @@ def value_and_slopes(loss, arrays):
 
 @pytest.mark.parametrize("beta_prime", [1e-3, 0.1, 1.0, 30.0, 1e9])
 def test_dr_dpo_is_the_papers_batch_loss(beta_prime):
-    """Its mean is -b' log mean exp(-l / b'), in value and in gradient."""
+    """The mean is -b' log mean exp(-l / b'), in value and gradient."""
 
     def paper(*arrays):
         fit = jax.nn.log_sigmoid(arrays[0] - arrays[1] - arrays[2] + arrays[3])
@@ -39,17 +39,17 @@ def test_dr_dpo_is_the_papers_batch_loss(beta_prime):
     with jax.enable_x64(True):
         arrays = four()
         loss = functools.partial(losses.dr_dpo, beta=1.0, beta_prime=beta_prime)
-        # The paper's form multiplies its rounding by b'.
+        # The paper's form amplifies rounding errors by b'.
         tolerance = 1e-12 * max(1, beta_prime)
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=tolerance),
-            value_and_slopes(loss, arrays),
-            value_and_slopes(paper, arrays),
+            value_and_derivatives(loss, arrays),
+            value_and_derivatives(paper, arrays),
         )
 
 
 def test_dr_dpo_limits():
-    """P9: the mean for b' -> infinity, the least for b' -> 0, -log mean s at 1."""
+    """P9: the mean for b' -> infinity, the minimum for b' -> 0, -log mean s at 1."""
     with jax.enable_x64(True):
         arrays = four()
         plain = losses.dpo(*arrays, beta=1.0)
@@ -62,8 +62,8 @@ def test_dr_dpo_limits():
         assert falling[0] <= plain.mean() and falling[-1] >= plain.min()
 
 
-def test_dr_dpo_single_precision_survives_a_large_beta_prime():
-    """b' multiplies what a logarithm near 1 has kept; the weights are off by 1e-5."""
+def test_dr_dpo_is_accurate_in_float32_for_a_large_beta_prime():
+    """b' amplifies the rounding error of a log near 1; weights are within 1e-5."""
     arrays = [array.astype(jnp.float32) for array in four()]
     ours = losses.dr_dpo(*arrays, beta=1.0, beta_prime=1e6)
     np.testing.assert_allclose(
@@ -71,15 +71,18 @@ def test_dr_dpo_single_precision_survives_a_large_beta_prime():
     )
 
 
-def test_dr_dpo_and_kl_dpo_lean_opposite_ways():
+def test_dr_dpo_and_kl_dpo_weight_in_opposite_directions():
     """A contradicted pair loses weight in one and gains it in the other."""
     margin = jnp.array([2.0, 2.0, 2.0, -2.0])
     zero = jnp.zeros(4)
-    slope = lambda loss: jax.grad(lambda m: loss(m, zero, zero, zero, beta=1.0).sum())(
-        margin
+    derivative = lambda loss: jax.grad(
+        lambda m: loss(m, zero, zero, zero, beta=1.0).sum()
+    )(margin)
+    plain = derivative(losses.dpo)
+    trusting, worried = (
+        derivative(losses.dr_dpo) / plain,
+        derivative(losses.kl_dpo) / plain,
     )
-    plain = slope(losses.dpo)
-    trusting, worried = slope(losses.dr_dpo) / plain, slope(losses.kl_dpo) / plain
     assert trusting[3] < 0.3 < 1 < trusting[0] and worried[3] > 2 > 1 > worried[0]
 
 
@@ -91,8 +94,8 @@ def test_kl_dpo_caps_its_weights():
 
 
 @pytest.mark.parametrize("loss", RANKED)
-def test_ranked_losses_follow_a_permutation(loss):
-    """P16: permuting the pairs permutes the losses, and their mean stays."""
+def test_ranked_losses_are_equivariant_to_permutations(loss):
+    """P16: permuting the pairs permutes the losses, and preserves their mean."""
     arrays = four()
     order = np.random.default_rng(1).permutation(64)
     ours = loss(*(array[order] for array in arrays), beta=1.0)
@@ -100,8 +103,8 @@ def test_ranked_losses_follow_a_permutation(loss):
 
 
 @pytest.mark.parametrize(("loss", "side"), [(RANKED[0], (2, 3)), (RANKED[1], (1, 3))])
-def test_ranked_losses_forget_who_was_compared(loss, side):
-    """P16: one side's values may be permuted alone: the loss stays as it is."""
+def test_ranked_losses_do_not_depend_on_the_pairing(loss, side):
+    """P16: permuting the values of one side does not change the loss."""
     arrays = four()
     order = np.random.default_rng(1).permutation(64)
     moved = [a[order] if i in side else a for i, a in enumerate(arrays)]
@@ -116,7 +119,7 @@ def test_ranked_losses_of_one_pair_are_dpo(loss):
 
 @pytest.mark.parametrize("loss", RANKED)
 def test_ranked_losses_are_the_sorted_differences(loss):
-    """As the authors write it: sort both sides, subtract; and in gradient too."""
+    """The authors' form: sort both sides and subtract, in value and gradient."""
     pairs = {"aot": ((0, 1), (2, 3)), "aot_unpaired": ((0, 2), (1, 3))}[loss.__name__]
 
     def paper(*arrays):
@@ -127,8 +130,8 @@ def test_ranked_losses_are_the_sorted_differences(loss):
         arrays = four()
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-12),
-            value_and_slopes(functools.partial(loss, beta=1.0), arrays),
-            value_and_slopes(paper, arrays),
+            value_and_derivatives(functools.partial(loss, beta=1.0), arrays),
+            value_and_derivatives(paper, arrays),
         )
         ours = np.sort(np.asarray(loss(*arrays, beta=1.0)))
         np.testing.assert_allclose(ours, np.sort(paper(*arrays)), rtol=1e-12)
@@ -147,8 +150,8 @@ def test_ranked_losses_ignore_shifts(loss):
 
 @pytest.mark.parametrize("row", COUPLED, ids=lambda row: row.name)
 @pytest.mark.parametrize("shape", [(16,), (8, 2), (1, 16)])
-def test_how_the_batch_is_split_changes_nothing(row, shape):
-    """Any mesh, any layout, padding on one device only: the same numbers."""
+def test_sharding_of_the_batch_does_not_matter(row, shape):
+    """Any mesh and layout, and padding on one device only, give the same numbers."""
     options = row.options[-1]
     arrays = [jnp.asarray(a, jnp.float32) for a in arrays_of(row, extreme=False)]
     where = jnp.arange(16) < 13

@@ -1,4 +1,4 @@
-"""The battery every loss passes; what is expected of each is in the rows_*.py."""
+"""Tests that every loss must pass; the expectations are in rows_*.py."""
 
 import doctest
 import functools
@@ -42,7 +42,7 @@ def each_case(holds):
 
 
 def holds_fixed(row: Row) -> bool:
-    """Whether part of the loss is fixed in the gradient, which is then no slope."""
+    """Whether the loss has a stop-gradient, so its gradient is no derivative."""
     return "frozen" in inspect.signature(row.oracle).parameters
 
 
@@ -58,13 +58,13 @@ def on_device(arrays, dtype):
 
 
 def gradients(row: Row, arrays, **options):
-    """Gradients of the summed loss in every array a model moves, as one list."""
+    """Gradients of the summed loss in all arrays that training changes, as a list."""
     total = lambda *a: jnp.sum(row.loss(*a, **options))
     return list(jax.grad(total, argnums=tuple(differentiable(row)))(*arrays))
 
 
 def oracle_of(row: Row, options):
-    """`(arrays, frozen) -> loss [N]` in the widest float there is."""
+    """`(arrays, frozen) -> loss [N]` in long double."""
     wide = lambda arrays: [np.asarray(a, np.longdouble) for a in arrays]
     options = complete(row, options)
 
@@ -77,12 +77,12 @@ def oracle_of(row: Row, options):
 
 
 def oracle_gradients(row: Row, arrays, options, step=2.0**-17):
-    """Central differences of the oracle's sum, in every array a model moves."""
+    """Central differences of the oracle's sum, in every array that training changes."""
     oracle = oracle_of(row, options)
-    slopes = []
+    derivatives = []
     for i in differentiable(row):
-        slope = np.zeros(PAIRS, np.longdouble)
-        # Pairs that do not depend on each other may all be moved at once.
+        derivative = np.zeros(PAIRS, np.longdouble)
+        # Independent pairs can all be changed at once.
         groups = np.eye(PAIRS, dtype=bool) if row.coupled else [np.ones(PAIRS, bool)]
         for group in groups:
             sides = []
@@ -91,9 +91,9 @@ def oracle_gradients(row: Row, arrays, options, step=2.0**-17):
                 moved[i] = moved[i] + sign * step * group
                 sides.append(oracle(moved, arrays))
             difference = sides[0] - sides[1]
-            slope[group] = difference.sum() if row.coupled else difference
-        slopes.append((slope / (2 * step)).astype(float))
-    return slopes
+            derivative[group] = difference.sum() if row.coupled else difference
+        derivatives.append((derivative / (2 * step)).astype(float))
+    return derivatives
 
 
 def test_every_loss_has_a_row():
@@ -204,8 +204,8 @@ def compiled(row: Row, index: int):
 @hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(data=strategies.data())
 @every_row
-def test_properties_hold_for_any_input(row, data):
-    """Swapping answers mirrors, shifts change nothing, rate 0 is the base loss."""
+def test_symmetries_hold_for_any_input(row, data):
+    """Swapped answers, invariance to shifts, and rate 0."""
     draw = lambda low, high: data.draw(
         hypothesis.extra.numpy.arrays(
             np.float64, 4, elements=strategies.floats(low, high, width=32)
@@ -258,7 +258,7 @@ def test_jit_vmap_sharded_and_eager_agree(row):
             if kind is AxisType.Explicit:
                 for value in jax.tree.leaves(sharded):
                     assert jax.typeof(value).sharding.spec == spec
-                # The engine's batch: rows in the middle, slots behind.
+                # The layout of a training batch: rows in the middle, slots last.
                 cube = PartitionSpec(None, ("data", "fsdp"))
                 rows = of_pairs(lambda a: a.reshape(1, 8, 2), arrays)
                 place = functools.partial(
@@ -287,7 +287,7 @@ def test_dtype_is_at_least_float32(row):
 
 
 @every_row
-def test_leading_axes_are_free(row):
+def test_any_leading_axes_are_allowed(row):
     options = row.options[-1]
     arrays = on_device(arrays_of(row), jnp.float32)
     flat = row.loss(*arrays, **options)
@@ -297,7 +297,7 @@ def test_leading_axes_are_free(row):
 
 
 @every_separable_row
-def test_pairs_do_not_touch_each_other(row):
+def test_pairs_are_independent(row):
     options = row.options[-1]
     arrays = on_device(arrays_of(row), jnp.float32)
     together = row.loss(*arrays, **options)
@@ -310,7 +310,7 @@ def test_pairs_do_not_touch_each_other(row):
 
 @every_coupled_row
 def test_padding_changes_nothing(row):
-    """Pairs that `where` leaves out may hold anything, NaN included."""
+    """Pairs masked by `where` may hold anything, including NaN."""
     options = row.options[-1]
     real = arrays_of(row, extreme=False)
     real = of_pairs(lambda a: a[: PAIRS - 5], real)
@@ -372,12 +372,12 @@ def test_one_rate_per_pair(row):
     np.testing.assert_allclose(cube.T, np.stack(rows), rtol=2e-6, atol=1e-6)
 
 
-# Wrong use.
+# Invalid arguments.
 
 
 @every_flip_row
 @pytest.mark.parametrize("rate", [-0.1, 0.5, 0.7, 1, float("nan")])
-def test_flip_rate_out_of_range_is_refused(row, rate):
+def test_flip_rate_out_of_range_is_rejected(row, rate):
     arrays = on_device(arrays_of(row), jnp.float32)
     with pytest.raises(ValueError, match=rf"flip_rate in \[0, 0.5\), got {rate}"):
         jax.eval_shape(functools.partial(row.loss, flip_rate=rate), *arrays)
@@ -385,7 +385,7 @@ def test_flip_rate_out_of_range_is_refused(row, rate):
 
 @every_flip_row
 @pytest.mark.parametrize("shape", [(3,), (1, PAIRS)])
-def test_wrong_shape_of_flip_rate_is_named(row, shape):
+def test_wrong_shape_of_flip_rate_is_rejected(row, shape):
     loss = inspect.unwrap(row.loss)
     with pytest.raises(ValueError, match=r"flip_rate to broadcast .* \(16,\), got"):
         loss(*on_device(arrays_of(row), jnp.float32), flip_rate=jnp.zeros(shape))
@@ -393,7 +393,7 @@ def test_wrong_shape_of_flip_rate_is_named(row, shape):
 
 @each([row for row in TABLE if "beta" in row.defaults])
 @pytest.mark.parametrize("beta", [0, -1.0, float("nan"), float("inf")])
-def test_beta_out_of_range_is_refused(row, beta):
+def test_beta_out_of_range_is_rejected(row, beta):
     options = row.options[-1] | {"beta": beta}
     arrays = on_device(arrays_of(row), jnp.float32)
     with pytest.raises(ValueError, match=f"beta > 0 and finite, got {beta}"):
@@ -401,8 +401,8 @@ def test_beta_out_of_range_is_refused(row, beta):
 
 
 @every_row
-def test_options_that_are_not_numbers_are_refused(row):
-    """NaN is outside the range of every hyper-parameter."""
+def test_options_that_are_not_numbers_are_rejected(row):
+    """NaN is outside the range of every hyperparameter."""
     arrays = on_device(arrays_of(row), jnp.float32)
     for name in complete(row, row.options[-1]):
         options = row.options[-1] | {name: float("nan")}
@@ -411,8 +411,8 @@ def test_options_that_are_not_numbers_are_refused(row):
 
 
 @every_row
-def test_options_with_axes_are_refused(row):
-    """They would broadcast: a loss of pairs against pairs."""
+def test_options_with_axes_are_rejected(row):
+    """They would broadcast against the pairs."""
     arrays = on_device(arrays_of(row), jnp.float32)
     loss = inspect.unwrap(row.loss)
     for name in set(complete(row, row.options[-1])) - {"flip_rate"}:
@@ -422,8 +422,8 @@ def test_options_with_axes_are_refused(row):
 
 
 @each([row for row in TABLE if len(row.reads) > 1])
-def test_wrong_shapes_are_named(row):
-    """What a caller sees without the run-time annotation checks of this test run."""
+def test_wrong_shapes_are_rejected(row):
+    """Without the runtime annotation checks of this test run, as for a caller."""
     loss = functools.partial(inspect.unwrap(row.loss), **row.options[-1])
     for i, name in enumerate(row.reads):
         if name.startswith("running"):
@@ -435,7 +435,7 @@ def test_wrong_shapes_are_named(row):
 
 
 @every_coupled_row
-def test_wrong_shape_of_where_is_named(row):
+def test_wrong_shape_of_where_is_rejected(row):
     loss = functools.partial(inspect.unwrap(row.loss), **row.options[-1])
     arrays = on_device(arrays_of(row), jnp.float32)
     with pytest.raises(ValueError, match=r"one shape, got .*where \(3,\)"):
@@ -443,7 +443,7 @@ def test_wrong_shape_of_where_is_named(row):
 
 
 @every_row
-def test_integers_are_refused(row):
+def test_integers_are_rejected(row):
     arrays = [jnp.ones(PAIRS, jnp.int32) for _ in row.reads]
     with pytest.raises(TypeError, match=f"{row.reads[0]} to be floating point"):
         inspect.unwrap(row.loss)(*arrays, **row.options[-1])
@@ -451,7 +451,7 @@ def test_integers_are_refused(row):
 
 @each([row for row in TABLE if "chosen_lengths" in row.reads])
 def test_empty_completion_is_finite(row):
-    """A completion truncated to nothing has log-prob 0 and length 0: no 0/0."""
+    """A completion truncated to nothing has log-prob 0 and length 0."""
     arrays = [jnp.zeros(2)] * len(row.reads)
     for value in [
         row.loss(*arrays, **row.options[-1]),

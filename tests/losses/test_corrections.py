@@ -1,4 +1,4 @@
-"""What the generic corrections for flipped labels promise, for every pairwise loss."""
+"""Properties of the label-noise corrections, for every pairwise loss."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ from tests.losses.test_battery import on_device
 
 
 def exchangeable(row: Row) -> bool:
-    """Whether the loss reads for one answer what it reads for the other."""
+    """Whether the loss reads the same arrays for both answers."""
     exchange = {"chosen": "rejected", "rejected": "chosen"}
     other = lambda name: "_".join(exchange.get(w, w) for w in name.split("_"))
     return all(other(name) in row.reads for name in row.reads)
@@ -26,20 +26,20 @@ def exchangeable(row: Row) -> bool:
 
 ONE_BY_ONE = [row for row in TABLE if not row.coupled and exchangeable(row)]
 ASKING = [row for row in TABLE if row.name in {"cpo", "iterative_rpo"}]
-"""What they read for the chosen answer alone is asked for the rejected one."""
+"""These read arrays for the chosen answer only; the correction adds the rejected."""
 REFUSED = [row for row in TABLE if row not in ONE_BY_ONE + ASKING]
 FOUR = next(row for row in TABLE if row.loss is losses.dpo)
 every_row = pytest.mark.parametrize("row", ONE_BY_ONE, ids=lambda row: row.name)
 
 
-def value_and_slopes(row, loss, arrays, **options):
+def value_and_gradients(row, loss, arrays, **options):
     total = lambda *a: loss(*a, **options).sum()
-    slopes = jax.grad(total, argnums=tuple(differentiable(row)))(*arrays)
-    return loss(*arrays, **options), slopes
+    gradients = jax.grad(total, argnums=tuple(differentiable(row)))(*arrays)
+    return loss(*arrays, **options), gradients
 
 
 def test_most_losses_can_be_corrected():
-    """Only what couples the batch or reads one answer cannot."""
+    """All but those that couple the batch or read a single answer."""
     assert len(ONE_BY_ONE) > len(REFUSED)
     assert {"dpo", "ipo", "simpo", "wpo"} <= {row.name for row in ONE_BY_ONE}
 
@@ -47,7 +47,7 @@ def test_most_losses_can_be_corrected():
 @every_row
 @pytest.mark.parametrize("rate", [0.1, 0.45])
 def test_mean_over_flips_is_the_clean_loss(row, rate):
-    """(1 - e) corrected(pair) + e corrected(exchanged) = loss(pair), slopes too."""
+    """(1 - e) corrected(pair) + e corrected(exchanged) = loss(pair)."""
     options = row.options[-1]
     arrays = arrays_of(row)
     with jax.enable_x64(True):
@@ -61,7 +61,7 @@ def test_mean_over_flips_is_the_clean_loss(row, rate):
 
 
 @every_row
-def test_slopes_of_the_mean_over_flips_are_the_clean_ones(row):
+def test_gradients_of_the_mean_over_flips_are_the_clean_ones(row):
     options, rate = row.options[-1], 0.3
     with jax.enable_x64(True):
         arrays = on_device(arrays_of(row, extreme=False), jnp.float64)
@@ -77,8 +77,8 @@ def test_slopes_of_the_mean_over_flips_are_the_clean_ones(row):
 
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9),
-            value_and_slopes(row, mean, arrays, **options),
-            value_and_slopes(row, row.loss, arrays, **options),
+            value_and_gradients(row, mean, arrays, **options),
+            value_and_gradients(row, row.loss, arrays, **options),
         )
 
 
@@ -90,8 +90,10 @@ def test_rate_0_is_the_loss_bit_for_bit(row, dtype):
     for rate in (0, 0.0, jnp.zeros(PAIRS)):
         jax.tree.map(
             functools.partial(np.testing.assert_array_equal, strict=True),
-            value_and_slopes(row, losses.unbiased(row.loss, rate), arrays, **options),
-            value_and_slopes(row, row.loss, arrays, **options),
+            value_and_gradients(
+                row, losses.unbiased(row.loss, rate), arrays, **options
+            ),
+            value_and_gradients(row, row.loss, arrays, **options),
         )
 
 
@@ -102,7 +104,7 @@ def test_finite_at_extremes(row, dtype, correction):
     arrays = on_device(arrays_of(row), dtype)
     corrected = correction(row.loss, 0.3)
     for value in jax.tree.leaves(
-        value_and_slopes(row, corrected, arrays, **row.options[-1])
+        value_and_gradients(row, corrected, arrays, **row.options[-1])
     ):
         assert np.isfinite(np.asarray(value, np.float32)).all()
 
@@ -131,7 +133,7 @@ PAIRS_OF_FORMS = [
 @pytest.mark.parametrize(("correction", "special"), PAIRS_OF_FORMS)
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.45, "per pair"])
 def test_corrected_dpo_is_rdpo_and_forward_dpo(correction, special, rate):
-    """At margins of +-1e4 too, in value and in gradient."""
+    """Also at margins of +-1e4, in value and gradient."""
     rate = np.linspace(0, 0.45, PAIRS) if rate == "per pair" else rate
     for x64, dtype, tolerance in (
         (True, jnp.float64, 1e-11),
@@ -144,8 +146,10 @@ def test_corrected_dpo_is_rdpo_and_forward_dpo(correction, special, rate):
                 functools.partial(
                     np.testing.assert_allclose, rtol=tolerance, atol=tolerance
                 ),
-                value_and_slopes(FOUR, correction(losses.dpo, rates), arrays, beta=1.0),
-                value_and_slopes(FOUR, special, arrays, beta=1.0, flip_rate=rates),
+                value_and_gradients(
+                    FOUR, correction(losses.dpo, rates), arrays, beta=1.0
+                ),
+                value_and_gradients(FOUR, special, arrays, beta=1.0, flip_rate=rates),
             )
 
 
@@ -174,7 +178,7 @@ GIBBS = [
 
 @pytest.mark.parametrize(("loss", "options", "closed_form"), GIBBS)
 def test_gibbs_logits_in_closed_form(loss, options, closed_form):
-    """P6, against what the losses imply for the probability of a label."""
+    """P6, against the label probabilities that the losses imply."""
     w, l = np.linspace(-9, -3, 5), np.array([-2.0, -8.0, -6.0, -4.5, -1.0])
     with jax.enable_x64(True):
         logits = losses.gibbs_logits(loss)
@@ -196,20 +200,20 @@ def test_gibbs_logits_in_closed_form(loss, options, closed_form):
 
 
 def test_gibbs_logits_of_simpo_without_target_are_its_margin():
-    """Odd in the margin m; m itself at gamma 0, of slope 2 s(gamma) at m = 0."""
+    """Odd in the margin m; m itself at gamma 0; derivative 2 s(gamma) at m = 0."""
     with jax.enable_x64(True):
         m, zero, one = jnp.linspace(-6, 6, 13), jnp.zeros(13), jnp.ones(13)
         logits = functools.partial(losses.gibbs_logits(losses.simpo), beta=1.0)
         at = lambda m, gamma: logits(m, zero, one, one, gamma=gamma)
         np.testing.assert_allclose(at(m, 0.0), m, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(at(m, 0.7), -at(-m, 0.7), rtol=1e-12)
-        slope = jax.grad(lambda m: at(m, 0.7).sum())(zero)
-        np.testing.assert_allclose(slope, 2 / (1 + np.exp(-0.7)), rtol=1e-12)
+        gradient = jax.grad(lambda m: at(m, 0.7).sum())(zero)
+        np.testing.assert_allclose(gradient, 2 / (1 + np.exp(-0.7)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("row", ASKING, ids=lambda row: row.name)
-def test_what_is_read_for_one_answer_is_asked_for_the_other(row):
-    """The clean loss is what is left on average, as for losses that read both."""
+def test_corrections_add_missing_counterparts(row):
+    """The mean over flips is the clean loss, as for losses that read both answers."""
     options, rate = row.options[-1], 0.3
     lengths = jnp.arange(1, PAIRS + 1)
     for correction in (losses.unbiased, losses.forward_corrected):
@@ -228,7 +232,7 @@ def test_what_is_read_for_one_answer_is_asked_for_the_other(row):
         np.testing.assert_allclose(mean, clean, rtol=1e-10)
 
 
-def test_rates_can_be_learnt():
+def test_rates_can_be_learned():
     with jax.enable_x64(True):
         arrays = on_device(arrays_of(FOUR, extreme=False), jnp.float64)
         for correction in (losses.unbiased, losses.forward_corrected):
@@ -238,8 +242,8 @@ def test_rates_can_be_learnt():
 
 
 @pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
-def test_corrected_losses_introduce_themselves(correction):
-    """As a training loop reads them: name, arrays, options and their defaults."""
+def test_corrected_losses_have_names_and_signatures(correction):
+    """As a training loop reads them: name, arrays, options, and defaults."""
     corrected = correction(losses.simpo, 0.2)
     assert corrected.__name__ == f"{correction.__name__}_simpo"
     assert inspect.signature(corrected) == inspect.signature(losses.simpo)
@@ -293,7 +297,7 @@ def test_jit_vmap_and_sharded_agree(correction):
 
 @pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
-def test_losses_that_cannot_be_corrected_are_refused(correction, row):
+def test_losses_that_cannot_be_corrected_are_rejected(correction, row):
     why = "couples the pairs" if row.coupled else r"reads \w+ but not \w+"
     with pytest.raises(TypeError, match=f"got {row.name}, which {why}"):
         correction(row.loss, 0.2)
@@ -304,7 +308,7 @@ def square(x):
 
 
 @pytest.mark.parametrize("correction", [losses.unbiased, losses.forward_corrected])
-def test_wrong_rates_are_refused(correction):
+def test_rates_out_of_range_are_rejected(correction):
     correction = inspect.unwrap(correction)
     for rate in (-0.1, 0.5, 1, float("nan")):
         with pytest.raises(ValueError, match=rf"flip_rate in \[0, 0.5\), got {rate}"):

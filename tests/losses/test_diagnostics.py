@@ -1,4 +1,4 @@
-"""Ranking, displacement, calibration and divergence, against their definitions."""
+"""Ranking, displacement, calibration, and divergence, against their definitions."""
 
 import functools
 import inspect
@@ -34,10 +34,10 @@ def test_ranking_accuracy_counts_ties_as_the_paper_does():
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_idealized_ranking_is_that_of_the_optimum_of_dpo(beta):
-    """P11, Theorem 3.1: two answers a prompt, minimised by gradient descent."""
+    """P11, Theorem 3.1: two answers per prompt, minimized by gradient descent."""
     with jax.enable_x64(True):
         shares = jnp.array([0.99, 0.9, 0.8, 0.6, 0.55, 0.3])
-        # One step past and one short of what each share can turn round.
+        # Slightly above and below what each share can reverse.
         least = -jnp.asarray(logit(shares)) / beta
         reference = jnp.concatenate([least + 0.1, least - 0.1])
         shares = jnp.concatenate([shares, shares])
@@ -56,14 +56,14 @@ def test_idealized_ranking_is_that_of_the_optimum_of_dpo(beta):
         difference = jax.lax.fori_loop(0, 2000, step, jnp.zeros(12))
         optimum = reference + logit(shares) / beta
         np.testing.assert_allclose(difference, optimum, rtol=1e-9, atol=1e-9)
-        learnt = losses.ranking_accuracy(*table(difference))
+        learned = losses.ranking_accuracy(*table(difference))
         ideal = losses.idealized_ranking_accuracy(*table(reference), shares, beta=beta)
-        np.testing.assert_array_equal(learnt, [1] * 6 + [0] * 6)
-        np.testing.assert_array_equal(ideal, learnt)
+        np.testing.assert_array_equal(learned, [1] * 6 + [0] * 6)
+        np.testing.assert_array_equal(ideal, learned)
 
 
 def test_idealized_ranking_of_unanimous_annotators():
-    """A share of 1 counts as 1 - eps: a reference sure enough still wins."""
+    """A share of 1 is clipped to 1 - eps, so a confident reference still wins."""
     limit = logit(1 - 1e-3) / 0.1
     chosen = jnp.array([0.0, 0.0, 0.0])
     rejected = jnp.array([limit - 0.1, limit + 0.1, -limit - 0.1])
@@ -77,8 +77,8 @@ def test_idealized_ranking_of_unanimous_annotators():
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_ranking_difficulty_is_the_loss_that_decides(beta):
-    """P11, Theorem 4.1: ranked as labelled exactly where DPO is at most this."""
+def test_ranking_difficulty_is_the_threshold_of_the_loss(beta):
+    """P11, Theorem 4.1: ranked as labeled exactly if DPO is at most this."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         logps = on_device(rng.uniform(-60, 0, (4, 4000)), jnp.float64)
@@ -89,7 +89,7 @@ def test_ranking_difficulty_is_the_loss_that_decides(beta):
         assert 0.2 < ranked.mean() < 0.8
         c = np.asarray(logps[3] - logps[2])
         np.testing.assert_allclose(threshold, -log_expit(beta * c), rtol=1e-12)
-        # Proposition 2.6: with a reference that ranks right, a loss of .6 suffices.
+        # Proposition 2.6: if the reference ranks correctly, a loss of .6 suffices.
         sure = (logps[2] >= logps[3]) & (loss <= 0.6)
         assert sure.any() and ranked[sure].all()
     undecided = losses.ranking_difficulty(jnp.zeros(1), jnp.zeros(1), beta=beta)
@@ -115,7 +115,7 @@ def test_ranking_at_extremes():
 
 
 def test_ches():
-    """From hidden states, as the authors compute it, with answers of unlike lengths."""
+    """From hidden states, as the authors compute it, with different lengths."""
     rng = np.random.default_rng(0)
     width, lengths = 6, np.array([[3, 7], [1, 4], [5, 5]])
     states = [[rng.normal(size=(n, width)) for n in row] for row in lengths]
@@ -136,13 +136,13 @@ def test_ches():
     scores = losses.ches(*single), losses.length_normalized_ches(*single, *counts)
     for score, value in zip(scores, expected):
         np.testing.assert_allclose(score, value, rtol=1e-5, atol=1e-5)
-    # An answer against itself, and an answer of no token.
+    # An answer against itself, and an answer without tokens.
     np.testing.assert_array_equal(losses.ches(single[0], single[0]), 0)
     empty = losses.length_normalized_ches(*single, counts[0] * 0, counts[1])
     assert np.isfinite(empty).all()
 
 
-def test_ches_refuses_wrong_use():
+def test_ches_rejects_invalid_arguments():
     score = inspect.unwrap(losses.length_normalized_ches)
     sums, lengths = jnp.ones((2, 4, 3)), jnp.ones(4)
     with pytest.raises(ValueError, match=r"chosen_lengths of shape \(4,\), got \(3,\)"):
@@ -157,7 +157,7 @@ def test_ches_refuses_wrong_use():
 
 
 @pytest.mark.parametrize("bins", [1, 7, 10])
-def test_calibration_is_that_of_the_evaluation(bins):
+def test_calibration_equals_that_of_the_evaluation(bins):
     """The same bins as the evaluation's numpy functions, whose outcomes are all 1."""
     rng = np.random.default_rng(0)
     margins = np.concatenate([rng.normal(size=500) * 3, np.zeros(5), [40.0, -40.0]])
@@ -169,7 +169,7 @@ def test_calibration_is_that_of_the_evaluation(bins):
         np.testing.assert_allclose(error, expected, rtol=1e-12)
         brier = losses.brier_score(probabilities, outcomes)
         np.testing.assert_allclose(brier.mean(), metrics.brier_score(margins))
-        # The other order of the answers says the same.
+        # Exchanging the answers gives the same.
         other = losses.expected_calibration_error(
             1 - probabilities, 1 - outcomes, bins=bins
         )
@@ -178,8 +178,8 @@ def test_calibration_is_that_of_the_evaluation(bins):
         np.testing.assert_allclose(turned, brier, atol=1e-12)
 
 
-def test_calibration_of_a_model_that_is_calibrated():
-    """Outcomes drawn with the probabilities said: nearly 0; said too surely: not."""
+def test_calibration_of_a_calibrated_model():
+    """Nearly 0 for calibrated probabilities, but not for overconfident ones."""
     rng = np.random.default_rng(0)
     margins = rng.normal(size=200_000) * 1.5
     outcomes = jnp.asarray(rng.random(len(margins)) < expit(margins), jnp.float32)
@@ -191,7 +191,7 @@ def test_calibration_of_a_model_that_is_calibrated():
     assert score(right).mean() < score(sure).mean()
 
 
-def test_calibration_of_ties_and_half_sure():
+def test_calibration_of_ties_and_undecided_predictions():
     half = jnp.full(4, 0.5)
     outcomes = jnp.array([1.0, 0.0, 0.5, 1.0])
     assert losses.expected_calibration_error(half, outcomes) == 0
@@ -218,7 +218,7 @@ def test_calibration_of_padding_and_nan():
     np.testing.assert_allclose(error(*cube[:2], where=cube[2]), alone, rtol=1e-6)
 
 
-def test_calibration_refuses_wrong_use():
+def test_calibration_rejects_invalid_arguments():
     error = inspect.unwrap(losses.expected_calibration_error)
     with pytest.raises(ValueError, match="bins >= 1, got 0"):
         error(jnp.zeros(2), jnp.zeros(2), bins=0)
@@ -236,7 +236,7 @@ def test_calibration_refuses_wrong_use():
 
 
 def test_kl_estimators_on_a_table():
-    """Expectations over all answers: k1 and k3 are unbiased, k2 to second order."""
+    """Expectations over all answers: k1 and k3 are unbiased, k2 is to second order."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         base = rng.normal(size=50)
@@ -261,7 +261,7 @@ def test_kl_estimators_on_a_table():
             assert three < one  # variance
 
 
-def test_kl_estimators_never_negative_and_finite():
+def test_kl_estimators_are_nonnegative_and_finite():
     rng = np.random.default_rng(0)
     far = 10.0 ** np.arange(-9, 5)
     steps = np.concatenate([-far, [0.0], far, rng.normal(size=10_000) * 0.01])
@@ -269,10 +269,10 @@ def test_kl_estimators_never_negative_and_finite():
         ratios = jnp.asarray(steps, dtype)
         for k in (losses.kl_k1, losses.kl_k2, losses.kl_k3):
             value = k(ratios)
-            slope = jax.grad(lambda x: k(x).sum())(ratios)  # noqa: B023
-            assert value.dtype == jnp.float32 and slope.dtype == dtype
+            gradient = jax.grad(lambda x: k(x).sum())(ratios)  # noqa: B023
+            assert value.dtype == jnp.float32 and gradient.dtype == dtype
             assert np.isfinite(value).all()
-            assert np.isfinite(np.asarray(slope, np.float32)).all()
+            assert np.isfinite(np.asarray(gradient, np.float32)).all()
             assert k is losses.kl_k1 or (value >= 0).all()
     with jax.enable_x64(True):
         ratios = jnp.asarray(steps[np.abs(steps) < 50])
@@ -339,21 +339,21 @@ def test_jit_vmap_and_sharded_agree_with_eager(name):
 
 @pytest.mark.parametrize("name", ["idealized_ranking_accuracy", "ranking_difficulty"])
 @pytest.mark.parametrize("beta", [0, -1.0, float("nan"), float("inf")])
-def test_ranking_refuses_wrong_beta(name, beta):
+def test_ranking_rejects_invalid_beta(name, beta):
     function, arrays = inputs_of(name)
     with pytest.raises(ValueError, match=f"beta > 0 and finite, got {beta}"):
         function(*arrays, beta=beta)
 
 
 @pytest.mark.parametrize("eps", [0, 0.5, -1.0, float("nan")])
-def test_ranking_refuses_wrong_eps(eps):
+def test_ranking_rejects_invalid_eps(eps):
     function, arrays = inputs_of("idealized_ranking_accuracy")
     with pytest.raises(ValueError, match=rf"eps in \(0.0, 0.5\), got {eps}"):
         function(*arrays, eps=eps)
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_wrong_types_and_shapes_are_named(name):
+def test_wrong_types_and_shapes_are_rejected(name):
     function, arrays = inputs_of(name)
     function = functools.partial(inspect.unwrap(function.func), **function.keywords)
     with pytest.raises(TypeError, match="to be floating point, got int32"):

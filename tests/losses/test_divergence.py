@@ -92,10 +92,10 @@ def test_chi_po_clips_its_logit():
     zero = jnp.zeros(4)
     far = jnp.array([3.0, -100.0, 1e4, -1e4])
     loss = lambda far: losses.chi_po(far, zero, zero, zero, beta=0.1, max_reward=0.5)
-    value, slope = loss(far), jax.grad(lambda far: jnp.sum(loss(far)))(far)
+    value, gradient = loss(far), jax.grad(lambda far: jnp.sum(loss(far)))(far)
     expected = np.logaddexp(0, [-1.0, 1.0, -1.0, 1.0])
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    np.testing.assert_array_equal(slope, 0)
+    np.testing.assert_array_equal(gradient, 0)
 
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.5, 1.5, float("nan")])

@@ -56,8 +56,8 @@ def test_no_margins_at_all():
 
 def test_margin_moments_are_held_fixed_and_sharded_as_alone():
     margins = jnp.asarray(MARGINS, jnp.float32)
-    slope = jax.grad(lambda m: sum(losses.margin_moments(m, 0.0, 0.0)))(margins)
-    assert not slope.any()
+    gradient = jax.grad(lambda m: sum(losses.margin_moments(m, 0.0, 0.0)))(margins)
+    assert not gradient.any()
     moments = lambda m: losses.margin_moments(m, 0.5, 3.0)
     ours, specs = explicit(moments, margins)
     np.testing.assert_allclose(ours, moments(margins), rtol=2e-6)
@@ -184,10 +184,10 @@ def test_target_margins_are_where_the_authors_steps_lead():
     gamma, tau, n = 4.0, 10.0, 16
     p = np.full(n, 1 / n)
     for _ in range(200):
-        slope = tau * (1 + np.log(n * p)) + gamma / (
+        gradient = tau * (1 + np.log(n * p)) + gamma / (
             1 + np.exp(MARGINS - gamma * n * p)
         )
-        p = p * np.exp(-0.5 / tau * slope)
+        p = p * np.exp(-0.5 / tau * gradient)
         p /= p.sum()
     with jax.enable_x64(True):
         ours = _target_margins(jnp.asarray(MARGINS), gamma, tau, jnp.ones(n, bool))[1]

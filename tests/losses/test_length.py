@@ -18,7 +18,7 @@ LD_DPO = next(row for row in ROWS if row.loss is losses.ld_dpo)
 R_DPO = next(row for row in ROWS if row.loss is losses.r_dpo)
 
 
-def test_one_token_needs_no_normalising():
+def test_one_token_needs_no_normalizing():
     with jax.enable_x64(True):
         arrays = on_device(arrays_of(R_DPO)[:4], jnp.float64)
         one = jnp.ones(PAIRS, jnp.int32)
@@ -121,9 +121,11 @@ def test_length_desensitized_under_jit_and_shards():
         sharded = jax.jit(discount)(place(whole), place(prefix))
         assert jax.typeof(sharded).sharding.spec == spec
     close(sharded, eager)
-    slopes = jax.grad(lambda *a: jnp.sum(discount(*a)), argnums=(0, 1))(whole, prefix)
-    close(slopes[0], 0.25)
-    close(slopes[1], 0.75)
+    gradients = jax.grad(lambda *a: jnp.sum(discount(*a)), argnums=(0, 1))(
+        whole, prefix
+    )
+    close(gradients[0], 0.25)
+    close(gradients[1], 0.75)
 
 
 def test_length_desensitized_at_extremes():
@@ -134,7 +136,7 @@ def test_length_desensitized_at_extremes():
     np.testing.assert_allclose(out[:2], [-5e3, 0], rtol=5e-3)
 
 
-# Wrong use.
+# Invalid arguments.
 
 
 def test_length_desensitized_refuses_wrong_arrays():

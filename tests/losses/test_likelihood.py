@@ -23,7 +23,7 @@ def mpo(*logps):
 
 
 def test_a_weighted_sum_of_losses_is_a_loss():
-    """Mixed preference optimisation, against its formula and its parts' gradients."""
+    """Mixed preference optimization, against its formula and its parts' gradients."""
     arrays = arrays_of(RPO)
     pc, pr, rc, rr = arrays
     preference = -log_expit(0.1 * ((pc - rc) - (pr - rr)))
@@ -35,13 +35,13 @@ def test_a_weighted_sum_of_losses_is_a_loss():
     with jax.enable_x64(True):
         arrays = on_device(arrays, jnp.float64)
         np.testing.assert_allclose(mpo(*arrays), expected, rtol=1e-12)
-        slope = lambda loss: jax.grad(lambda *a: jnp.sum(loss(*a)))(*arrays)
+        derivative = lambda loss: jax.grad(lambda *a: jnp.sum(loss(*a)))(*arrays)
         parts = (
-            0.8 * slope(losses.dpo)
-            + 0.2 * slope(functools.partial(losses.bco_pair, beta=0.1))
+            0.8 * derivative(losses.dpo)
+            + 0.2 * derivative(functools.partial(losses.bco_pair, beta=0.1))
             - 1.0
         )
-        np.testing.assert_allclose(slope(mpo), parts, rtol=1e-12)
+        np.testing.assert_allclose(derivative(mpo), parts, rtol=1e-12)
 
 
 def test_rpo_never_stops_pulling_the_chosen_answer_up():

@@ -84,19 +84,19 @@ def oracle_of_lists(oracle, scores, extra, real, **fixed):
     return np.array(rows)
 
 
-def oracle_slopes(oracle, scores, extra, real):
+def oracle_derivatives(oracle, scores, extra, real):
     """Central differences, an item at a time; ranks stay as they are."""
     fixed = {"ranked": scores} if oracle is lipo_lambda else {}
     step = 2.0**-17
-    slopes = np.zeros((LISTS, ITEMS))
+    derivatives = np.zeros((LISTS, ITEMS))
     for item in range(ITEMS):
         sides = []
         for sign in (1, -1):
             moved = np.asarray(scores, np.longdouble)
             moved[:, item] += sign * step
             sides.append(oracle_of_lists(oracle, moved, extra, real, **fixed))
-        slopes[:, item] = (sides[0] - sides[1]) / (2 * step)
-    return slopes * real
+        derivatives[:, item] = (sides[0] - sides[1]) / (2 * step)
+    return derivatives * real
 
 
 def both(loss):
@@ -108,11 +108,11 @@ def both(loss):
 
 
 @every_case
-def test_values_and_slopes(loss, oracle, extra):
+def test_values_and_gradients(loss, oracle, extra):
     scores, *others, real = drawn()
     extra = others[:extra]
     expected = oracle_of_lists(oracle, scores, extra, real).astype(float)
-    slopes = oracle_slopes(oracle, scores, extra, real)
+    derivatives = oracle_derivatives(oracle, scores, extra, real)
     poison = lambda x: np.where(real, x, np.nan)
     run = both(loss)
     with jax.enable_x64(True):
@@ -120,7 +120,7 @@ def test_values_and_slopes(loss, oracle, extra):
         value, gradient = jax.jit(run)(wide[0], jnp.asarray(real), *wide[1:])
         assert value.dtype == jnp.float64 and value.shape == (LISTS,)
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(gradient, slopes, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(gradient, derivatives, rtol=1e-7, atol=1e-9)
     single = [jnp.asarray(poison(x), jnp.float32) for x in (scores, *extra)]
     arrays = single[0], jnp.asarray(real), *single[1:]
     cube = lambda x: x.reshape(2, 8, ITEMS)
@@ -139,7 +139,7 @@ def test_values_and_slopes(loss, oracle, extra):
     ]
     for value, gradient in results:
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, derivatives, rtol=1e-5, atol=1e-6)
         assert not np.asarray(gradient)[~real].any()
     half = [x.astype(jnp.bfloat16) for x in single]
     value, gradient = jax.jit(run)(half[0], arrays[1], *half[1:])
@@ -172,7 +172,7 @@ def test_a_constant_in_all_scores_changes_nothing(loss, oracle, extra):
 
 
 @every_case
-def test_wrong_use(loss, oracle, extra):
+def test_invalid_arguments(loss, oracle, extra):
     bare = inspect.unwrap(loss)
     scores = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match=r"one shape, got .*where \(3,\)"):
@@ -221,8 +221,8 @@ def test_nothing_to_rank(loss, oracle, extra, shape):
     empty = jnp.zeros(shape)
     value = loss(empty, *[empty] * extra)
     assert value.shape == shape[:-1] and not value.any()
-    slope = jax.grad(lambda s: loss(s, *[empty] * extra).sum())(empty)
-    assert slope.shape == shape
+    derivative = jax.grad(lambda s: loss(s, *[empty] * extra).sum())(empty)
+    assert derivative.shape == shape
 
 
 # What they promise.
@@ -237,10 +237,10 @@ def test_plackett_luce_is_a_distribution_over_orders():
 
 
 def test_lipo_lambda_moves_an_untrained_policy():
-    """All scores equal: ranks must differ, or nothing would ever be learned."""
+    """With equal scores, ranks must differ; otherwise all gradients are 0."""
     labels = jnp.asarray([0.0, 0.5, 1.0])
-    slope = jax.grad(losses.lipo_lambda)(jnp.zeros(3), labels)
-    assert slope[0] > 0 > slope[2]
+    derivative = jax.grad(losses.lipo_lambda)(jnp.zeros(3), labels)
+    assert derivative[0] > 0 > derivative[2]
 
 
 def test_lipo_lambda_ignores_the_order_of_the_list():

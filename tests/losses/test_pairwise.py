@@ -13,7 +13,7 @@ from jaxpref import losses
 
 
 def of_margin(loss, margins, dtype=jnp.float64, **options):
-    """The loss and its slope at these log-ratio margins."""
+    """The loss and its gradient at these log-ratio margins."""
     with jax.enable_x64(True):
         margins = jnp.asarray(margins, dtype)
         zero = jnp.zeros_like(margins)
@@ -30,27 +30,27 @@ def test_exo_pair_is_a_divergence(target):
     """P13: never negative, and 0 only where the model gives what the target says."""
     exo = functools.partial(losses.exo_pair, beta=1.0, label_smoothing=target)
     value, _ = of_margin(exo, GRID)
-    at_target, slope = of_margin(exo, [logit(1 - target)])
+    at_target, gradient = of_margin(exo, [logit(1 - target)])
     assert (value[np.abs(GRID - logit(1 - target)) > 1e-3] > 0).all()
     np.testing.assert_allclose(at_target, 0, atol=1e-14)
-    np.testing.assert_allclose(slope, 0, atol=1e-14)
+    np.testing.assert_allclose(gradient, 0, atol=1e-14)
 
 
 def test_exo_pair_lets_contradicted_pairs_go():
-    """Its slope is s(h) s(-h) (h - h*), bounded and redescending."""
+    """Its gradient is s(h) s(-h) (h - h*), bounded and redescending."""
     exo = functools.partial(losses.exo_pair, beta=1.0, label_smoothing=0.01)
-    value, slope = of_margin(exo, GRID)
+    value, gradient = of_margin(exo, GRID)
     expected = expit(GRID) * expit(-GRID) * (GRID - logit(0.99))
-    np.testing.assert_allclose(slope, expected, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-15)
     assert value.max() <= -np.log(0.01)
-    assert abs(slope[0]) < 1e-11
+    assert abs(gradient[0]) < 1e-11
 
 
 def test_hinge_is_silent_beyond_its_margin():
-    value, slope = of_margin(losses.hinge, GRID)
+    value, gradient = of_margin(losses.hinge, GRID)
     np.testing.assert_array_equal(value[GRID > 20], 0)
-    np.testing.assert_array_equal(slope[GRID > 20.05], 0)
-    np.testing.assert_allclose(slope[GRID < 19.95], -0.05)
+    np.testing.assert_array_equal(gradient[GRID > 20.05], 0)
+    np.testing.assert_allclose(gradient[GRID < 19.95], -0.05)
 
 
 def test_discopop_is_two_losses():
@@ -65,8 +65,8 @@ def test_discopop_is_two_losses():
 def test_discopop_has_a_bump():
     """A local minimum below h = 0 and a local maximum above: it is not convex."""
     margins = np.linspace(-0.5, 0.5, 1001)
-    _, slope = of_margin(losses.discopop, margins, beta=1.0)
-    turns = margins[1:][np.diff(np.sign(slope)) != 0]
+    _, gradient = of_margin(losses.discopop, margins, beta=1.0)
+    turns = margins[1:][np.diff(np.sign(gradient)) != 0]
     assert len(turns) == 2 and -0.2 < turns[0] < 0 < turns[1] < 0.2
 
 
@@ -74,8 +74,8 @@ def test_discopop_has_a_bump():
 def test_discopop_is_finite_where_its_exponential_is_not(dtype):
     """P20: tau > 1 grows like an exponential, which is clipped."""
     margins = [1e4, -1e4, 100.0, -100.0]
-    value, slope = of_margin(losses.discopop, margins, dtype, beta=1.0, tau=2.0)
-    assert np.isfinite(value).all() and np.isfinite(slope.astype(np.float32)).all()
+    value, gradient = of_margin(losses.discopop, margins, dtype, beta=1.0, tau=2.0)
+    assert np.isfinite(value).all() and np.isfinite(gradient.astype(np.float32)).all()
     np.testing.assert_allclose(value[1], np.exp(80), rtol=1e-5)
     np.testing.assert_allclose(value[3], np.exp(50), rtol=1e-4)
 

@@ -1,6 +1,6 @@
-"""What label noise does to what is learnt: rates in n, and a bandit's reward.
+"""What label noise does to what is learned: rates in n, and a bandit's reward.
 
-Both are small enough to be minimised exactly, so that what is left is statistics.
+Both are small enough to be minimized exactly, so that what is left is statistics.
 """
 
 import functools
@@ -29,7 +29,7 @@ def risk(name, rate):
     return of_margin
 
 
-def minimised(gradient, curvature, start, steps):
+def minimized(gradient, curvature, start, steps):
     """Newton's steps, none longer than 1, from one start for each seed."""
 
     def step(_, x):
@@ -58,11 +58,11 @@ def linear_errors(name, rate, n):
     @jax.jit
     def fit(x, start):
         margins = lambda theta: jnp.einsum("snd,sd->sn", x, theta)
-        slope = jax.vmap(jax.vmap(jax.grad(lambda h: loss(h))))
+        derivative = jax.vmap(jax.vmap(jax.grad(lambda h: loss(h))))
         bend = jax.vmap(jax.vmap(jax.grad(jax.grad(lambda h: loss(h)))))
-        gradient = lambda t: jnp.einsum("sn,snd->sd", slope(margins(t)), x)
+        gradient = lambda t: jnp.einsum("sn,snd->sd", derivative(margins(t)), x)
         curvature = lambda t: jnp.einsum("sn,snd,sne->sde", bend(margins(t)), x, x)
-        return minimised(gradient, curvature, start, 40)
+        return minimized(gradient, curvature, start, 40)
 
     with jax.enable_x64(True):
         found = fit(jnp.asarray(x * label[..., None]), jnp.asarray(theta))
@@ -74,7 +74,7 @@ ACTIONS, PAIRS, SCALE = 20, 12_000, 1.5
 
 @functools.cache
 def bandit_rewards(name, rate, seeds=SEEDS):
-    """The reward of the learnt policy over that of the best, for each seed."""
+    """The reward of the learned policy over that of the best, for each seed."""
     rng = np.random.default_rng(0)
     reward = SCALE * rng.normal(size=(seeds, ACTIONS))
     one = rng.integers(0, ACTIONS, (seeds, PAIRS))
@@ -102,7 +102,7 @@ def bandit_rewards(name, rate, seeds=SEEDS):
                 both.sum(2)[:, None] * jnp.eye(ACTIONS) - both + 1e-6 * jnp.eye(ACTIONS)
             )
 
-        return minimised(gradient, curvature, jnp.zeros((seeds, ACTIONS)), 300)
+        return minimized(gradient, curvature, jnp.zeros((seeds, ACTIONS)), 300)
 
     with jax.enable_x64(True):
         theta = fit(jnp.asarray(wins))
@@ -120,8 +120,8 @@ def lost_length(observed):
     length = LENGTH
     for _ in range(50):
         s = 1 / (1 + np.exp(-length * nodes))
-        slope = weights @ ((s - observed(truth)) * nodes)
-        length -= slope / (weights @ (s * (1 - s) * nodes**2))
+        derivative = weights @ ((s - observed(truth)) * nodes)
+        length -= derivative / (weights @ (s * (1 - s) * nodes**2))
     return LENGTH - length
 
 
@@ -164,7 +164,7 @@ def test_bias_does_not_fall_with_n(name, rate):
 def test_corrected_error_falls_as_one_over_root_n(name, rate):
     """P17: a log-log slope of -1/2, and ||theta - theta*|| near 0 in the end.
 
-    A mean error over 12 draws is off by some 9 % (a spread of 0.3 of the mean over root
+    A mean error over 12 draws is off by some 9% (a spread of 0.3 of the mean over root
     12), which over a factor of 16 in n is 0.05 in the slope; three times that is
     allowed.
     """
@@ -177,9 +177,9 @@ def test_corrected_error_falls_as_one_over_root_n(name, rate):
 
 # The bandit: rewards of 20 actions, normal with standard deviation 1.5; 12000 pairs of
 # different actions, uniform; labels by the Bradley-Terry model, then flipped; beta 1
-# and a uniform reference, so that the policy is the softmax of what is learnt.  The
+# and a uniform reference, so that the policy is the softmax of what is learned.  The
 # numbers are those of an earlier, separate calculation with one draw of rewards and
-# data, whose scale and optimiser are not recorded; 1.5 is the scale at which dpo and
+# data, whose scale and optimizer are not recorded; 1.5 is the scale at which dpo and
 # cdpo agree.  Above 1 is no mistake: the best policy at beta 1 keeps some entropy, and
 # noise in theta spends it.
 REWARDS = {

@@ -37,11 +37,11 @@ def test_alpha_po_goes_over_into_simpo():
         np.testing.assert_allclose(loss(*arrays, alpha=alpha), simpo, rtol=2e-6)
         traced = jax.jit(lambda a: loss(*arrays, alpha=a))(jnp.float32(alpha))
         np.testing.assert_allclose(traced, simpo, rtol=2e-6)
-    slope = jax.grad(lambda c: loss(c, *arrays[1:], alpha=0.0).sum())(arrays[0])
+    derivative = jax.grad(lambda c: loss(c, *arrays[1:], alpha=0.0).sum())(arrays[0])
     other = jax.grad(lambda c: losses.simpo(c, *arrays[1:], beta=2.0, gamma=0.5).sum())(
         arrays[0]
     )
-    np.testing.assert_allclose(slope, other, rtol=1e-6)
+    np.testing.assert_allclose(derivative, other, rtol=1e-6)
 
 
 def test_alpha_po_shapes():
@@ -59,24 +59,26 @@ def test_alpha_po_shapes():
 @pytest.mark.parametrize("alpha", [0.25, 2.0, -1.0])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_alpha_po_is_finite_at_extremes(alpha, dtype):
-    """Answers of +-1e4 nats a token, on either side."""
+    """Answers of +-1e4 nats per token, on either side."""
     one = jnp.ones(4)
     chosen = jnp.asarray([1e4, -1e4, -1.0, -1.0], dtype)
     rejected = jnp.asarray([-1.0, -1.0, 1e4, -1e4], dtype)
     loss = lambda c, r: jnp.sum(losses.alpha_po(c, r, one, one, alpha=alpha))
-    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(chosen, rejected)
+    value, derivatives = jax.value_and_grad(loss, argnums=(0, 1))(chosen, rejected)
     assert np.isfinite(value)
-    assert all(np.isfinite(np.asarray(s, np.float32)).all() for s in slopes)
+    assert all(np.isfinite(np.asarray(s, np.float32)).all() for s in derivatives)
 
 
-def test_alpha_po_still_pulls_at_answers_of_many_nats_a_token():
+def test_alpha_po_has_gradients_for_very_unlikely_answers():
     one, at = jnp.ones(1), jnp.asarray([-12.0])
-    slope = jax.grad(lambda c: losses.alpha_po(c, at, one, one, alpha=2.0).sum())(at)
-    assert slope < -1
+    derivative = jax.grad(lambda c: losses.alpha_po(c, at, one, one, alpha=2.0).sum())(
+        at
+    )
+    assert derivative < -1
 
 
 @pytest.mark.parametrize("alpha", [float("inf"), -float("inf")])
-def test_alpha_po_refuses_an_alpha_without_bound(alpha):
+def test_alpha_po_rejects_an_infinite_alpha(alpha):
     arrays = on_device(arrays_of(BY_NAME["alpha_po"]), jnp.float32)
     with pytest.raises(ValueError, match=f"alpha finite, got {alpha}"):
         losses.alpha_po(*arrays, alpha=alpha)
@@ -89,7 +91,7 @@ def test_cpo_is_dpo_without_a_reference_and_likelihood():
         losses.cpo(pc, pr, lengths, beta=0.3, nll_weight=0.0),
         losses.dpo(pc, pr, zero, zero, beta=0.3),
     )
-    # The likelihood term is that of `sft`, a token.
+    # The likelihood term is `sft` per token.
     term = losses.cpo(pc, pr, lengths) - losses.cpo(pc, pr, lengths, nll_weight=0.0)
     np.testing.assert_allclose(term, losses.sft(pc) / lengths, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +107,7 @@ def test_orpo_is_the_odds_ratio():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_orpo_of_certain_answers_is_finite(dtype):
-    """Averages at 0, just below, and above by rounding, on either side or on both."""
+    """Averages at 0, just below, or above by rounding, on one or both sides."""
     edge = jnp.asarray([0.0, -1e-7, -2e-6, 1e-7, -1e4], dtype)
     chosen, rejected = (x.reshape(-1) for x in jnp.meshgrid(edge, edge))
     row, one = BY_NAME["orpo"], jnp.ones(25)
@@ -127,7 +129,7 @@ def test_unlikely_answers_on_the_rejected_side_are_finite(name, dtype):
             assert np.isfinite(value).all()
 
 
-def test_mapo_margin_is_bounded_and_fades():
+def test_mapo_margin_is_bounded_with_a_vanishing_gradient():
     """The margin term stays within (-log s(1), -log s(-1)) times beta."""
     averages = jnp.linspace(-60, 0, 241)
     chosen, rejected = (x.reshape(-1) for x in jnp.meshgrid(averages, averages))

@@ -1,4 +1,4 @@
-"""What reward-model losses promise beyond the battery, and those that read no pair."""
+"""Properties of reward-model losses beyond the battery, including unpaired ones."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ DIFFERENCES = np.concatenate([np.linspace(-8, 8, 33), [-1e3, 1e3]])
 
 
 def place(array, spec):
-    """On all eight devices; call under a mesh of explicit axes."""
+    """Replicated on all eight devices; call under a mesh with explicit axes."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(array, jax.NamedSharding(mesh, spec))
 
@@ -52,13 +52,13 @@ def test_strength_1_and_margin_0_are_bradley_terry():
         (losses.margin_bradley_terry, zeros),
     ):
         np.testing.assert_array_equal(loss(chosen, rejected, labels), base)
-    # Integer strengths are repetitions.
+    # Integer strengths are equivalent to repetitions.
     thrice = losses.scaled_bradley_terry(chosen, rejected, 3 * ones)
     np.testing.assert_allclose(thrice, base + base + base, rtol=1e-6)
 
 
 def test_center_rewards_fixes_the_constant():
-    """Gradient descent on the sum of both terms: same order, mean 0."""
+    """Gradient descent on the sum of both terms preserves the order, with mean 0."""
     probability = 0.8
 
     def risk(rewards, weight):
@@ -131,8 +131,8 @@ each_tie_model = pytest.mark.parametrize(
 )
 
 
-def test_rao_kupper_survives_a_theta_that_rounds_to_1():
-    """Without ties it is Bradley-Terry; a tie is then improbable, not impossible."""
+def test_rao_kupper_with_a_theta_that_rounds_to_1():
+    """Without ties it is Bradley-Terry; a tie is improbable but not impossible."""
     chosen, rejected = jnp.array([2.0, 0.0]), jnp.zeros(2)
     ours = losses.rao_kupper(chosen, rejected, jnp.array([0.0, 1.0]), theta=1 + 1e-9)
     win = losses.bradley_terry(chosen, rejected)[0]
@@ -151,7 +151,7 @@ def test_win_tie_and_loss_sum_to_1(name, value):
             jnp.exp(-loss(d, zero, zero + 1)),
         ]
         np.testing.assert_allclose(sum(chances), 1, rtol=1e-12)
-        # A tie is a tie in both orders, and likeliest between equals.
+        # A tie is symmetric, and most likely between equal rewards.
         tie = loss(d, zero, zero + 1)
         np.testing.assert_allclose(tie, loss(zero, d, zero + 1), rtol=1e-12, atol=1e-12)
         assert int(jnp.argmin(tie)) == int(np.argmin(np.abs(DIFFERENCES)))
@@ -177,8 +177,8 @@ def test_rare_ties_are_bradley_terry(name, option):
         d, zero = jnp.linspace(-8, 8, 33), jnp.zeros(33)
         loss = getattr(losses, name)(d, zero, zero, **nearly)
         np.testing.assert_allclose(loss, losses.bradley_terry(d, zero), rtol=1e-6)
-        learnt = lambda value: getattr(losses, name)(d, zero, zero + 0.5, **value)
-        check_grads(jax.jit(learnt), ({option: 2.5},), order=1, modes=("rev",))
+        learned = lambda value: getattr(losses, name)(d, zero, zero + 0.5, **value)
+        check_grads(jax.jit(learned), ({option: 2.5},), order=1, modes=("rev",))
 
 
 def test_labels_may_be_integers():
@@ -192,13 +192,13 @@ def test_labels_may_be_integers():
 
 
 @pytest.mark.parametrize("theta", [1, 1.0, 0.5, float("nan"), float("inf")])
-def test_rao_kupper_refuses_its_option(theta):
+def test_rao_kupper_rejects_invalid_theta(theta):
     with pytest.raises(ValueError, match=rf"theta in \(1.0, inf\), got {theta}"):
         losses.rao_kupper(*jnp.zeros((3, 2)), theta=theta)
 
 
 @pytest.mark.parametrize("nu", [0, -1.0, float("nan"), float("inf")])
-def test_davidson_refuses_its_option(nu):
+def test_davidson_rejects_invalid_nu(nu):
     with pytest.raises(ValueError, match=f"nu > 0 and finite, got {nu}"):
         losses.davidson(*jnp.zeros((3, 2)), nu=nu)
 
@@ -218,8 +218,10 @@ def test_reward_regression():
     np.testing.assert_allclose(losses.reward_regression(*arrays), expected, rtol=1e-5)
     half = on_device([rewards, targets], jnp.bfloat16)
     assert losses.reward_regression(*half).dtype == jnp.float32
-    slope = jax.grad(lambda r: losses.reward_regression(r, arrays[1]).sum())(arrays[0])
-    np.testing.assert_allclose(slope, 2 * (rewards - targets), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda r: losses.reward_regression(r, arrays[1]).sum())(
+        arrays[0]
+    )
+    np.testing.assert_allclose(gradient, 2 * (rewards - targets), rtol=1e-5, atol=1e-6)
     with jax.set_mesh(explicit_mesh()):
         spec = PartitionSpec(("data", "fsdp"), None)
         value = jax.jit(losses.reward_regression)(*(place(a, spec) for a in arrays))
@@ -227,7 +229,7 @@ def test_reward_regression():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_reward_regression_refuses_wrong_use():
+def test_reward_regression_rejects_invalid_arguments():
     loss = inspect.unwrap(losses.reward_regression)
     with pytest.raises(ValueError, match=r"one shape, got .*targets \(3,\)"):
         loss(jnp.zeros(2), jnp.zeros(3))
@@ -291,21 +293,21 @@ def test_general_preference_is_the_papers(planes, scaled):
 
 
 def test_rock_paper_scissors():
-    """Three answers a third of a turn apart each beat the next; no rewards do."""
+    """Three answers at angles of 120 degrees form a cycle; rewards cannot."""
     turns = np.arange(3) * 2 * np.pi / 3
     circle = jnp.asarray(np.stack([np.cos(turns), np.sin(turns)], axis=-1))
     following = jnp.roll(circle, -1, axis=0)
     score = losses.skew_symmetric_score(circle, following)
     np.testing.assert_allclose(score, np.sqrt(3) / 2, rtol=1e-6)
     assert (losses.general_preference(circle, following) < 1e-3).all()
-    # Of rewards, one of three in a circle is in the wrong order or all are equal.
+    # With rewards, one of three pairs in a cycle is misordered, or all are equal.
     rewards = jnp.asarray(np.random.default_rng(0).normal(size=(100, 3)))
     loss = losses.bradley_terry(rewards, jnp.roll(rewards, -1, axis=1))
     assert (loss.max(axis=1) >= np.log(2)).all()
 
 
-def test_planes_enough_hold_any_table():
-    """Two planes hold a random skew-symmetric table of five answers exactly."""
+def test_enough_planes_represent_any_matrix():
+    """Two planes represent a random skew-symmetric matrix of five answers exactly."""
     rng = np.random.default_rng(0)
     half = rng.normal(size=(5, 5))
     table = half - half.T
@@ -329,12 +331,12 @@ def test_general_preference_at_extremes(dtype):
     large = jnp.asarray([[1e4, 1.0], [-1e4, 1.0], [0.0, 0.0]], dtype)
     other = jnp.asarray([[1.0, 1e2], [1.0, 1e2], [0.0, 0.0]], dtype)
     total = lambda w: losses.general_preference(w, other).sum()
-    value, slope = jax.value_and_grad(total)(large)
+    value, gradient = jax.value_and_grad(total)(large)
     assert np.isfinite(np.asarray(value, np.float32))
-    assert np.isfinite(np.asarray(slope, np.float32)).all()
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
 
 
-def test_general_preference_refuses_wrong_use():
+def test_general_preference_rejects_invalid_arguments():
     for function in (losses.general_preference, losses.skew_symmetric_score):
         function = inspect.unwrap(function)
         with pytest.raises(ValueError, match=r"even length, got shape \(4, 3\)"):

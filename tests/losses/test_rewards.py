@@ -42,7 +42,7 @@ def test_implicit_reward_margin_is_what_dpo_scores():
     )
 
 
-def test_log2_to_the_last_bit_that_matters():
-    """What step 0 of every run shows."""
+def test_dpo_at_the_reference_is_log_2():
+    """The loss at step 0 of every run."""
     logps = jnp.asarray([-123.456, -3.0])
     assert float(losses.dpo(logps, logps, logps, logps)[0]) == np.float32(LOG2)

@@ -1,4 +1,4 @@
-"""What the corrections for label noise promise; the battery is in test_battery.py."""
+"""Properties of the losses for noisy labels, beyond test_battery.py."""
 
 import functools
 import itertools
@@ -41,7 +41,7 @@ def test_rdpo_mean_over_flips_is_clean_dpo(rate):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])
-def test_rdpo_and_cdpo_lean_opposite_ways(rate):
+def test_rdpo_and_cdpo_correct_in_opposite_directions(rate):
     """P2: (1 - 2e)(rdpo - dpo) + (cdpo - dpo) = 0."""
     with jax.enable_x64(True):
         arrays = on_device(arrays_of(CDPO), jnp.float64)
@@ -52,7 +52,7 @@ def test_rdpo_and_cdpo_lean_opposite_ways(rate):
     np.testing.assert_allclose(unbiased, -smoothed, rtol=1e-10, atol=1e-10)
 
 
-MINIMISERS = {
+MINIMIZERS = {
     "dpo": lambda p, q, e: logit(q),
     "cdpo": lambda p, q, e: logit((1 - e) * q + e * (1 - q)),
     "rdpo": lambda p, q, e: logit(p),
@@ -60,14 +60,14 @@ MINIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", MINIMISERS)
+@pytest.mark.parametrize("name", MINIMIZERS)
 @pytest.mark.parametrize(
     ("p", "rate"), list(itertools.product([0.2, 0.8, 0.95], [0.1, 0.3, 0.4]))
 )
-def test_population_minimiser(name, p, rate):
-    """P3: where each loss ends up when P(w > l) = p and labels flip at `rate`."""
+def test_population_minimizer(name, p, rate):
+    """P3: the minimizer of each loss if P(w > l) = p and labels flip at `rate`."""
     observed = (1 - rate) * p + rate * (1 - p)
-    expected = MINIMISERS[name](p, observed, rate)
+    expected = MINIMIZERS[name](p, observed, rate)
     options = {"beta": 1.0} | ({} if name == "dpo" else {"flip_rate": rate})
     loss = functools.partial(getattr(losses, name), **options)
     grid = np.linspace(-6, 6, 24001)
@@ -78,14 +78,14 @@ def test_population_minimiser(name, p, rate):
             + (1 - observed) * loss(zero, h, zero, zero)
         )
         best = grid[np.argmin(risk(jnp.asarray(grid)))]
-        slope = jax.grad(lambda h: risk(h)[0])(jnp.full(grid.shape, expected))[0]
-        slope = float(slope)
+        gradient = jax.grad(lambda h: risk(h)[0])(jnp.full(grid.shape, expected))[0]
+        gradient = float(gradient)
     assert abs(best - expected) <= 6e-4  # just over the grid's step
-    assert abs(slope) < 1e-12
+    assert abs(gradient) < 1e-12
 
 
 def test_forward_dpo_beyond_one_half():
-    """P4: no gradient at e = 1/2; beyond, the label counts as inverted."""
+    """P4: no gradient at e = 1/2; above 1/2, the label is inverted."""
     row = CDPO
     arrays = on_device(arrays_of(row), jnp.float32)
     half = policy_gradient(losses.forward_dpo, arrays, flip_rate=jnp.full(PAIRS, 0.5))
@@ -95,7 +95,7 @@ def test_forward_dpo_beyond_one_half():
     np.testing.assert_allclose(over, exchanged, rtol=1e-6, atol=1e-6)
 
 
-def test_forward_dpo_gradient_weighs_by_the_posterior():
+def test_forward_dpo_gradient_is_weighted_by_the_posterior():
     """P4: its gradient is w grad dpo(pair) + (1 - w) grad dpo(swapped), w held fixed.
 
     w = P(label right | margin) is RE-PO's E-step, logit w = h + logit(1 - e).
@@ -116,7 +116,7 @@ def test_forward_dpo_gradient_weighs_by_the_posterior():
 
 
 def test_forward_dpo_learns_its_rate():
-    """Rates per pair are differentiable, so that they can be estimated."""
+    """Rates per pair are differentiable, so they can be estimated."""
     with jax.enable_x64(True):
         arrays = on_device(arrays_of(CDPO, extreme=False), jnp.float64)
         loss = lambda rate: losses.forward_dpo(*arrays, flip_rate=rate)
@@ -124,7 +124,7 @@ def test_forward_dpo_learns_its_rate():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 14.0])
-def test_ropo_weighs_no_pair_above_1(alpha):
+def test_ropo_weights_are_at_most_1(alpha):
     """P8: the largest weight is 1, at s(-h) = (1 + alpha) / (2 alpha)."""
     with jax.enable_x64(True):
         h = jnp.asarray(np.linspace(-30, 30, 6001))
@@ -141,7 +141,7 @@ def test_ropo_weighs_no_pair_above_1(alpha):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])
-def test_ropo_without_its_dpo_term_does_not_turn_under_flips(rate):
+def test_the_noise_tolerant_term_of_ropo_is_only_scaled_by_flips(rate):
     """P8: for alpha -> infinity, mean over flips = (1 - 2e) loss + constant."""
     with jax.enable_x64(True):
         h = jnp.asarray(np.linspace(-30, 30, 601))

@@ -45,7 +45,7 @@ def test_sum_by_completion():
     np.testing.assert_array_equal(sharded_gradient, gradient)
 
 
-def test_sum_by_completion_refuses_wrong_use():
+def test_sum_by_completion_rejects_invalid_arguments():
     total = inspect.unwrap(losses.sum_by_completion)
     logps, owner = jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32)
     with pytest.raises(ValueError, match=r"one shape .* \(2, 3\), completions \(3,\)"):
@@ -61,7 +61,7 @@ def test_sum_by_completion_refuses_wrong_use():
 
 
 def layout(seed=0):
-    """Poisoned padding, three leading shapes' worth of owners in a mixed order."""
+    """Padding with NaN, and owners in a mixed order."""
     rng = np.random.default_rng(seed)
     values = np.round(rng.normal(size=(2, 8, 3, 5)) * 2**8) / 2**8
     owner = rng.integers(-1, 4, size=values.shape)
@@ -136,7 +136,7 @@ def test_sum_prefix_by_completion():
     assert total(arrays[0].astype(jnp.float16), *arrays[1:]).dtype == jnp.float32
 
 
-def test_sums_refuse_wrong_use():
+def test_sums_reject_invalid_arguments():
     logps, owner = jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32)
     weighted = inspect.unwrap(losses.sum_weighted_by_completion)
     with pytest.raises(ValueError, match=r"one shape, got .*token_weights \(3,\)"):
@@ -168,23 +168,23 @@ ODDS = np.array([-1e4, -800.0, -30.0, -2.0, -0.7, -0.69, -0.5, -1e-3, -2e-6])
 
 
 def test_log_odds():
-    """Against 60 digits, on both sides of -log 2 and at both ends."""
+    """Against 60-digit arithmetic, on both sides of -log 2 and at both ends."""
     with decimal.localcontext() as digits:
         digits.prec = 60
         averages = [decimal.Decimal(float(a)) for a in ODDS]
         exact = [float(a - (1 - a.exp()).ln()) for a in averages]
-        slopes = [float(1 / (1 - a.exp())) for a in averages]
-    slope = jax.grad(lambda a: losses.log_odds(a).sum())
+        derivatives = [float(1 / (1 - a.exp())) for a in averages]
+    derivative = jax.grad(lambda a: losses.log_odds(a).sum())
     with jax.enable_x64(True):
         wide = jnp.asarray(ODDS, jnp.float64)
         np.testing.assert_allclose(losses.log_odds(wide), exact, rtol=1e-13)
-        np.testing.assert_allclose(slope(wide), slopes, rtol=1e-12)
+        np.testing.assert_allclose(derivative(wide), derivatives, rtol=1e-12)
     single = jnp.asarray(ODDS, jnp.float32)
     np.testing.assert_allclose(losses.log_odds(single), exact, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(slope(single), slopes, rtol=1e-5)
+    np.testing.assert_allclose(derivative(single), derivatives, rtol=1e-5)
     certain = jnp.asarray([-1e-8, 0.0, 3.0, 1e4])
     np.testing.assert_allclose(losses.log_odds(certain), np.log(1e6), rtol=1e-5)
-    np.testing.assert_array_equal(slope(certain), 0)
+    np.testing.assert_array_equal(derivative(certain), 0)
     np.testing.assert_allclose(
         jax.nn.sigmoid(losses.log_odds(single)), np.exp(ODDS), rtol=1e-6, atol=1e-30
     )
@@ -212,7 +212,7 @@ def test_token_kls():
         sharded(losses.token_kls, *tables, axis=1), single, rtol=1e-6
     )
 
-    # In logits, the gradient is what the policy has too much of.
+    # In logits, the gradient is the policy minus the reference.
     loss = lambda z: losses.token_kls(jax.nn.log_softmax(z), tables[1]).sum()
     gradient = jax.grad(loss)(jnp.asarray(logits[0], jnp.float32))
     np.testing.assert_allclose(
@@ -223,11 +223,11 @@ def test_token_kls():
 def test_token_kls_of_impossible_tokens():
     half = jnp.log(jnp.asarray([0.5, 0.5, 0.0]))
     policy = jnp.log(jnp.asarray([0.25, 0.5, 0.25]))
-    divergence, slope = jax.value_and_grad(losses.token_kls)(policy, half)
+    divergence, derivative = jax.value_and_grad(losses.token_kls)(policy, half)
     np.testing.assert_allclose(divergence, 0.5 * np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(slope, [-0.5, -0.5, 0])
+    np.testing.assert_allclose(derivative, [-0.5, -0.5, 0])
     np.testing.assert_array_equal(losses.token_kls(half, half), 0)
-    # What the reference expects and the policy excludes is infinitely far.
+    # The KL is infinite if the policy excludes a token of the reference.
     assert losses.token_kls(half, policy) == jnp.inf
     with pytest.raises(ValueError, match="one shape"):
         inspect.unwrap(losses.token_kls)(policy, policy[:2])

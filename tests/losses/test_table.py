@@ -1,4 +1,4 @@
-"""The page of losses is the one its script makes, and the script measures rightly."""
+"""docs/losses.md is up to date, and its measurements match closed forms."""
 
 import importlib.util
 from pathlib import Path
@@ -22,10 +22,10 @@ def maker():
 
 
 def test_page_is_up_to_date(maker):
-    made, kept = maker.page().splitlines(), maker.PAGE.read_text("utf-8").splitlines()
-    changed = [f"- {a}\n+ {b}" for a, b in zip(kept, made) if a != b]
+    new, page = maker.page().splitlines(), maker.PAGE.read_text("utf-8").splitlines()
+    changed = [f"- {a}\n+ {b}" for a, b in zip(page, new) if a != b]
     hint = "run `python docs/make_loss_table.py`\n" + "\n".join(changed[:5])
-    assert made == kept, hint
+    assert new == page, hint
 
 
 def test_every_function_is_on_the_page_once():
@@ -36,7 +36,7 @@ def test_every_function_is_on_the_page_once():
 
 
 CLEAN, OBSERVED = 0.8, 0.62
-LEARNT = {
+LEARNED = {
     # Closed forms at P(w > l) = .8 and a flip rate of .3.
     "dpo": (10 * logit(CLEAN), 10 * logit(OBSERVED)),
     "cdpo": (10 * logit(CLEAN), 10 * logit(0.7 * OBSERVED + 0.3 * (1 - OBSERVED))),
@@ -51,11 +51,11 @@ LEARNT = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNT)
-def test_margins_learnt_are_the_closed_forms(maker, name):
+@pytest.mark.parametrize("name", LEARNED)
+def test_margins_learned_are_the_closed_forms(maker, name):
     with jax.enable_x64(True):
-        learnt = maker.margins_learnt(maker.Entry(getattr(losses, name)))
-    np.testing.assert_allclose(learnt, LEARNT[name], rtol=1e-4)
+        learned = maker.margins_learned(maker.Entry(getattr(losses, name)))
+    np.testing.assert_allclose(learned, LEARNED[name], rtol=1e-4)
 
 
 FAR_OUT = {
@@ -70,12 +70,12 @@ FAR_OUT = {
 
 
 @pytest.mark.parametrize("name", FAR_OUT)
-def test_bounds_and_pulls_are_the_known_ones(maker, name):
+def test_bounds_and_gradients_far_out(maker, name):
     with jax.enable_x64(True):
         assert maker.far_out(maker.Entry(getattr(losses, name))) == FAR_OUT[name]
 
 
-def test_only_those_that_read_a_reference_need_one(maker):
+def test_losses_without_reference_arrays_need_no_reference(maker):
     of_pairs = [maker.Entry(getattr(losses, name)) for name in losses.__all__]
     of_pairs = [entry for entry in of_pairs if entry.is_of_pairs]
     assert not any(e.needs_reference for e in of_pairs if e.is_of_rewards)

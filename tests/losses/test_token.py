@@ -1,4 +1,4 @@
-"""What the token-level losses promise; the battery is in test_battery.py."""
+"""Properties of token-level losses, beyond test_battery.py."""
 
 import functools
 
@@ -28,17 +28,19 @@ def test_no_divergence_is_dpo(row):
     )
 
 
-def test_tdpo2_at_alpha_1_is_tdpo1_held_fixed():
-    """The values agree; only the pull on the chosen answer's divergence differs."""
+def test_tdpo2_at_alpha_1_is_tdpo1_with_a_stop_gradient():
+    """The values agree; only the gradient in the chosen divergence differs."""
     arrays = on_device(arrays_of(TDPO1), jnp.float32)
     second = functools.partial(losses.tdpo2, alpha=1.0)
     np.testing.assert_allclose(second(*arrays), losses.tdpo1(*arrays), rtol=1e-6)
-    slopes = lambda loss: jax.grad(
+    derivatives = lambda loss: jax.grad(
         lambda *a: jnp.sum(loss(*a)), argnums=tuple(range(6))
     )(*arrays)
-    for i, (first, other) in enumerate(zip(slopes(losses.tdpo1), slopes(second))):
+    for i, (first, other) in enumerate(
+        zip(derivatives(losses.tdpo1), derivatives(second))
+    ):
         if i == 4:
-            # TDPO1 gains by leaving the reference on chosen answers; TDPO2 does not.
+            # TDPO1 decreases if the policy leaves the reference on chosen answers.
             assert (first < 0).any() and not (first > 0).any() and not other.any()
         else:
             np.testing.assert_allclose(first, other, rtol=1e-5, atol=1e-30)
@@ -46,7 +48,7 @@ def test_tdpo2_at_alpha_1_is_tdpo1_held_fixed():
 
 @pytest.fixture(scope="module")
 def tables():
-    """Full distributions of a row of two completions, and the tokens that were said."""
+    """Full distributions for a row of two completions, and the sampled tokens."""
     rng = np.random.default_rng(0)
     policy, reference = log_softmax(rng.normal(size=(2, 6, 2, 7, 11)) * 2, axis=-1)
     said = rng.integers(0, 11, size=(6, 2, 7, 1))
@@ -69,7 +71,7 @@ def masked_arrays(tables, mask_u, mask_d):
 
 
 def test_sparse_po_between_dpo_and_tdpo1(tables):
-    """P14: masks of 1 are TDPO1; without divergences it is DPO."""
+    """P14: masks of 1 give TDPO1; without divergences it is DPO."""
     policy, reference, policy_tokens, reference_tokens, owner = tables
     total = functools.partial(
         losses.sum_by_completion, completions=owner, num_completions=2
@@ -100,7 +102,7 @@ def test_sparse_po_learns_its_masks(tables):
 
 
 @pytest.mark.parametrize("alpha", [-0.1, float("inf")])
-def test_tdpo2_refuses_a_wrong_alpha(alpha):
+def test_tdpo2_rejects_invalid_alpha(alpha):
     arrays = on_device(arrays_of(TDPO2), jnp.float32)
     with pytest.raises(ValueError, match=f"alpha >= 0 and finite, got {alpha}"):
         losses.tdpo2(*arrays, alpha=alpha)

@@ -1,4 +1,4 @@
-"""Losses of single answers, and the means and weights that go with them."""
+"""Losses of single answers, and their reference points and weights."""
 
 import functools
 import inspect
@@ -66,7 +66,7 @@ every_case = pytest.mark.parametrize(
 
 
 def both(loss, numbers, options):
-    """`(policy, reference, desirable) -> losses, slopes in the policy's log-probs`."""
+    """`(policy, reference, desirable) -> losses, gradients in the policy log-probs`."""
 
     def function(policy, reference, desirable):
         run = lambda p: loss(p, reference, desirable, *numbers, **options)
@@ -76,13 +76,13 @@ def both(loss, numbers, options):
 
 
 @every_case
-def test_values_and_slopes(loss, oracle, numbers, options, theirs):
+def test_values_and_gradients(loss, oracle, numbers, options, theirs):
     policy, reference = drawn()
     wide = lambda x: np.asarray(x, np.longdouble)
     exact = lambda p: oracle(wide(p), wide(reference), DESIRABLE, *numbers, **theirs)
     step = 2.0**-17
-    slope = (exact(policy + step) - exact(policy - step)) / (2 * step)
-    expected, slope = exact(policy).astype(float), slope.astype(float)
+    derivative = (exact(policy + step) - exact(policy - step)) / (2 * step)
+    expected, derivative = exact(policy).astype(float), derivative.astype(float)
     run = both(loss, numbers, options)
     with jax.enable_x64(True):
         value, gradient = jax.jit(run)(
@@ -90,7 +90,7 @@ def test_values_and_slopes(loss, oracle, numbers, options, theirs):
         )
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(gradient, slope, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(gradient, derivative, rtol=1e-7, atol=1e-9)
     single = [jnp.asarray(a, jnp.float32) for a in (policy, reference)]
     labels = jnp.asarray(DESIRABLE)
     arrays = *single, labels
@@ -102,7 +102,7 @@ def test_values_and_slopes(loss, oracle, numbers, options, theirs):
     ]
     for value, gradient in results:
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(gradient, derivative, rtol=1e-5, atol=1e-7)
     half = [a.astype(jnp.bfloat16) for a in single]
     value, gradient = jax.jit(run)(*half, labels)
     assert value.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
@@ -110,7 +110,7 @@ def test_values_and_slopes(loss, oracle, numbers, options, theirs):
 
 
 @every_case
-def test_wrong_use(loss, oracle, numbers, options, theirs):
+def test_invalid_arguments(loss, oracle, numbers, options, theirs):
     bare = functools.partial(inspect.unwrap(loss), **options)
     logps, labels = jnp.zeros(4), jnp.zeros(4, bool)
     with pytest.raises(ValueError, match=r"one shape, got .*reference_logps \(3,\)"):
@@ -126,7 +126,7 @@ def test_wrong_use(loss, oracle, numbers, options, theirs):
             loss(logps, logps, labels, *numbers, beta=beta)
 
 
-def test_wrong_numbers():
+def test_numbers_out_of_range():
     logps, labels = jnp.zeros(4), jnp.zeros(4, bool)
     for name in ("desirable_weight", "undesirable_weight"):
         with pytest.raises(ValueError, match=f"Expected {name} >= 0"):
@@ -143,7 +143,7 @@ def test_wrong_numbers():
         inspect.unwrap(losses.udm_weights)(labels)
 
 
-def test_reference_points_are_one_number_in_full_precision():
+def test_reference_points_are_scalars_in_full_precision():
     logps, labels = jnp.full(2, 1.2345), jnp.array([True, False])
     for loss, name in ((losses.kto, "kl"), (losses.bco, "running_shift")):
         half = jnp.bfloat16(1.2345)
@@ -156,7 +156,7 @@ def test_reference_points_are_one_number_in_full_precision():
                 inspect.unwrap(loss)(logps, logps, labels, jnp.zeros(shape))
 
 
-def test_lists_and_numpy_numbers_will_do():
+def test_lists_and_numpy_numbers_are_accepted():
     logps, labels = [-3.0, -4.0], [True, False]
     bare = inspect.unwrap
     for value in (
@@ -179,8 +179,8 @@ def test_no_gradient_through_reference_points():
             + losses.bco(policy, reference, labels, shift).sum()
         )
 
-    for slope in jax.grad(total, argnums=(0, 1))(jnp.float32(1), jnp.float32(1)):
-        assert slope == 0
+    for derivative in jax.grad(total, argnums=(0, 1))(jnp.float32(1), jnp.float32(1)):
+        assert derivative == 0
     for mean in (
         lambda p: losses.kto_kl(p, reference),
         lambda p: losses.bco_shift(p, labels),
@@ -207,7 +207,7 @@ def test_kto_kl():
     ):
         assert value.shape == () and value.dtype == jnp.float32
         np.testing.assert_allclose(value, expected, rtol=1e-6)
-    # Never below 0, and 0 where nothing is real.
+    # Never below 0, and 0 if nothing is real.
     assert losses.kto_kl(poisoned[1] - 1e3, poisoned[1], where=real) == 0
     assert kl(*poisoned, jnp.zeros(ANSWERS, bool)) == 0
     with pytest.raises(ValueError, match=r"one shape, got .*where \(3,\)"):
@@ -225,7 +225,7 @@ def test_bco_shift():
     masks = jnp.asarray(DESIRABLE), jnp.asarray(real)
     for value in (shift(poisoned, *masks), sharded(shift, poisoned, *masks)):
         np.testing.assert_allclose(value, expected, rtol=1e-6)
-    # One class only: its own mean, not half of it; nothing at all: 0.
+    # With a single class: its own mean, not half of it; with nothing: 0.
     only = jnp.full(ANSWERS, True)
     for label in (only, ~only):
         value = losses.bco_shift(poisoned, label, where=masks[1])
@@ -255,7 +255,7 @@ def test_udm_weights():
 
 
 def test_bco_of_a_pair_bounds_its_dpo_loss():
-    """P10: for every shift, with the least gap midway between the two rewards."""
+    """P10: for every shift, with the smallest gap midway between the two rewards."""
     rng = np.random.default_rng(2)
     with jax.enable_x64(True):
         pc, pr, rc, rr = jnp.asarray(rng.uniform(-40, 0, (4, 200)))
@@ -288,16 +288,16 @@ def test_apo_of_a_pair_is_the_sum_of_its_halves():
 
 
 @pytest.mark.parametrize("desirable", [True, False])
-def test_kto_forgets_answers_far_from_its_point(desirable):
-    """Bounded by the weight, with a slope that is largest at the reference point."""
+def test_kto_gradients_vanish_far_from_the_reference_point(desirable):
+    """Bounded by the weight, with the largest gradient at the reference point."""
     ratios = jnp.linspace(-200, 200, 401)
     zero, labels = jnp.zeros(401), jnp.full(401, desirable)
     loss = lambda r: losses.kto(r, zero, labels, 20.0, beta=0.2)
     value = loss(ratios)
-    slope = np.abs(jax.grad(lambda r: loss(r).sum())(ratios))
+    derivative = np.abs(jax.grad(lambda r: loss(r).sum())(ratios))
     assert (value >= 0).all() and (value <= 1).all()
-    assert ratios[slope.argmax()] == 20
-    np.testing.assert_allclose(slope[[0, -1]], 0, atol=1e-15)
+    assert ratios[derivative.argmax()] == 20
+    np.testing.assert_allclose(derivative[[0, -1]], 0, atol=1e-15)
 
 
 @pytest.mark.parametrize("desirable", [True, False])
@@ -313,5 +313,5 @@ def test_one_class_may_be_absent(desirable):
             + losses.kto(p, reference, labels, kl)
         ).sum()
 
-    value, slope = jax.value_and_grad(total)(policy)
-    assert np.isfinite(value) and np.isfinite(slope).all()
+    value, derivative = jax.value_and_grad(total)(policy)
+    assert np.isfinite(value) and np.isfinite(derivative).all()

@@ -1,4 +1,4 @@
-"""What WPO's weights promise."""
+"""Properties of WPO's weights."""
 
 import inspect
 
@@ -42,7 +42,7 @@ def oracle(logits, tokens, mask):
     return weights
 
 
-def test_log_weights_are_the_papers():
+def test_log_weights_match_the_paper():
     logits, tokens, mask = answers()
     expected = oracle(logits, tokens, mask)
     with jax.enable_x64(True):
@@ -70,8 +70,8 @@ def test_padding_may_hold_anything():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_uniform_policy_weighs_1():
-    """P12, whatever the tokens: then the loss is DPO's."""
+def test_a_uniform_policy_has_weight_1():
+    """P12: for any tokens, and then the loss is DPO's."""
     logits, tokens, mask = answers()
     uniform = token_arrays(jnp.zeros(logits.shape), jnp.asarray(tokens))
     log_weights = losses.wpo_log_weights(*uniform, jnp.asarray(mask))
@@ -87,7 +87,7 @@ def test_wpo_is_the_product_of_the_weights_capped_at_1():
     ours = losses.wpo(*four, chosen, rejected)
     plain = losses.dpo(*four, beta=0.01)
     np.testing.assert_allclose(ours, plain * np.exp([-1.5, -1.0, 0.0]), rtol=2e-6)
-    # The weights are held fixed.
+    # The weights have no gradient.
     total = lambda c, r: losses.wpo(*four, c, r).sum()
     for gradient in jax.grad(total, argnums=(0, 1))(chosen, rejected):
         assert not gradient.any()
@@ -99,11 +99,11 @@ def test_log_collisions_at_extremes(dtype):
     value = losses.log_collisions(logits)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, -np.log([1, 3, 2]), atol=1e-6)
-    slope = jax.grad(lambda z: losses.log_collisions(z).sum())(logits[:2])
-    assert np.isfinite(np.asarray(slope, np.float32)).all()
+    gradient = jax.grad(lambda z: losses.log_collisions(z).sum())(logits[:2])
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
 
 
-def test_sharded_is_as_alone():
+def test_sharded_equals_unsharded():
     logits, tokens, mask = answers()
     arrays = (
         *token_arrays(jnp.asarray(logits), jnp.asarray(tokens)),
@@ -122,7 +122,7 @@ def test_sharded_is_as_alone():
     np.testing.assert_allclose(collisions, arrays[1], rtol=2e-6, atol=1e-6)
 
 
-def test_wrong_use_is_named():
+def test_invalid_arguments_are_rejected():
     log_weights = inspect.unwrap(losses.wpo_log_weights)
     log_collisions = inspect.unwrap(losses.log_collisions)
     tokens, mask = jnp.zeros((2, 3)), jnp.ones((2, 3), bool)

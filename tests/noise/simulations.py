@@ -19,7 +19,7 @@ from jaxpref.noise import calibration, em, rate
 
 @dataclasses.dataclass(frozen=True)
 class Votes:
-    """numpy arrays, one entry a vote."""
+    """numpy arrays with one entry per vote."""
 
     margins: np.ndarray
     annotators: np.ndarray
@@ -31,7 +31,7 @@ class Votes:
 def votes(
     seed, *, reliability, votes_per_item=1, items=1000, spread=2.5, annotators=None
 ) -> Votes:
-    """Margins N(0, spread^2), truth as they say, annotators right at their rates.
+    """Calibrated margins N(0, spread^2), and annotators with given reliabilities.
 
     Which annotator votes is given for every vote or drawn uniformly.
     """
@@ -48,7 +48,7 @@ def votes(
 
 
 def fit(data: Votes, *, dtype=np.float32, margins=None, **options) -> em.Fit:
-    """`em.fit` of the votes, items shared."""
+    """`em.fit` of the votes, with shared items."""
     margins = data.margins if margins is None else margins
     return em.fit(
         jnp.asarray(margins, dtype),
@@ -60,7 +60,7 @@ def fit(data: Votes, *, dtype=np.float32, margins=None, **options) -> em.Fit:
 
 
 def log_likelihood(data: Votes, reliability, margins=None) -> float:
-    """The marginal log-likelihood in numpy, item by item, both truths spelt out."""
+    """The marginal log-likelihood in numpy, item by item, summed over both truths."""
     margins = data.margins if margins is None else margins
     reliability = np.asarray(reliability, np.float64)
     total = 0.0
@@ -75,7 +75,7 @@ def log_likelihood(data: Votes, reliability, margins=None) -> float:
 
 
 def counted_interval(found: em.Fit, data: Votes, level=0.95):
-    """The rival: Beta(1 + sum w, 1 + sum (1 - w)), as if posteriors were counts."""
+    """An alternative: Beta(1 + sum w, 1 + sum (1 - w)), posteriors as counts."""
     k = found.reliability.size
     right = np.bincount(data.annotators, np.asarray(found.posterior), k)
     wrong = np.bincount(data.annotators, minlength=k) - right
@@ -84,26 +84,26 @@ def counted_interval(found: em.Fit, data: Votes, level=0.95):
 
 
 def laplace_interval(found: em.Fit, data: Votes, level=0.95):
-    """The other: normal around the estimate, of the curvature there."""
+    """Another alternative: a normal approximation from the curvature."""
     eta = np.asarray(found.reliability, np.float64)
     at, c = eta[data.annotators], np.tanh(np.asarray(found.evidence, np.float64) / 2)
-    slopes = 2 * c / (1 + (2 * at - 1) * c)
-    curvature = np.bincount(data.annotators, slopes**2, eta.size)
+    gradients = 2 * c / (1 + (2 * at - 1) * c)
+    curvature = np.bincount(data.annotators, gradients**2, eta.size)
     half = norm.ppf((1 + level) / 2) / np.sqrt(np.maximum(curvature, 1e-12))
     return eta - half, eta + half
 
 
 def covered(interval, truth) -> float:
-    """Share of intervals with the truth inside."""
+    """Share of intervals that contain the truth."""
     lower, upper = (np.asarray(end) for end in interval)
     return float(np.mean((lower <= truth) & (truth <= upper)))
 
 
 def em_coverage(seed, *, reliability, count, votes_per_item=1, annotators=1000):
-    """Of 95 % intervals of `annotators` alike: the grid's, the counts', Laplace's."""
+    """Coverage of 95% intervals for equal `annotators`: grid, counts, and Laplace."""
     who = np.tile(np.arange(annotators), count)
     if votes_per_item > 1:
-        # An annotator votes once on an item, beside ever changing others.
+        # An annotator votes once per item, together with varying others.
         random = np.random.default_rng(seed + 1)
         who = np.concatenate([random.permutation(annotators) for _ in range(count)])
     data = votes(
@@ -135,7 +135,7 @@ def rate_runs(seeds, *, flip_rate, labels, scale=1.0, spread=2.5):
 
 
 def rate_row(seeds, *, flip_rate, labels, spread) -> str:
-    """A line of the second table."""
+    """Prints a line of the second table."""
     runs = rate_runs(seeds, flip_rate=flip_rate, labels=labels, spread=spread)
     alone, temperatures, jointly = zip(*runs)
     ends = lambda fits: [np.array([getattr(f, end) for f in fits]) for end in ENDS]
@@ -155,8 +155,8 @@ ENDS = ("lower", "upper")
 
 
 def main() -> None:
-    """The tables, in about seven minutes on two busy cores."""
-    print("coverage of 95 % intervals, 1000 annotators each: grid, counts, Laplace")
+    """Prints the tables, in about seven minutes on two busy cores."""
+    print("coverage of 95% intervals, 1000 annotators each: grid, counts, Laplace")
     for per_item, eta, count in itertools.product(
         (1, 5), (0.6, 0.8, 0.95), (10, 100, 1000)
     ):

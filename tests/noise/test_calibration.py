@@ -1,4 +1,4 @@
-"""Temperature of margins, alone and together with how often labels are wrong."""
+"""The temperature of margins, alone and jointly with the flip rate."""
 
 import functools
 
@@ -20,7 +20,7 @@ def finite(*fits) -> bool:
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
 def test_known_outcomes_give_the_temperature(scale):
-    """Against scipy, and the truth inside the interval."""
+    """Against scipy; the interval contains the truth."""
     data = votes(0, reliability=1.0, items=4000)
     margins, right = scale * data.orientation * data.margins, data.orientation > 0
     found = calibration.fit_temperature(
@@ -38,7 +38,7 @@ def test_known_outcomes_give_the_temperature(scale):
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 4.0])
 def test_temperature_and_rate_from_noisy_labels(scale):
-    """What EM alone takes for 1.00 to 0.72 is 0.8 again, within 0.01 (methods, 3)."""
+    """A reliability of 0.8, which EM alone estimates as 1.00 to 0.72, within 0.01."""
     data = votes(1, reliability=0.8, items=200_000)
     margins = jnp.asarray(scale * data.margins, jnp.float32)
     temperature, rate = calibration.fit_temperature_and_rate(margins)
@@ -75,8 +75,8 @@ def test_temperature_and_rate_against_scipy():
         np.testing.assert_allclose(profile(float(end)) - best.fun, 1.92, atol=0.1)
 
 
-def test_says_when_shape_does_not_tell():
-    """Small margins: a straight line.  Pure noise: no temperature.  Both: no NaN."""
+def test_temperature_may_not_be_identified():
+    """Small margins and pure noise do not identify it, but give no NaN either."""
     small = votes(3, reliability=0.8, items=5000, spread=0.3).margins
     noise = votes(3, reliability=0.5, items=5000).margins
     for margins in (small, noise, np.zeros(100), np.ones(3), -np.ones(3)):
@@ -90,8 +90,8 @@ def test_says_when_shape_does_not_tell():
     assert not small_rate.identified and small_rate.lower < 0.2 < small_rate.upper
 
 
-def test_votes_on_shared_items_tell_the_temperature():
-    """Five votes an item, four annotators: T within 5 %, reliabilities within 0.02."""
+def test_votes_on_shared_items_identify_the_temperature():
+    """Five votes per item, four annotators: T within 5%, reliabilities within 0.02."""
     four = np.array([0.95, 0.8, 0.6, 0.3])
     data = votes(4, reliability=four, items=6000, votes_per_item=5, spread=2.0)
     temperature, found = calibration.fit_temperature_and_reliability(
@@ -106,7 +106,7 @@ def test_votes_on_shared_items_tell_the_temperature():
 
 
 def test_degenerate_outcomes():
-    """Separated, useless, absent: an end of the range or nothing known, and finite."""
+    """Separated, uninformative, or no outcomes: finite and within the range."""
     ones = jnp.ones(50)
     separated = calibration.fit_temperature(ones, ones)
     assert separated.temperature < 0.01 and finite(separated)
@@ -147,7 +147,7 @@ def test_sharded_over_eight_devices():
     jax.tree.map(close, sharded, eager)
 
 
-def test_wrong_options_are_refused():
+def test_invalid_options_are_rejected():
     with pytest.raises(ValueError, match=r"level in \(0, 1\), got 0"):
         calibration.fit_temperature_and_rate(jnp.ones(3), level=0)
     with pytest.raises(ValueError, match=r"weights of the same shape, got \(3,\)"):

@@ -1,4 +1,4 @@
-"""EM over label noise: against numpy, scipy and what its mathematics promises."""
+"""EM for label noise, against numpy, scipy, and its mathematical properties."""
 
 import functools
 
@@ -30,7 +30,7 @@ def all_finite(found: em.Fit) -> bool:
     return all(np.isfinite(getattr(found, name)).all() for name in LEAVES)
 
 
-# E-step and the two readings of the M-step
+# The E-step and the two forms of the M-step
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -45,8 +45,8 @@ def test_posterior_is_bayes_rule(dtype):
         np.testing.assert_allclose(ours, expected, rtol=rtol)
 
 
-def test_posterior_without_model_or_without_doubt():
-    """P5: z = 0 gives eta, eta = 1/2 gives p, and certainty is certainty."""
+def test_posterior_at_special_values():
+    """P5: z = 0 gives eta, eta = 1/2 gives p, and certainty remains certainty."""
     eta = jnp.array([0.2, 0.5, 0.9])
     np.testing.assert_allclose(em.posterior(jnp.zeros(3), eta), eta, rtol=1e-6)
     z = jnp.linspace(-9, 9, 7)
@@ -60,7 +60,7 @@ def test_posterior_without_model_or_without_doubt():
 
 @pytest.mark.parametrize("eta", [0.3, 0.75, 0.99])
 def test_both_m_steps_agree_for_dpo(eta):
-    """Gradient p - w in the margin, from either; that of forward_dpo too (P4)."""
+    """Both have the gradient p - w in the margin, and so has forward_dpo (P4)."""
     with jax.enable_x64(True):
         h, zero = jnp.linspace(-30, 30, 41), jnp.zeros(41)
         w, rate = em.posterior(h, eta), jnp.full(41, 1 - eta)
@@ -85,22 +85,22 @@ def test_both_m_steps_agree_for_dpo(eta):
 
 
 def test_m_steps_differ_beyond_dpo():
-    """IPO turns logistic under the likelihood and stays squared when weighted."""
+    """IPO becomes logistic under the likelihood and stays squared if weighted."""
     with jax.enable_x64(True):
         d, zero, w = jnp.array([0.4, -2.0]), jnp.zeros(2), jnp.array([0.9, 0.3])
         ipo = functools.partial(losses.ipo, beta=0.5)
         z = losses.gibbs_logits(ipo)
-        slopes = jax.grad(
+        derivatives = jax.grad(
             lambda d: em.likelihood_loss(z(d, zero, zero, zero), w).sum()
         )(d)
-        np.testing.assert_allclose(slopes, (expit(4 * d) - w) * 4, rtol=1e-12)
+        np.testing.assert_allclose(derivatives, (expit(4 * d) - w) * 4, rtol=1e-12)
         pair, exchanged = ipo(d, zero, zero, zero), ipo(zero, d, zero, zero)
         expected = w * (d - 1) ** 2 + (1 - w) * (d + 1) ** 2
         ours = em.weighted_loss(pair, exchanged, w)
         np.testing.assert_allclose(ours, expected, rtol=1e-12)
 
 
-def test_weights_are_held_fixed():
+def test_weights_have_no_gradient():
     def total(z):
         w = em.posterior(z, 0.8)
         return em.likelihood_loss(z, w).sum() + em.weighted_loss(z, -z, w).sum()
@@ -113,21 +113,21 @@ def test_weights_are_held_fixed():
 
 
 def test_losses_at_special_reliabilities():
-    """P5: eta 1 is the base loss, eta 1/2 has no gradient, z = 0 pulls like cdpo."""
+    """P5: eta 1 is the base loss, eta 1/2 has no gradient, z = 0 is like cdpo."""
     z = jnp.linspace(-40, 40, 9)
     at = lambda eta: lambda z: em.likelihood_loss(z, em.posterior(z, eta))
     np.testing.assert_array_equal(at(1.0)(z), -jax.nn.log_sigmoid(z))
-    slope = lambda eta, z: jax.grad(lambda z: at(eta)(z).sum())(z)
+    derivative = lambda eta, z: jax.grad(lambda z: at(eta)(z).sum())(z)
     with jax.enable_x64(True):
-        # w and p differ by the rounding of z + 0, whose slope is at most 1/4.
+        # w and p differ by the rounding of z + 0, whose derivative is at most 1/4.
         rounding = 40 / 4 * np.finfo(np.float64).eps
         z = jnp.linspace(-40, 40, 9)
-        np.testing.assert_allclose(slope(0.5, z), 0, atol=rounding)
+        np.testing.assert_allclose(derivative(0.5, z), 0, atol=rounding)
     zero = jnp.zeros(1)
     smoothed = jax.grad(
         lambda h: losses.cdpo(h, zero, zero, zero, beta=1.0, flip_rate=0.2).sum()
     )(zero)
-    np.testing.assert_allclose(slope(0.8, zero), smoothed, rtol=1e-6)
+    np.testing.assert_allclose(derivative(0.8, zero), smoothed, rtol=1e-6)
     extreme = jnp.array([-1e4, 1e4, -1e30, 1e30])
     for w in (0.0, 0.5, 1.0):
         assert np.isfinite(em.likelihood_loss(extreme, jnp.full(4, w))).all()
@@ -139,7 +139,7 @@ def test_losses_at_special_reliabilities():
 @pytest.mark.parametrize("reliability", [0.2, 0.4, 0.6, 0.8, 0.9])
 @pytest.mark.parametrize("prior", [em.PRIOR, None])
 def test_recovers_one_reliability(reliability, prior):
-    """P5: within 0.01 of 200,000 calibrated votes, and known to be so."""
+    """P5: within 0.01 with 200,000 calibrated votes, and a short interval."""
     data = votes(0, reliability=reliability, items=200_000)
     found = em.fit(
         jnp.asarray(data.margins, jnp.float32),
@@ -155,7 +155,7 @@ def test_recovers_one_reliability(reliability, prior):
 
 @pytest.mark.parametrize("votes_per_item", [1, 4])
 def test_recovers_four_annotators(votes_per_item):
-    """Within 0.02 each, and each interval holds the truth to 3/2 of its length."""
+    """Within 0.02 each; intervals contain the truth within 3/2 of their length."""
     items = 200_000 // votes_per_item
     data = votes(1, reliability=FOUR, items=items, votes_per_item=votes_per_item)
     found = fit(data, num_annotators=4)
@@ -166,7 +166,7 @@ def test_recovers_four_annotators(votes_per_item):
 
 
 def test_recovers_annotators_from_each_other():
-    """Without any model: margins of 0, five votes an item."""
+    """Without a model: margins of 0, five votes per item."""
     data = votes(2, reliability=FOUR, items=20_000, votes_per_item=5)
     found = fit(data, num_annotators=4, margins=np.zeros(100_000))
     np.testing.assert_allclose(found.reliability, FOUR, atol=0.02)
@@ -177,7 +177,7 @@ def test_recovers_annotators_from_each_other():
 
 
 def test_wrong_scale_of_the_margins_biases():
-    """The figures of the calibration's reason to be (methods: 1.000 to 0.717)."""
+    """Why calibration is needed: estimates from 1.000 to 0.717."""
     data = votes(3, reliability=0.8, items=200_000)
     for scale, biased in ((0.25, 1.0), (0.5, 0.906), (2, 0.747), (4, 0.717)):
         found = fit(data, num_annotators=1, margins=scale * data.margins)
@@ -187,8 +187,8 @@ def test_wrong_scale_of_the_margins_biases():
 # The mathematics of EM
 
 
-def test_fit_is_the_most_likely():
-    """Against scipy's optimum of a likelihood spelt out in numpy, with a prior."""
+def test_fit_maximizes_the_posterior():
+    """Against scipy's optimum of a numpy likelihood with a prior."""
     data = votes(4, reliability=FOUR, items=80, votes_per_item=3, spread=1.0)
     a, b = 2.0, 0.5
 
@@ -210,8 +210,8 @@ def test_fit_is_the_most_likely():
 
 @pytest.mark.parametrize("prior", [None, (9.0, 1.0)])
 @pytest.mark.parametrize("votes_per_item", [1, 4])
-def test_every_step_climbs(prior, votes_per_item):
-    """P5: the log-likelihood plus the log-prior never falls."""
+def test_steps_never_decrease_the_objective(prior, votes_per_item):
+    """P5: the log-likelihood plus the log-prior never decreases."""
     data = votes(5, reliability=FOUR, items=300, votes_per_item=votes_per_item)
     a, b = prior or (0, 0)
     heights = []
@@ -231,18 +231,18 @@ def test_every_step_climbs(prior, votes_per_item):
 
 
 @pytest.mark.parametrize("reliability", [0.3, 0.7, 0.95])
-def test_the_map_of_em_contracts(reliability):
+def test_em_is_a_contraction(reliability):
     """P5: l'(eta) = N (T(eta) - eta) / (eta (1 - eta)), and T' in (0, 1) at T's fixed
-    point, where EM from both sides arrives."""
+    point, to which EM converges from both sides."""
     data = votes(6, reliability=reliability, items=5000)
     with jax.enable_x64(True):
         z = jnp.asarray(data.margins)
         mapped = lambda eta: em.posterior(z, eta).mean()
         p = expit(data.margins)
         for eta in (0.2, 0.6, 0.9):
-            slope = np.sum((2 * p - 1) / (p * eta + (1 - p) * (1 - eta)))
+            derivative = np.sum((2 * p - 1) / (p * eta + (1 - p) * (1 - eta)))
             expected = 5000 * (mapped(eta) - eta) / (eta * (1 - eta))
-            np.testing.assert_allclose(slope, expected, rtol=1e-9)
+            np.testing.assert_allclose(derivative, expected, rtol=1e-9)
         zeros = jnp.zeros(5000, int)
         ends = [
             em.fit(z, zeros, num_annotators=1, prior=None, start=start, tolerance=1e-9)
@@ -263,13 +263,13 @@ def test_order_and_names_of_items_do_not_matter():
         items=jnp.asarray(-7 * data.items[order] + 1000),
         num_annotators=4,
     )
-    # Without `orientation`: the signs of the margins say the same.
+    # Without `orientation`, the signs of the margins are equivalent.
     np.testing.assert_allclose(shuffled.reliability, found.reliability, atol=1e-5)
     np.testing.assert_allclose(shuffled.posterior, found.posterior[order], atol=1e-4)
 
 
-def test_a_slow_annotator_is_waited_for():
-    """One settles at once, the other, whose margins are small, takes many steps."""
+def test_convergence_waits_for_slow_annotators():
+    """One converges at once; the other, with small margins, takes many steps."""
     fast, slow = (votes(15, reliability=0.6, items=n, spread=s) for n, s in SPEEDS)
     margins = jnp.asarray([*fast.margins, *slow.margins], jnp.float32)
     who = jnp.asarray([0] * SPEEDS[0][0] + [1] * SPEEDS[1][0])
@@ -289,7 +289,7 @@ SPEEDS = (500, 8.0), (4000, 0.4)
 
 @pytest.mark.parametrize("prior", [(0.0, 0.0), (3.0, 1.0)])
 def test_interval_is_the_posterior_of_one_annotator(prior):
-    """Exact where items have one vote: quadrature of the posterior by scipy."""
+    """Exact if items have one vote, against quadrature by scipy."""
     data = votes(8, reliability=0.7, items=30)
     a, b = prior
     found = fit(data, num_annotators=1, prior=prior, level=0.9)
@@ -314,8 +314,8 @@ def test_interval_of_annotators_without_votes_is_the_prior():
         np.testing.assert_allclose(found.reliability[1], 0.9, rtol=1e-6)
 
 
-def test_intervals_cover_what_they_say():
-    """1000 annotators with 100 votes: 95 % of the intervals; counts fall far short."""
+def test_intervals_have_the_stated_coverage():
+    """1000 annotators with 100 votes: 95% of the grid intervals, fewer for counts."""
     ours, counted, _ = em_coverage(1, reliability=0.8, count=100)
     assert 0.93 <= ours <= 0.97
     assert counted < 0.85
@@ -341,8 +341,8 @@ def test_update_is_the_moving_average():
     np.testing.assert_allclose(unknown, [0.9, 0.8, 0.7, 0.8], rtol=1e-6)
 
 
-def test_tally_of_all_batches_is_the_whole():
-    """Without forgetting, soft counts and `estimate` are one M-step of `fit`."""
+def test_tally_of_all_batches_is_one_m_step():
+    """Without decay, soft counts and `estimate` are one M-step of `fit`."""
     data = votes(10, reliability=FOUR, items=4000)
     found = fit(data, num_annotators=5)
     right = wrong = jnp.zeros(5)
@@ -353,15 +353,15 @@ def test_tally_of_all_batches_is_the_whole():
     estimated = em.estimate(right, wrong, prior=em.PRIOR)
     np.testing.assert_allclose(estimated, found.reliability, atol=1e-4)
     assert right[4] == wrong[4] == 0
-    # Two votes of annotator 1 fade its counts twice, whatever the batches.
+    # Two votes of annotator 1 decay its counts twice, however they are batched.
     fade = functools.partial(em.tally, memory=4.0)
     one = fade(jnp.ones(2), jnp.ones(2), jnp.ones(2), jnp.array([1, 1]))
     np.testing.assert_allclose(one[0], [1, np.exp(-0.5) + 2], rtol=1e-6)
     np.testing.assert_allclose(one[1], [1, np.exp(-0.5)], rtol=1e-6)
 
 
-def test_online_em_recovers_where_the_moving_average_wanders():
-    """Sixteen votes a batch over four annotators: counts settle within 0.03."""
+def test_online_em_is_more_stable_than_the_moving_average():
+    """Sixteen votes per batch from four annotators: counts are within 0.03."""
     data = votes(11, reliability=FOUR, items=16 * 2000)
     z = jnp.asarray(data.margins, jnp.float32).reshape(2000, 16)
     who = jnp.asarray(data.annotators).reshape(2000, 16)
@@ -421,10 +421,10 @@ def test_sharded_over_eight_devices():
     jax.tree.map(close, sharded, eager)
 
 
-# Bad input and degenerate data
+# Invalid input and degenerate data
 
 
-def test_virtual_annotator_is_the_last():
+def test_unknown_annotators_are_the_last_one():
     data = votes(13, reliability=(0.9, 0.6), items=3000)
     who = np.where(data.annotators == 1, -1, 0)
     margins = jnp.asarray(data.margins, jnp.float32)
@@ -437,7 +437,7 @@ def test_virtual_annotator_is_the_last():
         em.fit(margins, jnp.asarray(data.annotators), num_annotators=1)
 
 
-def test_what_is_not_real_does_not_matter():
+def test_padding_is_ignored():
     data = votes(14, reliability=FOUR, items=50, votes_per_item=2)
     found = fit(data, num_annotators=4)
     more = lambda x, filler: jnp.asarray([*x, *[filler] * 10])
@@ -469,7 +469,7 @@ def test_what_is_not_real_does_not_matter():
     ],
 )
 @pytest.mark.parametrize("shared", [False, True])
-def test_few_and_extreme_votes_give_sensible_numbers(margins, prior, shared):
+def test_few_and_extreme_votes_give_finite_numbers(margins, prior, shared):
     size = len(margins)
     found = em.fit(
         jnp.array(margins),
@@ -484,7 +484,7 @@ def test_few_and_extreme_votes_give_sensible_numbers(margins, prior, shared):
     assert ((found.posterior >= 0) & (found.posterior <= 1)).all()
 
 
-def test_no_vote_is_real():
+def test_without_real_votes():
     found = em.fit(
         jnp.ones(4), jnp.zeros(4, int), num_annotators=2, where=jnp.zeros(4, bool)
     )
@@ -494,8 +494,8 @@ def test_no_vote_is_real():
     assert found.log_likelihood == 0
 
 
-def test_perfect_annotators_are_found_perfect():
-    """Every vote as the certain model says: the likelihood's maximum is at 1."""
+def test_perfect_annotators_have_reliability_1():
+    """If every vote agrees with a certain model, the likelihood is maximal at 1."""
     found = em.fit(
         jnp.full(1000, 12.0), jnp.zeros(1000, int), num_annotators=1, prior=None
     )
@@ -503,7 +503,7 @@ def test_perfect_annotators_are_found_perfect():
     assert found.upper[0] == found.reliability[0] or found.upper[0] <= 1
 
 
-def test_wrong_options_are_refused():
+def test_invalid_options_are_rejected():
     z, who = jnp.ones(3), jnp.zeros(3, int)
     call = functools.partial(em.fit, z, who, num_annotators=1)
     with pytest.raises(ValueError, match=r"items of shape \(3,\), got \(2,\)"):
@@ -516,7 +516,7 @@ def test_wrong_options_are_refused():
         call(prior=(-1, 2))
     with pytest.raises(ValueError, match="num_annotators and max_iterations >= 1"):
         em.fit(z, who, num_annotators=0)
-    with pytest.raises(ValueError, match="prior of more than no votes"):
+    with pytest.raises(ValueError, match="prior with a . b > 0"):
         em.estimate(z, z, prior=(0, 0))
     with pytest.raises(TypeError, match="floating-point numbers, got int32"):
         em.posterior(jnp.zeros(3, int), 0.9)

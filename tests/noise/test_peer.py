@@ -1,4 +1,4 @@
-"""CRM: what is selected, and that it learns where the plain model overfits."""
+"""CRM: the selection of pairs, and its advantage over an overfitting model."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ REAL = np.arange(16) < 13
 
 
 def largest(margins, count, real=None):
-    """The mask of the `count` largest, by numpy."""
+    """The mask of the `count` largest, in numpy."""
     margins = np.where(True if real is None else real, margins, -np.inf)
     mask = np.zeros(len(margins), bool)
     mask[np.argsort(-margins, kind="stable")[:count]] = True
     return mask
 
 
-def test_the_kept_share_falls_and_stays():
+def test_the_share_decreases_and_stays_constant():
     shares = [peer.kept_share(epoch, noise_rate=0.4) for epoch in range(6)]
     np.testing.assert_allclose(shares, [1, 1 - 0.4 / 3, 1 - 0.8 / 3, 0.6, 0.6, 0.6])
     traced = jax.jit(lambda e, r: peer.kept_share(e, noise_rate=r, ramp_epochs=2))
@@ -35,7 +35,7 @@ def test_the_kept_share_falls_and_stays():
 
 
 @pytest.mark.parametrize(("keep", "count"), [(0.6, 10), (1.0, 16), (0.01, 1), (0, 1)])
-def test_each_trains_on_what_the_other_finds_easy(keep, count):
+def test_each_model_trains_on_the_pairs_the_other_finds_easy(keep, count):
     for_one, for_two = peer.peer_selection(ONE, TWO, keep=keep)
     np.testing.assert_array_equal(for_one, largest(TWO, count))
     np.testing.assert_array_equal(for_two, largest(ONE, count))
@@ -48,13 +48,13 @@ def test_only_real_pairs_are_selected_and_counted():
     np.testing.assert_array_equal(for_two, largest(ONE, 8, REAL))
     none = peer.peer_selection(ONE, TWO, keep=0.6, where=np.zeros(16, bool))
     assert not np.any(none)
-    # A real pair without a margin is the hardest one.
+    # A real pair with a NaN margin is the hardest one.
     broken = np.where(np.arange(16) == 3, np.nan, ONE)
     assert not peer.peer_selection(ONE, broken, keep=0.9)[0][3]
     np.testing.assert_array_equal(peer.peer_selection(broken, broken, keep=1)[0], True)
 
 
-def test_the_curriculum_drops_the_tail_and_runs_from_easy_to_hard():
+def test_the_curriculum_is_easy_to_hard_without_the_hardest():
     order, count = peer.curriculum(ONE, TWO, keep=0.75, where=REAL)
     ranked = np.argsort(-np.where(REAL, ONE + TWO, -np.inf), kind="stable")
     assert count == 10 and order.shape == (16,)
@@ -64,7 +64,7 @@ def test_the_curriculum_drops_the_tail_and_runs_from_easy_to_hard():
     assert count == 0
 
 
-def test_how_the_batch_is_split_changes_nothing():
+def test_sharding_does_not_matter():
     select = lambda one, two, real: peer.peer_selection(one, two, keep=0.6, where=real)
     alone = select(ONE, TWO, REAL)
     for axes in ((16,), (8, 2)):
@@ -72,7 +72,7 @@ def test_how_the_batch_is_split_changes_nothing():
         split = sharded(select, *arrays)
         for ours, theirs in zip(split, alone):
             np.testing.assert_array_equal(ours.reshape(-1), theirs)
-    # Its order is an index and no longer spread with the pairs: whole on every device.
+    # The order is an index array, replicated instead of sharded like the pairs.
     count = lambda one, two, real: peer.curriculum(one, two, keep=0.6, where=real)[1]
     order = lambda one, two, real: (
         peer.curriculum(one, two, keep=0.6, where=real)[0] * jnp.ones_like(one)
@@ -82,7 +82,7 @@ def test_how_the_batch_is_split_changes_nothing():
     assert sharded(count, ONE, TWO, REAL) == kept
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_arguments_are_rejected():
     with pytest.raises(ValueError, match=r"keep in \[0, 1\], got 2"):
         peer.peer_selection(ONE, TWO, keep=2)
     with pytest.raises(ValueError, match="margins_one .16,., margins_two .3,."):
@@ -128,7 +128,7 @@ def make_pairs(key, taste, count):
 
 
 def masks_of(how, margins, place, keep, count):
-    """What each model trains on, of one batch."""
+    """The pairs of one batch that each model trains on."""
     for_one, for_two = peer.peer_selection(*margins, keep=keep)
     whole, tail = jnp.ones_like(for_one), place < count
     ones = [whole, for_two, for_one, tail, for_one]
@@ -137,7 +137,7 @@ def masks_of(how, margins, place, keep, count):
 
 
 def accuracy(how, seed):
-    """Share of fresh, clean pairs that both models order rightly, on average."""
+    """Share of new, clean pairs that the models order correctly, on average."""
     keys = jax.random.split(jax.random.key(seed), 7)
     taste = jax.random.normal(keys[0], (FEATURES,))
     pairs, fresh = (make_pairs(k, taste, PAIRS) for k in keys[1:3])
@@ -181,11 +181,11 @@ def accuracy(how, seed):
 
 
 @pytest.mark.slow
-def test_the_ordering_standard_self_peer_at_40_percent_noise():
+def test_accuracy_with_peers_at_40_percent_noise():
     """P19, mean of four seeds: .620, .702, .720; (b) .678, sorted and cut .637."""
     of_seeds = jax.vmap(accuracy, (None, 0))
     found = jax.jit(jax.vmap(of_seeds, (0, None)))(jnp.arange(5), jnp.arange(4))
     means = found.mean(1)
     assert means[STANDARD] < means[SELF] < means[PEER]
-    # Sorted batches of which a share is kept: the last ones hold wrong labels only.
+    # Sorted batches of which a share is selected: the last have only wrong labels.
     assert max(means[STANDARD], means[SORTED_AND_CUT]) < means[CURRICULUM]

@@ -1,4 +1,4 @@
-"""One flip rate by the marginal likelihood: optimum, interval, and honest ignorance."""
+"""The maximum-likelihood flip rate: optimum, interval, and identification."""
 
 import functools
 
@@ -45,7 +45,7 @@ def test_marginal_nll_is_forward_dpo():
 
 @pytest.mark.parametrize("flip_rate", [0.05, 0.2, 0.4])
 def test_fit_and_interval_against_scipy(flip_rate):
-    """The optimum and both ends, where the log-likelihood is chi2 / 2 lower."""
+    """The optimum and both ends of the interval, where it is lower by chi2 / 2."""
     margins = votes(0, reliability=1 - flip_rate, items=800).margins
     found = rate.fit_rate(jnp.asarray(margins, jnp.float32), level=0.9)
     best = minimize_scalar(
@@ -72,15 +72,15 @@ def test_recovers_the_rate():
     "margins",
     [[0.0] * 1000, [1.0, 2.0, -3.0], [0.01, -0.01] * 500, [5.0], [jnp.inf, -jnp.inf]],
 )
-def test_says_when_the_data_do_not_identify_it(margins):
+def test_the_rate_may_not_be_identified(margins):
     found = rate.fit_rate(jnp.array(margins))
     assert not found.identified
     assert found.upper - found.lower > 0.25
     assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(found))
 
 
-def test_all_labels_alike():
-    """Only agreement: hardly any flips.  Only contradiction: 1/2, the bound."""
+def test_all_labels_agree_or_contradict():
+    """Only agreement gives almost no flips; only contradiction gives the bound 1/2."""
     agree, contradict = (rate.fit_rate(jnp.full(500, z)) for z in (6.0, -6.0))
     assert agree.rate < 1e-3 and agree.upper < 0.02
     assert contradict.rate > 0.499 and contradict.lower > 0.45
@@ -99,8 +99,8 @@ def many(seed, *, annotators=150, each=30, shape=(18, 4)):
     return truth, jnp.asarray(data.margins, jnp.float32), jnp.asarray(who)
 
 
-def test_pooling_beats_fitting_each_and_a_guess():
-    """Root mean squared error over 150 annotators of 30 votes, three draws."""
+def test_pooling_beats_separate_fits_and_a_guess():
+    """Root mean squared error over 150 annotators with 30 votes, three draws."""
     for seed in range(3):
         truth, margins, who = many(seed)
         found, (a, b) = rate.fit_rates(margins, who, num_annotators=150)
@@ -118,8 +118,8 @@ def test_pooling_beats_fitting_each_and_a_guess():
         assert inside.mean() > 0.9
 
 
-def test_one_annotator_has_nobody_to_be_pooled_with():
-    """A prior of hardly a vote: the interval stays that of the votes alone."""
+def test_a_single_annotator_is_not_pooled():
+    """The prior is negligible, so the interval is that of the votes alone."""
     margins = jnp.asarray(votes(3, reliability=0.8, items=500).margins, jnp.float32)
     who = jnp.full(500, -1)
     found, (a, b) = rate.fit_rates(margins, who, num_annotators=1)
@@ -153,7 +153,7 @@ def test_sharded_over_eight_devices():
     jax.tree.map(close, sharded, eager)
 
 
-def test_wrong_options_are_refused():
+def test_invalid_options_are_rejected():
     with pytest.raises(ValueError, match=r"level in \(0, 1\), got 2"):
         rate.fit_rate(jnp.ones(3), level=2)
     with pytest.raises(ValueError, match=r"got \(3,\) and \(2,\)"):

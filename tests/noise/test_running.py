@@ -1,4 +1,4 @@
-"""A flip rate from counted margins: posterior, memory, layout, and honest ignorance."""
+"""The running flip rate: posterior, memory, sharding, and identification."""
 
 import functools
 
@@ -13,7 +13,7 @@ from jaxpref.noise import running
 
 
 def labels(seed, count, *, rate, scale=1.0, spread=2.5):
-    """Margins of a model that is right but for a scale, oriented by flipped labels."""
+    """Margins of a model that is calibrated up to scale, relative to flipped labels."""
     rng = np.random.default_rng(seed)
     z = rng.normal(0, spread, count)
     z = np.where(rng.random(count) < expit(z), z, -z)
@@ -34,7 +34,7 @@ def test_counts_by_size_and_agreement():
     assert found == expected
 
 
-def test_old_batches_fade_by_the_number_of_new_labels():
+def test_old_batches_decay_with_the_number_of_new_labels():
     first, second = labels(0, 30, rate=0.2), labels(1, 50, rate=0.2)
     both = running.count(counted(first), jnp.asarray(second, jnp.float32), memory=100.0)
     expected = np.exp(-0.5) * counted(first) + counted(second)
@@ -47,7 +47,7 @@ def test_old_batches_fade_by_the_number_of_new_labels():
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.45])
 def test_posterior_against_a_sum_over_labels(rate):
-    """Label by label in float64; margins lie where their bins say."""
+    """Label by label in float64; margins are at the centers of their bins."""
     z = labels(2, 4000, rate=rate, scale=2.0)
     z = np.sign(z) * 2 ** ((np.floor(8 * np.log2(np.abs(z))) + 0.5) / 8)
     z = z[np.abs(z) > 2**-7]
@@ -70,7 +70,7 @@ def test_posterior_against_a_sum_over_labels(rate):
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
-def test_the_rate_is_found_whatever_the_scale_of_the_margins(rate, scale):
+def test_the_rate_is_recovered_for_any_scale_of_the_margins(rate, scale):
     found = [
         running.posterior(counted(labels(seed, 16000, rate=rate, scale=scale)))
         for seed in range(5)
@@ -81,7 +81,7 @@ def test_the_rate_is_found_whatever_the_scale_of_the_margins(rate, scale):
     np.testing.assert_allclose([x.temperature for x in found], scale, rtol=0.6)
 
 
-def test_without_sure_margins_nothing_is_claimed():
+def test_small_margins_do_not_identify_the_rate():
     nothing = running.posterior(running.no_counts())
     assert not nothing.identified
     np.testing.assert_allclose(nothing.rate, 0.25, atol=1e-6)

@@ -1,4 +1,4 @@
-"""UPO and ensembles: against the definitions in numpy, and drawn as weighted."""
+"""UPO and ensembles, against definitions in numpy, and weighted sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_the_definitions():
     )
 
 
-def test_bald_at_its_ends():
+def test_bald_at_its_extremes():
     certain = jnp.array([[0.0, 1.0, 0.0, 0.3], [0.0, 1.0, 1.0, 0.3]], jnp.bfloat16)
     found = uncertainty.bald(certain)
     assert found.dtype == jnp.float32
@@ -43,7 +43,7 @@ def test_bald_at_its_ends():
 
 
 @pytest.mark.parametrize("function", ["bald", "disagreement", "mean_probability"])
-def test_no_pass_is_refused(function):
+def test_no_passes_are_rejected(function):
     function = getattr(uncertainty, function)
     with pytest.raises(ValueError, match=r"T >= 1, got \(0, 3\)"):
         function(jnp.zeros((0, 3)))
@@ -55,8 +55,8 @@ def test_no_pass_is_refused(function):
     ("agree", "share", "drawn"),
     [(10, 0.7, 7), (10, 0.5, 5), (7, 0.5, 3), (20, 0.35, 7), (9, 1, 9), (9, 0, 0)],
 )
-def test_a_share_of_those_that_agree_is_drawn(agree, share, drawn):
-    """floor(share n) whatever the weights; no contradicted pair and no empty slot."""
+def test_a_share_of_the_agreeing_pairs_is_drawn(agree, share, drawn):
+    """floor(share n) for any weights; no contradicted pair and no padding."""
     means = np.r_[np.linspace(0.5, 1, agree), np.linspace(0, 0.49, 6), [np.nan] * 3]
     weights = np.r_[np.geomspace(1e-30, 1e30, agree), np.ones(6), [np.nan] * 3]
     real = np.arange(len(means)) < agree + 6
@@ -73,7 +73,7 @@ def test_a_share_of_those_that_agree_is_drawn(agree, share, drawn):
 
 
 def shares(weights, **options):
-    """How often each pair is drawn, of 20000 draws."""
+    """How often each pair is drawn in 20000 draws."""
     means = jnp.ones(len(weights))
     keys = jax.random.split(jax.random.key(0), 20_000)
     draw = lambda key: uncertainty.drop_and_sample(
@@ -88,7 +88,7 @@ def test_draws_follow_the_weights():
     for scale in (1.0, 1e-20):
         first = shares(weights * scale, share=0.34)
         np.testing.assert_allclose(first, weights / 8, atol=0.015)
-    # Without replacement: i first, or second behind j.
+    # Without replacement: i first, or second after j.
     p = weights / 8
     either = p + [
         sum(p[j] * p[i] / (1 - p[j]) for j in {0, 1, 2} - {i}) for i in range(3)
@@ -96,13 +96,13 @@ def test_draws_follow_the_weights():
     np.testing.assert_allclose(shares(weights, share=0.67), either, atol=0.015)
 
 
-def test_weights_of_0_come_last_and_all_0_are_all_alike():
+def test_weights_of_0_come_last_and_all_0_are_uniform():
     np.testing.assert_array_equal(shares([0.0, 1.0, 1e-3], share=0.67), [0, 1, 1])
     np.testing.assert_allclose(shares([0.0] * 4, share=0.5), 0.5, atol=0.015)
 
 
 def test_easy_and_hard_pairs():
-    """UPO's two weights prefer the undivided and the divided passes."""
+    """UPO's two weights prefer agreeing and disagreeing passes."""
     passes = jnp.array([[0.9] * 8 + [0.99] * 8, [0.9] * 8 + [0.1] * 8])
     means, divided = uncertainty.mean_probability(passes), uncertainty.bald(passes)
     hard = uncertainty.drop_and_sample(means, divided, jax.random.key(0), share=0.5)
@@ -114,7 +114,7 @@ def test_easy_and_hard_pairs():
     assert easy[:8].min() > easy[8:].max()
 
 
-def test_how_the_batch_is_split_changes_nothing():
+def test_sharding_does_not_matter():
     passes, real = PASSES.astype(np.float32), np.arange(16) < 13
 
     def everything(passes, real):
@@ -130,7 +130,7 @@ def test_how_the_batch_is_split_changes_nothing():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_share_outside_its_range_is_refused():
+def test_a_share_out_of_range_is_rejected():
     ones = jnp.ones(3)
     with pytest.raises(ValueError, match=r"share in \[0, 1\], got 1.5"):
         uncertainty.drop_and_sample(ones, ones, jax.random.key(0), share=1.5)

@@ -138,7 +138,7 @@ DPO_CASES = [
     *map(exo, (0.1, 1.0)),
     *same("nca_pair", "nca_pair", 0.01, 1.0),
     *map(robust, (0.0, 0.1, 0.3)),
-    # At 0.49 the mean nearly cancels: relative to it float32 rounding is above 1e-6.
+    # At 0.49 the mean nearly cancels, so its relative float32 error is above 1e-6.
     robust(0.49, dtypes=("float64",)),
     *same("bco_pair", "bco_pair", 0.01, 1.0),
     *same("sppo_hard", "sppo_hard", 0.001, 0.1),
@@ -193,7 +193,7 @@ def test_dpo_trainer_sft(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weighted_losses_are_sums(dtype):
-    """MPO: TRL's loss_weights are additions here."""
+    """MPO: TRL's loss_weights correspond to a weighted sum here."""
 
     def objective(
         policy_chosen_logps,
@@ -261,10 +261,10 @@ def test_metrics():
     np.testing.assert_allclose(logged("margins"), margins.mean(), rtol=1e-6)
     right = losses.reward_accuracies(rewards["chosen"], rewards["rejected"])
     assert (np.asarray(right) == 0.5).sum() == 1
-    # The tie counts half here and nothing there: half of one pair in eight.
+    # A tie counts 1/2 here and 0 in TRL: half of one pair in eight.
     assert float(right.mean()) == logged("accuracies") + 0.5 / 8
 
-    # What TRL logs as rewards is beta times the plain log-ratio under any divergence.
+    # TRL logs beta times the plain log-ratio as rewards for any divergence.
     forward = logged("margins", f_divergence_type="forward_kl")
     np.testing.assert_allclose(forward, margins.mean(), rtol=1e-6)
     discounted = {
@@ -370,7 +370,7 @@ def test_promptless(loss_type, loss):
     assert_agree(ours(objective, longer, tokens.policy), wanted)
 
 
-# Trainers made by their own constructors, on a real model.
+# Trainers created by their own constructors, on a real model.
 
 TEXTS = (
     ("Once upon a time", " there was a cat.", " the dog."),
@@ -455,7 +455,7 @@ def test_genuine_dpo_trainer(genuine):
         value, _ = our_loss(tokens, mean(getattr(losses, loss), beta=0.1))
         np.testing.assert_allclose(value, wanted, rtol=1e-6)
 
-    # Our log-weights, from all that they are made of.
+    # Our log-weights, from their components.
     mask = tokens.targets.numpy().astype(bool)
     weights = losses.wpo_log_weights(
         *map(jnp.asarray, (policy.detach().numpy(), squares, mask))
@@ -478,5 +478,5 @@ def test_genuine_kto_trainer_rotates_within_batches(genuine):
         for name in ("completion_ids", "KL_completion_ids")
     )
     assert other == [own[1], own[0], own[3], own[2], own[4]]
-    # The odd row at the end is "mismatched" with its own answer.
+    # An odd last row is "mismatched" with its own answer.
     assert other[-1] == own[-1]

@@ -102,7 +102,7 @@ def test_apo_zero_unpaired(dtype, labels):
         assert_agree(ours(objective, arrays, leaf), wanted, dtype)
 
 
-def test_kto_drops_what_is_not_a_number():
+def test_kto_drops_nan():
     parts = kto_batch(10, "float32", "mixed")
     broken = parts[0].reference.clone()
     broken[0] = float("nan")
@@ -124,7 +124,7 @@ def free_loss(kind, tokens, **options):
 
 
 def with_zero_reference(loss, **options):
-    """A loss of log-ratios as one of log-probs."""
+    """Converts a loss of log-ratios to one of log-probs."""
 
     def objective(
         policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
@@ -248,18 +248,18 @@ def test_orpo(dtype, beta):
             rejected_lengths,
             beta=beta,
         )
-        # In place of the likelihood of the answers, that of prompts and answers.
+        # TRL uses the likelihood of prompts and answers instead of answers.
         pairs = pairs + losses.average_logps(policy_chosen_logps, chosen_lengths)
         return jnp.mean(pairs) + likelihood(whole_chosen_logps, whole_chosen_lengths)
 
     of_answers = mean(losses.orpo, beta=beta)
-    rtol = trl.RTOL["float32"]  # TRL's preference term is in float32 always
+    rtol = trl.RTOL["float32"]  # TRL's preference term is always float32
     for index in range(5):
         tokens = logits(index, dtype, prompts=(2, 5))
         wanted = free_loss("orpo", tokens, beta=beta)
         assert_agree(our_loss(tokens, with_prompt), wanted, rtol=rtol)
         assert abs(our_loss(tokens, of_answers)[0] / wanted[0] - 1) > 1e-3
-        # The first token of all is never predicted: a prompt of one is no prompt.
+        # The first token is never predicted, so a prompt of one token counts as none.
         tokens = logits(index, dtype, prompts=(1, 1), lengths=(5, 5))
         wanted = free_loss("orpo", tokens, beta=beta)
         assert_agree(our_loss(tokens, of_answers), wanted, rtol=rtol)
@@ -280,7 +280,7 @@ def test_orpo_certain():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tpo(dtype):
-    """DPO without a reference, or SimPO, beside the likelihood of a gold answer."""
+    """DPO without a reference, or SimPO, plus the likelihood of a gold answer."""
     options = {"loss_type": "sigmoid", "beta": 0.3}
     cpo = functools.partial(losses.cpo, beta=0.3, nll_weight=0.0)
 

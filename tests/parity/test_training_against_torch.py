@@ -57,11 +57,11 @@ def batches(model, pairs_file):
     options = data.DataOptions(
         max_length=128, max_prompt_length=64, max_pairs=100, heldout_fraction=0.0
     )
-    plan = data.make_plan(
+    plan = data.make_splits(
         data.open_source(str(pairs_file)), data.load_tokenizer(str(model)), options
     )
-    shape = data.batch_shape(plan.train)
-    return data.batches(plan.train, shape=shape, batch_size=BATCH, seed=7, threads=0)
+    layout = data.padded_layout(plan.train, batch_size=BATCH)
+    return layout.batches(plan.train, data.uniform(plan.train, 7), threads=0)
 
 
 def torch_logps(model, batch):

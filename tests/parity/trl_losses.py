@@ -1,6 +1,6 @@
-"""Given tensors through TRL's own trainers, and the same tensors through jaxpref.
+"""Runs given tensors through TRL's own trainers and through jaxpref.
 
-A trainer is made without its constructor, which wants a model, a tokeniser and a data
+A trainer is made without its constructor, which wants a model, a tokenizer and a data
 set: it gets the attributes that its `compute_loss` reads, from the defaults of its own
 config class.  Its model is a stand-in that answers with numbers of the test's choosing,
 token log-probs or logits.  Everything after the model is TRL's own code.
@@ -51,18 +51,18 @@ BATCHES = (
     {"seed": 3, "pairs": 8, "spread": 4.0},
     {"seed": 4, "pairs": 8, "spread": 0.25, "far": 3.3},
 )
-"""The last has log-ratios of thousands of nats beside ordinary ones."""
+"""The last one mixes log-ratios of thousands of nats with ordinary ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One loss in TRL's words and in ours."""
+    """One loss in TRL and in jaxpref."""
 
     trl: dict
     loss: str
     options: dict
     batches: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """On which of `BATCHES` TRL's formula is finite and accurate; see the table."""
+    """The `BATCHES` on which TRL's formula is finite and accurate; see the table."""
     dtypes: tuple[str, ...] = DTYPES
 
     def __str__(self):
@@ -84,7 +84,7 @@ def exact(rng, low, high, shape) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A batch as TRL lays it out: chosen rows first, then rejected, padded right.
+    """A batch in TRL's layout: chosen rows first, then rejected, padded on the right.
 
     R rows, L tokens, V words; TPO has a third branch of rows, its gold answers.
     """
@@ -93,7 +93,7 @@ class Tokens:
     mask: torch.Tensor  # [R, L], 1 where completion
     attention: torch.Tensor  # [R, L], 1 where prompt or completion
     policy: torch.Tensor
-    """What gradients are taken at: log-probs of tokens 1 to L-1, [R, L-1], or logits,
+    """Variables of the gradients: log-probs of tokens 1 to L-1, [R, L-1], or logits,
     [R, L, V]."""
     reference: torch.Tensor  # [R, L-1]
     log_squares: torch.Tensor  # [R, L-1], log sum_v pi(v)^2
@@ -119,12 +119,12 @@ class Tokens:
 
     @functools.cached_property
     def token_logps(self) -> torch.Tensor:
-        """0 outside the completion, as TRL's models answer."""
+        """0 outside the completion, as in TRL."""
         return self.all_logps * self.targets
 
     @functools.cached_property
     def arrays(self) -> dict[str, torch.Tensor]:
-        """What losses read, by name, connected to `policy`."""
+        """The arrays that losses read, by name, connected to `policy`."""
         lengths = self.targets.sum(1)
         of_each = lengths.chunk(self.branches)
         shared = torch.minimum(*of_each[:2]).repeat(self.branches)
@@ -159,7 +159,7 @@ def draw(
     lengths=(1, 8),
     branches=2,
 ):
-    """A random batch whose log-ratios are up to `spread` nats a token.
+    """A random batch whose log-ratios are up to `spread` nats per token.
 
     Rows are up to 10^`far` times further from the reference.  `prompts` and `lengths`
     are the least and the most tokens of a prompt and of a completion.
@@ -175,7 +175,7 @@ def draw(
     logps = exact(rng, -3, -0.25, tokens.shape)
     ratios = exact(rng, -spread, spread, tokens.shape)
     ratios = np.round(ratios * 10 ** rng.uniform(0, far, (rows, 1)) * 2**10) / 2**10
-    # Above every log-prob, so that no answer is likelier than a sampled one.
+    # Above every log-prob, so that no answer is more likely than a sampled one.
     squares = exact(rng, -0.25, 0, tokens.shape)
     policy = torch.tensor(logps * tokens, dtype=dtype)
     if logits:
@@ -194,12 +194,12 @@ def draw(
 
 @functools.cache
 def batch(index, dtype, **options) -> Tokens:
-    """Drawn once: the tests only read it."""
+    """Drawn once, because the tests only read it."""
     return draw(dtype=dtype, **BATCHES[index], **options)
 
 
-class Says(torch.nn.Module):
-    """A model that answers with given tensors, whatever it is asked.
+class FixedOutput(torch.nn.Module):
+    """A model that returns given tensors for any input.
 
     Asked for the mismatched sequences of a KTO batch, it answers with theirs.
     """
@@ -222,7 +222,7 @@ class Says(torch.nn.Module):
 
 
 def trainer(kind, config, model, **options):
-    """A trainer without its constructor: what `compute_loss` reads, and no more."""
+    """A trainer without its constructor, with only what `compute_loss` reads."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     unknown = set(options) - set(fields)
     assert not unknown, unknown
@@ -262,20 +262,22 @@ def default(field):
 
 def dpo_trainer(tokens: Tokens, loss_type="sigmoid", **options) -> DPOTrainer:
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    model = Says(log_probs=tokens.token_logps, log_sum_sq_probs=tokens.log_squares)
+    model = FixedOutput(
+        log_probs=tokens.token_logps, log_sum_sq_probs=tokens.log_squares
+    )
     made = trainer(DPOTrainer, DPOConfig, model, loss_type=names, **options)
     made.loss_types = names
     made.loss_weights = options.get("loss_weights") or [1.0] * len(names)
-    made.ref_model = Says(log_probs=tokens.reference)
+    made.ref_model = FixedOutput(log_probs=tokens.reference)
     return made
 
 
 def kto_trainer(tokens: Tokens, mismatched: Tokens, **options) -> KTOTrainer:
-    model = Says(mismatched, log_probs=tokens.token_logps)
+    model = FixedOutput(mismatched, log_probs=tokens.token_logps)
     made = trainer(KTOTrainer, KTOConfig, model, **options)
     made.calculate_KL = made.loss_type == "kto"
     reference = dataclasses.replace(mismatched, policy=mismatched.reference)
-    made.ref_model = Says(reference, log_probs=tokens.reference)
+    made.ref_model = FixedOutput(reference, log_probs=tokens.reference)
     return made
 
 
@@ -297,7 +299,7 @@ def kto_arrays(tokens: Tokens, mismatched: Tokens, desirable: torch.Tensor) -> d
 def reference_free(kind: str, tokens: Tokens, **options):
     """A CPO or ORPO trainer on logits, and its batch."""
     trainers = {"cpo": (CPOTrainer, CPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}
-    made = trainer(*trainers[kind], Says(logits=tokens.policy), **options)
+    made = trainer(*trainers[kind], FixedOutput(logits=tokens.policy), **options)
     inputs = {}
     for row, side in enumerate(("chosen", "rejected")):
         ids, mask, attention = (
@@ -310,12 +312,12 @@ def reference_free(kind: str, tokens: Tokens, **options):
 
 
 def tpo_trainer(tokens: Tokens, **options) -> TPOTrainer:
-    return trainer(TPOTrainer, TPOConfig, Says(logits=tokens.policy), **options)
+    return trainer(TPOTrainer, TPOConfig, FixedOutput(logits=tokens.policy), **options)
 
 
 def reward_trainer(rewards: torch.Tensor, **options) -> RewardTrainer:
     """`rewards`: chosen first, then rejected, [2B, 1]."""
-    return trainer(RewardTrainer, RewardConfig, Says(logits=rewards), **options)
+    return trainer(RewardTrainer, RewardConfig, FixedOutput(logits=rewards), **options)
 
 
 def theirs(made, inputs, leaf) -> tuple[float, np.ndarray]:
@@ -343,12 +345,12 @@ def mean(loss, **options):
 
 
 def likelihood(logps, lengths):
-    """As TRL has it: the mean over all tokens of the batch."""
+    """As in TRL: the mean over all tokens of the batch."""
     return jnp.sum(losses.sft(logps)) / jnp.sum(lengths)
 
 
 def ours(objective, arrays: dict[str, torch.Tensor], leaf) -> tuple[float, np.ndarray]:
-    """jaxpref's loss on `arrays` and its gradient at `leaf`, pulled back by torch."""
+    """jaxpref's loss on `arrays` and its gradient at `leaf`, through torch."""
     tensors = [arrays[name] for name in reads(objective)]
     moving = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
     double = leaf.dtype == torch.float64
@@ -367,7 +369,7 @@ def our_loss(tokens: Tokens, objective) -> tuple[float, np.ndarray]:
 
 
 def assert_agree(left, right, dtype="float32", rtol=None):
-    """Value relative to itself, gradient to its largest entry.
+    """Compares values relatively, and gradients relative to their largest entry.
 
     1e-6 in float32; 1e-12 in float64, where a formula that differs has no excuse.
     """

@@ -1,4 +1,4 @@
-"""The plan: read, check, tokenise, drop, split and flip, once, before any batch."""
+"""From a source to training and held-out data: read, tokenize, drop, split, flip."""
 
 import collections
 import dataclasses
@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref.data.formats import (
+from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
+from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.labels import exchanged
+from jaxpref.data.noise import flip_symmetric, read_rates
+from jaxpref.data.options import DEFAULTS, DataOptions, InjectOptions
+from jaxpref.data.records import (
     IDENTICAL,
     Example,
     expand,
     parse,
-    parse_prompt,
     prompt_key,
 )
-from jaxpref.data.hashing import hash_uniforms
-from jaxpref.data.labels import exchanged
-from jaxpref.data.noise import flip_symmetric, read_rates
-from jaxpref.data.options import DEFAULTS, DataOptions
-from jaxpref.data.pairs import Pairs, PairsBuilder
 from jaxpref.data.sources import Source
-from jaxpref.data.tokenize import Tokens, encode_prompt, tokenize
+from jaxpref.data.tokenize import Tokens, tokenize
 from jaxpref.errors import InputError
 from jaxpref.runtime import heartbeat
 
@@ -33,12 +32,12 @@ _CHUNK_CHARACTERS = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The pairs of a run, and what was left out."""
+class Splits:
+    """The data of a run, and counts of what was left out."""
 
-    train: Pairs
+    train: PreferenceDataset
     """To train on; labels with the injected noise."""
-    heldout: Pairs
+    heldout: PreferenceDataset
     """To evaluate on; labels as in the file."""
     report: dict[str, int]
     """Counts: rows read, kept, dropped (by reason), cut and flipped."""
@@ -53,21 +52,21 @@ class Plan:
         )
 
 
-def make_plan(
+def make_splits(
     source: Source,
     tokenizer: Any,
     options: DataOptions = DEFAULTS,
     *,
     sides: int = 2,
-) -> Plan:
-    """Turn a source into tokenised, split and (if asked) noised pairs.
+) -> Splits:
+    """Turn a source into tokenized, split and (if asked) flipped pairs.
 
     A pair's id is the hash of its content before flipping plus its occurrence, so the
     third copy of a row ends in "-2".  Splits are decided by hash of the prompt and
     flips by hash of the id: neither depends on the order of rows or on other rows.
     A record with several traces is a pair for each of them, with an id of its own; its
     one label is flipped, by hash of the record, in all of them or in none.  Held-out
-    labels are never flipped.  `flips` is true where the label is known to be
+    labels are never flipped.  `is_flipped` is true where the label is known to be
     wrong, by the file or by injected noise; flipped by both, it is right again.
 
     Args:
@@ -79,21 +78,22 @@ def make_plan(
     Raises:
       InputError: a record is malformed, or none is left.
     """
-    return _make_plan([(source, _as_it_is)], tokenizer, options, sides)
+    return _make_splits([(source, _unchanged)], tokenizer, options, sides)
 
 
-def make_mixed_plan(
+def make_mixed_splits(
     source: Source,
     tokenizer: Any,
     options: DataOptions = DEFAULTS,
     *,
     empty: Source | None = None,
-) -> Plan:
-    """The plan of a run that mixes pairs with traces and pairs with an empty trace.
+) -> Splits:
+    """The splits of a run that mixes pairs with traces and pairs with an empty trace.
 
-    Both kinds are in the same `Pairs`, told apart by `Pairs.empty`.  As `make_plan`,
-    and beside that: every pair without a trace is given an empty one, and without a
-    source of its own, so is every record with traces, once more, with its answers.
+    Both kinds are in one dataset, whose column `empty_trace` distinguishes them.  As
+    `make_splits`, except that every pair without a trace is given an empty one.
+    Without a source of its own for them, every record with traces is also used a second
+    time, with its answers alone.
 
     Args:
       source: records with traces; others of it count among those with an empty one.
@@ -102,18 +102,20 @@ def make_mixed_plan(
       empty: records without traces, made with thinking switched off.
 
     Raises:
-      InputError: as for `make_plan`; or one kind is not there at all.
+      InputError: as for `make_splits`; or there is no pair of one kind.
     """
     parts = [(source, _with_empty_too if empty is None else _with_empty)]
     if empty is not None:
         parts += [(empty, _only_empty)]
-    plan = _make_plan(parts, tokenizer, options, 2)
-    is_empty = np.concatenate([plan.train.empty, plan.heldout.empty])
+    splits = _make_splits(parts, tokenizer, options, 2)
+    is_empty = np.concatenate(
+        [part.columns["empty_trace"] for part in (splits.train, splits.heldout)]
+    )
     counts = {
         "with a trace": int((~is_empty).sum()),
         "with an empty trace": int(is_empty.sum()),
     }
-    plan = dataclasses.replace(plan, report=plan.report | counts)
+    splits = dataclasses.replace(splits, report=splits.report | counts)
     for kind, where, cure in (
         ("with a trace", source, "write the sides as {trace, answer}"),
         ("with an empty trace", empty or source, "their answers must differ"),
@@ -121,16 +123,16 @@ def make_mixed_plan(
         if not counts[kind]:
             raise InputError(
                 f"{where.location(0)} and all after it: no pair {kind} is left"
-                f" ({plan.describe()}); {cure}"
+                f" ({splits.describe()}); {cure}"
             )
-    return plan
+    return splits
 
 
-PairsOf = Callable[[Example, str], list[Example]]
-"""`(record, place) -> pairs`: what a record is in a run."""
+ToPairs = Callable[[Example, str], list[Example]]
+"""`(record, place) -> pairs`: the pairs that a run makes of a record."""
 
 
-def _as_it_is(example: Example, place: str) -> list[Example]:
+def _unchanged(example: Example, place: str) -> list[Example]:
     return expand(example)
 
 
@@ -152,122 +154,139 @@ def _only_empty(example: Example, place: str) -> list[Example]:
     return [dataclasses.replace(example, empty=True)]
 
 
-def _make_plan(
-    parts: Sequence[tuple[Source, PairsOf]],
+def _make_splits(
+    parts: Sequence[tuple[Source, ToPairs]],
     tokenizer: Any,
     options: DataOptions,
     sides: int,
-) -> Plan:
-    if options.injects_noise and sides == 1:
-        raise InputError("flip_rate needs pairs: a plain completion cannot be flipped")
-    rates = read_rates(options.flip_annotators) if options.flip_annotators else {}
+) -> Splits:
+    if options.inject.active and sides == 1:
+        raise InputError(
+            "--inject needs pairs: a single completion has no label to flip"
+        )
+    rates = read_rates(options.inject.annotators) if options.inject.annotators else {}
     counts = collections.Counter()
-    copies: collections.Counter[str] = collections.Counter()
-    records: collections.Counter[str] = collections.Counter()
-    train, heldout = PairsBuilder(sides), PairsBuilder(sides)
-    limit = sys.maxsize if options.max_pairs is None else options.max_pairs
-    for number, (source, pairs_of) in enumerate(parts):
-        kept, last = 0, -1
-        chunks = _chunks(number, source, pairs_of, options, sides, counts, records)
-        for items in chunks:
-            heartbeat.beat(f"reading {source.location(items[-1].row)}")
-            results = tokenize(
-                [item.example for item in items],
-                [source.location(item.row) for item in items],
-                tokenizer,
-                max_length=options.max_length,
-                max_prompt_length=options.longest_prompt,
-                markers=options.markers,
-            )
-            for item, result in zip(items, results):
-                if isinstance(result, str):
-                    counts[f"dropped: {result}"] += 1
-                elif kept < limit or item.row == last:
-                    pair_id = _unique_id(item.example, copies)
-                    _add(train, heldout, item, result, pair_id, options, rates, counts)
-                    kept, last = kept + 1, item.row
-            if kept >= limit:
-                break
-    source, _ = parts[0]
+    train, heldout = DatasetBuilder(sides), DatasetBuilder(sides)
+    for pair in _read(parts, tokenizer, options, sides, counts):
+        _add(train, heldout, pair, options, rates, counts)
+    place = f"{parts[0][0].location(0)} and all after it"
     counts.update(train=len(train), heldout=len(heldout))
     if not len(train) + len(heldout):
         dropped = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
-        raise InputError(
-            f"{source.location(0)} and all after it: no record is left ({dropped})"
-        )
+        raise InputError(f"{place}: no record is left ({dropped})")
     names = sorted(train.annotators() | heldout.annotators())
     if rates and not rates.keys() & set(names):
         raise InputError(
-            f"{options.flip_annotators}: no pair of {source.location(0)} and all after "
-            f"it is by one of its annotators; the pairs' are "
-            f"{', '.join(names[:5]) or 'not named'}"
+            f"{options.inject.annotators}: no pair of {place} is by one of its "
+            f"annotators; the pairs' are {', '.join(names[:5]) or 'not named'}"
         )
-    pairs = (train.build(names), heldout.build(names))
-    digest = hashlib.sha256("".join(p.digest() for p in pairs).encode()).hexdigest()
-    return Plan(*pairs, report=dict(counts), digest=digest)
+    datasets = (train.build(names), heldout.build(names))
+    digest = hashlib.sha256("".join(x.digest() for x in datasets).encode()).hexdigest()
+    return Splits(*datasets, report=dict(counts), digest=digest)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Item:
-    """One pair on its way into the plan."""
+class _Pair:
+    """One pair before it is tokenized."""
 
     source: int
-    """Its number; see `Pairs.sources`."""
+    """Index of its source."""
     row: int
     record_id: str
     """As a pair's id, of the whole record."""
     example: Example
 
 
+@dataclasses.dataclass(frozen=True)
+class _TokenizedPair(_Pair):
+    id: str
+    tokens: Tokens
+
+
+def _read(
+    parts: Sequence[tuple[Source, ToPairs]],
+    tokenizer: Any,
+    options: DataOptions,
+    sides: int,
+    counts: collections.Counter,
+) -> Iterator[_TokenizedPair]:
+    """Tokenized pairs of all sources, at most `max_pairs` of each, whole records."""
+    copies: collections.Counter[str] = collections.Counter()
+    records: collections.Counter[str] = collections.Counter()
+    limit = sys.maxsize if options.max_pairs is None else options.max_pairs
+    for number, (source, to_pairs) in enumerate(parts):
+        count, last = 0, -1
+        chunks = _chunks(number, source, to_pairs, options, sides, counts, records)
+        for pairs in chunks:
+            heartbeat.beat(f"reading {source.location(pairs[-1].row)}")
+            results = tokenize(
+                [pair.example for pair in pairs],
+                [source.location(pair.row) for pair in pairs],
+                tokenizer,
+                max_length=options.max_length,
+                max_prompt_length=options.longest_prompt,
+                markers=options.markers,
+            )
+            for pair, result in zip(pairs, results):
+                if isinstance(result, str):
+                    counts[f"dropped: {result}"] += 1
+                elif count < limit or pair.row == last:
+                    name = _unique_id(pair.example, copies)
+                    yield _TokenizedPair(**vars(pair), id=name, tokens=result)
+                    count, last = count + 1, pair.row
+            if count >= limit:
+                break
+
+
 def _add(
-    train: PairsBuilder,
-    heldout: PairsBuilder,
-    item: _Item,
-    tokens: Tokens,
-    pair_id: str,
+    train: DatasetBuilder,
+    heldout: DatasetBuilder,
+    pair: _TokenizedPair,
     options: DataOptions,
     rates: Mapping[str, float],
     counts: collections.Counter,
 ) -> None:
-    """Decide split and label of one pair, and store it."""
-    example = item.example
+    """Decides split and label of one pair, and stores it."""
+    example, tokens = pair.example, pair.tokens
     (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_fraction
-    rate = _flip_rate(example, options, rates)
-    (flip,) = flip_symmetric([item.record_id], rate=rate, seed=options.flip_seed)
+    rate = _flip_rate(example, options.inject, rates)
+    (flip,) = flip_symmetric([pair.record_id], rate=rate, seed=options.inject.seed)
     flip = bool(flip) and not hold
     counts["prompts cut"] += tokens.prompt_cut
     counts["completions cut"] += tokens.completions_cut
     counts["traces cut"] += tokens.traces_cut
     counts["flipped"] += flip
     counts["flips in the file"] += example.flip
+    columns = {
+        "is_flipped": example.flip != flip,
+        "row": pair.row,
+        "source": pair.source,
+        "empty_trace": example.empty,
+    }
     (heldout if hold else train).add(
         tokens.prompt,
         tokens.completions[::-1] if flip else tokens.completions,
-        id=pair_id,
-        flip=example.flip != flip,
+        id=pair.id,
         annotator=example.annotator,
-        row=item.row,
-        source=item.source,
-        empty=example.empty,
-        labels=exchanged(example.labels) if flip else example.labels,
+        columns=columns | (exchanged(example.labels) if flip else example.labels),
     )
 
 
 def _flip_rate(
-    example: Example, options: DataOptions, rates: Mapping[str, float]
+    example: Example, inject: InjectOptions, rates: Mapping[str, float]
 ) -> float:
     """How often this pair's label is flipped: by annotator, by length, or as all."""
     if example.annotator in rates:
         return rates[example.annotator]
-    if options.flip_longer is not None:
+    if inject.longer is not None:
         # Characters and not tokens: the same pairs are flipped for every model.
         chosen, rejected = (
             len(text if isinstance(text, str) else text["content"])
             for text in example.completions
         )
-        return options.flip_longer if chosen > rejected else options.flip_rate
-    return options.flip_rate
+        return inject.longer if chosen > rejected else inject.flip_rate
+    return inject.flip_rate
 
 
 def _unique_id(example: Example, copies: collections.Counter) -> str:
@@ -279,18 +298,18 @@ def _unique_id(example: Example, copies: collections.Counter) -> str:
 def _chunks(
     number: int,
     source: Source,
-    pairs_of: PairsOf,
+    to_pairs: ToPairs,
     options: DataOptions,
     sides: int,
     counts: collections.Counter,
     records: collections.Counter,
-) -> Iterator[list[_Item]]:
+) -> Iterator[list[_Pair]]:
     """Checked pairs, few and short enough at a time for the tokenizer's memory."""
     size = min(_CHUNK_ROWS, options.max_pairs or _CHUNK_ROWS)
-    items: list[_Item] = []
+    items: list[_Pair] = []
     characters = 0
     rows = tqdm(
-        range(len(source)), desc="tokenise", unit="row", leave=False, disable=None
+        range(len(source)), desc="tokenize", unit="row", leave=False, disable=None
     )
     for row in rows:
         place = source.location(row)
@@ -306,46 +325,14 @@ def _chunks(
             counts[f"dropped: {example}"] += 1
             continue
         record_id = _unique_id(example, records)
-        for pair in pairs_of(example, place):
+        for pair in to_pairs(example, place):
             if pair.is_identical:
                 counts[f"dropped: {IDENTICAL}"] += 1
                 continue
-            items.append(_Item(number, row, record_id, pair))
+            items.append(_Pair(number, row, record_id, pair))
             characters += pair.num_characters()
         if len(items) >= size or characters >= _CHUNK_CHARACTERS:
             yield items
             items, characters = [], 0
     if items:
         yield items
-
-
-def read_prompts(
-    source: Source,
-    tokenizer: Any,
-    *,
-    limit: int,
-    max_prompt_length: int = DEFAULTS.longest_prompt,
-) -> tuple[list[str], list[list[int]]]:
-    """The first `limit` different prompts of a source, as they are in training.
-
-    Returns:
-      The text of each (of a conversation its last message), and its tokens.
-    """
-    texts: list[str] = []
-    tokens: list[list[int]] = []
-    seen: set[str] = set()
-    for row in range(len(source)):
-        place = source.location(row)
-        prompt = parse_prompt(source[row], place)
-        if prompt is None or prompt_key(prompt) in seen:
-            continue
-        seen.add(prompt_key(prompt))
-        texts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-        tokens.append(
-            encode_prompt(
-                tokenizer, prompt, place=place, max_prompt_length=max_prompt_length
-            )
-        )
-        if len(texts) == limit:
-            break
-    return texts, tokens

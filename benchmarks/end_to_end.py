@@ -1,0 +1,376 @@
+r"""How long does the plain command take, from the shell to the exported model?
+
+Times `jaxpref train` and TRL's plain DPOTrainer on the same job: start, read and
+tokenize a preference file, load the model, score the reference, compile, take some
+steps, save and export. Each run is a process of its own; the two systems take turns.
+
+What is the same
+    The weights (float32), the file, the loss, the longest sequence, the pairs per step,
+    the number of steps, and all cores. Each system takes the pairs in its own order,
+    and everything else is as it comes: jaxpref also evaluates on held-out pairs, TRL
+    recomputes activations, keeps the start of long sequences and has no evaluation.
+
+Caches
+    cold: compiled programs, reference scores and TRL's tokenized data are in folders
+    that are new in every round. warm: the same command again, with the same folders and
+    another output folder.
+
+Commands
+    The smallest model, as in RESULTS.md, and SmolLM2-135M cut to four layers:
+
+        python -m benchmarks.end_to_end --model stories260k-hf --data hh.jsonl.gz \
+            --loss rdpo --steps 8 --batch 32 --max-length 512 --json end_to_end.json
+        python -m benchmarks.end_to_end --model smollm2 --data hh.jsonl.gz --layers 4 \
+            --json end_to_end.json
+
+What is written
+    `runs`: one record a process, with `seconds` (wall clock), `cpu_seconds` (of all
+    cores; other work on the machine changes them less), `peak_mib` (resident memory of
+    the process and its children together, sampled) and `phases`: seconds by name.
+    jaxpref's phases are read from OUT/timings.json where a run writes it:
+
+        {"start": s, "tokenize": s, "compile": s, "reference": s, "steps": s,
+         "export": s}
+
+    Phases do not overlap; what they leave of the wall clock is shown as `other`.
+    `medians`: over rounds, by system and caches. `ratios`: of the medians, jaxpref to
+    TRL. A system that cannot be run is in `missing`.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from benchmarks.peers.environments import Missing, python_of
+from benchmarks.peers.processes import measured
+from benchmarks.step import ROOT, cores, machine
+from jaxpref.errors import InputError
+from jaxpref.files import write_json
+from jaxpref.runtime.entry import entry_point
+
+SYSTEMS = ("jaxpref", "trl")
+CACHES = ("cold", "warm")
+MEASURES = ("seconds", "cpu_seconds", "peak_mib")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured."""
+
+    model: str
+    """Hugging Face folder with one file of weights."""
+    data: str
+    """Preference file that both systems read: JSON lines with `chosen` and `rejected`.
+    """
+    json: str
+    """File for the records."""
+    layers: int = 0
+    """Layers of the model that are left; 0 means all."""
+    loss: Literal["dpo", "rdpo"] = "dpo"
+    """The loss."""
+    flip_rate: float = 0.2
+    """That rdpo assumes."""
+    steps: int = 10
+    """Optimizer steps."""
+    batch: int = 8
+    """Pairs a step."""
+    max_length: int = 512
+    """Most tokens of a prompt and an answer together."""
+    row_length: str = ""
+    """--row-length of `jaxpref train`; its own default where this is empty."""
+    rounds: int = 3
+    """Cold and warm runs of each system."""
+    systems: str = ",".join(SYSTEMS)
+    """Which, with commas."""
+    caches: str = ",".join(CACHES)
+    """Which, with commas; warm runs follow cold ones."""
+    venvs: str = ".bench"
+    """Folder of the virtual environments, each in its system's name."""
+    trl_python: str | None = None
+    """Interpreter with TRL, in place of an environment."""
+
+    def __post_init__(self):
+        for name, known in (("systems", SYSTEMS), ("caches", CACHES)):
+            for word in getattr(self, name).split(","):
+                if word not in known:
+                    raise InputError(
+                        f"--{name}: {word!r} is not one of {', '.join(known)}"
+                    )
+        for name in ("rounds", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be positive")
+
+
+def main(options: Options) -> None:
+    """Measures round by round; what is done is written after each process."""
+    missing, pythons = [], {}
+    for system in options.systems.split(","):
+        try:
+            given = options.trl_python if system == "trl" else None
+            pythons[system] = python_of(system, Path(options.venvs), given)
+        except Missing as reason:
+            missing.append({"system": system, "reason": str(reason)})
+    written = {
+        "command": " ".join(["python -m benchmarks.end_to_end", *sys.argv[1:]]),
+        "machine": machine(),
+        "options": dataclasses.asdict(options),
+        "runs": [],
+        "medians": [],
+        "ratios": [],
+        "missing": missing,
+    }
+    with tempfile.TemporaryDirectory(prefix="end-to-end-") as name:
+        folder = Path(name)
+        model = Path(options.model).absolute()
+        if options.layers:
+            model = cut_layers(model, folder / "model", options.layers)
+        for round_, system, caches in tqdm(schedule(options, pythons), unit="run"):
+            shared = folder / f"{system}-{round_}"
+            try:
+                found = run(options, system, pythons[system], model, shared)
+            except Missing as reason:
+                missing.append({"system": system, "reason": str(reason)})
+                continue
+            if caches in options.caches.split(","):
+                record = {"system": system, "caches": caches, "round": round_}
+                written["runs"].append(record | found)
+            written["medians"] = medians(written["runs"])
+            written["ratios"] = ratios(written["medians"])
+            write_json(options.json, written)
+    print(table(written))
+
+
+def schedule(
+    options: Options, pythons: Mapping[str, str]
+) -> list[tuple[int, str, str]]:
+    """(round, system, caches) in the order in which they are run."""
+    # A warm run needs the cold one before it, wanted or not.
+    caches = CACHES if "warm" in options.caches else CACHES[:1]
+    return [
+        (round_, system, state)
+        for round_ in range(options.rounds)
+        for state in caches
+        for system in pythons
+    ]
+
+
+def cut_layers(source: Path, target: Path, layers: int) -> Path:
+    """A copy of a model folder with its first layers alone; weights keep their dtype.
+
+    Raises:
+      InputError: if the folder has no file `model.safetensors` or no such layers.
+    """
+    weights = source / "model.safetensors"
+    if not weights.exists():
+        raise InputError(f"{weights}: not there; --layers needs one file of weights")
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    if not 0 < layers <= config["num_hidden_layers"]:
+        raise InputError(
+            f"--layers {layers}: the model has {config['num_hidden_layers']}"
+        )
+    config["num_hidden_layers"] = layers
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    for path in (target, target / "config.json"):
+        path.chmod(path.stat().st_mode | 0o200)  # the source may be read-only
+    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    content = weights.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header, parts, length = {}, [], 0
+    for name, entry in json.loads(content[8:begin]).items():
+        if name == "__metadata__":
+            header[name] = entry
+        elif layer_of(name) < layers:
+            first, last = entry["data_offsets"]
+            parts.append(content[begin + first : begin + last])
+            offsets = [length, length + last - first]
+            header[name] = entry | {"data_offsets": offsets}
+            length = offsets[1]
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    size = len(head).to_bytes(8, "little")
+    (target / weights.name).write_bytes(b"".join([size, head, *parts]))
+    return target
+
+
+def layer_of(name: str) -> int:
+    """The layer that a tensor belongs to; -1 for those of no layer."""
+    before, found, after = name.partition(".layers.")
+    return int(after.split(".")[0]) if found else -1
+
+
+def run(options: Options, system: str, python: str, model: Path, shared: Path) -> dict:
+    """Seconds, memory and phases of one run.
+
+    Args:
+      options: what is measured.
+      system: "jaxpref" or "trl".
+      python: its interpreter.
+      model: folder of the model.
+      shared: folder of the caches, used again by the warm run.
+
+    Raises:
+      Missing: it failed; why, in one line.
+    """
+    shared.mkdir(exist_ok=True)
+    out = Path(tempfile.mkdtemp(dir=shared))
+    if system == "jaxpref":
+        command = [python, "-m", "jaxpref", *train_arguments(options, model, out)]
+        timings = out / "timings.json"
+    else:
+        job = {name: getattr(options, name) for name in ("batch", "steps", "loss")}
+        job |= {"max_length": options.max_length, "flip_rate": options.flip_rate}
+        job |= {"model": str(model), "data": str(Path(options.data).absolute())}
+        job |= {"out": str(out), "threads": cores(), "started": time.time()}
+        (shared / "job.json").write_text(json.dumps(job), "utf-8")
+        script, timings = "benchmarks/peers/train_trl.py", out / "timings.json"
+        command = [python, str(ROOT / script), str(shared / "job.json"), str(timings)]
+    with (shared / "log").open("w+", encoding="utf-8", errors="replace") as log:
+        took = measured(command, environment(system, shared), log)
+        log.seek(0)
+        *_, last = [line for line in log.read().splitlines() if line] or ["no message"]
+    if took.code == -9:
+        raise Missing("killed, most likely because memory ran out")
+    if took.code or not (out / "export" / "model.safetensors").exists():
+        raise Missing(f"ended with code {took.code}: {last}"[:300])
+    return {
+        **{name: getattr(took, name) for name in MEASURES},
+        "phases": read_phases(timings, took.seconds),
+    }
+
+
+def train_arguments(options: Options, model: Path, out: Path) -> list[str]:
+    """What is typed after `jaxpref`."""
+    given = {
+        "model": model,
+        "data": Path(options.data).absolute(),
+        "out": out,
+        "loss": options.loss,
+        "max-steps": options.steps,
+        "batch-size": options.batch,
+        "max-length": options.max_length,
+    }
+    if options.loss == "rdpo":
+        given["loss.flip-rate"] = options.flip_rate
+    if options.row_length:
+        given["row-length"] = options.row_length
+    return ["train", *(str(x) for flag, v in given.items() for x in (f"--{flag}", v))]
+
+
+def environment(system: str, shared: Path) -> dict[str, str]:
+    """Environment variables of a run: its caches, and the processor alone."""
+    environ = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "JAXPREF_CACHE": str(shared / "cache"),
+        "HF_HOME": str(shared / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    # Compiled programs then lie in the folder above, the small ones too, as they do for
+    # whoever sets nothing.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONPATH"):
+        environ.pop(name, None)
+    if system == "jaxpref":
+        environ["PYTHONPATH"] = str(ROOT)
+    return environ
+
+
+def read_phases(path: Path, seconds: float) -> dict[str, float]:
+    """Seconds by phase, and `other`; empty where the run writes none."""
+    if not path.exists():
+        return {}
+    phases = json.loads(path.read_text("utf-8"))
+    return phases | {"other": seconds - sum(phases.values())}
+
+
+def medians(runs: Sequence[Mapping]) -> list[dict]:
+    """One record a system and state of the caches: medians over rounds."""
+    groups: dict[tuple, list] = {}
+    for record in runs:
+        groups.setdefault((record["caches"], record["system"]), []).append(record)
+    found = []
+    for (caches, system), same in sorted(groups.items()):
+        seconds = [record["seconds"] for record in same]
+        phases = [record["phases"] for record in same if record["phases"]]
+        names = phases[0] if phases else ()
+        found.append(
+            {
+                "system": system,
+                "caches": caches,
+                "rounds": len(same),
+                **{
+                    name: statistics.median([r[name] for r in same])
+                    for name in MEASURES
+                },
+                "range": [min(seconds), max(seconds)],
+                "phases": {
+                    n: statistics.median([p.get(n, 0) for p in phases]) for n in names
+                },
+            }
+        )
+    return found
+
+
+def ratios(found: Sequence[Mapping]) -> list[dict]:
+    """jaxpref's time and memory as a share of TRL's, by state of the caches."""
+    by_name = {(record["caches"], record["system"]): record for record in found}
+    return [
+        {
+            "caches": caches,
+            **{
+                name: by_name[caches, "jaxpref"][name] / by_name[caches, "trl"][name]
+                for name in MEASURES
+            },
+        }
+        for caches in CACHES
+        if {(caches, system) for system in SYSTEMS} <= by_name.keys()
+    ]
+
+
+def table(written: Mapping) -> str:
+    """The records in lines of text."""
+    computer = written["machine"]
+    load = (computer["load_average"] or [0.0])[0]
+    lines = [
+        f"{computer['processor']}, {computer['cores']} cores, "
+        f"{computer['memory_gib']} GiB, load {load:.1f} before the runs",
+        f"{'system':8} {'caches':6} {'seconds':>8} {'range':>16} {'CPU s':>8}"
+        f" {'peak GiB':>9}",
+    ]
+    for r in written["medians"]:
+        low, high = r["range"]
+        spread = f"{low:.1f} to {high:.1f}"
+        lines.append(
+            f"{r['system']:8} {r['caches']:6} {r['seconds']:8.1f} {spread:>16}"
+            f" {r['cpu_seconds']:8.1f} {r['peak_mib'] / 1024:9.2f}"
+        )
+    for r in written["medians"]:
+        phases = [f"{name} {value:.1f}" for name, value in r["phases"].items()]
+        listed = ", ".join(phases) or "no phases were written"
+        lines.append(f"{r['system']}, {r['caches']}: {listed}")
+    for r in written["ratios"]:
+        lines.append(
+            f"{r['caches']} caches: {r['seconds']:.2f} of TRL's time,"
+            f" {r['cpu_seconds']:.2f} of its CPU seconds, {r['peak_mib']:.2f} of its"
+            " memory"
+        )
+    for entry in written["missing"]:
+        lines.append(f"missing: {entry['system']}: {entry['reason']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with entry_point():
+        main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,47 @@
+"""`jaxpref audit`."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxpref.cli import help
+from jaxpref.cli.options import Option, Part, options_of, parse
+from jaxpref.cli.words import split
+from jaxpref.evaluate import audit as label_audit
+
+COMMAND = "jaxpref audit"
+PARTS = {"config": Part(label_audit.AuditConfig)}
+
+
+def command(argv: Sequence[str]) -> None:
+    """Audits the labels, and writes a report."""
+    config = parse(PARTS, split(argv), command=COMMAND).config
+    found = label_audit.run(config)
+    from jaxpref import report
+
+    page = f"{config.out}/report.html"
+    report.write_audit(
+        page,
+        found.summary,
+        found.pairs,
+        found.suspects,
+        found.calibration,
+        command=shlex.join(["jaxpref", "audit", *argv]),
+        data=Path(config.data).name,
+    )
+    low, high = found.summary["flip_rate_interval"]
+    print(
+        f"flip rate {found.summary['flip_rate']:.3f} ({low:.3f} to {high:.3f}); {page}"
+        if found.summary["identified"]
+        else f"flip rate not identified: {found.summary['reason']}; {page}"
+    )
+
+
+def options() -> dict[str, Option]:
+    """All options."""
+    return options_of(PARTS)
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """What the command does, and its options."""
+    return help.command(COMMAND, options())

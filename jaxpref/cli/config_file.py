@@ -1,0 +1,138 @@
+"""`--config FILE` and `--print-config`: options in YAML, under the names they have.
+
+    model: HuggingFaceTB/SmolLM2-135M
+    batch-size: 64
+    loss:
+      name: rdpo
+      flip-rate: 0.2
+
+A namespace is a mapping or a prefix: `loss.flip-rate: 0.2`.  `name` in `loss` and
+`objective` is what `--loss` and `--objective` say.
+"""
+
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxpref.cli.options import Option, Parts
+from jaxpref.cli.words import Given, canonical
+from jaxpref.errors import InputError
+
+NAMED = ("loss", "objective", "objective.noise")
+"""Options whose values are names, and that are namespaces too."""
+EITHER = (("max-steps", "epochs"),)
+"""Options that replace each other."""
+
+
+def read(path: str) -> Given:
+    """The options in a file.
+
+    Raises:
+      InputError: if it cannot be read, is not YAML, or has an option twice.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected lines of `option: value`")
+    given: Given = {}
+    for name, value in _flat(content, ""):
+        words = _words(name, value)
+        for option in words:
+            if option in given:
+                raise InputError(f"--config {path}: {option} is given twice")
+        given |= words
+    return given
+
+
+def overridden(file: Given, typed: Given) -> Given:
+    """The options of a file with those that were typed in place of them.
+
+    Another loss or objective than the file's also replaces the options of the file's.
+    """
+    dropped = {name.removeprefix("no-") for name in typed}
+    for first, second in EITHER:
+        dropped |= {second} if first in typed else set()
+        dropped |= {first} if second in typed else set()
+    kept = {
+        name: words
+        for name, words in file.items()
+        if name not in typed and name.removeprefix("no-") not in dropped
+    }
+    for name in NAMED:
+        if name in typed and typed[name] != file.get(name):
+            kept = {n: w for n, w in kept.items() if not n.startswith(f"{name}.")}
+    return kept | typed
+
+
+def write(options: Mapping[str, Option], values: Mapping[str, Any]) -> str:
+    """YAML of all options, nested by namespace, that `read` reads back.
+
+    Args:
+      options: those of the command, by name.
+      values: their values; those of `NAMED` as well, where there is one.
+    """
+    import yaml
+
+    nested: dict[str, Any] = {}
+    for name in [*(n for n in NAMED if n in values), *options]:
+        *spaces, last = f"{name}.name".split(".") if name in NAMED else name.split(".")
+        inside = nested
+        for space in spaces:
+            inside = inside.setdefault(space, {})
+        inside[last] = _plain(values[name])
+    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
+
+
+def _flat(content: Mapping, prefix: str):
+    """(option name, value) of everything in nested mappings."""
+    for key, value in content.items():
+        name = canonical(f"{prefix}.{key}" if prefix else str(key))
+        if isinstance(value, dict):
+            yield from _flat(value, name)
+        elif prefix in NAMED and key == "name":
+            yield prefix, value
+        else:
+            yield name, value
+
+
+def _words(name: str, value: Any) -> Given:
+    """An option as it would be typed."""
+    if value is True:
+        return {name: []}
+    if value is False:
+        return {f"no-{name}": []}
+    if isinstance(value, list):
+        return {name: [str(item) for item in value]}
+    return {name: [str(value)]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def values_of(parts: Parts, parsed: Any) -> dict[str, Any]:
+    """Option name -> value, of an object with a field for each part."""
+    found: dict[str, Any] = {}
+    for field, part in parts.items():
+        found |= _values(getattr(parsed, field), part.prefix)
+    return found
+
+
+def _values(instance: Any, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field, value in vars(instance).items():
+        name = canonical(f"{prefix}.{field}" if prefix else field)
+        if hasattr(value, "__dataclass_fields__"):
+            found |= _values(value, name)
+        else:
+            found[name] = value
+    return found

@@ -1,0 +1,26 @@
+"""`jaxpref evaluate`."""
+
+from collections.abc import Sequence
+
+from jaxpref.cli import help
+from jaxpref.cli.options import Option, Part, options_of, parse
+from jaxpref.cli.words import split
+from jaxpref.evaluate import pairs
+
+COMMAND = "jaxpref evaluate"
+PARTS = {"config": Part(pairs.EvaluateConfig)}
+
+
+def command(argv: Sequence[str]) -> None:
+    """Scores pairs and writes metrics."""
+    pairs.run(parse(PARTS, split(argv), command=COMMAND).config)
+
+
+def options() -> dict[str, Option]:
+    """All options."""
+    return options_of(PARTS)
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """What the command does, and its options."""
+    return help.command(COMMAND, options())

@@ -1,0 +1,105 @@
+"""`jaxpref COMMAND`: finds the command and runs it."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from jaxpref.cli.completion import SHELLS, completion_script
+from jaxpref.cli.words import closest, take
+from jaxpref.errors import InputError
+
+COMMANDS = {
+    "train": "Train a model on preference pairs or, with --loss sft, on completions.",
+    "evaluate": "Score preference pairs with a model and its reference, or a reward"
+    " model.",
+    "sample": "Generate completions of prompts.",
+    "audit": "Find the labels in a preference file that are probably wrong, and whose.",
+    "plan": "Check whether a run fits a TPU slice, and estimate its speed, without"
+    " a TPU.",
+}
+"""What each command does, in a line; `jaxpref.cli.NAME.command` does it."""
+
+PROCESSES = """\
+Several processes that share a run find each other on Cloud TPU, on GKE and under
+Slurm.  Anywhere else, add to any command --coordinator HOST:PORT --processes N
+--process-id I, where process 0 runs on HOST."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; wrong input is one line on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (argv + [""])[0], argv[1:]
+    if name in ("", "-h", "--help", "help"):
+        print(_overview())
+        sys.exit(0 if name else 2)
+    if name == "--completion":
+        _complete(rest)
+    if name not in COMMANDS:
+        _fail(
+            f"{name}: no such command{closest(name, COMMANDS)}; choose from "
+            f"{', '.join(COMMANDS)}"
+        )
+    module = _imported(f"jaxpref.cli.{name}")
+    if {"-h", "--help", "--help-all"} & set(rest):
+        try:
+            print(module.help_text(rest))
+        except InputError as error:
+            _fail(str(error))
+        sys.exit(0)
+    _run(module.command, rest)
+
+
+def _imported(name: str) -> ModuleType:
+    """A command's module, or one line on how to get what it needs."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "jaxpref":
+            raise
+        _fail(
+            f"the command line needs {error.name}, which comes with the train extra: "
+            'pip install "jaxpref[train]"'
+        )
+
+
+def _run(command: Callable[[Sequence[str]], None], argv: list[str]) -> None:
+    from jaxpref.runtime.entry import entry_point, fail
+    from jaxpref.runtime.mesh import PROCESS_OPTIONS
+
+    try:
+        for flag, variable in PROCESS_OPTIONS.items():
+            given, argv = take(flag, argv)
+            if given is not None:
+                os.environ[variable] = given
+    except InputError as error:
+        fail(str(error))
+    with entry_point():
+        command(argv)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {does}" for name, does in COMMANDS.items())
+    return (
+        f"usage: jaxpref COMMAND [options]\n\n{listed}\n\n"
+        "`jaxpref COMMAND --help` lists a command's options.  `jaxpref --completion "
+        "bash`\n(or zsh) prints a script that completes commands, options and names.\n"
+        f"\n{PROCESSES}"
+    )
+
+
+def _complete(argv: Sequence[str]) -> NoReturn:
+    shell = (list(argv) + [""])[0]
+    if shell not in SHELLS:
+        _fail(f"--completion {shell}: expected one of {', '.join(SHELLS)}")
+    print(completion_script(shell, COMMANDS))
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    # Without jax, which takes most of a second to import.
+    print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,213 @@
+"""`--loss` and `--objective`: the one table of names, options, and what they make.
+
+The options of a loss or an objective are the keyword-only parameters of its function,
+with its defaults and the help of its docstring.  Those of the loss are `--loss.NAME`,
+those of the objective `--objective.NAME`.
+"""
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from jaxpref import losses
+from jaxpref.cli.options import Part, Parts
+from jaxpref.cli.words import Given, closest
+from jaxpref.errors import InputError
+from jaxpref.objectives import (
+    Objective,
+    beta_dpo,
+    bvpo,
+    crm,
+    em,
+    em_weighted,
+    from_loss,
+    learned_rate,
+    re_po,
+    reward_regression,
+    sft,
+    trainable,
+)
+
+FACTORIES = {make.__name__: make for make in (beta_dpo, reward_regression, sft)}
+"""Losses whose objective is not their mean over the pairs: `make(**options)`."""
+
+LOSSES = {
+    name: FACTORIES.get(name) or getattr(losses, name)
+    for name in sorted({*losses.__all__, *FACTORIES})
+    if name in FACTORIES or trainable(getattr(losses, name))
+}
+"""For `--loss`: every public loss that a batch of pairs can feed."""
+
+WRAPPERS = {w.__name__: w for w in (crm, em, em_weighted, learned_rate, re_po)}
+"""For `--objective`: `wrap(loss, **options)`, what is learned beside the model."""
+
+MIXTURES = {bvpo.__name__: bvpo}
+"""For `--objective` too: `mix(objective, **options)`, whatever the objective."""
+
+NOISE = {name: make for name, make in WRAPPERS.items() if make is not crm}
+"""For `--objective.noise`: those whose gradients can be mixed."""
+
+KINDS = {
+    "DPO and its like": ("_pairwise", "_weights"),
+    "for noisy labels": ("_robust", "_symmetric"),
+    "batch-dependent": ("_batch", "_dynamic"),
+    "each answer by itself": ("_sides",),
+    "other divergences": ("_divergence", "_token"),
+    "length control": ("_length",),
+    "without a reference": ("_reference_free",),
+    "with a likelihood term": ("_likelihood",),
+    "for reward models": ("_reward_models",),
+}
+"""Losses by kind: the files of `jaxpref.losses` that hold them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `--loss` and `--objective` name; it decides which options there are."""
+
+    loss: str = "dpo"
+    wrapper: str | None = None
+    """Of `WRAPPERS`."""
+    mixture: str | None = None
+    """Of `MIXTURES`."""
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The options that say so."""
+        objective = self.mixture or self.wrapper
+        words = {"loss": self.loss}
+        if objective:
+            words["objective"] = objective
+        if self.mixture and self.wrapper:
+            words["objective.noise"] = self.wrapper
+        return words
+
+    @property
+    def about(self) -> str:
+        """The same as one text, for messages and help."""
+        return "".join(f" --{name} {word}" for name, word in self.words.items())
+
+    @property
+    def functions(self) -> dict[str, tuple[str, Callable]]:
+        """By field: the namespace of its options and the function that reads them."""
+        found = {"loss": ("loss", LOSSES[self.loss])}
+        if self.mixture:
+            found["mixture"] = ("objective", MIXTURES[self.mixture])
+        if self.wrapper:
+            prefix = "objective.noise" if self.mixture else "objective"
+            found["wrapper"] = (prefix, WRAPPERS[self.wrapper])
+        return found
+
+    @property
+    def parts(self) -> Parts:
+        """The options of the loss and of the objective."""
+        return {
+            field: Part(options_type(function), prefix)
+            for field, (prefix, function) in self.functions.items()
+        }
+
+    def objective(self, parsed: Any) -> Objective:
+        """The objective, from an object with the parsed options of each part."""
+        of = lambda field: dict(vars(getattr(parsed, field)))
+        if self.loss in FACTORIES:
+            objective = FACTORIES[self.loss](**of("loss"))
+        elif self.wrapper:
+            loss = functools.partial(LOSSES[self.loss], **of("loss"))
+            objective = WRAPPERS[self.wrapper](loss, **of("wrapper"))
+        else:
+            objective = from_loss(LOSSES[self.loss], **of("loss"))
+        if self.mixture:
+            objective = MIXTURES[self.mixture](objective, **of("mixture"))
+        return objective
+
+
+def choose(given: Given) -> tuple[Choice, Given]:
+    """What the options name, and the options that do not name it.
+
+    Raises:
+      InputError: if there is no such name, or the names do not go together.
+    """
+    rest = dict(given)
+    loss = _named("loss", "loss", rest, LOSSES) or "dpo"
+    objective = _named("objective", "objective", rest, WRAPPERS | MIXTURES)
+    wrapper, mixture = objective, None
+    if objective in MIXTURES:
+        mixture = objective
+        wrapper = _named("objective.noise", "objective", rest, NOISE)
+    if wrapper and loss in FACTORIES:
+        raise InputError(
+            f"--objective {wrapper}: {loss} has an objective of its own; leave it out"
+        )
+    return Choice(loss, wrapper, mixture), rest
+
+
+def _named(
+    option: str, what: str, given: Given, table: Mapping[str, Any]
+) -> str | None:
+    """The name that an option gives, which is taken out of `given`."""
+    if option not in given:
+        return None
+    words = given.pop(option)
+    if len(words) != 1:
+        raise InputError(f"--{option}: expected the name of one {what} after it")
+    (name,) = words
+    if name not in table:
+        near = closest(name, table) or f"; expected one of {', '.join(table)}"
+        raise InputError(f"--{option} {name}: no such {what}{near}")
+    return name
+
+
+@functools.cache
+def options_type(function: Callable) -> type:
+    """A dataclass of a function's keyword-only parameters, helped by its docstring."""
+    documented = _documented_arguments(function)
+    fields = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name == "where":
+            continue
+        # A loss's options may be arrays; on the command line they are numbers.
+        typed = parameter.annotation in (int, float | Literal["auto"])
+        kind = parameter.annotation if typed else float
+        field = dataclasses.field(metadata={"help": documented[parameter.name]})
+        if parameter.default is not parameter.empty:
+            field.default = parameter.default
+        fields.append((parameter.name, kind, field))
+    return dataclasses.make_dataclass(
+        f"{function.__name__}_options", fields, frozen=True, kw_only=True
+    )
+
+
+def _documented_arguments(function: Callable) -> dict[str, str]:
+    """Name -> text of the `Args:` section of a Google-style docstring."""
+    section = inspect.getdoc(function).split("Args:\n", 1)[-1].split("\n\n", 1)[0]
+    entries = re.findall(
+        r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n {3,}(?!\w+: ).*)*)", section, re.MULTILINE
+    )
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def losses_by_kind() -> dict[str, list[str]]:
+    """Title of a kind -> names of its losses."""
+    kinds: dict[str, list[str]] = {title: [] for title in KINDS}
+    for name in LOSSES:
+        file = getattr(losses, name).__module__.rpartition(".")[2]
+        kinds[next(title for title, files in KINDS.items() if file in files)].append(
+            name
+        )
+    return kinds
+
+
+def summary(function: Callable) -> str:
+    """The first line of a docstring."""
+    return inspect.getdoc(function).splitlines()[0]
+
+
+def description(function: Callable) -> str:
+    """A docstring without its arguments: the equation, and whose it is."""
+    text = inspect.getdoc(function)
+    about = text.split("\n\nArgs:", 1)[0].split("\n\nReturns:", 1)[0]
+    references = re.search(r"References:\n(?: .*\n?)*", text)
+    return about + (f"\n\n{references[0].rstrip()}" if references else "")

@@ -1,0 +1,232 @@
+"""The options of a command, read from dataclasses, and values parsed by tyro."""
+
+import ast
+import dataclasses
+import enum
+import functools
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Union
+
+from jaxpref.cli.words import Given, canonical, closest
+from jaxpref.errors import InputError
+
+REQUIRED = dataclasses.MISSING
+
+
+class Part(NamedTuple):
+    """A dataclass whose fields are options."""
+
+    type: type
+    prefix: str = ""
+    """Namespace of its options: "loss" for `--loss.beta`."""
+
+
+Parts = Mapping[str, Part]
+"""The parts of a command's config by field name."""
+
+
+class Option(NamedTuple):
+    """One option, as the user types it."""
+
+    name: str
+    """Without its dashes."""
+    type: Any
+    default: Any
+    """`REQUIRED` where it has none."""
+    help: str
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it takes no value: `--name` or `--no-name`."""
+        return self.type is bool
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What may be typed, where that is a list of words."""
+        return tuple(word for kind in _members(self.type) for word in _words(kind))
+
+    @property
+    def metavar(self) -> str:
+        """What to type after it."""
+        if self.is_flag:
+            return ""
+        kinds = [kind for kind in _members(self.type) if kind is not type(None)]
+        return "|".join(word for kind in kinds for word in _typed(kind))
+
+
+def options_of(parts: Parts) -> dict[str, Option]:
+    """All options of a command, by name."""
+    found = {}
+    for part in parts.values():
+        found |= {option.name: option for option in _of(part.type, part.prefix)}
+    return found
+
+
+def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
+    """An object with a field for each part, made from the options that were given.
+
+    Args:
+      parts: the command's.
+      given: its options, from `words.split`.
+      command: for messages, as "jaxpref train".
+      about: who reads the options, for messages, as " --loss rdpo".
+
+    Raises:
+      InputError: if an option is unknown, missing, or its value is of another type.
+    """
+    options = options_of(parts)
+    names = set(options) | {f"no-{o.name}" for o in options.values() if o.is_flag}
+    for name in given:
+        if name not in names:
+            raise InputError(
+                f"--{name}: {command}{about} has no such option"
+                f"{closest(name, names, '--')}"
+            )
+    for name in given:
+        if f"no-{name}" in given:
+            raise InputError(f"--{name}: given together with --no-{name}")
+    missing = [n for n, o in options.items() if o.default is REQUIRED]
+    if missing := [name for name in missing if name not in given]:
+        raise InputError(
+            f"{command}{about}: needs {', '.join(f'--{name}' for name in missing)}; "
+            f"`{command} --help` explains them"
+        )
+    words = [word for name, values in given.items() for word in _spelled(name, values)]
+    try:
+        values = vars(_tyro(_flat(options), words))
+    except SystemExit:
+        for name, values in given.items():
+            _check_value(name, options.get(name), values)
+        raise InputError(f"{command}: cannot read {' '.join(words)}") from None
+    by_name = dict(zip(options, values.values()))
+    made = {
+        field: _make(part.type, part.prefix, by_name) for field, part in parts.items()
+    }
+    return types.SimpleNamespace(**made)
+
+
+def _spelled(name: str, values: Sequence[str]) -> list[str]:
+    return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+
+
+def _tyro(kind: Any, words: Sequence[str]) -> Any:
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=list(words),
+        console_outputs=False,
+        add_help=False,
+        config=(tyro.conf.EnumChoicesFromValues, tyro.conf.AvoidSubcommands),
+    )
+
+
+def _flat(options: Mapping[str, Option]) -> type:
+    """A dataclass with a field for each option, in their order, that checks nothing.
+
+    tyro would make errors of the real ones' checks its own.
+    """
+    import tyro
+
+    fields = []
+    for number, option in enumerate(options.values()):
+        kind = Annotated[option.type, tyro.conf.arg(name=option.name)]
+        default = dataclasses.field()
+        if option.default is not REQUIRED:
+            default = dataclasses.field(default=option.default)
+        fields.append((f"option_{number}", kind, default))
+    return dataclasses.make_dataclass("Options", fields, kw_only=True)
+
+
+def _make(kind: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass from the values of its options."""
+    hints = typing.get_type_hints(kind)
+    given = {}
+    for field in dataclasses.fields(kind):
+        name = _name(field, prefix)
+        nested = dataclasses.is_dataclass(hints[field.name])
+        given[field.name] = (
+            _make(hints[field.name], name, values) if nested else values[name]
+        )
+    return kind(**given)
+
+
+def _name(field: dataclasses.Field, prefix: str) -> str:
+    name = canonical(field.name)
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _check_value(name: str, option: Option | None, values: Sequence[str]) -> None:
+    """Raises an InputError if this is the option that could not be read."""
+    if option is None or option.is_flag:
+        if values:
+            raise InputError(f"--{name} {' '.join(values)}: takes no value")
+        return
+    if not values:
+        raise InputError(f"--{name}: expected a value after it: {option.metavar}")
+    one = dataclasses.make_dataclass("One", [("value", option.type)], kw_only=True)
+    try:
+        _tyro(one, _spelled("value", values))
+    except SystemExit:
+        raise InputError(
+            f"--{name} {' '.join(values)}: expected {option.metavar}"
+            f"{closest(values[0], option.choices)}"
+        ) from None
+
+
+def _of(kind: type, prefix: str) -> list[Option]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    docs = _docs(kind)
+    found = []
+    for field in dataclasses.fields(kind):
+        name = _name(field, prefix)
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found += _of(hint, name)
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        text = field.metadata.get("help") or docs.get(field.name, "")
+        found.append(Option(name, hint, default, text))
+    return found
+
+
+@functools.cache
+def _docs(kind: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass and of those it extends."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (TypeError, OSError):  # built in, or made by a call
+            continue
+        body = ast.parse(source).body[0].body
+        for field, text in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """A union's members, or the type alone."""
+    union = typing.get_origin(kind) in (Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _words(kind: Any) -> tuple[str, ...]:
+    if typing.get_origin(kind) is Literal:
+        return tuple(map(str, typing.get_args(kind)))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return tuple(str(member.value) for member in kind)
+    return ()
+
+
+def _typed(kind: Any) -> tuple[str, ...]:
+    if typing.get_origin(kind) is tuple:
+        return (f"{_typed(typing.get_args(kind)[0])[0]} ...",)
+    return _words(kind) or ({str: "TEXT"}.get(kind, kind.__name__.upper()),)

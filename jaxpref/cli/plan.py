@@ -1,0 +1,38 @@
+"""`jaxpref plan`."""
+
+from collections.abc import Sequence
+
+from jaxpref.cli import help
+from jaxpref.cli.objectives import Choice, choose
+from jaxpref.cli.options import Option, Part, Parts, options_of, parse
+from jaxpref.cli.words import split
+from jaxpref.plan.config import PlanConfig
+
+COMMAND = "jaxpref plan"
+
+
+def command(argv: Sequence[str]) -> None:
+    """Plans a run and prints what it needs."""
+    from jaxpref.plan.command import run
+
+    choice, given = choose(split(argv))
+    parsed = parse(parts_of(choice), given, command=COMMAND, about=choice.about)
+    run(parsed.plan, choice.objective(parsed), argv)
+
+
+def parts_of(choice: Choice) -> Parts:
+    """What the command reads, beside the names of loss and objective."""
+    return {"plan": Part(PlanConfig), **choice.parts}
+
+
+def options() -> dict[str, Option]:
+    """All options that do not depend on `--loss` and `--objective`."""
+    return options_of(parts_of(Choice()))
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """What the command does, and its options."""
+    return (
+        f"{help.command(COMMAND, options())}\n\n--loss and --objective are those of "
+        "`jaxpref train`, with their options."
+    )

@@ -1,0 +1,26 @@
+"""`jaxpref sample`."""
+
+from collections.abc import Sequence
+
+from jaxpref.cli import help
+from jaxpref.cli.options import Option, Part, options_of, parse
+from jaxpref.cli.words import split
+from jaxpref.evaluate import generations
+
+COMMAND = "jaxpref sample"
+PARTS = {"config": Part(generations.SampleConfig)}
+
+
+def command(argv: Sequence[str]) -> None:
+    """Generates completions."""
+    generations.run(parse(PARTS, split(argv), command=COMMAND).config)
+
+
+def options() -> dict[str, Option]:
+    """All options."""
+    return options_of(PARTS)
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """What the command does, and its options."""
+    return help.command(COMMAND, options())

@@ -1,0 +1,170 @@
+"""`jaxpref train`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpref.cli import config_file, help
+from jaxpref.cli.objectives import (
+    MIXTURES,
+    WRAPPERS,
+    Choice,
+    choose,
+    description,
+    losses_by_kind,
+    summary,
+)
+from jaxpref.cli.options import Option, Part, Parts, options_of, parse
+from jaxpref.cli.words import Given, split
+from jaxpref.data.options import DataOptions, MixOptions
+from jaxpref.runtime.mesh import MeshConfig
+from jaxpref.train.config import TrainConfig
+from jaxpref.train.optimizer import OptimizerConfig
+from jaxpref.train.options import RunOptions, steps_of
+
+COMMAND = "jaxpref train"
+COMMON = (
+    *("model", "data", "out", "reference", "eval-data", "heldout-fraction"),
+    *("max-steps", "epochs", "batch-size", "accumulation", "row-length"),
+    *("max-length", "learning-rate", "warmup-steps", "optimizer", "compute-dtype"),
+    *("remat", "eval-every", "save-every", "keep-best", "seed", "mesh.fsdp"),
+    *("config", "print-config"),
+)
+"""Options that `--help` lists; `--help-all` lists all of them."""
+
+
+FILES = (
+    Option("config", str, None, "Read options from a YAML file; those typed override."),
+    Option("print-config", bool, False, "Print all options as such a file, and exit."),
+)
+"""Options about options."""
+
+
+def command(argv: Sequence[str]) -> None:
+    """Trains and exports a model."""
+    given = split(argv)
+    printed = given.pop("print-config", None)
+    if printed is not None:
+        print(config_text(given), end="")
+        return
+    config = config_of(given)
+    import jax
+
+    from jaxpref.train.run import run
+
+    export = run(config)
+    if jax.process_index() == 0:
+        print(f"exported to {export}")
+
+
+def config_of(given: Given) -> TrainConfig:
+    """The config that a command line asks for.
+
+    Raises:
+      InputError: if an option is wrong.
+    """
+    return _config(*_parsed(given))
+
+
+def config_text(given: Given) -> str:
+    """The same as YAML, complete; `--config` reads it.
+
+    Raises:
+      InputError: if an option is wrong.
+    """
+    choice, parsed = _parsed(given)
+    _config(choice, parsed)  # whether its parts go together
+    parts = parts_of(choice)
+    values = choice.words | config_file.values_of(parts, parsed)
+    if values["epochs"] is None:
+        values["max-steps"] = steps_of(parsed.run, 0)
+    return config_file.write(options_of(parts), values)
+
+
+def _parsed(given: Given) -> tuple[Choice, Any]:
+    """What was chosen, and an object with the parsed options of each part."""
+    about = ""
+    if "config" in given:
+        given = dict(given)
+        path = " ".join(given.pop("config")) or "FILE"
+        given = config_file.overridden(config_file.read(path), given)
+        about = f" --config {path}"
+    choice, given = choose(given)
+    return choice, parse(
+        parts_of(choice), given, command=COMMAND, about=about + choice.about
+    )
+
+
+def _config(choice: Choice, parsed: Any) -> TrainConfig:
+    return TrainConfig(
+        **vars(parsed.run),
+        objective=choice.objective(parsed),
+        options=parsed.options,
+        mix=parsed.mix if choice.mixture else None,
+        optimizer=parsed.optimizer,
+        mesh=parsed.mesh,
+    )
+
+
+def parts_of(choice: Choice) -> Parts:
+    """What the command reads, beside the names of loss and objective."""
+    parts = {
+        "run": Part(RunOptions),
+        "options": Part(DataOptions),
+        "optimizer": Part(OptimizerConfig),
+        "mesh": Part(MeshConfig, "mesh"),
+    }
+    if choice.mixture:
+        parts["mix"] = Part(MixOptions)
+    return parts | dict(choice.parts)
+
+
+def options() -> dict[str, Option]:
+    """All options that do not depend on `--loss` and `--objective`."""
+    return {o.name: o for o in FILES} | options_of(parts_of(Choice()))
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """`--help`, `--help-all` or, where a loss or an objective is named, its details."""
+    asked = ("-h", "--help", "--help-all")
+    choice, given = choose(split([word for word in argv if word not in asked]))
+    named = choice != Choice() or "--loss" in argv
+    options = {o.name: o for o in FILES} | options_of(parts_of(choice))
+    if "--help-all" not in argv:
+        if named:
+            return _details(choice)
+        options = {name: options[name] for name in COMMON}
+    full = "--help-all" in argv
+    title = "options:" if full else "common options (all of them: --help-all):"
+    return (
+        f"usage: {COMMAND} --model MODEL --data DATA --out OUT [options]\n\n"
+        "Train a model on preference pairs or, with --loss sft, on completions.\n\n"
+        f"{title}\n{help.rows(options.values(), full=full)}\n\n{choices_text()}"
+    )
+
+
+def choices_text() -> str:
+    """Losses by kind, and objectives."""
+    kinds = {kind: " ".join(names) for kind, names in losses_by_kind().items()}
+    objectives = {name: summary(f) for name, f in (WRAPPERS | MIXTURES).items()}
+    return (
+        f"losses, --loss NAME (default: dpo):\n{help.table(kinds)}\n\n"
+        "objectives, --objective NAME, that wrap a loss:\n"
+        f"{help.table(objectives, column=18)}\n\n"
+        f"`{COMMAND} --loss NAME --help` shows the equation and options of a loss,\n"
+        f"`{COMMAND} --objective NAME --help` those of an objective."
+    )
+
+
+def _details(choice: Choice) -> str:
+    """The equations and options of what was chosen."""
+    texts = [f"usage: {COMMAND}{choice.about} [options]"]
+    for field, (_, function) in choice.functions.items():
+        options = options_of({field: choice.parts[field]})
+        listed = help.rows(options.values(), full=True) or "  none"
+        name = function.__name__
+        texts.append(f"{name}: {description(function)}\n\noptions of {name}:\n{listed}")
+    if choice.mixture:
+        mixed = help.rows(options_of({"mix": Part(MixOptions)}).values(), full=True)
+        texts.append(f"options of the mixture's data:\n{mixed}")
+    texts.append(f"`{COMMAND} --help` lists the other options.")
+    return "\n\n".join(texts)

@@ -1,0 +1,224 @@
+"""Tokenized preference data: flat arrays with random access, and columns by name."""
+
+import dataclasses
+import hashlib
+import types
+from array import array
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+COLUMNS: dict[str, type[np.generic]] = {
+    "is_flipped": np.bool_,
+    "annotator": np.int32,
+    "row": np.int64,
+    "source": np.int8,
+    "empty_trace": np.bool_,
+}
+"""The columns that every dataset has, and their dtypes; all others are float32."""
+PLACES = ("row", "source")
+"""Columns that say where a record is, and nothing about what is in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceDataset:
+    """N prompts with K completions each (K = 2 chosen and rejected, K = 1 for SFT).
+
+    Tokens of pair n lie in `tokens[offsets[n]:offsets[n + 1]]`: the prompt once, then
+    completion 0, then completion 1, and so on.  The prompt begins with BOS where the
+    tokenizer has one; an untruncated completion ends with EOS.  Lists of different
+    lengths have completions of length 0 at their end, which are absent.
+    """
+
+    tokens: np.ndarray
+    """int32 [total]; all pairs one after the other."""
+    offsets: np.ndarray
+    """int64 [N + 1]; where each pair begins in `tokens`."""
+    prompt_lengths: np.ndarray
+    """int32 [N]; tokens of the prompt, BOS included."""
+    completion_lengths: np.ndarray
+    """int32 [N, K]; tokens of each completion, EOS included; 0 if it is absent."""
+    ids: np.ndarray
+    """str [N]; 16 hexadecimal digits of the content's SHA-256, "-", occurrence."""
+    columns: dict[str, np.ndarray]
+    """One number per pair, [N] by name:
+
+    `is_flipped`: this label is known to be flipped (injected, or by the file's `flip`);
+    `annotator`: index into `annotator_names`, -1 if unknown;
+    `row`: index of the record in its source, from 0;
+    `source`: 1 in the second source of a run that mixes two, made without traces;
+    `empty_trace`: the pair has an empty trace, in a run that mixes such pairs with
+    pairs that have traces.
+    Any other column is float32 and a label, which batches give to the losses under its
+    name; see `LabelFields`.
+    """
+    annotator_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def num_completions(self) -> int:
+        """K, the completions of a prompt."""
+        return self.completion_lengths.shape[1]
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """The columns that losses read, float32 [N] by name."""
+        return {name: x for name, x in self.columns.items() if name not in COLUMNS}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with a completion; 0 if there are no pairs."""
+        lengths = self.prompt_lengths[:, None] + self.completion_lengths
+        return int(lengths.max(initial=0))
+
+    @property
+    def packed_lengths(self) -> np.ndarray:
+        """Tokens of each prompt with all its completions, int64 [N]."""
+        return np.diff(self.offsets)
+
+    def prompt(self, index: int) -> np.ndarray:
+        """The prompt's tokens, int32 [prompt_lengths[index]]."""
+        start = self.offsets[index]
+        return self.tokens[start : start + self.prompt_lengths[index]]
+
+    def completion(self, index: int, side: int) -> np.ndarray:
+        """One completion's tokens, int32 [completion_lengths[index, side]]."""
+        lengths = self.completion_lengths[index]
+        start = self.offsets[index] + self.prompt_lengths[index] + lengths[:side].sum()
+        return self.tokens[start : start + lengths[side]]
+
+    def take(self, indices: np.ndarray) -> "PreferenceDataset":
+        """The pairs of `indices`, int [M], in that order."""
+        parts = [self.tokens[slice(*self.offsets[i : i + 2])] for i in indices]
+        sizes = np.array([len(part) for part in parts], np.int64)
+        return dataclasses.replace(
+            self,
+            tokens=np.concatenate([self.tokens[:0], *parts]),
+            offsets=np.concatenate([[0], np.cumsum(sizes)]),
+            prompt_lengths=self.prompt_lengths[indices],
+            completion_lengths=self.completion_lengths[indices],
+            ids=self.ids[indices],
+            columns={name: x[indices] for name, x in self.columns.items()},
+        )
+
+    def completion_keys(self) -> np.ndarray:
+        """32 hexadecimal digits of the SHA-256 of prompt and completion; str [N, K].
+
+        The hash is of the tokens: another tokenizer, template or length limit changes a
+        key exactly where it changes the tokens.
+        """
+        keys = []
+        for n in range(len(self)):
+            prompt = hashlib.sha256(self.prompt(n).tobytes() + b"|")
+            for side in range(self.num_completions):
+                whole = prompt.copy()
+                whole.update(self.completion(n, side).tobytes())
+                keys.append(whole.hexdigest()[:32])
+        return np.array(keys, np.str_).reshape(len(self), self.num_completions)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of tokens, lengths and columns, but not of places and names.
+
+        Equal exactly where a run would see the same pairs in the same order.
+        """
+        digest = hashlib.sha256()
+        arrays = {
+            "tokens": self.tokens,
+            "prompt_lengths": self.prompt_lengths,
+            "completion_lengths": self.completion_lengths,
+        } | {name: x for name, x in sorted(self.columns.items()) if name not in PLACES}
+        for name, values in arrays.items():
+            values = np.ascontiguousarray(values)
+            digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
+            digest.update(values.data if values.size else b"")
+        return digest.hexdigest()
+
+
+class DatasetBuilder:
+    """Collects pairs one by one at four bytes per token."""
+
+    def __init__(self, num_completions: int):
+        self._num_completions = num_completions
+        self._tokens = array("i")
+        self._prompt_lengths, self._completion_lengths = array("i"), array("i")
+        self._ids: list[str] = []
+        self._annotators: list[str | None] = []
+        self._columns: dict[str, array] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        *,
+        id: str,
+        annotator: str | None = None,
+        columns: Mapping[str, float] = types.MappingProxyType({}),
+    ) -> None:
+        """Appends one pair.
+
+        Args:
+          prompt: its tokens, at least one.
+          completions: the tokens of each completion; none for an absent one.
+          id: see `PreferenceDataset.ids`.
+          annotator: the annotator's name.
+          columns: the pair's numbers, all pairs the same ones.  The columns of
+            `COLUMNS` are 0 if they are not given, and `row` is the number of pairs
+            before this one.
+        """
+        if len(completions) != self._num_completions:
+            raise ValueError(
+                f"{len(completions)} completions, not {self._num_completions}"
+            )
+        if not len(prompt):
+            raise ValueError("a prompt without tokens: nothing predicts what follows")
+        defaults = {name: 0 for name in COLUMNS if name != "annotator"}
+        numbers = defaults | {"row": len(self)} | columns
+        if len(self) and numbers.keys() != self._columns.keys():
+            raise ValueError(f"columns {[*numbers]}, not {[*self._columns]}")
+        for name, value in numbers.items():
+            column = self._columns.setdefault(
+                name, array("q" if name in COLUMNS else "f")
+            )
+            column.append(value)
+        self._tokens.extend(prompt)
+        self._prompt_lengths.append(len(prompt))
+        for completion in completions:
+            self._tokens.extend(completion)
+            self._completion_lengths.append(len(completion))
+        self._ids.append(id)
+        self._annotators.append(annotator)
+
+    def annotators(self) -> set[str]:
+        """The names that occur."""
+        return {name for name in self._annotators if name is not None}
+
+    def build(self, annotator_names: Sequence[str] | None = None) -> PreferenceDataset:
+        """The dataset; `annotator_names` default to those that occur, sorted."""
+        names = annotator_names
+        names = tuple(sorted(self.annotators()) if names is None else names)
+        index = {name: n for n, name in enumerate(names)} | {None: -1}
+        prompt_lengths = np.array(self._prompt_lengths, np.int32)
+        completion_lengths = np.array(self._completion_lengths, np.int32)
+        completion_lengths = completion_lengths.reshape(
+            len(self), self._num_completions
+        )
+        sizes = prompt_lengths + completion_lengths.sum(1, dtype=np.int64)
+        collected = dict.fromkeys(COLUMNS, []) | self._columns
+        collected["annotator"] = [index[name] for name in self._annotators]
+        return PreferenceDataset(
+            tokens=np.array(self._tokens, np.int32),
+            offsets=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
+            prompt_lengths=prompt_lengths,
+            completion_lengths=completion_lengths,
+            ids=np.array(self._ids, np.str_),
+            columns={
+                name: np.array(values, COLUMNS.get(name, np.float32))
+                for name, values in collected.items()
+            },
+            annotator_names=names,
+        )

@@ -1,0 +1,213 @@
+"""One pair a row, one completion a sequence, padded to one length."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxpref.data.batch import PreferenceBatch, slot_fields
+from jaxpref.data.dataset import PreferenceDataset
+from jaxpref.data.layouts import iteration
+from jaxpref.data.samplers import Order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaddedLayout:
+    """The sizes of all batches of a run, and this process's share of their rows."""
+
+    sequence_length: int
+    """T, tokens of a sequence."""
+    predictions: int
+    """P, predicted tokens of a sequence."""
+    num_completions: int
+    """K, completions of a prompt; also Q, sequences of a row."""
+    batch_size: int
+    """Pairs of a step, over all micro-batches and all processes."""
+    accumulation: int = 1
+    """A, micro-batches of a step."""
+    process_index: int = 0
+    process_count: int = 1
+    """Micro-batch a holds the same pairs for any count; process p gets the p-th block
+    of its rows."""
+
+    def __post_init__(self):
+        iteration.check_rows(self.batch_size, self.accumulation, self.process_count)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, over all processes."""
+        return self.batch_size // self.accumulation
+
+    def of_all_processes(self) -> "PaddedLayout":
+        """The same batches with the rows of all processes."""
+        return dataclasses.replace(self, process_index=0, process_count=1)
+
+    def batches(
+        self,
+        dataset: PreferenceDataset,
+        order: Order,
+        *,
+        reference: Mapping[str, np.ndarray] | None = None,
+        threads: int = 2,
+        prefetch: int = 4,
+        processes: int = 0,
+    ) -> Iterator[PreferenceBatch]:
+        """Endless training batches; see `Layout.batches`."""
+        iteration.check_reference(dataset, reference)
+        order(0, self.batch_size)  # raises what is wrong with the size
+        make_batch = functools.partial(_train_batch, self, dataset, order, reference)
+        return iteration.endless(
+            make_batch, threads=threads, prefetch=prefetch, processes=processes
+        )
+
+    def eval_batches(
+        self,
+        dataset: PreferenceDataset,
+        *,
+        indices: np.ndarray | None = None,
+        reference: Mapping[str, np.ndarray] | None = None,
+        threads: int = 2,
+        prefetch: int = 4,
+    ) -> Iterable[PreferenceBatch]:
+        """Every pair once, in order; see `Layout.eval_batches`."""
+        iteration.check_reference(dataset, reference)
+        indices = np.arange(len(dataset)) if indices is None else indices
+        whole = np.append(indices, np.full(-len(indices) % self.batch_size, -1))
+        steps = grain.MapDataset.source(whole.reshape(-1, self.batch_size))
+        make_batch = functools.partial(_batch, self, dataset, reference)
+        ahead = iteration.read_ahead(threads, prefetch)
+        return steps.map(make_batch).to_iter_dataset(ahead)
+
+    def abstract_batch(
+        self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
+    ) -> Any:
+        """The shapes of a batch of all processes; see `Layout.abstract_batch`."""
+        dataset = iteration.one_pair(self.num_completions, labels)
+        table = np.zeros((1, self.num_completions), np.float32)
+        batch = self.collate(
+            dataset, np.full((1, 1), -1), reference=dict.fromkeys(reference, table)
+        )
+        return iteration.with_rows(batch, self.accumulation, self.rows)
+
+    def describe(self) -> str:
+        """The shape of every batch in one line."""
+        return (
+            f"{self.accumulation} x {self.rows} rows of {self.num_completions} x "
+            f"{self.sequence_length} tokens, predictions {self.predictions}, "
+            "pair slots 1"
+        )
+
+    def overhead(self, dataset: PreferenceDataset) -> float:
+        """Tokens that are computed for each token of the dataset."""
+        tokens = self.num_completions * self.sequence_length * len(dataset)
+        return tokens / dataset.packed_lengths.sum()
+
+    def collate(
+        self,
+        dataset: PreferenceDataset,
+        indices: np.ndarray,
+        *,
+        reference: Mapping[str, np.ndarray] | None = None,
+    ) -> PreferenceBatch:
+        """Lays pairs out in rows.
+
+        Args:
+          dataset: where the tokens are.
+          indices: int [A, R]; the pair of each row, -1 for an empty row.
+          reference: float32 [N, K] arrays of all pairs by name, or None.
+
+        Returns:
+          The batch of numpy arrays [A, R, ...]; empty rows are zeros with pair -1.
+        """
+        flat = indices.reshape(-1)
+        count = self.num_completions
+        tokens = np.zeros((len(flat), count, self.sequence_length), np.int32)
+        lengths = np.zeros((len(flat), count), np.int32)
+        predictors = np.zeros((len(flat), count, self.predictions), np.int32)
+        targets = np.zeros_like(predictors)
+        completions = np.full_like(predictors, -1)
+        for row in np.flatnonzero(flat >= 0):
+            prompt = dataset.prompt(flat[row])
+            for side in range(count):
+                completion = dataset.completion(flat[row], side)
+                start, size = len(prompt), len(completion)
+                if not size:
+                    continue
+                tokens[row, side, :start] = prompt
+                tokens[row, side, start : start + size] = completion
+                lengths[row, side] = start + size
+                # The state at position t predicts token t + 1.
+                predictors[row, side, :size] = np.arange(start - 1, start - 1 + size)
+                targets[row, side, :size] = completion
+                completions[row, side, :size] = side
+        shaped = lambda array: array.reshape(*indices.shape, *array.shape[1:])
+        return PreferenceBatch(
+            tokens=shaped(tokens),
+            lengths=shaped(lengths),
+            predictors=shaped(predictors),
+            targets=shaped(targets),
+            completions=shaped(completions),
+            **slot_fields(dataset, indices[..., None], reference),
+        )
+
+
+def padded_layout(
+    *datasets: PreferenceDataset,
+    batch_size: int,
+    accumulation: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+    length_multiple: int = 8,
+    prediction_multiple: int = 8,
+) -> PaddedLayout:
+    """The smallest layout that holds every sequence of the datasets, rounded up.
+
+    Args:
+      *datasets: all that a run will see (train and held-out).
+      batch_size: pairs of a step, over all micro-batches and all processes.
+      accumulation: A, micro-batches of a step.
+      process_index: this process.
+      process_count: how many there are.
+      length_multiple: T is a multiple of this.
+      prediction_multiple: P is a multiple of this.
+
+    Raises:
+      InputError: if micro-batches and processes cannot share the rows.
+    """
+    count = iteration.num_completions(datasets)
+    longest = max(x.longest for x in datasets)
+    answer = max(int(x.completion_lengths.max(initial=0)) for x in datasets)
+    return PaddedLayout(
+        sequence_length=-(-longest // length_multiple) * length_multiple,
+        predictions=-(-answer // prediction_multiple) * prediction_multiple,
+        num_completions=count,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _train_batch(
+    layout: PaddedLayout,
+    dataset: PreferenceDataset,
+    order: Order,
+    reference: Mapping[str, np.ndarray] | None,
+    step: int,
+) -> PreferenceBatch:
+    return _batch(layout, dataset, reference, order(step, layout.batch_size))
+
+
+def _batch(
+    layout: PaddedLayout,
+    dataset: PreferenceDataset,
+    reference: Mapping[str, np.ndarray] | None,
+    indices: np.ndarray,
+) -> PreferenceBatch:
+    """This process's rows of the batch of these pairs, int [batch_size]."""
+    own = iteration.block(layout.rows, layout.process_index, layout.process_count)
+    rows = indices.reshape(layout.accumulation, -1)[:, own]
+    return layout.collate(dataset, rows, reference=reference)

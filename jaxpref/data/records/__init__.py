@@ -1,0 +1,122 @@
+"""Record formats, one file each: `matches(record, sides)` and `parse(record, ...)`.
+
+To add a format, write a module with these two functions and add it to `FORMATS`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from jaxpref.data.labels import NONE, LabelFields, read_labels
+from jaxpref.data.records import dialogues, messages, pairs, traces
+from jaxpref.data.records.checks import (
+    COMPLETIONS,
+    completion_fields,
+    kind,
+    prompt_and_messages,
+    read_annotator,
+    read_flip,
+    text_or_messages,
+)
+from jaxpref.data.records.example import EMPTY as EMPTY
+from jaxpref.data.records.example import HUMAN_LAST as HUMAN_LAST
+from jaxpref.data.records.example import IDENTICAL as IDENTICAL
+from jaxpref.data.records.example import PROMPTS_DIFFER as PROMPTS_DIFFER
+from jaxpref.data.records.example import Example as Example
+from jaxpref.data.records.example import Message as Message
+from jaxpref.data.records.example import expand as expand
+from jaxpref.data.records.example import prompt_key as prompt_key
+from jaxpref.errors import InputError
+
+
+class Format(Protocol):
+    """One record format; its functions may assume that the record is a dict."""
+
+    def matches(self, record: Mapping, sides: int) -> bool:
+        """Whether the record has this format, well formed or not."""
+
+    def parse(
+        self, record: Mapping, where: str, *, sides: int, drop_empty: bool
+    ) -> Example | str:
+        """The example, or the reason why a well-formed record cannot be used.
+
+        Args:
+          record: as decoded from the file; `matches` is true of it.
+          where: "file row n", for errors.
+          sides: K, completions of a prompt.
+          drop_empty: return EMPTY for an empty completion instead of raising.
+
+        Raises:
+          InputError: the record is malformed; names row and field.
+        """
+
+
+FORMATS: tuple[Format, ...] = (traces, messages, dialogues, pairs)
+"""All formats; the first that matches reads the record."""
+
+
+def parse(
+    record: Any,
+    where: str,
+    *,
+    sides: int,
+    drop_empty: bool = False,
+    labels: LabelFields = NONE,
+) -> Example | str:
+    """Read one record in whichever format it has.
+
+    Beside the fields of its format a record may have `flip` (true or false),
+    `annotator` (a string or an integer), and the numbers that `labels` names.
+
+    Args:
+      record: as decoded from the file.
+      where: "file row n", for errors.
+      sides: K, completions of a prompt; 2 for pairs, 1 for plain completions.
+      drop_empty: return EMPTY for an empty completion instead of raising.
+      labels: fields with numbers that a loss reads.
+
+    Returns:
+      The example, or the reason why a well-formed record cannot be used.
+
+    Raises:
+      InputError: the record is malformed; names row and field.
+    """
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{where}: a record must be a JSON object, but this is {kind(record)}"
+        )
+    flip, annotator = read_flip(record, where), read_annotator(record, where)
+    record_format = next((x for x in FORMATS if x.matches(record, sides)), None)
+    if record_format is None:
+        raise _unknown(record, where, sides)
+    example = record_format.parse(record, where, sides=sides, drop_empty=drop_empty)
+    if isinstance(example, str):
+        return example
+    numbers = read_labels(record, where, labels)
+    return dataclasses.replace(example, flip=flip, annotator=annotator, labels=numbers)
+
+
+def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
+    """The prompt that `parse` finds, or that of a record without any completion.
+
+    Returns:
+      A string or messages; None where the record is one that `parse` drops.
+
+    Raises:
+      InputError: the record is malformed, or its prompt has no messages.
+    """
+    completions = isinstance(record, dict) and any(
+        record.get(name) is not None for name in COMPLETIONS
+    )
+    if isinstance(record, dict) and "prompt" in record and not completions:
+        return prompt_and_messages(record, where)
+    example = parse(record, where, sides=1, drop_empty=True)
+    return None if isinstance(example, str) else example.prompt
+
+
+def _unknown(record: Mapping, where: str, sides: int) -> InputError:
+    """The error of a record that no format matches: it has no prompt, or less."""
+    names = completion_fields(record, sides)
+    for name in names:
+        text_or_messages(record, name, where)  # raises what is wrong with the field
+    return dialogues.not_a_dialogue(names[0], where)

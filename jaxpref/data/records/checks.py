@@ -1,0 +1,173 @@
+"""Checks that all record formats share: a field's type, its text, its messages."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxpref.data.records.example import (
+    EMPTY,
+    IDENTICAL,
+    PROMPTS_DIFFER,
+    Example,
+    Message,
+)
+from jaxpref.errors import InputError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_CHARACTERS = 1_000_000
+"""Longest text of a record: some 250,000 tokens, more than a row is trained on."""
+COMPLETIONS = ("completion", "messages", "chosen")
+"""Fields of a single completion; the first that a record has is read."""
+
+Split = tuple[str | tuple[Message, ...], str | Message]
+"""A prompt and one completion."""
+
+
+def completion_fields(record: Mapping, sides: int) -> tuple[str, ...]:
+    """The fields that hold the completions of a record of pairs or single answers."""
+    if sides == 2:
+        return ("chosen", "rejected")
+    present = [name for name in COMPLETIONS if name in record]
+    return (present[0] if present else "completion",)
+
+
+def field(record: Mapping, name: str, where: str) -> Any:
+    """The field's value, which must be there."""
+    if name not in record:
+        raise InputError(
+            f"{where}: no field '{name}'; the record has"
+            f" {', '.join(map(str, record))[:200] or 'no fields'}"
+        )
+    return record[name]
+
+
+def text_or_messages(record: Mapping, name: str, where: str) -> str | list[Message]:
+    """The field's value, which must be a text or a list of messages."""
+    value = field(record, name, where)
+    if is_columns(value):
+        value = [dict(zip(value, values)) for values in zip(*value.values())]
+    if isinstance(value, list):
+        return [
+            _message(message, f"{where}: field '{name}' message {n + 1}")
+            for n, message in enumerate(value)
+        ]
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: field '{name}' must be a string or a list of messages, but it is"
+            f" {kind(value)}"
+        )
+    return checked_text(value, f"{where}: field '{name}'")
+
+
+def is_columns(value: Any) -> bool:
+    """Whether these are messages by column, as Arrow and TFDS store a list of them."""
+    columns = isinstance(value, dict) and set(value) >= {"role", "content"}
+    return columns and all(isinstance(x, list) for x in value.values())
+
+
+def prompt_and_messages(record: Mapping, where: str) -> str | tuple[Message, ...]:
+    """The prompt of a record that must have one: a text, or at least one message."""
+    prompt = text_or_messages(record, "prompt", where)
+    if prompt == []:
+        raise InputError(f"{where}: field 'prompt' has no messages; give one")
+    return prompt if isinstance(prompt, str) else tuple(prompt)
+
+
+def checked_text(text: str, place: str) -> str:
+    """The text, which must be Unicode and not too long; `place` names its field."""
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            f"{place} has {len(text):,} characters; the most is {MAX_CHARACTERS:,};"
+            " shorten it or remove the row"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place} holds half a surrogate pair at character {error.start + 1}, which"
+            " is not Unicode text"
+        ) from None
+    return text
+
+
+def to_example(
+    names: Sequence[str], splits: Sequence[Split], where: str, *, drop_empty: bool
+) -> Example | str:
+    """The example of prompts and completions, or the reason why it cannot be used.
+
+    Args:
+      names: the field of each completion.
+      splits: the prompt and the completion of each; all prompts must be the same.
+      where: "file row n", for errors.
+      drop_empty: return EMPTY for an empty completion instead of raising.
+
+    Raises:
+      InputError: a completion is empty.
+    """
+    for name, (_, completion) in zip(names, splits, strict=True):
+        text = completion if isinstance(completion, str) else completion["content"]
+        if text.strip():
+            continue
+        if drop_empty:
+            return EMPTY
+        raise InputError(
+            f"{where}: field '{name}' is an empty completion; remove the row, or set"
+            " drop_empty"
+        )
+    if len(splits) == 2 and splits[0] == splits[1]:
+        return IDENTICAL
+    prompts = [prompt for prompt, _ in splits]
+    if any(prompt != prompts[0] for prompt in prompts):
+        return PROMPTS_DIFFER
+    return Example(prompts[0], tuple(completion for _, completion in splits))
+
+
+def read_flip(record: Mapping, where: str) -> bool:
+    """The optional field `flip`: this label is known to be wrong."""
+    value = record.get("flip")
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise InputError(
+        f"{where}: field 'flip' must be true or false, but it is {kind(value)}"
+    )
+
+
+def read_annotator(record: Mapping, where: str) -> str | None:
+    """The optional field `annotator`."""
+    value = record.get("annotator")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise InputError(
+            f"{where}: field 'annotator' must be a string or an integer, but it is"
+            f" {kind(value)}"
+        )
+    return checked_text(str(value), f"{where}: field 'annotator'")
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _message(message: Any, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise InputError(
+            f'{place} must be {{"role": ..., "content": ...}}, but it is'
+            f" {kind(message)}"
+        )
+    if message.get("role") not in ROLES:
+        raise InputError(
+            f"{place}: role must be one of {', '.join(ROLES)}, but it is"
+            f" {message.get('role')!r}"
+        )
+    if not isinstance(message.get("content"), str):
+        raise InputError(
+            f"{place}: content must be a string, but it is"
+            f" {kind(message.get('content'))}"
+        )
+    checked_text(message["content"], place)
+    # Columnar stores fill absent keys with null; a template must not see them.
+    return {key: value for key, value in message.items() if value is not None}

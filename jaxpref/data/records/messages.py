@@ -1,0 +1,80 @@
+"""Conversations: lists of messages {"role": ..., "content": ...}.
+
+`prompt`, `chosen` and `rejected` as messages or texts, or whole conversations in
+`chosen` and `rejected` that share all but the last message, or one in `messages`.  The
+completion is always the last assistant turn.  A prompt that a conversation repeats is
+taken once.
+"""
+
+from collections.abc import Mapping
+
+from jaxpref.data.records.checks import (
+    completion_fields,
+    is_columns,
+    text_or_messages,
+    to_example,
+)
+from jaxpref.data.records.example import Example, Message
+from jaxpref.errors import InputError
+
+
+def matches(record: Mapping, sides: int) -> bool:
+    """Whether the prompt or a completion is a list of messages."""
+    names = ("prompt", *completion_fields(record, sides))
+    values = [record.get(name) for name in names]
+    return any(isinstance(value, list) or is_columns(value) for value in values)
+
+
+def parse(
+    record: Mapping, where: str, *, sides: int, drop_empty: bool
+) -> Example | str:
+    """The example, as a format's `parse`."""
+    names = completion_fields(record, sides)
+    values = [text_or_messages(record, name, where) for name in names]
+    prompt = text_or_messages(record, "prompt", where) if "prompt" in record else []
+    splits = [
+        _split(prompt, name, value, where)
+        for name, value in zip(names, values, strict=True)
+    ]
+    return to_example(names, splits, where, drop_empty=drop_empty)
+
+
+def _split(
+    prompt: str | list[Message], name: str, value: str | list[Message], where: str
+) -> tuple[tuple[Message, ...], Message]:
+    """Messages before the last assistant turn, and that turn."""
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
+    if not value or value[-1]["role"] != "assistant":
+        raise InputError(f"{where}: field '{name}' must end with an assistant message")
+    turns = _joined(prompt, value[:-1])
+    if turns is None:
+        raise InputError(
+            f"{where}: field '{name}' begins with another question than 'prompt' asks;"
+            " remove one of the two"
+        )
+    if not turns:
+        raise InputError(
+            f"{where}: field '{name}' has no message before the answer and there is no"
+            " 'prompt'"
+        )
+    return tuple(turns), value[-1]
+
+
+def _joined(prompt: list[Message], turns: list[Message]) -> list[Message] | None:
+    """The prompt, then the turns; what both hold once; None if they contradict."""
+    asked, said = (
+        [(message["role"], message["content"].strip()) for message in part]
+        for part in (prompt, turns)
+    )
+    for size in range(min(len(asked), len(said)), 0, -1):
+        if asked[-size:] == said[:size]:
+            return prompt + turns[size:]
+    if not asked or not said or said[0][0] in ("assistant", "tool"):
+        return prompt + turns
+    if any(said[n : n + len(asked)] == asked for n in range(len(said))):
+        return turns
+    follows = said[0][0] == "user" and asked[-1][0] != "user"
+    return prompt + turns if follows else None

@@ -1,0 +1,26 @@
+"""Texts: `prompt`, `chosen` and `rejected`, or `prompt` and `completion`."""
+
+from collections.abc import Mapping
+
+from jaxpref.data.records.checks import (
+    completion_fields,
+    text_or_messages,
+    to_example,
+)
+from jaxpref.data.records.example import Example
+
+
+def matches(record: Mapping, sides: int) -> bool:
+    """Whether there is a prompt; formats with more in it are asked before."""
+    return "prompt" in record
+
+
+def parse(
+    record: Mapping, where: str, *, sides: int, drop_empty: bool
+) -> Example | str:
+    """The example, as a format's `parse`."""
+    names = completion_fields(record, sides)
+    completions = [text_or_messages(record, name, where) for name in names]
+    prompt = text_or_messages(record, "prompt", where)
+    splits = [(prompt, completion) for completion in completions]
+    return to_example(names, splits, where, drop_empty=drop_empty)

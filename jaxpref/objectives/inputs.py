@@ -1,0 +1,75 @@
+"""What an objective sees of a batch: scores and columns, by the names losses use."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.labels import LABELS
+from jaxpref.scoring.scores import score_and_side
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The scores of a batch, and the batch.
+
+    `inputs["policy_chosen_logps"]` is the array [..., S] of that side of each pair;
+    `inputs["preference_margins"]` is a label of the records.  Empty slots hold
+    log-probabilities 0 and lengths 1, so that no loss divides by zero there.
+    """
+
+    scores: Mapping[str, Any]
+    """Name without its side -> [..., R, S, K]; where two models are trained, model ->
+    such a mapping (see `of`)."""
+    batch: PreferenceBatch
+    """The whole batch [A, R, ...] or one micro-batch [R, ...]."""
+
+    @property
+    def is_pair(self) -> Bool[Array, "*batch S"]:
+        """Whether each slot holds a pair."""
+        return self.batch.pairs >= 0
+
+    @property
+    def annotators(self) -> Int[Array, "*batch S"]:
+        """Index of each pair's annotator; -1 where unknown."""
+        return self.batch.annotators
+
+    def of(self, model: str) -> "Inputs":
+        """The inputs of one of two models that are trained together."""
+        return Inputs(self.scores[model], self.batch)
+
+    def constant(self) -> "Inputs":
+        """The same numbers, through which no gradient flows."""
+        return Inputs(jax.lax.stop_gradient(self.scores), self.batch)
+
+    def completions(self, name: str) -> Array:
+        """A score of all completions, [..., S, K]."""
+        if name == "lengths":
+            return jnp.maximum(self.batch.completion_lengths, 1).astype(jnp.float32)
+        if name in self.scores:
+            return self.scores[name]
+        return self.batch.reference[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.scores or name in self.batch.reference
+
+    def __getitem__(self, name: str) -> Array:
+        if name in LABELS:
+            return self.batch.labels[name]
+        score, side = score_and_side(name)
+        if side is None:
+            raise KeyError(name)
+        return self.completions(score)[..., side]
+
+    def arrays(self, names: tuple[str, ...]) -> list[Array]:
+        """The arrays that a loss reads, in its order."""
+        return [self[name] for name in names]
+
+
+def mean_over(values, where) -> Array:
+    """Mean of `values` where `where` is true; 0 where nothing is."""
+    return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)

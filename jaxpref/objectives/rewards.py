@@ -1,0 +1,79 @@
+"""What is logged of every objective: log-probabilities and rewards."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxpref import losses
+from jaxpref.objectives.inputs import Inputs, mean_over
+from jaxpref.scoring.scores import scores_read
+
+
+def per_token_reward(loss: Callable) -> bool:
+    """Whether a loss declares that its implicit reward is an average over tokens.
+
+    A loss of `jaxpref.losses` does so by `@reward_per_token`.
+    """
+    return getattr(loss, "reward_per_token", False)
+
+
+def reward_metrics(
+    reads: tuple[str, ...], options: Mapping[str, Any], *, per_token: bool
+) -> Callable[[Inputs], dict[str, jax.Array]]:
+    """Means over the pairs of log-probabilities and rewards, under the field's names.
+
+    The reward of a completion y is a reward model's score, or implicit:
+
+        beta (log pi(y | x) - log pi_ref(y | x))
+
+    without the reference where the loss reads none, and divided by the tokens of y
+    where the loss averages over them.  Ties count half in `rewards/accuracies`.
+
+    Args:
+      reads: names of the arrays that the loss reads.
+      options: its hyperparameters, of which `beta`, or `chosen_beta` and
+        `rejected_beta`, scale implicit rewards.
+      per_token: whether implicit rewards are averages over tokens.
+
+    Returns:
+      A function from the inputs of one model to the metrics.
+    """
+    scores = scores_read(reads)
+    beta = options.get("beta", 1.0)
+    betas = [options.get(f"{side}_beta", beta) for side in ("chosen", "rejected")]
+
+    def of_rewards(inputs: Inputs) -> dict[str, jax.Array]:
+        return _of_rewards(inputs, inputs.completions("rewards"))
+
+    def of_logps(inputs: Inputs) -> dict[str, jax.Array]:
+        logps = inputs.completions("policy_logps")
+        chosen = {"logps/chosen": mean_over(logps[..., 0], inputs.is_pair)}
+        if logps.shape[-1] == 1:
+            return chosen
+        reference = 0
+        if "reference_logps" in inputs:
+            reference = inputs.completions("reference_logps")
+        rewards = jnp.array(betas, logps.dtype) * (logps - reference)
+        if per_token:
+            lengths = jnp.maximum(inputs.batch.completion_lengths, 1)
+            rewards = rewards / lengths
+        rejected = {"logps/rejected": mean_over(logps[..., 1], inputs.is_pair)}
+        return chosen | rejected | _of_rewards(inputs, rewards)
+
+    return of_rewards if "rewards" in scores else of_logps
+
+
+def _of_rewards(inputs: Inputs, rewards: Array) -> dict[str, jax.Array]:
+    mean = lambda x: mean_over(x, inputs.is_pair)
+    if rewards.shape[-1] == 1:
+        return {"rewards/chosen": mean(rewards[..., 0])}
+    chosen, rejected = rewards[..., 0], rewards[..., 1]
+    return {
+        "rewards/chosen": mean(chosen),
+        "rewards/rejected": mean(rejected),
+        "rewards/accuracies": mean(losses.reward_accuracies(chosen, rejected)),
+        "rewards/margins": mean(chosen - rejected),
+    }

@@ -1,0 +1,67 @@
+"""The layout of pairs that are all alike, and the shapes of its batches."""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpref import data
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.objectives import Objective
+from jaxpref.runtime.mesh import check_rows, row_shards
+from jaxpref.scoring.scores import stored_scores
+from jaxpref.sharding import ROWS
+
+
+def uniform_layout(
+    num_completions: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    prompt_length: int,
+    answer_length: int,
+    batch_size: int,
+    accumulation: int = 1,
+    row_length: int | None = None,
+) -> data.Layout:
+    """The layout of a run whose pairs are all alike.
+
+    Args:
+      num_completions: completions of a prompt.
+      mesh: the devices.
+      prompt_length: tokens of each prompt.
+      answer_length: tokens of each answer.
+      batch_size: pairs of a step.
+      accumulation: micro-batches of a step.
+      row_length: tokens of a packed row, None for one pair a row.
+
+    Raises:
+      InputError: if the rows cannot be split over micro-batches and devices, or a pair
+        is longer than a row.
+    """
+    builder = data.DatasetBuilder(num_completions)
+    builder.add(
+        np.zeros(prompt_length, np.int32),
+        [np.zeros(answer_length, np.int32)] * num_completions,
+        id="",
+    )
+    pair = builder.build()
+    common = {"batch_size": batch_size, "accumulation": accumulation}
+    if row_length is None:
+        check_rows(batch_size, accumulation, mesh)
+        return data.padded_layout(pair, **common)
+    return data.packed_layout(
+        pair, row_length=row_length, shards=row_shards(mesh), **common
+    )
+
+
+def abstract_batch(
+    layout: data.Layout, objective: Objective, mesh: jax.sharding.Mesh
+) -> PreferenceBatch:
+    """A batch of `jax.ShapeDtypeStruct`s, placed on the mesh."""
+    batch = layout.abstract_batch(
+        labels=sorted(objective.labels),
+        reference=sorted(stored_scores(objective.scores)),
+    )
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+    )

@@ -1,0 +1,38 @@
+"""How a figure is begun and saved; matplotlib is loaded when the first one is drawn."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxpref.files import write_whole
+from jaxpref.report.style import MATPLOTLIB
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@contextlib.contextmanager
+def drawing(path: str | Path, *, size: tuple[float, float]) -> "Iterator[Figure]":
+    """A figure in the style of the reports, written to `path` on leaving.
+
+    Nothing here touches pyplot's global state or a display.
+
+    Args:
+      path: the PNG to write.
+      size: width and height in inches.
+
+    Raises:
+      InputError: if the file cannot be written.
+    """
+    # Loading matplotlib takes most of a second, which runs that draw nothing save.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(MATPLOTLIB):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())

@@ -1,0 +1,82 @@
+"""Where the seconds of a run go: `OUT/timings.json`, one number a phase."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from jaxpref.files import write_json
+
+COMPILE_EVENTS = ("backend_compile_duration", "jaxpr_to_mlir_module_duration")
+"""Ends of the names of jax's events: to lower a program, and to compile it or read it
+from the cache on disk.  Those of tracing are nested, and count to their phase."""
+
+
+class Timings:
+    """Wall seconds since the process began, by phase; phases do not overlap.
+
+    Usage:
+
+        with timings() as passed:
+            ...
+            passed.mark("tokenize")  # all since the mark before
+            ...
+            passed.mark("steps")
+            passed.write(out / "timings.json")
+    """
+
+    def __init__(self, began: float):
+        """Starts at `began`, of the clock `time.time`."""
+        self._since = began
+        self._compiled = 0.0
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """Counts what passed since the last mark to `phase`, compilation aside.
+
+        A phase may be marked several times.
+        """
+        now = time.time()
+        compiled, self._compiled = self._compiled, 0.0
+        passed = max(now - self._since - compiled, 0.0)
+        self._since = now
+        for name, seconds in ((phase, passed), ("compile", compiled)):
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def write(self, path: Path) -> None:
+        """Writes the seconds by phase.
+
+        Raises:
+          InputError: if the file cannot be written.
+        """
+        write_json(path, {name: round(s, 3) for name, s in self.seconds.items()})
+
+    def count_compilation(self, event: str, duration: float, **_) -> None:
+        """A listener of jax's durations."""
+        if event.endswith(COMPILE_EVENTS):
+            self._compiled += duration
+
+
+@contextlib.contextmanager
+def timings() -> Iterator[Timings]:
+    """Timings from the start of this process; within, compilation is counted."""
+    found = Timings(process_start())
+    jax.monitoring.register_event_duration_secs_listener(found.count_compilation)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(found.count_compilation)
+
+
+def process_start() -> float:
+    """When this process began, of the clock `time.time`; now, where it is not known."""
+    try:
+        # The name in parentheses may hold spaces; the start is the 20th field after.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()

@@ -1,0 +1,64 @@
+"""Whether a dataset suits a model, and whether its scores are finite."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxpref.data import PreferenceDataset
+from jaxpref.errors import InputError
+from jaxpref.models import Architecture
+
+
+def check_fits(
+    sources: Sequence[str],
+    dataset: PreferenceDataset,
+    model: str,
+    architecture: Architecture,
+) -> None:
+    """Checks that a model has an embedding for every token and for every position.
+
+    XLA clamps an index out of range silently, so it must be found here.
+
+    Args:
+      sources: where the records come from, by the column `source`.
+      dataset: the records.
+      model: the model's folder, for messages.
+      architecture: the model's.
+
+    Raises:
+      InputError: naming the first row that does not fit.
+    """
+    if dataset.longest > architecture.max_position_embeddings:
+        longest = (dataset.prompt_lengths + dataset.completion_lengths.max(1)).argmax()
+        raise InputError(
+            f"{_place(sources, dataset, longest)}: a sequence of {dataset.longest} "
+            f"tokens is longer than the {architecture.max_position_embeddings} "
+            f"positions of {model}; lower --max-length"
+        )
+    outside = np.flatnonzero(dataset.tokens >= architecture.vocab_size)
+    if len(outside):
+        record = np.searchsorted(dataset.offsets, outside[0], side="right") - 1
+        raise InputError(
+            f"{_place(sources, dataset, record)}: the tokenizer of {model} gives "
+            f"token {dataset.tokens[outside[0]]}, but its embedding has "
+            f"{architecture.vocab_size} rows; use the tokenizer that belongs to the "
+            "model"
+        )
+
+
+def check_finite(
+    sources: Sequence[str], dataset: PreferenceDataset, model: str, scores: np.ndarray
+) -> None:
+    """Raises InputError naming the first row whose scores [N, K] are not finite."""
+    wrong = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    if len(wrong):
+        raise InputError(
+            f"{_place(sources, dataset, wrong[0])}: its scores under {model} are "
+            f"not finite ({len(wrong)} such rows); check the weights, or set "
+            "--compute-dtype float32"
+        )
+
+
+def _place(sources: Sequence[str], dataset: PreferenceDataset, record: int) -> str:
+    columns = dataset.columns
+    return f"{sources[columns['source'][record]]} row {columns['row'][record] + 1}"

@@ -1,0 +1,318 @@
+"""Scorers: what is trained, and what it says of a batch."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.models import Model, RewardModel, logprobs
+from jaxpref.models.attention import Segments
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.layout import SPECS, on_mesh
+from jaxpref.models.reward import Padding
+from jaxpref.scoring.scores import (
+    NEED_REFERENCE_WEIGHTS,
+    TOKEN_SCORES,
+    Scores,
+    completion_sums,
+    computed_scores,
+    flat_sequences,
+    last_places,
+    last_tokens,
+    policy_name,
+)
+
+Params = Any
+"""What is trained: a pytree of arrays."""
+Frozen = Any
+"""What is read beside it and never changes, such as a live reference; or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """How a trained model is written."""
+
+    source: Path
+    """The folder that it began from: tokenizer and other files are copied."""
+    dtype: str = "float32"
+    """Dtype of the written weights."""
+    padding: Padding | None = None
+    """The padding token of a reward model's input."""
+
+
+class Scorer(Protocol):
+    """What is trained and what it says of a batch, without any array of its own."""
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters, in their layout on the mesh that is set."""
+
+    def load(self, folder: Path, key: jax.Array) -> Params:
+        """The parameters to begin with: a model folder's, new ones drawn by `key`."""
+
+    def load_frozen(self, reference: Path) -> Frozen:
+        """What is read beside the parameters, from the reference's folder."""
+
+    def init_frozen(self, key: jax.Array) -> Frozen:
+        """A random stand-in for it, for `jax.eval_shape`."""
+
+    def __call__(
+        self, params: Params, frozen: Frozen, batch: PreferenceBatch
+    ) -> Scores:
+        """The scores [R, S, K] of a micro-batch [R, ...], by name."""
+
+    def of_reference(self, stored: frozenset[str]) -> "Scorer":
+        """What computes scores of the reference: of one model, by the policy's names.
+
+        Its kernels are those of the trained model, so that both agree at the start.
+        """
+
+    def with_remat(self, policy: str) -> "Scorer":
+        """The same with another policy of recomputing activations."""
+
+    def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
+        """Writes a Hugging Face folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyScorer:
+    """A language model that is trained whole, scored by log-probabilities.
+
+    The backbone runs on every token, the LM head on completion tokens only,
+    `chunk_size` of them at a time.
+    """
+
+    model: Model
+    scores: frozenset[str]
+    """Names out of `TOKEN_SCORES`."""
+    chunk_size: int | None = None
+    """Completion tokens of a sequence whose logits exist at the same time; by default
+    `logprobs.default_chunk`."""
+
+    @property
+    def needs_reference_weights(self) -> bool:
+        """Whether `frozen` is the reference's parameters."""
+        return bool(self.scores & NEED_REFERENCE_WEIGHTS)
+
+    def init(self, key: jax.Array) -> Params:
+        """See `Scorer`."""
+        return self.model.init(key)
+
+    def load(self, folder: Path, key: jax.Array) -> Params:
+        """See `Scorer`."""
+        return load_params(folder, self.model, key)
+
+    def load_frozen(self, reference: Path) -> Frozen:
+        """The reference's parameters, where a score needs them; else None."""
+        if not self.needs_reference_weights:
+            return None
+        return load_params(reference, self.model)
+
+    def init_frozen(self, key: jax.Array) -> Frozen:
+        """See `Scorer`."""
+        return self.model.init(key) if self.needs_reference_weights else None
+
+    def __call__(
+        self, params: Params, frozen: Frozen, batch: PreferenceBatch
+    ) -> Scores:
+        """See `Scorer`."""
+        flat = lambda array: flat_sequences(batch, array)
+        tokens = flat(batch.tokens)
+        read = lambda p: self.model.hidden_and_heads(p, tokens, *_packing(batch))
+        # The reference is a constant, whoever asks for a gradient.
+        reference = None
+        if self.needs_reference_weights:
+            reference = jax.lax.stop_gradient(read(frozen))
+        wanted = sorted(self.scores)
+        names = {n: None for score in wanted for n in TOKEN_SCORES[score].statistics}
+        statistics = logprobs.token_statistics(
+            tuple(names),
+            *read(params),
+            flat(batch.predictors),
+            flat(batch.targets),
+            reference=reference,
+            chunk_size=self.chunk_size,
+        )
+        found = {}
+        for name in wanted:
+            score = TOKEN_SCORES[name]
+            arrays = (statistics[n] for n in score.statistics)
+            found[name] = score.combine(batch, *arrays)
+        return found
+
+    def of_reference(self, stored: frozenset[str]) -> Scorer:
+        """See `Scorer`."""
+        scores = frozenset(map(policy_name, stored)) | {"policy_logps"}
+        return dataclasses.replace(self, scores=scores)
+
+    def with_remat(self, policy: str) -> Scorer:
+        """See `Scorer`."""
+        return dataclasses.replace(self, model=_with_remat(self.model, policy))
+
+    def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
+        """See `Scorer`."""
+        _save(self.model, params, folder, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardScorer:
+    """A reward model: one score per completion, read at its last token."""
+
+    model: RewardModel
+
+    def init(self, key: jax.Array) -> Params:
+        """See `Scorer`."""
+        return self.model.init(key)
+
+    def load(self, folder: Path, key: jax.Array) -> Params:
+        """The folder's backbone, and its head or, without one, a new head."""
+        return load_params(folder, self.model, key)
+
+    def load_frozen(self, reference: Path) -> Frozen:
+        """Nothing."""
+        del reference
+        return None
+
+    def init_frozen(self, key: jax.Array) -> Frozen:
+        """Nothing."""
+        del key
+        return None
+
+    def __call__(
+        self, params: Params, frozen: Frozen, batch: PreferenceBatch
+    ) -> Scores:
+        """See `Scorer`."""
+        del frozen
+        rows, slots, sides = batch.completion_lengths.shape
+        flat = lambda array: flat_sequences(batch, array)
+        tokens = flat(batch.tokens)
+        positions, segments = _packing(batch)
+        if segments is None:
+            # A token's own state is one place behind the one that predicts it.
+            at = flat(batch.predictors) + 1
+            rewards = self.model.rewards_at(params, tokens, at)
+            ends = dataclasses.replace(
+                batch, completions=last_tokens(batch.completions)
+            )
+            return {"rewards": completion_sums(ends, rewards)}
+        ends = last_places(segments, slots=slots, sides=sides)
+        rewards = self.model.rewards_at(params, tokens, ends, positions, segments)
+        rewards = jnp.where(ends >= 0, rewards, 0)
+        shape = (rows, slots, sides)
+        spread = on_mesh(SPECS.hidden)
+        return {"rewards": jnp.reshape(rewards, shape, out_sharding=spread)}
+
+    def of_reference(self, stored: frozenset[str]) -> Scorer:
+        """Itself: losses of rewards read no reference."""
+        del stored
+        return self
+
+    def with_remat(self, policy: str) -> Scorer:
+        """See `Scorer`."""
+        return dataclasses.replace(self, model=_with_remat(self.model, policy))
+
+    def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
+        """See `Scorer`."""
+        _save(self.model, params, folder, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwinScorer:
+    """Two models of one kind, trained together; parameters and scores by model."""
+
+    one: Scorer
+
+    def init(self, key: jax.Array) -> Params:
+        """See `Scorer`."""
+        return {"one": self.one.init(key), "two": self.one.init(second(key))}
+
+    def load(self, folder: Path, key: jax.Array) -> Params:
+        """Both from the same folder; what is new in them from different keys."""
+        return {
+            "one": self.one.load(folder, key),
+            "two": self.one.load(folder, second(key)),
+        }
+
+    def load_frozen(self, reference: Path) -> Frozen:
+        """One reference for both."""
+        return self.one.load_frozen(reference)
+
+    def init_frozen(self, key: jax.Array) -> Frozen:
+        """See `Scorer`."""
+        return self.one.init_frozen(key)
+
+    def __call__(
+        self, params: Params, frozen: Frozen, batch: PreferenceBatch
+    ) -> dict[str, Scores]:
+        """The scores of each model, by model."""
+        return {m: self.one(params[m], frozen, batch) for m in ("one", "two")}
+
+    def of_reference(self, stored: frozenset[str]) -> Scorer:
+        """That of one model."""
+        return self.one.of_reference(stored)
+
+    def with_remat(self, policy: str) -> Scorer:
+        """See `Scorer`."""
+        return TwinScorer(self.one.with_remat(policy))
+
+    def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
+        """The first model to `folder`, the second beside it to `<folder>_two`."""
+        self.one.export(params["one"], folder, options)
+        two = folder.with_name(f"{folder.name}_two")
+        self.one.export(params["two"], two, options)
+
+
+def second(key: jax.Array) -> jax.Array:
+    """The random key of the second model."""
+    return jax.random.fold_in(key, 1)
+
+
+def make_scorer(
+    model: Model | RewardModel,
+    scores: frozenset[str],
+    *,
+    chunk_size: int | None = None,
+    num_models: int = 1,
+) -> Scorer:
+    """The scorer of an objective that reads these scores.
+
+    Args:
+      model: a language model, or a reward model where `scores` has "rewards".
+      scores: see `Objective.scores`.
+      chunk_size: see `PolicyScorer`.
+      num_models: 2 for two models trained together.
+    """
+    if isinstance(model, RewardModel):
+        scorer = RewardScorer(model)
+    else:
+        scorer = PolicyScorer(model, computed_scores(scores), chunk_size)
+    return scorer if num_models == 1 else TwinScorer(scorer)
+
+
+def _packing(batch: PreferenceBatch) -> tuple:
+    """Positions [R Q, T] and segments of packed rows; None if padded."""
+    if batch.segments is None:
+        return None, None
+    numbers, parts = flat_sequences(batch, batch.segments), batch.num_parts
+    segments = Segments(numbers // parts, numbers % parts, completions=parts - 1)
+    return flat_sequences(batch, batch.positions), segments
+
+
+def _with_remat(model: Model | RewardModel, policy: str) -> Model | RewardModel:
+    numerics = dataclasses.replace(model.numerics, remat=policy)
+    return dataclasses.replace(model, numerics=numerics)
+
+
+def _save(
+    model: Model | RewardModel, params: Params, folder: Path, options: ExportOptions
+) -> None:
+    save(
+        folder,
+        model,
+        params,
+        options.source,
+        options.dtype,
+        padding=options.padding,
+    )

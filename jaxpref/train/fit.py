@@ -1,0 +1,44 @@
+"""The training loop."""
+
+from jaxpref.runtime import heartbeat
+from jaxpref.runtime.preemption import watched
+from jaxpref.train.feed import Stream
+from jaxpref.train.outputs import Run
+from jaxpref.train.state import TrainState
+from jaxpref.train.task import Task
+
+
+def fit(
+    task: Task, state: TrainState, stream: Stream, run: Run, *, until: int
+) -> TrainState:
+    """Trains until `until` steps are done: evaluate, save, next batch, step, log.
+
+    Called again with a later `until` it continues from the state it returned: the
+    programs are those of the task and are compiled once.
+
+    Args:
+      task: what is computed.
+      state: where it stands; its arrays are donated.
+      stream: gives a batch for a state, so batches may depend on the parameters.
+      run: what is done before and after each step.
+      until: the number of steps after which to stop.
+
+    Returns:
+      The state after step `until`.
+
+    Raises:
+      Preempted: after a SIGTERM, once the last step is saved.
+      Stopped: after too many bad steps in a row.
+    """
+    start = int(state.step)
+    with watched(start) as should_stop, run.traced(task.train_step) as train_step:
+        for step in range(start, until):
+            run.before_step(step, state)
+            with run.waiting_for_data():
+                batch = stream.draw(state)
+            heartbeat.beat(f"the batch of step {step + 1}")
+            state, metrics = train_step(state, run.frozen, batch)
+            run.after_step(step + 1, metrics, batch.pairs)
+            if should_stop(step + 1):
+                run.leave(step + 1, state)
+    return state

@@ -1,0 +1,209 @@
+"""The plain options of a run, by what they decide; each part checks its own."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from jaxpref.errors import InputError
+from jaxpref.train.best import check_asked
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+DEFAULT_STEPS = 1000
+"""Optimizer steps of a run that gives neither `max_steps` nor `epochs`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What a run reads, and where it writes."""
+
+    model: str
+    """Folder of a Hugging Face model, or the id of one to download from the hub."""
+    data: str
+    """Preference data: a JSONL file (also .gz), a folder of files, or a dataset on the
+    hub.  README, "Data", lists the formats."""
+    out: str
+    """Folder to write the run to: config, metrics, checkpoints, exported model.  The
+    same command resumes a run that was interrupted."""
+    reference: str | None = None
+    """Reference model (default: the model itself before training).  Its scores are
+    cached for later runs in $JAXPREF_CACHE, or else in ~/.cache/jaxpref."""
+    eval_data: str | None = None
+    """Data to evaluate on, instead of held-out prompts of --data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How many steps there are, and which pairs each of them sees."""
+
+    max_steps: int | None = None
+    """Optimizer steps (default: 1000, unless --epochs is given)."""
+    epochs: float | None = None
+    """Passes over the training pairs, instead of --max-steps; may be a fraction."""
+    batch_size: int = 32
+    """Pairs per optimizer step, over all devices and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step.  More of them need less memory."""
+    row_length: int | Literal["auto", "none"] = "none"
+    """Tokens per packed row, auto to choose it from the data, or none for one pair per
+    row, padded.  Packed rows hold several pairs and each prompt once, so hardly
+    anything is computed for padding.  A row must hold the longest prompt with both of
+    its answers; --batch-size is then a mean."""
+    seed: int = 0
+    """Seed of the order of the training pairs."""
+    loader_processes: int = 0
+    """Processes that prepare batches beside this one; 0 uses threads of this one."""
+
+    def __post_init__(self):
+        _at_least(1, self, "batch_size", "accumulation")
+        _at_least(0, self, "loader_processes")
+        if self.max_steps is not None:
+            _at_least(1, self, "max_steps")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise InputError(f"epochs {self.epochs}: must be above 0 and finite")
+        if self.epochs is not None and self.max_steps is not None:
+            raise InputError(
+                f"--epochs {self.epochs} and --max-steps {self.max_steps}: both say "
+                "when the run ends; give one of them"
+            )
+        if isinstance(self.row_length, int):
+            _at_least(1, self, "row_length")
+        elif self.row_length not in ("auto", "none"):
+            raise InputError(
+                f"row_length {self.row_length}: expected auto, none or a number"
+            )
+        if self.batch_size % self.accumulation:
+            raise InputError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation "
+                f"{self.accumulation}"
+            )
+
+
+def steps_of(options: StepOptions, num_pairs: int) -> int:
+    """Optimizer steps of a run with so many training pairs; part of one counts whole.
+
+    A packed run sees `batch_size` pairs per step on average.
+    """
+    if options.epochs is None:
+        return DEFAULT_STEPS if options.max_steps is None else options.max_steps
+    steps = options.epochs * num_pairs / options.batch_size
+    # 0.3 epochs of 100 pairs are 3 steps of 10, however 0.3 is rounded.
+    return max(1, math.ceil(steps * (1 - 1e-9)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """In which precision and how a step is computed."""
+
+    param_dtype: Dtype = "float32"
+    """Dtype of the parameters and the optimizer's moments."""
+    compute_dtype: Dtype | None = None
+    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
+    float32 on CPU)."""
+    remat: Literal["none", "dots", "full", "auto"] = "none"
+    """What the backward pass recomputes to save memory.  auto takes the first of none,
+    dots and full whose compiled step fits the device."""
+    unroll: int = 1
+    """Layers to unroll in the scan over layers; at most all of them."""
+    logit_chunk: int | None = None
+    """Completion tokens of a sequence whose logits are in memory at once.  By default
+    as many as fill a quarter of a GiB of each device, or the memory of the output
+    layer's gradient if that is more."""
+
+    def __post_init__(self):
+        _at_least(1, self, "unroll")
+        if self.logit_chunk is not None:
+            _at_least(1, self, "logit_chunk")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """When a run is evaluated and saved, and what is exported."""
+
+    eval_every: int = 100
+    """Steps between evaluations on the held-out pairs.  The first and the last step are
+    always evaluated."""
+    save_every: int = 100
+    """Steps between checkpoints.  The last step is always saved."""
+    keep_checkpoints: int = 2
+    """Number of latest checkpoints to keep."""
+    keep_best: str | None = None
+    """Also keep the best checkpoint by a metric of the evaluations, for example
+    max:eval_rewards/accuracies or min:eval_loss.  A checkpoint is saved whenever an
+    evaluation is better than all before it."""
+    export: Literal["last", "best"] = "last"
+    """Export the weights of the last step, or of the best one (see --keep-best)."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the exported weights."""
+
+    def __post_init__(self):
+        _at_least(1, self, "eval_every", "save_every", "keep_checkpoints")
+        if self.keep_best is not None:
+            check_asked(self.keep_best)
+        elif self.export == "best":
+            raise InputError("--export best: say by which metric, with --keep-best")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardOptions:
+    """When a run that diverges is stopped."""
+
+    max_bad_steps: int = 10
+    """Bad steps in a row after which the run stops.  A step is bad if its loss or
+    gradient is not finite, or its loss rose by more than --max-loss-rise.  The run then
+    exits with code 65, writes the pairs of those steps to OUT/stopped, and leaves its
+    checkpoints as they are."""
+    max_loss_rise: float = 10.0
+    """How far the loss may rise above the median of the first ten steps, as a multiple
+    of that median (of 1 if it is smaller).  inf allows any rise."""
+
+    def __post_init__(self):
+        _at_least(1, self, "max_bad_steps")
+        if not self.max_loss_rise > 0:
+            raise InputError(f"max_loss_rise {self.max_loss_rise}: must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What is written and printed while a run trains."""
+
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    profile: int = 0
+    """Steps to profile into OUT/profile, after two steps of warm-up."""
+    explain_compiles: bool = False
+    """Print a line for every program that is compiled: name, seconds, shapes, and
+    whether it came from the cache on disk."""
+
+    def __post_init__(self):
+        _at_least(1, self, "log_every")
+        _at_least(0, self, "profile")
+
+
+PARTS = (
+    SourceOptions,
+    StepOptions,
+    ComputeOptions,
+    CheckpointOptions,
+    GuardOptions,
+    LogOptions,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(*reversed(PARTS)):
+    """The plain options of a run.
+
+    It is each of its parts, so a function that reads one of them can be given it.
+    """
+
+    def __post_init__(self):
+        for part in PARTS[1:]:
+            part.__post_init__(self)
+
+
+def _at_least(least: int, options, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < least:
+            raise InputError(
+                f"{name} {getattr(options, name)}: must be at least {least}"
+            )

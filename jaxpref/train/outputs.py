@@ -1,0 +1,182 @@
+"""What a run leaves behind as it trains: metrics, evaluations, checkpoints."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from jaxpref.report.progress import evaluation_line
+from jaxpref.runtime.environment import environment
+from jaxpref.runtime.preemption import Preempted
+from jaxpref.runtime.processes import only_first_process
+from jaxpref.runtime.profile import profiled
+from jaxpref.train.agreement import check_batch_agreement
+from jaxpref.train.begin import Beginning
+from jaxpref.train.best import Best
+from jaxpref.train.checkpoint import Checkpoints
+from jaxpref.train.evaluation import evaluation_metrics
+from jaxpref.train.feed import Stream
+from jaxpref.train.guard import Guard
+from jaxpref.train.metrics import LateMetrics, MetricsWriter
+from jaxpref.train.state import TrainState
+from jaxpref.train.task import Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How often a run does what is not a step, and for how long it trains."""
+
+    max_steps: int
+    """Steps of the run."""
+    eval_every: int
+    """Steps between two evaluations."""
+    save_every: int
+    """Steps between two checkpoints."""
+    log_every: int
+    """Steps between two metric lines."""
+    profile: int = 0
+    """Steps to trace."""
+
+
+class Run:
+    """One run of a task: what is frozen, the reference's scores, and the outputs.
+
+    `fit` asks it before and after every step; all processes do so alike.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        out: Path,
+        stream: Stream,
+        begun: Beginning,
+        *,
+        cadence: Cadence,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        guard: Guard,
+        best: Best,
+    ):
+        """Shows the progress bar.
+
+        Args:
+          task: what is computed.
+          out: folder of the run.
+          stream: where its batches come from.
+          begun: where it begins.
+          cadence: what happens when.
+          checkpoints: where states are saved.
+          writer: where metrics are written.
+          guard: judges every step.
+          best: the best evaluation so far.
+        """
+        self.frozen, self.cadence = begun.frozen, cadence
+        self._task, self._out, self._stream = task, out, stream
+        self._reference, self._checkpoints = begun.reference, checkpoints
+        self._writer, self._guard, self._best = writer, guard, best
+        self._resumed_at = start = int(begun.state.step)
+        self._late = LateMetrics(
+            writer,
+            name=task.objective.name,
+            log_every=cadence.log_every,
+            max_steps=cadence.max_steps,
+            check_step=guard.check_step,
+            start=start,
+        )
+        checkpoints.best = best.step
+
+    def before_step(self, step: int, state: TrainState) -> None:
+        """Evaluates and saves where that is due after `step` steps."""
+        due = step % self.cadence.save_every == 0 and step > self._resumed_at
+        if step % self.cadence.eval_every == 0:
+            with self._late.paused():
+                better = self.evaluate(step, state)
+            due |= better and step > self._resumed_at
+        if due:
+            with self._late.paused():
+                self._save_healthy(step, state)
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time within as waiting for data."""
+        with self._late.waiting():
+            yield
+
+    def traced(self, train_step: Callable) -> contextlib.AbstractContextManager:
+        """The train step, of which the steps to be profiled are traced."""
+        return profiled(train_step, self._out, steps=self.cadence.profile)
+
+    def after_step(self, step: int, metrics: dict, pairs: jax.Array) -> None:
+        """Takes a step's metrics; they are fetched once the next step is running."""
+        self._late.push(step, metrics, pairs)
+
+    def leave(self, step: int, state: TrainState) -> None:
+        """Saves the step and ends the run, which was asked to stop.
+
+        Raises:
+          Preempted: always.
+        """
+        with self._late.paused():
+            healthy = self._save_healthy(step, state)
+            self._checkpoints.wait()
+        raise Preempted(step, saved=healthy)
+
+    def finish(self, state: TrainState) -> None:
+        """Saves and evaluates the last step.
+
+        Raises:
+          Stopped: if the loss has just risen too far.
+        """
+        step = int(state.step)
+        with self._late.paused():
+            self._guard.check_end(step)
+            # Saved first: an interrupt of the last evaluation costs no step.
+            self.save(step, state)
+            self.evaluate(step, state)
+            self._checkpoints.wait()
+
+    def evaluate(self, step: int, state: TrainState) -> bool:
+        """Measures the held-out pairs; whether this is the best step so far."""
+        task, found = self._task, {}
+        heldout = task.datasets.splits.heldout
+        if len(heldout):
+            score = task.score(task.score_step)
+            scores = score(
+                state.params, self.frozen, heldout, title=f"evaluation at step {step}"
+            )
+            reference = self._reference["heldout"]
+            found = evaluation_metrics(
+                task.evaluation, scores, reference, heldout, state.objective_state
+            )
+            self._writer.write(step, found)
+            # Not over the progress bar.
+            only_first_process(tqdm.write, evaluation_line(step, found))
+        better = self._guard.healthy and self._best.improved(step, found)
+        self._checkpoints.best = self._best.step
+        return better
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves a step and where the run stands."""
+        task = self._task
+        check_batch_agreement(step, task, self._stream, self._guard.batch())
+        beside = {
+            "iterator": self._stream.get_state(),
+            "splits": task.datasets.splits.digest,
+            "reference": task.reference.digest if task.reference else "",
+            "environment": environment(task.mesh),
+            "first_losses": self._guard.get_state(),
+            "best": self._best.get_state(),
+        }
+        self._checkpoints.save(step, state, beside)
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._late.close()
+
+    def _save_healthy(self, step: int, state: TrainState) -> bool:
+        if self._guard.healthy:
+            self.save(step, state)
+        return self._guard.healthy

@@ -1,0 +1,180 @@
+"""From a config to a task: the one place that reads what a run was asked to do."""
+
+import dataclasses
+import functools
+
+from jaxpref import data
+from jaxpref.errors import InputError
+from jaxpref.models import Architecture, Numerics, RewardModel, build
+from jaxpref.models.folder_config import read_architecture
+from jaxpref.models.hub import resolve_folder
+from jaxpref.models.reward import padding_of
+from jaxpref.objectives.objective import Objective
+from jaxpref.runtime.mesh import check_rows, make_mesh
+from jaxpref.runtime.processes import log
+from jaxpref.scoring.checks import check_fits
+from jaxpref.scoring.reference import Reference, reference_digest
+from jaxpref.scoring.scorer import ExportOptions, make_scorer
+from jaxpref.scoring.scores import reads_reference, stored_scores
+from jaxpref.train.config import TrainConfig
+from jaxpref.train.layout import make_layout, make_order
+from jaxpref.train.optimizer import make_optimizer, make_schedule
+from jaxpref.train.options import steps_of
+from jaxpref.train.task import Datasets, Task
+
+
+def prepare(config: TrainConfig) -> Task:
+    """Reads the model's config and the data, and resolves what a run computes with.
+
+    Raises:
+      InputError: for anything the caller can put right; nothing is written.
+    """
+    objective = config.objective
+    mesh = make_mesh(config.mesh)
+    row_length = None if config.row_length == "none" else config.row_length
+    if row_length is None:
+        check_rows(config.batch_size, config.accumulation, mesh)
+    folder = resolve_folder(config.model)
+    architecture = read_architecture(folder)
+    numerics = Numerics(
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        remat="none" if config.remat == "auto" else config.remat,
+        unroll=config.unroll,
+        # A probe differentiates a gradient.
+        twice_differentiable=objective.probe is not None,
+    )
+    make_model = RewardModel if "rewards" in objective.scores else build
+    model = make_model(architecture, numerics)
+    reference = _reference(
+        objective,
+        config.reference or config.model,
+        architecture,
+        dtypes=f"{config.param_dtype} {config.compute_dtype}",
+        numerics=f"{config.logit_chunk} logits at a time",
+    )
+    tokenizer = data.load_tokenizer(folder)
+    options = data.for_model(config.options, architecture.max_position_embeddings)
+    datasets = read_datasets(
+        objective,
+        tokenizer,
+        options,
+        mix=config.mix,
+        train=config.data,
+        heldout=config.eval_data,
+    )
+    splits = datasets.splits
+    check_fits(datasets.train_sources, splits.train, config.model, architecture)
+    check_fits(datasets.heldout_sources, splits.heldout, config.model, architecture)
+    layout = make_layout(
+        splits,
+        mesh,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        row_length=row_length,
+    )
+    empty_share = config.mix.empty_share if config.mix else None
+    steps = steps_of(config, len(splits.train))
+    schedule = make_schedule(config.optimizer, steps)
+    return Task(
+        scorer=make_scorer(
+            model,
+            objective.scores,
+            chunk_size=config.logit_chunk,
+            num_models=objective.num_models,
+        ),
+        objective=objective,
+        optimizer=make_optimizer(config.optimizer, schedule),
+        schedule=schedule,
+        mesh=mesh,
+        layout=layout,
+        order=make_order(splits.train, seed=config.seed, empty_share=empty_share),
+        seed=config.seed,
+        steps=steps,
+        num_annotators=len(splits.train.annotator_names),
+        datasets=datasets,
+        model_folder=folder,
+        reference=reference,
+        export=ExportOptions(folder, config.export_dtype, padding_of(tokenizer)),
+    )
+
+
+def _reference(
+    objective: Objective,
+    name: str,
+    architecture: Architecture,
+    *,
+    dtypes: str,
+    numerics: str,
+) -> Reference | None:
+    """The reference of a run, where its objective reads one.
+
+    Raises:
+      InputError: if the reference is another kind of model.
+    """
+    if not reads_reference(objective.scores):
+        return None
+    folder = resolve_folder(name)
+    if read_architecture(folder) != architecture:
+        raise InputError(
+            f"{name}: its config.json describes another model than the one that is "
+            "trained; a reference has the same sizes"
+        )
+    return Reference(
+        name=name,
+        folder=folder,
+        scores=tuple(sorted(stored_scores(objective.scores))),
+        numerics=numerics,
+        digest=reference_digest(folder, dtypes),
+    )
+
+
+def read_datasets(
+    objective: Objective,
+    tokenizer,
+    options: data.DataOptions,
+    *,
+    mix: data.MixOptions | None,
+    train: str,
+    heldout: str | None,
+) -> Datasets:
+    """The records of a run; `heldout` data takes the place of a held-out share.
+
+    Raises:
+      InputError: if a record is wrong, or none is left to train on.
+    """
+    make = make_train = functools.partial(
+        data.make_splits, sides=objective.num_completions
+    )
+    train_sources = (train,)
+    if mix is not None:
+        make = make_train = data.make_mixed_splits
+        if mix.empty_data:
+            train_sources = (train, mix.empty_data)
+            empty = data.open_source(mix.empty_data)
+            make_train = functools.partial(make, empty=empty)
+    if heldout is None:
+        splits = make_train(data.open_source(train), tokenizer, options)
+    else:
+        whole = dataclasses.replace(options, heldout_fraction=0.0)
+        splits = make_train(data.open_source(train), tokenizer, whole)
+        held = make(data.open_source(heldout), tokenizer, whole.without_injection())
+        digest = splits.digest + held.digest
+        splits = dataclasses.replace(splits, heldout=held.train, digest=digest)
+    if not len(splits.train):
+        raise InputError(
+            f"{train}: no pair is left to train on ({splits.describe()}); lower "
+            "--heldout-fraction"
+        )
+    log(f"{' and '.join(train_sources)}: {splits.describe()}")
+    if options.inject.active:
+        log(injection_warning(splits.report["flipped"], len(splits.train)))
+    return Datasets(splits, train_sources, (heldout,) if heldout else train_sources)
+
+
+def injection_warning(flipped: int, pairs: int) -> str:
+    """One line that says how many training labels are wrong on purpose."""
+    return (
+        f"warning: {flipped:,} of {pairs:,} training labels ({flipped / pairs:.1%}) "
+        "were flipped on purpose, as --inject asked"
+    )

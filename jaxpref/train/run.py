@@ -1,0 +1,134 @@
+"""The training run, from the first file read to the exported model."""
+
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+
+from jaxpref.runtime import heartbeat
+from jaxpref.runtime.compilation import log_compilations
+from jaxpref.runtime.environment import versions
+from jaxpref.runtime.memory import choose_remat
+from jaxpref.runtime.mesh import initialize_distributed, to_global
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.runtime.processes import (
+    assert_equal_across_processes,
+    log,
+    only_first_process,
+)
+from jaxpref.runtime.timings import timings
+from jaxpref.train.begin import Beginning, begin
+from jaxpref.train.best import Best
+from jaxpref.train.checkpoint import Checkpoints
+from jaxpref.train.config import TrainConfig, open_run, to_json, write_run_config
+from jaxpref.train.feed import Feed
+from jaxpref.train.fit import fit
+from jaxpref.train.guard import Guard
+from jaxpref.train.layout import padding_advice
+from jaxpref.train.metrics import MetricsWriter
+from jaxpref.train.outputs import Cadence, Run
+from jaxpref.train.prepare import prepare
+from jaxpref.train.task import Task
+
+
+def run(config: TrainConfig) -> Path:
+    """Trains `config.model` on `config.data` and exports it.
+
+    The same config and `out` resume after a kill: on the same software, devices, mesh
+    and process count to the same bits.  Written to `out`: `config.json`,
+    `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
+    Face folder), `timings.json` (seconds per phase), `memory.json` where `remat` is
+    "auto", and `best.json` with `keep_best`.
+
+    Returns:
+      The exported folder.
+
+    Raises:
+      InputError: for anything the caller can put right; nothing written is lost.
+      Preempted: after SIGTERM while it trains, once the last step is saved.
+      Stopped: after too many bad steps in a row; see `guard`.
+    """
+    initialize_distributed()
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
+    described = to_json(config)
+    out = open_run(config.out, described)
+    with contextlib.ExitStack() as stack:
+        closing = lambda thing: stack.enter_context(contextlib.closing(thing))
+        if config.explain_compiles and jax.process_index() == 0:
+            stack.enter_context(log_compilations())
+        phases = stack.enter_context(timings())
+        stack.enter_context(heartbeat.reporting())
+        assert_equal_across_processes("before the run", versions())
+        assert_equal_across_processes("before the run", described)
+        phases.mark("start")
+        task = prepare(config)
+        log(f"every batch: {task.layout.describe()}")
+        if padding := padding_advice(task.layout, task.datasets.splits.train):
+            log(padding)
+        phases.mark("tokenize")
+        stack.enter_context(jax.set_mesh(task.mesh))
+        folder, keep = out / "checkpoints", config.keep_checkpoints
+        checkpoints = closing(Checkpoints(folder, keep=keep))
+        begun = begin(task, checkpoints, out, batch_size=config.batch_size)
+        phases.mark("reference")
+        feed = closing(_feed(task, begun, config.loader_processes))
+        if config.remat == "auto":
+            task = _with_chosen_remat(task, begun, out)
+        write_run_config(described, out)
+        start = int(begun.state.step)
+        best = Best(config.keep_best, out, begun.saved.get("best"))
+        training = Run(
+            task,
+            out,
+            feed,
+            begun,
+            cadence=Cadence(
+                max_steps=task.steps,
+                eval_every=config.eval_every,
+                save_every=config.save_every,
+                log_every=config.log_every,
+                profile=config.profile,
+            ),
+            checkpoints=checkpoints,
+            writer=closing(MetricsWriter(out, resumed_at=start)),
+            guard=Guard(
+                config, task.datasets, out, first=begun.saved.get("first_losses", ())
+            ),
+            best=best,
+        )
+        closing(training)
+        state = fit(task, begun.state, feed, training, until=task.steps)
+        training.finish(state)
+        phases.mark("steps")
+        if config.export == "best" and best.step not in (None, int(state.step)):
+            log(f"exporting step {best.step}: {config.keep_best}")
+            del state
+            state, _ = checkpoints.restore(task.abstract_state(), only=best.step)
+        task.scorer.export(state.params, out / "export", task.export)
+        phases.mark("export")
+        only_first_process(phases.write, out / "timings.json")
+    return out / "export"
+
+
+def _feed(task: Task, begun: Beginning, processes: int) -> Feed:
+    """The run's batches, from where it stands."""
+    batches = task.batches(reference=begun.reference["train"], processes=processes)
+    if begun.saved:
+        batches.set_state(begun.saved["iterator"])
+    return Feed(batches, functools.partial(to_global, mesh=task.mesh))
+
+
+def _with_chosen_remat(task: Task, begun: Beginning, out: Path) -> Task:
+    """The task that recomputes as little as the device's memory allows."""
+    train, tables = task.datasets.splits.train, begun.reference["train"]
+    batch = next(iter(task.layout.eval_batches(train, reference=tables)))
+    batch = to_global(batch, mesh=task.mesh)
+
+    def compiled(policy: str) -> jax.stages.Compiled:
+        step = task.with_remat(policy).train_step
+        return step.lower(task.abstract_state(), begun.frozen, batch).compile()
+
+    return task.with_remat(choose_remat(out, compiled))

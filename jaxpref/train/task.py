@@ -1,0 +1,173 @@
+"""The task of a run: everything it computes with, resolved once from its config."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxpref import data
+from jaxpref.objectives.objective import Objective
+from jaxpref.runtime.mesh import on_devices
+from jaxpref.scoring.reference import Reference
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
+from jaxpref.scoring.scores import stored_scores
+from jaxpref.train.evaluation import make_evaluation
+from jaxpref.train.state import TrainState, init_state
+from jaxpref.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """What a run compiles: its programs, without parameters and without records.
+
+    A program is built when it is first asked for, and once.
+    """
+
+    scorer: Scorer
+    """What is trained, and what it says of a batch."""
+    objective: Objective
+    """What is minimized."""
+    optimizer: optax.GradientTransformation
+    """Turns gradients into updates."""
+    schedule: optax.Schedule
+    """The learning rate of each step."""
+    mesh: Mesh
+    """The devices."""
+    layout: data.Layout
+    """How records become batches."""
+    num_annotators: int = 0
+    """Known annotators of the training pairs."""
+
+    def new_state(self, params: Params) -> TrainState:
+        """The state before the first step."""
+        return init_state(
+            params,
+            self.optimizer,
+            self.objective,
+            num_annotators=self.num_annotators,
+        )
+
+    def abstract_params(self) -> Params:
+        """Shapes, dtypes and shardings of the parameters."""
+        # The key is made inside: the mesh may have no device of this process.
+        params = jax.eval_shape(lambda: self.scorer.init(jax.random.key(0)))
+        return on_devices(params, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        state = jax.eval_shape(self.new_state, self.abstract_params())
+        return on_devices(state, self.mesh)
+
+    def abstract_frozen(self) -> Frozen:
+        """Shapes, dtypes and shardings of what is read beside the parameters."""
+        frozen = jax.eval_shape(lambda: self.scorer.init_frozen(jax.random.key(0)))
+        return on_devices(frozen, self.mesh)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """The jitted `(state, frozen, batch) -> (state, metrics)`."""
+        return make_train_step(
+            self.scorer, self.objective, self.optimizer, self.schedule
+        )
+
+    @functools.cached_property
+    def score_step(self) -> Any:
+        """The jitted `(params, frozen, batch) -> (scores, pairs)` of the scorer."""
+        return make_score_step(self.scorer)
+
+    @functools.cached_property
+    def reference_scorer(self) -> Scorer:
+        """Computes the reference's scores, before training."""
+        return self.scorer.of_reference(stored_scores(self.objective.scores))
+
+    @functools.cached_property
+    def reference_score_step(self) -> Any:
+        """`score_step` of the reference; the same program where they do the same."""
+        if self.reference_scorer == self.scorer:
+            return self.score_step
+        return make_score_step(self.reference_scorer)
+
+    @functools.cached_property
+    def evaluation(self) -> Any:
+        """The jitted `(scores, batch, objective's state) -> metrics`."""
+        return make_evaluation(self.objective)
+
+    def score(self, score_step: Callable) -> Callable:
+        """`score_dataset` of a score step, with the run's batches and mesh."""
+        return functools.partial(
+            score_dataset,
+            score_step,
+            eval_batches=self.layout.eval_batches,
+            mesh=self.mesh,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """The records of a run and where they come from."""
+
+    splits: data.Splits
+    """Training and held-out records."""
+    train_sources: tuple[str, ...]
+    """Files of the training records, by the column `source`."""
+    heldout_sources: tuple[str, ...]
+    """Files of the held-out records, likewise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(Programs):
+    """What is trained, on what, and how; without parameters."""
+
+    datasets: Datasets
+    """The records."""
+    order: data.Order
+    """Which training records each step sees."""
+    model_folder: Path
+    """Where the parameters begin."""
+    reference: Reference | None
+    """The reference model; None where the objective reads none."""
+    export: ExportOptions
+    """How the trained model is written."""
+    steps: int
+    """Optimizer steps of the run."""
+    seed: int = 0
+    """Of weights that the folder does not have, such as a new reward head."""
+
+    def batches(
+        self, *, reference: Any = None, processes: int = 0, whole: bool = False
+    ) -> Any:
+        """Endless training batches, with `get_state` and `set_state`.
+
+        Args:
+          reference: float32 [N, K] by name, the reference's scores.
+          processes: processes that collate in place of threads.
+          whole: every process's rows in place of this one's.
+        """
+        layout = self.layout.of_all_processes() if whole else self.layout
+        train = self.datasets.splits.train
+        return layout.batches(
+            train, self.order, reference=reference, processes=processes
+        )
+
+    def records_seen(self) -> np.ndarray:
+        """The training records that the run's steps see, int [M], in their order."""
+        seen: dict[int, None] = {}
+        for step in range(self.steps):
+            seen |= dict.fromkeys(self.order(step, self.layout.batch_size).tolist())
+            if len(seen) == len(self.datasets.splits.train):
+                break
+        return np.fromiter(seen, np.int64)
+
+    def with_remat(self, policy: str) -> "Task":
+        """The same with another policy of recomputing activations."""
+        scorer = self.scorer.with_remat(policy)
+        if scorer == self.scorer:
+            return self  # and its compiled programs
+        return dataclasses.replace(self, scorer=scorer)
