@@ -20,7 +20,8 @@ from jaxpref.models.transformer import zeros
 from jaxpref.sampling import generate, left_pad
 from tests.test_models import TOKENS, loss, mesh
 
-# --- what a new file in families/ holds: Llama with a bias on queries, renamed in files
+# --- what a new file in families/ holds: Llama with a bias on the query projection, a
+# --- factor on the queries that differs by layer, and one renamed tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,19 @@ class BiasedBlock(llama.LlamaBlock):
 
     def project(self, h):
         q, k, v = super().project(h)
-        scale = self.architecture.query_scale
-        return q * scale + self.query_bias[...].astype(q.dtype), k, v
+        return q + self.query_bias[...].astype(q.dtype), k, v
+
+    def __call__(self, x, shared, attributes, attend):
+        scaled = lambda q, k, v: attend(q * attributes.astype(q.dtype), k, v)
+        return super().__call__(x, shared, attributes, scaled)
 
 
 class BiasedTransformer(llama.LlamaTransformer):
     block = BiasedBlock
+
+    def layer_attributes(self):
+        a = self.architecture
+        return a.query_scale * 2.0 ** jnp.arange(a.num_layers)
 
 
 def read_config(fields):
@@ -119,11 +127,12 @@ def test_a_folder_of_a_new_family_round_trips(tmp_path, make):
 
 
 def test_a_new_family_computes_trains_and_decodes():
-    """Llama's function where the bias is 0 and the scale is 1, and else another one."""
+    """Llama's function if the bias is 0, with the factors moved into the weights."""
     model, plain = build(ARCHITECTURE), build(llama.LlamaArchitecture(**SIZES))
     params = random_params(model)
     inner = {k: v for k, v in params["layers"].items() if k != "query_bias"}
-    scaled = inner | {"query": 0.5 * inner["query"]}
+    factors = jnp.array([0.5, 1.0])[:, None, None, None]
+    scaled = inner | {"query": factors * inner["query"]}
     same = params | {"layers": params["layers"] | {"query_bias": jnp.zeros((2, 4, 6))}}
     logits = jax.jit(model.logits)
     np.testing.assert_allclose(

@@ -163,7 +163,7 @@ def token_statistics(
     def chunk(t, h, *reference_h):
         z, reference_z = logits(h, head, soft_cap), None
         if reference is not None:
-            reference_z = logits(*reference_h, reference[1], soft_cap)
+            reference_z = logits(reference_h[0], reference[1], soft_cap)
         return {name: STATISTICS[name](z, t, reference_z) for name in names}
 
     hiddens = (hidden,) if reference is None else (hidden, reference[0])

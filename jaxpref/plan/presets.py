@@ -1,4 +1,4 @@
-"""Architectures of known models, so that planning needs no model folder."""
+"""Architectures of well-known models, so that planning needs no model folder."""
 
 from typing import Any
 
@@ -81,7 +81,7 @@ PRESETS = {
         num_kv_heads=32,
         rope_theta=130000.0,
     ),
-    # A small model with a large vocabulary, of no published weights.
+    # Llama layers with the sizes of a small model that has a large vocabulary.
     "llama-0.6b-152k": LlamaArchitecture(
         vocab_size=151936,
         hidden_size=1024,
