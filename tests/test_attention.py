@@ -62,7 +62,7 @@ def by_definition(q, k, v, mask):
 @pytest.mark.parametrize("T", [5, BLOCK, 2 * BLOCK + 7, 4 * BLOCK])
 def test_packed_attention_is_attention_to_what_is_seen(T):
     with jax.enable_x64(True):
-        q, k, v, slopes = arrays(T)
+        q, k, v, cotangents = arrays(T)
         pairs, parts = rows(T)
         found = jax.jit(packed_attention)(
             q, k, v, (jnp.array(pairs), jnp.array(parts), 2)
@@ -76,12 +76,12 @@ def test_packed_attention_is_attention_to_what_is_seen(T):
 @pytest.mark.parametrize("T", [BLOCK - 3, 3 * BLOCK])
 def test_gradients_are_those_of_dense_attention(T):
     with jax.enable_x64(True):
-        q, k, v, slopes = arrays(T)
+        q, k, v, cotangents = arrays(T)
         pairs, parts = rows(T, seed=2)
-        slopes = slopes * (pairs >= 0)[..., None, None]
+        cotangents = cotangents * (pairs >= 0)[..., None, None]
         # Padding sees itself here, so that no row of the mask is empty.
         mask = jnp.asarray(seen(pairs, parts) | np.eye(T, dtype=bool))
-        summed = lambda function: lambda *qkv: jnp.sum(function(*qkv) * slopes)
+        summed = lambda function: lambda *qkv: jnp.sum(function(*qkv) * cotangents)
         packed = summed(
             lambda *qkv: packed_attention(*qkv, Segments(jnp.array(pairs), parts))
         )
@@ -98,15 +98,15 @@ def test_any_number_of_answers_can_follow_a_prompt():
     assert parts.max() == 5
     mask, real = seen(pairs, parts), pairs >= 0
     with jax.enable_x64(True):
-        q, k, v, slopes = arrays(T)
-        slopes = slopes * real[..., None, None]
+        q, k, v, cotangents = arrays(T)
+        cotangents = cotangents * real[..., None, None]
         segments = Segments(jnp.array(pairs), jnp.array(parts), 5)
         found = {}
         for twice in (False, True):
             attend = lambda *qkv, twice=twice: packed_attention(
                 *qkv, segments, twice_differentiable=twice
             )
-            total = lambda *qkv, attend=attend: jnp.sum(attend(*qkv) * slopes)
+            total = lambda *qkv, attend=attend: jnp.sum(attend(*qkv) * cotangents)
             gradients = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
             found[twice] = jax.jit(attend)(q, k, v)[real], *gradients
     expected = by_definition(q, k, v, mask)[real]
@@ -119,13 +119,13 @@ def test_any_number_of_answers_can_follow_a_prompt():
 def test_whole_rows_in_float32_are_those_of_dense_attention(with_lengths):
     """Forward and gradients to 1e-5 of numbers of about 1, some 80 roundings."""
     T = 4 * BLOCK + 9
-    q, k, v, slopes = arrays(T, np.float32)
+    q, k, v, cotangents = arrays(T, np.float32)
     lengths = jnp.array([T, BLOCK + 3]) if with_lengths else None
     if with_lengths:
-        slopes = slopes * (np.arange(T) < lengths[:, None])[..., None, None]
+        cotangents = cotangents * (np.arange(T) < lengths[:, None])[..., None, None]
 
     def run(attend):
-        total = lambda *qkv: jnp.sum(attend(*qkv) * slopes)
+        total = lambda *qkv: jnp.sum(attend(*qkv) * cotangents)
         return jax.jit(attend)(q, k, v), *jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
 
     found = run(lambda *qkv: causal_attention(*qkv, lengths))
@@ -140,8 +140,8 @@ def test_whole_rows_in_float32_are_those_of_dense_attention(with_lengths):
 
 def test_whole_rows_never_hold_all_scores():
     T = 16 * BLOCK
-    q, k, v, slopes = arrays(T, np.float32)
-    total = lambda *qkv: jnp.sum(causal_attention(*qkv) * slopes)
+    q, k, v, cotangents = arrays(T, np.float32)
+    total = lambda *qkv: jnp.sum(causal_attention(*qkv) * cotangents)
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 0.2 * q.shape[0] * H * T * T * 4
@@ -149,12 +149,12 @@ def test_whole_rows_never_hold_all_scores():
 
 def test_only_dense_attention_is_differentiated_twice():
     T = 2 * BLOCK
-    q, k, v, slopes = arrays(T, np.float32)
+    q, k, v, cotangents = arrays(T, np.float32)
     segments = Segments(jnp.zeros((2, T), int), jnp.zeros((2, T), int))
 
     def second(attend):
         def squared(q):
-            gradient = jax.grad(lambda q: jnp.sum(attend(q, k, v) * slopes))(q)
+            gradient = jax.grad(lambda q: jnp.sum(attend(q, k, v) * cotangents))(q)
             return jnp.sum(gradient**2)
 
         return jax.jit(jax.grad(squared))(q)
@@ -171,9 +171,9 @@ def test_only_dense_attention_is_differentiated_twice():
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2)])
 def test_a_mesh_changes_nothing(sizes):
     T = BLOCK + 9
-    q, k, v, slopes = arrays(T, np.float32)
+    q, k, v, cotangents = arrays(T, np.float32)
     pairs, parts = rows(T)
-    slopes = slopes * (pairs >= 0)[..., None, None]
+    cotangents = cotangents * (pairs >= 0)[..., None, None]
 
     def run(place):
         def summed(q, k, v):
@@ -181,7 +181,7 @@ def test_a_mesh_changes_nothing(sizes):
             out = packed_attention(
                 *placed, Segments(*(place(x, SPECS.tokens) for x in segments))
             )
-            return jnp.sum(out * place(slopes, SPECS.heads)), out
+            return jnp.sum(out * place(cotangents, SPECS.heads)), out
 
         segments = jnp.array(pairs), jnp.array(parts)
         return jax.device_get(

@@ -36,20 +36,20 @@ def packed():
     T = 300
     pairs, parts = rows(T)
     assert pairs.max() > 2
-    q, k, v, slopes = arrays(T, np.float32)
-    slopes = slopes * (pairs >= 0)[..., None, None]
+    q, k, v, cotangents = arrays(T, np.float32)
+    cotangents = cotangents * (pairs >= 0)[..., None, None]
     mask = seen(pairs, parts)
     with jax.enable_x64(True):
         exact = tuple(x.astype(float) for x in (q, k, v))
         visible = jnp.asarray(mask | np.eye(T, dtype=bool))
         out = functools.partial(attention.attention, mask=visible)
-        expected = slopes_of(out, slopes.astype(float))(*exact)
+        expected = gradients_of(out, cotangents.astype(float))(*exact)
     segments = jnp.array(pairs), jnp.array(parts)
-    return (q, k, v), segments, slopes, expected, by_definition(q, k, v, mask)
+    return (q, k, v), segments, cotangents, expected, by_definition(q, k, v, mask)
 
 
-def slopes_of(function, slopes):
-    summed = lambda *qkv: jnp.sum(function(*qkv) * slopes)
+def gradients_of(function, cotangents):
+    summed = lambda *qkv: jnp.sum(function(*qkv) * cotangents)
     return jax.jit(jax.grad(summed, (0, 1, 2)))
 
 
@@ -78,13 +78,13 @@ def test_packed_kernels_are_attention_to_what_is_seen(name, packed, monkeypatch)
         "dense": dense_packed,
     }[name]
     asked = through_xla(monkeypatch)
-    qkv, segments, slopes, expected_slopes, expected = packed
+    qkv, segments, cotangents, expected_gradients, expected = packed
     attend = lambda *qkv: kernel(*qkv, *segments)
     found = jax.jit(attend)(*qkv)
     real = np.asarray(segments[0]) >= 0
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5)
     assert np.isfinite(found).all()
-    close(slopes_of(attend, slopes)(*qkv), expected_slopes)
+    close(gradients_of(attend, cotangents)(*qkv), expected_gradients)
     assert set(asked) == {"splash": set(), "cudnn": {"cudnn"}, "dense": {None}}[name]
 
 
@@ -92,11 +92,14 @@ def test_packed_kernels_are_attention_to_what_is_seen(name, packed, monkeypatch)
 def test_causal_kernels_see_the_past(name, monkeypatch):
     asked = through_xla(monkeypatch)
     kernel = functools.partial(splash, interpret=True) if name == "splash" else cudnn
-    q, k, v, slopes = arrays(200, np.float32)
+    q, k, v, cotangents = arrays(200, np.float32)
     close([jax.jit(kernel)(q, k, v)], [causal(q, k, v)])
     assert set(asked) == ({"cudnn"} if name == "cudnn" else set())
     dense = functools.partial(attention.attention, mask=None)
-    close(slopes_of(kernel, slopes)(q, k, v), slopes_of(dense, slopes)(q, k, v))
+    close(
+        gradients_of(kernel, cotangents)(q, k, v),
+        gradients_of(dense, cotangents)(q, k, v),
+    )
 
 
 def test_splash_takes_a_copy_of_the_keys_for_each_completion():
@@ -118,7 +121,7 @@ def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
     monkeypatch.setattr(attention, "packed_kernel", lambda q: kernel)
     # Every row twice: one for each of the four devices that share the rows.
     twice = lambda x: np.concatenate([x, x])
-    qkv, segments, slopes, expected, _ = jax.tree.map(twice, packed)
+    qkv, segments, cotangents, expected, _ = jax.tree.map(twice, packed)
     mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Explicit,) * 3)
 
     def attend(*qkv):
@@ -127,8 +130,8 @@ def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
         return attention.packed_attention(*heads, attention.Segments(*tokens))
 
     with jax.set_mesh(mesh):
-        slopes = jax.reshard(slopes, SPECS.heads)
-        close(slopes_of(attend, slopes)(*qkv), expected)
+        cotangents = jax.reshard(cotangents, SPECS.heads)
+        close(gradients_of(attend, cotangents)(*qkv), expected)
 
 
 def test_splash_works_only_where_something_is_seen():
@@ -161,16 +164,16 @@ def test_splash_lowers_for_tpu_without_one(dtype, K):
         out = splash(*qkv[:3]) + splash_packed(*qkv)
         return jnp.sum(out.astype(jnp.float32))
 
-    slopes = jax.jit(jax.grad(summed, (0, 1, 2)))
-    program = jax.export.export(slopes, platforms=["tpu"])(
+    cotangents = jax.jit(jax.grad(summed, (0, 1, 2)))
+    program = jax.export.export(cotangents, platforms=["tpu"])(
         shaped(4, K), shaped(2, K), shaped(2, K), ids, ids
     )
-    # Forward, slopes in queries, slopes in keys and values; of both.
+    # Forward, gradients of queries, gradients of keys and values; for both kernels.
     assert program.mlir_module().count("tpu_custom_call") == 6
 
 
 def on(platform):
-    """A mesh of devices that are elsewhere."""
+    """A mesh of devices that this machine does not have."""
     device = AbstractDevice(device_kind="some", num_cores=1, platform=platform)
     mesh = AbstractMesh((1, 1, 1), AXES, abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)

@@ -1,4 +1,4 @@
-"""Weights gathered over the mesh: their slopes, and what the devices send."""
+"""Weights gathered over the mesh: their gradients, and what the devices send."""
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,11 @@ def as_on_tpu(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [None, *MESHES])
-def test_value_and_slope_are_those_of_the_plain_weight(sizes):
+def test_value_and_gradient_are_those_of_the_plain_weight(sizes):
     embed, tokens = draw()
     with jax.enable_x64(True):
         wide = jnp.asarray(embed, jnp.float64)
-        value, slope = jax.value_and_grad(plainly)(wide, tokens)
+        value, gradient = jax.value_and_grad(plainly)(wide, tokens)
     if sizes is None:
         found = jax.jit(jax.value_and_grad(tied))(jnp.asarray(embed), tokens)
     else:
@@ -66,22 +66,22 @@ def test_value_and_slope_are_those_of_the_plain_weight(sizes):
             found = jax.jit(jax.value_and_grad(tied))(placed, tokens)
             assert jax.typeof(found[1]) == jax.typeof(placed)
     np.testing.assert_allclose(found[0], value, rtol=1e-5)
-    np.testing.assert_allclose(found[1], slope, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[1], gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 8, 1)])
-def test_slopes_are_added_up_in_the_dtype_of_the_weight(sizes):
+def test_gradients_are_added_up_in_the_dtype_of_the_weight(sizes):
     """256 and then 255 ones are 511 in float32, and 256 in bfloat16."""
     tokens = np.zeros((8, 64), int)
-    slopes = np.ones((8, 64, D))
-    slopes[0, 0] = 256.0
+    cotangents = np.ones((8, 64, D))
+    cotangents[0, 0] = 256.0
 
     def summed(embed):
         x = embedding_lookup(
             all_gather_per_row_group(embed, "bfloat16"), tokens, jnp.bfloat16
         )
         assert x.dtype == jnp.bfloat16
-        return jnp.sum(x.astype(jnp.float32) * slopes)
+        return jnp.sum(x.astype(jnp.float32) * cotangents)
 
     embed = jnp.ones((V, D))
     if sizes is None:
@@ -96,15 +96,15 @@ def test_slopes_are_added_up_in_the_dtype_of_the_weight(sizes):
     np.testing.assert_array_equal(found[1:], 0)
 
 
-def test_what_is_moved_is_rounded_and_its_slope_is_not():
+def test_what_is_moved_is_rounded_and_its_gradient_is_not():
     x = jnp.asarray([1 / 3, 2.0, 1e-9])
-    value, slope = jax.value_and_grad(
+    value, gradient = jax.value_and_grad(
         lambda x: jnp.vdot(linear_vjp(jnp.flip, jnp.flip, x, "bfloat16"), x)
     )(x)
     rounded = np.asarray(x.astype(jnp.bfloat16), np.float64)
     np.testing.assert_allclose(value, rounded[::-1] @ np.asarray(x), rtol=1e-6)
     np.testing.assert_allclose(
-        slope, rounded[::-1] + np.asarray(x)[::-1], rtol=1e-6, atol=0
+        gradient, rounded[::-1] + np.asarray(x)[::-1], rtol=1e-6, atol=0
     )
     # Float32 is not widened on its way.
     same = lambda x: linear_vjp(jnp.flip, jnp.flip, x, "float64")
@@ -114,7 +114,7 @@ def test_what_is_moved_is_rounded_and_its_slope_is_not():
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2)])
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 def test_devices_send_no_more_than_fsdp_needs(is_tied, sizes):
-    """Weights twice, slopes once, for all chunks of log-probs together."""
+    """Weights twice, gradients once, for all chunks of log-probs together."""
     model = replace(
         vocab_size=V,
         hidden_size=D,
@@ -152,7 +152,7 @@ def test_devices_send_no_more_than_fsdp_needs(is_tied, sizes):
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 4, 1)])
 def test_a_derivative_along_a_direction_is_that_of_one_device(sizes):
-    """The slope of the slopes' function: what `bvpo` takes, through every gather."""
+    """The gradient of the gradient, as `bvpo` takes it, through every gather."""
     model = replace(vocab_size=V, hidden_size=D, num_layers=1)
     _, tokens = draw()
 

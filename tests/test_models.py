@@ -239,7 +239,11 @@ def test_every_mesh_gives_the_same(sizes):
         assert jax.typeof(sharded["layers"]["query"]).sharding.spec == P(
             None, "fsdp", "tensor", None
         )
-        jax.tree.map(np.testing.assert_array_equal, sharded, params)
+        # The same random bits, made normal by another program: sqrt(2) erfinv(u), where
+        # 1 - u^2 is known to 2^-25.  At 4 standard deviations, the most of some thousand
+        # draws, that is 2e-4 of it, and 2e-5 of the normal number.
+        drawn = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=0)
+        jax.tree.map(drawn, sharded, params)
         found = loss(model)(sharded, TOKENS)
         assert jax.tree.map(jax.typeof, found[1]) == jax.tree.map(jax.typeof, sharded)
         found_logits = jax.jit(model.logits)(sharded, TOKENS)

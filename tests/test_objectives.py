@@ -210,6 +210,15 @@ def test_losses_that_average_over_tokens_declare_it():
     }
 
 
+@pytest.mark.parametrize("loss", [losses.dpo, losses.simpo])
+@pytest.mark.parametrize("corrected", [losses.unbiased, losses.forward_corrected])
+def test_a_corrected_loss_declares_what_its_own_does(corrected, loss):
+    found = corrected(functools.partial(loss, beta=2.0), 0.2)
+    objective = from_loss(found)
+    averages = averages_tokens(found, objective.reads, objective.options)
+    assert averages == per_token_reward(found) == (loss is losses.simpo)
+
+
 def test_steps_can_be_traced_for_devices_that_are_only_described():
     mesh = jax.sharding.AbstractMesh((2,), ("data",), (jax.sharding.AxisType.Explicit,))
     objective = from_loss(losses.simpo)

@@ -51,15 +51,10 @@ def batches_of(pairs, layout, **options):
     table = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
     if layout == "padded":
         return padded_batches(pairs, batch_size=8, reference=table, **options)
-    accumulation = options.pop("accumulation", 1)
-    packed = data.packed_layout(
-        pairs,
-        row_length=64,
-        batch_size=16,
-        accumulation=accumulation,
-        shards=2 // accumulation,
-    )
     order = data.uniform(pairs, options.pop("seed", 0))
+    packed = data.packed_layout(
+        pairs, order=order, row_length=64, batch_size=16, **options
+    )
     return packed.batches(pairs, order, reference=table, threads=0)
 
 

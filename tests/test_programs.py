@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxpref.train.programs import padding_advice
 
 from jaxpref import data, losses
 from jaxpref.errors import InputError
@@ -20,6 +19,7 @@ from jaxpref.files import cache_folder
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.compilation import enable_compilation_cache, log_compilations
 from jaxpref.train import MeshConfig, TrainConfig, run
+from jaxpref.train.layout import padding_advice
 from tests.compiled import programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,35 +236,15 @@ def test_what_packed_rows_would_save_is_told():
         builder.add([5] * 20, [[6] * 10, [7] * (10 + n)], id=str(n))
     pairs = builder.build()
     sizes = dict(predictions=16, num_completions=2, batch_size=8)
-    advice = functools.partial(padding_advice, dataset=pairs, heldout=pairs, shards=2)
+    advice = functools.partial(
+        padding_advice,
+        order=data.in_order(pairs),
+        train=pairs,
+        heldout=pairs,
+        shards=2,
+    )
     wide = data.PaddedLayout(sequence_length=48, **sizes)
-    # 2 x 48 tokens for 41.5; four pairs of a device are 166 tokens.
+    # 2 x 48 tokens for 41.5; rows of 64 hold one pair each, of 128 three.
     assert "padding overhead 2.3x" in advice(wide)
-    assert "--row-length 192 " in advice(wide)
+    assert "--row-length 128 would reduce it to" in advice(wide)
     assert advice(data.PaddedLayout(sequence_length=26, **sizes)) is None
-
-
-def test_what_is_told_of_packed_rows_can_be_asked_for():
-    """Rows hold what is evaluated on too, and no more pairs than were asked for."""
-
-    def of(*answers):
-        builder = data.DatasetBuilder(2)
-        for n, size in enumerate(answers):
-            builder.add([5] * 20, [[6] * 10, [7] * size], id=str(n))
-        return builder.build()
-
-    pairs, heldout = of(10, 12, 30), of(200)
-    layout = data.padded_layout(pairs, heldout, batch_size=16)
-
-    def refused(shards):
-        told = padding_advice(layout, pairs, heldout, shards=shards)
-        row = int(told.partition("--row-length ")[2].split()[0])
-        sizes = dict(row_length=row, batch_size=16, shards=shards)
-        if "larger batches" in told:
-            with pytest.raises(InputError, match="a larger batch"):
-                data.packed_layout(pairs, heldout, **sizes)
-            return True
-        data.packed_layout(pairs, heldout, **sizes)
-        return False
-
-    assert [refused(shards) for shards in (1, 2, 16)] == [False, False, True]

@@ -298,7 +298,6 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
             return params
 
         found = make_tables(*args, load=loaded, **options)
-        del loaded, load
         gc.collect()
         seen["before"] = alive()
         return found

@@ -74,7 +74,7 @@ def test_a_score_is_the_head_on_the_last_real_state(model, params):
     found = rewards(params, TOKENS, LENGTHS)
     assert found.dtype == jnp.float32 and np.std(expected) > 0.1
     np.testing.assert_allclose(found[:3], expected, rtol=0, atol=1e-5)
-    # What stands behind the end does not matter, to the bit: it is the same program.
+    # Tokens after the end do not matter: to the bit, as the program is the same.
     changed = np.where(np.arange(12) < LENGTHS[:, None], TOKENS, 5)
     np.testing.assert_array_equal(rewards(params, changed, LENGTHS), found)
 

@@ -22,8 +22,9 @@ def padded(pairs, **options):
 
 
 def packed(pairs, **options):
-    layout = data.packed_layout(pairs, row_length=64, batch_size=16)
-    return layout.batches(pairs, data.uniform(pairs, 3), **options)
+    order = data.uniform(pairs, 3)
+    layout = data.packed_layout(pairs, order=order, row_length=64, batch_size=16)
+    return layout.batches(pairs, order, **options)
 
 
 @pytest.mark.parametrize("make", [padded, packed])

@@ -204,6 +204,8 @@ def _with_metadata(function: Callable, loss: Callable, signature, how: str) -> C
     function.__name__ = function.__qualname__ = f"{how}_{_name(loss)}"
     function.__signature__ = signature
     function.__doc__ = f"`{how}` of `{_name(loss)}`, with the same parameters."
+    if getattr(getattr(loss, "func", loss), "reward_per_token", False):
+        _common.reward_per_token(function)
     return function
 
 

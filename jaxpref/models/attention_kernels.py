@@ -8,8 +8,8 @@ GPU: cuDNN's flash attention.  Packed rows need a mask there, whose memory grows
 the square of the row, and only keys after a query are skipped; jax 0.10 also computes
 gradients of the mask, which 0.12 does not.  (jax's Pallas kernel for GPUs takes
 segments, but only as many keys as queries, and no shared key heads.)
-None of them has been run on a TPU; cuDNN's were measured on a GPU.
-They have no second derivatives.
+Splash attention has not been run on a TPU yet, only interpreted and compiled for one.
+None of these kernels has second derivatives.
 
 Axes: B rows, T tokens, H query heads, G key-value heads, K head features, C completions
 of a prompt, N blocks of queries and M of keys.
@@ -88,12 +88,12 @@ def splash_packed(
     pad = ((0, 0), (0, q.shape[2] - T))
     prompt_ids = jnp.pad(prompt_ids, pad, constant_values=-1)
     parts = jnp.pad(parts, pad)
-    # Padding sees itself; nobody sees anything but prompts in the copies.
-    padding, nobody = -1 - jnp.arange(q.shape[2]), -1 - q.shape[2]
+    # Padding sees itself; no query sees anything but prompts in the copies.
+    padding, never = -1 - jnp.arange(q.shape[2]), -1 - q.shape[2]
     first = completions * prompt_ids
     own = jnp.where(prompt_ids < 0, padding, first + jnp.maximum(parts - 1, 0))
     is_prompt = (prompt_ids >= 0) & (parts == 0)
-    copies = [jnp.where(is_prompt, first + c, nobody) for c in range(1, completions)]
+    copies = [jnp.where(is_prompt, first + c, never) for c in range(1, completions)]
     kernel = _make_splash(H, q.shape[2], copies=completions, interpret=interpret)
 
     def row(q, k, v, own, *copies):

@@ -187,7 +187,7 @@ def _visits(prompt_ids, parts):
 
 
 def _queries(q, G):
-    """[B, T, H, K] to [B, N, G, M, K]: queries of one key head adjacent."""
+    """[B, T, H, K] to [B, N, G, M, K], with the queries of one key head adjacent."""
     B, T, H, K = q.shape
     q = q.reshape(B, T // BLOCK, BLOCK, G, H // G, K)
     return q.transpose(0, 1, 3, 4, 2, 5).reshape(B, T // BLOCK, G, -1, K)

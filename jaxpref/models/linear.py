@@ -1,5 +1,6 @@
 """Products of activations with weights, and gradients that transpose neither."""
 
+import functools
 from typing import Any
 
 import jax
@@ -66,15 +67,8 @@ def dense_einsum(
         x = jnp.reshape(x, split, out_sharding=on_mesh(_by_row_group(layout(x))))
         spec = _by_row_group(spec)
 
-    def einsum(equation, a, b, dtype, spec):
-        # The same precision forward and backward, whatever the cotangents' dtype.
-        a, b = a.astype(x.dtype), b.astype(x.dtype)
-        wide = jnp.promote_types(dtype, jnp.float32)
-        result = jnp.einsum(
-            equation, a, b, preferred_element_type=wide, out_sharding=on_mesh(spec)
-        )
-        return result.astype(dtype)
-
+    # The same precision forward and backward, whatever the cotangents' dtype.
+    einsum = functools.partial(_einsum, x.dtype)
     whole = lambda weight: all_gather(weight.astype(x.dtype)) if sharded else weight
 
     @jax.custom_vjp
@@ -104,6 +98,22 @@ def dense_einsum(
         result = jnp.reshape(result, shape, out_sharding=on_mesh(whole_spec))
     # jax.checkpoint sees no product in a function with its own gradient, but its name.
     return checkpoint_name(result, PRODUCT)
+
+
+def _einsum(
+    factor_dtype: Any,
+    equation: str,
+    a: jax.Array,
+    b: jax.Array,
+    dtype: Any,
+    spec: P | None,
+) -> jax.Array:
+    a, b = a.astype(factor_dtype), b.astype(factor_dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    result = jnp.einsum(
+        equation, a, b, preferred_element_type=wide, out_sharding=on_mesh(spec)
+    )
+    return result.astype(dtype)
 
 
 def _by_row_group(spec: P | None) -> P | None:

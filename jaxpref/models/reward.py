@@ -182,7 +182,7 @@ def padding_of(tokenizer: Any) -> Padding | None:
     `transformers` reads the score at the last token that is not the padding token.  An
     answer ends with EOS, so where a tokenizer pads with EOS, as many do, that would be
     the token before it.  So: the tokenizer's own padding token, else BOS, else the
-    token of unknown text, else another special token, whichever is not EOS.
+    token of unknown text, else another special token: the first that is not EOS.
 
     Args:
         tokenizer: of `transformers`.

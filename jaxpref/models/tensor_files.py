@@ -87,7 +87,7 @@ def open_tensors(folder: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: a layer of an array, or the whole of one."""
+    """A tensor to write: a whole array, or one layer of it."""
 
     tensor: str
     name: TensorName

@@ -49,7 +49,12 @@ def uniform_layout(
         check_rows(batch_size, accumulation, mesh)
         return data.padded_layout(pair, **common)
     return data.packed_layout(
-        pair, row_length=row_length, shards=row_shards(mesh), **common
+        pair,
+        order=data.in_order(pair),
+        row_length=row_length,
+        num_steps=1,
+        shards=row_shards(mesh),
+        **common,
     )
 
 

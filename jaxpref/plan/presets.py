@@ -1,13 +1,16 @@
-"""Sizes of well-known models, so that planning needs no model folder."""
+"""Architectures of known models, so that planning needs no model folder."""
+
+from typing import Any
 
 from jaxpref.errors import InputError
+from jaxpref.models import Architecture
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.rotary import RopeScaling
 
 
-def _llama3(factor: float, **sizes) -> LlamaArchitecture:
+def _llama3(factor: float, **sizes: Any) -> LlamaArchitecture:
     return LlamaArchitecture(
         vocab_size=128256,
         num_kv_heads=8,
@@ -18,7 +21,7 @@ def _llama3(factor: float, **sizes) -> LlamaArchitecture:
     )
 
 
-def _smollm2(**sizes) -> LlamaArchitecture:
+def _smollm2(**sizes: Any) -> LlamaArchitecture:
     return LlamaArchitecture(
         vocab_size=49152,
         head_dim=64,
@@ -78,7 +81,7 @@ PRESETS = {
         num_kv_heads=32,
         rope_theta=130000.0,
     ),
-    # Llama layers with the sizes of a small model that has a large vocabulary.
+    # A small model with a large vocabulary, of no published weights.
     "llama-0.6b-152k": LlamaArchitecture(
         vocab_size=151936,
         hidden_size=1024,
@@ -95,8 +98,8 @@ PRESETS = {
 """Presets by name: Llama 3.1 (8B, 70B), Llama 3.2 (1B), SmolLM2, and a 0.6B."""
 
 
-def find_model(name: str) -> LlamaArchitecture:
-    """Returns the sizes of a preset or of a Hugging Face folder, without its weights.
+def find_model(name: str) -> Architecture:
+    """A preset, or the architecture of a Hugging Face folder; no weights are read.
 
     Raises:
       InputError: if there is no such preset and no such folder.

@@ -107,5 +107,5 @@ def _score_reference(
         load=load,
         score=task.score(task.reference_score_step),
         batch_size=batch_size,
-        layout=f"{task.layout}, mesh {dict(task.mesh.shape)}",
+        layout=f"{task.layout.rounding()}, mesh {dict(task.mesh.shape)}",
     )

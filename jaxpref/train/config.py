@@ -76,11 +76,6 @@ class TrainConfig(RunOptions):
             )
 
     def _check_objective(self):
-        if isinstance(self.row_length, int) and self.objective.mixes_empty_traces:
-            raise InputError(
-                f"--row-length {self.row_length}: {self.objective.name} is trained "
-                "with one pair a row; leave it out"
-            )
         if self.objective.mixes_empty_traces != (self.mix is not None):
             raise InputError(
                 f"{self.objective.name}: mixes pairs with traces and with empty ones; "

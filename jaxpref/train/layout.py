@@ -1,27 +1,37 @@
 """The layout of a run's batches on its mesh, and the order of its pairs."""
 
+from typing import Literal
+
 import jax
 
 from jaxpref import data
 from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
 
+TOKENS_PER_DEVICE = 8_192
+"""Tokens of a packed micro-batch that keep a device busy."""
+
 
 def make_layout(
     splits: data.Splits,
+    order: data.Order,
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
     accumulation: int,
-    row_length: int | None,
+    row_length: int | Literal["auto"] | None,
+    num_steps: int,
 ) -> data.Layout:
     """The layout of all batches of a run.
 
     Args:
       splits: the run's data.
+      order: of its training pairs.
       mesh: the devices that share the rows.
       batch_size: pairs of a step.
-      accumulation: micro-batches of a step.
-      row_length: tokens of a packed row, or None for one pair a row.
+      accumulation: micro-batches of a step; of packed rows at least so many.
+      row_length: tokens of a packed row, "auto" to choose them from the data, or None
+        for one pair per row.
+      num_steps: of the run.
 
     Raises:
       InputError: if the devices cannot share the rows evenly.
@@ -38,7 +48,13 @@ def make_layout(
         check_rows(batch_size, accumulation, mesh)
         return data.padded_layout(*datasets, **common)
     return data.packed_layout(
-        *datasets, row_length=row_length, shards=row_shards(mesh), **common
+        *datasets,
+        order=order,
+        row_length=row_length,
+        num_steps=num_steps,
+        shards=row_shards(mesh),
+        tokens_per_device=TOKENS_PER_DEVICE if row_length == "auto" else 0,
+        **common,
     )
 
 
@@ -51,12 +67,32 @@ def make_order(
     return data.mixture(dataset, seed, empty_share)
 
 
-def padding_advice(layout: data.Layout, dataset: data.PreferenceDataset) -> str | None:
-    """One line on what padding costs; None where it is little."""
-    overhead = layout.overhead(dataset)
+def padding_advice(
+    layout: data.Layout,
+    order: data.Order,
+    train: data.PreferenceDataset,
+    heldout: data.PreferenceDataset,
+    *,
+    shards: int,
+) -> str | None:
+    """What packed rows would save a run; None where it is little.
+
+    Args:
+      layout: of its batches.
+      order: of the training pairs.
+      train: the training data.
+      heldout: the data it is evaluated on, which rows must hold too.
+      shards: devices that share the rows of a micro-batch.
+    """
+    overhead = layout.overhead(train)
     if overhead < 1.3:
         return None
+    size = layout.batch_size
+    packed = data.packed_layout(
+        train, heldout, order=order, batch_size=size, shards=shards
+    )
     return (
         f"padding overhead {overhead:.1f}x (prompts are repeated per answer); "
-        "--row-length auto would avoid most of it"
+        f"--row-length {packed.row_length} would reduce it to "
+        f"{packed.overhead(train):.2f}x"
     )

@@ -43,11 +43,11 @@ class StepOptions:
     """Pairs per optimizer step, over all devices and micro-batches."""
     accumulation: int = 1
     """Micro-batches per optimizer step.  More of them need less memory."""
-    row_length: int | Literal["auto", "none"] = "none"
-    """Tokens per packed row, auto to choose it from the data, or none for one pair per
-    row, padded.  Packed rows hold several pairs and each prompt once, so hardly
-    anything is computed for padding.  A row must hold the longest prompt with both of
-    its answers; --batch-size is then a mean."""
+    row_length: int | Literal["auto", "none"] = "auto"
+    """Tokens per packed row, auto to choose it from the data and the devices, or none
+    for one pair per row, padded.  Packed rows hold several pairs and each prompt once,
+    so hardly anything is computed for padding.  Steps see the same pairs either way.  A
+    row must hold the longest prompt with both of its answers."""
     seed: int = 0
     """Seed of the order of the training pairs."""
     loader_processes: int = 0
@@ -79,10 +79,7 @@ class StepOptions:
 
 
 def steps_of(options: StepOptions, num_pairs: int) -> int:
-    """Optimizer steps of a run with so many training pairs; part of one counts whole.
-
-    A packed run sees `batch_size` pairs per step on average.
-    """
+    """Optimizer steps of a run with so many training pairs, rounded up."""
     if options.epochs is None:
         return DEFAULT_STEPS if options.max_steps is None else options.max_steps
     steps = options.epochs * num_pairs / options.batch_size

@@ -66,15 +66,18 @@ def prepare(config: TrainConfig) -> Task:
     splits = datasets.splits
     check_fits(datasets.train_sources, splits.train, config.model, architecture)
     check_fits(datasets.heldout_sources, splits.heldout, config.model, architecture)
+    steps = steps_of(config, len(splits.train))
+    empty_share = config.mix.empty_share if config.mix else None
+    order = make_order(splits.train, seed=config.seed, empty_share=empty_share)
     layout = make_layout(
         splits,
+        order,
         mesh,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         row_length=row_length,
+        num_steps=steps,
     )
-    empty_share = config.mix.empty_share if config.mix else None
-    steps = steps_of(config, len(splits.train))
     schedule = make_schedule(config.optimizer, steps)
     return Task(
         scorer=make_scorer(
@@ -88,7 +91,7 @@ def prepare(config: TrainConfig) -> Task:
         schedule=schedule,
         mesh=mesh,
         layout=layout,
-        order=make_order(splits.train, seed=config.seed, empty_share=empty_share),
+        order=order,
         seed=config.seed,
         steps=steps,
         num_annotators=len(splits.train.annotator_names),

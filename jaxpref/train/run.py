@@ -11,7 +11,7 @@ from jaxpref.runtime import heartbeat
 from jaxpref.runtime.compilation import log_compilations
 from jaxpref.runtime.environment import versions
 from jaxpref.runtime.memory import choose_remat
-from jaxpref.runtime.mesh import initialize_distributed, to_global
+from jaxpref.runtime.mesh import initialize_distributed, row_shards, to_global
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import (
     assert_equal_across_processes,
@@ -66,8 +66,8 @@ def run(config: TrainConfig) -> Path:
         phases.mark("start")
         task = prepare(config)
         log(f"every batch: {task.layout.describe()}")
-        if padding := padding_advice(task.layout, task.datasets.splits.train):
-            log(padding)
+        if config.row_length == "none" and (advice := _padding_advice(task)):
+            log(advice)
         phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))
         folder, keep = out / "checkpoints", config.keep_checkpoints
@@ -111,6 +111,14 @@ def run(config: TrainConfig) -> Path:
         phases.mark("export")
         only_first_process(phases.write, out / "timings.json")
     return out / "export"
+
+
+def _padding_advice(task: Task) -> str | None:
+    splits = task.datasets.splits
+    shards = row_shards(task.mesh)
+    return padding_advice(
+        task.layout, task.order, splits.train, splits.heldout, shards=shards
+    )
 
 
 def _feed(task: Task, begun: Beginning, processes: int) -> Feed:

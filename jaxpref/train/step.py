@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.objective import Objective
 from jaxpref.scoring.scorer import Scorer
 from jaxpref.train.gradient import gradient
@@ -56,7 +58,7 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.skipped),
             "tokens": jnp.sum(batch.lengths),
-            "token_utilization": jnp.mean(batch.lengths / batch.tokens.shape[-1]),
+            "token_utilization": _utilization(batch),
             "pairs": jnp.sum(batch.pairs >= 0),
             "finite": finite,
         }
@@ -65,6 +67,13 @@ def make_train_step(
         ), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _utilization(batch: PreferenceBatch) -> jax.Array:
+    """Real tokens for each token computed; micro-batches without pairs are skipped."""
+    filled = jnp.sum(jnp.any(batch.pairs >= 0, axis=(1, 2)))
+    computed = filled * math.prod(batch.tokens.shape[1:])
+    return jnp.sum(batch.lengths) / jnp.maximum(computed, 1)
 
 
 def _score(scorer: Scorer, frozen, params, micro):

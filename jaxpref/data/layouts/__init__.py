@@ -11,7 +11,7 @@ import numpy as np
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.layouts.packed import PackedLayout as PackedLayout
-from jaxpref.data.layouts.packed import packed_layout as packed_layout
+from jaxpref.data.layouts.packed_sizes import packed_layout as packed_layout
 from jaxpref.data.layouts.padded import PaddedLayout as PaddedLayout
 from jaxpref.data.layouts.padded import padded_layout as padded_layout
 from jaxpref.data.samplers import Order
@@ -87,6 +87,9 @@ class Layout(Protocol):
 
     def describe(self) -> str:
         """The shape of every batch in one line."""
+
+    def rounding(self) -> str:
+        """What of the shape decides how scores are rounded, in any order of pairs."""
 
     def overhead(self, dataset: PreferenceDataset) -> float:
         """Tokens that are computed for each token of the dataset."""

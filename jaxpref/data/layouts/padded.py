@@ -1,7 +1,6 @@
 """One pair a row, one completion a sequence, padded to one length."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -58,7 +57,11 @@ class PaddedLayout:
         """Endless training batches; see `Layout.batches`."""
         iteration.check_reference(dataset, reference)
         order(0, self.batch_size)  # raises what is wrong with the size
-        make_batch = functools.partial(_train_batch, self, dataset, order, reference)
+
+        # A closure: Grain prints what it maps, and would print a partial's arrays.
+        def make_batch(step: int) -> PreferenceBatch:
+            return self._batch(dataset, order(step, self.batch_size), reference)
+
         return iteration.endless(
             make_batch, threads=threads, prefetch=prefetch, processes=processes
         )
@@ -77,9 +80,8 @@ class PaddedLayout:
         indices = np.arange(len(dataset)) if indices is None else indices
         whole = np.append(indices, np.full(-len(indices) % self.batch_size, -1))
         steps = grain.MapDataset.source(whole.reshape(-1, self.batch_size))
-        make_batch = functools.partial(_batch, self, dataset, reference)
-        ahead = iteration.read_ahead(threads, prefetch)
-        return steps.map(make_batch).to_iter_dataset(ahead)
+        batches = steps.map(lambda pairs: self._batch(dataset, pairs, reference))
+        return batches.to_iter_dataset(iteration.read_ahead(threads, prefetch))
 
     def abstract_batch(
         self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
@@ -99,6 +101,10 @@ class PaddedLayout:
             f"{self.sequence_length} tokens, predictions {self.predictions}, "
             "pair slots 1"
         )
+
+    def rounding(self) -> str:
+        """What of the shape decides how scores are rounded; see `Layout.rounding`."""
+        return self.describe()
 
     def overhead(self, dataset: PreferenceDataset) -> float:
         """Tokens that are computed for each token of the dataset."""
@@ -153,6 +159,17 @@ class PaddedLayout:
             **slot_fields(dataset, indices[..., None], reference),
         )
 
+    def _batch(
+        self,
+        dataset: PreferenceDataset,
+        indices: np.ndarray,
+        reference: Mapping[str, np.ndarray] | None,
+    ) -> PreferenceBatch:
+        """This process's rows of the batch of these pairs, int [batch_size]."""
+        own = iteration.block(self.rows, self.process_index, self.process_count)
+        rows = indices.reshape(self.accumulation, -1)[:, own]
+        return self.collate(dataset, rows, reference=reference)
+
 
 def padded_layout(
     *datasets: PreferenceDataset,
@@ -189,25 +206,3 @@ def padded_layout(
         process_index=process_index,
         process_count=process_count,
     )
-
-
-def _train_batch(
-    layout: PaddedLayout,
-    dataset: PreferenceDataset,
-    order: Order,
-    reference: Mapping[str, np.ndarray] | None,
-    step: int,
-) -> PreferenceBatch:
-    return _batch(layout, dataset, reference, order(step, layout.batch_size))
-
-
-def _batch(
-    layout: PaddedLayout,
-    dataset: PreferenceDataset,
-    reference: Mapping[str, np.ndarray] | None,
-    indices: np.ndarray,
-) -> PreferenceBatch:
-    """This process's rows of the batch of these pairs, int [batch_size]."""
-    own = iteration.block(layout.rows, layout.process_index, layout.process_count)
-    rows = indices.reshape(layout.accumulation, -1)[:, own]
-    return layout.collate(dataset, rows, reference=reference)
