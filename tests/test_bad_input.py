@@ -544,18 +544,18 @@ from jaxpref.train.feed import Feed
 
 blow, at_batch = sys.argv[2], int(sys.argv[3])
 sys.argv[1:] = sys.argv[4:]
-take, taken = Feed.__next__, 0
+take, taken = Feed.draw, 0
 
-def struck(feed):
+def struck(feed, *state):
     global taken
     taken += 1
     if taken == at_batch and blow == "disk full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     elif taken == at_batch:
         os.kill(os.getpid(), signal.Signals[blow])
-    return take(feed)
+    return take(feed, *state)
 
-Feed.__next__ = struck
+Feed.draw = struck
 cli.main()
 """
 
