@@ -87,12 +87,12 @@ def test_a_copy_over_several_slices_is_refused(data):
     devices = slices_of_v5e(2) if data == 1 else slices_of_v5e(2)[:30]
     with pytest.raises(InputError) as error:
         make_mesh(MeshConfig(data=data), devices)
-    assert f"mesh data={data}: a copy of the parameters would" in str(error.value)
-    assert "give a multiple of 2, or leave --mesh.data out" in str(error.value)
+    assert f"mesh data={data}: a replica of the parameters would" in str(error.value)
+    assert "use a multiple of 2, or omit --mesh.data" in str(error.value)
 
 
 def test_sizes_that_do_not_multiply_are_refused_of_slices_too():
-    with pytest.raises(InputError, match="data=2 x fsdp=3 x tensor=1 does not cover"):
+    with pytest.raises(InputError, match="data=2 x fsdp=3 x tensor=1 does not match"):
         make_mesh(MeshConfig(fsdp=3), slices_of_v5e(2))
 
 

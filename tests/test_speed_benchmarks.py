@@ -101,7 +101,7 @@ def test_cards_are_identified_by_their_full_name():
     assert gpu.peak_of("Quadro", 50.0) == 50
     assert gpu.peak_of("NVIDIA A10", None) == 125
     for kind in ("NVIDIA L400", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
-        with pytest.raises(InputError, match=f"{kind}: its peak rate is not known"):
+        with pytest.raises(InputError, match=f"{kind}: unknown peak rate"):
             gpu.peak_of(kind, None)
 
 
