@@ -80,6 +80,7 @@ ALLOWED = {
         {
             "errors",
             "files",
+            "data",
             "models",
             "runtime",
             "sampling",

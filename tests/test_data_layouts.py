@@ -115,7 +115,7 @@ def test_the_abstract_batch_has_the_shapes_of_the_others(name, completions):
         (evaluated, *_) = whole.eval_batches(dataset, reference=table)
         assert shapes(evaluated) == shapes(batch)
         a, rows = batch.tokens.shape[:2]
-        assert layout.describe().startswith(f"{a} x {rows} rows of ")
+        assert f" {a} x {rows} rows of " in layout.describe()
 
 
 def test_a_column_is_added_in_one_place():

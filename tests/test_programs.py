@@ -58,7 +58,7 @@ def test_each_program_is_compiled_once_and_after_a_resume_none(
         assert [entry for entry in resumed if entry[0] == name] == [(name, True)]
     assert all(from_disk for _, from_disk in resumed), resumed
     told = capsys.readouterr().out
-    assert told.count("every batch: 1 x ") == 2
+    assert told.count("16 pairs per step") == 2
     # Of padding, where there is any.
     assert told.count("--row-length") == (2 if row_length is None else 0)
 
@@ -221,13 +221,15 @@ def test_what_is_compiled_is_explained_and_warnings_still_come(capsys, caplog):
 def test_the_shape_is_told():
     sizes = dict(predictions=16, num_completions=2, batch_size=8)
     layout = data.PaddedLayout(sequence_length=48, accumulation=2, **sizes)
-    line = f"every batch: {layout.describe()}"
-    assert line == (
-        "every batch: 2 x 4 rows of 2 x 48 tokens, predictions 16, pair slots 1"
+    assert layout.describe() == (
+        "8 pairs per step, one per row: 2 x 4 rows of 2 x 48 tokens"
     )
-    layout = data.PackedLayout(row_length=64, slots=5, rows=6, **sizes)
-    line = layout.describe()
-    assert "1 x 6 rows of 1 x 64 tokens, predictions 16, pair slots 5" in line
+    sizes |= {"slots": 5, "rows": 6, "utilization": 0.926}
+    layout = data.PackedLayout(row_length=64, **sizes)
+    assert layout.describe() == (
+        "8 pairs per step, packed: at most 1 x 6 rows of 64 tokens, about 93% of them "
+        "real"
+    )
 
 
 def test_what_packed_rows_would_save_is_told():

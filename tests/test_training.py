@@ -367,6 +367,7 @@ def config_for(inputs, out, **changes) -> TrainConfig:
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         max_steps=6,
         batch_size=8,
+        row_length="none",
         log_every=1,
         eval_every=3,
         save_every=2,

@@ -11,6 +11,7 @@ from jaxpref.data import PreferenceDataset
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.runtime.heartbeat import beat
 from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.micro_batches import skipping_empty
 from jaxpref.scoring.scorer import Scorer
 from jaxpref.sharding import replicated
 
@@ -26,7 +27,11 @@ def make_score_step(scorer: Scorer) -> Callable:
     """
 
     def score_step(params, frozen, batch):
-        scores = jax.lax.map(lambda micro: scorer(params, frozen, micro), batch)
+        @skipping_empty(batch)
+        def score(_, micro):
+            return None, scorer(params, frozen, micro)
+
+        _, scores = jax.lax.scan(score, None, batch)
         return jax.tree.map(replicated, (scores, batch.pairs))
 
     return jax.jit(score_step)

@@ -13,6 +13,7 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.gradients import bvpo as sketches
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import Metrics, Objective, State, weighted_losses
+from jaxpref.scoring.micro_batches import skipping_empty
 from jaxpref.sharding import replicated
 
 Score = Callable[[Any, PreferenceBatch], Any]
@@ -44,7 +45,7 @@ def gradient(
         state = _probed(objective, score, params, batch, state)
     weights = objective.weigh(batch, state)
     batch = dataclasses.replace(batch, weights=weights)
-    unless_empty = _unless_empty if _may_be_empty(batch) else lambda function: function
+    unless_empty = skipping_empty(batch)
     ahead = None
     if objective.couples and len(batch.pairs) > 1:
         forward = unless_empty(lambda _, micro: (None, score(params, micro)))
@@ -78,34 +79,6 @@ def gradient(
         "nonfinite_pairs": replicated(_nonfinite(objective, inputs, values)),
     }
     return grads, following, metrics | objective.metrics(inputs) | learned
-
-
-def _may_be_empty(batch: PreferenceBatch) -> bool:
-    """Whether micro-batches may hold no pair: a packed step may fill only some."""
-    return batch.segments is not None and len(batch.pairs) > 1
-
-
-def _unless_empty(body: Callable) -> Callable:
-    """The body of a scan over micro-batches, skipped where one holds no pair.
-
-    `body(carry, xs) -> (carry, ys)`, xs a micro-batch or a tuple that begins with one.
-    Of a skipped one the carry stays and ys are zeros.
-    """
-
-    def skipping(carry, xs):
-        def skip(carry, xs):
-            ys = jax.eval_shape(body, carry, xs)[1]
-            return carry, jax.tree.map(_zeros, ys)
-
-        micro = xs[0] if isinstance(xs, tuple) else xs
-        return jax.lax.cond(jnp.any(micro.pairs >= 0), body, skip, carry, xs)
-
-    return skipping
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> Array:
-    zeros = jnp.zeros(like.shape, like.dtype)
-    return zeros if like.sharding is None else jax.reshard(zeros, like.sharding.spec)
 
 
 def _cotangents(

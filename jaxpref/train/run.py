@@ -65,7 +65,7 @@ def run(config: TrainConfig) -> Path:
         assert_equal_across_processes("before the run", described)
         phases.mark("start")
         task = prepare(config)
-        log(f"every batch: {task.layout.describe()}")
+        log(task.layout.describe())
         if config.row_length == "none" and (advice := _padding_advice(task)):
             log(advice)
         phases.mark("tokenize")

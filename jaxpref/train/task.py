@@ -158,12 +158,12 @@ class Task(Programs):
 
     def records_seen(self) -> np.ndarray:
         """The training records that the run's steps see, int [M], in their order."""
-        seen: dict[int, None] = {}
-        for step in range(self.steps):
-            seen |= dict.fromkeys(self.order(step, self.layout.batch_size).tolist())
-            if len(seen) == len(self.datasets.splits.train):
-                break
-        return np.fromiter(seen, np.int64)
+        return data.first_seen(
+            self.order,
+            self.datasets.splits.train,
+            batch_size=self.layout.batch_size,
+            num_steps=self.steps,
+        )
 
     def with_remat(self, policy: str) -> "Task":
         """The same with another policy of recomputing activations."""

@@ -78,7 +78,7 @@ class Layout(Protocol):
     def abstract_batch(
         self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
     ) -> Any:
-        """A batch of all processes with `jax.ShapeDtypeStruct`s in place of arrays.
+        """A batch of all processes, of zeros that take no memory.
 
         Args:
           labels: names of its labels.

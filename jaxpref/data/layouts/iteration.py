@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import grain
-import jax
+import jax.tree_util
 import numpy as np
 
 from jaxpref.data.batch import PreferenceBatch
@@ -100,8 +100,10 @@ def one_pair(count: int, labels: Iterable[str]) -> PreferenceDataset:
 
 
 def with_rows(batch: PreferenceBatch, accumulation: int, rows: int) -> Any:
-    """The shapes of a batch of more rows than this one, as `jax.ShapeDtypeStruct`s."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((accumulation, rows, *x.shape[2:]), x.dtype),
+    """A batch of more rows than this one, of zeros that take no memory."""
+    return jax.tree_util.tree_map(
+        lambda x: np.broadcast_to(
+            np.zeros((), x.dtype), (accumulation, rows, *x.shape[2:])
+        ),
         batch,
     )

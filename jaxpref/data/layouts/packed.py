@@ -139,13 +139,14 @@ class PackedLayout:
     def describe(self) -> str:
         """The shape of every batch in one line."""
         return (
-            f"{self.accumulation} x {self.rows} rows of 1 x {self.row_length} tokens, "
-            f"predictions {self.predictions}, pair slots {self.slots}"
+            f"{self.batch_size} pairs per step, packed: at most {self.accumulation} x "
+            f"{self.rows} rows of {self.row_length} tokens, about "
+            f"{self.utilization:.0%} of them real"
         )
 
     def rounding(self) -> str:
         """What of the shape decides how scores are rounded; see `Layout.rounding`."""
-        return f"{self.rows} rows of {self.row_length} tokens"
+        return f"{self.rows} packed rows of {self.row_length} tokens"
 
     def overhead(self, dataset: PreferenceDataset) -> float:
         """Tokens that are computed for each token of the run's steps."""

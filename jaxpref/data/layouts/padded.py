@@ -97,14 +97,15 @@ class PaddedLayout:
     def describe(self) -> str:
         """The shape of every batch in one line."""
         return (
-            f"{self.accumulation} x {self.rows} rows of {self.num_completions} x "
-            f"{self.sequence_length} tokens, predictions {self.predictions}, "
-            "pair slots 1"
+            f"{self.batch_size} pairs per step, one per row: {self.accumulation} x "
+            f"{self.rows} rows of {self.num_completions} x {self.sequence_length} "
+            "tokens"
         )
 
     def rounding(self) -> str:
         """What of the shape decides how scores are rounded; see `Layout.rounding`."""
-        return self.describe()
+        sizes = f"{self.sequence_length} tokens, {self.predictions} predictions"
+        return f"{self.accumulation} x {self.rows} rows of {sizes}"
 
     def overhead(self, dataset: PreferenceDataset) -> float:
         """Tokens that are computed for each token of the dataset."""
