@@ -1,6 +1,9 @@
 """`jaxpref train`."""
 
+import shlex
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxpref.cli import config_file, help
@@ -53,7 +56,26 @@ def command(argv: Sequence[str]) -> None:
 
     export = run(config)
     if jax.process_index() == 0:
-        print(f"exported to {export}")
+        line = shlex.join(["jaxpref", "train", *argv])
+        print("\n".join(_report(config, export, line)))
+
+
+def _report(config: TrainConfig, export: Path, line: str) -> list[str]:
+    """Writes the report of a run that has ended; the lines that sum it up."""
+    from jaxpref.report.progress import summary_lines
+    from jaxpref.report.training import read_records, write_training
+    from jaxpref.runtime.timings import process_start
+
+    out = Path(config.out)
+    write_training(out, command=line)
+    exports = sorted(map(str, out.glob(f"{export.name}*")))
+    return summary_lines(
+        read_records(out / "metrics.jsonl"),
+        seconds=time.time() - process_start(),
+        out=config.out,
+        exports=exports,
+        best=config.keep_best or "min:eval_loss",
+    )
 
 
 def config_of(given: Given) -> TrainConfig:

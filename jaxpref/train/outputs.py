@@ -21,6 +21,7 @@ from jaxpref.train.evaluation import evaluation_metrics
 from jaxpref.train.feed import Stream
 from jaxpref.train.guard import Guard
 from jaxpref.train.metrics import LateMetrics, MetricsWriter
+from jaxpref.train.options import CheckpointOptions, LogOptions
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
 
@@ -39,6 +40,19 @@ class Cadence:
     """Steps between two metric lines."""
     profile: int = 0
     """Steps to trace."""
+
+
+def cadence_of(
+    saving: CheckpointOptions, logging: LogOptions, max_steps: int
+) -> Cadence:
+    """What a run of so many steps does when."""
+    return Cadence(
+        max_steps=max_steps,
+        eval_every=saving.eval_every,
+        save_every=saving.save_every,
+        log_every=logging.log_every,
+        profile=logging.profile,
+    )
 
 
 class Run:

@@ -28,7 +28,7 @@ from jaxpref.train.fit import fit
 from jaxpref.train.guard import Guard
 from jaxpref.train.layout import padding_advice
 from jaxpref.train.metrics import MetricsWriter
-from jaxpref.train.outputs import Cadence, Run
+from jaxpref.train.outputs import Run, cadence_of
 from jaxpref.train.prepare import prepare
 from jaxpref.train.task import Task
 
@@ -65,13 +65,12 @@ def run(config: TrainConfig) -> Path:
         assert_equal_across_processes("before the run", described)
         phases.mark("start")
         task = prepare(config)
-        log(task.layout.describe())
-        if config.row_length == "none" and (advice := _padding_advice(task)):
-            log(advice)
+        _log_layout(task, padded=config.row_length == "none")
         phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))
-        folder, keep = out / "checkpoints", config.keep_checkpoints
-        checkpoints = closing(Checkpoints(folder, keep=keep))
+        checkpoints = closing(
+            Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
+        )
         begun = begin(task, checkpoints, out, batch_size=config.batch_size)
         phases.mark("reference")
         feed = closing(_feed(task, begun, config.loader_processes))
@@ -85,13 +84,7 @@ def run(config: TrainConfig) -> Path:
             out,
             feed,
             begun,
-            cadence=Cadence(
-                max_steps=task.steps,
-                eval_every=config.eval_every,
-                save_every=config.save_every,
-                log_every=config.log_every,
-                profile=config.profile,
-            ),
+            cadence=cadence_of(config, config, task.steps),
             checkpoints=checkpoints,
             writer=closing(MetricsWriter(out, resumed_at=start)),
             guard=Guard(
@@ -105,7 +98,7 @@ def run(config: TrainConfig) -> Path:
         phases.mark("steps")
         if config.export == "best" and best.step not in (None, int(state.step)):
             log(f"exporting step {best.step}: {config.keep_best}")
-            del state
+            del begun, state
             state, _ = checkpoints.restore(task.abstract_state(), only=best.step)
         task.scorer.export(state.params, out / "export", task.export)
         phases.mark("export")
@@ -113,12 +106,15 @@ def run(config: TrainConfig) -> Path:
     return out / "export"
 
 
-def _padding_advice(task: Task) -> str | None:
-    splits = task.datasets.splits
-    shards = row_shards(task.mesh)
-    return padding_advice(
-        task.layout, task.order, splits.train, splits.heldout, shards=shards
-    )
+def _log_layout(task: Task, *, padded: bool) -> None:
+    """Logs what a step holds and, where it is padded, what packing would save."""
+    log(task.layout.describe())
+    splits, shards = task.datasets.splits, row_shards(task.mesh)
+    sets = splits.train, splits.heldout
+    if padded and (
+        advice := padding_advice(task.layout, task.order, *sets, shards=shards)
+    ):
+        log(advice)
 
 
 def _feed(task: Task, begun: Beginning, processes: int) -> Feed:
