@@ -12,26 +12,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from jaxpref import losses
+from jaxpref import losses, objectives
 from jaxpref.cli.options import Part, Parts
 from jaxpref.cli.words import Given, closest
 from jaxpref.errors import InputError
-from jaxpref.objectives import (
-    Objective,
-    beta_dpo,
-    bvpo,
-    crm,
-    em,
-    em_weighted,
-    from_loss,
-    learned_rate,
-    re_po,
-    reward_regression,
-    sft,
-    trainable,
-)
+from jaxpref.objectives import Objective, crm, from_loss, trainable
 
-FACTORIES = {make.__name__: make for make in (beta_dpo, reward_regression, sft)}
+FACTORIES = {make.__name__: make for make in objectives.FACTORIES}
 """Losses whose objective is not their mean over the pairs: `make(**options)`."""
 
 LOSSES = {
@@ -41,10 +28,10 @@ LOSSES = {
 }
 """For `--loss`: every public loss that a batch of pairs can feed."""
 
-WRAPPERS = {w.__name__: w for w in (crm, em, em_weighted, learned_rate, re_po)}
+WRAPPERS = {wrap.__name__: wrap for wrap in objectives.WRAPPERS}
 """For `--objective`: `wrap(loss, **options)`, what is learned beside the model."""
 
-MIXTURES = {bvpo.__name__: bvpo}
+MIXTURES = {mix.__name__: mix for mix in objectives.MIXTURES}
 """For `--objective` too: `mix(objective, **options)`, whatever the objective."""
 
 NOISE = {name: make for name, make in WRAPPERS.items() if make is not crm}

@@ -15,3 +15,12 @@ from jaxpref.objectives.objective import trainable as trainable
 from jaxpref.objectives.supervised import reward_regression as reward_regression
 from jaxpref.objectives.supervised import sft as sft
 from jaxpref.objectives.trace_mixture import bvpo as bvpo
+
+FACTORIES = (beta_dpo, reward_regression, sft)
+"""Losses whose objective is not their mean over the pairs: `make(**options)`."""
+
+WRAPPERS = (crm, em, em_weighted, learned_rate, re_po)
+"""`wrap(loss, **options)`: what is learned beside the model, for a loss of pairs."""
+
+MIXTURES = (bvpo,)
+"""`mix(objective, **options)`: gradients of groups of pairs, mixed."""

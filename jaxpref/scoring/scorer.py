@@ -134,6 +134,7 @@ class PolicyScorer:
             flat(batch.targets),
             reference=reference,
             chunk_size=self.chunk_size,
+            soft_cap=self.model.architecture.logit_soft_cap,
         )
         found = {}
         for name in wanted:

@@ -5,8 +5,8 @@ import functools
 
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.models import Architecture, Numerics, RewardModel, build
-from jaxpref.models.folder_config import read_architecture
+from jaxpref.models import Architecture, Model, Numerics, RewardModel
+from jaxpref.models.folder import check_folder
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
 from jaxpref.objectives.objective import Objective
@@ -35,7 +35,10 @@ def prepare(config: TrainConfig) -> Task:
     if row_length is None:
         check_rows(config.batch_size, config.accumulation, mesh)
     folder = resolve_folder(config.model)
-    architecture = read_architecture(folder)
+    rewards = "rewards" in objective.scores
+    kind = RewardModel if rewards else Model
+    # Before the data is read: a wrong folder is found in a moment.
+    architecture = check_folder(folder, kind, new_head=rewards)
     numerics = Numerics(
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
@@ -44,8 +47,7 @@ def prepare(config: TrainConfig) -> Task:
         # A probe differentiates a gradient.
         twice_differentiable=objective.probe is not None,
     )
-    make_model = RewardModel if "rewards" in objective.scores else build
-    model = make_model(architecture, numerics)
+    model = kind(architecture, numerics)
     reference = _reference(
         objective,
         config.reference or config.model,
@@ -118,7 +120,7 @@ def _reference(
     if not reads_reference(objective.scores):
         return None
     folder = resolve_folder(name)
-    if read_architecture(folder) != architecture:
+    if check_folder(folder, Model) != architecture:
         raise InputError(
             f"{name}: its config.json describes another model than the one that is "
             "trained; a reference has the same sizes"
