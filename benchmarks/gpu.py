@@ -253,7 +253,7 @@ def measure(
             seconds = time.perf_counter() - started
             if number < 2:
                 continue
-            index = np.concatenate([b.pairs[b.pairs >= 0] for b in seen])
+            index = np.concatenate([b.pair_index[b.pair_index >= 0] for b in seen])
             tokens = sum(b.lengths.sum() for b in seen)
             filled.append(tokens / sum(b.tokens.size for b in seen))
             rates["pairs_per_second"].append(len(index) / seconds)

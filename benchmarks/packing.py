@@ -94,7 +94,7 @@ def main(options: Options) -> None:
         for number in range(options.steps + 2):
             for name, batches in layouts.items():
                 batch = next(batches)
-                real = batch.pairs[batch.pairs >= 0]
+                real = batch.pair_index[batch.pair_index >= 0]
                 exist = pairs.packed_lengths[real].sum()
                 placed = to_global(batch, mesh)
                 started = time.perf_counter()

@@ -68,7 +68,9 @@ class Batches:
 
     def __next__(self):
         first = 4 * self.state
-        return types.SimpleNamespace(pairs=np.arange(first, first + 4).reshape(2, 2, 1))
+        return types.SimpleNamespace(
+            pair_index=np.arange(first, first + 4).reshape(2, 2, 1)
+        )
 
     def set_state(self, state):
         self.state = state

@@ -63,8 +63,8 @@ def streams(pairs, accumulation=1):
 def first_batch(pairs, accumulation=1):
     """Its third pair is blanked: a slot that holds none."""
     batch = jax.tree.map(np.array, next(streams(pairs, accumulation)))
-    place = np.unravel_index(2, batch.pairs.shape)
-    for array, blank in ((batch.pairs, -1), (batch.weights, 0)):
+    place = np.unravel_index(2, batch.pair_index.shape)
+    for array, blank in ((batch.pair_index, -1), (batch.weights, 0)):
         array[place] = blank
     return jax.tree.map(jnp.asarray, batch)
 
@@ -76,8 +76,8 @@ def rows(batch, where):
 
 def kinds(batch):
     """Where pairs with traces and with an empty one are, bool [A, R]."""
-    real = np.asarray(batch.pairs >= 0)[..., 0]
-    empty = np.asarray(batch.empty)[..., 0]
+    real = np.asarray(batch.pair_index >= 0)[..., 0]
+    empty = np.asarray(batch.empty_trace)[..., 0]
     return real & ~empty, real & empty
 
 

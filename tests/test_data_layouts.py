@@ -35,7 +35,7 @@ def read_back(batch):
     """{pair: [(prompt, completion), ...]} from the arrays alone."""
     found = {}
     k = batch.completion_lengths.shape[-1]
-    for a, r, s in np.argwhere(batch.pairs >= 0):
+    for a, r, s in np.argwhere(batch.pair_index >= 0):
         sides = []
         for side in range(k):
             sequence = 0 if batch.segments is not None else side
@@ -62,7 +62,7 @@ def read_back(batch):
                 whole = [*positions[mine], *positions[answer]]
                 assert whole == [*range(len(prompt) + len(targets))]
             sides.append((prompt.tolist(), targets.tolist()))
-        found[int(batch.pairs[a, r, s])] = sides
+        found[int(batch.pair_index[a, r, s])] = sides
     return found
 
 
@@ -82,11 +82,11 @@ def test_batches_hold_the_lists_of_their_step(name, completions):
                 answer = dataset.completion(n, side).tolist()
                 expected = (dataset.prompt(n).tolist(), answer) if answer else None
                 assert read == expected
-        real = batch.pairs >= 0
-        where = batch.pairs[real]
+        real = batch.pair_index >= 0
+        where = batch.pair_index[real]
         assert (batch.weights == real).all()
         for values, column in (
-            (batch.flips, dataset.columns["is_flipped"]),
+            (batch.is_flipped, dataset.columns["is_flipped"]),
             (batch.labels["ties"], dataset.columns["ties"]),
         ):
             assert values.dtype == column.dtype

@@ -93,7 +93,7 @@ def test_shapes_dtypes_and_layout():
 def test_every_row_is_its_pair_and_every_target_follows_its_predictor():
     for batch in take(train(accumulation=2), 10):
         for a, r, q in np.ndindex(batch.lengths.shape):
-            n = batch.pairs[a, r, 0]
+            n = batch.pair_index[a, r, 0]
             prompt, completion = PLAN.train.prompt(n), PLAN.train.completion(n, q)
             length, size = batch.lengths[a, r, q], len(completion)
             tokens = batch.tokens[a, r, q]
@@ -113,10 +113,10 @@ def test_every_row_is_its_pair_and_every_target_follows_its_predictor():
             assert batch.completion_lengths[a, r, 0, q] == size
             record = RECORDS[PLAN.train.columns["row"][n]]
             names = ("chosen", "rejected")
-            side = names[1 - q] if batch.flips[a, r, 0] else names[q]
+            side = names[1 - q] if batch.is_flipped[a, r, 0] else names[q]
             text = TOKENIZER.decode(tokens[:length])
             assert text == f"<s>{record['prompt']}{record[side]}</s>"
-            assert batch.annotators[a, r, 0] == record["annotator"]
+            assert batch.annotator[a, r, 0] == record["annotator"]
             assert batch.weights[a, r, 0] == 1 and batch.mask[a, r, 0]
 
 
@@ -136,12 +136,14 @@ def test_any_process_count_sees_the_same_batches(count, accumulation):
 
 def test_accumulation_cuts_the_same_batch():
     for one, four in zip(take(train(), 9), take(train(accumulation=4), 9)):
-        assert one.pairs.ravel().tolist() == four.pairs.ravel().tolist()
+        assert one.pair_index.ravel().tolist() == four.pair_index.ravel().tolist()
 
 
 def test_every_epoch_has_every_pair_once_in_a_new_order():
     size = len(PLAN.train)
-    stream = np.concatenate([b.pairs.ravel() for b in take(train(), 3 * size // 8 + 1)])
+    stream = np.concatenate(
+        [b.pair_index.ravel() for b in take(train(), 3 * size // 8 + 1)]
+    )
     epochs = [stream[n * size : (n + 1) * size].tolist() for n in range(3)]
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -152,19 +154,19 @@ def test_neighbouring_seeds_share_no_epoch():
     orders = set()
     for seed in range(6):
         iterator = train(seed=seed, batch_size=size)
-        orders |= {tuple(b.pairs.ravel()) for b in take(iterator, 4)}
+        orders |= {tuple(b.pair_index.ravel()) for b in take(iterator, 4)}
     assert len(orders) == 24
 
 
 def test_the_order_is_pinned():
     """A change here changes every run's order of examples: say so in the changelog."""
-    first = [batch.pairs.ravel().tolist() for batch in take(train(), 2)]
+    first = [batch.pair_index.ravel().tolist() for batch in take(train(), 2)]
     assert first == [[35, 3, 49, 30, 25, 44, 16, 37], [15, 1, 33, 19, 47, 17, 31, 20]]
 
 
 def test_the_pairs_that_a_run_sees_are_known_beforehand():
     order = uniform(PLAN.train, 3)
-    drawn = np.concatenate([b.pairs.ravel() for b in take(train(), 20)]).tolist()
+    drawn = np.concatenate([b.pair_index.ravel() for b in take(train(), 20)]).tolist()
     for steps in (1, 3, 20):
         found = first_seen(order, PLAN.train, batch_size=8, num_steps=steps)
         assert found.tolist() == [*dict.fromkeys(drawn[: 8 * steps])]
@@ -194,8 +196,8 @@ def test_reference_scores_travel_with_their_pair():
     table = np.random.default_rng(0).normal(size=(len(PLAN.train), 2))
     table = table.astype(np.float32)
     for batch in take(train(reference={"one": table, "two": -table}), 5):
-        np.testing.assert_array_equal(batch.reference["one"], table[batch.pairs])
-        np.testing.assert_array_equal(batch.reference["two"], -table[batch.pairs])
+        np.testing.assert_array_equal(batch.reference["one"], table[batch.pair_index])
+        np.testing.assert_array_equal(batch.reference["two"], -table[batch.pair_index])
     for wrong in (table[:-1], table[:, :1], table.astype(np.float64)):
         with pytest.raises(ValueError, match="one is"):
             train(reference={"one": wrong})
@@ -214,7 +216,7 @@ def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
     ]
     whole = [joined(pieces) for pieces in zip(*parts, strict=True)]
     assert len(whole) == -(-size // 8)
-    stream = np.concatenate([batch.pairs.ravel() for batch in whole])
+    stream = np.concatenate([batch.pair_index.ravel() for batch in whole])
     assert stream.tolist() == [*range(size), *[-1] * (-size % 8)]
     last = whole[-1]
     empty = ~last.mask[..., 0]

@@ -139,10 +139,10 @@ def test_batches_hold_the_pairs_own_numbers_and_zeros_elsewhere():
     batch = next(batches)
     for name, values in pairs.labels.items():
         assert batch.labels[name].shape == (2, 4, 1)
-        np.testing.assert_array_equal(batch.labels[name], values[batch.pairs])
+        np.testing.assert_array_equal(batch.labels[name], values[batch.pair_index])
     *_, last = data.padded_layout(pairs, batch_size=10).eval_batches(pairs)
-    assert (last.pairs < 0).sum() == 6
-    assert all((x[last.pairs < 0] == 0).all() for x in last.labels.values())
+    assert (last.pair_index < 0).sum() == 6
+    assert all((x[last.pair_index < 0] == 0).all() for x in last.labels.values())
 
 
 def test_without_fields_nothing_is_another_plan():
@@ -254,9 +254,9 @@ def test_a_loss_reads_its_pairs_numbers(name):
         micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
         out = jax.jit(scorer)(tiny_params(model), None, micro)
         each = np.asarray(weighted_losses(objective, Inputs(out, micro), {}))[:, 0]
-        real = np.asarray(micro.pairs)[:, 0] >= 0
+        real = np.asarray(micro.pair_index)[:, 0] >= 0
         assert np.isfinite(each).all() and (each[~real] == 0).all()
-        index = np.asarray(micro.pairs)[real, 0]
+        index = np.asarray(micro.pair_index)[real, 0]
         mine = np.asarray(out["rewards"])[real, 0]
         labels = {k: v[index].astype(float) for k, v in pairs.labels.items()}
         wanted.extend(of_pair(*mine.astype(float).T, labels))

@@ -71,12 +71,14 @@ def state_after(objective, margins, annotators, num_annotators, state=None):
         predictors=blank,
         targets=blank,
         completions=blank,
-        pairs=np.where(np.isnan(margins), -1, np.arange(len(margins))).reshape(shape),
+        pair_index=np.where(np.isnan(margins), -1, np.arange(len(margins))).reshape(
+            shape
+        ),
         completion_lengths=np.ones((*shape, 2), np.int32),
         reference={"reference_logps": np.zeros((*shape, 2), np.float32)},
-        flips=np.zeros(shape, bool),
-        annotators=np.reshape(annotators, shape),
-        empty=np.zeros(shape, bool),
+        is_flipped=np.zeros(shape, bool),
+        annotator=np.reshape(annotators, shape),
+        empty_trace=np.zeros(shape, bool),
         weights=np.ones(shape, np.float32),
     )
     batch = jax.tree.map(jax.numpy.asarray, batch)

@@ -81,7 +81,7 @@ def test_the_pair_that_is_not_finite_is_named_and_no_other(pairs, name, accumula
     _, _, metrics = one_weight_step(objective, batch)
     assert not np.isfinite(metrics["loss"])
     named = np.asarray(metrics["nonfinite_pairs"])
-    assert named[named >= 0].tolist() == [batch.pairs[where[:3]]]
+    assert named[named >= 0].tolist() == [batch.pair_index[where[:3]]]
 
 
 LIVE = {
@@ -140,7 +140,7 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
     for names, scorer, scores in zip(COMBINATIONS, scorers, found):
         assert scores.keys() == scorer.scores == {*names, "policy_logps"}
     assert set().union(*found) == TOKEN_SCORES.keys()
-    for row, n in enumerate(batch.pairs[0, :, 0]):
+    for row, n in enumerate(batch.pair_index[0, :, 0]):
         prompt = pairs.prompt(n)
         shorter = min(len(pairs.completion(n, side)) for side in (0, 1))
         for side in (0, 1):
@@ -226,7 +226,9 @@ def test_steps_can_be_traced_for_devices_that_are_only_described():
     scores = {"policy_logps": logps}
     empty = jnp.zeros((1, 4, 1), jnp.int32)
     batch = types.SimpleNamespace(
-        pairs=empty, completion_lengths=jnp.ones((1, 4, 1, 2), jnp.int32), reference={}
+        pair_index=empty,
+        completion_lengths=jnp.ones((1, 4, 1, 2), jnp.int32),
+        reference={},
     )
     with jax.sharding.use_abstract_mesh(mesh):
         found = jax.eval_shape(lambda s: objective.metrics(Inputs(s, batch)), scores)
@@ -351,7 +353,7 @@ def test_a_scalar_term_adds_its_mean_over_micro_batches(pairs, loss, accumulatio
         for objective in (from_loss(loss, beta=0.5), with_scalar(loss, 0.25))
     )
     tokens = np.asarray(batch.completion_lengths, float).sum((1, 2, 3))
-    counts = np.asarray(batch.pairs >= 0).sum((1, 2))
+    counts = np.asarray(batch.pair_index >= 0).sum((1, 2))
     mean = (tokens * counts).sum() / counts.sum()
     # d/dw of weight w^2 mean / 2 at w = -1, and its value.
     assert float(both[0] - plain[0]) == pytest.approx(-0.25 * mean, rel=1e-5)

@@ -58,7 +58,7 @@ def packed(pairs, *, rows=4, row_length=48, accumulation=1, reference=None):
         layout, rows=rows // accumulation, accumulation=accumulation
     )
     (batch, *_) = layout.eval_batches(pairs, reference=reference)
-    held = batch.pairs[batch.pairs >= 0]
+    held = batch.pair_index[batch.pair_index >= 0]
     assert len(set(held.tolist())) == len(held) > 4
     return jax.tree.map(jnp.asarray, batch), held
 
@@ -92,7 +92,7 @@ def test_scores_equal_those_of_whole_sequences(pairs, needs):
         micro = lambda b: jax.tree.map(lambda x: x[0], b)
         found = scorer(params, reference, micro(batch))
         expected = scorer(params, reference, micro(padded(pairs, held)))
-    at = np.asarray(batch.pairs[0])
+    at = np.asarray(batch.pair_index[0])
     order = [np.argwhere(at == n)[0] for n in held]
     for name, values in expected.items():
         ours = np.stack([found[name][row, slot] for row, slot in order])
@@ -168,13 +168,13 @@ def test_a_row_by_hand():
     assert row(batch.predictors) == [1, 2, 1, 5, 5, 7, 0]
     assert row(batch.completions) == [0, 0, 1, 2, 3, 3, -1]
     assert batch.completion_lengths[0, 0].tolist() == [[2, 1], [1, 2], [0, 0]]
-    assert batch.pairs[0, 0].tolist() == [0, 1, -1] and batch.lengths.tolist() == [
+    assert batch.pair_index[0, 0].tolist() == [0, 1, -1] and batch.lengths.tolist() == [
         [[9]]
     ]
 
 
 def numbers(batch):
-    return batch.pairs[batch.pairs >= 0].tolist()
+    return batch.pair_index[batch.pair_index >= 0].tolist()
 
 
 def layout_of(dataset, *, seed=3, **sizes):
@@ -201,7 +201,7 @@ def test_each_step_has_the_pairs_of_the_padded_step(row_length, shards):
         assert sorted(numbers(batch)) == sorted(numbers(next(padded)))
         assert batch.tokens.shape[1] % shards == 0
         # Filled micro-batches come first.
-        filled = (batch.pairs >= 0).any((1, 2))
+        filled = (batch.pair_index >= 0).any((1, 2))
         assert (np.diff(filled.astype(int)) <= 0).all()
 
 
@@ -252,7 +252,10 @@ def test_a_mixture_of_traces_is_packed_too():
     for step in range(12):
         batch = next(batches)
         assert sorted(numbers(batch)) == sorted(order(step, 8).tolist())
-        assert batch.empty.sum() == 2 and not batch.empty[batch.pairs < 0].any()
+        assert (
+            batch.empty_trace.sum() == 2
+            and not batch.empty_trace[batch.pair_index < 0].any()
+        )
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -305,7 +308,7 @@ def test_rows_are_full(dialogues, batch_size, share):
     batches = stream(dialogues, batch_size=batch_size, row_length="auto", num_steps=4)
     drawn = [next(batches) for _ in range(4)]
     real = sum(batch.lengths.sum() for batch in drawn)
-    filled = sum((batch.pairs >= 0).any((1, 2)).sum() for batch in drawn)
+    filled = sum((batch.pair_index >= 0).any((1, 2)).sum() for batch in drawn)
     computed = filled * layout.rows * layout.row_length
     assert real / computed == pytest.approx(layout.utilization)
     assert layout.utilization > share

@@ -39,7 +39,7 @@ def placed(batch, mesh, place=running.to_global):
     found = place(batch, mesh)
     kept["rows made"].add(batch.tokens.shape[:2])
     rows = {}
-    for shard in found.pairs.addressable_shards:
+    for shard in found.pair_index.addressable_shards:
         here = np.asarray(shard.data)
         first = shard.index[1].start or 0
         for a, r in np.ndindex(here.shape[:2]):

@@ -302,7 +302,7 @@ def test_scores_are_those_of_each_whole_answer(pairs, model, params):  # noqa: F
     found = jax.jit(scorer)(params, None, micro)
     assert set(found) == {"rewards"} and found["rewards"].shape == (8, 1, 2)
     alone = jax.jit(model.rewards)
-    for row, n in enumerate(batch.pairs[0, :, 0]):
+    for row, n in enumerate(batch.pair_index[0, :, 0]):
         for side in (0, 1):
             tokens = [*pairs.prompt(n), *pairs.completion(n, side)]
             padded = np.pad(tokens, (0, 32 - len(tokens)))[None]

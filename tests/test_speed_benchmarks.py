@@ -85,7 +85,7 @@ def test_useful_flops_count_the_mask_and_the_weights():
     seen = (query >= 0) & (key // parts == query // parts)
     seen &= (key % parts == 0) | (key == query)
     seen &= np.tri(segments.shape[1], dtype=bool)
-    held = batch.pairs[batch.pairs >= 0]  # some twice, to fill the row
+    held = batch.pair_index[batch.pair_index >= 0]  # some twice, to fill the row
     tokens, answers = LENGTHS[held].sum(), LENGTHS[held, 1:].sum()
     # Once for the scores and once for the values of each head.
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * seen.sum()

@@ -149,4 +149,4 @@ def test_supervised_examples_of_every_trace():
     texts = [TOKENIZER.decode(plan.train.completion(n, 0)) for n in range(3)]
     assert texts == [f"<think>{t}</think>a</s>" for t in "tvt"]
     (batch,) = padded_layout(plan.train, batch_size=3).eval_batches(plan.train)
-    assert not batch.empty.any()
+    assert not batch.empty_trace.any()

@@ -47,19 +47,21 @@ def train(pairs=PAIRS, *, seed=3, empty_share=0.5, threads=2, reference=None, **
 
 def stream(taken, empty):
     """The pairs of one kind, in the order they came in."""
-    return np.concatenate([b.pairs[b.empty == empty] for b in taken]).tolist()
+    return np.concatenate(
+        [b.pair_index[b.empty_trace == empty] for b in taken]
+    ).tolist()
 
 
 @pytest.mark.parametrize("share, count", [(0.5, 4), (0.25, 2), (0.01, 1), (0.99, 7)])
 def test_every_batch_has_the_same_number_of_each_kind(share, count):
     for batch in take(train(empty_share=share), 20):
-        assert batch.empty.dtype == bool and batch.empty.shape == (1, 8, 1)
-        assert batch.empty.sum() == count
+        assert batch.empty_trace.dtype == bool and batch.empty_trace.shape == (1, 8, 1)
+        assert batch.empty_trace.sum() == count
         np.testing.assert_array_equal(
-            batch.empty, PAIRS.columns["empty_trace"][batch.pairs]
+            batch.empty_trace, PAIRS.columns["empty_trace"][batch.pair_index]
         )
         np.testing.assert_array_equal(
-            batch.flips, PAIRS.columns["is_flipped"][batch.pairs]
+            batch.is_flipped, PAIRS.columns["is_flipped"][batch.pair_index]
         )
         assert (batch.weights == 1).all()
 
@@ -67,7 +69,7 @@ def test_every_batch_has_the_same_number_of_each_kind(share, count):
 def test_rows_are_the_pairs_that_they_name():
     whole = next(iter(padded_layout(PAIRS, batch_size=len(PAIRS)).eval_batches(PAIRS)))
     for batch in take(train(accumulation=2), 12):
-        expected = jax.tree.map(lambda x, b=batch: x[0, b.pairs[..., 0]], whole)
+        expected = jax.tree.map(lambda x, b=batch: x[0, b.pair_index[..., 0]], whole)
         assert_equal(batch, expected)
 
 
@@ -100,8 +102,8 @@ def test_any_process_count_sees_the_same_batches(count, accumulation, share):
 
 def test_accumulation_cuts_the_same_batch():
     for one, four in zip(take(train(), 9), take(train(accumulation=4), 9)):
-        assert one.pairs.ravel().tolist() == four.pairs.ravel().tolist()
-        assert (four.empty.sum((1, 2)) == 1).all()
+        assert one.pair_index.ravel().tolist() == four.pair_index.ravel().tolist()
+        assert (four.empty_trace.sum((1, 2)) == 1).all()
 
 
 def test_every_epoch_of_a_kind_has_each_of_its_pairs_once():
@@ -151,7 +153,7 @@ def test_seeds_and_kinds_shuffle_apart():
 
 def test_the_orders_are_pinned():
     """A change here changes every mixed run's order: say so in the changelog."""
-    first = [batch.pairs.ravel().tolist() for batch in take(train(), 2)]
+    first = [batch.pair_index.ravel().tolist() for batch in take(train(), 2)]
     assert first == [[22, 54, 20, 48, 1, 40, 14, 53], [15, 45, 10, 56, 13, 55, 30, 47]]
 
 
@@ -176,14 +178,14 @@ def test_resumed_from_one_integer(threads):
 def test_reference_scores_travel_with_their_pair():
     table = np.random.default_rng(0).normal(size=(len(PAIRS), 2)).astype(np.float32)
     for batch in take(train(reference={"one": table}), 5):
-        np.testing.assert_array_equal(batch.reference["one"], table[batch.pairs])
+        np.testing.assert_array_equal(batch.reference["one"], table[batch.pair_index])
     with pytest.raises(ValueError, match="one is"):
         train(reference={"one": table[:-1]})
 
 
 def test_evaluation_sees_both_kinds():
     found = list(padded_layout(PAIRS, batch_size=8).eval_batches(PAIRS))
-    empty = np.concatenate([batch.empty.ravel() for batch in found])
+    empty = np.concatenate([batch.empty_trace.ravel() for batch in found])
     assert empty[: len(PAIRS)].tolist() == PAIRS.columns["empty_trace"].tolist()
     assert not empty[len(PAIRS) :].any()
 
@@ -192,7 +194,7 @@ def test_ordinary_batches_are_never_empty():
     plan = make_splits(ListSource(traced(20)), TOKENIZER, DataOptions())
     layout = padded_layout(plan.train, plan.heldout, batch_size=4)
     for batch in take(layout.batches(plan.train, uniform(plan.train, 0)), 3):
-        assert batch.empty.shape == (1, 4, 1) and not batch.empty.any()
+        assert batch.empty_trace.shape == (1, 4, 1) and not batch.empty_trace.any()
     with pytest.raises(InputError, match="no pair with an empty trace is left"):
         mixture(plan.train, 0)
 

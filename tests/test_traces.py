@@ -302,7 +302,7 @@ def test_the_answer_alone_is_predicted_behind_an_empty_trace():
     pairs = plan_of([record("q", ("t", "xyz"), ("u", "w"))]).train
     assert [len(pairs.completion(1, k)) for k in (0, 1)] == [4, 2]
     (batch,) = padded_layout(pairs, batch_size=2).eval_batches(pairs)
-    assert batch.empty.tolist() == [[[False], [True]]]
+    assert batch.empty_trace.tolist() == [[[False], [True]]]
     used = batch.completions >= 0
     assert used[0, 1].sum(-1).tolist() == [4, 2]
     assert batch.targets[0, 1, 0][used[0, 1, 0]].tolist() == ids(

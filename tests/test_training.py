@@ -172,7 +172,7 @@ def test_what_is_not_finite_never_enters_the_state(pairs):
         assert (int(state.step), int(state.skipped)) == (1, 1)
         assert not bool(metrics["finite"])
         nonfinite = np.asarray(metrics["nonfinite_pairs"])
-        assert nonfinite[nonfinite >= 0].tolist() == [batch.pairs[0, 5, 0]]
+        assert nonfinite[nonfinite >= 0].tolist() == [batch.pair_index[0, 5, 0]]
         state, metrics = step(state, None, to_global(batch, mesh))
         assert digests((state.params, state.opt_state)) != before
         assert (int(state.step), int(state.skipped)) == (2, 1)

@@ -102,7 +102,7 @@ def train(job: Job, out: Path) -> None:
             steps.losses.append(float(metrics["loss"]))
             steps.grad_norms.append(float(metrics["grad_norm"]))
             if done >= job.warmup:
-                here = np.unique(batch.pairs[batch.pairs >= 0])
+                here = np.unique(batch.pair_index[batch.pair_index >= 0])
                 steps.pairs.append((here + first).tolist())
                 seen += len(here)
             done += 1

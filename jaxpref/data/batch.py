@@ -35,18 +35,18 @@ class PreferenceBatch:
     """int32 [A, R, Q, P]; the completion tokens (EOS included); 0 if unused."""
     completions: np.ndarray
     """int32 [A, R, Q, P]; `slot * K + side` of each target's owner; -1 if unused."""
-    pairs: np.ndarray
+    pair_index: np.ndarray
     """int32 [A, R, S]; index of the pair in the dataset; -1 marks an empty slot."""
     completion_lengths: np.ndarray
     """int32 [A, R, S, K]; target tokens of each completion."""
     reference: dict[str, np.ndarray]
     """By name, float32 [A, R, S, K]: what was computed of the completions beforehand
     under the reference model (`reference_logps`, ...); empty if nothing was."""
-    flips: np.ndarray
+    is_flipped: np.ndarray
     """bool [A, R, S]; this label was flipped by us (known only for injected noise)."""
-    annotators: np.ndarray
+    annotator: np.ndarray
     """int32 [A, R, S]; annotator index in the dataset; -1 if unknown."""
-    empty: np.ndarray
+    empty_trace: np.ndarray
     """bool [A, R, S]; the pair has an empty trace, in a run that mixes such pairs with
     pairs that have traces; False everywhere else."""
     weights: np.ndarray
@@ -65,7 +65,7 @@ class PreferenceBatch:
     @property
     def mask(self):
         """Whether each slot holds a pair, bool [A, R, S]."""
-        return self.pairs >= 0
+        return self.pair_index >= 0
 
     @property
     def num_parts(self) -> int:
@@ -93,12 +93,12 @@ def slot_fields(
         return np.where(mask, values[where], np.asarray(fill, values.dtype))
 
     return {
-        "pairs": indices.astype(np.int32),
+        "pair_index": indices.astype(np.int32),
         "completion_lengths": take(dataset.completion_lengths),
         "reference": {name: take(table) for name, table in (reference or {}).items()},
-        "flips": take(dataset.columns["is_flipped"]),
-        "annotators": take(dataset.columns["annotator"], -1),
-        "empty": take(dataset.columns["empty_trace"]),
+        "is_flipped": take(dataset.columns["is_flipped"]),
+        "annotator": take(dataset.columns["annotator"], -1),
+        "empty_trace": take(dataset.columns["empty_trace"]),
         "weights": real.astype(np.float32),
         "labels": {name: take(values) for name, values in dataset.labels.items()},
     }

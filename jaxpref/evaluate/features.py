@@ -80,7 +80,7 @@ def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callabl
 
     def feature_step(params, batch):
         out = jax.lax.map(lambda micro: of_micro(params, micro), batch)
-        return jax.tree.map(replicated, (out, batch.pairs))
+        return jax.tree.map(replicated, (out, batch.pair_index))
 
     return jax.jit(feature_step)
 

@@ -110,5 +110,5 @@ def agreement_metrics(
         "crm/accuracies_two": mean_over(wins(margins[1]), real),
         "crm/agreement": mean_over((margins[0] > 0) == (margins[1] > 0), real),
         # Known only of injected flips.
-        "crm/kept_flipped": mean_over(inputs.batch.flips, selected),
+        "crm/kept_flipped": mean_over(inputs.batch.is_flipped, selected),
     }

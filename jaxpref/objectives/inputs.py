@@ -31,12 +31,12 @@ class Inputs:
     @property
     def is_pair(self) -> Bool[Array, "*batch S"]:
         """Whether each slot holds a pair."""
-        return self.batch.pairs >= 0
+        return self.batch.pair_index >= 0
 
     @property
     def annotators(self) -> Int[Array, "*batch S"]:
         """Index of each pair's annotator; -1 where unknown."""
-        return self.batch.annotators
+        return self.batch.annotator
 
     def of(self, model: str) -> "Inputs":
         """The inputs of one of two models that are trained together."""

@@ -225,7 +225,7 @@ def _em(
             "noise/flip_rate": mean_over(1 - reliability, real),
             "noise/posterior": mean_over(right, real),
             # Known only of injected flips.
-            "noise/posterior_flipped": mean_over(right, real & inputs.batch.flips),
+            "noise/posterior_flipped": mean_over(right, real & inputs.batch.is_flipped),
         }
 
     return _wrapping(name, bound, own, losses=pair_losses, init=init, learn=learn)

@@ -56,7 +56,7 @@ def learn_nothing(inputs: Inputs, state: State) -> tuple[State, Metrics]:
 
 def count_pairs(batch: PreferenceBatch) -> Array:
     """The pairs of a batch."""
-    return jnp.sum(batch.pairs >= 0)
+    return jnp.sum(batch.pair_index >= 0)
 
 
 def unit_weights(batch: PreferenceBatch, state: State) -> Float[Array, "A R S"]:

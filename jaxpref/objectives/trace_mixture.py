@@ -208,8 +208,8 @@ def _estimated(objective: Objective, probe_every: int, decay: float) -> dict:
 
 def kinds(batch: PreferenceBatch) -> tuple[Array, Array]:
     """Which slots hold a pair with a trace, and which one with an empty trace."""
-    real = batch.pairs >= 0
-    return real & ~batch.empty, real & batch.empty
+    real = batch.pair_index >= 0
+    return real & ~batch.empty_trace, real & batch.empty_trace
 
 
 def effective_alpha(batch: PreferenceBatch, alpha: Array | float) -> Array:
@@ -226,7 +226,7 @@ def mixture_weights(batch: PreferenceBatch, alpha: Array | float) -> Array:
     factor = lambda share, n: share * (n_t + n_e) / jnp.maximum(n, 1)
     trace, empty = factor(alpha, n_t), factor(1 - alpha, n_e)
     dtype = batch.weights.dtype
-    return batch.weights * jnp.where(batch.empty, empty, trace).astype(dtype)
+    return batch.weights * jnp.where(batch.empty_trace, empty, trace).astype(dtype)
 
 
 def describe(alpha: Array, running: mixing.RunningState, products: State) -> Metrics:

@@ -18,7 +18,7 @@ def skipping_empty(batch: PreferenceBatch) -> Callable[[Body], Body]:
     skipped, the carry stays and `ys` are zeros.  The bodies of padded batches, whose
     micro-batches all hold pairs, stay as they are.
     """
-    if batch.segments is None or len(batch.pairs) == 1:
+    if batch.segments is None or len(batch.pair_index) == 1:
         return lambda body: body
     return _unless_empty
 
@@ -30,7 +30,7 @@ def _unless_empty(body: Body) -> Body:
             return carry, jax.tree.map(_zeros, ys)
 
         micro = xs[0] if isinstance(xs, tuple) else xs
-        return jax.lax.cond(jnp.any(micro.pairs >= 0), body, skip, carry, xs)
+        return jax.lax.cond(jnp.any(micro.pair_index >= 0), body, skip, carry, xs)
 
     return skipping
 

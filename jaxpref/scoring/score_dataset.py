@@ -32,7 +32,7 @@ def make_score_step(scorer: Scorer) -> Callable:
             return None, scorer(params, frozen, micro)
 
         _, scores = jax.lax.scan(score, None, batch)
-        return jax.tree.map(replicated, (scores, batch.pairs))
+        return jax.tree.map(replicated, (scores, batch.pair_index))
 
     return jax.jit(score_step)
 

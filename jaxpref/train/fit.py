@@ -38,7 +38,7 @@ def fit(
                 batch = stream.draw(state)
             heartbeat.beat(f"the batch of step {step + 1}")
             state, metrics = train_step(state, run.frozen, batch)
-            run.after_step(step + 1, metrics, batch.pairs)
+            run.after_step(step + 1, metrics, batch.pair_index)
             if should_stop(step + 1):
                 run.leave(step + 1, state)
     return state

@@ -47,7 +47,7 @@ def gradient(
     batch = dataclasses.replace(batch, weights=weights)
     unless_empty = skipping_empty(batch)
     ahead = None
-    if objective.couples and len(batch.pairs) > 1:
+    if objective.couples and len(batch.pair_index) > 1:
         forward = unless_empty(lambda _, micro: (None, score(params, micro)))
         _, first = jax.lax.scan(forward, None, batch)
         ahead, coupled_values = _cotangents(objective, first, batch, state)
@@ -98,7 +98,7 @@ def _scalar(objective: Objective, inputs: Inputs, state: State) -> Array | float
     """The sum of the scalar terms of all micro-batches, each times its pairs."""
     if objective.scalar is None:
         return 0.0
-    if inputs.batch.pairs.ndim == 2:
+    if inputs.batch.pair_index.ndim == 2:
         return objective.scalar(inputs, state) * objective.count(inputs.batch)
 
     def of_micro(scores, micro):
@@ -109,7 +109,7 @@ def _scalar(objective: Objective, inputs: Inputs, state: State) -> Array | float
 
 def _nonfinite(objective: Objective, inputs: Inputs, values: Array) -> Array:
     """The pairs whose loss is not finite, -1 in place of the others."""
-    pairs = inputs.batch.pairs
+    pairs = inputs.batch.pair_index
     bad = ~jnp.isfinite(values)
     if objective.couples:
         # One pair can make the losses of all not finite: blame those whose own numbers

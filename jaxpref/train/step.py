@@ -59,7 +59,7 @@ def make_train_step(
             "learning_rate": schedule(state.step - state.skipped),
             "tokens": jnp.sum(batch.lengths),
             "token_utilization": _utilization(batch),
-            "pairs": jnp.sum(batch.pairs >= 0),
+            "pairs": jnp.sum(batch.pair_index >= 0),
             "finite": finite,
         }
         return dataclasses.replace(
@@ -71,7 +71,7 @@ def make_train_step(
 
 def _utilization(batch: PreferenceBatch) -> jax.Array:
     """Real tokens for each token computed; micro-batches without pairs are skipped."""
-    filled = jnp.sum(jnp.any(batch.pairs >= 0, axis=(1, 2)))
+    filled = jnp.sum(jnp.any(batch.pair_index >= 0, axis=(1, 2)))
     computed = filled * math.prod(batch.tokens.shape[1:])
     return jnp.sum(batch.lengths) / jnp.maximum(computed, 1)
 
