@@ -1,4 +1,4 @@
-"""Random access to records on disk: JSON Lines, JSON, and the door to other formats."""
+"""Random access to records on disk: JSON Lines, JSON, and others by name."""
 
 import gzip
 import json

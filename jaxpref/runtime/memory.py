@@ -47,10 +47,10 @@ def choose_remat(out: Path, compiled: Callable[[str], jax.stages.Compiled]) -> s
     chosen = POLICIES[broadcast_from_process_zero(np.int32(POLICIES.index(policy)))]
     if jax.process_index() == 0:
         mib = lambda size: f"{size / 2**20:,.0f} MiB"
-        told = ", ".join(f"{name} {mib(need)}" for name, need in needs.items())
+        listed = ", ".join(f"{name} {mib(need)}" for name, need in needs.items())
         verdict = "" if needs[policy] <= SHARE * limit else ", though it may not fit"
         print(
-            f"remat {chosen}{verdict}: a step needs {told} of a device's {mib(limit)}",
+            f"remat {chosen}{verdict}: a step needs {listed} of a device's {mib(limit)}",
             flush=True,
         )
         write_json(path, {"remat": chosen, "step_bytes": needs, "device_bytes": limit})

@@ -149,15 +149,15 @@ class Guard:
 
     def _stopped(self, step: int, why: str) -> Stopped:
         path = self._out / "stopped" / f"step_{step}.json"
-        told = f"their pairs are in {path}"
+        where = f"their pairs are in {path}"
         if jax.process_index() == 0:
             try:
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, {"step": step, "why": why, "bad_steps": self._bad})
             except (InputError, OSError) as error:
-                told = f"their pairs could not be written ({error})"
+                where = f"their pairs could not be written ({error})"
         return Stopped(
-            f"stopped at step {step}: {why}; {told}; no checkpoint was overwritten; "
+            f"stopped at step {step}: {why}; {where}; no checkpoint was overwritten; "
             "look at the pairs, or use another --out with a lower --learning-rate"
         )
 
