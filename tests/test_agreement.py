@@ -84,12 +84,12 @@ def test_a_batch_of_other_pairs_is_detected(monkeypatch):
     )
     feed = types.SimpleNamespace(state_before=lambda: 2, get_state=lambda: 3)
     ids = [f"id-{n}" for n in range(8, 12)]
-    usual = {"the pairs": "d", "the place in the data": 3, "the batch": ids}
+    usual = {"the pairs": "d", "the position in the data": 3, "the batch": ids}
     # Rows may move within a micro-batch, but not to another micro-batch.
     seen = np.array([[9, 8], [10, 11]])[..., None]
     among(monkeypatch, usual)
     agreement.check_batch_agreement(3, task, feed, seen)
-    with pytest.raises(InputError, match="step 3: computed from other pairs"):
+    with pytest.raises(InputError, match="step 3: it was not computed from the pairs"):
         agreement.check_batch_agreement(3, task, feed, seen[::-1])
     among(monkeypatch, usual | {"the batch": ids[::-1]})
     with pytest.raises(InputError, match="process 1 differs from process 0 in the bat"):
@@ -223,11 +223,13 @@ def test_processes_stop_and_fall_back_together(inputs, tmp_path):
     # Both fall back to step 2, because process 1 cannot read step 4.  The third batch
     # from there is wrong in process 1, which is detected before step 6 is saved.
     codes, logs = run_two(inputs, out, {}, {"unreadable": 4, "twice_at": 3})
-    assert "checkpoint 4 cannot be read (process 1 says so)" in logs[0], logs
+    assert "checkpoint 4 cannot be read (reported by process 1)" in logs[0], logs
     assert "checkpoint 4 cannot be read (no such file)" in logs[1], logs
     assert 2 in codes and 0 not in codes, logs
     error = errors(logs)
-    assert "step 6: process 1 differs from process 0 in the place in the data" in error
+    assert (
+        "step 6: process 1 differs from process 0 in the position in the data" in error
+    )
     # Step 4 was written again.
     assert sorted(checkpoints(out)) == ["2", "4"]
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.train import outputs, run, task
-from jaxpref.train.best import Best, check_asked
+from jaxpref.train.best import Best, parse_criterion
 from tests.test_guard import checkpoints, config_for, inputs  # noqa: F401
 
 
@@ -35,11 +35,11 @@ def test_the_best_is_remembered(tmp_path):
     ]
 
 
-def test_what_may_be_asked():
-    assert check_asked("min:eval_loss") == ("min", "eval_loss")
+def test_criteria():
+    assert parse_criterion("min:eval_loss") == ("min", "eval_loss")
     for wrong in ("eval_loss", "max:loss", "best:eval_loss", "max:"):
         with pytest.raises(InputError, match=f"--keep-best {wrong}: expected max:"):
-            check_asked(wrong)
+            parse_criterion(wrong)
 
 
 def test_a_metric_that_is_not_measured(tmp_path):
@@ -51,7 +51,7 @@ def test_a_metric_that_is_not_measured(tmp_path):
 
 
 def test_to_export_the_best_it_must_be_said_by_what(inputs, tmp_path):  # noqa: F811
-    with pytest.raises(InputError, match="--export best: say by what"):
+    with pytest.raises(InputError, match="--export best: choose a metric"):
         config_for(inputs, tmp_path, export="best")
 
 

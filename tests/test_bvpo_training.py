@@ -350,7 +350,7 @@ def test_an_objective_that_mixes_has_its_data_and_no_other_has():
     plain = dict(model="m", data="d", out="o")
     with pytest.raises(InputError, match="bvpo_dpo: mixes pairs .* mix=MixOptions"):
         TrainConfig(**plain, objective=bvpo(DPO))
-    with pytest.raises(InputError, match="dpo mixes nothing"):
+    with pytest.raises(InputError, match="dpo does not mix pairs"):
         TrainConfig(**plain, objective=DPO, mix=data.MixOptions())
     mix = data.MixOptions(empty_data="e")
     assert TrainConfig(**plain, objective=bvpo(DPO), mix=mix).mix == mix

@@ -355,8 +355,8 @@ def test_max_length_beyond_the_positions():
 
 def test_injected_noise_is_announced():
     assert injection_warning(1200, 4000) == (
-        "warning: 1,200 of 4,000 training labels (30.0%) were flipped on purpose, as "
-        "--inject asked"
+        "warning: 1,200 of 4,000 training labels (30.0%) were flipped on purpose "
+        "(--inject)"
     )
 
 

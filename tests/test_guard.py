@@ -71,7 +71,7 @@ def test_a_run_does_not_end_well_whose_loss_has_just_risen(tmp_path):
     guard.check_step(11, metrics_of(np.nan, finite=False), BATCH)
     guard.check_end(11)  # the step was skipped
     guard.check_step(12, metrics_of(1e3), BATCH)
-    with pytest.raises(Stopped, match="step 12: the run was over, and its loss risen"):
+    with pytest.raises(Stopped, match="step 12: the loss at the last step rose"):
         guard.check_end(12)
     assert (tmp_path / "stopped" / "step_12.json").exists()
     guard.check_step(13, metrics_of(0.7), BATCH)
@@ -102,7 +102,7 @@ def test_what_is_not_finite_is_counted_and_told(tmp_path, caplog):
     guard.check_step(2, metrics_of(0.5, finite=False), BATCH)
     assert not guard.healthy and guard.get_state() == []
     assert "Pairs with a non-finite loss: id-2, id-5" in caplog.messages[0]
-    assert "Every pair's loss is finite" in caplog.messages[1]
+    assert "The loss of every pair is finite" in caplog.messages[1]
     guard.check_step(3, metrics_of(0.25), BATCH)
     assert guard.healthy and guard.get_state() == [0.25]
     with pytest.raises(Stopped) as stopped:
@@ -210,7 +210,7 @@ def checkpoints(out) -> list[int]:
     ("change", "start", "last_kept", "why"),
     [
         (nan_in_one_row, 5, 4, "not finite"),
-        (far_away, 13, 12, "far above the first ones'"),
+        (far_away, 13, 12, "far above the initial"),
     ],
 )
 def test_a_run_stops_and_leaves_its_checkpoints(

@@ -324,7 +324,7 @@ def test_fields_and_loss_belong_together(tmp_path):
         make(objective)
     with pytest.raises(InputError, match="--labels.preference-margins m: rao_kupper"):
         make(objective, ties="t", preference_margins="m")
-    with pytest.raises(InputError, match="--labels.ties t: dpo reads none"):
+    with pytest.raises(InputError, match="--labels.ties t: dpo does not read it"):
         make(from_loss(losses.dpo), ties="t")
 
 
@@ -369,7 +369,7 @@ def test_a_run_reads_them_and_resumes(folder, tmp_path, monkeypatch, capsys):
     (changed / "pairs.jsonl").write_text(json.dumps(row) + "\n" + rest + "\n")
     with pytest.raises(SystemExit):
         train(changed, tmp_path / "other", monkeypatch, *flags)
-    assert "its pairs are not those" in capsys.readouterr().err
+    assert "the pairs have changed" in capsys.readouterr().err
 
 
 def test_a_row_without_its_number_is_one_line(folder, tmp_path, monkeypatch, capsys):

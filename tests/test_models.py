@@ -240,8 +240,8 @@ def test_every_mesh_gives_the_same(sizes):
             None, "fsdp", "tensor", None
         )
         # The same random bits, made normal by another program: sqrt(2) erfinv(u), where
-        # 1 - u^2 is known to 2^-25.  At 4 standard deviations, the most of a few thousand
-        # draws, that is 2e-4 of it, and 2e-5 of the normal number.
+        # 1 - u^2 is known to 2^-25.  At 4 standard deviations, the largest of a few
+        # thousand draws, that is 2e-4 of it, and 2e-5 of the normal number.
         drawn = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=0)
         jax.tree.map(drawn, sharded, params)
         found = loss(model)(sharded, TOKENS)

@@ -50,7 +50,8 @@ def choose_remat(out: Path, compiled: Callable[[str], jax.stages.Compiled]) -> s
         listed = ", ".join(f"{name} {mib(need)}" for name, need in needs.items())
         verdict = "" if needs[policy] <= SHARE * limit else ", though it may not fit"
         print(
-            f"remat {chosen}{verdict}: a step needs {listed} of a device's {mib(limit)}",
+            f"remat {chosen}{verdict}: a step needs {listed} of a device's "
+            f"{mib(limit)}",
             flush=True,
         )
         write_json(path, {"remat": chosen, "step_bytes": needs, "device_bytes": limit})

@@ -1,4 +1,4 @@
-"""How one step happens, and how a run proceeds."""
+"""Training: the step, the loop, and the run around them."""
 
 from jaxpref.runtime.mesh import MeshConfig as MeshConfig
 from jaxpref.runtime.mesh import initialize_distributed as initialize_distributed

@@ -1,4 +1,4 @@
-"""What decides on a step, compared between the processes of a run."""
+"""Checks that all processes of a run computed a step from the same data."""
 
 import jax
 import numpy as np
@@ -12,19 +12,21 @@ from jaxpref.train.task import Task
 def check_batch_agreement(
     step: int, task: Task, stream: Stream, seen: np.ndarray | None
 ) -> None:
-    """Compares between processes the batch of a step, and with what was computed.
+    """Compares the batch of the last step across processes, and with the pairs used.
 
-    Each makes the whole batch from its own records and its own place in the data.
+    Each process makes the whole batch from its own records and its own position in the
+    data.
 
     Args:
-      step: the steps done; the batch is that of the last one.
-      task: the run's.
-      stream: where this process's batches come from.
+      step: number of steps done; the batch of the last one is checked.
+      task: the task of the run.
+      stream: the source of this process's batches.
       seen: int [A, R, S]; the pairs that the step was computed from.
 
     Raises:
-      InputError: naming the process that differs, as `assert_equal_across_processes`;
-        or if the step was computed from other pairs than all of them would draw.
+      InputError: if a process differs; the message names it, as that of
+        `assert_equal_across_processes`.  Also if the step was computed from pairs
+        other than those that the processes draw for it.
     """
     if jax.process_count() == 1 or seen is None:
         return
@@ -38,14 +40,14 @@ def check_batch_agreement(
         f"step {step}",
         {
             "the pairs": splits.digest,
-            "the place in the data": stream.get_state(),
+            "the position in the data": stream.get_state(),
             "the batch": [str(splits.train.ids[i]) for i in drawn.ravel() if i >= 0],
         },
     )
-    # The mesh decides in which rows of a micro-batch a process's pairs are.
+    # The mesh decides which rows of a micro-batch hold a process's pairs.
     in_order = lambda indices: np.sort(indices.reshape(len(indices), -1))
     if not np.array_equal(in_order(drawn), in_order(seen)):
         raise InputError(
-            f"step {step}: computed from other pairs than those that all processes "
-            "draw for it; start them again, and they resume from the last checkpoint"
+            f"step {step}: it was not computed from the pairs that all processes draw "
+            "for it; start them again to resume from the last checkpoint"
         )

@@ -1,4 +1,4 @@
-"""Where a run begins: its state, restored or new, and the reference's scores."""
+"""The start of a run: its state, restored or new, and the reference's scores."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ from jaxpref.train.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """All that a loop needs before its first batch."""
+    """Everything that the loop needs before its first batch."""
 
     state: TrainState
     """The state to continue from."""
     frozen: Frozen
-    """What the scorer reads beside the parameters, or None."""
+    """What the scorer reads in addition to the parameters, or None."""
     reference: Mapping[str, Mapping[str, np.ndarray]]
-    """By set and name, the reference's scores."""
+    """The reference's scores, by dataset and by name."""
     saved: Mapping[str, Any]
-    """What was saved beside the state; empty for a new run."""
+    """What the checkpoint holds in addition to the state; empty for a new run."""
 
 
 def begin(
@@ -38,13 +38,13 @@ def begin(
     """Restores the newest checkpoint, or starts from the model's folder.
 
     Args:
-      task: what is computed.
-      checkpoints: of the run.
-      out: its folder.
-      batch_size: pairs that the reference scores together.
+      task: what the run computes.
+      checkpoints: the run's checkpoints.
+      out: the run's folder.
+      batch_size: pairs that are scored together by the reference.
 
     Raises:
-      InputError: if the checkpoint is that of another run, or a model cannot be read.
+      InputError: if the checkpoint belongs to another run, or a model cannot be read.
     """
     restored = checkpoints.restore(task.abstract_state())
     saved, params = {}, None
@@ -59,8 +59,8 @@ def begin(
         frozen = task.scorer.load_frozen(task.reference.folder)
     if frozen is not None:
         log(
-            f"{task.objective.name} keeps the reference's weights in memory: it reads "
-            "whole distributions, which cannot be stored beforehand"
+            f"{task.objective.name} keeps the reference's weights in memory: it needs "
+            "full distributions, which cannot be stored in advance"
         )
     if restored is None:
         state = jax.jit(task.new_state, donate_argnums=0)(params)
@@ -80,10 +80,10 @@ def _check(task: Task, saved: Mapping[str, Any], step: int, out: Path) -> None:
 def _score_reference(
     task: Task, params: Params | None, out: Path, batch_size: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The stored scores of the reference, for both sets; nothing where none is read.
+    """The reference's stored scores for both datasets; empty if none is read.
 
-    The policy's new parameters stand in for the reference's where both begin from the
-    same folder.
+    If the policy and the reference start from the same folder, the policy's initial
+    parameters are used for both.
     """
     if task.reference is None or not task.reference.scores:
         return {"train": {}, "heldout": {}}

@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by one of its evaluations' metrics."""
+"""The best checkpoint of a run by a metric of its evaluations."""
 
 import math
 import re
@@ -12,38 +12,40 @@ from jaxpref.files import write_json
 
 
 class Best:
-    """Remembers the step whose evaluation was best; `best.json` tells it to others."""
+    """Remembers the step with the best evaluation, and writes it to `best.json`."""
 
-    def __init__(self, asked: str | None, out: Path, state: dict | None = None):
-        """Goes on where `get_state` was asked.
+    def __init__(self, criterion: str | None, out: Path, state: dict | None = None):
+        """Continues from a state that `get_state` returned.
 
         Args:
-          asked: "max:NAME" or "min:NAME", a metric as `metrics.jsonl` has it; None to
-            remember nothing.
-          out: folder of the run.
-          state: of the run before it was interrupted; of another metric it is dropped.
+          criterion: "max:NAME" or "min:NAME", where NAME is a metric in
+            `metrics.jsonl`; None to remember nothing.
+          out: the run's folder.
+          state: the state before the run was interrupted.  It is dropped if it is for
+            another metric.
         """
         self._out = out
-        self._mode, self._name = check_asked(asked) if asked else (None, None)
-        asked_for = {"best": self._mode, "metric": self._name}
-        same = state is not None and state.items() >= asked_for.items()
+        self._mode, self._name = (
+            parse_criterion(criterion) if criterion else (None, None)
+        )
+        wanted = {"best": self._mode, "metric": self._name}
+        same = state is not None and state.items() >= wanted.items()
         self._state = state if same else None
         self._write()
 
     @property
     def step(self) -> int | None:
-        """The step, None where nothing was evaluated yet or nothing was asked."""
+        """The best step; None before the first evaluation or without a criterion."""
         return None if self._state is None else self._state["step"]
 
     def get_state(self) -> dict[str, Any] | None:
-        """Step, name and value, as JSON can write them."""
+        """Step, metric and value, as values that JSON can represent."""
         return self._state
 
     def improved(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether this evaluation is better than all before it; it is then remembered.
+        """Whether this evaluation is better than all earlier ones.  Remembers it if so.
 
-        A model that was not trained yet (step 0) is none to keep, and neither is one
-        whose metric is not finite.
+        Step 0, before any training, never counts; nor does a non-finite metric.
 
         Raises:
           InputError: if the metric was not measured.
@@ -76,12 +78,12 @@ class Best:
             write_json(self._out / "best.json", self._state)
 
 
-def check_asked(asked: str) -> tuple[str, str]:
-    """What `--keep-best` says: "max" or "min", and the metric's name."""
-    found = re.fullmatch(r"(max|min):(eval_\S+)", asked)
+def parse_criterion(criterion: str) -> tuple[str, str]:
+    """Splits the value of `--keep-best` into "max" or "min" and a metric name."""
+    found = re.fullmatch(r"(max|min):(eval_\S+)", criterion)
     if not found:
         raise InputError(
-            f"--keep-best {asked}: expected max: or min: and a metric of the "
-            "evaluations, as max:eval_rewards/accuracies or min:eval_loss"
+            f"--keep-best {criterion}: expected max: or min: and an evaluation metric, "
+            "such as max:eval_rewards/accuracies or min:eval_loss"
         )
     return found[1], found[2]

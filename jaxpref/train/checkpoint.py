@@ -1,4 +1,4 @@
-"""Checkpoints: state and data position in one Orbax step, with digests of our own."""
+"""Checkpoints: state and data position in one Orbax step, verified by digests."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from jaxpref.runtime.processes import (
 from jaxpref.train.state import TrainState
 
 PAUSES = 0.0, 1.0, 4.0
-"""Seconds before each try to read a checkpoint."""
+"""Seconds to wait before each attempt to read a checkpoint."""
 
 _log = logging.getLogger("jaxpref")
 
@@ -36,16 +36,16 @@ class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
     def __init__(self, folder: Path, *, keep: int):
-        """Opens (and makes) the folder; the newest `keep` steps are kept."""
+        """Opens the folder, creating it if needed; keeps the newest `keep` steps."""
         self.folder, self._keep = folder, keep
         self.best: int | None = None
-        """A step that is kept however old it is."""
+        """A step that is kept even when newer ones exist."""
         self._writing: int | None = None
         options = ocp.CheckpointManagerOptions(preservation_policy=self, create=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Which of the steps, oldest first, Orbax is to keep."""
+        """Tells Orbax which of the steps, oldest first, to keep."""
         newest = len(checkpoints) - self._keep
         return [n >= newest or c.step == self.best for n, c in enumerate(checkpoints)]
 
@@ -54,18 +54,18 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
-        """Starts writing one step; what is written is a copy, training goes on.
+        """Starts writing a copy of one step; training continues meanwhile.
 
         Raises:
-          CheckpointError: if there is no room for it, or if this or the previous step
-            could not be written.
+          CheckpointError: if there is not enough disk space, or if this or the previous
+            step could not be written.
         """
         if step in self._manager.all_steps():
             return
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            self._raise(OSError(f"{needed:,} bytes needed, {free:,} are free"))
+            self._raise(OSError(f"{needed:,} bytes needed, {free:,} free"))
         meta = {"data": data, "digests": digests(state)}
         meta["digest"] = digest_of_meta(meta)
         try:
@@ -79,14 +79,14 @@ class Checkpoints:
             self._raise(error)
         if not saved:
             self._raise(OSError(f"step {step} was refused"))
-        self._is_complete()  # the one before, which Orbax has waited for
+        self._is_complete()  # the previous step, which Orbax has waited for
         self._writing = step
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Waits until everything is on disk.
 
         Raises:
-          CheckpointError: if it could not be written.
+          CheckpointError: if something could not be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -98,17 +98,18 @@ class Checkpoints:
     def restore(
         self, abstract: TrainState, *, only: int | None = None
     ) -> tuple[TrainState, dict] | None:
-        """The newest step that is whole, with its data position; None if there is none.
+        """The newest intact step with its data position; None if there are no steps.
 
-        Every array is compared with the digest taken before it was written.  A step
-        that does not match, or cannot be read, in any of the processes, is reported and
-        the one before is tried by all.  Once one is whole, those that do not match are
-        deleted, to be written again; what could not be read at several tries may be
-        whole, and is moved to `unreadable/` beside the folder.
+        Every array is compared with the digest taken before it was written.  If any
+        process cannot read a step, or finds that it does not match, the step is
+        reported and all processes try the previous one.  Once an intact step is found,
+        newer steps that do not match are deleted.  A step that could not be read after
+        several attempts may still be intact; it is moved to `unreadable/` next to the
+        folder.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to.
-          only: this step and no other one.
+          only: restore this step and no other.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         steps = _steps_of_process_zero(steps if only is None else [only])
@@ -116,8 +117,8 @@ class Checkpoints:
         for number, step in enumerate(steps):
             found, complaint = self._read(step, abstract)
             if unable := failing_processes(found is not None):
-                where = f"process {unable[0]} says so"
-                _tell(unable, "%d cannot be read (%s)", step, complaint or where)
+                where = f"reported by process {unable[0]}"
+                _warn(unable, "%d cannot be read (%s)", step, complaint or where)
                 unreadable.append(step)
                 continue
             state, meta = found
@@ -127,9 +128,9 @@ class Checkpoints:
             if meta.get("digest", digest_of_meta(meta)) != digest_of_meta(meta):
                 wrong.append("meta/metadata")
             if unable := failing_processes(not wrong):
-                what = wrong[0] if wrong else f"what process {unable[0]} has read"
+                what = wrong[0] if wrong else f"what process {unable[0]} read"
                 differs = "%d is damaged: %s differs from what was saved"
-                _tell(unable, differs, step, what)
+                _warn(unable, differs, step, what)
                 continue
             if only is None:
                 self._clear(steps[:number], unreadable)
@@ -139,25 +140,25 @@ class Checkpoints:
         if steps:
             raise CheckpointError(
                 f"{self.folder}: none of the checkpoints {steps} can be restored; "
-                "move the folder away to start again"
+                "move the folder away to start over"
             )
         return None
 
     def _read(
         self, step: int, abstract: TrainState
     ) -> tuple[tuple[TrainState, dict] | None, str]:
-        """This process's part of a step and what lies beside it, or why it has none.
+        """This process's part of a step with its metadata, or the reason for failure.
 
-        Not by the manager: where one process cannot read, it lets the others wait.
+        Reads without the manager, which blocks all other processes if one cannot read.
         """
         folder, why = self._manager.directory / str(step), ""
-        for pause in PAUSES:  # a file system on a network may be away for a moment
+        for pause in PAUSES:  # a network file system may be briefly unavailable
             time.sleep(pause)
             heartbeat.beat(f"reading checkpoint {step}")
             try:
                 meta = json.loads((folder / "meta" / "metadata").read_text())
                 if not meta.keys() >= {"data", "digests"}:
-                    raise ValueError("meta/metadata is not what was written there")
+                    raise ValueError("meta/metadata is incomplete")
                 state = ocp.StandardCheckpointHandler().restore(
                     folder / "state", args=ocp.args.StandardRestore(abstract)
                 )
@@ -168,7 +169,7 @@ class Checkpoints:
         return None, why
 
     def _clear(self, steps: list[int], unreadable: list[int]) -> None:
-        """Takes steps away, to be written again; the unreadable ones are kept aside."""
+        """Deletes damaged steps and moves unreadable ones to `unreadable/`."""
         if not steps:
             return
         if jax.process_index() == 0:
@@ -180,11 +181,11 @@ class Checkpoints:
                     shutil.move(self.folder / str(step), aside / str(step))
                 else:
                     shutil.rmtree(self.folder / str(step), ignore_errors=True)
-        multihost_utils.sync_global_devices("damaged checkpoints were taken away")
+        multihost_utils.sync_global_devices("damaged checkpoints were removed")
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits for writes in flight and lets go of the folder."""
+        """Waits for pending writes and closes the folder."""
         try:
             self._manager.close()
         except Exception as error:
@@ -197,31 +198,33 @@ class Checkpoints:
 
     def _raise(self, error: Exception) -> NoReturn:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            raise error  # of another process that died: room would not help
+            raise error  # another process died; freeing disk space would not help
         raise CheckpointError(
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
-            f"make room, and the same command resumes from step {self.latest_step()}"
+            f"free some space and run the same command to resume from step "
+            f"{self.latest_step()}"
         ) from error
 
 
 def _steps_of_process_zero(steps: list[int], *, most: int = 64) -> list[int]:
-    """The steps that process 0 sees: file systems may show others elsewhere."""
+    """The steps that process 0 sees; other processes may see different ones."""
     mine = np.full(most, -1, np.int32)
     mine[: len(steps[:most])] = steps[:most]
     return [int(step) for step in broadcast_from_process_zero(mine) if step >= 0]
 
 
-def _tell(unable: list[int], message: str, *args) -> None:
-    """A warning, of the first process and the first that is unable, not of all."""
+def _warn(unable: list[int], message: str, *args) -> None:
+    """Warns on process 0 and on the first failing process only."""
     if jax.process_index() in (0, unable[0]):
         _log.warning(f"checkpoint {message}", *args)
 
 
 def digests(tree) -> dict[str, int]:
-    """One 32-bit digest per array, equal for any sharding of it.
+    """One 32-bit digest per array, independent of its sharding.
 
-    The array's bits as 32-bit words, each times an odd number that depends on its
-    place, summed modulo 2^32: sums of integers do not depend on their order.
+    The array's bits are read as 32-bit words.  Each is multiplied by an odd number that
+    depends on its position, and the products are summed modulo 2^32.  Integer sums do
+    not depend on the order of summation.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     values = jax.device_get(_digest([leaf for _, leaf in leaves]))
@@ -230,7 +233,7 @@ def digests(tree) -> dict[str, int]:
 
 
 def digest_of_meta(meta: dict) -> str:
-    """SHA-256 of what is saved beside the state, but for the digest itself."""
+    """SHA-256 of the metadata, except for this digest itself."""
     rest = {name: value for name, value in meta.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""The config of a run: one frozen dataclass, and its copy in OUT/config.json."""
+"""The config of a run: a frozen dataclass, written to OUT/config.json."""
 
 import dataclasses
 import enum
@@ -32,7 +32,7 @@ MAY_CHANGE = (
     "loader_processes",
     "profile",
 )
-"""Fields a resumed run may change: none of them changes what is computed."""
+"""Fields that may differ when a run is resumed; none affects what is computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class TrainConfig(RunOptions):
     options: DataOptions = DataOptions()
     """How records become tokens, and which pairs are held out."""
     mix: MixOptions | None = None
-    """Pairs with an empty trace beside those with traces, for `bvpo` and only there."""
+    """How pairs with an empty trace are mixed in; for `bvpo` only."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer and its schedule."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are used."""
+    """The device mesh."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,32 +66,33 @@ class TrainConfig(RunOptions):
         flag = lambda name: f"--labels.{name.replace('_', '-')}"
         if missing := sorted(read - named.keys()):
             raise InputError(
-                f"loss {self.objective.name}: reads {', '.join(missing)} of the "
+                f"loss {self.objective.name}: reads {', '.join(missing)} from the "
                 "records; name the fields: "
                 + " ".join(f"{flag(name)} FIELD" for name in missing)
             )
         for name in sorted(named.keys() - read):
             raise InputError(
-                f"{flag(name)} {named[name]}: {self.objective.name} reads none"
+                f"{flag(name)} {named[name]}: {self.objective.name} does not read it"
             )
 
     def _check_objective(self):
         if self.objective.mixes_empty_traces != (self.mix is not None):
             raise InputError(
-                f"{self.objective.name}: mixes pairs with traces and with empty ones; "
-                "give mix=MixOptions()"
+                f"{self.objective.name}: mixes pairs with traces and pairs with empty "
+                "ones; set mix=MixOptions()"
                 if self.objective.mixes_empty_traces
-                else f"mix {self.mix}: {self.objective.name} mixes nothing; wrap it "
-                "with bvpo"
+                else f"mix {self.mix}: {self.objective.name} does not mix pairs; wrap "
+                "it with bvpo"
             )
         if self.reference is not None and not reads_reference(self.objective.scores):
             raise InputError(
-                f"--reference {self.reference}: {self.objective.name} reads none"
+                f"--reference {self.reference}: {self.objective.name} does not use a "
+                "reference"
             )
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values, the objective as its name and options."""
+    """The config as JSON values, with the objective as its name and options."""
     plain = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
@@ -102,20 +103,19 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def open_run(out: str, described: dict[str, Any]) -> Path:
-    """Makes OUT, or finds the same run in it.
+    """Creates OUT, or checks that it holds the same run.
 
     Args:
       out: the folder.
       described: the config, from `to_json`.
 
     Raises:
-      InputError: if OUT cannot be written, or holds a run of another config; the
+      InputError: if OUT cannot be written, or holds a run with another config; the
         message names the fields that differ.
     """
     if "://" in out:
         raise InputError(
-            f"--out {out}: only folders are written to; mount the bucket, for "
-            "example with gcsfuse"
+            f"--out {out}: must be a folder; mount the bucket, for example with gcsfuse"
         )
     folder = Path(out)
     open_out(folder, "config.json", described, what="a run", may_change=MAY_CHANGE)
@@ -123,12 +123,12 @@ def open_run(out: str, described: dict[str, Any]) -> Path:
 
 
 def write_run_config(described: dict[str, Any], out: Path) -> None:
-    """Writes `config.json`: from here on OUT belongs to this config.
+    """Writes `config.json`; from then on, OUT belongs to this config.
 
-    Called once everything else was found to be usable, so that a first attempt with a
-    wrong option does not bind OUT to it.
+    Called after everything else has been checked, so that a first attempt with a wrong
+    option does not claim OUT.
     """
-    # Not before every process has compared: they may share the folder.
+    # Wait until every process has compared: they may share the folder.
     multihost_utils.sync_global_devices("config.json was read")
     if jax.process_index() == 0:
         write_json(out / "config.json", described)

@@ -33,13 +33,13 @@ def evaluation_metrics(
     dataset: PreferenceDataset,
     state: State,
 ) -> dict[str, float]:
-    """Metrics of a scored dataset under `eval_` names; it is one batch to the loss.
+    """Metrics of a scored dataset, named `eval_...`.  The loss sees it as one batch.
 
     Args:
       evaluate: from `make_evaluation`.
-      scores: float32 [N, K] by name, of the trained model; by model and name where two
-        are trained.
-      reference: float32 [N, K] by name, of the reference.
+      scores: the trained model's scores, float32 [N, K] by name; by model and name if
+        two models are trained.
+      reference: the reference's scores, float32 [N, K] by name.
       dataset: N pairs.
       state: the objective's state.
     """

@@ -1,4 +1,4 @@
-"""Batches on the devices, transferred while the previous step is still running."""
+"""Batches transferred to the devices while the previous step is still running."""
 
 import queue
 import threading
@@ -9,7 +9,7 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.train.state import TrainState
 
 AHEAD = 2
-"""Batches on the devices beyond the one in use."""
+"""Batches on the devices in addition to the one in use."""
 
 
 class Stream(Protocol):
@@ -19,39 +19,39 @@ class Stream(Protocol):
         """The next batch, on the devices; it may depend on the state."""
 
     def get_state(self) -> Any:
-        """The position after the batch drawn last, as JSON can write it."""
+        """The position after the last batch drawn, as a JSON value."""
 
     def state_before(self) -> Any:
-        """The position before the batch drawn last."""
+        """The position before the last batch drawn."""
 
 
 class Feed:
-    """Places batches in a thread of its own, `AHEAD` of them beyond the one in use.
+    """Transfers batches in a separate thread, up to `AHEAD` beyond the one in use.
 
-    `get_state` is that of the batch handed out last, wherever the thread may be: what
-    is saved beside step N restores to batch N + 1.
+    `get_state` is the position after the last batch returned, however far ahead the
+    thread is: a checkpoint of step N restores to batch N + 1.
     """
 
     def __init__(self, batches: Any, place: Callable[[Any], Any]):
-        """Starts nothing yet: the thread begins with the first batch asked for.
+        """Does not start the thread, which starts with the first `draw`.
 
         Args:
-          batches: an iterator with `get_state()`; nobody else may draw from it.
-          place: puts a batch on the devices, as `to_global` with its mesh.
+          batches: an iterator with `get_state()`; nothing else may draw from it.
+          place: puts a batch on the devices, such as `to_global` with its mesh.
         """
         self._batches, self._place = batches, place
         self._before = self._state = batches.get_state()
-        # The thread holds one more while it waits for room.
+        # The thread holds one more batch while the queue is full.
         self._placed: queue.Queue = queue.Queue(maxsize=AHEAD - 1)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._ended: BaseException | None = None
 
     def draw(self, state: TrainState | None = None) -> PreferenceBatch:
-        """The next batch, on the devices, whatever the state is.
+        """The next batch, on the devices; `state` is ignored.
 
         Raises:
-          Exception: whatever the batches raised, and again at every later call.
+          Exception: whatever the batches raised; raised again by every later call.
         """
         del state
         if self._ended is not None:
@@ -67,15 +67,15 @@ class Feed:
         return batch
 
     def get_state(self) -> Any:
-        """Where the batches stand after the one handed out last."""
+        """The position after the last batch returned."""
         return self._state
 
     def state_before(self) -> Any:
-        """Where they stood before the one handed out last."""
+        """The position before the last batch returned."""
         return self._before
 
     def close(self) -> None:
-        """Ends the thread, and the batches' own processes where they have any."""
+        """Ends the thread and any processes of the batches."""
         self._stop.set()
         self._ended = self._ended or StopIteration()
         if self._thread is not None:

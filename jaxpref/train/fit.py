@@ -13,15 +13,15 @@ def fit(
 ) -> TrainState:
     """Trains until `until` steps are done: evaluate, save, next batch, step, log.
 
-    Called again with a later `until` it continues from the state it returned: the
-    programs are those of the task and are compiled once.
+    A further call with a later `until` continues from the returned state.  The programs
+    belong to the task and are compiled only once.
 
     Args:
-      task: what is computed.
-      state: where it stands; its arrays are donated.
-      stream: gives a batch for a state, so batches may depend on the parameters.
-      run: what is done before and after each step.
-      until: the number of steps after which to stop.
+      task: what the run computes.
+      state: the current state; its arrays are donated.
+      stream: returns a batch for a state, so batches may depend on the parameters.
+      run: what happens before and after each step.
+      until: the step to stop after.
 
     Returns:
       The state after step `until`.

@@ -17,7 +17,7 @@ from jaxpref.scoring.micro_batches import skipping_empty
 from jaxpref.sharding import replicated
 
 Score = Callable[[Any, PreferenceBatch], Any]
-"""`(params, micro-batch) -> Scores`: a scorer with its frozen part bound."""
+"""`(params, micro-batch) -> Scores`: a scorer with `frozen` bound."""
 
 
 def gradient(
@@ -25,21 +25,22 @@ def gradient(
 ) -> tuple[Any, State, Metrics]:
     """The gradient of the objective on a batch, its next state, and metrics.
 
-    Each micro-batch takes one forward and one backward pass.  Where the loss of a pair
-    depends on the other pairs of the batch, all micro-batches are scored once before,
-    without gradients.
+    Each micro-batch takes one forward and one backward pass.  If the loss of a pair
+    depends on other pairs of the batch, all micro-batches are first scored without
+    gradients.
 
     Args:
       objective: what is minimized.
-      score: the scores of a micro-batch.
+      score: computes the scores of a micro-batch.
       params: the parameters.
       batch: the whole batch, [A, R, ...].
-      state: the objective's.
+      state: the objective's state.
 
     Returns:
       The gradient in the parameters' dtypes; the next state in the dtypes of `state`;
-      metrics: `loss`, `nonfinite_pairs` (int [A, R, S]: the pairs to blame where the
-      loss is not finite, -1 elsewhere), and what the objective logs.
+      and the metrics: `loss`, `nonfinite_pairs`, and what the objective logs.
+      `nonfinite_pairs` is int [A, R, S]: the pairs that make the loss non-finite, and
+      -1 in place of all others.
     """
     if objective.probe is not None:
         state = _probed(objective, score, params, batch, state)
@@ -62,7 +63,7 @@ def gradient(
         (grads,) = pullback(cotangents)
         return jax.tree.map(jnp.add, total, grads), (scores, values)
 
-    # Summed in float32 or wider, whatever dtype the parameters have.
+    # Sum in float32 or wider, whatever dtype the parameters have.
     wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p)), params)
     total, (scores, values) = jax.lax.scan(backward, zeros, (batch, ahead))
@@ -72,7 +73,7 @@ def gradient(
     grads = jax.tree.map(mean, total, params)
     inputs = Inputs(scores, batch)
     following, learned = objective.learn(inputs, state)
-    # In the dtypes it began with, whatever the scores have: so it can be restored.
+    # Keep the state's dtypes, whatever the scores' are, so that it can be restored.
     following = jax.tree.map(lambda x, was: x.astype(was.dtype), following, state)
     metrics = {
         "loss": (jnp.sum(values) + _scalar(objective, inputs, state)) / count,
@@ -95,7 +96,7 @@ def _cotangents(
 
 
 def _scalar(objective: Objective, inputs: Inputs, state: State) -> Array | float:
-    """The sum of the scalar terms of all micro-batches, each times its pairs."""
+    """Sum of the micro-batches' scalar terms, each times its number of pairs."""
     if objective.scalar is None:
         return 0.0
     if inputs.batch.pair_index.ndim == 2:
@@ -108,12 +109,12 @@ def _scalar(objective: Objective, inputs: Inputs, state: State) -> Array | float
 
 
 def _nonfinite(objective: Objective, inputs: Inputs, values: Array) -> Array:
-    """The pairs whose loss is not finite, -1 in place of the others."""
+    """The pairs with a non-finite loss, and -1 in place of all others."""
     pairs = inputs.batch.pair_index
     bad = ~jnp.isfinite(values)
     if objective.couples:
-        # One pair can make the losses of all not finite: blame those whose own numbers
-        # are not, where there are any.
+        # One pair can make all losses non-finite.  Report the pairs whose own scores
+        # are non-finite, if there are any.
         own = functools.reduce(
             jnp.logical_or,
             (
@@ -130,7 +131,7 @@ def _nonfinite(objective: Objective, inputs: Inputs, values: Array) -> Array:
 def _probed(
     objective: Objective, score: Score, params, batch: PreferenceBatch, state: State
 ) -> State:
-    """The state after a probe of single pairs' gradients, on the steps that are due."""
+    """The state after probing the gradients of single pairs, if a probe is due."""
     probe = objective.probe
 
     def learn(params, batch, state):
@@ -139,7 +140,7 @@ def _probed(
         )
         return probe.learn(projections, batch, state)
 
-    # Branches of one program: steps without a probe do not pay for it.
+    # One program with two branches: steps without a probe do not pay for it.
     return jax.lax.cond(
         probe.due(state),
         learn,
@@ -169,8 +170,8 @@ def _projections(
         return jax.lax.map(of_micro, batch)
 
     direction = sketches.direction(key, params)
-    # J v as the gradient of u -> J^T u: the products' gradients are rules of their own,
-    # which jax.jvp cannot differentiate.
+    # Computes J v as the gradient of u -> J^T u: matrix products have custom gradient
+    # rules, which jax.jvp cannot differentiate.
     values, pullback = jax.vjp(pair_losses, params)
     _, pushforward = jax.vjp(lambda u: pullback(u)[0], jnp.zeros_like(values))
     return replicated(pushforward(direction)[0])

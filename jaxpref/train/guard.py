@@ -1,4 +1,4 @@
-"""Steps that go wrong, one after another: the run stops and names their pairs."""
+"""Stops a run after too many bad steps in a row, and names their pairs."""
 
 import logging
 import math
@@ -19,24 +19,23 @@ from jaxpref.train.task import Datasets
 _log = logging.getLogger("jaxpref")
 
 FIRST = 10
-"""Steps whose median loss the later ones are compared with."""
+"""Number of initial steps whose median loss is the baseline for later ones."""
 
 
 class Guard:
-    """Judges every step by its loss; too many bad ones in a row stop the run.
+    """Checks the loss of every step; too many bad steps in a row stop the run.
 
-    A step is bad whose loss, gradient or update is not finite (it changed nothing), or
-    whose loss is above
+    A step is bad if its loss, gradient or update is not finite (the state is then left
+    unchanged), or if its loss is above
 
         m + max_loss_rise * max(|m|, 1),    m the median loss of the run's first steps.
 
-    Losses that are negative, or zero at the start, have a yardstick by it too.  A loss
-    that falls without end is not seen until it is no longer finite.
+    This also works for losses that are negative, or zero at the start.  A loss that
+    falls without bound is noticed only once it is no longer finite.
 
-    While the last step was bad, no checkpoint is to be saved (`healthy`): the ones
-    there are stay, and a run that resumes from one of them judges the same steps
-    again.
-    All processes see the same losses, so all come to the same end.
+    No checkpoint should be saved right after a bad step (see `healthy`).  The existing
+    ones stay, and a run that resumes from one checks the same steps again.
+    All processes see the same losses, so they all reach the same decision.
     """
 
     def __init__(
@@ -47,13 +46,13 @@ class Guard:
         *,
         first: Sequence[float] = (),
     ):
-        """Has checked nothing yet.
+        """Starts with no bad steps.
 
         Args:
           options: when to stop.
           datasets: the records, to name those of bad steps.
-          out: folder of the run.
-          first: what `get_state` gave before the run was interrupted.
+          out: the run's folder.
+          first: what `get_state` returned before the run was interrupted.
         """
         self._options, self._out = options, out
         self._pairs, self._sources = datasets.splits.train, datasets.train_sources
@@ -64,17 +63,17 @@ class Guard:
 
     @property
     def healthy(self) -> bool:
-        """Whether the step judged last was not bad."""
+        """Whether the last step checked was good."""
         return not self._bad
 
     def get_state(self) -> list[float]:
-        """Losses of the first steps."""
+        """The losses of the first steps."""
         return list(self._first)
 
     def batch(self) -> np.ndarray | None:
-        """The pairs of the step judged last, over all processes; int [A, R, S].
+        """The pairs of the last step checked, over all processes; int [A, R, S].
 
-        To be called by all of them; None before the first step.
+        All processes must call this.  None before the first step.
         """
         if self._batch is None:
             return None
@@ -83,15 +82,15 @@ class Guard:
     def check_step(
         self, step: int, metrics: dict[str, np.ndarray], pairs: jax.Array
     ) -> None:
-        """Looks at what a step gave.
+        """Checks the metrics of a step.
 
         Args:
           step: its number, from 1.
-          metrics: all of them, on the host.
-          pairs: int [A, R, S]; those of its batch, as it lies on the devices.
+          metrics: all its metrics, on the host.
+          pairs: int [A, R, S]; the pairs of its batch, on the devices.
 
         Raises:
-          Stopped: after `max_bad_steps` bad steps in a row, once they are written to
+          Stopped: after `max_bad_steps` bad steps in a row, which are first written to
             `stopped/step_<step>.json`.
         """
         self._batch = pairs
@@ -103,30 +102,30 @@ class Guard:
         blamed = blamed[blamed >= 0]
         if not metrics["finite"]:
             why = "the loss or its gradient is not finite"
-            more = f"; the step was skipped. {_pairs_told(self._pairs.ids[blamed])}"
+            more = f"; the step was skipped. {_describe(self._pairs.ids[blamed])}"
         elif loss > most:
             more, self._risen = "", True
-            why = f"the loss is {loss:.4g}, far above the first ones' {start:.4g}"
+            why = f"the loss is {loss:.4g}, far above the initial {start:.4g}"
         else:
             self._bad, self._risen = [], False
             if len(self._first) < FIRST:
                 self._first.append(loss)
             return
-        if jax.process_index() == 0:  # all of them say the same
+        if jax.process_index() == 0:  # all processes would log the same
             _log.warning("step %d: %s%s", step, why, more)
         self._bad.append(self._record(step, why, metrics, set(blamed.tolist())))
         if len(self._bad) >= self._options.max_bad_steps:
-            bad = f"{len(self._bad)} bad steps in a row (--max-bad-steps), the last: "
+            bad = f"{len(self._bad)} bad steps in a row (--max-bad-steps); last: "
             raise self._stopped(step, bad + why)
 
     def check_end(self, step: int) -> None:
-        """Refuses to end a run whose loss has just risen; skipped steps do no harm.
+        """Refuses to finish a run whose loss has just risen; skipped steps are fine.
 
         Raises:
           Stopped: as `check_step`.
         """
         if self._risen:
-            why = "the run was over, and its loss risen by more than --max-loss-rise"
+            why = "the loss at the last step rose by more than --max-loss-rise"
             raise self._stopped(step, why)
 
     def _record(self, step: int, why: str, metrics: dict, blamed: set[int]) -> dict:
@@ -158,15 +157,15 @@ class Guard:
                 where = f"their pairs could not be written ({error})"
         return Stopped(
             f"stopped at step {step}: {why}; {where}; no checkpoint was overwritten; "
-            "look at the pairs, or use another --out with a lower --learning-rate"
+            "check the pairs, or use another --out with a lower --learning-rate"
         )
 
 
-# Not in the train step: that would be a collective for every step.
+# Not part of the train step, where it would cost a collective in every step.
 _gathered = jax.jit(replicated)
 
 
-def _pairs_told(ids: np.ndarray) -> str:
+def _describe(ids: np.ndarray) -> str:
     if not len(ids):
-        return "Every pair's loss is finite: the gradient overflowed"
+        return "The loss of every pair is finite: the gradient overflowed"
     return f"Pairs with a non-finite loss: {', '.join(ids)}"

@@ -1,4 +1,4 @@
-"""The layout of a run's batches on its mesh, and the order of its pairs."""
+"""The layout of a run's batches, and the order of its pairs."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from jaxpref import data
 from jaxpref.runtime.mesh import check_rows, row_shards, share_of_rows
 
 TOKENS_PER_DEVICE = 8_192
-"""Tokens of a packed micro-batch that keep a device busy."""
+"""Tokens of a packed micro-batch that are enough to keep a device busy."""
 
 
 def make_layout(
@@ -25,13 +25,13 @@ def make_layout(
 
     Args:
       splits: the run's data.
-      order: of its training pairs.
+      order: the order of its training pairs.
       mesh: the devices that share the rows.
-      batch_size: pairs of a step.
-      accumulation: micro-batches of a step; of packed rows at least so many.
-      row_length: tokens of a packed row, "auto" to choose them from the data, or None
-        for one pair per row.
-      num_steps: of the run.
+      batch_size: pairs per step.
+      accumulation: micro-batches per step; with packed rows, the minimum.
+      row_length: tokens of a packed row, "auto" to choose it from the data, or None for
+        one pair per row.
+      num_steps: steps of the run.
 
     Raises:
       InputError: if the devices cannot share the rows evenly.
@@ -61,7 +61,7 @@ def make_layout(
 def make_order(
     dataset: data.PreferenceDataset, *, seed: int, empty_share: float | None
 ) -> data.Order:
-    """The order of the training pairs; `empty_share` where a run mixes traces."""
+    """The order of the training pairs; `empty_share` is None without a mixture."""
     if empty_share is None:
         return data.uniform(dataset, seed)
     return data.mixture(dataset, seed, empty_share)
@@ -75,13 +75,13 @@ def padding_advice(
     *,
     shards: int,
 ) -> str | None:
-    """What packed rows would save a run; None where it is little.
+    """How much packing would save; None if it is little.
 
     Args:
-      layout: of its batches.
-      order: of the training pairs.
+      layout: the layout of the run's batches.
+      order: the order of the training pairs.
       train: the training data.
-      heldout: the data it is evaluated on, which rows must hold too.
+      heldout: the held-out data, which must fit into the rows too.
       shards: devices that share the rows of a micro-batch.
     """
     overhead = layout.overhead(train)

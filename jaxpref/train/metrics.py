@@ -15,26 +15,26 @@ from jaxpref.runtime import heartbeat
 
 
 class MetricsWriter:
-    """Writes metric lines on process 0; silent everywhere else.
+    """Writes lines of metrics on process 0; does nothing on the others.
 
-    One JSON object a line, with `step`: the number of optimiser steps done when it was
-    measured.  Evaluation lines carry `eval_` names.
+    Each line is a JSON object.  `step` is the number of optimizer steps done at the
+    time of measurement.  Metrics of evaluations have `eval_` names.
     """
 
     def __init__(self, out: Path, *, resumed_at: int):
-        """Opens the files and drops what lies beyond the step the run resumes at.
+        """Opens the files, and drops lines after the step at which the run resumes.
 
         Args:
-          out: folder of the run.
-          resumed_at: the restored step, 0 for a new run.
+          out: the run's folder.
+          resumed_at: the restored step; 0 for a new run.
 
         Raises:
-          InputError: if a file cannot be written; so also in `write` and `close`.
+          InputError: if a file cannot be written; `write` and `close` raise it too.
         """
         self._path = out / "metrics.jsonl"
         self._file = self._board = None
         if jax.process_index() == 0:
-            # Here, since it imports torch where torch is installed.
+            # Imported late: it imports torch if torch is installed.
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -43,7 +43,7 @@ class MetricsWriter:
             with self._writing():
                 self._file = self._path.open("a", encoding="utf-8")
                 board.mkdir(exist_ok=True)
-                # Not SummaryWriter: its thread dies of a full disk and then blocks us.
+                # Not SummaryWriter: its thread dies when the disk is full, then blocks.
                 self._board = EventsWriter(str(board / "events"))
                 restart = SessionLog(status=SessionLog.START)
                 self._board.write_event(
@@ -84,11 +84,11 @@ class MetricsWriter:
 
 
 class LateMetrics:
-    """Fetches a step's metrics only after the next step is on its way.
+    """Fetches a step's metrics only after the next step has started.
 
-    `tokens_per_second` and `pairs_per_second` are of training alone: the clock stands
-    still within `paused`, and the first step of a process, which compiles, is left out.
-    `data_wait_fraction` is the share of that time spent within `waiting`, for data.
+    `tokens_per_second` and `pairs_per_second` measure training alone.  The clock is
+    stopped within `paused`, and the first step of a process, which compiles, is left
+    out.  `data_wait_fraction` is the share of that time spent within `waiting`.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class LateMetrics:
         """Shows the progress bar.
 
         Args:
-          writer: where metric lines go.
-          name: of what is minimized, for the bar.
-          log_every: steps between two metric lines.
+          writer: writes the lines of metrics.
+          name: the objective's name, shown in the bar.
+          log_every: steps between two lines of metrics.
           max_steps: steps of the run.
-          check_step: `check_step(step, metrics, pairs)` sees every step, and may raise
-            to end the run.
+          check_step: `check_step(step, metrics, pairs)` is called for every step, and
+            may raise to end the run.
           start: steps done before this process began.
         """
         self._writer, self._check_step = writer, check_step
@@ -126,11 +126,11 @@ class LateMetrics:
         )
 
     def push(self, step: int, metrics: dict, pairs: jax.Array) -> None:
-        """Takes the metrics of a step that was started, writes those of the one before.
+        """Takes the metrics of a step that has started, and writes the previous ones.
 
         Args:
           step: its number, from 1.
-          metrics: what the step gives.
+          metrics: the step's metrics.
           pairs: [A, R, S]; the pairs of its batch.
 
         Raises:
@@ -142,7 +142,7 @@ class LateMetrics:
 
     @contextlib.contextmanager
     def paused(self):
-        """Waits for the step on its way, writes its metrics, and stops the clock."""
+        """Waits for the running step, writes its metrics, and stops the clock."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._write(*waiting)
@@ -152,7 +152,7 @@ class LateMetrics:
 
     @contextlib.contextmanager
     def waiting(self):
-        """Counts the time within as waiting for data."""
+        """Counts the time inside as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
@@ -195,7 +195,7 @@ class LateMetrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a torn last line (a killed run) is left out."""
+    """The lines of a `metrics.jsonl`; an incomplete last line is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -208,7 +208,7 @@ def read_metrics(path: Path) -> list[dict]:
 def _keep_before(path: Path, step: int) -> None:
     """Keeps training lines up to `step` and evaluation lines before it.
 
-    The resumed run evaluates again at `step`, so that line would stand twice.
+    The resumed run evaluates again at `step`, which would duplicate that line.
     """
     if not path.exists():
         return

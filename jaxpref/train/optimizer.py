@@ -13,7 +13,7 @@ from jaxpref.errors import InputError
 
 
 class Optimizer(enum.Enum):
-    """What gradients are divided by, and what is remembered of them for each weight."""
+    """The optimizers, which differ in the statistics they store for each weight."""
 
     ADAMW = "adamw"
     ADAFACTOR = "adafactor"
@@ -34,7 +34,7 @@ class OptimizerConfig:
     optimizer: Optimizer = Optimizer.ADAMW
     """AdamW, with two moments per weight, or Adafactor, which needs little memory.
     Adafactor (Shazeer and Stern 2018, arXiv:1804.04235, with absolute learning rates
-    and no momentum) keeps sums over the rows and columns of large matrices."""
+    and no momentum) stores sums over the rows and columns of large matrices."""
     learning_rate: float = 1e-6
     """Peak learning rate.  A usual choice for DPO on all weights of an LLM is 1e-6."""
     decay: Decay = Decay.COSINE
@@ -74,13 +74,13 @@ class OptimizerConfig:
                 value = getattr(self, field.name)
                 if field.name.startswith("adam_") and value != field.default:
                     raise InputError(
-                        f"{field.name} {value}: {self.optimizer.value} reads none; "
-                        "leave it out"
+                        f"{field.name} {value}: {self.optimizer.value} does not use "
+                        "it; leave it out"
                     )
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then the decay over the remaining steps."""
+    """Linear warm-up over `warmup_steps`, then decay over the remaining steps."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(max_steps - warmup, 1)
     match config.decay:
@@ -93,7 +93,7 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
 
     def schedule(step):
         step = jnp.asarray(step, float)  # int32 / int is float32 even in a float64 run
-        # The first step already moves: it uses peak / warmup, not 0.
+        # The first step uses peak / warmup, not 0, so that it changes the weights.
         rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
         return rise * after(jnp.maximum(step - warmup, 0))
 
@@ -105,8 +105,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clip by global norm, Adam or Adafactor, decoupled weight decay, learning rate.
 
-    Adafactor's updates have a root mean square of at most 1 in each leaf, about that of
-    Adam's; so a learning rate means the same to both.
+    Adafactor's updates have a root mean square of at most 1 in each leaf, about the
+    same as Adam's, so both can use the same learning rate.
     """
     clip = (
         optax.clip_by_global_norm(config.max_grad_norm)

@@ -1,11 +1,11 @@
-"""The plain options of a run, by what they decide; each part checks its own."""
+"""The plain options of a run in groups; each group checks its own."""
 
 import dataclasses
 import math
 from typing import Literal
 
 from jaxpref.errors import InputError
-from jaxpref.train.best import check_asked
+from jaxpref.train.best import parse_criterion
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 DEFAULT_STEPS = 1000
@@ -20,20 +20,20 @@ class SourceOptions:
     """Folder of a Hugging Face model, or the id of one to download from the hub."""
     data: str
     """Preference data: a JSONL file (also .gz), a folder of files, or a dataset on the
-    hub.  README, "Data", lists the formats."""
+    hub.  docs/data.md lists the formats."""
     out: str
-    """Folder to write the run to: config, metrics, checkpoints, exported model.  The
-    same command resumes a run that was interrupted."""
+    """Folder to write the run to: report, metrics, checkpoints, exported model.  The
+    same command resumes an interrupted run."""
     reference: str | None = None
     """Reference model (default: the model itself before training).  Its scores are
-    cached for later runs in $JAXPREF_CACHE, or else in ~/.cache/jaxpref."""
+    cached for later runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
     eval_data: str | None = None
     """Data to evaluate on, instead of held-out prompts of --data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How many steps there are, and which pairs each of them sees."""
+    """How many steps there are, and which pairs each step sees."""
 
     max_steps: int | None = None
     """Optimizer steps (default: 1000, unless --epochs is given)."""
@@ -42,16 +42,16 @@ class StepOptions:
     batch_size: int = 32
     """Pairs per optimizer step, over all devices and micro-batches."""
     accumulation: int = 1
-    """Micro-batches per optimizer step.  More of them need less memory."""
+    """Micro-batches per optimizer step.  More micro-batches use less memory."""
     row_length: int | Literal["auto", "none"] = "auto"
     """Tokens per packed row, auto to choose it from the data and the devices, or none
-    for one pair per row, padded.  Packed rows hold several pairs and each prompt once,
-    so hardly anything is computed for padding.  Steps see the same pairs either way.  A
-    row must hold the longest prompt with both of its answers."""
+    for one padded pair per row.  A packed row holds several pairs, each prompt once,
+    with little padding.  Steps see the same pairs either way.  A row must hold the
+    longest prompt with both of its answers."""
     seed: int = 0
     """Seed of the order of the training pairs."""
     loader_processes: int = 0
-    """Processes that prepare batches beside this one; 0 uses threads of this one."""
+    """Processes that prepare batches; 0 uses threads of the main process."""
 
     def __post_init__(self):
         _at_least(1, self, "batch_size", "accumulation")
@@ -62,8 +62,8 @@ class StepOptions:
             raise InputError(f"epochs {self.epochs}: must be above 0 and finite")
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(
-                f"--epochs {self.epochs} and --max-steps {self.max_steps}: both say "
-                "when the run ends; give one of them"
+                f"--epochs {self.epochs} and --max-steps {self.max_steps}: both set "
+                "the length of the run; give one of them"
             )
         if isinstance(self.row_length, int):
             _at_least(1, self, "row_length")
@@ -79,17 +79,17 @@ class StepOptions:
 
 
 def steps_of(options: StepOptions, num_pairs: int) -> int:
-    """Optimizer steps of a run with so many training pairs, rounded up."""
+    """Optimizer steps of a run with `num_pairs` training pairs, rounded up."""
     if options.epochs is None:
         return DEFAULT_STEPS if options.max_steps is None else options.max_steps
     steps = options.epochs * num_pairs / options.batch_size
-    # 0.3 epochs of 100 pairs are 3 steps of 10, however 0.3 is rounded.
+    # 0.3 epochs of 100 pairs are 3 steps of 10 pairs, however 0.3 is rounded.
     return max(1, math.ceil(steps * (1 - 1e-9)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """In which precision and how a step is computed."""
+    """How a step is computed, and in which precision."""
 
     param_dtype: Dtype = "float32"
     """Dtype of the parameters and the optimizer's moments."""
@@ -102,9 +102,9 @@ class ComputeOptions:
     unroll: int = 1
     """Layers to unroll in the scan over layers; at most all of them."""
     logit_chunk: int | None = None
-    """Completion tokens of a sequence whose logits are in memory at once.  By default
-    as many as fill a quarter of a GiB of each device, or the memory of the output
-    layer's gradient if that is more."""
+    """Completion tokens per sequence whose logits are in memory at once (default: as
+    many as fill a quarter of a GiB per device, or the memory of the output layer's
+    gradient if that is more)."""
 
     def __post_init__(self):
         _at_least(1, self, "unroll")
@@ -124,9 +124,9 @@ class CheckpointOptions:
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep."""
     keep_best: str | None = None
-    """Also keep the best checkpoint by a metric of the evaluations, for example
+    """Also keep the best checkpoint by an evaluation metric, for example
     max:eval_rewards/accuracies or min:eval_loss.  A checkpoint is saved whenever an
-    evaluation is better than all before it."""
+    evaluation is better than all earlier ones."""
     export: Literal["last", "best"] = "last"
     """Export the weights of the last step, or of the best one (see --keep-best)."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -135,23 +135,23 @@ class CheckpointOptions:
     def __post_init__(self):
         _at_least(1, self, "eval_every", "save_every", "keep_checkpoints")
         if self.keep_best is not None:
-            check_asked(self.keep_best)
+            parse_criterion(self.keep_best)
         elif self.export == "best":
-            raise InputError("--export best: say by which metric, with --keep-best")
+            raise InputError("--export best: choose a metric with --keep-best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardOptions:
-    """When a run that diverges is stopped."""
+    """When a diverging run is stopped."""
 
     max_bad_steps: int = 10
     """Bad steps in a row after which the run stops.  A step is bad if its loss or
-    gradient is not finite, or its loss rose by more than --max-loss-rise.  The run then
-    exits with code 65, writes the pairs of those steps to OUT/stopped, and leaves its
-    checkpoints as they are."""
+    gradient is not finite, or its loss rose by more than --max-loss-rise.  The run
+    writes the pairs of those steps to OUT/stopped, leaves its checkpoints as they are,
+    and exits with code 65."""
     max_loss_rise: float = 10.0
     """How far the loss may rise above the median of the first ten steps, as a multiple
-    of that median (of 1 if it is smaller).  inf allows any rise."""
+    of that median (or of 1 if the median is smaller).  inf allows any rise."""
 
     def __post_init__(self):
         _at_least(1, self, "max_bad_steps")
@@ -161,15 +161,15 @@ class GuardOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """What is written and printed while a run trains."""
+    """What is written and printed during training."""
 
     log_every: int = 10
     """Steps between lines of metrics."""
     profile: int = 0
-    """Steps to profile into OUT/profile, after two steps of warm-up."""
+    """Steps to profile, after two warm-up steps; written to OUT/profile."""
     explain_compiles: bool = False
-    """Print a line for every program that is compiled: name, seconds, shapes, and
-    whether it came from the cache on disk."""
+    """Print a line for every compiled program: name, seconds, shapes, and whether it
+    came from the cache on disk."""
 
     def __post_init__(self):
         _at_least(1, self, "log_every")
@@ -190,7 +190,7 @@ PARTS = (
 class RunOptions(*reversed(PARTS)):
     """The plain options of a run.
 
-    It is each of its parts, so a function that reads one of them can be given it.
+    It inherits from all groups, so it can be passed to a function that needs one.
     """
 
     def __post_init__(self):

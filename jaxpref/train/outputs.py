@@ -1,4 +1,4 @@
-"""What a run leaves behind as it trains: metrics, evaluations, checkpoints."""
+"""What a run writes as it trains: metrics, evaluations, checkpoints."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from jaxpref.train.task import Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How often a run does what is not a step, and for how long it trains."""
+    """How often a run evaluates, saves and logs, and how long it trains."""
 
     max_steps: int
     """Steps of the run."""
@@ -37,15 +37,15 @@ class Cadence:
     save_every: int
     """Steps between two checkpoints."""
     log_every: int
-    """Steps between two metric lines."""
+    """Steps between two lines of metrics."""
     profile: int = 0
-    """Steps to trace."""
+    """Steps to profile."""
 
 
 def cadence_of(
     saving: CheckpointOptions, logging: LogOptions, max_steps: int
 ) -> Cadence:
-    """What a run of so many steps does when."""
+    """The cadence of a run with `max_steps` steps."""
     return Cadence(
         max_steps=max_steps,
         eval_every=saving.eval_every,
@@ -56,9 +56,9 @@ def cadence_of(
 
 
 class Run:
-    """One run of a task: what is frozen, the reference's scores, and the outputs.
+    """One run of a task: frozen parameters, the reference's scores, and the outputs.
 
-    `fit` asks it before and after every step; all processes do so alike.
+    `fit` calls it before and after every step, on all processes.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class Run:
         """Shows the progress bar.
 
         Args:
-          task: what is computed.
-          out: folder of the run.
-          stream: where its batches come from.
-          begun: where it begins.
-          cadence: what happens when.
-          checkpoints: where states are saved.
-          writer: where metrics are written.
-          guard: judges every step.
+          task: what the run computes.
+          out: the run's folder.
+          stream: the source of its batches.
+          begun: the start of the run.
+          cadence: how often it evaluates, saves and logs.
+          checkpoints: saves states.
+          writer: writes metrics.
+          guard: checks every step.
           best: the best evaluation so far.
         """
         self.frozen, self.cadence = begun.frozen, cadence
@@ -103,7 +103,7 @@ class Run:
         checkpoints.best = best.step
 
     def before_step(self, step: int, state: TrainState) -> None:
-        """Evaluates and saves where that is due after `step` steps."""
+        """Evaluates and saves if that is due after `step` steps."""
         due = step % self.cadence.save_every == 0 and step > self._resumed_at
         if step % self.cadence.eval_every == 0:
             with self._late.paused():
@@ -115,20 +115,20 @@ class Run:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time within as waiting for data."""
+        """Counts the time inside as waiting for data."""
         with self._late.waiting():
             yield
 
     def traced(self, train_step: Callable) -> contextlib.AbstractContextManager:
-        """The train step, of which the steps to be profiled are traced."""
+        """The train step, which records a profile on the steps to be profiled."""
         return profiled(train_step, self._out, steps=self.cadence.profile)
 
     def after_step(self, step: int, metrics: dict, pairs: jax.Array) -> None:
-        """Takes a step's metrics; they are fetched once the next step is running."""
+        """Takes a step's metrics, which are fetched once the next step is running."""
         self._late.push(step, metrics, pairs)
 
     def leave(self, step: int, state: TrainState) -> None:
-        """Saves the step and ends the run, which was asked to stop.
+        """Saves the step and ends the run after a request to stop.
 
         Raises:
           Preempted: always.
@@ -147,13 +147,13 @@ class Run:
         step = int(state.step)
         with self._late.paused():
             self._guard.check_end(step)
-            # Saved first: an interrupt of the last evaluation costs no step.
+            # Save first: interrupting the last evaluation then loses no step.
             self.save(step, state)
             self.evaluate(step, state)
             self._checkpoints.wait()
 
     def evaluate(self, step: int, state: TrainState) -> bool:
-        """Measures the held-out pairs; whether this is the best step so far."""
+        """Evaluates the held-out pairs; returns whether it is the best step so far."""
         task, found = self._task, {}
         heldout = task.datasets.splits.heldout
         if len(heldout):
@@ -166,14 +166,14 @@ class Run:
                 task.evaluation, scores, reference, heldout, state.objective_state
             )
             self._writer.write(step, found)
-            # Not over the progress bar.
+            # Does not overwrite the progress bar.
             only_first_process(tqdm.write, evaluation_line(step, found))
         better = self._guard.healthy and self._best.improved(step, found)
         self._checkpoints.best = self._best.step
         return better
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a step and where the run stands."""
+        """Saves the state of a step and the run's position."""
         task = self._task
         check_batch_agreement(step, task, self._stream, self._guard.batch())
         beside = {

@@ -1,4 +1,4 @@
-"""From a config to a task: the one place that reads what a run was asked to do."""
+"""From a config to a task: the only place that reads the whole config."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ from jaxpref.train.task import Datasets, Task
 
 
 def prepare(config: TrainConfig) -> Task:
-    """Reads the model's config and the data, and resolves what a run computes with.
+    """Reads the model's config and the data, and builds the task of a run.
 
     Raises:
-      InputError: for anything the caller can put right; nothing is written.
+      InputError: for anything that the caller can fix; nothing is written.
     """
     objective = config.objective
     mesh = make_mesh(config.mesh)
@@ -37,14 +37,14 @@ def prepare(config: TrainConfig) -> Task:
     folder = resolve_folder(config.model)
     rewards = "rewards" in objective.scores
     kind = RewardModel if rewards else Model
-    # Before the data is read: a wrong folder is found in a moment.
+    # Before the data is read, since this check is quick.
     architecture = check_folder(folder, kind, new_head=rewards)
     numerics = Numerics(
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
         remat="none" if config.remat == "auto" else config.remat,
         unroll=config.unroll,
-        # A probe differentiates a gradient.
+        # A gradient probe differentiates a gradient.
         twice_differentiable=objective.probe is not None,
     )
     model = kind(architecture, numerics)
@@ -112,18 +112,18 @@ def _reference(
     dtypes: str,
     numerics: str,
 ) -> Reference | None:
-    """The reference of a run, where its objective reads one.
+    """The reference of a run, or None if its objective does not read one.
 
     Raises:
-      InputError: if the reference is another kind of model.
+      InputError: if the reference has another architecture.
     """
     if not reads_reference(objective.scores):
         return None
     folder = resolve_folder(name)
     if check_folder(folder, Model) != architecture:
         raise InputError(
-            f"{name}: its config.json describes another model than the one that is "
-            "trained; a reference has the same sizes"
+            f"{name}: its config.json differs from that of the trained model; the "
+            "reference must have the same architecture"
         )
     return Reference(
         name=name,
@@ -143,7 +143,7 @@ def read_datasets(
     train: str,
     heldout: str | None,
 ) -> Datasets:
-    """The records of a run; `heldout` data takes the place of a held-out share.
+    """The records of a run; `heldout` data replaces the held-out share.
 
     Raises:
       InputError: if a record is wrong, or none is left to train on.
@@ -178,8 +178,8 @@ def read_datasets(
 
 
 def injection_warning(flipped: int, pairs: int) -> str:
-    """One line that says how many training labels are wrong on purpose."""
+    """A line with the number of training labels that were flipped on purpose."""
     return (
         f"warning: {flipped:,} of {pairs:,} training labels ({flipped / pairs:.1%}) "
-        "were flipped on purpose, as --inject asked"
+        "were flipped on purpose (--inject)"
     )

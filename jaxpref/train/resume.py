@@ -1,4 +1,4 @@
-"""Whether a run that is resumed is the one that began, and what it cannot preserve."""
+"""Checks that a resumed run uses the same data and the same reference."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,25 +8,25 @@ from jaxpref.train.task import Task
 
 
 def check_resumable(saved: Mapping, task: Task, out: Path) -> None:
-    """Compares what lies beside a checkpoint with what is there now.
+    """Compares the metadata of a checkpoint with the task.
 
     Args:
-      saved: of the checkpoint, with `splits` and `reference`.
-      task: of the run.
-      out: its folder, for messages.
+      saved: the checkpoint's metadata, with `splits` and `reference`.
+      task: the task of the run.
+      out: the run's folder, for messages.
 
     Raises:
-      InputError: if the pairs or the reference changed.
+      InputError: if the pairs or the reference have changed.
     """
     datasets = task.datasets
     if saved["splits"] != datasets.splits.digest:
         raise InputError(
-            f"{' and '.join(datasets.train_sources)}: its pairs are not those that the "
-            f"run in {out} began with; restore the file, or use another --out"
+            f"{' and '.join(datasets.train_sources)}: the pairs have changed since the "
+            f"run in {out} began; restore the file, or use another --out"
         )
     reference = task.reference
     if reference and reference.digest and saved["reference"] != reference.digest:
         raise InputError(
-            f"{reference.name}: its weights are not those that the run in {out} began "
-            "with; restore them, or use another --out"
+            f"{reference.name}: the weights have changed since the run in {out} began; "
+            "restore them, or use another --out"
         )

@@ -36,18 +36,18 @@ from jaxpref.train.task import Task
 def run(config: TrainConfig) -> Path:
     """Trains `config.model` on `config.data` and exports it.
 
-    The same config and `out` resume after a kill: on the same software, devices, mesh
-    and process count to the same bits.  Written to `out`: `config.json`,
+    The same config and `out` resume an interrupted run, with the same bits on the same
+    software, devices, mesh and process count.  The run writes to `out`: `config.json`,
     `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
-    Face folder), `timings.json` (seconds per phase), `memory.json` where `remat` is
+    Face folder), `timings.json` (seconds per phase), `memory.json` if `remat` is
     "auto", and `best.json` with `keep_best`.
 
     Returns:
       The exported folder.
 
     Raises:
-      InputError: for anything the caller can put right; nothing written is lost.
-      Preempted: after SIGTERM while it trains, once the last step is saved.
+      InputError: for anything that the caller can fix; nothing written is lost.
+      Preempted: after SIGTERM during training, once the last step is saved.
       Stopped: after too many bad steps in a row; see `guard`.
     """
     initialize_distributed()
@@ -107,7 +107,7 @@ def run(config: TrainConfig) -> Path:
 
 
 def _log_layout(task: Task, *, padded: bool) -> None:
-    """Logs what a step holds and, where it is padded, what packing would save."""
+    """Logs the shape of a step and, if it is padded, what packing would save."""
     log(task.layout.describe())
     splits, shards = task.datasets.splits, row_shards(task.mesh)
     sets = splits.train, splits.heldout
@@ -118,7 +118,7 @@ def _log_layout(task: Task, *, padded: bool) -> None:
 
 
 def _feed(task: Task, begun: Beginning, processes: int) -> Feed:
-    """The run's batches, from where it stands."""
+    """The run's batches, from its current position."""
     batches = task.batches(reference=begun.reference["train"], processes=processes)
     if begun.saved:
         batches.set_state(begun.saved["iterator"])
@@ -126,7 +126,7 @@ def _feed(task: Task, begun: Beginning, processes: int) -> Feed:
 
 
 def _with_chosen_remat(task: Task, begun: Beginning, out: Path) -> Task:
-    """The task that recomputes as little as the device's memory allows."""
+    """The task with as little recomputation as the device's memory allows."""
     train, tables = task.datasets.splits.train, begun.reference["train"]
     batch = next(iter(task.layout.eval_batches(train, reference=tables)))
     batch = to_global(batch, mesh=task.mesh)

@@ -16,15 +16,15 @@ class TrainState:
     """What a step reads and replaces; checkpoints add the data position."""
 
     step: jax.Array
-    """int32 []; optimizer steps tried, equal to the batches consumed."""
+    """int32 []; optimizer steps attempted, equal to the batches consumed."""
     skipped: jax.Array
-    """int32 []; how many of them were not finite and changed nothing else."""
+    """int32 []; how many of them were skipped because a value was not finite."""
     params: Any
-    """The model's parameters, sharded as they were born."""
+    """The model's parameters, sharded from initialization on."""
     opt_state: Any
     """optax's state."""
     objective_state: Any
-    """What the objective learns beside the model, e.g. annotator reliabilities."""
+    """What the objective learns in addition to the model, e.g. reliabilities."""
 
 
 def init_state(
@@ -34,7 +34,7 @@ def init_state(
     *,
     num_annotators: int = 0,
 ) -> TrainState:
-    """The state before the first step; pure, so `jax.eval_shape` gives shardings."""
+    """The state before the first step.  Pure, so `jax.eval_shape` gives shardings."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

@@ -1,4 +1,4 @@
-"""The train step: gradient -> optax -> apply, unless a value is not finite."""
+"""The train step: gradient, update, and a check that all values are finite."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> Callable:
-    """Returns the jitted, donated `step(state, frozen, batch) -> (state, metrics)`.
+    """Returns the jitted `step(state, frozen, batch) -> (state, metrics)`.
 
-    A loss, gradient or update that is not finite never enters the state: parameters,
-    optimizer and objective keep their old values, `skipped` counts one more, and the
-    metric `finite` is False, for `Guard` to report the pairs.
+    `state` is donated.  A non-finite loss, gradient or update never enters the state:
+    parameters, optimizer and objective keep their old values, `skipped` increases by
+    one, and the metric `finite` is False, so that `Guard` reports the pairs.
     """
 
     def train_step(state: TrainState, frozen, batch):
@@ -70,7 +70,7 @@ def make_train_step(
 
 
 def _utilization(batch: PreferenceBatch) -> jax.Array:
-    """Real tokens for each token computed; micro-batches without pairs are skipped."""
+    """Share of computed tokens that are real; empty micro-batches are not computed."""
     filled = jnp.sum(jnp.any(batch.pair_index >= 0, axis=(1, 2)))
     computed = filled * math.prod(batch.tokens.shape[1:])
     return jnp.sum(batch.lengths) / jnp.maximum(computed, 1)

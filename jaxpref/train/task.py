@@ -1,4 +1,4 @@
-"""The task of a run: everything it computes with, resolved once from its config."""
+"""The task of a run: everything it computes with, built once from its config."""
 
 import dataclasses
 import functools
@@ -25,17 +25,17 @@ from jaxpref.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """What a run compiles: its programs, without parameters and without records.
+    """The programs that a run compiles, without parameters or records.
 
-    A program is built when it is first asked for, and once.
+    Each program is built once, on first use.
     """
 
     scorer: Scorer
-    """What is trained, and what it says of a batch."""
+    """What is trained, and how it scores a batch."""
     objective: Objective
     """What is minimized."""
     optimizer: optax.GradientTransformation
-    """Turns gradients into updates."""
+    """Computes updates from gradients."""
     schedule: optax.Schedule
     """The learning rate of each step."""
     mesh: Mesh
@@ -43,7 +43,7 @@ class Programs:
     layout: data.Layout
     """How records become batches."""
     num_annotators: int = 0
-    """Known annotators of the training pairs."""
+    """Number of known annotators of the training pairs."""
 
     def new_state(self, params: Params) -> TrainState:
         """The state before the first step."""
@@ -56,7 +56,7 @@ class Programs:
 
     def abstract_params(self) -> Params:
         """Shapes, dtypes and shardings of the parameters."""
-        # The key is made inside: the mesh may have no device of this process.
+        # Make the key inside: the mesh may not contain a device of this process.
         params = jax.eval_shape(lambda: self.scorer.init(jax.random.key(0)))
         return on_devices(params, self.mesh)
 
@@ -66,7 +66,7 @@ class Programs:
         return on_devices(state, self.mesh)
 
     def abstract_frozen(self) -> Frozen:
-        """Shapes, dtypes and shardings of what is read beside the parameters."""
+        """Shapes, dtypes and shardings of the frozen parameters."""
         frozen = jax.eval_shape(lambda: self.scorer.init_frozen(jax.random.key(0)))
         return on_devices(frozen, self.mesh)
 
@@ -84,12 +84,12 @@ class Programs:
 
     @functools.cached_property
     def reference_scorer(self) -> Scorer:
-        """Computes the reference's scores, before training."""
+        """The scorer of the reference, for use before training."""
         return self.scorer.of_reference(stored_scores(self.objective.scores))
 
     @functools.cached_property
     def reference_score_step(self) -> Any:
-        """`score_step` of the reference; the same program where they do the same."""
+        """`score_step` for the reference; the same program if the scorers are equal."""
         if self.reference_scorer == self.scorer:
             return self.score_step
         return make_score_step(self.reference_scorer)
@@ -100,7 +100,7 @@ class Programs:
         return make_evaluation(self.objective)
 
     def score(self, score_step: Callable) -> Callable:
-        """`score_dataset` of a score step, with the run's batches and mesh."""
+        """`score_dataset` with a score step and the run's batches and mesh."""
         return functools.partial(
             score_dataset,
             score_step,
@@ -118,27 +118,27 @@ class Datasets:
     train_sources: tuple[str, ...]
     """Files of the training records, by the column `source`."""
     heldout_sources: tuple[str, ...]
-    """Files of the held-out records, likewise."""
+    """Files of the held-out records, by the column `source`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(Programs):
-    """What is trained, on what, and how; without parameters."""
+    """What is trained, how, and on which records; without parameters."""
 
     datasets: Datasets
     """The records."""
     order: data.Order
     """Which training records each step sees."""
     model_folder: Path
-    """Where the parameters begin."""
+    """Folder of the initial parameters."""
     reference: Reference | None
-    """The reference model; None where the objective reads none."""
+    """The reference model; None if the objective does not read one."""
     export: ExportOptions
-    """How the trained model is written."""
+    """How the trained model is exported."""
     steps: int
     """Optimizer steps of the run."""
     seed: int = 0
-    """Of weights that the folder does not have, such as a new reward head."""
+    """Seed of weights that the folder lacks, such as a new reward head."""
 
     def batches(
         self, *, reference: Any = None, processes: int = 0, whole: bool = False
@@ -146,9 +146,9 @@ class Task(Programs):
         """Endless training batches, with `get_state` and `set_state`.
 
         Args:
-          reference: float32 [N, K] by name, the reference's scores.
-          processes: processes that collate in place of threads.
-          whole: every process's rows in place of this one's.
+          reference: the reference's scores, float32 [N, K] by name.
+          processes: number of processes that make batches; 0 uses threads.
+          whole: whether to include the rows of all processes.
         """
         layout = self.layout.of_all_processes() if whole else self.layout
         train = self.datasets.splits.train
@@ -157,7 +157,7 @@ class Task(Programs):
         )
 
     def records_seen(self) -> np.ndarray:
-        """The training records that the run's steps see, int [M], in their order."""
+        """The training records that the run will see, int [M], in order."""
         return data.first_seen(
             self.order,
             self.datasets.splits.train,
@@ -166,8 +166,8 @@ class Task(Programs):
         )
 
     def with_remat(self, policy: str) -> "Task":
-        """The same with another policy of recomputing activations."""
+        """The task with another policy for recomputing activations."""
         scorer = self.scorer.with_remat(policy)
         if scorer == self.scorer:
-            return self  # and its compiled programs
+            return self  # keeps its compiled programs
         return dataclasses.replace(self, scorer=scorer)
