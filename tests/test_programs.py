@@ -143,7 +143,7 @@ def test_a_bucket_that_nothing_reaches_is_refused(monkeypatch):
 
 def test_scores_are_kept_in_folders_alone(monkeypatch):
     monkeypatch.setenv("JAXPREF_CACHE", "gs://bucket/cache")
-    with pytest.raises(InputError, match="gs://bucket/cache: only folders .* gcsfuse"):
+    with pytest.raises(InputError, match="gs://bucket/cache: must be a folder;"):
         cache_folder()
 
 

@@ -1,4 +1,4 @@
-"""What a run minimizes: losses with state, and what is learned beside the model."""
+"""What a run minimizes: losses with state, and what is learned with the model."""
 
 from jaxpref.objectives.beta_dpo import beta_dpo as beta_dpo
 from jaxpref.objectives.bound_loss import Loss as Loss
@@ -17,10 +17,10 @@ from jaxpref.objectives.supervised import sft as sft
 from jaxpref.objectives.trace_mixture import bvpo as bvpo
 
 FACTORIES = (beta_dpo, reward_regression, sft)
-"""Losses whose objective is not their mean over the pairs: `make(**options)`."""
+"""`make(**options)`: losses whose objective is not their mean over the pairs."""
 
 WRAPPERS = (crm, em, em_weighted, learned_rate, re_po)
-"""`wrap(loss, **options)`: what is learned beside the model, for a loss of pairs."""
+"""`wrap(loss, **options)`: learn something besides the model, for a loss of pairs."""
 
 MIXTURES = (bvpo,)
 """`mix(objective, **options)`: gradients of groups of pairs, mixed."""

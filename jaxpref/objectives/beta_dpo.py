@@ -1,4 +1,4 @@
-"""beta-DPO as an objective: its running statistics and its choice of pairs."""
+"""beta-DPO as an objective: running statistics and selection of pairs."""
 
 from collections.abc import Mapping
 
@@ -29,18 +29,18 @@ def beta_dpo(
     """beta-DPO: beta follows the batch's margins, and unusual pairs are left out.
 
     Its state is the moving mean and standard deviation of the margins, and the number
-    of batches so far, which seeds the random choice of each batch.  Held-out pairs are
-    evaluated without that choice.
+    of batches so far, which seeds the random selection of each batch.  Evaluation uses
+    all held-out pairs.
 
     Args:
-      beta: the beta of a batch whose margins are as usual, > 0.
+      beta: beta of a batch with typical margins, > 0.
       alpha: how strongly beta follows the batch, per nat of margin, >= 0.
-      drop_rate: the share of a batch's pairs that is left out, in [0, 1); at least one
-        pair stays.
-      momentum: the share of the old moments that stays, in [0, 1].
+      drop_rate: share of a batch's pairs to leave out, in [0, 1); at least one pair
+        stays.
+      momentum: weight of the previous moments, in [0, 1].
 
     Raises:
-      InputError: if an option is out of its range.
+      InputError: if an option is out of range.
     """
     if not 0 <= drop_rate < 1:
         raise InputError(f"loss beta_dpo: drop_rate {drop_rate}: must be in [0, 1)")
@@ -54,7 +54,7 @@ def beta_dpo(
         statistics = moments(constant, state, momentum)
         where = selected(constant, state["batches"], *statistics, drop_rate)
         values = loss_of(inputs, *statistics, where, options)
-        # The mean over the selected pairs, whatever the sum is divided by.
+        # Rescaled so that the result is the mean over the selected pairs.
         values *= jnp.sum(inputs.is_pair) / jnp.maximum(jnp.sum(where), 1)
         return jnp.where(where, values, 0.0)
 
@@ -81,7 +81,7 @@ def beta_dpo(
 
 
 def init(num_annotators: int) -> State:
-    """Moments of no batch."""
+    """The initial state: moments of no batch."""
     del num_annotators
     zero = lambda: jnp.zeros((), jnp.float32)
     batches = jnp.zeros((), jnp.int32)
@@ -89,14 +89,14 @@ def init(num_annotators: int) -> State:
 
 
 def margins(inputs: Inputs) -> Array:
-    """Log-ratio of the chosen answer minus that of the rejected one, [..., S]."""
+    """Log-ratio of the chosen answer minus that of the rejected answer, [..., S]."""
     chosen = inputs["policy_chosen_logps"] - inputs["reference_chosen_logps"]
     rejected = inputs["policy_rejected_logps"] - inputs["reference_rejected_logps"]
     return chosen - rejected
 
 
 def moments(inputs: Inputs, state: State, momentum: float) -> tuple[Array, Array]:
-    """The running mean and standard deviation, with this batch counted in."""
+    """The running mean and standard deviation, updated with this batch."""
     return losses.margin_moments(
         margins(inputs),
         state["running_mean"],
@@ -109,8 +109,8 @@ def moments(inputs: Inputs, state: State, momentum: float) -> tuple[Array, Array
 def selected(
     inputs: Inputs, batches: Array, mean: Array, std: Array, drop_rate: float
 ) -> Array:
-    """The pairs of a batch that teach, bool [..., S]."""
-    # At least one pair stays, however small the batch: none would teach nothing.
+    """The pairs of a batch to train on, bool [..., S]."""
+    # At least one pair stays, however small the batch is.
     all_but_one = 1 - 1 / jnp.maximum(jnp.sum(inputs.is_pair), 1)
     return losses.beta_dpo_selection(
         margins(inputs),
@@ -129,7 +129,7 @@ def loss_of(
     where: Array,
     options: Mapping[str, float],
 ) -> Array:
-    """The loss of the pairs in `where`, at the beta of their batch."""
+    """The loss of the pairs in `where`, with the beta of their batch."""
     arrays = dict(zip(READS, inputs.arrays(READS)))
     arrays |= {"running_mean": mean, "running_std": std}
     ordered = (arrays[name] for name in arrays_of(losses.beta_dpo))

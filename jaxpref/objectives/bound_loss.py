@@ -25,11 +25,11 @@ class BoundLoss:
     """A loss of pairs and the values of all its hyperparameters."""
 
     function: Loss
-    """The loss itself, without bound hyperparameters."""
+    """The loss, without bound hyperparameters."""
     options: Mapping[str, Any]
-    """All its hyperparameters, defaults filled in."""
+    """All its hyperparameters, including defaults."""
     reads: tuple[str, ...]
-    """Names of the arrays it takes, in its order."""
+    """Names of the arrays it takes, in order."""
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class BoundLoss:
         return "where" in inspect.signature(self.function).parameters
 
     def __call__(self, inputs: Inputs) -> Array:
-        """One loss per pair, [..., S]; those of empty slots mean nothing."""
+        """One loss per pair, [..., S]; values in empty slots are meaningless."""
         where = {"where": inputs.is_pair} if self.couples_pairs else {}
         return self.function(*inputs.arrays(self.reads), **self.options, **where)
 
@@ -50,7 +50,7 @@ class BoundLoss:
         """The loss's preference logits: loss(exchanged) - loss(pair), [..., S].
 
         Raises:
-          InputError: if the loss is not one of single pairs.
+          InputError: if the loss is not a loss of single pairs.
         """
         try:
             function = losses.gibbs_logits(self.function)
@@ -60,7 +60,7 @@ class BoundLoss:
         return lambda inputs: function(*inputs.arrays(names), **self.options)
 
     def logit_reads(self) -> tuple[str, ...]:
-        """Names of the arrays that `logits` takes: the loss's, for both sides."""
+        """Names of the arrays that `logits` reads: the loss's, for both sides."""
         return arrays_of(losses.gibbs_logits(self.function))
 
 
@@ -73,8 +73,8 @@ def bind(loss: Loss, **options: Any) -> BoundLoss:
       **options: further hyperparameters.
 
     Raises:
-      InputError: if the loss reads what a batch of pairs does not have, or a
-        hyperparameter is unknown, missing or out of its range.
+      InputError: if the loss reads something that a batch of pairs does not have, or
+        a hyperparameter is unknown, missing or out of range.
     """
     if isinstance(loss, functools.partial):
         loss, options = loss.func, loss.keywords | options
@@ -100,18 +100,18 @@ def arrays_of(function: Callable) -> tuple[str, ...]:
 
 
 def unknown_arrays(reads: tuple[str, ...]) -> list[str]:
-    """The names that nothing computes for a batch of pairs."""
+    """The names that a batch of pairs does not provide."""
     computed = [name for name in reads if name not in LABELS]
     return [name for name in computed if score_and_side(name)[0] not in DESCRIPTIONS]
 
 
 def check_options(loss: Loss, options: Mapping[str, Any], *scalars: str) -> None:
-    """Traces the loss on arrays of one pair, to find a wrong hyperparameter early.
+    """Traces the loss on one pair, to detect invalid hyperparameters early.
 
     Args:
       loss: the loss.
       options: its hyperparameters.
-      *scalars: names of the arrays that are one number per batch.
+      *scalars: names of the arrays that hold one number per batch.
 
     Raises:
       InputError: naming the loss and the hyperparameter.
@@ -120,8 +120,8 @@ def check_options(loss: Loss, options: Mapping[str, Any], *scalars: str) -> None
     scores = {score_and_side(name)[0] for name in reads} & DESCRIPTIONS.keys()
     if "rewards" in scores and scores - {"rewards", "lengths"}:
         raise InputError(
-            f"loss {loss.__name__}: reads {', '.join(sorted(scores))}; a model has one "
-            "head, which gives rewards or log-probabilities"
+            f"loss {loss.__name__}: reads {', '.join(sorted(scores))}; a model gives "
+            "either rewards or log-probabilities"
         )
     pair = jax.ShapeDtypeStruct((1,), jnp.float32)
     one = jax.ShapeDtypeStruct((), jnp.float32)

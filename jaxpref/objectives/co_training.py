@@ -1,6 +1,6 @@
-"""Collaborative reward modeling: two models that choose each other's pairs.
+"""Collaborative reward modeling: two models that select each other's pairs.
 
-The mathematics is `jaxpref.noise.peer`; the scores of the two models are
+The mathematics is in `jaxpref.noise.peer`.  The scores of the two models are
 `inputs.of("one")` and `inputs.of("two")`.
 """
 
@@ -22,19 +22,20 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         keep   = 1 - noise_rate min(1, step / ramp_steps)
         easy_m = the batch's round(keep n) pairs with the largest
                  loss(exchanged) - loss(pair) under model m
-        loss   = mean of loss under one over easy_two + the same the other way round
+        loss   = mean over easy_two of the loss under model one
+                 + mean over easy_one of the loss under model two
 
-    Two policies start from the same weights, and two equal models would stay equal: so
-    up to `ramp_steps` each pair teaches only one of the two, by its place in the batch.
-    Select in large batches.  Evaluation is that of model one on all pairs; gradients of
-    both models share `max_grad_norm`.
+    Two policies start from the same weights, and equal models would stay equal.  Up to
+    `ramp_steps`, each pair therefore trains only one of the two, by its position in the
+    batch.  Use large batches, since selection is within a batch.  Evaluation uses model
+    one on all pairs.  The gradients of both models share `max_grad_norm`.
 
     Args:
       loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
-      noise_rate: the share of wrong labels, in [0, 1): known, or estimated, as by
+      noise_rate: share of wrong labels, in [0, 1); known, or estimated, for example by
         `jaxpref audit` or `em`.
       ramp_steps: optimizer steps until that share of the pairs is dropped, > 0; the
-        published schedule is three epochs.
+        published schedule takes three epochs.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -42,7 +43,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
     References:
       Zhang et al., CRM, 2025, arXiv:2505.10597, peer review within the batch; schedule
       of Han et al., Co-teaching, 2018, arXiv:1804.06872.  The paper does not describe
-      how two policies are kept apart; that is ours.
+      how two policies stay different; our rule is the one above.
     """
     if not 0 <= noise_rate < 1:
         raise InputError(f"crm: noise_rate {noise_rate}: must be in [0, 1)")
@@ -67,7 +68,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         for parity, (model, selected) in enumerate(zip(both(inputs), selections)):
             taught = (place + steps) % 2 == parity
             selected &= taught | (steps >= ramp_steps)
-            # The mean over its own pairs, whatever the sum is divided by.
+            # Rescaled so that the result is the mean over the selected pairs.
             share = jnp.sum(real) / jnp.maximum(jnp.sum(selected), 1)
             total += jnp.where(selected, bound(model) * share, 0)
         return total
@@ -88,7 +89,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         metrics=lambda inputs: metrics_of_one(inputs.of("one")),
         init=lambda _: jnp.zeros((), jnp.int32),
         learn=lambda inputs, steps: (steps + 1, compare(inputs, steps)),
-        # That of the first model, on all pairs.
+        # Evaluates the first model on all pairs.
         evaluate=lambda inputs, steps: (
             bound(inputs.of("one")),
             compare(inputs, steps),
@@ -109,6 +110,6 @@ def agreement_metrics(
         "crm/kept": keep,
         "crm/accuracies_two": mean_over(wins(margins[1]), real),
         "crm/agreement": mean_over((margins[0] > 0) == (margins[1] > 0), real),
-        # Known only of injected flips.
+        # Known only for injected flips.
         "crm/kept_flipped": mean_over(inputs.batch.is_flipped, selected),
     }

@@ -1,4 +1,4 @@
-"""What an objective sees of a batch: scores and columns, by the names losses use."""
+"""What an objective sees of a batch: scores and columns, as losses name them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ class Inputs:
     """The scores of a batch, and the batch.
 
     `inputs["policy_chosen_logps"]` is the array [..., S] of that side of each pair;
-    `inputs["preference_margins"]` is a label of the records.  Empty slots hold
-    log-probabilities 0 and lengths 1, so that no loss divides by zero there.
+    `inputs["preference_margins"]` is a label of the records.  Empty slots have
+    log-probability 0 and length 1, so that no loss divides by zero there.
     """
 
     scores: Mapping[str, Any]
-    """Name without its side -> [..., R, S, K]; where two models are trained, model ->
-    such a mapping (see `of`)."""
+    """Name without its side -> [..., R, S, K].  If two models are trained, one such
+    mapping per model (see `of`)."""
     batch: PreferenceBatch
     """The whole batch [A, R, ...] or one micro-batch [R, ...]."""
 
@@ -35,7 +35,7 @@ class Inputs:
 
     @property
     def annotators(self) -> Int[Array, "*batch S"]:
-        """Index of each pair's annotator; -1 where unknown."""
+        """Index of each pair's annotator; -1 if unknown."""
         return self.batch.annotator
 
     def of(self, model: str) -> "Inputs":
@@ -43,7 +43,7 @@ class Inputs:
         return Inputs(self.scores[model], self.batch)
 
     def constant(self) -> "Inputs":
-        """The same numbers, through which no gradient flows."""
+        """The same inputs with gradients stopped."""
         return Inputs(jax.lax.stop_gradient(self.scores), self.batch)
 
     def completions(self, name: str) -> Array:
@@ -66,10 +66,10 @@ class Inputs:
         return self.completions(score)[..., side]
 
     def arrays(self, names: tuple[str, ...]) -> list[Array]:
-        """The arrays that a loss reads, in its order."""
+        """The arrays that a loss reads, in the loss's order."""
         return [self[name] for name in names]
 
 
 def mean_over(values, where) -> Array:
-    """Mean of `values` where `where` is true; 0 where nothing is."""
+    """Mean of `values` where `where` is true; 0 if it is true nowhere."""
     return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)

@@ -1,7 +1,7 @@
-"""Objectives that learn how noisy the labels are while they train a policy.
+"""Objectives that learn how noisy the labels are during training.
 
 Each wraps a loss of single pairs.  What it learns is the objective's state: one
-reliability per annotator, or one flip rate, checkpointed with the model.
+reliability per annotator, or one flip rate.  It is checkpointed with the model.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,15 +38,15 @@ def em(
         loss  = -w log p - (1 - w) log(1 - p),    p = s(loss(exchanged) - loss(pair))
         eta_k = (prior_right + sum of w) / (prior_right + prior_wrong + votes of k)
 
-    Pairs without an annotator share one.  An annotator with few votes stays near the
-    prior; one with many leaves it behind.
+    Pairs without an annotator share one reliability.  With few votes, a reliability
+    stays near the prior; with many, the prior has little effect.
 
     Args:
       loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
       prior_right: prior votes of every annotator that count as right, > 0.
       prior_wrong: prior votes of every annotator that count as wrong, > 0.
-      memory: votes of an annotator after which an old vote counts 1/e: what the policy
-        said of it early in training is soon out of date.
+      memory: votes of an annotator after which an old vote counts 1/e, since judgments
+        of an early policy are soon out of date.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -69,8 +69,9 @@ def em_weighted(
 
         loss  = w loss(pair) + (1 - w) loss(exchanged)
 
-    The other reading of the paper's M-step: what a loss has beside its preference term
-    (CPO's likelihood, IPO's square) is preserved.  For DPO the two are the same.
+    This is the other reading of the paper's M-step.  It preserves terms of the loss
+    besides its preference term (CPO's likelihood, IPO's square).  For DPO, both
+    readings are the same.
 
     Args:
       loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
@@ -99,8 +100,7 @@ def re_po(loss: Loss, *, reliability: float = 0.9, momentum: float = 0.9) -> Obj
     Args:
       loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
       reliability: the initial reliability of every annotator, in (0, 1).
-      momentum: the share of the old value that stays, in [0, 1); 1 - alpha in the
-        paper.
+      momentum: weight of the previous value, in [0, 1); 1 - alpha in the paper.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -136,22 +136,22 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
         loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(exchanged) - loss(pair))
         e     = the most likely flip rate given the margins of past batches
 
-    `em` weighs each label by the posterior of a policy that knows nothing at first, and
-    so stays near its prior.  Here e is judged by how often the policy's surer margins
-    agree with labels it had not seen, and the margins' temperature is estimated beside
-    it: `jaxpref.noise.running`.  In later passes over the data the labels have been
-    seen, and e comes out too small.
+    `em` weights each label by the posterior of an initially untrained policy, and so
+    stays near its prior.  Here, e is estimated from how often large margins agree with
+    labels that the policy has not been trained on.  The temperature of the margins is
+    estimated together with it (`jaxpref.noise.running`).  In later epochs, the policy
+    has seen the labels, and the estimate of e is too small.
 
     Args:
       loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
-      memory: labels after which an old one counts 1/e: the policy's margins change.
+      memory: labels after which an old one counts 1/e, since the margins change.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
 
     References:
-      The marginal likelihood is RE-PO's, Cao et al., 2025, arXiv:2509.24159, Eq. 11;
-      the posterior of rate and temperature, in place of EM, is ours.
+      The marginal likelihood is RE-PO's, Cao et al., 2025, arXiv:2509.24159, Eq. 11.
+      The posterior of rate and temperature, instead of EM, is ours.
     """
     if not memory > 0:
         raise InputError(f"learned_rate: memory {memory}: must be above 0")
@@ -167,7 +167,7 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
             "noise/flip_rate": before.rate,
             "noise/flip_rate_lower": before.lower,
             "noise/flip_rate_upper": before.upper,
-            # Whether to quote the rate, or only the interval.
+            # 1 if the rate can be quoted, 0 if only the interval can.
             "noise/identified": before.identified.astype(jnp.float32),
             "noise/temperature": before.temperature,
         }
@@ -187,7 +187,7 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
 def _wrapping(
     name: str, bound: BoundLoss, own: Mapping[str, Any], **functions
 ) -> Objective:
-    """The objective `name` of a loss, with its own hyperparameters and functions."""
+    """An objective that wraps a loss, with its own hyperparameters and functions."""
     return Objective(
         name=f"{name}_{bound.name}",
         options={"loss": {"name": bound.name, **bound.options}, **own},
@@ -224,7 +224,7 @@ def _em(
         return step(state, right, inputs), {
             "noise/flip_rate": mean_over(1 - reliability, real),
             "noise/posterior": mean_over(right, real),
-            # Known only of injected flips.
+            # Known only for injected flips.
             "noise/posterior_flipped": mean_over(right, real & inputs.batch.is_flipped),
         }
 
@@ -239,7 +239,7 @@ def _likelihood(inputs: Inputs, logits: Array, right: Array) -> Array:
 def _soft_counts(
     prior_right: float, prior_wrong: float, memory: float
 ) -> tuple[Callable[[int], State], MStep]:
-    """(init, M-step) of reliabilities that are shares of counted votes."""
+    """(init, M-step) of reliabilities estimated from counts of votes."""
     prior = prior_right, prior_wrong
 
     def init(num_annotators: int) -> State:
@@ -274,9 +274,9 @@ def _count_options(
 
 
 def of_annotators(values: Array, annotators: Array) -> Array:
-    """Each pair's annotator's value; the last one where the annotator is unknown (-1).
+    """The value of each pair's annotator; the last value if it is unknown (-1).
 
-    By comparison and not by a gather, so pairs may be sharded in any way.
+    Uses comparisons instead of a gather, so that pairs may be sharded in any way.
     """
     index = jnp.where(annotators < 0, len(values) - 1, annotators)
     own = index[..., None] == jnp.arange(len(values))

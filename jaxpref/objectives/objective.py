@@ -1,8 +1,8 @@
-"""The objective: what a run minimizes, as mathematics that knows no model or mesh.
+"""The objective: what a run minimizes, independent of models and meshes.
 
-An objective says what the loss of each pair is, given the scores of a batch and what
-it has learned so far, and how it learns from them.  `jaxpref.train.gradient` turns
-it into a gradient.
+An objective defines the loss of each pair, given the scores of a batch and the
+objective's state, and how the state is updated.  `jaxpref.train.gradient` computes its
+gradient.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from jaxpref.objectives.rewards import per_token_reward, reward_metrics
 from jaxpref.scoring.scores import scores_read
 
 State = Any
-"""What an objective learns beside the model: a pytree, checkpointed with it."""
+"""What an objective learns besides the model: a pytree, checkpointed with it."""
 Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientProbe:
-    """Gradients of single pairs along a random direction, for an objective to learn of.
+    """Gradients of single pairs along a random direction, for an objective to use.
 
-    On the steps that are due, the derivative of every pair's loss along one direction v
-    of random signs, <g_i, v>, is computed before the step and handed to `learn`.
+    On steps that are due, the derivative of every pair's loss along one direction v of
+    random signs, <g_i, v>, is computed before the step and passed to `learn`.
     """
 
     due: Callable[[State], Bool[Array, ""]]
@@ -43,24 +43,24 @@ class GradientProbe:
 
 
 def no_state(num_annotators: int) -> State:
-    """The state of an objective that learns nothing beside the model."""
+    """The state of an objective that learns nothing besides the model."""
     del num_annotators
     return {}
 
 
 def learn_nothing(inputs: Inputs, state: State) -> tuple[State, Metrics]:
-    """Leaves the state as it is."""
+    """Leaves the state unchanged."""
     del inputs
     return state, {}
 
 
 def count_pairs(batch: PreferenceBatch) -> Array:
-    """The pairs of a batch."""
+    """The number of pairs in a batch."""
     return jnp.sum(batch.pair_index >= 0)
 
 
 def unit_weights(batch: PreferenceBatch, state: State) -> Float[Array, "A R S"]:
-    """The weights that the pairs of the batch come with."""
+    """The weights already in the batch."""
     del state
     return batch.weights
 
@@ -80,35 +80,36 @@ class Objective:
     options: Mapping[str, Any]
     """All hyperparameters, for `config.json`."""
     reads: tuple[str, ...]
-    """Names of the arrays it takes from `Inputs`: scores of `scoring.SCORES` with their
-    sides, labels of the records, and columns of the batch."""
+    """Names of the arrays it takes from `Inputs`: scores with their sides, labels of
+    the records, and columns of the batch."""
     losses: Callable[[Inputs, State], Array]
-    """`losses(inputs, state) -> [..., S]`; one per pair, unweighted.  Those of empty
+    """`losses(inputs, state) -> [..., S]`; one per pair, unweighted.  Values in empty
     slots are ignored."""
     metrics: Callable[[Inputs], Metrics]
     """Log-probabilities and rewards of the trained model."""
     init: Callable[[int], State] = no_state
-    """`init(number of known annotators) -> state`."""
+    """`init(num_annotators) -> state`, with the number of known annotators."""
     learn: Callable[[Inputs, State], tuple[State, Metrics]] = learn_nothing
-    """`learn(inputs, state) -> (state, metrics)` of the whole batch, after its scores
-    are known; the metrics describe the state that the step began with."""
+    """`learn(inputs, state) -> (state, metrics)`, called with the whole batch after
+    scoring.  The metrics describe the state before the step."""
     evaluate: Callable[[Inputs, State], tuple[Array, Metrics]] | None = None
-    """`evaluate(inputs, state) -> (losses, metrics)` on held-out pairs, where it
-    differs from `losses` and `learn`'s metrics."""
+    """`evaluate(inputs, state) -> (losses, metrics)` on held-out pairs, if that differs
+    from `losses` and the metrics of `learn`."""
     count: Callable[[PreferenceBatch], Array] = count_pairs
     """What the sum of the losses is divided by."""
     weigh: Callable[[PreferenceBatch, State], Array] = unit_weights
-    """`weigh(batch, state) -> [A, R, S]`; weights of the pairs of the batch."""
+    """`weigh(batch, state) -> [A, R, S]`; the weights of the pairs."""
     scalar: Callable[[Inputs, State], Array] | None = None
-    """A term beside the losses of the pairs, of each micro-batch: its mean over
-    micro-batches, weighted by their pairs, is added to the loss."""
+    """An additional term for each micro-batch.  Its mean over micro-batches, weighted
+    by their number of pairs, is added to the loss."""
     couples: tuple[str, ...] = ()
-    """The scores that a pair's loss needs of all pairs of the batch.  Where there are
-    any, micro-batches are scored a first time without gradients."""
+    """The scores that a pair's loss needs from all pairs of the batch.  If there are
+    any, micro-batches are first scored without gradients."""
     probe: GradientProbe | None = None
     """See `GradientProbe`."""
     num_models: int = 1
-    """Models trained together: 2 have their scores in `Inputs.of("one")`, `"two"`."""
+    """Models trained together.  The scores of two are in `Inputs.of("one")` and
+    `Inputs.of("two")`."""
 
     @property
     def scores(self) -> frozenset[str]:
@@ -117,17 +118,17 @@ class Objective:
 
     @property
     def labels(self) -> frozenset[str]:
-        """The numbers of the records that it reads; see `data.LabelFields`."""
+        """The labels of the records that it reads; see `data.LabelFields`."""
         return LABELS & set(self.reads)
 
     @property
     def num_completions(self) -> int:
-        """K: 2 for losses of pairs, 1 where only the chosen completion is read."""
+        """K: 2 for losses of pairs, 1 if only the chosen completion is read."""
         return 2 if any("rejected" in name for name in self.reads) else 1
 
     @property
     def mixes_empty_traces(self) -> bool:
-        """Whether it wants pairs with reasoning traces and pairs with an empty one."""
+        """Whether it mixes pairs with reasoning traces and pairs with empty ones."""
         return "empty_trace" in self.reads
 
     def evaluation(self, inputs: Inputs, state: State) -> tuple[Array, Metrics]:
@@ -148,11 +149,11 @@ NOT_TRAINED_ALONE = (
     losses.reward_accuracies,
     losses.reward_margins,
 )
-"""Functions of rewards that order nothing: a penalty beside a loss, and metrics."""
+"""Functions of rewards that cannot be trained alone: a penalty, and metrics."""
 
 
 def trainable(loss: Loss) -> bool:
-    """Whether a batch of pairs has everything that a loss reads."""
+    """Whether a batch of pairs provides everything that a loss reads."""
     reads = arrays_of(loss)
     of_pairs = {"policy_chosen_logps", "chosen_rewards"} & set(reads)
     return (
@@ -164,16 +165,16 @@ def from_loss(loss: Loss, **options: Any) -> Objective:
     """The objective "mean of `loss` over the pairs of the global batch".
 
     A loss that couples the pairs of a batch (it takes `where`) is evaluated on the
-    whole of it: with more than one micro-batch, log-probabilities are computed a first
-    time without gradients.
+    whole batch.  With more than one micro-batch, log-probabilities are first computed
+    without gradients.
 
     Args:
       loss: a per-pair loss; its positional parameter names say which arrays it reads.
       **options: its hyperparameters.
 
     Raises:
-      InputError: if an option is unknown to the loss, missing or out of its range, or
-        the loss reads what a batch of pairs does not have.
+      InputError: if an option is unknown to the loss, missing or out of range, or the
+        loss reads something that a batch of pairs does not have.
     """
     bound = bind(loss, **options)
     return Objective(

@@ -1,4 +1,4 @@
-"""What is logged of every objective: log-probabilities and rewards."""
+"""What is logged for every objective: log-probabilities and rewards."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from jaxpref.scoring.scores import scores_read
 def per_token_reward(loss: Callable) -> bool:
     """Whether a loss declares that its implicit reward is an average over tokens.
 
-    A loss of `jaxpref.losses` does so by `@reward_per_token`.
+    Losses of `jaxpref.losses` do so with `@reward_per_token`.
     """
     return getattr(loss, "reward_per_token", False)
 
@@ -23,19 +23,20 @@ def per_token_reward(loss: Callable) -> bool:
 def reward_metrics(
     reads: tuple[str, ...], options: Mapping[str, Any], *, per_token: bool
 ) -> Callable[[Inputs], dict[str, jax.Array]]:
-    """Means over the pairs of log-probabilities and rewards, under the field's names.
+    """Means of log-probabilities and rewards over the pairs, with their usual names.
 
-    The reward of a completion y is a reward model's score, or implicit:
+    The reward of a completion y is a reward model's score, or the implicit reward
 
         beta (log pi(y | x) - log pi_ref(y | x))
 
-    without the reference where the loss reads none, and divided by the tokens of y
-    where the loss averages over them.  Ties count half in `rewards/accuracies`.
+    The reference term is left out if the loss reads no reference.  The reward is
+    divided by the number of tokens of y if the loss averages over them.  Ties count
+    half in `rewards/accuracies`.
 
     Args:
       reads: names of the arrays that the loss reads.
-      options: its hyperparameters, of which `beta`, or `chosen_beta` and
-        `rejected_beta`, scale implicit rewards.
+      options: its hyperparameters.  `beta`, or `chosen_beta` and `rejected_beta`, scale
+        implicit rewards.
       per_token: whether implicit rewards are averages over tokens.
 
     Returns:

@@ -27,8 +27,8 @@ def reward_regression() -> Objective:
 
         loss = [(r_w - rating_w)^2 + (r_l - rating_l)^2] / 2
 
-    It reads no order: a flip exchanges the ratings along with the answers and changes
-    nothing.
+    It does not read which answer was preferred.  A flip swaps the ratings with the
+    answers, and so changes nothing.
     """
 
     def pair_losses(inputs: Inputs, state):

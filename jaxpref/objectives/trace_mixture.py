@@ -1,8 +1,8 @@
 """BVPO: gradients of pairs with reasoning traces and of pairs with empty ones, mixed.
 
-It wraps any objective of single pairs.  The mathematics is `jaxpref.gradients.bvpo`;
-here it says how the pairs of a batch that holds both kinds are weighed, and what is
-learned from probes of their gradients.
+It wraps any objective of single pairs.  The mathematics is in `jaxpref.gradients.bvpo`.
+This module weights the pairs of a batch that holds both kinds, and learns from probes
+of their gradients.
 """
 
 import dataclasses
@@ -34,50 +34,54 @@ def bvpo(
 
         gradient = alpha mean_t + (1 - alpha) mean_e
 
-    of the gradients of the batch's n_t pairs with a trace and n_e with an empty one.
-    Pairs are weighted by alpha n / n_t and (1 - alpha) n / n_e, n = n_t + n_e, so it
-    takes one backward pass, and `loss` is mixed in the same way.  A batch of one kind
-    has the plain mean of that kind, whatever alpha is.  What `objective` learns of the
-    labels, it learns of all pairs alike: a record that is present both with its traces
-    and with an empty one votes for each.  Evaluation is that of `objective`.
+    where mean_t and mean_e are the mean gradients of the batch's n_t pairs with a trace
+    and n_e pairs with an empty one.  Pairs are weighted by alpha n / n_t and
+    (1 - alpha) n / n_e, n = n_t + n_e.  This takes one backward pass, and `loss` is
+    mixed in the same way.  If a batch has pairs of one kind only, their plain mean is
+    used, whatever alpha is.  `objective` learns from all pairs alike: a record that
+    occurs with its traces and with an empty one votes once for each.  Evaluation is
+    that of `objective`.
 
-    "auto" is the alpha of least mean squared error about the gradient of pairs with
-    traces, estimated during training.  A probe takes the derivative of all n losses
-    along one random direction v by two pullbacks: the numbers <g_i, v> are sketches of
-    size 1 of the pairs' gradients, from which `jaxpref.gradients.bvpo.ingredients`
-    computes bias and variances.  Pairs are the draws: the variances include that of the
-    data beside that of the traces, as does the variance of stochastic gradient descent.
-    The first `probe_every` steps are all probed, and then every `probe_every`-th.  The
-    alpha of a step comes from the probes before it, never from its own pairs, and is
-    0.5 at first.
+    With "auto", alpha is estimated during training.  It minimizes the mean squared
+    error with respect to the expected gradient of pairs with traces.  A probe takes the
+    derivative of all n losses along one random direction v, with two pullbacks.  The
+    numbers <g_i, v> are sketches of size 1 of the pairs' gradients, from which
+    `jaxpref.gradients.bvpo.ingredients` computes bias and variances.  Pairs are the
+    draws, so the variances include that of the data as well as that of the traces, as
+    in stochastic gradient descent.  The first `probe_every` steps are all probed, then
+    every `probe_every`-th step.  The alpha of a step comes from earlier probes, never
+    from the step's own pairs, and is initially 0.5.
 
     A probe costs about one more step, a random sign for every parameter, and memory for
-    one more copy of them: with probes at one step in 16, 6.3% of the time (quartiles
-    -0.9 to 7.1) with 260,000 parameters and 2,048 tokens per step; with two layers of a
-    135M model and 1,024 tokens a probe is 1.2 steps, 7.5% (`python -m
-    benchmarks.bvpo_overhead` with the options given there; two quiet cores).
+    one more copy of the parameters.  With one probe in 16 steps, that is 6.3% of the
+    time (quartiles -0.9 to 7.1) with 260,000 parameters and 2,048 tokens per step.
+    With two layers of a 135M model and 1,024 tokens, a probe takes 1.2 steps, 7.5% of
+    the time (`python -m benchmarks.bvpo_overhead` with the options given there; two
+    quiet cores).
 
-    Metrics: `bvpo/alpha`; of "auto" as well, averaged over probes, in units of the
-    batch's gradient before clipping: `trace_grad_norm` and `empty_grad_norm` (root mean
-    squares of the norms of mean_t and mean_e) and their `cosine`; `trace_variance`,
-    `empty_variance` and `bias_sq` (of mean_t, of mean_e, and of mean_e about mean_t;
-    the last is unbiased and may be below 0); `mse` at alpha, `mse_trace` and
-    `mse_empty` at 1 and 0.
+    Metrics: `bvpo/alpha`.  With "auto" there are more, averaged over probes, in units
+    of the batch's gradient before clipping:
+      `trace_grad_norm`, `empty_grad_norm`: root mean square norms of mean_t and mean_e;
+      `cosine`: the cosine between them;
+      `trace_variance`, `empty_variance`: the variances of mean_t and mean_e;
+      `bias_sq`: the squared bias of mean_e relative to mean_t; it may be below 0;
+      `mse`, `mse_trace`, `mse_empty`: the error at alpha, at 1 and at 0.
 
     Args:
-      objective: of single pairs, as `from_loss(losses.dpo)` or `em(losses.dpo)`.
+      objective: an objective of single pairs, such as `from_loss(losses.dpo)` or
+        `em(losses.dpo)`.
       alpha: the weight of pairs with traces, in [0, 1], or "auto".
       probe_every: optimizer steps between two probes of "auto", >= 1.
-      decay: the share of the averages of "auto" that stays at a probe, in [0, 1); they
+      decay: weight of the previous averages of "auto" at each probe, in [0, 1); they
         span about 1 / (1 - decay) probes.
 
     Raises:
-      InputError: if an option is out of its range, or the objective couples the pairs
-        of a batch or does not read pairs: then a pair has no gradient of its own.
+      InputError: if an option is out of range, or if the objective couples the pairs of
+        a batch or does not read pairs, so that a pair has no gradient of its own.
 
     References:
-      Zhu et al., "BVPO", 2025, arXiv:2510.05095, Eq. 2, with alpha = 0.5; "auto" is the
-      optimum of theorem 2 there, estimated in a way that is ours.
+      Zhu et al., "BVPO", 2025, arXiv:2510.05095, Eq. 2, with alpha = 0.5.  "auto" is
+      the optimum of their theorem 2; the way it is estimated is ours.
     """
     _check(objective, alpha, probe_every, decay)
     mixed = dataclasses.replace(
@@ -92,7 +96,7 @@ def bvpo(
             mixed,
             scalar=lambda inputs, state: objective.scalar(inputs, state["base"]),
         )
-    # Not beside the loss's own options, of which one may be called alpha.
+    # Nested, since the loss may have an option named alpha too.
     options = {"objective": {"name": objective.name, **objective.options}}
     if alpha == AUTO:
         options |= {"alpha": AUTO, "probe_every": probe_every, "decay": decay}
@@ -115,15 +119,15 @@ def _check(
         raise InputError(f"bvpo: decay {decay}: must be in [0, 1)")
     if objective.couples:
         raise InputError(
-            f"bvpo: {objective.name} couples the pairs of a batch, which then have no "
-            "gradients of their own to mix; use a loss of single pairs"
+            f"bvpo: {objective.name} couples the pairs of a batch, so that they have "
+            "no gradients of their own to mix; use a loss of single pairs"
         )
     if objective.num_completions != 2:
         raise InputError(f"bvpo: {objective.name} reads no pairs; use a loss of pairs")
 
 
 def _fixed(objective: Objective, alpha: float) -> dict:
-    """The functions of a mixture whose alpha is given."""
+    """The functions of a mixture with a fixed alpha."""
 
     def learn(inputs: Inputs, state: State) -> tuple[State, Metrics]:
         base, metrics = objective.learn(inputs, state["base"])
@@ -171,7 +175,7 @@ def _estimated(objective: Objective, probe_every: int, decay: float) -> dict:
         mean_t = jnp.sum(jnp.where(trace, draws, 0)) / n_t
         mean_e = jnp.sum(jnp.where(empty, draws, 0)) / n_e
         new = {"trace": mean_t**2, "empty": mean_e**2, "both": mean_t * mean_e}
-        # Like `running`, which ignores what is unknown; bias is corrected when shown.
+        # Like `running`, ignores unknown values; `describe` corrects the bias.
         known = jnp.all(jnp.isfinite(jnp.stack(list(vars(found).values()))))
         toward = lambda old, new: jnp.where(
             known, decay * old + (1 - decay) * new, old
@@ -207,20 +211,20 @@ def _estimated(objective: Objective, probe_every: int, decay: float) -> dict:
 
 
 def kinds(batch: PreferenceBatch) -> tuple[Array, Array]:
-    """Which slots hold a pair with a trace, and which one with an empty trace."""
+    """The slots that hold a pair with a trace, and those with an empty trace."""
     real = batch.pair_index >= 0
     return real & ~batch.empty_trace, real & batch.empty_trace
 
 
 def effective_alpha(batch: PreferenceBatch, alpha: Array | float) -> Array:
-    """Alpha, or 1 or 0 where the batch holds pairs of one kind only."""
+    """Alpha, or 1 or 0 if the batch holds pairs of one kind only."""
     n_t, n_e = (jnp.sum(where) for where in kinds(batch))
     dtype = batch.weights.dtype
     return jnp.where(n_e == 0, 1, jnp.where(n_t == 0, 0, alpha)).astype(dtype)
 
 
 def mixture_weights(batch: PreferenceBatch, alpha: Array | float) -> Array:
-    """Weights of the pairs whose mean loss is the mixture, [A, R, S]."""
+    """Weights with which the mean loss is the mixture, [A, R, S]."""
     n_t, n_e = (jnp.sum(where) for where in kinds(batch))
     alpha = effective_alpha(batch, alpha)
     factor = lambda share, n: share * (n_t + n_e) / jnp.maximum(n, 1)
@@ -230,10 +234,10 @@ def mixture_weights(batch: PreferenceBatch, alpha: Array | float) -> Array:
 
 
 def describe(alpha: Array, running: mixing.RunningState, products: State) -> Metrics:
-    """Metrics of what the probes found."""
+    """Metrics of the probes."""
     means = vars(running.means)
     error = functools.partial(mixing.mean_squared_error, **means)
-    # The averages start at 0: corrected as `running` corrects its own.
+    # The averages start at 0; corrects them as `running` corrects its own.
     square = {k: x / jnp.maximum(running.weight, 1e-30) for k, x in products.items()}
     lengths = jnp.sqrt(square["trace"]) * jnp.sqrt(square["empty"])
     return {

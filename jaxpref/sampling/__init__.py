@@ -1,4 +1,4 @@
-"""Sampling: continuations of prompts."""
+"""Sampling of completions."""
 
 from jaxpref.sampling.sampler import decode as decode
 from jaxpref.sampling.sampler import generate as generate

@@ -27,13 +27,14 @@ def left_pad(
 
     Args:
         prompts: token ids of each prompt, none of them empty.
-        length: the width T, which if fixed saves compilations; by default the longest.
+        length: the width T (default: the longest prompt).  A fixed width saves
+            compilations.
 
     Returns:
         Tokens and lengths, int32.
 
     Raises:
-        InputError: an empty prompt, or one that is longer than `length`.
+        InputError: if a prompt is empty or longer than `length`.
     """
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths, default=0) if length is None else length
@@ -63,10 +64,9 @@ def generate(
 
     Each token is drawn from softmax(logits / temperature), cut to the `top_k` most
     likely tokens and then to the smallest set of most likely ones whose probability
-    reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751); tokens that tie with the
-    last of these are included.  Compiles once for each shape, `max_new_tokens`, number
-    of stop tokens and kind of selection (greedy, plain or filtered sampling); the rest
-    is data.
+    reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751).  Ties with the last of
+    these are included.  Compiles once for each shape, `max_new_tokens`, number of stop
+    tokens and kind of selection (greedy, plain or filtered sampling).
 
     Args:
         model: the model.
@@ -76,17 +76,17 @@ def generate(
         lengths: the number of real tokens in each prompt.
         key: a random key.
         max_new_tokens: N.
-        temperature: 0 takes the most likely token, whatever top_k and top_p are.
+        temperature: 0 chooses the most likely token and ignores top_k and top_p.
         top_k: None allows all tokens.
         top_p: in (0, 1]; 1 allows all tokens.
-        stop_tokens: a row ends with the first of these that it draws.
+        stop_tokens: a row ends at the first of these tokens.
 
     Returns:
-        New tokens, int32, padded on the right with 0, and their count in each row,
-        int32, the stop token included.
+        New tokens, int32, padded on the right with 0, and their number in each row,
+        int32, including the stop token.
 
     Raises:
-        InputError: an option out of its range, or B does not suit the mesh.
+        InputError: if an option is out of range, or B does not fit the mesh.
     """
     vocabulary = model.architecture.vocab_size
     _check(temperature >= 0, f"temperature is {temperature}", "a number >= 0")
@@ -128,9 +128,9 @@ def lower(
     *,
     max_new_tokens: int,
 ) -> jax.stages.Lowered:
-    """The program of `generate` for plain sampling, not yet compiled.
+    """Lowers `generate` for plain sampling, without compiling it.
 
-    Takes the same, or `jax.ShapeDtypeStruct`s in place of arrays.
+    Takes the same arguments, or `jax.ShapeDtypeStruct`s instead of arrays.
     """
     select = jax.eval_shape(lambda: sample(1.0))
     stops = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -154,20 +154,20 @@ def _check(holds: bool, found: str, wanted: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What changes from one new token to the next."""
+    """The state of the decoding loop."""
 
     step: Int[Array, ""]
     """New tokens so far."""
     cache: Cache
-    """Of the model, with the prompts and the new tokens."""
+    """The model's cache of the prompts and the new tokens."""
     hidden: Float[Array, "B 1 D"]
-    """The states that predict the next tokens."""
+    """The hidden states that predict the next tokens."""
     tokens: Int[Array, "B N"]
-    """New tokens, 0 where there is none yet."""
+    """New tokens; 0 if not yet decoded."""
     counts: Int[Array, " B"]
-    """New tokens in each row, stop tokens included."""
+    """Number of new tokens in each row, including stop tokens."""
     done: Bool[Array, " B"]
-    """Rows that have drawn a stop token."""
+    """Whether each row has reached a stop token."""
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
@@ -182,7 +182,7 @@ def decode(
     *,
     max_new_tokens: int,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """New tokens and their counts as in `generate`, chosen by `select(logits, key)`."""
+    """`generate` with tokens chosen by `select(logits, key)`."""
     B, T = prompts.shape
     prompts, lengths = reshard(prompts, SPECS.tokens), reshard(lengths, SPECS.rows)
     # Cast once instead of in every step.
@@ -211,8 +211,8 @@ def decode(
             done=state.done | jnp.any(token[:, None] == stop_tokens, axis=-1),
         )
 
-    # The last token is decoded too, although nothing reads the result: one more slot
-    # in the cache saves a special case.
+    # The last token is decoded too, although its result is unused: one more slot in
+    # the cache avoids a special case.
     cache = model.empty_cache(B, T + max_new_tokens)
     hidden, cache = model.prefill(params, prompts, lengths, cache)
     zeros = reshard(jnp.zeros((B, max_new_tokens), jnp.int32), SPECS.tokens)

@@ -1,7 +1,7 @@
 """How the next token is chosen: functions `select(logits [B, V], key) -> tokens [B]`.
 
-Each is a `jax.tree_util.Partial`, so that its parameters are data: another temperature
-compiles nothing.
+Each is a `jax.tree_util.Partial`, so its parameters are data: changing the temperature
+does not recompile.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ def greedy() -> Partial:
 
 
 def sample(temperature: float) -> Partial:
-    """A draw from softmax(logits / temperature)."""
+    """Samples from softmax(logits / temperature)."""
     return Partial(_sample, jnp.float32(temperature))
 
 
 def likely_sample(temperature: float, top_k: int, top_p: float) -> Partial:
-    """`sample` among the tokens of `filter_likely`."""
+    """Samples from the tokens that `filter_likely` allows."""
     return Partial(
         _likely_sample, jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
     )
@@ -42,7 +42,7 @@ def filter_likely(
     ranked = jnp.where(ranks < top_k, ranked, -jnp.inf)
     p = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
-    # With many tokens the rounded sum can reach 1 before the last.
+    # With many tokens, the rounded sum can reach 1 before the last one.
     nucleus = (before < top_p) | (top_p >= 1)
     included = jnp.where(nucleus & (ranks < top_k), ranked, jnp.inf)
     lowest = jnp.min(included, axis=-1, keepdims=True)

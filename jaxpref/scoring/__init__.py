@@ -1,4 +1,4 @@
-"""What a model says of a batch, and the reference's scores, computed once."""
+"""Scores of a batch under a model, and the stored scores of the reference."""
 
 from jaxpref.scoring.scorer import ExportOptions as ExportOptions
 from jaxpref.scoring.scorer import PolicyScorer as PolicyScorer

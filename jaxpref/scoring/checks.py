@@ -1,4 +1,4 @@
-"""Whether a dataset suits a model, and whether its scores are finite."""
+"""Checks that a dataset fits a model, and that its scores are finite."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ def check_fits(
 ) -> None:
     """Checks that a model has an embedding for every token and for every position.
 
-    XLA clamps an index out of range silently, so it must be found here.
+    XLA silently clamps out-of-range indices, so they must be detected here.
 
     Args:
-      sources: where the records come from, by the column `source`.
+      sources: the files of the records, by the column `source`.
       dataset: the records.
       model: the model's folder, for messages.
-      architecture: the model's.
+      architecture: the model's architecture.
 
     Raises:
       InputError: naming the first row that does not fit.
@@ -39,7 +39,7 @@ def check_fits(
     if len(outside):
         record = np.searchsorted(dataset.offsets, outside[0], side="right") - 1
         raise InputError(
-            f"{_place(sources, dataset, record)}: the tokenizer of {model} gives "
+            f"{_place(sources, dataset, record)}: the tokenizer of {model} produces "
             f"token {dataset.tokens[outside[0]]}, but its embedding has "
             f"{architecture.vocab_size} rows; use the tokenizer that belongs to the "
             "model"

@@ -1,4 +1,4 @@
-"""Micro-batches without a pair: a packed step may fill only some of its own."""
+"""Skipping empty micro-batches, since a packed step may not fill all of them."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ Body = Callable[..., tuple]
 
 
 def skipping_empty(batch: PreferenceBatch) -> Callable[[Body], Body]:
-    """A decorator of scan bodies: micro-batches of `batch` without a pair are skipped.
+    """A decorator for scan bodies that skips micro-batches of `batch` without pairs.
 
-    The body's `xs` is a micro-batch, or a tuple that begins with one.  Where one is
-    skipped, the carry stays and `ys` are zeros.  The bodies of padded batches, whose
-    micro-batches all hold pairs, stay as they are.
+    The body's `xs` is a micro-batch, or a tuple that begins with one.  For a skipped
+    one, the carry is unchanged and `ys` are zeros.  In a padded batch, every
+    micro-batch holds pairs, and the body is returned unchanged.
     """
     if batch.segments is None or len(batch.pair_index) == 1:
         return lambda body: body

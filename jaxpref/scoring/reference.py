@@ -1,15 +1,15 @@
-"""The reference's scores: of any completion computed once, for all runs of a user.
+"""The reference's scores, computed once per completion for all runs of a user.
 
-They are stored by content, one number per completion, in the cache folder that all
-runs share (`jaxpref.files.cache_folder`), separately for whatever else changes them:
-the reference's weights, dtypes, the software, and the layout of the batches, on which
-rounding depends.  So runs with other losses, flips or seeds read what the first one
-computed, and nobody reads numbers that the policy's own kernels would not have given.
+They are cached by content, one number per completion, in a folder that all runs share
+(`jaxpref.files.cache_folder`).  There is a separate cache for everything else that
+affects a score: the reference's weights and dtypes, the software, and the layout of the
+batches, which affects rounding.  Runs with other losses, flips or seeds therefore reuse
+the scores of earlier runs, and always read what the policy's own kernels would compute.
 
-A run keeps a copy in `OUT/reference`, which is read first: it resumes to the same bits
-after the cache was deleted, and on a machine that never had it.  What is missing or
-damaged is computed again, always from the reference model's own folder and never from
-weights that were trained.
+Each run has a copy in `OUT/reference`, which is read first.  The run can thus resume
+with the same bits after the cache is deleted, or on another machine.  Missing or
+damaged scores are computed again, always from the reference model's folder and never
+from trained weights.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from jaxpref.scoring.score_dataset import ScoreDataset, progress_bar
 from jaxpref.scoring.scores import policy_name
 
 SHARD = 512
-"""Pairs between two writes: what a killed run may lose, rounded up to whole batches."""
+"""Pairs between two writes, rounded up to whole batches; a kill loses at most these."""
 SCORED_BY = (
     "data/*.py",
     "losses/_sequence.py",
@@ -45,7 +45,7 @@ SCORED_BY = (
     "scoring/scorer.py",
     "scoring/scores.py",
 )
-"""The code that computes a score: changing a loss invalidates none."""
+"""The code that a score depends on; a change of it invalidates cached scores."""
 
 _log = logging.getLogger("jaxpref")
 
@@ -55,16 +55,16 @@ class Reference:
     """The reference model of a run."""
 
     name: str
-    """As the user gave it, for messages."""
+    """The name as the user gave it, for messages."""
     folder: Path
     """Its Hugging Face folder."""
     scores: tuple[str, ...]
-    """The scores that are computed before training; none where its weights stay."""
+    """Scores computed before training; none if its weights stay in memory."""
     numerics: str
-    """What decides on rounding beside dtypes and layout, as text."""
+    """What else affects rounding, besides dtypes and layout, as text."""
     digest: str
-    """Of its weights and dtypes, from `reference_digest`; empty on all processes but
-    the first, and where the objective reads no reference."""
+    """Digest of its weights and dtypes, from `reference_digest`; empty on all processes
+    except the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +76,15 @@ class ScoredSet:
     dataset: PreferenceDataset
     """N records."""
     sources: tuple[str, ...]
-    """Where they come from, for messages."""
+    """The files of the records, for messages."""
     needed: np.ndarray
-    """int [M]; the records that the run reads, in the order in which it does."""
+    """int [M]; the records that the run sees, in order."""
 
 
 def reference_digest(folder: Path, dtypes: str) -> str:
-    """SHA-256 of a reference's config and weights, and of the dtypes they run in.
+    """SHA-256 of a reference's config, weights and dtypes.
 
-    Empty on all processes but the first, which alone reads and writes scores and
-    compares.
+    Empty on all processes except the first, the only one that reads and writes scores.
     """
     return weights_digest(folder, dtypes) if jax.process_index() == 0 else ""
 
@@ -100,25 +99,23 @@ def reference_tables(
     batch_size: int,
     layout: str,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What the objective reads of the reference, for each set.
+    """The reference's scores that the objective reads, for each dataset.
 
     Args:
       reference: the reference.
       sets: the datasets.
-      out: folder of the run; its copy is in `reference/`.
-      load: makes the reference's parameters, where a completion must be scored.
+      out: the run's folder; its copy of the scores is in `reference/`.
+      load: loads the reference's parameters; called only if something must be scored.
       score: `score(params, None, dataset, title=..., bar=...)`.
       batch_size: pairs that are scored together.
-      layout: sizes of the batches, mesh and whatever else decides how scores are
-        rounded; as text.
+      layout: batch sizes, mesh and anything else that affects rounding, as text.
 
     Returns:
-      Float32 [N, K] by name, for each set: NaN for records that are not needed, and
-      nothing where no score is stored.
+      Float32 [N, K] by name, for each dataset: NaN for records that are not needed.
+      Empty if no scores are stored.
 
     Raises:
-      InputError: if the reference gives scores that are not finite, or OUT cannot be
-        written.
+      InputError: if a score is not finite, or OUT cannot be written.
     """
     names = reference.scores
     if not names:
@@ -142,30 +139,30 @@ def reference_tables(
         title = f"reference log-probs ({scored.name})"
         if len(scored.needed):
             known = len(scored.needed) - len(missing)
-            log(f"{title}: {known} known, {len(missing)} to compute")
+            log(f"{title}: {known} cached, {len(missing)} to compute")
         with progress_bar(len(missing), title) as bar:
             for start in range(0, len(missing), size):
                 part = missing[start : start + size]
                 chosen = scored.dataset.take(part)
                 scores = score(load(), None, chosen, title=title, bar=bar)
-                # The policy's own kernels: at the start both agree, to the bit where a
-                # pair has a row to itself, to rounding in packed rows.
+                # Computed with the policy's kernels, so both agree at the start, to the
+                # bit with one pair per row, and up to rounding in packed rows.
                 computed = np.stack([scores[policy_name(name)] for name in names])
                 for table in computed:
                     check_finite(scored.sources, chosen, reference.name, table)
                 new = np.isnan(values[:, part])
                 _store(folders, keys[:, part][new], computed[new], about)
         if len(missing):
-            # As a resumed run will read them: of a completion that occurs twice, one.
+            # Read back as a resumed run would, so duplicate completions share a score.
             values = _of_process_zero(find, keys.shape)
         tables[scored.name] = dict(zip(names, values))
     return tables
 
 
 def unscored(scored: ScoredSet, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The needed records with a completion without a score, int [M'], in their order.
+    """The needed records that have an unscored completion, int [M'], in order.
 
-    A record whose completions all occur in records before it is left out.
+    Records whose completions all occur in earlier records are left out.
     """
     missing, seen = [], set()
     for record in dict.fromkeys(scored.needed.tolist()):
@@ -177,10 +174,11 @@ def unscored(scored: ScoredSet, keys: np.ndarray, values: np.ndarray) -> np.ndar
 
 
 def score_keys(dataset: PreferenceDataset, names: Sequence[str]) -> np.ndarray:
-    """What the reference's scores are stored by: str [len(names), N, K].
+    """The keys of the reference's scores in the cache: str [len(names), N, K].
 
-    The prompt's and the completion's tokens, and of a prefix where it ends.  Neither
-    the side nor the rest of the pair, so a flipped copy has the same keys.
+    A key depends on the tokens of prompt and completion, and for a prefix on where it
+    ends.  It does not depend on the side or on the other completion, so a flipped copy
+    of a pair has the same keys.
     """
     of_completion = dataset.completion_keys()
     ends = dataset.completion_lengths.min(axis=1, keepdims=True).astype(np.str_)
@@ -192,7 +190,7 @@ def score_keys(dataset: PreferenceDataset, names: Sequence[str]) -> np.ndarray:
 def _find(
     folders: Sequence[Path], keys: np.ndarray, about: Mapping[str, str]
 ) -> np.ndarray:
-    """The scores that are known, NaN elsewhere; those of the cache copied to OUT."""
+    """The known scores, NaN elsewhere; copies those in the cache to OUT."""
     values = np.full(keys.shape, np.nan, np.float32)
     for number, folder in enumerate(folders):
         lacking = np.isnan(values)
@@ -222,13 +220,13 @@ def _store(
 def _of_process_zero(
     find: Callable[[], np.ndarray], shape: tuple[int, ...]
 ) -> np.ndarray:
-    """What process 0 finds on its disks, float32 of `shape`, on every process."""
+    """What process 0 reads from its disks, float32 of `shape`, on every process."""
     first = jax.process_index() == 0
     return broadcast_from_process_zero(find() if first else np.zeros(shape, np.float32))
 
 
 def _about(digest: str, layout: str) -> dict[str, str]:
-    """Everything but the tokens that is known to decide on a score's bits."""
+    """Everything except the tokens that is known to affect a score's bits."""
     device = jax.devices()[0]
     code = hashlib.sha256()
     package = Path(__file__).parents[1]

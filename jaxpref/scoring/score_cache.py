@@ -1,8 +1,8 @@
 """Numbers by key, in a folder that several runs may write to at the same time.
 
-A folder holds shards, safetensors files that appear whole and are never changed, each
-named by the SHA-256 of its content: a damaged one is known by its name.  Nothing needs
-a lock: who writes the same numbers writes the same file.
+A folder contains shards: safetensors files that are written atomically and never
+changed.  Each is named by the SHA-256 of its content, so damage can be detected.  No
+lock is needed: processes that write the same numbers write the same file.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ _log = logging.getLogger("jaxpref")
 
 
 def read(folder: Path, keys: np.ndarray) -> np.ndarray:
-    """The numbers of `keys`, NaN where the folder has none that is finite.
+    """The numbers of `keys`; NaN if the folder has no finite number for a key.
 
     Args:
-      folder: of the shards; it need not exist.
+      folder: the folder of the shards; it need not exist.
       keys: str, any shape.
 
     Returns:
-      float32 of the shape of `keys`.  Of several numbers of a key the one in the first
-      shard by name.
+      float32 of the shape of `keys`.  If a key has several numbers, the one in the
+      first shard by name.
     """
     shards = [_load(path) for path in sorted(folder.glob("*.safetensors"))]
     shards = [shard for shard in shards if shard is not None and len(shard[0])]
@@ -54,10 +54,10 @@ def append(
     """Adds one shard.
 
     Args:
-      folder: of the shards; made if missing.
-      keys: str of one length, any shape; a key that occurs twice is written once.
+      folder: the folder of the shards; created if missing.
+      keys: str of equal length, any shape; duplicates are written once.
       values: float32 of the same shape.
-      about: what the numbers are, for who looks into the file.
+      about: a description of the numbers, for readers of the file.
 
     Raises:
       InputError: if it cannot be written.
@@ -68,7 +68,7 @@ def append(
         "keys": names.view(np.uint8).reshape(-1, size),
         "values": values.ravel()[first],
     }
-    # In one entry: of several, safetensors writes now this, now that one first.
+    # One entry only, since safetensors writes several entries in varying order.
     content = save(tensors, metadata={"about": json.dumps(dict(about))})
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def append(
 
 
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Keys, as bytes, and values of a shard; None if it is damaged or gone."""
+    """Keys, as bytes, and values of a shard; None if it is damaged or missing."""
     try:
         content = path.read_bytes()
         whole = _digest(content) == path.stem
@@ -88,8 +88,8 @@ def _load(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
         _log.warning("%s: cannot be read (%s)", path, error.strerror or error)
         return None
     except (SafetensorError, KeyError):
-        _log.warning("%s: is damaged; what it held is computed again", path)
-        with contextlib.suppress(OSError):  # where others' folders are read only
+        _log.warning("%s: damaged; its scores will be computed again", path)
+        with contextlib.suppress(OSError):  # the folder may be read-only
             path.unlink()
         return None
     return keys.view(f"S{keys.shape[1]}").ravel(), values

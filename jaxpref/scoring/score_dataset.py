@@ -16,14 +16,14 @@ from jaxpref.scoring.scorer import Scorer
 from jaxpref.sharding import replicated
 
 ScoreDataset = Callable[..., dict[str, np.ndarray]]
-"""`score_dataset` with all but parameters, dataset and title given."""
+"""`score_dataset` with everything bound except parameters, dataset and title."""
 
 
 def make_score_step(scorer: Scorer) -> Callable:
     """The jitted `(params, frozen, batch) -> (scores, pairs [A, R, S])`.
 
-    It maps over the same micro-batches as the train step, so that both run the same
-    kernels on the same shapes and a loss of their difference starts at its known value.
+    It maps over the same micro-batches as the train step.  Both thus run the same
+    kernels on the same shapes, and a loss with a reference starts at its known value.
     """
 
     def score_step(params, frozen, batch):
@@ -53,15 +53,15 @@ def score_dataset(
     Args:
       score_step: from `make_score_step`.
       params: the model's parameters.
-      frozen: what the scorer reads beside them, or None.
+      frozen: what the scorer reads in addition, or None.
       dataset: N records of K completions.
-      eval_batches: every record once, as a layout's `eval_batches`.
+      eval_batches: makes batches of every record once, as `Layout.eval_batches`.
       mesh: the mesh that the batches are placed on.
-      title: shown at the progress bar.
-      bar: the bar of a larger set that this dataset is a part of.
+      title: title of the progress bar.
+      bar: an existing progress bar, if this dataset is part of a larger one.
 
     Returns:
-      float32 [N, K] by name; whole tables on every process.
+      float32 [N, K] by name; complete on every process.
     """
     shape = (len(dataset), dataset.num_completions)
     tables, seen = None, np.zeros(shape[0], bool)
@@ -87,12 +87,12 @@ def score_dataset(
 
 
 def progress_bar(total: int, title: str) -> tqdm:
-    """The bar of a dataset that is being scored, on the first process."""
+    """The progress bar of scoring, shown on the first process."""
     return tqdm(
         total=total,
         desc=title,
         unit="pair",
         leave=False,
-        # Only for a terminal: in a log these short bars would hide the rest.
+        # Only in a terminal: in a log, these short bars would hide the rest.
         disable=None if jax.process_index() == 0 else True,
     )

@@ -1,4 +1,4 @@
-"""Scorers: what is trained, and what it says of a batch."""
+"""Scorers: what is trained, and how it scores a batch."""
 
 import dataclasses
 from pathlib import Path
@@ -28,35 +28,35 @@ from jaxpref.scoring.scores import (
 Params = Any
 """What is trained: a pytree of arrays."""
 Frozen = Any
-"""What is read beside it and never changes, such as a live reference; or None."""
+"""What is read in addition and never changes, such as a live reference; or None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """How a trained model is written."""
+    """How a trained model is exported."""
 
     source: Path
-    """The folder that it began from: tokenizer and other files are copied."""
+    """The initial model's folder; its tokenizer and other files are copied."""
     dtype: str = "float32"
-    """Dtype of the written weights."""
+    """Dtype of the exported weights."""
     padding: Padding | None = None
     """The padding token of a reward model's input."""
 
 
 class Scorer(Protocol):
-    """What is trained and what it says of a batch, without any array of its own."""
+    """What is trained and how it scores a batch; holds no arrays itself."""
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, in their layout on the mesh that is set."""
+        """Random parameters, sharded over the current mesh."""
 
     def load(self, folder: Path, key: jax.Array) -> Params:
-        """The parameters to begin with: a model folder's, new ones drawn by `key`."""
+        """The initial parameters: those in the folder; missing ones are random."""
 
     def load_frozen(self, reference: Path) -> Frozen:
-        """What is read beside the parameters, from the reference's folder."""
+        """The frozen parameters, from the reference's folder."""
 
     def init_frozen(self, key: jax.Array) -> Frozen:
-        """A random stand-in for it, for `jax.eval_shape`."""
+        """Random frozen parameters, for `jax.eval_shape`."""
 
     def __call__(
         self, params: Params, frozen: Frozen, batch: PreferenceBatch
@@ -64,13 +64,13 @@ class Scorer(Protocol):
         """The scores [R, S, K] of a micro-batch [R, ...], by name."""
 
     def of_reference(self, stored: frozenset[str]) -> "Scorer":
-        """What computes scores of the reference: of one model, by the policy's names.
+        """The scorer of the reference, which is one model; uses the policy's names.
 
-        Its kernels are those of the trained model, so that both agree at the start.
+        It has the same kernels as the trained model, so that both agree at the start.
         """
 
     def with_remat(self, policy: str) -> "Scorer":
-        """The same with another policy of recomputing activations."""
+        """The scorer with another policy for recomputing activations."""
 
     def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
         """Writes a Hugging Face folder."""
@@ -78,7 +78,7 @@ class Scorer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyScorer:
-    """A language model that is trained whole, scored by log-probabilities.
+    """A language model whose parameters are all trained, with log-prob scores.
 
     The backbone runs on every token, the LM head on completion tokens only,
     `chunk_size` of them at a time.
@@ -86,9 +86,9 @@ class PolicyScorer:
 
     model: Model
     scores: frozenset[str]
-    """Names out of `TOKEN_SCORES`."""
+    """Names from `TOKEN_SCORES`."""
     chunk_size: int | None = None
-    """Completion tokens of a sequence whose logits exist at the same time; by default
+    """Completion tokens per sequence whose logits are in memory at once; by default
     `logprobs.default_chunk`."""
 
     @property
@@ -105,7 +105,7 @@ class PolicyScorer:
         return load_params(folder, self.model, key)
 
     def load_frozen(self, reference: Path) -> Frozen:
-        """The reference's parameters, where a score needs them; else None."""
+        """The reference's parameters if a score needs them, or None."""
         if not self.needs_reference_weights:
             return None
         return load_params(reference, self.model)
@@ -121,7 +121,7 @@ class PolicyScorer:
         flat = lambda array: flat_sequences(batch, array)
         tokens = flat(batch.tokens)
         read = lambda p: self.model.hidden_and_heads(p, tokens, *_packing(batch))
-        # The reference is a constant, whoever asks for a gradient.
+        # No gradient flows through the reference.
         reference = None
         if self.needs_reference_weights:
             reference = jax.lax.stop_gradient(read(frozen))
@@ -168,16 +168,16 @@ class RewardScorer:
         return self.model.init(key)
 
     def load(self, folder: Path, key: jax.Array) -> Params:
-        """The folder's backbone, and its head or, without one, a new head."""
+        """The folder's backbone and head; a new head if it has none."""
         return load_params(folder, self.model, key)
 
     def load_frozen(self, reference: Path) -> Frozen:
-        """Nothing."""
+        """None: losses of rewards read no reference."""
         del reference
         return None
 
     def init_frozen(self, key: jax.Array) -> Frozen:
-        """Nothing."""
+        """None: losses of rewards read no reference."""
         del key
         return None
 
@@ -191,7 +191,7 @@ class RewardScorer:
         tokens = flat(batch.tokens)
         positions, segments = _packing(batch)
         if segments is None:
-            # A token's own state is one place behind the one that predicts it.
+            # A token's own state comes one position after the one that predicts it.
             at = flat(batch.predictors) + 1
             rewards = self.model.rewards_at(params, tokens, at)
             ends = dataclasses.replace(
@@ -206,7 +206,7 @@ class RewardScorer:
         return {"rewards": jnp.reshape(rewards, shape, out_sharding=spread)}
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
-        """Itself: losses of rewards read no reference."""
+        """The scorer itself: losses of rewards read no reference."""
         del stored
         return self
 
@@ -221,7 +221,7 @@ class RewardScorer:
 
 @dataclasses.dataclass(frozen=True)
 class TwinScorer:
-    """Two models of one kind, trained together; parameters and scores by model."""
+    """Two models of the same kind, trained together; "one" and "two" are the keys."""
 
     one: Scorer
 
@@ -230,14 +230,14 @@ class TwinScorer:
         return {"one": self.one.init(key), "two": self.one.init(second(key))}
 
     def load(self, folder: Path, key: jax.Array) -> Params:
-        """Both from the same folder; what is new in them from different keys."""
+        """Both from the same folder; missing parameters are drawn independently."""
         return {
             "one": self.one.load(folder, key),
             "two": self.one.load(folder, second(key)),
         }
 
     def load_frozen(self, reference: Path) -> Frozen:
-        """One reference for both."""
+        """The reference of both models."""
         return self.one.load_frozen(reference)
 
     def init_frozen(self, key: jax.Array) -> Frozen:
@@ -247,11 +247,11 @@ class TwinScorer:
     def __call__(
         self, params: Params, frozen: Frozen, batch: PreferenceBatch
     ) -> dict[str, Scores]:
-        """The scores of each model, by model."""
+        """The scores of both models."""
         return {m: self.one(params[m], frozen, batch) for m in ("one", "two")}
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
-        """That of one model."""
+        """The reference scorer of a single model."""
         return self.one.of_reference(stored)
 
     def with_remat(self, policy: str) -> Scorer:
@@ -259,14 +259,14 @@ class TwinScorer:
         return TwinScorer(self.one.with_remat(policy))
 
     def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
-        """The first model to `folder`, the second beside it to `<folder>_two`."""
+        """Exports the first model to `folder` and the second to `<folder>_two`."""
         self.one.export(params["one"], folder, options)
         two = folder.with_name(f"{folder.name}_two")
         self.one.export(params["two"], two, options)
 
 
 def second(key: jax.Array) -> jax.Array:
-    """The random key of the second model."""
+    """The second model's random key."""
     return jax.random.fold_in(key, 1)
 
 
@@ -277,10 +277,10 @@ def make_scorer(
     chunk_size: int | None = None,
     num_models: int = 1,
 ) -> Scorer:
-    """The scorer of an objective that reads these scores.
+    """The scorer for an objective that reads `scores`.
 
     Args:
-      model: a language model, or a reward model where `scores` has "rewards".
+      model: a language model, or a reward model if `scores` contains "rewards".
       scores: see `Objective.scores`.
       chunk_size: see `PolicyScorer`.
       num_models: 2 for two models trained together.
@@ -293,7 +293,7 @@ def make_scorer(
 
 
 def _packing(batch: PreferenceBatch) -> tuple:
-    """Positions [R Q, T] and segments of packed rows; None if padded."""
+    """Positions [R Q, T] and segments of packed rows; None for padded batches."""
     if batch.segments is None:
         return None, None
     numbers, parts = flat_sequences(batch, batch.segments), batch.num_parts

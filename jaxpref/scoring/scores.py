@@ -1,7 +1,7 @@
-"""The scores of completions: what a model says of a batch, by name.
+"""The scores of completions, by name.
 
-A loss reads `policy_chosen_logps`; a model scores all completions at once.  So scores
-go by the loss's name without its side (`policy_logps`), with an axis of completions.
+A loss reads `policy_chosen_logps`, but a model scores all completions at once.  A score
+is therefore named without a side (`policy_logps`) and has an axis of completions.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ DESCRIPTIONS = {
     "kls": "KL(ref || pi) summed over its positions; needs the reference's weights",
     "reference_logps": "as for the policy, under the reference",
     "reference_prefix_logps": "as for the policy, under the reference",
-    "rewards": "a reward model's score at its last token; not beside log-probabilities",
-    "lengths": "its tokens",
+    "rewards": "a reward model's score at its last token; excludes log-probabilities",
+    "lengths": "its number of tokens",
 }
-"""What a loss may read of each completion."""
+"""What a loss may read for each completion."""
 
 
 def score_and_side(name: str) -> tuple[str, int | None]:
-    """`policy_rejected_logps` -> ("policy_logps", 1); the side is None without one."""
+    """`policy_rejected_logps` -> ("policy_logps", 1); side None if there is none."""
     words = name.split("_")
     for side, index in SIDES.items():
         if side in words:
@@ -52,10 +52,10 @@ def scores_read(names: Iterable[str]) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenScore:
-    """A score that is computed from statistics of a completion's tokens."""
+    """A score computed from statistics of a completion's tokens."""
 
     statistics: tuple[str, ...]
-    """Names out of `models.logprobs.STATISTICS`."""
+    """Names from `models.logprobs.STATISTICS`."""
     combine: Callable[..., Float[Array, "R S K"]]
     """`combine(batch, *statistics [R Q, P]) -> [R, S, K]`."""
 
@@ -63,7 +63,7 @@ class TokenScore:
 def completion_sums(
     batch: PreferenceBatch, of_token: Float[Array, "rows P"], **options
 ) -> Float[Array, "R S K"]:
-    """Sums over each completion's tokens; `prefix_lengths` [R, S K] ends them early."""
+    """Sums over each completion's tokens, or its first `prefix_lengths` [R, S K]."""
     rows, slots, sides = batch.completion_lengths.shape
     of_token = jnp.reshape(
         of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
@@ -76,7 +76,7 @@ def completion_sums(
 def prefix_sums(
     batch: PreferenceBatch, of_token: Float[Array, "rows P"]
 ) -> Float[Array, "R S K"]:
-    """Sums over as many tokens as the pair's shorter completion has."""
+    """Sums over as many tokens as the shorter completion of the pair has."""
     rows, slots, sides = batch.completion_lengths.shape
     shorter = jnp.min(batch.completion_lengths, axis=-1, keepdims=True)
     prefix_lengths = jnp.reshape(
@@ -103,23 +103,23 @@ TOKEN_SCORES: Mapping[str, TokenScore] = {
 """The scores of a language model, each independent of the others."""
 
 NEED_REFERENCE_WEIGHTS = frozenset({"kls"})
-"""Scores of whole distributions of the reference: they cannot be stored beforehand."""
+"""Scores that need the reference's full distributions, which cannot be stored."""
 
 
 def computed_scores(scores: frozenset[str]) -> frozenset[str]:
-    """The scores that a language model computes in a step, of those that are read.
+    """The scores among `scores` that a language model computes in every step.
 
-    Scores of the reference alone are computed once, before training, unless its weights
-    are needed in the step anyway.
+    Scores of the reference are computed once, before training, unless its weights are
+    needed in the step anyway.
     """
     live = bool(scores & NEED_REFERENCE_WEIGHTS)
     own = frozenset(n for n in scores if live or not n.startswith("reference_"))
-    # Rewards and log-probabilities are logged whether or not the loss reads them.
+    # Log-probabilities are logged even if the loss does not read them.
     return frozenset(own & TOKEN_SCORES.keys()) | {"policy_logps"}
 
 
 def stored_scores(scores: frozenset[str]) -> frozenset[str]:
-    """The scores of the reference that are computed once, before training."""
+    """The reference's scores that are computed once, before training."""
     if scores & NEED_REFERENCE_WEIGHTS:
         return frozenset()
     return frozenset(name for name in scores if name.startswith("reference_"))
@@ -131,7 +131,7 @@ def policy_name(name: str) -> str:
 
 
 def reads_reference(scores: frozenset[str]) -> bool:
-    """Whether anything of a reference model is read."""
+    """Whether any score needs a reference model."""
     return bool(stored_scores(scores) or scores & NEED_REFERENCE_WEIGHTS)
 
 
@@ -141,10 +141,10 @@ def last_places(
     slots: int,
     sides: int,
 ) -> Int[Array, "rows SK"]:
-    """Where each completion of packed rows ends, [rows, slots * sides]; -1 if unused.
+    """The end of each completion in packed rows, [rows, slots * sides]; -1 if unused.
 
     Args:
-      segments: of each token; a pair's number is its slot.
+      segments: the segment of each token; pairs are numbered by slot.
       slots: S.
       sides: K.
     """
@@ -167,6 +167,6 @@ def last_tokens(owners: Int[Array, "*rows P"]) -> Int[Array, "*rows P"]:
 
 
 def flat_sequences(batch: PreferenceBatch, array: jax.Array) -> jax.Array:
-    """[R, Q, ...] to [R Q, ...]: the sequences of a micro-batch side by side."""
+    """[R, Q, ...] to [R Q, ...]: all sequences of a micro-batch on one axis."""
     rows, sequences, _ = batch.tokens.shape
     return array.reshape(rows * sequences, *array.shape[2:])
