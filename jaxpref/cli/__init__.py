@@ -1,7 +1,7 @@
 """The command line: `jaxpref train`, `evaluate`, `sample`, `audit` and `plan`.
 
-One file a command.  Each imports what it needs when it is called, so that help and
-errors come at once.
+One file per command.  Each imports what it needs when it runs, so that help and errors
+appear at once.
 """
 
 from jaxpref.cli.main import main as main

@@ -14,7 +14,7 @@ PARTS = {"config": Part(label_audit.AuditConfig)}
 
 
 def command(argv: Sequence[str]) -> None:
-    """Audits the labels, and writes a report."""
+    """Audits the labels and writes a report."""
     config = parse(PARTS, split(argv), command=COMMAND).config
     found = label_audit.run(config)
     from jaxpref import report
@@ -38,10 +38,10 @@ def command(argv: Sequence[str]) -> None:
 
 
 def options() -> dict[str, Option]:
-    """All options."""
+    """All options of the command."""
     return options_of(PARTS)
 
 
 def help_text(argv: Sequence[str]) -> str:
-    """What the command does, and its options."""
+    """The help of the command."""
     return help.command(COMMAND, options())

@@ -56,7 +56,7 @@ complete -o bashdefault -o default -F _jaxpref jaxpref
 
 
 def completion_script(shell: str, commands: Iterable[str]) -> str:
-    """The script for `shell`; options of losses are those of the loss that is typed."""
+    """The script for `shell`; it completes the options of the loss on the line."""
     from jaxpref.cli import objectives as table
 
     modules = {

@@ -1,4 +1,4 @@
-"""`--config FILE` and `--print-config`: options in YAML, under the names they have.
+"""`--config FILE` and `--print-config`: options in YAML, under their usual names.
 
     model: HuggingFaceTB/SmolLM2-135M
     batch-size: 64
@@ -7,7 +7,7 @@
       flip-rate: 0.2
 
 A namespace is a mapping or a prefix: `loss.flip-rate: 0.2`.  `name` in `loss` and
-`objective` is what `--loss` and `--objective` say.
+`objective` is the value of `--loss` and `--objective`.
 """
 
 import enum
@@ -20,7 +20,7 @@ from jaxpref.cli.words import Given, canonical
 from jaxpref.errors import InputError
 
 NAMED = ("loss", "objective", "objective.noise")
-"""Options whose values are names, and that are namespaces too."""
+"""Options whose values are names, and which are namespaces too."""
 EITHER = (("max-steps", "epochs"),)
 """Options that replace each other."""
 
@@ -29,7 +29,7 @@ def read(path: str) -> Given:
     """The options in a file.
 
     Raises:
-      InputError: if it cannot be read, is not YAML, or has an option twice.
+      InputError: if the file cannot be read, is not YAML, or repeats an option.
     """
     import yaml
 
@@ -52,9 +52,10 @@ def read(path: str) -> Given:
 
 
 def overridden(file: Given, typed: Given) -> Given:
-    """The options of a file with those that were typed in place of them.
+    """The options of a file, overridden by those on the command line.
 
-    Another loss or objective than the file's also replaces the options of the file's.
+    If the command line names another loss or objective, the file's options for the
+    replaced one are dropped.
     """
     dropped = {name.removeprefix("no-") for name in typed}
     for first, second in EITHER:
@@ -72,11 +73,11 @@ def overridden(file: Given, typed: Given) -> Given:
 
 
 def write(options: Mapping[str, Option], values: Mapping[str, Any]) -> str:
-    """YAML of all options, nested by namespace, that `read` reads back.
+    """All options as YAML, nested by namespace; `read` reads it back.
 
     Args:
-      options: those of the command, by name.
-      values: their values; those of `NAMED` as well, where there is one.
+      options: the command's options, by name.
+      values: their values, and those of the options in `NAMED` that are set.
     """
     import yaml
 
@@ -91,7 +92,7 @@ def write(options: Mapping[str, Option], values: Mapping[str, Any]) -> str:
 
 
 def _flat(content: Mapping, prefix: str):
-    """(option name, value) of everything in nested mappings."""
+    """Yields (option name, value) for everything in nested mappings."""
     for key, value in content.items():
         name = canonical(f"{prefix}.{key}" if prefix else str(key))
         if isinstance(value, dict):
@@ -103,7 +104,7 @@ def _flat(content: Mapping, prefix: str):
 
 
 def _words(name: str, value: Any) -> Given:
-    """An option as it would be typed."""
+    """An option as on the command line."""
     if value is True:
         return {name: []}
     if value is False:
@@ -120,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def values_of(parts: Parts, parsed: Any) -> dict[str, Any]:
-    """Option name -> value, of an object with a field for each part."""
+    """Option name -> value, from an object with a field for each part."""
     found: dict[str, Any] = {}
     for field, part in parts.items():
         found |= _values(getattr(parsed, field), part.prefix)

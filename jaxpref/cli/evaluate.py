@@ -17,10 +17,10 @@ def command(argv: Sequence[str]) -> None:
 
 
 def options() -> dict[str, Option]:
-    """All options."""
+    """All options of the command."""
     return options_of(PARTS)
 
 
 def help_text(argv: Sequence[str]) -> str:
-    """What the command does, and its options."""
+    """The help of the command."""
     return help.command(COMMAND, options())

@@ -1,4 +1,4 @@
-"""Help as plain text of 88 columns."""
+"""Help as plain text, 88 columns wide."""
 
 import enum
 import textwrap
@@ -11,7 +11,7 @@ COLUMN = 28
 
 
 def rows(options: Iterable[Option], *, full: bool = False) -> str:
-    """A row for each option; the first sentence of its help alone, unless `full`."""
+    """A row for each option, with only the first sentence of its help unless `full`."""
     return "\n".join(_row(option, full) for option in options)
 
 
@@ -24,7 +24,7 @@ def command(command: str, options: Mapping[str, Option]) -> str:
 
 
 def table(rows: Mapping[str, str], *, column: int = COLUMN) -> str:
-    """Names beside texts, wrapped."""
+    """A table of names and wrapped texts."""
     lines = []
     for name, text in rows.items():
         wrapped = textwrap.wrap(

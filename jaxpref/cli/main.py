@@ -13,23 +13,23 @@ from jaxpref.errors import InputError
 
 COMMANDS = {
     "train": "Train a model on preference pairs or, with --loss sft, on completions.",
-    "evaluate": "Score preference pairs with a model and its reference, or a reward"
-    " model.",
+    "evaluate": "Score preference pairs with a model and its reference, or with a"
+    " reward model.",
     "sample": "Generate completions of prompts.",
-    "audit": "Find the labels in a preference file that are probably wrong, and whose.",
+    "audit": "Find labels that are probably wrong, and unreliable annotators.",
     "plan": "Check whether a run fits a TPU slice, and estimate its speed, without"
     " a TPU.",
 }
-"""What each command does, in a line; `jaxpref.cli.NAME.command` does it."""
+"""A line about each command; `jaxpref.cli.NAME.command` runs it."""
 
 PROCESSES = """\
-Several processes that share a run find each other on Cloud TPU, on GKE and under
-Slurm.  Anywhere else, add to any command --coordinator HOST:PORT --processes N
---process-id I, where process 0 runs on HOST."""
+The processes of a run find each other on Cloud TPU, on GKE and under Slurm.  Elsewhere,
+add --coordinator HOST:PORT --processes N --process-id I to any command; process 0 runs
+on HOST."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; wrong input is one line on stderr and exit code 2."""
+    """Entry point.  Invalid input gives one line on stderr and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name, rest = (argv + [""])[0], argv[1:]
     if name in ("", "-h", "--help", "help"):
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _imported(name: str) -> ModuleType:
-    """A command's module, or one line on how to get what it needs."""
+    """Imports the module of a command; says what to install if that fails."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -100,6 +100,6 @@ def _complete(argv: Sequence[str]) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    # Without jax, which takes most of a second to import.
+    # Does not use jax, which takes most of a second to import.
     print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,8 +1,8 @@
-"""`--loss` and `--objective`: the one table of names, options, and what they make.
+"""`--loss` and `--objective`: their names, options and functions.
 
 The options of a loss or an objective are the keyword-only parameters of its function,
-with its defaults and the help of its docstring.  Those of the loss are `--loss.NAME`,
-those of the objective `--objective.NAME`.
+with the function's defaults and the help in its docstring.  They are `--loss.NAME` and
+`--objective.NAME`.
 """
 
 import dataclasses
@@ -19,51 +19,51 @@ from jaxpref.errors import InputError
 from jaxpref.objectives import Objective, crm, from_loss, trainable
 
 FACTORIES = {make.__name__: make for make in objectives.FACTORIES}
-"""Losses whose objective is not their mean over the pairs: `make(**options)`."""
+"""`make(**options)`: losses whose objective is not their mean over the pairs."""
 
 LOSSES = {
     name: FACTORIES.get(name) or getattr(losses, name)
     for name in sorted({*losses.__all__, *FACTORIES})
     if name in FACTORIES or trainable(getattr(losses, name))
 }
-"""For `--loss`: every public loss that a batch of pairs can feed."""
+"""For `--loss`: every public loss that can be trained on pairs."""
 
 WRAPPERS = {wrap.__name__: wrap for wrap in objectives.WRAPPERS}
-"""For `--objective`: `wrap(loss, **options)`, what is learned beside the model."""
+"""For `--objective`: `wrap(loss, **options)`, learns something besides the model."""
 
 MIXTURES = {mix.__name__: mix for mix in objectives.MIXTURES}
-"""For `--objective` too: `mix(objective, **options)`, whatever the objective."""
+"""For `--objective` too: `mix(objective, **options)`, for any objective."""
 
 NOISE = {name: make for name, make in WRAPPERS.items() if make is not crm}
-"""For `--objective.noise`: those whose gradients can be mixed."""
+"""For `--objective.noise`: wrappers whose gradients can be mixed."""
 
 KINDS = {
-    "DPO and its like": ("_pairwise", "_weights"),
+    "DPO and variants": ("_pairwise", "_weights"),
     "for noisy labels": ("_robust", "_symmetric"),
     "batch-dependent": ("_batch", "_dynamic"),
-    "each answer by itself": ("_sides",),
+    "each answer separately": ("_sides",),
     "other divergences": ("_divergence", "_token"),
     "length control": ("_length",),
     "without a reference": ("_reference_free",),
     "with a likelihood term": ("_likelihood",),
     "for reward models": ("_reward_models",),
 }
-"""Losses by kind: the files of `jaxpref.losses` that hold them."""
+"""Kinds of losses, and the files of `jaxpref.losses` that define them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What `--loss` and `--objective` name; it decides which options there are."""
+    """The values of `--loss` and `--objective`, which determine the options."""
 
     loss: str = "dpo"
     wrapper: str | None = None
-    """Of `WRAPPERS`."""
+    """A name in `WRAPPERS`."""
     mixture: str | None = None
-    """Of `MIXTURES`."""
+    """A name in `MIXTURES`."""
 
     @property
     def words(self) -> dict[str, str]:
-        """The options that say so."""
+        """The options that make this choice."""
         objective = self.mixture or self.wrapper
         words = {"loss": self.loss}
         if objective:
@@ -79,7 +79,7 @@ class Choice:
 
     @property
     def functions(self) -> dict[str, tuple[str, Callable]]:
-        """By field: the namespace of its options and the function that reads them."""
+        """By field, the namespace of its options and the function that reads them."""
         found = {"loss": ("loss", LOSSES[self.loss])}
         if self.mixture:
             found["mixture"] = ("objective", MIXTURES[self.mixture])
@@ -97,7 +97,7 @@ class Choice:
         }
 
     def objective(self, parsed: Any) -> Objective:
-        """The objective, from an object with the parsed options of each part."""
+        """The objective, from the parsed options of each part."""
         of = lambda field: dict(vars(getattr(parsed, field)))
         if self.loss in FACTORIES:
             objective = FACTORIES[self.loss](**of("loss"))
@@ -112,10 +112,10 @@ class Choice:
 
 
 def choose(given: Given) -> tuple[Choice, Given]:
-    """What the options name, and the options that do not name it.
+    """The choice of loss and objective, and all other options.
 
     Raises:
-      InputError: if there is no such name, or the names do not go together.
+      InputError: if there is no such name, or the names cannot be combined.
     """
     rest = dict(given)
     loss = _named("loss", "loss", rest, LOSSES) or "dpo"
@@ -126,7 +126,7 @@ def choose(given: Given) -> tuple[Choice, Given]:
         wrapper = _named("objective.noise", "objective", rest, NOISE)
     if wrapper and loss in FACTORIES:
         raise InputError(
-            f"--objective {wrapper}: {loss} has an objective of its own; leave it out"
+            f"--objective {wrapper}: {loss} has its own objective; leave it out"
         )
     return Choice(loss, wrapper, mixture), rest
 
@@ -134,7 +134,7 @@ def choose(given: Given) -> tuple[Choice, Given]:
 def _named(
     option: str, what: str, given: Given, table: Mapping[str, Any]
 ) -> str | None:
-    """The name that an option gives, which is taken out of `given`."""
+    """Removes an option from `given` and returns the name that is its value."""
     if option not in given:
         return None
     words = given.pop(option)
@@ -149,7 +149,7 @@ def _named(
 
 @functools.cache
 def options_type(function: Callable) -> type:
-    """A dataclass of a function's keyword-only parameters, helped by its docstring."""
+    """A dataclass of a function's keyword-only parameters, with help for each."""
     documented = _documented_arguments(function)
     fields = []
     for parameter in inspect.signature(function).parameters.values():
@@ -193,7 +193,7 @@ def summary(function: Callable) -> str:
 
 
 def description(function: Callable) -> str:
-    """A docstring without its arguments: the equation, and whose it is."""
+    """A docstring without its arguments: the equation and its source."""
     text = inspect.getdoc(function)
     about = text.split("\n\nArgs:", 1)[0].split("\n\nReturns:", 1)[0]
     references = re.search(r"References:\n(?: .*\n?)*", text)

@@ -36,7 +36,7 @@ class Option(NamedTuple):
     """Without its dashes."""
     type: Any
     default: Any
-    """`REQUIRED` where it has none."""
+    """`REQUIRED` if it has none."""
     help: str
 
     @property
@@ -46,12 +46,12 @@ class Option(NamedTuple):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What may be typed, where that is a list of words."""
+        """The allowed values, if there is a fixed list of them."""
         return tuple(word for kind in _members(self.type) for word in _words(kind))
 
     @property
     def metavar(self) -> str:
-        """What to type after it."""
+        """A placeholder for its value."""
         if self.is_flag:
             return ""
         kinds = [kind for kind in _members(self.type) if kind is not type(None)]
@@ -67,16 +67,16 @@ def options_of(parts: Parts) -> dict[str, Option]:
 
 
 def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
-    """An object with a field for each part, made from the options that were given.
+    """An object with a field for each part, made from the given options.
 
     Args:
-      parts: the command's.
+      parts: the parts of the command.
       given: its options, from `words.split`.
-      command: for messages, as "jaxpref train".
-      about: who reads the options, for messages, as " --loss rdpo".
+      command: the command, for messages: "jaxpref train".
+      about: further context, for messages: " --loss rdpo".
 
     Raises:
-      InputError: if an option is unknown, missing, or its value is of another type.
+      InputError: if an option is unknown or missing, or has a value of the wrong type.
     """
     options = options_of(parts)
     names = set(options) | {f"no-{o.name}" for o in options.values() if o.is_flag}
@@ -126,9 +126,9 @@ def _tyro(kind: Any, words: Sequence[str]) -> Any:
 
 
 def _flat(options: Mapping[str, Option]) -> type:
-    """A dataclass with a field for each option, in their order, that checks nothing.
+    """A dataclass with a field for each option, in order, without checks.
 
-    tyro would make errors of the real ones' checks its own.
+    If the real dataclasses were used, tyro would report errors of their checks itself.
     """
     import tyro
 
@@ -161,7 +161,7 @@ def _name(field: dataclasses.Field, prefix: str) -> str:
 
 
 def _check_value(name: str, option: Option | None, values: Sequence[str]) -> None:
-    """Raises an InputError if this is the option that could not be read."""
+    """Raises an InputError if this option could not be parsed."""
     if option is None or option.is_flag:
         if values:
             raise InputError(f"--{name} {' '.join(values)}: takes no value")
@@ -198,7 +198,7 @@ def _of(kind: type, prefix: str) -> list[Option]:
 
 @functools.cache
 def _docs(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass and of those it extends."""
+    """The strings below the fields of a dataclass and of its base classes."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         try:

@@ -12,7 +12,7 @@ COMMAND = "jaxpref plan"
 
 
 def command(argv: Sequence[str]) -> None:
-    """Plans a run and prints what it needs."""
+    """Plans a run and prints its needs."""
     from jaxpref.plan.command import run
 
     choice, given = choose(split(argv))
@@ -21,18 +21,18 @@ def command(argv: Sequence[str]) -> None:
 
 
 def parts_of(choice: Choice) -> Parts:
-    """What the command reads, beside the names of loss and objective."""
+    """The options that the command reads, except `--loss` and `--objective`."""
     return {"plan": Part(PlanConfig), **choice.parts}
 
 
 def options() -> dict[str, Option]:
-    """All options that do not depend on `--loss` and `--objective`."""
+    """All options that do not depend on `--loss` or `--objective`."""
     return options_of(parts_of(Choice()))
 
 
 def help_text(argv: Sequence[str]) -> str:
-    """What the command does, and its options."""
+    """The help of the command."""
     return (
-        f"{help.command(COMMAND, options())}\n\n--loss and --objective are those of "
-        "`jaxpref train`, with their options."
+        f"{help.command(COMMAND, options())}\n\n--loss, --objective and their options "
+        "are those of `jaxpref train`."
     )

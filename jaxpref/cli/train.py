@@ -32,14 +32,19 @@ COMMON = (
     *("remat", "eval-every", "save-every", "keep-best", "seed", "mesh.fsdp"),
     *("config", "print-config"),
 )
-"""Options that `--help` lists; `--help-all` lists all of them."""
+"""Options that `--help` lists; `--help-all` lists all options."""
 
 
 FILES = (
-    Option("config", str, None, "Read options from a YAML file; those typed override."),
-    Option("print-config", bool, False, "Print all options as such a file, and exit."),
+    Option(
+        "config",
+        str,
+        None,
+        "Read options from a YAML file.  The command line overrides it.",
+    ),
+    Option("print-config", bool, False, "Print all options as a YAML file, and exit."),
 )
-"""Options about options."""
+"""Options for config files."""
 
 
 def command(argv: Sequence[str]) -> None:
@@ -61,7 +66,7 @@ def command(argv: Sequence[str]) -> None:
 
 
 def _report(config: TrainConfig, export: Path, line: str) -> list[str]:
-    """Writes the report of a run that has ended; the lines that sum it up."""
+    """Writes the report of a finished run, and returns lines that summarize it."""
     from jaxpref.report.progress import summary_lines
     from jaxpref.report.training import read_records, write_training
     from jaxpref.runtime.timings import process_start
@@ -79,22 +84,22 @@ def _report(config: TrainConfig, export: Path, line: str) -> list[str]:
 
 
 def config_of(given: Given) -> TrainConfig:
-    """The config that a command line asks for.
+    """The config of a command line.
 
     Raises:
-      InputError: if an option is wrong.
+      InputError: if an option is invalid.
     """
     return _config(*_parsed(given))
 
 
 def config_text(given: Given) -> str:
-    """The same as YAML, complete; `--config` reads it.
+    """The complete config as YAML, for `--config` to read.
 
     Raises:
-      InputError: if an option is wrong.
+      InputError: if an option is invalid.
     """
     choice, parsed = _parsed(given)
-    _config(choice, parsed)  # whether its parts go together
+    _config(choice, parsed)  # checks that the parts fit together
     parts = parts_of(choice)
     values = choice.words | config_file.values_of(parts, parsed)
     if values["epochs"] is None:
@@ -103,7 +108,7 @@ def config_text(given: Given) -> str:
 
 
 def _parsed(given: Given) -> tuple[Choice, Any]:
-    """What was chosen, and an object with the parsed options of each part."""
+    """The choice of loss and objective, and the parsed options of each part."""
     about = ""
     if "config" in given:
         given = dict(given)
@@ -128,7 +133,7 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
 
 
 def parts_of(choice: Choice) -> Parts:
-    """What the command reads, beside the names of loss and objective."""
+    """The options that the command reads, except `--loss` and `--objective`."""
     parts = {
         "run": Part(RunOptions),
         "options": Part(DataOptions),
@@ -141,14 +146,14 @@ def parts_of(choice: Choice) -> Parts:
 
 
 def options() -> dict[str, Option]:
-    """All options that do not depend on `--loss` and `--objective`."""
+    """All options that do not depend on `--loss` or `--objective`."""
     return {o.name: o for o in FILES} | options_of(parts_of(Choice()))
 
 
 def help_text(argv: Sequence[str]) -> str:
-    """`--help`, `--help-all` or, where a loss or an objective is named, its details."""
-    asked = ("-h", "--help", "--help-all")
-    choice, given = choose(split([word for word in argv if word not in asked]))
+    """The help for `--help` and `--help-all`, or for a named loss or objective."""
+    flags = ("-h", "--help", "--help-all")
+    choice, given = choose(split([word for word in argv if word not in flags]))
     named = choice != Choice() or "--loss" in argv
     options = {o.name: o for o in FILES} | options_of(parts_of(choice))
     if "--help-all" not in argv:
@@ -156,7 +161,7 @@ def help_text(argv: Sequence[str]) -> str:
             return _details(choice)
         options = {name: options[name] for name in COMMON}
     full = "--help-all" in argv
-    title = "options:" if full else "common options (all of them: --help-all):"
+    title = "options:" if full else "common options (--help-all lists all):"
     return (
         f"usage: {COMMAND} --model MODEL --data DATA --out OUT [options]\n\n"
         "Train a model on preference pairs or, with --loss sft, on completions.\n\n"
@@ -170,7 +175,7 @@ def choices_text() -> str:
     objectives = {name: summary(f) for name, f in (WRAPPERS | MIXTURES).items()}
     return (
         f"losses, --loss NAME (default: dpo):\n{help.table(kinds)}\n\n"
-        "objectives, --objective NAME, that wrap a loss:\n"
+        "objectives that wrap a loss, --objective NAME:\n"
         f"{help.table(objectives, column=18)}\n\n"
         f"`{COMMAND} --loss NAME --help` shows the equation and options of a loss,\n"
         f"`{COMMAND} --objective NAME --help` those of an objective."
@@ -178,7 +183,7 @@ def choices_text() -> str:
 
 
 def _details(choice: Choice) -> str:
-    """The equations and options of what was chosen."""
+    """The equations and options of the chosen loss and objective."""
     texts = [f"usage: {COMMAND}{choice.about} [options]"]
     for field, (_, function) in choice.functions.items():
         options = options_of({field: choice.parts[field]})

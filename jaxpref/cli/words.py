@@ -1,4 +1,4 @@
-"""The words of a command line as options with their values, each given once."""
+"""Splitting a command line into options and their values."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -13,31 +13,31 @@ def split(argv: Sequence[str]) -> Given:
     """Names and values of `--name value`, `--name=value` and `--flag`.
 
     Raises:
-      InputError: if a word belongs to no option, or an option is given twice.
+      InputError: if a word belongs to no option, or an option is repeated.
     """
     given: Given = {}
     name = None
     for word in argv:
         if not word.startswith("--"):
             if name is None:
-                raise InputError(f"{word}: expected an option, as --name value")
+                raise InputError(f"{word}: expected an option, such as --name value")
             given[name].append(word)
             continue
         option, equals, value = word.partition("=")
         name = canonical(option[2:])
         if name in given:
-            raise InputError(f"--{name}: given more than once; it is read once")
+            raise InputError(f"--{name}: given more than once; give it once")
         given[name] = [value] if equals else []
     return given
 
 
 def canonical(name: str) -> str:
-    """An option's name as help writes it: with hyphens."""
+    """An option's name as shown in help, with hyphens."""
     return name.replace("_", "-")
 
 
 def take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What stands after `flag`, None where it does not occur, and the rest."""
+    """The value of `flag`, or None if it does not occur, and the other words."""
     argv = list(argv)
     for index, argument in enumerate(argv):
         if argument == flag or argument.startswith(f"{flag}="):
@@ -50,14 +50,14 @@ def take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """The end of a message, "; did you mean NAME?", empty where no name is near."""
+    """The end of a message, "; did you mean NAME?"; empty if no name is similar."""
     names = list(names)
     last = name.rpartition(".")[2]
-    # `--flip-rate` for `--loss.flip-rate`: the namespace is what was forgotten.
+    # `--flip-rate` for `--loss.flip-rate`: the namespace was forgotten.
     near = [n for n in names if n.rpartition(".")[2] == last]
     if not near:
         near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
-        # Two letters exchanged (rdop for rdpo) before two letters changed (ropo).
+        # Swapped letters (rdop for rdpo) come before changed letters (ropo).
         near = sorted(near, key=lambda n: sorted(n) != sorted(name))[:1]
     listed = " or ".join(prefix + n for n in near)
     return f"; did you mean {listed}?" if near else ""
