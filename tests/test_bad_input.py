@@ -355,7 +355,7 @@ def test_an_unknown_command(refuse):
         ),
         (
             ["--loss", "sft", "--objective", "em"],
-            ["--objective em: sft has an objective of its own"],
+            ["--objective em: sft has its own objective"],
         ),
         (["--data", "a", "--data", "b"], ["--data: given more than once"]),
         (["--max_steps", 3], ["--max-steps: given more than once"]),

@@ -347,7 +347,7 @@ BAD_BYTES = {
     "not JSON": (b'{"prompt": \n', "row 2: not JSON"),
     "field twice": (
         b'{"prompt": "q", "chosen": "a", "chosen": "c", "rejected": "b"}\n',
-        "row 2: .*field 'chosen' stands there twice; keep one",
+        "row 2: .*field 'chosen' occurs twice; keep one",
     ),
     "not UTF-8": (b'{"prompt": "caf\xe9"}\n', "row 2: byte 0xe9 .*not UTF-8"),
     "UTF-16": ('{"prompt": "q"}\n'.encode("utf-16"), "row 2: .*not UTF-8"),
@@ -382,9 +382,9 @@ BAD_FILES = {
     "empty list": ("pairs.json", lambda path: path.write_text("[]"), "no records"),
     "cut list": ("pairs.json", lambda path: path.write_text('[{"p'), "not JSON"),
     "cut gzip": ("pairs.jsonl.gz", _gzip_cut, "gzip file ends too early"),
-    "no gzip": ("p.jsonl.gz", lambda path: path.write_text("{}"), "not a sound gzip"),
+    "no gzip": ("p.jsonl.gz", lambda path: path.write_text("{}"), "not a valid gzip"),
     "unknown": ("pairs.csv", lambda path: path.write_text("a,b"), "unknown kind"),
-    "folder": ("pairs", lambda path: path.mkdir(), "folder holds no data set"),
+    "folder": ("pairs", lambda path: path.mkdir(), "folder holds no dataset"),
 }
 
 

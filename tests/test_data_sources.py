@@ -56,7 +56,7 @@ def test_a_file_refuses_options_it_has_no_use_for(tmp_path):
 
 
 def test_options_after_a_question_mark(tmp_path):
-    with pytest.raises(InputError, match="after '[?]' come split=NAME"):
+    with pytest.raises(InputError, match="only split=NAME and data_dir=DIR may follow"):
         open_source("hf:owner/name?splot=test")
     odd = write_lines(tmp_path / "odd?name.jsonl", RECORDS)
     assert len(open_source(odd)) == len(RECORDS)

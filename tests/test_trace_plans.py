@@ -123,7 +123,7 @@ def test_what_a_mixed_plan_refuses():
     plain = {"prompt": "q", "chosen": "a", "rejected": "b"}
     with pytest.raises(InputError, match="records row 1 and all.*no pair with a trace"):
         plan_of([plain])
-    with pytest.raises(InputError, match="empty.jsonl row 2: field 'trace' stands in"):
+    with pytest.raises(InputError, match="empty.jsonl row 2: field 'trace' occurs"):
         plan_of([record()], empty=[plain, record()])
     same = record(chosen=("one", "a"), rejected=("two", "a"))
     with pytest.raises(InputError, match="no pair with an empty trace is left"):

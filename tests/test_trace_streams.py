@@ -202,7 +202,7 @@ def test_ordinary_batches_are_never_empty():
 def test_wrong_sizes_are_refused():
     with pytest.raises(InputError, match="batch_size 8 is not a multiple"):
         train(accumulation=3)
-    with pytest.raises(InputError, match="batch_size 1 has no room"):
+    with pytest.raises(InputError, match="batch_size 1 cannot hold"):
         train(batch_size=1)
     for share in (0, 1, -0.5):
         with pytest.raises(InputError, match="empty_share"):

@@ -393,7 +393,9 @@ def test_earlier_turns_and_ordinary_pairs_know_nothing_of_thinking():
 
 def test_a_template_that_rewrites_the_answer_is_refused():
     shouts = CHATML.replace("m['content']", "m['content'] | upper")
-    with pytest.raises(InputError, match="records row 1: .*answer as it is"):
+    with pytest.raises(
+        InputError, match="records row 1: .*changes the text of the answer"
+    ):
         chat_texts(shouts, ("t", "a"))
     tok = byte_tokenizer()
     with pytest.raises(InputError, match="records row 1: .*no chat template"):

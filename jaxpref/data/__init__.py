@@ -1,7 +1,7 @@
 """From records on disk to `PreferenceBatch`.
 
-`open_source` -> `make_splits` (check, tokenize, drop, split, flip) -> a dataset; a
-sampler (`uniform`, `mixture`) says which pairs a step sees, and a layout
+`open_source` -> `make_splits` (check, tokenize, drop, split, flip) -> a dataset.  A
+sampler (`uniform`, `mixture`) chooses the pairs of each step, and a layout
 (`padded_layout`, `packed_layout`) turns them into batches.
 """
 

@@ -1,4 +1,4 @@
-"""The batch: the only shape in which data meets a model."""
+"""The batch: the form in which data is passed to a model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from jaxpref.data.dataset import PreferenceDataset
 class PreferenceBatch:
     """Rows of token sequences and the pairs whose completions they hold.
 
-    Axes: A accumulation (micro-batches), R rows (sharded over `data` and `fsdp`), Q
+    Axes: A micro-batches (accumulation), R rows (sharded over `data` and `fsdp`), Q
     sequences in a row, T tokens of a sequence, P predicted tokens of a sequence, S pair
     slots of a row, K sides of a pair (0 chosen, 1 rejected; only 0 for SFT).
 
-    In the padded layout a row is one pair: S = 1, Q = K, and sequence q holds the
+    In the padded layout, a row is one pair: S = 1, Q = K, and sequence q holds the
     prompt followed by completion q.  Packed layouts put several pairs into one
-    sequence; losses, noise and the loop only ever see `[A, R, S, K]` log-probs, so they
-    do not change.
-    A pair never leaves its row, so nothing scatters between rows.
+    sequence.  Losses and the training loop only see `[A, R, S, K]` log-probabilities,
+    so they do not depend on the layout.  A pair is always within one row, so that no
+    communication between rows is needed.
     """
 
     tokens: np.ndarray
     """int32 [A, R, Q, T]; padded on the right with 0."""
     lengths: np.ndarray
-    """int32 [A, R, Q]; real tokens of each sequence; masks come from them, not ids."""
+    """int32 [A, R, Q]; real tokens of each sequence.  Masks derive from lengths."""
     predictors: np.ndarray
     """int32 [A, R, Q, P]; the position that predicts each target; 0 if unused."""
     targets: np.ndarray
@@ -40,27 +40,27 @@ class PreferenceBatch:
     completion_lengths: np.ndarray
     """int32 [A, R, S, K]; target tokens of each completion."""
     reference: dict[str, np.ndarray]
-    """By name, float32 [A, R, S, K]: what was computed of the completions beforehand
-    under the reference model (`reference_logps`, ...); empty if nothing was."""
+    """By name, float32 [A, R, S, K]: scores of the reference model that were computed
+    in advance (`reference_logps`, ...); empty if there are none."""
     is_flipped: np.ndarray
-    """bool [A, R, S]; this label was flipped by us (known only for injected noise)."""
+    """bool [A, R, S]; whether the label is known to be flipped."""
     annotator: np.ndarray
     """int32 [A, R, S]; annotator index in the dataset; -1 if unknown."""
     empty_trace: np.ndarray
-    """bool [A, R, S]; the pair has an empty trace, in a run that mixes such pairs with
-    pairs that have traces; False everywhere else."""
+    """bool [A, R, S]; whether the pair has an empty trace, in a run that mixes such
+    pairs with pairs that have traces; False otherwise."""
     weights: np.ndarray
     """float32 [A, R, S]; multiplies the pair's loss; 0 in empty slots."""
     labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """By the loss's name, float32 [A, R, S]: what annotators said beside the order, see
-    `LabelFields`; 0 in empty slots, and nothing where no loss reads any."""
+    """By name, float32 [A, R, S]: labels besides the preference, see `LabelFields`;
+    0 in empty slots.  Empty if no loss reads any."""
     positions: np.ndarray | None = None
-    """int32 [A, R, Q, T] of packed rows: a token's place in prompt and answer.  None in
-    the padded layout, where it is its place in the sequence."""
+    """int32 [A, R, Q, T] of packed rows: each token's position in prompt and answer.
+    None in the padded layout, where it is the position in the sequence."""
     segments: np.ndarray | None = None
     """int32 [A, R, Q, T] of packed rows: (1 + K) * slot + part of each token (0 prompt,
-    1 + k completion k), -1 padding.  A completion sees its prompt and itself.  None in
-    the padded layout, where a token sees all before it."""
+    1 + k completion k), -1 padding.  A completion attends to its prompt and itself.
+    None in the padded layout, where a token attends to all earlier ones."""
 
     @property
     def mask(self):
@@ -78,10 +78,10 @@ def slot_fields(
     indices: np.ndarray,
     reference: Mapping[str, np.ndarray] | None,
 ) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
-    """The fields of a batch that hold a number for each pair or completion.
+    """The fields of a batch with a number for each pair or completion.
 
     Args:
-      dataset: where the numbers are.
+      dataset: the dataset of the pairs.
       indices: int [A, R, S]; the pair of each slot, -1 for an empty one.
       reference: float32 [N, K] arrays of all pairs by name, or None.
     """

@@ -15,29 +15,29 @@ COLUMNS: dict[str, type[np.generic]] = {
     "source": np.int8,
     "empty_trace": np.bool_,
 }
-"""The columns that every dataset has, and their dtypes; all others are float32."""
+"""The columns of every dataset, with their dtypes; all others are float32."""
 PLACES = ("row", "source")
-"""Columns that say where a record is, and nothing about what is in it."""
+"""Columns that locate a record, and do not describe its content."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceDataset:
     """N prompts with K completions each (K = 2 chosen and rejected, K = 1 for SFT).
 
-    Tokens of pair n lie in `tokens[offsets[n]:offsets[n + 1]]`: the prompt once, then
-    completion 0, then completion 1, and so on.  The prompt begins with BOS where the
-    tokenizer has one; an untruncated completion ends with EOS.  Lists of different
-    lengths have completions of length 0 at their end, which are absent.
+    The tokens of pair n are `tokens[offsets[n]:offsets[n + 1]]`: the prompt once, then
+    completion 0, completion 1, and so on.  The prompt begins with BOS if the tokenizer
+    has one.  An untruncated completion ends with EOS.  If prompts have different
+    numbers of completions, missing ones come last and have length 0.
     """
 
     tokens: np.ndarray
-    """int32 [total]; all pairs one after the other."""
+    """int32 [total]; the tokens of all pairs, concatenated."""
     offsets: np.ndarray
-    """int64 [N + 1]; where each pair begins in `tokens`."""
+    """int64 [N + 1]; the start of each pair in `tokens`."""
     prompt_lengths: np.ndarray
     """int32 [N]; tokens of the prompt, BOS included."""
     completion_lengths: np.ndarray
-    """int32 [N, K]; tokens of each completion, EOS included; 0 if it is absent."""
+    """int32 [N, K]; tokens of each completion, EOS included; 0 if it is missing."""
     ids: np.ndarray
     """str [N]; 16 hexadecimal digits of the content's SHA-256, "-", occurrence."""
     columns: dict[str, np.ndarray]
@@ -46,11 +46,11 @@ class PreferenceDataset:
     `is_flipped`: this label is known to be flipped (injected, or by the file's `flip`);
     `annotator`: index into `annotator_names`, -1 if unknown;
     `row`: index of the record in its source, from 0;
-    `source`: 1 in the second source of a run that mixes two, made without traces;
+    `source`: 1 for the second source of a run that mixes two, made without traces;
     `empty_trace`: the pair has an empty trace, in a run that mixes such pairs with
     pairs that have traces.
-    Any other column is float32 and a label, which batches give to the losses under its
-    name; see `LabelFields`.
+    Any other column is a float32 label, which losses read under its name; see
+    `LabelFields`.
     """
     annotator_names: tuple[str, ...] = ()
 
@@ -69,7 +69,7 @@ class PreferenceDataset:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with a completion; 0 if there are no pairs."""
+        """Tokens of the longest prompt with one completion; 0 if there are no pairs."""
         lengths = self.prompt_lengths[:, None] + self.completion_lengths
         return int(lengths.max(initial=0))
 
@@ -90,7 +90,7 @@ class PreferenceDataset:
         return self.tokens[start : start + lengths[side]]
 
     def take(self, indices: np.ndarray) -> "PreferenceDataset":
-        """The pairs of `indices`, int [M], in that order."""
+        """The pairs at `indices`, int [M], in that order."""
         parts = [self.tokens[slice(*self.offsets[i : i + 2])] for i in indices]
         sizes = np.array([len(part) for part in parts], np.int64)
         return dataclasses.replace(
@@ -106,8 +106,8 @@ class PreferenceDataset:
     def completion_keys(self) -> np.ndarray:
         """32 hexadecimal digits of the SHA-256 of prompt and completion; str [N, K].
 
-        The hash is of the tokens: another tokenizer, template or length limit changes a
-        key exactly where it changes the tokens.
+        The hash is of the tokens.  Another tokenizer, template or length limit changes
+        a key only if it changes the tokens.
         """
         keys = []
         for n in range(len(self)):
@@ -119,9 +119,9 @@ class PreferenceDataset:
         return np.array(keys, np.str_).reshape(len(self), self.num_completions)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of tokens, lengths and columns, but not of places and names.
+        """SHA-256 (hex) of tokens, lengths and columns, without `row` and `source`.
 
-        Equal exactly where a run would see the same pairs in the same order.
+        Two digests are equal only if a run would see the same pairs in the same order.
         """
         digest = hashlib.sha256()
         arrays = {
@@ -137,7 +137,7 @@ class PreferenceDataset:
 
 
 class DatasetBuilder:
-    """Collects pairs one by one at four bytes per token."""
+    """Collects pairs one by one, with four bytes per token."""
 
     def __init__(self, num_completions: int):
         self._num_completions = num_completions
@@ -163,19 +163,19 @@ class DatasetBuilder:
 
         Args:
           prompt: its tokens, at least one.
-          completions: the tokens of each completion; none for an absent one.
+          completions: the tokens of each completion; empty if it is missing.
           id: see `PreferenceDataset.ids`.
           annotator: the annotator's name.
-          columns: the pair's numbers, all pairs the same ones.  The columns of
-            `COLUMNS` are 0 if they are not given, and `row` is the number of pairs
-            before this one.
+          columns: the pair's numbers by name, with the same names for all pairs.
+            Missing columns of `COLUMNS` are 0, except `row`, which defaults to the
+            number of pairs so far.
         """
         if len(completions) != self._num_completions:
             raise ValueError(
                 f"{len(completions)} completions, not {self._num_completions}"
             )
         if not len(prompt):
-            raise ValueError("a prompt without tokens: nothing predicts what follows")
+            raise ValueError("a prompt without tokens: nothing predicts the completion")
         defaults = {name: 0 for name in COLUMNS if name != "annotator"}
         numbers = defaults | {"row": len(self)} | columns
         if len(self) and numbers.keys() != self._columns.keys():
@@ -194,11 +194,11 @@ class DatasetBuilder:
         self._annotators.append(annotator)
 
     def annotators(self) -> set[str]:
-        """The names that occur."""
+        """The names of all annotators so far."""
         return {name for name in self._annotators if name is not None}
 
     def build(self, annotator_names: Sequence[str] | None = None) -> PreferenceDataset:
-        """The dataset; `annotator_names` default to those that occur, sorted."""
+        """The dataset; `annotator_names` defaults to all names so far, sorted."""
         names = annotator_names
         names = tuple(sorted(self.annotators()) if names is None else names)
         index = {name: n for n, name in enumerate(names)} | {None: -1}

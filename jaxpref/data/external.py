@@ -1,8 +1,8 @@
-"""Data sets of other packages: Hugging Face `datasets` and prepared TFDS sets.
+"""Datasets of other packages: Hugging Face `datasets` and prepared TFDS datasets.
 
-Both packages are optional and imported when asked for.  Neither brings code from a data
-set to run: `datasets` from version 4 reads data files only, and of TFDS only sets that
-were prepared before as ArrayRecord are read, without TensorFlow.
+Both packages are optional and imported only when needed.  No code of a dataset is run:
+`datasets` from version 4 reads data files only, and TFDS datasets must have been
+prepared as ArrayRecord, which are read without TensorFlow.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from jaxpref.errors import InputError, first_line
 
 
 class Rows:
-    """Random access to a foreign table; its values become plain Python ones."""
+    """Random access to an external table, with values converted to plain Python."""
 
     def __init__(self, table: Sequence[Any], name: str):
         self._table, self._name = table, name
@@ -65,28 +65,28 @@ def open_hub(name: str, *, split: str, data_dir: str | None) -> Rows:
 
 
 def open_tfds(name: str, *, split: str, data_dir: str | None) -> Rows:
-    """A TFDS set by name, prepared in `data_dir` (default: TFDS's own) before."""
+    """A prepared TFDS dataset by name, in `data_dir` (default: that of TFDS)."""
     tfds = _import_tfds(name)
     try:
         table = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
     except Exception as error:  # no such set, not prepared, not ArrayRecord, no split
         raise InputError(
             f"tfds:{name}: cannot be opened ({_tfds_reason(error)}); prepare it once"
-            f" (`tfds build {name} --file_format=array_record`), give its data_dir"
+            f" (`tfds build {name} --file_format=array_record`) and give its data_dir"
         ) from None
     return Rows(table, f"tfds:{name} {split}")
 
 
 def open_tfds_folder(folder: Path, *, split: str) -> Rows:
-    """The folder of one prepared TFDS set, as in DATA_DIR/NAME/VERSION."""
+    """The folder of a prepared TFDS dataset, such as DATA_DIR/NAME/VERSION."""
     tfds = _import_tfds(str(folder))
     try:
         builder = tfds.builder_from_directory(str(folder))
         table = builder.as_data_source(split=split)
     except Exception as error:  # damaged, not ArrayRecord, no such split
         raise InputError(
-            f"{folder}: cannot be opened as a TFDS set ({_tfds_reason(error)}); check"
-            f" the split {split!r} and that its file format is array_record"
+            f"{folder}: cannot be opened as a TFDS dataset ({_tfds_reason(error)});"
+            f" check the split {split!r} and that its file format is array_record"
         ) from None
     return Rows(table, f"{folder} {split}")
 
@@ -122,7 +122,7 @@ def _import_tfds(name: str) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Bytes to text, numpy to Python."""
+    """Converts bytes to text and NumPy values to Python."""
     if isinstance(value, dict):
         return {key: _plain(item, where) for key, item in value.items()}
     if isinstance(value, np.ndarray):

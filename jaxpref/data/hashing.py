@@ -1,7 +1,7 @@
 """Decisions by hash: which pair is flipped, which prompt is held out.
 
-A decision depends on one pair's content alone, so it does not change when rows are
-added, removed or reordered, and every process and every resume takes the same one.
+A decision depends only on the content of one pair.  It does not change when rows are
+added, removed or reordered, and it is the same in every process and after a resume.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ def hash_uniforms(keys: Iterable[str], *, salt: str) -> np.ndarray:
 
     Args:
       keys: the strings to decide about.
-      salt: what is being decided; another salt gives independent numbers.
+      salt: the name of the decision; another salt gives independent numbers.
 
     Returns:
       float64 [len(keys)].

@@ -1,4 +1,4 @@
-"""What annotators said of a pair beside its order: one number each, from the record."""
+"""Labels of a pair besides its preference: one number each, from the record."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ LIMITS = {
     "preference_strengths": (0.0, LARGEST, "0 or more"),
     "ties": (0.0, 1.0, "from 0 to 1"),
 }
-"""Least and greatest value, and how to say so; of others any finite number will do."""
+"""Minimum, maximum and a description of them; others may be any finite number."""
 EXCHANGED = {
     "chosen_ratings": "rejected_ratings",
     "rejected_ratings": "chosen_ratings",
 }
-"""What belongs to an answer and not to the pair, and so goes where the answer goes."""
+"""Labels that belong to an answer, and so are swapped together with the answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelFields:
     """Fields of the records with numbers that a loss reads, by the loss's names.
 
-    `a.b` is the field b of the object in field a.  A pair that is flipped keeps margin,
-    strength and tie, as if its annotator had said the opposite just as clearly; its
-    ratings change places with the answers they belong to.
+    `a.b` is the field b of the object in field a.  A flipped pair keeps its margin,
+    strength and tie, as if the annotator had stated the opposite just as clearly.  Its
+    ratings are swapped together with the answers.
     """
 
     preference_margins: str | None = None
-    """Field that says by how much the chosen answer's reward must be higher, in nats:
-    any number."""
+    """Field with the amount by which the chosen answer's reward must be higher, in
+    nats: any number."""
     preference_strengths: str | None = None
-    """Field that says how strong the preference is, as a weight of the pair: 0 or
+    """Field with the strength of the preference, used as a weight of the pair: 0 or
     more."""
     ties: str | None = None
-    """Field that says whether it is a tie: true or 1, false or 0, or the share of
-    annotators who called one.  Accuracies count ties as they are labeled."""
+    """Field that marks a tie: true or 1, false or 0, or the share of annotators who
+    called it a tie.  Accuracies count ties as labeled."""
     chosen_ratings: str | None = None
     """Field with the rating of the chosen answer: any number."""
     rejected_ratings: str | None = None
@@ -49,21 +49,21 @@ class LabelFields:
     def __post_init__(self):
         if (self.chosen_ratings is None) != (self.rejected_ratings is None):
             raise InputError(
-                "chosen_ratings and rejected_ratings change places where a pair is "
+                "chosen_ratings and rejected_ratings are swapped when a pair is "
                 "flipped: name the fields of both"
             )
 
     @property
     def named(self) -> dict[str, str]:
-        """The loss's name -> the record's, of those that are given."""
+        """The loss's name -> the record's field, for all fields that are set."""
         pairs = dataclasses.asdict(self).items()
         return {name: field for name, field in pairs if field is not None}
 
 
 NONE = LabelFields()
-"""Nothing beside the order."""
+"""No labels besides the preference."""
 LABELS = frozenset(field.name for field in dataclasses.fields(LabelFields))
-"""What a loss may read of the records, a number a pair each."""
+"""Labels that a loss may read, each a number per pair."""
 
 
 def read_labels(record: dict, where: str, fields: LabelFields) -> dict[str, float]:
@@ -75,7 +75,7 @@ def read_labels(record: dict, where: str, fields: LabelFields) -> dict[str, floa
       fields: where they are.
 
     Raises:
-      InputError: one is missing, no number, or out of its range; names row and field.
+      InputError: if one is missing, not a number, or out of range; names row and field.
     """
     return {
         name: _number(record, field, where, name)
@@ -84,7 +84,7 @@ def read_labels(record: dict, where: str, fields: LabelFields) -> dict[str, floa
 
 
 def exchanged(labels: Mapping[str, T]) -> dict[str, T]:
-    """The numbers of the pair with its answers in the other order, by name."""
+    """The labels of the pair after its answers are swapped, by name."""
     return {name: labels[EXCHANGED.get(name, name)] for name in labels}
 
 
@@ -104,7 +104,7 @@ def _number(record: dict, field: str, where: str, name: str) -> float:
             f" {value!r:.50}; correct it or change {flag}"
         )
     low, high, bounds = LIMITS.get(name, (-LARGEST, LARGEST, "finite"))
-    # Compared before it becomes a float: an integer may be too large for one.
+    # Compare before converting to float: an integer may be too large.
     if not low <= value <= high:
         raise InputError(
             f"{where}: field '{field}' must be {bounds} for {name}, but it is"
@@ -114,7 +114,7 @@ def _number(record: dict, field: str, where: str, name: str) -> float:
 
 
 def _value(record: dict, field: str) -> Any:
-    """The value of `a.b`, of a field of just that name first; None if there is none."""
+    """The value of `a.b`, first as a literal field name; None if absent."""
     if field in record:
         return record[field]
     value: Any = record

@@ -1,12 +1,12 @@
-"""Injected label noise: which pairs are given the wrong label, by hash of their ids.
+"""Injected label noise: the pairs to flip are chosen by a hash of their ids.
 
-Every `flip_*` returns bool [N], true where chosen and rejected change places, and
-compares one number a pair, u(seed, id), to the pair's own rate.  So a pair is flipped
-or not whatever the other pairs are, and with one seed the pairs flipped at low rates
-are a subset of those flipped at higher ones, also across the kinds of noise.
+Every `flip_*` returns bool [N], true if chosen and rejected are swapped.  It compares a
+number for each pair, u(seed, id), with the pair's own rate.  Whether a pair is flipped
+thus does not depend on the other pairs.  With the same seed, pairs flipped at a low
+rate are a subset of those flipped at a higher rate, even across kinds of noise.
 
-`flip_pairs` plants the flips in tokenized pairs; what was flipped stays known as
-the column `is_flipped`, for evaluation only.
+`flip_pairs` flips tokenized pairs and marks them in the column `is_flipped`, which is
+for evaluation only.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from jaxpref.errors import InputError, first_line
 def flip_symmetric(
     ids: Iterable[str], *, rate: float | np.ndarray, seed: int
 ) -> np.ndarray:
-    """Every pair alike: flip[n] = u(seed, id[n]) < rate.
+    """Flips every pair at the same rate: flip[n] = u(seed, id[n]) < rate.
 
     Args:
-      ids: of the pairs, N of them.
-      rate: from 0 to 1, of all pairs or [N] one for each.
-      seed: which pairs are flipped.
+      ids: the ids of N pairs.
+      rate: from 0 to 1, for all pairs or, as [N], for each.
+      seed: determines which pairs are flipped.
     """
     _check_rates(np.asarray(rate))
     return hash_uniforms(ids, salt=f"flip {seed}") < rate
@@ -46,14 +46,14 @@ def flip_by_class(
 ) -> np.ndarray:
     """Flips at the rate of the pair's class, e.g. whether the longer answer is chosen.
 
-    With annotators as classes it is an annotator's own rate; a rate above 1/2 is an
-    adversarial annotator, whose labels say the opposite of what is right.
+    The classes may be annotators.  A rate above 1/2 is an adversarial annotator, whose
+    labels are mostly the opposite of the right ones.
 
     Args:
-      ids: of the pairs, N of them.
+      ids: the ids of N pairs.
       classes: [N], the class of each pair.
       rates: flip rate by class, from 0 to 1.
-      seed: which pairs are flipped.
+      seed: determines which pairs are flipped.
       default: flip rate of classes that are not in `rates`.
     """
     each = np.array([rates.get(name, default) for name in classes], np.float64)
@@ -63,16 +63,16 @@ def flip_by_class(
 def flip_by_margin(
     ids: Iterable[str], margins: np.ndarray, *, temperature: float, seed: int
 ) -> np.ndarray:
-    """Hard pairs flip more: rate[n] = 1 / (1 + exp(|margin[n]| / temperature)).
+    """Flips hard pairs more: rate[n] = 1 / (1 + exp(|margin[n]| / temperature)).
 
-    What a Bradley-Terry annotator does who sees the right reward through logistic noise
-    of this scale: a coin at margin 0, hardly ever wrong far from it.
+    This is a Bradley-Terry annotator who sees the right reward through logistic noise
+    of this scale: random at margin 0, and hardly ever wrong at large margins.
 
     Args:
-      ids: of the pairs, N of them.
-      margins: [N], how clear each pair is, in any unit; its sign is not used.
+      ids: the ids of N pairs.
+      margins: [N], how clear each pair is, in any unit; signs are ignored.
       temperature: in the unit of the margins, positive; see `margin_temperature`.
-      seed: which pairs are flipped.
+      seed: determines which pairs are flipped.
     """
     return flip_symmetric(ids, rate=_margin_rates(margins, temperature), seed=seed)
 
@@ -85,11 +85,11 @@ def margin_temperature(margins: np.ndarray, *, rate: float) -> float:
       rate: the mean flip rate, between 0 and 1/2.
     """
     if not 0 < rate < 0.5:
-        raise InputError(f"rate {rate} must be between 0 and 1/2: hard pairs are coins")
+        raise InputError(f"rate {rate} must be between 0 and 1/2")
     size = np.abs(margins)
     if not len(size) or not size.min() > 0 or not np.isfinite(size).all():
         raise InputError("margins must be finite and not zero to be scaled to a rate")
-    # Between these every pair is nearly certain, or nearly a coin.
+    # At these limits, every pair is nearly certain or nearly random.
     low, high = np.log(size.min() / 700), np.log(size.max() * 1e6)
     for _ in range(100):
         middle = (low + high) / 2
@@ -99,14 +99,14 @@ def margin_temperature(margins: np.ndarray, *, rate: float) -> float:
 
 
 def flip_ties(ids: Sequence[str], *, share: float, seed: int) -> np.ndarray:
-    """A share of the pairs is labelled by a coin: half of these come out wrong.
+    """Labels a share of the pairs at random, so that half of these are wrong.
 
     flip[n] = v(seed, id[n]) < share and u(seed, id[n]) < 1/2.
 
     Args:
-      ids: of the pairs, N of them.
-      share: of pairs that the annotators cannot tell apart, from 0 to 1.
-      seed: which pairs, and how the coins fall.
+      ids: the ids of N pairs.
+      share: share of the pairs to label at random, from 0 to 1.
+      seed: determines which pairs, and their labels.
     """
     _check_rates(np.asarray(share))
     tied = hash_uniforms(ids, salt=f"tie {seed}") < share
@@ -114,10 +114,11 @@ def flip_ties(ids: Sequence[str], *, share: float, seed: int) -> np.ndarray:
 
 
 def flip_pairs(pairs: PreferenceDataset, flips: np.ndarray) -> PreferenceDataset:
-    """The pairs with chosen and rejected exchanged where `flips` [N] is true.
+    """The pairs with chosen and rejected swapped where `flips` [N] is true.
 
-    A pair known to be flipped already is right again: the column `is_flipped` says so.
-    Ratings go with their answers; margins, strengths and ties stay; see `LabelFields`.
+    Flipping a pair that is already marked as flipped makes it right again, and clears
+    the mark.  Ratings are swapped with the answers; margins, strengths and ties are
+    not (see `LabelFields`).
     """
     tokens = pairs.tokens.copy()
     for n in np.flatnonzero(flips):
@@ -141,7 +142,7 @@ def read_rates(path: str | Path) -> dict[str, float]:
     """Flip rates by annotator, e.g. `{"ann": 0.1, "bob": 0.6}`, from a JSON file.
 
     Raises:
-      InputError: it cannot be read, or is no object of numbers from 0 to 1.
+      InputError: if it cannot be read, or is not an object of numbers from 0 to 1.
     """
     try:
         rates = json.loads(Path(path).read_text("utf-8"))
@@ -165,7 +166,7 @@ def read_rates(path: str | Path) -> dict[str, float]:
 def _margin_rates(margins: np.ndarray, temperature: float) -> np.ndarray:
     if not temperature > 0:
         raise InputError(f"temperature {temperature} must be positive")
-    # exp of a negative number cannot overflow.
+    # The exponent is never positive, so exp cannot overflow.
     fall = np.exp(-np.abs(np.asarray(margins, np.float64)) / temperature)
     return fall / (1 + fall)
 

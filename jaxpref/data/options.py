@@ -1,4 +1,4 @@
-"""Options of the data: lengths, split, injected noise, markers, mix of traces."""
+"""Options of the data: lengths, splits, injected noise, markers, mixed traces."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from jaxpref.data.render import THINK, TraceMarkers
 from jaxpref.errors import InputError
 
 MAX_LENGTH = 1024
-"""Most tokens of prompt and completion, unless `max_length` or the model says so."""
+"""Maximum tokens of prompt and completion, by default; see `max_length`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,11 @@ class InjectOptions:
 
     flip_rate: float = 0.0
     """Probability of flipping the label of a training pair.  This corrupts your data;
-    the rate that a loss assumes is an option of the loss, as --loss.flip-rate."""
+    the rate that a loss assumes is an option of the loss, such as --loss.flip-rate."""
     seed: int = 0
     """Seed of the choice of pairs to flip."""
     annotators: str | None = None
-    """JSON file of flip rates by annotator, as {"ann": 0.1, "bob": 0.6}.  Pairs of
+    """JSON file of flip rates by annotator, such as {"ann": 0.1, "bob": 0.6}.  Pairs of
     other annotators are flipped at --inject.flip-rate."""
     longer: float | None = None
     """Flip rate of the training pairs whose chosen completion has more characters than
@@ -37,8 +37,8 @@ class InjectOptions:
             raise InputError(f"inject.longer {self.longer} must be from 0 to 1")
         if self.annotators and self.longer is not None:
             raise InputError(
-                "inject.annotators and inject.longer both say how often a pair is "
-                "flipped: give one of them"
+                "inject.annotators and inject.longer both set flip rates of pairs; "
+                "give one of them"
             )
 
     @property
@@ -49,31 +49,31 @@ class InjectOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """What to make of a source."""
+    """How records become training and held-out data."""
 
     max_length: int | None = None
     """Maximum tokens of prompt and completion together, BOS and EOS included (default:
     1024, or the model's context if that is shorter).  Longer completions are cut."""
     max_prompt_length: int | None = None
     """Maximum tokens of a prompt, BOS included (default: half of --max-length).  Longer
-    prompts lose their beginning."""
+    prompts are cut at the beginning."""
     heldout_fraction: float = 0.05
     """Share of the prompts held out for evaluation, chosen by a hash of the prompt."""
     inject: InjectOptions = InjectOptions()
     """Wrong labels to add on purpose, for experiments."""
     max_pairs: int | None = None
-    """Read a file only until this many pairs of it are used, with all pairs of the last
-    record (default: read all)."""
+    """Stop reading a file after this many usable pairs (default: read all).  All pairs
+    of the last record are used."""
     drop_empty: bool = False
-    """Drop records with an empty completion, and count them, instead of stopping with
-    an error."""
+    """Drop and count records with an empty completion, instead of stopping with an
+    error."""
     labels: LabelFields = LabelFields()
-    """Fields of the records with numbers that a loss reads beside the preference."""
+    """Fields of the records with numbers that a loss reads besides the preference."""
     trace_open: str = THINK.open
     """Text that the model writes before a reasoning trace, if records have traces."""
     trace_close: str = THINK.close
-    """Text that it writes after one.  Both together are the empty trace, unless the
-    chat template has its own (it knows `enable_thinking`)."""
+    """Text that the model writes after a reasoning trace.  Both together are the empty
+    trace, unless the chat template supports `enable_thinking` and has its own."""
 
     def __post_init__(self):
         if not 2 <= self.longest_prompt <= self.longest:
@@ -91,22 +91,22 @@ class DataOptions:
 
     @property
     def longest(self) -> int:
-        """Most tokens of prompt and completion, of a model that has no limit."""
+        """Maximum tokens of prompt and completion, ignoring the model's limit."""
         return MAX_LENGTH if self.max_length is None else self.max_length
 
     @property
     def longest_prompt(self) -> int:
-        """Most tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
+        """Maximum tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
         half = self.longest // 2
         return half if self.max_prompt_length is None else self.max_prompt_length
 
     @property
     def markers(self) -> TraceMarkers:
-        """What stands before and behind a trace."""
+        """The markers before and after a trace."""
         return TraceMarkers(self.trace_open, self.trace_close)
 
     def without_injection(self) -> "DataOptions":
-        """The same with labels as in the file."""
+        """The options without injected noise."""
         return dataclasses.replace(self, inject=InjectOptions())
 
 
@@ -114,10 +114,10 @@ DEFAULTS = DataOptions()
 
 
 def resolved_max_length(options: DataOptions, max_position_embeddings: int) -> int:
-    """Most tokens of prompt and completion for a model with so many positions.
+    """Maximum tokens of prompt and completion for a model with that many positions.
 
     Raises:
-      InputError: if more are asked for than the model has positions.
+      InputError: if `max_length` exceeds the number of positions.
     """
     if options.max_length is None:
         return min(MAX_LENGTH, max_position_embeddings)
@@ -131,7 +131,7 @@ def resolved_max_length(options: DataOptions, max_position_embeddings: int) -> i
 
 
 def for_model(options: DataOptions, max_position_embeddings: int) -> DataOptions:
-    """The options with a `max_length` that the model can read; see above."""
+    """The options with `max_length` resolved for a model; see `resolved_max_length`."""
     length = resolved_max_length(options, max_position_embeddings)
     return dataclasses.replace(options, max_length=length)
 

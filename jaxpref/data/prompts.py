@@ -15,10 +15,10 @@ def read_prompts(
     limit: int,
     max_prompt_length: int = DEFAULTS.longest_prompt,
 ) -> tuple[list[str], list[list[int]]]:
-    """The first `limit` different prompts of a source, as they are in training.
+    """The first `limit` distinct prompts of a source, tokenized as in training.
 
     Returns:
-      The text of each (of a conversation its last message), and its tokens.
+      The text of each prompt (for a conversation, its last message), and its tokens.
     """
     texts: list[str] = []
     tokens: list[list[int]] = []

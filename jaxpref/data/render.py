@@ -1,8 +1,8 @@
 """From examples to text: chat templates, and reasoning traces between their markers.
 
-A completion after a trace is `open trace close answer`, all of it behind the prompt.
-A pair with an empty trace has `open close` at the end of its prompt, so that the answer
-alone is the completion: what BVPO (arXiv:2510.05095) calls the empty-trace pair.
+A completion with a trace is `open trace close answer`, after the prompt.  A pair with
+an empty trace has `open close` at the end of its prompt, so that the completion is the
+answer alone.  BVPO (arXiv:2510.05095) calls this the empty-trace pair.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _STAND_IN = "TheAnswerStandsHere"
 
 @dataclasses.dataclass(frozen=True)
 class TraceMarkers:
-    """What stands before and behind a reasoning trace."""
+    """The markers before and after a reasoning trace."""
 
     open: str = "<think>"
     close: str = "</think>"
@@ -40,7 +40,7 @@ class Texts:
     wholes: list[str]
     """The prompt with each completion."""
     traces: list[tuple[int, int]] | None = None
-    """Where each whole's trace begins and ends, in characters; None without traces."""
+    """Start and end of the trace in each whole, in characters; None without traces."""
 
 
 def render(
@@ -51,19 +51,20 @@ def render(
 ) -> Texts:
     """The text of the prompt, and of the prompt with each completion.
 
-    A template that knows `enable_thinking` gets it as true before a trace and as false
-    before an empty one; other examples are rendered without it.  Where a template
-    leaves the trace of the last turn out, as some do, the turn is put together here:
-    the template's opening, the trace, the answer and the template's end of a turn.
+    Templates that support `enable_thinking` are given true before a trace and false
+    before an empty one; other examples are rendered without it.  Some templates omit
+    the trace of the last turn.  The turn is then assembled here: the template's
+    opening, the trace, the answer and the template's end of a turn.
 
     Args:
-      example: with one trace a side at most, see `expand`.
+      example: an example with at most one trace per side; see `expand`.
       place: "file row n", for errors.
-      tokenizer: whose chat template renders a conversation.
-      markers: of traces.
+      tokenizer: its chat template renders conversations.
+      markers: the markers of traces.
 
     Raises:
-      InputError: a conversation, and the tokenizer has no chat template, or it refuses.
+      InputError: if the example is a conversation, and the tokenizer has no chat
+        template or the template rejects it.
     """
     if example.traces:
         return _with_traces(example, place, tokenizer, markers)
@@ -78,9 +79,9 @@ def render(
         for message in example.completions
     ]
     if not all(whole.startswith(prompt) for whole in wholes):
-        # Some templates open the answer differently once there is one, with a thought
-        # for example.  What comes before it must read the same; only an EOS that closes
-        # a conversation without an answer may go.
+        # Some templates begin an existing answer differently, for example with a
+        # thought.  The text before it must be the same, except for an EOS that ends a
+        # conversation without an answer.
         question = _template(example.prompt, place, tokenizer, False).rstrip()
         question = question.removesuffix(tokenizer.eos_token).rstrip()
         if not all(text.startswith(question) for text in (prompt, *wholes)):
@@ -105,10 +106,10 @@ def render_prompt(
       prompt: a text, or messages for the chat template.
       place: "file row n", for errors.
       tokenizer: whose chat template renders messages.
-      thinking: true as before a trace, false with an empty trace at its end (none of
-        ours where the template's text depends on `enable_thinking`: it then has a
-        convention of its own), None without a word about traces.
-      markers: of traces; what the prompt ends with already is not written again.
+      thinking: True before a trace; False to end with an empty trace; None for data
+        without traces.  For False, no markers are added if the template's text depends
+        on `enable_thinking`, since it then has its own convention.
+      markers: the markers of traces; those already at the end are not repeated.
     """
     if isinstance(prompt, str):
         return prompt + _empty(prompt, markers) if thinking is False else prompt
@@ -168,7 +169,7 @@ def _with_empty_trace(
 
 
 def _empty(prompt: str, markers: TraceMarkers) -> str:
-    """What an empty trace at the end of this prompt still needs."""
+    """The markers that this prompt still lacks to end with an empty trace."""
     if _ends_with(prompt, markers.close):
         before = prompt.rstrip().removesuffix(markers.close.strip())
         if _ends_with(before, markers.open):
@@ -184,7 +185,7 @@ def _ends_with(text: str, marker: str) -> bool:
 def _span(
     whole: str, prompt: str, opening: str, trace: str, close: str, answer: str
 ) -> tuple[int, int] | None:
-    """Where the trace stands in a rendered turn; None if not all of it stands there."""
+    """Start and end of the trace in a rendered turn; None if it is not all there."""
     at: int | None = len(prompt) if whole.startswith(prompt) else None
     ends = []
     for word in (opening, trace, close, answer):
@@ -196,7 +197,7 @@ def _span(
 
 
 def _behind(word: str, text: str, start: int) -> int | None:
-    """Where `word` ends if it comes next, white space around it set aside."""
+    """The end of `word` if it comes next in `text`, ignoring white space around it."""
     while start < len(text) and text[start].isspace():
         start += 1
     word = word.strip()
@@ -218,13 +219,13 @@ def _turn(
 def _end_of_turn(
     prompt: Sequence[Message], place: str, tokenizer: Any, *, thinking: bool
 ) -> str:
-    """What the template writes behind an answer."""
+    """The text that the template writes after an answer."""
     whole = _turn(prompt, _STAND_IN, place, tokenizer, thinking=thinking)
     _, found, end = whole.rpartition(_STAND_IN)
     if not found:
         raise InputError(
-            f"{place}: the chat template does not write the answer as it is; use a"
-            " template that does"
+            f"{place}: the chat template changes the text of the answer; use a"
+            " template that does not"
         )
     return end
 
@@ -239,8 +240,8 @@ def _template(
     from jinja2.exceptions import TemplateError
 
     if not tokenizer.chat_template:
-        # A layout of our own would be one the model has never seen and that no server
-        # of the exported model would use, so it is not made up here.
+        # Do not invent a template: the model has never seen it, and no server of the
+        # exported model would use it.
         raise InputError(
             f"{place}: the record holds messages, but the tokenizer has no chat"
             " template; use a tokenizer that has one (chat_template.jinja in the model"
@@ -255,5 +256,5 @@ def _template(
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
-            f"{place}: the chat template refuses it ({first_line(error)})"
+            f"{place}: the chat template rejects it ({first_line(error)})"
         ) from None

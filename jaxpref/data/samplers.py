@@ -1,7 +1,7 @@
-"""The order of examples: which pairs a step sees, as a pure function of seed and step.
+"""Samplers: the pairs of each step, as a pure function of seed and step.
 
 A sampler is `order(step, batch_size) -> int [batch_size]`, indices into a dataset.  It
-depends on nothing else: not on processes, layout or accumulation.
+does not depend on processes, layout or accumulation.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ Order = Callable[[int, int], np.ndarray]
 
 
 def uniform(dataset: PreferenceDataset, seed: int) -> Order:
-    """Every epoch has every pair once, in an order of its own.
+    """Every epoch has every pair once, in a new random order.
 
-    An epoch that does not divide into batches runs on into the next.
+    A batch may span two epochs.
 
     Args:
       dataset: the pairs.
       seed: another seed gives an unrelated order in every epoch.
 
     Raises:
-      InputError: there is no pair.
+      InputError: if there are no pairs.
     """
     if not len(dataset):
         raise InputError("no pair is left to train on")
@@ -41,21 +41,22 @@ def mixture(
     seed: int,
     empty_share: float = MixOptions.empty_share,
 ) -> Order:
-    """A fixed number of pairs with an empty trace in every batch, and of the others.
+    """Every batch has the same number of pairs with an empty trace.
 
-    Each kind is shuffled on its own, as by `uniform`: how many pairs the other kind has
-    changes nothing in its order.  Place i of the B places of a batch holds an empty
-    trace exactly where floor((i + 1) n / B) > floor(i n / B), n of them: as evenly as
-    can be, so that every micro-batch, process and device has the same mix where
+    Each kind of pairs is shuffled separately, as by `uniform`, so its order does not
+    depend on the other kind.  Position i of the B positions of a batch holds an empty
+    trace if floor((i + 1) n / B) > floor(i n / B), where n is their number.  This is as
+    even as possible: every micro-batch, process and device has the same mix if
     n / (their number) is an integer.
 
     Args:
-      dataset: of `make_mixed_splits`.
-      seed: of both orders, which do not depend on each other.
-      empty_share: n / B before it is rounded; at least one pair is of each kind.
+      dataset: from `make_mixed_splits`.
+      seed: the seed of both orders, which are independent.
+      empty_share: n / B before rounding; there is at least one pair of each kind.
 
     Raises:
-      InputError: there is no pair of one kind; or later a batch of one pair.
+      InputError: if there are no pairs of one kind.  `order` raises it for a batch of
+        one pair.
     """
     is_empty = dataset.columns["empty_trace"]
     kinds = []
@@ -71,20 +72,20 @@ def mixture(
 
 
 def in_order(dataset: PreferenceDataset) -> Order:
-    """The pairs as they are in the dataset, over and over."""
+    """The pairs in the order of the dataset, repeated."""
     return _InOrder(len(dataset))
 
 
 def first_seen(
     order: Order, dataset: PreferenceDataset, *, batch_size: int, num_steps: int
 ) -> np.ndarray:
-    """The pairs that some steps see, each once, in the order in which they come first.
+    """The distinct pairs of the first steps, in order of first occurrence.
 
     Args:
       order: from `uniform` or `mixture`.
-      dataset: the pairs that it orders.
-      batch_size: pairs of a step.
-      num_steps: the steps, from the first one on.
+      dataset: the dataset that it orders.
+      batch_size: pairs per step.
+      num_steps: number of steps.
 
     Returns:
       int [M], M at most the number of pairs.
@@ -98,9 +99,11 @@ def first_seen(
 
 
 def empty_places(batch_size: int, share: float) -> np.ndarray:
-    """Which places of a batch hold an empty trace, bool [B], as evenly as can be."""
+    """Which positions of a batch hold an empty trace, bool [B], evenly spaced."""
     if batch_size < 2:
-        raise InputError("batch_size 1 has no room for pairs of both kinds; give 2")
+        raise InputError(
+            "batch_size 1 cannot hold pairs of both kinds; give at least 2"
+        )
     count = min(max(round(batch_size * share), 1), batch_size - 1)
     bounds = np.arange(batch_size + 1) * count // batch_size
     return np.diff(bounds) > 0
@@ -140,8 +143,8 @@ class _InOrder:
 
 
 def _shuffled(count: int, seed: int, *, salt: str) -> grain.MapDataset:
-    """Numbers below `count` without end, every epoch in an order of its own."""
-    # Grain gives epoch e the seed `seed + e`: neighboring seeds would share epochs.
+    """An endless stream of numbers below `count`, reshuffled every epoch."""
+    # Grain seeds epoch e with `seed + e`, so neighboring seeds would share epochs.
     (number,) = hash_uniforms([str(seed)], salt=salt)
     return grain.MapDataset.range(count).shuffle(seed=int(number * 2**32)).repeat()
 

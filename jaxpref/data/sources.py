@@ -21,16 +21,16 @@ _KINDS = (
 
 
 class Source(Protocol):
-    """Records by index, each with a place to name in an error."""
+    """Records by index, each with a location for errors."""
 
     def __len__(self) -> int:
         """Number of records."""
 
     def __getitem__(self, index: int) -> Any:
-        """The record as decoded; a dict if it is well formed."""
+        """The decoded record; a dict if it is well formed."""
 
     def location(self, index: int) -> str:
-        """Where the record stands, for an error: "pairs.jsonl row 17"."""
+        """The location of the record, for errors: "pairs.jsonl row 17"."""
 
 
 class ListSource:
@@ -51,10 +51,10 @@ class ListSource:
 
 
 class JsonLines:
-    """One JSON object a line, decoded when asked; blank lines are skipped.
+    """One JSON object per line, decoded on access; blank lines are skipped.
 
-    Only offsets are kept in memory (24 bytes a line) where the contents are mapped from
-    disk.  Rows in errors are line numbers, from 1.
+    If the contents are mapped from disk, only offsets are in memory (24 bytes per
+    line).  Rows in errors are line numbers, from 1.
     """
 
     def __init__(self, contents: bytes | mmap.mmap, name: str):
@@ -95,7 +95,7 @@ def decode_json(raw: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise InputError(
             f"{where}: not JSON ({error.msg} at character {error.pos + 1}); a .jsonl"
-            " file holds one JSON object a line"
+            " file holds one JSON object per line"
         ) from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: not usable JSON ({error})") from None
@@ -106,34 +106,35 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice[:100]!r} stands there twice; keep one of them")
+        raise ValueError(f"field {twice[:100]!r} occurs twice; keep one of them")
     return record
 
 
 def open_source(
     data: str | Path, *, split: str | None = None, data_dir: str | None = None
 ) -> Source:
-    """Open preference data by what it is.
+    """Opens preference data of any supported kind.
 
     Args:
       data: a file (.jsonl, .json, either with .gz), a folder written by
-        `datasets.save_to_disk`, a folder of a prepared TFDS set, "hf:OWNER/NAME" or
+        `datasets.save_to_disk`, a folder of a prepared TFDS dataset, "hf:OWNER/NAME" or
         "hf:OWNER/NAME:CONFIG" or a bare OWNER/NAME for the Hugging Face hub, or
         "tfds:NAME" or "tfds:NAME/CONFIG:VERSION".  "?split=test" and
         "?data_dir=DIR" (or both with "&") may follow any name but a file's.
-      split: of a data set that has splits ("train" unless given); others refuse it.
-      data_dir: where a TFDS set was prepared, or the folder inside a hub data set
-        (Anthropic/hh-rlhf has "helpful-base"); others refuse it.
+      split: the split of a dataset that has splits (default: "train"); an error for
+        others.
+      data_dir: where a TFDS dataset was prepared, or the folder inside a hub dataset
+        (Anthropic/hh-rlhf has "helpful-base"); an error for others.
 
     Raises:
-      InputError: nothing usable is there, or an optional package is missing.
+      InputError: if there is nothing usable, or an optional package is missing.
     """
     text = str(data)
     if "?" in text and not _exists(text):
         text, _, query = text.partition("?")
         options = dict(urllib.parse.parse_qsl(query))
         if not options or options.keys() - {"split", "data_dir"}:
-            raise InputError(f"{data}: after '?' come split=NAME and data_dir=DIR only")
+            raise InputError(f"{data}: only split=NAME and data_dir=DIR may follow '?'")
         split, data_dir = options.get("split", split), options.get("data_dir", data_dir)
     if text.startswith("tfds:"):
         return external.open_tfds(text[5:], split=split or "train", data_dir=data_dir)
@@ -171,7 +172,7 @@ def _open_folder(path: Path, split: str | None) -> Source:
         return external.open_saved(path, split=split)
     if (path / "features.json").is_file():
         return external.open_tfds_folder(path, split=split or "train")
-    raise InputError(f"{path}: this folder holds no data set; give {_KINDS}")
+    raise InputError(f"{path}: this folder holds no dataset; give {_KINDS}")
 
 
 def _open_json(path: Path) -> Source:
@@ -203,6 +204,6 @@ def _contents(path: Path) -> bytes | mmap.mmap:
             f"{path}: the gzip file ends too early; copy or download it again"
         ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a sound gzip file ({error})") from None
+        raise InputError(f"{path}: not a valid gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None

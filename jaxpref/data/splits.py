@@ -36,17 +36,17 @@ class Splits:
     """The data of a run, and counts of what was left out."""
 
     train: PreferenceDataset
-    """To train on; labels with the injected noise."""
+    """Training data, with injected noise in the labels."""
     heldout: PreferenceDataset
-    """To evaluate on; labels as in the file."""
+    """Held-out data, with labels as in the file."""
     report: dict[str, int]
     """Counts: rows read, kept, dropped (by reason), cut and flipped."""
     digest: str
-    """SHA-256 (hex) of both; equal exactly where tokens, labels and their numbers,
-    known flips, annotator indices, empty traces and order are equal."""
+    """SHA-256 (hex) of both.  Equal only if tokens, labels, known flips, annotator
+    indices, empty traces and order are equal."""
 
     def describe(self) -> str:
-        """The report in one line, counts of nothing left out."""
+        """The report in one line, without zero counts."""
         return ", ".join(
             f"{name} {count}" for name, count in self.report.items() if count
         )
@@ -59,15 +59,16 @@ def make_splits(
     *,
     sides: int = 2,
 ) -> Splits:
-    """Turn a source into tokenized, split and (if asked) flipped pairs.
+    """Turns a source into tokenized, split and optionally flipped pairs.
 
     A pair's id is the hash of its content before flipping plus its occurrence, so the
-    third copy of a row ends in "-2".  Splits are decided by hash of the prompt and
-    flips by hash of the id: neither depends on the order of rows or on other rows.
-    A record with several traces is a pair for each of them, with an id of its own; its
-    one label is flipped, by hash of the record, in all of them or in none.  Held-out
-    labels are never flipped.  `is_flipped` is true where the label is known to be
-    wrong, by the file or by injected noise; flipped by both, it is right again.
+    third copy of a row ends in "-2".  Splits depend on the hash of the prompt and flips
+    on the hash of the id, and not on the order of rows or on other rows.
+
+    A record with several traces becomes one pair per trace, each with its own id.  The
+    record's label is flipped in all of its pairs or in none.  Held-out labels are never
+    flipped.  `is_flipped` is true if the label is known to be wrong, from the file or
+    from injected noise; a label flipped by both is right again.
 
     Args:
       source: from `open_source`, or any sequence of records with `location`.
@@ -76,7 +77,7 @@ def make_splits(
       sides: K, 2 for pairs, 1 for plain completions (SFT).
 
     Raises:
-      InputError: a record is malformed, or none is left.
+      InputError: if a record is malformed, or none is left.
     """
     return _make_splits([(source, _unchanged)], tokenizer, options, sides)
 
@@ -90,19 +91,19 @@ def make_mixed_splits(
 ) -> Splits:
     """The splits of a run that mixes pairs with traces and pairs with an empty trace.
 
-    Both kinds are in one dataset, whose column `empty_trace` distinguishes them.  As
-    `make_splits`, except that every pair without a trace is given an empty one.
-    Without a source of its own for them, every record with traces is also used a second
-    time, with its answers alone.
+    Both kinds are in one dataset, distinguished by the column `empty_trace`.  This is
+    `make_splits`, except that every pair without a trace is given an empty one.  If
+    `empty` is None, every record with traces is also used a second time, with its
+    answers alone.
 
     Args:
-      source: records with traces; others of it count among those with an empty one.
+      source: records with traces; any others are given an empty trace.
       tokenizer: from `load_tokenizer`.
-      options: lengths, split, noise, markers; for both sources.
-      empty: records without traces, made with thinking switched off.
+      options: lengths, split, noise and markers, for both sources.
+      empty: records without traces, generated with thinking switched off.
 
     Raises:
-      InputError: as for `make_splits`; or there is no pair of one kind.
+      InputError: as for `make_splits`, or if there are no pairs of one kind.
     """
     parts = [(source, _with_empty_too if empty is None else _with_empty)]
     if empty is not None:
@@ -129,7 +130,7 @@ def make_mixed_splits(
 
 
 ToPairs = Callable[[Example, str], list[Example]]
-"""`(record, place) -> pairs`: the pairs that a run makes of a record."""
+"""`(record, place) -> pairs`: the pairs made from a record."""
 
 
 def _unchanged(example: Example, place: str) -> list[Example]:
@@ -148,8 +149,8 @@ def _with_empty_too(example: Example, place: str) -> list[Example]:
 def _only_empty(example: Example, place: str) -> list[Example]:
     if example.traces:
         raise InputError(
-            f"{place}: field 'trace' stands in data that is made without traces; leave"
-            " it out, or use the file as the data with traces"
+            f"{place}: field 'trace' occurs in data without traces; remove it, or use"
+            " the file as the data with traces"
         )
     return [dataclasses.replace(example, empty=True)]
 
@@ -178,7 +179,7 @@ def _make_splits(
     if rates and not rates.keys() & set(names):
         raise InputError(
             f"{options.inject.annotators}: no pair of {place} is by one of its "
-            f"annotators; the pairs' are {', '.join(names[:5]) or 'not named'}"
+            f"annotators; those of the pairs are {', '.join(names[:5]) or 'not named'}"
         )
     datasets = (train.build(names), heldout.build(names))
     digest = hashlib.sha256("".join(x.digest() for x in datasets).encode()).hexdigest()
@@ -193,7 +194,7 @@ class _Pair:
     """Index of its source."""
     row: int
     record_id: str
-    """As a pair's id, of the whole record."""
+    """The id of the whole record."""
     example: Example
 
 
@@ -210,7 +211,7 @@ def _read(
     sides: int,
     counts: collections.Counter,
 ) -> Iterator[_TokenizedPair]:
-    """Tokenized pairs of all sources, at most `max_pairs` of each, whole records."""
+    """Tokenized pairs of whole records, about `max_pairs` from each source."""
     copies: collections.Counter[str] = collections.Counter()
     records: collections.Counter[str] = collections.Counter()
     limit = sys.maxsize if options.max_pairs is None else options.max_pairs
@@ -246,7 +247,7 @@ def _add(
     rates: Mapping[str, float],
     counts: collections.Counter,
 ) -> None:
-    """Decides split and label of one pair, and stores it."""
+    """Decides the split and label of a pair, and stores it."""
     example, tokens = pair.example, pair.tokens
     (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_fraction
@@ -276,11 +277,11 @@ def _add(
 def _flip_rate(
     example: Example, inject: InjectOptions, rates: Mapping[str, float]
 ) -> float:
-    """How often this pair's label is flipped: by annotator, by length, or as all."""
+    """The flip rate of this pair, by annotator, by length, or the general rate."""
     if example.annotator in rates:
         return rates[example.annotator]
     if inject.longer is not None:
-        # Characters and not tokens: the same pairs are flipped for every model.
+        # Characters, not tokens, so that the same pairs are flipped for any model.
         chosen, rejected = (
             len(text if isinstance(text, str) else text["content"])
             for text in example.completions
@@ -304,7 +305,7 @@ def _chunks(
     counts: collections.Counter,
     records: collections.Counter,
 ) -> Iterator[list[_Pair]]:
-    """Checked pairs, few and short enough at a time for the tokenizer's memory."""
+    """Checked pairs, in chunks that fit into the tokenizer's memory."""
     size = min(_CHUNK_ROWS, options.max_pairs or _CHUNK_ROWS)
     items: list[_Pair] = []
     characters = 0

@@ -1,9 +1,9 @@
 """From examples to tokens, with the model's own tokenizer.
 
-Prompt and completion are tokenised as ONE text, since a tokenizer merges across the
-boundary, and split at the longest prefix that the tokens of the whole text share with
-the tokens of the prompt alone; for a pair, at the longest prefix that both sides share
-with it, so that both sides have the same prompt.
+Prompt and completion are tokenized as one text, since a tokenizer may merge across the
+boundary.  The tokens are split at the longest prefix that they share with the tokens of
+the prompt alone.  For a pair, it is the longest prefix that both sides share with it,
+so that both sides have the same prompt.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ NO_PROMPT = "the prompt has no tokens and the tokenizer has no BOS"
 INNER_END = "a completion holds BOS or EOS before its end"
 NO_ROOM = "the prompt leaves no room for the completion"
 LONG_ANSWER = "an answer does not fit, even without any of its trace"
-SAME_TOKENS = "chosen and rejected are identical once tokenised and cut"
+SAME_TOKENS = "chosen and rejected are identical once tokenized and cut"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One tokenised example and what was cut from it."""
+    """A tokenized example, and counts of what was cut."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -35,10 +35,10 @@ class Tokens:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model folder or hub id; no code from there is ever run.
+    """The tokenizer of a model folder or hub id; never runs code from there.
 
     Raises:
-      InputError: there is none, or it has no end-of-sequence token.
+      InputError: if there is none, or it has no end-of-sequence token.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
@@ -66,35 +66,36 @@ def tokenize(
     max_prompt_length: int,
     markers: TraceMarkers = THINK,
 ) -> list[Tokens | str]:
-    """Tokenise examples, their texts in one call of the tokenizer.
+    """Tokenizes examples in one call of the tokenizer.
 
-    BOS: once at the start, wherever the tokenizer defines one, whether it or the chat
-    template adds it or not.  EOS: once, at the end of each completion that is not cut.
-    Special tokens written in a text become those tokens, as in other frameworks: a
-    prompt may be a chat rendered beforehand, with the BOS and EOS of earlier turns.  A
-    completion that holds either before its end is dropped: it goes on after its end,
-    and content cannot be told from markup there.
-    A prompt longer than `max_prompt_length` loses tokens on the left, behind its BOS.
-    A completion that then ends beyond `max_length` loses tokens on the right, its EOS
-    among them: a cut answer does not end there, and no EOS is put in its place.
-    With a trace it loses the trace's last tokens instead: those kept have the context
-    they were written in, as if a thinking budget had ended the trace there, and the
-    closing marker and the answer follow whole.  An answer that does not fit even so,
-    or behind an empty trace, drops the pair: no answer of a run that mixes is cut.
+    There is one BOS at the start if the tokenizer defines one, whether or not it or the
+    chat template adds it.  There is one EOS at the end of each completion that is not
+    cut.  Special tokens written in a text become those tokens, as in other frameworks:
+    a prompt may be a rendered chat, with the BOS and EOS of earlier turns.  An example
+    is dropped if a completion contains BOS or EOS before its end, since what follows
+    could be content or markup.
+
+    A prompt longer than `max_prompt_length` is cut on the left, after its BOS.  A
+    completion that then exceeds `max_length` is cut on the right and has no EOS, since
+    the answer does not end there.  If it has a trace, the end of the trace is cut
+    instead, as if a thinking budget had ended it; the closing marker and the answer
+    follow in full.  The pair is dropped if an answer still does not fit, or does not
+    fit after an empty trace: answers of a run that mixes traces are never cut.
 
     Args:
-      examples: what to tokenise, of traces one a side; see `expand`.
+      examples: the examples, with at most one trace per side; see `expand`.
       places: "file row n" of each, for errors.
-      tokenizer: of `transformers`.
-      max_length: most tokens of prompt and completion together, BOS and EOS included.
-      max_prompt_length: most tokens of the prompt, BOS included.
-      markers: of traces.
+      tokenizer: a tokenizer of `transformers`.
+      max_length: maximum tokens of prompt and completion, BOS and EOS included.
+      max_prompt_length: maximum tokens of the prompt, BOS included.
+      markers: the markers of traces.
 
     Returns:
       For each example its tokens, or the reason why it cannot be used.
 
     Raises:
-      InputError: a conversation, and the tokenizer has no chat template or it refuses.
+      InputError: if an example is a conversation, and the tokenizer has no chat
+        template or the template rejects it.
     """
     rendered = [
         render(example, place, tokenizer, markers)
@@ -123,19 +124,19 @@ def encode_prompt(
     thinking: bool | None = None,
     markers: TraceMarkers = THINK,
 ) -> list[int]:
-    """A prompt to be answered, with the tokens it would have in training.
+    """The tokens of a prompt to be answered, the same as in training.
 
     Args:
       tokenizer: from `load_tokenizer`.
       prompt: a text, or messages for the chat template.
       place: names the prompt in errors.
-      max_prompt_length: tokens beyond it are cut on the left, behind BOS.
-      thinking: true as before a trace, false with an empty trace at its end, None as
-        in data without traces; see `render_prompt`.
-      markers: of traces.
+      max_prompt_length: longer prompts are cut on the left, after BOS.
+      thinking: True before a trace, False to end with an empty trace, None for data
+        without traces; see `render_prompt`.
+      markers: the markers of traces.
 
     Returns:
-      Token ids, BOS first where the tokenizer has one.
+      Token ids, beginning with BOS if the tokenizer has one.
     """
     bos = tokenizer.bos_token_id
     text = render_prompt(prompt, place, tokenizer, thinking=thinking, markers=markers)
@@ -150,7 +151,7 @@ def encode_prompt(
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids without added special tokens; those are put in place here."""
+    """Token ids without added special tokens, which are added in this module."""
     if not texts:
         return []
     return tokenizer(
@@ -188,7 +189,7 @@ def _split(
 
 
 def _end_of_turn(completion: list[int], tokenizer: Any) -> list[int]:
-    """Drop the line break or other markup that a template writes after EOS."""
+    """Drops a line break or other markup that a template writes after EOS."""
     eos = tokenizer.eos_token_id
     if eos not in completion or completion[-1] == eos:
         return completion
@@ -239,10 +240,10 @@ def _cut_trace(
     room: int,
     tokenizer: Any,
 ) -> list[int]:
-    """The completion without the last tokens of its trace, where it is too long.
+    """The completion, without the last tokens of its trace if it is too long.
 
-    A token that reaches from the trace into what follows it is kept, and so are all of
-    the opening marker's; nothing comes back if these and the answer are too long.
+    Keeps a token that spans the end of the trace, and all tokens of the opening marker.
+    Returns nothing if these and the answer are too long.
     """
     if len(completion) <= room:
         return completion
@@ -250,7 +251,7 @@ def _cut_trace(
         _without_leading(tokens, tokenizer.bos_token_id)
         for tokens in _encode([whole[:end] for end in span], tokenizer)
     )
-    # As with prompts: what the text up to here shares with the whole text's tokens.
+    # As for prompts: the prefix of tokens shared with those of the whole text.
     end = _common_prefix(traced, prompt + completion) - len(prompt)
     rest = completion[max(end, 0) :]
     head = room - len(rest)

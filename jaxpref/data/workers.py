@@ -1,4 +1,4 @@
-"""Batches made in processes of their own, in turns, in the order of one."""
+"""Batches made in separate processes, in turns and in a fixed order."""
 
 import atexit
 import multiprocessing
@@ -15,9 +15,9 @@ from jaxpref.data.batch import PreferenceBatch
 
 
 class InProcesses:
-    """An iterator over batches of which process i of n makes each n-th, from the i-th.
+    """An iterator over batches, in which process i of n makes batches i, i + n, ...
 
-    Its state is that of one iterator in this process: a run may go on with another
+    Its state is that of a single iterator in this process, so a run may resume with any
     number of processes, or with none.
     """
 
@@ -30,15 +30,15 @@ class InProcesses:
         processes: int,
         prefetch: int,
     ):
-        """Starts nothing yet: the processes begin with the first batch asked for.
+        """Does not start the processes, which start with the first batch.
 
         Args:
           part: `part(state, i)`, the batches of process i from `state` on; pickled.
-          state: where to begin.
-          after: `after(state, own)`, the state after the next batch, `own` being that
-            of the part it came from.
+          state: the initial state.
+          after: `after(state, own)`, the state after the next batch, where `own` is the
+            state of the part that made it.
           processes: n.
-          prefetch: batches that each keeps ready.
+          prefetch: batches that each process prepares in advance.
         """
         self._part, self._after = part, after
         self._processes, self._prefetch = processes, max(prefetch, 1)
@@ -59,25 +59,25 @@ class InProcesses:
         return batch
 
     def get_state(self) -> Any:
-        """That of one iterator in this process."""
+        """The state of a single iterator in this process."""
         return self._state
 
     def set_state(self, state: Any) -> None:
-        """Goes on where `get_state` was asked, of any number of processes."""
+        """Continues from a state of `get_state`, for any number of processes."""
         self.close()
         self._state = state
 
     def close(self) -> None:
-        """Ends the processes; the next batch asked for starts them again."""
+        """Ends the processes; the next batch starts them again."""
         for worker in self._workers:
             worker.close()
         self._workers = []
         atexit.unregister(self.close)
 
     def _start(self) -> None:
-        if not flags.FLAGS.is_parsed():  # which Grain asks for; we have none
+        if not flags.FLAGS.is_parsed():  # Grain requires parsed flags; there are none
             flags.FLAGS.mark_as_parsed()
-        # Python ends its processes with SIGTERM, which these do not see, and waits.
+        # Python ends child processes with SIGTERM and waits, but these ignore it.
         atexit.register(self.close)
         for index in range(self._processes):
             dataset = _WithState(self._part(self._state, index)).mp_prefetch(
@@ -92,7 +92,7 @@ class InProcesses:
 
 
 class _WithState(grain.IterDataset):
-    """Elements, each with the state of their iterator after it."""
+    """Elements with the state of their iterator after each."""
 
     def __iter__(self) -> grain.DatasetIterator:
         return _WithStateIterator(iter(self._parent))
@@ -111,7 +111,7 @@ class _WithStateIterator(grain.DatasetIterator):
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    # A machine that shuts down sends one to all, and the parent needs its batches until
+    # A shutdown sends SIGTERM to all processes, and the parent needs its batches until
     # it has saved.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
