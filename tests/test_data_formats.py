@@ -306,19 +306,19 @@ BAD_RECORDS = {
     ),
     "another question": (
         {"prompt": "Q1", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-        "field 'chosen' begins with another question than 'prompt' asks",
+        "field 'chosen' does not continue 'prompt'",
     ),
     "another question in a list": (
         {"prompt": [LATER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-        "field 'chosen' begins with another question",
+        "field 'chosen' does not continue",
     ),
     "another question on one side": (
         {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [LATER, OTHER]},
-        "field 'rejected' begins with another question",
+        "field 'rejected' does not continue",
     ),
     "another system message": (
         {"prompt": [SYSTEM, USER], "chosen": [LATER, ANSWER], "rejected": "b"},
-        "field 'chosen' begins with another question",
+        "field 'chosen' does not continue",
     ),
     "empty message": (
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"content": ""}]},

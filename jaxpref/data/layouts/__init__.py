@@ -18,22 +18,22 @@ from jaxpref.data.samplers import Order
 
 
 class Layout(Protocol):
-    """The sizes of all batches of a run, and this process's share of their rows."""
+    """The sizes of a run's batches, and this process's share of their rows."""
 
     @property
     def batch_size(self) -> int:
-        """Pairs of a step, over all micro-batches and all processes."""
+        """Pairs per step, over all micro-batches and processes."""
 
     @property
     def accumulation(self) -> int:
-        """A, micro-batches of a step."""
+        """A, micro-batches per step."""
 
     @property
     def rows(self) -> int:
         """Rows of a micro-batch, over all processes."""
 
     def of_all_processes(self) -> "Layout":
-        """The same batches with the rows of all processes."""
+        """The same layout with the rows of all processes."""
 
     def batches(
         self,
@@ -45,15 +45,15 @@ class Layout(Protocol):
         prefetch: int = 4,
         processes: int = 0,
     ) -> Iterator[PreferenceBatch]:
-        """Endless training batches of the pairs that `order` names.
+        """Endless training batches of the pairs chosen by `order`.
 
         Args:
           dataset: the training data.
           order: from `samplers`.
           reference: float32 [N, K] arrays by name, copied into the batches, or None.
-          threads: threads that make batches ahead; 0 makes each when it is asked for.
-          prefetch: batches kept ready.
-          processes: processes that make batches in place of the threads.
+          threads: threads that make batches in advance; 0 makes each batch on demand.
+          prefetch: number of batches made in advance.
+          processes: processes that make batches instead of threads.
 
         Returns:
           An iterator with `get_state()`, `set_state(state)` and `close()`, whose state
@@ -69,7 +69,7 @@ class Layout(Protocol):
         threads: int = 2,
         prefetch: int = 4,
     ) -> Iterable[PreferenceBatch]:
-        """Every pair once, or the pairs of `indices` in about their order.
+        """Every pair once, or the pairs of `indices` in approximately that order.
 
         Batches have the shape of the training batches, and every process gets the same
         number of them; unused slots have pair -1 and weight 0.
@@ -78,18 +78,18 @@ class Layout(Protocol):
     def abstract_batch(
         self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
     ) -> Any:
-        """A batch of all processes, of zeros that take no memory.
+        """A batch of all processes, made of zeros that take no memory.
 
         Args:
-          labels: names of its labels.
-          reference: names of its reference scores.
+          labels: names of the labels.
+          reference: names of the reference scores.
         """
 
     def describe(self) -> str:
         """The shape of every batch in one line."""
 
     def rounding(self) -> str:
-        """What of the shape decides how scores are rounded, in any order of pairs."""
+        """The parts of the shape that affect the rounding of scores, as text."""
 
     def overhead(self, dataset: PreferenceDataset) -> float:
-        """Tokens that are computed for each token of the dataset."""
+        """Number of tokens computed per token of the dataset."""

@@ -1,4 +1,4 @@
-"""Which pairs share a row: bin packing of lengths, without tokens."""
+"""Bin packing: which pairs share a row, by their lengths."""
 
 import collections
 import dataclasses
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RowSize:
-    """What a row holds at most."""
+    """The capacity of a row."""
 
     tokens: int
     """Of prompts and completions."""
@@ -23,22 +23,21 @@ def first_fit_decreasing(
 ) -> np.ndarray:
     """The row of each pair, for many steps at once.
 
-    The pairs of a step are taken by falling number of tokens, equal ones in their
-    order, each into the first row that still has room for it.  Steps do not depend on
-    each other.
+    The pairs of each step are sorted by decreasing number of tokens (stably), and each
+    is put into the first row that still has room for it.  Steps are independent.
 
     Args:
-      tokens: int [steps, B], of each pair; none is larger than a row.
-      predictions: int [steps, B], of each pair.
-      size: of every row.
+      tokens: int [steps, B], the tokens of each pair; no pair is larger than a row.
+      predictions: int [steps, B], the completion tokens of each pair.
+      size: the capacity of every row.
 
     Returns:
-      int [steps, B], rows of a step from 0 on.
+      int [steps, B], numbering the rows of each step from 0.
     """
     steps, count = tokens.shape
     order = np.argsort(-tokens, axis=1, kind="stable")
     each = np.arange(steps)
-    # A few more rows than the tokens fill; more are added when they are needed.
+    # Start with a few more rows than the tokens fill, and add more when needed.
     most = min(count, int(1.3 * tokens.sum(1).max(initial=0) / size.tokens) + 1)
     limits = np.array([size.tokens, size.predictions, size.slots])
     room = np.tile(limits, (steps, max(most, 1), 1))
@@ -65,17 +64,18 @@ def best_fit(
     size: RowSize,
     count: int,
 ) -> list[list[int]]:
-    """Takes pairs out of `waiting` for `count` rows: the pairs of each row.
+    """Moves pairs from `waiting` into `count` rows, and returns the pairs of each row.
 
-    In order, each into the row with the least room that still holds it; pairs that fit
-    nowhere stay, in order.  The first always fits, so no pair waits forever.
+    In order, each pair is put into the fullest row that still has room for it.  Pairs
+    that fit nowhere stay in `waiting`, in order.  The first pair always fits, so no
+    pair waits forever.
 
     Args:
       waiting: indices into `tokens` and `predictions`.
-      tokens: int [N], of each pair; none is larger than a row.
-      predictions: int [N], of each pair.
-      size: of every row.
-      count: rows to fill.
+      tokens: int [N], the tokens of each pair; no pair is larger than a row.
+      predictions: int [N], the completion tokens of each pair.
+      size: the capacity of every row.
+      count: number of rows to fill.
     """
     rows: list[list[int]] = [[] for _ in range(count)]
     room = np.full(count, size.tokens)

@@ -1,4 +1,4 @@
-"""What both layouts share: endless batches by step, and checks of arguments."""
+"""Code shared by the layouts: endless batches, and checks of arguments."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -24,10 +24,10 @@ def endless(
     """An iterator over `make_batch(0)`, `make_batch(1)`, ...
 
     Args:
-      make_batch: the batch of a step; pickled where there are processes.
-      threads: threads that make batches ahead; 0 makes each when it is asked for.
-      prefetch: batches kept ready.
-      processes: processes that make batches in place of the threads.
+      make_batch: makes the batch of a step; pickled if there are processes.
+      threads: threads that make batches in advance; 0 makes each batch on demand.
+      prefetch: number of batches made in advance.
+      processes: processes that make batches instead of threads.
 
     Returns:
       An iterator whose state is {"next_index": step}.
@@ -50,8 +50,8 @@ def endless(
 
 
 def read_ahead(threads: int, prefetch: int) -> grain.ReadOptions:
-    """How far Grain makes batches ahead."""
-    # Grain's default of 500 elements ahead is meant for examples, not for batches.
+    """How many batches Grain makes in advance."""
+    # Grain's default of 500 elements is meant for examples, not for batches.
     buffer = prefetch if threads else 0
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
 
@@ -85,7 +85,7 @@ def block(rows: int, process_index: int, process_count: int) -> slice:
 
 
 def num_completions(datasets: Iterable[PreferenceDataset]) -> int:
-    """K, which all datasets of a run that are not empty must share."""
+    """K, which must be the same for all non-empty datasets of a run."""
     found = {dataset.num_completions for dataset in datasets if len(dataset)}
     if len(found) != 1:
         raise ValueError(f"pairs of one run have one K and at least one row: {found}")
@@ -100,7 +100,7 @@ def one_pair(count: int, labels: Iterable[str]) -> PreferenceDataset:
 
 
 def with_rows(batch: PreferenceBatch, accumulation: int, rows: int) -> Any:
-    """A batch of more rows than this one, of zeros that take no memory."""
+    """A batch with more rows than this one, made of zeros that take no memory."""
     return jax.tree_util.tree_map(
         lambda x: np.broadcast_to(
             np.zeros((), x.dtype), (accumulation, rows, *x.shape[2:])

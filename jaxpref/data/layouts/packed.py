@@ -1,13 +1,13 @@
-"""Packed rows: several pairs in one sequence, each prompt once, hardly any padding.
+"""Packed rows: several pairs in one sequence, each prompt once, with little padding.
 
-A pair lies in its row as prompt, completion 0, completion 1, and so on.  Completions
-continue the prompt's positions; each attends to the prompt and to itself, never to
-another one: `segments` say which part of which pair a token is.
+In its row, a pair is laid out as prompt, completion 0, completion 1, and so on.
+Completions continue the prompt's positions.  Each attends to the prompt and to itself,
+never to another completion; `segments` gives the pair and part of each token.
 
 A batch holds exactly the pairs of its step, the same ones as a padded batch.  They are
-packed by first fit, the longest first: a pure function of the lengths, the seed and the
-step, the same on every process.  The filled micro-batches come first; those that a step
-does not need are empty and come last, so a train step can skip them.
+packed by first fit, longest first: a pure function of the lengths, the seed and the
+step, and the same on every process.  Micro-batches that a step does not need are empty
+and come last, so the train step can skip them.
 """
 
 import collections
@@ -26,33 +26,33 @@ from jaxpref.data.samplers import Order
 from jaxpref.errors import InputError
 
 LOOK_AHEAD = 8
-"""Pairs that wait for a gap in an evaluation, as a multiple of what a batch holds."""
+"""How far evaluation looks ahead for pairs that fill gaps, in batches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedLayout:
-    """The sizes of all batches of a run, and this process's share of their rows."""
+    """The sizes of a run's batches, and this process's share of their rows."""
 
     row_length: int
     """T, tokens of a row."""
     predictions: int
     """P, predicted tokens of a row."""
     slots: int
-    """S, most pairs of a row."""
+    """S, maximum number of pairs in a row."""
     num_completions: int
     """K, completions of a prompt."""
     rows: int
     """Rows of a micro-batch, over all processes."""
     batch_size: int
-    """Pairs of a step, over all micro-batches and all processes."""
+    """Pairs per step, over all micro-batches and processes."""
     accumulation: int = 1
-    """A, micro-batches of a step, as many as any step needs."""
+    """A, micro-batches per step, enough for every step."""
     process_index: int = 0
     process_count: int = 1
-    """Micro-batch a holds the same pairs for any count; process p gets the p-th block
+    """The pairs of a micro-batch do not depend on this; process p makes the p-th block
     of its rows."""
     utilization: float = 1.0
-    """Real tokens for each token computed, expected of the run's steps."""
+    """Expected share of computed tokens that are not padding."""
 
     def __post_init__(self):
         iteration.check_rows(
@@ -61,11 +61,11 @@ class PackedLayout:
 
     @property
     def row_size(self) -> RowSize:
-        """What a row holds at most."""
+        """The capacity of a row."""
         return RowSize(self.row_length, self.predictions, self.slots)
 
     def of_all_processes(self) -> "PackedLayout":
-        """The same batches with the rows of all processes."""
+        """The same layout with the rows of all processes."""
         return dataclasses.replace(self, process_index=0, process_count=1)
 
     def batches(
@@ -80,10 +80,10 @@ class PackedLayout:
     ) -> Iterator[PreferenceBatch]:
         """Endless training batches; see `Layout.batches`."""
         iteration.check_reference(dataset, reference)
-        order(0, self.batch_size)  # raises what is wrong with the size
+        order(0, self.batch_size)  # raises an error if the size is invalid
         lengths = (dataset.packed_lengths, dataset.completion_lengths.sum(1))
 
-        # A closure: Grain prints what it maps, and would print a partial's arrays.
+        # A closure, since Grain prints functions, and would print a partial's arrays.
         def make_batch(step: int) -> PreferenceBatch:
             indices = order(step, self.batch_size)
             of_pairs = (values[indices][None] for values in lengths)
@@ -145,11 +145,11 @@ class PackedLayout:
         )
 
     def rounding(self) -> str:
-        """What of the shape decides how scores are rounded; see `Layout.rounding`."""
+        """The parts of the shape that affect rounding; see `Layout.rounding`."""
         return f"{self.rows} packed rows of {self.row_length} tokens"
 
     def overhead(self, dataset: PreferenceDataset) -> float:
-        """Tokens that are computed for each token of the run's steps."""
+        """Number of tokens computed per token of the run's steps."""
         return 1 / self.utilization
 
     def collate(
@@ -159,10 +159,10 @@ class PackedLayout:
         *,
         reference: Mapping[str, np.ndarray] | None = None,
     ) -> PreferenceBatch:
-        """Lays pairs out in packed rows.
+        """Arranges pairs in packed rows.
 
         Args:
-          dataset: where the tokens are.
+          dataset: the dataset of the pairs.
           indices: int [A, R, S]; the pairs of each row, -1 in empty slots.
           reference: float32 [N, K] arrays of all pairs by name, or None.
 
@@ -203,7 +203,7 @@ class PackedLayout:
         rows: Sequence[Sequence[int]],
         reference: Mapping[str, np.ndarray] | None,
     ) -> PreferenceBatch:
-        """This process's rows of the batch whose rows hold these pairs."""
+        """This process's rows of a batch, given the pairs of all rows."""
         indices = np.full((len(rows), self.slots), -1)
         for row, pairs in enumerate(rows):
             indices[row, : len(pairs)] = pairs

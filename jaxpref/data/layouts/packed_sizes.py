@@ -1,7 +1,7 @@
-"""The sizes of packed rows and batches, found by packing the steps of a run beforehand.
+"""The sizes of packed rows and batches, determined by packing the steps in advance.
 
-Packing needs lengths alone, and the order of a run is known before it begins: so its
-steps are packed in advance, and a batch has room for the step that needs most.
+Packing only needs lengths, and the order of a run is known before it begins.  The steps
+are packed in advance, so that a batch has room for the step that needs the most.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from jaxpref.data.samplers import Order
 from jaxpref.errors import InputError
 
 MOST_PAIRS = 20_000
-"""Pairs of the steps that are packed in advance, at most."""
+"""Maximum number of pairs to pack in advance."""
 AUTO_PAIRS = 4_096
-"""Pairs of the steps on which row lengths are compared."""
+"""Number of pairs used to compare row lengths."""
 FEWEST_STEPS = 200
-"""Steps that are packed in advance, at least, where a run has so many."""
+"""Minimum number of steps to pack in advance, if the run has as many."""
 DEVIATIONS = 3
-"""In a run of more steps than are packed in advance, a batch has room for so many
-standard deviations of a step's tokens beyond the step that needs most of these."""
+"""Margin for runs with more steps than are packed in advance: standard deviations of
+a step's tokens, beyond the largest step packed."""
 GOOD_UTILIZATION = 0.85
-"""Share of real tokens down to which micro-batches are made larger."""
+"""Micro-batches are enlarged as long as this share of their tokens is real."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """Lengths of the pairs of some steps, each int [steps, B]."""
+    """The lengths of the pairs of several steps, each int [steps, B]."""
 
     tokens: np.ndarray
     predictions: np.ndarray
@@ -54,22 +54,22 @@ def packed_layout(
     process_index: int = 0,
     process_count: int = 1,
 ) -> PackedLayout:
-    """The layout whose batches hold exactly `batch_size` pairs of every step.
+    """A layout whose batches hold exactly the `batch_size` pairs of their step.
 
     Args:
       train: the training data.
-      *others: what the run sees beside it (held-out data); rows must hold it too.
-      order: of the training pairs.
-      batch_size: pairs of a step, over all micro-batches and all processes.
+      *others: other data of the run (held-out data), which must fit into rows too.
+      order: the order of the training pairs.
+      batch_size: pairs per step, over all micro-batches and processes.
       row_length: T, at least the tokens of any prompt with all its completions; "auto"
-        chooses the one that leaves the fewest places empty.
-      num_steps: of the run; None if it is not known.
-      accumulation: at least so many micro-batches.
+        chooses the one with the least padding.
+      num_steps: steps of the run; None if unknown.
+      accumulation: minimum number of micro-batches.
       shards: devices that share the rows of a micro-batch.
-      tokens_per_device: a micro-batch has more than one row per device, up to so many
-        tokens, where that hardly leaves more places empty.
-      process_index: this process.
-      process_count: how many there are.
+      tokens_per_device: a micro-batch may have several rows per device, up to this many
+        tokens, if that adds little padding.
+      process_index: index of this process.
+      process_count: number of processes.
 
     Raises:
       InputError: if a prompt with its completions is longer than a row.
@@ -101,7 +101,7 @@ def packed_layout(
         num_completions=iteration.num_completions(datasets),
         rows=rows,
         batch_size=batch_size,
-        # A row of its own for each pair is always enough.
+        # One row per pair is always enough.
         accumulation=max(accumulation, -(-min(most, batch_size) // rows)),
         process_index=process_index,
         process_count=process_count,
@@ -112,9 +112,9 @@ def packed_layout(
 def _simulated(
     dataset: PreferenceDataset, order: Order, batch_size: int, num_steps: int | None
 ) -> tuple[_Steps, bool]:
-    """Lengths of a run's first steps, and whether these are all of them.
+    """Lengths of a run's first steps, and whether these are all its steps.
 
-    About one epoch: other epochs have the same pairs in another order.
+    About one epoch is enough, since other epochs only reorder the pairs.
     """
     most = max(1.1 * len(dataset) / batch_size, FEWEST_STEPS)
     count = max(int(min(most, MOST_PAIRS / batch_size)), 1)
@@ -126,8 +126,8 @@ def _simulated(
 
 
 def _row_size(steps: _Steps, row_length: int, answer: int) -> RowSize:
-    # Hardly more room for completions than a row of average pairs asks for: the LM head
-    # costs as much as many layers.  Slots cost nothing.
+    # Little more room for completions than average pairs need, since the LM head costs
+    # as much as many layers.  Slots cost nothing.
     share = steps.predictions.sum() / steps.tokens.sum()
     predictions = max(answer, int(1.15 * share * row_length))
     return RowSize(
@@ -138,10 +138,10 @@ def _row_size(steps: _Steps, row_length: int, answer: int) -> RowSize:
 
 
 def _best_row_length(steps: _Steps, longest: int, answer: int, shards: int) -> int:
-    """The shortest row, of those that leave nearly the fewest places empty.
+    """The shortest row length whose padding is close to the least possible.
 
-    Multiples of 64, from the longest pair on to twice its length: still longer ones
-    cost more attention, and leave more of a step's last rows empty.
+    Tries multiples of 64, from the longest pair to twice its length.  Longer rows cost
+    more attention, and leave more of a step's last rows empty.
     """
     shortest = -(-longest // 64)
     found = {}
@@ -157,7 +157,7 @@ def _best_row_length(steps: _Steps, longest: int, answer: int, shards: int) -> i
 def _rows_per_shard(
     steps: _Steps, count: np.ndarray, row_length: int, shards: int, tokens: int
 ) -> int:
-    """Rows of a device: the most within its tokens that leave few places empty."""
+    """Rows per device: as many as fit into `tokens` without much padding."""
     share = lambda rows: _utilization(steps, count, row_length, shards * rows)
     least = min(GOOD_UTILIZATION, 0.98 * share(1))
     most = max(tokens // row_length, 1)
@@ -165,6 +165,6 @@ def _rows_per_shard(
 
 
 def _utilization(steps: _Steps, count: np.ndarray, row_length: int, rows: int) -> float:
-    """Real tokens for each token computed, micro-batches without pairs left out."""
+    """Share of computed tokens that are real; empty micro-batches are not computed."""
     computed = (-(-count // rows) * rows * row_length).sum()
     return float(steps.tokens.sum() / computed)

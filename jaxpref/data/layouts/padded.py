@@ -1,4 +1,4 @@
-"""One pair a row, one completion a sequence, padded to one length."""
+"""Padded rows: one pair per row, one completion per sequence, of equal length."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from jaxpref.data.samplers import Order
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PaddedLayout:
-    """The sizes of all batches of a run, and this process's share of their rows."""
+    """The sizes of a run's batches, and this process's share of their rows."""
 
     sequence_length: int
     """T, tokens of a sequence."""
@@ -24,12 +24,12 @@ class PaddedLayout:
     num_completions: int
     """K, completions of a prompt; also Q, sequences of a row."""
     batch_size: int
-    """Pairs of a step, over all micro-batches and all processes."""
+    """Pairs per step, over all micro-batches and processes."""
     accumulation: int = 1
-    """A, micro-batches of a step."""
+    """A, micro-batches per step."""
     process_index: int = 0
     process_count: int = 1
-    """Micro-batch a holds the same pairs for any count; process p gets the p-th block
+    """The pairs of a micro-batch do not depend on this; process p makes the p-th block
     of its rows."""
 
     def __post_init__(self):
@@ -41,7 +41,7 @@ class PaddedLayout:
         return self.batch_size // self.accumulation
 
     def of_all_processes(self) -> "PaddedLayout":
-        """The same batches with the rows of all processes."""
+        """The same layout with the rows of all processes."""
         return dataclasses.replace(self, process_index=0, process_count=1)
 
     def batches(
@@ -56,9 +56,9 @@ class PaddedLayout:
     ) -> Iterator[PreferenceBatch]:
         """Endless training batches; see `Layout.batches`."""
         iteration.check_reference(dataset, reference)
-        order(0, self.batch_size)  # raises what is wrong with the size
+        order(0, self.batch_size)  # raises an error if the size is invalid
 
-        # A closure: Grain prints what it maps, and would print a partial's arrays.
+        # A closure, since Grain prints functions, and would print a partial's arrays.
         def make_batch(step: int) -> PreferenceBatch:
             return self._batch(dataset, order(step, self.batch_size), reference)
 
@@ -103,12 +103,12 @@ class PaddedLayout:
         )
 
     def rounding(self) -> str:
-        """What of the shape decides how scores are rounded; see `Layout.rounding`."""
+        """The parts of the shape that affect rounding; see `Layout.rounding`."""
         sizes = f"{self.sequence_length} tokens, {self.predictions} predictions"
         return f"{self.accumulation} x {self.rows} rows of {sizes}"
 
     def overhead(self, dataset: PreferenceDataset) -> float:
-        """Tokens that are computed for each token of the dataset."""
+        """Number of tokens computed per token of the dataset."""
         tokens = self.num_completions * self.sequence_length * len(dataset)
         return tokens / dataset.packed_lengths.sum()
 
@@ -119,10 +119,10 @@ class PaddedLayout:
         *,
         reference: Mapping[str, np.ndarray] | None = None,
     ) -> PreferenceBatch:
-        """Lays pairs out in rows.
+        """Arranges pairs in rows.
 
         Args:
-          dataset: where the tokens are.
+          dataset: the dataset of the pairs.
           indices: int [A, R]; the pair of each row, -1 for an empty row.
           reference: float32 [N, K] arrays of all pairs by name, or None.
 
@@ -166,7 +166,7 @@ class PaddedLayout:
         indices: np.ndarray,
         reference: Mapping[str, np.ndarray] | None,
     ) -> PreferenceBatch:
-        """This process's rows of the batch of these pairs, int [batch_size]."""
+        """This process's rows of a batch, given its pairs, int [batch_size]."""
         own = iteration.block(self.rows, self.process_index, self.process_count)
         rows = indices.reshape(self.accumulation, -1)[:, own]
         return self.collate(dataset, rows, reference=reference)
@@ -184,11 +184,11 @@ def padded_layout(
     """The smallest layout that holds every sequence of the datasets, rounded up.
 
     Args:
-      *datasets: all that a run will see (train and held-out).
-      batch_size: pairs of a step, over all micro-batches and all processes.
-      accumulation: A, micro-batches of a step.
-      process_index: this process.
-      process_count: how many there are.
+      *datasets: all data of the run (training and held-out).
+      batch_size: pairs per step, over all micro-batches and processes.
+      accumulation: A, micro-batches per step.
+      process_index: index of this process.
+      process_count: number of processes.
       length_multiple: T is a multiple of this.
       prediction_multiple: P is a multiple of this.
 

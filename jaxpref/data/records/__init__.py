@@ -38,21 +38,21 @@ class Format(Protocol):
     def parse(
         self, record: Mapping, where: str, *, sides: int, drop_empty: bool
     ) -> Example | str:
-        """The example, or the reason why a well-formed record cannot be used.
+        """Returns the example, or the reason why a valid record cannot be used.
 
         Args:
-          record: as decoded from the file; `matches` is true of it.
+          record: the decoded record; `matches` is true for it.
           where: "file row n", for errors.
           sides: K, completions of a prompt.
           drop_empty: return EMPTY for an empty completion instead of raising.
 
         Raises:
-          InputError: the record is malformed; names row and field.
+          InputError: if the record is malformed; the message names row and field.
         """
 
 
 FORMATS: tuple[Format, ...] = (traces, messages, dialogues, pairs)
-"""All formats; the first that matches reads the record."""
+"""All formats; the first that matches a record parses it."""
 
 
 def parse(
@@ -63,20 +63,20 @@ def parse(
     drop_empty: bool = False,
     labels: LabelFields = NONE,
 ) -> Example | str:
-    """Read one record in whichever format it has.
+    """Parses a record in any of the formats.
 
-    Beside the fields of its format a record may have `flip` (true or false),
+    In addition to the fields of its format, a record may have `flip` (true or false),
     `annotator` (a string or an integer), and the numbers that `labels` names.
 
     Args:
-      record: as decoded from the file.
+      record: the decoded record.
       where: "file row n", for errors.
       sides: K, completions of a prompt; 2 for pairs, 1 for plain completions.
       drop_empty: return EMPTY for an empty completion instead of raising.
       labels: fields with numbers that a loss reads.
 
     Returns:
-      The example, or the reason why a well-formed record cannot be used.
+      The example, or the reason why a valid record cannot be used.
 
     Raises:
       InputError: the record is malformed; names row and field.
@@ -97,10 +97,10 @@ def parse(
 
 
 def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
-    """The prompt that `parse` finds, or that of a record without any completion.
+    """The prompt of a record, which may have no completion.
 
     Returns:
-      A string or messages; None where the record is one that `parse` drops.
+      A string or messages; None if `parse` would drop the record.
 
     Raises:
       InputError: the record is malformed, or its prompt has no messages.
@@ -115,7 +115,7 @@ def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
 
 
 def _unknown(record: Mapping, where: str, sides: int) -> InputError:
-    """The error of a record that no format matches: it has no prompt, or less."""
+    """The error for a record that no format matches."""
     names = completion_fields(record, sides)
     for name in names:
         text_or_messages(record, name, where)  # raises what is wrong with the field

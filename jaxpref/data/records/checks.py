@@ -14,9 +14,9 @@ from jaxpref.errors import InputError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CHARACTERS = 1_000_000
-"""Longest text of a record: some 250,000 tokens, more than a row is trained on."""
+"""Maximum length of a text: about 250,000 tokens, more than fits into a row."""
 COMPLETIONS = ("completion", "messages", "chosen")
-"""Fields of a single completion; the first that a record has is read."""
+"""Fields of a single completion; the first one in a record is read."""
 
 Split = tuple[str | tuple[Message, ...], str | Message]
 """A prompt and one completion."""
@@ -31,7 +31,7 @@ def completion_fields(record: Mapping, sides: int) -> tuple[str, ...]:
 
 
 def field(record: Mapping, name: str, where: str) -> Any:
-    """The field's value, which must be there."""
+    """The field's value; an error if it is missing."""
     if name not in record:
         raise InputError(
             f"{where}: no field '{name}'; the record has"
@@ -59,13 +59,13 @@ def text_or_messages(record: Mapping, name: str, where: str) -> str | list[Messa
 
 
 def is_columns(value: Any) -> bool:
-    """Whether these are messages by column, as Arrow and TFDS store a list of them."""
+    """Whether messages are stored by column, as Arrow and TFDS do."""
     columns = isinstance(value, dict) and set(value) >= {"role", "content"}
     return columns and all(isinstance(x, list) for x in value.values())
 
 
 def prompt_and_messages(record: Mapping, where: str) -> str | tuple[Message, ...]:
-    """The prompt of a record that must have one: a text, or at least one message."""
+    """The prompt of a record: a text, or at least one message."""
     prompt = text_or_messages(record, "prompt", where)
     if prompt == []:
         raise InputError(f"{where}: field 'prompt' has no messages; give one")
@@ -73,7 +73,7 @@ def prompt_and_messages(record: Mapping, where: str) -> str | tuple[Message, ...
 
 
 def checked_text(text: str, place: str) -> str:
-    """The text, which must be Unicode and not too long; `place` names its field."""
+    """Checks that a text is Unicode and not too long; `place` names its field."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(
             f"{place} has {len(text):,} characters; the most is {MAX_CHARACTERS:,};"
@@ -92,16 +92,16 @@ def checked_text(text: str, place: str) -> str:
 def to_example(
     names: Sequence[str], splits: Sequence[Split], where: str, *, drop_empty: bool
 ) -> Example | str:
-    """The example of prompts and completions, or the reason why it cannot be used.
+    """Builds an example, or returns the reason why it cannot be used.
 
     Args:
       names: the field of each completion.
-      splits: the prompt and the completion of each; all prompts must be the same.
+      splits: the prompt and completion of each field; all prompts must be the same.
       where: "file row n", for errors.
       drop_empty: return EMPTY for an empty completion instead of raising.
 
     Raises:
-      InputError: a completion is empty.
+      InputError: if a completion is empty.
     """
     for name, (_, completion) in zip(names, splits, strict=True):
         text = completion if isinstance(completion, str) else completion["content"]
@@ -122,7 +122,7 @@ def to_example(
 
 
 def read_flip(record: Mapping, where: str) -> bool:
-    """The optional field `flip`: this label is known to be wrong."""
+    """The optional field `flip`: whether the label is known to be wrong."""
     value = record.get("flip")
     if value is None or isinstance(value, bool):
         return bool(value)
@@ -145,7 +145,7 @@ def read_annotator(record: Mapping, where: str) -> str | None:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """The type of a value, in JSON terms."""
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
@@ -169,5 +169,5 @@ def _message(message: Any, place: str) -> Message:
             f" {kind(message.get('content'))}"
         )
     checked_text(message["content"], place)
-    # Columnar stores fill absent keys with null; a template must not see them.
+    # Columnar formats fill missing keys with null, which templates must not see.
     return {key: value for key, value in message.items() if value is not None}

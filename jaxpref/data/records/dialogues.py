@@ -20,7 +20,7 @@ ASSISTANT_TURN = "\n\nAssistant:"
 
 
 def matches(record: Mapping, sides: int) -> bool:
-    """Whether one side is a dialogue, or all of them are and hold the prompt."""
+    """Whether a side is a dialogue; with a prompt, whether all sides repeat it."""
     values = [record.get(name) for name in completion_fields(record, sides)]
     if "prompt" not in record:
         return any(_begins(value) for value in values)
@@ -35,9 +35,9 @@ def matches(record: Mapping, sides: int) -> bool:
 def parse(
     record: Mapping, where: str, *, sides: int, drop_empty: bool
 ) -> Example | str:
-    """The example, as a format's `parse`.
+    """Returns the example; see `Format.parse`.
 
-    An empty completion is always dropped: published sets hold some.
+    An empty completion is always dropped, since published datasets contain some.
     """
     names = completion_fields(record, sides)
     texts = [text_or_messages(record, name, where) for name in names]
@@ -48,7 +48,7 @@ def parse(
 
 
 def not_a_dialogue(name: str, where: str) -> InputError:
-    """The error of a record without a prompt whose field is no dialogue either."""
+    """The error for a record without a prompt whose field is not a dialogue."""
     return InputError(
         f"{where}: no field 'prompt', and field '{name}' is not a dialogue of"
         " '\\n\\nHuman: ...\\n\\nAssistant: ...'; add a prompt"
@@ -60,7 +60,7 @@ def _begins(value: Any) -> bool:
 
 
 def _split(name: str, text: str, where: str) -> tuple[str, str]:
-    """Split at the last assistant turn: earlier answers belong to the prompt."""
+    """Splits at the last assistant turn; earlier answers belong to the prompt."""
     before, turn, completion = text.rpartition(ASSISTANT_TURN)
     if not turn or not _begins(before):
         raise not_a_dialogue(name, where)

@@ -1,4 +1,4 @@
-"""One record in the form that all formats are read into."""
+"""The common form of records of all formats."""
 
 import dataclasses
 import hashlib
@@ -17,9 +17,9 @@ HUMAN_LAST = "a dialogue does not end with the assistant's turn"
 class Example:
     """One record, normalized: a prompt and its completions.
 
-    Either all are strings, or it is a conversation: the prompt is a tuple of messages
-    and each completion the assistant message that follows it.  With reasoning traces,
-    the completions are the answers after the traces.
+    Prompt and completions are strings, or they form a conversation: the prompt is a
+    tuple of messages, and each completion is the assistant message that follows it.
+    With reasoning traces, the completions are the answers after the traces.
     """
 
     prompt: str | tuple[Message, ...]
@@ -28,31 +28,32 @@ class Example:
     annotator: str | None = None
     labels: dict[str, float] = dataclasses.field(default_factory=dict)
     traces: tuple[tuple[str, ...], ...] = ()
-    """For each completion its traces, at least one; empty without traces."""
+    """The traces of each completion, at least one each; empty without traces."""
     empty: bool = False
-    """The completions are given after an empty trace, which belongs to the prompt."""
+    """Whether the prompt ends with an empty trace."""
 
     @property
     def is_conversation(self) -> bool:
-        """Whether the tokenizer's chat template renders it."""
+        """Whether it is rendered by the tokenizer's chat template."""
         return isinstance(self.prompt, tuple)
 
     @property
     def is_identical(self) -> bool:
-        """Whether this pair's two sides are the same, traces included."""
+        """Whether both sides of the pair are the same, including traces."""
         same = lambda sides: len(sides) == 2 and sides[0] == sides[1]
         return same(self.completions) and (not self.traces or same(self.traces))
 
     def num_characters(self) -> int:
-        """Characters of all texts."""
+        """The number of characters of all texts."""
         prompt = self.prompt if self.is_conversation else (self.prompt,)
         parts = (*prompt, *self.completions, *(t for side in self.traces for t in side))
         return sum(len(x if isinstance(x, str) else x["content"]) for x in parts)
 
     def content_id(self) -> str:
-        """16 hexadecimal digits of a SHA-256: prompt, completions, annotator, traces.
+        """16 hexadecimal digits of the SHA-256 of the content.
 
-        Without traces it is the same whether the run mixes in an empty one or not.
+        It covers prompt, completions, annotator and traces.  It does not depend on
+        whether the run adds an empty trace.
         """
         content = [self.prompt, self.completions, self.annotator]
         content += [self.traces] if self.traces else []
@@ -61,7 +62,7 @@ class Example:
 
 
 def prompt_key(prompt: str | tuple[Message, ...]) -> str:
-    """A string that is equal for prompts that differ only in outer white space."""
+    """A key that ignores leading and trailing white space of the prompt."""
     if isinstance(prompt, str):
         return prompt.strip()
     bare = [message | {"content": message["content"].strip()} for message in prompt]
@@ -69,7 +70,7 @@ def prompt_key(prompt: str | tuple[Message, ...]) -> str:
 
 
 def expand(example: Example) -> list[Example]:
-    """One example for each k: the k-th traces of all sides; shorter lists repeat.
+    """One example per k, with the k-th trace of each side; shorter lists repeat.
 
     An example without traces is returned as it is.
     """

@@ -1,9 +1,9 @@
 """Conversations: lists of messages {"role": ..., "content": ...}.
 
-`prompt`, `chosen` and `rejected` as messages or texts, or whole conversations in
-`chosen` and `rejected` that share all but the last message, or one in `messages`.  The
-completion is always the last assistant turn.  A prompt that a conversation repeats is
-taken once.
+A record has `prompt`, `chosen` and `rejected` as messages or texts, or whole
+conversations in `chosen` and `rejected` that share all but the last message, or one
+conversation in `messages`.  The completion is always the last assistant turn.  If a
+conversation repeats the prompt, it is used once.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def matches(record: Mapping, sides: int) -> bool:
 def parse(
     record: Mapping, where: str, *, sides: int, drop_empty: bool
 ) -> Example | str:
-    """The example, as a format's `parse`."""
+    """Returns the example; see `Format.parse`."""
     names = completion_fields(record, sides)
     values = [text_or_messages(record, name, where) for name in names]
     prompt = text_or_messages(record, "prompt", where) if "prompt" in record else []
@@ -42,7 +42,7 @@ def parse(
 def _split(
     prompt: str | list[Message], name: str, value: str | list[Message], where: str
 ) -> tuple[tuple[Message, ...], Message]:
-    """Messages before the last assistant turn, and that turn."""
+    """The messages before the last assistant turn, and that turn."""
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     if isinstance(prompt, str):
@@ -52,8 +52,7 @@ def _split(
     turns = _joined(prompt, value[:-1])
     if turns is None:
         raise InputError(
-            f"{where}: field '{name}' begins with another question than 'prompt' asks;"
-            " remove one of the two"
+            f"{where}: field '{name}' does not continue 'prompt'; remove one of the two"
         )
     if not turns:
         raise InputError(
@@ -64,7 +63,7 @@ def _split(
 
 
 def _joined(prompt: list[Message], turns: list[Message]) -> list[Message] | None:
-    """The prompt, then the turns; what both hold once; None if they contradict."""
+    """The prompt followed by the turns, without overlap; None if they contradict."""
     asked, said = (
         [(message["role"], message["content"].strip()) for message in part]
         for part in (prompt, turns)

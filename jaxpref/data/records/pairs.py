@@ -11,14 +11,14 @@ from jaxpref.data.records.example import Example
 
 
 def matches(record: Mapping, sides: int) -> bool:
-    """Whether there is a prompt; formats with more in it are asked before."""
+    """Whether there is a prompt; more specific formats are tried first."""
     return "prompt" in record
 
 
 def parse(
     record: Mapping, where: str, *, sides: int, drop_empty: bool
 ) -> Example | str:
-    """The example, as a format's `parse`."""
+    """Returns the example; see `Format.parse`."""
     names = completion_fields(record, sides)
     completions = [text_or_messages(record, name, where) for name in names]
     prompt = text_or_messages(record, "prompt", where)

@@ -1,7 +1,7 @@
-"""Reasoning traces: completions {"trace": ..., "answer": ...} beside a `prompt`.
+"""Reasoning traces: a `prompt`, and completions {"trace": ..., "answer": ...}.
 
-The trace is one string or a list of several samples; the answer follows it.  Both are
-written without the markers between them.  Both sides have a trace, or neither has one.
+The trace is a string or a list of several samples; the answer follows it.  Both are
+written without markers.  Either both sides have a trace, or neither has one.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def matches(record: Mapping, sides: int) -> bool:
 def parse(
     record: Mapping, where: str, *, sides: int, drop_empty: bool
 ) -> Example | str:
-    """The example, as a format's `parse`."""
+    """Returns the example; see `Format.parse`."""
     names = completion_fields(record, sides)
     prompt = prompt_and_messages(record, where)
     values = {name: field(record, name, where) for name in names}
@@ -63,14 +63,14 @@ def _is_traced(value: Any) -> bool:
 
 
 def _traces(value: dict, place: str) -> tuple[str, ...]:
-    """The traces of one side; none where there is no such field, or null."""
+    """The traces of one side; empty if the field is missing or null."""
     traces = value.get("trace")
     if traces is None:
         return ()
     listed = traces if isinstance(traces, list) else [traces]
     if not listed:
         raise InputError(
-            f"{place} has an empty list as 'trace'; list one at least, or leave 'trace'"
+            f"{place} has an empty list as 'trace'; give at least one, or leave 'trace'"
             " out on both sides"
         )
     for n, trace in enumerate(listed):
