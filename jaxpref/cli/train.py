@@ -40,7 +40,7 @@ FILES = (
         "config",
         str,
         None,
-        "Read options from a YAML file.  The command line overrides it.",
+        "Read options from a YAML file; the command line overrides it.",
     ),
     Option("print-config", bool, False, "Print all options as a YAML file, and exit."),
 )
@@ -161,7 +161,7 @@ def help_text(argv: Sequence[str]) -> str:
             return _details(choice)
         options = {name: options[name] for name in COMMON}
     full = "--help-all" in argv
-    title = "options:" if full else "common options (--help-all lists all):"
+    title = "options:" if full else "common options (all options: --help-all):"
     return (
         f"usage: {COMMAND} --model MODEL --data DATA --out OUT [options]\n\n"
         "Train a model on preference pairs or, with --loss sft, on completions.\n\n"
