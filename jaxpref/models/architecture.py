@@ -1,4 +1,4 @@
-"""What a model computes: the sizes that the code shared by all families reads."""
+"""What a model computes: the sizes that are common to all families."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 def at_least(minimum: float, **options: Any) -> Any:
-    """A dataclass field with a smallest value, which `Architecture` checks."""
+    """A dataclass field with a minimum, which `Architecture` checks."""
     return dataclasses.field(metadata={"minimum": minimum}, **options)
 
 
 def check_minimums(values: Any, what: str) -> None:
-    """Raises InputError if a field declared by `at_least` is below its minimum."""
+    """Raises InputError if a field declared with `at_least` is below its minimum."""
     for field in dataclasses.fields(values):
         minimum, value = field.metadata.get("minimum"), getattr(values, field.name)
         if minimum is not None and value < minimum:
@@ -24,7 +24,7 @@ def check_minimums(values: Any, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What decides the function of a decoder-only transformer.
+    """The architecture of a decoder-only transformer.
 
     Each family has a subclass with its own fields.  Two models compute the same
     function of their parameters if their architectures are equal; how they compute it

@@ -1,4 +1,4 @@
-"""Attention, and the choice of how it is computed.
+"""Attention, and the choice of implementation.
 
 Axes: B rows, T tokens, S key slots, H query heads, G key-value heads, K head features.
 Query head h reads key head h // (H / G); scores are scaled by 1/sqrt(K).
@@ -18,15 +18,15 @@ from jaxpref.models.layout import SPECS, on_mesh, platform
 
 
 class Segments(NamedTuple):
-    """What the tokens of packed rows belong to."""
+    """The prompts and completions to which the tokens of packed rows belong."""
 
     prompt_ids: Int[Array, "B T"]
-    """The same for the tokens of a prompt and of its completions, which are adjacent;
+    """Equal for all tokens of a prompt and its completions, which are adjacent;
     negative for padding."""
     parts: Int[Array, "B T"]
-    """0 for prompts, 1, 2, ... for the completions of each."""
+    """0 for a prompt; 1, 2, ... for its completions."""
     completions: int = 2
-    """The most completions of a prompt, for the kernel on TPU."""
+    """Maximum number of completions of a prompt, for the TPU kernel."""
 
 
 def attention(
@@ -57,7 +57,7 @@ def causal_attention(
     *,
     twice_differentiable: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """Attention of each token to those before it, in whole rows.
+    """Causal attention in whole rows.
 
     Args:
         q: queries.
@@ -98,7 +98,7 @@ def packed_attention(
     *,
     twice_differentiable: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """Attention of packed rows: each token sees its prompt and its own completion.
+    """Attention of packed rows: tokens attend to their prompt and own completion.
 
     More exactly, of the tokens before it those of its own part and of part 0 of the
     same prompt.  Results for padding mean nothing.

@@ -1,4 +1,4 @@
-"""Reading config.json of Hugging Face model folders, and naming what is not read."""
+"""Reading config.json of Hugging Face folders, and reporting unread fields."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from jaxpref.errors import InputError
 
 HARMLESS = frozenset(
-    # What the file is about.
+    # Identification.
     "architectures model_type torch_dtype dtype transformers_version "
     "_name_or_path tokenizer_class is_decoder finetuning_task "
     "task_specific_params unsloth_version unsloth_fixed transformers.js_config "
@@ -17,16 +17,16 @@ HARMLESS = frozenset(
     # Token ids.
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id mask_token_id "
     "decoder_start_token_id image_token_id "
-    # How transformers runs the model.
+    # Settings of transformers.
     "use_cache pretraining_tp _attn_implementation attn_implementation "
     "_attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled "
     "gradient_checkpointing output_attentions output_hidden_states output_scores "
     "return_dict return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss "
     "chunk_size_feed_forward "
-    # Dropout, which is off here.
+    # Dropout, which is not used here.
     "attention_dropout hidden_dropout resid_dropout embd_dropout dropout "
     "classifier_dropout "
-    # Defaults of generation, which older versions wrote into this file.
+    # Generation defaults, which older versions wrote into this file.
     "max_length min_length max_new_tokens do_sample early_stopping num_beams "
     "num_beam_groups num_return_sequences temperature top_k top_p typical_p "
     "repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size "
@@ -34,11 +34,11 @@ HARMLESS = frozenset(
     "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "forced_bos_token_id forced_eos_token_id".split()
 )
-"""Fields of every family that do not change the function of a model."""
+"""Fields of every family that do not affect a model's output."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file of a model folder.
+    """Reads a JSON object from a file of a model folder.
 
     Raises:
         InputError: there is no such file, or it holds something else.
@@ -60,18 +60,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFields:
-    """The fields of a config.json, which remembers those that were read.
+    """The fields of a config.json; records which ones are read.
 
     A field that is null counts as missing.
     """
 
     values: Mapping[str, Any]
     source: str
-    """Where they are from, for messages."""
+    """The source of the fields, for messages."""
     names_read: set[str] = dataclasses.field(default_factory=set)
 
     def get(self, name: str) -> Any:
-        """A field's value as it is, or None."""
+        """A field's value without checks, or None."""
         self.names_read.add(name)
         return self.values.get(name)
 
@@ -95,7 +95,7 @@ class ConfigFields:
         return kind(value)
 
     def require(self, name: str, supported: Any) -> None:
-        """Raises InputError if a field is there with another value than `supported`."""
+        """Raises InputError if a field is present and is not `supported`."""
         value = self.get(name)
         if value is not None and value != supported:
             raise InputError(
@@ -104,7 +104,7 @@ class ConfigFields:
             )
 
     def check_all_read(self, harmless: Collection[str]) -> None:
-        """Raises InputError for a field that may ask for something unsupported.
+        """Raises InputError for an unread field that may affect the output.
 
         Fields that are null, false or empty ask for nothing.
         """

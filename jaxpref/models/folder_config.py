@@ -1,4 +1,4 @@
-"""What the config.json of a model folder says, whatever its family."""
+"""Reading the config.json of a model folder of any family."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model's folder, by path or by its id on the Hugging Face hub."""
+"""Finding a model's folder by path or by its id on the Hugging Face hub."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def resolve_folder(model: str) -> Path:
-    """The local folder of a model, downloaded first where `model` is a hub id.
+    """The local folder of a model, which is downloaded if `model` is a hub id.
 
     Weights in other formats than safetensors are never downloaded, nor is code.
 
@@ -21,7 +21,9 @@ def resolve_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"{model}: is a file; give the folder that holds config.json")
+        raise InputError(
+            f"{model}: is a file; give the folder that contains config.json"
+        )
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such folder")
     from huggingface_hub import snapshot_download
@@ -30,13 +32,13 @@ def resolve_folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=_WANTED))
     except Exception as error:
         raise InputError(
-            f"{model}: no such folder, and the hub gave no such model either "
+            f"{model}: no such folder, and no such model on the hub "
             f"({first_line(error)})"
         ) from error
 
 
 def weights_digest(folder: Path, dtypes: str) -> str:
-    """SHA-256 (hex) of a model's config and weights, and of the dtypes it runs in."""
+    """SHA-256 (hex) of a model's config, weights and dtypes."""
     digest = hashlib.sha256(dtypes.encode())
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.name.encode())

@@ -1,4 +1,4 @@
-"""Where a model's arrays live on the mesh."""
+"""How a model's arrays are sharded over the mesh."""
 
 import dataclasses
 
@@ -13,12 +13,12 @@ from jaxpref.sharding import ROWS
 
 @dataclasses.dataclass(frozen=True)
 class Specs:
-    """All layouts on the mesh axes `data`, `fsdp` and `tensor`.
+    """All shardings over the mesh axes `data`, `fsdp` and `tensor`.
 
     Weights of the layers are stored with a leading layer axis, which is never sharded.
     """
 
-    # Weights as they are stored: every matrix is sharded over fsdp and tensor.
+    # Stored weights: every matrix is sharded over fsdp and tensor.
     # An embedding stored as ("tensor", "fsdp") would be gathered whole in the lookup.
     embed: P = P("fsdp", "tensor")
     head: P = P("fsdp", "tensor")
@@ -28,7 +28,7 @@ class Specs:
     mlp_out: P = P(None, "tensor", "fsdp")
     norm: P = P(None)
     layer_norm: P = P(None, None)
-    # Weights as they are used: gathered over fsdp once.  In training each row group has
+    # Weights in use: gathered over fsdp once.  In training each row group has
     # a copy, so that gradients of different groups are summed once, at the end.
     embed_gathered: P = P(None, "tensor")
     head_gathered: P = P(None, "tensor")
@@ -68,7 +68,7 @@ def platform() -> str:
 
 
 def check_mesh(architecture: Architecture) -> None:
-    """Raises InputError if the mesh that is set does not divide the model evenly."""
+    """Raises InputError if the current mesh does not divide the model evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape)
     if not sizes:

@@ -1,4 +1,4 @@
-"""Products of activations with weights, and gradients that transpose neither."""
+"""Products of activations and weights, whose gradients transpose neither factor."""
 
 import functools
 from typing import Any
@@ -96,7 +96,8 @@ def dense_einsum(
     if copied or sharded:
         shape = (rows, *result.shape[2:])
         result = jnp.reshape(result, shape, out_sharding=on_mesh(whole_spec))
-    # jax.checkpoint sees no product in a function with its own gradient, but its name.
+    # In a function with a custom gradient, jax.checkpoint sees this name, not the
+    # product.
     return checkpoint_name(result, PRODUCT)
 
 

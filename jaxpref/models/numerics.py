@@ -22,13 +22,13 @@ class Numerics:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: str = "none"
-    """What the backward pass recomputes within a layer: "none", "dots" (everything but
-    the products with weights) or "full" (everything)."""
+    """What the backward pass recomputes within a layer: "none", "dots" (everything
+    except products with weights) or "full" (everything)."""
     unroll: int = at_least(1, default=1)
-    """Layers written out per iteration of the scan over them, at most all."""
+    """Layers to unroll per iteration of the scan over layers; at most all of them."""
     twice_differentiable: bool = False
-    """Whether the gradient is differentiated again.  Attention is then dense: blockwise
-    attention and the kernels of accelerators have no second derivatives."""
+    """Whether the gradient is differentiated again.  Attention is then dense, since
+    blockwise attention and accelerator kernels have no second derivatives."""
 
     def __post_init__(self):
         check_minimums(self, "numerics")

@@ -1,4 +1,4 @@
-"""Reward models: the same backbone with a scalar head in place of the LM head.
+"""Reward models: the same backbone with a scalar head instead of the LM head.
 
 An answer's score is read at its last real token, the only one that has seen all of it:
 EOS, or the token at which the answer was cut.  `transformers` calls such a model
@@ -44,7 +44,7 @@ class RewardModel:
         return Model(tied, self.numerics)
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, in their layout on the mesh that is set.
+        """Random parameters, sharded over the current mesh.
 
         Raises:
             InputError: the mesh does not fit the model; see `Model.init`.
@@ -171,7 +171,7 @@ class Padding:
     """The token that pads the input of a reward model."""
 
     token: str
-    """Its text, as the tokenizer's files name it."""
+    """Its text in the tokenizer's files."""
     id: int
     """Its index in the embedding."""
 

@@ -1,4 +1,4 @@
-"""What the modules of all families share, written in Flax NNX.
+"""Flax NNX modules shared by all families.
 
 Axes: B rows, T tokens, D hidden, H query heads, G key-value heads, K head features,
 V vocabulary, L layers, N row groups (see `gathering`).
@@ -26,7 +26,7 @@ from jaxpref.models.numerics import Numerics
 Rngs = nnx.Rngs
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Attention as a block calls it.
+"""The signature of attention in a block.
 
 Queries [B, T, H, K], keys and values [B, T, G, K] to the result [B, T, H, K] and the
 state that the block returns: in decoding the cache, in training nothing.  Scores are
@@ -64,12 +64,12 @@ def normal(
 
 
 def ones(numerics: Numerics, shape: Sequence[int], spec: PartitionSpec) -> nnx.Param:
-    """A parameter of ones, as the gain of a norm."""
+    """A parameter of ones, such as the gain of a norm."""
     return nnx.Param(reshard(jnp.ones(shape, jnp.dtype(numerics.param_dtype)), spec))
 
 
 def zeros(numerics: Numerics, shape: Sequence[int], spec: PartitionSpec) -> nnx.Param:
-    """A parameter of zeros, as a bias."""
+    """A parameter of zeros, such as a bias."""
     return nnx.Param(reshard(jnp.zeros(shape, jnp.dtype(numerics.param_dtype)), spec))
 
 
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
             self.head = normal(rngs, architecture, numerics, (D, V), SPECS.head)
 
     def shared_inputs(self, positions: Int[Array, "B T"]) -> Any:
-        """What every layer is given of the tokens' positions, such as rotary angles."""
+        """What all layers need of the positions, such as rotary angles."""
         raise NotImplementedError
 
     def layer_attributes(self) -> Any:
@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
         return None
 
     def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the LM head reads of the last layer's residual stream."""
+        """The LM head's input, from the last layer's residual stream."""
         raise NotImplementedError
 
     def embed_tokens(
@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
         dtype = self.numerics.compute_dtype
         if table.ndim > 2:
             return reshard(embedding_lookup(table, tokens, dtype), SPECS.hidden)
-        # The all-gather of FSDP, written out.
+        # The explicit all-gather of FSDP.
         table = reshard(table.astype(dtype), SPECS.embed_gathered)
         tokens = reshard(tokens, SPECS.tokens)
         x = table.at[tokens].get(out_sharding=on_mesh(SPECS.features))
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         return all_gather_per_row_group(self.head[...], dtype)
 
     def head_weight(self) -> Float[Array, "D V"]:
-        """The LM head, whole over fsdp, its vocabulary sharded over tensor."""
+        """The LM head, replicated over fsdp, its vocabulary sharded over tensor."""
         tied = self.architecture.tie_word_embeddings
         head = self.embed[...].T if tied else self.head[...]
         return reshard(head, SPECS.head_gathered)

@@ -1,4 +1,4 @@
-"""What a model family is made of, and where its arrays lie in a model folder."""
+"""The parts of a model family, and the tensors of its parameters in a folder."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ class TensorName:
 
     @property
     def stacked(self) -> bool:
-        """Whether our array has a leading layer axis, and the file a tensor a layer."""
+        """Whether the array has a layer axis and the file has one tensor per layer."""
         return "{}" in self.template
 
     def tensors(self, shape: Sequence[int]) -> list[str]:
@@ -58,10 +58,10 @@ def _flat_slice(shape: Sequence[int], index: Sequence[slice]) -> slice:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """All that the shared code needs to know of a model family."""
+    """Everything that the shared code needs to know about a model family."""
 
     model_type: str
-    """As config.json names it."""
+    """The name in config.json."""
     causal_lm: str
     """The class in `transformers` of its language models."""
     classifier: str
@@ -74,9 +74,9 @@ class Family:
     transformer: type[Transformer]
     """The modules."""
     tensors: Mapping[str, TensorName]
-    """Parameters by path ("layers.query"), and where each lies in a folder."""
+    """Parameters by path ("layers.query"), and their tensors in a folder."""
     harmless: Collection[str] = ()
-    """Fields of config.json that do not change the function of a model, besides
+    """Fields of config.json that do not affect the output, in addition to
     `config_json.HARMLESS`."""
     ignored_tensors: tuple[str, ...] = (".rotary_emb.inv_freq",)
-    """Endings of the names of stored tensors that are no parameters."""
+    """Suffixes of the names of stored tensors that are not parameters."""

@@ -37,7 +37,7 @@ from jaxpref.models.transformer import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaArchitecture(Architecture):
-    """What decides the function of a Llama model."""
+    """The architecture of a Llama model."""
 
     rms_norm_eps: float = at_least(0, default=1e-5)
     rope_theta: float = 10000.0
@@ -65,7 +65,7 @@ class LlamaBlock(Block):
     def __init__(self, architecture: LlamaArchitecture, numerics: Numerics, rngs: Rngs):
         a, L, D = architecture, architecture.num_layers, architecture.hidden_size
         H, G, K, F = a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
-        # Weights that write to the residual stream start smaller, so that its size does
+        # Weights that write to the residual stream start smaller, so that its norm does
         # not grow with depth.
         small = (2 * L) ** -0.5
         drawn = lambda *args: normal(rngs, a, numerics, *args)
@@ -114,7 +114,7 @@ class LlamaBlock(Block):
 
 
 class LlamaTransformer(Transformer):
-    """Llama's modules; subclasses name another block."""
+    """Llama's modules; subclasses may use another block."""
 
     block: ClassVar[type[Block]] = LlamaBlock
     architecture: LlamaArchitecture
@@ -147,9 +147,9 @@ SIZES = {
     "tie_word_embeddings": "tie_word_embeddings",
     "initializer_range": "initializer_range",
 }
-"""Our fields, and their names in config.json."""
+"""Fields of the architecture, and their names in config.json."""
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-"""Fields of config.json with the only value that the block computes."""
+"""Fields of config.json with the only supported value."""
 
 
 def read_sizes(fields: ConfigFields) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def read_sizes(fields: ConfigFields) -> dict[str, Any]:
 
 
 def read_config(fields: ConfigFields) -> LlamaArchitecture:
-    """The architecture that a config.json describes.
+    """The architecture described by a config.json.
 
     Raises:
         InputError: a field is missing or malformed, or has an unsupported value.

@@ -1,4 +1,4 @@
-"""The rotary fields of config.json, as several families have them."""
+"""The rotary fields of config.json, shared by several families."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def read_rope(
     older, newer = rope.get("type"), rope.get("rope_type")
     kind = newer or older or "default"
     scaling = None if kind == "default" else _scaling(rope, kind, context)
-    # Read only by some kinds, and written beside others.
+    # Used by some kinds only, but written for others too.
     rope.check_all_read(("factor", "original_max_position_embeddings"))
     return theta, scaling
 
