@@ -116,7 +116,7 @@ def _splash() -> Any:
 
 
 def _scaled(q: Queries) -> Queries:
-    """Queries over sqrt(K), which the kernel leaves to its caller."""
+    """Queries divided by sqrt(K), which the kernel does not do itself."""
     return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
@@ -146,7 +146,7 @@ def _skip_blocks(kernel: Any, queries: Int[Array, " T"], keys: Int[Array, " S"])
     """The kernel, restricted to blocks where some query sees some key.
 
     Args:
-        kernel: of `_make_splash`, which skips only what lies after the queries.
+        kernel: of `_make_splash`, which skips only keys after the queries.
         queries: the segment of each query.
         keys: the segment of each key.
     """

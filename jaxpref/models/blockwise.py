@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 BLOCK = 64
 """Tokens of a block."""
 NEVER = -1e30
-"""In place of minus infinity, whose differences are NaN."""
+"""Used instead of minus infinity, whose differences are NaN."""
 
 
 def blockwise_attention(

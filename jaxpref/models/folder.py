@@ -190,7 +190,7 @@ def save(
 
 
 def _named_leaves(family: Family, tree: Params) -> list[tuple[TensorName, Any]]:
-    """The leaves of parameters in the tree's order, and where each lies in a folder."""
+    """The leaves of parameters in tree order, and the tensors of each in a folder."""
     key = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(family.tensors[key(path)], leaf) for path, leaf in leaves]
@@ -352,7 +352,7 @@ def _copy_tokenizer(source: Path | None, folder: Path, padding: Padding | None) 
 
 
 def _set_pad_token(folder: Path, padding: Padding) -> None:
-    """Names the padding token in the tokenizer's files that name another or none."""
+    """Sets the padding token in the tokenizer files that lack or contradict it."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (path := folder / name).exists():
             fields = read_json(path)

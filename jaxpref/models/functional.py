@@ -1,4 +1,4 @@
-"""The model as pure functions of its parameters; the one file that splits NNX."""
+"""The model as pure functions of its parameters; the only file that splits NNX."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ class Model:
         return nnx.merge(_graphs(self.architecture, self.numerics)[1], weights)
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, in their layout on the mesh that is set.
+        """Random parameters, sharded over the current mesh.
 
         Matrices are normal with `initializer_range`, those that write to the residual
         stream smaller by sqrt(2 L); gains are one.  `jax.eval_shape(model.init, key)`
@@ -232,7 +232,7 @@ class Model:
     def decode(
         self, params: Params, tokens: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of the next T tokens, and the cache with them.
+        """Hidden states of the next T tokens, and the updated cache.
 
         The caller stays within the cache: filled + T <= its length.  `filled` is data,
         so a step too many raises nothing; it overwrites the last slots.

@@ -1,4 +1,4 @@
-"""FSDP, written out: weights are gathered once, gradients reduce-scattered once.
+"""Explicit FSDP: weights are gathered once, gradients reduce-scattered once.
 
 If this is left to the compiler, a device that has gathered a weight receives the whole
 of its gradient by an all-reduce, for the head once per chunk of a loop, and keeps its
@@ -24,7 +24,7 @@ from jaxpref.sharding import ROWS
 
 
 def is_fsdp_sharded(weight: jax.Array) -> bool:
-    """Whether a weight is spread over several devices of `fsdp`."""
+    """Whether a weight is sharded over several devices of `fsdp`."""
     if num_row_groups() == 1:
         return False
     mesh = jax.sharding.get_abstract_mesh()

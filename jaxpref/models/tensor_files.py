@@ -96,7 +96,7 @@ class Entry:
 
 
 def entries(name: TensorName, array: Any) -> list[Entry]:
-    """The tensors that hold an array of our parameters."""
+    """The tensors that hold an array of the parameters."""
     tensors = enumerate(name.tensors(array.shape))
     return [Entry(tensor, name, array, layer) for layer, tensor in tensors]
 
@@ -136,7 +136,7 @@ def write_tensors(
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes a JSON object as the files of model folders are written."""
+    """Writes a JSON object in the style of model folders."""
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

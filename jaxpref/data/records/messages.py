@@ -64,16 +64,16 @@ def _split(
 
 def _joined(prompt: list[Message], turns: list[Message]) -> list[Message] | None:
     """The prompt followed by the turns, without overlap; None if they contradict."""
-    asked, said = (
+    question, answered = (
         [(message["role"], message["content"].strip()) for message in part]
         for part in (prompt, turns)
     )
-    for size in range(min(len(asked), len(said)), 0, -1):
-        if asked[-size:] == said[:size]:
+    for size in range(min(len(question), len(answered)), 0, -1):
+        if question[-size:] == answered[:size]:
             return prompt + turns[size:]
-    if not asked or not said or said[0][0] in ("assistant", "tool"):
+    if not question or not answered or answered[0][0] in ("assistant", "tool"):
         return prompt + turns
-    if any(said[n : n + len(asked)] == asked for n in range(len(said))):
+    if any(answered[n : n + len(question)] == question for n in range(len(answered))):
         return turns
-    follows = said[0][0] == "user" and asked[-1][0] != "user"
+    follows = answered[0][0] == "user" and question[-1][0] != "user"
     return prompt + turns if follows else None
