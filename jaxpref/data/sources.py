@@ -25,12 +25,15 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Number of records."""
+        ...
 
     def __getitem__(self, index: int) -> Any:
         """The record as decoded; a dict if it is well formed."""
+        ...
 
     def location(self, index: int) -> str:
         """Where the record stands, for an error: "pairs.jsonl row 17"."""
+        ...
 
 
 class ListSource:

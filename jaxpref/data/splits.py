@@ -277,14 +277,11 @@ def _flip_rate(
     example: Example, inject: InjectOptions, rates: Mapping[str, float]
 ) -> float:
     """How often this pair's label is flipped: by annotator, by length, or as all."""
-    if example.annotator in rates:
+    if example.annotator is not None and example.annotator in rates:
         return rates[example.annotator]
     if inject.longer is not None:
         # Characters and not tokens: the same pairs are flipped for every model.
-        chosen, rejected = (
-            len(text if isinstance(text, str) else text["content"])
-            for text in example.completions
-        )
+        chosen, rejected = (len(text) for text in example.texts)
         return inject.longer if chosen > rejected else inject.flip_rate
     return inject.flip_rate
 

@@ -17,12 +17,15 @@ class Stream(Protocol):
 
     def draw(self, state: TrainState) -> PreferenceBatch:
         """The next batch, on the devices; it may depend on the state."""
+        ...
 
     def get_state(self) -> Any:
         """The position after the batch drawn last, as JSON can write it."""
+        ...
 
     def state_before(self) -> Any:
         """The position before the batch drawn last."""
+        ...
 
 
 class Feed:
