@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from jaxpref.errors import InputError
 
@@ -52,7 +53,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         raise cannot_write(path, error) from error
 
 
-def write_json(path: str | Path, content) -> None:
+def write_json(path: str | Path, content: Any) -> None:
     """Writes a JSON file atomically; raises the same errors as `write_whole`."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
 

@@ -266,3 +266,40 @@ def test_losses_load_nothing_but_jax_and_jaxtyping():
     tops = {name.split(".")[0] for name in added - ours} - sys.stdlib_module_names
     assert tops <= WITH_JAX
     assert not NEVER & {name.split(".")[0] for name in added | before}
+
+
+def public_functions(
+    node: ast.AST, prefix: str = ""
+) -> list[tuple[str, ast.FunctionDef]]:
+    """Functions and methods of a file that have no underscore before their names."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            found += public_functions(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
+            found.append((prefix + child.name, child))
+        elif isinstance(child, (ast.If, ast.Try)):
+            found += public_functions(child, prefix)
+    return found
+
+
+def without_annotation(function: ast.FunctionDef, *, is_method: bool) -> list[str]:
+    """The arguments without an annotation, and "return" if that has none."""
+    given = function.args
+    arguments = [*given.posonlyargs, *given.args]
+    static = any(ast.unparse(x) == "staticmethod" for x in function.decorator_list)
+    if is_method and not static:
+        arguments = arguments[1:]  # self or cls
+    arguments += [*given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+    missing = [x.arg for x in arguments if x.annotation is None]
+    return missing + ([] if function.returns else ["return"])
+
+
+@each_file
+def test_public_functions_are_annotated(path):
+    parts = [name.removesuffix(".py") for name in path.relative_to(PACKAGE).parts]
+    if any(x.startswith("_") and not x.startswith("__") for x in parts):
+        return
+    for name, function in public_functions(ast.parse(path.read_text("utf-8"))):
+        missing = without_annotation(function, is_method="." in name)
+        assert not missing, f"{path}: {name}: no annotation of {', '.join(missing)}"

@@ -21,7 +21,7 @@ from jaxpref.objectives import Objective, crm, from_loss, trainable
 FACTORIES = {make.__name__: make for make in objectives.FACTORIES}
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., Any]] = {
     name: FACTORIES.get(name) or getattr(losses, name)
     for name in sorted({*losses.__all__, *FACTORIES})
     if name in FACTORIES or trainable(getattr(losses, name))
@@ -169,11 +169,15 @@ def options_type(function: Callable) -> type:
 
 def _documented_arguments(function: Callable) -> dict[str, str]:
     """Name -> text of the `Args:` section of a Google-style docstring."""
-    section = inspect.getdoc(function).split("Args:\n", 1)[-1].split("\n\n", 1)[0]
+    section = _docstring(function).split("Args:\n", 1)[-1].split("\n\n", 1)[0]
     entries = re.findall(
         r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n {3,}(?!\w+: ).*)*)", section, re.MULTILINE
     )
     return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _docstring(function: Callable) -> str:
+    return inspect.getdoc(function) or ""
 
 
 def losses_by_kind() -> dict[str, list[str]]:
@@ -189,12 +193,12 @@ def losses_by_kind() -> dict[str, list[str]]:
 
 def summary(function: Callable) -> str:
     """The first line of a docstring."""
-    return inspect.getdoc(function).splitlines()[0]
+    return _docstring(function).splitlines()[0]
 
 
 def description(function: Callable) -> str:
     """A docstring without its arguments: the equation and its source."""
-    text = inspect.getdoc(function)
+    text = _docstring(function)
     about = text.split("\n\nArgs:", 1)[0].split("\n\nReturns:", 1)[0]
     references = re.search(r"References:\n(?: .*\n?)*", text)
     return about + (f"\n\n{references[0].rstrip()}" if references else "")

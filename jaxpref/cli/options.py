@@ -185,7 +185,7 @@ def _of(kind: type, prefix: str) -> list[Option]:
     for field in dataclasses.fields(kind):
         name = _name(field, prefix)
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found += _of(hint, name)
             continue
         default = field.default
@@ -205,10 +205,15 @@ def _docs(kind: type) -> dict[str, str]:
             source = textwrap.dedent(inspect.getsource(base))
         except (TypeError, OSError):  # built in, or made by a call
             continue
-        body = ast.parse(source).body[0].body
+        (node,) = ast.parse(source).body
+        body = node.body if isinstance(node, ast.ClassDef) else []
         for field, text in zip(body, body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[field.target.id] = " ".join(text.value.value.split())
+            match field, text:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(said))),
+                ):
+                    found[name] = " ".join(said.split())
     return found
 
 
@@ -229,4 +234,4 @@ def _words(kind: Any) -> tuple[str, ...]:
 def _typed(kind: Any) -> tuple[str, ...]:
     if typing.get_origin(kind) is tuple:
         return (f"{_typed(typing.get_args(kind)[0])[0]} ...",)
-    return _words(kind) or ({str: "TEXT"}.get(kind, kind.__name__.upper()),)
+    return _words(kind) or ("TEXT" if kind is str else kind.__name__.upper(),)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypedDict
 
 import jax.tree_util
 import numpy as np
@@ -63,7 +64,7 @@ class PreferenceBatch:
     None in the padded layout, where a token attends to all earlier ones."""
 
     @property
-    def mask(self):
+    def mask(self) -> np.ndarray:
         """Whether each slot holds a pair, bool [A, R, S]."""
         return self.pair_index >= 0
 
@@ -73,11 +74,24 @@ class PreferenceBatch:
         return 1 + self.completion_lengths.shape[-1]
 
 
+class SlotFields(TypedDict):
+    """The fields of a batch that every layout fills in the same way."""
+
+    pair_index: np.ndarray
+    completion_lengths: np.ndarray
+    reference: dict[str, np.ndarray]
+    is_flipped: np.ndarray
+    annotator: np.ndarray
+    empty_trace: np.ndarray
+    weights: np.ndarray
+    labels: dict[str, np.ndarray]
+
+
 def slot_fields(
     dataset: PreferenceDataset,
     indices: np.ndarray,
     reference: Mapping[str, np.ndarray] | None,
-) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
+) -> SlotFields:
     """The fields of a batch with a number for each pair or completion.
 
     Args:

@@ -152,8 +152,8 @@ class DatasetBuilder:
 
     def add(
         self,
-        prompt: Sequence[int],
-        completions: Sequence[Sequence[int]],
+        prompt: Sequence[int] | np.ndarray,
+        completions: Sequence[Sequence[int] | np.ndarray],
         *,
         id: str,
         annotator: str | None = None,
@@ -176,8 +176,10 @@ class DatasetBuilder:
             )
         if not len(prompt):
             raise ValueError("a prompt without tokens: nothing predicts the completion")
-        defaults = {name: 0 for name in COLUMNS if name != "annotator"}
-        numbers = defaults | {"row": len(self)} | columns
+        defaults: dict[str, float] = {
+            name: 0 for name in COLUMNS if name != "annotator"
+        }
+        numbers = {**defaults, "row": len(self), **columns}
         if len(self) and numbers.keys() != self._columns.keys():
             raise ValueError(f"columns {[*numbers]}, not {[*self._columns]}")
         for name, value in numbers.items():

@@ -121,7 +121,7 @@ def flip_pairs(pairs: PreferenceDataset, flips: np.ndarray) -> PreferenceDataset
     not (see `LabelFields`).
     """
     tokens = pairs.tokens.copy()
-    for n in np.flatnonzero(flips):
+    for n in np.flatnonzero(flips).tolist():
         start = pairs.offsets[n] + pairs.prompt_lengths[n]
         swapped = [pairs.completion(n, side) for side in (1, 0)]
         tokens[start : pairs.offsets[n + 1]] = np.concatenate(swapped)

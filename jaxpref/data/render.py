@@ -70,13 +70,14 @@ def render(
         return _with_traces(example, place, tokenizer, markers)
     if example.empty:
         return _with_empty_trace(example, place, tokenizer, markers)
-    if not example.is_conversation:
-        wholes = [example.prompt + x for x in example.completions]
+    if isinstance(example.prompt, str):
+        wholes = [example.prompt + x for x in example.texts]
         return Texts(example.prompt, wholes)
     prompt = _template(example.prompt, place, tokenizer, True)
     wholes = [
         _template([*example.prompt, message], place, tokenizer, False)
         for message in example.completions
+        if not isinstance(message, str)  # a conversation has none
     ]
     if not all(whole.startswith(prompt) for whole in wholes):
         # Some templates begin an existing answer differently, for example with a
@@ -131,15 +132,14 @@ def _with_traces(
     )
     opening = "" if _ends_with(prompt, markers.open) else markers.open
     wholes, spans = [], []
-    for (trace,), answer in zip(example.traces, example.completions):
+    for (trace,), answer in zip(example.traces, example.texts):
         end, kept = "", None
-        if example.is_conversation:
-            answer = answer["content"]
+        if not isinstance(example.prompt, str):
             content = markers.open + trace + markers.close + answer
             whole = _turn(example.prompt, content, place, tokenizer, thinking=True)
             kept = _span(whole, prompt, opening, trace, markers.close, answer)
         if kept is None:
-            if example.is_conversation:
+            if not isinstance(example.prompt, str):
                 end = _end_of_turn(example.prompt, place, tokenizer, thinking=True)
             head = prompt + opening
             whole = head + trace + markers.close + answer + end
@@ -155,11 +155,10 @@ def _with_empty_trace(
     prompt = render_prompt(
         example.prompt, place, tokenizer, thinking=False, markers=markers
     )
-    if not example.is_conversation:
-        return Texts(prompt, [prompt + answer for answer in example.completions])
+    if isinstance(example.prompt, str):
+        return Texts(prompt, [prompt + answer for answer in example.texts])
     wholes = []
-    for message in example.completions:
-        answer = message["content"]
+    for answer in example.texts:
         whole = _turn(example.prompt, answer, place, tokenizer, thinking=False)
         if not whole.startswith(prompt) or _behind(answer, whole, len(prompt)) is None:
             end = _end_of_turn(example.prompt, place, tokenizer, thinking=False)

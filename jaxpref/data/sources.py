@@ -25,12 +25,15 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Number of records."""
+        ...
 
     def __getitem__(self, index: int) -> Any:
         """The decoded record; a dict if it is well formed."""
+        ...
 
     def location(self, index: int) -> str:
         """The location of the record, for errors: "pairs.jsonl row 17"."""
+        ...
 
 
 class ListSource:

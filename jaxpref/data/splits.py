@@ -278,14 +278,11 @@ def _flip_rate(
     example: Example, inject: InjectOptions, rates: Mapping[str, float]
 ) -> float:
     """The flip rate of this pair, by annotator, by length, or the general rate."""
-    if example.annotator in rates:
+    if example.annotator is not None and example.annotator in rates:
         return rates[example.annotator]
     if inject.longer is not None:
         # Characters, not tokens, so that the same pairs are flipped for any model.
-        chosen, rejected = (
-            len(text if isinstance(text, str) else text["content"])
-            for text in example.completions
-        )
+        chosen, rejected = (len(text) for text in example.texts)
         return inject.longer if chosen > rejected else inject.flip_rate
     return inject.flip_rate
 

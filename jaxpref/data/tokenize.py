@@ -9,6 +9,7 @@ so that both sides have the same prompt.
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxpref.data.records import Example, Message
@@ -34,7 +35,7 @@ class Tokens:
     traces_cut: int = 0
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a model folder or hub id; never runs code from there.
 
     Raises:

@@ -115,9 +115,13 @@ def _end_with_parent(index: int, count: int) -> None:
     # it has saved.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return  # this is the parent itself
+
     # A killed run cannot tell its processes to end.
     def watch():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

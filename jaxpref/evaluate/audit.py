@@ -135,12 +135,12 @@ def run(config: AuditConfig) -> Audit:
 
     print(f"judging {len(pairs)} pairs in {config.folds} folds", flush=True)
     columns, lengths = differences(found)
-    fold = {
-        "folds": prompt_folds(keys, folds=config.folds, seed=config.seed),
-        "inner_folds": prompt_folds(keys, folds=config.folds, seed=config.seed + 1),
-    }
-    margins = cross_fit(columns, **fold).margins
-    by_length = cross_fit(lengths, **fold).margins
+    folds = [
+        prompt_folds(keys, folds=config.folds, seed=seed)
+        for seed in (config.seed, config.seed + 1)
+    ]
+    margins = cross_fit(columns, *folds).margins
+    by_length = cross_fit(lengths, *folds).margins
     items, orientation = _items(pairs.completion_keys(), pairs.columns["annotator"])
     names = [
         *pairs.annotator_names,
@@ -257,10 +257,11 @@ def _features(
 ) -> Features:
     architecture = read_architecture(folder)
     check_fits([config.data], pairs, str(folder), architecture)
+    dtype = config.compute_dtype or default_compute_dtype()
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     with jax.set_mesh(mesh):
-        model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
+        model = build(architecture, Numerics(compute_dtype=dtype))
         params = load_params(folder, model)
         return feature_store.compute(
             pairs,
@@ -268,7 +269,7 @@ def _features(
             params,
             source=config.data,
             folder=cache,
-            digest=weights_digest(folder, config.compute_dtype),
+            digest=weights_digest(folder, dtype),
             width=2 * architecture.hidden_size + 1,
             batch_size=config.batch_size,
             mesh=mesh,
@@ -398,9 +399,8 @@ def _lines(records) -> str:
 
 
 def _texts(example: Example) -> dict[str, str]:
-    if not example.is_conversation:
-        chosen, rejected = example.completions
+    chosen, rejected = example.texts
+    if isinstance(example.prompt, str):
         return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
     turns = (f"{turn['role']}: {turn['content']}" for turn in example.prompt)
-    chosen, rejected = (turn["content"] for turn in example.completions)
     return {"prompt": "\n\n".join(turns), "chosen": chosen, "rejected": rejected}

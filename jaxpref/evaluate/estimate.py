@@ -1,6 +1,7 @@
 """From margins to the flip rate, reliabilities, and posteriors."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +74,7 @@ def estimate(
     Returns:
       `Estimate`.
     """
-    votes = {"items": items, "orientation": orientation}
+    votes: dict[str, Any] = {"items": items, "orientation": orientation}
     z = jnp.asarray(margins, jnp.float32)
     everyone = jnp.zeros(len(margins), jnp.int32)
     if len(np.unique(items)) == len(items):
@@ -100,16 +101,17 @@ def estimate(
         )
         temperature = float(scale.temperature) if margins.any() else 1.0
     z = z / temperature
-    several = {"num_annotators": num_annotators, **votes}
+    voters = jnp.asarray(annotators)
+    several: dict[str, Any] = {"num_annotators": num_annotators, **votes}
     if identified and num_annotators > 1:
-        fit, _ = rate.fit_rates(z, annotators, **several)
+        fit, _ = rate.fit_rates(z, voters, **several)
     elif identified:
-        fit = em.fit(z, annotators, **several)
+        fit = em.fit(z, voters, **several)
     elif num_annotators > 1:
         prior = (FEW * (1 - assumed_flip_rate), FEW * assumed_flip_rate)
-        fit = em.fit(z, annotators, prior=prior, **several)
+        fit = em.fit(z, voters, prior=prior, **several)
     else:
-        fit = em.fit(z, annotators, prior=(right, wrong), **several)
+        fit = em.fit(z, voters, prior=(right, wrong), **several)
     wide = lambda x: np.asarray(x, np.float64)
     lower, upper = wide(fit.lower), wide(fit.upper)
     if num_annotators == 1:  # includes the uncertainty of the temperature

@@ -13,6 +13,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import jax
@@ -88,7 +89,7 @@ def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callabl
 def compute(
     pairs: PreferenceDataset,
     feature_step: Callable,
-    params,
+    params: Any,
     *,
     source: str,
     folder: Path,

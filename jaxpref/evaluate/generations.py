@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, write_json
-from jaxpref.models import Architecture, Numerics, build
+from jaxpref.models import Architecture, Model, Numerics, build
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, stop_tokens
@@ -70,20 +71,20 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
             raise InputError(f"{name} {getattr(config, name)}: must be at least 1")
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
-    if config.prompts:
-        texts = list(config.prompts)
-        prompts = [data.encode_prompt(tokenizer, text) for text in texts]
-    else:
+    if config.data:
         texts, prompts = data.read_prompts(
             data.open_source(config.data), tokenizer, limit=config.limit
         )
+    else:
+        texts = list(config.prompts)
+        prompts = [data.encode_prompt(tokenizer, text) for text in texts]
     architecture = read_architecture(folder)
     _check_prompts(prompts, architecture, config)
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model = build(architecture, Numerics(compute_dtype=config.compute_dtype))
+        model = build(architecture, Numerics(compute_dtype=dtype))
         params = load_params(folder, model)
         outputs = sample_texts(
             model,
@@ -102,7 +103,13 @@ def run(config: SampleConfig) -> list[dict[str, str]]:
 
 
 def sample_texts(
-    model, params, tokenizer, prompts, *, stop_tokens, config: SampleConfig
+    model: Model,
+    params: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    *,
+    stop_tokens: tuple[int, ...],
+    config: SampleConfig,
 ) -> list[str]:
     """Samples one completion per prompt (token ids), in batches.
 

@@ -160,7 +160,8 @@ def _score(
     architecture = read_architecture(folder)
     check_fits([config.data], pairs, str(folder), architecture)
     make_model = RewardModel if name == "rewards" else build
-    model = make_model(architecture, Numerics(compute_dtype=config.compute_dtype))
+    dtype = config.compute_dtype or default_compute_dtype()
+    model = make_model(architecture, Numerics(compute_dtype=dtype))
     params = load_params(folder, model)
     index, count = share_of_rows(mesh)
     layout = data.padded_layout(

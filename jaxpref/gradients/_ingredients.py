@@ -4,12 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from jaxpref.gradients import _sketches
 from jaxpref.losses import _common
 
 __all__ = ["Ingredients", "ingredients"]
+
+Number = float | int | Shaped[Array, ""]
+"""A number, or a traced scalar."""
 
 
 @jax.tree_util.register_dataclass
@@ -40,8 +43,8 @@ def ingredients(
     empty_draws: PyTree,
     *,
     paired: bool = False,
-    trace_size=1,
-    empty_size=1,
+    trace_size: Number = 1,
+    empty_size: Number = 1,
     trace_where: Bool[Array, " K"] | None = None,
     empty_where: Bool[Array, " M"] | None = None,
 ) -> Ingredients:

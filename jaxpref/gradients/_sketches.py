@@ -1,6 +1,8 @@
 """Sketches: random projections of a gradient to a few numbers."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +71,11 @@ def sketch(gradient: PyTree, key: RandomKey, *, size: int) -> Float[Array, " siz
         keys = jax.random.split(key, len(leaves))
         return sum(_project(*pair, size=size) for pair in zip(leaves, keys))
 
+    apply: Callable[..., Any] = project
     if _explicit():
         # The product contracts sharded axes; let the compiler insert the reductions.
-        project = jax.sharding.auto_axes(project, out_sharding=PartitionSpec())
-    out = project(key, *leaves)
+        apply = jax.sharding.auto_axes(project, out_sharding=PartitionSpec())
+    out = apply(key, *leaves)
     return out / jnp.sqrt(jnp.asarray(size, out.dtype))
 
 

@@ -27,7 +27,6 @@ References:
 """
 
 import dataclasses
-import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,6 +37,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxpref.gradients._ingredients import Ingredients, ingredients
 from jaxpref.gradients._sketches import direction, sketch
 from jaxpref.losses import _common
+from jaxpref.losses._common import Scalar
 
 __all__ = [
     "Ingredients",
@@ -53,8 +53,11 @@ __all__ = [
     "sketch",
 ]
 
+Number = float | int | Float[Array, "*#batch"]
+"""A number, or an array that broadcasts."""
 
-def mix(trace_gradient: PyTree, empty_gradient: PyTree, alpha) -> PyTree:
+
+def mix(trace_gradient: PyTree, empty_gradient: PyTree, alpha: Scalar) -> PyTree:
     """The mixture of two gradients.
 
         out = alpha g_t + (1 - alpha) g_e
@@ -93,12 +96,12 @@ def mix(trace_gradient: PyTree, empty_gradient: PyTree, alpha) -> PyTree:
 
 def optimal_alpha(
     *,
-    trace_variance,
-    empty_variance,
-    covariance,
-    trace_bias_sq,
-    empty_bias_sq,
-    bias_dot,
+    trace_variance: Number,
+    empty_variance: Number,
+    covariance: Number,
+    trace_bias_sq: Number,
+    empty_bias_sq: Number,
+    bias_dot: Number,
 ) -> Float[Array, "*batch"]:
     """The alpha with the least mean squared error.
 
@@ -154,14 +157,14 @@ def optimal_alpha(
 
 
 def mean_squared_error(
-    alpha,
+    alpha: Number,
     *,
-    trace_variance,
-    empty_variance,
-    covariance,
-    trace_bias_sq,
-    empty_bias_sq,
-    bias_dot,
+    trace_variance: Number,
+    empty_variance: Number,
+    covariance: Number,
+    trace_bias_sq: Number,
+    empty_bias_sq: Number,
+    bias_dot: Number,
 ) -> Float[Array, "*batch"]:
     """The mean squared error of the mixture; see the module's docstring.
 
@@ -335,5 +338,5 @@ def _floating(*values) -> list[jax.Array]:
 
 def _decay(decay) -> None:
     _common.fraction("decay", decay)
-    if isinstance(decay, numbers.Real) and decay == 1:
+    if _common.is_number(decay) and decay == 1:
         raise ValueError("Expected decay < 1, got 1: the averages would never change.")

@@ -1,6 +1,7 @@
 """Helpers shared by all losses: promotion, static checks, and the log-ratio margin."""
 
 import numbers
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,11 @@ def same_shape(**arrays) -> None:
         raise ValueError(f"Expected arrays of one shape, got {listed}.")
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a Python or NumPy number, no array: only those are checked."""
+    return isinstance(value, numbers.Real)
+
+
 def one_number(name: str, value) -> None:
     """Raises ValueError for text, and for arrays with axes, which would broadcast."""
     if isinstance(value, str) or jnp.ndim(value):
@@ -61,39 +67,39 @@ def one_number(name: str, value) -> None:
 def positive(name: str, value) -> None:
     """Raises ValueError if a Python number is not above 0; arrays pass unchecked."""
     one_number(name, value)
-    if isinstance(value, numbers.Real) and not 0 < value < float("inf"):
+    if is_number(value) and not 0 < value < float("inf"):
         raise ValueError(f"Expected {name} > 0 and finite, got {value}.")
 
 
 def not_negative(name: str, value) -> None:
     """Raises ValueError if a Python number is below 0; arrays pass unchecked."""
     one_number(name, value)
-    if isinstance(value, numbers.Real) and not 0 <= value < float("inf"):
+    if is_number(value) and not 0 <= value < float("inf"):
         raise ValueError(f"Expected {name} >= 0 and finite, got {value}.")
 
 
 def between(name: str, value, low: float, high: float) -> None:
     """Raises ValueError if a Python number is outside the open (low, high)."""
     one_number(name, value)
-    if isinstance(value, numbers.Real) and not low < value < high:
+    if is_number(value) and not low < value < high:
         raise ValueError(f"Expected {name} in ({low}, {high}), got {value}.")
 
 
 def fraction(name: str, value) -> None:
     """Raises ValueError if a Python number is outside the closed [0, 1]."""
     one_number(name, value)
-    if isinstance(value, numbers.Real) and not 0 <= value <= 1:
+    if is_number(value) and not 0 <= value <= 1:
         raise ValueError(f"Expected {name} in [0, 1], got {value}.")
 
 
 def finite(name: str, value) -> None:
     """Raises ValueError if a Python number is not finite; arrays pass unchecked."""
     one_number(name, value)
-    if isinstance(value, numbers.Real) and not abs(value) < float("inf"):
+    if is_number(value) and not abs(value) < float("inf"):
         raise ValueError(f"Expected {name} finite, got {value}.")
 
 
-def rates(flip_rate, like: jax.Array) -> jax.Array:
+def rates(flip_rate: Any, like: jax.Array) -> jax.Array:
     """`flip_rate` in the dtype of `like`, ready to broadcast against it.
 
     Raises:
@@ -101,8 +107,8 @@ def rates(flip_rate, like: jax.Array) -> jax.Array:
         to the shape of `like`.
     """
     if isinstance(flip_rate, str):
-        one_number("flip_rate", flip_rate)
-    if isinstance(flip_rate, numbers.Real) and not 0 <= flip_rate < 0.5:
+        raise ValueError(f"Expected flip_rate to be one number, got {flip_rate!r}.")
+    if is_number(flip_rate) and not 0 <= flip_rate < 0.5:
         raise ValueError(f"Expected flip_rate in [0, 0.5), got {flip_rate}.")
     shape = jnp.shape(flip_rate)
     padded = (1,) * (like.ndim - len(shape)) + shape
@@ -122,7 +128,7 @@ def correction(flip_rate, like: jax.Array) -> jax.Array:
     Python numbers are divided in float64: in float32, 1 - 2e loses precision near 1/2.
     """
     rate = rates(flip_rate, like)
-    if isinstance(flip_rate, numbers.Real):
+    if is_number(flip_rate):
         flip_rate = float(flip_rate)
         return jnp.asarray(flip_rate / (1 - 2 * flip_rate), like.dtype)
     return rate / (1 - 2 * rate)

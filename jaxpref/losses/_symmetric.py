@@ -6,8 +6,6 @@ clean loss times 1 - 2e plus a constant.  So the noise does not change the minim
 In `holder_dpo`, the gradient of a strongly contradicted pair vanishes.
 """
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 
@@ -225,7 +223,7 @@ def power_dpo(
       Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
       Networks with Noisy Labels", 2018, arXiv:1805.07836, the loss L_q, with its q.
     """
-    if isinstance(power, numbers.Real) and not 0 < power <= 1:
+    if _common.is_number(power) and not 0 < power <= 1:
         raise ValueError(f"Expected power in (0, 1], got {power}.")
     h = _common.reward_margin(
         policy_chosen_logps,

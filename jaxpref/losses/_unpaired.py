@@ -4,7 +4,7 @@ Means that couple the answers of a batch are separate functions (`kto_kl`, `bco_
 So each loss is one number per answer, and a caller may use running means instead.
 """
 
-import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -302,15 +302,20 @@ def udm_weights(
     """
     _common.not_negative("low", low)
     _common.not_negative("high", high)
-    both = isinstance(low, numbers.Real) and isinstance(high, numbers.Real)
-    if both and low > high:
+    if _common.is_number(low) and _common.is_number(high) and low > high:
         raise ValueError(f"Expected low <= high, got {low} and {high}.")
     (f,) = _common.promoted(probabilities=probabilities)
     return jax.lax.stop_gradient(jnp.clip(f / (1 - f), low, high))
 
 
 def _signed(
-    policy_logps, reference_logps, desirable, beta, *, kl=0.0, running_shift=0.0
+    policy_logps,
+    reference_logps,
+    desirable,
+    beta,
+    *,
+    kl: Any = 0.0,
+    running_shift: Any = 0.0,
 ) -> jax.Array:
     """Computes beta (log pi/ref - kl) - running_shift, negated if undesirable.
 

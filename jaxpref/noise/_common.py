@@ -1,10 +1,11 @@
 """Shared helpers: promotion, checks, and sums per annotator."""
 
-import numbers
-
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.scipy.special import xlogy
+
+from jaxpref.losses._common import is_number
 
 POINTS = 129
 """Grid points for the credible interval of a posterior."""
@@ -53,14 +54,14 @@ def pseudo_counts(prior):
     """
     a, b = prior
     for votes in (a, b):
-        if isinstance(votes, numbers.Real) and not 0 <= votes < float("inf"):
+        if is_number(votes) and not 0 <= votes < float("inf"):
             raise ValueError(f"Expected pseudo-counts (a, b) >= 0, got {prior}.")
     return a, b
 
 
 def check_annotators(annotators, where, num_annotators) -> None:
     """Raises ValueError for indices out of range; traced arrays pass unchecked."""
-    if isinstance(annotators, jax.core.Tracer) or isinstance(where, jax.core.Tracer):
+    if isinstance(annotators, Tracer) or isinstance(where, Tracer):
         return
     least = int(jnp.min(jnp.where(where, annotators, 0)))
     most = int(jnp.max(jnp.where(where, annotators, 0)))

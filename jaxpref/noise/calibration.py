@@ -39,13 +39,13 @@ their scale cause a bias that no interval shows (noise in m bends q as flips do)
 
 import dataclasses
 import functools
-import numbers
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxpref.losses._common import is_number
 from jaxpref.noise import _common, em, rate
 from jaxpref.sharding import replicated
 
@@ -215,13 +215,13 @@ def _fit_temperature_and_rate(margins, where, level):
 
 def fit_temperature_and_reliability(
     margin_logits: Float[Array, " votes"],
-    annotators,
+    annotators: Int[Array, " votes"],
     *,
     num_annotators: int,
-    items=None,
-    orientation=None,
+    items: Int[Array, " votes"] | None = None,
+    orientation: Int[Array, " votes"] | None = None,
     where: Bool[Array, " votes"] | None = None,
-    prior=em.PRIOR,
+    prior: em.Prior | None = em.PRIOR,
     level: float = 0.95,
 ) -> tuple[TemperatureFit, em.Fit]:
     """Temperature and the reliabilities of all annotators together.
@@ -351,7 +351,7 @@ def _ends(values: jax.Array, profile: jax.Array, allowed):
 def _checked(margin_logits, where, level, **arrays):
     """Checks the arguments; returns margins in at least float32, and the mask."""
     margins = _common.floating(margin_logits)
-    if isinstance(level, numbers.Real) and not 0 < level < 1:
+    if is_number(level) and not 0 < level < 1:
         raise ValueError(f"Expected level in (0, 1), got {level}.")
     where = jnp.ones(margins.shape, bool) if where is None else jnp.asarray(where, bool)
     for name, array in (arrays | {"where": where}).items():

@@ -25,12 +25,12 @@ Preference Feedback" (RE-PO), 2025, arXiv:2509.24159, Eq. 3 to 7.
 
 import dataclasses
 import functools
-import numbers
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpref.losses._common import Mask, PerPair, Rate, Scalar, is_number
 from jaxpref.noise import _common
 from jaxpref.sharding import replicated
 
@@ -38,6 +38,10 @@ START = 0.9
 """RE-PO's initial reliability."""
 PRIOR = (9.0, 1.0)
 """Right and wrong pseudo-votes: ten votes at the initial reliability."""
+Prior = tuple[Scalar, Scalar]
+"""Right and wrong pseudo-votes (a, b): numbers, or traced scalars."""
+Votes = Int[Array, "*batch"]
+"""The annotator of each vote."""
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +70,7 @@ class Fit:
     """Whether the estimated distance to the fixed point is below the tolerance."""
 
 
-def posterior(margin_logits, reliability) -> jax.Array:
+def posterior(margin_logits: PerPair, reliability: Rate) -> PerPair:
     """The E-step for one vote per pair: the probability that each vote is right.
 
         w = p eta / (p eta + (1 - p) (1 - eta)) = s(z + logit eta)
@@ -96,7 +100,7 @@ def posterior(margin_logits, reliability) -> jax.Array:
     )
 
 
-def likelihood_loss(margin_logits, weights) -> jax.Array:
+def likelihood_loss(margin_logits: PerPair, weights: PerPair) -> PerPair:
     """The M-step of the model in RE-PO: the expected NLL of the latent label.
 
         loss = -w log s(z) - (1 - w) log s(-z),    no gradient through w
@@ -123,7 +127,9 @@ def likelihood_loss(margin_logits, weights) -> jax.Array:
     return -jax.nn.log_sigmoid(z) + (1 - w) * z
 
 
-def weighted_loss(loss_pair, loss_exchanged, weights) -> jax.Array:
+def weighted_loss(
+    loss_pair: PerPair, loss_exchanged: PerPair, weights: PerPair
+) -> PerPair:
     """The M-step of the model with the original loss.
 
         loss = w loss(pair) + (1 - w) loss(exchanged),    no gradient through w
@@ -147,12 +153,12 @@ def weighted_loss(loss_pair, loss_exchanged, weights) -> jax.Array:
 
 def update(
     reliability: Float[Array, " annotators"],
-    weights,
-    annotators,
+    weights: PerPair,
+    annotators: Votes,
     *,
-    momentum=0.9,
-    prior=None,
-    where=None,
+    momentum: Scalar = 0.9,
+    prior: Prior | None = None,
+    where: Mask = None,
 ) -> Float[Array, " annotators"]:
     """The M-step of the reliabilities over one batch: a moving average.
 
@@ -188,11 +194,11 @@ def update(
 def tally(
     right: Float[Array, " annotators"],
     wrong: Float[Array, " annotators"],
-    weights,
-    annotators,
+    weights: PerPair,
+    annotators: Votes,
     *,
-    memory=float("inf"),
-    where=None,
+    memory: Scalar = float("inf"),
+    where: Mask = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Soft counts of right and wrong votes, batch by batch: the M-step of online EM.
 
@@ -223,7 +229,12 @@ def tally(
     return decay * right + new_right, decay * wrong + (votes - new_right)
 
 
-def estimate(right, wrong, *, prior=PRIOR) -> jax.Array:
+def estimate(
+    right: Float[Array, " annotators"],
+    wrong: Float[Array, " annotators"],
+    *,
+    prior: Prior = PRIOR,
+) -> Float[Array, " annotators"]:
     """Reliabilities from soft counts: (a + right) / (a + b + right + wrong).
 
     Args:
@@ -251,7 +262,7 @@ def fit(
     num_annotators: int,
     orientation: Int[Array, " votes"] | None = None,
     where: Bool[Array, " votes"] | None = None,
-    prior: tuple[float, float] | None = PRIOR,
+    prior: Prior | None = PRIOR,
     start: float = START,
     level: float = 0.95,
     max_iterations: int = 1000,
@@ -336,7 +347,7 @@ def fit(
             f"{num_annotators} and {max_iterations}."
         )
     for name, share in (("level", level), ("start", start)):
-        if isinstance(share, numbers.Real) and not 0 < share < 1:
+        if is_number(share) and not 0 < share < 1:
             raise ValueError(f"Expected {name} in (0, 1), got {share}.")
     a, b = (0.0, 0.0) if prior is None else _common.pseudo_counts(prior)
     where = jnp.ones(margins.shape, bool) if where is None else jnp.asarray(where, bool)

@@ -17,13 +17,13 @@ calibrated (`jaxpref.noise.calibration`).
 
 import dataclasses
 import functools
-import numbers
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxpref.losses._common import PerPair, Rate, is_number
 from jaxpref.noise import _common, em
 from jaxpref.sharding import replicated
 
@@ -48,7 +48,7 @@ class RateFit:
     """log P(labels) at `rate`, nats."""
 
 
-def marginal_nll(margin_logits, rate) -> jax.Array:
+def marginal_nll(margin_logits: PerPair, rate: Rate) -> PerPair:
     """Negative log-likelihood of labels with a given flip rate.
 
         nll = -log((1 - e) s(z) + e s(-z))
@@ -112,7 +112,7 @@ def fit_rate(
       False
     """
     margins = _common.floating(margin_logits)
-    if isinstance(level, numbers.Real) and not 0 < level < 1:
+    if is_number(level) and not 0 < level < 1:
         raise ValueError(f"Expected level in (0, 1), got {level}.")
     where = jnp.ones(margins.shape, bool) if where is None else jnp.asarray(where, bool)
     if margins.ndim != 1 or where.shape != margins.shape:
@@ -154,7 +154,7 @@ def _fit_rate(margins, where, level, widest) -> RateFit:
 
 def pooled_prior(
     evidence: Float[Array, " votes"],
-    annotators,
+    annotators: Int[Array, " votes"],
     *,
     num_annotators: int,
     where: Bool[Array, " votes"] | None = None,
@@ -230,14 +230,14 @@ def _pooled_prior(evidence, annotators, where, num_annotators):
 
 def fit_rates(
     margin_logits: Float[Array, " votes"],
-    annotators,
+    annotators: Int[Array, " votes"],
     *,
-    items=None,
+    items: Int[Array, " votes"] | None = None,
     num_annotators: int,
-    orientation=None,
+    orientation: Int[Array, " votes"] | None = None,
     where: Bool[Array, " votes"] | None = None,
     level: float = 0.95,
-) -> tuple[em.Fit, tuple[jax.Array, jax.Array]]:
+) -> tuple[em.Fit, em.Prior]:
     """One rate per annotator, partially pooled: `em.fit` with `pooled_prior`.
 
     Alternates twice, because the evidence of other votes on an item depends on the

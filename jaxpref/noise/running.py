@@ -17,8 +17,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from jaxpref.losses._common import Scalar
 from jaxpref.noise import _common
 from jaxpref.noise.rate import WIDEST
 
@@ -51,7 +53,7 @@ class RunningRate:
     """Whether the interval is short enough; if not, report the interval, not `rate`."""
 
 
-def no_counts(dtype=jnp.float32) -> Float[Array, "bins 2"]:
+def no_counts(dtype: DTypeLike = jnp.float32) -> Float[Array, "bins 2"]:
     """The counts before the first batch: zeros."""
     return jnp.zeros((BINS, 2), dtype)
 
@@ -60,7 +62,7 @@ def count(
     counts: Float[Array, "bins 2"],
     margin_logits: Float[Array, " *batch"],
     *,
-    memory=float("inf"),
+    memory: Scalar = float("inf"),
     where: Bool[Array, " *batch"] | None = None,
 ) -> Float[Array, "bins 2"]:
     """Adds a batch of margins to the counts of agreeing and disagreeing labels.
@@ -94,7 +96,7 @@ def count(
     return decay * counts + new.astype(counts.dtype)
 
 
-def posterior(counts: Float[Array, "bins 2"], *, level=0.95) -> RunningRate:
+def posterior(counts: Float[Array, "bins 2"], *, level: Scalar = 0.95) -> RunningRate:
     """The posterior of the flip rate and the temperature given the counts.
 
     Computed on a grid of `RATES` rates, with a Beta(2, 2) prior on 2e, and of

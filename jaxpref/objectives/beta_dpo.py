@@ -64,8 +64,8 @@ def beta_dpo(
         return {"running_mean": mean, "running_std": std, "batches": batches}, {}
 
     def evaluate(inputs: Inputs, state: State) -> tuple[Array, dict]:
-        statistics = (state[name] for name in STATISTICS)
-        return loss_of(inputs, *statistics, inputs.is_pair, options), {}
+        mean, std = (state[name] for name in STATISTICS)
+        return loss_of(inputs, mean, std, inputs.is_pair, options), {}
 
     return Objective(
         name="beta_dpo",

@@ -4,6 +4,8 @@ The mathematics is in `jaxpref.noise.peer`.  The scores of the two models are
 `inputs.of("one")` and `inputs.of("two")`.
 """
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -64,7 +66,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         margins = [jax.lax.stop_gradient(logits(model)) for model in both(inputs)]
         selections = peer_selection(*margins, keep=keep_at(steps), where=real)
         place = jnp.arange(real.size).reshape(real.shape)
-        total = 0.0
+        total: Any = 0.0
         for parity, (model, selected) in enumerate(zip(both(inputs), selections)):
             taught = (place + steps) % 2 == parity
             selected &= taught | (steps >= ramp_steps)
@@ -105,11 +107,12 @@ def agreement_metrics(
     """How the two models compare on a batch, and what they select for each other."""
     real = inputs.is_pair
     selected = jnp.stack(peer_selection(*margins, keep=keep, where=real))
+    flipped = cast(Array, inputs.batch.is_flipped)
     wins = lambda z: jnp.where(z == 0, 0.5, (z > 0).astype(z.dtype))
     return {
         "crm/kept": keep,
         "crm/accuracies_two": mean_over(wins(margins[1]), real),
         "crm/agreement": mean_over((margins[0] > 0) == (margins[1] > 0), real),
         # Known only for injected flips.
-        "crm/kept_flipped": mean_over(inputs.batch.is_flipped, selected),
+        "crm/kept_flipped": mean_over(flipped, selected),
     }

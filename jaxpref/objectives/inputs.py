@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.labels import LABELS
@@ -31,12 +31,12 @@ class Inputs:
     @property
     def is_pair(self) -> Bool[Array, "*batch S"]:
         """Whether each slot holds a pair."""
-        return self.batch.pair_index >= 0
+        return cast(Array, self.batch.pair_index >= 0)
 
     @property
     def annotators(self) -> Int[Array, "*batch S"]:
         """Index of each pair's annotator; -1 if unknown."""
-        return self.batch.annotator
+        return cast(Array, self.batch.annotator)
 
     def of(self, model: str) -> "Inputs":
         """The inputs of one of two models that are trained together."""
@@ -46,30 +46,32 @@ class Inputs:
         """The same inputs with gradients stopped."""
         return Inputs(jax.lax.stop_gradient(self.scores), self.batch)
 
-    def completions(self, name: str) -> Array:
+    def completions(self, name: str) -> Float[Array, "*batch S K"]:
         """A score of all completions, [..., S, K]."""
         if name == "lengths":
             return jnp.maximum(self.batch.completion_lengths, 1).astype(jnp.float32)
         if name in self.scores:
             return self.scores[name]
-        return self.batch.reference[name]
+        return cast(Array, self.batch.reference[name])
 
     def __contains__(self, name: str) -> bool:
         return name in self.scores or name in self.batch.reference
 
-    def __getitem__(self, name: str) -> Array:
+    def __getitem__(self, name: str) -> Float[Array, "*batch S"]:
         if name in LABELS:
-            return self.batch.labels[name]
+            return cast(Array, self.batch.labels[name])
         score, side = score_and_side(name)
         if side is None:
             raise KeyError(name)
         return self.completions(score)[..., side]
 
-    def arrays(self, names: tuple[str, ...]) -> list[Array]:
+    def arrays(self, names: tuple[str, ...]) -> list[Float[Array, "*batch S"]]:
         """The arrays that a loss reads, in the loss's order."""
         return [self[name] for name in names]
 
 
-def mean_over(values, where) -> Array:
+def mean_over(
+    values: Shaped[Array, "*#batch"], where: Bool[Array, "*#batch"]
+) -> Float[Array, ""]:
     """Mean of `values` where `where` is true; 0 if it is true nowhere."""
     return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)

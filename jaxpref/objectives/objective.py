@@ -7,11 +7,11 @@ gradient.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
@@ -54,7 +54,7 @@ def learn_nothing(inputs: Inputs, state: State) -> tuple[State, Metrics]:
     return state, {}
 
 
-def count_pairs(batch: PreferenceBatch) -> Array:
+def count_pairs(batch: PreferenceBatch) -> Int[Array, ""]:
     """The number of pairs in a batch."""
     return jnp.sum(batch.pair_index >= 0)
 
@@ -62,7 +62,7 @@ def count_pairs(batch: PreferenceBatch) -> Array:
 def unit_weights(batch: PreferenceBatch, state: State) -> Float[Array, "A R S"]:
     """The weights already in the batch."""
     del state
-    return batch.weights
+    return cast(Array, batch.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +131,18 @@ class Objective:
         """Whether it mixes pairs with reasoning traces and pairs with empty ones."""
         return "empty_trace" in self.reads
 
-    def evaluation(self, inputs: Inputs, state: State) -> tuple[Array, Metrics]:
+    def evaluation(
+        self, inputs: Inputs, state: State
+    ) -> tuple[Float[Array, "*batch S"], Metrics]:
         """Losses [..., S] and learned quantities on held-out pairs."""
         if self.evaluate is not None:
             return self.evaluate(inputs, state)
         return self.losses(inputs, state), self.learn(inputs, state)[1]
 
 
-def weighted_losses(objective: Objective, inputs: Inputs, state: State) -> Array:
+def weighted_losses(
+    objective: Objective, inputs: Inputs, state: State
+) -> Float[Array, "*batch S"]:
     """The losses of a batch, each times its pair's weight; 0 in empty slots."""
     values = objective.losses(inputs, state)
     return jnp.where(inputs.is_pair, values * inputs.batch.weights, 0.0)

@@ -7,11 +7,11 @@ of their gradients.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
@@ -91,10 +91,9 @@ def bvpo(
         losses=lambda inputs, state: objective.losses(inputs, state["base"]),
         evaluate=lambda inputs, state: objective.evaluation(inputs, state["base"]),
     )
-    if objective.scalar is not None:
+    if (scalar := objective.scalar) is not None:
         mixed = dataclasses.replace(
-            mixed,
-            scalar=lambda inputs, state: objective.scalar(inputs, state["base"]),
+            mixed, scalar=lambda inputs, state: scalar(inputs, state["base"])
         )
     # Nested, since the loss may have an option named alpha too.
     options = {"objective": {"name": objective.name, **objective.options}}
@@ -210,30 +209,40 @@ def _estimated(objective: Objective, probe_every: int, decay: float) -> dict:
     }
 
 
-def kinds(batch: PreferenceBatch) -> tuple[Array, Array]:
+def kinds(
+    batch: PreferenceBatch,
+) -> tuple[Bool[Array, "*batch S"], Bool[Array, "*batch S"]]:
     """The slots that hold a pair with a trace, and those with an empty trace."""
     real = batch.pair_index >= 0
-    return real & ~batch.empty_trace, real & batch.empty_trace
+    found = real & ~batch.empty_trace, real & batch.empty_trace
+    return cast(tuple[Array, Array], found)
 
 
-def effective_alpha(batch: PreferenceBatch, alpha: Array | float) -> Array:
+def effective_alpha(
+    batch: PreferenceBatch, alpha: Float[Array, ""] | float
+) -> Float[Array, ""]:
     """Alpha, or 1 or 0 if the batch holds pairs of one kind only."""
     n_t, n_e = (jnp.sum(where) for where in kinds(batch))
     dtype = batch.weights.dtype
     return jnp.where(n_e == 0, 1, jnp.where(n_t == 0, 0, alpha)).astype(dtype)
 
 
-def mixture_weights(batch: PreferenceBatch, alpha: Array | float) -> Array:
+def mixture_weights(
+    batch: PreferenceBatch, alpha: Float[Array, ""] | float
+) -> Float[Array, "A R S"]:
     """Weights with which the mean loss is the mixture, [A, R, S]."""
     n_t, n_e = (jnp.sum(where) for where in kinds(batch))
     alpha = effective_alpha(batch, alpha)
     factor = lambda share, n: share * (n_t + n_e) / jnp.maximum(n, 1)
     trace, empty = factor(alpha, n_t), factor(1 - alpha, n_e)
     dtype = batch.weights.dtype
-    return batch.weights * jnp.where(batch.empty_trace, empty, trace).astype(dtype)
+    weights = cast(Array, batch.weights)
+    return weights * jnp.where(batch.empty_trace, empty, trace).astype(dtype)
 
 
-def describe(alpha: Array, running: mixing.RunningState, products: State) -> Metrics:
+def describe(
+    alpha: Float[Array, ""], running: mixing.RunningState, products: State
+) -> Metrics:
     """Metrics of the probes."""
     means = vars(running.means)
     error = functools.partial(mixing.mean_squared_error, **means)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxpref.errors import InputError
 from jaxpref.files import write_json
@@ -157,7 +158,7 @@ def estimate_plan(
         head="rewards" not in objective.scores,
         logit_chunk=config.logit_chunk,
     )
-    extra_passes = int(objective.coupled and config.accumulation > 1)
+    extra_passes = int(bool(objective.couples) and config.accumulation > 1)
     extra_passes += int(bool(objective.scores & NEED_REFERENCE_WEIGHTS))
     work = load(extra_passes=extra_passes, models=objective.num_models)
     step = _memory(measured["step"], topology)
@@ -183,7 +184,7 @@ def estimate_plan(
         "score": score | {"flops": sum(forward_flops(load()).values())},
         "decode": _decode(measured, model, topology),
     }
-    timed = dict.fromkeys(
+    timed: dict[str, Any] = dict.fromkeys(
         ("flops_per_step", "roofline_seconds", "mfu_estimate", "tokens_per_second")
     )
     if topology.chip is not None:

@@ -154,8 +154,8 @@ def _collect(
                 times = trip_count(line, computation, computations)
                 times = turns if times is None else times
                 inside = _collect(computations, body, sizes, turns)
-                for channel, (n, *one) in inside.items():
-                    total.setdefault(channel, (n * times, *one))
+                for channel, (n, kind, figures) in inside.items():
+                    total.setdefault(channel, (n * times, kind, figures))
             elif line.opcode == "conditional":
                 branches = line.called("branch_computations") or [
                     *line.called("true_computation"),
@@ -270,7 +270,9 @@ def group_size(rest: str, devices: int) -> int:
     return devices
 
 
-def trip_count(loop: Line, caller: Computation, computations) -> int | None:
+def trip_count(
+    loop: Line, caller: Computation, computations: dict[str, Computation]
+) -> int | None:
     """Iterations of a loop: as annotated, or from its counter, bound, and step.
 
     None if unknown, as for a loop whose end depends on computed values.

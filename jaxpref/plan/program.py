@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,9 @@ def measure(work: Work, topology: Topology) -> dict:
         }
         if "rewards" not in task.objective.scores:
             programs["decode"] = draw
-        found = {name: _compiled(lower, topology) for name, lower in programs.items()}
+        found: dict[str, Any] = {
+            name: _compiled(lower, topology) for name, lower in programs.items()
+        }
     rest = (state.objective_state, state.step, state.skipped)
     held = {
         "parameters": params,

@@ -83,7 +83,7 @@ def _times(plan: dict) -> list[str]:
             f"({decode['bound']}) per token of each of {decode['prompts']} prompts, "
             f"with {decode['slots']:,} cache slots each"
         )
-    assumed = list(ASSUMPTIONS)
+    assumed: list[str] = list(ASSUMPTIONS)
     if plan["dcn_seconds"]:
         assumed.append(MULTISLICE_ASSUMPTION)
     return lines + [f"  assumptions: {'; '.join(assumed)}"]

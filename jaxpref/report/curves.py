@@ -99,7 +99,8 @@ def draw(path: Path, panels: Sequence[Panel], records: Sequence[Record]) -> None
     rows = math.ceil(len(panels) / columns)
     legend = {}
     with drawing(path, size=(WIDTHS[columns], 2.7 * rows + 0.4)) as figure:
-        figure.get_layout_engine().set(hspace=0.06)
+        layout: Any = figure.get_layout_engine()
+        layout.set(hspace=0.06)
         places = figure.subplots(rows, columns, squeeze=False).flat
         for panel, axes in zip(panels, places):
             _draw_panel(axes, panel, records)
@@ -142,7 +143,8 @@ def _draw_panel(axes: "Axes", panel: Panel, records: Sequence[Record]) -> None:
     for line in panel.lines:
         _draw_line(axes, line, records, noisy=panel.noisy)
     axes.set_title(panel.title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
     if panel.percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     else:
@@ -163,16 +165,16 @@ def _draw_line(
         zorder=4 if line.evaluation else 3,
     )  # fmt: skip
     if line.band:
-        ends = [
+        low, high = (
             [
                 math.nan if r.get(end) is None else r[end]
                 for r in records
                 if line.metric in r
             ]
             for end in line.band
-        ]
-        if not all(map(math.isnan, ends[0])):
+        )
+        if not all(map(math.isnan, low)):
             axes.fill_between(
-                steps, *ends, color=line.color, alpha=0.15, lw=0,
+                steps, low, high, color=line.color, alpha=0.15, lw=0,
                 label=f"{line.label}, 95% interval",
             )  # fmt: skip

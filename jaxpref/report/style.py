@@ -1,5 +1,7 @@
 """Style of reports: colors, figure settings, and the style sheet."""
 
+from typing import Any
+
 PALETTE = (
     "#3b6fb6",  # blue
     "#c8553d",  # brick
@@ -14,7 +16,7 @@ PALETTE = (
 
 INK, FAINT, GRID = "#26292e", "#6b7280", "#e6e8eb"
 
-MATPLOTLIB = {
+MATPLOTLIB: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,

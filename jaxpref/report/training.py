@@ -311,7 +311,7 @@ def _lead(config: Mapping[str, Any], records: Sequence[Record], best: str) -> st
         (n for n in ("eval_rewards/accuracies", "eval_loss") if first and n in first),
         None,
     )
-    if first:
+    if first and name:
         what = SHOWN[name]
         at = [
             f"{shown(what, r.get(name))} at step {r['step']}"

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any, cast
 
 import jax
 from tqdm import tqdm
@@ -26,7 +27,9 @@ def enable_compilation_cache() -> None:
     Raises:
       InputError: if there is no home folder, or no package that can access the bucket.
     """
-    if (given := jax.config.jax_compilation_cache_dir) is not None:
+    # jax declares its options at run time.
+    given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if given is not None:
         # Without one of these, jax warns once and recompiles everything at every start.
         clients = map(importlib.util.find_spec, ("gcsfs", "tensorflow"))
         if given.startswith("gs://") and not any(clients):
@@ -50,30 +53,32 @@ def log_compilations() -> Iterator[None]:
     jax's log, the only place that has them.
     """
     arguments, hits = {}, []
-    counts, seconds = collections.Counter(), collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
 
     class Log(logging.Handler):
         def emit(self, record):
             if record.levelno >= logging.WARNING:
                 logging.getLogger().handle(record)
             elif str(record.msg).startswith("Compiling "):
-                name, avals = record.args[:2]
+                name, avals = cast(tuple[Any, ...], record.args)[:2]
                 arguments[name] = collections.Counter(a.str_short() for a in avals)
 
     def hit(event, **_):
         if event.endswith("/cache_hits"):
             hits.append(event)
 
-    def compiled(event, duration, *, fun_name="", **_):
+    def compiled(event: str, duration_secs: float, **about: str | int) -> None:
         if not event.endswith("/backend_compile_duration"):
             return
         origin = "from the cache" if hits else "compiled"
         hits.clear()
         counts[origin] += 1
-        seconds[origin] += duration
+        seconds[origin] += duration_secs
+        fun_name = str(about.get("fun_name", ""))
         shapes = arguments.pop(fun_name, {})
         shapes = ", ".join(f"{n} x {s}" if n > 1 else s for s, n in shapes.items())
-        tqdm.write(f"{origin} in {duration:.2f} s: {fun_name} of {shapes or '-'}")
+        tqdm.write(f"{origin} in {duration_secs:.2f} s: {fun_name} of {shapes or '-'}")
 
     logger, log = logging.getLogger("jax"), Log()
     before = logger.level, logger.propagate

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,7 +69,7 @@ def _remembered(path: Path) -> int:
 
 def step_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes of one device that a compiled program needs."""
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     return (
         found.argument_size_in_bytes
         + found.output_size_in_bytes

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -14,10 +15,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxpref.errors import InputError
 from jaxpref.sharding import ROWS
 
+# jax gives no stub of it.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 AXES = ("data", "fsdp", "tensor")
 DEAD_AFTER = 60
 """Seconds without a heartbeat after which JAX considers a process dead and ends the
 others; JAX's own default is 100."""
+
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,7 @@ class MeshConfig:
 
 
 def make_mesh(
-    config: MeshConfig, devices: Sequence[jax.Device] | None = None
+    config: MeshConfig, devices: Sequence[Device] | None = None
 ) -> jax.sharding.Mesh:
     """Creates a mesh of all devices with Explicit axes.
 
@@ -74,7 +80,7 @@ def make_mesh(
     return jax.sharding.Mesh(np.reshape(ordered, sizes), AXES, axis_types=types)
 
 
-def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+def _arranged(sizes: tuple[int, ...], devices: Sequence[Device]) -> np.ndarray:
     """The devices of one slice, with mesh neighbors close together on the torus."""
     try:
         return jax.make_mesh(sizes, AXES, devices=devices).devices
@@ -84,7 +90,7 @@ def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
         )
 
 
-def _slice(device: jax.Device) -> int:
+def _slice(device: Device) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
@@ -148,7 +154,7 @@ def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     return shares.index(mine), len(shares)
 
 
-def to_global(batch, mesh: jax.sharding.Mesh):
+def to_global(batch: Tree, mesh: jax.sharding.Mesh) -> Tree:
     """Combines each process's rows of an `[A, R, ...]` batch into one global batch.
 
     A process's rows keep their order and fill the positions held by its devices, so
@@ -220,7 +226,8 @@ def _cluster_hint() -> str | None:
         if (_number(name) or 1) > 1:
             return f"{name} is {os.environ[name]}"
     # JAX itself sets this if it finds chips and libtpu.
-    if "tpu" in (jax.config.jax_platforms or ""):
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if "tpu" in (platforms or ""):
         return "this machine has TPUs"
     if "JOB_COMPLETION_INDEX" in os.environ:
         return "this pod belongs to an indexed job (JOB_COMPLETION_INDEX)"
@@ -238,7 +245,7 @@ def _prevent_deadlock_of_virtual_devices() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def on_devices(abstract, mesh: jax.sharding.Mesh):
+def on_devices(abstract: Tree, mesh: jax.sharding.Mesh) -> Tree:
     """Binds the shardings of shapes from `jax.eval_shape` to the mesh's devices."""
 
     def bind(x):

@@ -54,13 +54,14 @@ def watched(start: int) -> Iterator[Callable[[int], bool]]:
     """
     several = jax.process_count() > 1
     notify_others = jax_handler() if several else lambda number: None
-    first = None
+    first: float | None = None
 
     def record(number, frame):
         nonlocal first
         if first is None:
             first = time.monotonic()
-            notify_others(number)
+            if notify_others is not None:
+                notify_others(number)
         elif time.monotonic() - first > SAME_NOTICE:
             signal.default_int_handler(number, frame)
 

@@ -54,10 +54,12 @@ class Timings:
         """
         write_json(path, {name: round(s, 3) for name, s in self.seconds.items()})
 
-    def count_compilation(self, event: str, duration: float, **_) -> None:
+    def count_compilation(
+        self, event: str, duration_secs: float, **_: str | int
+    ) -> None:
         """A listener of jax's durations."""
         if event.endswith(COMPILE_EVENTS):
-            self._compiled += duration
+            self._compiled += duration_secs
 
 
 @contextlib.contextmanager

@@ -238,7 +238,10 @@ def _about(digest: str, layout: str) -> dict[str, str]:
         "layout": layout,
         "device": f"{device.platform} {device.device_kind}",
         "jax": f"{jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}",
-        "precision of products": str(jax.config.jax_default_matmul_precision),
+        # jax declares its options at run time.
+        "precision of products": str(
+            jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        ),
         "flags": os.environ.get("XLA_FLAGS", ""),
         "jaxpref": code.hexdigest(),
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,8 +40,8 @@ def make_score_step(scorer: Scorer) -> Callable:
 
 def score_dataset(
     score_step: Callable,
-    params,
-    frozen,
+    params: Any,
+    frozen: Any,
     dataset: PreferenceDataset,
     *,
     eval_batches: Callable[[PreferenceDataset], Iterable[PreferenceBatch]],

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,29 +48,36 @@ class Scorer(Protocol):
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, sharded over the current mesh."""
+        ...
 
     def load(self, folder: Path, key: jax.Array) -> Params:
         """The initial parameters: those in the folder; missing ones are random."""
+        ...
 
     def load_frozen(self, reference: Path) -> Frozen:
         """The frozen parameters, from the reference's folder."""
+        ...
 
     def init_frozen(self, key: jax.Array) -> Frozen:
         """Random frozen parameters, for `jax.eval_shape`."""
+        ...
 
     def __call__(
         self, params: Params, frozen: Frozen, batch: PreferenceBatch
-    ) -> Scores:
-        """The scores [R, S, K] of a micro-batch [R, ...], by name."""
+    ) -> dict[str, Any]:
+        """The scores [R, S, K] of a micro-batch [R, ...]; of twins, by model."""
+        ...
 
     def of_reference(self, stored: frozenset[str]) -> "Scorer":
         """The scorer of the reference, which is one model; uses the policy's names.
 
         It has the same kernels as the trained model, so that both agree at the start.
         """
+        ...
 
     def with_remat(self, policy: str) -> "Scorer":
         """The scorer with another policy for recomputing activations."""
+        ...
 
     def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
         """Writes a Hugging Face folder."""
@@ -195,7 +202,7 @@ class RewardScorer:
             at = flat(batch.predictors) + 1
             rewards = self.model.rewards_at(params, tokens, at)
             ends = dataclasses.replace(
-                batch, completions=last_tokens(batch.completions)
+                batch, completions=last_tokens(cast(jax.Array, batch.completions))
             )
             return {"rewards": completion_sums(ends, rewards)}
         ends = last_places(segments, slots=slots, sides=sides)
@@ -286,7 +293,7 @@ def make_scorer(
       num_models: 2 for two models trained together.
     """
     if isinstance(model, RewardModel):
-        scorer = RewardScorer(model)
+        scorer: Scorer = RewardScorer(model)
     else:
         scorer = PolicyScorer(model, computed_scores(scores), chunk_size)
     return scorer if num_models == 1 else TwinScorer(scorer)
@@ -294,7 +301,7 @@ def make_scorer(
 
 def _packing(batch: PreferenceBatch) -> tuple:
     """Positions [R Q, T] and segments of packed rows; None for padded batches."""
-    if batch.segments is None:
+    if batch.segments is None or batch.positions is None:
         return None, None
     numbers, parts = flat_sequences(batch, batch.segments), batch.num_parts
     segments = Segments(numbers // parts, numbers % parts, completions=parts - 1)

@@ -6,10 +6,11 @@ is therefore named without a side (`policy_logps`) and has an axis of completion
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
@@ -61,7 +62,7 @@ class TokenScore:
 
 
 def completion_sums(
-    batch: PreferenceBatch, of_token: Float[Array, "rows P"], **options
+    batch: PreferenceBatch, of_token: Float[Array, "rows P"], **options: Any
 ) -> Float[Array, "R S K"]:
     """Sums over each completion's tokens, or its first `prefix_lengths` [R, S K]."""
     rows, slots, sides = batch.completion_lengths.shape
@@ -69,7 +70,8 @@ def completion_sums(
         of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
     )
     add = losses.sum_prefix_by_completion if options else losses.sum_by_completion
-    sums = add(of_token, batch.completions, num_completions=slots * sides, **options)
+    owners = cast(Array, batch.completions)
+    sums = add(of_token, owners, num_completions=slots * sides, **options)
     return jnp.reshape(sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden))
 
 
@@ -166,7 +168,9 @@ def last_tokens(owners: Int[Array, "*rows P"]) -> Int[Array, "*rows P"]:
     return jnp.where(owners == following, -1, owners)
 
 
-def flat_sequences(batch: PreferenceBatch, array: jax.Array) -> jax.Array:
+def flat_sequences(
+    batch: PreferenceBatch, array: Array | np.ndarray
+) -> Shaped[Array, "rows ..."]:
     """[R, Q, ...] to [R Q, ...]: all sequences of a micro-batch on one axis."""
     rows, sequences, _ = batch.tokens.shape
-    return array.reshape(rows * sequences, *array.shape[2:])
+    return cast(Array, array.reshape(rows * sequences, *array.shape[2:]))

@@ -5,8 +5,9 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(preservation_policy=self, create=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
         """Tells Orbax which of the steps, oldest first, to keep."""
         newest = len(checkpoints) - self._keep
         return [n >= newest or c.step == self.best for n, c in enumerate(checkpoints)]
@@ -116,7 +119,8 @@ class Checkpoints:
         unreadable = []
         for number, step in enumerate(steps):
             found, complaint = self._read(step, abstract)
-            if unable := failing_processes(found is not None):
+            unable = failing_processes(found is not None)
+            if found is None or unable:
                 where = f"reported by process {unable[0]}"
                 _warn(unable, "%d cannot be read (%s)", step, complaint or where)
                 unreadable.append(step)
@@ -219,7 +223,7 @@ def _warn(unable: list[int], message: str, *args) -> None:
         _log.warning(f"checkpoint {message}", *args)
 
 
-def digests(tree) -> dict[str, int]:
+def digests(tree: Any) -> dict[str, int]:
     """One 32-bit digest per array, independent of its sharding.
 
     The array's bits are read as 32-bit words.  Each is multiplied by an odd number that

@@ -58,7 +58,9 @@ class TrainConfig(RunOptions):
 
     def _check_dtypes(self):
         if "float64" in (self.param_dtype, self.compute_dtype):
-            if not jax.config.jax_enable_x64:
+            # jax declares its options at run time.
+            wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+            if not wide:
                 raise InputError("float64 needs JAX_ENABLE_X64=1 in the environment")
 
     def _check_labels(self):
@@ -134,11 +136,11 @@ def write_run_config(described: dict[str, Any], out: Path) -> None:
         write_json(out / "config.json", described)
 
 
-def _plain(value):
-    if dataclasses.is_dataclass(value):
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, enum.Enum):
         return value.value
-    if hasattr(value, "tolist"):
-        return value.tolist()
+    if (tolist := getattr(value, "tolist", None)) is not None:
+        return tolist()
     raise TypeError(f"{value!r} cannot be written to config.json")

@@ -17,12 +17,15 @@ class Stream(Protocol):
 
     def draw(self, state: TrainState) -> PreferenceBatch:
         """The next batch, on the devices; it may depend on the state."""
+        ...
 
     def get_state(self) -> Any:
         """The position after the last batch drawn, as a JSON value."""
+        ...
 
     def state_before(self) -> Any:
         """The position before the last batch drawn."""
+        ...
 
 
 class Feed:

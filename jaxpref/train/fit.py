@@ -1,5 +1,9 @@
 """The training loop."""
 
+from typing import cast
+
+import jax
+
 from jaxpref.runtime import heartbeat
 from jaxpref.runtime.preemption import watched
 from jaxpref.train.feed import Stream
@@ -38,7 +42,7 @@ def fit(
                 batch = stream.draw(state)
             heartbeat.beat(f"the batch of step {step + 1}")
             state, metrics = train_step(state, run.frozen, batch)
-            run.after_step(step + 1, metrics, batch.pair_index)
+            run.after_step(step + 1, metrics, cast(jax.Array, batch.pair_index))
             if should_stop(step + 1):
                 run.leave(step + 1, state)
     return state

@@ -12,7 +12,13 @@ from jaxtyping import Array
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.gradients import bvpo as sketches
 from jaxpref.objectives.inputs import Inputs
-from jaxpref.objectives.objective import Metrics, Objective, State, weighted_losses
+from jaxpref.objectives.objective import (
+    GradientProbe,
+    Metrics,
+    Objective,
+    State,
+    weighted_losses,
+)
 from jaxpref.scoring.micro_batches import skipping_empty
 from jaxpref.sharding import replicated
 
@@ -21,7 +27,11 @@ Score = Callable[[Any, PreferenceBatch], Any]
 
 
 def gradient(
-    objective: Objective, score: Score, params, batch: PreferenceBatch, state: State
+    objective: Objective,
+    score: Score,
+    params: Any,
+    batch: PreferenceBatch,
+    state: State,
 ) -> tuple[Any, State, Metrics]:
     """The gradient of the objective on a batch, its next state, and metrics.
 
@@ -43,7 +53,7 @@ def gradient(
       -1 in place of all others.
     """
     if objective.probe is not None:
-        state = _probed(objective, score, params, batch, state)
+        state = _probed(objective.probe, objective, score, params, batch, state)
     weights = objective.weigh(batch, state)
     batch = dataclasses.replace(batch, weights=weights)
     unless_empty = skipping_empty(batch)
@@ -129,10 +139,14 @@ def _nonfinite(objective: Objective, inputs: Inputs, values: Array) -> Array:
 
 
 def _probed(
-    objective: Objective, score: Score, params, batch: PreferenceBatch, state: State
+    probe: GradientProbe,
+    objective: Objective,
+    score: Score,
+    params: Any,
+    batch: PreferenceBatch,
+    state: State,
 ) -> State:
     """The state after probing the gradients of single pairs, if a probe is due."""
-    probe = objective.probe
 
     def learn(params, batch, state):
         projections = _projections(

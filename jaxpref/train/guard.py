@@ -137,13 +137,15 @@ class Guard:
                 "finite": index not in blamed,
             }
 
+        batch = self.batch()
+        pairs = [] if batch is None else batch.ravel().tolist()
         numbers = {n: float(metrics[n]) for n in ("loss", "grad_norm", "learning_rate")}
         return {
             "step": step,
             "why": why,
             # JSON has no NaN and no infinity.
             **{n: x if math.isfinite(x) else str(x) for n, x in numbers.items()},
-            "pairs": [of_pair(i) for i in self.batch().ravel().tolist() if i >= 0],
+            "pairs": [of_pair(i) for i in pairs if i >= 0],
         }
 
     def _stopped(self, step: int, why: str) -> Stopped:

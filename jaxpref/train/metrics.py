@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -32,11 +32,14 @@ class MetricsWriter:
           InputError: if a file cannot be written; `write` and `close` raise it too.
         """
         self._path = out / "metrics.jsonl"
-        self._file = self._board = None
+        self._file, self._board = None, None
         if jax.process_index() == 0:
             # Imported late: it imports torch if torch is installed.
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto.event_pb2 import (
+                Event,  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+                SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+            )
 
             _keep_before(self._path, resumed_at)
             board = out / "tensorboard"
@@ -52,9 +55,11 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line and flushes it; non-finite numbers are written as null."""
-        if self._file is None:
+        if self._file is None or self._board is None:
             return
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import (
+            Event,  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+        )
         from tensorboardX.summary import scalar
 
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -70,7 +75,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both files."""
-        if self._file is not None:
+        if self._file is not None and self._board is not None:
             with self._writing():
                 self._file.close()
                 self._board.close()
@@ -141,7 +146,7 @@ class LateMetrics:
             self._write(*waiting)
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Waits for the running step, writes its metrics, and stops the clock."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
@@ -151,7 +156,7 @@ class LateMetrics:
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         """Counts the time inside as waiting for data."""
         began = time.perf_counter()
         yield

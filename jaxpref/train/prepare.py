@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from jaxpref import data
 from jaxpref.errors import InputError
@@ -136,7 +137,7 @@ def _reference(
 
 def read_datasets(
     objective: Objective,
-    tokenizer,
+    tokenizer: Any,
     options: data.DataOptions,
     *,
     mix: data.MixOptions | None,

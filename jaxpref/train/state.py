@@ -28,7 +28,7 @@ class TrainState:
 
 
 def init_state(
-    params,
+    params: Any,
     tx: optax.GradientTransformation,
     objective: Objective,
     *,

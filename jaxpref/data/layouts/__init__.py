@@ -23,17 +23,21 @@ class Layout(Protocol):
     @property
     def batch_size(self) -> int:
         """Pairs per step, over all micro-batches and processes."""
+        ...
 
     @property
     def accumulation(self) -> int:
         """A, micro-batches per step."""
+        ...
 
     @property
     def rows(self) -> int:
         """Rows of a micro-batch, over all processes."""
+        ...
 
     def of_all_processes(self) -> "Layout":
         """The same layout with the rows of all processes."""
+        ...
 
     def batches(
         self,
@@ -59,6 +63,7 @@ class Layout(Protocol):
           An iterator with `get_state()`, `set_state(state)` and `close()`, whose state
           is {"next_index": step}.
         """
+        ...
 
     def eval_batches(
         self,
@@ -74,6 +79,7 @@ class Layout(Protocol):
         Batches have the shape of the training batches, and every process gets the same
         number of them; unused slots have pair -1 and weight 0.
         """
+        ...
 
     def abstract_batch(
         self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
@@ -84,12 +90,16 @@ class Layout(Protocol):
           labels: names of the labels.
           reference: names of the reference scores.
         """
+        ...
 
     def describe(self) -> str:
         """The shape of every batch in one line."""
+        ...
 
     def rounding(self) -> str:
         """The parts of the shape that affect the rounding of scores, as text."""
+        ...
 
     def overhead(self, dataset: PreferenceDataset) -> float:
         """Number of tokens computed per token of the dataset."""
+        ...

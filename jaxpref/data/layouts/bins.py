@@ -47,8 +47,8 @@ def first_fit_decreasing(
         need = np.stack(
             [tokens[each, pair], predictions[each, pair], np.ones(steps, np.int64)], 1
         )
-        fits = (room >= need[:, None]).all(2)
-        if not fits.any(1).all():
+        fits = np.all(room >= need[:, None], axis=2)
+        if not fits.any(axis=1).all():
             room = np.concatenate([room, np.tile(limits, (steps, 1, 1))], 1)
             fits = np.concatenate([fits, np.ones((steps, 1), bool)], 1)
         row = fits.argmax(1)

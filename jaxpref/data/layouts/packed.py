@@ -86,8 +86,8 @@ class PackedLayout:
         # A closure, since Grain prints functions, and would print a partial's arrays.
         def make_batch(step: int) -> PreferenceBatch:
             indices = order(step, self.batch_size)
-            of_pairs = (values[indices][None] for values in lengths)
-            (packed,) = first_fit_decreasing(*of_pairs, self.row_size)
+            tokens, predictions = (values[indices][None] for values in lengths)
+            (packed,) = first_fit_decreasing(tokens, predictions, self.row_size)
             self._check(step, int(packed.max()) + 1)
             rows: list[list[int]] = [[] for _ in range(self.accumulation * self.rows)]
             for index, row in zip(indices.tolist(), packed.tolist()):
@@ -184,8 +184,15 @@ class PackedLayout:
             own = {name: array[row, 0] for name, array in arrays.items()}
             arrays["lengths"][row] = _write_row(dataset, slots, own)
         shape = indices.shape[:2]
+        shaped = {name: x.reshape(*shape, *x.shape[1:]) for name, x in arrays.items()}
         return PreferenceBatch(
-            **{name: x.reshape(*shape, *x.shape[1:]) for name, x in arrays.items()},
+            tokens=shaped["tokens"],
+            lengths=shaped["lengths"],
+            predictors=shaped["predictors"],
+            targets=shaped["targets"],
+            completions=shaped["completions"],
+            positions=shaped["positions"],
+            segments=shaped["segments"],
             **slot_fields(dataset, indices, reference),
         )
 

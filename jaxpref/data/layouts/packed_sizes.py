@@ -119,7 +119,8 @@ def _simulated(
     most = max(1.1 * len(dataset) / batch_size, FEWEST_STEPS)
     count = max(int(min(most, MOST_PAIRS / batch_size)), 1)
     is_whole = num_steps is not None and num_steps <= count
-    count = max(num_steps, 1) if is_whole else count
+    if num_steps is not None and is_whole:
+        count = max(num_steps, 1)
     drawn = np.stack([order(step, batch_size) for step in range(count)])
     answers = dataset.completion_lengths.sum(1)
     return _Steps(dataset.packed_lengths[drawn], answers[drawn]), is_whole

@@ -79,7 +79,7 @@ class PaddedLayout:
         iteration.check_reference(dataset, reference)
         indices = np.arange(len(dataset)) if indices is None else indices
         whole = np.append(indices, np.full(-len(indices) % self.batch_size, -1))
-        steps = grain.MapDataset.source(whole.reshape(-1, self.batch_size))
+        steps = grain.MapDataset.source(list(whole.reshape(-1, self.batch_size)))
         batches = steps.map(lambda pairs: self._batch(dataset, pairs, reference))
         return batches.to_iter_dataset(iteration.read_ahead(threads, prefetch))
 

@@ -34,6 +34,7 @@ class Format(Protocol):
 
     def matches(self, record: Mapping, sides: int) -> bool:
         """Whether the record has this format, well formed or not."""
+        ...
 
     def parse(
         self, record: Mapping, where: str, *, sides: int, drop_empty: bool
@@ -49,6 +50,7 @@ class Format(Protocol):
         Raises:
           InputError: if the record is malformed; the message names row and field.
         """
+        ...
 
 
 FORMATS: tuple[Format, ...] = (traces, messages, dialogues, pairs)

@@ -58,6 +58,14 @@ def text_or_messages(record: Mapping, name: str, where: str) -> str | list[Messa
     return checked_text(value, f"{where}: field '{name}'")
 
 
+def text(record: Mapping, name: str, where: str) -> str:
+    """The field's value, which must be a text."""
+    value = text_or_messages(record, name, where)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: field '{name}' must be a string, not messages")
+    return value
+
+
 def is_columns(value: Any) -> bool:
     """Whether messages are stored by column, as Arrow and TFDS do."""
     columns = isinstance(value, dict) and set(value) >= {"role", "content"}
@@ -104,8 +112,8 @@ def to_example(
       InputError: if a completion is empty.
     """
     for name, (_, completion) in zip(names, splits, strict=True):
-        text = completion if isinstance(completion, str) else completion["content"]
-        if text.strip():
+        said = completion if isinstance(completion, str) else completion["content"]
+        if said.strip():
             continue
         if drop_empty:
             return EMPTY

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxpref.data.records.checks import (
     completion_fields,
-    text_or_messages,
+    text,
     to_example,
 )
 from jaxpref.data.records.example import HUMAN_LAST, Example
@@ -21,7 +21,7 @@ ASSISTANT_TURN = "\n\nAssistant:"
 
 def matches(record: Mapping, sides: int) -> bool:
     """Whether a side is a dialogue; with a prompt, whether all sides repeat it."""
-    values = [record.get(name) for name in completion_fields(record, sides)]
+    values: list[Any] = [record.get(name) for name in completion_fields(record, sides)]
     if "prompt" not in record:
         return any(_begins(value) for value in values)
     prompt = record["prompt"]
@@ -40,8 +40,8 @@ def parse(
     An empty completion is always dropped, since published datasets contain some.
     """
     names = completion_fields(record, sides)
-    texts = [text_or_messages(record, name, where) for name in names]
-    splits = [_split(name, text, where) for name, text in zip(names, texts)]
+    texts = [text(record, name, where) for name in names]
+    splits = [_split(name, x, where) for name, x in zip(names, texts)]
     if any("\n\n" + HUMAN_TURN in completion for _, completion in splits):
         return HUMAN_LAST
     return to_example(names, splits, where, drop_empty=True)

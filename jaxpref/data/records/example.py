@@ -23,7 +23,7 @@ class Example:
     """
 
     prompt: str | tuple[Message, ...]
-    completions: tuple[str, ...] | tuple[Message, ...]
+    completions: tuple[str | Message, ...]
     flip: bool = False
     annotator: str | None = None
     labels: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -38,6 +38,11 @@ class Example:
         return isinstance(self.prompt, tuple)
 
     @property
+    def texts(self) -> list[str]:
+        """The completions as text: of messages, what they say."""
+        return [x if isinstance(x, str) else x["content"] for x in self.completions]
+
+    @property
     def is_identical(self) -> bool:
         """Whether both sides of the pair are the same, including traces."""
         same = lambda sides: len(sides) == 2 and sides[0] == sides[1]
@@ -45,9 +50,10 @@ class Example:
 
     def num_characters(self) -> int:
         """The number of characters of all texts."""
-        prompt = self.prompt if self.is_conversation else (self.prompt,)
-        parts = (*prompt, *self.completions, *(t for side in self.traces for t in side))
-        return sum(len(x if isinstance(x, str) else x["content"]) for x in parts)
+        prompt = self.prompt
+        turns = [prompt] if isinstance(prompt, str) else [x["content"] for x in prompt]
+        traces = (trace for side in self.traces for trace in side)
+        return sum(map(len, (*turns, *self.texts, *traces)))
 
     def content_id(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the content.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jaxpref.data.records.checks import (
     completion_fields,
-    text_or_messages,
+    text,
     to_example,
 )
 from jaxpref.data.records.example import Example
@@ -20,7 +20,7 @@ def parse(
 ) -> Example | str:
     """Returns the example; see `Format.parse`."""
     names = completion_fields(record, sides)
-    completions = [text_or_messages(record, name, where) for name in names]
-    prompt = text_or_messages(record, "prompt", where)
+    completions = [text(record, name, where) for name in names]
+    prompt = text(record, "prompt", where)
     splits = [(prompt, completion) for completion in completions]
     return to_example(names, splits, where, drop_empty=drop_empty)

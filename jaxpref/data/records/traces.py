@@ -14,7 +14,7 @@ from jaxpref.data.records.checks import (
     kind,
     prompt_and_messages,
 )
-from jaxpref.data.records.example import EMPTY, IDENTICAL, Example
+from jaxpref.data.records.example import EMPTY, IDENTICAL, Example, Message
 from jaxpref.errors import InputError
 
 
@@ -52,9 +52,10 @@ def parse(
                 f"{where}: field '{name}' has an empty 'answer'; remove the row, or set"
                 " drop_empty"
             )
+    completions: tuple[str | Message, ...] = tuple(answers)
     if not isinstance(prompt, str):
-        answers = [{"role": "assistant", "content": answer} for answer in answers]
-    example = Example(prompt, tuple(answers), traces=traces if any(traces) else ())
+        completions = tuple({"role": "assistant", "content": x} for x in answers)
+    example = Example(prompt, completions, traces=traces if any(traces) else ())
     return IDENTICAL if example.is_identical else example
 
 
