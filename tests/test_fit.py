@@ -16,6 +16,7 @@ from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.feed import Feed
 from jaxpref.train.guard import Guard
 from jaxpref.train.metrics import MetricsWriter, read_metrics
+from jaxpref.train.options import GuardOptions
 from jaxpref.train.outputs import Cadence, Run
 from tests.compiled import compiled
 
@@ -36,14 +37,12 @@ def train(task, out: Path, *stops: int) -> dict[str, int]:
             task,
             out,
             feed,
-            frozen=begun.frozen,
-            reference=begun.reference,
+            begun,
             cadence=Cadence(max_steps=4, eval_every=2, save_every=2, log_every=1),
             checkpoints=checkpoints,
             writer=closing(MetricsWriter(out, resumed_at=0)),
-            guard=Guard(task.datasets, out, max_bad_steps=3, max_loss_rise=10.0),
+            guard=Guard(GuardOptions(), task.datasets, out),
             best=Best(None, out, None),
-            start=0,
         )
         closing(run)
         state = begun.state

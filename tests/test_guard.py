@@ -22,8 +22,10 @@ from tests.tiny import make_model_folder, make_pairs_file
 def pairs_of(count: int):
     return types.SimpleNamespace(
         ids=np.array([f"id-{n}" for n in range(count)]),
-        rows=np.arange(count) + 100,
-        sources=np.zeros(count, np.int8),
+        columns={
+            "row": np.arange(count) + 100,
+            "source": np.zeros(count, np.int8),
+        },
     )
 
 

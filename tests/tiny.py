@@ -6,8 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxpref import data
-
 WORDS = (
     "the a film book meal was is good bad great dull fine warm cold and but not very "
     "I we they liked hated saw read ate it again never always with friends food plot"
