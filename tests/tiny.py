@@ -101,6 +101,8 @@ MULTIPLES = {"length_multiple": 16, "prediction_multiple": 8}
 
 def padded_batches(dataset, *, seed=0, reference=None, **sizes):
     """Endless training batches, made when they are asked for."""
+    from jaxpref import data  # not where only the losses are installed
+
     layout = data.padded_layout(dataset, **MULTIPLES | sizes)
     order = data.uniform(dataset, seed)
     return layout.batches(dataset, order, reference=reference, threads=0)
