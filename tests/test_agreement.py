@@ -80,7 +80,7 @@ def test_a_batch_of_other_pairs_is_detected(monkeypatch):
     pairs = types.SimpleNamespace(ids=np.array([f"id-{n}" for n in range(40)]))
     splits = types.SimpleNamespace(digest="d", train=pairs)
     task = types.SimpleNamespace(
-        datasets=types.SimpleNamespace(splits=splits), batches=lambda whole: Whole()
+        datasets=types.SimpleNamespace(splits=splits), batches=lambda whole: Batches()
     )
     feed = types.SimpleNamespace(state_before=lambda: 2, get_state=lambda: 3)
     ids = [f"id-{n}" for n in range(8, 12)]
@@ -121,12 +121,12 @@ class Mishap:
             batch = dataclasses.replace(batch, reference={"reference_logps": nan})
         return batch
 
-make_batches = data.PaddedLayout.batches
+make_batches = data.PackedLayout.batches
 def batches(*args, **options):
     made = make_batches(*args, **options)
     # The whole batch is drawn again for the comparison, without the mishap.
     return made if args[0].process_count == 1 else Mishap(made)
-data.PaddedLayout.batches = batches
+data.PackedLayout.batches = batches
 
 read = Checkpoints._read
 def unlucky(self, step, abstract):

@@ -375,7 +375,7 @@ def test_records_come_from_both_files(tmp_path):
     assert (found.train_sources, found.heldout_sources) == ((traces, empty), (heldout,))
     # With data of its own for evaluation, nothing is held out of the rest.
     assert len(found.splits.train) == 6 + 6 and len(found.splits.heldout) == 6 + 6
-    assert set(found.splits.train.sources) == {0, 1}
+    assert set(found.splits.train.columns["source"]) == {0, 1}
 
 
 def test_messages_name_the_file_that_a_pair_is_in():
@@ -457,7 +457,7 @@ class Killed(BaseException):
 
 def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
     train_command.command(command(tmp_path / "whole"))
-    make_batches = data.PaddedLayout.batches
+    make_batches = data.PackedLayout.batches
 
     class Mortal:
         def __init__(self, batches):
@@ -474,7 +474,7 @@ def test_a_run_by_command_resumes_bit_for_bit(command, tmp_path, monkeypatch):
         return Mortal(make_batches(*args, **options))
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(data.PaddedLayout, "batches", mortal)
+        patched.setattr(data.PackedLayout, "batches", mortal)
         train_command.command(command(tmp_path / "cut"))
     train_command.command(command(tmp_path / "cut"))
     weights, lines, configs = (

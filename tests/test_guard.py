@@ -171,6 +171,7 @@ def config_for(inputs, out, **changes) -> TrainConfig:
         mesh=MeshConfig(fsdp=8),
         max_steps=16,
         batch_size=8,
+        row_length="none",
         log_every=1,
         eval_every=8,
         save_every=2,

@@ -513,7 +513,7 @@ from jaxpref import cli, data
 
 dead, mortal = sys.argv[2], os.environ["JAX_PROCESS_ID"] == "1"
 sys.argv[1:] = sys.argv[3:]
-make_batches, fetched = data.PaddedLayout.batches, 0
+make_batches, fetched = data.PackedLayout.batches, 0
 
 class Mortal:
     def __init__(self, batches):
@@ -527,7 +527,7 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
         return next(self.batches)
 
-data.PaddedLayout.batches = lambda *args, **options: Mortal(
+data.PackedLayout.batches = lambda *args, **options: Mortal(
     make_batches(*args, **options))
 cli.main()
 """

@@ -68,14 +68,14 @@ def tiny_params(model, seed: int = 0):
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def make_model_folder(folder: Path, seed: int = 0) -> Path:
-    """A complete Hugging Face folder."""
+def make_model_folder(folder: Path, seed: int = 0, **changes) -> Path:
+    """A complete Hugging Face folder; `changes` are passed to `tiny_config`."""
     from jaxpref.models import build
     from jaxpref.models.folder import save
 
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer(folder)
-    model = build(tiny_config())
+    model = build(tiny_config(**changes))
     save(folder, model, tiny_params(model, seed))
     return folder
 

@@ -33,7 +33,7 @@ def check_batch_agreement(
     splits = task.datasets.splits
     batches = task.batches(whole=True)
     batches.set_state(stream.state_before())
-    drawn = next(batches).pairs
+    drawn = next(batches).pair_index
     if hasattr(batches, "close"):
         batches.close()
     assert_equal_across_processes(

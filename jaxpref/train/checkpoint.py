@@ -203,10 +203,11 @@ class Checkpoints:
     def _raise(self, error: Exception) -> NoReturn:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise error  # another process died; freeing disk space would not help
+        latest = self.latest_step()
+        again = "start again" if latest is None else f"resume from step {latest}"
         raise CheckpointError(
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
-            f"free some space and run the same command to resume from step "
-            f"{self.latest_step()}"
+            f"free some space and run the same command to {again}"
         ) from error
 
 
