@@ -77,11 +77,11 @@ def test_shapes_dtypes_and_layout():
         "predictors": (np.int32, (2, 4, 2, p)),
         "targets": (np.int32, (2, 4, 2, p)),
         "completions": (np.int32, (2, 4, 2, p)),
-        "pairs": (np.int32, (2, 4, 1)),
+        "pair_index": (np.int32, (2, 4, 1)),
         "completion_lengths": (np.int32, (2, 4, 1, 2)),
-        "flips": (np.bool_, (2, 4, 1)),
-        "annotators": (np.int32, (2, 4, 1)),
-        "empty": (np.bool_, (2, 4, 1)),
+        "is_flipped": (np.bool_, (2, 4, 1)),
+        "annotator": (np.int32, (2, 4, 1)),
+        "empty_trace": (np.bool_, (2, 4, 1)),
         "weights": (np.float32, (2, 4, 1)),
     }
     for name, (dtype, shape) in expected.items():
@@ -222,7 +222,7 @@ def test_evaluation_sees_every_pair_once_and_masks_the_rest(count):
     empty = ~last.mask[..., 0]
     assert empty.sum() == -size % 8
     for field in dataclasses.fields(PreferenceBatch):
-        filler = -1 if field.name in ("pairs", "completions", "annotators") else 0
+        filler = -1 if field.name in ("pair_index", "completions", "annotator") else 0
         for array in jax.tree.leaves(getattr(last, field.name)):
             assert (array[empty] == filler).all(), field.name
     assert (last.weights[..., 0] == ~empty).all()
