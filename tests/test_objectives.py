@@ -339,7 +339,7 @@ def test_a_scalar_term_adds_its_mean_over_micro_batches(pairs, loss, accumulatio
     """Of weights w, log-probabilities w |y|; micro-batches of 1 to 2 pairs."""
     batch = few_pairs(pairs, 8, accumulation=accumulation)
     if accumulation > 1:  # the first micro-batch has one pair
-        empty = {"pairs": -1, "weights": 0}
+        empty = {"pair_index": -1, "weights": 0}
         blank = {n: getattr(batch, n).at[0, 1].set(x) for n, x in empty.items()}
         batch = dataclasses.replace(batch, **blank)
 

@@ -23,7 +23,7 @@ from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
-from jaxpref.train.task import Task
+from jaxpref.train.task import Programs
 from tests.test_packing import make_pairs
 from tests.test_training import config_for, mesh_of
 from tests.tiny import (
@@ -65,15 +65,18 @@ def begun(config):
     return state, make_train_step(scorer, OBJECTIVE, tx, schedule), tx
 
 
-def task_of(config, mesh):
-    """A task without records, for the shapes of its state."""
+def programs_of(config, mesh):
+    """The programs of a run, for the shapes of its state."""
     schedule = make_schedule(config, 100)
-    return Task(
+    return Programs(
         scorer=make_scorer(build(MODEL), OBJECTIVE.scores),
         objective=OBJECTIVE,
         optimizer=make_optimizer(config, schedule),
         schedule=schedule,
         mesh=mesh,
+        layout=data.PaddedLayout(
+            sequence_length=48, predictions=24, num_completions=2, batch_size=8
+        ),
     )
 
 
@@ -186,8 +189,8 @@ def test_a_checkpoint_restores_it_to_the_bit(config, tmp_path):
         checkpoints = Checkpoints(tmp_path / "c", keep=1)
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        task = task_of(config, mesh)
-        restored, _ = checkpoints.restore(task.abstract_state())
+        programs = programs_of(config, mesh)
+        restored, _ = checkpoints.restore(programs.abstract_state())
         assert digests(restored) == expected
         types = lambda s: jax.tree.map(jax.typeof, s)
         assert types(restored) == types(state)
@@ -229,8 +232,8 @@ def test_it_needs_what_it_says_and_a_plan_counts_that():
     def held(config):
         mesh = mesh_of(*SIZES)
         with jax.set_mesh(mesh):
-            task = task_of(config, mesh)
-            params, state = task.abstract_params(), task.abstract_state()
+            programs = programs_of(config, mesh)
+            params, state = programs.abstract_params(), programs.abstract_state()
         return bytes_of_one(params), bytes_of_one(state.opt_state)
 
     # Two moments, and two counters of steps.
