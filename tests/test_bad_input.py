@@ -452,7 +452,8 @@ def test_out_cannot_be_written(inputs, refuse):
 
 def test_a_wrong_option_does_not_bind_out(inputs, refuse):
     refuse(inputs.train(*PADDED, "--batch-size", 6), "batch_size 6")
-    refuse(inputs.train(*PADDED, "--batch-size", 7), "batch_size 7")  # not "changed: batch_size"
+    # Not "changed: batch_size".
+    refuse(inputs.train(*PADDED, "--batch-size", 7), "batch_size 7")
 
 
 @pytest.mark.parametrize(

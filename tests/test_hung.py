@@ -23,17 +23,17 @@ once = pathlib.Path(sys.argv[2])
 sys.argv[1:] = sys.argv[3:]
 from jaxpref import cli
 from jaxpref.train.feed import Feed
-take, taken = Feed.__next__, 0
+take, taken = Feed.draw, 0
 
-def hanging(feed):
+def hanging(feed, *state):
     global taken
     taken += 1
     if taken == 8 and os.environ["JAX_PROCESS_ID"] == "1" and not once.exists():
         once.touch()
         time.sleep(100_000)  # JAX's heartbeat continues, so JAX does not notice
-    return take(feed)
+    return take(feed, *state)
 
-Feed.__next__ = hanging
+Feed.draw = hanging
 cli.main()
 """
 

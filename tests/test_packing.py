@@ -230,9 +230,9 @@ def test_rows_hold_what_they_have_room_for():
 def test_a_batch_has_room_for_the_step_that_needs_most():
     dataset = make_pairs(50)
     batches = stream(dataset, num_steps=30)
-    used = [int((next(batches).pairs >= 0).any((1, 2)).sum()) for _ in range(4)]
+    used = [int((next(batches).pair_index >= 0).any((1, 2)).sum()) for _ in range(4)]
     few = stream(dataset, num_steps=4)
-    assert next(few).pairs.shape[0] == max(used)
+    assert next(few).pair_index.shape[0] == max(used)
     with pytest.raises(InputError, match="need . packed rows, but .* --accumulation"):
         small = dataclasses.replace(layout_of(dataset), accumulation=1)
         next(small.batches(dataset, data.uniform(dataset, 3), threads=0))

@@ -13,10 +13,11 @@ from jaxpref.models import build
 from jaxpref.objectives import from_loss
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring import scorer as scorers
-from jaxpref.train import MeshConfig, Task, make_mesh, run
+from jaxpref.train import MeshConfig, make_mesh, run
 from jaxpref.train import task as tasks
 from jaxpref.train.checkpoint import Checkpoints, _digest
 from jaxpref.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxpref.train.task import Programs
 from tests.test_optimizer import CONFIGS
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config
@@ -37,12 +38,15 @@ def test_programs_that_begin_a_run_hold_its_parts_alone(config):
     schedule = make_schedule(config, 10)
     tx = make_optimizer(config, schedule)
     objective = from_loss(losses.dpo)
-    task = Task(
+    task = Programs(
         scorer=make_scorer(model, objective.scores),
         objective=objective,
         optimizer=tx,
         schedule=schedule,
         mesh=mesh,
+        layout=data.PaddedLayout(
+            sequence_length=48, predictions=24, num_completions=2, batch_size=8
+        ),
     )
     with jax.set_mesh(mesh):
         params, state = task.abstract_params(), task.abstract_state()

@@ -225,7 +225,7 @@ def test_accelerators_compute_in_bfloat16(monkeypatch, capsys, platform, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert default_compute_dtype() == dtype
     told = capsys.readouterr().out
-    assert told == f"compute dtype {dtype} (the default on {platform})\n"
+    assert told == f"compute dtype {dtype}, by default on a {platform}\n"
 
 
 def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys):
@@ -245,7 +245,7 @@ def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys)
     # On a CPU the same command asks for something else, and says so.
     with pytest.raises(InputError, match="compute_dtype .'bfloat16' -> 'float32'."):
         run(config)
-    assert "compute dtype float32 (the default on cpu)" in capsys.readouterr().out
+    assert "compute dtype float32, by default on a cpu" in capsys.readouterr().out
     run(dataclasses.replace(config, compute_dtype="bfloat16"))
     assert "compute dtype" not in capsys.readouterr().out  # which was given
 

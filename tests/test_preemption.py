@@ -29,18 +29,18 @@ from jaxpref.train.feed import Feed
 
 at_batch = int(sys.argv[2])
 sys.argv[1:] = sys.argv[3:]
-take, taken = Feed.__next__, 0
+take, taken = Feed.draw, 0
 
-def notified(feed):
+def notified(feed, *state):
     global taken
     taken += 1
     if taken == at_batch:
         # The machine's signal, and the one that the supervisor forwards.
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-    return take(feed)
+    return take(feed, *state)
 
-Feed.__next__ = notified
+Feed.draw = notified
 cli.main()
 """
 
