@@ -231,7 +231,7 @@ def test_rows_that_processes_share_in_part_are_refused():
     devices = [dataclasses.replace(d, platform="gpu") for d in slices_of_v5e(1)[:12]]
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=6), devices)
     with pytest.raises(
-        InputError, match="mesh tensor=6: the rows of some processes would partly"
+        InputError, match="tensor=6: the rows of some processes would partly"
     ):
         check_rows(32, 2, mesh)
 

@@ -69,7 +69,7 @@ def small_load(**changes) -> roofline.Load:
 def test_flops_by_hand():
     # Queries 8 x 8, keys and values 8 x 4 each, output 8 x 8; gate, up and down 8 x 20.
     weights = 3 * (64 + 32 + 32 + 64 + 3 * 160)
-    assert roofline.layer_weights(small_load().model) == weights
+    assert roofline.layer_weights(small_load().model.architecture) == weights
     forward = {
         "layers": 2 * weights * 8 * 10,
         "attention": 3 * 2 * 440 * 2 * (2 * 4),  # scores and mixes
@@ -93,9 +93,10 @@ def test_the_slowest_of_four_bounds_the_step():
     flops, _ = roofline.step_flops(load)
     ideal = roofline.ideal_wire_bytes(load)
     # Gathered twice and scattered once in float32; a tied head is the embedding.
-    layers = roofline.layer_weights(load.model)
+    layers = roofline.layer_weights(load.model.architecture)
     assert ideal == 12 * (layers + 2 * 8 * 100) * 3 / 4
-    model = dataclasses.replace(load.model, tie_word_embeddings=True)
+    architecture = load.model.architecture
+    model = build(dataclasses.replace(architecture, tie_word_embeddings=True))
     tied = dataclasses.replace(load, model=model, models=2)
     assert roofline.ideal_wire_bytes(tied) == 2 * 12 * (layers + 8 * 100) * 3 / 4
     assert roofline.step_flops(tied)[0] == 2 * flops
@@ -122,7 +123,7 @@ def test_the_slowest_of_four_bounds_the_step():
 
 def test_the_time_per_token_is_bounded_by_weights_and_cache():
     load = small_load(sequences=8, length=10)
-    layers, head = roofline.layer_weights(load.model), 8 * 100
+    layers, head = roofline.layer_weights(load.model.architecture), 8 * 100
     # Two prompts per device; keys and values of one head of 4 features in 3 layers.
     cache = 2 * 3 * 1 * 4 * 2 * 10
     # The gathered layers are written and read, and so are the float32 logits.

@@ -239,7 +239,7 @@ def test_a_damaged_shard_and_a_gap_are_computed_again(
     lost.unlink()
     scored.clear()
     score_only(config_for(inputs, tmp_path / "two"))
-    assert "is damaged" in caplog.text
+    assert "damaged; its scores" in caplog.text
     assert sum(scored) == missing
     assert tables(shared_folder) == tables(tmp_path / "two" / "reference") == whole
 
@@ -354,7 +354,7 @@ def test_a_shard_cut_off_is_removed(tmp_path, caplog):
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     assert np.isnan(score_cache.read(tmp_path, keys)).all()
-    assert "is damaged" in caplog.text and not path.exists()
+    assert "damaged; its scores" in caplog.text and not path.exists()
 
 
 def test_a_damaged_shard_that_cannot_be_removed_is_passed_over(
@@ -371,7 +371,7 @@ def test_a_damaged_shard_that_cannot_be_removed_is_passed_over(
 
     monkeypatch.setattr(Path, "unlink", unlink)
     np.testing.assert_array_equal(score_cache.read(tmp_path, keys), [np.nan, 1])
-    assert "is damaged" in caplog.text
+    assert "damaged; its scores" in caplog.text
 
 
 WRITE = """
