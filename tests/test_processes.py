@@ -73,7 +73,7 @@ for name, argv in json.loads(sys.argv[3]).items():
 STEPS = 4
 EIGHTHS = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 RUNS = {
-    "padded": EIGHTHS,
+    "padded": EIGHTHS | {"row-length": "none"},
     "packed and accumulated": {
         "row-length": 64,
         "batch-size": 32,
@@ -243,8 +243,8 @@ def test_several_processes_are_one(done, name, count):
     assert len(expected) == STEPS and len(expected[0]) == len(expected[1]) > 1
     assert batches_of(folder, name, count) == expected
     check_equal(folder, name, count)
-    assert printed[count][0].count("exported to") == len(RUNS)
-    assert not any("exported to" in out for out in printed[count][1:])
+    assert printed[count][0].count("export: ") == len(RUNS)
+    assert not any("export: " in out for out in printed[count][1:])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -288,7 +288,8 @@ def test_all_meshes_with_all_numbers_of_processes(tmp_path):
 def test_wrong_input_ends_every_process(tmp_path):
     make_model_folder(tmp_path / "model")
     make_pairs_file(tmp_path / "pairs.jsonl")
-    argv = command(tmp_path, tmp_path / "run", **EIGHTHS, **{"batch-size": 6})
+    wrong = EIGHTHS | {"row-length": "none", "batch-size": 6}
+    argv = command(tmp_path, tmp_path / "run", **wrong)
     first, second = run_processes(tmp_path, {"run": argv}, 2)
     complaints = [x for x in first[2].splitlines() if x.startswith("jaxpref: error: ")]
     assert len(complaints) == 1 and "batch_size 6" in complaints[0]

@@ -82,7 +82,7 @@ def config_for(inputs, out, **changes):
         objective=DPO,
         options=options,
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-        max_steps=1,
+        max_steps=7,  # sees every record
         batch_size=8,
     )
     return TrainConfig(**(defaults | changes))
