@@ -221,11 +221,11 @@ def test_a_run_stops_and_leaves_its_checkpoints(
 ):
     """The last good step stays; the same data stop it again, other data do not."""
     make_batches = data.PaddedLayout.batches
-    spoilt = lambda *args, **options: Spoilt(
+    spoiled = lambda *args, **options: Spoilt(
         make_batches(*args, **options), start, change
     )
     config = config_for(inputs, tmp_path / "run")
-    monkeypatch.setattr(data.PaddedLayout, "batches", spoilt)
+    monkeypatch.setattr(data.PaddedLayout, "batches", spoiled)
     for _ in range(2):
         with pytest.raises(Stopped, match=why):
             run(config)
