@@ -180,7 +180,7 @@ def config_for(inputs, out, **changes) -> TrainConfig:
     return TrainConfig(**(defaults | changes))
 
 
-class Spoilt:
+class Spoiled:
     """Batches whose reference is changed from one of them on."""
 
     def __init__(self, batches, start: int, change):
@@ -221,7 +221,7 @@ def test_a_run_stops_and_leaves_its_checkpoints(
 ):
     """The last good step stays; the same data stop it again, other data do not."""
     make_batches = data.PaddedLayout.batches
-    spoiled = lambda *args, **options: Spoilt(
+    spoiled = lambda *args, **options: Spoiled(
         make_batches(*args, **options), start, change
     )
     config = config_for(inputs, tmp_path / "run")
