@@ -101,8 +101,13 @@ def _forward_row(q, k, v, prompt_ids, parts, visits):
 
 
 def _backward_row(q, k, v, prompt_ids, parts, visits, cotangents, means, lse):
-    """Gradients of queries [N, G, M, K], and of keys and values [N, G, block, K]."""
+    """Gradients of queries [N, G, M, K], and of keys and values [N, G, block, K].
+
+    Gradients of keys and values are summed up as [N, G, K, block]: XLA's products on
+    CPU are slow where the left factor is transposed, which is the large one otherwise.
+    """
     scale, wide = q.shape[-1] ** -0.5, lse.dtype
+    qT, cotangentsT = q.swapaxes(-1, -2), cotangents.swapaxes(-1, -2)
 
     def queries(i, carry):
         def keys(n, carry):
@@ -114,8 +119,8 @@ def _backward_row(q, k, v, prompt_ids, parts, visits, cotangents, means, lse):
             dweights = _einsum("gmk,gsk->gms", cotangents[i], v[j])
             dscores = (weights * (dweights - means[i][..., None])).astype(q.dtype)
             weights = weights.astype(q.dtype)
-            dv = dv.at[j].add(_einsum("gms,gmk->gsk", weights, cotangents[i]))
-            dk = dk.at[j].add(_einsum("gms,gmk->gsk", dscores, q[i]) * scale)
+            dv = dv.at[j].add(_einsum("gkm,gms->gks", cotangentsT[i], weights))
+            dk = dk.at[j].add(_einsum("gkm,gms->gks", qT[i], dscores))
             return dq + _einsum("gms,gsk->gmk", dscores, k[j]), dk, dv
 
         dq, dk, dv = carry
@@ -123,10 +128,11 @@ def _backward_row(q, k, v, prompt_ids, parts, visits, cotangents, means, lse):
         dqi, dk, dv = jax.lax.fori_loop(0, visits[i, 3], keys, start)
         return dq.at[i].set((dqi * scale).astype(q.dtype)), dk, dv
 
-    zeros = jnp.zeros(k.shape, wide)
+    zeros = jnp.zeros(k.swapaxes(-1, -2).shape, wide)
     dq, dk, dv = jax.lax.fori_loop(
         0, len(q), queries, (jnp.zeros_like(q), zeros, zeros)
     )
+    dk, dv = (dk * scale).swapaxes(-1, -2), dv.swapaxes(-1, -2)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
