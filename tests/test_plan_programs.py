@@ -1,6 +1,5 @@
 """Plans end to end: the compiled programs, the cache, and the printed plan."""
 
-import dataclasses
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.objectives import from_loss
 from jaxpref.plan import PlanConfig, child, command, hlo, program, roofline
 from jaxpref.plan.chips import CHIPS, parse_topology
-from jaxpref.plan.layout import abstract_batch, uniform_layout
+from jaxpref.plan.layout import uniform_layout
 from jaxpref.runtime.mesh import on_devices
 from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, make_mesh
@@ -135,8 +134,7 @@ def test_activations_are_the_residuals_of_the_backward_pass():
             params = on_devices(jax.eval_shape(model.init, jax.random.key(0)), mesh)
             lengths = dict(prompt_length=8, answer_length=8)
             layout = uniform_layout(2, mesh, batch_size=8, **lengths)
-            batch = abstract_batch(layout, work.objective, mesh)
-            batch = dataclasses.replace(batch, reference={})
+            batch = layout.abstract_batch()
             scorer = make_scorer(model, work.objective.scores)
             found[remat] = program._activations(scorer, params, None, batch)
     inputs = tiny_config().num_layers * 2 * 16 * tiny_config().hidden_size * 4

@@ -178,6 +178,7 @@ def test_the_command_line_tells_what_it_compiles(inputs, tmp_path):
             "max-steps": 2,
             "batch-size": 8,
             "heldout-fraction": 0.2,
+            "row-length": "none",
         }
         argv = [str(x) for k, v in options.items() for x in (f"--{k}", v)]
         command = [sys.executable, "-m", "jaxpref", "train", *argv]

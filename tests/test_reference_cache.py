@@ -289,7 +289,9 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
     """Bytes of live arrays: first one model, then the training state, nothing else."""
     alive = lambda: sum(x.nbytes for x in jax.live_arrays())
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    make_tables, make_step = begin.reference_tables, task.make_train_step
+    # Once the state exists; `jaxpref.train.run` itself is the function.
+    run_module = sys.modules["jaxpref.train.run"]
+    make_tables, write_config = begin.reference_tables, run_module.write_run_config
     seen = {}
 
     def tables_made(*args, load, **options):
@@ -303,13 +305,13 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
         seen["before"] = alive()
         return found
 
-    def step_made(*args):
+    def state_made(*args):
         gc.collect()
         seen["after"] = alive()
-        return make_step(*args)
+        return write_config(*args)
 
     monkeypatch.setattr(begin, "reference_tables", tables_made)
-    monkeypatch.setattr(task, "make_train_step", step_made)
+    monkeypatch.setattr(run_module, "write_run_config", state_made)
     for name in (None, str(inputs / "other")):
         gc.collect()
         start = alive()

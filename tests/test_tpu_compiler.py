@@ -17,7 +17,7 @@ from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.layout import ROWS
 from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
-from jaxpref.plan.layout import abstract_batch, uniform_layout
+from jaxpref.plan.layout import uniform_layout
 from jaxpref.plan.program import devices_of
 from jaxpref.runtime.mesh import AXES, on_devices
 from jaxpref.scoring import make_scorer
@@ -105,7 +105,7 @@ def test_only_gradients_cross_between_slices():
             ),
         )
         params, state = task.abstract_params(), task.abstract_state()
-        batch = abstract_batch(task.layout, objective, mesh)
+        batch = task.abstract_batch()
         text = task.train_step.lower(state, None, batch).compile().as_text()
 
     # Within a slice: groups of its 16 chips.

@@ -1,15 +1,10 @@
-"""The layout of pairs that are all alike, and the shapes of its batches."""
+"""The layout of pairs that are all alike."""
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpref import data
-from jaxpref.data.batch import PreferenceBatch
-from jaxpref.objectives import Objective
 from jaxpref.runtime.mesh import check_rows, row_shards
-from jaxpref.scoring.scores import stored_scores
-from jaxpref.sharding import ROWS
 
 
 def uniform_layout(
@@ -55,18 +50,4 @@ def uniform_layout(
         num_steps=1,
         shards=row_shards(mesh),
         **common,
-    )
-
-
-def abstract_batch(
-    layout: data.Layout, objective: Objective, mesh: jax.sharding.Mesh
-) -> PreferenceBatch:
-    """A batch of `jax.ShapeDtypeStruct`s, placed on the mesh."""
-    batch = layout.abstract_batch(
-        labels=sorted(objective.labels),
-        reference=sorted(stored_scores(objective.scores)),
-    )
-    sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
     )

@@ -22,7 +22,7 @@ from jaxpref.models import Model, RewardModel, build
 from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
-from jaxpref.plan.layout import abstract_batch, uniform_layout
+from jaxpref.plan.layout import uniform_layout
 from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
 from jaxpref.scoring.score_dataset import make_score_step
@@ -110,7 +110,7 @@ def measure(work: Work, topology: Topology) -> dict:
     with jax.set_mesh(mesh):
         params, state = task.abstract_params(), task.abstract_state()
         frozen = task.abstract_frozen()
-        batch = abstract_batch(task.layout, task.objective, mesh)
+        batch = task.abstract_batch()
         one = params["one"] if task.objective.num_models > 1 else params
         score = make_score_step(task.reference_scorer)
         plain = dataclasses.replace(batch, reference={})

@@ -1,11 +1,12 @@
 """The compilation cache shared by processes, and an optional log of compilations."""
 
 import collections
+import concurrent.futures
 import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -42,6 +43,21 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextlib.contextmanager
+def in_background(compile_program: Callable[[], object]) -> Iterator[None]:
+    """Compiles in a thread during the context, and waits for it at the end.
+
+    XLA does not hold Python's lock while it compiles.
+
+    Raises:
+      Exception: what the compilation raises, at the end of the context.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(compile_program)
+        yield
+    compiling.result()
 
 
 @contextlib.contextmanager

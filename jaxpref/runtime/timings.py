@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,8 +58,9 @@ class Timings:
     def count_compilation(
         self, event: str, duration_secs: float, **_: str | int
     ) -> None:
-        """A listener of jax's durations."""
-        if event.endswith(COMPILE_EVENTS):
+        """A listener of jax's durations; ignores what other threads compile."""
+        here = threading.current_thread() is threading.main_thread()
+        if here and event.endswith(COMPILE_EVENTS):
             self._compiled += duration_secs
 
 

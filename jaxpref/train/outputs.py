@@ -157,11 +157,12 @@ class Run:
         task, found = self._task, {}
         heldout = task.datasets.splits.heldout
         if len(heldout):
-            score = task.score(task.score_step)
-            scores = score(
-                state.params, self.frozen, heldout, title=f"evaluation at step {step}"
-            )
             reference = self._reference["heldout"]
+            scores = None if step else task.scores_before_training(reference)
+            if scores is None:
+                score = task.score(task.score_step)
+                title = f"evaluation at step {step}"
+                scores = score(state.params, self.frozen, heldout, title=title)
             found = evaluation_metrics(
                 task.evaluation, scores, reference, heldout, state.objective_state
             )

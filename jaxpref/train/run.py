@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxpref.runtime import heartbeat
-from jaxpref.runtime.compilation import log_compilations
+from jaxpref.runtime.compilation import in_background, log_compilations
 from jaxpref.runtime.environment import versions
 from jaxpref.runtime.memory import choose_remat
 from jaxpref.runtime.mesh import initialize_distributed, row_shards, to_global
@@ -71,11 +71,18 @@ def run(config: TrainConfig) -> Path:
         checkpoints = closing(
             Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
         )
-        begun = begin(task, checkpoints, out, batch_size=config.batch_size)
-        phases.mark("reference")
+        # While the reference scores; "auto" compiles below, and reads what steps need.
+        compiling = contextlib.nullcontext()
+        if config.remat != "auto":
+            compiling = in_background(task.compile_train_step)
+        with compiling:
+            begun = begin(task, checkpoints, out, batch_size=config.batch_size)
+            phases.mark("reference")
+        phases.mark("compile")
         feed = closing(_feed(task, begun, config.loader_processes))
         if config.remat == "auto":
-            task = _with_chosen_remat(task, begun, out)
+            compiled = lambda policy: task.with_remat(policy).compile_train_step()
+            task = task.with_remat(choose_remat(out, compiled))
         write_run_config(described, out)
         start = int(begun.state.step)
         best = Best(config.keep_best, out, begun.saved.get("best"))
@@ -123,16 +130,3 @@ def _feed(task: Task, begun: Beginning, processes: int) -> Feed:
     if begun.saved:
         batches.set_state(begun.saved["iterator"])
     return Feed(batches, functools.partial(to_global, mesh=task.mesh))
-
-
-def _with_chosen_remat(task: Task, begun: Beginning, out: Path) -> Task:
-    """The task with as little recomputation as the device's memory allows."""
-    train, tables = task.datasets.splits.train, begun.reference["train"]
-    batch = next(iter(task.layout.eval_batches(train, reference=tables)))
-    batch = to_global(batch, mesh=task.mesh)
-
-    def compiled(policy: str) -> jax.stages.Compiled:
-        step = task.with_remat(policy).train_step
-        return step.lower(task.abstract_state(), begun.frozen, batch).compile()
-
-    return task.with_remat(choose_remat(out, compiled))

@@ -2,22 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpref import data
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import on_devices
 from jaxpref.scoring.reference import Reference
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
-from jaxpref.scoring.scores import stored_scores
+from jaxpref.scoring.scores import policy_name, stored_scores
+from jaxpref.sharding import ROWS
 from jaxpref.train.evaluation import make_evaluation
 from jaxpref.train.state import TrainState, init_state
 from jaxpref.train.step import make_train_step
@@ -69,6 +71,24 @@ class Programs:
         """Shapes, dtypes and shardings of the frozen parameters."""
         frozen = jax.eval_shape(lambda: self.scorer.init_frozen(jax.random.key(0)))
         return on_devices(frozen, self.mesh)
+
+    def abstract_batch(self) -> PreferenceBatch:
+        """Shapes, dtypes and shardings of a training batch of all processes."""
+        batch = self.layout.abstract_batch(
+            labels=sorted(self.objective.labels),
+            reference=sorted(stored_scores(self.objective.scores)),
+        )
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+        )
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """Compiles the train step; the first call of `train_step` then need not."""
+        with jax.set_mesh(self.mesh):
+            return self.train_step.lower(
+                self.abstract_state(), self.abstract_frozen(), self.abstract_batch()
+            ).compile()
 
     @functools.cached_property
     def train_step(self) -> Any:
@@ -164,6 +184,26 @@ class Task(Programs):
             batch_size=self.layout.batch_size,
             num_steps=self.steps,
         )
+
+    def scores_before_training(
+        self, reference: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray] | None:
+        """The policy's scores at step 0, if the reference's are the same numbers.
+
+        Args:
+          reference: the reference's scores of a dataset, float32 [N, K] by name.
+
+        Returns:
+          The scores by the policy's names; None if they must be computed.
+        """
+        if (
+            self.reference is None
+            or "reference_logps" not in reference
+            or self.reference.folder != self.model_folder
+            or self.reference_scorer != self.scorer
+        ):
+            return None
+        return {policy_name(name): table for name, table in reference.items()}
 
     def with_remat(self, policy: str) -> "Task":
         """The task with another policy for recomputing activations."""
