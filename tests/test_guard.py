@@ -271,7 +271,7 @@ def test_a_run_tells_how_it_gets_on(inputs, tmp_path, monkeypatch):
     steps = [text for suffix, text in told if text.startswith("step ")]
     assert steps == [f"step {n}" for n in range(1, 17)]
     assert [int(text) for suffix, text in told if suffix == heartbeat.SAVED] == [8, 16]
-    assert any(text.endswith("pairs of evaluation at step 0") for _, text in told)
+    assert any(text.endswith("pairs of evaluation at step 16") for _, text in told)
     assert any(text.startswith("reading ") for _, text in told)
     # What comes after the run is not watched.
     assert not file.exists()

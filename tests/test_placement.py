@@ -91,6 +91,7 @@ def watched(monkeypatch):
             look(name)
             return found
 
+        wrapped.lower = getattr(function, "lower", None)
         return wrapped
 
     running = importlib.import_module("jaxpref.train.run")  # not the function
