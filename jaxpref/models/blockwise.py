@@ -103,8 +103,8 @@ def _forward_row(q, k, v, prompt_ids, parts, visits):
 def _backward_row(q, k, v, prompt_ids, parts, visits, cotangents, means, lse):
     """Gradients of queries [N, G, M, K], and of keys and values [N, G, block, K].
 
-    Gradients of keys and values are summed up as [N, G, K, block]: XLA's products on
-    CPU are slow where the left factor is transposed, which is the large one otherwise.
+    Gradients of keys and values are accumulated as [N, G, K, block].  Otherwise XLA
+    would have to transpose the weights [G, M, block] in each product, which is slow.
     """
     scale, wide = q.shape[-1] ** -0.5, lse.dtype
     qT, cotangentsT = q.swapaxes(-1, -2), cotangents.swapaxes(-1, -2)

@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> Path:
         checkpoints = closing(
             Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
         )
-        # While the reference scores; "auto" compiles below, and reads what steps need.
+        # Compiles while the reference scores; "auto" compiles below to compare memory.
         compiling = contextlib.nullcontext()
         if config.remat != "auto":
             compiling = in_background(task.compile_train_step)

@@ -84,7 +84,7 @@ class Programs:
         )
 
     def compile_train_step(self) -> jax.stages.Compiled:
-        """Compiles the train step; the first call of `train_step` then need not."""
+        """Compiles the train step, so that its first call does not have to."""
         with jax.set_mesh(self.mesh):
             return self.train_step.lower(
                 self.abstract_state(), self.abstract_frozen(), self.abstract_batch()
