@@ -323,6 +323,32 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
         assert 3 * model <= seen["after"] - start < 3 * model + slack
 
 
+def test_step_0_is_scored_only_under_another_reference(
+    inputs, tmp_path, shared_folder, monkeypatch
+):
+    """What is reused are the numbers that scoring the policy gives."""
+    score_dataset, titles = task.score_dataset, []
+
+    def noted(*args, title, **options):
+        titles.append(title)
+        return score_dataset(*args, title=title, **options)
+
+    def first_evaluation(name, **changes):
+        titles.clear()
+        run(config_for(inputs, tmp_path / name, max_steps=1, **changes))
+        return read_metrics(tmp_path / name / "metrics.jsonl")[0]
+
+    monkeypatch.setattr(task, "score_dataset", noted)
+    other = first_evaluation("other", reference=str(inputs / "other"))
+    assert "evaluation at step 0" in titles
+    assert abs(other["eval_loss"] - np.log(2)) > 1e-4
+    reused = first_evaluation("reused")
+    assert "evaluation at step 0" not in titles
+    monkeypatch.setattr(task.Task, "scores_before_training", lambda *_: None)
+    assert first_evaluation("scored") == reused
+    assert "evaluation at step 0" in titles
+
+
 # ---- the folder of shards ---------------------------------------------------------
 
 

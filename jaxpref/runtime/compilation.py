@@ -1,4 +1,4 @@
-"""The compilation cache shared by processes, and an optional log of compilations."""
+"""Compilation: a cache shared by processes, work in the background, and a log."""
 
 import collections
 import concurrent.futures
@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -68,7 +69,8 @@ def log_compilations() -> Iterator[None]:
     the cache on disk, and the number and shapes of its arguments.  The shapes come from
     jax's log, the only place that has them.
     """
-    arguments, hits = {}, []
+    arguments = {}
+    hits: set[int] = set()  # by thread, since two may compile at once
     counts: collections.Counter[str] = collections.Counter()
     seconds: dict[str, float] = collections.defaultdict(float)
 
@@ -82,13 +84,14 @@ def log_compilations() -> Iterator[None]:
 
     def hit(event, **_):
         if event.endswith("/cache_hits"):
-            hits.append(event)
+            hits.add(threading.get_ident())
 
     def compiled(event: str, duration_secs: float, **about: str | int) -> None:
         if not event.endswith("/backend_compile_duration"):
             return
-        origin = "from the cache" if hits else "compiled"
-        hits.clear()
+        thread = threading.get_ident()
+        origin = "from the cache" if thread in hits else "compiled"
+        hits.discard(thread)
         counts[origin] += 1
         seconds[origin] += duration_secs
         fun_name = str(about.get("fun_name", ""))

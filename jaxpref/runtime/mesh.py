@@ -154,13 +154,18 @@ def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     return shares.index(mine), len(shares)
 
 
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of every array `[A, R, ...]` of a batch."""
+    return NamedSharding(mesh, PartitionSpec(None, ROWS))
+
+
 def to_global(batch: Tree, mesh: jax.sharding.Mesh) -> Tree:
     """Combines each process's rows of an `[A, R, ...]` batch into one global batch.
 
     A process's rows keep their order and fill the positions held by its devices, so
     every mesh sees the same pairs in the same micro-batches.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
     )

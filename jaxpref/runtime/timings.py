@@ -33,6 +33,7 @@ class Timings:
         """Starts at `began`, of the clock `time.time`."""
         self._since = began
         self._compiled = 0.0
+        self._thread = threading.get_ident()
         self.seconds: dict[str, float] = {}
 
     def mark(self, phase: str) -> None:
@@ -59,7 +60,7 @@ class Timings:
         self, event: str, duration_secs: float, **_: str | int
     ) -> None:
         """A listener of jax's durations; ignores what other threads compile."""
-        here = threading.current_thread() is threading.main_thread()
+        here = threading.get_ident() == self._thread
         if here and event.endswith(COMPILE_EVENTS):
             self._compiled += duration_secs
 

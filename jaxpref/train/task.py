@@ -9,17 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpref import data
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.objective import Objective
-from jaxpref.runtime.mesh import on_devices
+from jaxpref.runtime.mesh import batch_sharding, on_devices
 from jaxpref.scoring.reference import Reference
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
 from jaxpref.scoring.scores import policy_name, stored_scores
-from jaxpref.sharding import ROWS
 from jaxpref.train.evaluation import make_evaluation
 from jaxpref.train.state import TrainState, init_state
 from jaxpref.train.step import make_train_step
@@ -78,7 +77,7 @@ class Programs:
             labels=sorted(self.objective.labels),
             reference=sorted(stored_scores(self.objective.scores)),
         )
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, ROWS))
+        sharding = batch_sharding(self.mesh)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
         )
