@@ -20,16 +20,16 @@ COMMANDS = {
     "plan": "Check whether a run fits a TPU slice, and estimate its speed, without"
     " a TPU.",
 }
-"""A line about each command; `jaxpref.cli.NAME.command` runs it."""
+"""A one-line description of each command; `jaxpref.cli.NAME.command` runs it."""
 
 PROCESSES = """\
-The processes of a run find each other on Cloud TPU, on GKE and under Slurm.  Elsewhere,
-add --coordinator HOST:PORT --processes N --process-id I to any command; process 0 runs
-on HOST."""
+On Cloud TPU, on GKE, and under Slurm, the processes of a run discover each other.
+Elsewhere, add --coordinator HOST:PORT --processes N --process-id I to any command;
+process 0 runs on HOST."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point.  Invalid input gives one line on stderr and exit code 2."""
+    """Entry point.  Invalid input prints one line on stderr and exits with code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name, rest = (argv + [""])[0], argv[1:]
     if name in ("", "-h", "--help", "help"):
@@ -86,7 +86,7 @@ def _overview() -> str:
     return (
         f"usage: jaxpref COMMAND [options]\n\n{listed}\n\n"
         "`jaxpref COMMAND --help` lists a command's options.  `jaxpref --completion "
-        "bash`\n(or zsh) prints a script that completes commands, options and names.\n"
+        "bash`\n(or zsh) prints a shell completion script.\n"
         f"\n{PROCESSES}"
     )
 

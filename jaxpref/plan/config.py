@@ -13,14 +13,14 @@ class PlanConfig:
 
     model: str
     """Preset (llama-3-1b, llama-3-8b, llama-3-70b, smollm2-135m, smollm2-360m,
-    smollm2-1.7b, llama-0.6b-152k), Hugging Face model folder, or a hub id."""
+    smollm2-1.7b, llama-0.6b-152k), Hugging Face model folder, or Hub ID."""
     topology: str
-    """TPU slice, for example v5p:4x4x8, v5e:16x16, v6e:4x4, v4:4x4x4 or tpu7x:4x4x4, or
-    cpu:8 for eight virtual devices."""
+    """TPU slice, for example v5p:4x4x8, v5e:16x16, v6e:4x4, v4:4x4x4, or tpu7x:4x4x4;
+    2xv5e:16x16 for two slices; cpu:8 for eight virtual devices."""
     batch: int
     """Pairs per step, over all devices and micro-batches."""
     seq: int
-    """Tokens of the longest prompt with an answer: the length of padded rows."""
+    """Tokens of the longest prompt and answer together: the length of padded rows."""
     answer_length: int | None = None
     """Tokens of the longest answer (default: half of --seq)."""
     row_length: int | None = None
@@ -35,13 +35,14 @@ class PlanConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of matrix products and activations."""
     logit_chunk: int | None = None
-    """Completion tokens of a sequence whose logits are in memory at once."""
+    """Completion tokens per sequence whose logits are in memory at once (default: chosen
+    automatically)."""
     unroll: int = 1
     """Layers to unroll in the scan over layers."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are used."""
+    """The mesh of devices."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """The optimizer, whose state takes memory."""
+    """The optimizer; its state takes memory."""
     pairs: int | None = None
     """Pairs in the dataset, to estimate the hours of one pass over it."""
     sweep: bool = False

@@ -32,10 +32,11 @@ class MeshConfig:
 
     data: int | None = None
     """Replicas of the parameters; rows are split over them.  Default: one per slice of
-    a multislice run or per GPU host, because the network between these is slower than
-    within."""
+    a multislice run or per GPU host, because the network between slices or hosts is
+    slower than the one within."""
     fsdp: int = -1
-    """Devices that share one replica of the parameters; they also split the rows."""
+    """Devices over which each replica of the parameters is sharded; they also split the
+    rows.  -1: all remaining devices."""
     tensor: int = 1
     """Devices that share each matrix product (heads, feed-forward, vocabulary)."""
 
