@@ -38,10 +38,10 @@ NOISE = {name: make for name, make in WRAPPERS.items() if make is not crm}
 """For `--objective.noise`: wrappers whose gradients can be mixed."""
 
 KINDS = {
-    "DPO and variants": ("_pairwise", "_weights"),
+    "DPO and variants": ("_pairwise", "_ipo", "_weights"),
     "for noisy labels": ("_robust", "_symmetric"),
-    "batch-dependent": ("_batch", "_dynamic"),
-    "each answer separately": ("_sides",),
+    "batch-dependent": ("_batch", "_dynamic_beta", "_dynamic_targets"),
+    "each answer separately": ("_asymmetric", "_sides"),
     "other divergences": ("_divergence", "_token"),
     "length control": ("_length",),
     "without a reference": ("_reference_free",),

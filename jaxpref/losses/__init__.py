@@ -14,11 +14,17 @@ Throughout, for a prompt x with chosen answer y_w and rejected answer y_l:
 """
 
 from jaxpref.losses import (
+    _asymmetric,
     _batch,
+    _calibration,
     _corrections,
     _diagnostics,
     _divergence,
-    _dynamic,
+    _dynamic_beta,
+    _dynamic_targets,
+    _general_preference,
+    _ipo,
+    _kl,
     _length,
     _likelihood,
     _listwise,
@@ -34,11 +40,17 @@ from jaxpref.losses import (
     _unpaired,
     _weights,
 )
+from jaxpref.losses._asymmetric import *
 from jaxpref.losses._batch import *
+from jaxpref.losses._calibration import *
 from jaxpref.losses._corrections import *
 from jaxpref.losses._diagnostics import *
 from jaxpref.losses._divergence import *
-from jaxpref.losses._dynamic import *
+from jaxpref.losses._dynamic_beta import *
+from jaxpref.losses._dynamic_targets import *
+from jaxpref.losses._general_preference import *
+from jaxpref.losses._ipo import *
+from jaxpref.losses._kl import *
 from jaxpref.losses._length import *
 from jaxpref.losses._likelihood import *
 from jaxpref.losses._listwise import *
@@ -56,11 +68,17 @@ from jaxpref.losses._weights import *
 
 # Each file lists its own exports, so that adding a loss touches a single file.
 __all__: list[str] = []
+__all__ += _asymmetric.__all__
 __all__ += _batch.__all__
+__all__ += _calibration.__all__
 __all__ += _corrections.__all__
 __all__ += _diagnostics.__all__
 __all__ += _divergence.__all__
-__all__ += _dynamic.__all__
+__all__ += _dynamic_beta.__all__
+__all__ += _dynamic_targets.__all__
+__all__ += _general_preference.__all__
+__all__ += _ipo.__all__
+__all__ += _kl.__all__
 __all__ += _length.__all__
 __all__ += _likelihood.__all__
 __all__ += _listwise.__all__

@@ -170,6 +170,25 @@ def reward_margin(
     return jnp.asarray(beta, chosen.dtype) * (chosen - rejected)
 
 
+def answer_rewards(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    reference_chosen_logps,
+    reference_rejected_logps,
+    beta,
+) -> tuple[jax.Array, jax.Array]:
+    """The implicit reward of each answer, beta log pi/ref, promoted and checked."""
+    positive("beta", beta)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    beta = jnp.asarray(beta, chosen.dtype)
+    return beta * chosen, beta * rejected
+
+
 def reward_difference(chosen_rewards, rejected_rewards) -> jax.Array:
     """r_w - r_l, promoted and checked."""
     chosen, rejected = promoted(

@@ -1,25 +1,19 @@
-"""Diagnostics: ranking, likelihood displacement, calibration, and divergence.
+"""Diagnostics of pairs: ranking and likelihood displacement.
 
-None of these is a training objective.  Each function returns one number per pair or
-sample, which the caller averages, except the calibration error, which is one number for
-all pairs.
+None of these is a training objective.  Each function returns one number per pair, which
+the caller averages.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, Mask, PerPair, Scalar
+from jaxpref.losses._common import Lengths, PerPair, Scalar
 
 __all__ = [
-    "brier_score",
     "ches",
-    "expected_calibration_error",
     "idealized_ranking_accuracy",
-    "kl_k1",
-    "kl_k2",
-    "kl_k3",
     "length_normalized_ches",
     "ranking_accuracy",
     "ranking_difficulty",
@@ -27,8 +21,6 @@ __all__ = [
 
 Hidden = Float[Array, "*batch width"]
 """One hidden state per answer."""
-Outcomes = Num[Array, "*batch"]
-"""Observed outcomes: 1, 0, or 1/2 for a tie."""
 
 
 def ranking_accuracy(chosen_logps: PerPair, rejected_logps: PerPair) -> PerPair:
@@ -258,188 +250,6 @@ def length_normalized_ches(
     )
 
 
-def brier_score(probabilities: PerPair, outcomes: Outcomes) -> PerPair:
-    """Squared error of a predicted probability.
-
-        score = (p - outcome)^2
-
-    Its mean is 0 for an oracle and 1/4 for a constant prediction of 1/2.
-
-    Args:
-      probabilities: p, that the first answer is preferred, in [0, 1]; [*batch].
-      outcomes: 1 if it was, 0 if not, 1/2 for a tie; [*batch].
-
-    Returns:
-      One score per pair, [*batch], at least float32; in [0, 1].
-
-    Raises:
-      TypeError: if `probabilities` is not floating point.
-      ValueError: if shapes differ.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import brier_score
-      >>> print(brier_score(jnp.array([0.5, 1.0, 1.0]), jnp.array([1, 1, 0])))
-      [0.25 0.   1.  ]
-
-    References:
-      Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950.
-    """
-    (probabilities,) = _common.promoted(probabilities=probabilities)
-    return jnp.square(probabilities - _outcomes(probabilities, outcomes))
-
-
-def expected_calibration_error(
-    probabilities: PerPair,
-    outcomes: Outcomes,
-    *,
-    bins: int = 10,
-    where: Mask = None,
-) -> Float[Array, ""]:
-    """Mean distance between the confidence and the accuracy of predictions.
-
-        sum over bins of  pairs in bin / pairs * |accuracy - confidence|
-
-    The prediction is the more likely answer, and its confidence is max(p, 1 - p) in
-    [1/2, 1].  At p = 1/2 it counts as half right.  The bins have equal widths.
-
-    Args:
-      probabilities: p, that the first answer is preferred, in [0, 1]; [*batch].
-      outcomes: 1 if it was, 0 if not, 1/2 for a tie; [*batch].
-      bins: equal-width bins of [1/2, 1]; the upper edge belongs to the next bin.
-      where: which pairs are real; the others are ignored; [*batch].
-
-    Returns:
-      One number in [0, 1] for all pairs, [], at least float32; 0 if there is no pair,
-      NaN if a real pair's input is.
-
-    Raises:
-      TypeError: if `probabilities` is not floating point.
-      ValueError: if shapes differ or `bins` < 1.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import expected_calibration_error
-      >>> sure = jnp.array([0.75, 0.75, 0.25, 0.25])
-      >>> print(expected_calibration_error(sure, jnp.array([1, 1, 0, 1])))
-      0.0
-      >>> print(expected_calibration_error(sure, jnp.array([1, 1, 0, 0])))
-      0.25
-
-    References:
-      Guo et al., "On Calibration of Modern Neural Networks", 2017, arXiv:1706.04599,
-      Eq. 3.
-    """
-    if bins < 1:
-        raise ValueError(f"Expected bins >= 1, got {bins}.")
-    (probabilities,) = _common.promoted(probabilities=probabilities)
-    outcomes = _outcomes(probabilities, outcomes)
-    where = _common.mask(where, probabilities)
-    # Masked before any arithmetic, because padding may hold anything.
-    probabilities = jnp.where(where, probabilities, 0.5)
-    outcomes = jnp.where(where, outcomes, 0.5)
-    confidence = jnp.maximum(probabilities, 1 - probabilities)
-    hits = 0.5 + jnp.sign(probabilities - 0.5) * (outcomes - 0.5)
-    gaps = jnp.where(where, hits - confidence, 0)
-    # NaN belongs to no bin; the clip assigns one, so that the result is NaN.
-    index = jnp.clip(((confidence - 0.5) * 2 * bins).astype(jnp.int32), 0, bins - 1)
-    numbered = jnp.arange(bins).reshape((1,) * index.ndim + (bins,))
-    own = index[..., None] == numbered
-    sums = jnp.sum(jnp.where(own, gaps[..., None], 0), axis=tuple(range(index.ndim)))
-    return jnp.sum(jnp.abs(sums)) / jnp.maximum(jnp.sum(where), 1).astype(sums.dtype)
-
-
-def kl_k1(log_ratios: PerPair) -> PerPair:
-    """The simple estimator of KL(pi||ref) from a sample of pi.
-
-        k1 = l,    l = log pi(y|x) / ref(y|x),  y ~ pi
-
-    Unbiased, but has high variance and is often negative, although the KL is not.
-
-    Args:
-      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
-
-    Returns:
-      One estimate per sample in nats, [*batch], at least float32.
-
-    Raises:
-      TypeError: if the array is not floating point.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import kl_k1
-      >>> print(kl_k1(jnp.array([0.5, -0.5])))
-      [ 0.5 -0.5]
-
-    References:
-      Schulman, "Approximating KL Divergence", 2020,
-      http://joschu.net/blog/kl-approx.html.
-    """
-    (log_ratios,) = _common.promoted(log_ratios=log_ratios)
-    return log_ratios
-
-
-def kl_k2(log_ratios: PerPair) -> PerPair:
-    """The squared estimator of KL(pi||ref) from a sample of pi.
-
-        k2 = l^2 / 2,    l = log pi(y|x) / ref(y|x),  y ~ pi
-
-    Has low variance and is >= 0, but is biased (little, if the two are close).
-
-    Args:
-      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
-
-    Returns:
-      One estimate per sample in nats, [*batch], at least float32; >= 0.
-
-    Raises:
-      TypeError: if the array is not floating point.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import kl_k2
-      >>> print(kl_k2(jnp.array([0.5, -0.5])))
-      [0.125 0.125]
-
-    References:
-      Schulman, "Approximating KL Divergence", 2020,
-      http://joschu.net/blog/kl-approx.html.
-    """
-    (log_ratios,) = _common.promoted(log_ratios=log_ratios)
-    return 0.5 * jnp.square(log_ratios)
-
-
-def kl_k3(log_ratios: PerPair) -> PerPair:
-    """The unbiased, nonnegative estimator of KL(pi||ref) from a sample of pi.
-
-        k3 = exp(-l) - 1 + l,    l = log pi(y|x) / ref(y|x),  y ~ pi
-
-    k1 with a control variate: exp(-l) - 1 = ref/pi - 1 has mean 0 under pi.  The
-    exponent -l is clipped at 80 to prevent overflow in float32.
-
-    Args:
-      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
-
-    Returns:
-      One estimate per sample in nats, [*batch], at least float32; >= 0.
-
-    Raises:
-      TypeError: if the array is not floating point.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import kl_k3
-      >>> [f"{x:.4f}" for x in kl_k3(jnp.array([0.5, -0.5]))]
-      ['0.1065', '0.1487']
-
-    References:
-      Schulman, "Approximating KL Divergence", 2020,
-      http://joschu.net/blog/kl-approx.html.
-    """
-    (log_ratios,) = _common.promoted(log_ratios=log_ratios)
-    return jnp.expm1(jnp.minimum(-log_ratios, 80)) + log_ratios
-
-
 def _indicator(like: jax.Array, holds: jax.Array) -> jax.Array:
     """1 where it holds, else 0; NaN where `like` is NaN."""
     return jnp.where(jnp.isnan(like), like, holds.astype(like.dtype))
@@ -453,9 +263,3 @@ def _averaged(sums: jax.Array, lengths, name: str) -> jax.Array:
             f"Expected {name} of shape {sums.shape[:-1]}, got {lengths.shape}."
         )
     return sums / jnp.maximum(lengths, 1)[..., None]
-
-
-def _outcomes(probabilities: jax.Array, outcomes) -> jax.Array:
-    """`outcomes` in the dtype of `probabilities`, of the same shape."""
-    _common.same_shape(probabilities=probabilities, outcomes=outcomes)
-    return jnp.asarray(outcomes, probabilities.dtype)

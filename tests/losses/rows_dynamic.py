@@ -1,4 +1,4 @@
-"""Rows of jaxpref/losses/_dynamic.py."""
+"""Rows of jaxpref/losses/_dynamic_beta.py and _dynamic_targets.py."""
 
 import numpy as np
 from scipy.special import expit

@@ -1,4 +1,4 @@
-"""Rows of jaxpref/losses/_pairwise.py."""
+"""Rows of jaxpref/losses/_pairwise.py and _ipo.py."""
 
 import numpy as np
 from scipy.special import expit, log_expit

@@ -1,4 +1,4 @@
-"""Rows of jaxpref/losses/_sides.py."""
+"""Rows of jaxpref/losses/_sides.py and _asymmetric.py."""
 
 import numpy as np
 from scipy.special import expit

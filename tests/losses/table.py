@@ -1,4 +1,4 @@
-"""The rows of all losses: one table for each file of jaxpref/losses."""
+"""The rows of all losses: a table for each kind, as in jaxpref/losses."""
 
 from tests.losses import (
     rows_batch,

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxpref import losses
-from jaxpref.losses._dynamic import _target_margins
+from jaxpref.losses._dynamic_targets import _target_margins
 from tests.losses.rows_dynamic import targets
 
 MARGINS = np.random.default_rng(0).normal(1.0, 2.0, 16)
