@@ -60,7 +60,7 @@ class ChaosConfig:
     data: str
     """Preference file."""
     kills: int = 20
-    """Events."""
+    """Number of faults."""
     seed: int = 0
     """Seed of the faults."""
     kinds: tuple[str, ...] = tuple(KINDS)
@@ -102,7 +102,7 @@ def draw(config: ChaosConfig) -> list[Event]:
         both = kind.endswith("both") or kind in DAMAGES
         if kind in ("kill in a save", "kill in a restore", "full disk"):
             both = bool(rng.integers(2))
-        # At least one event in three comes before anything new was saved.
+        # At least one fault in three occurs before a new checkpoint is saved.
         after = int(rng.integers(1, 2 * SAVE_EVERY))
         event = Event(
             kind=kind,
@@ -116,7 +116,7 @@ def draw(config: ChaosConfig) -> list[Event]:
 
 
 def steps_for(events: Sequence[Event]) -> int:
-    """A number of steps that lasts until after the last fault."""
+    """A number of steps that is enough for all faults to occur."""
     at = furthest = 0
     for event in events:
         if event.kind in ("kill while starting", "kill in a restore"):
@@ -129,7 +129,7 @@ def steps_for(events: Sequence[Event]) -> int:
 
 
 def command(config: ChaosConfig, out: Path, steps: int) -> list[str]:
-    """`train` and its options."""
+    """The `train` command with its options."""
     settings = {
         "model": config.model,
         "data": config.data,
@@ -152,19 +152,19 @@ def command(config: ChaosConfig, out: Path, steps: int) -> list[str]:
     return ["train", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
 
 
-# ---- a run and what it tells -------------------------------------------------------
+# ---- a run and its log -------------------------------------------------------------
 
 
 class Run:
     """A run with its faults, from the first command to the last."""
 
     def __init__(self, config: ChaosConfig, folder: Path, events: Sequence[Event]):
-        """Writes the faults where the processes find them.
+        """Writes the faults to the folder in which the processes look for them.
 
         Args:
-          config: of the benchmark.
-          folder: of this run: its log, and `out/`.
-          events: what comes over it; none leaves it undisturbed.
+          config: the benchmark's options.
+          folder: this run's folder, for its log and `out/`.
+          events: the faults; empty for an undisturbed run.
         """
         self.config, self.folder, self.events = config, folder, events
         self.out, self.lives, self.records = folder / "out", 0, []
@@ -175,19 +175,19 @@ class Run:
         """Repeats the command until it succeeds; returns the seconds.
 
         Raises:
-          InputError: if it hangs, ends otherwise than its event explains, or ends well
-            before all events came.
+          InputError: if it hangs, fails without a fault, or succeeds before all faults
+            have occurred.
         """
         began = time.monotonic()
         argv = [sys.executable, "-m", "benchmarks.chaos_child", str(self.folder)]
         argv += command(self.config, self.out, steps)
         while code := self._once(argv, bar):
             last = self.records[-1] if self.records else {"supervisor": None}
-            if "supervisor" in last:  # one end for each event
-                raise InputError(f"code {code} without an event; {self._tail()}")
+            if "supervisor" in last:  # each fault ends the run once
+                raise InputError(f"exit code {code} without a fault; {self._tail()}")
             last["supervisor"] = code
         if len(self.records) < len(self.events):
-            raise InputError(f"only {len(self.records)} of {len(self.events)} came")
+            raise InputError(f"only {len(self.records)} of {len(self.events)} faults")
         return time.monotonic() - began
 
     def _once(self, argv: list[str], bar: tqdm) -> int:
@@ -210,13 +210,13 @@ class Run:
         except TimeoutError as error:
             raise InputError(f"hung: {error}; {self._tail()}") from error
         finally:
-            process.send_signal(signal.SIGKILL)  # and its children with it
+            process.send_signal(signal.SIGKILL)  # which kills its children too
             process.wait()
 
     def _note(self, line: str, bar: tqdm) -> None:
         """Adds the contents of a log line to the record of the preceding fault."""
         if not line.startswith(PREFIX):
-            # It may follow a progress bar on the line.
+            # A progress bar may precede it on the line.
             found = re.search(r"(supervise: |jaxpref: |WARNING:jaxpref:).*", line)
             if self.records and found:
                 self.records[-1]["log"].append(found[0])
@@ -230,7 +230,7 @@ class Run:
             bar.set_postfix_str(event.kind)
             bar.update()
         elif "step" in entry:
-            # After SIGTERM, or on a full disk, the processes run on for a while; and
+            # After SIGTERM, or on a full disk, processes keep running for a while, and
             # the next one may end before its first step.
             for record in self.records[: entry["life"]]:
                 if "resumed_at" not in record:
@@ -246,7 +246,7 @@ class Run:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Environment of the processes: devices, and caches that both runs share."""
+    """Environment variables of the processes: devices, and caches that both share."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     virtual = "--xla_force_host_platform_device_count="
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -261,10 +261,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def lines_of(process: subprocess.Popen, log: Path, patience: float) -> Iterator[str]:
-    """The output lines of a process, which are also appended to a log.
+    """Yields the output lines of a process, which are also appended to a log.
 
     Raises:
-      TimeoutError: if none comes for that many seconds.
+      TimeoutError: if there is no output for `patience` seconds.
     """
     lines: queue.Queue = queue.Queue()
 
@@ -287,7 +287,7 @@ def lines_of(process: subprocess.Popen, log: Path, patience: float) -> Iterator[
         yield line
 
 
-# ---- what it says ------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------
 
 
 def differences(undisturbed: Path, disturbed: Path) -> list[str]:

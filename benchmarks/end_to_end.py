@@ -1,40 +1,40 @@
 r"""How long does the plain command take, from the shell to the exported model?
 
 Times `jaxpref train` and TRL's plain DPOTrainer on the same job: start, read and
-tokenize a preference file, load the model, score the reference, compile, take some
-steps, save and export. Each run is a process of its own; the two systems take turns.
+tokenize a preference file, load the model, score the reference, compile, take a few
+steps, save, and export.  Each run is a separate process; the two systems take turns.
 
 What is the same
-    The weights (float32), the file, the loss, the longest sequence, the pairs per step,
-    the number of steps, and all cores. Each system takes the pairs in its own order,
-    and everything else is as it comes: jaxpref also evaluates on held-out pairs, TRL
-    recomputes activations, keeps the start of long sequences and has no evaluation.
+    The weights (float32), the file, the loss, the maximum length, the pairs per step,
+    the number of steps, and the cores.  Each system takes the pairs in its own order
+    and keeps its other defaults: jaxpref also evaluates on held-out pairs; TRL
+    recomputes activations, keeps the start of long sequences, and does not evaluate.
 
 Caches
-    cold: compiled programs, reference scores and TRL's tokenized data are in folders
-    that are new in every round. warm: the same command again, with the same folders and
+    cold: the folders of compiled programs, reference scores, and TRL's tokenized data
+    are new in every round.  warm: the same command again, with the same folders but
     another output folder.
 
 Commands
-    The smallest model, as in RESULTS.md, and SmolLM2-135M cut to four layers:
+    The smallest model, and SmolLM2-135M cut to four layers:
 
         python -m benchmarks.end_to_end --model stories260k-hf --data hh.jsonl.gz \
             --loss rdpo --steps 8 --batch 32 --max-length 512 --json end_to_end.json
         python -m benchmarks.end_to_end --model smollm2 --data hh.jsonl.gz --layers 4 \
             --json end_to_end.json
 
-What is written
-    `runs`: one record a process, with `seconds` (wall clock), `cpu_seconds` (of all
-    cores; other work on the machine changes them less), `peak_mib` (resident memory of
-    the process and its children together, sampled) and `phases`: seconds by name.
-    jaxpref's phases are read from OUT/timings.json where a run writes it:
+Output
+    `runs`: one record per process, with `seconds` (wall clock), `cpu_seconds` (over all
+    cores, and less sensitive to other load), `peak_mib` (resident memory of the process
+    and its children together, sampled), and `phases`: seconds by name.  jaxpref's
+    phases are read from OUT/timings.json:
 
         {"start": s, "tokenize": s, "compile": s, "reference": s, "steps": s,
          "export": s}
 
-    Phases do not overlap; what they leave of the wall clock is shown as `other`.
-    `medians`: over rounds, by system and caches. `ratios`: of the medians, jaxpref to
-    TRL. A system that cannot be run is in `missing`.
+    Phases do not overlap; the rest of the wall-clock time is shown as `other`.
+    `medians`: over rounds, by system and caches.  `ratios`: jaxpref's medians divided
+    by TRL's.  A system that cannot be run is listed in `missing`.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ MEASURES = ("seconds", "cpu_seconds", "peak_mib")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Options of this benchmark."""
 
     model: str
     """Hugging Face folder with one file of weights."""
@@ -76,29 +76,29 @@ class Options:
     json: str
     """File for the records."""
     layers: int = 0
-    """Layers of the model that are left; 0 means all."""
+    """Layers of the model to keep; 0 means all."""
     loss: Literal["dpo", "rdpo"] = "dpo"
     """The loss."""
     flip_rate: float = 0.2
-    """That rdpo assumes."""
+    """Flip rate that rdpo assumes."""
     steps: int = 10
     """Optimizer steps."""
     batch: int = 8
-    """Pairs a step."""
+    """Pairs per step."""
     max_length: int = 512
-    """Most tokens of a prompt and an answer together."""
+    """Maximum tokens of a prompt and an answer together."""
     row_length: str = ""
-    """--row-length of `jaxpref train`; its own default where this is empty."""
+    """--row-length of `jaxpref train`; empty for its default."""
     rounds: int = 3
     """Cold and warm runs of each system."""
     systems: str = ",".join(SYSTEMS)
-    """Which, with commas."""
+    """Comma-separated list of systems."""
     caches: str = ",".join(CACHES)
-    """Which, with commas; warm runs follow cold ones."""
+    """Comma-separated list of caches; warm runs follow cold ones."""
     venvs: str = ".bench"
-    """Folder of the virtual environments, each in its system's name."""
+    """Folder of the virtual environments, each named after its system."""
     trl_python: str | None = None
-    """Interpreter with TRL, in place of an environment."""
+    """Interpreter with TRL, instead of a virtual environment."""
 
     def __post_init__(self):
         for name, known in (("systems", SYSTEMS), ("caches", CACHES)):
@@ -113,7 +113,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measures round by round; what is done is written after each process."""
+    """Measures round by round; results are written after each process."""
     missing, pythons = [], {}
     for system in options.systems.split(","):
         try:
@@ -154,8 +154,8 @@ def main(options: Options) -> None:
 def schedule(
     options: Options, pythons: Mapping[str, str]
 ) -> list[tuple[int, str, str]]:
-    """(round, system, caches) in the order in which they are run."""
-    # A warm run needs the cold one before it, wanted or not.
+    """The (round, system, caches) of all runs, in order."""
+    # A warm run needs the cold one before it, even if that was not requested.
     caches = CACHES if "warm" in options.caches else CACHES[:1]
     return [
         (round_, system, state)
@@ -166,10 +166,10 @@ def schedule(
 
 
 def cut_layers(source: Path, target: Path, layers: int) -> Path:
-    """A copy of a model folder with its first layers alone; weights keep their dtype.
+    """A copy of a model folder with only its first layers; weights keep their dtype.
 
     Raises:
-      InputError: if the folder has no file `model.safetensors` or no such layers.
+      InputError: if the folder lacks `model.safetensors` or has too few layers.
     """
     weights = source / "model.safetensors"
     if not weights.exists():
@@ -206,23 +206,23 @@ def cut_layers(source: Path, target: Path, layers: int) -> Path:
 
 
 def layer_of(name: str) -> int:
-    """The layer that a tensor belongs to; -1 for those of no layer."""
+    """The layer that a tensor belongs to, or -1 if none."""
     before, found, after = name.partition(".layers.")
     return int(after.split(".")[0]) if found else -1
 
 
 def run(options: Options, system: str, python: str, model: Path, shared: Path) -> dict:
-    """Seconds, memory and phases of one run.
+    """Measures the seconds, memory, and phases of one run.
 
     Args:
-      options: what is measured.
+      options: of this benchmark.
       system: "jaxpref" or "trl".
       python: its interpreter.
       model: folder of the model.
       shared: folder of the caches, used again by the warm run.
 
     Raises:
-      Missing: it failed; why, in one line.
+      Missing: if it fails, with the reason in one line.
     """
     shared.mkdir(exist_ok=True)
     out = Path(tempfile.mkdtemp(dir=shared))
@@ -252,7 +252,7 @@ def run(options: Options, system: str, python: str, model: Path, shared: Path) -
 
 
 def train_arguments(options: Options, model: Path, out: Path) -> list[str]:
-    """What is typed after `jaxpref`."""
+    """The arguments of `jaxpref`."""
     given = {
         "model": model,
         "data": Path(options.data).absolute(),
@@ -270,7 +270,7 @@ def train_arguments(options: Options, model: Path, out: Path) -> list[str]:
 
 
 def environment(system: str, shared: Path) -> dict[str, str]:
-    """Environment variables of a run: its caches, and the processor alone."""
+    """Environment variables of a run: its caches, and CPU only."""
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
@@ -288,7 +288,7 @@ def environment(system: str, shared: Path) -> dict[str, str]:
 
 
 def read_phases(path: Path, seconds: float) -> dict[str, float]:
-    """Seconds by phase, and `other`; empty where the run writes none."""
+    """Seconds by phase, and `other`; empty if the run wrote none."""
     if not path.exists():
         return {}
     phases = json.loads(path.read_text("utf-8"))
@@ -296,7 +296,7 @@ def read_phases(path: Path, seconds: float) -> dict[str, float]:
 
 
 def medians(runs: Sequence[Mapping]) -> list[dict]:
-    """One record a system and state of the caches: medians over rounds."""
+    """One record per system and state of the caches: medians over rounds."""
     groups: dict[tuple, list] = {}
     for record in runs:
         groups.setdefault((record["caches"], record["system"]), []).append(record)
@@ -340,7 +340,7 @@ def ratios(found: Sequence[Mapping]) -> list[dict]:
 
 
 def table(written: Mapping) -> str:
-    """The records in lines of text."""
+    """Formats the records as text."""
     computer = written["machine"]
     load = (computer["load_average"] or [0.0])[0]
     lines = [

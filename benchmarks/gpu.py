@@ -28,7 +28,7 @@ Results
 
 import os
 
-# The reserve of 75% of the card would leave TRL's process, which comes first, little.
+# JAX would reserve 75% of the card, and leave little for TRL's process.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -64,8 +64,8 @@ from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, make_mesh
 
 PEAK_TFLOPS = {
-    # Dense bf16 with float32 sums, at boost clock, out of NVIDIA's data sheets, most of
-    # which give twice as much, "with sparsity".  H200 and H100: SXM; A100: both kinds.
+    # Dense bf16 with float32 sums, at boost clock, from NVIDIA's data sheets, most of
+    # which give twice the rate, "with sparsity".  H200 and H100: SXM; A100: both kinds.
     "B200": 2250,
     "H200": 989,
     "H100": 989,
@@ -90,11 +90,11 @@ class GpuConfig:
     data: str | None = None
     """Preference file, with --model; random pairs if not given."""
     row_length: int = 2048
-    """Tokens of a packed row, and maximum tokens of a pair."""
+    """Tokens per packed row, and maximum tokens of a pair."""
     batch_size: int = 16
-    """Pairs a step, on average."""
+    """Pairs per step, on average."""
     logit_chunk: int | None = None
-    """Completion tokens of a row whose logits exist at the same time; by default as in
+    """Completion tokens of a row whose logits are in memory at once; by default as in
     training, as many as fill a quarter of a GiB."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes; TRL: everything with full, else nothing.
@@ -135,12 +135,12 @@ def find_device(platform: str) -> jax.Device | None:
     try:
         return jax.devices(platform)[0]
     except (RuntimeError, AssertionError):
-        # The latter where JAX_PLATFORMS asks for a plugin that is not installed.
+        # The latter if JAX_PLATFORMS names a plugin that is not installed.
         return None
 
 
 def peak_of(kind: str, given: float | None) -> float:
-    """TFLOP/s of a card by its name, "NVIDIA H200"; the longest entry that is in it.
+    """TFLOP/s of a card by its name ("NVIDIA H200"), from the longest matching entry.
 
     The slower NVL cards and parts of a card (MIG) have no entry.
     """
@@ -189,7 +189,7 @@ def make_pairs(
                 num_kv_heads=2,
                 head_dim=16,
             )
-        # The longest: a quarter of a row its prompt, 3 eighths each of its answers.
+        # At most a quarter of a row for the prompt and 3/8 for each answer.
         most = config.row_length // np.array([4, 1, 1]) * [1, 3, 3] // [1, 8, 8]
         count = config.batch_size * config.steps * (config.blocks + 2)
         rng = np.random.default_rng(0)
@@ -300,7 +300,7 @@ def measure_trl(config: GpuConfig, sizes: LlamaArchitecture, pairs, folder) -> d
         message = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return {"system": "trl", "error": message[:300]}
     found = json.loads(lines[-1])
-    # One order in both: TRL's loader does not shuffle here.
+    # The same order in both: TRL's loader does not shuffle here.
     seconds = np.array(found.pop("seconds")).reshape(-1, config.steps)[2:].sum(1)
     flops = useful_flops(sizes, pairs.prompt_lengths, pairs.completion_lengths)
     held = config.batch_size * config.steps
@@ -315,7 +315,7 @@ def measure_trl(config: GpuConfig, sizes: LlamaArchitecture, pairs, folder) -> d
 
 
 def line(found: dict, peak: float | None) -> str:
-    """A system's figures."""
+    """Formats the results of one system."""
     if "error" in found:
         return f"{found['system']}: no figure ({found['error']})"
     spread = lambda x, scale=1.0: (
@@ -335,7 +335,7 @@ def line(found: dict, peak: float | None) -> str:
 
 
 def main(config: GpuConfig) -> None:
-    """Measures and prints; a single line if there is no GPU."""
+    """Measures and prints the results; one line only if there is no GPU."""
     device = find_device(config.platform)
     if device is None:
         print("no GPU found by jax: skipped (--platform cpu is a dry run)")
@@ -348,7 +348,7 @@ def main(config: GpuConfig) -> None:
     sizes, pairs, folder = make_pairs(config)
     systems = [functools.partial(measure, config)]
     if config.trl_python is not None:
-        # First, while nothing of the card is taken here.
+        # First, while this process uses no memory of the card.
         systems.insert(0, functools.partial(measure_trl, config))
     found = []
     for run in systems:

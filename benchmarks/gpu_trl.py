@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 def word_tokenizer(size: int):
-    """A tokenizer whose words are numbers, so that any tokens can be passed as text."""
+    """A tokenizer whose words are numbers: token ids can be passed to it as text."""
     vocab = {str(n): n for n in range(size)}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -51,7 +51,7 @@ class Clock(transformers.TrainerCallback):
 
 
 class InOrder(trl.DPOTrainer):
-    """Keeps the order of the pairs."""
+    """A trainer that keeps the order of the pairs."""
 
     def _get_train_sampler(self, *_):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -66,7 +66,7 @@ def main() -> None:
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(JOB["folder"], dtype=torch.float32)
     text = lambda tokens: " ".join(map(str, tokens))
-    # Answers end with EOS, which TRL would append to others.
+    # Answers already end with EOS; otherwise TRL would append it.
     rows = [
         {
             "prompt": text(prompt) + " ",

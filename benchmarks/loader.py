@@ -70,7 +70,7 @@ class Options:
     processes: tuple[int, ...] = (1, 2)
     """Numbers of loader processes to compare with the thread."""
     batches: int = 40
-    """Batches a round, of each."""
+    """Batches per round of each kind."""
     rounds: int = 5
     """Rounds of measurements, in turns."""
     steps: int = 10
@@ -130,7 +130,7 @@ def loading(make, layout: str, options: Options) -> dict[int, np.ndarray]:
             began = time.perf_counter()
             for _ in range(options.batches):
                 next(batches)
-            if number:  # not the one that starts threads and processes
+            if number:  # not the first batch, which starts threads and processes
                 found[n].append((time.perf_counter() - began) / options.batches)
     for batches in iterators.values():
         batches.close()
@@ -174,7 +174,7 @@ def running(
                 batch_size=options.batch_size,
                 row_length=row_length,
                 max_steps=options.steps,
-                # One line of all steps but the first, which compiles.
+                # One line for all steps except the first, which compiles.
                 log_every=options.steps,
             )
         )

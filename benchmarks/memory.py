@@ -123,7 +123,7 @@ def log_softmax_head(model: Model, params, hidden, predictors, targets) -> jax.A
 
 
 def logsumexp_head(model: Model, params, hidden, predictors, targets) -> jax.Array:
-    """The same without an array of log-probs."""
+    """The same as `log_softmax_head`, without an array of log-probs."""
     logits = _logits(model, params, hidden)
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jax.vmap(lambda row, p, t: row[p, t])(logits, predictors, targets)
@@ -144,9 +144,9 @@ def _logits(model: Model, params, hidden) -> jax.Array:
 def scorer_with(
     head: Callable, model: Model, *, blockwise: bool = False
 ) -> Callable[..., Scores]:
-    """As a `PolicyScorer` is called, through another head; without a mesh.
+    """A function called like a `PolicyScorer`, with another head and without a mesh.
 
-    `blockwise` has each padded sequence attended to as a packed row of one prompt.
+    With `blockwise`, each padded sequence is treated as a packed row of one prompt.
     """
 
     def score(params, frozen, batch: data.PreferenceBatch) -> Scores:

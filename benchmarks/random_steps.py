@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 def make_step(model: Model, scorer: Scorer | None = None) -> Step:
-    """A DPO step with AdamW, with the usual scorer unless another is given."""
+    """A DPO step with AdamW, by default with the scorer of training."""
     optimizer = OptimizerConfig()
     schedule = make_schedule(optimizer, 1000)
     tx = make_optimizer(optimizer, schedule)
@@ -46,9 +46,9 @@ def random_pairs(
     """Pairs of random tokens.
 
     Args:
-      sizes: int [N, 3], the tokens of each prompt, chosen and rejected answer.
-      vocab_size: tokens are drawn evenly from 3 to this.
-      seed: of the tokens.
+      sizes: int [N, 3], tokens of each prompt, chosen answer, and rejected answer.
+      vocab_size: tokens are drawn uniformly from 3 up to this.
+      seed: seed of the tokens.
     """
     rng = np.random.default_rng(seed)
     builder = data.DatasetBuilder(2)
@@ -87,7 +87,7 @@ def packed_batch(
 
 
 def pair_a_row_batch(pairs: data.PreferenceDataset) -> data.PreferenceBatch:
-    """All pairs as one batch of packed rows as long as the longest pair."""
+    """All pairs as one batch of packed rows, one pair each, as long as the longest."""
     longest = int(pairs.packed_lengths.max())
     order = data.in_order(pairs)
     layout = data.packed_layout(

@@ -88,7 +88,7 @@ class ScalingConfig:
     length: int = 512
     """Value for the other axes."""
     pairs: int = 1
-    """Value for the other axes; for devices, the largest number of devices."""
+    """Value for the other axes; along `devices`, the largest number of devices."""
     layers: int = 4
     """Value for the other axes."""
     vocabulary: int = 8192
@@ -96,10 +96,10 @@ class ScalingConfig:
     hidden: int = 576
     """Width: three query heads of 64 for each key head, the MLP 8/3 as wide."""
     turns: int = 3
-    """Turns; one before them compiles."""
+    """Timed turns; one more before them compiles."""
     clock: Literal["wall", "processors"] = "wall"
-    """Seconds by the clock, or of all processors together, which other work on the
-    machine disturbs less."""
+    """Wall-clock time, or CPU time over all cores, which is less sensitive to other
+    load."""
     json: str | None = None
     """JSON file for the results."""
     png: str | None = None
@@ -129,18 +129,18 @@ FIELDS = {
 
 
 def axes_of(config: ScalingConfig) -> tuple[Axis, ...]:
-    """Those asked for; most of a quick run's time is spent compiling."""
+    """The axes to scale; a quick run has fewer, since it spends most time compiling."""
     return config.axes or tuple(FIELDS)[: 2 if config.quick else None]
 
 
 def sizes_of(config: ScalingConfig, axis: Axis) -> tuple[int, ...]:
-    """In order, without the largest two in a quick run."""
+    """Sizes along an axis in order, without the largest two in a quick run."""
     sizes = tuple(sorted(getattr(config, FIELDS[axis])))
     return sizes[: max(len(sizes) - 2, 2)] if config.quick else sizes
 
 
 def turns_of(config: ScalingConfig) -> int:
-    """Turns that are counted."""
+    """The number of timed turns."""
     return min(config.turns, 2) if config.quick else config.turns
 
 
@@ -148,7 +148,7 @@ def turns_of(config: ScalingConfig) -> int:
 
 
 def make_model_and_batch(config: ScalingConfig, changes: dict[str, int]):
-    """Of the single sizes and `changes` to them."""
+    """A model and a batch of the default sizes, with `changes`."""
     at = {name: getattr(config, name) for name in FIELDS if name != "devices"}
     at |= changes
     model = build(
@@ -196,7 +196,7 @@ def attention_alone(model: Model, batch: PreferenceBatch) -> Callable:
     )
 
     def total(q, k, v, cotangents):
-        # Stacked and scanned, so that as much is kept for the backward pass.
+        # Stacked and scanned, so that as much is stored for the backward pass.
         def layer(_, x):
             return None, packed_attention(*x, Segments(*parts))
 
@@ -218,7 +218,7 @@ def timed(run: Callable, clock: str) -> float:
 
 
 def measure(config: ScalingConfig, axis: Axis) -> list[dict]:
-    """Seconds of every size, turn by turn."""
+    """Seconds for every size, turn by turn."""
     sizes = sizes_of(config, axis)
     if axis == "devices":
         return [measure_devices(config, count) for count in sizes]
@@ -226,14 +226,14 @@ def measure(config: ScalingConfig, axis: Axis) -> list[dict]:
     for size in sizes:
         made = make_model_and_batch(config, {axis: size})
         works[size] = {"seconds": whole_step(*made)}
-        if axis == "length":  # along the others its share hardly changes
+        if axis == "length":  # along the other axes, its share hardly changes
             works[size]["attention_seconds"] = attention_alone(*made)
     records = [
         {"axis": axis, "size": size} | {name: [] for name in works[size]}
         for size in sizes
     ]
     for turn in range(turns_of(config) + 1):
-        # There and back, so that no size always follows the same one.
+        # Forward, then backward, so that no size always follows the same one.
         for record in records if turn % 2 else records[::-1]:
             for name, run in works[record["size"]].items():
                 seconds = timed(run, config.clock)
@@ -243,7 +243,7 @@ def measure(config: ScalingConfig, axis: Axis) -> list[dict]:
 
 
 def measure_devices(config: ScalingConfig, count: int) -> dict:
-    """The same step on so many virtual devices, in its own process."""
+    """Times the same step on `count` virtual devices, in a separate process."""
     flags = f"--xla_force_host_platform_device_count={count}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     asked = json.dumps(dataclasses.asdict(config))
@@ -257,7 +257,7 @@ def measure_devices(config: ScalingConfig, count: int) -> dict:
 
 
 def only_devices(config: ScalingConfig) -> None:
-    """Prints the seconds of the turns on all devices of this process."""
+    """Prints the seconds of each turn on all devices of this process."""
     pairs = max(sizes_of(config, "devices"))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -270,7 +270,7 @@ def only_devices(config: ScalingConfig) -> None:
 
 
 def fit(sizes, seconds) -> dict[str, float]:
-    """The exponent of the medians; the least and most of single turns; the last piece.
+    """Exponents: of the medians, the range over turns, and of the largest two sizes.
 
     Args:
       sizes: [N].
@@ -283,14 +283,14 @@ def fit(sizes, seconds) -> dict[str, float]:
         "exponent": float(np.polyfit(x, middle, 1)[0]),
         "low": float(turns.min()),
         "high": float(turns.max()),
-        # What a step costs whatever its size hides growth from the fit, least of all
-        # between the largest two.
+        # The fixed cost of a step hides growth from the fit, least of all between the
+        # largest two sizes.
         "last": float(np.diff(middle)[-1] / np.diff(x)[-1]),
     }
 
 
 def curves_of(records: list[dict]) -> dict[str, np.ndarray]:
-    """Seconds [N, turns] of the whole step and, where timed, its parts."""
+    """Seconds [N, turns] of the whole step and, if timed, of its parts."""
     whole = np.array([r["seconds"] for r in records])
     if "attention_seconds" not in records[0]:
         return {"step": whole}
@@ -302,14 +302,14 @@ def curves_of(records: list[dict]) -> dict[str, np.ndarray]:
 
 
 def fits_of(records: list[dict]) -> dict[str, dict]:
-    """Of every curve along an axis."""
+    """Fits every curve along an axis."""
     sizes = [r["size"] for r in records]
     return {name: fit(sizes, rows) for name, rows in curves_of(records).items()}
 
 
 TITLES = {
-    "length": "tokens of a pair",
-    "pairs": "pairs of a step",
+    "length": "tokens per pair",
+    "pairs": "pairs per step",
     "layers": "layers",
     "vocabulary": "size of the vocabulary",
     "devices": "virtual devices, same cores",
@@ -317,7 +317,7 @@ TITLES = {
 
 
 def draw(path: str, records: list[dict], fits: dict[str, dict]) -> None:
-    """A panel an axis, both scales logarithmic."""
+    """One log-log panel per axis."""
     columns = min(len(fits), 3)
     rows = -(-len(fits) // columns)
     with matplotlib.rc_context(MATPLOTLIB):
@@ -336,7 +336,7 @@ def draw(path: str, records: list[dict], fits: dict[str, dict]) -> None:
 
 
 def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
-    """Medians over turns and their range; dotted, what is in proportion to the size."""
+    """Medians over turns and their range; a dotted line for proportional growth."""
     sizes = np.array([r["size"] for r in records], float)
     curves = curves_of(records)
     for color, (name, seconds) in zip(PALETTE, curves.items()):
@@ -364,7 +364,7 @@ def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
 
 
 def main(config: ScalingConfig) -> None:
-    """Axis by axis."""
+    """Measures axis by axis."""
     records, fits = [], {}
     for axis in axes_of(config):
         found = measure(config, axis)

@@ -87,7 +87,7 @@ from jaxpref.runtime.entry import entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-"""Real data and tools beside the repository, where they are."""
+"""Real data and tools next to the repository, if they exist."""
 SYSTEMS = ("jaxpref", "trl", "tunix", "torch")
 CHECK_PAIRS, CHECK_TOKENS, CHECK_STEPS = 4, 64, 3
 
@@ -99,34 +99,34 @@ class Options:
     json: str
     """JSON file for the results."""
     cases: str = ",".join(CASES)
-    """Which, with commas."""
+    """Comma-separated list."""
     systems: str = ",".join(SYSTEMS)
-    """Which, with commas."""
+    """Comma-separated list."""
     quick: bool = False
-    """One layer, one round of one step of two pairs: shows that everything runs."""
+    """One layer, and one round of one step of two pairs: checks that all of it runs."""
     hh: str | None = None
     """Preference file of the case hh; by default in ../shared/data."""
     ultrafeedback: str | None = None
     """Preference file of the case ultrafeedback; by default in ../shared/data."""
     model: str | None = None
-    """Hugging Face folder or hub id with the sizes and the tokenizer for real pairs, of
-    which the weights are not read.  By default one in the folder of --venvs that
+    """Hugging Face folder or Hub ID with sizes and tokenizer for the real pairs; its
+    weights are not read.  By default one in the folder of --venvs that
     ../shared/tools/make_smollm2.py makes."""
     layers: int = 4
-    """Layers of that model that are kept; 0 means all."""
+    """Layers of that model to keep; 0 means all."""
     rounds: int = 3
-    """Processes of each system and case, in turns, each with pairs of its own."""
+    """Processes of each system and case, in turns, each with its own pairs."""
     steps: int = 4
-    """Timed in each process."""
+    """Steps to time in each process."""
     batch_size: int | None = None
-    """Pairs a step in all cases; by default 8, and 4 in the case fixed."""
+    """Pairs per step in all cases (default: 8, but 4 in the case fixed)."""
     row_length: str = ""
-    """Tokens of jaxpref's packed rows by case, as hh=512,fixed=-1: 0 means as the
-    longest pair, -1 one pair a row."""
+    """Tokens of jaxpref's packed rows by case, such as hh=512,fixed=-1: 0 means the
+    length of the longest pair, -1 one pair per row."""
     venvs: str = ".bench"
-    """Folder of the virtual environments, each in its system's name."""
+    """Folder of the virtual environments, each named after its system."""
     trl_python: str | None = None
-    """Interpreter with TRL, in place of an environment."""
+    """Interpreter with TRL, instead of a virtual environment."""
     tunix_python: str | None = None
     """Interpreter with google-tunix."""
     torch_python: str | None = None
@@ -145,7 +145,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measures case by case; what is done is written after each."""
+    """Measures case by case; results are written after each."""
     options = for_a_look(options) if options.quick else options
     cases = [with_options(CASES[name], options) for name in options.cases.split(",")]
     missing, pythons = [], {}
@@ -185,14 +185,14 @@ def main(options: Options) -> None:
 
 
 def for_a_look(options: Options) -> Options:
-    """`--quick`: as little as shows every system in every case."""
+    """`--quick`: the least that runs every system in every case."""
     return dataclasses.replace(
         options, layers=1, rounds=1, steps=1, batch_size=options.batch_size or 2
     )
 
 
 def with_options(case: Case, options: Options) -> Case:
-    """The case with the sizes that were asked for."""
+    """The case with the requested sizes."""
     rows = {}
     for word in options.row_length.split(",") if options.row_length else ():
         name, _, length = word.partition("=")
@@ -214,7 +214,7 @@ def with_options(case: Case, options: Options) -> Case:
 def prepare(
     case: Case, options: Options, folder: Path
 ) -> tuple[Case, LlamaArchitecture, list[Listed]]:
-    """A case, the sizes of its model, whose folder is written, and pairs by round."""
+    """Writes a case's model; returns the case, the model's sizes, pairs by round."""
     size = (1 + options.steps) * case.batch_size
     count = size * options.rounds
     if case.name == "fixed":
@@ -241,7 +241,7 @@ def prepare(
 
 
 def in_shared(case: str) -> str:
-    """The default file of a case, beside the repository."""
+    """The default file of a case, next to the repository."""
     names = {
         "hh": "hh_rlhf_helpful_base_test.jsonl.gz",
         "ultrafeedback": "ultrafeedback_sample_train.jsonl.gz",
@@ -253,7 +253,7 @@ def in_shared(case: str) -> str:
 
 
 def default_model(options: Options) -> Path:
-    """SmolLM2's tokenizer and sizes, made once by the tool beside the repository."""
+    """SmolLM2's tokenizer and sizes, made once by the tool next to the repository."""
     folder, tool = Path(options.venvs) / "smollm2", SHARED / "tools" / "make_smollm2.py"
     if (folder / "tokenizer.json").exists():
         return folder
@@ -275,7 +275,7 @@ def default_model(options: Options) -> Path:
 
 
 def measure_rates(options, pythons, folder: Path, bar) -> dict[str, float]:
-    """FLOP per second of a float32 matrix product, best of rounds, by library."""
+    """FLOP/s of a float32 matrix product by library, best of several rounds."""
     scripts = {"jax": ("jaxpref", sys.executable)}
     for system in ("torch", "trl"):
         if system in pythons:
@@ -302,7 +302,7 @@ def measure(
     bar,
     written: dict,
 ) -> None:
-    """The check of a case and its rounds; fills in what is written."""
+    """Runs the check and the rounds of a case; adds to the results."""
     job = Job(
         mode="train",
         threads=cores(),
@@ -378,10 +378,10 @@ def write_pairs(job: Job, listed: Listed) -> None:
 
 
 def run(job: Job, system: str, python: str, folder: Path) -> dict:
-    """What one process of a system found.
+    """Runs one process of a system and returns its results.
 
     Raises:
-      Missing: it failed; why, in one line.
+      Missing: if it fails, with the reason in one line.
     """
     source, out = folder / "job.json", folder / "found.json"
     source.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
@@ -414,14 +414,14 @@ def run(job: Job, system: str, python: str, folder: Path) -> dict:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def machine() -> dict:
-    """The processor, its cores, memory, and how busy it is."""
+    """Describes the processor, its cores, memory, and load."""
     name = platform.processor() or platform.machine()
     memory = None
     try:

@@ -19,23 +19,23 @@ class Case:
 
     name: str
     prompt_length: int
-    """Longest prompt; a longer one is cut on the left."""
+    """Maximum tokens of a prompt; longer prompts are cut at the start."""
     response_length: int
-    """Longest answer; pairs with a longer one are left out, for all systems."""
+    """Maximum tokens of an answer; pairs with a longer one are left out everywhere."""
     batch_size: int = 8
-    """Pairs of a step."""
+    """Pairs per step."""
     micro_batch: int = 0
-    """Pairs that a system with fixed lengths computes at a time; 0 means all."""
+    """Pairs per micro-batch of a system with fixed lengths; 0 means all."""
     row_length: int = 0
-    """Tokens of jaxpref's packed rows; 0 means as the longest pair, -1 one pair a row.
+    """Tokens of jaxpref's packed rows; 0: of the longest pair, -1: one pair per row.
     """
 
 
 CASES = {
     # 1,024 and 2,048 tokens of prompt and answer together: the first is TRL's default.
     "hh": Case("hh", 512, 512),
-    # By 16 x 2,048 positions the logits of 49,152 tokens would be 6.4 GB, and several
-    # times that in a step: a system that makes them all takes 2 pairs at a time.
+    # At 16 x 2,048 positions, logits over 49,152 tokens would take 6.4 GB, and a step
+    # several times that.  So a system that computes them all takes 2 pairs at a time.
     "ultrafeedback": Case("ultrafeedback", 1024, 1024, micro_batch=2),
     "fixed": Case("fixed", 64, 192, batch_size=4),
 }
@@ -48,20 +48,20 @@ FIXED_MODEL = LlamaArchitecture(
     num_kv_heads=8,
     head_dim=64,
 )
-"""Model of the case `fixed`."""
+"""The model of the case `fixed`."""
 ROPE_THETA = 1e6
-"""Base of the rotary positions: Tunix 0.1.7's Llama has this one, whatever its config
-says, so all models have it."""
+"""Base of the rotary positions.  Tunix 0.1.7's Llama ignores its config and always uses
+this one, so all models use it."""
 
 Listed = list[list[list[int]]]
 """[prompt, chosen, rejected] of each pair, in tokens."""
 
 
 def real_pairs(case: Case, source: str, tokenizer, count: int) -> Listed:
-    """So many pairs of a file, in an order of their own that is always the same.
+    """The first `count` pairs of a file in a fixed random order.
 
     Raises:
-      InputError: the file has fewer.
+      InputError: if the file has fewer.
     """
     options = data.DataOptions(
         max_length=case.prompt_length + case.response_length,
@@ -83,7 +83,7 @@ def real_pairs(case: Case, source: str, tokenizer, count: int) -> Listed:
 
 
 def random_pairs(case: Case, vocab_size: int, count: int) -> Listed:
-    """Pairs of one length of random tokens."""
+    """Pairs of equal lengths with random tokens."""
     rng = np.random.default_rng(0)
     lengths = (case.prompt_length, case.response_length, case.response_length)
     return [
@@ -99,7 +99,7 @@ def sizes(listed: Listed) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_model(folder: Path, config: LlamaArchitecture) -> None:
-    """A Hugging Face folder of random float32 weights, the same every time."""
+    """Writes a Hugging Face folder with random float32 weights from a fixed seed."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: (
         rng.standard_normal(shape, np.float32) * np.float32(config.initializer_range)

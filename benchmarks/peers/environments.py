@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 PINS = {"trl": "trl 1.16.", "torch": "torch 2.13.", "tunix": "google-tunix 0.1.7"}
-"""The distribution that an environment is for, and how its version begins."""
-# The CPU build of torch has its own index; where that is not reached, pip takes
-# whatever its first index has of the same version.
+"""The main package of each environment, and the prefix of its version."""
+# The CPU build of torch has its own index.  If that cannot be reached, pip takes the
+# same version from its default index.
 _TORCH = ["--extra-index-url=https://download.pytorch.org/whl/cpu", "torch==2.13.0"]
 _INSTALLS = {
     "trl": [_TORCH, ["trl==1.16.*"]],
@@ -19,7 +19,7 @@ _INSTALLS = {
 
 
 class Missing(Exception):
-    """A system that cannot be had here, and why, in one line."""
+    """A system that cannot be run here; the message gives the reason in one line."""
 
 
 def python_of(system: str, folder: Path, given: str | None) -> str:
@@ -27,11 +27,11 @@ def python_of(system: str, folder: Path, given: str | None) -> str:
 
     Args:
       system: "jaxpref" is run by this interpreter.
-      folder: where environments lie, each under its system's name.
-      given: an interpreter that was asked for instead.
+      folder: the folder of the environments, each named after its system.
+      given: an interpreter to use instead.
 
     Raises:
-      Missing: it is not there and cannot be installed.
+      Missing: if it does not exist and cannot be installed.
     """
     if system == "jaxpref":
         return sys.executable
@@ -46,7 +46,7 @@ def python_of(system: str, folder: Path, given: str | None) -> str:
 
 
 def make(name: str, folder: Path) -> str:
-    """A new environment with what `name` needs; its interpreter."""
+    """Creates an environment for a system and returns its interpreter."""
     print(f"making {folder}, once", file=sys.stderr, flush=True)
     python = str(folder / "bin" / "python")
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
@@ -73,7 +73,7 @@ def _run(command: list[str]) -> str:
         raise Missing(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line] or ["no message"]
-        # pip may warn after it has said what is wrong.
+        # pip may print warnings after the error.
         wrong = [line for line in lines if "error" in line.lower()] or lines
         raise Missing(f"{' '.join(command[:5])} ...: {wrong[-1]}"[:300])
     return done.stdout

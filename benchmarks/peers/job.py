@@ -19,29 +19,29 @@ RATE_SIZE = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One process: `warmup` steps that count for nothing, then `steps` that do."""
+    """One process: `warmup` steps that are not timed, then `steps` that are."""
 
     mode: str
     """"train" times steps, "rate" matrix products."""
     threads: int
     model: str = ""
-    """Hugging Face folder, float32; the reference has the same weights."""
+    """Hugging Face folder with float32 weights, which the reference shares."""
     pairs: str = ""
     """JSON list of [prompt, chosen, rejected] token ids, in the order of the steps."""
     batch_size: int = 8
-    """Pairs of a step."""
+    """Pairs per step."""
     warmup: int = 1
     steps: int = 4
     repeat: bool = False
-    """Every step has the first batch: the check of losses."""
+    """Whether every step repeats the first batch, to compare losses."""
     prompt_length: int = 512
-    """Longest prompt: to what a system with fixed lengths pads."""
+    """Maximum tokens of a prompt, to which a system with fixed lengths pads."""
     response_length: int = 512
-    """Longest answer."""
+    """Maximum tokens of an answer."""
     micro_batch: int = 0
-    """Pairs that a system with fixed lengths computes at a time; 0 means all."""
+    """Pairs per micro-batch of a system with fixed lengths; 0 means all."""
     row_length: int = 0
-    """Tokens of a packed row; 0 means as the longest pair, -1 one pair a row."""
+    """Tokens of a packed row; 0: of the longest pair, -1: one pair per row."""
     learning_rate: float = 1e-6
     beta: float = 0.1
     max_grad_norm: float = 1.0
@@ -49,26 +49,26 @@ class Job:
 
 @dataclasses.dataclass
 class Steps:
-    """What was measured, filled in step by step, warm-up included."""
+    """The measurements of each step, including the warm-up."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
-    """Mean of each step's pairs, before its update."""
+    """Mean loss of each step's pairs, before the update."""
     grad_norms: list[float] = dataclasses.field(default_factory=list)
-    """Global norm before it is clipped."""
+    """Global gradient norm of each step, before clipping."""
     ends: list[float] = dataclasses.field(default_factory=list)
-    """Clock at the beginning and at the end of each step."""
+    """Clock at the start of training and at the end of each step."""
     pairs: list[list[int]] = dataclasses.field(default_factory=list)
-    """Places in the file of each step's pairs, of the timed steps alone."""
+    """Indices in the file of each step's pairs, for timed steps only."""
 
 
 def read_job() -> tuple[Job, Path]:
-    """The job in the file named first, and the file for what was found."""
+    """The job in the file that is the first argument, and the file for the results."""
     source, out = sys.argv[1:]
     return Job(**json.loads(Path(source).read_text("utf-8"))), Path(out)
 
 
 def read_pairs(job: Job) -> list[list[list[int]]]:
-    """The pairs of all steps, warm-up first; with `repeat` of one batch."""
+    """The pairs of all steps, warm-up first; with `repeat`, those of one batch."""
     pairs = json.loads(Path(job.pairs).read_text("utf-8"))
     if job.repeat:
         pairs = pairs[: job.batch_size] * (job.warmup + job.steps)
@@ -76,14 +76,14 @@ def read_pairs(job: Job) -> list[list[list[int]]]:
 
 
 def in_order(job: Job) -> list[list[int]]:
-    """Pairs of the timed steps of a system that takes them as they come."""
+    """Indices of each timed step's pairs in a system that takes them in order."""
     first = job.warmup * job.batch_size
     starts = range(first, first + job.steps * job.batch_size, job.batch_size)
     return [[*range(start, start + job.batch_size)] for start in starts]
 
 
 def write_steps(out: Path, job: Job, steps: Steps, packages: list[str]) -> None:
-    """Seconds, losses and pairs of the timed steps, and the process's memory."""
+    """Writes seconds, losses, and pairs of the timed steps, and the peak memory."""
     seconds = [end - start for start, end in zip(steps.ends, steps.ends[1:])]
     found = {
         "seconds": seconds[job.warmup :],
@@ -98,7 +98,7 @@ def write_steps(out: Path, job: Job, steps: Steps, packages: list[str]) -> None:
 
 
 def write_rate(out: Path, product: Callable[[], object], *, repeats: int = 15) -> None:
-    """Median FLOP per second of a product of two square matrices."""
+    """Writes the median FLOP/s of a product of two square matrices."""
     product()
     seconds = []
     for _ in range(repeats):
@@ -110,9 +110,9 @@ def write_rate(out: Path, product: Callable[[], object], *, repeats: int = 15) -
 
 
 def peak_mib() -> float:
-    """The most memory this process has held, in MiB."""
+    """The peak memory of this process in MiB."""
     try:
-        # `ru_maxrss` of Linux still counts the process that started this one.
+        # On Linux, `ru_maxrss` still includes the process that started this one.
         lines = Path("/proc/self/status").read_text("utf-8").splitlines()
         (line,) = (line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 1024

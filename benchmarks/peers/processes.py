@@ -1,4 +1,4 @@
-"""How long a command takes, and how much memory it and its children hold; Linux."""
+"""How long a command takes, and the memory of it and its children, on Linux."""
 
 import contextlib
 import dataclasses
@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import IO
 
 SAMPLE_SECONDS = 0.05
-"""Between two looks at the memory."""
+"""Seconds between two samples of the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a command took, with its children."""
+    """Time and memory of a command and its children."""
 
     code: int
-    """Exit code; negative: the signal that ended it."""
+    """Exit code; if negative, minus the signal that ended it."""
     seconds: float
-    """Of the wall clock."""
+    """Wall-clock time."""
     cpu_seconds: float
-    """Of all cores, user and system; hardly more on a busy machine than on a quiet one.
+    """CPU time, user and system, which hardly depends on other load.
     """
     peak_mib: float
-    """Most resident memory of all processes together, sampled."""
+    """Peak resident memory of all processes together, sampled."""
 
 
 def measured(
     command: Sequence[str], environ: Mapping[str, str], log: IO[str]
 ) -> Measured:
-    """Runs a command to its end; what it prints goes to `log`."""
+    """Runs a command until it ends; its output goes to `log`."""
     started, before, peak = time.perf_counter(), _cpu_seconds(), 0.0
-    # A session of its own: that is how its children are found.
+    # In its own session, by which its children are found.
     process = subprocess.Popen(
         command, env=environ, stdout=log, stderr=log, start_new_session=True
     )
@@ -50,15 +50,15 @@ def measured(
 
 
 def _cpu_seconds() -> float:
-    """Of all children that have ended, and theirs."""
+    """CPU seconds of all children that have ended, and of their children."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def resident_mib(session: int) -> float:
-    """Resident memory of all processes of a session, at least the peak of any of them.
+    """Resident memory of all processes of a session, at least the peak of each.
 
-    Pages that processes share count for each of them.
+    Shared pages count once for each process.
     """
     resident, highest = 0, 0
     for status in statuses(session):
@@ -68,11 +68,11 @@ def resident_mib(session: int) -> float:
 
 
 def statuses(session: int) -> Iterator[dict[str, int]]:
-    """Numbers of /proc/PID/status, in KiB, of the processes of a session."""
+    """The sizes in /proc/PID/status, in KiB, of each process of a session."""
     for folder in Path("/proc").glob("[0-9]*"):
-        # A process may end between two looks.
+        # A process may end in the meantime.
         with contextlib.suppress(OSError):
-            # The name in parentheses may hold spaces; the session is the fourth after.
+            # The name in parentheses may contain spaces; the session is 4 fields later.
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
                 lines = (folder / "status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""From the steps of all processes to one record per case and system."""
+"""Summarizes the steps of all processes in one record per case and system."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,26 +6,27 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 FIRST_LOSS = 2e-4
-"""Tolerance of the first loss, log 2: beta times the rounding of sums of log-probs."""
+"""Tolerance of the first loss, log 2: beta times the rounding of summed log-probs."""
 LATER_LOSSES = 0.02
-"""Tolerance of how far the loss has fallen, as a share of it, beside the one above."""
+"""Relative tolerance of the decrease of the loss, in addition to the one above."""
 GRAD_NORM = 5e-4
 """Relative tolerance of the first gradient's norm."""
 
 
 def useful_flops(config, prompts: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Floating-point operations that one DPO step needs for each pair.
+    """The floating-point operations that a DPO step needs for each pair.
 
     flops = 6 L (N_layer t + 2 H K s) + 6 D V a
 
     with N_layer the weights of a layer's matrices, t the pair's tokens (its prompt
-    once), s the keys that their queries see, and a the answers' tokens; a weight or a
-    key costs two operations forwards and four backwards.  An answer sees the prompt and
-    itself: s = p (p + 1) / 2 + sum over answers of c p + c (c + 1) / 2.  What has no
-    matrix product, the reference (stored), and the optimizer are not counted.
+    once), s the (query, key) pairs that attend, and a the answers' tokens.  A weight or
+    a key costs two operations in the forward pass and four in the backward pass.  An
+    answer sees the prompt and itself: s = p (p + 1) / 2 + sum over answers of
+    c p + c (c + 1) / 2.  The stored reference, the optimizer, and everything that is
+    not a matrix product are not counted.
 
     Args:
-      config: sizes, as `jaxpref.models.Architecture`.
+      config: the sizes, a `jaxpref.models.Architecture`.
       prompts: int [N], tokens of the prompts.
       answers: int [N, 2], tokens of the answers.
 
@@ -45,14 +46,14 @@ def useful_flops(config, prompts: np.ndarray, answers: np.ndarray) -> np.ndarray
 def pairs_per_second(run: Mapping, tokens: np.ndarray) -> float:
     """Pairs per second of a process, normalized to the mean length of a list.
 
-    Packed batches hold other pairs, and a few more or fewer, than the list's: a pair
-    shorter than the list's mean counts for less than one.  Where a process did the
-    whole list, this is its pairs by its seconds.
+    Packed batches may hold other pairs than the list, and a few more or fewer.  So a
+    pair shorter than the list's mean counts as less than one.  If a process did the
+    whole list, this is the number of pairs divided by the seconds.
 
     Args:
-      run: `seconds` of each step, and `pairs`, their places in the list.
-      tokens: int [N], of each pair of the list, its prompt once; 0 for those of the
-        warm-up.
+      run: `seconds` of each step, and `pairs`, their indices in the list.
+      tokens: int [N], tokens of each pair of the list, with its prompt once; 0 for
+        those of the warm-up.
     """
     done = sum(int(tokens[step].sum()) for step in run["pairs"])
     return done / tokens[tokens > 0].mean() / sum(run["seconds"])
@@ -71,13 +72,13 @@ def summarize(
     """One record: medians over rounds, and quartiles of pairs per second.
 
     Args:
-      case: name.
-      system: name.
-      runs: what each round's process found.
-      lists: prompts [N] and answers [N, 2] in tokens, of each round's pairs.
-      config: sizes of the model.
-      warmup: pairs at the beginning of each list that were not timed.
-      rate: FLOP per second of a matrix product in the same run.
+      case: its name.
+      system: its name.
+      runs: the results of each round's process.
+      lists: tokens of prompts [N] and answers [N, 2] of each round's pairs.
+      config: the sizes of the model.
+      warmup: number of pairs at the start of each list that were not timed.
+      rate: FLOP/s of a matrix product in the same run.
     """
     speeds, seconds, shares = [], [], []
     for run, (prompts, answers) in zip(runs, lists):
@@ -107,7 +108,7 @@ def summarize(
 
 
 def ratios(records: Sequence[Mapping]) -> list[dict]:
-    """jaxpref against each peer of its case: speed of paired rounds, and memory."""
+    """jaxpref relative to each peer in a case: speed by round, and memory."""
     found = []
     for case in dict.fromkeys(record["case"] for record in records):
         of_case = {r["system"]: r for r in records if r["case"] == case}
@@ -133,10 +134,10 @@ def ratios(records: Sequence[Mapping]) -> list[dict]:
 
 
 def disagreements(found: Mapping[str, Mapping]) -> list[str]:
-    """Where systems that took the same steps do not agree, in words.
+    """Describes where systems that took the same steps disagree.
 
     Args:
-      found: by system, `losses` and `grad_norms` of steps on one and the same batch.
+      found: `losses` and `grad_norms` of steps on the same batch, by system.
     """
     differences = []
     name, (first, *_) = next(iter(found)), found.values()
@@ -162,7 +163,7 @@ def disagreements(found: Mapping[str, Mapping]) -> list[str]:
 
 
 def table(records: Sequence[Mapping]) -> str:
-    """The records and ratios in lines of text."""
+    """Formats the records and ratios as text."""
     lines = [
         f"{'case':14} {'system':8} {'pairs/s':>8} {'quartiles':>15} {'s/step':>8}"
         f" {'pairs':>6} {'MiB':>7} {'useful':>7}"

@@ -26,12 +26,12 @@ from jaxpref.train.step import make_train_step
 
 
 def layout(job: Job, pairs: data.PreferenceDataset):
-    """Endless training batches, and every pair once, of pairs and their reference."""
+    """Endless training batches and one pass of scoring batches, from pairs."""
     if job.row_length < 0:
         made = data.padded_layout(pairs, batch_size=job.batch_size)
         return _train(made, pairs), made.eval_batches
     longest = int((pairs.offsets[1:] - pairs.offsets[:-1]).max())
-    # Half a batch's tokens, at least the longest pair.
+    # Half of the batch's tokens, but at least the longest pair.
     row = max(longest, job.batch_size * int(pairs.packed_lengths.mean()) // 2)
     made = data.packed_layout(
         pairs,
@@ -43,12 +43,12 @@ def layout(job: Job, pairs: data.PreferenceDataset):
 
 
 def _train(made: data.Layout, pairs: data.PreferenceDataset):
-    # As a training run, it makes batches ahead of the step.
+    # Like a training run, it makes batches ahead of the step.
     return functools.partial(made.batches, pairs, data.uniform(pairs, 0))
 
 
 def train(job: Job, out: Path) -> None:
-    """Warms up on the batch that the timed steps begin with."""
+    """Warms up on the first of the timed batches."""
     listed = read_pairs(job)
     first = 0 if job.repeat else job.warmup * job.batch_size
     listed = listed[: job.batch_size] if job.repeat else listed[first:]
@@ -93,7 +93,7 @@ def train(job: Job, out: Path) -> None:
             batches = itertools.chain(first_batch, fresh())
         steps.ends.append(time.perf_counter())
         seen = done = 0
-        # As many pairs as the others have, about: a packed batch holds what it holds.
+        # About as many pairs as in the other systems; packed batches vary.
         while done < job.warmup or seen < job.steps * job.batch_size:
             batch = next(batches)
             state, metrics = step(state, None, to_global(batch, mesh))
@@ -110,13 +110,13 @@ def train(job: Job, out: Path) -> None:
 
 
 def rate(out: Path) -> None:
-    """XLA's product of two matrices."""
+    """Times XLA's product of two matrices."""
     x = jnp.ones((RATE_SIZE, RATE_SIZE), jnp.float32)
     product = jax.jit(jnp.matmul)
     write_rate(out, lambda: jax.block_until_ready(product(x, x)))
 
 
 if __name__ == "__main__":
-    reuse_freed_memory()  # as every entry point of jaxpref does
+    reuse_freed_memory()  # as jaxpref's commands do
     job, out = read_job()
     rate(out) if job.mode == "rate" else train(job, out)

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 
 
 def collate(pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens [2B, T], which are real, and which belong to an answer."""
+    """Tokens [2B, T], and masks of real tokens and of answer tokens."""
     rows = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -37,14 +37,14 @@ def collate(pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def log_probs(model, tokens, real, answers) -> torch.Tensor:
-    """Of each answer, [2B]."""
+    """The log-prob of each answer, [2B]."""
     logits = model(tokens, attention_mask=real, use_cache=False).logits[:, :-1]
     chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0]
     return ((chosen - logits.logsumexp(-1)) * answers[:, 1:]).sum(1)
 
 
 def train(job: Job, out: Path) -> None:
-    """Takes the batches in their order."""
+    """Trains on the batches in order."""
     model = LlamaForCausalLM.from_pretrained(job.model, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=job.learning_rate, weight_decay=0.0, fused=True
@@ -68,7 +68,7 @@ def train(job: Job, out: Path) -> None:
 
 
 def rate(out: Path) -> None:
-    """torch's product of two matrices."""
+    """Times torch's product of two matrices."""
     x = torch.ones(RATE_SIZE, RATE_SIZE)
     write_rate(out, lambda: x @ x)
 

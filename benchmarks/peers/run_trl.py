@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 
 
 class Clock(TrainerCallback):
-    """Reads the clock where training begins and where each step ends."""
+    """Records the time at the start of training and at the end of each step."""
 
     def __init__(self, steps: Steps):
         self.steps = steps
@@ -34,7 +34,7 @@ class Clock(TrainerCallback):
 
 
 def trainer_class(steps: Steps) -> type[DPOTrainer]:
-    """TRL's trainer on tokens, that notes its losses."""
+    """TRL's trainer on token ids; it records its losses."""
 
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -50,7 +50,7 @@ def trainer_class(steps: Steps) -> type[DPOTrainer]:
 
 
 def train(job: Job, out: Path) -> None:
-    """Takes the batches in their order."""
+    """Trains on the batches in order."""
     listed, folder = read_pairs(job), tempfile.mkdtemp(dir=out.parent)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     vocabulary = {"<pad>": 0, "<eos>": 1}

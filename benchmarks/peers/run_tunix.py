@@ -23,7 +23,7 @@ from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInp
 
 
 def model_config(folder: str) -> llama.ModelConfig:
-    """Its sizes, of a Hugging Face config."""
+    """Tunix's model config from a Hugging Face config."""
     fields = json.loads((Path(folder) / "config.json").read_text("utf-8"))
     return llama.ModelConfig(
         num_layers=fields["num_hidden_layers"],
@@ -40,7 +40,7 @@ def model_config(folder: str) -> llama.ModelConfig:
 
 
 def padded(texts, length: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, length], and which are real."""
+    """Tokens [B, length], and a mask of the real ones."""
     tokens = np.zeros((len(texts), length), np.int32)
     mask = np.zeros_like(tokens)
     for row, text in enumerate(texts):
@@ -50,7 +50,7 @@ def padded(texts, length: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def inputs(job: Job, micro: int):
-    """Every micro-batch, collated when it is asked for."""
+    """Yields every micro-batch."""
     listed = read_pairs(job)
     for start in range(0, len(listed), micro):
         prompts, chosen, rejected = zip(*listed[start : start + micro])
@@ -71,7 +71,7 @@ def inputs(job: Job, micro: int):
 
 
 def trainer_class(steps: Steps, parts: int) -> type[DPOTrainer]:
-    """Tunix's trainer, that notes losses, and the clock where a step is really done."""
+    """Tunix's trainer; it records losses and the time when each step has finished."""
     of_parts = []
 
     class Trainer(DPOTrainer):
@@ -83,7 +83,7 @@ def trainer_class(steps: Steps, parts: int) -> type[DPOTrainer]:
                 steps.ends.append(time.perf_counter())
                 losses, norms = zip(*of_parts)
                 steps.losses.append(statistics.fmean(losses))
-                # Known of the parts alone: no norm of the whole where there are some.
+                # Known per micro-batch only, so unknown for several.
                 steps.grad_norms.append(norms[0] if parts == 1 else float("nan"))
                 of_parts.clear()
             return super()._buffer_metrics(buffer, loss, step, additional_metrics)
@@ -92,7 +92,7 @@ def trainer_class(steps: Steps, parts: int) -> type[DPOTrainer]:
 
 
 def train(job: Job, out: Path) -> None:
-    """Takes the batches in their order."""
+    """Trains on the batches in order."""
     micro = job.micro_batch or job.batch_size
     parts = job.batch_size // micro
     steps = Steps(pairs=in_order(job))
@@ -123,7 +123,7 @@ def train(job: Job, out: Path) -> None:
 
 
 def check_loaded(model, folder: str) -> None:
-    """A model that kept its own random weights would be another benchmark."""
+    """Checks that the weights were loaded, not left at their random values."""
     with safe_open(Path(folder) / "model.safetensors", "numpy") as file:
         stored = file.get_tensor("model.layers.0.mlp.up_proj.weight").T
     np.testing.assert_array_equal(stored, model.layers[0].mlp.up_proj.kernel[...])

@@ -1,9 +1,9 @@
 """A process of `benchmarks.end_to_end`: a whole run of TRL's plain DPOTrainer.
 
-From a preference file to a saved model, with TRL's own defaults (a live reference,
-gradient checkpointing, padding to the longest sequence of a batch, a checkpoint at the
-end), but for what the comparison fixes: the processor, float32, the batch, the steps,
-the longest sequence, and no reports to trackers.
+It starts from a preference file and ends with a saved model.  It uses TRL's defaults (a
+live reference, gradient checkpointing, padding to the longest sequence of a batch, a
+checkpoint at the end), except for what the comparison fixes: CPU, float32, batch size,
+steps, maximum length, and no reports to trackers.
 """
 
 import json
@@ -16,11 +16,11 @@ from datasets import load_dataset
 from trl import DPOConfig, DPOTrainer
 
 LOSSES = {"dpo": "sigmoid", "rdpo": "robust"}
-"""jaxpref's losses by TRL's names."""
+"""TRL's names of jaxpref's losses."""
 
 
 def main() -> None:
-    """Trains, and writes how long each phase took."""
+    """Trains, and writes the duration of each phase."""
     source, found = map(Path, sys.argv[1:])
     job = json.loads(source.read_text("utf-8"))
     torch.set_num_threads(job["threads"])
