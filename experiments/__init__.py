@@ -1,1 +1,1 @@
-"""What was claimed, and how it is reproduced: one file an experiment."""
+"""Experiments: claims, and how to reproduce them; one file per experiment."""

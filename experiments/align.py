@@ -1,10 +1,10 @@
 r"""Align a model folder on a preference file, with and without a robust loss.
 
 Claim
-    The engine of `jaxpref train` runs unchanged from a 260-thousand-parameter model on
-    a laptop CPU to a real instruct model on an accelerator: rDPO (Chowdhury et al.
-    2024, arXiv:2403.00409) and DPO (Rafailov et al. 2023, arXiv:2305.18290) on the same
-    pairs, in the same order, from the same reference.
+    The same code trains a 260-thousand-parameter model on a laptop CPU and a real
+    instruct model on an accelerator (not yet verified on one).  It runs rDPO (Chowdhury
+    et al. 2024, arXiv:2403.00409) and DPO (Rafailov et al. 2023, arXiv:2305.18290) on
+    the same pairs, in the same order, from the same reference.
 
 Commands
     With access to the Hugging Face hub, on a CPU or GPU machine or on every worker of a
@@ -47,7 +47,7 @@ class AlignConfig:
     """Options of this experiment; all other settings are defaults of `TrainConfig`."""
 
     model: str
-    """Hugging Face model folder or hub id."""
+    """Hugging Face model folder or Hub ID."""
     data: str
     """Preference file or dataset."""
     out: str
@@ -71,7 +71,7 @@ class AlignConfig:
     heldout_fraction: float = 0.05
     """Share of the prompts held out for evaluation."""
     compute_dtype: str | None = None
-    """Dtype of products (default: bfloat16 on TPU and GPU, float32 on CPU)."""
+    """Dtype of matrix products (default: bfloat16 on TPU and GPU, float32 on CPU)."""
     seed: int = 0
     """Seed of the order of the pairs."""
 

@@ -62,7 +62,7 @@ Goals, and which were missed
     above).  AUROC 0.85: 0.88, reached.  Two points of accuracy over BT and smoothing:
     0.1 and 0.0, missed (CRM: 0.2 below BT).  The same text model trained on gold is no
     better, so label noise does not limit the accuracy on unseen topics with these
-    features.  With two votes the joint EM is 0.3 below BT.
+    features.  With two votes, the joint EM is 0.3 below BT.
     All votes, not below Dawid-Skene: narrowly missed, AUROC 0.9898 and 0.9902,
     Spearman 0.862 and 0.868 (without the worker 0.820 and 0.819).
     Two votes, better than Dawid-Skene: reached, AUROC 0.93 over 0.86, Spearman 0.55
@@ -119,7 +119,7 @@ from jaxpref.noise import em, peer
 from jaxpref.runtime.entry import entry_point
 
 ENOUGH = 30
-"""Minimum number of votes of a worker to be ranked."""
+"""Minimum number of votes for a worker to be ranked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +140,11 @@ class Protocol:
     trust: tuple[float, float, float] = (1.0, 1.0, 0.25)
     """Weight of the joint model's margin in the E-step with one, two, and all votes."""
     rounds: int = 10
-    """Alternations of the joint model: strengths, then reliabilities."""
+    """Alternations between the joint model's strengths and reliabilities."""
     folds: int = 5
     reviews: int = 4
-    """Rounds in which CRM's two models select each other's pairs; three until all are
-    dropped that should be."""
+    """Rounds in which CRM's two models select each other's pairs; the share of dropped
+    pairs grows over the first three."""
 
 
 REGIMES = {"one vote a pair": 1, "two votes a pair": 2, "all votes": 5}
@@ -196,8 +196,8 @@ def see(world: World, votes: int, *, seed: int) -> Votes:
 def learn_from(seen: Votes, features, soft, weights, protocol: Protocol) -> np.ndarray:
     """Margins of pairs under Bradley-Terry text models trained on other topics.
 
-    `soft` [P'] is what the pairs are labeled, as a probability that the first is
-    better, and `weights` [P'] how many labels it stands for; features are [T, S, D].
+    `soft` [P'] are the labels of the pairs, as probabilities that the first is better,
+    and `weights` [P'] the number of labels each stands for; features are [T, S, D].
     """
     return crossed(
         lambda trains: text_model(seen, features, soft, weights * trains, protocol),
@@ -226,7 +226,7 @@ def reviewed_model(
 ) -> Strengths:
     """CRM: two text models, each trained on the pairs that the other one finds easy.
 
-    They begin with a half of the pairs each.  `sign` [P'] is the label, 0 for none.
+    Each starts with half of the pairs.  `sign` [P'] is the label, 0 for none.
     """
     labeled = trains & (sign != 0)
     lot = np.random.default_rng(0).random(len(sign)) < 0.5
@@ -287,13 +287,13 @@ def learn_jointly(
 ) -> tuple[Strengths, em.Fit, np.ndarray]:
     """Alternates between fitting strengths and reliabilities.
 
-    What a pair's margin is to the E-step comes from all votes but its own: the pair's
-    own evidence is taken out of the posterior (the cavity of Laplace's approximation),
-    and what is uncertain about the margin makes it smaller.
+    The E-step uses a margin for each pair that does not depend on the pair's own votes:
+    their evidence is removed from the posterior (the cavity of Laplace's
+    approximation), and the margin is shrunk by its uncertainty.
 
-    `trains` says which pairs are used, bool [P'], None for all.  The result is the
-    strengths (for `features` times the root of the scale), the reliabilities, and the
-    margins of the last E-step [P'].
+    `trains`, bool [P'], selects the pairs to use; None means all.  Returns strengths
+    (for `features` times the square root of the scale), reliabilities, and the margins
+    of the last E-step [P'].
     """
     trains = np.ones(len(seen.pair), bool) if trains is None else trains
     where = trains[seen.item]
@@ -336,15 +336,15 @@ class Judge:
     agreement: np.ndarray
     """float [K]; share of a worker's votes that agree with gold."""
     without: np.ndarray
-    """float [K]; the same with a gold that excludes the worker's own votes."""
+    """float [K]; the same with a gold label that excludes the worker's own votes."""
 
 
 def make_judge(world: World) -> Judge:
     """Agreement with gold, and with the other workers' votes.
 
-    Gold was estimated from these votes, so a worker agrees with it in part because it
-    is made of the worker's votes.  `without` asks Dawid and Skene's estimate from all
-    votes on the pair but the one that is judged; votes that stand alone are left out.
+    Gold was estimated from these votes, so part of a worker's agreement with it comes
+    from the worker's own votes.  `without` instead uses Dawid and Skene's estimate from
+    the other votes on the pair; pairs with a single vote are left out.
     """
     gold = np.where(world.held_back, 0, world.gold)
     judged = gold[world.pairs] != 0
@@ -366,9 +366,9 @@ def make_judge(world: World) -> Judge:
 def measure(seen: Votes, judge: Judge, *, held_out=None, logits=None, reliability=None):
     """Results of one method.
 
-    `held_out` are margins of pairs by a model that never saw their topic, [P'];
-    `logits` of "the first is better" judge the votes, [P'], and `reliability` the
-    workers, [K].
+    `held_out` [P'] are margins from a model that never saw the pair's topic.  `logits`
+    [P'] of "the first is better" are used to find wrong votes, and `reliability` [K] to
+    rank workers.
     """
     gold = judge.gold[seen.pair]
     found = {}
@@ -441,7 +441,7 @@ def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
     joint = lambda trains: learn_jointly(seen, features, count, protocol, trust, trains)
 
     def refitted(trains):
-        # Reliabilities too are learned without the topics that are held out.
+        # Reliabilities, too, are learned without the held-out topics.
         believed = pair_logits(seen, joint(trains)[1], trains[seen.item])
         return text_model(seen, features, s(believed), single * trains, protocol)
 
@@ -450,7 +450,7 @@ def run(world: World, judge: Judge, features, lengths, protocol, regime, seed):
     logits, eta = pair_logits(seen, fit), np.asarray(fit.reliability)
     note("EM, jointly", held_out=margin, logits=logits, reliability=eta)
 
-    # The oracle: gold itself, of all topics but the judged one.
+    # The oracle: trained on the gold labels of all other topics.
     gold = world.gold[seen.pair]
     margin = learn(features, (1 + gold) / 2, (gold != 0).astype(float))
     judged = judge.gold[seen.pair][seen.item] != 0
@@ -483,7 +483,7 @@ def main(options: Options) -> None:
     say(started, f"{len(world.pairs)} votes, {world.ties} ties left out; text read")
     records, workers = [], {}
     for regime, votes in REGIMES.items():
-        # All votes are one draw.
+        # With all votes, there is only one draw.
         for seed in protocol.seeds if votes < 5 else protocol.seeds[:1]:
             found, fit = run(world, judge, features, lengths, protocol, regime, seed)
             records += [

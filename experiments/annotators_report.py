@@ -50,7 +50,7 @@ def make_table(records: list[dict], regime: str) -> report.Table:
 
 
 def draw_workers(path: Path, workers: dict[str, list[dict]]) -> None:
-    """Learned reliability against agreement with gold, an interval per worker."""
+    """Learned reliability against agreement with gold, with an interval per worker."""
     with matplotlib.rc_context(MATPLOTLIB):
         figure = Figure(figsize=(9.6, 3.9), layout="constrained")
         panels = figure.subplots(1, len(workers), sharex=True, sharey=True)
@@ -59,7 +59,7 @@ def draw_workers(path: Path, workers: dict[str, list[dict]]) -> None:
             y = [worker["reliability"] for worker in found]
             low = [worker["reliability"] - worker["lower"] for worker in found]
             high = [worker["upper"] - worker["reliability"] for worker in found]
-            # The mode may lie at the very end of the interval, rounding beyond it.
+            # Rounding may put the mode just outside the interval.
             bars = [[max(size, 0) for size in side] for side in (low, high)]
             axes.errorbar(x, y, yerr=bars, fmt="none", color=color, lw=0.7, alpha=0.3)
             axes.scatter(x, y, s=12, color=color, lw=0)

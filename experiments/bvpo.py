@@ -184,9 +184,9 @@ class Options:
     data: str = "../shared/data/gsm8k_solution_pairs.jsonl.gz"
     """Solutions of GSM8K test questions, in pairs of a right and a wrong one."""
     model: str = "../shared/models/stories260k-hf"
-    """Model folder or hub id for these solutions, e.g. of SmolLM2-135M."""
+    """Model folder or Hub ID for these solutions, for example of SmolLM2-135M."""
     smoke: bool = False
-    """A sanity check: takes two minutes and gives meaningless numbers."""
+    """A sanity check that takes two minutes; its numbers mean nothing."""
     full: bool = False
     """Ten seeds, longer training, and more questions; not timed."""
 

@@ -46,7 +46,7 @@ LONGEST = 512
 def read_records(path: str | Path, count: int) -> list[dict]:
     """The first `count` questions with two or more right solutions, as pairs.
 
-    Of the wrong solutions those are the rejected side that agree with the first.
+    The rejected side is the first wrong solution and those with the same answer.
     """
     questions: dict[int, dict] = {}
     opened = gzip.open if str(path).endswith(".gz") else open
@@ -84,17 +84,17 @@ def measure(
     """Trains on the solutions with alpha "auto"; gradient variances before and after.
 
     Args:
-      path: of the solutions.
-      model_name: folder or hub id.
-      out: folder of the run.
-      questions: how many.
-      steps: of training.
-      beta: DPO's.
+      path: the file of the solutions.
+      model_name: model folder or Hub ID.
+      out: the run's folder.
+      questions: number of questions.
+      steps: training steps.
+      beta: DPO's beta.
 
     Returns:
-      `places`, by "before" and "after": `variance` of the mixture over resampled traces
-      for each alpha of `GRID`, and what `jaxpref.gradients.bvpo.ingredients` makes of
-      these gradients; `alphas` of the run by step; `questions`, `traces`, `cut`.
+      `places`, for "before" and "after": the `variance` of the mixture over resampled
+      traces for each alpha of `GRID`, and `jaxpref.gradients.bvpo.ingredients` of these
+      gradients; `alphas` of the run by step; `questions`, `traces`, `cut`.
     """
     folder = resolve_folder(model_name)
     out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def measure(
 def variances(
     model, params, pairs: PreferenceDataset, references, *, beta: float
 ) -> dict:
-    """Gradient variance of a batch of all questions with one resampled trace each."""
+    """Gradient variance of a batch of all questions, with one resampled trace each."""
     rows = pairs.columns["row"][~pairs.columns["empty_trace"]]
     sketches = np.stack(
         [

@@ -218,9 +218,9 @@ class Options:
     """Output folder; repeating the command resumes the run in it.  Default:
     runs/noise_methods, with the suffix _smoke or _full."""
     smoke: bool = False
-    """A sanity check: takes two minutes and gives meaningless numbers."""
+    """A sanity check that takes two minutes; its numbers mean nothing."""
     full: bool = False
-    """All robust methods, flip rates from 0 to 0.45, also per annotator: many hours."""
+    """All robust methods, flip rates from 0 to 0.45, also by annotator; many hours."""
 
 
 def choose(options: Options) -> tuple[Protocol, Path]:

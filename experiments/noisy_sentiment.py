@@ -172,9 +172,9 @@ class Options:
     """Output folder; repeating the command resumes the run in it.  Default:
     runs/noisy_sentiment, with the suffix _smoke or _full."""
     smoke: bool = False
-    """A sanity check: takes a minute and gives meaningless numbers."""
+    """A sanity check that takes a minute; its numbers mean nothing."""
     full: bool = False
-    """Also cDPO, IPO, flip rates from 0.1 to 0.45, and five seeds: over an hour."""
+    """Also cDPO, IPO, flip rates from 0.1 to 0.45, and five seeds; over an hour."""
 
 
 def choose(options: Options) -> tuple[Protocol, Path, str]:
@@ -356,11 +356,11 @@ def make_pairs(reference: Path, count: int, *, seed: int) -> list[dict]:
 def sample(folder: Path, prompts: list[str], *, seed: int, batch: int = 1024):
     """Samples one completion per prompt: texts, tokens, prompt length, lengths.
 
-    A text that did not end gets "<unk>" behind it, so that it is no review.
+    A text that did not end is marked with a final "<unk>", so it is not a valid review.
     """
     tokenizer, model, params = _load(folder)
     ids = {prompt: encode_prompt(tokenizer, prompt) for prompt in set(prompts)}
-    (length,) = set(map(len, ids.values()))  # all prompts have one length
+    (length,) = set(map(len, ids.values()))  # all prompts have the same length
     rows = [ids[prompt] for prompt in prompts]
     rows += rows[:1] * (-len(rows) % batch)
     drawn, lengths = [], []

@@ -36,7 +36,7 @@ class Population:
     pairs: np.ndarray
     """int [N, 3]: prompt, chosen and rejected answer; of pairs with traces."""
     base_logps: jax.Array
-    """[N, 2, R]: log ref(r, y|x), from which traces are drawn."""
+    """[N, 2, R]: log ref(r, y|x), from which traces are sampled."""
     exact: Exact
     """With a leading axis of pairs."""
     empty: jax.Array
@@ -108,7 +108,7 @@ def true_ingredients(population: Population, *, batch: int, traces: int) -> dict
     }
 
 
-# ---- what is measured --------------------------------------------------------------
+# ---- measurements ------------------------------------------------------------------
 
 
 @functools.partial(
@@ -207,11 +207,11 @@ def errors_by_alpha(records: dict) -> list[float]:
 def measure_variances(
     model, params, language, population: Population, key, *, batch, redraws, beta
 ) -> dict[str, list[float]]:
-    """Variance of the mixture over resampled traces of one batch, and alpha^2 of it.
+    """Variance of the mixture over resampled traces of one batch, and its prediction.
 
-    `measured` is of `bvpo.mix` of drawn gradients (one trace a pair), `law` is alpha^2
-    times the exact variance of the trace gradient.  The batch is the first pairs of the
-    population.
+    `measured` is the variance of `bvpo.mix` of sampled gradients (one trace per pair);
+    `law` is alpha^2 times the exact variance of the trace gradient.  The batch consists
+    of the first pairs of the population.
     """
     drawn = _redraw(
         model,

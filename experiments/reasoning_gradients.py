@@ -35,9 +35,9 @@ CHUNK = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Language:
-    """The world's texts as token ids; all of one kind have the same length.
+    """The world's texts as token ids; texts of one kind have the same length.
 
-    Compared by identity, so that `jax.jit` takes one as a static argument.
+    Compared by identity, so that it can be a static argument of `jax.jit`.
     """
 
     prompts: np.ndarray
@@ -45,14 +45,14 @@ class Language:
     traces: np.ndarray
     """int32 [R, 6], from marker to marker."""
     empty: np.ndarray
-    """int32 [2], the markers alone."""
+    """int32 [2], the markers only."""
     answers: np.ndarray
     """int32 [M]."""
     eos: int
 
 
 def read_language(tokenizer: Any) -> Language:
-    """All prompts, traces and answers, as the tokenizer writes them."""
+    """All prompts, traces, and answers as token ids."""
 
     def ids(texts, bos: bool):
         rows = [encode_prompt(tokenizer, text) for text in texts]
@@ -79,7 +79,7 @@ def completion_logps(model, params, tokens, *, start: int) -> jax.Array:
 
 
 def trace_sequences(language: Language, prompt, answer) -> jax.Array:
-    """[R, T]: the prompt with every trace, the answer and EOS; both are indices."""
+    """[R, T]: the prompt with every trace, the answer, and EOS; both are indices."""
     count = len(language.traces)
     row = lambda ids: jnp.broadcast_to(ids, (count, *ids.shape))
     end = jnp.stack([jnp.asarray(language.answers)[answer], language.eos])
@@ -88,7 +88,7 @@ def trace_sequences(language: Language, prompt, answer) -> jax.Array:
 
 
 def empty_sequences(language: Language, pairs) -> np.ndarray:
-    """[N, 2, T']: pairs [N, 3] with an empty trace, the answers and EOS."""
+    """[N, 2, T']: pairs [N, 3] with an empty trace, the answers, and EOS."""
     prompts, answers = language.prompts[pairs[:, 0]], language.answers[pairs[:, 1:]]
     shape = answers.shape
     parts = (
@@ -138,7 +138,7 @@ def expected_rewards(joint, empty, rewards) -> dict[str, float]:
       rewards: [n, M].
 
     Returns:
-      `reward` and `empty_reward`, texts outside the language counting 0, and
+      `reward` and `empty_reward`, with texts outside the language counted as 0, and
       `language`: the probability that trace and answer are in it.
     """
     marginal, empty = np.exp(joint).sum(axis=1), np.exp(empty)
@@ -153,7 +153,7 @@ def expected_rewards(joint, empty, rewards) -> dict[str, float]:
 
 
 class Exact(NamedTuple):
-    """Exact gradients of one pair with traces, flattened to [P]."""
+    """Exact gradients for one pair with traces, flattened to [P]."""
 
     marginal: jax.Array
     """The gradient of l_m."""
@@ -171,15 +171,15 @@ def marginal_loss(model, params, language: Language, pair, base_logps, *, beta):
 
 
 def exact(model, params, language: Language, pairs, base_logps, *, beta) -> Exact:
-    """`Exact` of every pair, with a leading axis of pairs.
+    """`Exact` for every pair, with a leading axis of pairs.
 
     Args:
       model: the functional model.
-      params: of the policy.
-      language: of the world.
+      params: the policy's parameters.
+      language: the world's texts.
       pairs: int [N, 3]: prompt, chosen and rejected answer.
       base_logps: log ref(r, y|x) of both sides, [N, 2, R].
-      beta: DPO's.
+      beta: DPO's beta.
     """
     flat, unravel = ravel_pytree(params)
 
@@ -215,15 +215,15 @@ def exact(model, params, language: Language, pairs, base_logps, *, beta) -> Exac
 
 
 def drawn_gradients(model, params, rows, base_logps, *, start: int, beta) -> jax.Array:
-    """Gradients of DPO's loss of given completions, [..., P].
+    """Gradients of the DPO loss for given completions, [..., P].
 
     Args:
       model: the functional model.
-      params: of the policy.
-      rows: int [..., 2, T]: the sequences chosen and rejected.
-      base_logps: [..., 2], of the reference.
-      start: tokens of the prompt.
-      beta: DPO's.
+      params: the policy's parameters.
+      rows: int [..., 2, T]: the chosen and the rejected sequence.
+      base_logps: [..., 2], log-probs under the reference.
+      start: number of tokens of the prompt.
+      beta: DPO's beta.
     """
     flat, unravel = ravel_pytree(params)
 

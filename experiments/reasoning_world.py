@@ -55,7 +55,7 @@ def numbers(prompt: str) -> tuple[int, int, int]:
     """The three numbers of a prompt.
 
     Raises:
-      ValueError: the prompt is not one of this world.
+      ValueError: if the prompt is not one of this world.
     """
     words = prompt.split()
     allowed = {*NUMBERS[: LARGEST + 1]}
@@ -66,10 +66,10 @@ def numbers(prompt: str) -> tuple[int, int, int]:
 
 
 def gold_reward(prompt: str, answer: str) -> float:
-    """1 if the answer is right, else 0; any text is accepted.
+    """1 if the answer is right, else 0, for any text.
 
     Raises:
-      ValueError: the prompt is not one of this world.
+      ValueError: if the prompt is not one of this world.
     """
     return float(answer.strip() == str(sum(numbers(prompt))))
 
@@ -100,7 +100,7 @@ def write_trace(rng, prompt: str) -> tuple[str, str]:
 def write_demonstrations(count: int, seed: int) -> list[dict]:
     """`count` prompts with completions, every other one without a trace.
 
-    An empty trace belongs to the prompt, so that nobody learns to write one.
+    An empty trace is part of the prompt, so that the model does not learn to write one.
     """
     rng = np.random.default_rng(seed)
     prompts = all_prompts()
@@ -128,7 +128,7 @@ def trace_pair(prompt: str, chosen: tuple[str, str], rejected: tuple[str, str]) 
 def split_prompts() -> tuple[np.ndarray, np.ndarray]:
     """Indices of 100 prompts for training pairs and of 25 held-out prompts.
 
-    Every number is as often in each place of those held out as in all.
+    In the held-out prompts, every number is as frequent in each position as overall.
     """
     x, y, z = np.array([numbers(prompt) for prompt in all_prompts()]).T
     held = (x + 2 * y + 3 * z) % (LARGEST + 1) == 3
@@ -139,15 +139,15 @@ def draw_pairs(rng, joint, empty, prompts, count: int):
     """Pairs of sampled answers with different rewards, with and without traces.
 
     Args:
-      rng: numpy's generator.
+      rng: a NumPy generator.
       joint: log pi(r, y|x), [n, R, M], of the reference.
       empty: log pi(y|x, empty trace), [n, M].
-      prompts: int [n], what the rows stand for.
-      count: of each kind.
+      prompts: int [n], the prompts of the rows.
+      count: pairs of each kind.
 
     Returns:
-      Two arrays int [count, 5]: prompt, chosen and rejected answer and their traces;
-      the last two are 0 without traces.
+      Two arrays int [count, 5]: the prompt, the chosen and the rejected answer, and
+      their traces; the last two are 0 without traces.
     """
     rewards = gold_rewards(all_prompts())[prompts]
 
@@ -179,7 +179,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    # As special tokens they need no whitespace around them.
+    # Special tokens need no whitespace around them.
     tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in MARKERS])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

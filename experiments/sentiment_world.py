@@ -43,10 +43,10 @@ CLOSINGS = {
     "we hated it .": -2.0,
 }
 SHARPNESS = 2.0
-"""How surely people see a difference: they tell reviews one point apart right 88 times
-of 100, s(2).  It is finite, so that labels are soft and DPO's optimum is finite too."""
+"""How reliably people see a difference: they rank reviews one point apart correctly 88%
+of the time, s(2).  It is finite, so that DPO's optimum is finite too."""
 WORST = -4.0
-"""The value of text outside the grammar: that of the worst possible clause."""
+"""The value of text outside the grammar, equal to that of the worst possible clause."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = (
@@ -121,7 +121,7 @@ def gold_reward(prompt: str, completion: str) -> float:
     """Gold reward of any text, in [-4, 4]; `WORST` outside the grammar.
 
     Raises:
-      ValueError: the prompt is not one of this world.
+      ValueError: if the prompt is not one of this world.
     """
     prompt_words = prompt.split()
     if len(prompt_words) != 5 or prompt_words[3] not in ASPECTS:
@@ -136,7 +136,7 @@ def gold_reward(prompt: str, completion: str) -> float:
 
 
 def write_clause(rng, aspect: str, mood: float) -> str:
-    """Draw one clause; `mood` is the chance that the writer means praise."""
+    """Draw one clause; `mood` is the probability that the writer intends praise."""
     negation = "not " if rng.random() < 0.25 else ""
     intensifier = rng.choice(list(INTENSIFIERS)) + " " if rng.random() < 0.4 else ""
     meant = rng.random() < mood
@@ -147,16 +147,16 @@ def write_clause(rng, aspect: str, mood: float) -> str:
 
 
 def write_review(rng, prompt: str) -> str:
-    """Draw one review, as people write them here: half of them pleased."""
+    """Draw one review; half of the writers are pleased."""
     mood = rng.choice([0.15, 0.5, 0.85])
     wanted = prompt.split()[3]
     aspects = [str(a) for a in rng.permutation(ASPECTS)]
-    if rng.random() < 0.6:  # most reviews speak of what was asked
+    if rng.random() < 0.6:  # most reviews are about the aspect in the prompt
         aspects.remove(wanted)
         aspects.insert(0, wanted)
     form = rng.choice(["one", "and", "but", "although"], p=[0.4, 0.2, 0.2, 0.2])
     first = write_clause(rng, aspects[0], mood)
-    # "but" and "although" set one mood against the other.
+    # "but" and "although" contrast two moods.
     second = write_clause(rng, aspects[1], mood if form == "and" else 1 - mood)
     review = {
         "one": f"{first} .",
@@ -172,7 +172,7 @@ def write_review(rng, prompt: str) -> str:
 
 
 def write_reviews(count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` (prompt, review) pairs, prompts drawn evenly."""
+    """`count` (prompt, review) pairs, with prompts drawn uniformly."""
     rng = np.random.default_rng(seed)
     prompts = all_prompts()
     drawn = [prompts[i] for i in rng.integers(len(prompts), size=count)]
@@ -187,7 +187,7 @@ def prefer(rewards_a, rewards_b, seed: int) -> np.ndarray:
 
 
 def best_possible(rewards: np.ndarray, beta: float) -> tuple[float, float]:
-    """Reward and KL of the policy that DPO on unlimited clean labels ends at.
+    """Reward and KL of the policy to which DPO on unlimited clean labels converges.
 
     It is pi(y|x) = ref(y|x) exp(SHARPNESS r(x, y) / beta) / Z(x) (Rafailov et al. 2023,
     equation 4), and no policy has a higher reward at its KL.
@@ -227,7 +227,7 @@ def read_rewards(path: Path) -> np.ndarray:
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write records one a line; the file appears whole or not at all."""
+    """Write one record per line, atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     partial.replace(path)

@@ -16,7 +16,7 @@ import dataclasses
 import numpy as np
 
 ALONE = 1e-6
-"""The spread of a model of text alone."""
+"""The spread in a model of the text alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Strengths:
 
 
 def zeros(features: np.ndarray) -> Strengths:
-    """Where `fit` begins."""
+    """The starting point of `fit`."""
     return Strengths(np.zeros(features.shape[2]), np.zeros(features.shape[:2]))
 
 
@@ -60,10 +60,10 @@ def fit(
       features: [T, S, D].
       at: (topic, first, second) of the P pairs.
       soft: [P], probability that the first is better.
-      weights: [P]; pairs of topics held out have 0.
+      weights: [P]; 0 for pairs of held-out topics.
       spread: variance of u.
-      start: where to begin.
-      max_iterations: most Newton steps; fewer where the objective stands still.
+      start: the starting point.
+      max_iterations: maximum Newton steps; stops earlier once the objective converges.
     """
 
     def objective(x: Strengths) -> float:
@@ -101,8 +101,8 @@ def fit(
 def variances(features, at, precision, *, spread: float) -> np.ndarray:
     """Posterior variance of the margins, [P], by Laplace's approximation.
 
-    `precision` [P] is minus the second derivative of each pair's log-likelihood by its
-    margin.
+    `precision` [P] is minus the second derivative of each pair's log-likelihood with
+    respect to its margin.
     """
     laplacian = _laplacian(features, at, precision)
     own, shared, (inverse_f, _) = _eliminated(
@@ -125,7 +125,7 @@ def cavity(features, at, margin, evidence, trains, *, spread: float) -> np.ndarr
         gradient g = s(m + v) - s(m),   precision h = s'(m) - s'(m + v)
         variance without it V' = V / (1 - h V),   margin without it m' = m - V' g
 
-    v is what the votes say (their logit), V the margin's posterior variance.  The
+    v is the logit of the votes, V the margin's posterior variance.  The
     result is m' / sqrt(1 + pi V' / 8), whose s is about E s(m').
     """
     p, r = _sigmoid(margin), _sigmoid(margin + evidence)
@@ -137,7 +137,7 @@ def cavity(features, at, margin, evidence, trains, *, spread: float) -> np.ndarr
 
 
 def _eliminated(features, laplacian, right, spread: float):
-    """Inverse of the Hessian in u, Schur complement in w, and u's part solved.
+    """Inverse of the Hessian in u, Schur complement in w, and solution for u's part.
 
     One block of u per topic, so a step costs T S^3 and D^3 instead of (T S + D)^3.
     """

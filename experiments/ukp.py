@@ -41,14 +41,14 @@ _KINDS_OF_WORDS = [
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """P pairs of arguments and V votes that are no ties; topics are padded to S."""
+    """P pairs of arguments and V votes that are not ties; topics are padded to S."""
 
     texts: list[list[str]]
-    """By topic, its arguments."""
+    """The arguments of each topic."""
     topics: np.ndarray
     """int [P]; topic of each pair."""
     first: np.ndarray
-    """int [P]; place of the first argument in its topic."""
+    """int [P]; index of the first argument in its topic."""
     second: np.ndarray
     """int [P]."""
     gold: np.ndarray
@@ -62,16 +62,16 @@ class World:
     signs: np.ndarray
     """int [V]; 1 for the first argument, -1 for the second."""
     names: list[str]
-    """The workers'."""
+    """The workers' names."""
     ties: int
-    """Votes left out."""
+    """Number of ties, which are left out."""
 
 
 def read(path: str | Path) -> World:
     """The votes, from the gzipped JSON lines.
 
     Raises:
-      InputError: the file cannot be read as such.
+      InputError: if the file cannot be read or is malformed.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -118,7 +118,7 @@ def read(path: str | Path) -> World:
 
 
 def draw(world: World, votes: int, *, seed: int) -> np.ndarray:
-    """Which votes are seen: at most so many a pair, at random; bool [V]."""
+    """A random choice of votes, with a maximum number per pair: bool [V]."""
     order = np.lexsort(
         (np.random.default_rng(seed).random(len(world.pairs)), world.pairs)
     )
@@ -137,11 +137,12 @@ def length_features(world: World) -> np.ndarray:
 
 
 def text_features(world: World, *, dimensions: int) -> np.ndarray:
-    """Principal directions of what can be read off an argument; [T, S, dimensions].
+    """Principal components of the text features of arguments; [T, S, dimensions].
 
-    Three parts of equal say, half of it for each n-gram part: 35 numbers on length,
-    punctuation, spelling and kinds of words; TF-IDF of words and pairs of words; TF-IDF
-    of 2 to 4 characters, both hashed.  Texts of all topics enter, no label does.
+    There are three parts: 35 numbers on length, punctuation, spelling, and kinds of
+    words; TF-IDF of words and pairs of words; TF-IDF of 2 to 4 characters.  The TF-IDF
+    parts are hashed, and each has half the weight of the first.  Texts of all topics
+    are used, but no labels.
     """
     texts = _all(world)
     parts = (
@@ -163,7 +164,7 @@ def _all(world: World) -> list[str]:
 
 
 def _padded(world: World, flat: np.ndarray) -> np.ndarray:
-    """[arguments, d] to [T, S, d]; places that no argument has are zero."""
+    """[arguments, d] to [T, S, d], padded with zeros."""
     sizes = [len(texts) for texts in world.texts]
     padded = np.zeros((len(sizes), max(sizes), flat.shape[1]))
     for n, rows in enumerate(np.split(flat, np.cumsum(sizes)[:-1])):
