@@ -96,7 +96,7 @@ class _Life:
         if kind == "kill while starting":
             self.later(_STARTING * self.event.moment)
 
-        from jaxpref.train.checkpoint import Checkpoints
+        from jaxpref.runtime.checkpoints import Checkpoints
         from jaxpref.train.metrics import LateMetrics
 
         push, save, restore = LateMetrics.push, Checkpoints.save, Checkpoints.restore

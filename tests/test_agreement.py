@@ -105,7 +105,7 @@ sys.path.insert(0, sys.argv[1])
 mishaps = json.loads(sys.argv[2])
 sys.argv[1:] = sys.argv[3:]
 from jaxpref import cli, data
-from jaxpref.train.checkpoint import Checkpoints
+from jaxpref.runtime.checkpoints import Checkpoints
 
 class Mishap:
     def __init__(self, batches):

@@ -26,7 +26,10 @@ ALLOWED = {
     "losses": ({"sharding"}, ARRAYS),
     "noise": ({"losses", "sharding"}, ARRAYS),
     "gradients": ({"losses", "sharding"}, ARRAYS),
-    "runtime": ({"errors", "files", "sharding"}, {"jax", "numpy", "tqdm"}),
+    "runtime": (
+        {"errors", "files", "sharding"},
+        {"jax", "numpy", "orbax", "tensorboardX", "tqdm"},
+    ),
     "data": ({"errors", "files", "runtime"}, READERS | TOKENIZERS | {"jax", "tqdm"}),
     "models": (
         {"errors", "files", "runtime", "sharding"},
@@ -57,7 +60,7 @@ ALLOWED = {
             "objectives",
             "sharding",
         },
-        ARRAYS | {"numpy", "optax", "orbax", "safetensors", "tensorboardX", "tqdm"},
+        ARRAYS | {"numpy", "optax", "safetensors", "tqdm"},
     ),
     "evaluate": (
         {

@@ -512,7 +512,7 @@ def test_a_run_killed_before_its_export_only_exports(resumable, monkeypatch):
     shutil.rmtree(resumable.out / "export")
     (resumable.out / ".export.partial").mkdir()  # what a kill may leave behind
     monkeypatch.setattr(sys, "argv", ["jaxpref", *resumable.train()])
-    monkeypatch.setattr("jaxpref.train.feed.Feed.draw", None)  # no step is made
+    monkeypatch.setattr("jaxpref.data.feed.Feed.draw", None)  # no step is made
     cli.main()
     assert weights.read_bytes() == before
     assert read_metrics(resumable.out / "metrics.jsonl") == lines
@@ -544,7 +544,7 @@ import os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 import tests.conftest
 from jaxpref import cli
-from jaxpref.train.feed import Feed
+from jaxpref.data.feed import Feed
 
 blow, at_batch = sys.argv[2], int(sys.argv[3])
 sys.argv[1:] = sys.argv[4:]

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxpref.data.feed import AHEAD, Feed
+from jaxpref.errors import InputError
 from jaxpref.runtime import memory
+from jaxpref.runtime.compilation import in_background
 from jaxpref.train import read_metrics, run, task
-from jaxpref.train.feed import AHEAD, Feed
 from tests.compiled import compiled
 from tests.test_training import config_for
 from tests.tiny import make_model_folder, make_pairs_file
@@ -156,12 +158,60 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     monkeypatch.setattr(task, "make_train_step", remembered)
     run(config)
     assert set(chosen) == {"none"}
-    # A run of its own takes the one that needs least, and says that it may not do.
-    run(dataclasses.replace(config, out=str(tmp_path / "other")))
-    found = json.loads((tmp_path / "other" / "memory.json").read_text())
-    assert found["remat"] == "full" and chosen[-1] == "full"
-    assert list(found["step_bytes"]) == ["none", "dots", "full"]
-    assert "remat full, though it may not fit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("remat", ["none", "auto"])
+def test_a_step_that_does_not_fit_is_refused_with_the_numbers(
+    inputs, tmp_path, monkeypatch, remat
+):
+    """Before the first step; the folder stays free for another config."""
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1)
+    out = tmp_path / "run"
+    config = config_for(inputs, out, max_steps=2, remat=remat)
+    with pytest.raises(InputError, match=r"needs \d+ MiB .*, which has 0 MiB: .*--acc"):
+        run(config)
+    assert not (out / "config.json").exists() and not (out / "memory.json").exists()
+
+
+def test_the_first_policy_that_fits_is_chosen(tmp_path, monkeypatch):
+    """A program that the compiler refuses for its size does not fit."""
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
+    monkeypatch.setattr(memory, "step_bytes", int)
+
+    def step_of(policy):
+        def compile_step():
+            if policy == "none":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return {"dots": "950", "full": "900"}[policy]
+
+        return compile_step
+
+    assert memory.choose_remat(tmp_path, step_of) == "full"
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["step_bytes"] == {"none": None, "dots": 950, "full": 900}
+
+    def broken():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        memory.choose_remat(tmp_path, lambda policy: broken)
+
+
+def test_a_container_limits_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
+    whole = memory.memory_limit()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.memory_limit() == whole
+    (tmp_path / "memory.max").write_text("8000000\n")
+    assert memory.memory_limit() == 8_000_000 // jax.local_device_count()
+
+
+def test_an_error_is_raised_without_waiting_for_the_compiler():
+    done = threading.Event()
+    with pytest.raises(InputError, match="another run"):
+        with in_background(done.wait):
+            raise InputError("another run")
+    done.set()
 
 
 def test_the_bytes_of_a_step_are_those_of_its_arrays():

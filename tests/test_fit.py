@@ -7,17 +7,18 @@ from pathlib import Path
 import jax
 
 from jaxpref import data, losses
+from jaxpref.data.feed import Feed
 from jaxpref.objectives import from_loss
+from jaxpref.runtime.checkpoints import Checkpoints
+from jaxpref.runtime.digests import digests
 from jaxpref.runtime.mesh import to_global
+from jaxpref.runtime.metrics_file import MetricsWriter, read_metrics
 from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, fit, prepare
-from jaxpref.train.begin import begin
+from jaxpref.train.begin import begin, restore
 from jaxpref.train.best import Best
-from jaxpref.train.checkpoint import Checkpoints, digests
-from jaxpref.train.feed import Feed
 from jaxpref.train.guard import Guard
-from jaxpref.train.metrics import MetricsWriter, read_metrics
-from jaxpref.train.options import GuardOptions
-from jaxpref.train.outputs import Cadence, Run
+from jaxpref.train.options import CheckpointOptions, GuardOptions, LogOptions
+from jaxpref.train.outputs import Run
 from tests.compiled import compiled
 
 TIMINGS = {"tokens_per_second", "pairs_per_second", "data_wait_fraction"}
@@ -30,7 +31,8 @@ def train(task, out: Path, *stops: int) -> dict[str, int]:
         closing = lambda thing: stack.enter_context(contextlib.closing(thing))
         stack.enter_context(jax.set_mesh(task.mesh))
         checkpoints = closing(Checkpoints(out / "checkpoints", keep=9))
-        begun = begin(task, checkpoints, out, batch_size=8)
+        restored = restore(task, checkpoints, out)
+        begun = begin(task, restored, out, batch_size=8)
         batches = task.batches(reference=begun.reference["train"])
         feed = closing(Feed(batches, functools.partial(to_global, mesh=task.mesh)))
         run = Run(
@@ -38,7 +40,8 @@ def train(task, out: Path, *stops: int) -> dict[str, int]:
             out,
             feed,
             begun,
-            cadence=Cadence(max_steps=4, eval_every=2, save_every=2, log_every=1),
+            saving=CheckpointOptions(eval_every=2, save_every=2),
+            logging=LogOptions(log_every=1),
             checkpoints=checkpoints,
             writer=closing(MetricsWriter(out, resumed_at=0)),
             guard=Guard(GuardOptions(), task.datasets, out),

@@ -22,7 +22,7 @@ sys.path.insert(0, sys.argv[1])
 once = pathlib.Path(sys.argv[2])
 sys.argv[1:] = sys.argv[3:]
 from jaxpref import cli
-from jaxpref.train.feed import Feed
+from jaxpref.data.feed import Feed
 take, taken = Feed.draw, 0
 
 def hanging(feed, *state):

@@ -343,7 +343,7 @@ def test_a_mesh_that_is_not_explicit_is_named(automatic):
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"head_dim": 5}, "head_dim=5 is odd"),
         ({"num_layers": 0}, "num_layers is 0"),
-        ({"unroll": 0}, "unroll is 0; give >= 1"),
+        ({"unroll": 0}, "unroll is 0; it must be >= 1"),
         ({"remat": "all"}, "remat is 'all'; use none, dots or full"),
         ({"compute_dtype": "fp8"}, "compute_dtype is 'fp8'"),
     ],

@@ -16,10 +16,11 @@ from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.objectives import from_loss
 from jaxpref.plan.program import _bytes_of_one as bytes_of_one
+from jaxpref.runtime.checkpoints import Checkpoints
+from jaxpref.runtime.digests import digests
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
 from jaxpref.train import Decay, Optimizer, OptimizerConfig, read_metrics, run
-from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step

@@ -11,11 +11,12 @@ import pytest
 from jaxpref import data, losses
 from jaxpref.models import build
 from jaxpref.objectives import from_loss
+from jaxpref.runtime.checkpoints import Checkpoints
+from jaxpref.runtime.digests import _digest
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring import scorer as scorers
 from jaxpref.train import MeshConfig, make_mesh, run
 from jaxpref.train import task as tasks
-from jaxpref.train.checkpoint import Checkpoints, _digest
 from jaxpref.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxpref.train.task import Programs
 from tests.test_optimizer import CONFIGS

@@ -25,7 +25,7 @@ NOTIFIED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from jaxpref import cli
-from jaxpref.train.feed import Feed
+from jaxpref.data.feed import Feed
 
 at_batch = int(sys.argv[2])
 sys.argv[1:] = sys.argv[3:]

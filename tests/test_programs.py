@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import pytest
 
 from jaxpref import data, losses
+from jaxpref.data.layouts import choose
+from jaxpref.data.layouts.choose import padding_advice
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.compilation import enable_compilation_cache, log_compilations
 from jaxpref.train import MeshConfig, TrainConfig, run
-from jaxpref.train.layout import padding_advice
 from tests.compiled import programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("row_length", ["none", 64], ids=["padded", "packed"])
 def test_each_program_is_compiled_once_and_after_a_resume_none(
-    inputs, tmp_path, row_length, capsys
+    inputs, tmp_path, row_length, capsys, monkeypatch
 ):
+    monkeypatch.setattr(choose, "WORTHWHILE", 0.0)  # always suggests packing
     config = TrainConfig(
         model=str(inputs / "model"),
         data=str(inputs / "pairs.jsonl"),
@@ -253,3 +255,5 @@ def test_what_packed_rows_would_save_is_told():
     assert "padding overhead 2.3x" in advice(wide)
     assert "--row-length 64 would reduce it to 1.54x" in advice(wide)
     assert advice(data.PaddedLayout(sequence_length=26, **sizes)) is None
+    # Rows of 64 would save too little.
+    assert advice(data.PaddedLayout(sequence_length=40, **sizes)) is None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from jaxpref.runtime.metrics_file import MetricsWriter
 from jaxpref.train import metrics, read_metrics
 
 
@@ -39,7 +40,7 @@ def step_metrics():
 
 
 def test_rates_leave_out_compiling_evaluating_and_saving(clock, tmp_path):
-    writer = metrics.MetricsWriter(tmp_path, resumed_at=0)
+    writer = MetricsWriter(tmp_path, resumed_at=0)
     checked = []
     late = metrics.LateMetrics(
         writer,
@@ -76,7 +77,7 @@ def test_rates_leave_out_compiling_evaluating_and_saving(clock, tmp_path):
 
 
 def test_tensorboard_file(tmp_path):
-    writer = metrics.MetricsWriter(tmp_path, resumed_at=3)
+    writer = MetricsWriter(tmp_path, resumed_at=3)
     writer.write(4, {"rewards/chosen": 0.25, "loss": float("nan")})
     writer.close()
     (path,) = (tmp_path / "tensorboard").iterdir()

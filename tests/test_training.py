@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType
 
@@ -21,6 +22,8 @@ from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.objectives import from_loss, sft
+from jaxpref.runtime.checkpoints import CheckpointError, Checkpoints
+from jaxpref.runtime.digests import digests
 from jaxpref.runtime.mesh import AXES, on_devices, to_global
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
@@ -34,11 +37,9 @@ from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    checkpoint,
     read_metrics,
     run,
 )
-from jaxpref.train.checkpoint import Checkpoints, digests
 from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
@@ -302,8 +303,8 @@ def two_saved(folder):
 def test_a_file_system_that_is_away_for_a_moment_costs_no_checkpoint(
     tmp_path, monkeypatch, caplog, failures, number
 ):
-    monkeypatch.setattr(checkpoint, "PAUSES", (0, 0, 0))
-    read, tries = checkpoint.ocp.StandardCheckpointHandler.restore, []
+    monkeypatch.setattr("jaxpref.runtime.checkpoints.PAUSES", (0, 0, 0))
+    read, tries = ocp.StandardCheckpointHandler.restore, []
 
     def away(*args, **kwargs):
         tries.append(1)
@@ -313,7 +314,7 @@ def test_a_file_system_that_is_away_for_a_moment_costs_no_checkpoint(
 
     with jax.set_mesh(mesh_of(1, 1, 1)):
         checkpoints, restore, _ = two_saved(tmp_path / "c")
-        monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", away)
+        monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", away)
         assert restore() == number
         assert ("cannot be read" in caplog.text) == (number == 1)
         aside = tmp_path / "unreadable" / "2"
@@ -331,7 +332,7 @@ def test_a_dead_peer_is_not_a_full_disk(tmp_path, monkeypatch):
         checkpoints, _, state = two_saved(tmp_path / "c")
         for error, raised in (
             (jax.errors.JaxRuntimeError("Connection closed by peer"), None),
-            (OSError(28, "No space left on device"), checkpoint.CheckpointError),
+            (OSError(28, "No space left on device"), CheckpointError),
         ):
             fails = lambda *_, error=error, **__: (_ for _ in ()).throw(error)
             monkeypatch.setattr(checkpoints._manager, "save", fails)

@@ -23,6 +23,7 @@ from jaxpref.data.render import TraceMarkers as TraceMarkers
 from jaxpref.data.samplers import Order as Order
 from jaxpref.data.samplers import first_seen as first_seen
 from jaxpref.data.samplers import in_order as in_order
+from jaxpref.data.samplers import make_order as make_order
 from jaxpref.data.samplers import mixture as mixture
 from jaxpref.data.samplers import uniform as uniform
 from jaxpref.data.sources import ListSource as ListSource

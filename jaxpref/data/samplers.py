@@ -19,6 +19,15 @@ Order = Callable[[int, int], np.ndarray]
 """`order(step, batch_size)` -> int [batch_size], the pairs of a step."""
 
 
+def make_order(
+    dataset: PreferenceDataset, *, seed: int, empty_share: float | None
+) -> Order:
+    """The order of the training pairs; `empty_share` is None without a mixture."""
+    if empty_share is None:
+        return uniform(dataset, seed)
+    return mixture(dataset, seed, empty_share)
+
+
 def uniform(dataset: PreferenceDataset, seed: int) -> Order:
     """Every epoch has every pair once, in a new random order.
 

@@ -8,13 +8,15 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 from tqdm import tqdm
 
 from jaxpref.errors import InputError
 from jaxpref.files import cache_folder
+
+Result = TypeVar("Result")
 
 
 def enable_compilation_cache() -> None:
@@ -47,18 +49,22 @@ def enable_compilation_cache() -> None:
 
 
 @contextlib.contextmanager
-def in_background(compile_program: Callable[[], object]) -> Iterator[None]:
+def in_background(
+    compile_program: Callable[[], Result],
+) -> Iterator[concurrent.futures.Future[Result]]:
     """Compiles in a thread during the context, and waits for it at the end.
 
-    XLA does not hold Python's lock while it compiles.
+    XLA does not hold Python's lock while it compiles.  An error inside the context is
+    raised without waiting.
 
-    Raises:
-      Exception: what the compilation raises, at the end of the context.
+    Returns:
+      The future of what `compile_program` returns or raises.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(compile_program)
-        yield
-    compiling.result()
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    compiling = pool.submit(compile_program)
+    pool.shutdown(wait=False)
+    yield compiling
+    concurrent.futures.wait([compiling])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""What a step needs of a device's memory, and what is recomputed to make it fit."""
+"""The device memory of a train step: whether it fits, and what to recompute if not."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,66 +10,90 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.runtime.processes import broadcast_from_process_zero
+from jaxpref.runtime.processes import broadcast_from_process_zero, log
 
 POLICIES = ("none", "dots", "full")
-"""What the backward pass recomputes, from the fastest to the one that needs least."""
+"""What the backward pass recomputes, from the fastest to the most economical."""
 SHARE = 0.9
-"""Of a device's memory, for a step; the rest is for what comes beside it."""
+"""Share of a device's memory that a step may use when a policy is chosen."""
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Where Linux writes the memory limit of a container."""
+
+Compile = Callable[[], jax.stages.Compiled]
 
 
-def choose_remat(out: Path, compiled: Callable[[str], jax.stages.Compiled]) -> str:
-    """The first of `POLICIES` whose step fits, as the compiled program states its need.
+def choose_remat(out: Path, step_of: Callable[[str], Compile]) -> str:
+    """The first of `POLICIES` whose compiled step fits into a device's memory.
 
-        need = arguments + outputs + temporaries - outputs written in place
-
-    All figures are of one device; the choice, and what was found, is printed and kept
-    in `memory.json`.  A run that is resumed goes on with what stands there, since the
-    policies differ in rounding.  Where nothing fits, the last is taken.
+    The choice and the sizes are printed and stored in `memory.json`.  A resumed run
+    uses the stored choice, because the policies differ in rounding.
 
     Args:
-      out: folder of the run.
-      compiled: makes the step of a policy.
+      out: the run's folder.
+      step_of: returns, for a policy, a function that compiles the step.
+
+    Raises:
+      InputError: if the step does not fit with any policy.
     """
     path = out / "memory.json"
-    remembered = -1
-    # Without a config the folder is nobody's yet: what lies there may be of another.
+    stored = -1
+    # Without a config, the files in this folder may belong to another run.
     if jax.process_index() == 0 and (out / "config.json").exists():
-        remembered = _remembered(path)
-    remembered = int(broadcast_from_process_zero(np.int32(remembered)))
-    if remembered >= 0:
-        return POLICIES[remembered]
+        stored = _stored_choice(path)
+    stored = int(broadcast_from_process_zero(np.int32(stored)))
+    if stored >= 0:
+        return POLICIES[stored]
     limit = memory_limit()
-    needs = {}
+    needs: dict[str, float] = {}
     for policy in POLICIES:
-        needs[policy] = step_bytes(compiled(policy))
+        needs[policy] = required_bytes(step_of(policy))
         if needs[policy] <= SHARE * limit:
             break
+    check_fits(needs[policy])
     chosen = POLICIES[broadcast_from_process_zero(np.int32(POLICIES.index(policy)))]
     if jax.process_index() == 0:
-        mib = lambda size: f"{size / 2**20:,.0f} MiB"
-        listed = ", ".join(f"{name} {mib(need)}" for name, need in needs.items())
-        verdict = "" if needs[policy] <= SHARE * limit else ", though it may not fit"
-        print(
-            f"remat {chosen}{verdict}: a step needs {listed} of a device's "
-            f"{mib(limit)}",
-            flush=True,
-        )
-        write_json(path, {"remat": chosen, "step_bytes": needs, "device_bytes": limit})
+        listed = ", ".join(f"{name} {_mib(need)}" for name, need in needs.items())
+        log(f"remat {chosen}: a step needs {listed} of a device's {_mib(limit)}")
+        sizes = {name: x if math.isfinite(x) else None for name, x in needs.items()}
+        write_json(path, {"remat": chosen, "step_bytes": sizes, "device_bytes": limit})
     return chosen
 
 
-def _remembered(path: Path) -> int:
-    """The number of the policy that `memory.json` names, -1 if none can be read."""
+def check_fits(need: float) -> None:
+    """Checks that a step fits into a device's memory.
+
+    Args:
+      need: bytes, from `required_bytes`.
+
+    Raises:
+      InputError: if it does not fit.
+    """
+    if need > (limit := memory_limit()):
+        raise InputError(
+            f"a step needs {_mib(need)} of memory per device, which has {_mib(limit)}: "
+            "use a larger --accumulation, --remat auto or full, a smaller --batch-size "
+            "or --max-length, or more devices (--mesh.fsdp)"
+        )
+
+
+def required_bytes(compile_step: Compile) -> float:
+    """Bytes per device that a step needs; infinite if the compiler runs out of memory.
+
+    need = arguments + outputs + temporaries - outputs written in place
+    """
     try:
-        return POLICIES.index(json.loads(path.read_text("utf-8"))["remat"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1  # measured again, to the same figures on the same machine
+        return step_bytes(compile_step())
+    except jax.errors.JaxRuntimeError as error:
+        # TPU compilers refuse a program that does not fit.
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return math.inf
+        raise
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes of one device that a compiled program needs."""
+    """Bytes per device that a compiled program needs."""
     found: Any = compiled.memory_analysis()
     return (
         found.argument_size_in_bytes
@@ -79,10 +104,28 @@ def step_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_limit() -> int:
-    """Bytes of one device: its own, or its share of the machine's memory."""
+    """Bytes per device; on CPU, its share of the memory of the machine or container."""
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        machine = min(machine, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):
+        pass  # not in a container, or "max"
     return machine // len(devices)
+
+
+def _mib(size: float) -> str:
+    if math.isinf(size):
+        return "more than a device has"
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _stored_choice(path: Path) -> int:
+    """The index of the policy in `memory.json`, or -1 if it cannot be read."""
+    try:
+        return POLICIES.index(json.loads(path.read_text("utf-8"))["remat"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1  # measured again, with the same result on the same machine

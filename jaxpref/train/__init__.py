@@ -3,9 +3,9 @@
 from jaxpref.runtime.mesh import MeshConfig as MeshConfig
 from jaxpref.runtime.mesh import initialize_distributed as initialize_distributed
 from jaxpref.runtime.mesh import make_mesh as make_mesh
+from jaxpref.runtime.metrics_file import read_metrics as read_metrics
 from jaxpref.train.config import TrainConfig as TrainConfig
 from jaxpref.train.fit import fit as fit
-from jaxpref.train.metrics import read_metrics as read_metrics
 from jaxpref.train.optimizer import Decay as Decay
 from jaxpref.train.optimizer import Optimizer as Optimizer
 from jaxpref.train.optimizer import OptimizerConfig as OptimizerConfig

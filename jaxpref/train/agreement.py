@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
+from jaxpref.data.feed import Stream
 from jaxpref.errors import InputError
 from jaxpref.runtime.processes import assert_equal_across_processes
-from jaxpref.train.feed import Stream
 from jaxpref.train.task import Task
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpref.errors import InputError
+from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.environment import environment, environment_change_message
 from jaxpref.runtime.processes import log
 from jaxpref.scoring.reference import ScoredSet, reference_tables
 from jaxpref.scoring.scorer import Frozen, Params
-from jaxpref.train.checkpoint import Checkpoints
-from jaxpref.train.resume import check_resumable
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
 
@@ -32,27 +32,59 @@ class Beginning:
     """What the checkpoint holds in addition to the state; empty for a new run."""
 
 
+def restore(
+    task: Task, checkpoints: Checkpoints, out: Path
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest checkpoint, a state and what was saved with it; None for a new run.
+
+    Raises:
+      InputError: if the checkpoint belongs to another run, or has other pairs or
+        another reference.
+    """
+    restored = checkpoints.restore(task.abstract_state())
+    if restored is None:
+        return None
+    state, saved = restored
+    datasets, reference = task.datasets, task.reference
+    if saved["splits"] != datasets.splits.digest:
+        raise InputError(
+            f"{' and '.join(datasets.train_sources)}: the pairs have changed since the "
+            f"run in {out} began; restore the file, or use another --out"
+        )
+    if reference and reference.digest and saved["reference"] != reference.digest:
+        raise InputError(
+            f"{reference.name}: the weights have changed since the run in {out} began; "
+            "restore them, or use another --out"
+        )
+    now = environment(task.mesh)
+    was = saved.get("environment", now)
+    message = environment_change_message(was, now, int(state.step))
+    if message is not None:
+        log(message)
+    return state, saved
+
+
 def begin(
-    task: Task, checkpoints: Checkpoints, out: Path, *, batch_size: int
+    task: Task,
+    restored: tuple[TrainState, dict[str, Any]] | None,
+    out: Path,
+    *,
+    batch_size: int,
 ) -> Beginning:
-    """Restores the newest checkpoint, or starts from the model's folder.
+    """Loads the initial weights of a new run, and scores the reference.
 
     Args:
       task: what the run computes.
-      checkpoints: the run's checkpoints.
+      restored: from `restore`.
       out: the run's folder.
       batch_size: pairs that are scored together by the reference.
 
     Raises:
-      InputError: if the checkpoint belongs to another run, or a model cannot be read.
+      InputError: if a model cannot be read.
     """
-    restored = checkpoints.restore(task.abstract_state())
-    saved, params = {}, None
+    params = None
     if restored is None:
         params = task.scorer.load(task.model_folder, jax.random.key(task.seed))
-    else:
-        saved = restored[1]
-        _check(task, saved, int(restored[0].step), out)
     reference = _score_reference(task, params, out, batch_size)
     frozen = None
     if task.reference is not None:
@@ -64,17 +96,8 @@ def begin(
         )
     if restored is None:
         state = jax.jit(task.new_state, donate_argnums=0)(params)
-    else:
-        state = restored[0]
-    return Beginning(state, frozen, reference, saved)
-
-
-def _check(task: Task, saved: Mapping[str, Any], step: int, out: Path) -> None:
-    check_resumable(saved, task, out)
-    now = environment(task.mesh)
-    message = environment_change_message(saved.get("environment", now), now, step)
-    if message is not None:
-        log(message)
+        return Beginning(state, frozen, reference, saved={})
+    return Beginning(restored[0], frozen, reference, saved=restored[1])
 
 
 def _score_reference(

@@ -4,9 +4,9 @@ from typing import cast
 
 import jax
 
+from jaxpref.data.feed import Stream
 from jaxpref.runtime import heartbeat
 from jaxpref.runtime.preemption import watched
-from jaxpref.train.feed import Stream
 from jaxpref.train.outputs import Run
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task

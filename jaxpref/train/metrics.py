@@ -1,91 +1,14 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard, and the progress bar."""
+"""Metrics of the running steps, and the progress bar."""
 
 import contextlib
-import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
-from jaxpref.files import cannot_write, write_whole
 from jaxpref.runtime import heartbeat
-
-
-class MetricsWriter:
-    """Writes lines of metrics on process 0; does nothing on the others.
-
-    Each line is a JSON object.  `step` is the number of optimizer steps done at the
-    time of measurement.  Metrics of evaluations have `eval_` names.
-    """
-
-    def __init__(self, out: Path, *, resumed_at: int):
-        """Opens the files, and drops lines after the step at which the run resumes.
-
-        Args:
-          out: the run's folder.
-          resumed_at: the restored step; 0 for a new run.
-
-        Raises:
-          InputError: if a file cannot be written; `write` and `close` raise it too.
-        """
-        self._path = out / "metrics.jsonl"
-        self._file, self._board = None, None
-        if jax.process_index() == 0:
-            # Imported late: it imports torch if torch is installed.
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import (
-                Event,  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-                SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
-            )
-
-            _keep_before(self._path, resumed_at)
-            board = out / "tensorboard"
-            with self._writing():
-                self._file = self._path.open("a", encoding="utf-8")
-                board.mkdir(exist_ok=True)
-                # Not SummaryWriter: its thread dies when the disk is full, then blocks.
-                self._board = EventsWriter(str(board / "events"))
-                restart = SessionLog(status=SessionLog.START)
-                self._board.write_event(
-                    Event(step=resumed_at, session_log=restart, wall_time=time.time())
-                )
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line and flushes it; non-finite numbers are written as null."""
-        if self._file is None or self._board is None:
-            return
-        from tensorboardX.proto.event_pb2 import (
-            Event,  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-        )
-        from tensorboardX.summary import scalar
-
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self._writing():
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
-            for name, value in metrics.items():
-                summary = scalar(name, value)
-                self._board.write_event(
-                    Event(step=step, summary=summary, wall_time=time.time())
-                )
-            self._board.flush()
-
-    def close(self) -> None:
-        """Flushes and closes both files."""
-        if self._file is not None and self._board is not None:
-            with self._writing():
-                self._file.close()
-                self._board.close()
-
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
+from jaxpref.runtime.metrics_file import MetricsWriter
 
 
 class LateMetrics:
@@ -190,36 +113,10 @@ class LateMetrics:
             if "rewards/accuracies" in values:
                 shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
             if "data_wait_fraction" in values:
-                shown["waiting"] = f"{values['data_wait_fraction']:.1%}"
+                shown["data wait"] = f"{values['data_wait_fraction']:.1%}"
             self._bar.set_postfix(shown)
 
     def _restart_clock(self) -> None:
         self._tokens = self._pairs_done = 0
         self._seconds, self._since = 0.0, time.perf_counter()
         self._waited = 0.0
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; an incomplete last line is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def _keep_before(path: Path, step: int) -> None:
-    """Keeps training lines up to `step` and evaluation lines before it.
-
-    The resumed run evaluates again at `step`, which would duplicate that line.
-    """
-    if not path.exists():
-        return
-    kept = [
-        line
-        for line in read_metrics(path)
-        if line["step"] < step or (line["step"] == step and "loss" in line)
-    ]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,58 +1,29 @@
 """What a run writes as it trains: metrics, evaluations, checkpoints."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
+from jaxpref.data.feed import Stream
 from jaxpref.report.progress import evaluation_line
+from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.environment import environment
+from jaxpref.runtime.metrics_file import MetricsWriter
 from jaxpref.runtime.preemption import Preempted
 from jaxpref.runtime.processes import only_first_process
 from jaxpref.runtime.profile import profiled
 from jaxpref.train.agreement import check_batch_agreement
 from jaxpref.train.begin import Beginning
 from jaxpref.train.best import Best
-from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.evaluation import evaluation_metrics
-from jaxpref.train.feed import Stream
 from jaxpref.train.guard import Guard
-from jaxpref.train.metrics import LateMetrics, MetricsWriter
+from jaxpref.train.metrics import LateMetrics
 from jaxpref.train.options import CheckpointOptions, LogOptions
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cadence:
-    """How often a run evaluates, saves and logs, and how long it trains."""
-
-    max_steps: int
-    """Steps of the run."""
-    eval_every: int
-    """Steps between two evaluations."""
-    save_every: int
-    """Steps between two checkpoints."""
-    log_every: int
-    """Steps between two lines of metrics."""
-    profile: int = 0
-    """Steps to profile."""
-
-
-def cadence_of(
-    saving: CheckpointOptions, logging: LogOptions, max_steps: int
-) -> Cadence:
-    """The cadence of a run with `max_steps` steps."""
-    return Cadence(
-        max_steps=max_steps,
-        eval_every=saving.eval_every,
-        save_every=saving.save_every,
-        log_every=logging.log_every,
-        profile=logging.profile,
-    )
 
 
 class Run:
@@ -68,7 +39,8 @@ class Run:
         stream: Stream,
         begun: Beginning,
         *,
-        cadence: Cadence,
+        saving: CheckpointOptions,
+        logging: LogOptions,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         guard: Guard,
@@ -81,13 +53,14 @@ class Run:
           out: the run's folder.
           stream: the source of its batches.
           begun: the start of the run.
-          cadence: how often it evaluates, saves and logs.
+          saving: when it is evaluated and saved.
+          logging: when it logs.
           checkpoints: saves states.
           writer: writes metrics.
           guard: checks every step.
           best: the best evaluation so far.
         """
-        self.frozen, self.cadence = begun.frozen, cadence
+        self.frozen, self._saving, self._profile = begun.frozen, saving, logging.profile
         self._task, self._out, self._stream = task, out, stream
         self._reference, self._checkpoints = begun.reference, checkpoints
         self._writer, self._guard, self._best = writer, guard, best
@@ -95,8 +68,8 @@ class Run:
         self._late = LateMetrics(
             writer,
             name=task.objective.name,
-            log_every=cadence.log_every,
-            max_steps=cadence.max_steps,
+            log_every=logging.log_every,
+            max_steps=task.steps,
             check_step=guard.check_step,
             start=start,
         )
@@ -104,8 +77,8 @@ class Run:
 
     def before_step(self, step: int, state: TrainState) -> None:
         """Evaluates and saves if that is due after `step` steps."""
-        due = step % self.cadence.save_every == 0 and step > self._resumed_at
-        if step % self.cadence.eval_every == 0:
+        due = step % self._saving.save_every == 0 and step > self._resumed_at
+        if step % self._saving.eval_every == 0:
             with self._late.paused():
                 better = self.evaluate(step, state)
             due |= better and step > self._resumed_at
@@ -121,7 +94,7 @@ class Run:
 
     def traced(self, train_step: Callable) -> contextlib.AbstractContextManager:
         """The train step, which records a profile on the steps to be profiled."""
-        return profiled(train_step, self._out, steps=self.cadence.profile)
+        return profiled(train_step, self._out, steps=self._profile)
 
     def after_step(self, step: int, metrics: dict, pairs: jax.Array) -> None:
         """Takes a step's metrics, which are fetched once the next step is running."""

@@ -5,20 +5,20 @@ import functools
 from typing import Any
 
 from jaxpref import data
+from jaxpref.data.layouts.choose import make_layout
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture, Model, Numerics, RewardModel
 from jaxpref.models.folder import check_folder
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
 from jaxpref.objectives.objective import Objective
-from jaxpref.runtime.mesh import check_rows, make_mesh
+from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
 from jaxpref.runtime.processes import log
 from jaxpref.scoring.checks import check_fits
 from jaxpref.scoring.reference import Reference, reference_digest
 from jaxpref.scoring.scorer import ExportOptions, make_scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
 from jaxpref.train.config import TrainConfig
-from jaxpref.train.layout import make_layout, make_order
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.options import steps_of
 from jaxpref.train.task import Datasets, Task
@@ -71,11 +71,12 @@ def prepare(config: TrainConfig) -> Task:
     check_fits(datasets.heldout_sources, splits.heldout, config.model, architecture)
     steps = steps_of(config, len(splits.train))
     empty_share = config.mix.empty_share if config.mix else None
-    order = make_order(splits.train, seed=config.seed, empty_share=empty_share)
+    order = data.make_order(splits.train, seed=config.seed, empty_share=empty_share)
     layout = make_layout(
         splits,
         order,
-        mesh,
+        shards=row_shards(mesh),
+        share=share_of_rows(mesh),
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         row_length=row_length,

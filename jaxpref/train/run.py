@@ -7,28 +7,32 @@ from pathlib import Path
 
 import jax
 
+from jaxpref.data.feed import Feed
+from jaxpref.data.layouts.choose import padding_advice
 from jaxpref.runtime import heartbeat
+from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.compilation import in_background, log_compilations
 from jaxpref.runtime.environment import versions
-from jaxpref.runtime.memory import choose_remat
+from jaxpref.runtime.memory import (
+    check_fits,
+    choose_remat,
+    required_bytes,
+)
 from jaxpref.runtime.mesh import initialize_distributed, row_shards, to_global
+from jaxpref.runtime.metrics_file import MetricsWriter
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import (
     assert_equal_across_processes,
     log,
     only_first_process,
 )
-from jaxpref.runtime.timings import timings
-from jaxpref.train.begin import Beginning, begin
+from jaxpref.runtime.timings import Timings, timings
+from jaxpref.train.begin import Beginning, begin, restore
 from jaxpref.train.best import Best
-from jaxpref.train.checkpoint import Checkpoints
 from jaxpref.train.config import TrainConfig, open_run, to_json, write_run_config
-from jaxpref.train.feed import Feed
 from jaxpref.train.fit import fit
 from jaxpref.train.guard import Guard
-from jaxpref.train.layout import padding_advice
-from jaxpref.train.metrics import MetricsWriter
-from jaxpref.train.outputs import Run, cadence_of
+from jaxpref.train.outputs import Run
 from jaxpref.train.prepare import prepare
 from jaxpref.train.task import Task
 
@@ -71,18 +75,15 @@ def run(config: TrainConfig) -> Path:
         checkpoints = closing(
             Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
         )
-        # Compiles while the reference scores; "auto" compiles below to compare memory.
-        compiling = contextlib.nullcontext()
-        if config.remat != "auto":
-            compiling = in_background(task.compile_train_step)
-        with compiling:
-            begun = begin(task, checkpoints, out, batch_size=config.batch_size)
-            phases.mark("reference")
-        phases.mark("compile")
+        task, begun = _begin(
+            task,
+            checkpoints,
+            out,
+            phases,
+            batch_size=config.batch_size,
+            remat=config.remat,
+        )
         feed = closing(_feed(task, begun, config.loader_processes))
-        if config.remat == "auto":
-            compiled = lambda policy: task.with_remat(policy).compile_train_step()
-            task = task.with_remat(choose_remat(out, compiled))
         write_run_config(described, out)
         start = int(begun.state.step)
         best = Best(config.keep_best, out, begun.saved.get("best"))
@@ -91,7 +92,8 @@ def run(config: TrainConfig) -> Path:
             out,
             feed,
             begun,
-            cadence=cadence_of(config, config, task.steps),
+            saving=config,
+            logging=config,
             checkpoints=checkpoints,
             writer=closing(MetricsWriter(out, resumed_at=start)),
             guard=Guard(
@@ -122,6 +124,38 @@ def _log_layout(task: Task, *, padded: bool) -> None:
         advice := padding_advice(task.layout, task.order, *sets, shards=shards)
     ):
         log(advice)
+
+
+def _begin(
+    task: Task,
+    checkpoints: Checkpoints,
+    out: Path,
+    phases: Timings,
+    *,
+    batch_size: int,
+    remat: str,
+) -> tuple[Task, Beginning]:
+    """The start of a run whose step is compiled and fits into memory.
+
+    The step compiles while the reference scores, unless `remat` is "auto", which
+    compares compiled steps once the state exists.
+    """
+    restored = restore(task, checkpoints, out)
+    compiling = contextlib.nullcontext()
+    unfinished = restored is None or int(restored[0].step) < task.steps
+    if unfinished and remat != "auto":
+        need = functools.partial(required_bytes, task.compile_train_step)
+        compiling = in_background(need)
+    with compiling as need:
+        begun = begin(task, restored, out, batch_size=batch_size)
+        phases.mark("reference")
+    if need is not None:
+        check_fits(need.result())
+    elif unfinished:
+        step_of = lambda policy: task.with_remat(policy).compile_train_step
+        task = task.with_remat(choose_remat(out, step_of))
+    phases.mark("compile")
+    return task, begun
 
 
 def _feed(task: Task, begun: Beginning, processes: int) -> Feed:

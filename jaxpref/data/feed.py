@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.train.state import TrainState
 
 AHEAD = 2
 """Batches on the devices in addition to the one in use."""
@@ -15,7 +14,7 @@ AHEAD = 2
 class Stream(Protocol):
     """Where the batches of a training loop come from."""
 
-    def draw(self, state: TrainState) -> PreferenceBatch:
+    def draw(self, state: Any) -> PreferenceBatch:
         """The next batch, on the devices; it may depend on the state."""
         ...
 
@@ -50,7 +49,7 @@ class Feed:
         self._thread: threading.Thread | None = None
         self._ended: BaseException | None = None
 
-    def draw(self, state: TrainState | None = None) -> PreferenceBatch:
+    def draw(self, state: Any = None) -> PreferenceBatch:
         """The next batch, on the devices; `state` is ignored.
 
         Raises:

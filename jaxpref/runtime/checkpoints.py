@@ -1,6 +1,5 @@
-"""Checkpoints: state and data position in one Orbax step, verified by digests."""
+"""Checkpoints: a state and data beside it in one Orbax step, verified by digests."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -10,21 +9,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxpref.errors import InputError, first_line
 from jaxpref.runtime import heartbeat
+from jaxpref.runtime.digests import digest_of_meta, digests
 from jaxpref.runtime.processes import (
     broadcast_from_process_zero,
     failing_processes,
 )
-from jaxpref.train.state import TrainState
 
 PAUSES = 0.0, 1.0, 4.0
 """Seconds to wait before each attempt to read a checkpoint."""
+
+Tree = Any
+"""A pytree of arrays."""
 
 _log = logging.getLogger("jaxpref")
 
@@ -56,7 +57,7 @@ class Checkpoints:
         """The newest complete step on disk, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: dict) -> None:
+    def save(self, step: int, state: Tree, data: dict) -> None:
         """Starts writing a copy of one step; training continues meanwhile.
 
         Raises:
@@ -99,8 +100,8 @@ class Checkpoints:
         self._is_complete()
 
     def restore(
-        self, abstract: TrainState, *, only: int | None = None
-    ) -> tuple[TrainState, dict] | None:
+        self, abstract: Tree, *, only: int | None = None
+    ) -> tuple[Tree, dict] | None:
         """The newest intact step with its data position; None if there are no steps.
 
         Every array is compared with the digest taken before it was written.  If any
@@ -148,9 +149,7 @@ class Checkpoints:
             )
         return None
 
-    def _read(
-        self, step: int, abstract: TrainState
-    ) -> tuple[tuple[TrainState, dict] | None, str]:
+    def _read(self, step: int, abstract: Tree) -> tuple[tuple[Tree, dict] | None, str]:
         """This process's part of a step with its metadata, or the reason for failure.
 
         Reads without the manager, which blocks all other processes if one cannot read.
@@ -222,39 +221,3 @@ def _warn(unable: list[int], message: str, *args) -> None:
     """Warns on process 0 and on the first failing process only."""
     if jax.process_index() in (0, unable[0]):
         _log.warning(f"checkpoint {message}", *args)
-
-
-def digests(tree: Any) -> dict[str, int]:
-    """One 32-bit digest per array, independent of its sharding.
-
-    The array's bits are read as 32-bit words.  Each is multiplied by an odd number that
-    depends on its position, and the products are summed modulo 2^32.  Integer sums do
-    not depend on the order of summation.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    values = jax.device_get(_digest([leaf for _, leaf in leaves]))
-    names = [jax.tree_util.keystr(path) for path, _ in leaves]
-    return {name: int(value) for name, value in zip(names, values)}
-
-
-def digest_of_meta(meta: dict) -> str:
-    """SHA-256 of the metadata, except for this digest itself."""
-    rest = {name: value for name, value in meta.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-@jax.jit
-def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
-    def one(x):
-        if x.dtype == jnp.bool:
-            x = x.astype(jnp.uint8)
-        # Wider than 32 bits: bitcasting adds an axis of 32-bit words.
-        word = f"uint{8 * min(x.dtype.itemsize, 4)}"
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(word))
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            place = place * np.uint32(size) + index
-        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
-
-    return [one(leaf) for leaf in leaves]
