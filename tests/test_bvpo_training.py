@@ -11,6 +11,7 @@ import pytest
 
 from jaxpref import data, losses
 from jaxpref.cli import train as train_command
+from jaxpref.data import read_datasets
 from jaxpref.errors import InputError
 from jaxpref.gradients.bvpo import direction, mix, optimal_alpha
 from jaxpref.models import Numerics, build
@@ -21,7 +22,6 @@ from jaxpref.scoring.checks import check_finite, check_fits
 from jaxpref.train import TrainConfig, read_metrics
 from jaxpref.train import gradient as engine
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.prepare import read_datasets
 from jaxpref.train.state import init_state
 from jaxpref.train.step import make_train_step
 from tests.compiled import compiled
@@ -363,9 +363,9 @@ def test_records_come_from_both_files(tmp_path):
     )
     read = functools.partial(
         read_datasets,
-        bvpo(DPO),
         byte_tokenizer(),
         data.DataOptions(max_length=128, heldout_fraction=0.3),
+        num_completions=2,
         mix=data.MixOptions(empty_data=empty),
         train=traces,
     )

@@ -16,12 +16,12 @@ from jaxpref.cli.objectives import LOSSES, MIXTURES, WRAPPERS, losses_by_kind
 from jaxpref.cli.options import options_of
 from jaxpref.cli.words import split
 from jaxpref.data.options import DataOptions, resolved_max_length
+from jaxpref.data.read import injection_warning
 from jaxpref.errors import InputError
 from jaxpref.objectives import from_loss
 from jaxpref.plan.sweep import with_flags
 from jaxpref.train.config import to_json
 from jaxpref.train.options import RunOptions, StepOptions, steps_of
-from jaxpref.train.prepare import injection_warning
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpref import data, losses
+from jaxpref.data import Datasets
 from jaxpref.errors import InputError, Stopped
 from jaxpref.objectives import from_loss
 from jaxpref.runtime import heartbeat
@@ -15,7 +16,6 @@ from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, run
 from jaxpref.train import guard as guards
 from jaxpref.train.guard import Guard
 from jaxpref.train.options import GuardOptions
-from jaxpref.train.task import Datasets
 from tests.tiny import make_model_folder, make_pairs_file
 
 

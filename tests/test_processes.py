@@ -27,7 +27,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import jax
 import numpy as np
-from jaxpref import cli, data
+from jaxpref import cli
+import jaxpref.data.read as reading
 import jaxpref.train
 
 kept, folder = {}, sys.argv[2]
@@ -53,13 +54,13 @@ def prepared(*args, read=preparing.read_datasets, **kwargs):
     kept["pairs"] = found.splits.train
     return found
 
-def made(*args, make=data.make_splits, **kwargs):
+def made(*args, make=reading.make_splits, **kwargs):
     found = make(*args, **kwargs)
     kept["pairs read"] = len(found.train) + len(found.heldout)
     return found
 
 running.to_global, preparing.read_datasets = placed, prepared
-data.make_splits = made
+reading.make_splits = made
 
 for name, argv in json.loads(sys.argv[3]).items():
     kept |= {"batches": [], "rows made": set()}

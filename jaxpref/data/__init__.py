@@ -19,6 +19,8 @@ from jaxpref.data.options import InjectOptions as InjectOptions
 from jaxpref.data.options import MixOptions as MixOptions
 from jaxpref.data.options import for_model as for_model
 from jaxpref.data.prompts import read_prompts as read_prompts
+from jaxpref.data.read import Datasets as Datasets
+from jaxpref.data.read import read_datasets as read_datasets
 from jaxpref.data.render import TraceMarkers as TraceMarkers
 from jaxpref.data.samplers import Order as Order
 from jaxpref.data.samplers import first_seen as first_seen

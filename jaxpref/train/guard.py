@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpref.data import Datasets
 from jaxpref.errors import InputError, Stopped
 from jaxpref.files import write_json
 from jaxpref.sharding import replicated
 from jaxpref.train.options import GuardOptions
-from jaxpref.train.task import Datasets
 
 _log = logging.getLogger("jaxpref")
 

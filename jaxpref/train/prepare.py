@@ -1,11 +1,8 @@
 """From a config to a task: the only place that reads the whole config."""
 
-import dataclasses
-import functools
-from typing import Any
-
 from jaxpref import data
 from jaxpref.data.layouts.choose import make_layout
+from jaxpref.data.read import read_datasets
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture, Model, Numerics, RewardModel
 from jaxpref.models.folder import check_folder
@@ -13,7 +10,6 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
-from jaxpref.runtime.processes import log
 from jaxpref.scoring.checks import check_fits
 from jaxpref.scoring.reference import Reference, reference_digest
 from jaxpref.scoring.scorer import ExportOptions, make_scorer
@@ -21,7 +17,7 @@ from jaxpref.scoring.scores import reads_reference, stored_scores
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.options import steps_of
-from jaxpref.train.task import Datasets, Task
+from jaxpref.train.task import Task
 
 
 def prepare(config: TrainConfig) -> Task:
@@ -59,9 +55,9 @@ def prepare(config: TrainConfig) -> Task:
     tokenizer = data.load_tokenizer(folder)
     options = data.for_model(config.options, architecture.max_position_embeddings)
     datasets = read_datasets(
-        objective,
         tokenizer,
         options,
+        num_completions=objective.num_completions,
         mix=config.mix,
         train=config.data,
         heldout=config.eval_data,
@@ -133,55 +129,4 @@ def _reference(
         scores=tuple(sorted(stored_scores(objective.scores))),
         numerics=numerics,
         digest=reference_digest(folder, dtypes),
-    )
-
-
-def read_datasets(
-    objective: Objective,
-    tokenizer: Any,
-    options: data.DataOptions,
-    *,
-    mix: data.MixOptions | None,
-    train: str,
-    heldout: str | None,
-) -> Datasets:
-    """The records of a run; `heldout` data replaces the held-out share.
-
-    Raises:
-      InputError: if a record is wrong, or none is left to train on.
-    """
-    make = make_train = functools.partial(
-        data.make_splits, sides=objective.num_completions
-    )
-    train_sources = (train,)
-    if mix is not None:
-        make = make_train = data.make_mixed_splits
-        if mix.empty_data:
-            train_sources = (train, mix.empty_data)
-            empty = data.open_source(mix.empty_data)
-            make_train = functools.partial(make, empty=empty)
-    if heldout is None:
-        splits = make_train(data.open_source(train), tokenizer, options)
-    else:
-        whole = dataclasses.replace(options, heldout_fraction=0.0)
-        splits = make_train(data.open_source(train), tokenizer, whole)
-        held = make(data.open_source(heldout), tokenizer, whole.without_injection())
-        digest = splits.digest + held.digest
-        splits = dataclasses.replace(splits, heldout=held.train, digest=digest)
-    if not len(splits.train):
-        raise InputError(
-            f"{train}: no pair is left to train on ({splits.describe()}); lower "
-            "--heldout-fraction"
-        )
-    log(f"{' and '.join(train_sources)}: {splits.describe()}")
-    if options.inject.active:
-        log(injection_warning(splits.report["flipped"], len(splits.train)))
-    return Datasets(splits, train_sources, (heldout,) if heldout else train_sources)
-
-
-def injection_warning(flipped: int, pairs: int) -> str:
-    """A line with the number of training labels that were flipped on purpose."""
-    return (
-        f"warning: {flipped:,} of {pairs:,} training labels ({flipped / pairs:.1%}) "
-        "were flipped on purpose (--inject)"
     )

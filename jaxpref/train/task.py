@@ -128,23 +128,11 @@ class Programs:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Datasets:
-    """The records of a run and where they come from."""
-
-    splits: data.Splits
-    """Training and held-out records."""
-    train_sources: tuple[str, ...]
-    """Files of the training records, by the column `source`."""
-    heldout_sources: tuple[str, ...]
-    """Files of the held-out records, by the column `source`."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(Programs):
     """What is trained, how, and on which records; without parameters."""
 
-    datasets: Datasets
+    datasets: data.Datasets
     """The records."""
     order: data.Order
     """Which training records each step sees."""
