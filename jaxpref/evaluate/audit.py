@@ -16,10 +16,16 @@ import jax
 import numpy as np
 
 from jaxpref import data
-from jaxpref.data import DataOptions, PreferenceDataset, Source
-from jaxpref.data.records import EMPTY, Example, parse, prompt_key
+from jaxpref.data import DataOptions, PreferenceDataset
+from jaxpref.data.records import prompt_key
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features as feature_store
+from jaxpref.evaluate.audit_records import (
+    cleaned,
+    example_at,
+    named_annotators,
+    texts_of,
+)
 from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
 from jaxpref.evaluate.estimate import Estimate, estimate
 from jaxpref.evaluate.features import Features
@@ -108,7 +114,7 @@ def run(config: AuditConfig) -> Audit:
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
-    source = _named_annotators(data.open_source(config.data), config.annotator_field)
+    source = named_annotators(data.open_source(config.data), config.annotator_field)
     options = DataOptions(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -130,7 +136,7 @@ def run(config: AuditConfig) -> Audit:
     print(f"{config.data}: {plan.describe()}", flush=True)
     out = _open_out(config, pairs)
     found = _features(config, folder, pairs, Path(config.features or out / "features"))
-    examples = [_example(source, int(row)) for row in pairs.columns["row"]]
+    examples = [example_at(source, int(row)) for row in pairs.columns["row"]]
     keys = [prompt_key(example.prompt) for example in examples]
 
     print(f"judging {len(pairs)} pairs in {config.folds} folds", flush=True)
@@ -163,9 +169,9 @@ def run(config: AuditConfig) -> Audit:
             judged.posterior, margins, pairs.columns["is_flipped"]
         )
     order = np.lexsort((margins, judged.posterior))
-    suspects = [rows[n] | _texts(examples[n]) for n in order[:20]]
+    suspects = [rows[n] | texts_of(examples[n]) for n in order[:20]]
     write_whole(out / "audit.jsonl", _lines(rows))
-    write_whole(out / "clean.jsonl", _lines(_cleaned(source, rows, config.action)))
+    write_whole(out / "clean.jsonl", _lines(cleaned(source, rows, config.action)))
     write_json(out / "summary.json", summary)
     return Audit(summary, rows, suspects, agreement_bins(judged.margins))
 
@@ -195,51 +201,6 @@ def _check(config: AuditConfig) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} {value}: must be above 0 and below {most}"
             )
-
-
-class _Renamed:
-    """A source whose records name the annotator in a configurable field."""
-
-    def __init__(self, source: Source, field: str):
-        self._source, self._field = source, field
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:
-        record = self._source[index]
-        if not isinstance(record, dict):
-            return record
-        name = record.get(self._field)
-        if isinstance(name, bool) or not isinstance(name, str | int | None):
-            raise InputError(
-                f"{self.location(index)}: field {self._field!r} names the annotator; "
-                f"it must be a string or an integer, but it is {name!r:.50}"
-            )
-        return record | {"annotator": name}
-
-    def original(self, index: int) -> Any:
-        """The record as in the file."""
-        return self._source[index]
-
-    def location(self, index: int) -> str:
-        return self._source.location(index)
-
-
-def _named_annotators(source: Source, field: str | None) -> _Renamed:
-    """Renames the annotator field; raises InputError if no record has it."""
-    name = "annotator" if field is None else field
-    if field is not None and not any(
-        isinstance(record := source[n], dict) and record.get(field) is not None
-        for n in range(len(source))
-    ):
-        first = source[0]
-        has = ", ".join(map(str, first)) if isinstance(first, dict) else "no fields"
-        raise InputError(
-            f"{source.location(0)} and all later rows: no field {field!r} to name the "
-            f"annotator; the record has {has[:200]}; change --annotator-field"
-        )
-    return _Renamed(source, name)
 
 
 def _open_out(config: AuditConfig, pairs: PreferenceDataset) -> Path:
@@ -274,16 +235,6 @@ def _features(
             batch_size=config.batch_size,
             mesh=mesh,
         )
-
-
-def _example(source: Source, row: int) -> Example:
-    example = _parsed(source, row)
-    assert isinstance(example, Example)  # malformed records were dropped before
-    return example
-
-
-def _parsed(source: Source, row: int) -> Example | str:
-    return parse(source[row], source.location(row), sides=2, drop_empty=True)
 
 
 def _items(keys: np.ndarray, annotators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -368,39 +319,5 @@ def _rows(
     return rows
 
 
-def _cleaned(source: _Renamed, rows: list[dict[str, Any]], action: str):
-    """The records of the file, in order, after applying the action.
-
-    Records that were not judged are unchanged, except that those with an empty
-    completion are dropped, because training rejects them.
-    """
-    judged = {row["row"] - 1: row for row in rows}
-    for index in range(len(source)):
-        record, row = source.original(index), judged.get(index)
-        if row is None and _parsed(source, index) == EMPTY:
-            continue
-        if row is None or row["action"] == "keep":
-            yield record
-        elif action == "soft":
-            yield record | {"p_correct": row["p_correct"]}
-        elif action == "relabel":
-            exchanged = {
-                "chosen": record["rejected"],
-                "rejected": record["chosen"],
-            }
-            # Exchanging a known flip makes its label right.
-            if isinstance(record.get("flip"), bool):
-                exchanged["flip"] = not record["flip"]
-            yield record | exchanged
-
-
 def _lines(records) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-
-
-def _texts(example: Example) -> dict[str, str]:
-    chosen, rejected = example.texts
-    if isinstance(example.prompt, str):
-        return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
-    turns = (f"{turn['role']}: {turn['content']}" for turn in example.prompt)
-    return {"prompt": "\n\n".join(turns), "chosen": chosen, "rejected": rejected}

@@ -1,8 +1,10 @@
 """From margins to the flip rate, reliabilities, and posteriors."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -74,48 +76,26 @@ def estimate(
     Returns:
       `Estimate`.
     """
-    votes: dict[str, Any] = {"items": items, "orientation": orientation}
     z = jnp.asarray(margins, jnp.float32)
-    everyone = jnp.zeros(len(margins), jnp.int32)
+    votes: dict[str, Any] = {"items": items, "orientation": orientation}
     if len(np.unique(items)) == len(items):
         votes = {}
-        scale, pooled = calibration.fit_temperature_and_rate(z)
-        flip_rate = float(pooled.rate)
-        interval = float(pooled.lower), float(pooled.upper)
-        identified = bool(pooled.identified)
-    else:
-        scale, one = calibration.fit_temperature_and_reliability(
-            z, everyone, num_annotators=1, prior=None, **votes
-        )
-        flip_rate = 1 - float(one.reliability[0])
-        interval = 1 - float(one.upper[0]), 1 - float(one.lower[0])
-        identified = interval[1] - interval[0] < rate.WIDEST and interval[1] < 0.5
+    pooled = _pooled(z, votes)
     # An interval from 0 to above CLEAN does not even show whether any label is wrong.
-    identified = identified and (interval[0] > 0.005 or interval[1] < CLEAN)
-    temperature = float(scale.temperature)
+    low, high = pooled.interval
+    identified = pooled.identified and (low > 0.005 or high < CLEAN)
+    prior, temperature = None, pooled.temperature
     if not identified:
-        right = CERTAIN * len(margins) * (1 - assumed_flip_rate)
-        wrong = CERTAIN * len(margins) * assumed_flip_rate
-        scale, _ = calibration.fit_temperature_and_reliability(
-            z, everyone, num_annotators=1, prior=(right, wrong), **votes
-        )
-        temperature = float(scale.temperature) if margins.any() else 1.0
+        prior = _prior(assumed_flip_rate, CERTAIN * len(margins))
+        temperature = _temperature(z, votes, prior) if margins.any() else 1.0
+        if num_annotators > 1:
+            prior = _prior(assumed_flip_rate, FEW)
     z = z / temperature
-    voters = jnp.asarray(annotators)
-    several: dict[str, Any] = {"num_annotators": num_annotators, **votes}
-    if identified and num_annotators > 1:
-        fit, _ = rate.fit_rates(z, voters, **several)
-    elif identified:
-        fit = em.fit(z, voters, **several)
-    elif num_annotators > 1:
-        prior = (FEW * (1 - assumed_flip_rate), FEW * assumed_flip_rate)
-        fit = em.fit(z, voters, prior=prior, **several)
-    else:
-        fit = em.fit(z, voters, prior=(right, wrong), **several)
+    fit = _reliabilities(z, jnp.asarray(annotators), votes, num_annotators, prior)
     wide = lambda x: np.asarray(x, np.float64)
     lower, upper = wide(fit.lower), wide(fit.upper)
     if num_annotators == 1:  # includes the uncertainty of the temperature
-        lower, upper = wide([1 - interval[1]]), wide([1 - interval[0]])
+        lower, upper = wide([1 - high]), wide([1 - low])
     return Estimate(
         margins=wide(z),
         posterior=wide(fit.posterior),
@@ -124,12 +104,83 @@ def estimate(
         upper=upper,
         counts=np.asarray(fit.counts, np.int64),
         temperature=temperature,
-        flip_rate=flip_rate if identified else None,
-        flip_rate_interval=interval,
+        flip_rate=pooled.rate if identified else None,
+        flip_rate_interval=pooled.interval,
         identified=identified,
-        reason=None if identified else _reason(margins, interval),
+        reason=None if identified else _reason(margins, pooled.interval),
         assumed_flip_rate=None if identified else assumed_flip_rate,
     )
+
+
+class _Pooled(NamedTuple):
+    """The temperature and the flip rate of all labels together."""
+
+    temperature: float
+    rate: float
+    interval: tuple[float, float]
+    """95% interval of the rate."""
+    identified: bool
+    """Whether the interval is short enough."""
+
+
+def _pooled(z: jax.Array, votes: dict[str, Any]) -> _Pooled:
+    """The most likely temperature and flip rate if all labels have the same rate."""
+    if not votes:
+        scale, found = calibration.fit_temperature_and_rate(z)
+        return _Pooled(
+            temperature=float(scale.temperature),
+            rate=float(found.rate),
+            interval=(float(found.lower), float(found.upper)),
+            identified=bool(found.identified),
+        )
+    scale, one = _as_one_annotator(z, votes, prior=None)
+    low, high = 1 - float(one.upper[0]), 1 - float(one.lower[0])
+    return _Pooled(
+        temperature=float(scale.temperature),
+        rate=1 - float(one.reliability[0]),
+        interval=(low, high),
+        identified=high - low < rate.WIDEST and high < 0.5,
+    )
+
+
+def _temperature(z: jax.Array, votes: dict[str, Any], prior: em.Prior) -> float:
+    """The most likely temperature if the prior determines the flip rate."""
+    scale, _ = _as_one_annotator(z, votes, prior=prior)
+    return float(scale.temperature)
+
+
+def _as_one_annotator(
+    z: jax.Array, votes: dict[str, Any], *, prior: em.Prior | None
+) -> tuple[calibration.TemperatureFit, em.Fit]:
+    """Temperature and reliability as if one annotator had cast all votes."""
+    everyone = jnp.zeros(z.shape, jnp.int32)
+    return calibration.fit_temperature_and_reliability(
+        z, everyone, num_annotators=1, prior=prior, **votes
+    )
+
+
+def _prior(flip_rate: float, votes: int) -> em.Prior:
+    """Right and wrong pseudo-votes, that many together, with this share of flips."""
+    return votes * (1 - flip_rate), votes * flip_rate
+
+
+def _reliabilities(
+    z: jax.Array,
+    annotators: jax.Array,
+    votes: dict[str, Any],
+    num_annotators: int,
+    prior: em.Prior | None,
+) -> em.Fit:
+    """Reliabilities and posteriors; without a prior, several annotators are pooled."""
+    fit = functools.partial(
+        em.fit, z, annotators, num_annotators=num_annotators, **votes
+    )
+    if prior is not None:
+        return fit(prior=prior)
+    if num_annotators == 1:
+        return fit()
+    found, _ = rate.fit_rates(z, annotators, num_annotators=num_annotators, **votes)
+    return found
 
 
 def _reason(margins: np.ndarray, interval: tuple[float, float]) -> str:

@@ -1,0 +1,102 @@
+"""The records of an audited file: parsed to be judged, and written after the action."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxpref.data import Source
+from jaxpref.data.records import EMPTY, Example, parse
+from jaxpref.errors import InputError
+
+
+class RenamedSource:
+    """A source whose records name the annotator in a configurable field."""
+
+    def __init__(self, source: Source, field: str):
+        self._source, self._field = source, field
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        record = self._source[index]
+        if not isinstance(record, dict):
+            return record
+        name = record.get(self._field)
+        if isinstance(name, bool) or not isinstance(name, str | int | None):
+            raise InputError(
+                f"{self.location(index)}: field {self._field!r} names the annotator; "
+                f"it must be a string or an integer, but it is {name!r:.50}"
+            )
+        return record | {"annotator": name}
+
+    def original(self, index: int) -> Any:
+        """The record as in the file."""
+        return self._source[index]
+
+    def location(self, index: int) -> str:
+        """The file and row, for messages."""
+        return self._source.location(index)
+
+
+def named_annotators(source: Source, field: str | None) -> RenamedSource:
+    """Renames the annotator field; raises InputError if no record has it."""
+    name = "annotator" if field is None else field
+    if field is not None and not any(
+        isinstance(record := source[n], dict) and record.get(field) is not None
+        for n in range(len(source))
+    ):
+        first = source[0]
+        has = ", ".join(map(str, first)) if isinstance(first, dict) else "no fields"
+        raise InputError(
+            f"{source.location(0)} and all later rows: no field {field!r} to name the "
+            f"annotator; the record has {has[:200]}; change --annotator-field"
+        )
+    return RenamedSource(source, name)
+
+
+def example_at(source: Source, row: int) -> Example:
+    """The pair of texts of a record that can be judged."""
+    example = _parsed(source, row)
+    assert isinstance(example, Example)  # malformed records were dropped before
+    return example
+
+
+def cleaned(
+    source: RenamedSource, rows: list[dict[str, Any]], action: str
+) -> Iterator[Any]:
+    """The records of the file, in order, after applying the action.
+
+    Records that were not judged are unchanged, except that those with an empty
+    completion are dropped, because training rejects them.
+    """
+    judged = {row["row"] - 1: row for row in rows}
+    for index in range(len(source)):
+        record, row = source.original(index), judged.get(index)
+        if row is None and _parsed(source, index) == EMPTY:
+            continue
+        if row is None or row["action"] == "keep":
+            yield record
+        elif action == "soft":
+            yield record | {"p_correct": row["p_correct"]}
+        elif action == "relabel":
+            exchanged = {
+                "chosen": record["rejected"],
+                "rejected": record["chosen"],
+            }
+            # Exchanging a known flip makes its label right.
+            if isinstance(record.get("flip"), bool):
+                exchanged["flip"] = not record["flip"]
+            yield record | exchanged
+
+
+def texts_of(example: Example) -> dict[str, str]:
+    """`prompt`, `chosen` and `rejected` of a pair, as plain text."""
+    chosen, rejected = example.texts
+    if isinstance(example.prompt, str):
+        return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
+    turns = (f"{turn['role']}: {turn['content']}" for turn in example.prompt)
+    return {"prompt": "\n\n".join(turns), "chosen": chosen, "rejected": rejected}
+
+
+def _parsed(source: Source, row: int) -> Example | str:
+    return parse(source[row], source.location(row), sides=2, drop_empty=True)
