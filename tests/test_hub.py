@@ -48,7 +48,7 @@ def test_a_path_that_is_absent_is_never_asked_of_the_hub(model, hub):
 def test_a_file_is_not_a_folder(tmp_path, hub):
     path = tmp_path / "config.json"
     path.write_text("{}")
-    with pytest.raises(InputError, match="is a file; give the folder"):
+    with pytest.raises(InputError, match="is a file; pass the folder"):
         resolve_folder(str(path))
 
 
@@ -105,7 +105,7 @@ def test_stop_tokens_of_a_folder_with_fewer_files(tmp_path):
     [
         ("{", "not JSON"),
         ("[2]", "holds list, not a JSON object"),
-        ({"eos_token_id": "</s>"}, "field eos_token_id is '</s>'; give a token's id"),
+        ({"eos_token_id": "</s>"}, "field eos_token_id is '</s>'; give a token id"),
         ({"eos_token_id": [2, 1.5]}, r"field eos_token_id is \[2, 1.5\]"),
         ({"eos_token_id": True}, "field eos_token_id is True"),
     ],

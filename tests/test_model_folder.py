@@ -241,7 +241,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         ),
         (
             lambda t: t.update({QUERY: t[QUERY][:4].copy()}),
-            rf"{QUERY} has shape \[4, 8\], but config.json asks for \[8, 8\]",
+            rf"{QUERY} has shape \[4, 8\], but config.json says \[8, 8\]",
         ),
         (
             lambda t: t.update({"model.norm.weight": np.full(8, np.nan, np.float32)}),

@@ -1,8 +1,8 @@
 """Models: tokens to hidden states and token log-probs.
 
-`build(architecture, numerics)` gives a `Model`, whose methods are pure functions of a
-pytree of parameters.  An `Architecture` is made by a family (`families.llama`) or read
-from a Hugging Face folder (`folder`).
+`build(architecture, numerics)` returns a `Model`, whose methods are pure functions of a
+pytree of parameters.  An `Architecture` is defined by a family (`families.llama`) and
+created in code or read from a Hugging Face folder (`folder`).
 """
 
 from jaxpref.models.architecture import Architecture as Architecture

@@ -1,4 +1,4 @@
-"""What a model computes: the sizes that are common to all families."""
+"""The architecture of a model: the sizes that all families share."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,9 @@ def check_minimums(values: Any, what: str) -> None:
     for field in dataclasses.fields(values):
         minimum, value = field.metadata.get("minimum"), getattr(values, field.name)
         if minimum is not None and value < minimum:
-            raise InputError(f"{what}: {field.name} is {value}; give >= {minimum}")
+            raise InputError(
+                f"{what}: {field.name} is {value}; it must be >= {minimum}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class Architecture:
     """The architecture of a decoder-only transformer.
 
     Each family has a subclass with its own fields.  Two models compute the same
-    function of their parameters if their architectures are equal; how they compute it
-    is in `Numerics`.  Hashable.
+    function of their parameters if their architectures are equal; `Numerics` determines
+    how they compute it.  Hashable.
     """
 
     vocab_size: int = at_least(1)
@@ -47,7 +49,7 @@ class Architecture:
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"architecture: num_heads={self.num_heads} is not a multiple of "
-                f"num_kv_heads={self.num_kv_heads}; query heads share key heads evenly"
+                f"num_kv_heads={self.num_kv_heads}"
             )
 
     @property

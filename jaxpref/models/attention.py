@@ -38,8 +38,8 @@ def attention(
     """Dense attention, with all scores [B, H, T, S] in memory; mask None is causal."""
     if q.dtype != jnp.float64:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
-    # The softmax of that function is float32 for every input, and float64 is there to
-    # check everything else to many digits.
+    # The softmax of that function is always float32, and float64 is used to check
+    # everything else to many digits.
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     grouped = jnp.reshape(q, (B, T, G, H // G, K), out_sharding=on_mesh(SPECS.groups))
     scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k) * K**-0.5
@@ -64,7 +64,7 @@ def causal_attention(
         k: keys.
         v: values.
         lengths: the number of real tokens in each row, padded on the right.  Results
-            for padding then mean nothing, and may cost nothing.
+            for padding are then meaningless, and may not be computed.
         twice_differentiable: as in `Numerics`.
     """
     if twice_differentiable:
@@ -72,7 +72,7 @@ def causal_attention(
     if (kernel := causal_kernel(q)) is not None:
         return _on_each_device(kernel, q, k, v)
     B, T = q.shape[:2]
-    # A row of one block gains nothing.  Gradient of dense and of blockwise attention on
+    # Rows of one block gain nothing.  Gradients of dense and of blockwise attention on
     # two busy cores, in milliseconds, and MiB of temporary arrays:
     #
     #               16 rows, 8 heads of 8          4 rows, 9 heads of 64
@@ -100,8 +100,8 @@ def packed_attention(
 ) -> Float[Array, "B T H K"]:
     """Attention of packed rows: tokens attend to their prompt and own completion.
 
-    More exactly, of the tokens before it those of its own part and of part 0 of the
-    same prompt.  Results for padding mean nothing.
+    More precisely, a token attends to itself and to the earlier tokens of its own part
+    and of part 0 of the same prompt.  Results for padding are meaningless.
 
     Args:
         q: queries.

@@ -1,13 +1,13 @@
-"""Attention by the kernels that jax ships for accelerators, and the choice of one.
+"""Attention kernels for accelerators, from jax, and the choice of one.
 
-TPU: splash attention.  There a token sees only keys of its own segment, but a prompt
+TPU: splash attention.  A token attends only to keys of its own segment, but a prompt
 would have to be in the segments of all its completions.  So the keys are passed once
 per completion: in copy c, prompts are in the segment of completion c.  Blocks of keys
-that no query sees are neither fetched nor multiplied.
-GPU: cuDNN's flash attention.  Packed rows need a mask there, whose memory grows with
-the square of the row, and only keys after a query are skipped; jax 0.10 also computes
-gradients of the mask, which 0.12 does not.  (jax's Pallas kernel for GPUs takes
-segments, but only as many keys as queries, and no shared key heads.)
+to which no query attends are neither fetched nor multiplied.
+GPU: cuDNN's flash attention.  Packed rows need a mask, whose memory grows with the
+square of the row length, and only keys after a query are skipped.  jax 0.10 also
+computes gradients of the mask; 0.12 does not.  (jax's Pallas kernel for GPUs supports
+segments, but needs as many keys as queries, and no shared key heads.)
 Splash attention has not been run on a TPU yet, only interpreted and compiled for one.
 None of these kernels has second derivatives.
 
@@ -29,14 +29,14 @@ Keys = Float[Array, "B T G K"]
 PerToken = Int[Array, "B T"]
 
 LANES = 128
-"""The width of a vector register; splash needs rows of a multiple of it."""
+"""The width of a vector register; splash attention needs rows of a multiple of it."""
 BLOCKS = (512, 256, 128)
-"""Tokens of a block on TPU: the first that divides the row, since each step of the grid
+"""Tokens per block on TPU: the first that divides the row, since each step of the grid
 has a fixed cost.  Not yet measured on a TPU."""
 
 
 def causal_kernel(q: Queries) -> Callable | None:
-    """The kernel `(q, k, v)` for whole rows, or None if there is none here."""
+    """The kernel `(q, k, v)` for whole rows, or None if the platform has none."""
     where = platform()
     if where == "tpu" and _splash_takes(q):
         return splash
@@ -44,7 +44,7 @@ def causal_kernel(q: Queries) -> Callable | None:
 
 
 def packed_kernel(q: Queries) -> Callable | None:
-    """The kernel for packed rows, called as `splash_packed`, or None for blockwise."""
+    """The kernel for packed rows, called like `splash_packed`; None for blockwise."""
     where = platform()
     if where == "tpu" and _splash_takes(q):
         return splash_packed
@@ -88,7 +88,7 @@ def splash_packed(
     pad = ((0, 0), (0, q.shape[2] - T))
     prompt_ids = jnp.pad(prompt_ids, pad, constant_values=-1)
     parts = jnp.pad(parts, pad)
-    # Padding sees itself; no query sees anything but prompts in the copies.
+    # Padding attends to itself; in the copies, queries attend only to prompts.
     padding, never = -1 - jnp.arange(q.shape[2]), -1 - q.shape[2]
     first = completions * prompt_ids
     own = jnp.where(prompt_ids < 0, padding, first + jnp.maximum(parts - 1, 0))
@@ -121,13 +121,13 @@ def _scaled(q: Queries) -> Queries:
 
 
 def _by_head(x: jax.Array) -> jax.Array:
-    """[B, T, H, K] to [B, H, T, K], the row padded to whole registers."""
+    """[B, T, H, K] to [B, H, T, K], with rows padded to whole registers."""
     padding = -x.shape[1] % LANES
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
 def _make_splash(H: int, T: int, *, copies: int, interpret: bool) -> Any:
-    """The kernel of T queries and `copies` times T keys, causal in the last T."""
+    """The kernel for T queries and `copies` times T keys, causal in the last T."""
     module = _splash()
     block = next(n for n in BLOCKS if T % n == 0)
     names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv "
@@ -143,10 +143,10 @@ def _make_splash(H: int, T: int, *, copies: int, interpret: bool) -> Any:
 
 
 def _skip_blocks(kernel: Any, queries: Int[Array, " T"], keys: Int[Array, " S"]) -> Any:
-    """The kernel, restricted to blocks where some query sees some key.
+    """The kernel, restricted to blocks where some query attends to some key.
 
     Args:
-        kernel: of `_make_splash`, which skips only keys after the queries.
+        kernel: from `_make_splash`, which skips only keys after the queries.
         queries: the segment of each query.
         keys: the segment of each key.
     """
@@ -228,7 +228,7 @@ def dense_packed(
 
 
 def visible(prompt_ids: PerToken, parts: PerToken) -> Bool[Array, "B 1 T T"]:
-    """Which keys each query of packed rows sees, if they are not after it."""
+    """Which keys each query of packed rows may attend to, ignoring their order."""
     query, key = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None])
     same_part = (query(parts) == key(parts)) | (key(parts) == 0)
     return (query(prompt_ids) == key(prompt_ids)) & same_part

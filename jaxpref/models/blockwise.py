@@ -1,7 +1,7 @@
 """Blockwise attention with a hand-written backward pass, for CPU.
 
-Work and memory grow with the pairs of tokens that see each other, block by block,
-and not with the square of the row.  The backward pass computes the scores again.
+Compute and memory grow with the number of blocks in which tokens attend to each other,
+not with the square of the row length.  The backward pass recomputes the scores.
 
 Axes: B rows, T tokens, H query heads, G key-value heads, K head features; N blocks of a
 row, M = H / G * block queries of a block that share a key head.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BLOCK = 64
-"""Tokens of a block."""
+"""Tokens per block."""
 NEVER = -1e30
 """Used instead of minus infinity, whose differences are NaN."""
 
@@ -28,8 +28,8 @@ def blockwise_attention(
 ) -> Float[Array, "B T H K"]:
     """Attention of packed rows, see `attention.packed_attention`.
 
-    Each query block visits the key blocks that hold the prompts and the own parts of
-    its tokens.  It cannot be differentiated twice.
+    Each query block visits the key blocks with the prompts and the own parts of its
+    tokens.  It cannot be differentiated twice.
     """
     T = q.shape[1]
     padding = -T % BLOCK
@@ -142,7 +142,7 @@ def _einsum(equation, a, b):
 
 
 def _visible(prompt_ids, parts, i, j, q):
-    """Which keys of block j the queries of block i see, bool [M, block]."""
+    """Which keys of block j the queries of block i attend to, bool [M, block]."""
     query, key = (lambda x: x[i][:, None]), (lambda x: x[j][None])
     slots = jnp.arange(BLOCK)
     same_part = (query(parts) == key(parts)) | (key(parts) == 0)
@@ -160,11 +160,11 @@ def _visited(visits, n):
 def _visits(prompt_ids, parts):
     """Prompts and parts by block [B, N, block], and what each block visits [B, N, 4].
 
-    A query block visits two runs of key blocks: `before` blocks from `first` on, with
-    the prompts, and the blocks from `own` up to itself, with the queries' own parts.
-    The fourth number is their count.  Between the two runs lie completions that no
-    query in the block sees.  Padding visits its own block only and sees at least
-    itself.
+    A query block visits two runs of key blocks: `before` blocks starting at `first`,
+    with the prompts, and the blocks from `own` up to itself, with the queries' own
+    parts.  The fourth number is the total count.  Between the two runs are completions
+    to which no query in the block attends.  Padding visits its own block only and
+    attends at least to itself.
     """
     slots = jnp.arange(prompt_ids.shape[1])
     real = prompt_ids >= 0

@@ -41,13 +41,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file of a model folder.
 
     Raises:
-        InputError: there is no such file, or it holds something else.
+        InputError: if there is no such file, or it contains something else.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file; give the folder of a Hugging Face model"
+            f"{path}: no such file; pass the folder of a Hugging Face model"
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
@@ -71,15 +71,15 @@ class ConfigFields:
     names_read: set[str] = dataclasses.field(default_factory=set)
 
     def get(self, name: str) -> Any:
-        """A field's value without checks, or None."""
+        """A field's value without checks; None if it is missing."""
         self.names_read.add(name)
         return self.values.get(name)
 
     def read(self, name: str, kind: type, default: Any = None) -> Any:
-        """A field of the given type.
+        """Reads a field of the given type.
 
         Raises:
-            InputError: it is missing and has no default, or is of another type.
+            InputError: if it is missing and has no default, or has another type.
         """
         value = self.get(name)
         value = default if value is None else value
@@ -106,7 +106,7 @@ class ConfigFields:
     def check_all_read(self, harmless: Collection[str]) -> None:
         """Raises InputError for an unread field that may affect the output.
 
-        Fields that are null, false or empty ask for nothing.
+        Fields that are null, false, or empty have no effect.
         """
         for name, value in self.values.items():
             known = name in self.names_read or name in harmless

@@ -54,7 +54,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Copied unchanged from the source folder into a saved one."""
+"""Files that are copied unchanged from the source folder into a saved one."""
 
 
 def check_folder(
@@ -63,19 +63,19 @@ def check_folder(
     *,
     new_head: bool = False,
 ) -> Architecture:
-    """The architecture of a folder whose weights can be loaded, unless damaged.
+    """Checks that a folder's weights can be loaded; returns its architecture.
 
     Reads config.json and the headers of the weight files, but no weights: a run does
     this before it spends time on the data.
 
     Args:
         folder: the folder.
-        kind: the class of the model to be loaded; by default as config.json says.
+        kind: the class of the model to be loaded; by default that in config.json.
         new_head: whether a reward model may take the backbone of a language model, as
             `load_params` does with a `head_key`.
 
     Raises:
-        InputError: what `load_params` would raise, but for values of weights.
+        InputError: whatever `load_params` would raise, except for values of weights.
     """
     folder = Path(folder)
     architecture = read_architecture(folder)
@@ -95,13 +95,14 @@ def load_params(
 
     Args:
         folder: the folder.
-        model: a language or a reward model, as the folder holds.
-        head_key: a random key.  With it a reward model takes the backbone of a language
-            model's folder, and a new head of its own; else unused.
+        model: a language model or a reward model, to match the folder.
+        head_key: a random key.  With it, a reward model may be loaded from a language
+            model's folder, and gets a new random head; otherwise unused.
 
     Raises:
-        InputError: a tensor is missing, unknown, of another shape or dtype, or holds a
-            value that is not finite; or the mesh does not divide the model's sizes.
+        InputError: if a tensor is missing, unknown, has another shape or dtype, or
+            contains a value that is not finite; or if the mesh does not divide the
+            model's sizes.
     """
     folder = Path(folder)
     check_mesh(model.architecture)
@@ -129,26 +130,27 @@ def save(
 ) -> None:
     """Writes config.json and safetensors that `transformers` loads.
 
-    Everything is written under a temporary name beside `folder` and then renamed, so a
-    crash leaves no half-written model.  Sharded parameters are gathered one layer's
-    matrix at a time.  With several processes all must call it; the first one writes.
+    Everything is written to a temporary folder next to `folder` and then moved, so a
+    crash leaves no half-written model.  Sharded parameters are gathered one
+    layer's matrix at a time.  If there are several processes, all must call this; the
+    first one writes.
 
     Args:
         folder: the folder to write; other files in an existing one stay as they are.
         model: the model.
         params: its parameters, sharded or not.
-        source_folder: where the model came from: its tokenizer files are copied, and so
-            are the fields of its config.json that do not concern the architecture
+        source_folder: the original model folder.  Its tokenizer files are copied, and
+            so are the fields of its config.json that do not affect the architecture
             (token ids).
         dtype: "float32", "float16" or "bfloat16"; by default that of the parameters.
-        padding: from `reward.padding_of`; a reward model's config.json and tokenizer
-            name it, a language model's stay as they are.  Without it `transformers`
-            refuses to score more than one sequence at a time.
+        padding: from `reward.padding_of`; written to a reward model's config.json and
+            tokenizer files; a language model's are unchanged.  Without it,
+            `transformers` refuses to score more than one sequence at a time.
         max_file_bytes: weights beyond this size are split over several files; one
             file's weights are held in host memory at a time.
 
     Raises:
-        InputError: the folder cannot be written, or a weight is not finite in `dtype`.
+        InputError: if it cannot be written, or a weight is not finite in `dtype`.
     """
     folder = Path(folder).resolve()
     source = None if source_folder is None else Path(source_folder)
@@ -204,7 +206,7 @@ def _match(
 ) -> Params:
     """The shapes of the parameters that `stored` holds.
 
-    All of the model's, without `score` if it is not stored and `new_head` is true.
+    These are all of the model's, except `score` if it is not stored and `new_head`.
     """
     family = model.architecture.family
     shapes = dict(jax.eval_shape(model.init, jax.random.key(0)))
@@ -212,19 +214,19 @@ def _match(
     if score in stored and "score" not in shapes:
         raise InputError(
             f"{folder}: holds a reward model (tensor {score}), which has no LM head; "
-            "give a language model, or train this one with a loss of rewards"
+            "pass a language model, or use a reward-model loss such as bradley_terry"
         )
     ignored = set()
     if "score" in shapes and score not in stored:
         if not new_head:
             raise InputError(
-                f"{folder}: holds no reward model (tensor {score} is missing); give "
+                f"{folder}: holds no reward model (tensor {score} is missing); pass "
                 "one, such as OUT/export of a run with --loss bradley_terry"
             )
         del shapes["score"]
         ignored = {head}
     elif model.architecture.tie_word_embeddings:
-        ignored = {head}  # checked when it is loaded
+        ignored = {head}  # checked when loading
     expected = {}
     for name, leaf in _named_leaves(family, shapes):
         stored_shape = name.stored_shape(leaf.shape)
@@ -234,8 +236,8 @@ def _match(
         found = stored[name].get_shape()
         if found != list(shape):
             raise InputError(
-                f"{folder}: tensor {name} has shape {found}, but config.json asks for "
-                f"{list(shape)}; the two do not belong together"
+                f"{folder}: tensor {name} has shape {found}, but config.json says "
+                f"{list(shape)}; check that both files are from the same model"
             )
     return shapes
 
@@ -251,7 +253,8 @@ def _check_names(
     missing = [name for name in expected if name not in stored]
     if missing:
         head = family.tensors["head"].template
-        hint = "; set tie_word_embeddings if it is tied" if missing == [head] else ""
+        tied = "; if it is tied, set tie_word_embeddings to true"
+        hint = tied if missing == [head] else ""
         raise InputError(
             f"{folder}: tensor {missing[0]} is missing ({len(missing)} of "
             f"{len(expected)} are){hint}"
@@ -265,13 +268,13 @@ def _check_names(
     if unknown:
         raise InputError(
             f"{folder}: tensor {unknown[0]} is not part of a {family.model_type} model "
-            f"with {architecture.num_layers} layers ({len(unknown)} such); check "
+            f"with {architecture.num_layers} layers (unknown: {len(unknown)}); check "
             "config.json"
         )
 
 
 def _check_tied_head(folder: Path, model: AnyModel, stored: dict[str, Any]) -> None:
-    """A language model may repeat its tied embedding, but not store another head."""
+    """Checks that a stored LM head equals the embedding to which it is tied."""
     tensors = model.architecture.family.tensors
     head, embed = (tensors[name].template for name in ("head", "embed"))
     tied = isinstance(model, Model) and model.architecture.tie_word_embeddings
@@ -305,7 +308,7 @@ def _load_leaf(
 
     def piece(index: Any) -> np.ndarray:
         bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
-        if bounds not in pieces:  # devices that hold the same shard share one reading
+        if bounds not in pieces:  # read once for all devices with the same shard
             if name.stacked:
                 layers = [read(tensor, index[1:]) for tensor in tensors[index[0]]]
                 pieces[bounds] = np.stack(layers)
@@ -358,7 +361,7 @@ def _set_pad_token(folder: Path, padding: Padding) -> None:
             fields = read_json(path)
             written = name == "tokenizer_config.json" or "pad_token" in fields
             token = fields.get("pad_token")
-            if isinstance(token, dict):  # as older files have it
+            if isinstance(token, dict):  # as in older files
                 token = token["content"]
             if written and token != padding.token:
                 write_json(path, fields | {"pad_token": padding.token})
@@ -371,7 +374,7 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     written = {path.name for path in temporary.iterdir()}
     for name in sorted(written):
         (temporary / name).replace(folder / name)
-    # Weights of an earlier save under other names would be read in place of ours.
+    # Otherwise, weights of an earlier save under other names would be read instead.
     for path in [*folder.glob("model*.safetensors"), folder / INDEX]:
         if path.name not in written:
             path.unlink(missing_ok=True)

@@ -10,10 +10,10 @@ from jaxpref.models.config_json import HARMLESS, ConfigFields, read_json
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """What a folder's config.json describes.
+    """The architecture in a folder's config.json.
 
     Raises:
-        InputError: no readable config.json, or a field that is not supported.
+        InputError: if config.json cannot be read or has an unsupported field.
     """
     path = Path(folder) / "config.json"
     return architecture_from_fields(read_json(path), path)
@@ -22,10 +22,10 @@ def read_architecture(folder: str | Path) -> Architecture:
 def architecture_from_fields(
     values: dict[str, Any], source: str | Path
 ) -> Architecture:
-    """What the fields of a config.json describe; `source` is named in messages.
+    """The architecture in the fields of a config.json; messages name `source`.
 
     Raises:
-        InputError: a field is missing, malformed or not supported.
+        InputError: if a field is missing, malformed, or not supported.
     """
     fields = ConfigFields(values, str(source))
     supported = {family.model_type: family for family in families.FAMILIES}
@@ -65,7 +65,7 @@ def is_reward_model(folder: str | Path) -> bool:
     """Whether a folder's config.json is that of a sequence classifier.
 
     Raises:
-        InputError: no readable config.json.
+        InputError: if config.json cannot be read.
     """
     architectures = read_json(Path(folder) / "config.json").get("architectures")
     return any(str(a).endswith("SequenceClassification") for a in architectures or ())

@@ -32,19 +32,19 @@ class Cache:
     """Keys and values of the tokens seen so far, for one batch of sequences."""
 
     keys: Float[Array, "L B S G K"]
-    """In the compute dtype, rotated."""
+    """In the compute dtype, with rotary positions applied."""
     values: Float[Array, "L B S G K"]
     """In the compute dtype."""
     start: Int[Array, " B"]
-    """int32; the slot of each row's first real token, left padding before it."""
+    """int32; the slot of each row's first real token, after the left padding."""
     filled: Int[Array, ""]
     """int32; slots written so far, the same in every row."""
 
 
 @functools.cache
 def _graphs(architecture: Architecture, numerics: Numerics) -> tuple[Any, Any]:
-    # The structures without arrays.  Layouts are in the arrays' types, not in here: one
-    # structure serves every mesh.
+    # The structures without arrays.  Layouts are part of the arrays' types, so the same
+    # structures work for every mesh.
     make = architecture.family.transformer
     module = nnx.eval_shape(lambda: make(architecture, numerics, nnx.Rngs(0)))
     return nnx.split(module)[0], nnx.split(module.layers)[0]
@@ -54,7 +54,7 @@ def _remat(layer: Callable, policy: str) -> Callable:
     if policy == "none":
         return layer
     saved = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    # Within a scan nothing can be merged across the barrier anyway.
+    # Within a scan, nothing can be merged across the barrier anyway.
     return jax.checkpoint(
         layer, policy=saved if policy == "dots" else None, prevent_cse=False
     )
@@ -83,13 +83,14 @@ class Model:
     def init(self, key: jax.Array) -> Params:
         """Random parameters, sharded over the current mesh.
 
-        Matrices are normal with `initializer_range`, those that write to the residual
-        stream smaller by sqrt(2 L); gains are one.  `jax.eval_shape(model.init, key)`
-        gives shapes and layouts without any memory.
+        Matrices are normal with standard deviation `initializer_range`, divided by
+        sqrt(2 L) for those that write to the residual stream; gains are one.
+        `jax.eval_shape(model.init, key)` returns shapes and layouts without allocating
+        memory.
 
         Raises:
-            InputError: the mesh's axes are not Explicit `data`, `fsdp` and `tensor`, or
-                they do not divide the model's sizes.
+            InputError: if the mesh's axes are not Explicit `data`, `fsdp`, and
+                `tensor`, or do not divide the model's sizes.
         """
         check_mesh(self.architecture)
         make = self.architecture.family.transformer
@@ -110,10 +111,10 @@ class Model:
             params: parameters.
             tokens: rows, padded on the right or packed.
             positions: by default 0, 1, 2, ... in every row.
-            segments: of packed rows.  By default every token sees all before it, which
-                is all that rows padded on the right need.
-            lengths: of rows that are not packed, the number of real tokens.  Saves
-                attention to and from the padding, whose states then mean nothing.
+            segments: the segments of packed rows.  By default, every token attends to
+                all earlier ones, which is correct for rows padded on the right.
+            lengths: the number of real tokens in rows that are not packed.  Attention
+                to and from padding is then skipped, and its states are meaningless.
         """
         transformer = self._transformer(params)
         inputs = tokens, positions, segments, lengths
@@ -218,12 +219,12 @@ class Model:
 
         Args:
             params: parameters.
-            tokens: row b's prompt in its last `lengths[b]` places.
+            tokens: prompts; that of row b is in the last `lengths[b]` positions.
             lengths: the number of real tokens in each row.
             cache: an empty cache of length >= T.
 
         Raises:
-            ValueError: the prompts are longer than the cache.
+            ValueError: if the prompts are longer than the cache.
         """
         start = reshard(tokens.shape[1] - lengths, SPECS.rows)
         cache = dataclasses.replace(cache, start=start.astype(jnp.int32))
@@ -234,11 +235,11 @@ class Model:
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of the next T tokens, and the updated cache.
 
-        The caller stays within the cache: filled + T <= its length.  `filled` is data,
-        so a step too many raises nothing; it overwrites the last slots.
+        The caller must stay within the cache: filled + T <= its length.  `filled` is
+        data, so a step beyond it raises no error; it overwrites the last slots.
 
         Raises:
-            ValueError: T alone is more than the cache's length.
+            ValueError: if T alone is more than the cache's length.
         """
         if tokens.shape[1] > cache.keys.shape[2]:
             raise ValueError(
@@ -253,7 +254,7 @@ class Model:
         transformer = self._transformer(params)
         shared = transformer.shared_inputs(positions)
 
-        # The cache is a carry, not a scanned input: XLA then updates it in place.
+        # The cache is a carry, not a scanned input, so that XLA updates it in place.
         def layer(carry, scanned):
             x, *cached = carry
             weights, attributes, index = scanned

@@ -1,10 +1,10 @@
 """Explicit FSDP: weights are gathered once, gradients reduce-scattered once.
 
 If this is left to the compiler, a device that has gathered a weight receives the whole
-of its gradient by an all-reduce, for the head once per chunk of a loop, and keeps its
-own shard: twice the bytes, or many times.  Here each of the N row groups has a copy of
-its own.  A device then sums the gradients that it computes locally, and one
-reduce-scatter at the end does the rest.
+gradient in an all-reduce and keeps only its own shard: at least twice the bytes, and
+for the head once per chunk of a loop.  Here, each of the N row groups has its own copy.
+A device sums the gradients that it computes locally, and one reduce-scatter at the end
+sums them over devices.
 
 Axes: N row groups (the devices of `data` and `fsdp` together), B rows, T tokens,
 V vocabulary, D hidden.
@@ -24,7 +24,7 @@ from jaxpref.sharding import ROWS
 
 
 def is_fsdp_sharded(weight: jax.Array) -> bool:
-    """Whether a weight is sharded over several devices of `fsdp`."""
+    """Whether a weight is sharded over several `fsdp` devices."""
     if num_row_groups() == 1:
         return False
     mesh = jax.sharding.get_abstract_mesh()
@@ -33,10 +33,10 @@ def is_fsdp_sharded(weight: jax.Array) -> bool:
 
 
 def num_row_groups() -> int:
-    """N of the mesh that is set; 1 without a mesh, or on other devices than TPUs.
+    """N of the current mesh; 1 without a mesh or on devices other than TPUs.
 
-    Only the compiler for TPU needs this.  On eight virtual CPU devices, steps with
-    these collectives sometimes deadlocked.
+    Only the TPU compiler needs this.  On eight virtual CPU devices, steps with these
+    collectives sometimes deadlocked.
     """
     if platform() != "tpu":
         return 1
@@ -90,10 +90,11 @@ def row_group_layout(spec: P) -> P:
 def hierarchical_groups(size: int) -> list[list[list[int]]]:
     """Groups of devices whose reduce-scatters, in turn, equal one over all devices.
 
-    The compiler for TPU turns a reduce-scatter over a whole slice into an all-reduce of
-    which each chip keeps a shard, and an all-gather likewise if the slice has three
-    axes: twice the bytes.  It does not do so over groups.  Hence first the devices that
-    are `inner` apart, then those that are adjacent; all-gathers in the reverse order.
+    The TPU compiler turns a reduce-scatter over a whole slice into an all-reduce of
+    which each chip keeps a shard, and does the same to an all-gather if the slice has
+    three axes.  This doubles the bytes.  It does not do so over groups.  So gradients
+    are reduced first over devices that are `inner` apart, then over adjacent ones;
+    all-gathers use the reverse order.
     """
     inner = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
     outer = size // inner
@@ -108,11 +109,11 @@ def linear_vjp(
     """`function(weight)` in the precision of `dtype`; the gradient is not rounded.
 
     Args:
-        function: linear, without arithmetic, such as a gather or a transposition.
+        function: a linear function without arithmetic, such as a gather or transpose.
         transpose: its transpose, applied to cotangents.
-        weight: in the parameter dtype, in which the result comes too: a cast to `dtype`
-            undoes that, and nothing is stored twice as wide.
-        dtype: of what is moved, if it is narrower than the weight's.
+        weight: in the parameter dtype, which the result has too.  A cast of the result
+            to `dtype` undoes the widening, so nothing is stored twice as wide.
+        dtype: the dtype in which data is moved, if narrower than the weight's.
     """
     dtype = min(jnp.dtype(dtype), weight.dtype, key=lambda d: d.itemsize)
 
@@ -130,8 +131,8 @@ def linear_vjp(
 def all_gather_per_row_group(weight: jax.Array, dtype: Any) -> jax.Array:
     """A weight [V, D] or [D, V] as N copies, one per row group.
 
-    The all-gather of FSDP, in `dtype`; gradients, in the parameter dtype, come back by
-    one reduce-scatter.
+    This is FSDP's all-gather, in `dtype`.  Gradients, in the parameter dtype, are
+    summed in one reduce-scatter.
     """
     if on_mesh(SPECS.embed) is None:
         return weight[None]
@@ -141,7 +142,7 @@ def all_gather_per_row_group(weight: jax.Array, dtype: Any) -> jax.Array:
 
 
 def transpose_table(table: Float[Array, "N V D"], dtype: Any) -> Float[Array, "N D V"]:
-    """The copies of a tied embedding as copies of the head."""
+    """Turns the copies of a tied embedding into copies of the head."""
     swap = lambda table: reshard(jnp.swapaxes(table, 1, 2), SPECS.row_group_copies)
     return linear_vjp(swap, swap, table, dtype)
 
@@ -149,7 +150,7 @@ def transpose_table(table: Float[Array, "N V D"], dtype: Any) -> Float[Array, "N
 def embedding_lookup(
     table: Float[Array, "N V D"], tokens: Int[Array, "B T"], dtype: Any
 ) -> Float[Array, "B T D"]:
-    """The tokens' vectors in `dtype`, from one copy of the embedding per row group.
+    """The tokens' embeddings in `dtype`, from one copy of the table per row group.
 
     Gradients are summed in the dtype of the table.
     """
@@ -177,7 +178,7 @@ def embedding_lookup(
 
 
 def _on_each_device(function: Callable, specs: tuple[P, ...], out: P) -> Callable:
-    """The function applied to each device's own shards, if a mesh is set."""
+    """Applies the function to each device's own shards, if a mesh is set."""
     if on_mesh(out) is None:
         return function
     return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)

@@ -1,4 +1,4 @@
-"""Finding a model's folder by path or by its id on the Hugging Face hub."""
+"""Finding a model's folder by path or by its ID on the Hugging Face Hub."""
 
 import hashlib
 from pathlib import Path
@@ -10,19 +10,19 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def resolve_folder(model: str) -> Path:
-    """The local folder of a model, which is downloaded if `model` is a hub id.
+    """The local folder of a model, which is downloaded if `model` is a Hub ID.
 
-    Weights in other formats than safetensors are never downloaded, nor is code.
+    Only safetensors weights are downloaded, and never code.
 
     Raises:
-      InputError: if there is no such folder and the hub does not give one.
+      InputError: if there is neither such a folder nor such a model on the Hub.
     """
     folder = Path(model)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise InputError(
-            f"{model}: is a file; give the folder that contains config.json"
+            f"{model}: is a file; pass the folder that contains config.json"
         )
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such folder")
@@ -32,7 +32,7 @@ def resolve_folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=_WANTED))
     except Exception as error:
         raise InputError(
-            f"{model}: no such folder, and no such model on the hub "
+            f"{model}: no such folder, and no such model on the Hugging Face Hub "
             f"({first_line(error)})"
         ) from error
 
@@ -49,12 +49,12 @@ def weights_digest(folder: Path, dtypes: str) -> str:
 
 
 def stop_tokens(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a completion: `eos_token_id`, one or several.
+    """The token ids that end a completion: one or several `eos_token_id`.
 
-    `generation_config.json` decides, and `config.json` where it says nothing.
+    Read from `generation_config.json`, or from `config.json` if it has none.
 
     Raises:
-      InputError: if one of them is no JSON object, or has anything but whole numbers.
+      InputError: if one of the files is malformed.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -64,7 +64,7 @@ def stop_tokens(folder: Path) -> tuple[int, ...]:
                 tokens = found if isinstance(found, list) else [found]
                 if not all(type(token) is int for token in tokens):
                     raise InputError(
-                        f"{path}: field eos_token_id is {found!r}; give a token's id "
+                        f"{path}: field eos_token_id is {found!r}; give a token id "
                         "or a list of them"
                     )
                 return tuple(tokens)

@@ -28,7 +28,7 @@ class Specs:
     mlp_out: P = P(None, "tensor", "fsdp")
     norm: P = P(None)
     layer_norm: P = P(None, None)
-    # Weights in use: gathered over fsdp once.  In training each row group has
+    # Weights in use: gathered over fsdp once.  In training, each row group has
     # a copy, so that gradients of different groups are summed once, at the end.
     embed_gathered: P = P(None, "tensor")
     head_gathered: P = P(None, "tensor")
@@ -49,7 +49,7 @@ SPECS = Specs()
 
 
 def on_mesh(spec: P | None) -> P | None:
-    """The spec if a mesh is set, else None, so that the same code serves both."""
+    """The spec if a mesh is set, else None, so that the same code works for both."""
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
@@ -59,9 +59,9 @@ def reshard(x: jax.Array, spec: P) -> jax.Array:
 
 
 def platform() -> str:
-    """The platform that the program is compiled for: "cpu", "gpu" or "tpu".
+    """The platform for which the program is compiled: "cpu", "gpu", or "tpu".
 
-    Its devices are those of the mesh that is set, which may belong to another machine.
+    It is that of the current mesh, whose devices may belong to another machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

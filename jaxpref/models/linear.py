@@ -1,4 +1,4 @@
-"""Products of activations and weights, whose gradients transpose neither factor."""
+"""Products of activations and weights whose gradients transpose neither factor."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ from jaxpref.models.gathering import (
 from jaxpref.models.layout import on_mesh
 
 PRODUCT = "product"
-"""The name of the results for policies of `jax.checkpoint`."""
+"""The name of the results in policies of `jax.checkpoint`."""
 
 
 def dense_einsum(
@@ -29,26 +29,27 @@ def dense_einsum(
     spec: P | None = None,
     out_dtype: Any = None,
 ) -> jax.Array:
-    """`einsum(equation, x, weight)`: factors in the dtype of x, sums at least float32.
+    """`einsum(equation, x, weight)`: factors in x's dtype, sums in float32 or wider.
 
     The gradients are einsums of the same kind,
 
         d/dx: out, weight -> x        d/dweight: x, out -> weight
 
-    in this order of factors.  JAX's own order for the weight is (out, x), for which XLA
-    on CPU writes a transposed copy of `out`, the larger of the two.
+    with the factors in this order.  JAX's own order for the weight is (out, x), for
+    which XLA on CPU makes a transposed copy of `out`, the larger of the two.
     A weight that is sharded over fsdp is gathered in the dtype of x for the product and
     again for the gradient of x, and its own gradient is scattered; see `gathering`.
-    `jax.jvp` cannot differentiate this; for a derivative along a direction, take that
-    of `jax.vjp`'s function in its own argument.
+    `jax.jvp` cannot differentiate this.  For a directional derivative, differentiate
+    the function that `jax.vjp` returns.
 
     Args:
-        equation: of one activation and one weight, each index in two of the three
-            terms; rows come first in those of the activation and the result.
+        equation: an einsum equation of one activation and one weight.  Each index
+            occurs in two of the three terms; rows come first in the terms of the
+            activation and the result.
         x: activations.
-        weight: in the parameter dtype; its gradient comes in that dtype, from sums that
-            were never rounded to the dtype of x.  With one axis more than the equation
-            names: one copy per row group.
+        weight: in the parameter dtype.  Its gradient has the same dtype, from sums that
+            are never rounded to the dtype of x.  If it has one axis more than in the
+            equation, that axis is one copy per row group.
         spec: layout of the result on the mesh that is set.
         out_dtype: dtype of the result, by default that of x.
     """
@@ -67,7 +68,7 @@ def dense_einsum(
         x = jnp.reshape(x, split, out_sharding=on_mesh(_by_row_group(layout(x))))
         spec = _by_row_group(spec)
 
-    # The same precision forward and backward, whatever the cotangents' dtype.
+    # The same precision in both passes, whatever the cotangents' dtype.
     einsum = functools.partial(_einsum, x.dtype)
     whole = lambda weight: all_gather(weight.astype(x.dtype)) if sharded else weight
 
@@ -96,8 +97,8 @@ def dense_einsum(
     if copied or sharded:
         shape = (rows, *result.shape[2:])
         result = jnp.reshape(result, shape, out_sharding=on_mesh(whole_spec))
-    # In a function with a custom gradient, jax.checkpoint sees this name, not the
-    # product.
+    # Since the function has a custom gradient, policies of jax.checkpoint apply to this
+    # name and not to the product.
     return checkpoint_name(result, PRODUCT)
 
 

@@ -1,10 +1,10 @@
 """Log-probs of given tokens, without logits for the whole sequence.
 
-The head runs on the predictor positions only, `chunk_size` of them at a time: the
-largest arrays with a vocabulary axis, besides the head and its gradient, are
-`[B, chunk_size, V]`.  The backward pass computes each chunk's logits again.  Only if
-there is a single chunk and nothing but log-probs is asked for are its logits saved, and
-the head then costs three products instead of four.
+The head runs only on positions that predict a target, `chunk_size` of them at a time:
+the largest arrays with a vocabulary axis, besides the head and its gradient, are
+`[B, chunk_size, V]`.  The backward pass recomputes each chunk's logits.  If there is a
+single chunk and only log-probs are requested, its logits are saved instead, and the
+head then costs three products instead of four.
 
 Axes: B rows, T tokens, P predicted positions, c positions of a chunk, D hidden,
 V vocabulary, N row groups (see `gathering`).
@@ -30,8 +30,8 @@ def project(hidden: Hidden, head: Head) -> Float[Array, "B T V"]:
     """Logits before a soft cap: hidden @ head.
 
     The factors are in the dtype of `hidden`, the sums in float32 or wider; V is sharded
-    over the `tensor` axis of the mesh.  Each of N row groups uses its own copy of a
-    head [N, D, V]; see `gathering`.
+    over the `tensor` axis of the mesh.  With a head [N, D, V], each of the N row groups
+    uses its own copy; see `gathering`.
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     spec = SPECS.features
@@ -78,13 +78,13 @@ def token_logps(
             factors are in the dtype of `hidden`.
         predictors: positions whose hidden state predicts each target.
         targets: the predicted tokens.
-        chunk_size: most predicted positions of each row in a chunk; by default
+        chunk_size: maximum predicted positions of each row in a chunk; by default
             `default_chunk`.
         soft_cap: of the logits; see `logits`.
 
     Returns:
-        Log-probs, float32 (float64 for float64 hidden states).  Unused places hold some
-        finite number: mask them when summing.
+        Log-probs, float32 (float64 for float64 hidden states).  Unused positions have
+        arbitrary finite values: mask them when summing.
     """
 
     def chunk(t, h):
@@ -98,7 +98,7 @@ def token_logps(
 
 
 def _collisions(z, t, reference_z):
-    """The log-probability that two draws give the same token: log sum_v pi(v)^2."""
+    """The log-probability that two samples are the same token: log sum_v pi(v)^2."""
     del t, reference_z
     return jax.nn.logsumexp(2 * z, axis=-1) - 2 * jax.nn.logsumexp(z, axis=-1)
 
@@ -125,7 +125,7 @@ STATISTICS = {
     "kls": _kls,
     "reference_logps": lambda z, t, reference_z: _logps(reference_z, t),
 }
-"""What can be computed of a token's logits, its target and the reference's logits."""
+"""Statistics of a token's logits, its target, and the reference's logits."""
 
 
 def token_statistics(
@@ -147,7 +147,7 @@ def token_statistics(
         head: [D, V] or [N, D, V].
         predictors: int [B, P].
         targets: int [B, P].
-        reference: the reference's hidden states and head, where a statistic needs them.
+        reference: the reference's hidden states and head, if a statistic needs them.
         chunk_size: see `token_logps`.
         soft_cap: see `token_logps`.
 
@@ -194,11 +194,11 @@ def _over_chunks(
     """
     B, P = targets.shape
     chunks = max(-(-P // (chunk_size or _chunk_size(B, head))), 1)
-    chunk_size = max(-(-P // chunks), 1)  # one unused place if P = 0
+    chunk_size = max(-(-P // chunks), 1)  # one unused position if P = 0
     padding = ((0, 0), (0, chunks * chunk_size - P))
     predictors = jnp.pad(reshard(predictors, SPECS.tokens), padding)
     targets = jnp.pad(reshard(targets, SPECS.tokens), padding)
-    # A gather within its own row: under vmap it needs no annotation.
+    # Under vmap, a gather within a row needs no sharding annotation.
     at_predictors = lambda hidden: jax.vmap(lambda h, i: h[i])(
         reshard(hidden, SPECS.hidden), predictors
     )
@@ -227,9 +227,9 @@ def default_chunk(rows: int, width: int, vocabulary: int) -> int:
     """Predicted positions per row in a chunk; see `CHUNK_BYTES`.
 
     Args:
-        rows: on one device.
+        rows: rows on one device.
         width: hidden size.
-        vocabulary: tokens of a device's shard.
+        vocabulary: vocabulary entries on one device.
     """
     bytes_per_position = 4 * rows * vocabulary
     return max(CHUNK_BYTES // bytes_per_position, width // rows, 1)

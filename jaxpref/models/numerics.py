@@ -14,9 +14,9 @@ class Numerics:
     """How the function of an `Architecture` is computed.
 
     Parameters are stored in `param_dtype` and cast to `compute_dtype` where they are
-    used.  Norms, rotary angles, the softmax over keys and log-probs are computed in
+    used.  Norms, rotary angles, the softmax over keys, and log-probs are computed in
     float32 or wider; the cosines and sines of the angles and the attention weights are
-    then rounded to `compute_dtype`, as transformers does.
+    then rounded to `compute_dtype`, as in transformers.
     """
 
     param_dtype: str = "float32"

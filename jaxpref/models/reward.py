@@ -1,7 +1,7 @@
 """Reward models: the same backbone with a scalar head instead of the LM head.
 
-An answer's score is read at its last real token, the only one that has seen all of it:
-EOS, or the token at which the answer was cut.  `transformers` calls such a model
+An answer's score is read at its last real token, the only one that attends to all of
+it: EOS, or the token at which the answer was cut.  `transformers` calls such a model
 `AutoModelForSequenceClassification` with one label.
 """
 
@@ -21,7 +21,7 @@ from jaxpref.models.numerics import FLOAT32, Numerics
 from jaxpref.sharding import ROWS
 
 HEAD = P(None, None)
-"""One number per feature: too small to be worth sharding."""
+"""The head has one number per feature, too few to shard."""
 PASSES = P(None, ROWS, None)
 
 
@@ -30,7 +30,7 @@ class RewardModel:
     """A transformer that scores answers, as pure functions of its parameters.
 
     Parameters are those of `Model` without `head`, and `score` [D, 1].  The
-    architecture is that of the backbone; `tie_word_embeddings` means nothing here, as
+    architecture is that of the backbone; `tie_word_embeddings` has no effect, because
     there is no LM head.  Hashable, and works on the same meshes as `Model`.
     """
 
@@ -47,7 +47,7 @@ class RewardModel:
         """Random parameters, sharded over the current mesh.
 
         Raises:
-            InputError: the mesh does not fit the model; see `Model.init`.
+            InputError: if the mesh does not fit the model; see `Model.init`.
         """
         of_backbone, of_score = jax.random.split(key)
         return self.backbone.init(of_backbone) | {"score": self.new_score(of_score)}
@@ -55,8 +55,8 @@ class RewardModel:
     def new_score(self, key: jax.Array) -> Float[Array, "D 1"]:
         """A random head: normal with variance 1 / (D + 1).
 
-        Scores of an untrained head are then about as large as the features.  Not zero,
-        so that two reward models of one backbone and two keys learn different things.
+        The scores of an untrained head are then about as large as the features.  It
+        is not zero, so that reward models with one backbone and different keys differ.
 
         Source: Stiennon et al. 2020, arXiv:2009.01325.
         """
@@ -85,7 +85,7 @@ class RewardModel:
         positions: Int[Array, "B T"] | None = None,
         segments: Segments | None = None,
     ) -> Float[Array, "B P"]:
-        """Scores read at `places`, float32 (float64 for float64 hidden states).
+        """Scores at positions `places`, float32 (float64 for float64 hidden states).
 
         Rows are padded on the right, or packed; see `Model.hidden`.
         """
@@ -98,7 +98,7 @@ class RewardModel:
     ) -> Float[Array, " B"]:
         """Scores of the first lengths[b] tokens of each row.
 
-        A sequence of length 0 gets the score of its first place.
+        A sequence of length 0 gets the score of its first position.
         """
         return self.rewards_at(params, tokens, _ends(lengths))[:, 0]
 
@@ -134,25 +134,25 @@ def mc_rewards(
         out[t, b] = sum_d m[t, b, d] / (1 - rate) hidden[b, d] score[d]
 
     with independent m[t, b, d], 1 with probability 1 - rate and else 0.  The backbone,
-    which is trained without dropout, runs once and dropout applies to the head's input
-    only: the passes cost next to nothing, and their spread is the uncertainty of the
-    head, not of the backbone.  Their mean is `model.rewards`.
+    which is trained without dropout, runs once, and dropout applies to the head's input
+    only.  So the passes cost almost nothing, and their spread is the uncertainty of the
+    head, not of the backbone.  Their expectation is `model.rewards`.
 
-    Passes and rows are independent.  The noise depends on the row's place in the batch.
+    Passes and rows are independent.  The noise depends on a row's index in the batch.
 
     Args:
         model: the reward model.
         params: its parameters.
         tokens: rows, padded on the right.
         lengths: the number of real tokens in each row.
-        key: a jax random key.
+        key: a JAX random key.
         rate: the probability of dropping a feature, in [0, 1).
         passes: T of `jaxpref.noise.uncertainty`, >= 1.
 
     Raises:
-        ValueError: `rate` or `passes` is out of its range.
+        ValueError: if `rate` or `passes` is out of range.
 
-    Sources: Gal and Ghahramani 2015, arXiv:1506.02142; UPO, arXiv:2409.11212, takes ten
+    Sources: Gal and Ghahramani 2015, arXiv:1506.02142; UPO, arXiv:2409.11212, uses ten
     passes at a rate of 0.1.
     """
     if not 0 <= rate < 1:
@@ -171,21 +171,21 @@ class Padding:
     """The token that pads the input of a reward model."""
 
     token: str
-    """Its text in the tokenizer's files."""
+    """The token's text in the tokenizer files."""
     id: int
-    """Its index in the embedding."""
+    """The token's index in the embedding."""
 
 
 def padding_of(tokenizer: Any) -> Padding | None:
     """The token to pad a reward model's input with, or None if there is none.
 
-    `transformers` reads the score at the last token that is not the padding token.  An
-    answer ends with EOS, so where a tokenizer pads with EOS, as many do, that would be
-    the token before it.  So: the tokenizer's own padding token, else BOS, else the
-    token of unknown text, else another special token: the first that is not EOS.
+    `transformers` reads the score at the last token that is not the padding token.  If
+    the tokenizer pads with EOS, as many do, that would be the token before EOS, which
+    ends an answer.  So this is the first of the following that is not EOS: the
+    tokenizer's own padding token, BOS, the unknown token, and other special tokens.
 
     Args:
-        tokenizer: of `transformers`.
+        tokenizer: a `transformers` tokenizer.
     """
     t = tokenizer
     for token in (t.pad_token, t.bos_token, t.unk_token, *t.all_special_tokens):

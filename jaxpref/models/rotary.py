@@ -33,8 +33,8 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise InputError(
-                f"rotary positions: rope_type is {self.kind!r}; default, linear and "
-                "llama3 are supported"
+                f"rotary positions: rope_type is {self.kind!r}; only default, linear "
+                "and llama3 are supported"
             )
         if self.factor <= 0 or self.low_freq_factor >= self.high_freq_factor:
             raise InputError(

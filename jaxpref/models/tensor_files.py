@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: opened, indexed and written."""
+"""Opening, indexing, and writing the safetensors files of a model folder."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from jaxpref.models.families import TensorName
 from jaxpref.runtime.heartbeat import beat
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtypes of weights: the names of the format, and those of numpy."""
+"""The dtypes of weights: names in the file format, and in NumPy."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -29,7 +29,7 @@ def open_file(path: Path) -> dict[str, Any]:
     """The tensors of a file by name; indexing one reads that part of it from disk.
 
     Raises:
-        InputError: the file cannot be read, or holds a tensor of an unsupported dtype.
+        InputError: if it cannot be read, or has a tensor of an unsupported dtype.
     """
     try:
         file = safe_open(path, framework="np")
@@ -60,7 +60,7 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     """The tensors of all files of a folder by name; only headers are read.
 
     Raises:
-        InputError: a file is missing or cannot be read.
+        InputError: if a file is missing or cannot be read.
     """
     if (folder / WEIGHTS).exists():
         return open_file(folder / WEIGHTS)
@@ -104,10 +104,10 @@ def entries(name: TensorName, array: Any) -> list[Entry]:
 def write_tensors(
     folder: Path | None, tensors: list[Entry], dtype: np.dtype, max_file_bytes: int
 ) -> None:
-    """Writes tensors into `folder`, or with None only helps to gather them.
+    """Writes tensors to `folder`; if it is None, only takes part in gathering them.
 
     Raises:
-        InputError: a value is not finite in `dtype`.
+        InputError: if a value is not finite in `dtype`.
     """
     files, size = [[]], 0
     for entry in tensors:
@@ -127,9 +127,9 @@ def write_tensors(
         total += sum(value.nbytes for value in values.values())
         if folder is not None:
             save_file(values, folder / file, metadata={"format": "pt"})
-            # The library makes files that only their owner can read.
+            # The library creates files that only their owner can read.
             shutil.copymode(folder / "config.json", folder / file)
-        del values  # before the next file's are gathered
+        del values  # before those of the next file are gathered
     if len(files) > 1 and folder is not None:
         table = {"metadata": {"total_size": total}, "weight_map": index}
         write_json(folder / INDEX, table)
@@ -155,4 +155,4 @@ def _gather(entry: Entry, dtype: np.dtype) -> np.ndarray:
         )
     if name.inputs:
         value = value.reshape(math.prod(value.shape[: name.inputs]), -1).T
-    return np.ascontiguousarray(value)  # or the library saves the wrong order
+    return np.ascontiguousarray(value)  # or the library saves another order

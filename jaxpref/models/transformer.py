@@ -28,9 +28,9 @@ Rngs = nnx.Rngs
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """The signature of attention in a block.
 
-Queries [B, T, H, K], keys and values [B, T, G, K] to the result [B, T, H, K] and the
-state that the block returns: in decoding the cache, in training nothing.  Scores are
-scaled by 1/sqrt(K).
+It maps queries [B, T, H, K] and keys and values [B, T, G, K] to the result
+[B, T, H, K] and the state that the block returns: the cache in decoding, nothing in
+training.  Scores are scaled by 1/sqrt(K).
 """
 
 
@@ -56,7 +56,7 @@ def normal(
 ) -> nnx.Param:
     """A parameter with standard deviation `scale` times `initializer_range`.
 
-    It is drawn in its layout: no device ever holds the whole of it.
+    It is created sharded: no device ever holds all of it.
     """
     key, dtype = rngs.params(), jnp.dtype(numerics.param_dtype)
     draw = jax.random.normal(key, shape, dtype, out_sharding=on_mesh(spec))
@@ -76,8 +76,8 @@ def zeros(numerics: Numerics, shape: Sequence[int], spec: PartitionSpec) -> nnx.
 class Block(nnx.Module):
     """The layers of a family.
 
-    Built with the weights of all layers, each array [L, ...]; called with those of one
-    layer, a slice that `functional` takes within its scan over the layers.
+    It is created with the weights of all layers, each array [L, ...], and called with
+    those of one layer: `functional` slices them within its scan over the layers.
     """
 
     def __init__(self, architecture: Any, numerics: Numerics, rngs: Rngs):
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
             self.head = normal(rngs, architecture, numerics, (D, V), SPECS.head)
 
     def shared_inputs(self, positions: Int[Array, "B T"]) -> Any:
-        """What all layers need of the positions, such as rotary angles."""
+        """What all layers need to know about positions, such as rotary angles."""
         raise NotImplementedError
 
     def layer_attributes(self) -> Any:
@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
     def heads(self, table: Float[Array, "*N V D"]) -> Float[Array, "*N D V"]:
         """The LM head, one copy per row group; see `table`.
 
-        [D, V] if there is one group: XLA on CPU would transpose a copy in each chunk.
+        [D, V] if there is one group; else XLA on CPU would transpose it in each chunk.
         """
         if num_row_groups() == 1:
             return self.head_weight()

@@ -14,9 +14,9 @@ from jaxpref.models.transformer import Transformer
 class TensorName:
     """The tensor, or one tensor per layer, that holds an array of our parameters.
 
-    `inputs` is how many of the array's leading axes (behind the layer axis) are the
-    inputs of a matrix.  The file holds `[outputs, inputs]`, each of them flattened;
-    with 0 the array is stored as it is.
+    `inputs` is the number of the array's leading axes (after the layer axis) that are
+    inputs of a matrix.  The file stores `[outputs, inputs]`, each of them flattened; if
+    `inputs` is 0, the array is stored as is.
     """
 
     template: str
@@ -47,8 +47,8 @@ class TensorName:
 
 
 def _flat_slice(shape: Sequence[int], index: Sequence[slice]) -> slice:
-    # `Specs` shards at most the first of the axes that are flattened together (heads,
-    # never the features within one), so that a part is one range of rows or columns.
+    # Of axes that are flattened together, `Specs` shards at most the first (heads,
+    # never the features within a head), so a part is one range of rows or columns.
     bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
     whole = [(0, n, 1) for n in shape]
     assert bounds[1:] == whole[1:], f"{index} of {shape} is not one range"
@@ -61,18 +61,18 @@ class Family:
     """Everything that the shared code needs to know about a model family."""
 
     model_type: str
-    """The name in config.json."""
+    """The `model_type` in config.json."""
     causal_lm: str
-    """The class in `transformers` of its language models."""
+    """The `transformers` class of its language models."""
     classifier: str
-    """The class in `transformers` of its sequence classifiers."""
+    """The `transformers` class of its sequence classifiers."""
     read_config: Callable[[ConfigFields], Architecture]
-    """Reads the architecture out of config.json.  A field that it does not read is an
+    """Reads the architecture from config.json.  A field that it does not read is an
     error, unless it is null, false or harmless."""
     write_config: Callable[[Any], dict[str, Any]]
     """The fields of config.json that describe an architecture of the family."""
     transformer: type[Transformer]
-    """The modules."""
+    """The NNX modules."""
     tensors: Mapping[str, TensorName]
     """Parameters by path ("layers.query"), and their tensors in a folder."""
     harmless: Collection[str] = ()

@@ -1,4 +1,4 @@
-"""Llama, and the models of the same architecture (SmolLM2, TinyLlama, ...).
+"""Llama, and models with the same architecture (SmolLM2, TinyLlama, ...).
 
 Axes: B rows, T tokens, D hidden, H query heads, G key-value heads, K head features,
 F feed-forward features, L layers.
@@ -91,7 +91,7 @@ class LlamaBlock(Block):
     def add_attention(
         self, x: Float[Array, "B T D"], attended: Float[Array, "B T H K"]
     ) -> Float[Array, "B T D"]:
-        """Adds the output projection of what attention returned."""
+        """Adds the output projection of the attention's result."""
         output = self.output[...]
         return x + dense_einsum("bthk,hkd->btd", attended, output, spec=SPECS.hidden)
 
@@ -179,7 +179,7 @@ def read_config(fields: ConfigFields) -> LlamaArchitecture:
     """The architecture described by a config.json.
 
     Raises:
-        InputError: a field is missing or malformed, or has an unsupported value.
+        InputError: if a field is missing, malformed, or has an unsupported value.
     """
     for name, supported in FIXED.items():
         fields.require(name, supported)

@@ -16,12 +16,12 @@ def read_rope(
     (`rope_theta`, `rope_scaling`).
 
     Args:
-        fields: of the config.json.
+        fields: the fields of the config.json.
         context: the default of `original_max_position_embeddings`.
-        default_theta: the base where the file names none.
+        default_theta: the base if the file has none.
 
     Raises:
-        InputError: a field is malformed, or asks for another kind of scaling.
+        InputError: if a field is malformed, or has an unsupported kind of scaling.
     """
     old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
     nested = old or new or {}
@@ -40,7 +40,7 @@ def read_rope(
     older, newer = rope.get("type"), rope.get("rope_type")
     kind = newer or older or "default"
     scaling = None if kind == "default" else _scaling(rope, kind, context)
-    # Used by some kinds only, but written for others too.
+    # Only some kinds use it, but it is written for others too.
     rope.check_all_read(("factor", "original_max_position_embeddings"))
     return theta, scaling
 
