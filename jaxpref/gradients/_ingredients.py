@@ -71,31 +71,7 @@ def ingredients(
     nothing varies).  If the data vary too, it is the gradient of one pair.  Both kinds
     of pairs may be in one array that is passed twice, with two masks.
 
-    Accuracy of alpha: mean |alpha - alpha*| of Gaussian draws with K = 4, all used, and
-    M = 1, with ingredients averaged over 1 / 10 / 100 steps, for several ratios
-    ||b_e||^2 / tr S_t.  The noise is "flat", with equal variances in all coordinates,
-    or "steep", with variances like 1 / i; b_e is drawn from the same distribution.
-
-        parameters                ratio 0.01        0.1          1         10
-        10, flat               .08/.06/.02 .13/.09/.04 .21/.07/.02 .02/.01/.00
-        10, steep              .12/.07/.03 .17/.10/.05 .29/.10/.03 .04/.01/.00
-        1,000, flat            .03/.01/.00 .04/.01/.00 .02/.01/.00 .00/.00/.00
-        1,000, steep           .09/.05/.02 .11/.06/.02 .08/.03/.01 .01/.00/.00
-        100,000, steep, as
-          sketches of 64       .10/.05/.02 .12/.06/.02 .10/.04/.01 .02/.01/.00
-          sketches of 256      .07/.04/.01 .10/.06/.01 .06/.02/.01 .01/.00/.00
-
-    (`python -m tests.gradients.simulations`, seeds 0 to 39, for 100,000 parameters 0 to
-    19; standard errors up to 0.03 after 1 step, 0.015 after 10, 0.005 after 100; seven
-    minutes on two cores; it also covers K = 2, 8, 16 and excess errors.)
-
-    At ratios from 0.1 to 10, the best mixture beats the better of the two gradients by
-    at least 10%.  There, ten steps give alpha within 0.1 on average (barely so with 10
-    steep parameters), and a single step often does not.  A larger K does not help much,
-    because the noise of the mean hides b_e.  At a ratio of 0.01, alpha* is 0.01, and an
-    alpha that is off by 0.05 increases the error considerably over its minimum (by 63%
-    with 1,000 steep parameters after 10 steps, 7% after 100).  So average over 100
-    steps or more.
+    How accurate alpha is after a number of steps: see `jaxpref.gradients.bvpo`.
 
     Args:
       trace_draws: a pytree whose leaves have a leading axis of K >= 2 draws: gradients
@@ -129,18 +105,9 @@ def ingredients(
     """
     draws = _draws(trace_draws, empty_draws)
     trace_count, empty_count = (leaf.shape[0] for leaf in draws[0])
-    if trace_count < 2 or empty_count < 1:
-        raise ValueError(
-            "Expected at least 2 trace draws and 1 empty-trace draw, got "
-            f"{trace_count} and {empty_count}."
-        )
-    if paired and trace_count != empty_count:
-        raise ValueError(
-            f"Expected equal numbers of draws if they are paired, got {trace_count} "
-            f"and {empty_count}."
-        )
-    for name, size in (("trace_size", trace_size), ("empty_size", empty_size)):
-        _common.positive(name, size)
+    _check_counts(trace_count, empty_count, paired=paired)
+    _common.positive("trace_size", trace_size)
+    _common.positive("empty_size", empty_size)
     trace_where = _where("trace_where", trace_where, trace_count)
     empty_where = _where("empty_where", empty_where, empty_count)
     if paired:
@@ -148,7 +115,8 @@ def ingredients(
     dtype = jnp.result_type(*(leaf for pair in draws for leaf in pair))
     k, m = (jnp.sum(where).astype(dtype) for where in (trace_where, empty_where))
 
-    scatter_t = scatter_e = scatter_te = gap = jnp.zeros((), dtype)
+    zero = jnp.zeros((), dtype)
+    scatter_t = scatter_e = scatter_te = gap = zero
     for trace, empty in draws:
         mean_t, off_t = _centered(trace, trace_where, k)
         mean_e, off_e = _centered(empty, empty_where, m)
@@ -157,12 +125,8 @@ def ingredients(
         scatter_te += jnp.sum(off_t * off_e) if paired else 0
         gap += jnp.sum((mean_e - mean_t) ** 2)
 
-    per_draw = lambda scatter, n: jnp.where(
-        n > 1, scatter / jnp.maximum(n - 1, 1), jnp.nan
-    )
-    s_t, s_te = per_draw(scatter_t, k), per_draw(scatter_te, k)
-    zero = jnp.zeros((), dtype)
-    s_e = per_draw(scatter_e, m) if empty_count > 1 else zero
+    s_t, s_te = _per_draw(scatter_t, k), _per_draw(scatter_te, k)
+    s_e = _per_draw(scatter_e, m) if empty_count > 1 else zero
     gap = jnp.where((k > 0) & (m > 0), gap, jnp.nan)
     k, m = jnp.maximum(k, 1), jnp.maximum(m, 1)
     sizes = jnp.asarray(trace_size, dtype), jnp.asarray(empty_size, dtype)
@@ -174,6 +138,20 @@ def ingredients(
         empty_bias_sq=gap - s_t / k - s_e / m + (2 * s_te / k if paired else 0),
         bias_dot=zero,
     )
+
+
+def _check_counts(trace_count: int, empty_count: int, *, paired: bool) -> None:
+    """Raises ValueError if there are too few draws for the estimates."""
+    if trace_count < 2 or empty_count < 1:
+        raise ValueError(
+            "Expected at least 2 trace draws and 1 empty-trace draw, got "
+            f"{trace_count} and {empty_count}."
+        )
+    if paired and trace_count != empty_count:
+        raise ValueError(
+            f"Expected equal numbers of draws if they are paired, got {trace_count} "
+            f"and {empty_count}."
+        )
 
 
 def _draws(trace_draws, empty_draws) -> list[tuple[jax.Array, jax.Array]]:
@@ -208,3 +186,8 @@ def _centered(draws: jax.Array, where: jax.Array, count) -> tuple[jax.Array, jax
     draws = jnp.where(where, draws, 0)
     mean = jnp.sum(draws, axis=0) / jnp.maximum(count, 1).astype(draws.dtype)
     return mean, jnp.where(where, draws - mean, 0)
+
+
+def _per_draw(scatter: jax.Array, count: jax.Array) -> jax.Array:
+    """The unbiased variance from a sum over the draws; NaN if there is only one."""
+    return jnp.where(count > 1, scatter / jnp.maximum(count - 1, 1), jnp.nan)

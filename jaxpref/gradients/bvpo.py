@@ -21,6 +21,32 @@ variance of g is alpha^2 tr S_t (theorem 1).
 The mixture is linear.  So for a constant alpha it is the gradient of the mixed loss
 alpha L_t + (1 - alpha) L_e, in one backward pass and without this module.
 
+Accuracy of alpha: mean |alpha - alpha*| with K = 4 Gaussian draws of g_t, all used,
+and one of g_e, with `ingredients` averaged over 1 / 10 / 100 steps, for several ratios
+||b_e||^2 / tr S_t.  The noise is "flat", with equal variances in all coordinates, or
+"steep", with variances like 1 / i; b_e is drawn from the same distribution.
+
+    parameters                ratio 0.01        0.1          1         10
+    10, flat               .08/.06/.02 .13/.09/.04 .21/.07/.02 .02/.01/.00
+    10, steep              .12/.07/.03 .17/.10/.05 .29/.10/.03 .04/.01/.00
+    1,000, flat            .03/.01/.00 .04/.01/.00 .02/.01/.00 .00/.00/.00
+    1,000, steep           .09/.05/.02 .11/.06/.02 .08/.03/.01 .01/.00/.00
+    100,000, steep, as
+      sketches of 64       .10/.05/.02 .12/.06/.02 .10/.04/.01 .02/.01/.00
+      sketches of 256      .07/.04/.01 .10/.06/.01 .06/.02/.01 .01/.00/.00
+
+(`python -m tests.gradients.simulations`, seeds 0 to 39, for 100,000 parameters 0 to
+19; standard errors up to 0.03 after 1 step, 0.015 after 10, 0.005 after 100; seven
+minutes on two cores; it also covers K = 2, 8, 16 and excess errors.)
+
+At ratios from 0.1 to 10, the best mixture beats the better of the two gradients by
+at least 10%.  There, ten steps give alpha within 0.1 on average (barely so with 10
+steep parameters), and a single step often does not.  A larger K does not help much,
+because the noise of the mean hides b_e.  At a ratio of 0.01, alpha* is 0.01, and an
+alpha that is off by 0.05 increases the error considerably over its minimum (by 63%
+with 1,000 steep parameters after 10 steps, 7% after 100).  So average over 100
+steps or more.
+
 References:
   Zhu et al., "BVPO", 2025, arXiv:2510.05095, Eq. 2 and theorems 1 and 2.  The paper
   fixes alpha at 0.5 and does not estimate it.
