@@ -177,7 +177,7 @@ def test_the_learned_flip_rate_has_its_interval(tmp_path, drawn):
     ]
     out = write(tmp_path, records)
     write_training(out)
-    flip_rate = panels(drawn[0])["flip rate of the labels, estimated"]
+    flip_rate = panels(drawn[0])["estimated flip rate of the labels"]
     assert flip_rate == {"estimate": [[1, 0.25], [2, 0.2]]}
     (band,) = drawn[0].axes[3].collections
     assert {tuple(point) for point in band.get_paths()[0].vertices.tolist()} == {
@@ -186,7 +186,7 @@ def test_the_learned_flip_rate_has_its_interval(tmp_path, drawn):
     assert band.get_label() == "estimate, 95% interval"
     # In its own section beside the temperature; `identified` is said in words.
     assert [*panels(drawn[1])] == [
-        "flip rate of the labels, estimated",
+        "estimated flip rate of the labels",
         "noise/temperature",
     ]
     text = page(out)

@@ -8,7 +8,7 @@ from jaxpref.train.optimizer import Optimizer
 
 
 def advice(config: PlanConfig, plan: dict) -> list[str]:
-    """Options that reduce the memory of a step, the cheapest first."""
+    """Options that reduce the memory of a step, cheapest first."""
     mesh, held = plan["mesh"], plan["held_bytes"]
     state = held["parameters"] + held["optimizer"]
     rows = plan["tokens_shape"][1] // (mesh["data"] * mesh["fsdp"])

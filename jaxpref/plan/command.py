@@ -1,7 +1,6 @@
 """`jaxpref plan`: one plan, or a sweep that recommends one of several."""
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
       The plan, or the recommended one of a sweep; see `estimate_plan`.
 
     Raises:
-      InputError: if the options are invalid or do not fit each other.
+      InputError: if the options are invalid or not compatible.
     """
     topology = parse_topology(config.topology)
     model = model_of(config)
@@ -143,28 +142,10 @@ def estimate_plan(
     model = build(model.architecture, numerics)
     title = f"compiling {config.model} for {topology.name} {' '.join(flags_of(config))}"
     measured = child.compile_in_child(argv, topology, title)
-    tokens, targets = measured["shape"]["tokens"], measured["shape"]["targets"]
-    sequences = tokens[0] * tokens[1] * tokens[2]
-    load = functools.partial(
-        Load,
-        model=model,
-        mesh=measured["mesh"],
-        slices=topology.slices,
-        sequences=sequences,
-        length=tokens[-1],
-        predictions=targets[-1],
-        seen=_attended_pairs(config, objective, sequences),
-        accumulation=config.accumulation,
-        head="rewards" not in objective.scores,
-        logit_chunk=config.logit_chunk,
-    )
-    extra_passes = int(bool(objective.couples) and config.accumulation > 1)
-    extra_passes += int(bool(objective.scores & NEED_REFERENCE_WEIGHTS))
-    work = load(extra_passes=extra_passes, models=objective.num_models)
+    load = _load(config, objective, topology, model, measured)
     step = _memory(measured["step"], topology)
-    score = _memory(measured["score"], topology)
-    held = measured["bytes"]
-    found = {
+    score = _reference_pass(measured, load, topology)
+    plan = {
         "model": config.model,
         "topology": topology.name,
         "devices": topology.devices,
@@ -173,35 +154,81 @@ def estimate_plan(
         "batch": config.batch,
         "remat": config.remat,
         "accumulation": config.accumulation,
-        "tokens_shape": tokens,
-        "held_bytes": held,
+        "tokens_shape": measured["shape"]["tokens"],
+        "held_bytes": measured["bytes"],
         "activation_bytes": measured["activations"],
         **step,
         "fits": step["fits"] and score["fits"],
         "stored_reference": bool(stored_scores(objective.scores)),
-        "ideal_wire_bytes": ideal_wire_bytes(work),
-        "ideal_dcn_bytes": ideal_dcn_bytes(work),
-        "score": score | {"flops": sum(forward_flops(load()).values())},
+        "ideal_wire_bytes": ideal_wire_bytes(load),
+        "ideal_dcn_bytes": ideal_dcn_bytes(load),
+        "score": score,
         "decode": _decode(measured, model, topology),
+        **_time(load, topology, measured["bytes"], step),
     }
+    return plan | _hours(config, plan)
+
+
+def _load(
+    config: PlanConfig,
+    objective: Objective,
+    topology: Topology,
+    model: Model,
+    measured: dict,
+) -> Load:
+    """The computation of a step, with the shapes of the compiled program."""
+    tokens, targets = measured["shape"]["tokens"], measured["shape"]["targets"]
+    sequences = tokens[0] * tokens[1] * tokens[2]
+    extra_passes = int(bool(objective.couples) and config.accumulation > 1)
+    extra_passes += int(bool(objective.scores & NEED_REFERENCE_WEIGHTS))
+    return Load(
+        model=model,
+        mesh=measured["mesh"],
+        slices=topology.slices,
+        sequences=sequences,
+        length=tokens[-1],
+        predictions=targets[-1],
+        seen=_attended_pairs(config, objective, sequences),
+        accumulation=config.accumulation,
+        extra_passes=extra_passes,
+        head="rewards" not in objective.scores,
+        logit_chunk=config.logit_chunk,
+        models=objective.num_models,
+    )
+
+
+def _reference_pass(measured: dict, step: Load, topology: Topology) -> dict:
+    """Memory, communication, and the bound on the time of scoring a batch."""
+    once = dataclasses.replace(step, extra_passes=0, models=1)
+    flops = sum(forward_flops(once).values())
+    score = _memory(measured["score"], topology) | {"flops": flops}
+    if topology.chip is not None:
+        score["compute_seconds"] = flops / topology.devices / topology.chip.flops
+    return score
+
+
+def _time(load: Load, topology: Topology, held: dict[str, int], step: dict) -> dict:
+    """The bound on the time of a step, and its speed; on CPU only the FLOPs."""
     timed: dict[str, Any] = dict.fromkeys(
         ("flops_per_step", "roofline_seconds", "mfu_estimate", "tokens_per_second")
     )
-    if topology.chip is not None:
-        received = found["wire_bytes"], found["dcn_bytes"]
-        timed |= estimate(work, topology.chip, held, *received)
-        seconds = timed["roofline_seconds"]
-        timed["tokens_per_second"] = sequences * tokens[-1] / seconds
-        forward = found["score"]["flops"] / topology.devices / topology.chip.flops
-        found["score"]["compute_seconds"] = forward
-        if config.pairs:
-            steps = config.pairs / config.batch
-            timed["hours"] = steps * seconds / 3600
-            if stored_scores(objective.scores):
-                timed["score_hours"] = steps * forward / 3600
-    else:
-        timed["flops_per_step"] = 3 * sum(forward_flops(work).values())
-    return found | timed
+    if topology.chip is None:
+        return timed | {"flops_per_step": 3 * sum(forward_flops(load).values())}
+    received = step["wire_bytes"], step["dcn_bytes"]
+    timed |= estimate(load, topology.chip, held, *received)
+    seconds = timed["roofline_seconds"]
+    return timed | {"tokens_per_second": load.sequences * load.length / seconds}
+
+
+def _hours(config: PlanConfig, plan: dict) -> dict[str, float]:
+    """Hours of training on `config.pairs`, and of scoring them, if there is a bound."""
+    if not config.pairs or plan["roofline_seconds"] is None:
+        return {}
+    steps = config.pairs / config.batch
+    hours = {"hours": steps * plan["roofline_seconds"] / 3600}
+    if plan["stored_reference"]:
+        hours["score_hours"] = steps * plan["score"]["compute_seconds"] / 3600
+    return hours
 
 
 def _decode(measured: dict, model: Model, topology: Topology) -> dict | None:

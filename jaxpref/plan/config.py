@@ -35,8 +35,8 @@ class PlanConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of matrix products and activations."""
     logit_chunk: int | None = None
-    """Completion tokens per sequence whose logits are in memory at once (default: chosen
-    automatically)."""
+    """Completion tokens per sequence whose logits are in memory at once (default:
+    chosen automatically)."""
     unroll: int = 1
     """Layers to unroll in the scan over layers."""
     mesh: MeshConfig = MeshConfig()

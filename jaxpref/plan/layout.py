@@ -1,4 +1,4 @@
-"""The layout of pairs that are all alike."""
+"""The layout of pairs that all have the same lengths."""
 
 import jax
 import numpy as np
@@ -17,16 +17,16 @@ def uniform_layout(
     accumulation: int = 1,
     row_length: int | None = None,
 ) -> data.Layout:
-    """The layout of a run whose pairs are all alike.
+    """The layout of a run whose pairs all have the same lengths.
 
     Args:
-      num_completions: completions of a prompt.
+      num_completions: completions per prompt.
       mesh: the devices.
       prompt_length: tokens of each prompt.
       answer_length: tokens of each answer.
-      batch_size: pairs of a step.
-      accumulation: micro-batches of a step.
-      row_length: tokens of a packed row, None for one pair a row.
+      batch_size: pairs per step.
+      accumulation: micro-batches per step.
+      row_length: tokens per packed row; None for one pair per row.
 
     Raises:
       InputError: if the rows cannot be split over micro-batches and devices, or a pair

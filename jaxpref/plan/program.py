@@ -1,4 +1,4 @@
-"""The programs of a run, compiled from shapes alone for devices that are elsewhere."""
+"""The programs of a run, compiled from shapes alone for devices that are not here."""
 
 import dataclasses
 import functools
@@ -32,37 +32,37 @@ from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.task import Programs
 
 FORMAT = 5
-"""Of what is kept of a compiled program; part of the key."""
+"""Version of the format of cached results; part of the cache key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one step does, and how it is laid out."""
+    """The work of one step and its layout."""
 
     model: Model
-    """Sizes and numerics, remat included."""
+    """Sizes and numerics, including remat."""
     objective: Objective
-    """What is made small."""
+    """The objective to minimize."""
     optimizer: OptimizerConfig
-    """What is remembered of gradients for each weight."""
+    """The optimizer and its state."""
     mesh: MeshConfig
-    """How the devices are used."""
+    """The mesh of devices."""
     prompt_length: int
-    """Tokens of a prompt."""
+    """Tokens per prompt."""
     answer_length: int
-    """Tokens of an answer."""
+    """Tokens per answer."""
     batch_size: int
-    """Pairs of a step."""
+    """Pairs per step."""
     accumulation: int = 1
-    """Micro-batches of a step."""
+    """Micro-batches per step."""
     row_length: int | None = None
-    """Tokens of a packed row."""
+    """Tokens per packed row; None for one pair per row."""
     logit_chunk: int | None = None
-    """Completion tokens whose logits exist at the same time."""
+    """Completion tokens whose logits are in memory at once."""
 
 
 def devices_of(topology: Topology) -> list:
-    """The devices of a slice, of which none need exist here.
+    """The devices of a slice, which need not exist on this machine.
 
     Raises:
       InputError: if libtpu is not installed, or knows no such slice.
@@ -94,16 +94,16 @@ def devices_of(topology: Topology) -> list:
 
 
 def measure(work: Work, topology: Topology) -> dict:
-    """Compiles the train step, the reference pass and the sampler; reads their needs.
+    """Compiles the train step, the reference pass, and the sampler; measures them.
 
     Returns:
-      Plain values: `mesh` by axis; `bytes` of one device by what they hold, and of the
-      `activations` that a micro-batch keeps for its backward pass; for `step`,
-      `score` and `decode` what `_compiled` says (`decode` is None for a reward model);
-      `shape` of the batch, and of the `prompts` and what is sampled after them.
+      Plain values: `mesh` sizes by axis; `bytes` per device by content, including the
+      `activations` that a micro-batch stores for its backward pass; for `step`,
+      `score`, and `decode`, the result of `_compiled` (`decode` is None for a reward
+      model); the `shape` of the batch, and of the `prompts` and their continuations.
 
     Raises:
-      InputError: if mesh, batch or topology do not fit each other.
+      InputError: if mesh, batch, and topology are not compatible.
     """
     task = programs_of(work, make_mesh(work.mesh, devices_of(topology)))
     mesh = task.mesh
@@ -147,9 +147,9 @@ def measure(work: Work, topology: Topology) -> dict:
 
 
 def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
-    """What a run would compile."""
+    """The programs that a run would compile."""
     make_model = RewardModel if "rewards" in work.objective.scores else build
-    # As a run has it: a probe differentiates a gradient.
+    # As in a run: a probe differentiates a gradient.
     numerics = dataclasses.replace(
         work.model.numerics, twice_differentiable=work.objective.probe is not None
     )
@@ -178,9 +178,10 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
 
 
 def _activations(scorer: Scorer, params, frozen, batch) -> int:
-    """Bytes of one device, of what is computed of tokens and kept for the gradient.
+    """Bytes per device of the activations that are stored for the gradient.
 
-    What is laid out by rows (`data`), so a gathered embedding's copies too.
+    Counts all arrays sharded by rows (`data`), which include the copies of a gathered
+    embedding.
     """
     residuals = []
 
@@ -194,7 +195,7 @@ def _activations(scorer: Scorer, params, frozen, batch) -> int:
 
 
 def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:
-    """Shape of the prompts, as many as pairs or a few more, and how to lower it."""
+    """The prompts' shape (one per pair or a few more), and a function to lower it."""
     shards = row_shards(mesh)
     shape = (-(-work.batch_size // shards) * shards, work.prompt_length)
     whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -212,12 +213,12 @@ def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:
 
 
 def _compiled(lower, topology: Topology) -> dict:
-    """Memory and collectives of one program, from the cache where they are known.
+    """Memory and collectives of one program, cached on disk.
 
-    `argument`, `output`, `temp` and `alias` bytes of one device; or `needs`, where the
-    compiler only says that it is too much, and the `limit` that it found.
-    `collectives`, where a loop that ends by what it computes turns once, and
-    `collectives_of_a_turn`, what each turn more adds.
+    The memory is `argument`, `output`, `temp`, and `alias` bytes per device.  If the
+    compiler runs out of memory, it is `needs` and `limit` from its message instead.
+    `collectives` assumes one iteration of loops whose end depends on computed values;
+    `collectives_of_a_turn` is what each further iteration adds.
     """
     start = time.monotonic()
     lowered = lower()
@@ -258,9 +259,10 @@ def _compiled(lower, topology: Topology) -> dict:
 
 
 def _compile(lowered, topology: Topology) -> tuple[jax.stages.Compiled, str]:
-    """The program and its text.
+    """The compiled program and its text.
 
-    TPU's compiler writes the text to a folder: jax cannot read all of its programs.
+    The TPU compiler writes the text to a folder, because jax cannot read all of its
+    programs.
     """
     if topology.chip is None:
         compiled = lowered.compile()
@@ -294,9 +296,9 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def too_large(message: str) -> dict | None:
-    """`needs` and `limit` in bytes, of the compiler's message that memory ran out.
+    """`needs` and `limit` in bytes, from a compiler's message that memory ran out.
 
-    Arguments are in what it says is needed.  None of another message.
+    `needs` includes the arguments.  None for any other message.
     """
     size = r"([\d.]+)([KMGT]?)B?"
     match = re.search(
@@ -313,7 +315,7 @@ def too_large(message: str) -> dict | None:
 
 
 def _bytes_of_one(tree) -> int:
-    """Bytes that one device holds of arrays."""
+    """Bytes of arrays on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)

@@ -183,7 +183,7 @@ def _accuracy_table(summary: Record) -> Table:
     return Table(
         ["judged by", "accuracy", "95% interval"],
         rows,
-        "Share of the original labels that the cross-fitted model agrees with.",
+        "Share of the original labels with which the cross-fitted model agrees.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The curves of one run: metrics against the step, of training and of evaluation."""
+"""The curves of one run: training and evaluation metrics by step."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 TRAINING, HELD_OUT = "training batches", "held-out pairs"
 SMOOTHED = 20
-"""From so many points on, a noisy metric is drawn faint below its running mean."""
+"""Number of points from which a noisy metric is drawn behind its running mean."""
 MARKED = 12
-"""Up to so many points, each is marked."""
+"""Maximum number of points for which each is marked."""
 WIDTHS = {1: 7.6, 2: 8.4, 3: 9.6}
-"""Of a figure in inches, by its columns."""
+"""Width of a figure in inches, by number of columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Line:
     label: str
     color: str
     band: tuple[str, str] | None = None
-    """Metrics of an interval's ends."""
+    """Metrics for the ends of an interval."""
 
     @property
     def evaluation(self) -> bool:
@@ -71,7 +71,7 @@ def sides(metric: str, title: str, **options: Any) -> Panel:
 
 
 def available(panels: Sequence[Panel], records: Sequence[Record]) -> list[Panel]:
-    """Those with something to draw, and of them the lines with something to draw."""
+    """The panels with something to draw, with only those lines that have data."""
     found = []
     for panel in panels:
         lines = tuple(
@@ -118,16 +118,16 @@ def draw(path: Path, panels: Sequence[Panel], records: Sequence[Record]) -> None
 
 
 def points(records: Sequence[Record], metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric; NaN, which breaks the line, where it is null."""
+    """Steps and values of a metric; null becomes NaN, which breaks the line."""
     found = [record for record in records if metric in record]
     values = [math.nan if r[metric] is None else r[metric] for r in found]
     return [record["step"] for record in found], values
 
 
 def running_mean(values: Sequence[float], *, width: int) -> list[float]:
-    """Means over the values around each, fewer towards the ends; NaN stays NaN.
+    """Means over a window around each value, smaller toward the ends; NaN stays NaN.
 
-    As many values on either side, so that a straight line stays one.
+    The window is symmetric, so that a straight line stays straight.
     """
     means = []
     for place, value in enumerate(values):
@@ -148,7 +148,7 @@ def _draw_panel(axes: "Axes", panel: Panel, records: Sequence[Record]) -> None:
     if panel.percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     else:
-        # An offset above the axis ("1e-6 + 0.69") is read over.
+        # An offset above the axis ("1e-6 + 0.69") is easily overlooked.
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
 
 

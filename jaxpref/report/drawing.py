@@ -1,4 +1,4 @@
-"""How a figure is begun and saved; matplotlib is loaded when the first one is drawn."""
+"""Creating and saving figures; matplotlib is imported when the first is drawn."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def drawing(path: str | Path, *, size: tuple[float, float]) -> "Iterator[Figure]":
-    """A figure in the style of the reports, written to `path` on leaving.
+    """A figure in the style of the reports, written to `path` on exit.
 
     Nothing here touches pyplot's global state or a display.
 
@@ -26,7 +26,7 @@ def drawing(path: str | Path, *, size: tuple[float, float]) -> "Iterator[Figure]
     Raises:
       InputError: if the file cannot be written.
     """
-    # Loading matplotlib takes most of a second, which runs that draw nothing save.
+    # Importing matplotlib takes most of a second, and not every run draws something.
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
-"""What a run prints: a line for each evaluation, and a summary at the end.
+"""The text that a run prints: a line for each evaluation, and a summary at the end.
 
-Plain records in, text out: `metrics.jsonl` gives the same lines as the run itself.
+It depends only on plain records, so `metrics.jsonl` gives the same lines as the run.
 """
 
 import math
@@ -16,18 +16,18 @@ SHOWN = {
     "eval_rewards/margins": "margin",
     "eval_noise/flip_rate": "flip rate",
 }
-"""Metrics of an evaluation that are printed, and what they are called."""
+"""The metrics of an evaluation that are printed, and their titles."""
 SHARES = {"accuracy", "flip rate"}
-"""Those that are printed in percent."""
+"""Titles of metrics that are printed as percentages."""
 
 
 def evaluation_line(step: int, metrics: Record) -> str:
     """As "step 100: eval loss 0.6107, accuracy 64.2%, margin 0.31".
 
     Args:
-      step: optimizer steps done.
-      metrics: of the evaluation, under their names in `metrics.jsonl`; those that it
-        does not have are left out.
+      step: completed optimizer steps.
+      metrics: metrics of the evaluation, by their names in `metrics.jsonl`; missing
+        ones are left out.
     """
     found = [
         f"{title} {_cell(name, metrics)}"
@@ -53,19 +53,19 @@ def summary_lines(
     start: int = 0,
     best: str = "min:eval_loss",
 ) -> list[str]:
-    """What is printed when a run has ended.
+    """The summary that is printed at the end of a run.
 
     Args:
       records: lines of `metrics.jsonl`.
-      seconds: from the start of this process to its end.
+      seconds: duration of this process.
       out: folder of the run.
       exports: folders that were exported.
-      start: the step that this process resumed at.
-      best: "max:" or "min:" and the metric that decides which evaluation is the best.
+      start: the step at which this process resumed.
+      best: "max:" or "min:" and the metric by which the best evaluation is chosen.
 
     Returns:
-      The lines: steps, time and speed; a table of the first, the best and the last
-      evaluation; where the report and the export are.
+      The lines: steps, time, and speed; a table of the first, the best, and the last
+      evaluation; the locations of the report and the export.
     """
     done = max((record["step"] for record in records), default=0)
     steps = f"steps {start + 1} to {done}" if start else counted(done, "step")
@@ -80,13 +80,13 @@ def summary_lines(
 
 
 def evaluations(records: Sequence[Record]) -> list[Record]:
-    """The records of evaluations, in order of their steps; the last one of a step."""
+    """The records of evaluations by step; the last one if a step has several."""
     found = {record["step"]: record for record in records if "eval_loss" in record}
     return [found[step] for step in sorted(found)]
 
 
 def notable_evaluations(records: Sequence[Record], *, best: str) -> dict[str, Record]:
-    """The first, the best and the last evaluation, as far as there are several.
+    """The first, the best, and the last evaluation; fewer if there are not as many.
 
     As for `best.json`, the untrained model (step 0) is never the best, and neither is
     an evaluation whose metric is not finite.
@@ -104,7 +104,7 @@ def notable_evaluations(records: Sequence[Record], *, best: str) -> dict[str, Re
 
 
 def pairs_per_second(records: Sequence[Record]) -> float | None:
-    """Median over the logged steps; None where no speed was logged."""
+    """Median over the logged steps; None if no speed was logged."""
     found = [r["pairs_per_second"] for r in records if r.get("pairs_per_second")]
     return statistics.median(found) if found else None
 
@@ -115,7 +115,7 @@ def counted(number: int, what: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As "48 seconds", "12.3 minutes" or "5.1 hours"."""
+    """As "48 seconds", "12.3 minutes", or "5.1 hours"."""
     if seconds < 100:
         return f"{seconds:.0f} seconds"
     if seconds < 100 * 60:
@@ -124,7 +124,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(title: str, value: float | None) -> str:
-    """A number with the digits that its metric deserves; null is "not finite"."""
+    """Formats a value with the digits that suit its metric; null is "not finite"."""
     if value is None or not math.isfinite(value):
         return "not finite"
     if title in SHARES:

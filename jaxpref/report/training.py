@@ -1,4 +1,4 @@
-"""The page of a training run: what was trained, how it went, and how fast."""
+"""The report of a training run: its options, curves, and speed."""
 
 import json
 import tempfile
@@ -21,7 +21,7 @@ from jaxpref.report.progress import (
 from jaxpref.report.style import PALETTE
 
 FLIP_RATE = Panel(
-    "flip rate of the labels, estimated",
+    "estimated flip rate of the labels",
     (
         Line(
             "noise/flip_rate",
@@ -57,23 +57,23 @@ KNOWN = {
     for line in panel.lines
     for metric in (line.metric, *(line.band or ()))
 } | {"noise/identified"}
-"""Metrics with a panel of their own; every other one gets one named after it."""
+"""Metrics with a predefined panel; every other one gets a panel named after it."""
 LISTED = 20
-"""Most evaluations in the table."""
+"""Maximum number of evaluations in the table."""
 
 
 def write_training(out: str | Path, *, command: str = "") -> None:
     """Writes `OUT/report.html` and `OUT/curves.png`.
 
-    Runs that are short, were interrupted or resumed, and metrics that a run does not
-    have or that were not finite, are reported as far as they go.
+    Short, interrupted, and resumed runs are supported, and so are metrics that are
+    missing or not finite.
 
     Args:
       out: folder of the run, with `metrics.jsonl` and `config.json`.
-      command: what was typed, to be shown on the page.
+      command: the command line, to be shown on the page.
 
     Raises:
-      InputError: if a file of the run cannot be read, or a report not be written.
+      InputError: if a file of the run cannot be read, or the report cannot be written.
     """
     out = Path(out)
     config = _read_config(out / "config.json")
@@ -103,11 +103,11 @@ def write_training(out: str | Path, *, command: str = "") -> None:
 def read_records(path: Path) -> list[Record]:
     """The lines of a `metrics.jsonl`, in order of their steps.
 
-    The last line of a killed run may be incomplete and is left out.  Where a step was
+    The last line of a killed run may be incomplete and is then skipped.  If a step was
     logged twice, by a run that was interrupted and resumed, the later line counts.
 
     Raises:
-      InputError: if the file cannot be read, or a line before the last is not one.
+      InputError: if the file cannot be read, or a line before the last is malformed.
     """
     lines = _read(path).splitlines()
     found = {}
@@ -133,7 +133,7 @@ def skipped_steps(records: Sequence[Record]) -> list[Record]:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The config's numbers and strings by their dotted names."""
+    """The config's numbers and strings, by dotted name."""
     found = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -146,17 +146,17 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _overview(out: Path, records: Sequence[Record], best: str) -> Section:
     caption = (
         "Held-out pairs are the same in every evaluation. Training batches are "
-        "measured before their update; where there are many, the faint line shows each "
-        "and the strong one a running mean. Thin lines mark an accuracy of 50% and a "
-        "margin of 0. Rewards are the policy's implicit rewards, or the scores of a "
-        "reward model."
+        "measured before their update; if there are many, the faint line shows each "
+        "one and the strong line a running mean. Thin lines mark an accuracy of 50% "
+        "and a margin of 0. Rewards are the policy's implicit rewards, or the scores "
+        "of a reward model."
     )
     parts: list = [Figure(out / "curves.png", caption)]
     if rows := _evaluation_rows(records, best):
         titles = [SHOWN[name] for name in _measured(records)]
         caption = (
-            f"Evaluations on the held-out pairs; the best by `{best}`. A dash: not "
-            "finite, or not yet determined by the pairs."
+            f"Evaluations on the held-out pairs; the best one by `{best}`. A dash "
+            "means not finite, or not yet determined by the pairs."
         )
         parts.append(Table(["step", *titles, ""], rows, caption))
     return Section("Training and evaluation", parts)
@@ -170,7 +170,7 @@ def _measured(records: Sequence[Record]) -> list[str]:
 def _evaluation_rows(records: Sequence[Record], best: str) -> list[list]:
     found, names = evaluations(records), _measured(records)
     notable = notable_evaluations(records, best=best)
-    # Evenly spaced where there are too many to read, with the notable ones.
+    # If there are too many, evenly spaced ones, in addition to the notable ones.
     every = max(1, -(-len(found) // LISTED))
     listed = {id(record) for record in [*found[::every], *notable.values()]}
     return [
@@ -196,7 +196,7 @@ def _cell(name: str, record: Record) -> str | None:
 def _figures(
     records: Sequence[Record],
 ) -> list[tuple[str, Sequence[Panel], str]]:
-    """Titles, panels and captions of what follows the overview."""
+    """Titles, panels, and captions of the figures after the overview."""
     others = {
         name.removeprefix("eval_"): None
         for record in records
@@ -205,7 +205,7 @@ def _figures(
     }
     others = [name for name in others if name not in KNOWN]
     more = [name for name in others if not name.startswith("noise/")]
-    # Of the objective's state: evaluations measure the same.
+    # Metrics of the objective's state, which evaluations report too.
     estimates = [
         Panel(name, (Line(name, "estimate", PALETTE[2]),), noisy=False)
         for name in others
@@ -217,7 +217,7 @@ def _figures(
             REWARDS,
             "Means over the chosen and over the rejected answers.",
         ),
-        ("Noise of the labels", [FLIP_RATE, *estimates], _noise_caption(records)),
+        ("Label noise", [FLIP_RATE, *estimates], _noise_caption(records)),
         (
             "Optimization",
             OPTIMIZATION,
@@ -226,12 +226,12 @@ def _figures(
         (
             "Speed",
             SPEED,
-            "Training steps alone: no compilation, evaluations or checkpoints.",
+            "Training steps only, without compilation, evaluations, and checkpoints.",
         ),
         (
             "Other metrics",
             [both(name, name) for name in more],
-            "Under their names in `metrics.jsonl`.",
+            "Other metrics, by their names in `metrics.jsonl`.",
         ),
     ]
 

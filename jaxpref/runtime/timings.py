@@ -1,4 +1,4 @@
-"""Where the seconds of a run go: `OUT/timings.json`, one number a phase."""
+"""How long each phase of a run takes: `OUT/timings.json`, in seconds."""
 
 import contextlib
 import os
@@ -12,32 +12,33 @@ import jax
 from jaxpref.files import write_json
 
 COMPILE_EVENTS = ("backend_compile_duration", "jaxpr_to_mlir_module_duration")
-"""Ends of the names of jax's events: to lower a program, and to compile it or read it
-from the cache on disk.  Those of tracing are nested, and count to their phase."""
+"""Suffixes of JAX's event names: lowering a program, and compiling it or reading it
+from the cache on disk.  Tracing events are nested, so tracing counts toward its phase.
+"""
 
 
 class Timings:
-    """Wall seconds since the process began, by phase; phases do not overlap.
+    """Wall-clock seconds since the process started, by phase; phases do not overlap.
 
     Usage:
 
         with timings() as passed:
             ...
-            passed.mark("tokenize")  # all since the mark before
+            passed.mark("tokenize")  # everything since the previous mark
             ...
             passed.mark("steps")
             passed.write(out / "timings.json")
     """
 
     def __init__(self, began: float):
-        """Starts at `began`, of the clock `time.time`."""
+        """Starts at `began`, a value of `time.time()`."""
         self._since = began
         self._compiled = 0.0
         self._thread = threading.get_ident()
         self.seconds: dict[str, float] = {}
 
     def mark(self, phase: str) -> None:
-        """Counts what passed since the last mark to `phase`, compilation aside.
+        """Adds the time since the last mark to `phase`, without compilation.
 
         A phase may be marked several times.
         """
@@ -59,7 +60,7 @@ class Timings:
     def count_compilation(
         self, event: str, duration_secs: float, **_: str | int
     ) -> None:
-        """A listener of jax's durations; ignores what other threads compile."""
+        """A listener for JAX's durations; ignores compilation in other threads."""
         here = threading.get_ident() == self._thread
         if here and event.endswith(COMPILE_EVENTS):
             self._compiled += duration_secs
@@ -67,7 +68,7 @@ class Timings:
 
 @contextlib.contextmanager
 def timings() -> Iterator[Timings]:
-    """Timings from the start of this process; within, compilation is counted."""
+    """Timings from the start of this process; counts compilation within the block."""
     found = Timings(process_start())
     jax.monitoring.register_event_duration_secs_listener(found.count_compilation)
     try:
@@ -77,9 +78,9 @@ def timings() -> Iterator[Timings]:
 
 
 def process_start() -> float:
-    """When this process began, of the clock `time.time`; now, where it is not known."""
+    """The `time.time()` at which this process started; the current one if unknown."""
     try:
-        # The name in parentheses may hold spaces; the start is the 20th field after.
+        # The name in parentheses may contain spaces; the start is 20 fields later.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)

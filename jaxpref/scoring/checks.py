@@ -54,7 +54,7 @@ def check_finite(
     if len(wrong):
         raise InputError(
             f"{_place(sources, dataset, wrong[0])}: its scores under {model} are "
-            f"not finite ({len(wrong)} such rows); check the weights, or set "
+            f"not finite (rows affected: {len(wrong)}); check the weights, or set "
             "--compute-dtype float32"
         )
 

@@ -28,7 +28,7 @@ from jaxpref.scoring.scores import (
 Params = Any
 """What is trained: a pytree of arrays."""
 Frozen = Any
-"""What is read in addition and never changes, such as a live reference; or None."""
+"""Additional arrays that never change, such as a live reference; or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +179,12 @@ class RewardScorer:
         return load_params(folder, self.model, key)
 
     def load_frozen(self, reference: Path) -> Frozen:
-        """None: losses of rewards read no reference."""
+        """None: reward-model losses need no reference."""
         del reference
         return None
 
     def init_frozen(self, key: jax.Array) -> Frozen:
-        """None: losses of rewards read no reference."""
+        """None: reward-model losses need no reference."""
         del key
         return None
 
@@ -198,7 +198,7 @@ class RewardScorer:
         tokens = flat(batch.tokens)
         positions, segments = _packing(batch)
         if segments is None:
-            # A token's own state comes one position after the one that predicts it.
+            # A token's own state is one position after the state that predicts it.
             at = flat(batch.predictors) + 1
             rewards = self.model.rewards_at(params, tokens, at)
             ends = dataclasses.replace(
@@ -213,7 +213,7 @@ class RewardScorer:
         return {"rewards": jnp.reshape(rewards, shape, out_sharding=spread)}
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
-        """The scorer itself: losses of rewards read no reference."""
+        """The scorer itself: reward-model losses need no reference."""
         del stored
         return self
 
@@ -237,7 +237,7 @@ class TwinScorer:
         return {"one": self.one.init(key), "two": self.one.init(second(key))}
 
     def load(self, folder: Path, key: jax.Array) -> Params:
-        """Both from the same folder; missing parameters are drawn independently."""
+        """Loads both from one folder; missing parameters are drawn independently."""
         return {
             "one": self.one.load(folder, key),
             "two": self.one.load(folder, second(key)),

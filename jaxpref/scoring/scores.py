@@ -32,7 +32,7 @@ DESCRIPTIONS = {
     "rewards": "a reward model's score at its last token; excludes log-probabilities",
     "lengths": "its number of tokens",
 }
-"""What a loss may read for each completion."""
+"""The scores that a loss may read for each completion."""
 
 
 def score_and_side(name: str) -> tuple[str, int | None]:
@@ -159,7 +159,7 @@ def last_places(
 
 
 def last_tokens(owners: Int[Array, "*rows P"]) -> Int[Array, "*rows P"]:
-    """Owners of target tokens, -1 except for the last token of each completion.
+    """Completions of target tokens, -1 except for each completion's last token.
 
     A completion's tokens are adjacent in one sequence.
     """
