@@ -351,7 +351,7 @@ def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
         line = np.median(curves["step"][-1]) * sizes / sizes[-1]
         panel.plot(sizes, line, color=FAINT, ls=":", lw=1, label="in proportion")
         lowest = min(lowest, line[0])
-    panel.set(xscale="log", yscale="log", ylabel="seconds a step")
+    panel.set(xscale="log", yscale="log", ylabel="seconds per step")
     # At least a factor of four, with space for the legend above.
     low = lowest / 1.3
     panel.set_ylim(low, max(highest, 4 * low) * (highest / low) ** (0.15 * len(curves)))

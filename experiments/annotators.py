@@ -147,7 +147,7 @@ class Protocol:
     pairs grows over the first three."""
 
 
-REGIMES = {"one vote a pair": 1, "two votes a pair": 2, "all votes": 5}
+REGIMES = {"one vote per pair": 1, "two votes per pair": 2, "all votes": 5}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ def write_results(
         plotted,
         {name: _NUMBERS[name] for name in shown},
         x="votes",
-        x_label="most votes a pair",
+        x_label="maximum votes per pair",
         title="What more votes bring",
     )
     for table in tables:
@@ -101,7 +101,7 @@ def write_results(
         f"{facts['ranked_workers']} workers with 30 or more votes on them; the "
         "questions on which settings were chosen are not among them."
     )
-    curves = report.Figure(out / "votes.png", "Methods by votes a pair.")
+    curves = report.Figure(out / "votes.png", "Methods by number of votes per pair.")
     dots = report.Figure(
         out / "workers.png",
         "Reliability learned jointly, first draw, with its 95% interval, against the "

@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes a file atomically: to a temporary name beside `path`, then renamed.
+    """Writes a file atomically: to a temporary name next to `path`, then renamed.
 
     Raises:
       InputError: if the file cannot be written; an existing file stays unchanged.

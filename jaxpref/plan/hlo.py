@@ -39,7 +39,7 @@ KINDS = (
 HALVED = "all-reduce-scatter"
 """Part of the name of a fusion that keeps only a part of its all-reduce."""
 PIECES = "async_collective_fusion"
-"""Part of the name of a fusion that runs a piece of a collective beside products."""
+"""Part of the name of a fusion that runs a piece of a collective during products."""
 BETWEEN = " between slices"
 """Suffix of the kinds of collectives that use the data center network."""
 

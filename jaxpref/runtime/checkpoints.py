@@ -1,4 +1,4 @@
-"""Checkpoints: a state and data beside it in one Orbax step, verified by digests."""
+"""Checkpoints: a state and its metadata in one Orbax step, verified by digests."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Tree, data: dict) -> None:
-        """Starts writing a copy of one step; training continues meanwhile.
+        """Starts writing a copy of one step; training continues in the meantime.
 
         Raises:
           CheckpointError: if there is not enough disk space, or if this or the previous

@@ -1,4 +1,4 @@
-"""What a run's bits depend on beside its config: software, devices, mesh."""
+"""Everything besides the config that affects a run's bits: software, devices, mesh."""
 
 import hashlib
 import importlib.metadata
@@ -11,7 +11,7 @@ import jax
 
 
 def versions() -> dict[str, str]:
-    """What decides, beside options and data, on what a process computes."""
+    """Versions of the software that, besides options and data, affect the results."""
     code = hashlib.sha256()
     folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """All that the bits of a step depend on beside the run's config, in words."""
+    """Describes everything that affects the bits of a step, except the config."""
     device = jax.devices()[0]
     kind = f"{device.platform} {device.device_kind}"
     if device.platform == "cpu":
@@ -39,12 +39,12 @@ def environment(mesh: jax.sharding.Mesh) -> dict[str, str]:
 def environment_change_message(
     saved: Mapping[str, str], now: Mapping[str, str], step: int
 ) -> str | None:
-    """One line on what is lost where a checkpoint was saved elsewhere; else None.
+    """A line about the changes since a checkpoint was saved, or None if there are none.
 
     Args:
-      saved: `environment` of the checkpoint.
-      now: of this run.
-      step: that of the checkpoint.
+      saved: the `environment` of the checkpoint.
+      now: that of this run.
+      step: the step of the checkpoint.
     """
     changed = [
         f"{name} {saved[name]} -> {now[name]}"

@@ -1,4 +1,4 @@
-"""The dtype of matrix products, where the user gives none."""
+"""The default dtype of matrix products."""
 
 import jax
 
@@ -8,16 +8,15 @@ from jaxpref.runtime.processes import log
 def default_compute_dtype() -> str:
     """bfloat16 on accelerators and float32 on CPU; logged.
 
-    Accelerators multiply bfloat16 several times as fast.  Parameters, moments, sums and
-    log-probabilities stay float32 or wider.  A run records the dtype it began with: one
-    begun on a TPU resumes elsewhere only with `--compute-dtype bfloat16`.
+    Accelerators multiply bfloat16 several times as fast.  Parameters, moments, sums,
+    and log-probabilities stay in float32 or wider.  A run records its initial dtype: a
+    run that began on a TPU resumes on a CPU only with `--compute-dtype bfloat16`.
 
-    float32 is not all there is to precision: a TPU computes products of float32 arrays
-    from bfloat16 parts, a GPU from TF32, unless `JAX_DEFAULT_MATMUL_PRECISION` is
-    "highest".  All our products and their gradients follow that variable; a comparison
-    with a CPU needs it.
+    Even with float32, a TPU computes products from bfloat16 parts, and a GPU in TF32,
+    unless `JAX_DEFAULT_MATMUL_PRECISION` is "highest".  All products and their
+    gradients respect that variable; set it to compare results with a CPU.
 
-    To be called once the other processes are joined, since it looks for devices.
+    Call this after joining the other processes, because it queries the devices.
     """
     platform = jax.default_backend()
     dtype = "float32" if platform == "cpu" else "bfloat16"
