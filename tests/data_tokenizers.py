@@ -56,7 +56,7 @@ def byte_tokenizer(
 
 
 def ids(tokenizer, *tokens):
-    """Vocabulary ids, looked up one by one: the oracle never tokenises."""
+    """Vocabulary ids, looked up one by one: the oracle never tokenizes."""
     return [tokenizer.get_vocab()[token] for token in tokens]
 
 

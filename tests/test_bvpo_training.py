@@ -114,7 +114,7 @@ def gradient(objective, batch, state=None):
 def test_a_fixed_alpha_is_the_mixture_of_two_gradients(
     pairs, base, alphas, accumulation
 ):
-    """One pass over weighted pairs, against two plain gradients mixed afterwards."""
+    """One pass over weighted pairs, against two plain gradients mixed afterward."""
     batch = first_batch(pairs, accumulation)
     (trace, _, of_trace), (empty, _, of_empty) = (
         gradient(base, rows(batch, where)) for where in kinds(batch)
@@ -143,7 +143,7 @@ def test_a_batch_of_one_kind_has_its_plain_mean(pairs, kind):
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected
         )
         assert float(metrics["bvpo/alpha"]) == 1 - kind
-    # Nothing is known of the other kind, so nothing was learnt.
+    # Nothing is known of the other kind, so nothing was learned.
     assert float(state["running"].weight) == 0
     assert max(map(float, state["products"].values())) == 0
 

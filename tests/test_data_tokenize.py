@@ -1,4 +1,4 @@
-"""Golden cases for the tokenisation traps that users of other frameworks fell into."""
+"""Golden cases for the tokenization traps that users of other frameworks fell into."""
 
 import gzip
 import json

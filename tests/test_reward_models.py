@@ -476,7 +476,7 @@ def test_a_run_is_resumed_to_the_same_bits_and_trained_on(tmp_path):
     train(source, pairs_file, run)
     assert (export / "model.safetensors").read_bytes() == stored
 
-    # A second run starts from the head that the first has learnt.
+    # A second run starts from the head that the first has learned.
     again = train(export, pairs_file, tmp_path / "again", "--learning-rate", "1e-9")
     model = RewardModel(read_architecture(export))
     kept, params = load_params(again, model), load_params(export, model)

@@ -36,7 +36,7 @@ LABELS = {
 """What is read of the records beside the order."""
 
 
-def labelled(source, fields, path):
+def labeled(source, fields, path):
     """The first records with numbers in these fields."""
     source = open_source(source)
     with path.open("w") as file:
@@ -72,7 +72,7 @@ def test_ten_steps(name, stories260k, shared, tmp_path, monkeypatch, capsys):
     } | {f"loss.{key}": value for key, value in REQUIRED.get(name, {}).items()}
     if name in LABELS:
         options |= {f"labels.{label}": label for label in LABELS[name]}
-        options["data"] = labelled(options["data"], LABELS[name], tmp_path / "x.jsonl")
+        options["data"] = labeled(options["data"], LABELS[name], tmp_path / "x.jsonl")
     flags = [text for k, v in options.items() for text in (f"--{k}", str(v))]
     monkeypatch.setattr(sys, "argv", ["jaxpref", "train", *flags])
     cli.main()

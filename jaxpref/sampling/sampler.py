@@ -62,11 +62,11 @@ def generate(
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
     """Samples a continuation of every prompt.
 
-    Each token is drawn from softmax(logits / temperature), cut to the `top_k` most
-    likely tokens and then to the smallest set of most likely ones whose probability
-    reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751).  Ties with the last of
-    these are included.  Compiles once for each shape, `max_new_tokens`, number of stop
-    tokens and kind of selection (greedy, plain or filtered sampling).
+    Each token is drawn from softmax(logits / temperature), restricted to the `top_k`
+    most likely tokens and then to the smallest set of most likely ones whose
+    probability reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751).  Ties with the
+    last of these are included.  Compiles once for each shape, `max_new_tokens`, number
+    of stop tokens, and kind of selection (greedy, plain, or filtered sampling).
 
     Args:
         model: the model.

@@ -68,7 +68,7 @@ def load(folder):
 
 @pytest.fixture(params=CASES)
 def random_folder(request, tmp_path):
-    """A randomly initialised folder, as this version of transformers writes it."""
+    """A randomly initialized folder, as this version of transformers writes it."""
     config = transformers.LlamaConfig(**SIZES | CASES[request.param])
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)

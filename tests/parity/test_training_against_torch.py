@@ -1,7 +1,7 @@
 """Twenty steps of DPO on a real model and real pairs, against a torch loop in here.
 
-The torch side shares nothing with jaxpref but the order of the tokenised pairs: its own
-model, log-probs, loss, clipping, schedule and optimiser.
+The torch side shares nothing with jaxpref but the order of the tokenized pairs: its own
+model, log-probs, loss, clipping, schedule and optimizer.
 """
 
 import json
