@@ -245,6 +245,9 @@ def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):
     expected = Example("q", ("a", "b"), annotator="w1")
     assert parse(record, "f row 1", sides=2) == expected
     assert parse(PAIR, "f row 1", sides=2) == AS_STRINGS
+    # It ignores `sides`, which is an error of the format, but must name the row.
+    with pytest.raises(InputError, match="f row 1: the record has 2 comp.* reads 1"):
+        parse(record, "f row 1", sides=1)
 
 
 def test_a_prompt_without_a_completion():

@@ -94,6 +94,11 @@ def parse(
     example = record_format.parse(record, where, sides=sides, drop_empty=drop_empty)
     if isinstance(example, str):
         return example
+    if len(example.completions) != sides:
+        raise InputError(
+            f"{where}: the record has {len(example.completions)} completions, but the"
+            f" loss reads {sides}"
+        )
     numbers = read_labels(record, where, labels)
     return dataclasses.replace(example, flip=flip, annotator=annotator, labels=numbers)
 
