@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxpref.errors import InputError
-from jaxpref.models import Numerics, RewardModel, build, tensor_files
+from jaxpref.models import Numerics, RewardModel, build, families, tensor_files
 from jaxpref.models.families.llama import TENSORS, LlamaArchitecture
 from jaxpref.models.folder import check_folder, load_params, save
 from jaxpref.models.folder_config import (
@@ -33,6 +33,7 @@ CONFIG = LlamaArchitecture(
     head_dim=2,
     rms_norm_eps=1e-6,
 )
+NAMES = ", ".join(sorted(family.model_type for family in families.FAMILIES))
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -263,7 +264,7 @@ def test_a_wrong_tensor_is_named(folder, change, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; supported are llama"),
+        ({"model_type": "mistral"}, f"model_type is 'mistral'; supported are {NAMES}"),
         ({"use_sliding_window": True}, "use_sliding_window is True, .* not supported"),
         ({"num_experts": 8}, "num_experts is 8, which is not supported"),
         ({"layer_types": ["full_attention"]}, "layer_types is .* delete the field"),
