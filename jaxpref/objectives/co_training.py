@@ -47,10 +47,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
       of Han et al., Co-teaching, 2018, arXiv:1804.06872.  The paper does not describe
       how two policies stay different; our rule is the one above.
     """
-    if not 0 <= noise_rate < 1:
-        raise InputError(f"crm: noise_rate {noise_rate}: must be in [0, 1)")
-    if not 0 < ramp_steps < float("inf"):
-        raise InputError(f"crm: ramp_steps {ramp_steps}: must be above 0 and finite")
+    _check(noise_rate, ramp_steps)
     bound = bind(loss)
     logits = bound.logits()
     both = lambda inputs: (inputs.of("one"), inputs.of("two"))
@@ -65,11 +62,9 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         real = inputs.is_pair
         margins = [jax.lax.stop_gradient(logits(model)) for model in both(inputs)]
         selections = peer_selection(*margins, keep=keep_at(steps), where=real)
-        place = jnp.arange(real.size).reshape(real.shape)
         total: Any = 0.0
         for parity, (model, selected) in enumerate(zip(both(inputs), selections)):
-            taught = (place + steps) % 2 == parity
-            selected &= taught | (steps >= ramp_steps)
+            selected &= alternate(real, steps, parity) | (steps >= ramp_steps)
             # Rescaled so that the result is the mean over the selected pairs.
             share = jnp.sum(real) / jnp.maximum(jnp.sum(selected), 1)
             total += jnp.where(selected, bound(model) * share, 0)
@@ -99,6 +94,19 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         couples=bound.logit_reads(),
         num_models=2,
     )
+
+
+def _check(noise_rate: float, ramp_steps: float) -> None:
+    if not 0 <= noise_rate < 1:
+        raise InputError(f"crm: noise_rate {noise_rate}: must be in [0, 1)")
+    if not 0 < ramp_steps < float("inf"):
+        raise InputError(f"crm: ramp_steps {ramp_steps}: must be above 0 and finite")
+
+
+def alternate(pairs: Array, steps: Array, parity: int) -> Array:
+    """Every other pair of the batch; with each step, a pair changes its parity."""
+    place = jnp.arange(pairs.size).reshape(pairs.shape)
+    return (place + steps) % 2 == parity
 
 
 def agreement_metrics(

@@ -7,7 +7,7 @@ of their gradients.
 
 import dataclasses
 import functools
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,26 +84,20 @@ def bvpo(
       the optimum of their theorem 2; the way it is estimated is ours.
     """
     _check(objective, alpha, probe_every, decay)
-    mixed = dataclasses.replace(
-        objective,
-        name=f"bvpo_{objective.name}",
-        reads=(*objective.reads, "empty_trace"),
-        losses=lambda inputs, state: objective.losses(inputs, state["base"]),
-        evaluate=lambda inputs, state: objective.evaluation(inputs, state["base"]),
-    )
-    if (scalar := objective.scalar) is not None:
-        mixed = dataclasses.replace(
-            mixed, scalar=lambda inputs, state: scalar(inputs, state["base"])
-        )
-    # Nested, since the loss may have an option named alpha too.
-    options = {"objective": {"name": objective.name, **objective.options}}
+    options: dict[str, Any] = {"alpha": alpha}
     if alpha == AUTO:
-        options |= {"alpha": AUTO, "probe_every": probe_every, "decay": decay}
-        return dataclasses.replace(
-            mixed, options=options, **_estimated(objective, probe_every, decay)
-        )
+        options |= {"probe_every": probe_every, "decay": decay}
+        mixture = _estimated(objective, probe_every, decay)
+    else:
+        mixture = _fixed(objective, alpha)
+    # Nested, since the loss may have an option named alpha too.
+    nested = {"objective": {"name": objective.name, **objective.options}}
     return dataclasses.replace(
-        mixed, options=options | {"alpha": alpha}, **_fixed(objective, alpha)
+        _of_base_state(objective),
+        name=f"bvpo_{objective.name}",
+        options=nested | options,
+        reads=(*objective.reads, "empty_trace"),
+        **mixture,
     )
 
 
@@ -123,6 +117,20 @@ def _check(
         )
     if objective.num_completions != 2:
         raise InputError(f"bvpo: {objective.name} reads no pairs; use a loss of pairs")
+
+
+def _of_base_state(objective: Objective) -> Objective:
+    """The same losses, of a state that holds the objective's own as "base"."""
+    wrapped = dataclasses.replace(
+        objective,
+        losses=lambda inputs, state: objective.losses(inputs, state["base"]),
+        evaluate=lambda inputs, state: objective.evaluation(inputs, state["base"]),
+    )
+    if (scalar := objective.scalar) is None:
+        return wrapped
+    return dataclasses.replace(
+        wrapped, scalar=lambda inputs, state: scalar(inputs, state["base"])
+    )
 
 
 def _fixed(objective: Objective, alpha: float) -> dict:
