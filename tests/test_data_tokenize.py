@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 
 import pytest
 
@@ -157,6 +158,20 @@ def test_tokenizer_without_eos_is_refused(tmp_path):
     byte_tokenizer(eos=None).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no end-of-sequence token.*eos_token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_model_type_that_transformers_does_not_know_is_no_warning(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "new"}')
+    found, handler = [], logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("transformers.configuration_utils")
+    logger.addHandler(handler)
+    try:
+        load_tokenizer(tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    assert found == []
 
 
 @pytest.mark.parametrize("contents", [None, "{}", "[1", '{"model": 3}'])

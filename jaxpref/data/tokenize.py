@@ -7,6 +7,7 @@ so that both sides have the same prompt.
 """
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def load_tokenizer(model: str | Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
+    config_logger = logging.getLogger("transformers.configuration_utils")
+    config_logger.addFilter(_is_not_about_the_model_type)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except Exception as error:  # the backends raise plain exceptions on a bad file
@@ -56,6 +59,11 @@ def load_tokenizer(model: str | Path) -> Any:
             ' ever end; set "eos_token" in tokenizer_config.json'
         )
     return tokenizer
+
+
+def _is_not_about_the_model_type(record: logging.LogRecord) -> bool:
+    # The model itself is read by `models.folder`, which knows more types.
+    return not record.getMessage().startswith("You are using a model of type")
 
 
 def tokenize(
