@@ -13,9 +13,8 @@ from jaxpref.errors import InputError
 from jaxpref.noise import running
 from jaxpref.objectives import crm, em, em_weighted, from_loss, learned_rate, re_po
 from jaxpref.objectives.inputs import Inputs
-from jaxpref.train.gradient import gradient
 from tests.test_training import few_steps, pairs  # noqa: F401
-from tests.tiny import padded_batches
+from tests.tiny import padded_batches, step_on_margins
 
 DPO = functools.partial(losses.dpo, beta=0.5)
 UNIT = functools.partial(losses.dpo, beta=1.0)
@@ -59,40 +58,15 @@ def test_both_readings_agree_for_dpo_and_differ_for_ipo(pairs):  # noqa: F811
     assert not np.allclose(likelihood, weighted, rtol=1e-2)
 
 
-def state_after(objective, margins, annotators, num_annotators, state=None):
-    """The objective's state after one batch of given margins."""
-    from jaxpref.data.batch import PreferenceBatch
-
-    shape = (1, len(margins), 1)
-    blank = np.zeros((*shape, 0), np.int32)
-    batch = PreferenceBatch(
-        tokens=blank,
-        lengths=np.zeros(shape, np.int32),
-        predictors=blank,
-        targets=blank,
-        completions=blank,
-        pair_index=np.where(np.isnan(margins), -1, np.arange(len(margins))).reshape(
-            shape
-        ),
-        completion_lengths=np.ones((*shape, 2), np.int32),
-        reference={"reference_logps": np.zeros((*shape, 2), np.float32)},
-        is_flipped=np.zeros(shape, bool),
-        annotator=np.reshape(annotators, shape),
-        empty_trace=np.zeros(shape, bool),
-        weights=np.ones(shape, np.float32),
-    )
-    batch = jax.tree.map(jax.numpy.asarray, batch)
-    logps = np.stack([np.nan_to_num(margins), np.zeros(len(margins))], -1)
-    logps = jax.numpy.asarray(logps.reshape(-1, 1, 2), jax.numpy.float32)
-    score = lambda w, micro: {"policy_logps": w * logps}
-    _, state, metrics = gradient(
-        objective,
-        score,
-        jax.numpy.float32(1.0),
-        batch,
-        objective.init(num_annotators) if state is None else state,
-    )
-    return state, metrics
+def test_the_gradient_is_that_derived_by_hand():
+    """A label counts as right with the posterior probability, held constant."""
+    margins = np.array([2.0, -1.0, 0.5, np.nan])
+    real = margins[:3]
+    right = expit(real + logit(0.9))
+    expected = np.mean(real * ((1 - right) * expit(real) - right * expit(-real)))
+    for objective in (re_po(UNIT), em_weighted(UNIT)):
+        found, _, _ = step_on_margins(objective, margins, objective.init(0))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_reliabilities_are_the_papers():
@@ -100,7 +74,10 @@ def test_reliabilities_are_the_papers():
     margins = np.array([2.0, -1.0, 0.5, 3.0, np.nan])
     annotators = np.array([0, 0, 2, -1, 1])
     right = expit(margins + logit(0.9))
-    state, metrics = state_after(re_po(UNIT), margins, annotators, 3)
+    objective = re_po(UNIT)
+    _, state, metrics = step_on_margins(
+        objective, margins, objective.init(3), annotators
+    )
     expected = [
         0.9 * 0.9 + 0.1 * right[:2].mean(),
         0.9,
@@ -109,7 +86,8 @@ def test_reliabilities_are_the_papers():
     ]
     np.testing.assert_allclose(state["reliability"], expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["noise/posterior"], right[:4].mean(), rtol=1e-6)
-    state, _ = state_after(em(UNIT), margins, annotators, 3)
+    objective = em(UNIT)
+    _, state, _ = step_on_margins(objective, margins, objective.init(3), annotators)
     expected = [
         (9 + right[:2].sum()) / 12,
         0.9,
@@ -132,11 +110,11 @@ def test_learned_rate_is_that_of_the_margins_seen():
     batches = [np.abs(rng.normal(0, 4, 400)) for _ in range(3)]
     batches = [np.where(rng.random(400) < 0.3, -z, z) for z in batches]
     objective = learned_rate(UNIT, memory=1000.0)
-    counts, state = running.no_counts(), None
+    counts, state = running.no_counts(), objective.init(0)
     for z in batches:
         before = running.posterior(counts)
         counts = running.count(counts, jnp.asarray(z, jnp.float32), memory=1000.0)
-        state, metrics = state_after(objective, z, np.full(400, -1), 0, state=state)
+        _, state, metrics = step_on_margins(objective, z, state)
     after = running.posterior(counts)
     np.testing.assert_allclose(running.posterior(state).rate, after.rate, rtol=1e-5)
     # Metrics are of the state that the step began with.

@@ -106,3 +106,47 @@ def padded_batches(dataset, *, seed=0, reference=None, **sizes):
     layout = data.padded_layout(dataset, **MULTIPLES | sizes)
     order = data.uniform(dataset, seed)
     return layout.batches(dataset, order, reference=reference, threads=0)
+
+
+def step_on_margins(objective, margins, state, annotators=None):
+    """One step of an objective on pairs whose log-ratio margins are given.
+
+    The only parameter is a factor w of all margins, at w = 1.  The chosen answer's
+    log-probability is the margin; all other log-probabilities are 0.
+
+    Args:
+      objective: the objective.
+      margins: the margin of each pair in nats, [N]; NaN is an empty slot.
+      state: the objective's state before the step.
+      annotators: index of each pair's annotator; all unknown by default.
+
+    Returns:
+      The gradient in w, the state after the step, and the metrics.
+    """
+    # Not where only the losses are installed.
+    from jaxpref.data.batch import PreferenceBatch
+    from jaxpref.train.gradient import gradient
+
+    shape = (1, len(margins), 1)
+    blank = np.zeros((*shape, 0), np.int32)
+    annotators = np.full(len(margins), -1) if annotators is None else annotators
+    pairs = np.where(np.isnan(margins), -1, np.arange(len(margins)))
+    batch = PreferenceBatch(
+        tokens=blank,
+        lengths=np.zeros(shape, np.int32),
+        predictors=blank,
+        targets=blank,
+        completions=blank,
+        pair_index=pairs.reshape(shape),
+        completion_lengths=np.ones((*shape, 2), np.int32),
+        reference={"reference_logps": np.zeros((*shape, 2), np.float32)},
+        is_flipped=np.zeros(shape, bool),
+        annotator=np.reshape(annotators, shape),
+        empty_trace=np.zeros(shape, bool),
+        weights=np.ones(shape, np.float32),
+    )
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    logps = np.stack([np.nan_to_num(margins), np.zeros(len(margins))], -1)
+    logps = jax.numpy.asarray(logps.reshape(-1, 1, 2), jax.numpy.float32)
+    score = lambda w, micro: {"policy_logps": w * logps}
+    return gradient(objective, score, jax.numpy.float32(1.0), batch, state)
