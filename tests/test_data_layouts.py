@@ -1,12 +1,37 @@
-"""Layouts of one, two and three completions per prompt, some of them absent."""
+"""What every layout must do, with one, two and three completions per prompt.
+
+A new layout is one entry of `LAYOUTS`.
+"""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from jaxpref import data
+from tests.batches import assert_equal, joined, take
+
+LAYOUTS = {
+    "padded": lambda dataset, order, **sizes: data.padded_layout(
+        dataset, batch_size=8, **sizes
+    ),
+    # Four devices, however many processes have them.
+    "packed": lambda dataset, order, **sizes: data.packed_layout(
+        dataset,
+        order=order,
+        batch_size=8,
+        row_length=64,
+        num_steps=20,
+        shards=4,
+        **sizes,
+    ),
+}
+"""`make(dataset, order, **sizes)`: a layout of 8 pairs per step.
+
+`sizes` are `accumulation`, `process_index` and `process_count`."""
+every_layout = pytest.mark.parametrize("make_layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def lists(count, completions, *, seed=0):
@@ -23,12 +48,7 @@ def lists(count, completions, *, seed=0):
     return builder.build()
 
 
-def make_layout(name, dataset, order, **sizes):
-    if name == "padded":
-        return data.padded_layout(dataset, batch_size=8, **sizes)
-    return data.packed_layout(
-        dataset, order=order, batch_size=8, row_length=64, num_steps=5, **sizes
-    )
+PAIRS = lists(30, 2)
 
 
 def read_back(batch):
@@ -66,12 +86,12 @@ def read_back(batch):
     return found
 
 
-@pytest.mark.parametrize("name", ["padded", "packed"])
+@every_layout
 @pytest.mark.parametrize("completions", [1, 2, 3])
-def test_batches_hold_the_lists_of_their_step(name, completions):
+def test_batches_hold_the_lists_of_their_step(make_layout, completions):
     dataset = lists(30, completions)
     order = data.uniform(dataset, 3)
-    layout = make_layout(name, dataset, order)
+    layout = make_layout(dataset, order)
     batches = layout.batches(dataset, order, threads=0)
     for step in range(5):
         batch = next(batches)
@@ -94,17 +114,14 @@ def test_batches_hold_the_lists_of_their_step(name, completions):
             assert not values[~real].any()
 
 
-@pytest.mark.parametrize("name", ["padded", "packed"])
+@every_layout
 @pytest.mark.parametrize("completions", [1, 2, 3])
-def test_the_abstract_batch_has_the_shapes_of_the_others(name, completions):
+def test_the_abstract_batch_has_the_shapes_of_the_others(make_layout, completions):
     dataset = lists(30, completions)
     order = data.uniform(dataset, 3)
     table = {"one": np.zeros((30, completions), np.float32)}
     for processes in (1, 2):
-        layout = make_layout(
-            name, dataset, order, accumulation=2, process_count=processes,
-            **({} if name == "padded" else {"shards": processes}),
-        )  # fmt: skip
+        layout = make_layout(dataset, order, accumulation=2, process_count=processes)
         whole = layout.of_all_processes()
         abstract = layout.abstract_batch(labels=["ties"], reference=["one"])
         shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -116,6 +133,59 @@ def test_the_abstract_batch_has_the_shapes_of_the_others(name, completions):
         assert shapes(evaluated) == shapes(batch)
         a, rows = batch.tokens.shape[:2]
         assert f" {a} x {rows} rows of " in layout.describe()
+
+
+def streams(make_layout, dataset, *, threads=0, processes=1, accumulation=1):
+    """The training batches of each process."""
+    order = data.uniform(dataset, 3)
+    table = np.random.default_rng(0).normal(size=(len(dataset), 2)).astype(np.float32)
+    return [
+        make_layout(
+            dataset,
+            order,
+            accumulation=accumulation,
+            process_index=index,
+            process_count=processes,
+        ).batches(dataset, order, reference={"one": table}, threads=threads)
+        for index in range(processes)
+    ]
+
+
+@every_layout
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_process_count_sees_the_same_batches(make_layout, accumulation):
+    counts = (1, 2, 4)
+    all_streams = [
+        streams(make_layout, PAIRS, processes=count, accumulation=accumulation)
+        for count in counts
+    ]
+    for _ in range(10):  # more than two epochs
+        whole, *others = ([next(part) for part in parts] for parts in all_streams)
+        rows = whole[0].tokens.shape[1]
+        for count, parts in zip(counts[1:], others, strict=True):
+            assert {part.tokens.shape[1] for part in parts} == {rows // count}
+            assert_equal(joined(parts), whole[0])
+
+
+@every_layout
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_resumed_from_one_integer(make_layout, threads):
+    (stream,) = streams(make_layout, PAIRS)
+    expected = take(stream, 20)
+    (stream,) = streams(make_layout, PAIRS, threads=threads)
+    take(stream, 7)
+    state = json.loads(json.dumps(stream.get_state()))
+    assert state == {"next_index": 7}
+    next(stream)
+    (resumed,) = streams(make_layout, PAIRS, threads=threads)
+    resumed.set_state(state)
+    for batch, same in zip(take(resumed, 13), expected[7:], strict=True):
+        assert_equal(batch, same)
+    # Another process count goes on in the same place.
+    halves = streams(make_layout, PAIRS, processes=2)
+    for half in halves:
+        half.set_state(state)
+    assert_equal(joined([next(half) for half in halves]), expected[7])
 
 
 def test_a_column_is_added_in_one_place():

@@ -1,7 +1,6 @@
 """Batches: the same for any process count, resumable, and aligned with their tokens."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from jaxpref.data import (
     uniform,
 )
 from jaxpref.errors import InputError
+from tests.batches import joined, take
 from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
 
 TOKENIZER = byte_tokenizer()
@@ -32,10 +32,6 @@ PLAN = make_splits(
 SHAPE = padded_layout(PLAN.train, PLAN.heldout, batch_size=1)
 
 
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
 def layout_of(**sizes):
     return padded_layout(PLAN.train, PLAN.heldout, **dict(batch_size=8) | sizes)
 
@@ -45,25 +41,6 @@ def train(*, seed=3, threads=2, reference=None, **sizes):
     return layout_of(**sizes).batches(
         PLAN.train, order, reference=reference, threads=threads
     )
-
-
-def assert_equal(first, second):
-    for field in dataclasses.fields(PreferenceBatch):
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        if field.name in ("reference", "labels"):
-            assert a.keys() == b.keys()
-            jax.tree.map(np.testing.assert_array_equal, a, b)
-            continue
-        if a is None:  # of packed rows only
-            assert b is None
-            continue
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, err_msg=field.name)
-
-
-def joined(parts):
-    """The global batch: every process's rows one after the other."""
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays, 1), *parts)
 
 
 def test_shapes_dtypes_and_layout():
@@ -120,20 +97,6 @@ def test_every_row_is_its_pair_and_every_target_follows_its_predictor():
             assert batch.weights[a, r, 0] == 1 and batch.mask[a, r, 0]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_any_process_count_sees_the_same_batches(count, accumulation):
-    whole = train(accumulation=accumulation)
-    parts = [
-        train(accumulation=accumulation, process_index=p, process_count=count)
-        for p in range(count)
-    ]
-    for _ in range(15):  # more than two epochs
-        pieces = [next(part) for part in parts]
-        assert pieces[0].tokens.shape[:2] == (accumulation, 8 // accumulation // count)
-        assert_equal(joined(pieces), next(whole))
-
-
 def test_accumulation_cuts_the_same_batch():
     for one, four in zip(take(train(), 9), take(train(accumulation=4), 9)):
         assert one.pair_index.ravel().tolist() == four.pair_index.ravel().tolist()
@@ -171,25 +134,6 @@ def test_the_pairs_that_a_run_sees_are_known_beforehand():
         found = first_seen(order, PLAN.train, batch_size=8, num_steps=steps)
         assert found.tolist() == [*dict.fromkeys(drawn[: 8 * steps])]
     assert len(found) == len(PLAN.train)
-
-
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_resumed_from_one_integer(threads):
-    straight = take(train(), 20)
-    iterator = train(threads=threads)
-    take(iterator, 7)
-    state = json.loads(json.dumps(iterator.get_state()))
-    assert state == {"next_index": 7}
-    next(iterator)
-    resumed = train(threads=threads)
-    resumed.set_state(state)
-    for batch, expected in zip(take(resumed, 13), straight[7:]):
-        assert_equal(batch, expected)
-    # Another process count goes on in the same place.
-    halves = [train(process_index=p, process_count=2) for p in range(2)]
-    for half in halves:
-        half.set_state(state)
-    assert_equal(joined([next(half) for half in halves]), straight[7])
 
 
 def test_reference_scores_travel_with_their_pair():

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -256,35 +255,6 @@ def test_a_mixture_of_traces_is_packed_too():
             batch.empty_trace.sum() == 2
             and not batch.empty_trace[batch.pair_index < 0].any()
         )
-
-
-@pytest.mark.parametrize("threads", [0, 2])
-def test_the_stream_resumes_from_one_integer(threads):
-    pairs = make_pairs(40)
-    batches = stream(pairs, threads=threads)
-    for _ in range(5):
-        next(batches)
-    state = json.loads(json.dumps(batches.get_state()))
-    assert state == {"next_index": 5}
-    expected = [next(batches) for _ in range(4)]
-    again = stream(pairs, threads=threads)
-    next(again)
-    again.set_state(state)
-    for batch in expected:
-        jax.tree.map(np.testing.assert_array_equal, next(again), batch)
-
-
-def test_processes_share_the_same_rows():
-    pairs = make_pairs(60)
-    whole = stream(pairs, accumulation=2, shards=2)
-    parts = [
-        stream(pairs, accumulation=2, shards=2, process_index=p, process_count=2)
-        for p in range(2)
-    ]
-    for _ in range(3):
-        batches = [next(part) for part in parts]
-        joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *batches)
-        jax.tree.map(np.testing.assert_array_equal, joined, next(whole))
 
 
 def test_another_seed_is_another_order():

@@ -20,8 +20,8 @@ from jaxpref.data import (
 )
 from jaxpref.data.samplers import empty_places
 from jaxpref.errors import InputError
+from tests.batches import assert_equal, joined, take
 from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
-from tests.test_data_pipeline import assert_equal, joined, take
 from tests.test_traces import traced
 
 TOKENIZER = byte_tokenizer()
