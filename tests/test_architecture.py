@@ -224,9 +224,19 @@ def test_no_private_or_experimental_jax():
                 assert not name.startswith(("jax._src", "jax.experimental")), where
 
 
+def length(node: ast.stmt) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
 @each_file
-def test_files_stay_readable(path):
-    assert len(path.read_text("utf-8").splitlines()) <= 500
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) < 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            docstring = node.body[:1] if ast.get_docstring(node) else []
+            lines = length(node) - sum(map(length, docstring))
+            assert lines < 80, f"{path}: {node.name} has {lines} lines"
 
 
 LOADED = """
