@@ -1,6 +1,7 @@
 """docs/losses.md is up to date, and its measurements match closed forms."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -33,6 +34,13 @@ def test_every_function_is_on_the_page_once():
     assert {
         name: page.count(f"[`{name}`]") for name in losses.__all__
     } == dict.fromkeys(losses.__all__, 1)
+
+
+def test_the_readme_does_not_overstate_their_number(maker):
+    readme = (SCRIPT.parents[1] / "README.md").read_text("utf-8")
+    (number,) = re.findall(r"More than (\d+) losses", readme)
+    entries = [maker.Entry(getattr(losses, name)) for name in losses.__all__]
+    assert sum(entry.is_loss for entry in entries) > int(number)
 
 
 CLEAN, OBSERVED = 0.8, 0.62
