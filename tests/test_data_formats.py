@@ -246,7 +246,7 @@ def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):
     assert parse(record, "f row 1", sides=2) == expected
     assert parse(PAIR, "f row 1", sides=2) == AS_STRINGS
     # It ignores `sides`, which is an error of the format, but must name the row.
-    with pytest.raises(InputError, match="f row 1: the record has 2 comp.* reads 1"):
+    with pytest.raises(InputError, match="f row 1: .* 2 completions instead of 1"):
         parse(record, "f row 1", sides=1)
 
 

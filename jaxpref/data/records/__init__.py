@@ -96,8 +96,8 @@ def parse(
         return example
     if len(example.completions) != sides:
         raise InputError(
-            f"{where}: the record has {len(example.completions)} completions, but the"
-            f" loss reads {sides}"
+            f"{where}: the record has {len(example.completions)} completions instead of"
+            f" {sides}"
         )
     numbers = read_labels(record, where, labels)
     return dataclasses.replace(example, flip=flip, annotator=annotator, labels=numbers)
