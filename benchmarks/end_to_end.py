@@ -89,6 +89,8 @@ class Options:
     """Maximum tokens of a prompt and an answer together."""
     row_length: str = ""
     """--row-length of `jaxpref train`; empty for its default."""
+    evaluate: bool = True
+    """Whether `jaxpref train` holds out pairs and evaluates on them; TRL does not."""
     rounds: int = 3
     """Cold and warm runs of each system."""
     systems: str = ",".join(SYSTEMS)
