@@ -7,8 +7,9 @@ steps, save, and export.  Each run is a separate process; the two systems take t
 What is the same
     The weights (float32), the file, the loss, the maximum length, the pairs per step,
     the number of steps, and the cores.  Each system takes the pairs in its own order
-    and keeps its other defaults: jaxpref also evaluates on held-out pairs; TRL
-    recomputes activations, keeps the start of long sequences, and does not evaluate.
+    and keeps its other defaults: jaxpref also scores and evaluates held-out pairs,
+    unless --no-evaluate is given; TRL recomputes activations, keeps the start of long
+    sequences, and does not evaluate.
 
 Caches
     cold: the folders of compiled programs, reference scores, and TRL's tokenized data
@@ -22,6 +23,11 @@ Commands
             --loss rdpo --steps 8 --batch 32 --max-length 512 --json end_to_end.json
         python -m benchmarks.end_to_end --model smollm2 --data hh.jsonl.gz --layers 4 \
             --json end_to_end.json
+
+    The same job in both systems, which trains without evaluating:
+
+        python -m benchmarks.end_to_end --model smollm2 --data hh.jsonl.gz --layers 4 \
+            --no-evaluate --json end_to_end.json
 
 Output
     `runs`: one record per process, with `seconds` (wall clock), `cpu_seconds` (over all
@@ -268,6 +274,8 @@ def train_arguments(options: Options, model: Path, out: Path) -> list[str]:
         given["loss.flip-rate"] = options.flip_rate
     if options.row_length:
         given["row-length"] = options.row_length
+    if not options.evaluate:
+        given["heldout-fraction"] = 0
     return ["train", *(str(x) for flag, v in given.items() for x in (f"--{flag}", v))]
 
 
