@@ -56,7 +56,7 @@ class DataOptions:
     1024, or the model's context if that is shorter).  Longer completions are cut."""
     max_prompt_length: int | None = None
     """Maximum tokens of a prompt, BOS included (default: half of --max-length).  Longer
-    prompts are cut at the beginning."""
+    prompts are truncated at the start."""
     heldout_fraction: float = 0.05
     """Share of the prompts held out for evaluation, chosen by a hash of the prompt."""
     inject: InjectOptions = InjectOptions()

@@ -37,7 +37,7 @@ class Tokens:
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a model folder or hub id; never runs code from there.
+    """The tokenizer of a model folder or Hub ID; never runs code from there.
 
     Raises:
       InputError: if there is none, or it has no end-of-sequence token.

@@ -56,7 +56,7 @@ class AuditConfig:
     """Preference file or dataset.  Every pair in it is judged.  Records without a pair
     (a completion is empty, or both are identical) are counted."""
     model: str
-    """Hugging Face model folder, or a hub id; its features are used to judge pairs."""
+    """Hugging Face model folder, or a Hub ID; its features are used to judge pairs."""
     out: str
     """Folder for `audit.jsonl`, `clean.jsonl`, `summary.json` and `report.html`."""
     annotator_field: str | None = None
@@ -82,8 +82,8 @@ class AuditConfig:
     """Maximum tokens of prompt and completion together (default: 1024, or the model's
     context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
-    prompts are truncated at the start."""
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts are
+    truncated at the start."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""

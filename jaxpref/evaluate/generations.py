@@ -29,7 +29,7 @@ class SampleConfig:
     """Options of `jaxpref sample`."""
 
     model: str
-    """Hugging Face model folder (such as OUT/export of a run) or hub id."""
+    """Hugging Face model folder (such as OUT/export of a run) or Hub ID."""
     prompts: tuple[str, ...] = ()
     """Prompts, each in quotes."""
     data: str | None = None

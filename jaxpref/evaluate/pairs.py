@@ -36,14 +36,14 @@ class EvaluateConfig:
     """What `jaxpref evaluate` reads."""
 
     model: str
-    """Hugging Face model folder (such as OUT/export of a run), or a hub id; a language
+    """Hugging Face model folder (such as OUT/export of a run), or a Hub ID; a language
     model or a reward model."""
     data: str
     """Preference file or dataset.  Every pair in it is scored."""
     out: str
     """Folder for `metrics.json` and `eval_pairs.jsonl`."""
     reference: str | None = None
-    """Reference model folder or hub id (default: none, so rewards are beta times the
+    """Reference model folder or Hub ID (default: none, so rewards are beta times the
     log-probability).  A reward model needs none."""
     beta: float | None = None
     """Implicit rewards are beta times the log-ratio to the reference (default: 0.1).  A
@@ -54,8 +54,8 @@ class EvaluateConfig:
     """Maximum tokens of prompt and completion together (default: 1024, or the model's
     context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts lose
-    their beginning."""
+    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts are
+    truncated at the start."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
@@ -67,11 +67,11 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     """Scores every pair and writes `metrics.json` and `eval_pairs.jsonl` to `out`.
 
     Returns:
-      `preference_metrics` of the reward margins, means of what was scored, and beside
-      the accuracy that of saying the longer completion, `length_only/...`.
+      `preference_metrics` of the reward margins, means of the scores, and
+      `length_only/...`, the accuracy of always preferring the longer completion.
 
     Raises:
-      InputError: for anything the caller can put right.
+      InputError: for anything that the caller can fix.
     """
     beta = 0.1 if config.beta is None else config.beta
     if not 0 < beta < math.inf:

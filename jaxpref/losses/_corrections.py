@@ -21,8 +21,8 @@ __all__ = ["forward_corrected", "gibbs_logits", "unbiased"]
 def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
     """The loss whose mean over label flips is `loss` on clean labels.
 
-        corrected = [(1 - e) loss(pair) - e loss(exchanged)] / (1 - 2e)
-                  = loss(pair) + e / (1 - 2e) [loss(pair) - loss(exchanged)]
+        corrected = [(1 - e) loss(pair) - e loss(swapped)] / (1 - 2e)
+                  = loss(pair) + e / (1 - 2e) [loss(pair) - loss(swapped)]
 
     `unbiased(dpo, e)` is `rdpo`.  The corrected loss has the minimizer of the clean
     loss, but its standard deviation grows like 1 / (1 - 2e).  It may be negative, and
@@ -74,7 +74,7 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
 def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
     """The likelihood of the observed label under the preference that `loss` implies.
 
-        p         = s(z),    z = loss(exchanged) - loss(pair), the `gibbs_logits`
+        p         = s(z),    z = loss(swapped) - loss(pair), the `gibbs_logits`
         corrected = -log((1 - e) p + e (1 - p))
 
     p is the probability of the label if preferences follow exp(-loss).
@@ -127,7 +127,7 @@ def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
 def gibbs_logits(loss: Callable) -> Callable:
     """The logit of the preference probability that `loss` implies, in nats.
 
-        z = loss(exchanged) - loss(pair),    P(y_w is preferred) = s(z)
+        z = loss(swapped) - loss(pair),    P(y_w is preferred) = s(z)
 
     This holds if preferences follow exp(-loss).  DPO: h.  IPO: 2 D / beta.  SimPO:
     log s(m - gamma) - log s(-m - gamma), with m its margin.  CPO: beta times the
@@ -164,7 +164,7 @@ def gibbs_logits(loss: Callable) -> Callable:
 
 
 def _in_both_orders(loss: Callable, combine: Callable, how: str) -> Callable:
-    """`combine(loss(pair), loss(exchanged))`, with the signature of `loss`."""
+    """`combine(loss(pair), loss(swapped))`, with the signature of `loss`."""
     name = _name(loss)
     signature = inspect.signature(loss)
     parameters = list(signature.parameters.values())

@@ -20,7 +20,7 @@ def kl_k1(log_ratios: PerPair) -> PerPair:
     Unbiased, but has high variance and is often negative, although the KL is not.
 
     Args:
-      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
+      log_ratios: l, log pi minus log ref of samples from pi, nats; [*batch].
 
     Returns:
       One estimate per sample in nats, [*batch], at least float32.
@@ -50,7 +50,7 @@ def kl_k2(log_ratios: PerPair) -> PerPair:
     Has low variance and is >= 0, but is biased (little, if the two are close).
 
     Args:
-      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
+      log_ratios: l, log pi minus log ref of samples from pi, nats; [*batch].
 
     Returns:
       One estimate per sample in nats, [*batch], at least float32; >= 0.
@@ -81,7 +81,7 @@ def kl_k3(log_ratios: PerPair) -> PerPair:
     exponent -l is clipped at 80 to prevent overflow in float32.
 
     Args:
-      log_ratios: l, log pi minus log ref of what pi sampled, nats; [*batch].
+      log_ratios: l, log pi minus log ref of samples from pi, nats; [*batch].
 
     Returns:
       One estimate per sample in nats, [*batch], at least float32; >= 0.

@@ -111,7 +111,7 @@ def weighted_loss(
 ) -> PerPair:
     """The M-step of the model with the original loss.
 
-        loss = w loss(pair) + (1 - w) loss(exchanged),    no gradient through w
+        loss = w loss(pair) + (1 - w) loss(swapped),    no gradient through w
 
     Args:
       loss_pair: the base loss of the pair as labeled; [*batch].
@@ -123,7 +123,7 @@ def weighted_loss(
 
     References:
       Another reading of RE-PO, 2025, arXiv:2509.24159, Eq. 5; its gradient is the same
-      for logistic losses with loss(exchanged) - loss(pair) = z, such as DPO.
+      for logistic losses with loss(swapped) - loss(pair) = z, such as DPO.
     """
     loss_pair = _common.floating(loss_pair)
     w = jax.lax.stop_gradient(jnp.asarray(weights, loss_pair.dtype))
@@ -193,7 +193,8 @@ def tally(
       wrong: the same for wrong votes.
       weights: w, posterior probabilities that the votes are right; [*batch].
       annotators: int index of the annotator of each vote; -1 if unknown; [*batch].
-      memory: number of votes after which an old one counts 1/e; infinity for no decay.
+      memory: number of votes after which an old one's weight is 1/e;
+        infinity for no decay.
       where: which votes are real, [*batch]; None if all are.
 
     Returns:

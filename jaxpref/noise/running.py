@@ -74,7 +74,8 @@ def count(
         with, column 1 for the others.
       margin_logits: z, nats, positive where the model agrees with the label; [*batch],
         of the global batch, regardless of its sharding.
-      memory: number of labels after which an old one counts 1/e; infinity for no decay.
+      memory: number of labels after which an old one's weight is 1/e;
+        infinity for no decay.
       where: which labels are real, [*batch]; None if all are.  The other labels are
         ignored, even if they hold NaN.
 

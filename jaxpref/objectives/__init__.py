@@ -20,7 +20,7 @@ FACTORIES = (beta_dpo, reward_regression, sft)
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
 
 WRAPPERS = (crm, em, em_weighted, learned_rate, re_po)
-"""`wrap(loss, **options)`: learn something besides the model, for a loss of pairs."""
+"""`wrap(loss, **options)`: learn something besides the model, for a pairwise loss."""
 
 MIXTURES = (bvpo,)
 """`mix(objective, **options)`: gradients of groups of pairs, mixed."""

@@ -22,7 +22,7 @@ Loss = Callable[..., Array]
 
 @dataclasses.dataclass(frozen=True)
 class BoundLoss:
-    """A loss of pairs and the values of all its hyperparameters."""
+    """A pairwise loss and the values of all its hyperparameters."""
 
     function: Loss
     """The loss, without bound hyperparameters."""
@@ -47,10 +47,10 @@ class BoundLoss:
         return self.function(*inputs.arrays(self.reads), **self.options, **where)
 
     def logits(self) -> Callable[[Inputs], Array]:
-        """The loss's preference logits: loss(exchanged) - loss(pair), [..., S].
+        """The loss's preference logits: loss(swapped) - loss(pair), [..., S].
 
         Raises:
-          InputError: if the loss is not a loss of single pairs.
+          InputError: if the loss is not a pairwise loss.
         """
         try:
             function = losses.gibbs_logits(self.function)

@@ -23,7 +23,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
 
         keep   = 1 - noise_rate min(1, step / ramp_steps)
         easy_m = the batch's round(keep n) pairs with the largest
-                 loss(exchanged) - loss(pair) under model m
+                 loss(swapped) - loss(pair) under model m
         loss   = mean over easy_two of the loss under model one
                  + mean over easy_one of the loss under model two
 
@@ -33,7 +33,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
     one on all pairs.  The gradients of both models share `max_grad_norm`.
 
     Args:
-      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
+      loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
       noise_rate: share of wrong labels, in [0, 1); known, or estimated, for example by
         `jaxpref audit` or `em`.
       ramp_steps: optimizer steps until that share of the pairs is dropped, > 0; the

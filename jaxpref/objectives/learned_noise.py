@@ -1,6 +1,6 @@
 """Objectives that learn how noisy the labels are during training.
 
-Each wraps a loss of single pairs.  What it learns is the objective's state: one
+Each wraps a pairwise loss.  What it learns is the objective's state: one
 reliability per annotator, or one flip rate.  It is checkpointed with the model.
 """
 
@@ -35,18 +35,18 @@ def em(
     """Online EM: reliabilities from soft counts, the policy by the Gibbs likelihood.
 
         w     = P(label right | margin, reliability of its annotator)
-        loss  = -w log p - (1 - w) log(1 - p),    p = s(loss(exchanged) - loss(pair))
+        loss  = -w log p - (1 - w) log(1 - p),    p = s(loss(swapped) - loss(pair))
         eta_k = (prior_right + sum of w) / (prior_right + prior_wrong + votes of k)
 
     Pairs without an annotator share one reliability.  With few votes, a reliability
     stays near the prior; with many, the prior has little effect.
 
     Args:
-      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
+      loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
       prior_right: prior votes of every annotator that count as right, > 0.
       prior_wrong: prior votes of every annotator that count as wrong, > 0.
-      memory: votes of an annotator after which an old vote counts 1/e, since judgments
-        of an early policy are soon out of date.
+      memory: votes of an annotator after which an old vote's weight is 1/e, since
+        judgments of an early policy are soon out of date.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -67,17 +67,17 @@ def em_weighted(
 ) -> Objective:
     """As `em`, but the policy is trained with the original loss, weighted.
 
-        loss  = w loss(pair) + (1 - w) loss(exchanged)
+        loss  = w loss(pair) + (1 - w) loss(swapped)
 
     This is the other reading of the paper's M-step.  It preserves terms of the loss
     besides its preference term (CPO's likelihood, IPO's square).  For DPO, both
     readings are the same.
 
     Args:
-      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
+      loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
       prior_right: prior votes of every annotator that count as right, > 0.
       prior_wrong: prior votes of every annotator that count as wrong, > 0.
-      memory: votes of an annotator after which an old vote counts 1/e.
+      memory: votes of an annotator after which an old vote's weight is 1/e.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
@@ -98,7 +98,7 @@ def re_po(loss: Loss, *, reliability: float = 0.9, momentum: float = 0.9) -> Obj
         eta_k <- momentum eta_k + (1 - momentum) mean of w over the batch's votes of k
 
     Args:
-      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
+      loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
       reliability: the initial reliability of every annotator, in (0, 1).
       momentum: weight of the previous value, in [0, 1); 1 - alpha in the paper.
 
@@ -133,7 +133,7 @@ def re_po(loss: Loss, *, reliability: float = 0.9, momentum: float = 0.9) -> Obj
 def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
     """One flip rate, learned with the policy by the likelihood of the labels.
 
-        loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(exchanged) - loss(pair))
+        loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(swapped) - loss(pair))
         e     = the most likely flip rate given the margins of past batches
 
     `em` weights each label by the posterior of an initially untrained policy, and so
@@ -143,8 +143,8 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
     has seen the labels, and the estimate of e is too small.
 
     Args:
-      loss: a loss of single pairs, or a `functools.partial` that sets hyperparameters.
-      memory: labels after which an old one counts 1/e, since the margins change.
+      loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
+      memory: labels after which an old one's weight is 1/e, since the margins change.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.

@@ -113,10 +113,10 @@ def _check(
     if objective.couples:
         raise InputError(
             f"bvpo: {objective.name} couples the pairs of a batch, so that they have "
-            "no gradients of their own to mix; use a loss of single pairs"
+            "no gradients of their own to mix; use a pairwise loss"
         )
     if objective.num_completions != 2:
-        raise InputError(f"bvpo: {objective.name} reads no pairs; use a loss of pairs")
+        raise InputError(f"bvpo: {objective.name} reads no pairs; use a pairwise loss")
 
 
 def _of_base_state(objective: Objective) -> Objective:

@@ -35,7 +35,7 @@ class Beginning:
 def restore(
     task: Task, checkpoints: Checkpoints, out: Path
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint, a state and what was saved with it; None for a new run.
+    """The newest checkpoint, a state and its metadata; None for a new run.
 
     Raises:
       InputError: if the checkpoint belongs to another run, or has other pairs or

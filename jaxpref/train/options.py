@@ -114,7 +114,7 @@ class ComputeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """When a run is evaluated and saved, and what is exported."""
+    """Evaluation, checkpoints, and export."""
 
     eval_every: int = 100
     """Steps between evaluations on the held-out pairs.  The first and the last step are

@@ -150,7 +150,7 @@ class Run:
         """Saves the state of a step and the run's position."""
         task = self._task
         check_batch_agreement(step, task, self._stream, self._guard.batch())
-        beside = {
+        metadata = {
             "iterator": self._stream.get_state(),
             "splits": task.datasets.splits.digest,
             "reference": task.reference.digest if task.reference else "",
@@ -158,7 +158,7 @@ class Run:
             "first_losses": self._guard.get_state(),
             "best": self._best.get_state(),
         }
-        self._checkpoints.save(step, state, beside)
+        self._checkpoints.save(step, state, metadata)
 
     def close(self) -> None:
         """Ends the progress bar."""
