@@ -206,7 +206,7 @@ def far_out(entry: Entry) -> tuple[str, str]:
     # A path of decreasing margins from 0.
     down = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1.0, FAR, 12)])
     up, down = jnp.concatenate([ends, jnp.stack([-down, down], axis=1)]).T
-    measure = jax.vmap(jax.value_and_grad(summed, has_aux=True))
+    measure = jax.jit(jax.vmap(jax.value_and_grad(summed, has_aux=True)))
     (_, values), gradients = measure(up, down)
 
     half, whole = values[:4].tolist(), values[4:8].tolist()

@@ -15,7 +15,7 @@ os.environ.setdefault(
 )
 # The user's own folder is left alone, and no test finds what an earlier run computed.
 os.environ["JAXPREF_CACHE"] = tempfile.mkdtemp(prefix="jaxpref-test-")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `initialize_distributed` sets them, for tests that go around it.
 os.environ.setdefault("NPROC", "64")

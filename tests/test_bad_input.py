@@ -541,6 +541,8 @@ def fingerprint(folder: Path) -> dict[str, bytes]:
 
 STRUCK = """
 import os, resource, signal, sys
+# A test run in the background of a shell ignores SIGINT, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 import tests.conftest
 from jaxpref import cli

@@ -58,6 +58,7 @@ def test_invalid_usage():
             dataclasses.replace(CONFIG, **wrong)
 
 
+@pytest.mark.slow
 def test_three_events(tmp_path):
     config = chaos.ChaosConfig(
         model=str(make_model_folder(tmp_path / "model")),

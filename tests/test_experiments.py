@@ -12,6 +12,7 @@ import pytest
 from experiments import align
 from jaxpref.errors import InputError
 from tests.tiny import make_model_folder, make_pairs_file
+from tests.virtual import xla_flags
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def noisy_sentiment(*options, timeout):
     script = str(root / "experiments" / "noisy_sentiment.py")
     return subprocess.run(
         [sys.executable, script, *map(str, options)],
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import threading
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,7 +15,6 @@ import pytest
 from jaxpref.data.feed import AHEAD, Feed
 from jaxpref.errors import InputError
 from jaxpref.runtime import memory
-from jaxpref.runtime.compilation import in_background
 from jaxpref.train import read_metrics, run, task
 from tests.compiled import compiled
 from tests.test_training import config_for
@@ -146,8 +148,10 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     found = json.loads(path.read_text())
     assert found["remat"] == "none" and found["step_bytes"].keys() == {"none"}
     assert "remat none: a step needs none " in capsys.readouterr().out
-    # A device that is too small for what was chosen: the run goes on as it began.
-    monkeypatch.setattr(memory, "memory_limit", lambda: 1)
+    # An interrupted run goes on with the stored policy, without comparing again.
+    for name in ("checkpoints", "export"):
+        shutil.rmtree(tmp_path / "run" / name)
+    path.write_text(json.dumps(found | {"remat": "dots"}))
     chosen = []
 
     def remembered(scorer, *arguments):
@@ -157,7 +161,14 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     make = task.make_train_step
     monkeypatch.setattr(task, "make_train_step", remembered)
     run(config)
-    assert set(chosen) == {"none"}
+    assert chosen[-1] == "dots" and "full" not in chosen
+    assert json.loads(path.read_text()) == found | {"remat": "dots"}
+    # On devices that are too small for it, the run is refused.
+    for name in ("checkpoints", "export"):
+        shutil.rmtree(tmp_path / "run" / name)
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1)
+    with pytest.raises(InputError, match="needs .* per device"):
+        run(config)
 
 
 @pytest.mark.parametrize("remat", ["none", "auto"])
@@ -168,9 +179,17 @@ def test_a_step_that_does_not_fit_is_refused_with_the_numbers(
     monkeypatch.setattr(memory, "memory_limit", lambda: 1)
     out = tmp_path / "run"
     config = config_for(inputs, out, max_steps=2, remat=remat)
-    with pytest.raises(InputError, match=r"needs \d+ MiB .*, which has 0 MiB: .*--acc"):
+    with pytest.raises(InputError, match=r"needs \d+ MiB .*, which has 0 MiB; .*--acc"):
         run(config)
     assert not (out / "config.json").exists() and not (out / "memory.json").exists()
+
+
+def test_sizes_that_nobody_reports_refuse_nothing(monkeypatch):
+    assert memory.required_bytes(lambda: mock.Mock(memory_analysis=lambda: None)) == 0
+    gpu = mock.Mock(platform="gpu", memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    assert memory.memory_limit() == float("inf")
+    memory.check_memory(1e15)
 
 
 def test_the_first_policy_that_fits_is_chosen(tmp_path, monkeypatch):
@@ -198,7 +217,7 @@ def test_the_first_policy_that_fits_is_chosen(tmp_path, monkeypatch):
 
 
 def test_a_container_limits_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "memory.max",))
     whole = memory.memory_limit()
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.memory_limit() == whole
@@ -206,19 +225,18 @@ def test_a_container_limits_the_memory(tmp_path, monkeypatch):
     assert memory.memory_limit() == 8_000_000 // jax.local_device_count()
 
 
-def test_an_error_is_raised_without_waiting_for_the_compiler():
-    done = threading.Event()
-    with pytest.raises(InputError, match="another run"):
-        with in_background(done.wait):
-            raise InputError("another run")
-    done.set()
-
-
-def test_the_bytes_of_a_step_are_those_of_its_arrays():
-    """Donated arguments are counted once."""
-    x = jax.ShapeDtypeStruct((256, 256), np.float32)
-    add = lambda x: x + 1
-    once = jax.jit(add, donate_argnums=0).lower(x).compile()
-    twice = jax.jit(add).lower(x).compile()
-    assert memory.step_bytes(once) == 4 * 256 * 256
-    assert memory.step_bytes(twice) == 2 * memory.step_bytes(once)
+def test_an_error_does_not_wait_for_the_compiler():
+    """The process ends, although a thread of its own still compiles."""
+    script = """
+import sys, time
+from jaxpref.errors import InputError
+from jaxpref.runtime.compilation import in_background
+from jaxpref.runtime.entry import entry_point
+with entry_point():
+    in_background(lambda: time.sleep(600))
+    raise InputError("another run")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "error: another run" in done.stderr

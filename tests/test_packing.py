@@ -239,6 +239,23 @@ def test_a_batch_has_room_for_the_step_that_needs_most():
     assert layout_of(dataset, accumulation=20).accumulation == 20
 
 
+def test_more_micro_batches_are_smaller():
+    """Accumulation saves memory; every step still has room for its pairs."""
+    dataset = make_pairs(50)
+    sizes = dict(num_steps=4, batch_size=16, shards=2, tokens_per_device=4096)
+    order = data.uniform(dataset, 3)
+    packed = lambda a: data.packed_layout(
+        dataset, order=order, row_length=64, accumulation=a, **sizes
+    )
+    whole, parts = packed(1), packed(4)
+    assert parts.rows < whole.rows and parts.rows % 2 == 0
+    assert parts.accumulation >= 4
+    batches = parts.batches(dataset, order, threads=0)
+    for step in range(4):
+        found = next(batches).pair_index
+        assert sorted(found[found >= 0]) == sorted(order(step, 16))
+
+
 def test_a_mixture_of_traces_is_packed_too():
     dataset = make_pairs(40)
     empty = np.arange(40) % 3 == 0

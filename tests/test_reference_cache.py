@@ -58,19 +58,23 @@ class Enough(Exception):
     """The reference is scored; training would come."""
 
 
-def score_only(config):
-    """A run up to where it would compile the train step."""
-    make_train_step = task.make_train_step
+class NotCompiled:
+    """In place of the train step: known only once the reference is scored."""
 
-    def enough(*_):
+    def done(self):
+        return False
+
+    def result(self):
         raise Enough
 
-    task.make_train_step = enough
-    try:
+
+def score_only(config):
+    """A run up to where it needs the train step."""
+    with pytest.MonkeyPatch.context() as patch:
+        run_module = sys.modules["jaxpref.train.run"]
+        patch.setattr(run_module, "in_background", lambda _: NotCompiled())
         with pytest.raises(Enough):
             run(config)
-    finally:
-        task.make_train_step = make_train_step
 
 
 def config_for(inputs, out, **changes):
@@ -442,3 +446,31 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(InputError, match="set JAXPREF_CACHE"):
         cache_folder()
+
+
+LOADED = """
+import sys
+import jaxpref.scoring.score_dataset, jaxpref.scoring.scorer, jaxpref.data.layouts
+import jaxpref.models.families.llama
+files = (getattr(m, "__file__", None) for n, m in sys.modules.items() if "jaxpref" in n)
+print(*filter(None, files))
+"""
+
+
+def test_all_code_that_scores_invalidates_the_cache():
+    """Every file of ours that scoring imports, except those that compute no score."""
+    found = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
+    )
+    package = Path(reference.__file__).parents[1]
+    paths = {str(Path(p).relative_to(package)) for p in found.stdout.split()}
+    covered = {
+        str(path.relative_to(package))
+        for pattern in reference.SCORED_BY
+        for path in package.glob(pattern)
+    }
+    others = ("runtime/", "losses/", "errors.py", "files.py", "__init__.py")
+    others += ("scoring/__init__.py", "scoring/checks.py", "scoring/reward_metrics.py")
+    left = {p for p in paths - covered if not p.startswith(others)}
+    assert left <= {"scoring/reference.py", "scoring/score_cache.py"}
+    assert "models/families/llama.py" in covered and "losses/_sequence.py" in covered

@@ -62,24 +62,24 @@ def command(argv: Sequence[str]) -> None:
     export = run(config)
     if jax.process_index() == 0:
         line = shlex.join(["jaxpref", "train", *argv])
-        print("\n".join(_report(config, export, line)))
+        best = config.keep_best or "min:eval_loss"
+        print("\n".join(_report(Path(config.out), export, line, best)))
 
 
-def _report(config: TrainConfig, export: Path, line: str) -> list[str]:
+def _report(out: Path, export: Path, line: str, best: str) -> list[str]:
     """Writes the report of a finished run, and returns lines that summarize it."""
     from jaxpref.report.progress import summary_lines
     from jaxpref.report.training import read_records, write_training
     from jaxpref.runtime.timings import process_start
 
-    out = Path(config.out)
     write_training(out, command=line)
     exports = sorted(map(str, out.glob(f"{export.name}*")))
     return summary_lines(
         read_records(out / "metrics.jsonl"),
         seconds=time.time() - process_start(),
-        out=config.out,
+        out=str(out),
         exports=exports,
-        best=config.keep_best or "min:eval_loss",
+        best=best,
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError
 
 from jaxpref.errors import InputError
@@ -86,7 +87,7 @@ def check_folder(
 
 
 def load_params(
-    folder: str | Path, model: AnyModel, head_key: jax.Array | None = None
+    folder: str | Path, model: AnyModel, head_key: PRNGKeyArray | None = None
 ) -> Params:
     """The weights of a folder, cast to the model's `param_dtype`.
 

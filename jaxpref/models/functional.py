@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxpref.models import logprobs
 from jaxpref.models.architecture import Architecture
@@ -80,7 +80,7 @@ class Model:
     def _layer(self, weights: Params) -> Block:
         return nnx.merge(_graphs(self.architecture, self.numerics)[1], weights)
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters, sharded over the current mesh.
 
         Matrices are normal with standard deviation `initializer_range`, divided by

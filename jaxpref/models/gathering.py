@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpref.models.layout import SPECS, on_mesh, platform, reshard
 from jaxpref.sharding import ROWS
 
 
-def is_fsdp_sharded(weight: jax.Array) -> bool:
+def is_fsdp_sharded(weight: Shaped[Array, "..."]) -> bool:
     """Whether a weight is sharded over several `fsdp` devices."""
     if num_row_groups() == 1:
         return False
@@ -44,7 +44,7 @@ def num_row_groups() -> int:
     return math.prod(sizes.get(axis, 1) for axis in ROWS)
 
 
-def all_gather(weight: jax.Array) -> jax.Array:
+def all_gather(weight: Shaped[Array, "*shape"]) -> Shaped[Array, "N *shape"]:
     """An fsdp-sharded weight as N copies [N, ...], one per row group."""
     spec = jax.typeof(weight).sharding.spec
     axis = spec.index("fsdp")
@@ -61,7 +61,9 @@ def all_gather(weight: jax.Array) -> jax.Array:
     )(weight)
 
 
-def reduce_scatter(gradients: jax.Array, spec: P) -> jax.Array:
+def reduce_scatter(
+    gradients: Shaped[Array, "N *shape"], spec: P
+) -> Shaped[Array, "*shape"]:
     """The sum of the copies' gradients [N, ...], in the layout `spec` of the weight."""
     axis = spec.index("fsdp")
 
@@ -104,8 +106,11 @@ def hierarchical_groups(size: int) -> list[list[list[int]]]:
 
 
 def linear_vjp(
-    function: Callable, transpose: Callable, weight: jax.Array, dtype: Any
-) -> jax.Array:
+    function: Callable,
+    transpose: Callable,
+    weight: Float[Array, "*shape"],
+    dtype: Any,
+) -> Float[Array, "..."]:
     """`function(weight)` in the precision of `dtype`; the gradient is not rounded.
 
     Args:
@@ -128,7 +133,9 @@ def linear_vjp(
     return apply(weight)
 
 
-def all_gather_per_row_group(weight: jax.Array, dtype: Any) -> jax.Array:
+def all_gather_per_row_group(
+    weight: Float[Array, "*shape"], dtype: Any
+) -> Float[Array, "N *shape"]:
     """A weight [V, D] or [D, V] as N copies, one per row group.
 
     This is FSDP's all-gather, in `dtype`.  Gradients, in the parameter dtype, are

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from jaxpref.errors import InputError
 from jaxpref.models.architecture import Architecture
@@ -53,7 +54,7 @@ def on_mesh(spec: P | None) -> P | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
-def reshard(x: jax.Array, spec: P) -> jax.Array:
+def reshard(x: Shaped[Array, "*shape"], spec: P) -> Shaped[Array, "*shape"]:
     """`x` in the layout `spec` if a mesh is set, else `x` itself."""
     return x if on_mesh(spec) is None else jax.reshard(x, spec)
 

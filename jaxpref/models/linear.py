@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from jaxpref.models.gathering import (
     all_gather,
@@ -23,12 +24,12 @@ PRODUCT = "product"
 
 def dense_einsum(
     equation: str,
-    x: jax.Array,
-    weight: jax.Array,
+    x: Float[Array, "*inputs"],
+    weight: Float[Array, "*weight"],
     *,
     spec: P | None = None,
     out_dtype: Any = None,
-) -> jax.Array:
+) -> Float[Array, "*outputs"]:
     """`einsum(equation, x, weight)`: factors in x's dtype, sums in float32 or wider.
 
     The gradients are einsums of the same kind,

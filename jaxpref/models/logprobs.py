@@ -135,10 +135,10 @@ def token_statistics(
     predictors: Positions,
     targets: Positions,
     *,
-    reference: tuple[jax.Array, jax.Array] | None = None,
+    reference: tuple[Hidden, Head] | None = None,
     chunk_size: int | None = None,
     soft_cap: float | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Float[Array, "B P"]]:
     """Several of `STATISTICS` of each target, from one pass over the logits.
 
     Args:

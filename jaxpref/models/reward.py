@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.attention import Segments
@@ -52,7 +52,7 @@ class RewardModel:
         of_backbone, of_score = jax.random.split(key)
         return self.backbone.init(of_backbone) | {"score": self.new_score(of_score)}
 
-    def new_score(self, key: jax.Array) -> Float[Array, "D 1"]:
+    def new_score(self, key: PRNGKeyArray) -> Float[Array, "D 1"]:
         """A random head: normal with variance 1 / (D + 1).
 
         The scores of an untrained head are then about as large as the features.  It
@@ -124,7 +124,7 @@ def mc_rewards(
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: jax.Array,
+    key: PRNGKeyArray,
     *,
     rate: float = 0.1,
     passes: int = 10,

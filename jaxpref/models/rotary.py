@@ -6,7 +6,6 @@ Axes: B rows, T tokens, H heads, K head features.
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -80,7 +79,11 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T H K"], cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[Array, "B T H K"],
+    cos: Float[Array, "B T 1 half"],
+    sin: Float[Array, "B T 1 half"],
+) -> Float[Array, "B T H K"]:
     """Rotates features (i, i + K/2) of each head by the position's angles."""
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     a, b = jnp.split(x, 2, axis=-1)

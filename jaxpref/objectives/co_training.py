@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxpref.errors import InputError
 from jaxpref.noise.peer import kept_share, peer_selection
@@ -110,8 +110,8 @@ def alternate(pairs: Array, steps: Array, parity: int) -> Array:
 
 
 def agreement_metrics(
-    margins: list[Array], keep: Array, inputs: Inputs
-) -> dict[str, Array]:
+    margins: list[Float[Array, "*pairs"]], keep: Float[Array, ""], inputs: Inputs
+) -> dict[str, Float[Array, ""]]:
     """How the two models compare on a batch, and what they select for each other."""
     real = inputs.is_pair
     selected = jnp.stack(peer_selection(*margins, keep=keep, where=real))

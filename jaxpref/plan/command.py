@@ -49,11 +49,6 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     if target := os.environ.get(child.TARGET):
         write_json(target, measure(work_of(config, model, objective), topology))
         return {}
-    if config.row_length is not None and objective.mixes_empty_traces:
-        raise InputError(
-            f"--row-length {config.row_length}: {objective.name} trains with one pair "
-            "per row; omit this option"
-        )
     if config.json is not None and not Path(config.json).absolute().parent.is_dir():
         raise InputError(f"--json {config.json}: its folder does not exist")
     if not config.sweep:

@@ -18,6 +18,8 @@ from jaxpref.files import cache_folder
 
 Result = TypeVar("Result")
 
+_in_background: set[concurrent.futures.Future] = set()
+
 
 def enable_compilation_cache() -> None:
     """Caches compiled programs on disk for later processes.
@@ -48,23 +50,25 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-@contextlib.contextmanager
 def in_background(
     compile_program: Callable[[], Result],
-) -> Iterator[concurrent.futures.Future[Result]]:
-    """Compiles in a thread during the context, and waits for it at the end.
+) -> concurrent.futures.Future[Result]:
+    """Compiles in a thread; returns the future of what `compile_program` returns.
 
-    XLA does not hold Python's lock while it compiles.  An error inside the context is
-    raised without waiting.
-
-    Returns:
-      The future of what `compile_program` returns or raises.
+    XLA does not hold Python's lock while it compiles.  A process that exits waits for
+    the thread, unless it ends with `os._exit`; see `is_compiling`.
     """
     pool = concurrent.futures.ThreadPoolExecutor(1)
     compiling = pool.submit(compile_program)
     pool.shutdown(wait=False)
-    yield compiling
-    concurrent.futures.wait([compiling])
+    _in_background.add(compiling)
+    compiling.add_done_callback(_in_background.discard)
+    return compiling
+
+
+def is_compiling() -> bool:
+    """Whether a program is being compiled in the background."""
+    return bool(_in_background)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,11 @@ POLICIES = ("none", "dots", "full")
 """What the backward pass recomputes, from the fastest to the most economical."""
 SHARE = 0.9
 """Share of a device's memory that a step may use when a policy is chosen."""
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""Where Linux writes the memory limit of a container."""
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+"""Where Linux writes the memory limit of a container, in both versions of cgroups."""
 
 Compile = Callable[[], jax.stages.Compiled]
 
@@ -44,6 +47,7 @@ def choose_remat(out: Path, step_of: Callable[[str], Compile]) -> str:
         stored = _stored_choice(path)
     stored = int(broadcast_from_process_zero(np.int32(stored)))
     if stored >= 0:
+        check_memory(required_bytes(step_of(POLICIES[stored])))
         return POLICIES[stored]
     limit = memory_limit()
     needs: dict[str, float] = {}
@@ -51,17 +55,19 @@ def choose_remat(out: Path, step_of: Callable[[str], Compile]) -> str:
         needs[policy] = required_bytes(step_of(policy))
         if needs[policy] <= SHARE * limit:
             break
-    check_fits(needs[policy])
+    check_memory(needs[policy])
     chosen = POLICIES[broadcast_from_process_zero(np.int32(POLICIES.index(policy)))]
     if jax.process_index() == 0:
         listed = ", ".join(f"{name} {_mib(need)}" for name, need in needs.items())
         log(f"remat {chosen}: a step needs {listed} of a device's {_mib(limit)}")
-        sizes = {name: x if math.isfinite(x) else None for name, x in needs.items()}
-        write_json(path, {"remat": chosen, "step_bytes": sizes, "device_bytes": limit})
+        known = lambda x: x if math.isfinite(x) else None
+        sizes = {name: known(need) for name, need in needs.items()}
+        found = {"remat": chosen, "step_bytes": sizes, "device_bytes": known(limit)}
+        write_json(path, found)
     return chosen
 
 
-def check_fits(need: float) -> None:
+def check_memory(need: float) -> None:
     """Checks that a step fits into a device's memory.
 
     Args:
@@ -70,18 +76,20 @@ def check_fits(need: float) -> None:
     Raises:
       InputError: if it does not fit.
     """
-    if need > (limit := memory_limit()):
+    if need > (limit := memory_limit()) or math.isinf(need):
         raise InputError(
-            f"a step needs {_mib(need)} of memory per device, which has {_mib(limit)}: "
-            "use a larger --accumulation, --remat auto or full, a smaller --batch-size "
-            "or --max-length, or more devices (--mesh.fsdp)"
+            f"a step needs {_mib(need)} of memory per device, which has {_mib(limit)}; "
+            "start again with a larger --accumulation, --remat full, a smaller "
+            "--batch-size or --max-length, or more devices (--mesh.fsdp)"
         )
 
 
 def required_bytes(compile_step: Compile) -> float:
     """Bytes per device that a step needs; infinite if the compiler runs out of memory.
 
-    need = arguments + outputs + temporaries - outputs written in place
+        need = arguments + outputs + temporaries - outputs written in place
+
+    0 if the compiler does not report it.
     """
     try:
         return step_bytes(compile_step())
@@ -93,8 +101,10 @@ def required_bytes(compile_step: Compile) -> float:
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes per device that a compiled program needs."""
+    """Bytes per device that a compiled program needs; 0 if they are not reported."""
     found: Any = compiled.memory_analysis()
+    if found is None:
+        return 0
     return (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
@@ -103,23 +113,26 @@ def step_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def memory_limit() -> int:
-    """Bytes per device; on CPU, its share of the memory of the machine or container."""
+def memory_limit() -> float:
+    """Bytes per device; on CPU, its share of the memory of the machine or container.
+
+    Infinite if an accelerator does not report it.
+    """
     devices = jax.local_devices()
-    stats = devices[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+    if devices[0].platform != "cpu":
+        return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        machine = min(machine, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):
-        pass  # not in a container, or "max"
+    for path in CGROUP_LIMITS:
+        try:
+            machine = min(machine, int(path.read_text()))
+        except (OSError, ValueError):
+            pass  # not in a container, or "max"
     return machine // len(devices)
 
 
 def _mib(size: float) -> str:
     if math.isinf(size):
-        return "more than a device has"
+        return "an unknown amount"
     return f"{size / 2**20:,.0f} MiB"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref.errors import InputError
 from jaxpref.models import Model, Params
@@ -52,7 +52,7 @@ def generate(
     params: Params,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: jax.Array,
+    key: PRNGKeyArray,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -176,7 +176,7 @@ def decode(
     params: Params,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: jax.Array,
+    key: PRNGKeyArray,
     select: Select,
     stop_tokens: Int[Array, " stops"],
     *,

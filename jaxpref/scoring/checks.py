@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
@@ -47,7 +48,10 @@ def check_fits(
 
 
 def check_finite(
-    sources: Sequence[str], dataset: PreferenceDataset, model: str, scores: np.ndarray
+    sources: Sequence[str],
+    dataset: PreferenceDataset,
+    model: str,
+    scores: Float[np.ndarray, "N K"],
 ) -> None:
     """Raises InputError naming the first row whose scores [N, K] are not finite."""
     wrong = np.flatnonzero(~np.isfinite(scores).all(axis=1))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
@@ -38,12 +39,14 @@ from jaxpref.scoring.scores import policy_name
 SHARD = 512
 """Pairs between two writes, rounded up to whole batches; a kill loses at most these."""
 SCORED_BY = (
-    "data/*.py",
+    "data/**/*.py",
     "losses/_sequence.py",
-    "models/*.py",
+    "models/**/*.py",
+    "scoring/micro_batches.py",
     "scoring/score_dataset.py",
     "scoring/scorer.py",
     "scoring/scores.py",
+    "sharding.py",
 )
 """The code that a score depends on; a change of it invalidates cached scores."""
 
@@ -98,7 +101,7 @@ def reference_tables(
     score: ScoreDataset,
     batch_size: int,
     layout: str,
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, dict[str, Float[np.ndarray, "N K"]]]:
     """The reference's scores that the objective reads, for each dataset.
 
     Args:
@@ -159,8 +162,12 @@ def reference_tables(
     return tables
 
 
-def unscored(scored: ScoredSet, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The needed records that have an unscored completion, int [M'], in order.
+def unscored(
+    scored: ScoredSet,
+    keys: Shaped[np.ndarray, "names N K"],
+    values: Float[np.ndarray, "names N K"],
+) -> Int[np.ndarray, " M"]:
+    """The needed records that have an unscored completion, int [M], in order.
 
     Records whose completions all occur in earlier records are left out.
     """
@@ -173,7 +180,9 @@ def unscored(scored: ScoredSet, keys: np.ndarray, values: np.ndarray) -> np.ndar
     return np.array(missing, np.int64)
 
 
-def score_keys(dataset: PreferenceDataset, names: Sequence[str]) -> np.ndarray:
+def score_keys(
+    dataset: PreferenceDataset, names: Sequence[str]
+) -> Shaped[np.ndarray, "names N K"]:
     """The keys of the reference's scores in the cache: str [len(names), N, K].
 
     A key depends on the tokens of prompt and completion, and for a prefix on where it

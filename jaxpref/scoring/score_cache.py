@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -21,7 +22,9 @@ from jaxpref.files import cannot_write, write_whole
 _log = logging.getLogger("jaxpref")
 
 
-def read(folder: Path, keys: np.ndarray) -> np.ndarray:
+def read(
+    folder: Path, keys: Shaped[np.ndarray, "*shape"]
+) -> Float[np.ndarray, "*shape"]:
     """The numbers of `keys`; NaN if the folder has no finite number for a key.
 
     Args:
@@ -49,7 +52,10 @@ def read(folder: Path, keys: np.ndarray) -> np.ndarray:
 
 
 def append(
-    folder: Path, keys: np.ndarray, values: np.ndarray, about: Mapping[str, str]
+    folder: Path,
+    keys: Shaped[np.ndarray, "*shape"],
+    values: Float[np.ndarray, "*shape"],
+    about: Mapping[str, str],
 ) -> None:
     """Adds one shard.
 

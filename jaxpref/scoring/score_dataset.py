@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from jaxpref.data import PreferenceDataset
@@ -48,7 +49,7 @@ def score_dataset(
     mesh: jax.sharding.Mesh,
     title: str,
     bar: tqdm | None = None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Float[np.ndarray, "N K"]]:
     """Scores a whole dataset.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel, logprobs
@@ -46,11 +47,11 @@ class ExportOptions:
 class Scorer(Protocol):
     """What is trained and how it scores a batch; holds no arrays itself."""
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters, sharded over the current mesh."""
         ...
 
-    def load(self, folder: Path, key: jax.Array) -> Params:
+    def load(self, folder: Path, key: PRNGKeyArray) -> Params:
         """The initial parameters: those in the folder; missing ones are random."""
         ...
 
@@ -58,7 +59,7 @@ class Scorer(Protocol):
         """The frozen parameters, from the reference's folder."""
         ...
 
-    def init_frozen(self, key: jax.Array) -> Frozen:
+    def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """Random frozen parameters, for `jax.eval_shape`."""
         ...
 
@@ -103,11 +104,11 @@ class PolicyScorer:
         """Whether `frozen` is the reference's parameters."""
         return bool(self.scores & NEED_REFERENCE_WEIGHTS)
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: PRNGKeyArray) -> Params:
         """See `Scorer`."""
         return self.model.init(key)
 
-    def load(self, folder: Path, key: jax.Array) -> Params:
+    def load(self, folder: Path, key: PRNGKeyArray) -> Params:
         """See `Scorer`."""
         return load_params(folder, self.model, key)
 
@@ -117,7 +118,7 @@ class PolicyScorer:
             return None
         return load_params(reference, self.model)
 
-    def init_frozen(self, key: jax.Array) -> Frozen:
+    def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """See `Scorer`."""
         return self.model.init(key) if self.needs_reference_weights else None
 
@@ -170,11 +171,11 @@ class RewardScorer:
 
     model: RewardModel
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: PRNGKeyArray) -> Params:
         """See `Scorer`."""
         return self.model.init(key)
 
-    def load(self, folder: Path, key: jax.Array) -> Params:
+    def load(self, folder: Path, key: PRNGKeyArray) -> Params:
         """The folder's backbone and head; a new head if it has none."""
         return load_params(folder, self.model, key)
 
@@ -183,7 +184,7 @@ class RewardScorer:
         del reference
         return None
 
-    def init_frozen(self, key: jax.Array) -> Frozen:
+    def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """None: reward-model losses need no reference."""
         del key
         return None
@@ -232,11 +233,11 @@ class TwinScorer:
 
     one: Scorer
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: PRNGKeyArray) -> Params:
         """See `Scorer`."""
         return {"one": self.one.init(key), "two": self.one.init(second(key))}
 
-    def load(self, folder: Path, key: jax.Array) -> Params:
+    def load(self, folder: Path, key: PRNGKeyArray) -> Params:
         """Loads both from one folder; missing parameters are drawn independently."""
         return {
             "one": self.one.load(folder, key),
@@ -247,7 +248,7 @@ class TwinScorer:
         """The reference of both models."""
         return self.one.load_frozen(reference)
 
-    def init_frozen(self, key: jax.Array) -> Frozen:
+    def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """See `Scorer`."""
         return self.one.init_frozen(key)
 
@@ -272,7 +273,7 @@ class TwinScorer:
         self.one.export(params["two"], two, options)
 
 
-def second(key: jax.Array) -> jax.Array:
+def second(key: PRNGKeyArray) -> jax.Array:
     """The second model's random key."""
     return jax.random.fold_in(key, 1)
 

@@ -169,7 +169,7 @@ def last_tokens(owners: Int[Array, "*rows P"]) -> Int[Array, "*rows P"]:
 
 
 def flat_sequences(
-    batch: PreferenceBatch, array: Array | np.ndarray
+    batch: PreferenceBatch, array: Shaped[Array | np.ndarray, "R Q ..."]
 ) -> Shaped[Array, "rows ..."]:
     """[R, Q, ...] to [R Q, ...]: all sequences of a micro-batch on one axis."""
     rows, sequences, _ = batch.tokens.shape

@@ -1,7 +1,7 @@
 """The start of a run: its state, restored or new, and the reference's scores."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def begin(
     out: Path,
     *,
     batch_size: int,
+    check: Callable[[bool], None] = lambda wait: None,
 ) -> Beginning:
     """Loads the initial weights of a new run, and scores the reference.
 
@@ -78,6 +79,8 @@ def begin(
       restored: from `restore`.
       out: the run's folder.
       batch_size: pairs that are scored together by the reference.
+      check: called with False before each part of the scoring, and with True before
+        the state is created; may raise to end the run.
 
     Raises:
       InputError: if a model cannot be read.
@@ -85,7 +88,7 @@ def begin(
     params = None
     if restored is None:
         params = task.scorer.load(task.model_folder, jax.random.key(task.seed))
-    reference = _score_reference(task, params, out, batch_size)
+    reference = _score_reference(task, params, out, batch_size, check)
     frozen = None
     if task.reference is not None:
         frozen = task.scorer.load_frozen(task.reference.folder)
@@ -94,6 +97,7 @@ def begin(
             f"{task.objective.name} keeps the reference's weights in memory: it needs "
             "full distributions, which cannot be stored in advance"
         )
+    check(True)
     if restored is None:
         state = jax.jit(task.new_state, donate_argnums=0)(params)
         return Beginning(state, frozen, reference, saved={})
@@ -101,7 +105,11 @@ def begin(
 
 
 def _score_reference(
-    task: Task, params: Params | None, out: Path, batch_size: int
+    task: Task,
+    params: Params | None,
+    out: Path,
+    batch_size: int,
+    check: Callable[[bool], None],
 ) -> dict[str, dict[str, np.ndarray]]:
     """The reference's stored scores for both datasets; empty if none is read.
 
@@ -117,6 +125,11 @@ def _score_reference(
         ScoredSet("heldout", splits.heldout, datasets.heldout_sources, every),
     ]
     scorer, folder = task.reference_scorer, task.reference.folder
+    score = task.score(task.reference_score_step)
+
+    def checked_score(*args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
+        check(False)
+        return score(*args, **kwargs)
 
     def load() -> Params:
         if params is not None and folder == task.model_folder:
@@ -128,7 +141,7 @@ def _score_reference(
         sets,
         out,
         load=load,
-        score=task.score(task.reference_score_step),
+        score=checked_score,
         batch_size=batch_size,
         layout=f"{task.layout.rounding()}, mesh {dict(task.mesh.shape)}",
     )

@@ -10,6 +10,7 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
+from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits
 from jaxpref.scoring.reference import Reference, reference_digest
 from jaxpref.scoring.scorer import ExportOptions, make_scorer
@@ -27,6 +28,7 @@ def prepare(config: TrainConfig) -> Task:
       InputError: for anything that the caller can fix; nothing is written.
     """
     objective = config.objective
+    compute_dtype = config.compute_dtype or default_compute_dtype()
     mesh = make_mesh(config.mesh)
     row_length = None if config.row_length == "none" else config.row_length
     if row_length is None:
@@ -38,7 +40,7 @@ def prepare(config: TrainConfig) -> Task:
     architecture = check_folder(folder, kind, new_head=rewards)
     numerics = Numerics(
         param_dtype=config.param_dtype,
-        compute_dtype=config.compute_dtype,
+        compute_dtype=compute_dtype,
         remat="none" if config.remat == "auto" else config.remat,
         unroll=config.unroll,
         # A gradient probe differentiates a gradient.
@@ -49,7 +51,7 @@ def prepare(config: TrainConfig) -> Task:
         objective,
         config.reference or config.model,
         architecture,
-        dtypes=f"{config.param_dtype} {config.compute_dtype}",
+        dtypes=f"{config.param_dtype} {compute_dtype}",
         numerics=f"{config.logit_chunk} logits at a time",
     )
     tokenizer = data.load_tokenizer(folder)

@@ -14,7 +14,7 @@ from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.compilation import in_background, log_compilations
 from jaxpref.runtime.environment import versions
 from jaxpref.runtime.memory import (
-    check_fits,
+    check_memory,
     choose_remat,
     required_bytes,
 )
@@ -141,19 +141,23 @@ def _begin(
     compares compiled steps once the state exists.
     """
     restored = restore(task, checkpoints, out)
-    compiling = contextlib.nullcontext()
     unfinished = restored is None or int(restored[0].step) < task.steps
+    compiling = None
     if unfinished and remat != "auto":
         need = functools.partial(required_bytes, task.compile_train_step)
         compiling = in_background(need)
-    with compiling as need:
-        begun = begin(task, restored, out, batch_size=batch_size)
-        phases.mark("reference")
-    if need is not None:
-        check_fits(need.result())
-    elif unfinished:
-        step_of = lambda policy: task.with_remat(policy).compile_train_step
-        task = task.with_remat(choose_remat(out, step_of))
+
+    def check(wait: bool) -> None:
+        if wait:
+            phases.mark("reference")
+        if compiling is not None and (wait or compiling.done()):
+            check_memory(compiling.result())
+
+    begun = begin(task, restored, out, batch_size=batch_size, check=check)
+    if unfinished and remat == "auto":
+        with_policy = functools.cache(task.with_remat)
+        step_of = lambda policy: with_policy(policy).compile_train_step
+        task = with_policy(choose_remat(out, step_of))
     phases.mark("compile")
     return task, begun
 

@@ -199,9 +199,12 @@ class PackedLayout:
     def _check(self, step: int, needed: int) -> None:
         count = self.accumulation * self.rows
         if needed > count:
+            fewest, size = -(-needed // self.rows), self.batch_size
+            enough = (n for n in range(fewest, size) if size % n == 0)
             raise InputError(
                 f"step {step + 1}: its pairs need {needed} packed rows, but a batch has"
-                f" {count}; give --accumulation {-(-needed // self.rows)}"
+                f" {count}; start again in another --out with --accumulation "
+                f"{next(enough, size)}"
             )
 
     def _batch(

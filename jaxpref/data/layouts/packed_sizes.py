@@ -64,7 +64,7 @@ def packed_layout(
       row_length: T, at least the tokens of any prompt with all its completions; "auto"
         chooses the one with the least padding.
       num_steps: steps of the run; None if unknown.
-      accumulation: minimum number of micro-batches.
+      accumulation: minimum number of micro-batches, which are made smaller to match.
       shards: devices that share the rows of a micro-batch.
       tokens_per_device: a micro-batch may have several rows per device, up to this many
         tokens, if that adds little padding.
@@ -93,6 +93,8 @@ def packed_layout(
     if not is_whole:
         deviation = steps.tokens.sum(1).std() / row_length
         most += 1 + int(np.ceil(DEVIATIONS * deviation))
+    if accumulation > 1:  # smaller micro-batches, not just more of them
+        rows = min(rows, shards * -(-most // (accumulation * shards)))
     slots = max(np.bincount(row).max() for row in packed)
     return PackedLayout(
         row_length=row_length,

@@ -57,6 +57,11 @@ class LlamaArchitecture(Architecture):
         return FAMILY
 
 
+QueriesKeysValues = tuple[
+    Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]
+]
+
+
 class LlamaBlock(Block):
     """Attention and a gated MLP, each on a normed residual stream."""
 
@@ -80,7 +85,7 @@ class LlamaBlock(Block):
         self.up = drawn((L, D, F), SPECS.mlp_in)
         self.down = drawn((L, F, D), SPECS.mlp_out, small)
 
-    def project(self, h: Float[Array, "B T D"]) -> tuple[jax.Array, ...]:
+    def project(self, h: Float[Array, "B T D"]) -> QueriesKeysValues:
         """Queries [B, T, H, K], keys and values [B, T, G, K], not yet rotated."""
         q, k, v = (
             dense_einsum("btd,dhk->bthk", h, w[...], spec=SPECS.heads)
