@@ -1,6 +1,6 @@
 """`python -m jaxpref` and the `jaxpref` command."""
 
-from jaxpref.cli import main
+from jaxpref.cli.process import main
 
 if __name__ == "__main__":
     main()

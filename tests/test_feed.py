@@ -229,12 +229,18 @@ def test_an_error_does_not_wait_for_the_compiler():
     """The process ends, although a thread of its own still compiles."""
     script = """
 import sys, time
+from jaxpref.cli import process
 from jaxpref.errors import InputError
 from jaxpref.runtime.compilation import in_background
 from jaxpref.runtime.entry import entry_point
-with entry_point():
-    in_background(lambda: time.sleep(600))
-    raise InputError("another run")
+
+def command():
+    with entry_point():
+        in_background(lambda: time.sleep(600))
+        raise InputError("another run")
+
+process.run_command = command
+process.main()
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120

@@ -11,7 +11,7 @@ from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
-from jaxpref.objectives import bvpo, from_loss
+from jaxpref.objectives import from_loss
 from jaxpref.plan import PlanConfig, advice, child, command, program, roofline
 from jaxpref.plan.chips import GIB, Chip, parse_topology
 from jaxpref.plan.presets import PRESETS
@@ -180,14 +180,6 @@ def test_an_unknown_model_lists_the_presets():
     config = PlanConfig(model="./none", topology="cpu:8", batch=8, seq=8)
     with pytest.raises(InputError, match=r"\./none: .*llama-3-8b, llama-3-70b"):
         command.run(config, from_loss(losses.dpo), [])
-
-
-def test_a_mixture_has_one_pair_per_row():
-    config = PlanConfig(
-        model="llama-3-1b", topology="cpu:8", batch=8, seq=8, row_length=32
-    )
-    with pytest.raises(InputError, match="--row-length 32: bvpo_dpo .* pair per row"):
-        command.run(config, bvpo(from_loss(losses.dpo)), [])
 
 
 def test_the_message_if_libtpu_is_missing(monkeypatch):

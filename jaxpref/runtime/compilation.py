@@ -56,7 +56,7 @@ def in_background(
     """Compiles in a thread; returns the future of what `compile_program` returns.
 
     XLA does not hold Python's lock while it compiles.  A process that exits waits for
-    the thread, unless it ends with `os._exit`; see `is_compiling`.
+    the thread, unless it ends with `os._exit`, as the command line does.
     """
     pool = concurrent.futures.ThreadPoolExecutor(1)
     compiling = pool.submit(compile_program)

@@ -12,7 +12,7 @@ from typing import NoReturn
 import jax
 
 from jaxpref.errors import DIVERGED, InputError, Stopped
-from jaxpref.runtime.compilation import enable_compilation_cache, is_compiling
+from jaxpref.runtime.compilation import enable_compilation_cache
 from jaxpref.runtime.malloc import reuse_freed_memory
 from jaxpref.runtime.mesh import initialize_distributed
 from jaxpref.runtime.preemption import PREEMPTED, Preempted, jax_handler
@@ -76,9 +76,7 @@ def entry_point() -> Iterator[None]:
 def fail(message: str, *, code: int = 2) -> NoReturn:
     """Prints one line to stderr and ends the process."""
     print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    # A normal exit would wait for the other processes, which wait for this one, or for
-    # a compilation, which may take minutes.
-    if jax.distributed.is_initialized() or is_compiling():
-        sys.stdout.flush()
+    if jax.distributed.is_initialized():
+        # A normal exit would wait for the other processes, which wait for this one.
         os._exit(code)
     sys.exit(code)
