@@ -76,6 +76,8 @@ def padding_advice(
       shards: devices that share the rows of a micro-batch.
     """
     overhead = layout.overhead(train)
+    if overhead < WORTHWHILE:  # packing, which takes time to simulate, has at least 1
+        return None
     size = layout.batch_size
     packed = packed_layout(train, heldout, order=order, batch_size=size, shards=shards)
     packed_overhead = packed.overhead(train)
