@@ -29,7 +29,8 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
   follow   print the experiment's log until it ends
   status   print the state of the TPU and of every worker
   fetch    download the results, without checkpoints, to --results
-  stop     end the experiment (SIGTERM: it saves its last step); keep the TPU
+  stop     end the experiment (SIGTERM: it saves its last step) and wait until it has
+           ended; keep the TPU
   delete   delete the TPU; the contents of the bucket remain
 
   --local N              run N processes on this machine under the same supervisor.
@@ -45,10 +46,14 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
   --bucket gs://B[/DIR]  mounted on every worker as `runs/`, so use `--out runs/...`.
                          `none` writes to each worker's own disk: it supports only a
                          single host and does not survive a preemption
-  --git URL --commit C   clone this commit on every worker instead of copying this tree
+  --git URL --commit C   clone this commit on every worker instead of copying this tree.
+                         The URL must not hold a password
   --extras LIST          extras of pyproject.toml to install (default train,tpu)
   --python VERSION       Python version on the workers (default 3.12)
-  --env KEY=VALUE        environment variable for the experiment; may be repeated
+  --env KEY[=VALUE]      environment variable for the experiment; may be repeated.
+                         Without =VALUE, it is taken from this shell: use that for
+                         secrets.  Values are copied in a file that only you can read,
+                         and are never printed
   --restarts N           how often the supervisor restarts after a failure (default 3)
   --hung S, --grace S,   passed to the supervisor: seconds without progress, seconds
   --steady S             between SIGTERM and SIGKILL, seconds that reset --restarts
@@ -56,8 +61,9 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
   --wait-minutes N       how long to wait for the TPU (default 1440)
   --poll-seconds N       time between status checks (default 30)
   --results DIR          where fetch writes (default results/NAME)
-  --delete-after         run deletes the TPU when the experiment ends.  If installing or
-                         following fails, run keeps the TPU and prints a warning
+  --delete-after         run deletes the TPU when the experiment has ended, the results
+                         are downloaded, and their SHA-256 digests equal those on the
+                         TPU.  Otherwise run keeps the TPU and prints a warning
   --create-option OPT    passed to `gcloud ... create`; may be repeated
   --ssh-option OPT       passed to `gcloud ... ssh` and `scp`; may be repeated
   --dry-run              print each command without running it
@@ -66,16 +72,21 @@ With several workers, gcloud requires your SSH key in ssh-agent:
   ssh-add ~/.ssh/google_compute_engine
 
 exit codes: 0 success; 2 invalid usage; 3 TPU refused or preempted too often; 4 TPU not
-ready in time; 5 installation failed; 6 workers unreachable; 130 interrupted (the
-experiment keeps running).  run and follow return the experiment's own exit code.
+ready in time; 5 installation failed; 6 workers unreachable; 7 results not downloaded, or
+not the same as on the TPU; 130 interrupted.  run and follow return the experiment's own
+exit code.
 HELP
 }
 
 # ---- options -------------------------------------------------------------------------
 
-say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+visible() { # replaces the control characters of its input, which may come from a worker
+  LC_ALL=C tr '\000-\010\013\014\016-\037\177' '?' |
+    LC_ALL=C sed $'s/\xc2[\x80-\x9f]/?/g; s/\xe2\x80[\x8e\x8f\xaa-\xae]/?/g; s/\xe2\x81[\xa6-\xa9]/?/g'
+}
+say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" | visible >&2; }
 fail() { # CODE MESSAGE
-  printf 'launch_tpu: error: %s\n' "$2" >&2
+  printf 'launch_tpu: error: %s\n' "$2" | visible >&2
   exit "$1"
 }
 
@@ -117,7 +128,7 @@ parse() {
       --commit) COMMIT=$value ;;
       --extras) EXTRAS=$value ;;
       --python) PYTHON_VERSION=$value ;;
-      --env) ENVIRONMENT+=("$value") ;;
+      --env) add_environment "$value" ;;
       --restarts) RESTARTS=$value ;;
       --hung | --grace | --steady) SUPERVISOR+=("$option" "$value") ;;
       --recreations) RECREATIONS=$value ;;
@@ -136,8 +147,17 @@ check() {
   local each
   for each in "--node-count $NODES" "--restarts $RESTARTS" "--recreations $RECREATIONS" \
     "--wait-minutes $WAIT_MINUTES" ${LOCAL:+"--local $LOCAL"}; do
-    [[ $each =~ \ [0-9]+$ ]] || fail 2 "$each: expected a whole number"
+    [[ $each =~ ^[^\ ]+\ (0|[1-9][0-9]{0,8})$ ]] ||
+      fail 2 "$each: expected a whole number, such as 8"
   done
+  local numbers=(--poll-seconds "$POLL" ${SUPERVISOR[@]+"${SUPERVISOR[@]}"})
+  for ((each = 1; each < ${#numbers[@]}; each += 2)); do
+    [[ ${numbers[each]} =~ ^[0-9]{1,9}(\.[0-9]{1,9})?$ ]] ||
+      fail 2 "${numbers[each - 1]} ${numbers[each]}: expected a number, such as 30 or 0.5"
+  done
+  [[ $POLL =~ [1-9] ]] || fail 2 "--poll-seconds $POLL: must be more than 0"
+  [[ $PYTHON_VERSION =~ ^3\.[0-9]{1,3}$ ]] ||
+    fail 2 "--python $PYTHON_VERSION: expected a version, such as 3.12"
   ((NODES > 0)) || fail 2 "--node-count $NODES: must be at least 1"
   if [[ -n $LOCAL ]]; then
     ((LOCAL > 0)) || fail 2 "--local $LOCAL: must be at least 1"
@@ -170,11 +190,26 @@ check() {
   if [[ -n $SPOT && $BUCKET == none ]]; then
     fail 2 "--spot with --bucket none: the run would be lost on preemption"
   fi
+  if [[ $NODES != 1 && $BUCKET == none ]]; then
+    fail 2 "--node-count $NODES with --bucket none: only the first worker is downloaded"
+  fi
   [[ -n $GIT && -n $COMMIT || -z $GIT$COMMIT ]] ||
     fail 2 "--git and --commit must be given together"
-  for each in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
-    [[ $each =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail 2 "--env $each: expected KEY=VALUE"
-  done
+  [[ ! $GIT =~ ^[a-z+]+://[^/]*:[^/]*@ && ! $GIT =~ ^https?://[^/]*@ ]] ||
+    fail 2 "--git: the URL holds a password, which other users could read; leave it out"
+}
+
+add_environment() { # KEY=VALUE, or KEY to take the value from this shell
+  local key=${1%%=*}
+  # The message leaves the value out, which may be a secret.
+  [[ $key =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
+    fail 2 "--env: expected KEY=VALUE, or the name of a variable of this shell"
+  if [[ $1 == *=* ]]; then
+    ENVIRONMENT+=("$1")
+  else
+    [[ -n ${!key+set} ]] || fail 2 "--env $key: not set in this shell; use --env $key=VALUE"
+    ENVIRONMENT+=("$key=${!key}")
+  fi
 }
 
 choose_runtime() {
@@ -230,12 +265,13 @@ on_first() { # SCRIPT: runs it on worker 0 of slice 0, whose log `follow` shows
     ${SSH_OPTIONS[@]+"${SSH_OPTIONS[@]}"}
 }
 
-sha256() {
-  if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-16
-}
+SHA256=(sha256sum)
+command -v sha256sum >/dev/null || SHA256=(shasum -a 256) # on macOS
+
+sha256() { "${SHA256[@]}" | cut -c1-16; }
 
 supervised() { # prints the command line that a worker runs
-  quoted python -m jaxpref.runtime.supervise --restarts "$RESTARTS" \
+  quoted python -P -m jaxpref.runtime.supervise --restarts "$RESTARTS" \
     ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} -- "${EXPERIMENT[@]}"
 }
 
@@ -251,10 +287,10 @@ remote_head() { # NAME: the common first lines of each script
   printf '# jaxpref: %s\nset -eu\nmkdir -p "$HOME/jaxpref"\ncd "$HOME/jaxpref"\n' "$1"
 }
 
-remote_install() { # CODE_DIGEST ENVIRONMENT_DIGEST
+remote_install() { # CODE_DIGEST ENVIRONMENT_DIGEST ARCHIVE_DIGEST
   remote_head install
-  printf 'code=%q environment=%q python=%q extras=%q git=%q commit=%q\n' \
-    "$1" "$2" "$PYTHON_VERSION" "$EXTRAS" "$GIT" "$COMMIT"
+  printf 'code=%q environment=%q archive=%q python=%q extras=%q git=%q commit=%q\n' \
+    "$1" "$2" "$3" "$PYTHON_VERSION" "$EXTRAS" "$GIT" "$COMMIT"
   local path=${BUCKET#gs://}
   printf 'bucket=%q folder=%q\n' "${path%%/*}" \
     "bucket/$([[ $path == */* ]] && printf '%s/' "${path#*/}")$NAME"
@@ -288,6 +324,10 @@ if [ "$(cat code/.digest 2>/dev/null)" != "$code" ]; then
     git clone --quiet "$git" code.new
     git -C code.new checkout --quiet "$commit"
   else
+    if [ "$(sha256sum <"$HOME/jaxpref-code.tgz" | cut -c1-16)" != "$archive" ]; then
+      echo "the code did not arrive completely" >&2
+      exit 1
+    fi
     mkdir code.new
     tar -xzf "$HOME/jaxpref-code.tgz" -C code.new
   fi
@@ -310,7 +350,12 @@ if [ "$(cat venv/.digest 2>/dev/null)" != "$environment" ]; then
   venv/bin/python -m pip install --quiet "$@" -e "code[$extras]" >&2
   echo "$environment" >venv/.digest
 fi
-echo "environment $(venv/bin/python -m pip freeze --exclude-editable | sort | sha256sum | cut -c1-16)"
+packages=$(venv/bin/python -m pip freeze --exclude-editable)
+if [ -z "$packages" ]; then
+  echo "pip lists no packages" >&2
+  exit 1
+fi
+echo "environment $(echo "$packages" | LC_ALL=C sort | sha256sum | cut -c1-16)"
 REMOTE
 }
 
@@ -320,8 +365,11 @@ remote_pins() { # ENVIRONMENT_DIGEST
   cat <<'REMOTE'
 if [ ! -s "$pins" ]; then
   venv/bin/python -m pip freeze --exclude-editable >pins.new
-  cp pins.new "$pins"
+  [ -s pins.new ]
+  cp pins.new "$pins.new"
+  mv "$pins.new" "$pins"
 fi
+echo stored
 REMOTE
 }
 
@@ -336,18 +384,34 @@ REMOTE
 }
 
 remote_start() {
-  local each
   remote_head start
   remote_alive
-  printf 'if alive; then exit 0; fi\n'
-  printf 'export PATH="$HOME/jaxpref/venv/bin:$PATH"\n'
-  # The compilation cache is in the bucket too, so a new node need not recompile.
-  printf 'export JAX_COMPILATION_CACHE_DIR="$HOME/jaxpref/runs/.compiled"\n'
-  for each in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
-    printf 'export %s=%q\n' "${each%%=*}" "${each#*=}"
-  done
-  printf 'line=%q\n' "$(supervised)"
+  printf 'bucket=%q variables=%d line=%q\n' \
+    "$BUCKET" "${#ENVIRONMENT[@]}" "$(supervised)"
   cat <<'REMOTE'
+trap 'rm -f "$HOME/jaxpref-environment"' EXIT
+if alive; then
+  echo "started $(hostname)"
+  exit 0
+fi
+if [ ! -f code/.digest ] || [ ! -f venv/.digest ]; then
+  echo "code and environment are not installed; use the install command" >&2
+  exit 1
+fi
+if [ "$bucket" != none ] && ! mountpoint -q bucket; then
+  echo "the bucket is not mounted; use the install command" >&2
+  exit 1
+fi
+export PATH="$HOME/jaxpref/venv/bin:$PATH"
+# The compilation cache is in the bucket too, so a new node need not recompile.
+export JAX_COMPILATION_CACHE_DIR="$HOME/jaxpref/runs/.compiled"
+if [ "$variables" != 0 ]; then
+  if [ "$(tail -n 1 "$HOME/jaxpref-environment")" != "# $variables variables" ]; then
+    echo "the values of --env did not arrive completely" >&2
+    exit 1
+  fi
+  . "$HOME/jaxpref-environment"
+fi
 rm -f exit
 printf '%s\n' "$line" >command
 cd code
@@ -355,6 +419,7 @@ cd code
 setsid nohup bash -c 'trap : TERM; eval "$0"; echo $? >../exit.new; mv ../exit.new ../exit' "$line" \
   >>../log 2>&1 </dev/null &
 printf '%s\n%s\n' "$!" "$boot" >../pid
+echo "started $(hostname)"
 REMOTE
 }
 
@@ -370,6 +435,24 @@ echo "worker $(hostname) $state"
 REMOTE
 }
 
+remote_results() { # prints the digest of each result, then their number
+  remote_head results
+  printf 'bucket=%q\n' "$BUCKET"
+  cat <<'REMOTE'
+# The results are gone with a TPU without a bucket, so all files count.  In the bucket,
+# checkpoints and compiled programs remain; they are not downloaded.
+if [ "$bucket" = none ]; then
+  set --
+else
+  mountpoint -q bucket
+  set -- ! -path '*/checkpoints/*' ! -path './.compiled/*'
+fi
+(cd runs/ && find -L . -type f "$@" -exec sha256sum {} +) >results
+cat results
+echo "results $(wc -l <results)"
+REMOTE
+}
+
 remote_log() { # OFFSET in bytes, from which the log is printed
   remote_head log
   printf 'if [ -f log ]; then tail -c +%d log; fi\n' "$(($1 + 1))"
@@ -379,35 +462,38 @@ remote_stop() {
   remote_head stop
   remote_alive
   printf 'if alive; then kill -TERM -- "-$(head -n 1 pid)"; fi\n'
+  printf 'echo "stopping $(hostname)"\n'
 }
 
 # ---- the steps -----------------------------------------------------------------------
 
 state() { # prints the state of the queued resource, or ABSENT if there is none
-  local found complaint
-  complaint=$(mktemp)
+  local found complaint=$TEMPORARY/complaint
   if found=$(tpu describe "$NAME" --format='value(state.state)' 2>"$complaint"); then
     printf '%s\n' "${found:-UNKNOWN}"
-  elif grep -qi 'not.\?found' "$complaint"; then
+  elif grep -q 'NOT_FOUND' "$complaint"; then # not "location not found" and its like
     printf 'ABSENT\n'
   else
-    tail -n 1 "$complaint" >&2
+    tail -n 1 "$complaint" | visible >&2
     printf 'UNKNOWN\n'
   fi
-  rm -f "$complaint"
+}
+
+node_names() { # prints the names of the nodes, one for each slice
+  local index
+  ((NODES > 1)) || printf '%s\n' "$NAME"
+  for ((index = 0; NODES > 1 && index < NODES; index++)); do
+    printf '%s\n' "$NAME-$index"
+  done
 }
 
 nodes_ready() { # false if a node was preempted while its request is still active
-  local index found names=("$NAME")
-  if ((NODES > 1)); then
-    names=()
-    for ((index = 0; index < NODES; index++)); do names+=("$NAME-$index"); done
-  fi
-  for index in "${names[@]}"; do
-    found=$(do_ gcloud compute tpus tpu-vm describe "$index" --format='value(state)' \
+  local node found
+  for node in $(node_names); do
+    found=$(do_ gcloud compute tpus tpu-vm describe "$node" --format='value(state)' \
       --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} 2>&1) || true
-    case $found in PREEMPTED | TERMINATED | STOPPED | *[Nn][Oo][Tt]?[Ff][Oo][Uu][Nn][Dd]*)
-      say "$index: ${found##*$'\n'}"
+    case $found in PREEMPTED | TERMINATED | STOPPED | *NOT_FOUND*)
+      say "$node: ${found##*$'\n'}"
       return 1
       ;;
     esac
@@ -477,8 +563,8 @@ digest_of_code() {
   if [[ -n $GIT ]]; then
     printf '%s %s' "$GIT" "$COMMIT" | sha256
   else
-    (cd "$HERE" && find "${PACKED[@]}" -type f ! -path '*/__pycache__/*' -exec cksum {} + |
-      LC_ALL=C sort -k3 | sha256)
+    (cd "$HERE" && find "${PACKED[@]}" -type f ! -path '*/__pycache__/*' \
+      -exec "${SHA256[@]}" {} + | LC_ALL=C sort -k2 | sha256)
   fi
 }
 
@@ -488,21 +574,19 @@ digest_of_environment() { # a cloned commit has its own pyproject.toml
 }
 
 install() {
-  local code environment script found try
+  local code environment archive='' script found try packed=$TEMPORARY/jaxpref-code.tgz
   code=$(digest_of_code) && environment=$(digest_of_environment) || return 5
-  script=$(remote_install "$code" "$environment")
-  if [[ -z $GIT ]]; then
-    local packed
-    packed=$(mktemp -d)
-    do_ tar -czf "$packed/jaxpref-code.tgz" -C "$HERE" --exclude=__pycache__ \
-      "${PACKED[@]}" || return 5
-    tpu scp "$packed/jaxpref-code.tgz" "$NAME:" --node=all --worker=all \
-      ${SSH_OPTIONS[@]+"${SSH_OPTIONS[@]}"} || {
-      rm -rf "$packed"
-      return 5
-    }
-    rm -rf "$packed"
+  count_workers || return
+  if [[ $BUCKET == none && $NUM_WORKERS != 1 ]]; then
+    say "$NAME has $NUM_WORKERS workers, but --bucket none supports only one: use a bucket"
+    return 5
   fi
+  if [[ -z $GIT ]]; then
+    do_ tar -czf "$packed" -C "$HERE" --exclude=__pycache__ "${PACKED[@]}" || return 5
+    [[ -n $DRY ]] || archive=$(sha256 <"$packed") || return 5
+    copy_to_all "$packed" || return 5
+  fi
+  script=$(remote_install "$code" "$environment" "$archive") || return 5
   for try in 1 2; do # the second try does nothing on workers that succeeded
     if found=$(on_all "$script"); then break; fi
     say "installation failed on a worker (attempt $try of 2)"
@@ -513,27 +597,122 @@ install() {
     say "workers have different environments: $(sort <<<"$found" | uniq -c | xargs)"
     return 5
   fi
-  on_first "$(remote_pins "$environment")" || return 5
-  [[ -n $DRY ]] || say "installed on $(grep -c '^environment ' <<<"$found") worker(s)"
+  all_answered environment "$found" || return 5
+  found=$(on_first "$(remote_pins "$environment")") || return 5
+  [[ -n $DRY || $found == *stored* ]] || {
+    say "the package versions could not be stored: no answer from the first worker"
+    return 5
+  }
+  [[ -n $DRY ]] || say "installed on $NUM_WORKERS worker(s)"
+}
+
+copy_to_all() { # FILE: copies it into the home folder on every worker
+  tpu scp "$1" "$NAME:" --node=all --worker=all ${SSH_OPTIONS[@]+"${SSH_OPTIONS[@]}"}
+}
+
+send_environment() { # copies the values of --env, readable only by their owner
+  # They stand in no argument, because every user of a machine can read those.
+  local each file=$TEMPORARY/jaxpref-environment
+  ((${#ENVIRONMENT[@]})) || return 0
+  if [[ -n $DRY ]]; then
+    masked_environment
+  else
+    (
+      umask 077
+      for each in "${ENVIRONMENT[@]}"; do
+        printf 'export %s=%q\n' "${each%%=*}" "${each#*=}"
+      done >"$file" && printf '# %d variables\n' "${#ENVIRONMENT[@]}" >>"$file"
+    ) || return 1
+  fi
+  copy_to_all "$file" || return 1
+  rm -f "$file"
+}
+
+masked_environment() { # prints the names of the variables as comments
+  local each
+  for each in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+    printf '# %s=*** is in a file with mode 600\n' "${each%%=*}" >&3
+  done
 }
 
 start() {
-  on_all "$(remote_start)" || return 6
+  local found
+  ((NUM_WORKERS)) || count_workers || return
+  send_environment || return 6
+  found=$(on_all "$(remote_start)") || return 6
+  running
+  all_answered started "$found" || return 6
   [[ -n $DRY ]] || say "started"
 }
 
-statuses() { on_all "$(remote_status)" 2>/dev/null | grep '^worker '; }
+stop() { # succeeds once no worker is running
+  local found tries
+  ((NUM_WORKERS)) || count_workers || return
+  found=$(on_all "$(remote_stop)") || return 6
+  all_answered stopping "$found" || return 6
+  [[ -z $DRY ]] || return 0
+  for ((tries = 0; tries < PATIENCE; tries++)); do
+    found=$(statuses) || found=''
+    if [[ -n $found ]] && ! grep -q ' running$' <<<"$found"; then
+      say "stopped: $(xargs <<<"$found")"
+      return 0
+    fi
+    sleep "$POLL"
+  done
+  say "not stopped after $PATIENCE checks: ${found:-no response from the workers}"
+  return 6
+}
+
+REPEAT="the same command continues"
+running() { INTERRUPTED="the experiment keeps running, and run reattaches to it"; }
+
+NUM_WORKERS=0 # workers of all slices; 0: not counted yet
+
+count_workers() { # asks gcloud, because its ssh skips a node that it cannot reach
+  local names node found count=0
+  names=$(tpu describe "$NAME" --flatten='tpu.nodeSpec[]' \
+    --format='value(tpu.nodeSpec.nodeId)') || return 6
+  for node in ${names:-$(node_names)}; do
+    found=$(do_ gcloud compute tpus tpu-vm describe "$node" \
+      --flatten='networkEndpoints[]' --format='value(networkEndpoints.ipAddress)' \
+      --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"}) || return 6
+    count=$((count + $(grep -c . <<<"$found")))
+  done
+  NUM_WORKERS=$count
+  [[ -z $DRY ]] || NUM_WORKERS=1
+  if ((NUM_WORKERS == 0)); then
+    say "$NAME: gcloud lists no workers"
+    return 6
+  fi
+}
+
+all_answered() { # WORD OUTPUT: true if every worker printed a line that begins with WORD
+  local count
+  count=$(grep -c "^$1 " <<<"$2")
+  [[ -z $DRY ]] || return 0
+  ((count >= NUM_WORKERS)) || {
+    say "only $count of $NUM_WORKERS workers answered"
+    return 1
+  }
+}
+
+statuses() { # prints a line for every worker; false if one is missing
+  local found
+  found=$(on_all "$(remote_status)" 2>/dev/null | grep '^worker ') || return 1
+  ((NUM_WORKERS)) || return 1
+  (($(grep -c . <<<"$found") >= NUM_WORKERS)) || return 1
+  printf '%s\n' "$found"
+}
 
 KNOWN=0 # number of bytes of the log already shown
 
 show_log() {
-  local text
-  text=$(mktemp)
+  local text=$TEMPORARY/log
   if on_first "$(remote_log "$KNOWN")" >"$text" 2>/dev/null; then
-    cat "$text"
+    # Without the end of a character that the last part of the log has begun.
+    LC_ALL=C sed $'1s/^[\x80-\xbf]*//' <"$text" | visible
     KNOWN=$((KNOWN + $(wc -c <"$text")))
   fi
-  rm -f "$text"
 }
 
 follow() { # 0 ended (exit code in ENDED), 6 unreachable, LOST preempted, GONE not running
@@ -545,6 +724,7 @@ follow() { # 0 ended (exit code in ENDED), 6 unreachable, LOST preempted, GONE n
       return "$LOST"
     fi
     show_log
+    ((NUM_WORKERS)) || [[ -n $DRY ]] || count_workers || true
     found=$(statuses) || found=''
     [[ -z $DRY ]] || return 0
     if [[ -z $found ]]; then
@@ -576,27 +756,60 @@ follow() { # 0 ended (exit code in ENDED), 6 unreachable, LOST preempted, GONE n
 ENDED=0
 
 ended() { # STATUSES: true if all workers succeeded or any failed; sets ENDED
-  ENDED=$(sed -n 's/.* exit //p' <<<"$1" | sort -n | grep -vx 0 | head -n 1) || true
+  # A code that is not a number, such as one that a full disk cut off, is a failure.
+  ENDED=$(sed -n 's/.* exit //p' <<<"$1" | sed 's/^$/1/; s/.*[^0-9].*/1/' | sort -n |
+    grep -vx 0 | head -n 1) || true
   [[ -z $ENDED ]] || return 0
   ENDED=0
   ! grep -qv ' exit 0$' <<<"$1"
 }
 
-fetch() {
+fetch() { # 7 if a result was not downloaded, or is not the same as on the TPU
   local to=${RESULTS:-results/$NAME}
-  do_ mkdir -p "$to"
+  do_ mkdir -p "$to" || return 7
   if [[ $BUCKET == none ]]; then
     tpu scp "$NAME:jaxpref/local" "$to" --recurse --node=0 --worker=0 \
-      ${SSH_OPTIONS[@]+"${SSH_OPTIONS[@]}"}
+      ${SSH_OPTIONS[@]+"${SSH_OPTIONS[@]}"} || return 7
+    verify "$to/local" || return 7
   else
     do_ gcloud storage rsync "$BUCKET/$NAME" "$to" --recursive \
-      '--exclude=(.*/)?checkpoints/.*|\.compiled/.*' ${PROJECT:+"--project=$PROJECT"}
+      '--exclude=(.*/)?checkpoints/.*|\.compiled/.*' ${PROJECT:+"--project=$PROJECT"} ||
+      return 7
+    [[ -z $DELETE_AFTER ]] || verify "$to" || return 7
   fi
   [[ -n $DRY ]] || say "results: $to"
 }
 
-delete() {
-  local now end=$((SECONDS + WAIT_MINUTES * 60))
+verify() { # FOLDER: true if it holds every result of the TPU with the same SHA-256 digest
+  local there=$TEMPORARY/there here=$TEMPORARY/here missing count
+  on_first "$(remote_results)" >"$there" || {
+    say "the digests of the results could not be read on the TPU"
+    return 1
+  }
+  [[ -z $DRY ]] || return 0
+  count=$(sed -n '$s/^results \([0-9][0-9]*\)$/\1/p' "$there")
+  sed '$d' "$there" | LC_ALL=C sort >"$there.sorted" || return 1
+  if [[ -z $count || $count != "$(grep -c . "$there.sorted")" ]]; then
+    say "the digests of the results did not arrive completely"
+    return 1
+  fi
+  if ! grep -Eqv '  \./\.(environment-|compiled/)' "$there.sorted"; then
+    say "there are no results; did the experiment write to runs/ (--out runs/...)?"
+    return 1
+  fi
+  (cd "$1" && find . -type f -exec "${SHA256[@]}" {} +) | LC_ALL=C sort >"$here" ||
+    return 1
+  missing=$(LC_ALL=C comm -23 "$there.sorted" "$here") || return 1
+  if [[ -n $missing ]]; then
+    say "$(grep -c . <<<"$missing") of $count results are missing or differ in $1:" \
+      "$(head -n 3 <<<"$missing" | cut -c67- | tr '\n' ' ')"
+    return 1
+  fi
+  say "the digests of all $count results are the same on the TPU and in $1"
+}
+
+delete() { # succeeds once gcloud says that there is no TPU
+  local now tries end=$((SECONDS + WAIT_MINUTES * 60))
   now=$(state)
   while [[ $now == SUSPENDING || $now == DELETING ]] && ((SECONDS < end)); do
     sleep "$POLL"
@@ -604,9 +817,16 @@ delete() {
   done
   if [[ $now == ABSENT ]]; then
     say "$NAME: nothing to delete"
-  else
-    tpu delete "$NAME" --force --quiet
+    return 0
   fi
+  tpu delete "$NAME" --force --quiet || return
+  for ((tries = 0; tries < PATIENCE; tries++)); do
+    now=$(state)
+    [[ -z $DRY && $now != ABSENT ]] || return 0
+    sleep "$POLL"
+  done
+  say "$NAME is still $now after it was deleted"
+  return 3
 }
 
 run() { # returns the experiment's exit code; warns about a TPU that still exists
@@ -623,7 +843,11 @@ EXISTS='' # nonempty if the TPU exists, as far as is known
 attempt() { # all steps, repeated after each preemption
   local code recreations=0
   while :; do
-    create || return
+    create || {
+      code=$? # the request may have been accepted all the same
+      [[ -n $DRY || $(state) == ABSENT ]] || EXISTS=1
+      return "$code"
+    }
     EXISTS=1
     code=0
     await || code=$?
@@ -641,16 +865,24 @@ attempt() { # all steps, repeated after each preemption
       say "$NAME: lost $recreations times, more than --recreations $RECREATIONS allows"
       return 3
     fi
+    if ((code == LOST)) && [[ $BUCKET == none ]]; then
+      say "$NAME was lost.  A disk that still exists may hold the only copy of the results:"
+      say "try the fetch command, then use the delete command and start again"
+      return 3
+    fi
     if ((code == LOST)); then # the request may outlive its nodes: delete it first
       delete || return 3
       EXISTS=''
       KNOWN=0
+      NUM_WORKERS=0
     fi
     say "resuming ($recreations of at most $RECREATIONS)"
   done
+  INTERRUPTED=$REPEAT
   if ! fetch; then
-    say "the results could not be downloaded; run the fetch command to try again"
-    [[ $BUCKET != none ]] || DELETE_AFTER='' # the TPU holds the only copy
+    say "the results were not downloaded completely; use the fetch command to try again"
+    ((ENDED)) || ENDED=7
+    return "$ENDED" # without deleting the TPU, which may hold the only copy
   fi
   if [[ -n $DELETE_AFTER ]]; then
     delete || return 3
@@ -661,13 +893,15 @@ attempt() { # all steps, repeated after each preemption
 
 once() { # installs, starts, and follows; only follows if it is already running
   local found='' other
-  [[ -n $DRY ]] || found=$(statuses) || true
+  [[ -n $DRY ]] || { count_workers && found=$(statuses); } || true
   if [[ -n $found ]] && ! grep -qv ' running$' <<<"$found"; then
     other=$(on_first 'cat jaxpref/command' 2>/dev/null) || other=''
+    [[ -n $other ]] || return 6
     if [[ $other != "$(supervised)" ]]; then
       say "$NAME is running another experiment; stop it first: $other"
       return 2
     fi
+    running
     say "already running"
   else
     install || return
@@ -677,15 +911,21 @@ once() { # installs, starts, and follows; only follows if it is already running
 }
 
 local_() {
-  local python=python3 run=exec # so that signals reach the supervisor
+  local python=python3 run=exec each # exec, so that signals reach the supervisor
   [[ ! -x $HERE/.venv/bin/python ]] || python=$HERE/.venv/bin/python
   python=${PYTHON:-$python}
-  [[ -z $DRY ]] || run=do_
+  if [[ -n $DRY ]]; then
+    run=do_
+    masked_environment
+  fi
+  for each in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+    export "${each?}"
+  done
   PATH="$(dirname "$(command -v "$python")"):$PATH"
   export PATH PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
-  "$run" env JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" "$python" -m jaxpref.runtime.supervise \
-    --restarts "$RESTARTS" ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} --processes "$LOCAL" \
-    -- "${EXPERIMENT[@]}"
+  "$run" env JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" "$python" -P \
+    -m jaxpref.runtime.supervise --restarts "$RESTARTS" \
+    ${SUPERVISOR[@]+"${SUPERVISOR[@]}"} --processes "$LOCAL" -- "${EXPERIMENT[@]}"
 }
 
 # ---- main ----------------------------------------------------------------------------
@@ -697,7 +937,10 @@ if [[ -n $LOCAL ]]; then
   exit
 fi
 [[ -n $DRY ]] || command -v gcloud >/dev/null || fail 2 "gcloud is not installed"
-trap 'say "interrupted; the experiment keeps running, and run reattaches to it" 2>&4; exit 130' INT TERM
+TEMPORARY=$(mktemp -d) # only this user can read it
+trap 'rm -rf "$TEMPORARY"' EXIT
+INTERRUPTED=$REPEAT
+trap 'say "interrupted; $INTERRUPTED" 2>&4; exit 130' INT TERM
 code=0
 case $COMMAND in
   run | resume) run || code=$? ;;
@@ -706,12 +949,13 @@ case $COMMAND in
   install) install || code=$? ;;
   start) start || code=$? ;;
   follow)
+    running
     follow || code=$?
     ((code)) || code=$ENDED
     ;;
-  status) { state && on_all "$(remote_status)"; } || code=$? ;;
+  status) { state && on_all "$(remote_status)" | visible; } || code=$? ;;
   fetch) fetch || code=$? ;;
-  stop) on_all "$(remote_stop)" || code=$? ;;
+  stop) stop || code=$? ;;
   delete) delete || code=$? ;;
 esac
 if ((code == LOST || code == GONE)); then

@@ -8,11 +8,13 @@ which the audit's settings were chosen, and "report".
 Commands
     Both halves of HH helpful, the tiny model and a 135M one:
 
-        python -m benchmarks.audit_planted --data hh_rlhf_helpful_base_test.jsonl.gz \
-            --model stories260k-hf --max-length 512 --half report --out runs/planted
-        python -m benchmarks.audit_planted --data hh_rlhf_helpful_base_test.jsonl.gz \
-            --model SmolLM2-135M-Instruct --max-length 128 --max-prompt-length 48 \
-            --half report --out runs/planted135m
+        python -m benchmarks.inputs hh stories260k smollm2
+        python -m benchmarks.audit_planted --max-length 512 --half report \
+            --data inputs/hh_rlhf_helpful_base_test.jsonl.gz \
+            --model inputs/stories260k-hf --out runs/planted
+        python -m benchmarks.audit_planted --max-length 128 --max-prompt-length 48 \
+            --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --half report \
+            --model inputs/SmolLM2-135M-Instruct --out runs/planted135m
 
     `--half report` audits the whole file, as a user would, but measures only the report
     half.  Features are computed once for all seeds.

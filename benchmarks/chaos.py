@@ -7,8 +7,10 @@ restarts the run; after an exit that it does not restart (a full disk), the comm
 repeated.  The exported parameters and all metrics except timings must then be equal.
 
 Command
+        python -m benchmarks.inputs hh stories260k
         python -m benchmarks.chaos --kills 20 --seed 0 --json chaos.json \
-            --model stories260k-hf --data hh_rlhf_helpful_base_test.jsonl.gz
+            --model inputs/stories260k-hf \
+            --data inputs/hh_rlhf_helpful_base_test.jsonl.gz
 
 The seed determines the faults, their order, the process, the number of steps after a
 restart, and the moment within a step.  The exact timing still depends on the machine.
@@ -40,7 +42,7 @@ from tqdm import tqdm
 
 from benchmarks.chaos_child import DAMAGES, KINDS, PREFIX, Event
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import check_output, write_json
 from jaxpref.runtime.entry import entry_point
 from jaxpref.train import read_metrics
 
@@ -315,6 +317,10 @@ def main(config: ChaosConfig) -> dict:
     Raises:
       InputError: if a run hung or could not be finished.
     """
+    if config.json is not None:
+        check_output(
+            "--json", config.json, {"--model": config.model, "--data": config.data}
+        )
     events = draw(config)
     steps = steps_for(events)
     record = {"config": dataclasses.asdict(config), "steps": steps}

@@ -97,7 +97,7 @@ class _Life:
             self.later(_STARTING * self.event.moment)
 
         from jaxpref.runtime.checkpoints import Checkpoints
-        from jaxpref.train.metrics import LateMetrics
+        from jaxpref.runtime.late_metrics import LateMetrics
 
         push, save, restore = LateMetrics.push, Checkpoints.save, Checkpoints.restore
 

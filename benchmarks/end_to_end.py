@@ -19,14 +19,18 @@ Caches
 Commands
     The smallest model, and SmolLM2-135M cut to four layers:
 
-        python -m benchmarks.end_to_end --model stories260k-hf --data hh.jsonl.gz \
-            --loss rdpo --steps 8 --batch 32 --max-length 512 --json end_to_end.json
-        python -m benchmarks.end_to_end --model smollm2 --data hh.jsonl.gz --layers 4 \
+        python -m benchmarks.inputs hh stories260k smollm2
+        python -m benchmarks.end_to_end --model inputs/stories260k-hf \
+            --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --loss rdpo \
+            --steps 8 --batch 32 --max-length 512 --json end_to_end.json
+        python -m benchmarks.end_to_end --model inputs/SmolLM2-135M-Instruct \
+            --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --layers 4 \
             --json end_to_end.json
 
     The same job in both systems, which trains without evaluating:
 
-        python -m benchmarks.end_to_end --model smollm2 --data hh.jsonl.gz --layers 4 \
+        python -m benchmarks.end_to_end --model inputs/SmolLM2-135M-Instruct \
+            --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --layers 4 \
             --no-evaluate --json end_to_end.json
 
 Output
@@ -62,7 +66,7 @@ from benchmarks.peers.environments import Missing, python_of
 from benchmarks.peers.processes import measured
 from benchmarks.step import ROOT, cores, machine
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import check_output, write_json
 from jaxpref.runtime.entry import entry_point
 
 SYSTEMS = ("jaxpref", "trl")
@@ -122,6 +126,9 @@ class Options:
 
 def main(options: Options) -> None:
     """Measures round by round; results are written after each process."""
+    check_output(
+        "--json", options.json, {"--model": options.model, "--data": options.data}
+    )
     missing, pythons = [], {}
     for system in options.systems.split(","):
         try:

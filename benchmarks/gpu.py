@@ -51,7 +51,7 @@ from benchmarks.peers.records import useful_flops
 from benchmarks.random_steps import make_step, random_pairs, reference_of
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import check_output, write_json
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder import load_params
@@ -336,6 +336,10 @@ def line(found: dict, peak: float | None) -> str:
 
 def main(config: GpuConfig) -> None:
     """Measures and prints the results; one line only if there is no GPU."""
+    if config.json is not None:
+        check_output(
+            "--json", config.json, {"--model": config.model, "--data": config.data}
+        )
     device = find_device(config.platform)
     if device is None:
         print("no GPU found by jax: skipped (--platform cpu is a dry run)")

@@ -1,7 +1,8 @@
 r"""Does the step wait for data?  Batches per second, compared with the step time.
 
-    python -m benchmarks.loader --model stories260k-hf \
-        --data hh_rlhf_helpful_base_test.jsonl.gz
+    python -m benchmarks.inputs hh stories260k
+    python -m benchmarks.loader --model inputs/stories260k-hf \
+        --data inputs/hh_rlhf_helpful_base_test.jsonl.gz
 
 Makes batches of both layouts as fast as possible, with threads of this process and with
 separate processes in turn, and compares the time of a batch with that of a train step

@@ -59,7 +59,7 @@ from benchmarks.random_steps import (
 )
 from jaxpref import data, losses
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import check_output, write_json
 from jaxpref.models import Model, Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.objectives import from_loss
@@ -228,6 +228,8 @@ def measure(
 
 def main(config: MemoryConfig) -> None:
     """Prints the table."""
+    if config.json is not None:
+        check_output("--json", config.json, {})
     vocabularies, lengths = config.vocabularies, config.lengths
     if config.quick:
         vocabularies = (max(vocabularies),)

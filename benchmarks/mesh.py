@@ -40,7 +40,7 @@ from tqdm import tqdm
 from benchmarks.bvpo_overhead import MODELS as SMALL
 from benchmarks.random_steps import make_step, padded_batch, random_pairs
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import check_output, write_json
 from jaxpref.models import build
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.runtime.entry import entry_point
@@ -137,6 +137,8 @@ def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
 
 def main(config: MeshBenchmark) -> list[dict]:
     """Measures all layouts in turns; returns a record per model and mesh."""
+    if config.json is not None:
+        check_output("--json", config.json, {})
     if config.quick:
         config = dataclasses.replace(config, steps=3, turns=1)
     models = list(MODELS)[: 1 if config.quick else None]

@@ -1,7 +1,8 @@
 r"""What packing saves: one padded pair per row, and several pairs with prompts once.
 
-    python -m benchmarks.packing --model stories260k-hf \
-        --data hh_rlhf_helpful_base_test.jsonl.gz --row-length 1024 --steps 8
+    python -m benchmarks.inputs hh stories260k
+    python -m benchmarks.packing --model inputs/stories260k-hf --row-length 1024 \
+        --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --steps 8
 
 Trains both layouts for a few steps on the same pairs, in turns.  For each it prints the
 padding overhead (computed tokens per real token, with each prompt counted once) and the

@@ -57,7 +57,7 @@ from matplotlib.figure import Figure
 from benchmarks.random_steps import make_step, pair_a_row_batch, random_pairs
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
-from jaxpref.files import write_json, write_whole
+from jaxpref.files import check_output, write_json, write_whole
 from jaxpref.models import Model, build
 from jaxpref.models.attention import Segments, packed_attention
 from jaxpref.models.families.llama import LlamaArchitecture
@@ -365,6 +365,8 @@ def draw_panel(panel, records: list[dict], fits: dict[str, dict]) -> None:
 
 def main(config: ScalingConfig) -> None:
     """Measures axis by axis."""
+    if config.json is not None:
+        check_output("--json", config.json, {})
     records, fits = [], {}
     for axis in axes_of(config):
         found = measure(config, axis)

@@ -32,6 +32,10 @@ Commands
         python -m benchmarks.step --cases hh,ultrafeedback,fixed \
             --systems jaxpref,trl,tunix,torch --json quick.json --quick
 
+    The real pairs and SmolLM2 are made once, by `python -m benchmarks.inputs hh
+    smollm2`.  The quick version needs neither, and uses random tokens in all cases,
+    unless --hh, --ultrafeedback or --model are given.
+
 Output
     One record per case and system:
     `pairs_per_second`: median over rounds of pairs per second.  A pair is normalized to
@@ -74,21 +78,27 @@ from benchmarks.peers.cases import (
     sizes,
     write_model,
 )
-from benchmarks.peers.environments import Missing, make, python_of
+from benchmarks.peers.environments import Missing, python_of
 from benchmarks.peers.job import Job
 from benchmarks.peers.records import disagreements, ratios, summarize, table
 from jaxpref import data
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import check_output, write_json
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
 from jaxpref.runtime.entry import entry_point
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-"""Real data and tools next to the repository, if they exist."""
+DATA = {
+    "hh": "inputs/hh_rlhf_helpful_base_test.jsonl.gz",
+    "ultrafeedback": "HuggingFaceH4/ultrafeedback_binarized?split=train_prefs",
+}
+"""The default preference data of the cases with real pairs."""
+MODEL = "inputs/SmolLM2-135M-Instruct"
 SYSTEMS = ("jaxpref", "trl", "tunix", "torch")
+LONGEST_RANDOM = 192
+"""Tokens of the longest random prompt or answer."""
 CHECK_PAIRS, CHECK_TOKENS, CHECK_STEPS = 4, 64, 3
 
 
@@ -103,15 +113,15 @@ class Options:
     systems: str = ",".join(SYSTEMS)
     """Comma-separated list."""
     quick: bool = False
-    """One layer, and one round of one step of two pairs: checks that all of it runs."""
+    """One layer, and one round of one step of two pairs of random tokens: checks that
+    all of it runs."""
     hh: str | None = None
-    """Preference file of the case hh; by default in ../shared/data."""
+    """Preference data of the case hh (default: `DATA`)."""
     ultrafeedback: str | None = None
-    """Preference file of the case ultrafeedback; by default in ../shared/data."""
+    """Preference data of the case ultrafeedback (default: `DATA`)."""
     model: str | None = None
     """Hugging Face folder or Hub ID with sizes and tokenizer for the real pairs; its
-    weights are not read.  By default one in the folder of --venvs that
-    ../shared/tools/make_smollm2.py makes."""
+    weights are not read (default: `MODEL`)."""
     layers: int = 4
     """Layers of that model to keep; 0 means all."""
     rounds: int = 3
@@ -146,6 +156,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measures case by case; results are written after each."""
+    check_output("--json", options.json, {"--model": options.model})
     options = for_a_look(options) if options.quick else options
     cases = [with_options(CASES[name], options) for name in options.cases.split(",")]
     missing, pythons = [], {}
@@ -217,13 +228,19 @@ def prepare(
     """Writes a case's model; returns the case, the model's sizes, pairs by round."""
     size = (1 + options.steps) * case.batch_size
     count = size * options.rounds
-    if case.name == "fixed":
+    given = getattr(options, case.name, None) or options.model
+    if case.name == "fixed" or (options.quick and not given):
         layers = 1 if options.quick else FIXED_MODEL.num_layers
         config = dataclasses.replace(FIXED_MODEL, num_layers=layers)
-        listed = random_pairs(case, config.vocab_size, count)
+        drawn = dataclasses.replace(
+            case,
+            prompt_length=min(case.prompt_length, LONGEST_RANDOM),
+            response_length=min(case.response_length, LONGEST_RANDOM),
+        )
+        listed = random_pairs(drawn, config.vocab_size, count)
     else:
-        source = getattr(options, case.name) or in_shared(case.name)
-        model = resolve_folder(options.model or str(default_model(options)))
+        source = made(getattr(options, case.name) or DATA[case.name], case.name)
+        model = resolve_folder(made(options.model or MODEL, "model"))
         config = read_architecture(model)
         config = dataclasses.replace(
             config,
@@ -240,38 +257,14 @@ def prepare(
     return case, config, rounds
 
 
-def in_shared(case: str) -> str:
-    """The default file of a case, next to the repository."""
-    names = {
-        "hh": "hh_rlhf_helpful_base_test.jsonl.gz",
-        "ultrafeedback": "ultrafeedback_sample_train.jsonl.gz",
-    }
-    path = SHARED / "data" / names[case]
-    if not path.exists():
-        raise InputError(f"{path}: no such file; name one with --{case} FILE")
-    return str(path)
-
-
-def default_model(options: Options) -> Path:
-    """SmolLM2's tokenizer and sizes, made once by the tool next to the repository."""
-    folder, tool = Path(options.venvs) / "smollm2", SHARED / "tools" / "make_smollm2.py"
-    if (folder / "tokenizer.json").exists():
-        return folder
-    if not tool.exists():
+def made(name: str, option: str) -> str:
+    """The name of an input, which must exist if `benchmarks.inputs` makes it."""
+    if name.startswith("inputs/") and not Path(name).exists():
         raise InputError(
-            f"{folder}: no such model folder; name one, with config.json and a "
-            "tokenizer, with --model FOLDER"
+            f"{name}: does not exist; `python -m benchmarks.inputs` makes it, or name "
+            f"another with --{option}"
         )
-    try:
-        python = make("smollm2", Path(options.venvs) / "smollm2-tool")
-        subprocess.run(
-            [python, str(tool), str(folder)], check=True, capture_output=True
-        )
-    except (Missing, subprocess.CalledProcessError) as error:
-        raise InputError(
-            f"{tool}: failed ({error}); name a model folder with --model FOLDER"
-        ) from None
-    return folder
+    return name
 
 
 def measure_rates(options, pythons, folder: Path, bar) -> dict[str, float]:

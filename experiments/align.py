@@ -39,7 +39,9 @@ from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.ranges import checked
 from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
+from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class AlignConfig:
     """Maximum number of pairs to read."""
     heldout_fraction: float = 0.05
     """Share of the prompts held out for evaluation."""
-    compute_dtype: str | None = None
+    compute_dtype: Dtype | None = None
     """Dtype of matrix products (default: bfloat16 on TPU and GPU, float32 on CPU)."""
     seed: int = 0
     """Seed of the order of the pairs."""
@@ -78,19 +80,28 @@ class AlignConfig:
 
 def main(config: AlignConfig) -> None:
     """Runs both losses, then compares them."""
+    arms = runs_of(config)
+    for each in arms.values():
+        run(each)
+    if jax.process_index() == 0:
+        write_report(config, tuple(arms), Path(config.out))
+
+
+def runs_of(config: AlignConfig) -> dict[str, TrainConfig]:
+    """The run of each loss; checks all options."""
     if not config.heldout_fraction:
         raise InputError(
             "--heldout-fraction 0 leaves no pairs to compare the losses on"
         )
-    out = Path(config.out)
     arms = {
         "dpo": from_loss(losses.dpo, beta=config.beta),
         "rdpo": from_loss(losses.rdpo, beta=config.beta, flip_rate=config.flip_rate),
     }
-    for name, objective in arms.items():
-        run(train_config(config, objective, out / name))
-    if jax.process_index() == 0:
-        write_report(config, tuple(arms), out)
+    out = Path(config.out)
+    return {
+        name: train_config(config, objective, out / name)
+        for name, objective in arms.items()
+    }
 
 
 def write_report(config: AlignConfig, arms: Sequence[str], out: Path) -> None:
@@ -174,4 +185,4 @@ def before_and_after(heldout: list[dict]) -> dict[str, float]:
 
 if __name__ == "__main__":
     with entry_point():
-        main(tyro.cli(AlignConfig, description=__doc__))
+        main(checked(tyro.cli(AlignConfig, description=__doc__)))

@@ -9,8 +9,9 @@ Claim
     unseen topics.
 
 Commands
+    python -m benchmarks.inputs ukp               (the data, once)
     python -m experiments.annotators              (default)
-    python -m experiments.annotators --smoke      (sanity check)
+    python -m experiments.annotators --smoke      (sanity check on made-up votes)
 
 Expected
     Default, mean and standard deviation over five draws of the votes (all: one draw):
@@ -117,6 +118,7 @@ from jaxpref.errors import InputError
 from jaxpref.files import write_json
 from jaxpref.noise import em, peer
 from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.ranges import checked
 
 ENOUGH = 30
 """Minimum number of votes for a worker to be ranked."""
@@ -176,8 +178,9 @@ class Options:
 
     out: str | None = None
     """Output folder (default: runs/annotators, with the suffix _smoke)."""
-    data: str = "../shared/data/ukpconvarg1_votes.jsonl.gz"
-    """UKPConvArg1 with single votes."""
+    data: str | None = None
+    """UKPConvArg1 with single votes (default: what `benchmarks.inputs` makes; with
+    --smoke, made-up votes)."""
     smoke: bool = False
     """A sanity check: one seed, few components, and meaningless numbers."""
 
@@ -472,11 +475,15 @@ def main(options: Options) -> None:
     if options.smoke:
         protocol = Protocol(seeds=(0,), dimensions=32, rounds=3, folds=2)
         out = Path(options.out or "runs/annotators_smoke")
-    world = ukp.read(options.data)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror})") from error
+    path = Path(options.data or "inputs/ukpconvarg1_votes.jsonl.gz")
+    if options.smoke and options.data is None:
+        path = out / "votes.jsonl.gz"
+        ukp.write_stand_in(path)
+    world = ukp.read(path)
     features = ukp.text_features(world, dimensions=protocol.dimensions)
     lengths = ukp.length_features(world)
     judge = make_judge(world)
@@ -538,4 +545,4 @@ def workers_of(fit: em.Fit, judge: Judge) -> list[dict]:
 
 if __name__ == "__main__":
     with entry_point():
-        main(tyro.cli(Options, description=__doc__))
+        main(checked(tyro.cli(Options, description=__doc__)))

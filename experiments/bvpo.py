@@ -10,6 +10,7 @@ Claim
     likelihood of answers is a finite sum.
 
 Commands
+    python -m benchmarks.inputs gsm8k stories260k     (data and model, once)
     python -m experiments.bvpo             (default)
     python -m experiments.bvpo --smoke     (sanity check)
     python -m experiments.bvpo --full      (ten seeds, longer; not timed)
@@ -139,6 +140,7 @@ from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import bvpo, from_loss, sft
 from jaxpref.objectives.trace_mixture import AUTO
 from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.ranges import checked
 from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 
 
@@ -181,10 +183,12 @@ class Options:
     out: str | None = None
     """Output folder; repeating the command resumes the run in it.  Default: runs/bvpo,
     with the suffix _smoke or _full."""
-    data: str = "../shared/data/gsm8k_solution_pairs.jsonl.gz"
-    """Solutions of GSM8K test questions, in pairs of a right and a wrong one."""
-    model: str = "../shared/models/stories260k-hf"
-    """Model folder or Hub ID for these solutions, for example of SmolLM2-135M."""
+    data: str | None = None
+    """Solutions of GSM8K test questions, in pairs of a right and a wrong one (default:
+    what `benchmarks.inputs` makes; with --smoke, solutions of the toy world)."""
+    model: str | None = None
+    """Model folder or Hub ID for these solutions, for example of SmolLM2-135M (default:
+    stories260k-hf, from `benchmarks.inputs`; with --smoke, the toy world's)."""
     smoke: bool = False
     """A sanity check that takes two minutes; its numbers mean nothing."""
     full: bool = False
@@ -212,13 +216,50 @@ def choose(options: Options) -> tuple[Protocol, Path, str]:
     return protocol, Path(options.out or out), estimate
 
 
+def inputs_of(options: Options, out: Path) -> tuple[Path, str | None]:
+    """The solutions, and the model for them; None for the toy world's.
+
+    Raises:
+      InputError: if one is missing.
+    """
+    if options.smoke and options.data is None and options.model is None:
+        path = out / "solutions.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, toy_solutions())
+        return path, None
+    path = Path(options.data or "inputs/gsm8k_solution_pairs.jsonl.gz")
+    model = options.model or "inputs/stories260k-hf"
+    for option, found, name in (
+        ("data", path.is_file(), path),
+        ("model", bool(options.model) or Path(model).is_dir(), model),
+    ):
+        if not found:
+            raise InputError(
+                f"--{option} {name}: there is no such file or folder; name yours, or "
+                "make the default by `python -m benchmarks.inputs gsm8k stories260k`"
+            )
+    return path, model
+
+
+def toy_solutions() -> list[dict]:
+    """Pairs of a right and a wrong solution in the toy world, two for each prompt."""
+    rows = []
+    for index, prompt in enumerate(world.all_prompts()[1:]):
+        x, y, z = world.numbers(prompt)
+        wrong = f"so x y {x + y}\nA: {(x + y + z + 1) % len(world.NUMBERS)}"
+        for trace in (f"so x y {x + y}", f"well y z {y + z}"):
+            right = f"{trace}\nA: {x + y + z}"
+            sides = {"chosen": right, "rejected": wrong}
+            rows.append({"idx": index, "prompt": prompt, **sides})
+    return rows
+
+
 def main(options: Options) -> None:
     """Runs the whole experiment and writes the report."""
     if jax.process_count() > 1:
         raise InputError("this experiment is small: run it in one process")
     protocol, out, estimate = choose(options)
-    if not Path(options.data).is_file():
-        raise InputError(f"--data {options.data}: there is no such file; name yours")
+    data, solver = inputs_of(options, out)
     new = begin(protocol, out)
     started = time.perf_counter()
     clock = functools.partial(say, started)
@@ -265,8 +306,8 @@ def main(options: Options) -> None:
             gradients.append(json.loads(path.read_text()))
         clock(f"seed {seed}: gradients measured")
     real = solutions.measure(
-        options.data,
-        options.model,
+        str(data),
+        solver or str(reference),
         out / "solutions",
         questions=protocol.questions,
         steps=protocol.solution_steps,
@@ -465,4 +506,4 @@ def _load(folder: Path):
 
 if __name__ == "__main__":
     with entry_point():
-        main(tyro.cli(Options, description=__doc__))
+        main(checked(tyro.cli(Options, description=__doc__)))

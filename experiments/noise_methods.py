@@ -102,6 +102,7 @@ from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import Objective, crm, em, from_loss, learned_rate, re_po
 from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.ranges import checked
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.train import MeshConfig, make_mesh, read_metrics, run
@@ -325,12 +326,14 @@ def pairs_file(protocol: Protocol, one: Run, reference: Path, out: Path, mesh) -
 
 
 def data_options(one: Run, out: Path) -> DataOptions:
-    """The noise of a run."""
+    """The noise of a run; the few prompts of the world all occur in training."""
     if one.noise == "symmetric" or not one.rate:
-        return DataOptions(inject=InjectOptions(flip_rate=one.rate, seed=one.seed))
+        inject = InjectOptions(flip_rate=one.rate, seed=one.seed)
+        return DataOptions(inject=inject, allow_shared_prompts=True)
     rates = out / "world" / f"rates-{round(100 * one.rate)}.json"
     write_json(rates, {name: one.rate * x for name, x in ANNOTATORS.items()})
-    return DataOptions(inject=InjectOptions(annotators=str(rates), seed=one.seed))
+    inject = InjectOptions(annotators=str(rates), seed=one.seed)
+    return DataOptions(inject=inject, allow_shared_prompts=True)
 
 
 def measured(protocol: Protocol, folder: Path, reference: Path, *, seed: int) -> dict:
@@ -379,4 +382,4 @@ def judged(protocol: Protocol, config, export: Path, reference: Path, mesh) -> d
 
 if __name__ == "__main__":
     with entry_point():
-        main(tyro.cli(Options, description=__doc__))
+        main(checked(tyro.cli(Options, description=__doc__)))

@@ -97,6 +97,7 @@ from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import from_loss, sft
 from jaxpref.runtime.entry import entry_point
+from jaxpref.runtime.ranges import checked
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train import (
     MeshConfig,
@@ -405,7 +406,11 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
         save_every=protocol.steps,
         keep_checkpoints=1,
         logit_chunk=16,
-        options=DataOptions(inject=InjectOptions(flip_rate=arm.flip_rate, seed=seed)),
+        options=DataOptions(
+            inject=InjectOptions(flip_rate=arm.flip_rate, seed=seed),
+            # The world has few prompts, and all of them occur in training.
+            allow_shared_prompts=True,
+        ),
         # The gradients of every loss are clipped to a norm below all of theirs, and
         # a large epsilon disables Adam's normalization: momentum with steps of
         # constant length.  See "Optimizer" in the module's docstring.
@@ -468,4 +473,4 @@ def _load(folder: Path):
 
 if __name__ == "__main__":
     with entry_point():
-        main(tyro.cli(Options, description=__doc__))
+        main(checked(tyro.cli(Options, description=__doc__)))

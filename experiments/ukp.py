@@ -7,6 +7,7 @@ Habernal and Gurevych, "Which argument is more convincing?", ACL 2016; CC-BY 4.0
 
 import dataclasses
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxpref.errors import InputError, first_line
+from jaxpref.files import write_whole
 
 HELD_BACK = (
     "Ban Plastic Water Bottles",
@@ -79,7 +81,7 @@ def read(path: str | Path) -> World:
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
             f"{path}: cannot be read ({first_line(error)}); --data names "
-            "ukpconvarg1_votes.jsonl.gz"
+            "ukpconvarg1_votes.jsonl.gz, which `python -m benchmarks.inputs ukp` makes"
         ) from error
     names = sorted({vote["worker"] for row in rows for vote in row["votes"]})
     worker = {name: n for n, name in enumerate(names)}
@@ -115,6 +117,40 @@ def read(path: str | Path) -> World:
         names=names,
         ties=sum(len(row["votes"]) for row in rows) - len(votes),
     )
+
+
+def write_stand_in(path: Path, *, topics: int = 6, size: int = 14) -> None:
+    """Writes made-up votes in the form of the real ones, for a sanity check.
+
+    Longer arguments tend to be better, and workers differ in how often they are wrong.
+    """
+    rng = np.random.default_rng(0)
+    words = "because people should think about money health school time home".split()
+    workers = {f"w{n:02}": rate for n, rate in enumerate(rng.uniform(0, 0.4, 16))}
+    rows = []
+    for topic in range(topics):
+        lengths = rng.integers(8, 40, size)
+        texts = [" ".join(rng.choice(words, length)) for length in lengths]
+        for a, b in itertools.combinations(range(size), 2):
+            better = lengths[a] + rng.normal(0, 4) > lengths[b]
+            votes = [
+                {"worker": name, "label": "a1" if better != wrong else "a2"}
+                for name in rng.choice(list(workers), 5, replace=False).tolist()
+                for wrong in [bool(rng.random() < workers[name])]
+            ]
+            rows.append(
+                {
+                    "id": f"arg{topic}{a:02}_arg{topic}{b:02}",
+                    "topic": f"topic {topic}",
+                    "title": f"question {topic // 2}",
+                    "a1": texts[a],
+                    "a2": texts[b],
+                    "gold": "a1" if better else "a2",
+                    "votes": votes,
+                }
+            )
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, gzip.compress(text.encode(), mtime=0))
 
 
 def draw(world: World, votes: int, *, seed: int) -> np.ndarray:

@@ -1,12 +1,289 @@
-"""Atomic file writes, the cache folder, and opening the folder of a run."""
+"""Writing files: atomically, through no link, and over no input of the same command."""
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Collection
+import secrets
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jaxpref.errors import InputError
+
+RUN, AUDIT, MODEL, DATASET = "a run", "an audit", "a model", "a dataset"
+"""What a folder may hold; see `kind_of`."""
+LOCK = ".lock"
+"""The file that a process locks while it writes to a folder.  It stays there."""
+RUN_FILES = (
+    *("config.json", "metrics.jsonl", "best.json", "timings.json", "memory.json"),
+    *("report.html", "curves.png", "tensorboard", "reference", "checkpoints"),
+    *("unreadable", "export", "profile", "stopped"),
+)
+"""Names of what a run writes to its folder."""
+AUDIT_FILES = (
+    *("audit_config.json", "audit.jsonl", "clean.jsonl", "summary.json"),
+    *("review.csv", "report.html", "features"),
+)
+"""Names of what an audit writes to its folder."""
+
+_log = logging.getLogger("jaxpref")
+_warned: set[Path] = set()
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Writes a file atomically: to a temporary name next to `path`, then renamed.
+
+    An existing file keeps its mode.  Links are not followed.
+
+    Raises:
+      InputError: if the file cannot be written, or `path` is a folder, a link, a device
+        or a read-only file; an existing file stays unchanged.
+    """
+    path = Path(path)
+    before = existing_file(path)
+    data = content.encode() if isinstance(content, str) else content
+    # A name that nobody can guess, so that nobody can place a link there.
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(partial, flags, 0o666), "wb") as file:
+            if before is not None:
+                _copy_mode(file.fileno(), before)
+            file.write(data)
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file atomically; raises the same errors as `write_whole`."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Opens a text file to add lines to it.
+
+    Raises:
+      InputError: as `write_whole`.
+    """
+    existing_file(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    try:
+        return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def existing_file(path: Path) -> os.stat_result | None:
+    """The file at a path that is about to be written; None if there is none.
+
+    Raises:
+      InputError: if something else than a writable file is there.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise cannot_write(path, error) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{path}: is a folder; give the name of a file")
+    if stat.S_ISLNK(found.st_mode):
+        raise InputError(
+            f"{path}: is a symbolic link to {os.readlink(path)}, and links are not "
+            "followed; give the name of the file itself, or remove the link"
+        )
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(
+            f"{path}: is a device, a pipe or a socket; give the name of a file"
+        )
+    if not found.st_mode & 0o222:
+        raise InputError(
+            f"{path}: is read-only; make it writable, or choose another file"
+        )
+    return found
+
+
+def check_output(
+    flag: str, path: str | Path, reads: Mapping[str, str | Path | None]
+) -> None:
+    """Checks a file that a command will write, before the command does any work.
+
+    Args:
+      flag: the option that names it.
+      path: the file; its folder is created if it is missing.
+      reads: what the command reads: a path, or an ID on the hub, by option.
+
+    Raises:
+      InputError: if it cannot be written, is read by the same command, or is part of a
+        run, an audit, a model or a dataset.
+    """
+    if str(path).endswith(os.sep):
+        raise InputError(f"{flag} {path}: is a folder; give the name of a file")
+    file = Path(path)
+    try:
+        existing_file(file)
+        for option, given in _on_disk(reads):
+            if _same(file, given) or _same(file.parent, given):
+                raise InputError(
+                    f"is part of {option} {given}, which this command reads; choose "
+                    "another file"
+                )
+        _check_surroundings(file, is_file=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise PermissionError("no permission to write")
+    except InputError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise InputError(f"{flag} {path}: {reason}") from None
+    except OSError as error:
+        raise cannot_write(f"{flag} {path}", error) from error
+
+
+def check_output_folder(
+    flag: str,
+    folder: str | Path,
+    writes: Iterable[str],
+    reads: Mapping[str, str | Path | None],
+    *,
+    what: str | None = None,
+) -> Path:
+    """Checks a folder that a command will write to, creates it, and returns it.
+
+    Args:
+      flag: the option that names it.
+      folder: the folder.
+      writes: names of the files and folders that the command writes there.
+      reads: what the command reads: a path, or an ID on the hub, by option.
+      what: what the folder may hold already: `RUN` or `AUDIT`.
+
+    Raises:
+      InputError: if it cannot be used, holds or is part of something else, or if the
+        command reads something there that it would overwrite.
+    """
+    if "://" in str(folder):
+        raise InputError(
+            f"{flag} {folder}: must be a folder; mount the bucket, for example with "
+            "gcsfuse"
+        )
+    folder = Path(folder)
+    try:
+        if (found := kind_of(folder)) not in (None, what):
+            raise InputError(f"holds {found}; choose another folder")
+        for option, given in _on_disk(reads):
+            if _same(folder, given):
+                raise InputError(
+                    f"is {option} {given}, which this command reads; choose another "
+                    "folder"
+                )
+        for path in map(folder.joinpath, writes):
+            if path.is_symlink():
+                raise InputError(
+                    f"{path.name} in it is a symbolic link to {os.readlink(path)}, and "
+                    "links are not followed; remove it, or choose another folder"
+                )
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise InputError(
+                    f"{path.name} in it is a device, a pipe or a socket; remove it, or "
+                    "choose another folder"
+                )
+            for option, given in _on_disk(reads):
+                if _same(path, given) or _inside(given, path):
+                    raise InputError(
+                        f"the command would overwrite {path.name} in it, and reads "
+                        f"{option} {given}; choose another folder"
+                    )
+        _check_surroundings(folder, is_file=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write")
+        return folder
+    except InputError as error:
+        raise InputError(f"{flag} {folder}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {folder}: cannot be used ({error})") from error
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a folder holds: `RUN`, `AUDIT`, `MODEL`, `DATASET`, or None."""
+    holds = lambda *names: any((folder / name).is_file() for name in names)
+    if holds("audit_config.json"):
+        return AUDIT
+    if holds("dataset_dict.json", "dataset_info.json", "features.json"):
+        return DATASET
+    if holds(LOCK) and (folder / "checkpoints").is_dir():
+        return RUN  # even before its config is written
+    if not holds("config.json"):
+        weights = holds("model.safetensors", "model.safetensors.index.json")
+        return MODEL if weights or holds("tokenizer.json") else None
+    try:
+        fields = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(fields, dict) and {"model_type", "architectures"} & fields.keys():
+        return MODEL
+    return RUN if isinstance(fields, dict) and "loss" in fields else None
+
+
+def _check_surroundings(path: Path, *, is_file: bool) -> None:
+    """Refuses a path in one of the folders that a run, model or dataset consists of."""
+    parts = RUN_FILES + AUDIT_FILES
+    folder, name = path.parent.resolve(), path.name
+    if is_file and (kind := kind_of(folder)) in (MODEL, DATASET):
+        raise InputError(f"is in the folder of {kind}; choose another place")
+    for _ in range(4):  # the deepest is RUN/checkpoints/STEP/state
+        if name in parts and (kind := kind_of(folder)) in (RUN, AUDIT):
+            raise InputError(f"is part of {kind} in {folder}; choose another place")
+        folder, name = folder.parent, folder.name
+
+
+def _on_disk(
+    reads: Mapping[str, str | Path | None],
+) -> Iterable[tuple[str, Path]]:
+    """The inputs that are on this disk, by option."""
+    for option, given in reads.items():
+        for path in (str(given), str(given).partition("?")[0]):  # FOLDER?split=NAME
+            if given is not None and os.path.exists(path):
+                yield option, Path(path)
+                break
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths name the same file or folder, which may not exist yet."""
+    if one.exists() and other.exists():
+        return os.path.samefile(one, other)
+    return one.resolve() == other.resolve()
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return folder.is_dir() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _copy_mode(descriptor: int, before: os.stat_result) -> None:
+    """Gives an open file the mode of an earlier one and, if permitted, its owner."""
+    now = os.fstat(descriptor)
+    with contextlib.suppress(OSError):
+        if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
+            os.fchown(descriptor, before.st_uid, before.st_gid)
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        os.fchmod(descriptor, stat.S_IMODE(before.st_mode) & 0o777)
+
+
+def cannot_write(path: str | Path, error: Exception) -> InputError:
+    """The error for a file that could not be written."""
+    return InputError(
+        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+        "free some space or choose another folder"
+    )
+
+
+# --- the cache
 
 
 def cache_folder() -> Path:
@@ -36,74 +313,63 @@ def cache_folder() -> Path:
     return folder
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes a file atomically: to a temporary name next to `path`, then renamed.
+def check_regular(path: str | Path) -> None:
+    """Checks that a file to be read is not a pipe, a device, or a folder.
+
+    Opening a pipe waits for a writer, and a device may never end.  A missing file
+    passes: whoever opens it reports it.
 
     Raises:
-      InputError: if the file cannot be written; an existing file stays unchanged.
+      InputError: if it is none.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    data = content.encode() if isinstance(content, str) else content
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise InputError(f"{path}: is {what}; give a regular file")
+
+
+def make_private(folder: Path) -> None:
+    """Creates a folder, and those above it, that only its owner can write to.
+
+    Raises:
+      InputError: if it cannot be created.
+    """
+    try:
+        for missing in reversed([folder, *folder.parents]):
+            if not missing.exists():
+                with contextlib.suppress(FileExistsError):  # by another process
+                    missing.mkdir(mode=0o755)
+        folder.mkdir(exist_ok=True)  # raises an error if it is a file
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+        raise cannot_write(folder, error) from error
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file atomically; raises the same errors as `write_whole`."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def open_out(
-    out: Path, name: str, asked: dict, *, what: str, may_change: Collection[str]
-) -> None:
-    """Creates the folder OUT, or checks that it was created with the same config.
+def warn_if_others_write(path: Path, *, holds: str) -> None:
+    """Warns, once per process, if other users can change a cached file or folder.
 
     Args:
-      out: the folder.
-      name: file name of its config, which the caller writes.
-      asked: the requested config, as JSON would decode it.
-      what: what the folder holds, for messages: "a run".
-      may_change: fields that may differ from the stored config.
-
-    Raises:
-      InputError: if OUT cannot be written, or if its config cannot be read or differs;
-        the message names the fields.
+      path: the file or folder; it need not exist.
+      holds: what it holds, for the warning.
     """
-    path = out / name
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("no permission to write")
-        before = json.loads(path.read_text("utf-8")) if path.exists() else asked
-        if not isinstance(before, dict):
-            raise ValueError("not an object")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be used ({error})") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not the config of {what} ({error}); put it back, or use another "
-            "--out"
-        ) from error
-    changed = [
-        f"{name} ({before.get(name)!r} -> {asked.get(name)!r})"
-        for name in sorted(before.keys() | asked.keys())
-        if before.get(name) != asked.get(name) and name not in may_change
-    ]
-    if changed:
-        raise InputError(
-            f"{out} holds {what} with another config; changed: {', '.join(changed)}. "
-            "Use the same options to resume, or another --out"
+        found = path.stat()
+    except OSError:
+        return
+    if found.st_uid not in (os.geteuid(), 0):
+        why, cure = f"belongs to user {found.st_uid}", "use a folder of your own"
+    elif found.st_mode & 0o022:
+        who = "everyone" if found.st_mode & 0o002 else "its group"
+        why, cure = f"can be written by {who}", f"run chmod -R go-w {path}"
+    else:
+        return
+    folder = path if path.is_dir() else path.parent
+    if folder not in _warned:
+        _warned.add(folder)
+        _log.warning(
+            "%s: %s, so that others can change %s that this command uses; %s, or set "
+            "JAXPREF_CACHE to another folder",
+            *(path, why, holds, cure),
         )
-
-
-def cannot_write(path: str | Path, error: OSError) -> InputError:
-    """The error for a file that could not be written."""
-    return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); free some space or "
-        "choose another folder"
-    )

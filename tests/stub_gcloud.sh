@@ -2,7 +2,7 @@
 # Stands in for `gcloud`, python3.12, gcsfuse, and mountpoint in tests/test_launch_tpu.py.
 #
 # $STUB holds: calls (one line per call), scenario (events to inject, "KEY CODE TEXT", each
-# line used once), state (of the queued resource), homes/NODE-WORKER (each worker's home,
+# line used once; "KEY 0 damaged" loses the end of a copy or of the output), state (of the queued resource), homes/NODE-WORKER (each worker's home,
 # where the workers' commands are actually run), gs/ (buckets).
 # shellcheck disable=SC2153 # WORKER is set for the commands of a worker
 set -euo pipefail
@@ -45,7 +45,17 @@ option() { # NAME ARGUMENTS: prints the value of the option
   for each in "$@"; do [[ $each != "$name="* ]] || printf '%s' "${each#*=}"; done
 }
 
-ssh_() {
+ssh_() { # DAMAGE ARGUMENTS: runs the command; loses the last line if there is damage
+  if [[ -n $1 ]]; then
+    shift
+    run_ "$@" | sed '$d'
+  else
+    shift
+    run_ "$@"
+  fi
+}
+
+run_() {
   local command homes home status=0
   command=$(option --command "$@")
   homes=("$STUB"/homes/*)
@@ -60,19 +70,36 @@ ssh_() {
   return "$status"
 }
 
+copy() { # DAMAGE FILE...: the last one is the target
+  local damage=$1 files
+  shift
+  cp -R "$@"
+  [[ -n $damage ]] || return 0
+  files=("${*: -1}")
+  [[ ! -d ${files[0]} ]] || mapfile -t files < <(find "${files[0]}" -type f ! -name '.*')
+  truncate -s -2 "${files[0]}"
+}
+
 gcloud_() {
-  local key=${5-} CODE=0 TEXT='' home
+  local key=${5-} CODE=0 TEXT='' home damage=''
   [[ $2 != storage ]] || key=$3
   if [[ $key == ssh ]]; then
     key=$(option --command "$@" | sed -n '1s/^# jaxpref: //p')
     key=${key:-other}
+  elif [[ $key == scp ]]; then
+    [[ $6 != *environment ]] || key=scp-environment
+    [[ $6 != *:* ]] || key=scp-results
   elif [[ $4 == tpu-vm ]]; then
     key=node
+    [[ $* != *networkEndpoints* ]] || key=endpoints
+  elif [[ $* == *nodeSpec* ]]; then
+    key=nodes
   fi
   if next "$key"; then
     # "after FILE STATE": waits until the experiment has written FILE;
     # "after FILE interrupted": the workers get SIGTERM while the state is still ACTIVE.
     if [[ $TEXT == after\ * ]]; then
+      touch "$STUB/asked"
       read -r _ file TEXT <<<"$TEXT"
       for _ in $(seq 600); do
         [[ ! -e $STUB/$file ]] || break
@@ -85,6 +112,7 @@ gcloud_() {
     elif [[ $key == describe && $CODE == 0 ]]; then
       become "$TEXT"
     fi
+    [[ $TEXT != damaged ]] || damage=1
     ((CODE == 0)) || { echo "ERROR: (gcloud) $TEXT" >&2 && exit "$CODE"; }
     if [[ $key == describe || $key == node ]]; then echo "$TEXT" && return; fi
   fi
@@ -97,29 +125,42 @@ gcloud_() {
       cat "$STUB/state"
       ;;
     node) echo READY ;;
+    nodes) # homes/NODE-WORKER
+      for home in "$STUB"/homes/*-0; do
+        home=${home##*/}
+        echo "$6-${home%-0}"
+      done
+      ;;
+    endpoints)
+      for home in "$STUB/homes/${6##*-}"-*; do echo "10.0.0.${home##*-}"; done
+      ;;
     create)
       local count
       count=$(option --node-count "$@")
       make_nodes "${count:-1}"
       echo ACTIVE >"$STUB/state"
       ;;
-    delete) become ABSENT ;;
-    scp)
-      for home in "$STUB"/homes/*; do cp "$6" "$home/"; done
+    delete) [[ -n $damage ]] || become ABSENT ;;
+    scp | scp-environment)
+      [[ $key == scp ]] || stat -c %a "$6" >>"$STUB/modes"
+      for home in "$STUB"/homes/*; do copy "$damage" "$6" "$home/$(basename "$6")"; done
       ;;
-    rsync) cp -R "$STUB/gs/${4#gs://}/." "$5" ;;
-    *) ssh_ "$@" ;;
+    scp-results) copy "$damage" "$STUB/homes/0-0/${6#*:}" "$7" ;;
+    rsync) copy "$damage" "$STUB/gs/${4#gs://}/." "$5" ;;
+    *) ssh_ "$damage" "$@" ;;
   esac
 }
 
 case $(basename "$0") in
   gcloud)
     printf '%s\n' "gcloud ${*%%$'\n'*}" | tr '\n' ' ' | sed 's/ *$/\n/' >>"$STUB/calls"
+    printf '%s\n' "$@" >>"$STUB/arguments"
     gcloud_ gcloud "$@"
     ;;
   mountpoint) [[ -L $2 ]] ;;
   gcsfuse)
     echo "gcsfuse $*" >>"$STUB/calls"
+    ! next gcsfuse || { echo "gcsfuse: $TEXT" >&2 && exit "$CODE"; }
     mkdir -p "$STUB/gs/${*: -2:1}"
     rmdir "${*: -1}"
     ln -s "$STUB/gs/${*: -2:1}" "${*: -1}"
@@ -138,7 +179,14 @@ case $(basename "$0") in
         next "freeze-$WORKER" || TEXT=jax==0.12.0
         echo "$TEXT"
         ;;
-      *) exec "$REAL_PYTHON" "$@" ;;
+      *)
+        if [[ -n ${QUICK-} ]]; then # without the supervisor
+          while [[ $1 != -- ]]; do shift; done
+          shift
+          exec "$@"
+        fi
+        exec "$REAL_PYTHON" "$@"
+        ;;
     esac
     ;;
 esac

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 from jaxpref import data
 from jaxpref.errors import InputError
+from jaxpref.runtime.best import Best, parse_criterion
 from jaxpref.train import outputs, run, task
-from jaxpref.train.best import Best, parse_criterion
 from tests.test_guard import checkpoints, config_for, inputs  # noqa: F401
 
 

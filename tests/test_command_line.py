@@ -169,7 +169,7 @@ COMPLETIONS = {
     ],
     "train --decay l": ["linear"],
     "plan --remat f": ["full"],
-    "audit --act": ["--action"],
+    "audit --act": ["--action", "--action-top"],
     "sample --mo": ["--model"],
 }
 
@@ -248,7 +248,7 @@ def test_the_form_of_a_printed_config(capsys):
         "memory": 10000.0,
     }
     assert content["mesh"] == {"data": None, "fsdp": -1, "tensor": 1}
-    assert content["inject"]["flip-rate"] == 0.0
+    assert content["inject"]["flip-rate"] is None
     assert (content["max-steps"], content["max-length"]) == (1000, 64)
 
 

@@ -1,5 +1,6 @@
 """Every format the field uses, and every way a record or a file can be wrong."""
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -226,7 +227,7 @@ def test_completions(record, expected):
     ],
 )
 def test_the_prompt_to_sample_from_is_that_of_training(record):
-    assert parse_prompt(record, "row 1") == parse(record, "row 1", sides=1).prompt
+    assert parse_prompt(record, "row 1") == parse(record, "row 1", sides=1)
 
 
 def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):
@@ -251,8 +252,10 @@ def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):
 
 
 def test_a_prompt_without_a_completion():
-    assert parse_prompt({"prompt": "q", "chosen": None}, "row 1") == "q"
-    assert parse_prompt({"prompt": [SYSTEM, USER]}, "row 1") == (SYSTEM, USER)
+    found = parse_prompt({"prompt": "q", "chosen": None}, "row 1")
+    assert found == Example("q", ())
+    found = parse_prompt({"prompt": [SYSTEM, USER]}, "row 1")
+    assert found == Example((SYSTEM, USER), ())
     with pytest.raises(InputError, match="row 1: field 'prompt' has no messages"):
         parse_prompt({"prompt": []}, "row 1")
 
@@ -294,8 +297,8 @@ BAD_RECORDS = {
         "field 'chosen' message 1: role must be one of",
     ),
     "message of parts": (
-        PAIR | {"chosen": [ANSWER | {"content": [{"type": "text", "text": "a"}]}]},
-        "field 'chosen' message 1: content must be a string, but it is a list",
+        PAIR | {"chosen": [ANSWER | {"content": [{"type": "image", "url": "a"}]}]},
+        "field 'chosen' message 1 part 1 is of type 'image'",
     ),
     "not a message": (PAIR | {"prompt": ["q"]}, "field 'prompt' message 1 must be"),
     "ends with user": (
@@ -420,7 +423,7 @@ def test_empty_completions_can_be_dropped():
     [
         (dict(max_prompt_length=9, max_length=8), "max_prompt_length 9"),
         (dict(max_prompt_length=1), "max_prompt_length 1"),
-        (dict(max_length=3), "max_prompt_length 1 must be from 2 to max_length 3"),
+        (dict(max_length=1), "max_length 1 must be at least 2"),
         (dict(heldout_fraction=1.5), "heldout_fraction 1.5"),
         (dict(max_pairs=0), "max_pairs 0"),
     ],
@@ -436,13 +439,17 @@ def test_bad_flip_rates(rate):
         InjectOptions(flip_rate=rate)
 
 
-def test_a_prompt_takes_half_the_length_unless_said_otherwise():
-    assert DataOptions(max_length=256).longest_prompt == 128
-    assert DataOptions(max_length=256, max_prompt_length=7).longest_prompt == 7
-    long = [{"prompt": "q" * 99, "chosen": "a", "rejected": "b"}]
+def test_a_prompt_takes_what_the_answers_leave_unless_said_otherwise():
+    records = [
+        {"prompt": "q" * 99, "chosen": chosen, "rejected": "b"}
+        for chosen in ("a", "a" * 50)
+    ]
     options = DataOptions(max_length=20, heldout_fraction=0)
-    plan = make_splits(ListSource(long), byte_tokenizer(), options)
-    assert plan.train.prompt_lengths.tolist() == [10]
+    plan = make_splits(ListSource(records), byte_tokenizer(), options)
+    assert plan.train.prompt_lengths.tolist() == [18, 10]
+    options = dataclasses.replace(options, max_prompt_length=7)
+    plan = make_splits(ListSource(records), byte_tokenizer(), options)
+    assert plan.train.prompt_lengths.tolist() == [7, 7]
 
 
 def test_flips_need_pairs():

@@ -342,10 +342,10 @@ def test_prompts_to_sample_from():
         {"chosen": "\n\nHuman: r\n\nAssistant: x", "rejected": "y"},
         {"prompt": "s", "chosen": "t", "rejected": "u"},
     ]
-    names, tokens = read_prompts(ListSource(records), TOKENIZER, limit=2)
-    assert names == ["q", "\n\nHuman: r\n\nAssistant:"]
-    assert tokens[0] == ids(TOKENIZER, "<s>", "q")
-    assert len(read_prompts(ListSource(records), TOKENIZER, limit=9)[0]) == 3
+    first, second = read_prompts(ListSource(records), TOKENIZER, limit=2)
+    assert (first.text, second.text) == ("q", "\n\nHuman: r\n\nAssistant:")
+    assert first.tokens == ids(TOKENIZER, "<s>", "q")
+    assert len(read_prompts(ListSource(records), TOKENIZER, limit=9)) == 3
 
 
 def test_prompts_to_sample_from_are_told_apart_by_all_their_messages(monkeypatch):
@@ -368,19 +368,18 @@ def test_prompts_to_sample_from_are_told_apart_by_all_their_messages(monkeypatch
         "apply_chat_template",
         lambda *args, **options: calls.append(args) or encode(*args, **options),
     )
-    names, tokens = read_prompts(ListSource(records), tokenizer, limit=9)
-    assert names == ["go on", "go on", "c"] and len(calls) == 3
-    assert tokens[0] != tokens[1]
+    found = read_prompts(ListSource(records), tokenizer, limit=9)
+    assert [prompt.text for prompt in found] == ["go on", "go on", "c"]
+    # Each is rendered once as a prompt and once with an answer after it.
+    assert len(calls) == 6
+    assert found[0].tokens != found[1].tokens
     with pytest.raises(InputError, match="records row 2: field 'prompt' has no"):
         read_prompts(ListSource([{"prompt": "q"}, {"prompt": []}]), tokenizer, limit=9)
 
 
 def test_long_prompts_to_sample_from_are_cut_as_in_training():
     records = [{"prompt": "x" * 2000 + "yz", "chosen": "a", "rejected": "b"}]
-    _, (cut,) = read_prompts(
-        ListSource(records), TOKENIZER, limit=1, max_prompt_length=3
-    )
-    assert cut == ids(TOKENIZER, "<s>", "y", "z")
-    _, (default,) = read_prompts(ListSource(records), TOKENIZER, limit=1)
-    plan = plan_of(records, heldout_fraction=0)
-    assert default == plan.train.prompt(0).tolist() and len(default) == 512
+    (cut,) = read_prompts(ListSource(records), TOKENIZER, limit=1, max_prompt_length=3)
+    assert cut.tokens == ids(TOKENIZER, "<s>", "y", "z")
+    (whole,) = read_prompts(ListSource(records), TOKENIZER, limit=1)
+    assert len(whole.tokens) == 2003

@@ -128,19 +128,30 @@ def test_hub_sets_are_asked_for_by_name_config_split_and_folder(monkeypatch):
     ]
 
 
-def test_tfds_sets_are_never_downloaded(monkeypatch):
+def test_tfds_sets_are_read_from_their_folders(monkeypatch, tmp_path):
+    """By name too: TFDS is not asked for the name, so it downloads and runs nothing."""
     pytest.importorskip("tensorflow_datasets", reason="needs the tfds extra")
     pytest.importorskip("array_record", reason="needs the tfds extra")
+    folder = tmp_path / "n" / "c" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text("{}")
     calls = []
 
-    def data_source(*args, **options):
-        calls.append((args, options))
-        return RECORDS
+    class Builder:
+        def __init__(self, folder):
+            calls.append(folder)
 
-    monkeypatch.setattr("tensorflow_datasets.data_source", data_source)
-    assert contents(open_source("tfds:n/c:1.0.0?data_dir=d")) == RECORDS
-    expected = {"split": "train", "data_dir": "d", "download": False}
-    assert calls == [(("n/c:1.0.0",), expected)]
+        def as_data_source(self, split):
+            calls.append(split)
+            return RECORDS
+
+    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", Builder)
+    for name in ("data_source", "builder", "load"):
+        monkeypatch.delattr(f"tensorflow_datasets.{name}")
+    assert contents(open_source(f"tfds:n/c:1.0.0?data_dir={tmp_path}")) == RECORDS
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert contents(open_source("tfds:n?split=test")) == RECORDS
+    assert calls == [str(folder), "train", str(folder), "test"]
 
 
 @pytest.fixture(scope="module")

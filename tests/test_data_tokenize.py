@@ -275,10 +275,11 @@ def test_template_that_writes_bos_and_eos_and_a_tokenizer_that_adds_them():
     assert all(x.count(tok.eos_token_id) == 1 for x in result.completions)
 
 
-def test_template_without_bos_and_eos_gets_both():
+def test_template_without_bos_and_eos_gets_an_eos():
     tok = byte_tokenizer(merges=(), template=CHATML)
     result = one(tok, Example(messages("q"), (assistant("y"), assistant("n"))))
-    assert result.prompt[:2] == ids(tok, "<s>", "<|im_start|>")
+    # No sampler adds BOS to what the template renders.
+    assert result.prompt[:2] == ids(tok, "<|im_start|>", "u")
     assert result.completions[0] == ids(tok, "y", "<|im_end|>", "Ċ", "</s>")
 
 
@@ -293,9 +294,11 @@ def test_bos_that_is_also_the_start_of_turn_is_not_doubled():
 def test_template_that_opens_the_answer_with_a_thought():
     thought = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     tok = byte_tokenizer(bos=None, eos="<|im_end|>", merges=(), template=thought)
-    result = one(tok, Example(messages("q"), (assistant("y"),)))
-    assert tok.decode(result.prompt).endswith("<|im_start|>assistant\n")
-    assert result.completions == [ids(tok, "y", "<|im_end|>")]
+    result = one(tok, Example(messages("q"), (assistant("<think>t</think>y"),)))
+    assert tok.decode(result.prompt).endswith("<|im_start|>assistant\n<think>")
+    assert tok.decode(result.completions[0]) == "t</think>y<|im_end|>"
+    with pytest.raises(InputError, match="f.jsonl row 1: .*opens a thought"):
+        one(tok, Example(messages("q"), (assistant("y"),)))
 
 
 def test_template_that_rewrites_the_question_is_refused():
@@ -322,27 +325,28 @@ def test_template_that_strips_earlier_thoughts():
     ).replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     tok = byte_tokenizer(bos=None, eos="<|im_end|>", merges=(), template=template)
     prompt = messages("q", "<think>t</think>a", "r")
-    result = one(tok, Example(prompt, (assistant("y"), assistant("<think>u</think>n"))))
+    sides = (assistant("<think>v</think>y"), assistant("<think>u</think>n"))
+    result = one(tok, Example(prompt, sides))
     text = (
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n<think>"
     )
     assert tok.decode(result.prompt) == text
-    assert result.completions[0] == ids(tok, "y", "<|im_end|>")
+    assert tok.decode(result.completions[0]) == "v</think>y<|im_end|>"
 
 
 def test_template_that_closes_a_conversation_with_eos():
     template = (
         "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}assistant:"
-        "<think>{% else %}{{ eos_token }}{% endif %}"
+        "{% else %}{{ eos_token }}{% endif %}"
     )
     tok = byte_tokenizer(bos=None, merges=(), template=template)
     result = one(tok, Example(messages("q"), (assistant("y"),)))
     assert tok.decode(result.prompt) == "user:q<|im_end|>\nassistant:"
     assert result.completions == [ids(tok, "y", "<|im_end|>", "Ċ", "</s>")]
     # With the end of turn as EOS, what the template writes behind it is no target.
-    template = template.replace("{{ eos_token }}", "</s>").replace("<think>", "")
+    template = template.replace("{{ eos_token }}", "</s>")
     tok = byte_tokenizer(bos="</s>", eos="<|im_end|>", merges=(), template=template)
     result = one(tok, Example(messages("q"), (assistant("y"),)))
     assert result.completions == [ids(tok, "y", "<|im_end|>")]

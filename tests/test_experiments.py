@@ -71,6 +71,7 @@ def noisy_sentiment(*options, timeout):
 FLIPPED = ["DPO, 40% flips", "rDPO, 40% flips", "forward DPO, 40% flips"]
 
 
+@pytest.mark.slow
 def test_noisy_sentiment_from_command_to_report(tmp_path):
     out = tmp_path / "smoke"
     first = noisy_sentiment("--smoke", "--out", out, timeout=600)

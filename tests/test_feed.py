@@ -167,7 +167,7 @@ def test_what_is_recomputed_is_chosen_by_memory_and_remembered(
     for name in ("checkpoints", "export"):
         shutil.rmtree(tmp_path / "run" / name)
     monkeypatch.setattr(memory, "memory_limit", lambda: 1)
-    with pytest.raises(InputError, match="needs .* per device"):
+    with pytest.raises(InputError, match="need .* per device"):
         run(config)
 
 
@@ -179,7 +179,9 @@ def test_a_step_that_does_not_fit_is_refused_with_the_numbers(
     monkeypatch.setattr(memory, "memory_limit", lambda: 1)
     out = tmp_path / "run"
     config = config_for(inputs, out, max_steps=2, remat=remat)
-    with pytest.raises(InputError, match=r"needs \d+ MiB .*, which has 0 MiB; .*--acc"):
+    with pytest.raises(
+        InputError, match=r"need \d+ MiB .*, which has 0 MiB; .*--batch-size"
+    ):
         run(config)
     assert not (out / "config.json").exists() and not (out / "memory.json").exists()
 

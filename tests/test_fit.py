@@ -9,13 +9,13 @@ import jax
 from jaxpref import data, losses
 from jaxpref.data.feed import Feed
 from jaxpref.objectives import from_loss
+from jaxpref.runtime.best import Best
 from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.digests import digests
 from jaxpref.runtime.mesh import to_global
 from jaxpref.runtime.metrics_file import MetricsWriter, read_metrics
 from jaxpref.train import MeshConfig, OptimizerConfig, TrainConfig, fit, prepare
 from jaxpref.train.begin import begin, restore
-from jaxpref.train.best import Best
 from jaxpref.train.guard import Guard
 from jaxpref.train.options import CheckpointOptions, GuardOptions, LogOptions
 from jaxpref.train.outputs import Run

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from jaxpref.data.end_of_turn import read_stop_tokens
 from jaxpref.errors import InputError
-from jaxpref.models.hub import resolve_folder, stop_tokens
+from jaxpref.models.hub import resolve_folder
 
 
 @pytest.fixture
@@ -91,13 +92,13 @@ def write(folder, **files):
 )
 def test_stop_tokens(tmp_path, generation, config, expected):
     write(tmp_path, generation_config=generation, config=config)
-    assert stop_tokens(tmp_path) == expected
+    assert read_stop_tokens(tmp_path) == expected
 
 
 def test_stop_tokens_of_a_folder_with_fewer_files(tmp_path):
-    assert stop_tokens(tmp_path) == ()
+    assert read_stop_tokens(tmp_path) == ()
     write(tmp_path, config={"eos_token_id": 3})
-    assert stop_tokens(tmp_path) == (3,)
+    assert read_stop_tokens(tmp_path) == (3,)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,6 @@ def test_stop_tokens_of_a_folder_with_fewer_files(tmp_path):
 def test_stop_tokens_that_cannot_be_read_are_named(tmp_path, name, content, words):
     write(tmp_path, **{name: content})
     with pytest.raises(InputError, match=words) as raised:
-        stop_tokens(tmp_path)
+        read_stop_tokens(tmp_path)
     message = str(raised.value)
     assert message.startswith(str(tmp_path / f"{name}.json")) and "\n" not in message

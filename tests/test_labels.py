@@ -39,7 +39,7 @@ from tests.tiny import (
 
 FIELDS = LabelFields(
     preference_margins="how.far",
-    preference_strengths="weight",
+    preference_strengths="strength",
     ties="tie",
     chosen_ratings="good",
     rejected_ratings="bad",
@@ -57,7 +57,7 @@ def records(count=24, seed=0):
             "chosen": text(),
             "rejected": text(),
             "how": {"far": round(float(rng.normal()), 3)},
-            "weight": int(rng.integers(0, 4)),
+            "strength": int(rng.integers(0, 4)),
             "tie": [True, 0, 0.25, 1, False, 0.5][n % 6],
             "good": 5 + n,
             "bad": -n,
@@ -75,7 +75,7 @@ def plan_of(rows, fields=FIELDS, **options):
 def expected(rows):
     return {
         "preference_margins": [row["how"]["far"] for row in rows],
-        "preference_strengths": [row["weight"] for row in rows],
+        "preference_strengths": [row["strength"] for row in rows],
         "ties": [float(row["tie"]) for row in rows],
         "chosen_ratings": [row["good"] for row in rows],
         "rejected_ratings": [row["bad"] for row in rows],
@@ -104,7 +104,7 @@ def test_numbers_are_read_by_the_names_of_their_fields():
 
 def test_they_follow_their_pairs_through_split_and_drops():
     rows = records(60)
-    rows[5] |= {"rejected": rows[5]["chosen"], "weight": None}  # dropped, so not read
+    rows[5] |= {"rejected": rows[5]["chosen"], "strength": None}  # dropped, so not read
     plan = plan_of(rows, heldout_fraction=0.4)
     assert len(plan.train) and len(plan.heldout) and len(plan.train) < 59
     for pairs in (plan.train, plan.heldout):
@@ -151,21 +151,27 @@ def test_without_fields_nothing_is_another_plan():
     plan, labeled = plan_of(bare, LabelFields()), plan_of(rows)
     assert plan.train.labels == {}
     assert plan.train.ids.tolist() == labeled.train.ids.tolist()
-    other = [row | {"weight": row["weight"] + 1} for row in rows]
+    other = [row | {"strength": row["strength"] + 1} for row in rows]
     assert len({plan.digest, labeled.digest, plan_of(other).digest}) == 3
-    renamed = [row | {"w": row["weight"]} for row in rows]
+    renamed = [row | {"w": row["strength"]} for row in rows]
     by_w = LabelFields(**(FIELDS.named | {"preference_strengths": "w"}))
     assert plan_of(renamed, by_w).digest == labeled.digest
 
 
 WRONG = {
-    "missing": ({"weight": None}, "row 2: no field 'weight' for preference_strengths"),
+    "missing": (
+        {"strength": None},
+        "row 2: no field 'strength' for preference_strengths",
+    ),
     "inner": ({"how": {}}, "row 2: no field 'how.far' for preference_margins"),
     "no object": ({"how": 3}, "row 2: no field 'how.far'"),
-    "text": ({"weight": "3"}, "row 2: field 'weight' must be a number .* it is '3'"),
-    "boolean": ({"weight": True}, "row 2: field 'weight' must be a number .* True"),
+    "text": (
+        {"strength": "3"},
+        "row 2: field 'strength' must be a number .* it is '3'",
+    ),
+    "boolean": ({"strength": True}, "row 2: field 'strength' must be a number .* True"),
     "list": ({"good": [1]}, r"row 2: field 'good' must be a number .* \[1\]"),
-    "negative": ({"weight": -1}, "row 2: field 'weight' must be 0 or more .* -1"),
+    "negative": ({"strength": -1}, "row 2: field 'strength' must be 0 or more .* -1"),
     "more than a tie": ({"tie": 2}, "row 2: field 'tie' must be from 0 to 1 for ties"),
     "NaN": ({"good": float("nan")}, "row 2: field 'good' must be finite .* nan"),
     "too large": ({"bad": 1e39}, "row 2: field 'bad' must be finite .* 1e"),
@@ -369,20 +375,20 @@ def test_a_run_reads_them_and_resumes(folder, tmp_path, monkeypatch, capsys):
     (changed / "pairs.jsonl").write_text(json.dumps(row) + "\n" + rest + "\n")
     with pytest.raises(SystemExit):
         train(changed, tmp_path / "other", monkeypatch, *flags)
-    assert "the pairs have changed" in capsys.readouterr().err
+    assert "the training pairs (" in capsys.readouterr().err
 
 
 def test_a_row_without_its_number_is_one_line(folder, tmp_path, monkeypatch, capsys):
     rows = [json.loads(x) for x in (folder / "pairs.jsonl").read_text().splitlines()]
-    del rows[4]["weight"]
+    del rows[4]["strength"]
     (tmp_path / "model").symlink_to(folder / "model")
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = "--loss scaled_bradley_terry --labels.preference-strengths weight".split()
+    flags = "--loss scaled_bradley_terry --labels.preference-strengths strength".split()
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, tmp_path / "run", monkeypatch, *flags)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     (line,) = [x for x in error.splitlines() if x.startswith("jaxpref: error:")]
-    assert f"{path} row 5: no field 'weight'" in line
+    assert f"{path} row 5: no field 'strength'" in line
     assert "--labels.preference-strengths" in line and "Traceback" not in error

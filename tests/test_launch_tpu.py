@@ -91,7 +91,8 @@ class Cloud:
         steps = []
         for call in self.calls():
             words = call.split()
-            if words[0] != "gcloud":
+            # Counting workers is part of other steps.
+            if words[0] != "gcloud" or re.search("nodeSpec|networkEndpoints", call):
                 continue
             verb = words[4] if words[1] == "compute" else words[2]
             if verb == "ssh":
@@ -168,8 +169,8 @@ def test_multislice_on_demand_with_delete_after(cloud):
     assert "--spot" not in create
     assert all("--project=p" in c for c in cloud.calls() if c.startswith("gcloud"))
     assert [cloud.lives(f"{n}-{w}") for n in (0, 1) for w in (0, 1)] == [1] * 4
-    assert cloud.steps()[-2:] == ["describe", "delete"]
-    assert "delete demo --force --quiet" in cloud.calls()[-1]
+    assert cloud.steps()[-3:] == ["describe", "delete", "describe"]
+    assert "delete demo --force --quiet" in cloud.calls()[-2]
 
 
 def test_quota_refused(cloud):
@@ -177,7 +178,9 @@ def test_quota_refused(cloud):
     code, printed = cloud.run("0", scenario=f"create 1 {refusal}\n")
     assert code == 3
     assert refusal in printed and "demo: refused" in printed
-    assert cloud.steps() == ["describe", "create"]
+    # The last call: a refused request costs nothing.
+    assert cloud.steps() == ["describe", "create", "describe"]
+    assert "costs money" not in printed
 
 
 def test_a_failed_status_check_is_repeated(cloud):
@@ -211,7 +214,7 @@ def test_preempted_while_waiting(cloud):
     # One line per change of state, not one per status check.
     assert printed.count("demo: WAITING_FOR_RESOURCES") == 1
     assert "resuming (1 of at most 20)" in printed
-    waited = ["describe", "create", *["describe"] * 4, "describe", "delete"]
+    waited = ["describe", "create", *["describe"] * 5, "delete", "describe"]
     assert cloud.steps() == [*waited, *ONE_RUN, "follow", *END]
 
 
@@ -223,7 +226,7 @@ def test_preempted_while_running(cloud):
     # The last lines of the first run's log may be lost with its disk.
     assert re.search(" demo: SUSPENDED$.*^resumed$", printed, LINES), printed
     assert cloud.lives("0-0") == cloud.lives("0-1") == 2
-    lost = ["follow", "describe", "describe", "delete"]
+    lost = ["follow", "describe", "describe", "delete", "describe"]
     assert cloud.steps() == [*ONE_RUN, *lost, *ONE_RUN, "follow", *END]
     # The second node has the versions of the first, which are stored in the bucket.
     pips = [c for c in cloud.calls() if " pip " in c]
@@ -295,7 +298,7 @@ def test_a_failed_request_is_replaced(cloud):
     (cloud.folder / "state").write_text("FAILED\n")
     code, printed = cloud.launch("create", *WHERE, *WHAT)
     assert code == 0 and "demo is FAILED: recreating it" in printed
-    assert cloud.steps() == ["describe", "describe", "delete", "create"]
+    assert cloud.steps() == ["describe", "describe", "delete", "describe", "create"]
 
 
 def test_waiting_times_out(cloud):
@@ -360,7 +363,7 @@ def test_dry_run_calls_nothing(cloud):
     command = r"^gcloud (?:compute tpus queued-resources|storage) (\S+)"
     shown = re.findall(command, printed, re.MULTILINE)
     looked = ["describe", "ssh", "ssh"]
-    installed = ["scp", "ssh", "ssh", "ssh"]
+    installed = ["describe", "scp", "ssh", "ssh", "ssh"]
     assert shown == ["describe", "create", "describe", *installed, *looked, *END]
     # The output is valid shell.
     subprocess.run(["bash", "-n"], input=printed, text=True, check=True)

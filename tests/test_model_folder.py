@@ -20,6 +20,7 @@ from jaxpref.models.folder_config import (
     read_architecture,
 )
 from jaxpref.models.rotary import RopeScaling
+from jaxpref.models.tokenizer_files import add_stop_tokens
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -394,3 +395,27 @@ def test_what_cannot_be_saved_is_named(folder, tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         save(tmp_path / "file", model, params)
     assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "generation, config, stops, expected",
+    [
+        ({"eos_token_id": 2}, {}, (2,), {"eos_token_id": 2}),
+        ({"eos_token_id": [3, 2]}, {}, (2, 3), {"eos_token_id": [3, 2]}),
+        ({"eos_token_id": 3}, {}, (2, 3), {"eos_token_id": [3, 2]}),
+        ({"top_k": 5}, {"eos_token_id": 3}, (2,), {"top_k": 5, "eos_token_id": [3, 2]}),
+        (None, {"eos_token_id": 2}, (2,), None),
+        (None, {"eos_token_id": 3}, (2,), {"eos_token_id": [3, 2]}),
+        (None, {}, (2,), {"eos_token_id": [2]}),
+        ({"eos_token_id": 3}, {}, (), {"eos_token_id": 3}),
+    ],
+)
+def test_others_stop_at_the_tokens_that_end_answers_in_training(
+    tmp_path, generation, config, stops, expected
+):
+    path = tmp_path / "generation_config.json"
+    if generation is not None:
+        path.write_text(json.dumps(generation))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    add_stop_tokens(tmp_path, stops)
+    assert (json.loads(path.read_text()) if path.exists() else None) == expected

@@ -26,7 +26,7 @@ from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.score_dataset import make_score_step
 from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS
-from jaxpref.train import MeshConfig, read_metrics, run
+from jaxpref.train import MeshConfig, OptimizerConfig, read_metrics, run
 from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.state import init_state
@@ -69,6 +69,7 @@ def test_the_first_loss_is_log_2(tmp_path, layout, dtype):
         objective=from_loss(losses.dpo, beta=beta),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         max_steps=1,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
         compute_dtype=dtype,
         **LAYOUTS[layout],
     )
@@ -234,6 +235,7 @@ def test_a_run_goes_on_in_the_dtype_it_began_with(tmp_path, monkeypatch, capsys)
         inputs,
         tmp_path / "run",
         max_steps=1,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
         objective=from_loss(losses.cpo),
         options=data.DataOptions(max_length=64, heldout_fraction=0.0),
     )

@@ -295,7 +295,7 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     # Once the state exists; `jaxpref.train.run` itself is the function.
     run_module = sys.modules["jaxpref.train.run"]
-    make_tables, write_config = begin.reference_tables, run_module.write_run_config
+    make_tables, make_feed = begin.reference_tables, run_module._feed
     seen = {}
 
     def tables_made(*args, load, **options):
@@ -312,10 +312,10 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
     def state_made(*args):
         gc.collect()
         seen["after"] = alive()
-        return write_config(*args)
+        return make_feed(*args)
 
     monkeypatch.setattr(begin, "reference_tables", tables_made)
-    monkeypatch.setattr(run_module, "write_run_config", state_made)
+    monkeypatch.setattr(run_module, "_feed", state_made)
     for name in (None, str(inputs / "other")):
         gc.collect()
         start = alive()
@@ -358,18 +358,20 @@ def test_step_0_is_scored_only_under_another_reference(
 
 def test_what_is_not_there_is_nan(tmp_path):
     keys = np.array([["a" * 32, "b" * 32], ["c" * 32, "a" * 32]])
-    assert np.isnan(score_cache.read(tmp_path / "nowhere", keys)).all()
+    assert np.isnan(score_cache.read(tmp_path / "nowhere", keys, {})).all()
     values = np.array([[1, np.nan], [3, 1]], np.float32)
     score_cache.append(tmp_path, keys, values, {})
-    np.testing.assert_array_equal(score_cache.read(tmp_path, keys), values)
+    np.testing.assert_array_equal(score_cache.read(tmp_path, keys, {}), values)
     # Another shard fills the gap; its keys are longer.
     more = np.array(["b" * 32, "b" * 32 + ".7", "a" * 32 + ".7"])
-    assert np.isnan(score_cache.read(tmp_path, more)).all()
+    assert np.isnan(score_cache.read(tmp_path, more, {})).all()
     more = more[:2]
     score_cache.append(tmp_path, more, np.array([2, 9], np.float32), {})
-    np.testing.assert_array_equal(score_cache.read(tmp_path, keys), [[1, 2], [3, 1]])
-    np.testing.assert_array_equal(score_cache.read(tmp_path, more), [2, 9])
-    assert score_cache.read(tmp_path, keys[:0]).shape == (0, 2)
+    np.testing.assert_array_equal(
+        score_cache.read(tmp_path, keys, {}), [[1, 2], [3, 1]]
+    )
+    np.testing.assert_array_equal(score_cache.read(tmp_path, more, {}), [2, 9])
+    assert score_cache.read(tmp_path, keys[:0], {}).shape == (0, 2)
 
 
 def test_the_same_numbers_are_the_same_file(tmp_path):
@@ -386,7 +388,7 @@ def test_a_shard_cut_off_is_removed(tmp_path, caplog):
     score_cache.append(tmp_path, keys, np.ones(2, np.float32), {})
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
-    assert np.isnan(score_cache.read(tmp_path, keys)).all()
+    assert np.isnan(score_cache.read(tmp_path, keys, {})).all()
     assert "damaged; its scores" in caplog.text and not path.exists()
 
 
@@ -403,7 +405,7 @@ def test_a_damaged_shard_that_cannot_be_removed_is_passed_over(
         raise PermissionError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    np.testing.assert_array_equal(score_cache.read(tmp_path, keys), [np.nan, 1])
+    np.testing.assert_array_equal(score_cache.read(tmp_path, keys, {}), [np.nan, 1])
     assert "damaged; its scores" in caplog.text
 
 
@@ -417,7 +419,7 @@ for n in range(60):
     keys = np.array([f"{k:032d}" for k in range(5 * n, 5 * n + 10)])
     values = np.arange(5 * n, 5 * n + 10, dtype="f4")
     score_cache.append(Path(sys.argv[1]), keys, values, {})
-    assert np.isfinite(score_cache.read(Path(sys.argv[1]), keys)).all()
+    assert np.isfinite(score_cache.read(Path(sys.argv[1]), keys, {})).all()
 """
 
 
@@ -429,7 +431,7 @@ def test_two_runs_write_at_the_same_time(tmp_path):
     ]
     assert [writer.wait() for writer in writers] == [0, 0]
     keys = np.array([f"{k:032d}" for k in range(305)])
-    np.testing.assert_array_equal(score_cache.read(folder, keys), np.arange(305))
+    np.testing.assert_array_equal(score_cache.read(folder, keys, {}), np.arange(305))
     assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
 
 

@@ -321,7 +321,7 @@ def test_errors_of_reports(tmp_path, picture):
         write("text", path=tmp_path / "absent" / "report.html")
     page.write_text("old")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="is a folder"):
         write("text", path=tmp_path / "taken")
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "curve.png", "report.html", "taken",

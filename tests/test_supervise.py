@@ -1,13 +1,17 @@
 """The supervisor: failures, restarts, signals, and exit codes."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+
+from jaxpref.runtime import supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--pause", "0.05", "--grace", "5"]
@@ -94,6 +98,16 @@ def test_restarts_run_out_and_the_pause_doubles(tmp_path):
     assert len(starts(tmp_path, 0)) == 3
 
 
+@pytest.mark.parametrize("first", [0.0, 1e-300, 0.05, 1.0, 60.0, 1e300, math.inf])
+@pytest.mark.parametrize("restart", [0, 1, 5, 6, 1000, 1023, 1024, 10**6])
+def test_the_pause_before_any_restart(restart, first):
+    """Exact for fractions, which have no largest power of two."""
+    expected = 60.0
+    if not math.isinf(first):
+        expected = float(min(Fraction(first) * 2 ** min(restart, 2000), Fraction(60)))
+    assert supervise._pause_before(restart, first) == expected
+
+
 def test_the_exit_code_after_a_signal(tmp_path):
     abort = child("os.kill(os.getpid(), signal.SIGABRT)")
     done = run(tmp_path, "--restarts", "0", *abort)
@@ -130,6 +144,27 @@ def test_a_run_that_stopped_itself_is_not_restarted(tmp_path):
     done = run(tmp_path, *child("sys.exit(65)"))
     assert done.returncode == 65
     assert "a run that stopped itself (code 65) is not restarted" in done.stderr
+    assert len(starts(tmp_path, 0)) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "sys.exit(66)",
+        # It made another process die: unlike wrong input, a lack of memory is never
+        # what a lost peer causes.
+        """
+signal.signal(signal.SIGINT, lambda *_: sys.exit(66))
+if index == 1: os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+""",
+    ],
+)
+def test_out_of_memory_is_not_restarted(tmp_path, body):
+    done = run(tmp_path, "--processes", "2", *child(body))
+    assert done.returncode == 66, done.stderr
+    message = "a process that ran out of memory (code 66) is not restarted"
+    assert message in done.stderr
     assert len(starts(tmp_path, 0)) == 1
 
 

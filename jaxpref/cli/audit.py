@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxpref.cli import help
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import split
+from jaxpref.errors import show
 from jaxpref.evaluate import audit as label_audit
 
 COMMAND = "jaxpref audit"
@@ -30,11 +31,15 @@ def command(argv: Sequence[str]) -> None:
         data=Path(config.data).name,
     )
     low, high = found.summary["flip_rate_interval"]
-    print(
+    show(
         f"flip rate {found.summary['flip_rate']:.3f} ({low:.3f} to {high:.3f}); {page}"
         if found.summary["identified"]
         else f"flip rate not identified: {found.summary['reason']}; {page}"
     )
+    print(f"{config.out}/clean.jsonl: {found.summary['acted_on']['rule']}")
+    print(f"{config.out}/review.csv: the {len(found.suspects)} most suspicious pairs")
+    if advice := found.summary["advice"]:
+        print(advice)
 
 
 def options() -> dict[str, Option]:

@@ -17,11 +17,14 @@ from typing import Any
 
 from jaxpref.cli.options import Option, Parts
 from jaxpref.cli.words import Given, canonical
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, visible
+from jaxpref.files import check_regular
 
 NAMED = ("loss", "objective", "objective.noise")
 """Options whose values are names, and which are namespaces too."""
-EITHER = (("max-steps", "epochs"),)
+DEEPEST = 3
+"""The most namespaces before an option's name."""
+EITHER = (("max-steps", "epochs"), ("heldout-fraction", "eval-data"))
 """Options that replace each other."""
 
 
@@ -33,16 +36,23 @@ def read(path: str) -> Given:
     """
     import yaml
 
+    check_regular(path)
     try:
         content = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"--config {path}: not YAML ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected lines of `option: value`")
     given: Given = {}
     for name, value in _flat(content, ""):
+        items = value if isinstance(value, list) else [value]
+        if name.count(".") > DEEPEST or any(isinstance(x, list | dict) for x in items):
+            raise InputError(
+                f"--config {path}: {name[:100]} is nested too deeply; write "
+                "`option: value`"
+            )
         words = _words(name, value)
         for option in words:
             if option in given:
@@ -88,14 +98,17 @@ def write(options: Mapping[str, Option], values: Mapping[str, Any]) -> str:
         for space in spaces:
             inside = inside.setdefault(space, {})
         inside[last] = _plain(values[name])
-    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
+    if visible(text) != text:  # YAML's own escapes can be read back
+        text = yaml.safe_dump(nested, sort_keys=False)
+    return text
 
 
 def _flat(content: Mapping, prefix: str):
     """Yields (option name, value) for everything in nested mappings."""
     for key, value in content.items():
         name = canonical(f"{prefix}.{key}" if prefix else str(key))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name.count(".") <= DEEPEST:
             yield from _flat(value, name)
         elif prefix in NAMED and key == "name":
             yield prefix, value

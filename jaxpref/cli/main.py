@@ -4,12 +4,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from jaxpref.cli.completion import SHELLS, completion_script
 from jaxpref.cli.words import closest, take
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, show
 
 COMMANDS = {
     "train": "Train a model on preference pairs or, with --loss sft, on completions.",
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     name, rest = (argv + [""])[0], argv[1:]
     if name in ("", "-h", "--help", "help"):
-        print(_overview())
+        show(_overview())
         sys.exit(0 if name else 2)
     if name == "--completion":
         _complete(rest)
@@ -45,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     module = _imported(f"jaxpref.cli.{name}")
     if {"-h", "--help", "--help-all"} & set(rest):
         try:
-            print(module.help_text(rest))
+            show(module.help_text(rest))
         except InputError as error:
             _fail(str(error))
         sys.exit(0)
-    _run(module.command, rest)
+    _run(module.command, rest, resumes=_resumes(name, rest))
 
 
 def _imported(name: str) -> ModuleType:
@@ -65,7 +66,15 @@ def _imported(name: str) -> ModuleType:
         )
 
 
-def _run(command: Callable[[Sequence[str]], None], argv: list[str]) -> None:
+def _resumes(name: str, argv: Sequence[str]) -> bool:
+    """Whether a command that is interrupted keeps what it has done."""
+    has_out = any(word.partition("=")[0] == "--out" for word in argv)
+    return name in ("train", "audit") or (name == "sample" and has_out)
+
+
+def _run(
+    command: Callable[[Sequence[str]], None], argv: list[str], *, resumes: bool
+) -> None:
     from jaxpref.runtime.entry import entry_point, fail
     from jaxpref.runtime.mesh import PROCESS_OPTIONS
 
@@ -74,9 +83,10 @@ def _run(command: Callable[[Sequence[str]], None], argv: list[str]) -> None:
             given, argv = take(flag, argv)
             if given is not None:
                 os.environ[variable] = given
+        out, _ = take("--out", argv)
     except InputError as error:
         fail(str(error))
-    with entry_point():
+    with entry_point(Path(out) if out else None, resumes=resumes):
         command(argv)
 
 
@@ -95,11 +105,11 @@ def _complete(argv: Sequence[str]) -> NoReturn:
     shell = (list(argv) + [""])[0]
     if shell not in SHELLS:
         _fail(f"--completion {shell}: expected one of {', '.join(SHELLS)}")
-    print(completion_script(shell, COMMANDS))
+    show(completion_script(shell, COMMANDS))
     sys.exit(0)
 
 
 def _fail(message: str) -> NoReturn:
     # Does not use jax, which takes most of a second to import.
-    print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    show(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

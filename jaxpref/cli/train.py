@@ -19,6 +19,7 @@ from jaxpref.cli.objectives import (
 from jaxpref.cli.options import Option, Part, Parts, options_of, parse
 from jaxpref.cli.words import Given, split
 from jaxpref.data.options import DataOptions, MixOptions
+from jaxpref.errors import show
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import OptimizerConfig
@@ -52,7 +53,7 @@ def command(argv: Sequence[str]) -> None:
     given = split(argv)
     printed = given.pop("print-config", None)
     if printed is not None:
-        print(config_text(given), end="")
+        show(config_text(given).removesuffix("\n"))
         return
     config = config_of(given)
     import jax
@@ -63,7 +64,7 @@ def command(argv: Sequence[str]) -> None:
     if jax.process_index() == 0:
         line = shlex.join(["jaxpref", "train", *argv])
         best = config.keep_best or "min:eval_loss"
-        print("\n".join(_report(Path(config.out), export, line, best)))
+        show("\n".join(_report(Path(config.out), export, line, best)))
 
 
 def _report(out: Path, export: Path, line: str, best: str) -> list[str]:

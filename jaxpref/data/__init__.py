@@ -8,6 +8,7 @@ sampler (`uniform`, `mixture`) chooses the pairs of each step, and a layout
 from jaxpref.data.batch import PreferenceBatch as PreferenceBatch
 from jaxpref.data.dataset import DatasetBuilder as DatasetBuilder
 from jaxpref.data.dataset import PreferenceDataset as PreferenceDataset
+from jaxpref.data.end_of_turn import stop_tokens as stop_tokens
 from jaxpref.data.labels import LabelFields as LabelFields
 from jaxpref.data.layouts import Layout as Layout
 from jaxpref.data.layouts import PackedLayout as PackedLayout
@@ -18,6 +19,8 @@ from jaxpref.data.options import DataOptions as DataOptions
 from jaxpref.data.options import InjectOptions as InjectOptions
 from jaxpref.data.options import MixOptions as MixOptions
 from jaxpref.data.options import for_model as for_model
+from jaxpref.data.prompts import Prompt as Prompt
+from jaxpref.data.prompts import given_prompts as given_prompts
 from jaxpref.data.prompts import read_prompts as read_prompts
 from jaxpref.data.read import Datasets as Datasets
 from jaxpref.data.read import read_datasets as read_datasets

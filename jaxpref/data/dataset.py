@@ -14,10 +14,11 @@ COLUMNS: dict[str, type[np.generic]] = {
     "row": np.int64,
     "source": np.int8,
     "empty_trace": np.bool_,
+    "prompt": np.int64,
 }
 """The columns of every dataset, with their dtypes; all others are float32."""
-PLACES = ("row", "source")
-"""Columns that locate a record, and do not describe its content."""
+PLACES = ("row", "source", "prompt")
+"""Columns that locate a record or follow from its text; the digest leaves them out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ class PreferenceDataset:
     `row`: index of the record in its source, from 0;
     `source`: 1 for the second source of a run that mixes two, made without traces;
     `empty_trace`: the pair has an empty trace, in a run that mixes such pairs with
-    pairs that have traces.
+    pairs that have traces;
+    `prompt`: a hash of the prompt, see `shared_prompts.prompt_hash`.
     Any other column is a float32 label, which losses read under its name; see
     `LabelFields`.
     """

@@ -2,7 +2,7 @@
 
 Both packages are optional and imported only when needed.  No code of a dataset is run:
 `datasets` from version 4 reads data files only, and TFDS datasets must have been
-prepared as ArrayRecord, which are read without TensorFlow.
+prepared as ArrayRecord (`prepared`), which are read without TensorFlow.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref.data.prepared import check_features, prepared_folder
 from jaxpref.errors import InputError, first_line
 
 
@@ -66,29 +67,27 @@ def open_hub(name: str, *, split: str, data_dir: str | None) -> Rows:
 
 def open_tfds(name: str, *, split: str, data_dir: str | None) -> Rows:
     """A prepared TFDS dataset by name, in `data_dir` (default: that of TFDS)."""
-    tfds = _import_tfds(name)
-    try:
-        table = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
-    except Exception as error:  # no such set, not prepared, not ArrayRecord, no split
-        raise InputError(
-            f"tfds:{name}: cannot be opened ({_tfds_reason(error)}); prepare it once"
-            f" (`tfds build {name} --file_format=array_record`) and give its data_dir"
-        ) from None
-    return Rows(table, f"tfds:{name} {split}")
+    _import_tfds(name)
+    folder = prepared_folder(name, data_dir)
+    return Rows(_open_prepared(folder, split), f"tfds:{name} {split}")
 
 
 def open_tfds_folder(folder: Path, *, split: str) -> Rows:
     """The folder of a prepared TFDS dataset, such as DATA_DIR/NAME/VERSION."""
+    return Rows(_open_prepared(folder, split), f"{folder} {split}")
+
+
+def _open_prepared(folder: Any, split: str) -> Any:
     tfds = _import_tfds(str(folder))
+    check_features(folder)
     try:
         builder = tfds.builder_from_directory(str(folder))
-        table = builder.as_data_source(split=split)
+        return builder.as_data_source(split=split)
     except Exception as error:  # damaged, not ArrayRecord, no such split
         raise InputError(
             f"{folder}: cannot be opened as a TFDS dataset ({_tfds_reason(error)});"
             f" check the split {split!r} and that its file format is array_record"
         ) from None
-    return Rows(table, f"{folder} {split}")
 
 
 def _tfds_reason(error: Exception) -> str:

@@ -66,7 +66,7 @@ LABELS = frozenset(field.name for field in dataclasses.fields(LabelFields))
 """Labels that a loss may read, each a number per pair."""
 
 
-def read_labels(record: dict, where: str, fields: LabelFields) -> dict[str, float]:
+def read_labels(record: Mapping, where: str, fields: LabelFields) -> dict[str, float]:
     """The numbers of a record, by the loss's name.
 
     Args:
@@ -88,7 +88,7 @@ def exchanged(labels: Mapping[str, T]) -> dict[str, T]:
     return {name: labels[EXCHANGED.get(name, name)] for name in labels}
 
 
-def _number(record: dict, field: str, where: str, name: str) -> float:
+def _number(record: Mapping, field: str, where: str, name: str) -> float:
     value = _value(record, field)
     flag = f"--labels.{name.replace('_', '-')}"
     if value is None:
@@ -113,11 +113,11 @@ def _number(record: dict, field: str, where: str, name: str) -> float:
     return float(value)
 
 
-def _value(record: dict, field: str) -> Any:
+def _value(record: Mapping, field: str) -> Any:
     """The value of `a.b`, first as a literal field name; None if absent."""
     if field in record:
         return record[field]
     value: Any = record
     for part in field.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        value = value.get(part) if isinstance(value, Mapping) else None
     return value

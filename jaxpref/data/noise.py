@@ -20,6 +20,7 @@ from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.labels import exchanged
 from jaxpref.errors import InputError, first_line
+from jaxpref.files import check_regular
 
 
 def flip_symmetric(
@@ -144,9 +145,10 @@ def read_rates(path: str | Path) -> dict[str, float]:
     Raises:
       InputError: if it cannot be read, or is not an object of numbers from 0 to 1.
     """
+    check_regular(path)
     try:
         rates = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: cannot be read as JSON ({first_line(error)}); "
             'write {"annotator": rate, ...}'

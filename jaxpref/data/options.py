@@ -8,6 +8,8 @@ from jaxpref.errors import InputError
 
 MAX_LENGTH = 1024
 """Maximum tokens of prompt and completion, by default; see `max_length`."""
+HELDOUT = 0.05
+"""Share of the prompts held out by default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +20,12 @@ class InjectOptions:
     of the file.
     """
 
-    flip_rate: float = 0.0
-    """Probability of flipping the label of a training pair.  This corrupts your data;
-    the rate that a loss assumes is an option of the loss, such as --loss.flip-rate."""
-    seed: int = 0
-    """Seed of the choice of pairs to flip."""
+    flip_rate: float | None = None
+    """Probability of flipping the label of a training pair (default: 0).  This corrupts
+    your data; the rate that a loss assumes is an option of the loss, such as
+    --loss.flip-rate."""
+    seed: int | None = None
+    """Seed of the choice of pairs to flip (default: 0)."""
     annotators: str | None = None
     """JSON file of flip rates by annotator, such as {"ann": 0.1, "bob": 0.6}.  Pairs of
     other annotators are flipped at --inject.flip-rate."""
@@ -31,7 +34,7 @@ class InjectOptions:
     the rejected one.  The others are flipped at --inject.flip-rate."""
 
     def __post_init__(self):
-        if not 0 <= self.flip_rate <= 1:
+        if self.flip_rate is not None and not 0 <= self.flip_rate <= 1:
             raise InputError(f"inject.flip_rate {self.flip_rate} must be from 0 to 1")
         if self.longer is not None and not 0 <= self.longer <= 1:
             raise InputError(f"inject.longer {self.longer} must be from 0 to 1")
@@ -39,6 +42,12 @@ class InjectOptions:
             raise InputError(
                 "inject.annotators and inject.longer both set flip rates of pairs; "
                 "give one of them"
+            )
+        rates = (self.flip_rate, self.annotators, self.longer)
+        if self.seed is not None and all(rate is None for rate in rates):
+            raise InputError(
+                f"inject.seed {self.seed}: nothing is flipped, so nothing reads it; "
+                "give a rate, such as --inject.flip-rate, or leave it out"
             )
 
     @property
@@ -55,10 +64,15 @@ class DataOptions:
     """Maximum tokens of prompt and completion together, BOS and EOS included (default:
     1024, or the model's context if that is shorter).  Longer completions are cut."""
     max_prompt_length: int | None = None
-    """Maximum tokens of a prompt, BOS included (default: half of --max-length).  Longer
-    prompts are truncated at the start."""
-    heldout_fraction: float = 0.05
-    """Share of the prompts held out for evaluation, chosen by a hash of the prompt."""
+    """Maximum tokens of a prompt, BOS included (default: what the completions leave of
+    --max-length, at least half).  Longer prompts lose their earliest turns, or their
+    first tokens."""
+    heldout_fraction: float | None = None
+    """Share of the prompts held out for evaluation, chosen by a hash of the prompt
+    (default: 0.05, or 0 if there are separate data to evaluate on)."""
+    allow_shared_prompts: bool = False
+    """Allow more than 5% of the pairs of --eval-data to have prompts that are also in
+    --data."""
     inject: InjectOptions = InjectOptions()
     """Wrong labels to add on purpose, for experiments."""
     max_pairs: int | None = None
@@ -67,6 +81,8 @@ class DataOptions:
     drop_empty: bool = False
     """Drop and count records with an empty completion, instead of stopping with an
     error."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of the records to ignore, even if they change what a record means."""
     labels: LabelFields = LabelFields()
     """Fields of the records with numbers that a loss reads besides the preference."""
     trace_open: str = THINK.open
@@ -76,12 +92,15 @@ class DataOptions:
     trace, unless the chat template supports `enable_thinking` and has its own."""
 
     def __post_init__(self):
-        if not 2 <= self.longest_prompt <= self.longest:
+        if not 2 <= self.longest:
+            raise InputError(f"max_length {self.longest} must be at least 2")
+        prompt = self.max_prompt_length
+        if prompt is not None and not 2 <= prompt <= self.longest:
             raise InputError(
-                f"max_prompt_length {self.longest_prompt} must be from 2 to"
+                f"max_prompt_length {prompt} must be from 2 to"
                 f" max_length {self.longest}"
             )
-        if not 0 <= self.heldout_fraction <= 1:
+        if not 0 <= self.heldout_share <= 1:
             raise InputError(
                 f"heldout_fraction {self.heldout_fraction} must be from 0 to 1"
             )
@@ -90,15 +109,14 @@ class DataOptions:
         TraceMarkers(self.trace_open, self.trace_close)  # refuses blank ones
 
     @property
+    def heldout_share(self) -> float:
+        """The share of the prompts held out: `heldout_fraction`, or its default."""
+        return HELDOUT if self.heldout_fraction is None else self.heldout_fraction
+
+    @property
     def longest(self) -> int:
         """Maximum tokens of prompt and completion, ignoring the model's limit."""
         return MAX_LENGTH if self.max_length is None else self.max_length
-
-    @property
-    def longest_prompt(self) -> int:
-        """Maximum tokens of a prompt: `max_prompt_length`, or half of `max_length`."""
-        half = self.longest // 2
-        return half if self.max_prompt_length is None else self.max_prompt_length
 
     @property
     def markers(self) -> TraceMarkers:

@@ -1,11 +1,23 @@
 """Prompts to sample from."""
 
+import dataclasses
+import json
+from collections.abc import Sequence
 from typing import Any
 
-from jaxpref.data.options import DEFAULTS
-from jaxpref.data.records import parse_prompt, prompt_key
-from jaxpref.data.sources import Source
+from jaxpref.data.records import Example, parse_prompt, prompt_key, text_of
+from jaxpref.data.sources import Source, decode_json
 from jaxpref.data.tokenize import encode_prompt
+from jaxpref.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered."""
+
+    text: str
+    """What it asks; of a conversation, the last message."""
+    tokens: list[int]
 
 
 def read_prompts(
@@ -13,28 +25,92 @@ def read_prompts(
     tokenizer: Any,
     *,
     limit: int,
-    max_prompt_length: int = DEFAULTS.longest_prompt,
-) -> tuple[list[str], list[list[int]]]:
+    max_prompt_length: int | None = None,
+    raw: bool = False,
+) -> list[Prompt]:
     """The first `limit` distinct prompts of a source, tokenized as in training.
 
-    Returns:
-      The text of each prompt (for a conversation, its last message), and its tokens.
+    A record with completions is rendered exactly as in training.  One with a prompt
+    alone is a user's turn if the prompt is a text and the model has a chat template.
+
+    Args:
+      source: from `open_source`.
+      tokenizer: from `load_tokenizer`.
+      limit: maximum number of prompts.
+      max_prompt_length: longer prompts are cut as in training.
+      raw: whether to leave texts as they are.
     """
-    texts: list[str] = []
-    tokens: list[list[int]] = []
+    prompts: list[Prompt] = []
     seen: set[str] = set()
     for row in range(len(source)):
         place = source.location(row)
-        prompt = parse_prompt(source[row], place)
-        if prompt is None or prompt_key(prompt) in seen:
+        example = parse_prompt(source[row], place)
+        if example is None or prompt_key(example.prompt) in seen:
             continue
-        seen.add(prompt_key(prompt))
-        texts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-        tokens.append(
-            encode_prompt(
-                tokenizer, prompt, place=place, max_prompt_length=max_prompt_length
-            )
-        )
-        if len(texts) == limit:
+        seen.add(prompt_key(example.prompt))
+        if not example.completions and not raw:
+            example = _as_user(example, tokenizer)
+        prompts.append(_prompt(example, place, tokenizer, max_prompt_length))
+        if len(prompts) == limit:
             break
-    return texts, tokens
+    return prompts
+
+
+def given_prompts(
+    texts: Sequence[str], tokenizer: Any, *, raw: bool = False
+) -> list[Prompt]:
+    """Prompts typed by the user, tokenized as in training.
+
+    For a model with a chat template, each is a user's turn, or a whole conversation as
+    JSON: a list of messages.
+
+    Args:
+      texts: the prompts.
+      tokenizer: from `load_tokenizer`.
+      raw: whether to leave the texts as they are.
+    """
+    prompts = []
+    for number, text in enumerate(texts, start=1):
+        place = f"--prompts {number}"
+        example = Example(text, ())
+        if not raw:
+            messages = _conversation(text, place)
+            example = messages or _as_user(example, tokenizer)
+        prompts.append(_prompt(example, place, tokenizer, None))
+    return prompts
+
+
+def _prompt(
+    example: Example, place: str, tokenizer: Any, max_length: int | None
+) -> Prompt:
+    prompt = example.prompt
+    text = prompt if isinstance(prompt, str) else text_of(prompt[-1])
+    tokens = encode_prompt(
+        tokenizer, example, place=place, max_prompt_length=max_length
+    )
+    return Prompt(text, tokens)
+
+
+def _as_user(example: Example, tokenizer: Any) -> Example:
+    """A text as a user's turn, if the model has a chat template."""
+    if example.is_conversation or not tokenizer.chat_template:
+        return example
+    message = {"role": "user", "content": example.prompt}
+    return dataclasses.replace(example, prompt=(message,))
+
+
+def _conversation(text: str, place: str) -> Example | None:
+    """The conversation that a text holds as JSON, or None."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # a prompt that begins with a bracket
+    value = decode_json(text.encode(), place)
+    if not value or not all(isinstance(turn, dict) for turn in value):
+        return None
+    example = parse_prompt({"prompt": value}, place)
+    if example is None:
+        raise InputError(f"{place}: the conversation has no turn to answer")
+    return example

@@ -6,30 +6,25 @@ answer alone.  BVPO (arXiv:2510.05095) calls this the empty-trace pair.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
+from jaxpref.data.answer_text import (
+    THINK,
+    THOUGHT_FIELDS,
+    TraceMarkers,
+    end_of_text,
+    end_of_word,
+    ends_with,
+    has_thought,
+    trace_span,
+)
 from jaxpref.data.records import Example, Message
-from jaxpref.errors import InputError, first_line
+from jaxpref.data.template import render_template as _template
+from jaxpref.errors import InputError
 
 _STAND_IN = "TheAnswerStandsHere"
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceMarkers:
-    """The markers before and after a reasoning trace."""
-
-    open: str = "<think>"
-    close: str = "</think>"
-
-    def __post_init__(self):
-        for name in ("open", "close"):
-            if not getattr(self, name).strip():
-                raise InputError(f"trace_{name} is blank; give the model's own marker")
-
-
-THINK = TraceMarkers()
-"""The markers of most reasoning models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +34,9 @@ class Texts:
     prompt: str
     wholes: list[str]
     """The prompt with each completion."""
+    ends: list[int]
+    """Where the text of each completion ends, in characters of the whole; what follows
+    was written by the chat template."""
     traces: list[tuple[int, int]] | None = None
     """Start and end of the trace in each whole, in characters; None without traces."""
 
@@ -48,23 +46,31 @@ def render(
     place: str,
     tokenizer: Any,
     markers: TraceMarkers = THINK,
+    *,
+    whole_turns: bool = False,
 ) -> Texts:
     """The text of the prompt, and of the prompt with each completion.
 
+    The prompt is that of `render_prompt`, from which the model will be sampled.  Each
+    answer is found in what the template renders.  Some templates omit the thought of an
+    answer, or begin an answer differently when they ask for one.  The turn is then
+    assembled here as it will be sampled: the prompt, the answer, and the template's end
+    of a turn.
+
     Templates that support `enable_thinking` are given true before a trace and false
-    before an empty one; other examples are rendered without it.  Some templates omit
-    the trace of the last turn.  The turn is then assembled here: the template's
-    opening, the trace, the answer and the template's end of a turn.
+    before an empty one; other examples are rendered without it.
 
     Args:
       example: an example with at most one trace per side; see `expand`.
       place: "file row n", for errors.
       tokenizer: its chat template renders conversations.
       markers: the markers of traces.
+      whole_turns: whether a conversation is rendered as reward models are given it, in
+        one call of the template with the answer.
 
     Raises:
       InputError: if the example is a conversation, and the tokenizer has no chat
-        template or the template rejects it.
+        template, or the template rejects it or leaves out part of an answer.
     """
     if example.traces:
         return _with_traces(example, place, tokenizer, markers)
@@ -72,39 +78,34 @@ def render(
         return _with_empty_trace(example, place, tokenizer, markers)
     if isinstance(example.prompt, str):
         wholes = [example.prompt + x for x in example.texts]
-        return Texts(example.prompt, wholes)
-    prompt = _template(example.prompt, place, tokenizer, True)
-    wholes = [
-        _template([*example.prompt, message], place, tokenizer, False)
-        for message in example.completions
-        if not isinstance(message, str)  # a conversation has none
+        return Texts(example.prompt, wholes, [len(whole) for whole in wholes])
+    if whole_turns:
+        return _whole_turns(example, place, tokenizer, markers)
+    prompt = render_prompt(example, place, tokenizer, markers=markers)
+    answers = [
+        _answer(example, message, prompt, place, tokenizer, markers)
+        for message in _messages(example.completions)
     ]
-    if not all(whole.startswith(prompt) for whole in wholes):
-        # Some templates begin an existing answer differently, for example with a
-        # thought.  The text before it must be the same, except for an EOS that ends a
-        # conversation without an answer.
-        question = _template(example.prompt, place, tokenizer, False).rstrip()
-        question = question.removesuffix(tokenizer.eos_token).rstrip()
-        if not all(text.startswith(question) for text in (prompt, *wholes)):
-            raise InputError(
-                f"{place}: the chat template writes the prompt differently when an"
-                " answer follows it; use a template that does not"
-            )
-    return Texts(prompt, wholes)
+    return Texts(prompt, [whole for whole, _ in answers], [end for _, end in answers])
 
 
 def render_prompt(
-    prompt: str | Sequence[Message],
+    example: Example,
     place: str,
     tokenizer: Any,
     *,
     thinking: bool | None = None,
     markers: TraceMarkers = THINK,
 ) -> str:
-    """The text of a prompt to be answered.
+    """The text of a prompt to be answered, for training and for sampling.
+
+    Of a conversation, it is the template's generation prompt, and whatever the template
+    then writes before every answer, such as the empty thought of a model that can think
+    but whose answers in the data have no thoughts.
 
     Args:
-      prompt: a text, or messages for the chat template.
+      example: its prompt is rendered.  Its completions, if it has any, only say whether
+        answers contain a thought.
       place: "file row n", for errors.
       tokenizer: whose chat template renders messages.
       thinking: True before a trace; False to end with an empty trace; None for data
@@ -112,95 +113,170 @@ def render_prompt(
         on `enable_thinking`, since it then has its own convention.
       markers: the markers of traces; those already at the end are not repeated.
     """
+    prompt, variables = example.prompt, example.variables
     if isinstance(prompt, str):
         return prompt + _empty(prompt, markers) if thinking is False else prompt
     if thinking is None:
-        return _template(prompt, place, tokenizer, True)
-    text = _template(prompt, place, tokenizer, True, enable_thinking=thinking)
-    if thinking or text != _template(
-        prompt, place, tokenizer, True, enable_thinking=True
-    ):
+        text = _template(prompt, place, tokenizer, True, **variables)
+        if any(has_thought(message, markers) for message in example.completions):
+            return text
+        opening = _before_answer(prompt, place, tokenizer, variables)
+        # A space would be merged with the first word of the answer.
+        return opening.rstrip(" \t") if opening.startswith(text) else text
+    if variables.get("enable_thinking", thinking) is not thinking:
+        raise InputError(
+            f"{place}: chat_template_kwargs sets enable_thinking to"
+            f" {variables['enable_thinking']}, but the answers have"
+            f" {'traces' if thinking else 'an empty trace'}; remove one of the two"
+        )
+    set_to = lambda value: variables | {"enable_thinking": value}
+    text = _template(prompt, place, tokenizer, True, **set_to(thinking))
+    if thinking or text != _template(prompt, place, tokenizer, True, **set_to(True)):
         return text
     return text + _empty(text, markers)
+
+
+def _messages(turns: Sequence[str | Message]) -> list[Message]:
+    """The turns of a conversation, none of which is a text."""
+    return [message for message in turns if not isinstance(message, str)]
+
+
+def _whole_turns(
+    example: Example, place: str, tokenizer: Any, markers: TraceMarkers
+) -> Texts:
+    """The conversations as one call of the template renders them."""
+    messages, variables = _messages(example.prompt), example.variables
+    answers = _messages(example.completions)
+    wholes = [
+        _template([*messages, answer], place, tokenizer, False, **variables)
+        for answer in answers
+    ]
+    prompt = _before_answer(messages, place, tokenizer, variables)
+    if not prompt or not all(whole.startswith(prompt) for whole in wholes):
+        prompt = os.path.commonprefix(wholes)
+        question = _template(messages, place, tokenizer, False, **variables)
+        prompt = os.path.commonprefix([prompt, question])
+    ends = []
+    for answer, whole in zip(answers, wholes):
+        end = end_of_text(answer, whole, len(prompt), markers, anywhere=True)
+        if end is None:
+            raise InputError(
+                f"{place}: the chat template leaves out or changes part of an answer,"
+                " and a reward model is given what the template renders; use a template"
+                " that renders all of it, or remove the row"
+            )
+        ends.append(end)
+    return Texts(prompt, wholes, ends)
+
+
+def _answer(
+    example: Example,
+    message: Message,
+    prompt: str,
+    place: str,
+    tokenizer: Any,
+    markers: TraceMarkers,
+) -> tuple[str, int]:
+    """The prompt with an answer, and where the text of the answer ends."""
+    messages, variables = _messages(example.prompt), example.variables
+    whole = _template([*messages, message], place, tokenizer, False, **variables)
+    if whole.startswith(prompt):
+        end = end_of_text(message, whole, len(prompt), markers)
+        if end is not None:
+            return whole, end
+    else:
+        # The text before the answer must be the same, except for an EOS that ends a
+        # conversation without an answer.
+        question = _template(messages, place, tokenizer, False, **variables).rstrip()
+        question = question.removesuffix(tokenizer.eos_token).rstrip()
+        if not all(text.startswith(question) for text in (prompt, whole)):
+            raise InputError(
+                f"{place}: the chat template writes the prompt differently when an"
+                " answer follows it; use a template that does not"
+            )
+    left_out = [x for x in ("tool_calls", *THOUGHT_FIELDS) if message.get(x)]
+    if left_out:
+        raise InputError(
+            f"{place}: the chat template leaves out '{left_out[0]}' of the answer, or"
+            " changes it; use a template that renders it, or remove the row"
+        )
+    end = _end_of_turn(messages, place, tokenizer, **variables)
+    head = prompt + _as_sampled(message["content"], prompt, place, markers)
+    return head + end, len(head)
+
+
+def _as_sampled(content: str, prompt: str, place: str, markers: TraceMarkers) -> str:
+    """An answer as the model would write it after a prompt that may open a thought."""
+    if not ends_with(prompt, markers.open):
+        return content
+    if markers.close.strip() not in content:
+        raise InputError(
+            f"{place}: the chat template's prompt opens a thought with {markers.open},"
+            f" which the answer does not close; write {markers.open}{markers.close}"
+            " before answers without a thought, or use a template that opens none"
+        )
+    opened = content.lstrip()
+    if not opened.startswith(markers.open.strip()):
+        return content
+    thought = opened.removeprefix(markers.open.strip())
+    return thought.lstrip() if prompt[-1].isspace() else thought
 
 
 def _with_traces(
     example: Example, place: str, tokenizer: Any, markers: TraceMarkers
 ) -> Texts:
-    prompt = render_prompt(
-        example.prompt, place, tokenizer, thinking=True, markers=markers
-    )
-    opening = "" if _ends_with(prompt, markers.open) else markers.open
-    wholes, spans = [], []
+    prompt = render_prompt(example, place, tokenizer, thinking=True, markers=markers)
+    variables = example.variables | {"enable_thinking": True}
+    opening = "" if ends_with(prompt, markers.open) else markers.open
+    wholes, ends, spans = [], [], []
     for (trace,), answer in zip(example.traces, example.texts):
-        end, kept = "", None
+        tail, kept = "", None
         if not isinstance(example.prompt, str):
             content = markers.open + trace + markers.close + answer
-            whole = _turn(example.prompt, content, place, tokenizer, thinking=True)
-            kept = _span(whole, prompt, opening, trace, markers.close, answer)
+            whole = _turn(example.prompt, content, place, tokenizer, **variables)
+            kept = trace_span(whole, prompt, opening, trace, markers.close, answer)
         if kept is None:
             if not isinstance(example.prompt, str):
-                end = _end_of_turn(example.prompt, place, tokenizer, thinking=True)
+                tail = _end_of_turn(example.prompt, place, tokenizer, **variables)
             head = prompt + opening
-            whole = head + trace + markers.close + answer + end
-            kept = (len(head), len(head) + len(trace))
+            text = head + trace + markers.close + answer
+            whole = text + tail
+            kept = (len(head), len(head) + len(trace), len(text))
         wholes.append(whole)
-        spans.append(kept)
-    return Texts(prompt, wholes, spans)
+        spans.append(kept[:2])
+        ends.append(kept[2])
+    return Texts(prompt, wholes, ends, spans)
 
 
 def _with_empty_trace(
     example: Example, place: str, tokenizer: Any, markers: TraceMarkers
 ) -> Texts:
-    prompt = render_prompt(
-        example.prompt, place, tokenizer, thinking=False, markers=markers
-    )
+    prompt = render_prompt(example, place, tokenizer, thinking=False, markers=markers)
     if isinstance(example.prompt, str):
-        return Texts(prompt, [prompt + answer for answer in example.texts])
-    wholes = []
+        wholes = [prompt + answer for answer in example.texts]
+        return Texts(prompt, wholes, [len(whole) for whole in wholes])
+    variables = example.variables | {"enable_thinking": False}
+    wholes, ends = [], []
     for answer in example.texts:
-        whole = _turn(example.prompt, answer, place, tokenizer, thinking=False)
-        if not whole.startswith(prompt) or _behind(answer, whole, len(prompt)) is None:
-            end = _end_of_turn(example.prompt, place, tokenizer, thinking=False)
-            whole = prompt + answer + end
+        whole = _turn(example.prompt, answer, place, tokenizer, **variables)
+        starts = whole.startswith(prompt)
+        end = end_of_word(answer, whole, len(prompt)) if starts else None
+        if end is None:
+            tail = _end_of_turn(example.prompt, place, tokenizer, **variables)
+            whole, end = prompt + answer + tail, len(prompt + answer)
         wholes.append(whole)
-    return Texts(prompt, wholes)
+        ends.append(end)
+    return Texts(prompt, wholes, ends)
 
 
 def _empty(prompt: str, markers: TraceMarkers) -> str:
     """The markers that this prompt still lacks to end with an empty trace."""
-    if _ends_with(prompt, markers.close):
+    if ends_with(prompt, markers.close):
         before = prompt.rstrip().removesuffix(markers.close.strip())
-        if _ends_with(before, markers.open):
+        if ends_with(before, markers.open):
             return ""
-    opened = _ends_with(prompt, markers.open)
+    opened = ends_with(prompt, markers.open)
     return markers.close if opened else markers.open + markers.close
-
-
-def _ends_with(text: str, marker: str) -> bool:
-    return text.rstrip().endswith(marker.strip())
-
-
-def _span(
-    whole: str, prompt: str, opening: str, trace: str, close: str, answer: str
-) -> tuple[int, int] | None:
-    """Start and end of the trace in a rendered turn; None if it is not all there."""
-    at: int | None = len(prompt) if whole.startswith(prompt) else None
-    ends = []
-    for word in (opening, trace, close, answer):
-        at = None if at is None else _behind(word, whole, at)
-        ends.append(at)
-    if at is None:
-        return None
-    return ends[1] - len(trace.strip()), ends[1]
-
-
-def _behind(word: str, text: str, start: int) -> int | None:
-    """The end of `word` if it comes next in `text`, ignoring white space around it."""
-    while start < len(text) and text[start].isspace():
-        start += 1
-    word = word.strip()
-    return start + len(word) if text.startswith(word, start) else None
 
 
 def _turn(
@@ -208,18 +284,17 @@ def _turn(
     content: str,
     place: str,
     tokenizer: Any,
-    *,
-    thinking: bool,
+    **variables: Any,
 ) -> str:
     messages = [*prompt, {"role": "assistant", "content": content}]
-    return _template(messages, place, tokenizer, False, enable_thinking=thinking)
+    return _template(messages, place, tokenizer, False, **variables)
 
 
 def _end_of_turn(
-    prompt: Sequence[Message], place: str, tokenizer: Any, *, thinking: bool
+    prompt: Sequence[Message], place: str, tokenizer: Any, **variables: Any
 ) -> str:
     """The text that the template writes after an answer."""
-    whole = _turn(prompt, _STAND_IN, place, tokenizer, thinking=thinking)
+    whole = _turn(prompt, _STAND_IN, place, tokenizer, **variables)
     _, found, end = whole.rpartition(_STAND_IN)
     if not found:
         raise InputError(
@@ -229,31 +304,12 @@ def _end_of_turn(
     return end
 
 
-def _template(
-    messages: Sequence[Message],
-    place: str,
-    tokenizer: Any,
-    open_answer: bool,
-    **variables: bool,
+def _before_answer(
+    prompt: Sequence[Message], place: str, tokenizer: Any, variables: dict[str, Any]
 ) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if not tokenizer.chat_template:
-        # Do not invent a template: the model has never seen it, and no server of the
-        # exported model would use it.
-        raise InputError(
-            f"{place}: the record holds messages, but the tokenizer has no chat"
-            " template; use a tokenizer that has one (chat_template.jinja in the model"
-            " folder), or write prompt, chosen and rejected as strings"
-        )
+    """The text before an answer without a thought; empty if it cannot be known."""
     try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=open_answer,
-            **variables,
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{place}: the chat template rejects it ({first_line(error)})"
-        ) from None
+        whole = _turn(prompt, _STAND_IN, place, tokenizer, **variables)
+    except InputError:  # some templates accept only the turns that they can render
+        return ""
+    return whole.rpartition(_STAND_IN)[0]

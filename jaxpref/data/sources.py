@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from jaxpref.data import external
 from jaxpref.errors import InputError
+from jaxpref.files import check_regular
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _KINDS = (
@@ -171,6 +172,9 @@ def _exists(text: str) -> bool:
 
 
 def _open_folder(path: Path, split: str | None) -> Source:
+    for file in path.rglob("*"):
+        if not file.is_dir():
+            check_regular(file)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return external.open_saved(path, split=split)
     if (path / "features.json").is_file():
@@ -194,6 +198,7 @@ def _open_json(path: Path) -> Source:
 
 
 def _contents(path: Path) -> bytes | mmap.mmap:
+    check_regular(path)
     try:
         if path.suffix == ".gz":
             with gzip.open(path) as file:

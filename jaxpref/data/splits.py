@@ -18,10 +18,11 @@ from jaxpref.data.options import DEFAULTS, DataOptions, InjectOptions
 from jaxpref.data.records import (
     IDENTICAL,
     Example,
+    FieldUse,
     expand,
     parse,
-    prompt_key,
 )
+from jaxpref.data.shared_prompts import prompt_hash, split_key
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, tokenize
 from jaxpref.errors import InputError
@@ -44,6 +45,8 @@ class Splits:
     digest: str
     """SHA-256 (hex) of both.  Equal only if tokens, labels, known flips, annotator
     indices, empty traces and order are equal."""
+    fields: FieldUse = dataclasses.field(default_factory=FieldUse)
+    """Which fields of the records were read."""
 
     def describe(self) -> str:
         """The report in one line, without zero counts."""
@@ -58,6 +61,7 @@ def make_splits(
     options: DataOptions = DEFAULTS,
     *,
     sides: int = 2,
+    whole_turns: bool = False,
 ) -> Splits:
     """Turns a source into tokenized, split and optionally flipped pairs.
 
@@ -75,11 +79,12 @@ def make_splits(
       tokenizer: from `load_tokenizer`.
       options: lengths, split, noise.
       sides: K, 2 for pairs, 1 for plain completions (SFT).
+      whole_turns: whether turns end as a reward model reads them; see `tokenize`.
 
     Raises:
       InputError: if a record is malformed, or none is left.
     """
-    return _make_splits([(source, _unchanged)], tokenizer, options, sides)
+    return _make_splits([(source, _unchanged)], tokenizer, options, sides, whole_turns)
 
 
 def make_mixed_splits(
@@ -160,6 +165,7 @@ def _make_splits(
     tokenizer: Any,
     options: DataOptions,
     sides: int,
+    whole_turns: bool = False,
 ) -> Splits:
     if options.inject.active and sides == 1:
         raise InputError(
@@ -168,7 +174,8 @@ def _make_splits(
     rates = read_rates(options.inject.annotators) if options.inject.annotators else {}
     counts = collections.Counter()
     train, heldout = DatasetBuilder(sides), DatasetBuilder(sides)
-    for pair in _read(parts, tokenizer, options, sides, counts):
+    fields = FieldUse()
+    for pair in _read(parts, tokenizer, options, sides, counts, fields, whole_turns):
         _add(train, heldout, pair, options, rates, counts)
     place = f"{parts[0][0].location(0)} and all after it"
     counts.update(train=len(train), heldout=len(heldout))
@@ -183,7 +190,7 @@ def _make_splits(
         )
     datasets = (train.build(names), heldout.build(names))
     digest = hashlib.sha256("".join(x.digest() for x in datasets).encode()).hexdigest()
-    return Splits(*datasets, report=dict(counts), digest=digest)
+    return Splits(*datasets, report=dict(counts), digest=digest, fields=fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +217,8 @@ def _read(
     options: DataOptions,
     sides: int,
     counts: collections.Counter,
+    fields: FieldUse,
+    whole_turns: bool,
 ) -> Iterator[_TokenizedPair]:
     """Tokenized pairs of whole records, about `max_pairs` from each source."""
     copies: collections.Counter[str] = collections.Counter()
@@ -217,7 +226,9 @@ def _read(
     limit = sys.maxsize if options.max_pairs is None else options.max_pairs
     for number, (source, to_pairs) in enumerate(parts):
         count, last = 0, -1
-        chunks = _chunks(number, source, to_pairs, options, sides, counts, records)
+        chunks = _chunks(
+            number, source, to_pairs, options, sides, counts, records, fields
+        )
         for pairs in chunks:
             heartbeat.beat(f"reading {source.location(pairs[-1].row)}")
             results = tokenize(
@@ -225,8 +236,9 @@ def _read(
                 [source.location(pair.row) for pair in pairs],
                 tokenizer,
                 max_length=options.longest,
-                max_prompt_length=options.longest_prompt,
+                max_prompt_length=options.max_prompt_length,
                 markers=options.markers,
+                whole_turns=whole_turns,
             )
             for pair, result in zip(pairs, results):
                 if isinstance(result, str):
@@ -249,14 +261,15 @@ def _add(
 ) -> None:
     """Decides the split and label of a pair, and stores it."""
     example, tokens = pair.example, pair.tokens
-    (u,) = hash_uniforms([prompt_key(example.prompt)], salt="heldout")
-    hold = u < options.heldout_fraction
+    (u,) = hash_uniforms([split_key(example.prompt)], salt="heldout")
+    hold = u < options.heldout_share
     rate = _flip_rate(example, options.inject, rates)
-    (flip,) = flip_symmetric([pair.record_id], rate=rate, seed=options.inject.seed)
+    (flip,) = flip_symmetric([pair.record_id], rate=rate, seed=options.inject.seed or 0)
     flip = bool(flip) and not hold
     counts["prompts cut"] += tokens.prompt_cut
     counts["completions cut"] += tokens.completions_cut
     counts["traces cut"] += tokens.traces_cut
+    counts["prompts without earlier turns"] += tokens.turns_dropped
     counts["flipped"] += flip
     counts["flips in the file"] += example.flip
     columns = {
@@ -264,6 +277,7 @@ def _add(
         "row": pair.row,
         "source": pair.source,
         "empty_trace": example.empty,
+        "prompt": prompt_hash(example.prompt),
     }
     (heldout if hold else train).add(
         tokens.prompt,
@@ -283,8 +297,8 @@ def _flip_rate(
     if inject.longer is not None:
         # Characters, not tokens, so that the same pairs are flipped for any model.
         chosen, rejected = (len(text) for text in example.texts)
-        return inject.longer if chosen > rejected else inject.flip_rate
-    return inject.flip_rate
+        return inject.longer if chosen > rejected else inject.flip_rate or 0.0
+    return inject.flip_rate or 0.0
 
 
 def _unique_id(example: Example, copies: collections.Counter) -> str:
@@ -301,6 +315,7 @@ def _chunks(
     sides: int,
     counts: collections.Counter,
     records: collections.Counter,
+    fields: FieldUse,
 ) -> Iterator[list[_Pair]]:
     """Checked pairs, in chunks that fit into the tokenizer's memory."""
     size = min(_CHUNK_ROWS, options.max_pairs or _CHUNK_ROWS)
@@ -317,6 +332,8 @@ def _chunks(
             sides=sides,
             drop_empty=options.drop_empty,
             labels=options.labels,
+            ignore_fields=options.ignore_fields,
+            fields=fields,
         )
         counts["rows"] += 1
         if isinstance(example, str):

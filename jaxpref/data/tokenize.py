@@ -4,15 +4,28 @@ Prompt and completion are tokenized as one text, since a tokenizer may merge acr
 boundary.  The tokens are split at the longest prefix that they share with the tokens of
 the prompt alone.  For a pair, it is the longest prefix that both sides share with it,
 so that both sides have the same prompt.
+
+`cut` says what happens to examples that are too long, and `end_of_turn` where an answer
+ends.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpref.data.cut import NO_ROOM, Limits, Parts, fitted
+from jaxpref.data.end_of_turn import (
+    end_text,
+    end_turn,
+    holds_an_end,
+    leave_open,
+    read_stop_tokens,
+    stop_tokens,
+)
 from jaxpref.data.records import Example, Message
 from jaxpref.data.render import THINK, Texts, TraceMarkers, render, render_prompt
 from jaxpref.errors import InputError, first_line
@@ -20,7 +33,6 @@ from jaxpref.errors import InputError, first_line
 NO_TOKENS = "a completion has no tokens"
 NO_PROMPT = "the prompt has no tokens and the tokenizer has no BOS"
 INNER_END = "a completion holds BOS or EOS before its end"
-NO_ROOM = "the prompt leaves no room for the completion"
 LONG_ANSWER = "an answer does not fit, even without any of its trace"
 SAME_TOKENS = "chosen and rejected are identical once tokenized and cut"
 
@@ -34,13 +46,17 @@ class Tokens:
     prompt_cut: bool
     completions_cut: int
     traces_cut: int = 0
+    turns_dropped: bool = False
 
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a model folder or Hub ID; never runs code from there.
 
+    It also gets the stop tokens of the folder, for `end_of_turn.stop_tokens`.
+
     Raises:
-      InputError: if there is none, or it has no end-of-sequence token.
+      InputError: if there is none, or it has no end-of-sequence token, or the folder's
+        stop tokens cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
@@ -58,6 +74,7 @@ def load_tokenizer(model: str | Path) -> Any:
             f"{model}: the tokenizer has no end-of-sequence token, so no answer would"
             ' ever end; set "eos_token" in tokenizer_config.json'
         )
+    tokenizer.folder_stop_tokens = read_stop_tokens(Path(model))
     return tokenizer
 
 
@@ -72,21 +89,23 @@ def tokenize(
     tokenizer: Any,
     *,
     max_length: int,
-    max_prompt_length: int,
+    max_prompt_length: int | None = None,
     markers: TraceMarkers = THINK,
+    whole_turns: bool = False,
 ) -> list[Tokens | str]:
     """Tokenizes examples in one call of the tokenizer.
 
-    There is one BOS at the start if the tokenizer defines one, whether or not it or the
-    chat template adds it.  There is one EOS at the end of each completion that is not
-    cut.  Special tokens written in a text become those tokens, as in other frameworks:
-    a prompt may be a rendered chat, with the BOS and EOS of earlier turns.  An example
-    is dropped if a completion contains BOS or EOS before its end, since what follows
-    could be content or markup.
+    A text has one BOS at its start if the tokenizer defines one, whether or not the
+    text has it; in a conversation, the chat template decides, as it does when the model
+    is served.  A completion that is not cut ends as `end_of_turn` says.  Special tokens
+    written in a text become those tokens, as in other frameworks: a prompt may be a
+    rendered chat, with the BOS and EOS of earlier turns.  An example is dropped if a
+    completion contains BOS or a stop token before its end, since what follows could be
+    content or markup.
 
-    A prompt longer than `max_prompt_length` is cut on the left, after its BOS.  A
-    completion that then exceeds `max_length` is cut on the right and has no EOS, since
-    the answer does not end there.  If it has a trace, the end of the trace is cut
+    An example that does not fit is cut as `cut` says; a prompt without turns loses its
+    first tokens, after BOS.  A completion that is cut on the right has no stop token,
+    since the answer does not end there.  If it has a trace, the end of the trace is cut
     instead, as if a thinking budget had ended it; the closing marker and the answer
     follow in full.  The pair is dropped if an answer still does not fit, or does not
     fit after an empty trace: answers of a run that mixes traces are never cut.
@@ -94,10 +113,13 @@ def tokenize(
     Args:
       examples: the examples, with at most one trace per side; see `expand`.
       places: "file row n" of each, for errors.
-      tokenizer: a tokenizer of `transformers`.
+      tokenizer: from `load_tokenizer`.
       max_length: maximum tokens of prompt and completion, BOS and EOS included.
-      max_prompt_length: maximum tokens of the prompt, BOS included.
+      max_prompt_length: maximum tokens of the prompt, BOS included (default: what the
+        completions leave of `max_length`, at least half).
       markers: the markers of traces.
+      whole_turns: whether a turn ends where the template ends, as a reward model reads
+        it, instead of at its first stop token.
 
     Returns:
       For each example its tokens, or the reason why it cannot be used.
@@ -106,27 +128,29 @@ def tokenize(
       InputError: if an example is a conversation, and the tokenizer has no chat
         template or the template rejects it.
     """
-    rendered = [
-        render(example, place, tokenizer, markers)
-        for example, place in zip(examples, places, strict=True)
-    ]
-    strings = [text for texts in rendered for text in (texts.prompt, *texts.wholes)]
-    encoded = iter(_encode(strings, tokenizer))
+    limits = Limits(max_length, max_prompt_length)
+    split = functools.partial(
+        _tokens, tokenizer=tokenizer, markers=markers, whole_turns=whole_turns
+    )
     results: list[Tokens | str] = []
-    for example, texts in zip(examples, rendered):
-        prompt, *wholes = (next(encoded) for _ in (0, *texts.wholes))
-        split = _split(prompt, wholes, tokenizer)
-        results.append(
-            split
-            if isinstance(split, str)
-            else _cut(*split, example, texts, tokenizer, max_length, max_prompt_length)
-        )
+    for example, place, parts in zip(examples, places, split(examples, places)):
+        again = lambda other, place=place: split([other], [place])[0]
+        parts, dropped, cut = fitted(example, parts, limits, tokenizer, again)
+        if isinstance(parts, str):
+            results.append(parts)
+            continue
+        found = _cut(parts, example, limits, tokenizer)
+        if not isinstance(found, str):
+            found = dataclasses.replace(
+                found, prompt_cut=found.prompt_cut or cut, turns_dropped=dropped
+            )
+        results.append(found)
     return results
 
 
 def encode_prompt(
     tokenizer: Any,
-    prompt: str | Sequence[Message],
+    prompt: str | Example | Sequence[Message],
     *,
     place: str = "prompt",
     max_prompt_length: int | None = None,
@@ -137,26 +161,79 @@ def encode_prompt(
 
     Args:
       tokenizer: from `load_tokenizer`.
-      prompt: a text, or messages for the chat template.
+      prompt: a text, messages for the chat template, or an example, whose completions
+        say whether answers contain thoughts.
       place: names the prompt in errors.
-      max_prompt_length: longer prompts are cut on the left, after BOS.
+      max_prompt_length: longer prompts are cut as in training.
       thinking: True before a trace, False to end with an empty trace, None for data
         without traces; see `render_prompt`.
       markers: the markers of traces.
 
     Returns:
-      Token ids, beginning with BOS if the tokenizer has one.
+      Token ids.
     """
-    bos = tokenizer.bos_token_id
-    text = render_prompt(prompt, place, tokenizer, thinking=thinking, markers=markers)
-    (tokens,) = _encode([text], tokenizer)
-    tokens = _without_leading(tokens, bos)
-    start = [] if bos is None else [bos]
-    if not start + tokens:
-        raise InputError(f"{place}: {NO_PROMPT}")
+    if not isinstance(prompt, Example):
+        prompt = Example(prompt if isinstance(prompt, str) else tuple(prompt), ())
+
+    def encoded(example: Example) -> Parts | str:
+        text = render_prompt(
+            example, place, tokenizer, thinking=thinking, markers=markers
+        )
+        texts = [text, text + "a"] if text.endswith(" ") else [text]
+        tokens, *followed = _encode(texts, tokenizer)
+        if followed:  # a space is merged with the word after it
+            tokens = tokens[: _common_prefix(tokens, followed[0])]
+        start = _start(example, tokens, tokenizer)
+        tokens = _without_leading(tokens, tokenizer.bos_token_id)
+        return Parts(start, tokens, [], Texts(text, [], []))
+
+    parts = encoded(prompt)
     if max_prompt_length is not None:
-        tokens = tokens[max(0, len(tokens) + len(start) - max_prompt_length) :]
-    return start + tokens
+        limits = Limits(max_prompt_length, max_prompt_length)
+        parts, _, _ = fitted(prompt, parts, limits, tokenizer, encoded)
+    if isinstance(parts, str):
+        raise InputError(f"{place}: {parts}")
+    tokens = parts.prompt
+    if max_prompt_length is not None:
+        tokens = tokens[max(0, len(tokens) + len(parts.start) - max_prompt_length) :]
+    if not parts.start + tokens:
+        raise InputError(f"{place}: {NO_PROMPT}")
+    return parts.start + tokens
+
+
+def _tokens(
+    examples: Sequence[Example],
+    places: Sequence[str],
+    *,
+    tokenizer: Any,
+    markers: TraceMarkers,
+    whole_turns: bool,
+) -> list[Parts | str]:
+    """The tokens of each example, not yet cut, or the reason to drop it."""
+    rendered = [
+        render(example, place, tokenizer, markers, whole_turns=whole_turns)
+        for example, place in zip(examples, places, strict=True)
+    ]
+    tails = {x[end:] for t in rendered for x, end in zip(t.wholes, t.ends)} - {""}
+    tail_tokens = dict(zip(tails, _encode(list(tails), tokenizer))) | {"": []}
+    strings = [text for texts in rendered for text in (texts.prompt, *texts.wholes)]
+    encoded = iter(_encode(strings, tokenizer))
+    results = []
+    for example, texts in zip(examples, rendered):
+        prompt, *wholes = (next(encoded) for _ in (0, *texts.wholes))
+        rests = [tail_tokens[x[end:]] for x, end in zip(texts.wholes, texts.ends)]
+        results.append(
+            _split(example, texts, prompt, wholes, rests, tokenizer, whole_turns)
+        )
+    return results
+
+
+def _start(example: Example, prompt: list[int], tokenizer: Any) -> list[int]:
+    """BOS if the example begins with it; see `tokenize`."""
+    bos: int | None = tokenizer.bos_token_id
+    if bos is None or (example.is_conversation and prompt[:1] != [bos]):
+        return []
+    return [bos]
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -175,61 +252,58 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _split(
-    prompt: list[int], wholes: list[list[int]], tokenizer: Any
-) -> tuple[list[int], list[list[int]]] | str:
-    """Prompt without BOS, and completions with EOS."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    example: Example,
+    texts: Texts,
+    prompt: list[int],
+    wholes: list[list[int]],
+    tails: list[list[int]],
+    tokenizer: Any,
+    whole_turns: bool,
+) -> Parts | str:
+    """Prompt without BOS, and completions with their ends."""
+    bos = tokenizer.bos_token_id
+    start = _start(example, prompt, tokenizer)
     prompt = _without_leading(prompt, bos)
     wholes = [_without_leading(whole, bos) for whole in wholes]
     shared = min(_common_prefix(prompt, whole) for whole in wholes)
-    if not shared and bos is None:
+    if not shared and not start:
         return NO_PROMPT
     completions = []
-    for whole in wholes:
-        completion = _end_of_turn(whole[shared:], tokenizer)
-        while completion and completion[-1] == eos:
-            completion.pop()
-        if not completion:
+    ended = example.ended or (True,) * len(wholes)
+    for whole, tail, complete in zip(wholes, tails, ended, strict=True):
+        completion = whole[shared:]
+        if not complete:
+            completion = leave_open(completion, tail)
+        elif not example.is_conversation:
+            completion = end_text(completion, tokenizer)
+        elif not whole_turns:
+            completion = end_turn(completion, tail, tokenizer)
+        if not completion or completion[0] in stop_tokens(tokenizer):
             return NO_TOKENS
-        if bos in completion or eos in completion:
+        if holds_an_end(completion, tokenizer, bos=bos):
             return INNER_END
-        completions.append([*completion, eos])
-    return prompt[:shared], completions
-
-
-def _end_of_turn(completion: list[int], tokenizer: Any) -> list[int]:
-    """Drops a line break or other markup that a template writes after EOS."""
-    eos = tokenizer.eos_token_id
-    if eos not in completion or completion[-1] == eos:
-        return completion
-    end = len(completion) - completion[::-1].index(eos)
-    rest = tokenizer.decode(completion[end:], skip_special_tokens=True)
-    return completion if rest.strip() else completion[:end]
+        completions.append(completion)
+    return Parts(start, prompt[:shared], completions, texts)
 
 
 def _cut(
-    prompt: list[int],
-    completions: list[list[int]],
-    example: Example,
-    texts: Texts,
-    tokenizer: Any,
-    max_length: int,
-    max_prompt_length: int,
+    parts: Parts, example: Example, limits: Limits, tokenizer: Any
 ) -> Tokens | str:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    keep = max_prompt_length - len(start)
-    prompt_cut = len(prompt) > keep
-    kept = start + (prompt[len(prompt) - keep :] if prompt_cut else prompt)
-    room = max_length - len(kept)
-    if room < 1:
+    prompt, completions = parts.prompt, parts.completions
+    excess = parts.excess(limits)
+    kept = parts.start + prompt[max(0, excess) :]
+    room = limits.whole - len(kept)
+    if room < 1 or (prompt and excess >= len(prompt)):
         return NO_ROOM
     too_long = sum(len(completion) > room for completion in completions)
     if too_long and example.empty:
         return LONG_ANSWER
-    if too_long and texts.traces:
+    spans = parts.texts.traces
+    if too_long and spans:
+        wholes = parts.texts.wholes
         cut = [
             _cut_trace(prompt, completion, whole, span, room, tokenizer)
-            for completion, whole, span in zip(completions, texts.wholes, texts.traces)
+            for completion, whole, span in zip(completions, wholes, spans)
         ]
         if not all(cut):
             return LONG_ANSWER
@@ -237,8 +311,8 @@ def _cut(
         cut = [completion[:room] for completion in completions]
     if len(cut) == 2 and cut[0] == cut[1]:
         return SAME_TOKENS
-    by_trace = too_long if texts.traces else 0
-    return Tokens(kept, cut, prompt_cut, too_long - by_trace, by_trace)
+    by_trace = too_long if spans else 0
+    return Tokens(kept, cut, excess > 0, too_long - by_trace, by_trace)
 
 
 def _cut_trace(

@@ -10,16 +10,17 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
-from jaxpref.data.records import prompt_key
+from jaxpref.data.shared_prompts import grouped_keys
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features as feature_store
+from jaxpref.evaluate.audit_config import AuditConfig as AuditConfig
 from jaxpref.evaluate.audit_records import (
     cleaned,
     example_at,
@@ -27,68 +28,34 @@ from jaxpref.evaluate.audit_records import (
     texts_of,
 )
 from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
-from jaxpref.evaluate.estimate import Estimate, estimate
+from jaxpref.evaluate.estimate import ASSUMPTION, Estimate, estimate
 from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import agreement_bins, known_flips
 from jaxpref.evaluate.metrics import accuracy, wilson_interval
-from jaxpref.files import open_out, write_json, write_whole
+from jaxpref.evaluate.review import acted_on, advice, review_csv, rule
+from jaxpref.files import AUDIT, AUDIT_FILES, write_json, write_whole
 from jaxpref.models import Numerics, build
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder, weights_digest
-from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh
+from jaxpref.runtime.mesh import check_rows, make_mesh, rows_for
 from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.runtime.processes import log
+from jaxpref.runtime.run_folder import check_config, open_out
 from jaxpref.scoring.checks import check_fits
-from jaxpref.train.options import Dtype
 
-MAY_CHANGE = ("out", "features", "batch_size", "mesh", "action", "threshold")
+CONFIG = "audit_config.json"
+"""Name of the file with the config of an audit."""
+MAY_CHANGE = (
+    *("out", "features", "batch_size", "mesh"),
+    *("action", "threshold", "action_top", "top"),
+)
 """Settings that may change when an audit is repeated with the same OUT."""
+THRESHOLD = 0.5
+"""The default of `threshold`."""
 STRONG = 3.0
 """Scale of the few length and log-prob columns relative to the hidden states, so that
 their coefficients are penalized nine times less."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AuditConfig:
-    """Options of `jaxpref audit`."""
-
-    data: str
-    """Preference file or dataset.  Every pair in it is judged.  Records without a pair
-    (a completion is empty, or both are identical) are counted."""
-    model: str
-    """Hugging Face model folder, or a Hub ID; its features are used to judge pairs."""
-    out: str
-    """Folder for `audit.jsonl`, `clean.jsonl`, `summary.json` and `report.html`."""
-    annotator_field: str | None = None
-    """Field of the records that names the annotator (default: annotator)."""
-    action: Literal["drop", "relabel", "soft"] = "drop"
-    """What to do with suspicious pairs in `clean.jsonl`: drop them, relabel them by
-    swapping `chosen` and `rejected` (and no other field, such as ratings), or keep all
-    and add the probability `p_correct` to every record."""
-    threshold: float = 0.5
-    """A pair is suspicious if the probability that its label is right is below this."""
-    assumed_flip_rate: float = 0.1
-    """Flip rate to assume if the pairs do not determine it."""
-    features: str | None = None
-    """Folder of cached features (default: OUT/features).  Audits with one model may
-    share it."""
-    folds: int = 5
-    """Folds of the cross-validation.  A pair is judged by a fit to the other folds."""
-    seed: int = 0
-    """Seed of the assignment of prompts to folds."""
-    batch_size: int = 32
-    """Completions the model reads at once, over all devices."""
-    max_length: int | None = None
-    """Maximum tokens of prompt and completion together (default: 1024, or the model's
-    context if that is shorter)."""
-    max_prompt_length: int | None = None
-    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts are
-    truncated at the start."""
-    compute_dtype: Dtype | None = None
-    """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
-    float32 on CPU)."""
-    mesh: MeshConfig = MeshConfig()
-    """Layout of the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +67,8 @@ class Audit:
     pairs: list[dict[str, Any]]
     """The contents of `audit.jsonl`."""
     suspects: list[dict[str, Any]]
-    """The most suspicious pairs with their texts: `prompt`, `chosen`, `rejected`."""
+    """The `top` most suspicious pairs with their texts: `prompt`, `chosen`,
+    `rejected`."""
     calibration: list[dict[str, float]]
     """Bins with equal counts: `pairs`, mean `confidence` of the model, share of labels
     that agree with it, and its interval."""
@@ -108,13 +76,21 @@ class Audit:
 
 def run(config: AuditConfig) -> Audit:
     """Audits a file and writes all of OUT except the report page."""
-    _check(config)
+    reads = {"--data": config.data, "--model": config.model}
+    opened = open_out(config.out, CONFIG, what=AUDIT, writes=AUDIT_FILES, reads=reads)
+    with opened as out:
+        return _run(config, out)
+
+
+def _run(config: AuditConfig, out: Path) -> Audit:
     if jax.process_count() > 1:
         raise InputError("an audit runs in a single process; start it on one machine")
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
-    source = named_annotators(data.open_source(config.data), config.annotator_field)
+    source = named_annotators(
+        data.open_source(config.data), config.annotator_field, config.ignore_fields
+    )
     options = DataOptions(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -133,13 +109,18 @@ def run(config: AuditConfig) -> Audit:
             f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces "
             "per answer; an audit judges each record once, so keep only one trace"
         )
-    print(f"{config.data}: {plan.describe()}", flush=True)
-    out = _open_out(config, pairs)
+    log(f"{config.data}: {plan.describe()}")
+    if config.action_top is not None and config.action_top >= len(pairs):
+        raise InputError(
+            f"--action-top {config.action_top}: must be below the {len(pairs)} pairs "
+            "that can be judged"
+        )
+    asked = _checked_config(config, pairs, out)
     found = _features(config, folder, pairs, Path(config.features or out / "features"))
     examples = [example_at(source, int(row)) for row in pairs.columns["row"]]
-    keys = [prompt_key(example.prompt) for example in examples]
+    keys = grouped_keys(example.prompt for example in examples)
 
-    print(f"judging {len(pairs)} pairs in {config.folds} folds", flush=True)
+    log(f"judging {len(pairs)} pairs in {config.folds} folds")
     columns, lengths = differences(found)
     folds = [
         prompt_folds(keys, folds=config.folds, seed=seed)
@@ -163,15 +144,19 @@ def run(config: AuditConfig) -> Audit:
         assumed_flip_rate=config.assumed_flip_rate,
     )
     summary = _summary(judged, margins, by_length, names, items, keys, plan.report)
-    rows = _rows(judged, by_length, pairs, config)
+    order = np.lexsort((margins, judged.posterior))
+    rows = _rows(judged, by_length, pairs, order, config)
+    summary |= _action(judged, rows, config)
+    summary["advice"] = advice(summary)
     if pairs.columns["is_flipped"].any():
         summary["known_flips"] = known_flips(
             judged.posterior, margins, pairs.columns["is_flipped"]
         )
-    order = np.lexsort((margins, judged.posterior))
-    suspects = [rows[n] | texts_of(examples[n]) for n in order[:20]]
+    write_json(out / CONFIG, asked)  # from now on, OUT belongs to this audit
+    suspects = [rows[n] | texts_of(examples[n]) for n in order[: config.top]]
     write_whole(out / "audit.jsonl", _lines(rows))
     write_whole(out / "clean.jsonl", _lines(cleaned(source, rows, config.action)))
+    write_whole(out / "review.csv", review_csv(suspects))
     write_json(out / "summary.json", summary)
     return Audit(summary, rows, suspects, agreement_bins(judged.margins))
 
@@ -192,25 +177,14 @@ def differences(found: Features) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([states, STRONG * few], axis=1), few[:, -1:]
 
 
-def _check(config: AuditConfig) -> None:
-    if config.folds < 2:
-        raise InputError(f"--folds {config.folds}: must be at least 2")
-    for name, most in {"threshold": 1.0, "assumed_flip_rate": 0.5}.items():
-        value = getattr(config, name)
-        if not 0 < value < most:
-            raise InputError(
-                f"--{name.replace('_', '-')} {value}: must be above 0 and below {most}"
-            )
-
-
-def _open_out(config: AuditConfig, pairs: PreferenceDataset) -> Path:
-    """Creates OUT, or checks that it holds the same audit, which then resumes."""
-    out, name = Path(config.out), "audit_config.json"
+def _checked_config(
+    config: AuditConfig, pairs: PreferenceDataset, out: Path
+) -> dict[str, Any]:
+    """The config as JSON; OUT must be new, or hold the same audit, which resumes."""
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     asked["contents"] = pairs.digest()
-    open_out(out, name, asked, what="an audit", may_change=MAY_CHANGE)
-    write_json(out / name, asked)
-    return out
+    check_config(out, CONFIG, asked, what=AUDIT, may_change=MAY_CHANGE)
+    return asked
 
 
 def _features(
@@ -232,7 +206,7 @@ def _features(
             folder=cache,
             digest=weights_digest(folder, dtype),
             width=2 * architecture.hidden_size + 1,
-            batch_size=config.batch_size,
+            batch_size=rows_for(2 * len(pairs), config.batch_size, mesh),
             mesh=mesh,
         )
 
@@ -279,6 +253,7 @@ def _summary(
         "prompts": len(set(prompts)),
         "flip_rate": judged.flip_rate,
         "flip_rate_interval": list(judged.flip_rate_interval),
+        "assumption": ASSUMPTION,
         "identified": judged.identified,
         "reason": judged.reason,
         "assumed_flip_rate": judged.assumed_flip_rate,
@@ -295,25 +270,50 @@ def _summary(
     }
 
 
+def _action(
+    judged: Estimate, rows: Sequence[dict[str, Any]], config: AuditConfig
+) -> dict[str, Any]:
+    """What was done to the file, for the summary."""
+    count = sum(row["action"] != "keep" for row in rows)
+    chosen = {"threshold": config.threshold or THRESHOLD, "top": config.action_top}
+    return {
+        "expected_wrong": float((1 - judged.posterior).sum()),
+        "acted_on": {
+            "action": config.action,
+            "pairs": count,
+            "rule": rule(config.action, count, len(rows), **chosen),
+            **chosen,
+        },
+    }
+
+
 def _rows(
     judged: Estimate,
     by_length: np.ndarray,
     pairs: PreferenceDataset,
+    order: np.ndarray,
     config: AuditConfig,
 ) -> list[dict[str, Any]]:
-    names, rows = pairs.annotator_names, []
+    acted = acted_on(
+        judged.posterior,
+        order,
+        action=config.action,
+        threshold=config.threshold or THRESHOLD,
+        top=config.action_top,
+    )
+    names, rows, rank = pairs.annotator_names, [], np.argsort(order) + 1
     for n in range(len(pairs)):
         p, annotator = float(judged.posterior[n]), int(pairs.columns["annotator"][n])
-        suspicious = config.action == "soft" or p < config.threshold
         rows.append(
             {
                 "id": str(pairs.ids[n]),
                 "row": int(pairs.columns["row"][n]) + 1,
+                "rank": int(rank[n]),
                 "p_correct": p,
                 "margin": float(judged.margins[n]),
                 "length_margin": float(by_length[n]),
                 "annotator": names[annotator] if annotator >= 0 else None,
-                "action": config.action if suspicious else "keep",
+                "action": config.action if acted[n] else "keep",
             }
         )
     return rows

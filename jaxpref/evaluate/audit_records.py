@@ -1,18 +1,21 @@
 """The records of an audited file: parsed to be judged, and written after the action."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from jaxpref.data import Source
-from jaxpref.data.records import EMPTY, Example, parse
+from jaxpref.data.records import EMPTY, Example, parse, text_of
 from jaxpref.errors import InputError
 
 
 class RenamedSource:
-    """A source whose records name the annotator in a configurable field."""
+    """A source whose records name the annotator in a configurable field.
 
-    def __init__(self, source: Source, field: str):
-        self._source, self._field = source, field
+    Its records lack the fields to ignore.
+    """
+
+    def __init__(self, source: Source, field: str, ignored: Collection[str] = ()):
+        self._source, self._field, self._ignored = source, field, ignored
 
     def __len__(self) -> int:
         return len(self._source)
@@ -27,7 +30,8 @@ class RenamedSource:
                 f"{self.location(index)}: field {self._field!r} names the annotator; "
                 f"it must be a string or an integer, but it is {name!r:.50}"
             )
-        return record | {"annotator": name}
+        kept = {k: v for k, v in record.items() if k not in self._ignored}
+        return kept | {"annotator": name}
 
     def original(self, index: int) -> Any:
         """The record as in the file."""
@@ -38,7 +42,9 @@ class RenamedSource:
         return self._source.location(index)
 
 
-def named_annotators(source: Source, field: str | None) -> RenamedSource:
+def named_annotators(
+    source: Source, field: str | None, ignored: Collection[str] = ()
+) -> RenamedSource:
     """Renames the annotator field; raises InputError if no record has it."""
     name = "annotator" if field is None else field
     if field is not None and not any(
@@ -51,7 +57,7 @@ def named_annotators(source: Source, field: str | None) -> RenamedSource:
             f"{source.location(0)} and all later rows: no field {field!r} to name the "
             f"annotator; the record has {has[:200]}; change --annotator-field"
         )
-    return RenamedSource(source, name)
+    return RenamedSource(source, name, ignored)
 
 
 def example_at(source: Source, row: int) -> Example:
@@ -94,7 +100,7 @@ def texts_of(example: Example) -> dict[str, str]:
     chosen, rejected = example.texts
     if isinstance(example.prompt, str):
         return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
-    turns = (f"{turn['role']}: {turn['content']}" for turn in example.prompt)
+    turns = (f"{turn['role']}: {text_of(turn)}" for turn in example.prompt)
     return {"prompt": "\n\n".join(turns), "chosen": chosen, "rejected": rejected}
 
 

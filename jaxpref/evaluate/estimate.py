@@ -1,4 +1,10 @@
-"""From margins to the flip rate, reliabilities, and posteriors."""
+"""From margins to the flip rate, reliabilities, and posteriors.
+
+A flip rate of 1 - e with margins of the opposite sign explains all labels as well as a
+rate of e.  The labels cannot tell these apart, so it is assumed that they are right
+more often than wrong: the flip rate of all labels together is below 1/2.  A single
+annotator may be worse.
+"""
 
 import dataclasses
 import functools
@@ -11,6 +17,8 @@ from jaxtyping import Float, Int
 
 from jaxpref.noise import calibration, em, rate
 
+ASSUMPTION = "labels are right more often than wrong"
+"""What an estimate assumes, for reports."""
 CERTAIN = 100
 """Pseudo-votes per real vote if the flip rate of all labels is assumed."""
 CLEAN = 0.1
@@ -60,10 +68,10 @@ def estimate(
 ) -> Estimate:
     """Estimates the temperature, flip rate, reliabilities, and posteriors.
 
-    If each item has one vote, temperature and flip rate come from the marginal
-    likelihood of all votes.  If some items have several, they come from EM, in which
-    the votes on an item are evidence about each other.  If the rate is not identified,
-    the temperature is the most likely one given the assumed rate.
+    Temperature and flip rate come from the marginal likelihood of all votes, in which
+    several votes on an item are evidence about each other.  The flip rate is assumed to
+    be below 1/2.  If it is not identified, the temperature is the most likely one given
+    the assumed rate.
 
     Args:
       margins: cross-fitted margins of any scale, positive where the model agrees.
@@ -90,6 +98,8 @@ def estimate(
         temperature = _temperature(z, votes, prior) if margins.any() else 1.0
         if num_annotators > 1:
             prior = _prior(assumed_flip_rate, FEW)
+    elif votes and num_annotators == 1:
+        prior = _prior(pooled.rate, CERTAIN * len(margins))
     z = z / temperature
     fit = _reliabilities(z, jnp.asarray(annotators), votes, num_annotators, prior)
     wide = lambda x: np.asarray(x, np.float64)
@@ -120,26 +130,17 @@ class _Pooled(NamedTuple):
     interval: tuple[float, float]
     """95% interval of the rate."""
     identified: bool
-    """Whether the interval is short enough."""
+    """Whether the interval is short enough, and excludes labels by chance."""
 
 
 def _pooled(z: jax.Array, votes: dict[str, Any]) -> _Pooled:
     """The most likely temperature and flip rate if all labels have the same rate."""
-    if not votes:
-        scale, found = calibration.fit_temperature_and_rate(z)
-        return _Pooled(
-            temperature=float(scale.temperature),
-            rate=float(found.rate),
-            interval=(float(found.lower), float(found.upper)),
-            identified=bool(found.identified),
-        )
-    scale, one = _as_one_annotator(z, votes, prior=None)
-    low, high = 1 - float(one.upper[0]), 1 - float(one.lower[0])
+    scale, found = calibration.fit_temperature_and_rate(z, **votes)
     return _Pooled(
         temperature=float(scale.temperature),
-        rate=1 - float(one.reliability[0]),
-        interval=(low, high),
-        identified=high - low < rate.WIDEST and high < 0.5,
+        rate=float(found.rate),
+        interval=(float(found.lower), float(found.upper)),
+        identified=bool(found.identified) and float(found.upper) < 0.5,
     )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import logging
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +24,14 @@ from tqdm import tqdm
 
 from jaxpref.data import DatasetBuilder, PaddedLayout, PreferenceDataset
 from jaxpref.errors import InputError
-from jaxpref.files import cannot_write, write_whole
+from jaxpref.files import make_private, warn_if_others_write, write_whole
 from jaxpref.models import Model
 from jaxpref.models.layout import SPECS, reshard
 from jaxpref.models.logprobs import token_logps
 from jaxpref.runtime.mesh import to_global
 from jaxpref.sharding import replicated
+
+_log = logging.getLogger("jaxpref")
 
 BLOCK = 512
 """Maximum number of completions per file; an interrupt loses at most one file."""
@@ -115,10 +118,8 @@ def compute(
       InputError: if the folder cannot be written, or the model's outputs are not
         finite; the message names the row.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    make_private(folder)
+    warn_if_others_write(folder, holds="the model's features")
     keys = pairs.completion_keys()
     table = _load(folder, digest, width)
     missing = _first_of_each(keys, table)
@@ -214,7 +215,7 @@ def _save(folder: Path, digest: str, ids: np.ndarray, values: np.ndarray) -> Non
     # Named by its content, so that passes over different data never collide.
     content = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
     file = io.BytesIO()
-    np.savez(file, ids=ids, values=values)
+    np.savez(file, ids=ids, values=values, made_by=digest)
     write_whole(folder / f"{digest[:16]}-{content}.npz", file.getvalue())
 
 
@@ -224,8 +225,11 @@ def _load(folder: Path, digest: str, width: int) -> dict[str, np.ndarray]:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 ids, values = stored["ids"], stored["values"]
+                made_by = str(stored["made_by"])
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             continue  # damaged: compute again
-        if values.shape == (len(ids), width) and np.isfinite(values).all():
+        if made_by != digest:
+            _log.warning("%s: not used: its features are of another model", path)
+        elif values.shape == (len(ids), width) and np.isfinite(values).all():
             table |= zip(ids.tolist(), values)
     return table

@@ -1,8 +1,7 @@
 """`jaxpref sample`: completions of prompts by a model."""
 
 import dataclasses
-import errno
-import os
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,17 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpref import data
-from jaxpref.errors import InputError
-from jaxpref.files import cannot_write, write_json
+from jaxpref.errors import InputError, show
+from jaxpref.evaluate.unfinished import Unfinished, unfinished
+from jaxpref.files import check_output, write_json
 from jaxpref.models import Architecture, Model, Numerics, build
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
-from jaxpref.models.hub import resolve_folder, stop_tokens
-from jaxpref.runtime.mesh import MeshConfig, make_mesh
+from jaxpref.models.hub import resolve_folder
+from jaxpref.runtime.memory import check_arrays
+from jaxpref.runtime.mesh import MeshConfig, make_mesh, row_shards, rows_for
 from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.runtime.ranges import at_least
 from jaxpref.sampling import generate, left_pad
 from jaxpref.train.options import Dtype
 
@@ -31,14 +33,18 @@ class SampleConfig:
     model: str
     """Hugging Face model folder (such as OUT/export of a run) or Hub ID."""
     prompts: tuple[str, ...] = ()
-    """Prompts, each in quotes."""
+    """Prompts, each in quotes.  If the model has a chat template, each is a user's
+    turn, or a whole conversation as a JSON list of messages."""
     data: str | None = None
-    """A file or dataset whose prompts are used instead of --prompts."""
+    """A file or dataset whose prompts are used instead of --prompts.  They are rendered
+    as in training; texts without answers are user's turns, as in --prompts."""
+    raw: bool = False
+    """Do not use the chat template for texts."""
     limit: int = 100
     """Maximum number of prompts to take from --data."""
     out: str | None = None
-    """JSON file for the completions, in the format of AlpacaEval (default: print
-    them)."""
+    """JSON file for the completions, in the format of AlpacaEval (default: print them).
+    `ended` is false for a completion that was cut at --max-new-tokens."""
     max_new_tokens: int = 128
     """Maximum tokens of a completion."""
     temperature: float = 1.0
@@ -57,49 +63,76 @@ class SampleConfig:
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices."""
 
+    def __post_init__(self):
+        at_least(1, self, "limit", "max_new_tokens", "batch_size")
+        at_least(0, self, "top_k")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
+            raise InputError(
+                f"temperature {self.temperature}: "
+                "must be 0, or finite and at least 1e-6"
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p {self.top_p}: must be above 0 and at most 1")
 
-def run(config: SampleConfig) -> list[dict[str, str]]:
+
+def run(config: SampleConfig) -> list[dict[str, Any]]:
     """Completes every prompt; prints the completions or writes them to `out`."""
     if bool(config.prompts) == bool(config.data):
         raise InputError("pass either --prompts TEXT ... or --data FILE")
     if jax.process_count() > 1:
         raise InputError("sampling runs in a single process; start it on one machine")
     if config.out is not None:
-        _check_writable(Path(config.out))  # fail before sampling, not after
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} {getattr(config, name)}: must be at least 1")
+        reads = {"--data": config.data, "--model": config.model}
+        check_output("--out", config.out, reads)  # fail before sampling, not after
     folder = resolve_folder(config.model)
     tokenizer = data.load_tokenizer(folder)
-    if config.data:
-        texts, prompts = data.read_prompts(
-            data.open_source(config.data), tokenizer, limit=config.limit
-        )
-    else:
-        texts = list(config.prompts)
-        prompts = [data.encode_prompt(tokenizer, text) for text in texts]
     architecture = read_architecture(folder)
-    _check_prompts(prompts, architecture, config)
+    prompts = _prompts(config, tokenizer, architecture)
+    tokens = [prompt.tokens for prompt in prompts]
+    _check_prompts(tokens, architecture, config)
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
+    size = rows_for(len(prompts), config.batch_size, mesh)
+    config = dataclasses.replace(config, batch_size=size)
     with jax.set_mesh(mesh):
         model = build(architecture, Numerics(compute_dtype=dtype))
+        if size % row_shards(mesh) == 0:  # `generate` refuses others
+            length = max(map(len, tokens)) + config.max_new_tokens
+            cache = jax.eval_shape(lambda: model.empty_cache(size, length))
+            check_arrays("the keys and values of a batch", cache)
         params = load_params(folder, model)
+        asked = dataclasses.asdict(config) | {"out": None, "prompts": prompts}
+        kept = unfinished(config.out, asked, folder, mesh)
         outputs = sample_texts(
             model,
             params,
             tokenizer,
-            prompts,
-            stop_tokens=stop_tokens(folder),
+            tokens,
             config=config,
+            kept=kept,
         )
     rows = [
-        {"instruction": text, "output": output, "generator": config.model}
-        for text, output in zip(texts, outputs)
+        {
+            "instruction": prompt.text,
+            "output": sampled.text,
+            "ended": sampled.ended,
+            "generator": config.model,
+        }
+        for prompt, sampled in zip(prompts, outputs)
     ]
     _show(rows, config.out)
+    kept.remove()
     return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """One completion."""
+
+    text: str
+    ended: bool
+    """Whether it ends with a stop token; False if it was cut at the maximum length."""
 
 
 def sample_texts(
@@ -108,19 +141,25 @@ def sample_texts(
     tokenizer: Any,
     prompts: list[list[int]],
     *,
-    stop_tokens: tuple[int, ...],
     config: SampleConfig,
-) -> list[str]:
+    kept: Unfinished,
+) -> list[Sampled]:
     """Samples one completion per prompt (token ids), in batches.
 
     The last batch is padded with repeated prompts, so that only one shape is compiled.
+    Batches in `kept` are not sampled again, and new ones are added to it.
     """
+    stops = data.stop_tokens(tokenizer)
     longest = max(map(len, prompts))
     width = -(-longest // 32) * 32
-    outputs = []
+    outputs: list[Sampled] = []
     with tqdm(total=len(prompts), desc="sampling") as bar:
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
+            if (finished := kept.get(start, len(batch))) is not None:
+                outputs += [Sampled(**completion) for completion in finished]
+                bar.update(len(batch))
+                continue
             filled = batch + batch[-1:] * (config.batch_size - len(batch))
             tokens, lengths = left_pad(filled, length=width)
             key = jax.random.fold_in(jax.random.key(config.seed), start)
@@ -134,12 +173,44 @@ def sample_texts(
                 temperature=config.temperature,
                 top_k=config.top_k or None,
                 top_p=config.top_p,
-                stop_tokens=stop_tokens,
+                stop_tokens=stops,
             )
-            for ids, length in zip(np.asarray(drawn), np.asarray(drawn_lengths)):
-                outputs.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
+            rows = zip(batch, np.asarray(drawn), np.asarray(drawn_lengths))
+            for prompt, row, length in rows:
+                new = row[:length].tolist()
+                text = decode_continuation(tokenizer, prompt, new)
+                outputs.append(Sampled(text, ended=bool(new) and new[-1] in stops))
+            sampled_now = outputs[start : start + len(batch)]
+            kept.add(start, [dataclasses.asdict(sampled) for sampled in sampled_now])
             bar.update(len(batch))
-    return outputs[: len(prompts)]
+    return outputs
+
+
+def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The text of new tokens as it continues the prompt's.
+
+    Tokenizers decode tokens by their neighbors: alone, the first of them may lose its
+    space.
+    """
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    before, whole = decode(prompt), decode(prompt + new)
+    return whole[len(before) :] if whole.startswith(before) else decode(new)
+
+
+def _prompts(
+    config: SampleConfig, tokenizer: Any, architecture: Architecture
+) -> list[data.Prompt]:
+    if not config.data:
+        return data.given_prompts(config.prompts, tokenizer, raw=config.raw)
+    return data.read_prompts(
+        data.open_source(config.data),
+        tokenizer,
+        limit=config.limit,
+        max_prompt_length=max(
+            2, architecture.max_position_embeddings - config.max_new_tokens
+        ),
+        raw=config.raw,
+    )
 
 
 def _check_prompts(prompts, architecture: Architecture, config: SampleConfig) -> None:
@@ -160,19 +231,10 @@ def _check_prompts(prompts, architecture: Architecture, config: SampleConfig) ->
             )
 
 
-def _check_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "not a writable file")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def _show(rows: list[dict[str, str]], out: str | None) -> None:
+def _show(rows: list[dict[str, Any]], out: str | None) -> None:
     if out is None:
         for row in rows:
-            print(f"> {row['instruction']}\n{row['output']}\n")
+            show(f"> {row['instruction']}\n{row['output']}\n")
         return
     write_json(Path(out), rows)
-    print(f"{len(rows)} completions written to {out}", file=sys.stderr)
+    show(f"{len(rows)} completions written to {out}", file=sys.stderr)

@@ -16,19 +16,32 @@ import numpy as np
 
 from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
-from jaxpref.errors import InputError
+from jaxpref.data.tokenizers import check_same_tokenizer
+from jaxpref.errors import InputError, show
 from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
-from jaxpref.files import write_json, write_whole
+from jaxpref.files import check_output_folder, write_json, write_whole
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.runtime.mesh import MeshConfig, check_rows, make_mesh, share_of_rows
+from jaxpref.runtime.mesh import (
+    MeshConfig,
+    check_rows,
+    make_mesh,
+    rows_for,
+    share_of_rows,
+)
 from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.runtime.processes import log
+from jaxpref.runtime.ranges import at_least
+from jaxpref.runtime.run_folder import locked
 from jaxpref.scoring.checks import check_finite, check_fits
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import make_scorer
 from jaxpref.train.options import Dtype
+
+METRICS, PAIRS = FILES = "metrics.json", "eval_pairs.jsonl"
+"""Names of the files that an evaluation writes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +67,21 @@ class EvaluateConfig:
     """Maximum tokens of prompt and completion together (default: 1024, or the model's
     context if that is shorter)."""
     max_prompt_length: int | None = None
-    """Maximum tokens of a prompt (default: half of --max-length).  Longer prompts are
-    truncated at the start."""
+    """Maximum tokens of a prompt (default: what the completions leave of --max-length,
+    at least half).  Longer prompts lose their earliest turns, or their first tokens."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of the records to ignore, even if they change what a record means."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
+
+    def __post_init__(self):
+        at_least(1, self, "batch_size")
+        at_least(2, self, "max_length", "max_prompt_length")
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise InputError(f"beta {self.beta}: must be above 0 and finite")
 
 
 def run(config: EvaluateConfig) -> dict[str, float]:
@@ -73,14 +94,14 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     Raises:
       InputError: for anything that the caller can fix.
     """
+    reads = {f"--{x}": getattr(config, x) for x in ("model", "data", "reference")}
+    out = check_output_folder("--out", config.out, FILES, reads)
+    with locked(out):
+        return _run(config, out)
+
+
+def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
     beta = 0.1 if config.beta is None else config.beta
-    if not 0 < beta < math.inf:
-        raise InputError(f"beta {beta}: must be above 0 and finite")
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be used ({error})") from error
     folder = resolve_folder(config.model)
     scored_alone = is_reward_model(folder)
     for flag, given in {"reference": config.reference, "beta": config.beta}.items():
@@ -93,20 +114,31 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     options = DataOptions(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
+        ignore_fields=config.ignore_fields,
         heldout_fraction=0.0,
     )
     positions = read_architecture(folder).max_position_embeddings
     options = data.for_model(options, positions)
-    plan = data.make_splits(
-        data.open_source(config.data), data.load_tokenizer(folder), options, sides=2
-    )
+    source, tokenizer = data.open_source(config.data), data.load_tokenizer(folder)
+    plan = data.make_splits(source, tokenizer, options, whole_turns=scored_alone)
     pairs = plan.train
-    if jax.process_index() == 0:
-        print(f"{config.data}: {plan.describe()}", flush=True)
+    plan.fields.check_ignored(config.ignore_fields)
+    for line in (plan.describe(), plan.fields.describe()):
+        log(f"{config.data}: {line}")
+    if reference_folder is not None:
+        check_same_tokenizer(
+            tokenizer,
+            reference_folder,
+            [([source], pairs)],
+            options,
+            name=str(config.reference),
+        )
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
+    rows = rows_for(len(pairs), config.batch_size, mesh)
+    config = dataclasses.replace(config, batch_size=rows)
     with jax.set_mesh(mesh):
         score = functools.partial(_score, pairs=pairs, config=config, mesh=mesh)
         if scored_alone:
@@ -128,10 +160,10 @@ def run(config: EvaluateConfig) -> dict[str, float]:
             metrics[f"{name}/chosen"] = float(table[:, 0].mean())
             metrics[f"{name}/rejected"] = float(table[:, 1].mean())
     if jax.process_index() == 0:
-        write_json(out / "metrics.json", metrics)
-        _write_pairs(out / "eval_pairs.jsonl", pairs, scores, margins)
+        write_json(out / METRICS, metrics)
+        _write_pairs(out / PAIRS, pairs, scores, margins)
         for name, value in metrics.items():
-            print(f"{name:27} {value:.4f}")
+            show(f"{name:27} {value:.4f}")
     return metrics
 
 

@@ -1,6 +1,7 @@
 """The architecture of a model: the sizes that all families share."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from jaxpref.errors import InputError
@@ -9,18 +10,33 @@ if TYPE_CHECKING:
     from jaxpref.models.families.family import Family
 
 
+MOST = 2**31 - 1
+"""The largest size; positions and token ids are int32."""
+MOST_FEATURES = 2**16
+"""The most features of a head."""
+MOST_WEIGHTS = 2**48
+"""The most weights of one matrix in all layers; no machine holds more."""
+
+
 def at_least(minimum: float, **options: Any) -> Any:
     """A dataclass field with a minimum, which `Architecture` checks."""
     return dataclasses.field(metadata={"minimum": minimum}, **options)
 
 
 def check_minimums(values: Any, what: str) -> None:
-    """Raises InputError if a field declared with `at_least` is below its minimum."""
+    """Raises InputError if a field declared with `at_least` is out of range.
+
+    It must be at least its minimum, and an int32 or a finite number.
+    """
     for field in dataclasses.fields(values):
         minimum, value = field.metadata.get("minimum"), getattr(values, field.name)
-        if minimum is not None and value < minimum:
+        if minimum is None:
+            continue
+        most = MOST if isinstance(value, int) else math.inf
+        if not minimum <= value <= most or math.isinf(value):
             raise InputError(
                 f"{what}: {field.name} is {value}; it must be >= {minimum}"
+                + (f" and at most {most}" if isinstance(value, int) else " and finite")
             )
 
 
@@ -50,6 +66,19 @@ class Architecture:
             raise InputError(
                 f"architecture: num_heads={self.num_heads} is not a multiple of "
                 f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim > MOST_FEATURES:
+            raise InputError(
+                f"architecture: head_dim is {self.head_dim}; the most is "
+                f"{MOST_FEATURES}"
+            )
+        # Checked here because the arrays of larger ones have no shape.
+        features = max(self.intermediate_size, self.num_heads * self.head_dim)
+        width = max(self.vocab_size, self.num_layers * features)
+        if self.hidden_size * width > MOST_WEIGHTS:
+            raise InputError(
+                f"architecture: the sizes mean a matrix of "
+                f"{self.hidden_size * width:.1e} weights; check them"
             )
 
     @property

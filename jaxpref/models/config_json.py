@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import InputError
+from jaxpref.files import check_regular
 
 HARMLESS = frozenset(
     # Identification.
@@ -43,6 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if there is no such file, or it contains something else.
     """
+    check_regular(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -51,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); copy it again") from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}: holds {type(fields).__name__}, not a JSON object")
@@ -92,7 +94,12 @@ class ConfigFields:
             raise InputError(
                 f"{self.source}: field {name} is {value!r}, not {kind.__name__}"
             )
-        return kind(value)
+        try:
+            return kind(value)
+        except OverflowError:  # a whole number beyond the range of float
+            raise InputError(
+                f"{self.source}: field {name} is out of range; check it"
+            ) from None
 
     def require(self, name: str, supported: Any) -> None:
         """Raises InputError if a field is present and is not `supported`."""

@@ -5,7 +5,7 @@ A folder holds a language model (`AutoModelForCausalLM`) or a reward model
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError
 
 from jaxpref.errors import InputError
+from jaxpref.files import write_json
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.config_json import HARMLESS, read_json
 from jaxpref.models.families import Family, TensorName
@@ -33,29 +34,16 @@ from jaxpref.models.tensor_files import (
     INDEX,
     entries,
     open_tensors,
-    write_json,
     write_tensors,
 )
+from jaxpref.models.tokenizer_files import add_stop_tokens, copy_tokenizer
 from jaxpref.runtime.heartbeat import beat
+from jaxpref.runtime.memory import check_arrays
 
 AnyModel = Model | RewardModel
 
 REWARD_FIELDS = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 """Fields of a reward model's config.json: one label, whose logit is the score."""
-
-TOKENIZER_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that are copied unchanged from the source folder into a saved one."""
 
 
 def check_folder(
@@ -102,13 +90,14 @@ def load_params(
 
     Raises:
         InputError: if a tensor is missing, unknown, has another shape or dtype, or
-            contains a value that is not finite; or if the mesh does not divide the
-            model's sizes.
+            contains a value that is not finite; if the mesh does not divide the
+            model's sizes; or if the weights do not fit into memory.
     """
     folder = Path(folder)
     check_mesh(model.architecture)
     stored = open_tensors(folder)
     shapes, drawn = _match(folder, model, stored, head_key is not None), {}
+    check_arrays(f"{folder}: the weights", shapes)
     if isinstance(model, RewardModel) and "score" not in shapes:
         drawn = {"score": jax.jit(model.new_score)(head_key)}
     _check_tied_head(folder, model, stored)
@@ -127,6 +116,7 @@ def save(
     dtype: str | None = None,
     *,
     padding: Padding | None = None,
+    stop_tokens: Collection[int] = (),
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes config.json and safetensors that `transformers` loads.
@@ -147,6 +137,8 @@ def save(
         padding: from `reward.padding_of`; written to a reward model's config.json and
             tokenizer files; a language model's are unchanged.  Without it,
             `transformers` refuses to score more than one sequence at a time.
+        stop_tokens: tokens that end an answer.  Those that `generation_config.json`
+            lacks are added to it, so that every sampler stops where ours does.
         max_file_bytes: weights beyond this size are split over several files; one
             file's weights are held in host memory at a time.
 
@@ -179,7 +171,8 @@ def save(
         target = temporary if writes else None
         write_tensors(target, tensors, stored_dtype, max_file_bytes)
         if writes:
-            _copy_tokenizer(source, temporary, padding)
+            copy_tokenizer(source, temporary, padding)
+            add_stop_tokens(temporary, stop_tokens)
             _move_into_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -209,7 +202,12 @@ def _match(
 
     These are all of the model's, except `score` if it is not stored and `new_head`.
     """
-    family = model.architecture.family
+    family, layers = model.architecture.family, model.architecture.num_layers
+    if layers > len(stored):  # each has several tensors, whose names are listed below
+        raise InputError(
+            f"{folder}: config.json says {layers:,} layers, but the weights have only "
+            f"{len(stored):,} tensors; check that both files are from the same model"
+        )
     shapes = dict(jax.eval_shape(model.init, jax.random.key(0)))
     head, score = (family.tensors[name].template for name in ("head", "score"))
     if score in stored and "score" not in shapes:
@@ -344,28 +342,6 @@ def _config_fields(
         fields |= {"architectures": [architecture.family.classifier]}
         fields |= {"pad_token_id": padding.id if padding else None}
     return fields
-
-
-def _copy_tokenizer(source: Path | None, folder: Path, padding: Padding | None) -> None:
-    if source is not None:
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
-    if padding is not None:
-        _set_pad_token(folder, padding)
-
-
-def _set_pad_token(folder: Path, padding: Padding) -> None:
-    """Sets the padding token in the tokenizer files that lack or contradict it."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (path := folder / name).exists():
-            fields = read_json(path)
-            written = name == "tokenizer_config.json" or "pad_token" in fields
-            token = fields.get("pad_token")
-            if isinstance(token, dict):  # as in older files
-                token = token["content"]
-            if written and token != padding.token:
-                write_json(path, fields | {"pad_token": padding.token})
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:

@@ -29,7 +29,8 @@ def architecture_from_fields(
     """
     fields = ConfigFields(values, str(source))
     supported = {family.model_type: family for family in families.FAMILIES}
-    family = supported.get(model_type := fields.get("model_type"))
+    model_type = fields.get("model_type")
+    family = supported.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise InputError(
             f"{source}: field model_type is {model_type!r}; supported are "
@@ -68,4 +69,6 @@ def is_reward_model(folder: str | Path) -> bool:
         InputError: if config.json cannot be read.
     """
     architectures = read_json(Path(folder) / "config.json").get("architectures")
-    return any(str(a).endswith("SequenceClassification") for a in architectures or ())
+    if not isinstance(architectures, list):
+        return False
+    return any(str(a).endswith("SequenceClassification") for a in architectures)

@@ -1,10 +1,25 @@
 """Finding a model's folder by path or by its ID on the Hugging Face Hub."""
 
+import functools
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxpref.errors import InputError, first_line
-from jaxpref.models.config_json import read_json
+from jaxpref.files import check_regular
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that decide what text becomes which tokens."""
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -19,6 +34,9 @@ def resolve_folder(model: str) -> Path:
     """
     folder = Path(model)
     if folder.is_dir():
+        for pattern in _WANTED:
+            for path in sorted(folder.glob(pattern)):
+                check_regular(path)
         return folder
     if folder.exists():
         raise InputError(
@@ -37,35 +55,38 @@ def resolve_folder(model: str) -> Path:
         ) from error
 
 
+def model_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of the parts of a model folder: config.json, weights, tokenizer."""
+    tokenizer = [folder / name for name in TOKENIZER_FILES]
+    tokenizer += sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return {
+        "config.json": _digest_of([folder / "config.json"]),
+        "weights": _digest_of(sorted(folder.glob("*.safetensors"))),
+        "tokenizer": _digest_of(tokenizer),
+    }
+
+
 def weights_digest(folder: Path, dtypes: str) -> str:
     """SHA-256 (hex) of a model's config, weights and dtypes."""
-    digest = hashlib.sha256(dtypes.encode())
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    found = model_digests(folder)
+    text = f"{dtypes}\n{found['config.json']}\n{found['weights']}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def stop_tokens(folder: Path) -> tuple[int, ...]:
-    """The token ids that end a completion: one or several `eos_token_id`.
+def _digest_of(paths: list[Path]) -> str:
+    """SHA-256 of the names and contents of the files that exist."""
+    found = [(path, path.stat()) for path in paths if path.exists()]
+    digest_of = lambda entry: _file_digest(
+        entry[0], (entry[1].st_ino, entry[1].st_size, entry[1].st_mtime_ns)
+    )
+    with ThreadPoolExecutor(8) as pool:  # hashing does not hold Python's lock
+        digests = list(pool.map(digest_of, found))
+    lines = [f"{path.name} {digest}\n" for (path, _), digest in zip(found, digests)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    Read from `generation_config.json`, or from `config.json` if it has none.
 
-    Raises:
-      InputError: if one of the files is malformed.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.exists():
-            found = read_json(path).get("eos_token_id")
-            if found is not None:
-                tokens = found if isinstance(found, list) else [found]
-                if not all(type(token) is int for token in tokens):
-                    raise InputError(
-                        f"{path}: field eos_token_id is {found!r}; give a token id "
-                        "or a list of them"
-                    )
-                return tuple(tokens)
-    return ()
+@functools.lru_cache(256)
+def _file_digest(path: Path, version: tuple[int, ...]) -> str:
+    """SHA-256 of a file; read once per process, and again if its `version` changes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,11 +35,18 @@ class RopeScaling:
                 f"rotary positions: rope_type is {self.kind!r}; only default, linear "
                 "and llama3 are supported"
             )
-        if self.factor <= 0 or self.low_freq_factor >= self.high_freq_factor:
+        numbers = (self.factor, self.low_freq_factor, self.high_freq_factor)
+        numbers += (self.original_max_position_embeddings,)
+        if (
+            not all(0 < number < math.inf for number in numbers)
+            or self.low_freq_factor >= self.high_freq_factor
+        ):
             raise InputError(
                 f"rotary positions: factor={self.factor}, low_freq_factor="
-                f"{self.low_freq_factor}, high_freq_factor={self.high_freq_factor}; "
-                "they must be positive and low < high"
+                f"{self.low_freq_factor}, high_freq_factor={self.high_freq_factor}, "
+                "original_max_position_embeddings="
+                f"{self.original_max_position_embeddings}; "
+                "they must be positive and finite, and low < high"
             )
 
 

@@ -1,7 +1,6 @@
 """Opening, indexing, and writing the safetensors files of a model folder."""
 
 import dataclasses
-import json
 import math
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxpref.errors import InputError
+from jaxpref.files import check_regular, write_json
 from jaxpref.models.config_json import read_json
 from jaxpref.models.families import TensorName
 from jaxpref.runtime.heartbeat import beat
@@ -31,6 +31,7 @@ def open_file(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if it cannot be read, or has a tensor of an unsupported dtype.
     """
+    check_regular(path)
     try:
         file = safe_open(path, framework="np")
         tensors = {name: file.get_slice(name) for name in file.keys()}
@@ -133,11 +134,6 @@ def write_tensors(
     if len(files) > 1 and folder is not None:
         table = {"metadata": {"total_size": total}, "weight_map": index}
         write_json(folder / INDEX, table)
-
-
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes a JSON object in the style of model folders."""
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _gather(entry: Entry, dtype: np.dtype) -> np.ndarray:

@@ -42,19 +42,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
+from jax.scipy.special import ndtri, xlog1py, xlogy
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses._common import is_number
-from jaxpref.noise import _common, em, rate
+from jaxpref.noise import _common, _grid, em, rate
 from jaxpref.sharding import replicated
 
 FARTHEST = 10.0
 """log2 of the largest temperature considered; the smallest is its inverse."""
 WIDEST = 4.0
 """A temperature is identified if its interval spans less than this factor."""
-CELLS = 41
-"""Points per axis of the grid of temperatures and rates."""
 
 
 @jax.tree_util.register_dataclass
@@ -135,6 +133,8 @@ def _fit_temperature(margins, weights, where, level) -> TemperatureFit:
 def fit_temperature_and_rate(
     margin_logits: Float[Array, " labels"],
     *,
+    items: Int[Array, " labels"] | None = None,
+    orientation: Int[Array, " labels"] | None = None,
     where: Bool[Array, " labels"] | None = None,
     level: float = 0.95,
 ) -> tuple[TemperatureFit, rate.RateFit]:
@@ -145,8 +145,19 @@ def fit_temperature_and_rate(
     on a grid that is refined four times.  The intervals are profile-likelihood
     intervals: each accounts for the uncertainty of the other parameter.
 
+    With several labels on an item, of which a prefer the first answer and b the second,
+    and M the item's margin for the first answer, the item has the likelihood
+
+        s(M / T) (1 - e)^a e^b + s(-M / T) (1 - e)^b e^a
+
+    A rate of 1 - e with margins of the opposite sign has the same likelihood.  So the
+    bound is an assumption: labels are right more often than wrong.
+
     Args:
       margin_logits: m, nats, positive where the model agrees with the label; [labels].
+      items: which labels judge the same pair; any integers; None if each has its own.
+      orientation: +1 or -1, which answer of its item a label prefers; None for the
+        signs of the margins, as in `em.fit`.
       where: which labels are real; None if all are.
       level: coverage probability of each interval.
 
@@ -156,28 +167,66 @@ def fit_temperature_and_rate(
     Raises:
       ValueError: if shapes do not fit, or `level` is not in (0, 1).
     """
-    margins, where = _checked(margin_logits, where, level)
-    return _fit_temperature_and_rate(margins, where, level)
+    arrays = {} if orientation is None else {"orientation": orientation}
+    arrays |= {} if items is None else {"items": items}
+    margins, where = _checked(margin_logits, where, level, **arrays)
+    return _fit_temperature_and_rate(margins, items, orientation, where, level)
+
+
+def _of_labels(m):
+    """The log-likelihood of each label, as a function of log2 T and e."""
+    tiny = jnp.finfo(m.dtype).tiny
+
+    def logs(x, e):
+        p = jax.nn.sigmoid(jnp.exp2(-x) * m)
+        return jnp.log(jnp.maximum(e + (1 - 2 * e) * p, tiny))
+
+    return logs
+
+
+def _of_items(m, items, orientation, where):
+    """The same for items, each at its first label; 0 at the others."""
+    sign = jnp.where(m < 0, -1, 1) if orientation is None else jnp.sign(orientation)
+    sign, real = sign.astype(m.dtype), where.astype(m.dtype)
+    _, ids = jnp.unique(items, return_inverse=True, size=m.size)
+    on_item = lambda x: jax.ops.segment_sum(x, ids, m.size)[ids]
+    first, second = (on_item(real * (sign == side)) for side in (1, -1))
+    margin = on_item(real * sign * m) / jnp.maximum(first + second, 1)
+    place = jnp.where(where, jnp.arange(m.size), m.size)
+    judged = where & (jax.ops.segment_min(place, ids, m.size)[ids] == place)
+
+    def logs(x, e):
+        z = jnp.exp2(-x) * margin
+        votes = lambda right, wrong: xlog1py(right, -e) + xlogy(wrong, e)
+        of_item = jnp.logaddexp(
+            jax.nn.log_sigmoid(z) + votes(first, second),
+            jax.nn.log_sigmoid(-z) + votes(second, first),
+        )
+        return jnp.where(judged, of_item, 0)
+
+    return logs, jnp.max(first + second) > 1
 
 
 @jax.jit
-def _fit_temperature_and_rate(margins, where, level):
-    margins, where = replicated(margins), replicated(where)
+def _fit_temperature_and_rate(margins, items, orientation, where, level):
+    margins, items, orientation, where = jax.tree.map(
+        lambda x: replicated(jnp.asarray(x)), (margins, items, orientation, where)
+    )
     m = _common.finite(jnp.where(where, margins, 0))
     dtype = m.dtype
     allowed = _allowed(level, dtype)
-    tiny = jnp.finfo(dtype).tiny
-
-    def label(x, e):
-        p = jax.nn.sigmoid(jnp.exp2(-x) * m)
-        return jnp.maximum(e + (1 - 2 * e) * p, tiny)
+    has_margins = jnp.any(m != 0)
+    logs, known = _of_labels(m), has_margins
+    if items is not None:
+        logs, several = _of_items(m, items, orientation, where)
+        known |= several
 
     def surface(xs, es, x, e):
         """Log-likelihoods relative to (x, e), subtracted label by label."""
-        base = jnp.log(label(x, e))
+        base = logs(x, e)
 
         def row(x):
-            gain = lambda e: jnp.sum(jnp.log(label(x, e)) - base)
+            gain = lambda e: jnp.sum(logs(x, e) - base)
             return jax.lax.map(gain, es)
 
         return jax.lax.map(row, xs)
@@ -187,29 +236,28 @@ def _fit_temperature_and_rate(margins, where, level):
     e_box = (jnp.zeros((), dtype), jnp.asarray(0.5, dtype))
     x, e = jnp.zeros((), dtype), jnp.asarray(0.25, dtype)
     for _ in range(4):
-        xs, es = _spread(x_box), _spread(e_box)
+        xs, es = _grid.spread(x_box), _grid.spread(e_box)
         gains = surface(xs, es, x, e)
         i, j = jnp.unravel_index(jnp.argmax(gains), gains.shape)
         x, e = xs[i], es[j]
         plausible = gains > jnp.max(gains) - 4 * allowed
-        x_box = _around(xs, plausible.any(1), x_box)
-        e_box = _around(es, plausible.any(0), e_box)
-    xs, es = _spread(x_box), _spread(e_box)
+        x_box = _grid.around(xs, plausible.any(1), x_box)
+        e_box = _grid.around(es, plausible.any(0), e_box)
+    xs, es = _grid.spread(x_box), _grid.spread(e_box)
     gains = surface(xs, es, x, e)
-    x_profile, e_profile = _ridge(gains), _ridge(gains.T)
-    x_best, e_best = _top(xs, x_profile), _top(es, e_profile)
-    known = jnp.any(m != 0)
-    e_low, e_high = _ends(es, e_profile, allowed)
+    x_profile, e_profile = _grid.ridge(gains), _grid.ridge(gains.T)
+    x_best, e_best = _grid.top(xs, x_profile), _grid.top(es, e_profile)
+    e_low, e_high = _grid.ends(es, e_profile, allowed)
     found = rate.RateFit(
         rate=jnp.where(known, e_best, 0.25),
         lower=jnp.where(known, e_low, 0),
         upper=jnp.where(known, e_high, 0.5),
         identified=known & (e_high - e_low < rate.WIDEST),
-        log_likelihood=jnp.sum(jnp.where(where, jnp.log(label(x_best, e_best)), 0)),
+        log_likelihood=jnp.sum(jnp.where(where, logs(x_best, e_best), 0)),
     )
-    x_low, x_high = _ends(xs, x_profile, allowed)
-    x_best = jnp.where(known, x_best, 0)
-    ends = jnp.where(known, x_low, -end), jnp.where(known, x_high, end)
+    x_low, x_high = _grid.ends(xs, x_profile, allowed)
+    x_best = jnp.where(has_margins, x_best, 0)
+    ends = jnp.where(has_margins, x_low, -end), jnp.where(has_margins, x_high, end)
     return _temperature(x_best, *ends), found
 
 
@@ -272,11 +320,11 @@ def fit_temperature_and_reliability(
     end = jnp.asarray(FARTHEST, margins.dtype)
     box = -end, end
     for _ in range(3):
-        xs = _spread(box, 21)
+        xs = _grid.spread(box, 21)
         gains = profile(margins, xs)
-        box = _around(xs, gains > jnp.max(gains) - 4 * allowed, box)
+        box = _grid.around(xs, gains > jnp.max(gains) - 4 * allowed, box)
     gains = gains - jnp.max(gains)
-    found = _temperature(_top(xs, gains), *_ends(xs, gains, allowed))
+    found = _temperature(_grid.top(xs, gains), *_grid.ends(xs, gains, allowed))
     return found, fit(margins / found.temperature)
 
 
@@ -293,59 +341,6 @@ def _temperature(x, lower, upper) -> TemperatureFit:
 def _allowed(level, dtype) -> jax.Array:
     """How far below its maximum the log-likelihood is at the ends of an interval."""
     return ndtri((1 + jnp.asarray(level, dtype)) / 2) ** 2 / 2
-
-
-def _spread(box, cells: int = CELLS) -> jax.Array:
-    """Evenly spaced values from one end of a box to the other."""
-    return box[0] + jnp.linspace(0, 1, cells, dtype=box[0].dtype) * (box[1] - box[0])
-
-
-def _around(values, selected, box):
-    """The range of the selected values, extended by a cell on each side."""
-    cell = (box[1] - box[0]) / (values.size - 1)
-    low = jnp.min(jnp.where(selected, values, jnp.inf)) - cell
-    high = jnp.max(jnp.where(selected, values, -jnp.inf)) + cell
-    return jnp.maximum(low, box[0]), jnp.minimum(high, box[1])
-
-
-def _peak(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Position and height of the maximum of a row, by a parabola through three points.
-
-    The peak of a likelihood may be narrower than a cell.
-    """
-    at = jnp.argmax(values)
-    inner = jnp.clip(at, 1, values.size - 2)
-    left, middle, right = (values[inner + step] for step in (-1, 0, 1))
-    bend = left - 2 * middle + right
-    usable = (at == inner) & (bend < 0) & jnp.isfinite(bend)
-    bend = jnp.where(usable, bend, -1)
-    slope = jnp.where(usable, (right - left) / 2, 0)
-    return at - slope / bend, values[at] - slope**2 / (2 * bend)
-
-
-def _ridge(gains: jax.Array) -> jax.Array:
-    """The maximum of each row."""
-    return jax.vmap(lambda row: _peak(row)[1])(gains)
-
-
-def _top(values: jax.Array, profile: jax.Array) -> jax.Array:
-    """The value that maximizes a profile over evenly spaced values."""
-    return values[0] + _peak(profile)[0] * (values[1] - values[0])
-
-
-def _ends(values: jax.Array, profile: jax.Array, allowed):
-    """The outermost values whose profile is less than `allowed` below its maximum."""
-    over = profile - (_peak(profile)[1] - allowed)
-    inside = over > 0
-    first, last = jnp.argmax(inside), values.size - 1 - jnp.argmax(inside[::-1])
-
-    def crossing(inner, outer):
-        outer = jnp.clip(outer, 0, values.size - 1)
-        share = over[inner] / jnp.where(inner == outer, 1, over[inner] - over[outer])
-        share = jnp.where(jnp.isfinite(share), share, 0)
-        return values[inner] + share * (values[outer] - values[inner])
-
-    return crossing(first, first - 1), crossing(last, last + 1)
 
 
 def _checked(margin_logits, where, level, **arrays):

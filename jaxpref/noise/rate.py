@@ -54,7 +54,9 @@ def marginal_nll(margin_logits: PerPair, rate: Rate) -> PerPair:
         nll = -log((1 - e) s(z) + e s(-z))
 
     This is `forward_dpo` as a function of the margin.  Differentiable in both
-    arguments.
+    arguments, also at the ends of the rate's range:
+
+        d nll / d e = (s(z) - s(-z)) exp(nll)
 
     Args:
       margin_logits: z, nats; [*batch].
@@ -67,11 +69,26 @@ def marginal_nll(margin_logits: PerPair, rate: Rate) -> PerPair:
       RE-PO, 2025, arXiv:2509.24159, Eq. 3, with eta = 1 - e.
     """
     z = _common.floating(margin_logits)
-    rate = jnp.asarray(rate, z.dtype)
+    return _nll(z, jnp.asarray(rate, z.dtype))
+
+
+@jax.custom_jvp
+def _nll(z: jax.Array, rate: jax.Array) -> jax.Array:
     # In log space nothing underflows; at e = 0 the second term is -inf and drops out.
     right = jnp.log1p(-rate) + jax.nn.log_sigmoid(z)
     wrong = jnp.log(rate) + jax.nn.log_sigmoid(-z)
     return -jnp.logaddexp(right, wrong)
+
+
+@_nll.defjvp
+def _nll_jvp(primals, tangents):
+    # The gradient of log(e) at e = 0 is infinite, and infinity times 0 is NaN.
+    (z, rate), (dz, drate) = primals, tangents
+    nll = _nll(z, rate)
+    right, wrong = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
+    by_z = -(1 - 2 * rate) * jnp.exp(right + wrong + nll)
+    by_rate = _common.finite(jnp.exp(right + nll) - jnp.exp(wrong + nll))
+    return nll, by_z * dz + by_rate * drate
 
 
 def fit_rate(

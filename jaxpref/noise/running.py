@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -80,10 +81,16 @@ def count(
         ignored, even if they hold NaN.
 
     Returns:
-      The new counts.
+      The new counts; all of them NaN if a real label's margin is NaN and was traced.
+
+    Raises:
+      ValueError: if a real label's margin is NaN.
     """
     z = _common.floating(margin_logits)
     where = jnp.ones(z.shape, bool) if where is None else where
+    unknown = jnp.sum(jnp.isnan(z) & where)
+    if not isinstance(unknown, Tracer) and unknown:
+        raise ValueError(f"Expected margins that are numbers, got {unknown} NaN.")
     z = jax.lax.stop_gradient(_common.finite(jnp.where(where, z, 0)))
     size = jnp.log2(jnp.maximum(jnp.abs(z), 2.0**SMALLEST)) - SMALLEST
     bins = jnp.clip(size * PER_OCTAVE, 0, BINS - 1).astype(jnp.int32)
@@ -94,6 +101,8 @@ def count(
     of = lambda share: jnp.sum(jnp.where(own, share, 0), axis=batch)
     new = jnp.stack([of(agrees), of(1 - agrees)], axis=1)
     decay = jnp.exp(-jnp.sum(where) / jnp.asarray(memory, counts.dtype))
+    # NaN agrees with no label and disagrees with none.
+    new = jnp.where(unknown > 0, jnp.nan, new)
     return decay * counts + new.astype(counts.dtype)
 
 
@@ -110,7 +119,7 @@ def posterior(counts: Float[Array, "bins 2"], *, level: Scalar = 0.95) -> Runnin
       level: posterior probability of the equal-tailed interval.
 
     Returns:
-      `RunningRate`.
+      `RunningRate`; NaN and not identified if a count is NaN.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -144,7 +153,7 @@ def posterior(counts: Float[Array, "bins 2"], *, level: Scalar = 0.95) -> Runnin
     tail = (1 - jnp.asarray(level, dtype)) / 2
     lower, upper = jnp.interp(jnp.stack([tail, 1 - tail]), below, edges)
     return RunningRate(
-        rate=rates[jnp.argmax(of_rates)],
+        rate=rates[jnp.argmax(of_rates)] + 0 * of_rates[0],  # NaN if a count is NaN
         lower=lower,
         upper=upper,
         temperature=jnp.exp2(jnp.sum(mass * steps[:, None])),

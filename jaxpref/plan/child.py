@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, show, visible
 from jaxpref.plan.chips import Topology
 
 TARGET = "JAXPREF_PLAN_TARGET"
@@ -95,7 +95,7 @@ def compile_in_child(argv: Sequence[str], topology: Topology, title: str) -> dic
 def _wait(process: subprocess.Popen, title: str) -> None:
     terminal = sys.stderr.isatty()
     with tqdm(
-        desc=title, bar_format="{desc}: {elapsed}", leave=False, disable=None
+        desc=visible(title), bar_format="{desc}: {elapsed}", leave=False, disable=None
     ) as bar:
         minutes = 0
         while True:
@@ -106,4 +106,4 @@ def _wait(process: subprocess.Popen, title: str) -> None:
                 bar.refresh()
                 minutes += not terminal
                 if minutes:
-                    print(f"{title}: {minutes} min", file=sys.stderr, flush=True)
+                    show(f"{title}: {minutes} min", file=sys.stderr)

@@ -95,6 +95,10 @@ CHIPS = {
 """Chips by the name that begins a topology."""
 
 
+MOST_VIRTUAL, MOST_DEVICES = 4096, 2**17
+"""The most devices of a plan: virtual ones on CPU, and those of TPUs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Slices of TPU chips, or virtual devices on CPU."""
@@ -114,6 +118,14 @@ class Topology:
         return self.name.removeprefix(f"{self.slices}x")
 
 
+def _checked(name: str, devices: int, most: int) -> int:
+    if devices > most:
+        raise InputError(
+            f"--topology {name}: {devices:,} devices; the most is {most:,}"
+        )
+    return devices
+
+
 def parse_topology(name: str) -> Topology:
     """Parses `GENERATION:AxB[xC]`, the same after `Nx` for N slices, or `cpu:N`.
 
@@ -124,11 +136,12 @@ def parse_topology(name: str) -> Topology:
     slices = int(several[1]) if several else 1
     kind, _, size = name[several.end() if several else 0 :].partition(":")
     if kind == "cpu" and slices == 1 and re.fullmatch(r"[1-9]\d*", size):
-        return Topology(name, None, int(size))
+        return Topology(name, None, _checked(name, int(size), MOST_VIRTUAL))
     chip = CHIPS.get(kind)
     if chip and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{chip.axes - 1}}}", size):
         chips = slices * math.prod(map(int, size.split("x")))
-        return Topology(name, chip, chips * chip.devices, slices)
+        devices = _checked(name, chips * chip.devices, MOST_DEVICES)
+        return Topology(name, chip, devices, slices)
     known = ", ".join(f"{k}:{chip.example}" for k, chip in CHIPS.items())
     raise InputError(
         f"--topology {name}: unknown topology; use one like {known} (in any size), "

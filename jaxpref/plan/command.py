@@ -4,11 +4,10 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.errors import InputError, show, visible_line
+from jaxpref.files import check_output, write_json
 from jaxpref.models import Model, Numerics, build
 from jaxpref.objectives import Objective
 from jaxpref.plan import child
@@ -27,6 +26,7 @@ from jaxpref.plan.roofline import (
 )
 from jaxpref.plan.sweep import candidates, flags_of, with_flags
 from jaxpref.plan.table import print_plan, print_sweep
+from jaxpref.scoring.checks import check_logit_chunk
 from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS, stored_scores
 
 
@@ -44,13 +44,14 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     Raises:
       InputError: if the options are invalid or not compatible.
     """
+    check_logit_chunk(config.logit_chunk, objective.scores)
     topology = parse_topology(config.topology)
     model = model_of(config)
     if target := os.environ.get(child.TARGET):
         write_json(target, measure(work_of(config, model, objective), topology))
         return {}
-    if config.json is not None and not Path(config.json).absolute().parent.is_dir():
-        raise InputError(f"--json {config.json}: its folder does not exist")
+    if config.json is not None:
+        check_output("--json", config.json, {"--model": config.model})
     if not config.sweep:
         plan = estimate_plan(config, objective, argv, topology, model)
         print_plan(config, topology, plan)
@@ -63,7 +64,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
             arguments = with_flags(argv, flags)
             plan = estimate_plan(candidate, objective, arguments, topology, model)
         except InputError as error:
-            print(f"{' '.join(flags)}: {error}", flush=True)
+            show(visible_line(f"{' '.join(flags)}: {error}"))
             continue
         plans.append((candidate, plan))
         if len(plans) == 1:
@@ -72,7 +73,7 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
     if not plans:
         raise InputError("no mesh of these devices divides the model and the batch")
     best = min(plans, key=lambda pair: _rank(pair[1]))
-    print(
+    show(
         "\nnothing fits; the closest:" if best[1]["fits"] is False else "\nrecommended:"
     )
     print_plan(best[0], topology, best[1])

@@ -4,7 +4,12 @@ import dataclasses
 from typing import Literal
 
 from jaxpref.errors import InputError
+from jaxpref.runtime.ranges import at_least
 from jaxpref.train import MeshConfig, OptimizerConfig
+from jaxpref.train.options import LONGEST_ROW
+
+MOST = {"batch": 2**20, "seq": LONGEST_ROW, "row_length": LONGEST_ROW}
+"""The largest sizes; a plan makes a row of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,13 +56,11 @@ class PlanConfig:
     """File to write the plan to, as JSON."""
 
     def __post_init__(self):
-        for name in ("batch", "seq", "accumulation", "unroll"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
-        for name in ("answer_length", "row_length", "logit_chunk", "pairs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value}: must be at least 1")
+        at_least(1, self, "batch", "seq", "accumulation", "unroll")
+        at_least(1, self, "answer_length", "row_length", "logit_chunk", "pairs")
+        for name, most in MOST.items():
+            if (value := getattr(self, name)) is not None and value > most:
+                raise InputError(f"{name} {value}: must be at most {most}")
         if not 1 <= self.answer < self.seq:
             raise InputError(
                 f"answer_length {self.answer}: a prompt with an answer has seq "

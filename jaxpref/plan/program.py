@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxpref.errors import InputError, first_line
-from jaxpref.files import cache_folder, write_json
+from jaxpref.files import cache_folder, make_private, write_json
 from jaxpref.models import Model, RewardModel, build
 from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
@@ -153,7 +153,8 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
     numerics = dataclasses.replace(
         work.model.numerics, twice_differentiable=work.objective.probe is not None
     )
-    schedule = make_schedule(work.optimizer, 1000)
+    # The number of steps does not change the program.
+    schedule = make_schedule(work.optimizer, max(1000, work.optimizer.warmup_steps))
     return Programs(
         scorer=make_scorer(
             make_model(work.model.architecture, numerics),
@@ -253,7 +254,7 @@ def _compiled(lower, topology: Topology) -> dict:
             if figures != once[kind]
         }
         found["seconds"] = time.monotonic() - start
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     write_json(path, found)
     return found
 

@@ -1,5 +1,6 @@
 """Printing plans to the terminal."""
 
+from jaxpref.errors import show
 from jaxpref.plan.advice import advice
 from jaxpref.plan.chips import GIB, Topology
 from jaxpref.plan.config import PlanConfig
@@ -38,7 +39,7 @@ def print_plan(config: PlanConfig, topology: Topology, plan: dict) -> None:
     if plan["roofline_seconds"] is not None:
         lines += _times(plan)
     lines += _collectives(plan)
-    print("\n".join(lines), flush=True)
+    show("\n".join(lines))
 
 
 def _verdict(config: PlanConfig, plan: dict) -> list[str]:
@@ -115,18 +116,16 @@ def _collectives(plan: dict) -> list[str]:
 def print_sweep(config: PlanConfig | None, plan: dict | None) -> None:
     """Prints a line of a sweep, or the header if `plan` is None."""
     if plan is None:
-        print(
+        show(
             f"{'data':>5}{'fsdp':>6}{'tensor':>7}  {'remat':5}{'needs':>12}"
-            f"{'fits':>6}{'at least':>11}{'MFU':>6}",
-            flush=True,
+            f"{'fits':>6}{'at least':>11}{'MFU':>6}"
         )
         return
     mesh, seconds = plan["mesh"], plan["roofline_seconds"]
     fits = {True: "yes", False: "no", None: "-"}[plan["fits"]]
     time = "-" if seconds is None else f"{seconds:.3g} s"
     mfu = "-" if seconds is None else f"{100 * plan['mfu_estimate']:.0f}%"
-    print(
+    show(
         f"{mesh['data']:>5}{mesh['fsdp']:>6}{mesh['tensor']:>7}  {plan['remat']:5}"
-        f"{gib(plan['hbm_bytes']):>12}{fits:>6}{time:>11}{mfu:>6}",
-        flush=True,
+        f"{gib(plan['hbm_bytes']):>12}{fits:>6}{time:>11}{mfu:>6}"
     )

@@ -109,7 +109,7 @@ def _lead(summary: Record, pairs: Sequence[Record]) -> str:
         rate = _share(summary["flip_rate"])
         return (
             f"About {rate} of the labels are wrong (95% interval {_share(low)} to "
-            f"{_share(high)}). {counted}"
+            f"{_share(high)}), assuming that {summary['assumption']}. {counted}"
         )
     return (
         "These pairs do not determine how many labels are wrong: "
@@ -123,7 +123,7 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
     actions: dict[str, int] = {}
     for row in pairs:
         actions[row["action"]] = actions.get(row["action"], 0) + 1
-    known = summary["identified"]
+    known, acted = summary["identified"], summary["acted_on"]
     rows = [
         ["flip rate", _share(summary["flip_rate"]) if known else "not identified"],
         ["95% interval", f"{_share(low)} to {_share(high)}"],
@@ -133,7 +133,15 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
         *([f"action: {name}", count] for name, count in sorted(actions.items())),
         *([f"not judged: {k}", v] for k, v in summary["not_judged"].items()),
     ]
-    parts: list = [Table(["", "all pairs"], rows)]
+    parts: list = [
+        Table(["", "all pairs"], rows),
+        "A flip rate above 1/2 with a model that is wrong throughout would explain the "
+        "labels as well as one below 1/2. The labels cannot tell these apart, so the "
+        f"audit assumes that {summary['assumption']}. A single annotator may be worse.",
+        f"In `clean.jsonl`, {acted['rule']}.",
+    ]
+    if summary["advice"]:
+        parts.append(f"{summary['advice']}.")
     if not known:
         parts.append(
             f"The flip rate is not identified: {summary['reason']}. The ranking of the "
@@ -190,7 +198,9 @@ def _accuracy_table(summary: Record) -> Table:
 def _suspects(suspects: Sequence[Record]) -> list:
     parts: list = [
         "The label prefers the answer on the left. If the margin is negative, the "
-        "model prefers the one on the right. The texts are complete, as in the file."
+        "model prefers the one on the right. The texts are complete, as in the file. "
+        "`review.csv` lists these pairs with shortened texts, for a spreadsheet; "
+        "`--top N` lists more or fewer."
     ]
     for number, record in enumerate(suspects, 1):
         who = f", annotator {_name(record)}" if record["annotator"] is not None else ""

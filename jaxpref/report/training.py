@@ -114,8 +114,10 @@ def read_records(path: Path) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
+            if type(record["step"]) is not int:
+                raise ValueError("step is not a whole number")
             found[record["step"], "eval_loss" in record] = record
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise InputError(
                     f"{path}: line {number}: not a line of metrics ({error}); remove it"

@@ -1,4 +1,7 @@
-"""Checkpoints: a state and its metadata in one Orbax step, verified by digests."""
+"""Checkpoints: a state and its metadata in one Orbax step, verified by digests.
+
+Each says what made it, and is refused by a run that differs.
+"""
 
 import json
 import logging
@@ -20,6 +23,13 @@ from jaxpref.runtime.processes import (
     broadcast_from_process_zero,
     failing_processes,
 )
+from jaxpref.runtime.provenance import (
+    NOTHING,
+    Provenance,
+    differences,
+    from_json,
+    to_json,
+)
 
 PAUSES = 0.0, 1.0, 4.0
 """Seconds to wait before each attempt to read a checkpoint."""
@@ -37,9 +47,15 @@ class CheckpointError(InputError):
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
-    def __init__(self, folder: Path, *, keep: int):
-        """Opens the folder, creating it if needed; keeps the newest `keep` steps."""
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int, made_by: Provenance = NOTHING):
+        """Opens the folder, creating it if needed.
+
+        Args:
+          folder: the folder.
+          keep: number of newest steps to keep.
+          made_by: what this run computes with; steps of another run are refused.
+        """
+        self.folder, self._keep, self._made_by = folder, keep, made_by
         self.best: int | None = None
         """A step that is kept even when newer ones exist."""
         self._writing: int | None = None
@@ -70,7 +86,12 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             self._raise(OSError(f"{needed:,} bytes needed, {free:,} free"))
-        meta = {"data": data, "digests": digests(state)}
+        meta = {
+            "made_by": to_json(self._made_by),
+            "step": step,
+            "data": data,
+            "digests": digests(state),
+        }
         meta["digest"] = digest_of_meta(meta)
         try:
             saved = self._manager.save(
@@ -114,6 +135,10 @@ class Checkpoints:
         Args:
           abstract: shapes, dtypes and shardings to restore to.
           only: restore this step and no other.
+
+        Raises:
+          CheckpointError: if a step was made by another run, before anything is moved
+            or deleted, or if there are steps, but none that is intact.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         steps = _steps_of_process_zero(steps if only is None else [only])
@@ -162,14 +187,38 @@ class Checkpoints:
                 meta = json.loads((folder / "meta" / "metadata").read_text())
                 if not meta.keys() >= {"data", "digests"}:
                     raise ValueError("meta/metadata is incomplete")
+                self._check_origin(step, meta)
                 state = ocp.StandardCheckpointHandler().restore(
                     folder / "state", args=ocp.args.StandardRestore(abstract)
                 )
+            except CheckpointError:
+                raise
             except Exception as error:
                 why = first_line(error)
             else:
                 return (state, meta), ""
         return None, why
+
+    def _check_origin(self, step: int, meta: dict) -> None:
+        """Refuses the step of another run; does nothing if its metadata is damaged."""
+        if meta.get("digest", digest_of_meta(meta)) != digest_of_meta(meta):
+            return
+        if "made_by" not in meta:
+            raise CheckpointError(
+                f"{self.folder}: step {step} was saved by an earlier version, which "
+                "did not record what made it; finish the run with that version, or use "
+                "another --out"
+            )
+        if meta["step"] != step:
+            raise CheckpointError(
+                f"{self.folder}: step {step} is step {meta['step']} under another "
+                "name; rename its folder"
+            )
+        if changed := differences(from_json(meta["made_by"]), self._made_by):
+            raise CheckpointError(
+                f"{self.folder}: step {step} was made with other inputs; changed: "
+                f"{', '.join(changed)}. Put them back to resume, or use another --out"
+            )
 
     def _clear(self, steps: list[int], unreadable: list[int]) -> None:
         """Deletes damaged steps and moves unreadable ones to `unreadable/`."""

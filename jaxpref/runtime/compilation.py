@@ -8,15 +8,19 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jax
 from tqdm import tqdm
 
-from jaxpref.errors import InputError
-from jaxpref.files import cache_folder
+from jaxpref.errors import InputError, visible
+from jaxpref.files import cache_folder, make_private, warn_if_others_write
 
 Result = TypeVar("Result")
+
+HOLDS = "the compiled programs"
+"""What the cache holds, for warnings."""
 
 _in_background: set[concurrent.futures.Future] = set()
 
@@ -43,9 +47,14 @@ def enable_compilation_cache() -> None:
                 f"JAX_COMPILATION_CACHE_DIR {given}: a bucket requires gcsfs, which is "
                 'not installed; pip install gcsfs or "jaxpref[tpu]"'
             )
+        if given and "://" not in given:
+            warn_if_others_write(Path(given), holds=HOLDS)
         return
-    folder = str(cache_folder() / "compiled")
-    jax.config.update("jax_compilation_cache_dir", folder)
+    folder = cache_folder() / "compiled"
+    with contextlib.suppress(InputError):  # jax warns if it cannot write there
+        make_private(folder)
+    warn_if_others_write(folder, holds=HOLDS)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -107,7 +116,8 @@ def log_compilations() -> Iterator[None]:
         fun_name = str(about.get("fun_name", ""))
         shapes = arguments.pop(fun_name, {})
         shapes = ", ".join(f"{n} x {s}" if n > 1 else s for s, n in shapes.items())
-        tqdm.write(f"{origin} in {duration_secs:.2f} s: {fun_name} of {shapes or '-'}")
+        line = f"{origin} in {duration_secs:.2f} s: {fun_name} of {shapes or '-'}"
+        tqdm.write(visible(line))
 
     logger, log = logging.getLogger("jax"), Log()
     before = logger.level, logger.propagate
@@ -125,4 +135,5 @@ def log_compilations() -> Iterator[None]:
         logger.setLevel(before[0])
         logger.propagate = before[1]
         for origin, count in counts.items():
-            tqdm.write(f"{count} programs {origin} in {seconds[origin]:.1f} s")
+            line = f"{count} programs {origin} in {seconds[origin]:.1f} s"
+            tqdm.write(visible(line))

@@ -6,14 +6,27 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import traceback
+import warnings
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 
-from jaxpref.errors import DIVERGED, InputError, Stopped
+from jaxpref.errors import (
+    DIVERGED,
+    OUT_OF_MEMORY,
+    InputError,
+    Stopped,
+    first_line,
+    show,
+    visible,
+)
 from jaxpref.runtime.compilation import enable_compilation_cache
 from jaxpref.runtime.malloc import reuse_freed_memory
+from jaxpref.runtime.memory import is_out_of_memory, out_of_memory_message
 from jaxpref.runtime.mesh import initialize_distributed
 from jaxpref.runtime.preemption import PREEMPTED, Preempted, jax_handler
 
@@ -27,23 +40,37 @@ TRANSIENT = {
     if hasattr(errno, name)
 }
 """Operating system errors that may disappear on a retry."""
+_formatwarning = warnings.formatwarning
+
+
+DEBUG = "JAXPREF_DEBUG"
+"""Environment variable; if it is set, tracebacks are printed too."""
 
 
 @contextlib.contextmanager
-def entry_point() -> Iterator[None]:
+def entry_point(out: Path | None = None, *, resumes: bool = True) -> Iterator[None]:
     """Joins the run's other processes and turns exceptions into exit codes.
 
     Also enables the compilation cache (`enable_compilation_cache`) and the reuse of
-    freed memory (`reuse_freed_memory`).  Every error is reported in one line.
+    freed memory (`reuse_freed_memory`).  Every error is reported in one line.  The
+    traceback of an error that was not foreseen is written to a file, which the line
+    names.
+
+    Args:
+      out: the run's folder, for the traceback; a temporary folder if it is none yet.
+      resumes: whether the command, if interrupted, keeps what it has done.
 
     Exit codes:
-      1: an error of a disk or a connection that may disappear on a retry; a supervisor
-        restarts the run.
+      1: an error that may disappear on a retry, of a disk or a connection or one that
+        was not foreseen; a supervisor restarts the run.
       2: invalid input.
-      65: the run stopped itself because too many steps went wrong (`guard`).
+      65: the run stopped itself because too many steps went wrong (`guard`), or because
+        nothing was learned.
+      66: out of memory.
       130: interrupted by Ctrl-C, or by SIGTERM outside training.
       143: SIGTERM during training, after the last step was saved (`preemption`).
     """
+    _filter_logs()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # A failed write is reported in one line.  Orbax would also log it, once for every
     # array and with a traceback.
@@ -59,23 +86,74 @@ def entry_point() -> Iterator[None]:
         yield
     except Preempted as preempted:
         # A normal exit: all processes end here, once each has saved its part.
-        print(f"jaxpref: {preempted}", file=sys.stderr, flush=True)
+        show(f"jaxpref: {preempted}", file=sys.stderr)
         sys.exit(PREEMPTED)
     except Stopped as stopped:
-        print(f"jaxpref: error: {stopped}", file=sys.stderr, flush=True)
+        show(f"jaxpref: error: {stopped}", file=sys.stderr)
         sys.exit(DIVERGED)  # a normal exit too: all processes stop at the same step
-    except InputError as error:
-        fail(str(error))
-    except OSError as error:
-        message = f"{error.filename or 'I/O'}: {error.strerror or error}"
-        fail(message, code=1 if error.errno in TRANSIENT else 2)
     except KeyboardInterrupt:
-        fail("interrupted; the same command resumes", code=130)
+        again = "resumes" if resumes else "starts over"
+        fail(f"interrupted; the same command {again}", code=130)
+    except Exception as error:
+        _debug(error)
+        if is_out_of_memory(error):
+            fail(out_of_memory_message(error), code=OUT_OF_MEMORY)
+        if isinstance(error, InputError):
+            fail(str(error))
+        if isinstance(error, OSError):
+            message = f"{error.filename or 'I/O'}: {error.strerror or error}"
+            fail(message, code=1 if error.errno in TRANSIENT else 2)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        fail(f"unexpected {what}; {_log(error, out)}", code=1)
+
+
+def _debug(error: Exception) -> None:
+    if os.environ.get(DEBUG):
+        show("".join(traceback.format_exception(error)), file=sys.stderr)
+
+
+def _log(error: Exception, out: Path | None) -> str:
+    """Writes the traceback to a new file; says where it is."""
+    text = "".join(traceback.format_exception(error))
+    run = out if out is not None and (out / "config.json").is_file() else None
+    for folder in (run, None):
+        try:
+            number, path = tempfile.mkstemp(".log", "jaxpref-error-", folder)
+            with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError:
+            continue
+        return f"the traceback is in {path}; please report it"
+    return f"{DEBUG}=1 shows the traceback; please report it"
+
+
+class VisibleRecord(logging.LogRecord):
+    """A log record whose text is `visible`, whichever package logs it."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.exc_info and self.exc_info[0] is not None:
+            formatted = logging.Formatter().formatException(self.exc_info)
+            self.exc_text = visible(formatted)
+
+    def getMessage(self) -> str:  # noqa: D102, N802
+        return visible(super().getMessage())
+
+
+def _filter_logs() -> None:
+    """Makes log lines and warnings of every package `visible`."""
+    logging.setLogRecordFactory(VisibleRecord)
+    if warnings.formatwarning is not _visible_warning:
+        warnings.formatwarning = _visible_warning
+
+
+def _visible_warning(*args: Any, **options: Any) -> str:
+    return visible(_formatwarning(*args, **options))
 
 
 def fail(message: str, *, code: int = 2) -> NoReturn:
     """Prints one line to stderr and ends the process."""
-    print(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    show(f"jaxpref: error: {' '.join(message.split())}", file=sys.stderr)
     if jax.distributed.is_initialized():
         # A normal exit would wait for the other processes, which wait for this one.
         os._exit(code)

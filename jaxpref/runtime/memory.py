@@ -1,8 +1,9 @@
-"""The device memory of a train step: whether it fits, and what to recompute if not."""
+"""Memory: whether arrays and steps fit, what to recompute, what to do if none fits."""
 
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpref.errors import InputError
+from jaxpref.errors import OutOfMemory, first_line
 from jaxpref.files import write_json
 from jaxpref.runtime.processes import broadcast_from_process_zero, log
 
@@ -26,6 +27,14 @@ CGROUP_LIMITS = (
 
 Compile = Callable[[], jax.stages.Compiled]
 
+LESS = (
+    "start again with a larger --accumulation, --remat full, a smaller --batch-size, "
+    "--row-length or --max-length, or more devices (--mesh.fsdp)"
+)
+"""What to do if a train step does not fit."""
+_needed: dict[str, float] = {}
+"""Bytes per device that parts of this process's work need, for messages."""
+
 
 def choose_remat(out: Path, step_of: Callable[[str], Compile]) -> str:
     """The first of `POLICIES` whose compiled step fits into a device's memory.
@@ -38,7 +47,7 @@ def choose_remat(out: Path, step_of: Callable[[str], Compile]) -> str:
       step_of: returns, for a policy, a function that compiles the step.
 
     Raises:
-      InputError: if the step does not fit with any policy.
+      OutOfMemory: if the step does not fit with any policy.
     """
     path = out / "memory.json"
     stored = -1
@@ -74,14 +83,56 @@ def check_memory(need: float) -> None:
       need: bytes, from `required_bytes`.
 
     Raises:
-      InputError: if it does not fit.
+      OutOfMemory: if it does not fit.
     """
+    _needed["a step"] = need
     if need > (limit := memory_limit()) or math.isinf(need):
-        raise InputError(
+        raise OutOfMemory(
             f"a step needs {_mib(need)} of memory per device, which has {_mib(limit)}; "
-            "start again with a larger --accumulation, --remat full, a smaller "
-            "--batch-size or --max-length, or more devices (--mesh.fsdp)"
+            f"{LESS}"
         )
+
+
+def check_arrays(what: str, arrays: Any) -> None:
+    """Checks that arrays fit into a device's memory, before they are allocated.
+
+    Args:
+      what: what they are, for messages: "model: the weights".
+      arrays: anything with shapes, dtypes and shardings.
+
+    Raises:
+      OutOfMemory: if they do not fit.
+    """
+    need = _needed[what] = sum(map(_bytes_per_device, jax.tree.leaves(arrays)))
+    if need > (limit := memory_limit()):
+        raise OutOfMemory(
+            f"{what} need {_mib(need)} of memory per device, which has {_mib(limit)}; "
+            "use more devices (--mesh.fsdp), a smaller --batch-size or --row-length, a "
+            "smaller model, or for training --optimizer adafactor or --param-dtype "
+            "bfloat16"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory of the host or of a device ran out."""
+    if isinstance(error, (MemoryError, OutOfMemory)):
+        return True
+    # A connection may also exhaust a resource: the length of a message, or a quota.
+    text = str(error)
+    return "RESOURCE_EXHAUSTED" in text and not re.search("message larger|quota", text)
+
+
+def out_of_memory_message(error: BaseException) -> str:
+    """One line: what failed, what is needed as far as it is known, and what to do."""
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    needs = "".join(
+        f"; {what} need{'s' * (what == 'a step')} {_mib(need)} per device"
+        for what, need in _needed.items()
+    )
+    limit = memory_limit()
+    of = f", which has {_mib(limit)}" if math.isfinite(limit) and needs else ""
+    return f"out of memory ({first_line(error)}){needs}{of}; {LESS}"
 
 
 def required_bytes(compile_step: Compile) -> float:
@@ -128,6 +179,15 @@ def memory_limit() -> float:
         except (OSError, ValueError):
             pass  # not in a container, or "max"
     return machine // len(devices)
+
+
+def _bytes_per_device(array: Any) -> int:
+    sharding = getattr(array, "sharding", None)
+    shape = array.shape
+    if sharding is not None:
+        # Under an abstract mesh, a sharding gives shapes all the same.
+        shape = sharding.shard_shape(shape)
+    return math.prod(shape) * np.dtype(array.dtype).itemsize
 
 
 def _mib(size: float) -> str:

@@ -129,6 +129,16 @@ def check_rows(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> N
     share_of_rows(mesh)
 
 
+def rows_for(count: int, batch_size: int, mesh: jax.sharding.Mesh) -> int:
+    """Rows of a batch that holds up to `batch_size` of `count` items.
+
+    No more than needed, so that a huge batch size does not allocate a huge batch; a
+    multiple of the parts that the rows are split into.
+    """
+    parts = row_shards(mesh)
+    return min(batch_size, max(-(-count // parts), 1) * parts)
+
+
 def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """Which share of a batch's rows this process loads, and the number of shares.
 

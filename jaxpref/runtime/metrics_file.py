@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from jaxpref.files import cannot_write, write_whole
+from jaxpref.files import cannot_write, open_to_append, write_whole
+
+_log = logging.getLogger("jaxpref")
 
 
 class MetricsWriter:
@@ -41,7 +45,7 @@ class MetricsWriter:
             _keep_before(self._path, resumed_at)
             board = out / "tensorboard"
             with self._writing():
-                self._file = self._path.open("a", encoding="utf-8")
+                self._file = open_to_append(self._path)
                 board.mkdir(exist_ok=True)
                 # Not SummaryWriter: its thread dies when the disk is full, then blocks.
                 self._board = EventsWriter(str(board / "events"))
@@ -86,14 +90,39 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; an incomplete last line is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The lines of a `metrics.jsonl`, without those that are damaged.
+
+    A line is a JSON object whose `step` is a whole number and whose other values are
+    numbers or null.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict], list[int]]:
+    """The records of a file, and the numbers of the damaged lines, from 1."""
+    records, damaged = [], []
+    text = path.read_bytes().decode("utf-8", "replace")
+    for number, line in enumerate(text.split("\n"), 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if _is_record(record):
+            records.append(record)
+        elif line.strip():
+            damaged.append(number)
+    return records, damaged
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("step")) is int
+        and all(
+            x is None or (isinstance(x, int | float) and not isinstance(x, bool))
+            for x in value.values()
+        )
+    )
 
 
 def _keep_before(path: Path, step: int) -> None:
@@ -103,9 +132,13 @@ def _keep_before(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
+    records, damaged = _read(path)
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
+        _log.warning("%s: dropped damaged lines: %s", path, numbers)
     kept = [
         line
-        for line in read_metrics(path)
+        for line in records
         if line["step"] < step or (line["step"] == step and "loss" in line)
     ]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -4,13 +4,18 @@ import collections
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, show, visible_line
+
+Result = TypeVar("Result")
+
+LONGEST_TEXT = 4000
+"""Bytes of a text that process 0 sends to the others."""
 
 
 def only_first_process(function: Callable, *args: Any, **kwargs: Any) -> None:
@@ -21,7 +26,7 @@ def only_first_process(function: Callable, *args: Any, **kwargs: Any) -> None:
 
 def log(message: str) -> None:
     """Prints one line of the run's output, on process 0."""
-    only_first_process(print, message, flush=True)
+    only_first_process(show, visible_line(message))
 
 
 def broadcast_from_process_zero(value: Any) -> np.ndarray:
@@ -33,6 +38,35 @@ def broadcast_from_process_zero(value: Any) -> np.ndarray:
     if jax.process_count() == 1:
         return value
     return np.array(multihost_utils.broadcast_one_to_all(value))
+
+
+def together(function: Callable[[], Result]) -> Result | None:
+    """Calls `function` on process 0; all processes must call this.
+
+    Returns:
+      Its result on process 0, None on the others.
+
+    Raises:
+      InputError: on every process, if `function` raises one.
+    """
+    result, message = None, ""
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except InputError as error:
+            message = str(error)
+    if message := broadcast_text(message):
+        raise InputError(message)
+    return result
+
+
+def broadcast_text(text: str) -> str:
+    """Returns process 0's text, up to `LONGEST_TEXT` bytes, on every process."""
+    data = np.zeros(LONGEST_TEXT, np.uint8)
+    encoded = np.frombuffer(text.encode("utf-8", "replace")[:LONGEST_TEXT], np.uint8)
+    data[: len(encoded)] = encoded
+    found = broadcast_from_process_zero(data).tobytes().rstrip(b"\0")
+    return found.decode("utf-8", "replace")
 
 
 def failing_processes(succeeded: bool) -> list[int]:

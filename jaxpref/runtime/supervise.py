@@ -21,7 +21,9 @@ Exit codes:
   0: every process exited with 0.
   2: invalid input, either to this command or to a process.  Not restarted, unless a
     signal killed another process.
-  65: a run stopped itself because too many steps went wrong.  Not restarted.
+  65: a run stopped itself because too many steps went wrong, or because nothing was
+    learned.  Not restarted.
+  66: a process ran out of memory.  Not restarted.
   143: the supervisor got SIGTERM and forwarded it, and every process saved its last
     step or had finished.  The same command resumes the run.
   130: the supervisor got SIGTERM or SIGINT and forwarded it; not every process saved.
@@ -35,6 +37,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import signal
 import socket
@@ -45,10 +48,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxpref.errors import show, visible_line
 from jaxpref.runtime import heartbeat
 
 INVALID_INPUT = 2
-FINAL = {INVALID_INPUT: "invalid input", 65: "a run that stopped itself"}
+OUT_OF_MEMORY = 66
+FINAL = {
+    INVALID_INPUT: "invalid input",
+    65: "a run that stopped itself",
+    OUT_OF_MEMORY: "a process that ran out of memory",
+}
 """Exit codes after which restarting the same command is pointless."""
 INTERRUPTED = 130
 SAVED = 128 + signal.SIGTERM
@@ -120,8 +129,10 @@ def supervise(config: SuperviseConfig) -> int:
             ended = f"process {index} of {config.processes} "
             ended += hung or f"ended {_how(code)}"
             for process in processes:
-                # A process that lost a peer may report that as another error.
-                if (what := FINAL.get(process.returncode)) and not killed:
+                # A process that lost a peer may report that as another error, but
+                # not as a lack of memory.
+                sure = not killed or process.returncode == OUT_OF_MEMORY
+                if (what := FINAL.get(process.returncode)) and sure:
                     code = process.returncode
                     _say(f"{ended}; {what} (code {code}) is not restarted")
                     return code
@@ -130,7 +141,7 @@ def supervise(config: SuperviseConfig) -> int:
             if used >= config.restarts:
                 _say(f"{ended}; no restarts left of {config.restarts}")
                 return code if code > 0 else 128 - code
-            pause = min(config.pause * 2**used, _LONGEST_PAUSE)
+            pause = _pause_before(used, config.pause)
             used += 1
             _say(f"{ended}; restart {used} of {config.restarts} in {pause:g} s")
             processes.clear()
@@ -230,6 +241,14 @@ def _stop(processes: Sequence[subprocess.Popen], number: int, grace: float) -> N
         process.wait()
 
 
+def _pause_before(restart: int, first: float) -> float:
+    """Seconds before a restart (from 0): doubled each time, up to the longest."""
+    try:
+        return min(math.ldexp(first, restart), _LONGEST_PAUSE)
+    except OverflowError:  # after more than a thousand restarts
+        return _LONGEST_PAUSE
+
+
 def _raise(number: int, frame) -> None:
     # Further signals are ignored, because the shutdown is bounded by the grace time.
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -247,7 +266,7 @@ def _how(code: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"supervise: {line}", file=sys.stderr, flush=True)
+    show(visible_line(f"supervise: {line}"), file=sys.stderr)
 
 
 def _parse(argv: list[str]) -> SuperviseConfig:

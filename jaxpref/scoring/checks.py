@@ -1,6 +1,6 @@
 """Checks that a dataset fits a model, and that its scores are finite."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -44,6 +44,15 @@ def check_fits(
             f"token {dataset.tokens[outside[0]]}, but its embedding has "
             f"{architecture.vocab_size} rows; use the tokenizer that belongs to the "
             "model"
+        )
+
+
+def check_logit_chunk(logit_chunk: int | None, scores: Collection[str]) -> None:
+    """Raises InputError for `logit_chunk` if no logits are computed for the scores."""
+    if logit_chunk is not None and "rewards" in scores:
+        raise InputError(
+            f"--logit-chunk {logit_chunk}: a reward model computes no logits, so "
+            "nothing reads it; leave it out"
         )
 
 

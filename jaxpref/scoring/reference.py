@@ -10,6 +10,10 @@ Each run has a copy in `OUT/reference`, which is read first.  The run can thus r
 with the same bits after the cache is deleted, or on another machine.  Missing or
 damaged scores are computed again, always from the reference model's folder and never
 from trained weights.
+
+Stored scores are checked before they are used.  A new run computes a sample of them
+again.  A resumed run compares a digest of all of them with that in its checkpoint.  If
+they differ, all are computed again.
 """
 
 import dataclasses
@@ -19,12 +23,15 @@ import importlib.metadata
 import json
 import logging
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from tqdm import tqdm
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
@@ -38,6 +45,9 @@ from jaxpref.scoring.scores import policy_name
 
 SHARD = 512
 """Pairs between two writes, rounded up to whole batches; a kill loses at most these."""
+TOLERANCE = {True: (1e-4, 1e-3), False: (5e-3, 0.1)}
+"""How far a stored score may be from the same score computed again: relative to it, and
+in nats.  True for float32 on CPU, False where products are rounded to fewer bits."""
 SCORED_BY = (
     "data/**/*.py",
     "losses/_sequence.py",
@@ -49,6 +59,9 @@ SCORED_BY = (
     "sharding.py",
 )
 """The code that a score depends on; a change of it invalidates cached scores."""
+
+WEIGHTS = "weights and dtypes"
+"""Name of the reference's digest in what shards say about themselves."""
 
 _log = logging.getLogger("jaxpref")
 
@@ -68,6 +81,8 @@ class Reference:
     digest: str
     """Digest of its weights and dtypes, from `reference_digest`; empty on all processes
     except the first."""
+    compute_dtype: str = "float32"
+    """Dtype of its matrix products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +97,47 @@ class ScoredSet:
     """The files of the records, for messages."""
     needed: np.ndarray
     """int [M]; the records that the run sees, in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A folder of stored scores."""
+
+    folder: Path
+    """The folder of the shards."""
+    made_by: Mapping[str, str]
+    """What its shards must say about themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Computes the reference's scores of some records of a dataset."""
+
+    reference: Reference
+    scored: ScoredSet
+    load: Callable
+    score: ScoreDataset
+    batch_size: int
+
+    @property
+    def title(self) -> str:
+        return f"reference log-probs ({self.scored.name})"
+
+    def __call__(
+        self, records: np.ndarray, *, title: str, bar: tqdm | None = None
+    ) -> np.ndarray:
+        """Float32 [names, M, K] of `records`, int [M].
+
+        Computed with the policy's kernels, so both agree at the start, to the bit with
+        one pair per row, and up to rounding in packed rows.
+        """
+        chosen = self.scored.dataset.take(records)
+        scores = self.score(self.load(), None, chosen, title=title, bar=bar)
+        names = self.reference.scores
+        computed = np.stack([scores[policy_name(name)] for name in names])
+        for table in computed:
+            check_finite(self.scored.sources, chosen, self.reference.name, table)
+        return computed
 
 
 def reference_digest(folder: Path, dtypes: str) -> str:
@@ -101,7 +157,8 @@ def reference_tables(
     score: ScoreDataset,
     batch_size: int,
     layout: str,
-) -> dict[str, dict[str, Float[np.ndarray, "N K"]]]:
+    expected: Mapping[str, Any] = types.MappingProxyType({}),
+) -> tuple[dict[str, dict[str, Float[np.ndarray, "N K"]]], dict[str, Any]]:
     """The reference's scores that the objective reads, for each dataset.
 
     Args:
@@ -112,54 +169,66 @@ def reference_tables(
       score: `score(params, None, dataset, title=..., bar=...)`.
       batch_size: pairs that are scored together.
       layout: batch sizes, mesh and anything else that affects rounding, as text.
+      expected: the digests that the run had before it was interrupted; empty for a new
+        run.
 
     Returns:
       Float32 [N, K] by name, for each dataset: NaN for records that are not needed.
-      Empty if no scores are stored.
+      Empty if no scores are stored.  And digests of the scores, for `expected`.
 
     Raises:
       InputError: if a score is not finite, or OUT cannot be written.
     """
     names = reference.scores
     if not names:
-        return {scored.name: {} for scored in sets}
+        return {scored.name: {} for scored in sets}, {}
     folders, about = [], {}
     if jax.process_index() == 0:
         about = _about(reference.digest, f"{layout}, {reference.numerics}")
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
         folders = [
-            out / "reference" / reference.digest[:32],
-            cache_folder() / "reference" / key,
+            Stored(
+                out / "reference" / reference.digest[:32], {WEIGHTS: reference.digest}
+            ),
+            Stored(cache_folder() / "reference" / key, about),
         ]
     load = functools.cache(load)
-    size = -(-SHARD // batch_size) * batch_size
-    tables = {}
+    tables, digests = {}, {}
     for scored in sets:
+        scorer = _Scorer(reference, scored, load, score, batch_size)
         keys = score_keys(scored.dataset, names)
         find = functools.partial(_find, folders, keys, about)
+        fill = functools.partial(_fill, scorer, folders, keys, about)
         values = _of_process_zero(find, keys.shape)
         missing = unscored(scored, keys, values)
-        title = f"reference log-probs ({scored.name})"
+        known = np.setdiff1d(scored.needed, missing)
         if len(scored.needed):
-            known = len(scored.needed) - len(missing)
-            log(f"{title}: {known} cached, {len(missing)} to compute")
-        with progress_bar(len(missing), title) as bar:
-            for start in range(0, len(missing), size):
-                part = missing[start : start + size]
-                chosen = scored.dataset.take(part)
-                scores = score(load(), None, chosen, title=title, bar=bar)
-                # Computed with the policy's kernels, so both agree at the start, to the
-                # bit with one pair per row, and up to rounding in packed rows.
-                computed = np.stack([scores[policy_name(name)] for name in names])
-                for table in computed:
-                    check_finite(scored.sources, chosen, reference.name, table)
-                new = np.isnan(values[:, part])
-                _store(folders, keys[:, part][new], computed[new], about)
+            cached = f"{len(known)} cached, {len(missing)} to compute"
+            log(f"{scorer.title}: {cached}")
         if len(missing):
+            fill(values, missing)
             # Read back as a resumed run would, so duplicate completions share a score.
             values = _of_process_zero(find, keys.shape)
+        if len(known) and not _are_right(scorer, values, known, expected):
+            for stored in folders:
+                score_cache.remove(stored.folder, keys)
+            blank = np.full(keys.shape, np.nan, np.float32)
+            fill(blank, unscored(scored, keys, blank))
+            values = _of_process_zero(find, keys.shape)
         tables[scored.name] = dict(zip(names, values))
-    return tables
+        digests[scored.name] = scores_digest(values, scored.needed)
+    return tables, digests
+
+
+def scores_digest(
+    values: Float[np.ndarray, "names N K"], records: Int[np.ndarray, " M"]
+) -> dict[str, Any]:
+    """The number of records, and the SHA-256 of their scores."""
+    content = np.ascontiguousarray(values[:, records])
+    return {
+        "count": len(records),
+        "sha256": hashlib.sha256(content.tobytes()).hexdigest(),
+    }
 
 
 def unscored(
@@ -196,14 +265,72 @@ def score_keys(
     return np.array(keys, np.str_).reshape(len(names), *of_completion.shape)
 
 
+def _fill(
+    scorer: _Scorer,
+    folders: Sequence[Stored],
+    keys: np.ndarray,
+    about: Mapping[str, str],
+    values: np.ndarray,
+    missing: np.ndarray,
+) -> None:
+    """Computes and stores what `values` lacks of the records `missing`."""
+    size = -(-SHARD // scorer.batch_size) * scorer.batch_size
+    with progress_bar(len(missing), scorer.title) as bar:
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            computed = scorer(part, title=scorer.title, bar=bar)
+            new = np.isnan(values[:, part])
+            _store(folders, keys[:, part][new], computed[new], about)
+
+
+def _are_right(
+    scorer: _Scorer,
+    values: np.ndarray,
+    known: np.ndarray,
+    expected: Mapping[str, Any],
+) -> bool:
+    """Whether stored scores are the reference's; warns if they are not.
+
+    Args:
+      scorer: computes scores.
+      values: float32 [names, N, K]; the scores of all records that are needed.
+      known: int [M]; the records whose scores were stored.
+      expected: digests by dataset, from the checkpoint; empty for a new run.
+    """
+    scored, title = scorer.scored, scorer.title
+    was = expected.get(scored.name)
+    if was is not None and was["count"] <= len(scored.needed):
+        if scores_digest(values, scored.needed[: was["count"]]) == was:
+            return True
+        why = "differ from those in the checkpoint"
+    else:
+        count = max(min(len(known), scorer.batch_size), -(-len(known) // SHARD))
+        # One record from each part, at a place that nobody can predict.
+        place = broadcast_from_process_zero(np.random.default_rng().random(count))
+        part = known[((np.arange(count) + place) / count * len(known)).astype(int)]
+        computed = scorer(part, title=f"checking {title}")
+        exact = scorer.reference.compute_dtype != "bfloat16"
+        rtol, atol = TOLERANCE[exact and jax.devices()[0].platform == "cpu"]
+        stored = values[:, part]
+        wrong = ~np.isclose(stored, computed, rtol, atol, equal_nan=True)
+        if not wrong.any():
+            return True
+        pairs = int(wrong.any(axis=(0, 2)).sum())
+        most = np.nanmax(np.abs(stored - computed))
+        why = f"are wrong for {pairs} of {count} records, by up to {most:.3g} nats"
+    if jax.process_index() == 0:
+        _log.warning("%s: stored scores %s; all are computed again", title, why)
+    return False
+
+
 def _find(
-    folders: Sequence[Path], keys: np.ndarray, about: Mapping[str, str]
+    folders: Sequence[Stored], keys: np.ndarray, about: Mapping[str, str]
 ) -> np.ndarray:
     """The known scores, NaN elsewhere; copies those in the cache to OUT."""
     values = np.full(keys.shape, np.nan, np.float32)
-    for number, folder in enumerate(folders):
+    for number, stored in enumerate(folders):
         lacking = np.isnan(values)
-        values[lacking] = score_cache.read(folder, keys[lacking])
+        values[lacking] = score_cache.read(stored.folder, keys[lacking], stored.made_by)
         new = lacking & np.isfinite(values)
         if number and new.any():
             _store(folders[:1], keys[new], values[new], about)
@@ -211,15 +338,15 @@ def _find(
 
 
 def _store(
-    folders: Sequence[Path],
+    folders: Sequence[Stored],
     keys: np.ndarray,
     values: np.ndarray,
     about: Mapping[str, str],
 ) -> None:
     """Writes scores to OUT, which must succeed, and to the cache, which may fail."""
-    for number, folder in enumerate(folders):
+    for number, stored in enumerate(folders):
         try:
-            score_cache.append(folder, keys, values, about)
+            score_cache.append(stored.folder, keys, values, about)
         except InputError as error:
             if not number:
                 raise
@@ -243,7 +370,7 @@ def _about(digest: str, layout: str) -> dict[str, str]:
         for path in sorted(package.glob(pattern)):
             code.update(path.read_bytes())
     return {
-        "weights and dtypes": digest,
+        WEIGHTS: digest,
         "layout": layout,
         "device": f"{device.platform} {device.device_kind}",
         "jax": f"{jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}",

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.errors import visible
 from jaxpref.runtime.heartbeat import beat
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring.micro_batches import skipping_empty
@@ -92,7 +93,7 @@ def progress_bar(total: int, title: str) -> tqdm:
     """The progress bar of scoring, shown on the first process."""
     return tqdm(
         total=total,
-        desc=title,
+        desc=visible(title),
         unit="pair",
         leave=False,
         # Only in a terminal: in a log, these short bars would hide the rest.

@@ -42,6 +42,8 @@ class ExportOptions:
     """Dtype of the exported weights."""
     padding: Padding | None = None
     """The padding token of a reward model's input."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that end an answer."""
 
 
 class Scorer(Protocol):
@@ -324,4 +326,5 @@ def _save(
         options.source,
         options.dtype,
         padding=options.padding,
+        stop_tokens=options.stop_tokens,
     )

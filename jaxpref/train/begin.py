@@ -11,6 +11,7 @@ import numpy as np
 from jaxpref.errors import InputError
 from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.environment import environment, environment_change_message
+from jaxpref.runtime.fingerprint import fingerprint
 from jaxpref.runtime.processes import log
 from jaxpref.scoring.reference import ScoredSet, reference_tables
 from jaxpref.scoring.scorer import Frozen, Params
@@ -28,8 +29,12 @@ class Beginning:
     """What the scorer reads in addition to the parameters, or None."""
     reference: Mapping[str, Mapping[str, np.ndarray]]
     """The reference's scores, by dataset and by name."""
+    reference_scores: Mapping[str, Any]
+    """Digests of these scores, for the checkpoints."""
     saved: Mapping[str, Any]
     """What the checkpoint holds in addition to the state; empty for a new run."""
+    initial_weights: list[int]
+    """The fingerprint of the weights before the first step."""
 
 
 def restore(
@@ -38,27 +43,35 @@ def restore(
     """The newest checkpoint, a state and its metadata; None for a new run.
 
     Raises:
-      InputError: if the checkpoint belongs to another run, or has other pairs or
-        another reference.
+      InputError: if the checkpoint was made by another run, or the length of the run
+        has changed and the steps already made would have been different.
     """
     restored = checkpoints.restore(task.abstract_state())
     if restored is None:
         return None
     state, saved = restored
-    datasets, reference = task.datasets, task.reference
-    if saved["splits"] != datasets.splits.digest:
+    done, before = int(state.step), saved["steps"]
+    if task.steps < done:
         raise InputError(
-            f"{' and '.join(datasets.train_sources)}: the pairs have changed since the "
-            f"run in {out} began; restore the file, or use another --out"
+            f"--max-steps {task.steps}: the run in {out} has already made {done} "
+            "steps; ask for more, or use another --out"
         )
-    if reference and reference.digest and saved["reference"] != reference.digest:
-        raise InputError(
-            f"{reference.name}: the weights have changed since the run in {out} began; "
-            "restore them, or use another --out"
+    if before != task.steps:
+        past = np.arange(done)
+        rates = task.schedule(past), task.schedule_of(before)(past)
+        if not np.array_equal(*rates):
+            raise InputError(
+                f"--max-steps {before} -> {task.steps}: the {done} steps that the run "
+                f"in {out} has made would have had other learning rates; only a run "
+                "with --decay constant can be made longer or shorter; use another --out"
+            )
+    now, was = environment(task.mesh), saved["environment"]
+    if before != task.steps:  # packed rows depend on the number of steps
+        now, was = (
+            now | {"rows": task.layout.rounding()},
+            was | {"rows": saved["rows"]},
         )
-    now = environment(task.mesh)
-    was = saved.get("environment", now)
-    message = environment_change_message(was, now, int(state.step))
+    message = environment_change_message(was, now, done)
     if message is not None:
         log(message)
     return state, saved
@@ -88,7 +101,10 @@ def begin(
     params = None
     if restored is None:
         params = task.scorer.load(task.model_folder, jax.random.key(task.seed))
-    reference = _score_reference(task, params, out, batch_size, check)
+    saved: Mapping[str, Any] = {} if restored is None else restored[1]
+    reference, digests = _score_reference(
+        task, params, out, batch_size, check, saved.get("reference_scores", {})
+    )
     frozen = None
     if task.reference is not None:
         frozen = task.scorer.load_frozen(task.reference.folder)
@@ -100,8 +116,10 @@ def begin(
     check(True)
     if restored is None:
         state = jax.jit(task.new_state, donate_argnums=0)(params)
-        return Beginning(state, frozen, reference, saved={})
-    return Beginning(restored[0], frozen, reference, saved=restored[1])
+        initial = fingerprint(state.params)
+    else:
+        state, initial = restored[0], saved.get("initial_weights", [])
+    return Beginning(state, frozen, reference, digests, saved, initial)
 
 
 def _score_reference(
@@ -110,14 +128,17 @@ def _score_reference(
     out: Path,
     batch_size: int,
     check: Callable[[bool], None],
-) -> dict[str, dict[str, np.ndarray]]:
-    """The reference's stored scores for both datasets; empty if none is read.
+    expected: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """The reference's stored scores for both datasets, and their digests.
+
+    Empty if none is read.
 
     If the policy and the reference start from the same folder, the policy's initial
     parameters are used for both.
     """
     if task.reference is None or not task.reference.scores:
-        return {"train": {}, "heldout": {}}
+        return {"train": {}, "heldout": {}}, {}
     splits, datasets = task.datasets.splits, task.datasets
     every = np.arange(len(splits.heldout))
     sets = [
@@ -144,4 +165,5 @@ def _score_reference(
         score=checked_score,
         batch_size=batch_size,
         layout=f"{task.layout.rounding()}, mesh {dict(task.mesh.shape)}",
+        expected=expected,
     )

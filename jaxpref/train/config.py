@@ -1,19 +1,22 @@
 """The config of a run: a frozen dataclass, written to OUT/config.json."""
 
+import contextlib
 import dataclasses
 import enum
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxpref.data import DataOptions, MixOptions
 from jaxpref.errors import InputError
-from jaxpref.files import open_out, write_json
+from jaxpref.files import RUN, RUN_FILES
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import MeshConfig
+from jaxpref.runtime.provenance import flat
+from jaxpref.runtime.run_folder import check_config, open_out
 from jaxpref.scoring.scores import reads_reference
 from jaxpref.train.optimizer import OptimizerConfig
 from jaxpref.train.options import RunOptions
@@ -33,6 +36,17 @@ MAY_CHANGE = (
     "profile",
 )
 """Fields that may differ when a run is resumed; none affects what is computed."""
+CHECKED_BY_CONTENT = (
+    "model",
+    "data",
+    "reference",
+    "eval_data",
+    "mix.empty_data",
+    "options.inject.annotators",
+)
+"""Fields that name files: checkpoints carry digests of their contents."""
+LENGTH = "max_steps", "epochs"
+"""Fields that may differ if the steps already made stay what they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,36 +118,41 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(plain | {"loss": objective}, default=_plain))
 
 
-def open_run(out: str, described: dict[str, Any]) -> Path:
-    """Creates OUT, or checks that it holds the same run.
+@contextlib.contextmanager
+def open_run(config: TrainConfig, described: dict[str, Any]) -> Iterator[Path]:
+    """Creates OUT, or checks that it holds the same run, and locks it.
 
     Args:
-      out: the folder.
-      described: the config, from `to_json`.
+      config: the config.
+      described: the same, from `to_json`.
 
     Raises:
-      InputError: if OUT cannot be written, or holds a run with another config; the
-        message names the fields that differ.
+      InputError: as `open_out` and `check_config`.
     """
-    if "://" in out:
-        raise InputError(
-            f"--out {out}: must be a folder; mount the bucket, for example with gcsfuse"
-        )
-    folder = Path(out)
-    open_out(folder, "config.json", described, what="a run", may_change=MAY_CHANGE)
-    return folder
+    reads = {
+        "--model": config.model,
+        "--data": config.data,
+        "--reference": config.reference,
+        "--eval-data": config.eval_data,
+        "--inject.annotators": config.options.inject.annotators,
+        "--empty-data": config.mix and config.mix.empty_data,
+    }
+    name, may_change = "config.json", (*MAY_CHANGE, *CHECKED_BY_CONTENT, *LENGTH)
+    opened = open_out(config.out, name, what=RUN, writes=RUN_FILES, reads=reads)
+    with opened as out:
+        check_config(out, name, described, what=RUN, may_change=may_change)
+        yield out
 
 
-def write_run_config(described: dict[str, Any], out: Path) -> None:
-    """Writes `config.json`; from then on, OUT belongs to this config.
+def options_that_matter(described: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide what a run computes, by dotted name.
 
-    Called after everything else has been checked, so that a first attempt with a wrong
-    option does not claim OUT.
+    Without its length, and without paths, whose contents are compared instead.
+
+    Args:
+      described: the config, from `to_json`.
     """
-    # Wait until every process has compared: they may share the folder.
-    multihost_utils.sync_global_devices("config.json was read")
-    if jax.process_index() == 0:
-        write_json(out / "config.json", described)
+    return flat(described, but=(*MAY_CHANGE, *CHECKED_BY_CONTENT, *LENGTH))
 
 
 def _plain(value: Any) -> Any:

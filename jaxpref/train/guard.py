@@ -128,6 +128,30 @@ class Guard:
             why = "the loss at the last step rose by more than --max-loss-rise"
             raise self._stopped(step, why)
 
+    def check_learned(self, step: int, skipped: int, changed: bool) -> None:
+        """Refuses to finish a run that has changed no weight.
+
+        Args:
+          step: the number of steps done.
+          skipped: how many of them were skipped.
+          changed: whether any weight differs from before the first step.
+
+        Raises:
+          Stopped: if none does.
+        """
+        if changed:
+            return
+        why = "no weight has changed: the updates are smaller than its rounding"
+        what = "higher"
+        if skipped == step:
+            why = "every step was skipped: its loss, gradient or update is not finite"
+            what = "lower"
+        raise Stopped(
+            f"stopped at step {step}: {why}; nothing was learned, so nothing is "
+            f"exported; use another --out with a {what} --learning-rate, or check the "
+            "pairs and the options of the loss and the optimizer"
+        )
+
     def _record(self, step: int, why: str, metrics: dict, blamed: set[int]) -> dict:
         def of_pair(index: int) -> dict[str, Any]:
             return {

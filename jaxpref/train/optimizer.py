@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxpref.errors import InputError
+from jaxpref.rounding import rounded_stochastically
+from jaxpref.runtime.ranges import LEAST_FLOAT32, MOST_FLOAT32
 
 
 class Optimizer(enum.Enum):
@@ -57,18 +59,19 @@ class OptimizerConfig:
     """Global norm to which larger gradients are scaled down; 0 turns clipping off."""
 
     def __post_init__(self):
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(
-                f"learning_rate {self.learning_rate}: must be above 0 and finite"
-            )
-        if not 0 < self.adam_eps < math.inf:
-            raise InputError(f"adam_eps {self.adam_eps}: must be above 0 and finite")
+        for name in ("learning_rate", "adam_eps"):
+            if not LEAST_FLOAT32 <= (value := getattr(self, name)) <= MOST_FLOAT32:
+                raise InputError(
+                    f"{name} {value}: must be above 0 and finite, and a float32: from "
+                    f"{LEAST_FLOAT32:.1e} to {MOST_FLOAT32:.1e}"
+                )
         for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} {getattr(self, name)}: must be at least 0")
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name} {value}: must be at least 0 and finite")
         for name in ("adam_b1", "adam_b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: must be in [0, 1)")
+            # More is 1 in float32, where the bias correction divides by 0.
+            if not 0 <= (value := getattr(self, name)) < 1 - 2**-24:
+                raise InputError(f"{name} {value}: must be in [0, 1)")
         if self.optimizer is not Optimizer.ADAMW:
             for field in dataclasses.fields(self):
                 value = getattr(self, field.name)
@@ -80,8 +83,18 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then decay over the remaining steps."""
+    """Linear warm-up over `warmup_steps`, then decay over the remaining steps.
+
+    Raises:
+      InputError: if the warm-up is longer than the run, so that the learning rate would
+        never be reached.  A warning would be read after the run has been paid for.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
+    if warmup > max_steps:
+        raise InputError(
+            f"warmup_steps {warmup}: the run has {max_steps} steps and would never "
+            f"reach its learning rate of {peak}; give at most {max_steps}"
+        )
     rest = max(max_steps - warmup, 1)
     match config.decay:
         case Decay.COSINE:
@@ -101,12 +114,13 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule
+    config: OptimizerConfig, schedule: optax.Schedule, *, seed: int = 0
 ) -> optax.GradientTransformation:
     """Clip by global norm, Adam or Adafactor, decoupled weight decay, learning rate.
 
     Adafactor's updates have a root mean square of at most 1 in each leaf, about the
-    same as Adam's, so both can use the same learning rate.
+    same as Adam's, so both can use the same learning rate.  `seed` is that of the
+    stochastic rounding of bfloat16 parameters.
     """
     clip = (
         optax.clip_by_global_norm(config.max_grad_norm)
@@ -125,12 +139,13 @@ def make_optimizer(
             scale = optax.chain(
                 optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
             )
-    return optax.chain(
+    chain = optax.chain(
         clip,
         scale,
         optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
         optax.scale_by_learning_rate(schedule),
     )
+    return rounded_stochastically(chain, seed=seed)
 
 
 def _is_matrix(params):

@@ -5,11 +5,16 @@ import math
 from typing import Literal
 
 from jaxpref.errors import InputError
-from jaxpref.train.best import parse_criterion
+from jaxpref.runtime.best import parse_criterion
+from jaxpref.runtime.ranges import MOST, at_least
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 DEFAULT_STEPS = 1000
 """Optimizer steps of a run that gives neither `max_steps` nor `epochs`."""
+LONGEST_ROW = 2**22
+"""The most tokens of a row; a row of this length is made to find its shapes."""
+MOST_PROCESSES = 256
+"""The most processes that prepare batches for one process of the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,15 +54,18 @@ class StepOptions:
     with little padding.  Steps see the same pairs either way.  A row must hold the
     longest prompt with both of its answers."""
     seed: int = 0
-    """Seed of the order of the training pairs."""
+    """Seed of the order of the training pairs, of new weights, and of rounding."""
     loader_processes: int = 0
     """Processes that prepare batches; 0 uses threads of the main process."""
 
     def __post_init__(self):
-        _at_least(1, self, "batch_size", "accumulation")
-        _at_least(0, self, "loader_processes")
-        if self.max_steps is not None:
-            _at_least(1, self, "max_steps")
+        at_least(1, self, "batch_size", "accumulation", "max_steps")
+        at_least(0, self, "loader_processes")
+        if self.loader_processes > MOST_PROCESSES:
+            raise InputError(
+                f"loader_processes {self.loader_processes}: must be at most "
+                f"{MOST_PROCESSES}"
+            )
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs {self.epochs}: must be above 0 and finite")
         if self.epochs is not None and self.max_steps is not None:
@@ -66,7 +74,10 @@ class StepOptions:
                 "the length of the run; give one of them"
             )
         if isinstance(self.row_length, int):
-            _at_least(1, self, "row_length")
+            if not 1 <= self.row_length <= LONGEST_ROW:
+                raise InputError(
+                    f"row_length {self.row_length}: must be from 1 to {LONGEST_ROW}"
+                )
         elif self.row_length not in ("auto", "none"):
             raise InputError(
                 f"row_length {self.row_length}: expected auto, none or a number"
@@ -83,6 +94,8 @@ def steps_of(options: StepOptions, num_pairs: int) -> int:
     if options.epochs is None:
         return DEFAULT_STEPS if options.max_steps is None else options.max_steps
     steps = options.epochs * num_pairs / options.batch_size
+    if steps > MOST:
+        raise InputError(f"epochs {options.epochs}: {steps:.1e} steps; at most {MOST}")
     # 0.3 epochs of 100 pairs are 3 steps of 10 pairs, however 0.3 is rounded.
     return max(1, math.ceil(steps * (1 - 1e-9)))
 
@@ -92,7 +105,8 @@ class ComputeOptions:
     """How a step is computed, and in which precision."""
 
     param_dtype: Dtype = "float32"
-    """Dtype of the parameters and the optimizer's moments."""
+    """Dtype of the parameters and the optimizer's moments.  Updates are computed in
+    float32; what is stored in bfloat16 is rounded stochastically."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
@@ -107,9 +121,7 @@ class ComputeOptions:
     gradient if that is more)."""
 
     def __post_init__(self):
-        _at_least(1, self, "unroll")
-        if self.logit_chunk is not None:
-            _at_least(1, self, "logit_chunk")
+        at_least(1, self, "unroll", "logit_chunk")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +145,7 @@ class CheckpointOptions:
     """Dtype of the exported weights."""
 
     def __post_init__(self):
-        _at_least(1, self, "eval_every", "save_every", "keep_checkpoints")
+        at_least(1, self, "eval_every", "save_every", "keep_checkpoints")
         if self.keep_best is not None:
             parse_criterion(self.keep_best)
         elif self.export == "best":
@@ -149,12 +161,12 @@ class GuardOptions:
     gradient is not finite, or its loss rose by more than --max-loss-rise.  The run
     writes the pairs of those steps to OUT/stopped, leaves its checkpoints as they are,
     and exits with code 65."""
-    max_loss_rise: float = 10.0
+    max_loss_rise: float = dataclasses.field(default=10.0, metadata={"infinite": True})
     """How far the loss may rise above the median of the first ten steps, as a multiple
     of that median (or of 1 if the median is smaller).  inf allows any rise."""
 
     def __post_init__(self):
-        _at_least(1, self, "max_bad_steps")
+        at_least(1, self, "max_bad_steps")
         if not self.max_loss_rise > 0:
             raise InputError(f"max_loss_rise {self.max_loss_rise}: must be above 0")
 
@@ -172,8 +184,8 @@ class LogOptions:
     came from the cache on disk."""
 
     def __post_init__(self):
-        _at_least(1, self, "log_every")
-        _at_least(0, self, "profile")
+        at_least(1, self, "log_every")
+        at_least(0, self, "profile")
 
 
 PARTS = (
@@ -196,11 +208,3 @@ class RunOptions(*reversed(PARTS)):
     def __post_init__(self):
         for part in PARTS[1:]:
             part.__post_init__(self)
-
-
-def _at_least(least: int, options, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) < least:
-            raise InputError(
-                f"{name} {getattr(options, name)}: must be at least {least}"
-            )

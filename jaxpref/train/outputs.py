@@ -9,18 +9,19 @@ from tqdm import tqdm
 
 from jaxpref.data.feed import Stream
 from jaxpref.report.progress import evaluation_line
+from jaxpref.runtime.best import Best
 from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.environment import environment
+from jaxpref.runtime.fingerprint import fingerprint
+from jaxpref.runtime.late_metrics import LateMetrics
 from jaxpref.runtime.metrics_file import MetricsWriter
 from jaxpref.runtime.preemption import Preempted
 from jaxpref.runtime.processes import only_first_process
 from jaxpref.runtime.profile import profiled
 from jaxpref.train.agreement import check_batch_agreement
 from jaxpref.train.begin import Beginning
-from jaxpref.train.best import Best
 from jaxpref.train.evaluation import evaluation_metrics
 from jaxpref.train.guard import Guard
-from jaxpref.train.metrics import LateMetrics
 from jaxpref.train.options import CheckpointOptions, LogOptions
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
@@ -45,6 +46,7 @@ class Run:
         writer: MetricsWriter,
         guard: Guard,
         best: Best,
+        bind: Callable[[], None] = lambda: None,
     ):
         """Shows the progress bar.
 
@@ -59,18 +61,23 @@ class Run:
           writer: writes metrics.
           guard: checks every step.
           best: the best evaluation so far.
+          bind: called once the first step is done: from then on, OUT belongs to this
+            run.
         """
         self.frozen, self._saving, self._profile = begun.frozen, saving, logging.profile
         self._task, self._out, self._stream = task, out, stream
         self._reference, self._checkpoints = begun.reference, checkpoints
+        self._initial_weights = begun.initial_weights
+        self._reference_scores = begun.reference_scores
         self._writer, self._guard, self._best = writer, guard, best
+        self._bind = bind
         self._resumed_at = start = int(begun.state.step)
         self._late = LateMetrics(
             writer,
             name=task.objective.name,
             log_every=logging.log_every,
             max_steps=task.steps,
-            check_step=guard.check_step,
+            check_step=self._check_step,
             start=start,
         )
         checkpoints.best = best.step
@@ -115,11 +122,13 @@ class Run:
         """Saves and evaluates the last step.
 
         Raises:
-          Stopped: if the loss has just risen too far.
+          Stopped: if the loss has just risen too far, or nothing was learned.
         """
         step = int(state.step)
         with self._late.paused():
             self._guard.check_end(step)
+            changed = fingerprint(state.params) != self._initial_weights
+            self._guard.check_learned(step, int(state.skipped), changed)
             # Save first: interrupting the last evaluation then loses no step.
             self.save(step, state)
             self.evaluate(step, state)
@@ -152,17 +161,24 @@ class Run:
         check_batch_agreement(step, task, self._stream, self._guard.batch())
         metadata = {
             "iterator": self._stream.get_state(),
-            "splits": task.datasets.splits.digest,
-            "reference": task.reference.digest if task.reference else "",
+            "steps": task.steps,
+            "reference_scores": dict(self._reference_scores),
             "environment": environment(task.mesh),
+            "rows": task.layout.rounding(),
             "first_losses": self._guard.get_state(),
             "best": self._best.get_state(),
+            "initial_weights": self._initial_weights,
         }
         self._checkpoints.save(step, state, metadata)
 
     def close(self) -> None:
         """Ends the progress bar."""
         self._late.close()
+
+    def _check_step(self, step: int, metrics: dict, pairs: jax.Array) -> None:
+        if step == self._resumed_at + 1:
+            self._bind()
+        self._guard.check_step(step, metrics, pairs)
 
     def _save_healthy(self, step: int, state: TrainState) -> bool:
         if self._guard.healthy:

@@ -1,5 +1,7 @@
 """From a config to a task: the only place that reads the whole config."""
 
+import functools
+
 from jaxpref import data
 from jaxpref.data.layouts.choose import make_layout
 from jaxpref.data.read import read_datasets
@@ -11,13 +13,13 @@ from jaxpref.models.reward import padding_of
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
 from jaxpref.runtime.precision import default_compute_dtype
-from jaxpref.scoring.checks import check_fits
+from jaxpref.scoring.checks import check_fits, check_logit_chunk
 from jaxpref.scoring.reference import Reference, reference_digest
 from jaxpref.scoring.scorer import ExportOptions, make_scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import make_optimizer, make_schedule
-from jaxpref.train.options import steps_of
+from jaxpref.train.options import ComputeOptions, steps_of
 from jaxpref.train.task import Task
 
 
@@ -28,6 +30,7 @@ def prepare(config: TrainConfig) -> Task:
       InputError: for anything that the caller can fix; nothing is written.
     """
     objective = config.objective
+    check_logit_chunk(config.logit_chunk, objective.scores)
     compute_dtype = config.compute_dtype or default_compute_dtype()
     mesh = make_mesh(config.mesh)
     row_length = None if config.row_length == "none" else config.row_length
@@ -38,23 +41,16 @@ def prepare(config: TrainConfig) -> Task:
     kind = RewardModel if rewards else Model
     # Before the data is read, since this check is quick.
     architecture = check_folder(folder, kind, new_head=rewards)
-    numerics = Numerics(
-        param_dtype=config.param_dtype,
-        compute_dtype=compute_dtype,
-        remat="none" if config.remat == "auto" else config.remat,
-        unroll=config.unroll,
-        # A gradient probe differentiates a gradient.
-        twice_differentiable=objective.probe is not None,
-    )
-    model = kind(architecture, numerics)
+    model = kind(architecture, _numerics(config, compute_dtype, objective))
     reference = _reference(
         objective,
         config.reference or config.model,
         architecture,
-        dtypes=f"{config.param_dtype} {compute_dtype}",
+        dtypes=(config.param_dtype, compute_dtype),
         numerics=f"{config.logit_chunk} logits at a time",
     )
     tokenizer = data.load_tokenizer(folder)
+    stops = data.stop_tokens(tokenizer)
     options = data.for_model(config.options, architecture.max_position_embeddings)
     datasets = read_datasets(
         tokenizer,
@@ -63,6 +59,8 @@ def prepare(config: TrainConfig) -> Task:
         mix=config.mix,
         train=config.data,
         heldout=config.eval_data,
+        whole_turns=rewards,
+        scored_by={reference.name: reference.folder} if reference else {},
     )
     splits = datasets.splits
     check_fits(datasets.train_sources, splits.train, config.model, architecture)
@@ -80,7 +78,8 @@ def prepare(config: TrainConfig) -> Task:
         row_length=row_length,
         num_steps=steps,
     )
-    schedule = make_schedule(config.optimizer, steps)
+    schedule_of = functools.partial(make_schedule, config.optimizer)
+    schedule = schedule_of(steps)
     return Task(
         scorer=make_scorer(
             model,
@@ -89,8 +88,9 @@ def prepare(config: TrainConfig) -> Task:
             num_models=objective.num_models,
         ),
         objective=objective,
-        optimizer=make_optimizer(config.optimizer, schedule),
+        optimizer=make_optimizer(config.optimizer, schedule, seed=config.seed),
         schedule=schedule,
+        schedule_of=schedule_of,
         mesh=mesh,
         layout=layout,
         order=order,
@@ -100,7 +100,20 @@ def prepare(config: TrainConfig) -> Task:
         datasets=datasets,
         model_folder=folder,
         reference=reference,
-        export=ExportOptions(folder, config.export_dtype, padding_of(tokenizer)),
+        export=ExportOptions(folder, config.export_dtype, padding_of(tokenizer), stops),
+    )
+
+
+def _numerics(
+    config: ComputeOptions, compute_dtype: str, objective: Objective
+) -> Numerics:
+    return Numerics(
+        param_dtype=config.param_dtype,
+        compute_dtype=compute_dtype,
+        remat="none" if config.remat == "auto" else config.remat,
+        unroll=config.unroll,
+        # A gradient probe differentiates a gradient.
+        twice_differentiable=objective.probe is not None,
     )
 
 
@@ -109,7 +122,7 @@ def _reference(
     name: str,
     architecture: Architecture,
     *,
-    dtypes: str,
+    dtypes: tuple[str, str],
     numerics: str,
 ) -> Reference | None:
     """The reference of a run, or None if its objective does not read one.
@@ -130,5 +143,6 @@ def _reference(
         folder=folder,
         scores=tuple(sorted(stored_scores(objective.scores))),
         numerics=numerics,
-        digest=reference_digest(folder, dtypes),
+        digest=reference_digest(folder, " ".join(dtypes)),
+        compute_dtype=dtypes[1],
     )

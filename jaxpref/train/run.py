@@ -9,11 +9,15 @@ import jax
 
 from jaxpref.data.feed import Feed
 from jaxpref.data.layouts.choose import padding_advice
+from jaxpref.data.probe import check_rendering
+from jaxpref.files import write_json
 from jaxpref.runtime import heartbeat
+from jaxpref.runtime.best import Best
 from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.compilation import in_background, log_compilations
 from jaxpref.runtime.environment import versions
 from jaxpref.runtime.memory import (
+    check_arrays,
     check_memory,
     choose_remat,
     required_bytes,
@@ -26,10 +30,16 @@ from jaxpref.runtime.processes import (
     log,
     only_first_process,
 )
+from jaxpref.runtime.provenance import Provenance
 from jaxpref.runtime.timings import Timings, timings
+from jaxpref.scoring.provenance import contents
 from jaxpref.train.begin import Beginning, begin, restore
-from jaxpref.train.best import Best
-from jaxpref.train.config import TrainConfig, open_run, to_json, write_run_config
+from jaxpref.train.config import (
+    TrainConfig,
+    open_run,
+    options_that_matter,
+    to_json,
+)
 from jaxpref.train.fit import fit
 from jaxpref.train.guard import Guard
 from jaxpref.train.outputs import Run
@@ -58,8 +68,8 @@ def run(config: TrainConfig) -> Path:
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     described = to_json(config)
-    out = open_run(config.out, described)
     with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open_run(config, described))
         closing = lambda thing: stack.enter_context(contextlib.closing(thing))
         if config.explain_compiles and jax.process_index() == 0:
             stack.enter_context(log_compilations())
@@ -72,8 +82,13 @@ def run(config: TrainConfig) -> Path:
         _log_layout(task, padded=config.row_length == "none")
         phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))
+        made_by = Provenance(
+            options_that_matter(described),
+            contents(task.model_folder, task.reference, task.datasets),
+        )
+        keep = config.keep_checkpoints
         checkpoints = closing(
-            Checkpoints(out / "checkpoints", keep=config.keep_checkpoints)
+            Checkpoints(out / "checkpoints", keep=keep, made_by=made_by)
         )
         task, begun = _begin(
             task,
@@ -84,8 +99,11 @@ def run(config: TrainConfig) -> Path:
             remat=config.remat,
         )
         feed = closing(_feed(task, begun, config.loader_processes))
-        write_run_config(described, out)
         start = int(begun.state.step)
+        path = out / "config.json"
+        bind = functools.partial(only_first_process, write_json, path, described)
+        if begun.saved:
+            bind()
         best = Best(config.keep_best, out, begun.saved.get("best"))
         training = Run(
             task,
@@ -100,6 +118,7 @@ def run(config: TrainConfig) -> Path:
                 config, task.datasets, out, first=begun.saved.get("first_losses", ())
             ),
             best=best,
+            bind=bind,
         )
         closing(training)
         state = fit(task, begun.state, feed, training, until=task.steps)
@@ -110,6 +129,8 @@ def run(config: TrainConfig) -> Path:
             del begun, state
             state, _ = checkpoints.restore(task.abstract_state(), only=best.step)
         task.scorer.export(state.params, out / "export", task.export)
+        if "rewards" in task.objective.scores:
+            only_first_process(check_rendering, out / "export")
         phases.mark("export")
         only_first_process(phases.write, out / "timings.json")
     return out / "export"
@@ -140,6 +161,10 @@ def _begin(
     The step compiles while the reference scores, unless `remat` is "auto", which
     compares compiled steps once the state exists.
     """
+    check_arrays(
+        "the weights, the optimizer's state and a batch",
+        (task.abstract_state(), task.abstract_batch()),
+    )
     restored = restore(task, checkpoints, out)
     unfinished = restored is None or int(restored[0].step) < task.steps
     compiling = None

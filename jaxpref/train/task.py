@@ -144,6 +144,8 @@ class Task(Programs):
     """How the trained model is exported."""
     steps: int
     """Optimizer steps of the run."""
+    schedule_of: Callable[[int], optax.Schedule]
+    """The learning rates of a run with another number of steps."""
     seed: int = 0
     """Seed of weights that the folder lacks, such as a new reward head."""
 

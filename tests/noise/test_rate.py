@@ -22,6 +22,35 @@ def nll(margins, e) -> float:
     return -np.log((1 - e) * p + e * (1 - p)).sum()
 
 
+@pytest.mark.parametrize("e", [0.0, 1e-30, 0.25, 0.5, 0.75, 1.0])
+def test_the_gradients_of_marginal_nll_at_the_ends_of_the_rate(e):
+    """By the quotient rule on P = (1 - e) s(z) + e s(-z), in float64."""
+    z = np.array([-30.0, -3.0, -0.1, 0.0, 0.1, 3.0, 30.0])
+    with jax.enable_x64(True):
+        p = expit(z) * (1 - e) + expit(-z) * e
+        by_z, by_rate = jax.vmap(jax.grad(rate.marginal_nll, (0, 1)), (0, None))(
+            jnp.asarray(z), jnp.asarray(e)
+        )
+        np.testing.assert_allclose(by_rate, (expit(z) - expit(-z)) / p, rtol=1e-12)
+        slope = expit(z) * expit(-z) * (1 - 2 * e)
+        np.testing.assert_allclose(by_z, -slope / p, rtol=1e-12)
+        # Twice: d^2 nll / de^2 = (d nll / de)^2, since P is linear in e.
+        again = jax.vmap(jax.grad(jax.grad(rate.marginal_nll, 1), 1), (0, None))
+        found = again(jnp.asarray(z), jnp.asarray(e))
+        np.testing.assert_allclose(found, np.square(by_rate), rtol=1e-10)
+
+
+def test_gradients_that_float32_cannot_hold_do_not_spoil_others():
+    z = jnp.array([-1e30, -200.0, 200.0, 1e30])
+    for e in (0.0, 1.0):
+        by_z, by_rate = jax.grad(lambda z, e: rate.marginal_nll(z, e).sum(), (0, 1))(
+            z, jnp.full(4, e)
+        )
+        assert np.isfinite(by_z).all() and np.isfinite(by_rate).all()
+        right = np.array([-1, -1, 0, 0] if e == 0 else [0, 0, 1, 1])
+        np.testing.assert_allclose(by_z, right, atol=1e-6)
+
+
 def test_marginal_nll_is_forward_dpo():
     """In value and both gradients; finite at the extremes; log 2 at 1/2."""
     with jax.enable_x64(True):

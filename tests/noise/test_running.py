@@ -45,6 +45,30 @@ def test_old_batches_decay_with_the_number_of_new_labels():
     np.testing.assert_array_equal(nothing, both)
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "margins",
+    [[NAN], [1.0, NAN, 2.0], [NAN, NAN], [[0.5, NAN], [1.0, 2.0]], [-NAN, jnp.inf]],
+)
+def test_margins_that_are_not_numbers(margins):
+    """Named where they can be seen, and NaN wherever they are traced."""
+    bad = int(np.isnan(margins).sum())
+    with pytest.raises(ValueError, match=f"Expected margins .* got {bad} NaN"):
+        counted(margins)
+    traced = jax.jit(running.count)(counted([1.0]), jnp.asarray(margins))
+    assert np.isnan(traced).all()
+    found = jax.jit(running.posterior)(traced)
+    assert np.isnan(found.rate) and not found.identified
+    where = ~np.isnan(margins)
+    real = jnp.asarray(np.array(margins)[where].astype(np.float32))
+    masked = running.count(
+        running.no_counts(), jnp.asarray(margins), where=jnp.asarray(where)
+    )
+    np.testing.assert_array_equal(masked, counted(real))
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.45])
 def test_posterior_against_a_sum_over_labels(rate):
     """Label by label in float64; margins are at the centers of their bins."""

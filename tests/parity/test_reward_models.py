@@ -1,5 +1,8 @@
 """Reward models against transformers' sequence classifiers on torch."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from jaxpref.cli import evaluate as evaluate_command
+from jaxpref.cli import train as train_command
 from jaxpref.models import RewardModel
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
@@ -105,3 +110,57 @@ def test_scores_agree_on_the_real_model_and_its_tokenizer(stories260k, tmp_path)
     ours = jax.jit(model.rewards)(params, tokens, lengths.numpy())
     assert np.std(theirs) > 0.01
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("with_bos", [False, True])
+def test_a_trained_chat_model_is_scored_alike_by_everybody(
+    stories260k, tmp_path, with_bos
+):
+    """Train, export, `jaxpref evaluate`, and what users of transformers call."""
+    folder = tmp_path / "chat"
+    shutil.copytree(stories260k, folder)
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    template = "{{ bos_token }}" * with_bos + CHATML
+    path.chmod(0o644)
+    path.write_text(json.dumps(fields | {"chat_template": template}))
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Tom saw a {thing}."}],
+            "chosen": [{"role": "assistant", "content": "Tom was happy."}],
+            "rejected": [{"role": "assistant", "content": f"The {thing} fell."}],
+        }
+        for thing in ("cat", "ball", "cake", "tree", "hat", "boat")
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"--data {pairs} --batch-size 8".split()
+    train_command.command(
+        [*f"--model {folder} --out {tmp_path / 'run'} --loss bradley_terry".split(),
+         *"--max-steps 3 --learning-rate 1e-3 --heldout-fraction 0".split(), *common]
+    )  # fmt: skip
+    export = tmp_path / "run" / "export"
+    evaluate_command.command(
+        [*f"--model {export} --out {tmp_path / 'scores'}".split(), *common]
+    )
+    lines = (tmp_path / "scores" / "eval_pairs.jsonl").read_text().splitlines()
+    ours = [json.loads(line) for line in lines]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    model = classifier(export)
+    for side in ("chosen", "rejected"):
+        theirs = []
+        for row in rows:
+            inputs = tokenizer.apply_chat_template(
+                [*row["prompt"], *row[side]], return_tensors="pt", return_dict=True
+            )
+            with torch.no_grad():
+                theirs.append(model(inputs["input_ids"]).logits.item())
+        found = [row[f"rewards_{side}"] for row in ours]
+        assert np.std(theirs) > 0.01
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)

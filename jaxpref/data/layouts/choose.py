@@ -6,6 +6,7 @@ from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.layouts import Layout, packed_layout, padded_layout
 from jaxpref.data.samplers import Order
 from jaxpref.data.splits import Splits
+from jaxpref.errors import InputError
 
 TOKENS_PER_DEVICE = 8_192
 """Tokens of a packed micro-batch that are enough to keep a device busy."""
@@ -36,7 +37,15 @@ def make_layout(
       row_length: tokens of a packed row, "auto" to choose it from the data, or None for
         one pair per row.
       num_steps: steps of the run.
+
+    Raises:
+      InputError: if there are fewer pairs than in a batch.
     """
+    if batch_size > len(splits.train):
+        raise InputError(
+            f"batch_size {batch_size}: a step would see pairs twice, for there are "
+            f"only {len(splits.train)} to train on; use a smaller --batch-size"
+        )
     index, count = share
     common = {
         "batch_size": batch_size,

@@ -4,17 +4,25 @@ To add a format, write a module with these two functions and add it to `FORMATS`
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from jaxpref.data.labels import NONE, LabelFields, read_labels
-from jaxpref.data.records import dialogues, messages, pairs, traces
+from jaxpref.data.records import (
+    dialogues,
+    messages,
+    pairs,
+    ranked,
+    sharegpt,
+    traces,
+)
 from jaxpref.data.records.checks import (
     COMPLETIONS,
     completion_fields,
     kind,
     prompt_and_messages,
     read_annotator,
+    read_ended,
     read_flip,
     text_or_messages,
 )
@@ -26,6 +34,10 @@ from jaxpref.data.records.example import Example as Example
 from jaxpref.data.records.example import Message as Message
 from jaxpref.data.records.example import expand as expand
 from jaxpref.data.records.example import prompt_key as prompt_key
+from jaxpref.data.records.example import text_of as text_of
+from jaxpref.data.records.fields import FieldUse as FieldUse
+from jaxpref.data.records.fields import Record, check_unread
+from jaxpref.data.records.template import read_template
 from jaxpref.errors import InputError
 
 
@@ -53,7 +65,14 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (traces, messages, dialogues, pairs)
+FORMATS: tuple[Format, ...] = (
+    traces,
+    sharegpt,
+    ranked,
+    messages,
+    dialogues,
+    pairs,
+)
 """All formats; the first that matches a record parses it."""
 
 
@@ -64,11 +83,15 @@ def parse(
     sides: int,
     drop_empty: bool = False,
     labels: LabelFields = NONE,
+    ignore_fields: Collection[str] = (),
+    fields: FieldUse | None = None,
 ) -> Example | str:
     """Parses a record in any of the formats.
 
     In addition to the fields of its format, a record may have `flip` (true or false),
-    `annotator` (a string or an integer), and the numbers that `labels` names.
+    `annotator` (a string or an integer), `ended` (whether each answer is complete), the
+    numbers that `labels` names, and, if it holds messages, `system`, `tools` and
+    `chat_template_kwargs`.
 
     Args:
       record: the decoded record.
@@ -76,22 +99,26 @@ def parse(
       sides: K, completions of a prompt; 2 for pairs, 1 for plain completions.
       drop_empty: return EMPTY for an empty completion instead of raising.
       labels: fields with numbers that a loss reads.
+      ignore_fields: fields to ignore.
+      fields: counts which fields are read.
 
     Returns:
       The example, or the reason why a valid record cannot be used.
 
     Raises:
-      InputError: the record is malformed; names row and field.
+      InputError: the record is malformed, or its meaning depends on a field that is not
+        read; names row and field.
     """
     if not isinstance(record, dict):
         raise InputError(
             f"{where}: a record must be a JSON object, but this is {kind(record)}"
         )
-    flip, annotator = read_flip(record, where), read_annotator(record, where)
-    record_format = next((x for x in FORMATS if x.matches(record, sides)), None)
+    tracked = Record(record, ignored=ignore_fields)
+    flip, annotator = read_flip(tracked, where), read_annotator(tracked, where)
+    record_format = _format_of(tracked, sides)
     if record_format is None:
-        raise _unknown(record, where, sides)
-    example = record_format.parse(record, where, sides=sides, drop_empty=drop_empty)
+        raise _unknown(tracked, where, sides)
+    example = record_format.parse(tracked, where, sides=sides, drop_empty=drop_empty)
     if isinstance(example, str):
         return example
     if len(example.completions) != sides:
@@ -99,26 +126,56 @@ def parse(
             f"{where}: the record has {len(example.completions)} completions instead of"
             f" {sides}"
         )
-    numbers = read_labels(record, where, labels)
-    return dataclasses.replace(example, flip=flip, annotator=annotator, labels=numbers)
+    prompt, variables = read_template(tracked, where, example)
+    example = dataclasses.replace(
+        example,
+        prompt=prompt,
+        variables=variables,
+        flip=flip,
+        annotator=annotator,
+        labels=read_labels(tracked, where, labels),
+        ended=read_ended(tracked, where, sides),
+    )
+    check_unread(tracked, where)
+    if fields is not None:
+        fields.add(tracked, [name for name in ignore_fields if name in record])
+    return example
 
 
-def parse_prompt(record: Any, where: str) -> str | tuple[Message, ...] | None:
+def parse_prompt(record: Any, where: str) -> Example | None:
     """The prompt of a record, which may have no completion.
 
     Returns:
-      A string or messages; None if `parse` would drop the record.
+      An example, with a completion if the record has one; None if `parse` would drop
+      the record.
 
     Raises:
       InputError: the record is malformed, or its prompt has no messages.
     """
     completions = isinstance(record, dict) and any(
-        record.get(name) is not None for name in COMPLETIONS
+        record.get(name) is not None for name in (*COMPLETIONS, "ranking")
     )
-    if isinstance(record, dict) and "prompt" in record and not completions:
-        return prompt_and_messages(record, where)
+    if isinstance(record, dict) and not completions:
+        turns = sharegpt.prompt_of(record, where)
+        if turns is not None:
+            record = {k: v for k, v in record.items() if k != "conversations"}
+            record |= {"prompt": turns}
+        if "prompt" in record:
+            tracked = Record(record)
+            example = Example(prompt_and_messages(tracked, where), ())
+            prompt, variables = read_template(tracked, where, example)
+            return dataclasses.replace(example, prompt=prompt, variables=variables)
     example = parse(record, where, sides=1, drop_empty=True)
-    return None if isinstance(example, str) else example.prompt
+    return None if isinstance(example, str) else example
+
+
+def _format_of(record: Record, sides: int) -> Format | None:
+    """The first format that matches; looking does not count as reading."""
+    read = set(record.read)
+    found = next((x for x in FORMATS if x.matches(record, sides)), None)
+    record.read.clear()
+    record.read.update(read)
+    return found
 
 
 def _unknown(record: Mapping, where: str, sides: int) -> InputError:

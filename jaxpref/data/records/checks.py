@@ -45,6 +45,8 @@ def text_or_messages(record: Mapping, name: str, where: str) -> str | list[Messa
     value = field(record, name, where)
     if is_columns(value):
         value = [dict(zip(value, values)) for values in zip(*value.values())]
+    if is_message(value):
+        value = [value]
     if isinstance(value, list):
         return [
             _message(message, f"{where}: field '{name}' message {n + 1}")
@@ -52,8 +54,8 @@ def text_or_messages(record: Mapping, name: str, where: str) -> str | list[Messa
         ]
     if not isinstance(value, str):
         raise InputError(
-            f"{where}: field '{name}' must be a string or a list of messages, but it is"
-            f" {kind(value)}"
+            f"{where}: field '{name}' must be a string or messages"
+            f' [{{"role": ..., "content": ...}}], but it is {kind(value)}'
         )
     return checked_text(value, f"{where}: field '{name}'")
 
@@ -70,6 +72,11 @@ def is_columns(value: Any) -> bool:
     """Whether messages are stored by column, as Arrow and TFDS do."""
     columns = isinstance(value, dict) and set(value) >= {"role", "content"}
     return columns and all(isinstance(x, list) for x in value.values())
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is one message instead of a list of them."""
+    return isinstance(value, dict) and "role" in value and not is_columns(value)
 
 
 def prompt_and_messages(record: Mapping, where: str) -> str | tuple[Message, ...]:
@@ -112,8 +119,7 @@ def to_example(
       InputError: if a completion is empty.
     """
     for name, (_, completion) in zip(names, splits, strict=True):
-        said = completion if isinstance(completion, str) else completion["content"]
-        if said.strip():
+        if says_something(completion):
             continue
         if drop_empty:
             return EMPTY
@@ -127,6 +133,32 @@ def to_example(
     if any(prompt != prompts[0] for prompt in prompts):
         return PROMPTS_DIFFER
     return Example(prompts[0], tuple(completion for _, completion in splits))
+
+
+def says_something(completion: str | Message) -> bool:
+    """Whether a completion has text, or calls a tool."""
+    if isinstance(completion, str):
+        return bool(completion.strip())
+    content = completion.get("content") or ""
+    return bool(content.strip() or completion.get("tool_calls"))
+
+
+def read_ended(record: Mapping, where: str, sides: int) -> tuple[bool, ...]:
+    """The optional field `ended`: whether each answer is complete.
+
+    One value for all answers, or a list of one each.  An answer that was cut when it
+    was sampled is trained on without an end.
+    """
+    value = record.get("ended")
+    if value is None:
+        return ()
+    listed = value if isinstance(value, list) else [value] * sides
+    if len(listed) != sides or not all(isinstance(x, bool) for x in listed):
+        raise InputError(
+            f"{where}: field 'ended' must be true or false, or a list of {sides} of"
+            f" them, but it is {value!r:.50}"
+        )
+    return () if all(listed) else tuple(listed)
 
 
 def read_flip(record: Mapping, where: str) -> bool:
@@ -171,11 +203,43 @@ def _message(message: Any, place: str) -> Message:
             f"{place}: role must be one of {', '.join(ROLES)}, but it is"
             f" {message.get('role')!r}"
         )
-    if not isinstance(message.get("content"), str):
+    content = _content(message, place)
+    # Columnar formats fill missing keys with null, which templates must not see.  A
+    # null content beside a tool call is what such a message means.
+    kept = {k: v for k, v in message.items() if v is not None and k != "content"}
+    return kept | ({"content": content} if "content" in message else {})
+
+
+def _content(message: dict, place: str) -> str | None:
+    """The content as text; None for a message that only calls tools."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls is not None and not (
+        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    ):
         raise InputError(
-            f"{place}: content must be a string, but it is"
-            f" {kind(message.get('content'))}"
+            f"{place}: tool_calls must be a list of objects, but it is {kind(calls)}"
         )
-    checked_text(message["content"], place)
-    # Columnar formats fill missing keys with null, which templates must not see.
-    return {key: value for key, value in message.items() if value is not None}
+    if content is None and calls:
+        return None
+    if isinstance(content, list):
+        parts = enumerate(content, start=1)
+        content = "\n".join(_part(part, f"{place} part {n}") for n, part in parts)
+    if not isinstance(content, str):
+        raise InputError(
+            f"{place}: content must be a string or a list of text parts, but it is"
+            f" {kind(content)}"
+        )
+    return checked_text(content, place)
+
+
+def _part(part: Any, place: str) -> str:
+    """The text of a part {"type": "text", "text": ...}."""
+    value = part.get("text") if isinstance(part, dict) else part
+    found = part.get("type", "text") if isinstance(part, dict) else "text"
+    if found != "text":
+        raise InputError(
+            f"{place} is of type {found!r:.50}; only text is read, so remove the row"
+        )
+    if not isinstance(value, str):
+        raise InputError(f"{place}: text must be a string, but it is {kind(value)}")
+    return value

@@ -9,6 +9,7 @@ Message = dict[str, Any]
 
 IDENTICAL = "chosen and rejected are identical"
 PROMPTS_DIFFER = "chosen and rejected do not share the prompt"
+TIED = "completions have the same rank"
 EMPTY = "a completion is empty"
 HUMAN_LAST = "a dialogue does not end with the assistant's turn"
 
@@ -31,6 +32,10 @@ class Example:
     """The traces of each completion, at least one each; empty without traces."""
     empty: bool = False
     """Whether the prompt ends with an empty trace."""
+    variables: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the chat template is given besides the messages, such as `tools`."""
+    ended: tuple[bool, ...] = ()
+    """Whether each completion is complete; empty if all are."""
 
     @property
     def is_conversation(self) -> bool:
@@ -40,7 +45,7 @@ class Example:
     @property
     def texts(self) -> list[str]:
         """The completions as text: of messages, what they say."""
-        return [x if isinstance(x, str) else x["content"] for x in self.completions]
+        return [text_of(x) for x in self.completions]
 
     @property
     def is_identical(self) -> bool:
@@ -51,27 +56,33 @@ class Example:
     def num_characters(self) -> int:
         """The number of characters of all texts."""
         prompt = self.prompt
-        turns = [prompt] if isinstance(prompt, str) else [x["content"] for x in prompt]
+        turns = [prompt] if isinstance(prompt, str) else [text_of(x) for x in prompt]
         traces = (trace for side in self.traces for trace in side)
         return sum(map(len, (*turns, *self.texts, *traces)))
 
     def content_id(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the content.
 
-        It covers prompt, completions, annotator and traces.  It does not depend on
-        whether the run adds an empty trace.
+        It covers prompt, completions, annotator, traces, and what the chat template is
+        given.  It does not depend on whether the run adds an empty trace.
         """
         content = [self.prompt, self.completions, self.annotator]
-        content += [self.traces] if self.traces else []
+        for more in (self.traces, self.variables, self.ended):
+            content += [more] if more else []
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def text_of(message: str | Message) -> str:
+    """The text of a message; empty if it only calls tools."""
+    return message if isinstance(message, str) else message.get("content") or ""
 
 
 def prompt_key(prompt: str | tuple[Message, ...]) -> str:
     """A key that ignores leading and trailing white space of the prompt."""
     if isinstance(prompt, str):
         return prompt.strip()
-    bare = [message | {"content": message["content"].strip()} for message in prompt]
+    bare = [message | {"content": text_of(message).strip()} for message in prompt]
     return json.dumps(bare, sort_keys=True)
 
 

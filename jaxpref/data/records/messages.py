@@ -6,23 +6,27 @@ conversation in `messages`.  The completion is always the last assistant turn.  
 conversation repeats the prompt, it is used once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxpref.data.records.checks import (
     completion_fields,
     is_columns,
+    is_message,
     text_or_messages,
     to_example,
 )
-from jaxpref.data.records.example import Example, Message
+from jaxpref.data.records.example import Example, Message, text_of
 from jaxpref.errors import InputError
 
 
 def matches(record: Mapping, sides: int) -> bool:
-    """Whether the prompt or a completion is a list of messages."""
+    """Whether the prompt or a completion is a message or a list of them."""
     names = ("prompt", *completion_fields(record, sides))
     values = [record.get(name) for name in names]
-    return any(isinstance(value, list) or is_columns(value) for value in values)
+    return any(
+        isinstance(value, list) or is_columns(value) or is_message(value)
+        for value in values
+    )
 
 
 def parse(
@@ -32,6 +36,24 @@ def parse(
     names = completion_fields(record, sides)
     values = [text_or_messages(record, name, where) for name in names]
     prompt = text_or_messages(record, "prompt", where) if "prompt" in record else []
+    return example_of(prompt, names, values, where, drop_empty=drop_empty)
+
+
+def example_of(
+    prompt: str | list[Message],
+    names: Sequence[str],
+    values: Sequence[str | list[Message]],
+    where: str,
+    *,
+    drop_empty: bool,
+) -> Example | str:
+    """The example of a prompt and completions, each a text or messages.
+
+    It is a conversation unless all of them are texts.
+    """
+    if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
+        texts = [(prompt, value) for value in values if isinstance(value, str)]
+        return to_example(names, texts, where, drop_empty=drop_empty)
     splits = [
         _split(prompt, name, value, where)
         for name, value in zip(names, values, strict=True)
@@ -65,7 +87,7 @@ def _split(
 def _joined(prompt: list[Message], turns: list[Message]) -> list[Message] | None:
     """The prompt followed by the turns, without overlap; None if they contradict."""
     question, answered = (
-        [(message["role"], message["content"].strip()) for message in part]
+        [(message["role"], text_of(message).strip()) for message in part]
         for part in (prompt, turns)
     )
     for size in range(min(len(question), len(answered)), 0, -1):

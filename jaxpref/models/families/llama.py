@@ -40,7 +40,7 @@ class LlamaArchitecture(Architecture):
     """The architecture of a Llama model."""
 
     rms_norm_eps: float = at_least(0, default=1e-5)
-    rope_theta: float = 10000.0
+    rope_theta: float = at_least(1, default=10000.0)
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):

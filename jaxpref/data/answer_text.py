@@ -1,0 +1,123 @@
+"""Finds the parts of an answer in the text that a chat template renders."""
+
+import dataclasses
+import json
+from typing import Any
+
+from jaxpref.data.records import Message
+from jaxpref.errors import InputError
+
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message with what some templates write before its content."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceMarkers:
+    """The markers before and after a reasoning trace."""
+
+    open: str = "<think>"
+    close: str = "</think>"
+
+    def __post_init__(self):
+        for name in ("open", "close"):
+            if not getattr(self, name).strip():
+                raise InputError(f"trace_{name} is blank; give the model's own marker")
+
+
+THINK = TraceMarkers()
+"""The markers of most reasoning models."""
+
+
+def has_thought(message: str | Message, markers: TraceMarkers) -> bool:
+    """Whether an answer contains a thought."""
+    if isinstance(message, str):
+        return markers.close.strip() in message
+    fields = any(message.get(name) for name in THOUGHT_FIELDS)
+    return fields or markers.close.strip() in (message.get("content") or "")
+
+
+def end_of_text(
+    message: Message,
+    whole: str,
+    start: int,
+    markers: TraceMarkers,
+    *,
+    anywhere: bool = False,
+) -> int | None:
+    """Where the text of an answer ends in the whole; None if some of it is missing.
+
+    A template may write white space around each part, and may lay out thoughts and
+    calls of tools in its own way.  With `anywhere`, it may also write other text before
+    the answer.
+    """
+    content = message.get("content") or ""
+    thoughts = [message[x] for x in THOUGHT_FIELDS if isinstance(message.get(x), str)]
+    calls = message.get("tool_calls")
+    if not thoughts and not calls and not has_thought(message, markers):
+        end = end_of_word(content, whole, start)
+        if end is None and anywhere:
+            found = whole.find(content.strip(), start)
+            end = found + len(content.strip()) if found >= 0 else None
+        return end
+    thought, _, answer = content.rpartition(markers.close.strip())
+    thought = thought.strip().removeprefix(markers.open.strip())
+    end: int | None = start
+    for part in (*thoughts, thought, answer):
+        found = whole.find(part.strip(), end)
+        if found < 0:
+            return None
+        end = found + len(part.strip())
+    for word in _words_of(calls):
+        forms = (word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False))
+        found = [(whole.find(x, start), len(x)) for x in forms]
+        found = [at + size for at, size in found if at >= 0]
+        if not found:
+            return None
+        end = max(end, *found)
+    return end
+
+
+def trace_span(
+    whole: str, prompt: str, opening: str, trace: str, close: str, answer: str
+) -> tuple[int, int, int] | None:
+    """Start and end of the trace, and the end of the answer, in a rendered turn.
+
+    None if they are not all there.
+    """
+    at: int | None = len(prompt) if whole.startswith(prompt) else None
+    ends = []
+    for word in (opening, trace, close, answer):
+        at = None if at is None else end_of_word(word, whole, at)
+        ends.append(at)
+    if at is None:
+        return None
+    return ends[1] - len(trace.strip()), ends[1], at
+
+
+def end_of_word(word: str, text: str, start: int) -> int | None:
+    """The end of `word` if it comes next in `text`, ignoring white space around it."""
+    while start < len(text) and text[start].isspace():
+        start += 1
+    word = word.strip()
+    return start + len(word) if text.startswith(word, start) else None
+
+
+def ends_with(text: str, marker: str) -> bool:
+    """Whether a text ends with a marker, ignoring white space after it."""
+    return text.rstrip().endswith(marker.strip())
+
+
+def _words_of(value: Any) -> list[str]:
+    """The names and values in calls of tools, as text; arguments may be JSON text."""
+    if isinstance(value, dict):
+        items = {k: v for k, v in value.items() if k not in ("type", "id")}
+        return [word for part in items.values() for word in _words_of(part)]
+    if isinstance(value, list):
+        return [word for part in value for word in _words_of(part)]
+    if isinstance(value, str):
+        try:
+            decoded = json.loads(value) if value.lstrip()[:1] in ("{", "[") else value
+        except (ValueError, RecursionError):
+            decoded = value
+        return _words_of(decoded) if decoded is not value else [value]
+    return [] if value is None or isinstance(value, bool) else [str(value)]

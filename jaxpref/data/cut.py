@@ -1,0 +1,145 @@
+"""Examples that do not fit: what is cut, in which order, and how much of it.
+
+Nothing is cut while prompt and answers fit together.  If they do not, a prompt loses
+its earliest turns, then the beginning of its last turn, until it fits beside the
+longest answer or into half of the length, whichever is more.  System turns and the
+header of a turn are kept.  Answers that then still do not fit lose their end, or the
+end of their trace.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxpref.data.records import Example, Message, text_of
+from jaxpref.data.render import Texts
+
+NO_ROOM = "the prompt leaves no room for the completion"
+HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
+"""What begins a turn in dialogues that are one text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Maximum numbers of tokens."""
+
+    whole: int
+    """Of a prompt and one answer together."""
+    prompt: int | None = None
+    """Of a prompt; None for what the answers leave, at least half of `whole`."""
+
+    def room(self, longest_answer: int) -> int:
+        """Tokens that a prompt may have."""
+        if self.prompt is not None:
+            return self.prompt
+        return max(self.whole - longest_answer, self.whole // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The tokens of an example before it is cut."""
+
+    start: list[int]
+    """BOS, or nothing."""
+    prompt: list[int]
+    completions: list[list[int]]
+    texts: Texts
+
+    def excess(self, limits: Limits) -> int:
+        """Tokens by which the prompt is too long; 0 or less if it fits."""
+        longest = max(map(len, self.completions), default=0)
+        return len(self.start) + len(self.prompt) - limits.room(longest)
+
+
+def _has_turns(example: Example) -> bool:
+    """Whether the prompt consists of turns, so that whole turns can be left out."""
+    prompt = example.prompt
+    return not isinstance(prompt, str) or prompt.lstrip().startswith(HUMAN_TURN.strip())
+
+
+def fitted(
+    example: Example,
+    parts: Parts | str,
+    limits: Limits,
+    tokenizer: Any,
+    again: Callable[[Example], Parts | str],
+) -> tuple[Parts | str, bool, bool]:
+    """The example with a prompt that fits, if it consists of turns.
+
+    Returns:
+      Its tokens or the reason to drop it, whether turns were dropped, and whether the
+      last turn was cut.
+    """
+    if isinstance(parts, str) or parts.excess(limits) <= 0 or not _has_turns(example):
+        return parts, False, False
+    dropped = False
+    for shorter in _with_fewer_turns(example):
+        example, parts, dropped = shorter, again(shorter), True
+        if isinstance(parts, str) or parts.excess(limits) <= 0:
+            return parts, dropped, False
+    whole, removed = example, 0
+    while (excess := parts.excess(limits)) > 0:
+        removed += excess
+        cut = _with_shorter_turn(whole, removed, tokenizer)
+        if cut is None:
+            return NO_ROOM, dropped, True
+        parts = again(cut)
+        if isinstance(parts, str):
+            return parts, dropped, True
+    return parts, dropped, True
+
+
+def _with_fewer_turns(example: Example) -> Iterator[Example]:
+    """The example without its earliest turns: one less each time, then another."""
+    prompt = example.prompt
+    if isinstance(prompt, str):
+        start = prompt.find(HUMAN_TURN, 1)
+        while start > 0:
+            yield dataclasses.replace(example, prompt=prompt[start:])
+            start = prompt.find(HUMAN_TURN, start + 1)
+        return
+    kept = _leading_system(prompt)
+    for n in range(kept + 1, len(prompt)):
+        if prompt[n]["role"] == "user":
+            yield dataclasses.replace(example, prompt=(*prompt[:kept], *prompt[n:]))
+
+
+def _with_shorter_turn(example: Example, excess: int, tokenizer: Any) -> Example | None:
+    """The example without the first tokens of its last user turn; None if too few.
+
+    Args:
+      example: its earlier turns are left out already.
+      excess: how many tokens to leave out, at least.
+      tokenizer: counts them.
+    """
+    prompt = example.prompt
+    if isinstance(prompt, str):
+        lead = prompt[: len(prompt) - len(prompt.lstrip())] + HUMAN_TURN.strip()
+        asked, answer, rest = prompt[len(lead) :].partition(ASSISTANT_TURN)
+        shorter = _without_start(asked, excess, tokenizer)
+        changed: Any = None if shorter is None else f"{lead} {shorter}{answer}{rest}"
+    else:
+        at = max((n for n, m in enumerate(prompt) if m["role"] == "user"), default=None)
+        if at is None:
+            return None
+        shorter = _without_start(text_of(prompt[at]), excess, tokenizer)
+        message = prompt[at] | {"content": shorter}
+        changed = (
+            None if shorter is None else (*prompt[:at], message, *prompt[at + 1 :])
+        )
+    return None if changed is None else dataclasses.replace(example, prompt=changed)
+
+
+def _without_start(text: str, tokens: int, tokenizer: Any) -> str | None:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokens >= len(ids):
+        return None
+    # A character may consist of several tokens.
+    kept = tokenizer.decode(ids[tokens:], skip_special_tokens=False)
+    return kept.lstrip("\ufffd").lstrip() or None
+
+
+def _leading_system(prompt: Sequence[Message]) -> int:
+    """The number of system messages before the first turn."""
+    roles = [message["role"] not in ("system", "developer") for message in prompt]
+    return roles.index(True) if True in roles else len(roles)

@@ -1,0 +1,163 @@
+"""Renders chat templates in a process of their own, with limits on time and memory.
+
+A chat template is a program that comes with a model.  Jinja's sandbox keeps it from
+files and from Python's internals, but not from computing or allocating without end:
+`10 ** 10 ** 10` never returns, and no signal handler runs until it does.  So templates
+run in a child process (`template_child`), which the operating system stops.
+"""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxpref.data.records import Message
+from jaxpref.errors import InputError, first_line
+
+MAX_SECONDS = 5
+"""CPU time for rendering one conversation."""
+MAX_BYTES = 512 * 2**20
+"""Memory that a template may use."""
+MAX_CHARACTERS = 10_000_000
+"""Length of a rendered conversation."""
+
+_CHILD = Path(__file__).with_name("template_child.py")
+_FEWER = "use a template that does less"
+
+
+def render_template(
+    messages: Sequence[Message],
+    place: str,
+    tokenizer: Any,
+    open_answer: bool,
+    **variables: Any,
+) -> str:
+    """The text of a conversation, as `tokenizer.apply_chat_template` returns it.
+
+    Args:
+      messages: the conversation.
+      place: "file row n", for errors.
+      tokenizer: whose chat template renders it.
+      open_answer: whether the text ends with the opening of an answer.
+      **variables: further arguments of `apply_chat_template`, such as `tools`.
+
+    Raises:
+      InputError: if there is no template, or it rejects the conversation, or exceeds a
+        limit.
+    """
+    if not tokenizer.chat_template:
+        # Do not invent a template: the model has never seen it, and no server of the
+        # exported model would use it.
+        raise InputError(
+            f"{place}: the record holds messages, but the tokenizer has no chat"
+            " template; use a tokenizer that has one (chat_template.jinja in the model"
+            " folder), or write prompt, chosen and rejected as strings"
+        )
+    options = {"add_generation_prompt": open_answer, **variables}
+    try:
+        text = _render(tokenizer, list(messages), options)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise _rejected(place, first_line(error)) from None
+    except RecursionError:
+        raise _rejected(place, "the conversation is nested too deeply") from None
+    if not isinstance(text, str):
+        raise _rejected(place, f"it returns {type(text).__name__}, not a text")
+    return text
+
+
+def _render(tokenizer: Any, messages: list[Any], options: Mapping[str, Any]) -> Any:
+    from transformers import PreTrainedTokenizerBase
+
+    method = getattr(tokenizer.apply_chat_template, "__func__", None)
+    if method is not PreTrainedTokenizerBase.apply_chat_template:
+        # A tokenizer with a format of its own, in Python rather than in a template.
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    template, special = tokenizer.chat_template, tokenizer.special_tokens_map
+    return _CHILDREN.render(template, special, messages, options)
+
+
+def _rejected(place: str, why: str) -> InputError:
+    return InputError(f"{place}: the chat template rejects it ({why})")
+
+
+class _Children:
+    """The child process, started when first needed, and again after it was stopped."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen | None = None
+        self._owner = 0
+        self._loaded: Any = None
+
+    def render(
+        self, template: Any, special: Any, messages: list[Any], options: Any
+    ) -> str:
+        """One conversation; raises an InputError without a place."""
+        request = {"messages": messages, "options": options}
+        with self._lock:
+            child = self._started()
+            loaded = [template, special]
+            if loaded != self._loaded:  # most requests have the same template
+                request["loaded"] = self._loaded = loaded
+            line = json.dumps(request)
+            try:
+                child.stdin.write(line + "\n")
+                child.stdin.flush()
+                reply = child.stdout.readline()
+            except OSError:
+                reply = ""
+            if not reply.endswith("\n"):
+                raise InputError(self._ended())
+        kind, text = json.loads(reply)
+        if kind == "text":
+            return text
+        if kind == "rejected":
+            raise ValueError(text)
+        raise InputError(f"the chat template {text}; {_FEWER}")
+
+    def close(self) -> None:
+        """Ends the child if this process started one."""
+        child, self._child = self._child, None
+        if child is not None and self._owner == os.getpid():
+            child.kill()
+            child.communicate()
+
+    def _started(self) -> Any:
+        if self._child is None or self._owner != os.getpid():
+            limits = (MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS)
+            self._child = subprocess.Popen(
+                # -P: nothing is imported from the working directory.
+                [sys.executable, "-P", str(_CHILD), *map(str, limits)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="ascii",
+                env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+            )
+            self._owner, self._loaded = os.getpid(), None
+        return self._child
+
+    def _ended(self) -> str:
+        """Why the child ended."""
+        child, self._child = self._child, None
+        assert child is not None
+        child.kill()  # does nothing to a child that has ended
+        child.communicate()
+        code = child.returncode
+        if code == -signal.SIGPROF:
+            return f"the chat template takes more than {MAX_SECONDS} s; {_FEWER}"
+        how = signal.Signals(-code).name if code < 0 else f"code {code}"
+        return f"the chat template cannot be rendered: its process ended by {how}"
+
+
+_CHILDREN = _Children()
+atexit.register(_CHILDREN.close)

@@ -1,0 +1,52 @@
+"""Digests of the files that a run computes with, for its checkpoints."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+
+from jaxpref.data.read import Datasets
+from jaxpref.models.hub import model_digests
+from jaxpref.runtime.processes import broadcast_text
+from jaxpref.runtime.provenance import Content
+from jaxpref.scoring.reference import Reference
+
+
+def contents(
+    model_folder: Path, reference: Reference | None, datasets: Datasets
+) -> dict[str, Content]:
+    """The model, the reference and the pairs of a run, by name for messages.
+
+    The pairs are those that a run sees, so the format of the file does not matter.
+    All processes must call this; the first one reads the models.
+
+    Args:
+      model_folder: folder of the initial weights.
+      reference: the reference, or None.
+      datasets: the records.
+    """
+    folders = {"model": model_folder}
+    if reference is not None:
+        folders["reference"] = reference.folder
+    digests = {}
+    if jax.process_index() == 0:
+        digests = {name: model_digests(folder) for name, folder in folders.items()}
+    digests = json.loads(broadcast_text(json.dumps(digests)))
+    found = {
+        f"the {part} of the {name}": Content(digest, str(folders[name]))
+        for name, parts in digests.items()
+        for part, digest in parts.items()
+        # The reference's tokens are those of the model.
+        if (name, part) != ("reference", "tokenizer")
+    }
+    splits = datasets.splits
+    sets = {
+        "the training pairs": (splits.train, datasets.train_sources),
+        "the held-out pairs": (splits.heldout, datasets.heldout_sources),
+    }
+    for name, (dataset, sources) in sets.items():
+        text = dataset.digest() + json.dumps(dataset.annotator_names)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        found[name] = Content(digest, " and ".join(sources))
+    return found

@@ -1,0 +1,72 @@
+"""`jaxpref sample`: text in its context, and whether an answer ended."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxpref.cli import sample as sample_command
+from jaxpref.evaluate.generations import decode_continuation
+from tests.data_tokenizers import byte_tokenizer
+from tests.tiny import make_model_folder
+
+PIECES = ["<s>", "</s>", *"▁Once ▁upon ▁a ▁time . ▁ , time".split(), "\n"]
+
+
+def metaspace_tokenizer():
+    """Words with their space in front, as in SentencePiece: alone, a word loses it."""
+    vocabulary = {piece: n for n, piece in enumerate(PIECES)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize(
+    "prompt, new, text",
+    [
+        ("<s> ▁Once ▁upon ▁a", "▁time .", " time."),
+        ("<s> ▁Once ▁upon ▁a", "time", "time"),
+        ("<s> ▁Once", "</s>", ""),
+        ("<s> ▁Once", ", ▁upon </s>", ", upon"),
+        ("<s> ▁Once ▁", "time", "time"),
+        ("<s>", "▁Once ▁upon", "Once upon"),
+        ("<s> ▁Once", "\n", "\n"),
+    ],
+)
+def test_a_continuation_is_decoded_in_its_context(prompt, new, text):
+    tokenizer = metaspace_tokenizer()
+    ids = lambda words: [PIECES.index(word) for word in words.split(" ")]
+    assert decode_continuation(tokenizer, ids(prompt), ids(new)) == text
+
+
+def test_letters_of_several_tokens_are_decoded_together():
+    tokenizer = byte_tokenizer(merges=())
+    prompt, new = (tokenizer(x)["input_ids"] for x in ("caf", "é"))
+    assert len(new) == 2
+    assert decode_continuation(tokenizer, prompt, new) == "é"
+
+
+def test_samples_that_were_cut_say_so(tmp_path):
+    """One token at most: only a stop token as the first one ends an answer."""
+    make_model_folder(tmp_path / "model", 0)
+    argv = f"--model {tmp_path / 'model'} --max-new-tokens 1 --out {tmp_path}/out.json"
+    prompts = ["the film was", "the", "good"]
+    sample_command.command([*argv.split(), "--prompts", *prompts])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["instruction"] for row in rows] == prompts
+    # Special tokens are not part of the text.
+    assert not any(row["ended"] for row in rows if row["output"])
+    assert any(row["output"] for row in rows)
+    assert {*rows[0]} == {"instruction", "output", "ended", "generator"}
+    everything = ",".join(map(str, range(64)))
+    generation = {"eos_token_id": json.loads(f"[{everything}]")}
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(generation))
+    sample_command.command([*argv.split(), "--prompts", *prompts])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert all(row["ended"] for row in rows)
