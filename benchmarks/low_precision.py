@@ -1,7 +1,8 @@
 r"""What bfloat16 parameters cost: rounding to nearest, master weights, stochastically.
 
-    python -m benchmarks.low_precision --model stories260k-hf \
-        --data hh_rlhf_helpful_base_test.jsonl.gz --steps 60 --rates 1e-6 1e-4 \
+    python -m benchmarks.inputs hh stories260k
+    python -m benchmarks.low_precision --model inputs/stories260k-hf \
+        --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --steps 60 --rates 1e-6 1e-4 \
         --max-length 64 --batch-size 8 --max-pairs 200
 
 Trains the same pairs in the same order with AdamW and five ways to store its numbers,

@@ -79,8 +79,9 @@ def rounded_stochastically(
         key = jax.random.fold_in(jax.random.key(seed), _SALT)
         for_params, for_state = jax.random.split(jax.random.fold_in(key, state.count))
         before = jax.tree.map(_wide, params)
-        wide = jax.tree.map(_wide, (updates, state.inner))
-        updates, inner = optimizer.update(*wide, before)
+        updates, inner = optimizer.update(
+            jax.tree.map(_wide, updates), jax.tree.map(_wide, state.inner), before
+        )
         rounded = _round_like(
             params, jax.tree.map(jnp.add, before, updates), for_params
         )

@@ -34,7 +34,7 @@ def byte_tokenizer(
     """
     special = [bos, eos, "<|im_start|>", "<|im_end|>"]
     special = list(dict.fromkeys(x for x in special if x is not None))
-    ordered = [*first, *pre_tokenizers.ByteLevel.alphabet()]
+    ordered = [*first, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     ordered += ["".join(pair) for pair in merges]
     ordered += [x for x in special if x not in first]
     vocab = {token: n for n, token in enumerate(ordered)}

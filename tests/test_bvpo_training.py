@@ -364,14 +364,14 @@ def test_records_come_from_both_files(tmp_path):
     read = functools.partial(
         read_datasets,
         byte_tokenizer(),
-        data.DataOptions(max_length=128, heldout_fraction=0.3),
         num_completions=2,
         mix=data.MixOptions(empty_data=empty),
         train=traces,
     )
-    found = read(heldout=None)
+    found = read(data.DataOptions(max_length=128, heldout_fraction=0.3), heldout=None)
     assert found.train_sources == found.heldout_sources == (traces, empty)
-    found = read(heldout=heldout)
+    shared = data.DataOptions(max_length=128, allow_shared_prompts=True)
+    found = read(shared, heldout=heldout)
     assert (found.train_sources, found.heldout_sources) == ((traces, empty), (heldout,))
     # With data of its own for evaluation, nothing is held out of the rest.
     assert len(found.splits.train) == 6 + 6 and len(found.splits.heldout) == 6 + 6

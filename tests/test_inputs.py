@@ -30,7 +30,7 @@ MADE = {f"inputs/{file}" for file, _ in inputs.MAKERS.values()}
 MODULE = re.compile(r"python -m ((?:benchmarks|experiments)\.\w+)")
 READ = re.compile(r"--(?:data|model|hh|ultrafeedback)[= ]([^\s`,)]+)")
 THE_READERS_OWN = {
-    *("MODEL", "M", "DIR", "FILE", "FOLDER", "pairs.jsonl", "heldout.jsonl"),
+    *("MODEL", "M", "DIR", "FILE", "X", "pairs.jsonl", "heldout.jsonl"),
     *("traces.jsonl", "runs/data/pairs.jsonl", "runs/mine/export"),
     "runs/reward/export",
 }

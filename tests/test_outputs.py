@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 from jaxpref import cli
+from jaxpref.runtime import run_folder
 from jaxpref.runtime.run_folder import locked
 
 DATA, MODEL = "--data d.jsonl", "--model m"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
 
 
 @pytest.fixture

@@ -410,7 +410,8 @@ def test_out_is_bound_before_anything_is_saved(folder, tmp_path, monkeypatch):
     refused(config_for(folder, out, seed=1), "another config", "seed (0 -> 1)")
 
 
-def test_two_starts_at_once(folder):
+def test_two_starts_at_once(folder, monkeypatch):
+    monkeypatch.setattr("jaxpref.runtime.run_folder.PATIENCE", 0.0)
     with locked(folder / "run"):
         before = contents(folder / "run")
         with pytest.raises(InputError, match="is writing to it; wait until it ends"):

@@ -1,5 +1,6 @@
 """OUT belongs to one config and one process at a time, and to nobody after a kill."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ from jaxpref.runtime import run_folder
 from jaxpref.runtime.run_folder import check_config, locked, open_out
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
 
 
 def opened(out, reads=None):
@@ -67,6 +74,15 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
         os.kill(child, signal.SIGKILL)
         holder.kill()
         holder.wait()
+
+
+def test_a_lock_that_is_released_a_moment_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 30.0)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(tmp_path))
+        threading.Timer(0.3, stack.pop_all().close).start()
+        with locked(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": "x"}', "\xff" * 9, "null"])

@@ -72,6 +72,7 @@ class Run:
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     monkeypatch.setattr(reference, "SHARD", 4)
+    monkeypatch.setattr(reference, "CHECKED", 1)
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
 
 

@@ -80,17 +80,14 @@ def test_a_template_that_fails_or_needs_too_much(text):
     assert REFUSED[text] in message and "\n" not in message, message
 
 
-def test_templates_that_never_end(monkeypatch):
+def test_a_template_that_never_ends(monkeypatch):
     children = template._Children()
     monkeypatch.setattr(template, "_CHILDREN", children)
     monkeypatch.setattr(template, "MAX_SECONDS", 1)
-    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
-    for text in (
-        loop + "{% endfor %}",
-        "{{ 10 ** (10 ** 8) }}",  # within C, where no signal handler runs
-    ):
-        with pytest.raises(InputError, match="a row 1: the chat template takes more"):
-            render_template(CHAT, "a row 1", byte_tokenizer(template=text), True)
+    # Within C, where no signal handler runs.
+    endless = byte_tokenizer(template="{{ 10 ** (10 ** 8) }}")
+    with pytest.raises(InputError, match="a row 1: the chat template takes more than"):
+        render_template(CHAT, "a row 1", endless, True)
     # The process is started anew for the next template.
     good = byte_tokenizer(template="{{ messages[0].role }}")
     assert render_template(CHAT, "a row 1", good, False) == "user"

@@ -51,7 +51,9 @@ def lower(folder):
 
 def cut_off(folder):
     """A template that drops what the user says."""
-    return save(folder, byte_tokenizer(template=CHATML.replace("m['content']", "'x'")))
+    said = "m['content'] if m['role'] == 'assistant' else 'x'"
+    template = CHATML.replace("m['content']", said)
+    return save(folder, byte_tokenizer(template=template))
 
 
 def rejecting(folder):
@@ -95,8 +97,9 @@ REFUSED = {
     "a renumbered letter": (lambda f: swapped(plain(f), "d", "Ā"), STRINGS, "row 1: "),
     "a renumbered merge": (lambda f: swapped(plain(f), "ab", "abc"), STRINGS, "row 1"),
     "other merges": (
-        lambda f: plain(f, merges=(("a", "b"), ("b", "c"))), STRINGS, "'abc 0:'"),
-    "no merges": (lambda f: plain(f, merges=()), STRINGS, "row 1: "),
+        lambda f: plain(f, merges=(("a", "b"), ("b", "c"))), STRINGS, "abc 0:' is ["),
+    "a smaller vocabulary": (
+        lambda f: plain(f, merges=()), STRINGS, "'<s>' (256), but that of"),
     "lower case": (lower, STRINGS, "row 1: "),
     "no BOS": (
         lambda f: plain(f, bos=None), STRINGS, "beginning-of-sequence token is none"),

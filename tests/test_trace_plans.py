@@ -108,8 +108,10 @@ def test_empty_data_is_read_in_any_format_and_split_by_the_same_hash():
     plan = plan_of(traced(50, traces=2), empty=empty, heldout_fraction=0.3)
     assert plan.report["with a trace"] == 100 and plan.report["rows"] == 91
     assert plan.report["with an empty trace"] == 41
-    prompts = [r["prompt"] for r in empty[:-1]] + ["\n\nHuman: q\n\nAssistant:"]
-    held = {x for x in prompts if uniform(f"heldout\n{x.strip()}") < 0.3}
+    # A dialogue of one turn is on the same side as the text of that turn.
+    keys = {r["prompt"]: r["prompt"] for r in empty[:-1]}
+    keys["\n\nHuman: q\n\nAssistant:"] = "q"
+    held = {x for x, key in keys.items() if uniform(f"heldout\n{key}") < 0.3}
     pairs = plan.heldout
     found = [
         TOKENIZER.decode(pairs.prompt(n)[1:])

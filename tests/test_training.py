@@ -411,7 +411,7 @@ def test_a_run_that_holds_nothing_out(inputs, tmp_path):
     options = data.DataOptions(max_length=64, heldout_fraction=0.0)
     run(config_for(inputs, tmp_path / "run", options=options, max_steps=2))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1]
+    assert [line["step"] for line in lines] == [1, 2]
 
 
 KILLED_RUN = """

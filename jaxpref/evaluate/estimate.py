@@ -117,7 +117,11 @@ def estimate(
         flip_rate=pooled.rate if identified else None,
         flip_rate_interval=pooled.interval,
         identified=identified,
-        reason=None if identified else _reason(margins, pooled.interval),
+        reason=(
+            None
+            if identified
+            else _reason(margins, pooled.interval, several=bool(votes))
+        ),
         assumed_flip_rate=None if identified else assumed_flip_rate,
     )
 
@@ -184,14 +188,21 @@ def _reliabilities(
     return found
 
 
-def _reason(margins: np.ndarray, interval: tuple[float, float]) -> str:
-    if not margins.any():
+def _reason(
+    margins: np.ndarray, interval: tuple[float, float], *, several: bool
+) -> str:
+    if not margins.any() and not several:
         return (
             "every margin is 0: there are too few prompts for cross-fitting, or the "
             "answers do not differ in any feature"
         )
     return (
         f"{len(margins)} labels are compatible with any flip rate from "
-        f"{interval[0]:.2f} to {interval[1]:.2f}: a weak model and wrong labels look "
-        "alike; more pairs, a better model, or several votes per pair would help"
+        f"{interval[0]:.2f} to {interval[1]:.2f}: "
+        + (
+            "there are too few pairs with several votes; more would help"
+            if several
+            else "a weak model and wrong labels look alike; more pairs, a better model,"
+            " or several votes per pair would help"
+        )
     )

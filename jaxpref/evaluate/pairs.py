@@ -36,9 +36,9 @@ from jaxpref.runtime.processes import log
 from jaxpref.runtime.ranges import at_least
 from jaxpref.runtime.run_folder import locked
 from jaxpref.scoring.checks import check_finite, check_fits
-from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import make_scorer
 from jaxpref.train.options import Dtype
+from jaxpref.train.task import Scoring
 
 METRICS, PAIRS = FILES = "metrics.json", "eval_pairs.jsonl"
 """Names of the files that an evaluation writes."""
@@ -199,13 +199,9 @@ def _score(
     layout = data.padded_layout(
         pairs, batch_size=config.batch_size, process_index=index, process_count=count
     )
-    score = functools.partial(
-        score_dataset,
-        make_score_step(make_scorer(model, frozenset({name}))),
-        eval_batches=layout.eval_batches,
-        mesh=mesh,
-    )
-    scores = score(params, None, pairs, title=title)
+    scorer = make_scorer(model, frozenset({name}))
+    task = Scoring(scorer=scorer, mesh=mesh, layout=layout)
+    scores = task.score(task.score_step)(params, None, pairs, title=title)
     check_finite([config.data], pairs, str(folder), scores[name])
     return scores[name]
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from jaxpref.files import LOCK, check_output_folder, existing_file
 from jaxpref.runtime.processes import together
 from jaxpref.runtime.provenance import changed_options, flat
 
+PATIENCE = 3.0
+"""Seconds to wait for a lock."""
 OTHERS = "checkpoints", "reference"
 """Folders whose files say what made them, so that they are checked one by one."""
 
@@ -82,7 +85,7 @@ def _lock(path: Path) -> int | None:
             "the folder"
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _wait_for_lock(descriptor)
     except BlockingIOError:
         holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
         os.close(descriptor)
@@ -107,6 +110,18 @@ def _lock(path: Path) -> int | None:
     os.pwrite(descriptor, json.dumps(about).encode(), 0)
     _held.add(descriptor)
     return descriptor
+
+
+def _wait_for_lock(descriptor: int) -> None:
+    """Locks a file; a killed process keeps its lock until its memory is freed."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.1)
 
 
 def _holder(text: str) -> str:

@@ -45,6 +45,8 @@ from jaxpref.scoring.scores import policy_name
 
 SHARD = 512
 """Pairs between two writes, rounded up to whole batches; a kill loses at most these."""
+CHECKED = 4
+"""Stored scores that a new run computes again, per `SHARD` of them."""
 TOLERANCE = {True: (1e-4, 1e-3), False: (5e-3, 0.1)}
 """How far a stored score may be from the same score computed again: relative to it, and
 in nats.  True for float32 on CPU, False where products are rounded to fewer bits."""
@@ -201,7 +203,7 @@ def reference_tables(
         fill = functools.partial(_fill, scorer, folders, keys, about)
         values = _of_process_zero(find, keys.shape)
         missing = unscored(scored, keys, values)
-        known = np.setdiff1d(scored.needed, missing)
+        known = scored.needed[~np.isin(scored.needed, missing)]
         if len(scored.needed):
             cached = f"{len(known)} cached, {len(missing)} to compute"
             log(f"{scorer.title}: {cached}")
@@ -304,10 +306,12 @@ def _are_right(
             return True
         why = "differ from those in the checkpoint"
     else:
-        count = max(min(len(known), scorer.batch_size), -(-len(known) // SHARD))
+        count = max(scorer.batch_size, CHECKED * -(-len(known) // SHARD))
+        count = min(len(known), count)
         # One record from each part, at a place that nobody can predict.
         place = broadcast_from_process_zero(np.random.default_rng().random(count))
-        part = known[((np.arange(count) + place) / count * len(known)).astype(int)]
+        place = ((np.arange(count) + place) / count * len(known)).astype(int)
+        part = known[np.minimum(place, len(known) - 1)]
         computed = scorer(part, title=f"checking {title}")
         exact = scorer.reference.compute_dtype != "bfloat16"
         rtol, atol = TOLERANCE[exact and jax.devices()[0].platform == "cpu"]

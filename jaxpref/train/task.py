@@ -25,24 +25,50 @@ from jaxpref.train.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Programs:
-    """The programs that a run compiles, without parameters or records.
+class Scoring:
+    """What scores records, without parameters or records.
 
     Each program is built once, on first use.
     """
 
     scorer: Scorer
-    """What is trained, and how it scores a batch."""
+    """What is trained or evaluated, and how it scores a batch."""
+    mesh: Mesh
+    """The devices."""
+    layout: data.Layout
+    """How records become batches."""
+
+    def abstract_params(self) -> Params:
+        """Shapes, dtypes and shardings of the parameters."""
+        # Make the key inside: the mesh may not contain a device of this process.
+        params = jax.eval_shape(lambda: self.scorer.init(jax.random.key(0)))
+        return on_devices(params, self.mesh)
+
+    @functools.cached_property
+    def score_step(self) -> Any:
+        """The jitted `(params, frozen, batch) -> (scores, pairs)` of the scorer."""
+        return make_score_step(self.scorer)
+
+    def score(self, score_step: Callable) -> Callable:
+        """`score_dataset` with a score step and these batches and mesh."""
+        return functools.partial(
+            score_dataset,
+            score_step,
+            eval_batches=self.layout.eval_batches,
+            mesh=self.mesh,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs(Scoring):
+    """The programs that a run compiles, without parameters or records."""
+
     objective: Objective
     """What is minimized."""
     optimizer: optax.GradientTransformation
     """Computes updates from gradients."""
     schedule: optax.Schedule
     """The learning rate of each step."""
-    mesh: Mesh
-    """The devices."""
-    layout: data.Layout
-    """How records become batches."""
     num_annotators: int = 0
     """Number of known annotators of the training pairs."""
 
@@ -54,12 +80,6 @@ class Programs:
             self.objective,
             num_annotators=self.num_annotators,
         )
-
-    def abstract_params(self) -> Params:
-        """Shapes, dtypes and shardings of the parameters."""
-        # Make the key inside: the mesh may not contain a device of this process.
-        params = jax.eval_shape(lambda: self.scorer.init(jax.random.key(0)))
-        return on_devices(params, self.mesh)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -97,11 +117,6 @@ class Programs:
         )
 
     @functools.cached_property
-    def score_step(self) -> Any:
-        """The jitted `(params, frozen, batch) -> (scores, pairs)` of the scorer."""
-        return make_score_step(self.scorer)
-
-    @functools.cached_property
     def reference_scorer(self) -> Scorer:
         """The scorer of the reference, for use before training."""
         return self.scorer.of_reference(stored_scores(self.objective.scores))
@@ -117,15 +132,6 @@ class Programs:
     def evaluation(self) -> Any:
         """The jitted `(scores, batch, objective's state) -> metrics`."""
         return make_evaluation(self.objective)
-
-    def score(self, score_step: Callable) -> Callable:
-        """`score_dataset` with a score step and the run's batches and mesh."""
-        return functools.partial(
-            score_dataset,
-            score_step,
-            eval_batches=self.layout.eval_batches,
-            mesh=self.mesh,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
