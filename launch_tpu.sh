@@ -47,13 +47,13 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
                          `none` writes to each worker's own disk: it supports only a
                          single host and does not survive a preemption
   --git URL --commit C   clone this commit on every worker instead of copying this tree.
-                         The URL must not hold a password
+                         The URL must not contain a password
   --extras LIST          extras of pyproject.toml to install (default train,tpu)
   --python VERSION       Python version on the workers (default 3.12)
   --env KEY[=VALUE]      environment variable for the experiment; may be repeated.
                          Without =VALUE, it is taken from this shell: use that for
-                         secrets.  Values are copied in a file that only you can read,
-                         and are never printed
+                         secrets.  Values are copied to the workers in a file that
+                         only you can read, and are never printed
   --restarts N           how often the supervisor restarts after a failure (default 3)
   --hung S, --grace S,   passed to the supervisor: seconds without progress, seconds
   --steady S             between SIGTERM and SIGKILL, seconds that reset --restarts
@@ -61,9 +61,9 @@ usage: ./launch_tpu.sh COMMAND --name NAME --zone ZONE [options] [-- EXPERIMENT.
   --wait-minutes N       how long to wait for the TPU (default 1440)
   --poll-seconds N       time between status checks (default 30)
   --results DIR          where fetch writes (default results/NAME)
-  --delete-after         run deletes the TPU when the experiment has ended, the results
-                         are downloaded, and their SHA-256 digests equal those on the
-                         TPU.  Otherwise run keeps the TPU and prints a warning
+  --delete-after         run deletes the TPU once the experiment has ended and the results
+                         are downloaded with the same SHA-256 digests as on the TPU.
+                         Otherwise run keeps the TPU and prints a warning
   --create-option OPT    passed to `gcloud ... create`; may be repeated
   --ssh-option OPT       passed to `gcloud ... ssh` and `scp`; may be repeated
   --dry-run              print each command without running it
@@ -196,14 +196,14 @@ check() {
   [[ -n $GIT && -n $COMMIT || -z $GIT$COMMIT ]] ||
     fail 2 "--git and --commit must be given together"
   [[ ! $GIT =~ ^[a-z+]+://[^/]*:[^/]*@ && ! $GIT =~ ^https?://[^/]*@ ]] ||
-    fail 2 "--git: the URL holds a password, which other users could read; leave it out"
+    fail 2 "--git: the URL contains a password, which other users could read; remove it"
 }
 
 add_environment() { # KEY=VALUE, or KEY to take the value from this shell
   local key=${1%%=*}
   # The message leaves the value out, which may be a secret.
   [[ $key =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
-    fail 2 "--env: expected KEY=VALUE, or the name of a variable of this shell"
+    fail 2 "--env: expected KEY=VALUE, or the name of a variable in this shell"
   if [[ $1 == *=* ]]; then
     ENVIRONMENT+=("$1")
   else
@@ -325,7 +325,7 @@ if [ "$(cat code/.digest 2>/dev/null)" != "$code" ]; then
     git -C code.new checkout --quiet "$commit"
   else
     if [ "$(sha256sum <"$HOME/jaxpref-code.tgz" | cut -c1-16)" != "$archive" ]; then
-      echo "the code did not arrive completely" >&2
+      echo "the code did not arrive completely; run the same command again" >&2
       exit 1
     fi
     mkdir code.new
@@ -407,7 +407,7 @@ export PATH="$HOME/jaxpref/venv/bin:$PATH"
 export JAX_COMPILATION_CACHE_DIR="$HOME/jaxpref/runs/.compiled"
 if [ "$variables" != 0 ]; then
   if [ "$(tail -n 1 "$HOME/jaxpref-environment")" != "# $variables variables" ]; then
-    echo "the values of --env did not arrive completely" >&2
+    echo "the values of --env did not arrive completely; run the same command again" >&2
     exit 1
   fi
   . "$HOME/jaxpref-environment"
@@ -439,7 +439,7 @@ remote_results() { # prints the digest of each result, then their number
   remote_head results
   printf 'bucket=%q\n' "$BUCKET"
   cat <<'REMOTE'
-# The results are gone with a TPU without a bucket, so all files count.  In the bucket,
+# Without a bucket, the results are lost with the TPU, so all files count.  In the bucket,
 # checkpoints and compiled programs remain; they are not downloaded.
 if [ "$bucket" = none ]; then
   set --
@@ -611,7 +611,7 @@ copy_to_all() { # FILE: copies it into the home folder on every worker
 }
 
 send_environment() { # copies the values of --env, readable only by their owner
-  # They stand in no argument, because every user of a machine can read those.
+  # Never as arguments, because every user of a machine can read those.
   local each file=$TEMPORARY/jaxpref-environment
   ((${#ENVIRONMENT[@]})) || return 0
   if [[ -n $DRY ]]; then
@@ -681,7 +681,7 @@ count_workers() { # asks gcloud, because its ssh skips a node that it cannot rea
   NUM_WORKERS=$count
   [[ -z $DRY ]] || NUM_WORKERS=1
   if ((NUM_WORKERS == 0)); then
-    say "$NAME: gcloud lists no workers"
+    say "$NAME: gcloud lists no workers; run the same command again once it is ready"
     return 6
   fi
 }
@@ -691,7 +691,7 @@ all_answered() { # WORD OUTPUT: true if every worker printed a line that begins 
   count=$(grep -c "^$1 " <<<"$2")
   [[ -z $DRY ]] || return 0
   ((count >= NUM_WORKERS)) || {
-    say "only $count of $NUM_WORKERS workers answered"
+    say "only $count of $NUM_WORKERS workers answered; run the same command again"
     return 1
   }
 }
@@ -709,7 +709,7 @@ KNOWN=0 # number of bytes of the log already shown
 show_log() {
   local text=$TEMPORARY/log
   if on_first "$(remote_log "$KNOWN")" >"$text" 2>/dev/null; then
-    # Without the end of a character that the last part of the log has begun.
+    # Leaves out the rest of a character that began in the last part of the log.
     LC_ALL=C sed $'1s/^[\x80-\xbf]*//' <"$text" | visible
     KNOWN=$((KNOWN + $(wc -c <"$text")))
   fi
@@ -756,7 +756,7 @@ follow() { # 0 ended (exit code in ENDED), 6 unreachable, LOST preempted, GONE n
 ENDED=0
 
 ended() { # STATUSES: true if all workers succeeded or any failed; sets ENDED
-  # A code that is not a number, such as one that a full disk cut off, is a failure.
+  # A code that is not a number, for example because the disk was full, is a failure.
   ENDED=$(sed -n 's/.* exit //p' <<<"$1" | sed 's/^$/1/; s/.*[^0-9].*/1/' | sort -n |
     grep -vx 0 | head -n 1) || true
   [[ -z $ENDED ]] || return 0
@@ -844,7 +844,7 @@ attempt() { # all steps, repeated after each preemption
   local code recreations=0
   while :; do
     create || {
-      code=$? # the request may have been accepted all the same
+      code=$? # the request may have been accepted anyway
       [[ -n $DRY || $(state) == ABSENT ]] || EXISTS=1
       return "$code"
     }

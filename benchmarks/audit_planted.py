@@ -1,7 +1,7 @@
 r"""How well does `jaxpref audit` find planted label flips?
 
-Exchanges chosen and rejected in a known share of the pairs, audits the file, and
-reports the AUROC of 1 - p_correct for the planted flips and their share in the 10% most
+Exchanges chosen and rejected in a known share of the pairs, and audits the file.
+Reports the AUROC of 1 - p_correct for the planted flips and their share in the 10% most
 suspicious pairs.  The prompts are divided by hash into two halves: "development", on
 which the audit's settings were chosen, and "report".
 
@@ -20,9 +20,9 @@ Commands
     half.  Features are computed once for all seeds.
 
 Expected
-    One column per seed, and mean and standard deviation, also in OUT/results.json.
-    With the tiny model lift 2.15 ± 0.17 and AUROC 0.681 ± 0.017, in 12 seconds once the
-    features are cached (they took 2.4 minutes of CPU time); with the 135M model
+    One column per seed, then mean and standard deviation; also in OUT/results.json.
+    With the tiny model, lift 2.15 ± 0.17 and AUROC 0.681 ± 0.017, in 12 seconds once
+    the features are cached (they took 2.4 minutes of CPU time); with the 135M model
     2.44 ± 0.24 and 0.722 ± 0.011, in 63 seconds (14 minutes).  Two cores, one thread of
     OpenBLAS: without OPENBLAS_NUM_THREADS=1 a busy machine is many times slower.
     Wrong labels of the original file count as not flipped.  So even a perfect audit has

@@ -1,11 +1,11 @@
-"""Makes the public data and models that the commands in README and docs name.
+"""Makes the public data and models that the commands in README and docs need.
 
 Commands
     python -m benchmarks.inputs                     (all of them)
     python -m benchmarks.inputs hh stories260k      (some of them)
 
-Each is downloaded from its publisher, converted if necessary, compared with a digest,
-and written to `inputs/`.  What is already there is left as it is.
+Each is downloaded from its publisher, converted if necessary, checked against a
+digest, and written to `inputs/`.  What is already there is left as it is.
 
     hh            hh_rlhf_helpful_base_test.jsonl.gz: 2,354 pairs of HH-RLHF (MIT)
     gsm8k         gsm8k_solution_pairs.jsonl.gz: right and wrong solutions of GSM8K test
@@ -162,18 +162,18 @@ def stories260k(get: Get, folder: Path) -> None:
 
 
 def smollm2(get: Get, folder: Path) -> None:
-    """Converted in a virtual environment of its own, which has `gguf`."""
+    """Converted in a separate virtual environment, which has `gguf`."""
     script = Path(__file__).parent / "peers" / "make_smollm2.py"
     try:
         python = make("smollm2", Path(".bench") / "smollm2-tool")
     except Missing as error:
-        raise InputError(f"{folder}: cannot be made ({error})") from None
+        raise InputError(f"{folder}: cannot be created ({error})") from None
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         made = Path(name) / folder.name
         done = subprocess.run([python, script, made], capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:]
-            raise InputError(f"{folder}: cannot be made ({' '.join(last)})")
+            raise InputError(f"{folder}: cannot be created ({' '.join(last)})")
         made.rename(folder)
 
 

@@ -4,9 +4,9 @@ r"""Does the step wait for data?  Batches per second, compared with the step tim
     python -m benchmarks.loader --model inputs/stories260k-hf \
         --data inputs/hh_rlhf_helpful_base_test.jsonl.gz
 
-Makes batches of both layouts as fast as possible, with threads of this process and with
-separate processes in turn, and compares the time of a batch with that of a train step
-on it.  Then trains, and reports the share of time that the run waited for data.
+Makes batches of both layouts as fast as possible, first with threads of this process
+and then with separate processes.  Compares the time of a batch with that of a train
+step on it.  Then trains, and reports the share of time that the run waited for data.
 `--tokenizer` names another folder for the tokenizer; then there is no step and no
 training, because the model lacks the embeddings.
 

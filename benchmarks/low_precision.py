@@ -1,4 +1,4 @@
-r"""What bfloat16 parameters cost: rounding to nearest, master weights, stochastically.
+r"""What bfloat16 parameters cost: rounded to nearest, with master weights, randomly.
 
     python -m benchmarks.inputs hh stories260k
     python -m benchmarks.low_precision --model inputs/stories260k-hf \
@@ -17,10 +17,10 @@ at several learning rates:
     stochastic mixed the same with float32 moments
 
 Prints a table: bytes of parameters and optimizer state per weight, the share of weights
-that moved, the loss on held-out pairs after the last step, its difference from float32
-with the same seed (mean over seeds, and standard deviation), and the distance of the
-weights from those of float32 relative to how far those have moved.  docs/training.md
-has the results of this command.
+that moved, and the loss on held-out pairs after the last step.  Further columns
+are the difference of this loss from that of float32 with the same seed (mean and
+standard deviation over seeds), and the distance of the weights from those of float32,
+relative to how far those have moved.  docs/training.md has the results.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Options:
     """Options of this benchmark."""
 
     model: str
-    """Model folder or hub id."""
+    """Model folder or Hub ID."""
     data: str
     """Preference file."""
     steps: int = 200
@@ -155,7 +155,7 @@ def train(options: Options, way: Way, rate: float, seed: int) -> Run:
 
 
 def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW as in training, without decay and without any care for bfloat16."""
+    """AdamW as in training, without decay or any special handling of bfloat16."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),

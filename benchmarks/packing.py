@@ -1,12 +1,12 @@
-r"""What packing saves: one padded pair per row, and several pairs with prompts once.
+r"""What packing saves: one padded pair per row, or several that share their prompts.
 
     python -m benchmarks.inputs hh stories260k
     python -m benchmarks.packing --model inputs/stories260k-hf --row-length 1024 \
         --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --steps 8
 
-Trains both layouts for a few steps on the same pairs, in turns.  For each it prints the
-padding overhead (computed tokens per real token, with each prompt counted once) and the
-pairs per second: median and quartiles over steps, without the first two.
+Trains both layouts for a few steps on the same pairs, taking turns.  For each it prints
+the padding overhead (computed tokens per real token, with each prompt counted once) and
+the pairs per second: median and quartiles over steps, without the first two.
 
 Expected: a padding overhead of 2.56 and about 1.05.
 """

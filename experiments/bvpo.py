@@ -235,8 +235,8 @@ def inputs_of(options: Options, out: Path) -> tuple[Path, str | None]:
     ):
         if not found:
             raise InputError(
-                f"--{option} {name}: there is no such file or folder; name yours, or "
-                "make the default by `python -m benchmarks.inputs gsm8k stories260k`"
+                f"--{option} {name}: there is no such file or folder; pass your own, "
+                "or make it with `python -m benchmarks.inputs gsm8k stories260k`"
             )
     return path, model
 

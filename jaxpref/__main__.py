@@ -8,8 +8,8 @@ def _import_nothing_from_here() -> None:
     """Takes the current folder off the import path.
 
     `python -m` puts it first, and an empty entry of `PYTHONPATH` means it, too.  It may
-    hold a dataset or a model that someone else wrote, and a file `json.py` in it would
-    be run.  It stays if it is the folder of this package, or if `PYTHONPATH` names it.
+    hold a dataset or a model from someone else, and Python would run a `json.py` in it.
+    It stays if it is the folder of this package, or if `PYTHONPATH` names it.
     The processes that this one starts leave it out, too.
     """
     try:

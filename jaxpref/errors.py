@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 class OutOfMemory(InputError):
-    """The memory of the host or of a device does not suffice for what was asked.
+    """The host or a device does not have enough memory for what was asked.
 
     The command line exits with `OUT_OF_MEMORY`.
     """
@@ -24,7 +24,7 @@ class OutOfMemory(InputError):
 DIVERGED = 65
 """Exit code of a run that stopped itself; the same command would stop again."""
 OUT_OF_MEMORY = 66
-"""Exit code of a command that ran out of memory; the same command would do so again."""
+"""Exit code of a command that ran out of memory, as the same command would again."""
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Writing files: atomically, through no link, and over no input of the same command."""
+"""Writes files atomically, never through a link or over an input of the command."""
 
 import contextlib
 import json
@@ -84,7 +84,7 @@ def existing_file(path: Path) -> os.stat_result | None:
     """The file at a path that is about to be written; None if there is none.
 
     Raises:
-      InputError: if something else than a writable file is there.
+      InputError: if something other than a writable file is there.
     """
     try:
         found = os.lstat(path)
@@ -320,7 +320,7 @@ def check_regular(path: str | Path) -> None:
     passes: whoever opens it reports it.
 
     Raises:
-      InputError: if it is none.
+      InputError: if it is one of these.
     """
     try:
         mode = os.stat(path).st_mode
@@ -369,7 +369,7 @@ def warn_if_others_write(path: Path, *, holds: str) -> None:
     if folder not in _warned:
         _warned.add(folder)
         _log.warning(
-            "%s: %s, so that others can change %s that this command uses; %s, or set "
+            "%s: %s, so others can change %s that this command uses; %s, or set "
             "JAXPREF_CACHE to another folder",
             *(path, why, holds, cure),
         )

@@ -1,6 +1,6 @@
 """Stochastic rounding of parameters and optimizer state in bfloat16.
 
-Two neighboring bfloat16 numbers differ by 0.4% to 0.8%.  A usual update is far smaller,
+Neighboring bfloat16 numbers differ by 0.4% to 0.8%.  A typical update is far smaller,
 so rounding to the nearest number loses it: at a learning rate of 1e-6, almost no weight
 ever moves.  Here a number x between its neighbors a < b becomes b with probability
 
@@ -8,7 +8,7 @@ ever moves.  Here a number x between its neighbors a < b becomes b with probabil
 
 and a otherwise, so that its expectation is x (Gupta et al. 2015, arXiv:1502.02551).
 The random bits depend on the seed, the number of the update, and the position in the
-array, and on nothing else: neither on the mesh nor on interruptions.
+array, but not on the mesh or on interruptions.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_SALT = 0x5EED  # apart from other uses of the run's seed
+_SALT = 0x5EED  # separates this from other uses of the run's seed
 
 
 class RoundedState(NamedTuple):
@@ -37,8 +37,8 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
       key: a random key; the same key and shape give the same choices on every mesh.
 
     Returns:
-      bfloat16, with the shape and sharding of `x`.  What bfloat16 represents stays as
-      it is, and what is not finite too.
+      bfloat16, with the shape and sharding of `x`.  Numbers that bfloat16 can
+      represent and numbers that are not finite stay as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     explicit = not mesh.empty and mesh.are_all_axes_explicit
@@ -101,7 +101,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _round_like(stored: Any, computed: Any, key: jax.Array) -> Any:
-    """`computed` in the dtypes of `stored`; each array has a key of its own."""
+    """`computed` in the dtypes of `stored`; each array has its own key."""
     leaves, structure = jax.tree.flatten(computed)
 
     def one(number: int, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -323,7 +323,7 @@ def test_three_votes_on_few_pairs(folder, tmp_path):
         ({"top": 0}, "top 0: must be at least 1"),
         ({"action_top": 0}, "action_top 0: must be at least 1"),
         ({"action_top": 240}, "--action-top 240: must be below the 240 pairs"),
-        ({"action_top": 3, "threshold": 0.5}, "give one of them"),
+        ({"action_top": 3, "threshold": 0.5}, "give only one of them"),
         ({"action": "soft", "threshold": 0.5}, "--threshold 0.5: --action soft"),
         ({"action": "soft", "action_top": 3}, "--action-top 3: --action soft"),
         ({"threshold": 1.0}, "--threshold 1.0: must be"),

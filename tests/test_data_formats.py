@@ -377,6 +377,10 @@ def test_bad_bytes_name_file_and_row(kind, suffix, tmp_path):
     assert len(str(error.value)) < 500
 
 
+def _gzip_bomb(path):
+    path.write_bytes(gzip.compress(bytes(1 << 27), 1))
+
+
 def _gzip_cut(path):
     path.write_bytes(gzip.compress(json.dumps(PAIR).encode() * 99)[:-20])
 
@@ -387,6 +391,7 @@ BAD_FILES = {
     "blank": ("pairs.jsonl", lambda path: path.write_text("\n \n"), "no records"),
     "empty list": ("pairs.json", lambda path: path.write_text("[]"), "no records"),
     "cut list": ("pairs.json", lambda path: path.write_text('[{"p'), "not JSON"),
+    "gzip bomb": ("pairs.jsonl.gz", _gzip_bomb, "unpacks to more than 200 times"),
     "cut gzip": ("pairs.jsonl.gz", _gzip_cut, "gzip file ends too early"),
     "no gzip": ("p.jsonl.gz", lambda path: path.write_text("{}"), "not a valid gzip"),
     "unknown": ("pairs.csv", lambda path: path.write_text("a,b"), "unknown kind"),

@@ -297,7 +297,7 @@ def test_template_that_opens_the_answer_with_a_thought():
     result = one(tok, Example(messages("q"), (assistant("<think>t</think>y"),)))
     assert tok.decode(result.prompt).endswith("<|im_start|>assistant\n<think>")
     assert tok.decode(result.completions[0]) == "t</think>y<|im_end|>"
-    with pytest.raises(InputError, match="f.jsonl row 1: .*opens a thought"):
+    with pytest.raises(InputError, match="f.jsonl row 1: .*opens thinking"):
         one(tok, Example(messages("q"), (assistant("y"),)))
 
 

@@ -140,7 +140,7 @@ def test_answers_that_differ_only_in_their_thoughts_are_a_pair():
 @pytest.mark.parametrize(
     "template, answer, words",
     [
-        (R1, "yes", "opens a thought with <think>, which the answer does not close"),
+        (R1, "yes", "opens thinking with <think>, which the answer does not close"),
         (SHOUTS, "yes", "changes the text of the answer"),
         (CHATML, {"content": "yes", "reasoning_content": "t"},
          "leaves out 'reasoning_content' of the answer"),

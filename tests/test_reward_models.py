@@ -427,6 +427,7 @@ def train(folder, pairs_file, out, *flags, loss="bradley_terry"):
         "log-every": 1,
         "seed": 5,
     }
+    options = {k: v for k, v in options.items() if f"--{k}" not in flags}
     argv = [text for k, v in options.items() for text in (f"--{k}", str(v))]
     # On one device, as on a user's own computer.
     done = subprocess.run(

@@ -190,7 +190,7 @@ def test_what_both_files_share_is_counted_and_refused(
     with pytest.raises(InputError) as error:
         read(tmp_path, TRAIN, heldout)
     line = str(error.value)
-    assert counts in line and "more than 5%" in line and "\n" not in line
+    assert counts in line and "The limit is 5%" in line and "\n" not in line
     assert "--allow-shared-prompts" in line
     assert str(tmp_path / "0.jsonl") in line and str(tmp_path / "1.jsonl") in line
     capsys.readouterr()
@@ -216,10 +216,10 @@ def test_a_split_that_differs_in_white_space_only_is_said(tmp_path, capsys):
     rows += [row | {"prompt": row["prompt"].replace(" ", "   ")} for row in rows]
     read(tmp_path, rows, None, heldout_fraction=0.4)
     assert (
-        "differs from a training prompt in white space only" in capsys.readouterr().out
+        "differs from a training prompt in whitespace only" in capsys.readouterr().out
     )
     read(tmp_path, TRAIN, None, heldout_fraction=0.4)
-    assert "white space" not in capsys.readouterr().out
+    assert "whitespace" not in capsys.readouterr().out
 
 
 def test_the_hash_of_the_prompt_does_not_change_the_digest():

@@ -273,4 +273,4 @@ def test_features_of_another_model_are_named_and_not_used(tmp_path, caplog):
     np.testing.assert_array_equal(found["a" * 32], values[0])
     assert features._load(tmp_path, alike, 5) == {}
     (path,) = tmp_path.iterdir()
-    assert f"{path}: not used: its features are of another model" in caplog.text
+    assert f"{path}: not used: its features are from another model" in caplog.text

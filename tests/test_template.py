@@ -66,7 +66,7 @@ REFUSED = {
     "{{ '{:1000000000}'.format(1) }}": TOO_MUCH,
     "{{ [1] | tojson(indent=10 ** 10) }}": TOO_MUCH,
     DOUBLED: TOO_MUCH,
-    "{{ 'a' * 20000000 }}": "writes 20,000,000 characters; the most is 10,000,000",
+    "{{ 'a' * 20000000 }}": "writes 20,000,000 characters; the limit is 10,000,000",
 }
 
 
@@ -109,5 +109,5 @@ def test_a_process_that_is_killed(monkeypatch):
 def test_a_tokenizer_with_a_format_of_its_own():
     tokenizer = byte_tokenizer(template="unused")
     tokenizer.apply_chat_template = lambda messages, **options: 7
-    with pytest.raises(InputError, match="it returns int, not a text"):
+    with pytest.raises(InputError, match="it returns int, not a string"):
         render_template(CHAT, "a row 1", tokenizer, False)

@@ -227,6 +227,6 @@ def test_evaluate_refuses_a_reference_with_other_ids(folder, tmp_path):
         out=str(tmp_path / "out"),
         max_length=64,
     )
-    with pytest.raises(InputError, match="would score another text"):
+    with pytest.raises(InputError, match="would score other text"):
         evaluate.run(config)
     assert not (tmp_path / "out" / "metrics.json").exists()

@@ -100,7 +100,7 @@ def panels(figure):
 
 
 def page(out):
-    """The page's text without its figures, tags taken out, white space joined."""
+    """The page's text without its figures, tags taken out, whitespace joined."""
     text = (out / "report.html").read_text("utf-8")
     body = re.sub(r"<[^>]*>", " ", text.partition("<body>")[2])
     return " ".join(body.split())

@@ -187,7 +187,7 @@ PLANTED = {
 def test_a_file_of_others_is_not_read(what, tmp_path):
     path = tmp_path / ".x.json.unfinished"
     PLANTED[what](path)
-    with pytest.raises(InputError, match="x.json.unfinished: not a file that this"):
+    with pytest.raises(InputError, match="x.json.unfinished: finished completions"):
         unfinished._read(path, "K")
 
 
@@ -205,7 +205,7 @@ def test_a_file_of_another_user_is_not_read(tmp_path, monkeypatch):
     assert unfinished._read(tmp_path / "kept", "K") == {4: ["a", "b"]}
     assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o600
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(InputError, match="not a file that this user's"):
+    with pytest.raises(InputError, match="was not written by your"):
         unfinished._read(tmp_path / "kept", "K")
 
 

@@ -126,7 +126,7 @@ def _spelled(name: str, values: Sequence[str]) -> list[str]:
 def _tyro(kind: Any, words: Sequence[str]) -> Any:
     import tyro
 
-    # Some of tyro's errors are printed in spite of `console_outputs`.
+    # tyro prints some errors despite `console_outputs`.
     with contextlib.redirect_stderr(io.StringIO()):
         return tyro.cli(
             kind,

@@ -29,7 +29,7 @@ THINK = TraceMarkers()
 
 
 def has_thought(message: str | Message, markers: TraceMarkers) -> bool:
-    """Whether an answer contains a thought."""
+    """Whether an answer contains thinking."""
     if isinstance(message, str):
         return markers.close.strip() in message
     fields = any(message.get(name) for name in THOUGHT_FIELDS)
@@ -46,8 +46,8 @@ def end_of_text(
 ) -> int | None:
     """Where the text of an answer ends in the whole; None if some of it is missing.
 
-    A template may write white space around each part, and may lay out thoughts and
-    calls of tools in its own way.  With `anywhere`, it may also write other text before
+    A template may write whitespace around each part, and may lay out thinking and
+    tool calls in its own way.  With `anywhere`, it may also write other text before
     the answer.
     """
     content = message.get("content") or ""
@@ -95,7 +95,7 @@ def trace_span(
 
 
 def end_of_word(word: str, text: str, start: int) -> int | None:
-    """The end of `word` if it comes next in `text`, ignoring white space around it."""
+    """The end of `word` if it comes next in `text`, ignoring whitespace around it."""
     while start < len(text) and text[start].isspace():
         start += 1
     word = word.strip()
@@ -103,12 +103,12 @@ def end_of_word(word: str, text: str, start: int) -> int | None:
 
 
 def ends_with(text: str, marker: str) -> bool:
-    """Whether a text ends with a marker, ignoring white space after it."""
+    """Whether a text ends with a marker, ignoring whitespace after it."""
     return text.rstrip().endswith(marker.strip())
 
 
 def _words_of(value: Any) -> list[str]:
-    """The names and values in calls of tools, as text; arguments may be JSON text."""
+    """The names and values in tool calls, as text; arguments may be JSON text."""
     if isinstance(value, dict):
         items = {k: v for k, v in value.items() if k not in ("type", "id")}
         return [word for part in items.values() for word in _words_of(part)]

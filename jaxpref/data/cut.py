@@ -1,9 +1,9 @@
-"""Examples that do not fit: what is cut, in which order, and how much of it.
+"""Examples that do not fit: what is cut, in which order, and how much.
 
-Nothing is cut while prompt and answers fit together.  If they do not, a prompt loses
-its earliest turns, then the beginning of its last turn, until it fits beside the
-longest answer or into half of the length, whichever is more.  System turns and the
-header of a turn are kept.  Answers that then still do not fit lose their end, or the
+Nothing is cut if prompt and answers fit together.  If they do not, a prompt loses
+its earliest turns, then the beginning of its last turn.  This ends when it fits next to
+the longest answer or into half of the length, whichever is more.  System turns and the
+header of a turn are kept.  Answers that still do not fit lose their end, or the
 end of their trace.
 """
 
@@ -90,7 +90,7 @@ def fitted(
 
 
 def _with_fewer_turns(example: Example) -> Iterator[Example]:
-    """The example without its earliest turns: one less each time, then another."""
+    """The example without its first turn, then without its first two, and so on."""
     prompt = example.prompt
     if isinstance(prompt, str):
         start = prompt.find(HUMAN_TURN, 1)

@@ -53,7 +53,7 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
 def end_text(completion: Sequence[int], tokenizer: Any) -> list[int]:
     """A text's completion with one stop token at its end.
 
-    The text may already end with stop tokens, and white space after them, if it was
+    The text may already end with stop tokens, and whitespace after them, if it was
     rendered beforehand.
     """
     stops = stop_tokens(tokenizer)
@@ -87,7 +87,7 @@ def end_turn(
 
 
 def leave_open(completion: Sequence[int], tail: Sequence[int]) -> list[int]:
-    """The completion of an answer that was cut when it was sampled: without an end."""
+    """The completion of an answer that was cut off during sampling: no stop token."""
     tail, body = list(tail), list(completion)
     return (
         body[: len(body) - len(tail)] if tail and body[-len(tail) :] == tail else body
@@ -116,5 +116,5 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(found, dict):
         kind = type(found).__name__
-        raise InputError(f"{path}: holds {kind}, not a JSON object")
+        raise InputError(f"{path}: contains {kind}, not a JSON object")
     return found

@@ -2,7 +2,7 @@
 
 Both packages are optional and imported only when needed.  No code of a dataset is run:
 `datasets` from version 4 reads data files only, and TFDS datasets must have been
-prepared as ArrayRecord (`prepared`), which are read without TensorFlow.
+prepared as ArrayRecord files (`prepared`), which are read without TensorFlow.
 """
 
 from collections.abc import Sequence

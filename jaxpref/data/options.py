@@ -46,7 +46,7 @@ class InjectOptions:
         rates = (self.flip_rate, self.annotators, self.longer)
         if self.seed is not None and all(rate is None for rate in rates):
             raise InputError(
-                f"inject.seed {self.seed}: nothing is flipped, so nothing reads it; "
+                f"inject.seed {self.seed}: nothing is flipped, so it has no effect; "
                 "give a rate, such as --inject.flip-rate, or leave it out"
             )
 
@@ -69,7 +69,7 @@ class DataOptions:
     first tokens."""
     heldout_fraction: float | None = None
     """Share of the prompts held out for evaluation, chosen by a hash of the prompt
-    (default: 0.05, or 0 if there are separate data to evaluate on)."""
+    (default: 0.05, or 0 if there is separate data to evaluate on)."""
     allow_shared_prompts: bool = False
     """Allow more than 5% of the pairs of --eval-data to have prompts that are also in
     --data."""

@@ -19,7 +19,7 @@ FEATURES = {
     f"tensorflow_datasets.core.features.{name}"
     for name in (
         "class_label_feature.ClassLabel",
-        "feature.Tensor",  # of old files
+        "feature.Tensor",  # in old files
         "features_dict.FeaturesDict",
         "scalar.Scalar",
         "sequence_feature.Sequence",
@@ -56,7 +56,7 @@ def prepared_folder(name: str, data_dir: str | None) -> Any:
     if parts is None:
         raise InputError(
             f"tfds:{name}: cannot be opened; expected tfds:NAME[/CONFIG][:VERSION], "
-            "with the name in the letters of its folder"
+            "spelled as its folder is named, in upper and lower case"
         )
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = epath.Path(data_dir or default).expanduser() / parts[1]
@@ -120,7 +120,7 @@ def check_features(folder: str | Path) -> None:
     for name in sorted(map(str, names - FEATURES)):
         known = ", ".join(sorted({name.rpartition(".")[2] for name in FEATURES}))
         raise InputError(
-            f"{path}: names the feature class {name[:100]!r}, and a dataset may not "
+            f"{path}: names the feature class {name[:100]!r}, but a dataset may not "
             f"bring its own code; only these classes of TFDS are read: {known}. Convert"
             " the dataset to JSON Lines"
         )

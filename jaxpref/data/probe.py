@@ -1,4 +1,4 @@
-"""Checks that an exported reward model is scored by others as it was trained."""
+"""Checks that an exported reward model gives the same scores in `transformers`."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def check_rendering(folder: Path) -> None:
     same = ours.prompt + ours.completions[0] == usual
     if not same or usual[-1] == tokenizer.pad_token_id:
         raise InputError(
-            f"{place} has other tokens in training than through apply_chat_template, so"
+            f"{place} has different tokens in training and in apply_chat_template, so"
             " scores of the exported model would differ; change the chat template so"
             " that it renders answers unchanged"
         )

@@ -99,7 +99,7 @@ def _check_heldout(options: DataOptions, heldout: str | None) -> None:
     if heldout is not None and options.heldout_fraction is not None:
         raise InputError(
             f"--heldout-fraction {options.heldout_fraction} and --eval-data {heldout}: "
-            "both say what is evaluated; give one of them"
+            "both set what is evaluated on; give only one of them"
         )
     if heldout is None and options.allow_shared_prompts:
         raise InputError(
@@ -119,7 +119,7 @@ def _report_shared(
     elif shared.pairs:
         log(
             f"warning: {shared.describe()} that are held out have a prompt that differs"
-            " from a training prompt in white space only"
+            " from a training prompt in whitespace only"
         )
 
 

@@ -52,8 +52,8 @@ def render(
     """The text of the prompt, and of the prompt with each completion.
 
     The prompt is that of `render_prompt`, from which the model will be sampled.  Each
-    answer is found in what the template renders.  Some templates omit the thought of an
-    answer, or begin an answer differently when they ask for one.  The turn is then
+    answer is found in what the template renders.  Some templates omit an answer's
+    thinking, or begin an answer differently when they ask for one.  The turn is then
     assembled here as it will be sampled: the prompt, the answer, and the template's end
     of a turn.
 
@@ -99,13 +99,13 @@ def render_prompt(
 ) -> str:
     """The text of a prompt to be answered, for training and for sampling.
 
-    Of a conversation, it is the template's generation prompt, and whatever the template
-    then writes before every answer, such as the empty thought of a model that can think
-    but whose answers in the data have no thoughts.
+    For a conversation, it is the template's generation prompt and whatever the template
+    then writes before every answer.  This may be an empty thinking block, if the model
+    can think but the answers in the data contain no thinking.
 
     Args:
       example: its prompt is rendered.  Its completions, if it has any, only say whether
-        answers contain a thought.
+        answers contain thinking.
       place: "file row n", for errors.
       tokenizer: whose chat template renders messages.
       thinking: True before a trace; False to end with an empty trace; None for data
@@ -191,8 +191,8 @@ def _answer(
         question = question.removesuffix(tokenizer.eos_token).rstrip()
         if not all(text.startswith(question) for text in (prompt, whole)):
             raise InputError(
-                f"{place}: the chat template writes the prompt differently when an"
-                " answer follows it; use a template that does not"
+                f"{place}: the chat template writes the prompt differently if an"
+                " answer follows it; use a template that writes it the same way"
             )
     left_out = [x for x in ("tool_calls", *THOUGHT_FIELDS) if message.get(x)]
     if left_out:
@@ -206,14 +206,14 @@ def _answer(
 
 
 def _as_sampled(content: str, prompt: str, place: str, markers: TraceMarkers) -> str:
-    """An answer as the model would write it after a prompt that may open a thought."""
+    """An answer as the model would write it after a prompt that may open thinking."""
     if not ends_with(prompt, markers.open):
         return content
     if markers.close.strip() not in content:
         raise InputError(
-            f"{place}: the chat template's prompt opens a thought with {markers.open},"
+            f"{place}: the chat template's prompt opens thinking with {markers.open},"
             f" which the answer does not close; write {markers.open}{markers.close}"
-            " before answers without a thought, or use a template that opens none"
+            " before answers without thinking, or use a template that does not"
         )
     opened = content.lstrip()
     if not opened.startswith(markers.open.strip()):
@@ -307,7 +307,7 @@ def _end_of_turn(
 def _before_answer(
     prompt: Sequence[Message], place: str, tokenizer: Any, variables: dict[str, Any]
 ) -> str:
-    """The text before an answer without a thought; empty if it cannot be known."""
+    """The text before an answer without thinking; empty if it cannot be known."""
     try:
         whole = _turn(prompt, _STAND_IN, place, tokenizer, **variables)
     except InputError:  # some templates accept only the turns that they can render

@@ -23,7 +23,7 @@ from jaxpref.errors import InputError
 Prompt = str | tuple[Message, ...]
 
 MOST_SHARED = 0.05
-"""Largest share of the evaluation pairs whose prompts may be in the training data."""
+"""Maximum share of evaluation pairs whose prompts may be in the training data."""
 _NAMES = {"user": "Human", "assistant": "Assistant"}
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -34,7 +34,7 @@ def split_key(prompt: Prompt) -> str:
 
     White space at the ends of a prompt and of its turns is ignored.  A string is its
     own key, and so is a dialogue of several turns `Human: ...\n\nAssistant: ...`.
-    Messages have the key of the string or dialogue that says the same.
+    Messages have the key of the equivalent string or dialogue.
     """
     turns = _turns(prompt)
     if len(turns) == 1 and turns[0][0] == "user":
@@ -44,14 +44,14 @@ def split_key(prompt: Prompt) -> str:
 
 
 def prompt_hash(prompt: Prompt) -> int:
-    """A 64-bit hash of the prompt, the same for all its forms and any white space."""
+    """A 64-bit hash of the prompt, the same for all its forms and any whitespace."""
     text = unicodedata.normalize("NFC", " ".join(split_key(prompt).split()))
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def grouped_keys(prompts: Iterable[Prompt]) -> list[str]:
-    """A key per prompt; prompts that differ in form or white space only share one.
+    """A key per prompt; prompts that differ in form or whitespace only share one.
 
     It is the `prompt_key` of one of these prompts, whatever their order.
     """
@@ -116,9 +116,9 @@ def check_shared(shared: Shared, train: str, heldout: str, *, allowed: bool) -> 
     if shared.share > MOST_SHARED and not allowed:
         raise InputError(
             f"--eval-data {heldout}: {shared.describe()} have a prompt that is also in "
-            f"--data {train}, more than {MOST_SHARED:.0%}, so they would not show what "
-            "the model does on new prompts; remove the prompts from one of the two, or "
-            "pass --allow-shared-prompts"
+            f"--data {train}. The limit is {MOST_SHARED:.0%}, because shared prompts "
+            "do not show what the model does on new ones; remove them from one of the "
+            "two, or pass --allow-shared-prompts"
         )
 
 

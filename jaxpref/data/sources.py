@@ -14,6 +14,9 @@ from jaxpref.data import external
 from jaxpref.errors import InputError
 from jaxpref.files import check_regular
 
+MAX_RATIO = 200
+"""Maximum ratio of the unpacked size of a gzip file to its size; text has about 10."""
+_PART = 1 << 26
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _KINDS = (
     "a .jsonl, .json, .jsonl.gz or .json.gz file, a folder written by"
@@ -201,8 +204,7 @@ def _contents(path: Path) -> bytes | mmap.mmap:
     check_regular(path)
     try:
         if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
+            return _unpacked(path)
         with open(path, "rb") as file:
             if not path.stat().st_size:
                 return b""  # an empty file cannot be mapped
@@ -215,3 +217,17 @@ def _contents(path: Path) -> bytes | mmap.mmap:
         raise InputError(f"{path}: not a valid gzip file ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _unpacked(path: Path) -> bytes:
+    """The contents of a gzip file, unless it was made to fill up the memory."""
+    contents, size = bytearray(), path.stat().st_size
+    with gzip.open(path) as file:
+        while part := file.read(_PART):
+            contents += part
+            if len(contents) > max(_PART, MAX_RATIO * size):
+                raise InputError(
+                    f"{path}: unpacks to more than {MAX_RATIO} times its size, which"
+                    " text never does; if the file is right, unpack it yourself"
+                )
+    return bytes(contents)

@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of their own, with limits on time and memory.
+"""Renders chat templates in a separate process, with limits on time and memory.
 
-A chat template is a program that comes with a model.  Jinja's sandbox keeps it from
-files and from Python's internals, but not from computing or allocating without end:
+A chat template is a program that comes with a model.  Jinja's sandbox keeps it away
+from files and Python's internals, but lets it compute or allocate without end:
 `10 ** 10 ** 10` never returns, and no signal handler runs until it does.  So templates
 run in a child process (`template_child`), which the operating system stops.
 """
@@ -69,7 +69,7 @@ def render_template(
     except RecursionError:
         raise _rejected(place, "the conversation is nested too deeply") from None
     if not isinstance(text, str):
-        raise _rejected(place, f"it returns {type(text).__name__}, not a text")
+        raise _rejected(place, f"it returns {type(text).__name__}, not a string")
     return text
 
 
@@ -78,7 +78,7 @@ def _render(tokenizer: Any, messages: list[Any], options: Mapping[str, Any]) -> 
 
     method = getattr(tokenizer.apply_chat_template, "__func__", None)
     if method is not PreTrainedTokenizerBase.apply_chat_template:
-        # A tokenizer with a format of its own, in Python rather than in a template.
+        # A tokenizer with its own format, in Python rather than in a template.
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     template, special = tokenizer.chat_template, tokenizer.special_tokens_map
     return _CHILDREN.render(template, special, messages, options)

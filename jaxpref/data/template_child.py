@@ -49,7 +49,7 @@ def answer(render: Any, request: Any, memory: int, characters: int) -> str:
     try:
         text = render(request["messages"], **request["options"])
         if len(text) > characters:
-            wrote = f"writes {len(text):,} characters; the most is {characters:,}"
+            wrote = f"writes {len(text):,} characters; the limit is {characters:,}"
             return json.dumps(["limit", wrote])
         return json.dumps(["text", text])
     except MemoryError:
@@ -66,7 +66,7 @@ def limit_memory(memory: int) -> None:
     try:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # no Linux: time is limited all the same
+    except OSError:  # not Linux: time is limited anyway
         return
     resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
 

@@ -162,7 +162,7 @@ def encode_prompt(
     Args:
       tokenizer: from `load_tokenizer`.
       prompt: a text, messages for the chat template, or an example, whose completions
-        say whether answers contain thoughts.
+        say whether answers contain thinking.
       place: names the prompt in errors.
       max_prompt_length: longer prompts are cut as in training.
       thinking: True before a trace, False to end with an empty trace, None for data

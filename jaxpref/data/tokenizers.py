@@ -1,4 +1,4 @@
-"""Whether two tokenizers do the same to the data of a run.
+"""Whether two tokenizers turn the data of a run into the same tokens.
 
 Models that score the same token ids must agree on what the ids mean.  Equal vocabulary
 sizes do not show that.  So a sample of the records is rendered and tokenized by both,
@@ -44,26 +44,26 @@ def check_same_tokenizer(
     It must give the same ids for a sample of the records, each rendered by its own chat
     template; have the same BOS and EOS; and have the same text for every token of the
     data.  A model without a chat template is given the one of `tokenizer`.  Special
-    tokens that the data do not contain may differ.
+    tokens that the data does not contain may differ.
 
     Args:
       tokenizer: the tokenizer of the data, from `load_tokenizer`.
       other: the other model's folder.
       data: each dataset with its sources, by the column `source`.
-      options: how the data were read.
+      options: how the data was read.
       name: the other model, for messages.
 
     Raises:
       InputError: naming the first text with different ids, or if the folder has no
-        tokenizer.  Such a folder is not trusted: wrong ids would change every score
-        without a sign, and copying the files states that they belong to it.
+        tokenizer.  Such a folder is not trusted: wrong IDs would silently
+        change every score, and copying the files states that they belong to it.
     """
     own = Path(tokenizer.name_or_path)
     if own == other:
         return
     if not any((other / file).exists() for file in FILES):
         raise InputError(
-            f"{name}: the folder has no tokenizer, so nothing shows that its token ids "
+            f"{name}: the folder has no tokenizer, so nothing shows that its token IDs "
             f"mean the same as those of {own}; if they do, copy tokenizer.json and "
             "tokenizer_config.json there"
         )
@@ -160,7 +160,7 @@ def _check_rows(
         place = sample.location(int(ours.columns["row"][n]))
         if name not in at:
             raise InputError(
-                f"{place}: the tokenizer of {models.theirs} drops it, that of "
+                f"{place}: the tokenizer of {models.theirs} drops it, but that of "
                 f"{models.own} does not; {CURE}"
             )
         for mine, its in zip(_parts(ours, n), _parts(other, at[name])):
@@ -185,7 +185,7 @@ def _differ(
     text = tokenizer.decode(mine[part] or mine[-SHOWN:])
     return InputError(
         f"{place}: {text!r} is {_shortened(mine, part)} for {models.own}, but "
-        f"{_shortened(its, part)} for {models.theirs}, so it would score another text; "
+        f"{_shortened(its, part)} for {models.theirs}, so it would score other text; "
         f"{CURE}"
     )
 
@@ -206,7 +206,7 @@ def _check_vocabulary(
         if mine != its:
             raise InputError(
                 f"{models.theirs}: its token {number} is {its!r}, but that of "
-                f"{models.own} is {mine!r}, which the data contain; {CURE}"
+                f"{models.own} is {mine!r}, and the data contains it; {CURE}"
             )
 
 

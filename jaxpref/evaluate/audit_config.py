@@ -36,7 +36,7 @@ class AuditConfig:
     """Apply --action to this many of the most suspicious pairs, whatever their
     probabilities, instead of using --threshold."""
     top: int = 20
-    """Number of the most suspicious pairs to list in `review.csv` and on the page."""
+    """Number of the most suspicious pairs to list in `review.csv` and `report.html`."""
     assumed_flip_rate: float = 0.1
     """Flip rate to assume if the pairs do not determine it."""
     features: str | None = None
@@ -82,10 +82,10 @@ class AuditConfig:
             if self.action == "soft" and value is not None:
                 raise InputError(
                     f"--{name.replace('_', '-')} {value}: --action soft keeps all "
-                    "pairs, so nothing reads it; leave it out"
+                    "pairs, so it has no effect; leave it out"
                 )
         if self.threshold is not None and self.action_top is not None:
             raise InputError(
                 f"--threshold {self.threshold} and --action-top {self.action_top}: "
-                "both say which pairs are suspicious; give one of them"
+                "both say which pairs are suspicious; give only one of them"
             )

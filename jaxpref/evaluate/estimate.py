@@ -1,8 +1,8 @@
 """From margins to the flip rate, reliabilities, and posteriors.
 
 A flip rate of 1 - e with margins of the opposite sign explains all labels as well as a
-rate of e.  The labels cannot tell these apart, so it is assumed that they are right
-more often than wrong: the flip rate of all labels together is below 1/2.  A single
+rate of e.  The labels cannot tell these apart, so we assume that they are right more
+often than wrong: the flip rate of all labels together is below 1/2.  A single
 annotator may be worse.
 """
 

@@ -229,7 +229,7 @@ def _load(folder: Path, digest: str, width: int) -> dict[str, np.ndarray]:
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             continue  # damaged: compute again
         if made_by != digest:
-            _log.warning("%s: not used: its features are of another model", path)
+            _log.warning("%s: not used: its features are from another model", path)
         elif values.shape == (len(ids), width) and np.isfinite(values).all():
             table |= zip(ids.tolist(), values)
     return table

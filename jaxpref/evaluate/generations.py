@@ -189,8 +189,8 @@ def sample_texts(
 def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     """The text of new tokens as it continues the prompt's.
 
-    Tokenizers decode tokens by their neighbors: alone, the first of them may lose its
-    space.
+    Tokenizers decode a token differently after other tokens: alone, the first of them
+    may lose its space.
     """
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     before, whole = decode(prompt), decode(prompt + new)

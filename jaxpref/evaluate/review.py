@@ -35,7 +35,7 @@ def acted_on(
 
     Args:
       posterior: the probability that each label is right, [N].
-      order: the pairs, the most suspicious first, [N].
+      order: the pairs, most suspicious first, [N].
       action: "drop", "relabel", or "soft", which applies to all.
       threshold: the others apply to pairs with a probability below this,
       top: or to this many of the most suspicious pairs, if it is not None.
@@ -69,7 +69,7 @@ def advice(summary: Record) -> str | None:
     if summary["model"]["interval"][0] <= 0.5:
         return (
             "The model does not agree with the labels more often than chance, so the "
-            "order of the pairs says little"
+            "ranking of the pairs says little"
         )
     return (
         f"The probabilities add up to about {expected:.0f} wrong labels, more than "
@@ -81,7 +81,7 @@ def advice(summary: Record) -> str | None:
 def review_csv(suspects: Sequence[Record]) -> bytes:
     """`review.csv`: the suspicious pairs, with shortened texts, as a spreadsheet.
 
-    Texts are on one line.  A quotation mark before a formula keeps spreadsheets from
+    Texts are on one line.  An apostrophe before a formula keeps spreadsheets from
     computing it.  The encoding is UTF-8 with a byte order mark, which Excel needs.
     """
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""Completions that an interrupted `jaxpref sample` has finished, beside its output."""
+"""Completions that an interrupted `jaxpref sample` has finished, next to its output."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ class Unfinished:
     They are lines of JSON in a file that only its owner can write.  Each names the
     command it belongs to by a digest, so lines of another command, and a line that was
     cut off, are ignored.  Batches do not depend on each other, so a resumed command
-    gives the completions of an undisturbed one.
+    gives the completions of an uninterrupted one.
     """
 
     path: Path | None
@@ -72,7 +72,7 @@ def unfinished(
       mesh: the mesh of devices.
 
     Raises:
-      InputError: if the file beside the output was not written by this command.
+      InputError: if the file next to the output was not written by this command.
     """
     if out is None:
         return Unfinished(None, "", {})
@@ -129,6 +129,6 @@ def _append(path: Path, line: bytes) -> None:
 
 def _foreign(path: Path) -> InputError:
     return InputError(
-        f"{path}: not a file that this user's `jaxpref sample` has written, and it is "
-        "where finished completions are kept; move it away, or use another --out"
+        f"{path}: finished completions are kept here, but this file was not written by "
+        "your `jaxpref sample`; move it away, or use another --out"
     )

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 MOST = 2**31 - 1
-"""The largest size; positions and token ids are int32."""
+"""The largest size; positions and token IDs are int32."""
 MOST_FEATURES = 2**16
-"""The most features of a head."""
+"""Maximum number of features of a head."""
 MOST_WEIGHTS = 2**48
-"""The most weights of one matrix in all layers; no machine holds more."""
+"""Maximum number of weights of one matrix in all layers; no machine holds more."""
 
 
 def at_least(minimum: float, **options: Any) -> Any:
@@ -69,7 +69,7 @@ class Architecture:
             )
         if self.head_dim > MOST_FEATURES:
             raise InputError(
-                f"architecture: head_dim is {self.head_dim}; the most is "
+                f"architecture: head_dim is {self.head_dim}; the limit is "
                 f"{MOST_FEATURES}"
             )
         # Checked here because the arrays of larger ones have no shape.
@@ -77,7 +77,7 @@ class Architecture:
         width = max(self.vocab_size, self.num_layers * features)
         if self.hidden_size * width > MOST_WEIGHTS:
             raise InputError(
-                f"architecture: the sizes mean a matrix of "
+                f"architecture: the sizes imply a matrix of "
                 f"{self.hidden_size * width:.1e} weights; check them"
             )
 

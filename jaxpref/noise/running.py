@@ -90,7 +90,7 @@ def count(
     where = jnp.ones(z.shape, bool) if where is None else where
     unknown = jnp.sum(jnp.isnan(z) & where)
     if not isinstance(unknown, Tracer) and unknown:
-        raise ValueError(f"Expected margins that are numbers, got {unknown} NaN.")
+        raise ValueError(f"Expected margins without NaN, got {unknown} NaN.")
     z = jax.lax.stop_gradient(_common.finite(jnp.where(where, z, 0)))
     size = jnp.log2(jnp.maximum(jnp.abs(z), 2.0**SMALLEST)) - SMALLEST
     bins = jnp.clip(size * PER_OCTAVE, 0, BINS - 1).astype(jnp.int32)

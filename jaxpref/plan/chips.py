@@ -96,7 +96,7 @@ CHIPS = {
 
 
 MOST_VIRTUAL, MOST_DEVICES = 4096, 2**17
-"""The most devices of a plan: virtual ones on CPU, and those of TPUs."""
+"""Maximum number of devices in a plan: virtual ones on CPU, and TPU devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Topology:
 def _checked(name: str, devices: int, most: int) -> int:
     if devices > most:
         raise InputError(
-            f"--topology {name}: {devices:,} devices; the most is {most:,}"
+            f"--topology {name}: {devices:,} devices; the limit is {most:,}"
         )
     return devices
 

@@ -135,7 +135,7 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
     ]
     parts: list = [
         Table(["", "all pairs"], rows),
-        "A flip rate above 1/2 with a model that is wrong throughout would explain the "
+        "A flip rate above 1/2 with a consistently wrong model would explain the "
         "labels as well as one below 1/2. The labels cannot tell these apart, so the "
         f"audit assumes that {summary['assumption']}. A single annotator may be worse.",
         f"In `clean.jsonl`, {acted['rule']}.",

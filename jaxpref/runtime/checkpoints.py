@@ -1,6 +1,6 @@
 """Checkpoints: a state and its metadata in one Orbax step, verified by digests.
 
-Each says what made it, and is refused by a run that differs.
+Each records what it was made with, and a run that differs refuses it.
 """
 
 import json
@@ -206,7 +206,7 @@ class Checkpoints:
         if "made_by" not in meta:
             raise CheckpointError(
                 f"{self.folder}: step {step} was saved by an earlier version, which "
-                "did not record what made it; finish the run with that version, or use "
+                "did not record its inputs; finish the run with that version, or use "
                 "another --out"
             )
         if meta["step"] != step:

@@ -53,16 +53,16 @@ def entry_point(out: Path | None = None, *, resumes: bool = True) -> Iterator[No
 
     Also enables the compilation cache (`enable_compilation_cache`) and the reuse of
     freed memory (`reuse_freed_memory`).  Every error is reported in one line.  The
-    traceback of an error that was not foreseen is written to a file, which the line
-    names.
+    traceback of an unexpected error is written to a file, which the line names.
 
     Args:
-      out: the run's folder, for the traceback; a temporary folder if it is none yet.
+      out: the run's folder, for the traceback; before the run has begun, a temporary
+        folder is used.
       resumes: whether the command, if interrupted, keeps what it has done.
 
     Exit codes:
-      1: an error that may disappear on a retry, of a disk or a connection or one that
-        was not foreseen; a supervisor restarts the run.
+      1: an error that may disappear on a retry, such as a disk or connection error,
+        or an unexpected error; a supervisor restarts the run.
       2: invalid input.
       65: the run stopped itself because too many steps went wrong (`guard`), or because
         nothing was learned.

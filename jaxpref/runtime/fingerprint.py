@@ -10,7 +10,7 @@ import numpy as np
 def fingerprint(params: Any) -> list[int]:
     """Two sums over the bits of every array; they do not depend on its sharding.
 
-    Needs no memory beside the parameters.  All processes must call it.
+    Needs no memory beyond the parameters.  All processes must call it.
     """
     return np.asarray(_sums(params)).tolist()
 

@@ -1,4 +1,4 @@
-"""Memory: whether arrays and steps fit, what to recompute, what to do if none fits."""
+"""Memory: whether arrays and steps fit, what to recompute, what to do otherwise."""
 
 import json
 import math
@@ -123,7 +123,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(error: BaseException) -> str:
-    """One line: what failed, what is needed as far as it is known, and what to do."""
+    """One line: what failed, what is needed if known, and what to do."""
     if isinstance(error, OutOfMemory):
         return str(error)
     needs = "".join(
@@ -185,7 +185,7 @@ def _bytes_per_device(array: Any) -> int:
     sharding = getattr(array, "sharding", None)
     shape = array.shape
     if sharding is not None:
-        # Under an abstract mesh, a sharding gives shapes all the same.
+        # Under an abstract mesh, a sharding gives shapes anyway.
         shape = sharding.shard_shape(shape)
     return math.prod(shape) * np.dtype(array.dtype).itemsize
 

@@ -1,4 +1,4 @@
-"""What a checkpoint was made with: options, and digests of files, by name."""
+"""What a checkpoint was made with: options and digests of files, by name."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """The content of a file or folder; where it lies does not matter."""
+    """The content of a file or folder; its location does not matter."""
 
     digest: str
     """SHA-256 (hex), or any other text that differs if the content does."""
@@ -27,7 +27,7 @@ class Provenance:
 
 
 NOTHING = Provenance()
-"""Of a state that does not come from options and files."""
+"""Provenance of a state that does not come from options and files."""
 
 
 def differences(made: Provenance, now: Provenance) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from jaxpref.errors import InputError
 
 MOST = 2**31 - 1
-"""The largest whole number: steps, sizes and positions are int32."""
+"""The largest integer: steps, sizes and positions are int32."""
 SEEDS = 2**32
-"""Number of different seeds; jax repeats the random numbers of seed - 2^32 for more."""
+"""Number of different seeds; for larger ones, jax repeats those of seed - 2^32."""
 LEAST_FLOAT32 = 2.0**-126
 """The smallest normal float32; devices may treat smaller numbers as 0."""
 MOST_FLOAT32 = 2.0**128 - 2.0**104
@@ -23,11 +23,11 @@ Options = TypeVar("Options")
 
 
 def checked(options: Options, prefix: str = "") -> Options:
-    """Returns a dataclass of options, of which every value can be used as it is.
+    """Returns a dataclass of options after checking that every value can be used.
 
-    Refused are numbers that are not finite (unless the field's metadata has
-    `infinite`), whole numbers that are not int32, seeds that are not uint32, and texts
-    that are empty, not Unicode, or hold a NUL character.
+    It refuses numbers that are not finite (unless the field's metadata has
+    `infinite`), integers that are not int32, seeds that are not uint32, and strings
+    that are empty, not Unicode, or contain a NUL character.
 
     Args:
       options: an instance of any dataclass; nested ones are checked too.
@@ -82,7 +82,7 @@ def check_text(name: str, text: str) -> None:
             "encoding"
         ) from None
     if "\0" in text:
-        raise InputError(f"--{name} {text.split(chr(0))[0]}: holds a NUL character")
+        raise InputError(f"--{name} {text.split(chr(0))[0]}: contains a NUL; remove it")
 
 
 def at_least(least: int, options: Any, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run or an audit: whose it is, and that one process writes to it."""
+"""The folder of a run or an audit: who owns it, and that only one process writes."""
 
 import contextlib
 import datetime
@@ -20,7 +20,7 @@ from jaxpref.runtime.provenance import changed_options, flat
 PATIENCE = 3.0
 """Seconds to wait for a lock."""
 OTHERS = "checkpoints", "reference"
-"""Folders whose files say what made them, so that they are checked one by one."""
+"""Folders whose files record what they were made with; each file is checked."""
 
 _log = logging.getLogger("jaxpref")
 _held: set[int] = set()
@@ -58,7 +58,7 @@ def open_out(
 def locked(folder: Path) -> Iterator[None]:
     """Locks a folder, on process 0, until the end of the block or of the process.
 
-    On file systems without locks, it warns and goes on.
+    On file systems without locks, it warns and continues.
 
     Raises:
       InputError: on all processes, if another process has the lock; it is named.

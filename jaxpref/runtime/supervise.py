@@ -130,7 +130,7 @@ def supervise(config: SuperviseConfig) -> int:
             ended += hung or f"ended {_how(code)}"
             for process in processes:
                 # A process that lost a peer may report that as another error, but
-                # not as a lack of memory.
+                # not as running out of memory.
                 sure = not killed or process.returncode == OUT_OF_MEMORY
                 if (what := FINAL.get(process.returncode)) and sure:
                     code = process.returncode

@@ -52,7 +52,7 @@ def check_logit_chunk(logit_chunk: int | None, scores: Collection[str]) -> None:
     if logit_chunk is not None and "rewards" in scores:
         raise InputError(
             f"--logit-chunk {logit_chunk}: a reward model computes no logits, so "
-            "nothing reads it; leave it out"
+            "it has no effect; leave it out"
         )
 
 

@@ -46,7 +46,7 @@ from jaxpref.scoring.scores import policy_name
 SHARD = 512
 """Pairs between two writes, rounded up to whole batches; a kill loses at most these."""
 CHECKED = 4
-"""Stored scores that a new run computes again, per `SHARD` of them."""
+"""Stored scores that a new run recomputes, per `SHARD` of them."""
 TOLERANCE = {True: (1e-4, 1e-3), False: (5e-3, 0.1)}
 """How far a stored score may be from the same score computed again: relative to it, and
 in nats.  True for float32 on CPU, False where products are rounded to fewer bits."""
@@ -130,8 +130,8 @@ class _Scorer:
     ) -> np.ndarray:
         """Float32 [names, M, K] of `records`, int [M].
 
-        Computed with the policy's kernels, so both agree at the start, to the bit with
-        one pair per row, and up to rounding in packed rows.
+        Computed with the policy's kernels, so both agree at the start: bit for bit
+        with one pair per row, and up to rounding in packed rows.
         """
         chosen = self.scored.dataset.take(records)
         scores = self.score(self.load(), None, chosen, title=title, bar=bar)
@@ -176,7 +176,7 @@ def reference_tables(
 
     Returns:
       Float32 [N, K] by name, for each dataset: NaN for records that are not needed.
-      Empty if no scores are stored.  And digests of the scores, for `expected`.
+      Empty if no scores are stored.  Also digests of the scores, for `expected`.
 
     Raises:
       InputError: if a score is not finite, or OUT cannot be written.

@@ -2,8 +2,8 @@
 
 A folder contains shards: safetensors files that are written atomically and never
 changed.  Each is named by the SHA-256 of its content, so damage can be detected, and
-says what made its numbers.  No lock is needed: processes that write the same numbers
-write the same file.
+records what its numbers were computed with.  No lock is needed: processes that write
+the same numbers write the same file.
 """
 
 import contextlib

@@ -54,7 +54,7 @@ def restore(
     if task.steps < done:
         raise InputError(
             f"--max-steps {task.steps}: the run in {out} has already made {done} "
-            "steps; ask for more, or use another --out"
+            "steps; ask for more steps, or use another --out"
         )
     if before != task.steps:
         past = np.arange(done)
@@ -62,7 +62,7 @@ def restore(
         if not np.array_equal(*rates):
             raise InputError(
                 f"--max-steps {before} -> {task.steps}: the {done} steps that the run "
-                f"in {out} has made would have had other learning rates; only a run "
+                f"in {out} has made would have had different learning rates; only runs "
                 "with --decay constant can be made longer or shorter; use another --out"
             )
     now, was = environment(task.mesh), saved["environment"]

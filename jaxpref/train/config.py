@@ -46,7 +46,7 @@ CHECKED_BY_CONTENT = (
 )
 """Fields that name files: checkpoints carry digests of their contents."""
 LENGTH = "max_steps", "epochs"
-"""Fields that may differ if the steps already made stay what they are."""
+"""Fields that may differ if the steps already made would be the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def open_run(config: TrainConfig, described: dict[str, Any]) -> Iterator[Path]:
 def options_that_matter(described: dict[str, Any]) -> dict[str, Any]:
     """The options that decide what a run computes, by dotted name.
 
-    Without its length, and without paths, whose contents are compared instead.
+    Leaves out the run's length, and paths, whose contents are compared instead.
 
     Args:
       described: the config, from `to_json`.

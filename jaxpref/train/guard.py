@@ -141,7 +141,7 @@ class Guard:
         """
         if changed:
             return
-        why = "no weight has changed: the updates are smaller than its rounding"
+        why = "no weight has changed: the updates are below its precision"
         what = "higher"
         if skipped == step:
             why = "every step was skipped: its loss, gradient or update is not finite"

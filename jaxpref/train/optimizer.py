@@ -69,7 +69,7 @@ class OptimizerConfig:
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise InputError(f"{name} {value}: must be at least 0 and finite")
         for name in ("adam_b1", "adam_b2"):
-            # More is 1 in float32, where the bias correction divides by 0.
+            # Larger values are 1 in float32, where the bias correction divides by 0.
             if not 0 <= (value := getattr(self, name)) < 1 - 2**-24:
                 raise InputError(f"{name} {value}: must be in [0, 1)")
         if self.optimizer is not Optimizer.ADAMW:
@@ -86,7 +86,7 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_steps`, then decay over the remaining steps.
 
     Raises:
-      InputError: if the warm-up is longer than the run, so that the learning rate would
+      InputError: if the warm-up is longer than the run, so the learning rate would
         never be reached.  A warning would be read after the run has been paid for.
     """
     peak, warmup = config.learning_rate, config.warmup_steps

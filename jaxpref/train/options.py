@@ -12,9 +12,9 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 DEFAULT_STEPS = 1000
 """Optimizer steps of a run that gives neither `max_steps` nor `epochs`."""
 LONGEST_ROW = 2**22
-"""The most tokens of a row; a row of this length is made to find its shapes."""
+"""Maximum tokens of a row; a row of this length is made to find its shapes."""
 MOST_PROCESSES = 256
-"""The most processes that prepare batches for one process of the run."""
+"""Maximum number of processes that prepare batches for one process of the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def steps_of(options: StepOptions, num_pairs: int) -> int:
         return DEFAULT_STEPS if options.max_steps is None else options.max_steps
     steps = options.epochs * num_pairs / options.batch_size
     if steps > MOST:
-        raise InputError(f"epochs {options.epochs}: {steps:.1e} steps; at most {MOST}")
+        raise InputError(f"epochs {options.epochs}: {steps:.1e} steps; limit {MOST}")
     # 0.3 epochs of 100 pairs are 3 steps of 10 pairs, however 0.3 is rounded.
     return max(1, math.ceil(steps * (1 - 1e-9)))
 

@@ -139,7 +139,7 @@ CONFIGS = {
     "tokens": ({"vocab_size": 10**15}, "vocab_size is 1000000000000000"),
     "width": ({"hidden_size": 2**31 - 1}, "but config.json says [40, 2147483647]"),
     "both": ({"hidden_size": 2**31 - 1, "vocab_size": 10**9}, "a matrix of 2.1e+18"),
-    "head": ({"head_dim": 10**6}, "head_dim is 1000000; the most is 65536"),
+    "head": ({"head_dim": 10**6}, "head_dim is 1000000; the limit is 65536"),
     "no head": ({"num_attention_heads": 0}, "num_heads is 0"),
     "negative": ({"intermediate_size": -32}, "intermediate_size is -32"),
     "rope 0": ({"rope_theta": 0}, "rope_theta is 0.0; it must be >= 1"),

@@ -43,8 +43,8 @@ def make_layout(
     """
     if batch_size > len(splits.train):
         raise InputError(
-            f"batch_size {batch_size}: a step would see pairs twice, for there are "
-            f"only {len(splits.train)} to train on; use a smaller --batch-size"
+            f"batch_size {batch_size}: a step would see pairs twice, since there "
+            f"are only {len(splits.train)} to train on; use a smaller --batch-size"
         )
     index, count = share
     common = {

@@ -89,9 +89,9 @@ def parse(
     """Parses a record in any of the formats.
 
     In addition to the fields of its format, a record may have `flip` (true or false),
-    `annotator` (a string or an integer), `ended` (whether each answer is complete), the
-    numbers that `labels` names, and, if it holds messages, `system`, `tools` and
-    `chat_template_kwargs`.
+    `annotator` (a string or an integer), `ended` (whether each answer is complete), and
+    the numbers that `labels` names.  If it holds messages, it may also have `system`,
+    `tools` and `chat_template_kwargs`.
 
     Args:
       record: the decoded record.

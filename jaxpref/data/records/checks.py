@@ -91,7 +91,7 @@ def checked_text(text: str, place: str) -> str:
     """Checks that a text is Unicode and not too long; `place` names its field."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(
-            f"{place} has {len(text):,} characters; the most is {MAX_CHARACTERS:,};"
+            f"{place} has {len(text):,} characters; the limit is {MAX_CHARACTERS:,};"
             " shorten it or remove the row"
         )
     try:
@@ -146,8 +146,8 @@ def says_something(completion: str | Message) -> bool:
 def read_ended(record: Mapping, where: str, sides: int) -> tuple[bool, ...]:
     """The optional field `ended`: whether each answer is complete.
 
-    One value for all answers, or a list of one each.  An answer that was cut when it
-    was sampled is trained on without an end.
+    One value for all answers, or a list of one each.  An answer that was cut off
+    during sampling is trained on without a stop token.
     """
     value = record.get("ended")
     if value is None:

@@ -33,7 +33,7 @@ class Example:
     empty: bool = False
     """Whether the prompt ends with an empty trace."""
     variables: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What the chat template is given besides the messages, such as `tools`."""
+    """What the chat template receives besides the messages, such as `tools`."""
     ended: tuple[bool, ...] = ()
     """Whether each completion is complete; empty if all are."""
 
@@ -79,7 +79,7 @@ def text_of(message: str | Message) -> str:
 
 
 def prompt_key(prompt: str | tuple[Message, ...]) -> str:
-    """A key that ignores leading and trailing white space of the prompt."""
+    """A key that ignores leading and trailing whitespace of the prompt."""
     if isinstance(prompt, str):
         return prompt.strip()
     bare = [message | {"content": text_of(message).strip()} for message in prompt]

@@ -37,7 +37,7 @@ class Record(Mapping[str, Any]):
         return len(self._fields)
 
     def unread(self) -> list[str]:
-        """The fields that hold something and were not read."""
+        """The fields that are not empty and were not read."""
         empty = (None, "", [], {})
         return [
             name

@@ -30,7 +30,7 @@ def parse(
         )
     if not all(type(rank) is int for rank in ranks):
         raise InputError(
-            f"{where}: field 'ranking' must hold whole numbers, 1 the best"
+            f"{where}: field 'ranking' must hold whole numbers, where 1 is best"
         )
     if sides > 1 and len(answers) != sides:
         raise InputError(

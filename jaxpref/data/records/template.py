@@ -82,7 +82,7 @@ def _with_system(
     if first["content"] == system:
         return tuple(prompt)
     raise InputError(
-        f"{where}: field 'system' differs from the system message of the prompt; remove"
+        f"{where}: field 'system' differs from the system message in the prompt; remove"
         " one of the two"
     )
 
