@@ -116,3 +116,11 @@ def test_dialogues_in_one_text_are_cut_by_turns(missing, expected):
     assert prompt_of(splits, TEXTS) == "<s>" + expected
     assert splits.report["prompts without earlier turns"] == (missing > 0)
     assert splits.report["prompts cut"] == (missing > 27)
+
+
+def test_later_system_turns_are_kept():
+    rules = {"role": "system", "content": "new rules"}
+    prompt = [SYSTEM, *turns("x" * 40, "y"), rules, *turns("q")]
+    size = len(TOKENIZER(rendered([SYSTEM, rules, *turns("q")]))["input_ids"]) + 4
+    splits = splits_of(prompt, max_length=size)
+    assert prompt_of(splits) == rendered([SYSTEM, rules, *turns("q")])

@@ -227,7 +227,13 @@ def test_completions(record, expected):
     ],
 )
 def test_the_prompt_to_sample_from_is_that_of_training(record):
-    assert parse_prompt(record, "row 1") == parse(record, "row 1", sides=1)
+    try:
+        expected = parse(record, "row 1", sides=2)
+    except InputError:  # a single answer
+        expected = parse(record, "row 1", sides=1)
+    if isinstance(expected, str):
+        expected = parse(record, "row 1", sides=1)
+    assert parse_prompt(record, "row 1") == expected
 
 
 def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):

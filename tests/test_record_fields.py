@@ -16,7 +16,6 @@ SYSTEM = {"role": "system", "content": "s"}
 CHAT = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
 TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
-DOCUMENTS = {"documents": [{"title": "t", "text": "x"}]}
 TOOL_TEMPLATE = (
     "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}[{{ m['role'] }}"
     "]{% if m['content'] %}{{ m['content'] }}{% endif %}{% if m.tool_calls %}"
@@ -54,8 +53,9 @@ def pair_of(record, tokenizer, **options):
          {"enable_thinking": False}),
         ({"chat_template_kwargs": {"enable_thinking": False, "x": None}}, [USER],
          {"enable_thinking": False}),
-        ({"tools": TOOLS, "system": "s", "chat_template_kwargs": DOCUMENTS},
-         [SYSTEM, USER], {"tools": TOOLS} | DOCUMENTS),
+        ({"tools": TOOLS, "system": "s",
+          "chat_template_kwargs": {"enable_thinking": False}},
+         [SYSTEM, USER], {"tools": TOOLS, "enable_thinking": False}),
     ],
 )  # fmt: skip
 def test_the_prompt_is_what_transformers_renders(fields, messages, variables):
@@ -104,6 +104,32 @@ def test_records_that_differ_in_their_tools_have_different_ids():
 
 
 # ---- fields that nobody reads --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    "sample_weights loss_weight mask desirable preference winner better flipped history"
+    " input system_message Label image_path".split(),
+)
+def test_other_fields_that_change_the_meaning(name):
+    with pytest.raises(InputError, match=f"f row 1: field '{name}' changes what"):
+        parse(TEXT | {name: "x"}, "f row 1", sides=2)
+    with pytest.raises(InputError, match=f"f row 1: field '{name}' changes what"):
+        parse_prompt({"prompt": "q", name: "x"}, "f row 1")
+
+
+@pytest.mark.parametrize("field", [{"weight": 0}, {"loss": False}, {"images": ["x"]}])
+def test_fields_of_a_message_that_change_the_meaning(field):
+    chosen = {"role": "assistant", "content": "yes"} | field
+    (name,) = field
+    with pytest.raises(InputError, match=f"message 1: field '{name}' changes what"):
+        parse(CHAT | {"chosen": [chosen]}, "f row 1", sides=2)
+    turn = {"from": "gpt", "value": "yes"} | field
+    record = {"conversations": [{"from": "human", "value": "q"}], "chosen": turn}
+    with pytest.raises(InputError, match=f"turn 1: field '{name}' changes what"):
+        parse(record | {"rejected": "no"}, "f row 1", sides=2)
+    parse(CHAT | {"chosen": [YES | {"weight": 1}]}, "f row 1", sides=2)
+
 
 UNREAD = {
     "label": ({"prompt": "q", "completion": "a", "label": False}, 1, "label"),
@@ -336,3 +362,22 @@ def test_an_answer_that_did_not_end_has_no_end(template):
     ):
         _, *answers = pair_of(record | {"ended": ended}, tokenizer)
         assert answers == ["yes" + ends[0], "no" + ends[1]]
+
+
+def test_ended_is_in_the_order_of_the_answers_as_they_are_written():
+    record = {"prompt": "q", "completions": ["b", "a"], "ranking": [2, 1]}
+    found = parse(record | {"ended": [False, True]}, "f row 1", sides=2)
+    assert found == Example("q", ("a", "b"), ended=(True, False))
+
+
+def test_the_name_of_the_file_does_not_change_the_speakers():
+    record = {"conversations": [HUMAN], "chosen": "yes", "rejected": "no"}
+    assert parse(record, "conversations.jsonl row 1", sides=2) == MESSAGES
+
+
+@pytest.mark.parametrize("merges", [(), (("a", "b"), ("ab", "\u010a"))])
+def test_an_open_answer_keeps_nothing_that_the_template_writes(merges):
+    template = "{% for m in messages %}{{ m['content'] }}\n{{ eos_token }}{% endfor %}"
+    tokenizer = byte_tokenizer(merges=merges, template=template)
+    record = CHAT | {"chosen": "xab", "rejected": "no", "ended": False}
+    assert pair_of(record, tokenizer)[1:] == ("xab", "no")

@@ -34,9 +34,13 @@ R1 = (
     "{% if add_generation_prompt %}<A><think>\n{% endif %}"
 )
 """Opens a thought when asked for an answer, and leaves thoughts out of answers."""
+OPENS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 STRIPS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
 BARE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-SHOUTS = CHATML.replace("m['content']", "m['content'] | upper")
+SHOUTS = CHATML.replace(
+    "m['content']",
+    "m['content'] | upper if m['role'] == 'assistant' else m['content']",
+)
 REASONS = CHATML.replace(
     "{{ m['content'] }}",
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -143,12 +147,13 @@ def test_answers_that_differ_only_in_their_thoughts_are_a_pair():
         (R1, "yes", "opens thinking with <think>, which the answer does not close"),
         (SHOUTS, "yes", "changes the text of the answer"),
         (CHATML, {"content": "yes", "reasoning_content": "t"},
-         "leaves out 'reasoning_content' of the answer"),
-        (CHATML, {"content": "yes", "thinking": "t"}, "leaves out 'thinking'"),
+         "leaves out or changes part of an answer with 'reasoning_content'"),
+        (CHATML, {"content": "yes", "thinking": "t"},
+         "part of an answer with 'thinking'"),
         (CHATML.replace("m['content']", "m['content'] or ''"), CALLS,
-         "leaves out 'tool_calls'"),
+         "part of an answer with 'tool_calls'"),
         (TOOL_TEMPLATE.replace("m.tool_calls|tojson", "m.tool_calls[0].function.name"),
-         ARGUED, "leaves out 'tool_calls'"),
+         ARGUED, "part of an answer with 'tool_calls'"),
     ],
 )  # fmt: skip
 def test_an_answer_that_the_template_changes_is_refused(template, answer, words):
@@ -237,6 +242,7 @@ def test_a_text_ends_with_one_stop_token(tmp_path, answer, end):
         (LLAMA, {"bos": "<s>", "eos": "</s>"}),
         (R1, {"bos": "<s>", "eos": "</s>"}),
         (CHATML + "{{ eos_token }}", {"bos": "<s>", "eos": "</s>"}),
+        (CHATML + "{{ eos_token }}", {}),  # two stop tokens
     ],
 )
 def test_a_reward_model_reads_what_transformers_users_give_it(
@@ -283,7 +289,9 @@ def test_an_exported_reward_model_that_others_would_score_differently(
         ('[{"role": "user", "content": "hi"}]', "hi"),
         ("[1] is a reference", "[1] is a reference"),
         ("[1]", "[1]"),
-        ('{"role": "user"}', '{"role": "user"}'),
+        ('{"role": "user", "content": "hi"}', "hi"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "hi"),
+        ('{"a": 1}', '{"a": 1}'),
     ],
 )
 def test_prompts_of_a_chat_model_are_turns_of_the_user(prompt, text):
@@ -293,6 +301,103 @@ def test_prompts_of_a_chat_model_are_turns_of_the_user(prompt, text):
     assert found.text == text
     (raw,) = given_prompts([prompt], tokenizer, raw=True)
     assert tokenizer.decode(raw.tokens) == prompt
+
+
+def test_texts_with_turns_are_not_wrapped_again():
+    tokenizer = chatml_tokenizer()
+    for text in (TURN, "\n\nHuman: q\n\nAssistant:"):
+        (typed,) = given_prompts([text], tokenizer)
+        (read,) = read_prompts(ListSource([{"prompt": text}]), tokenizer, limit=1)
+        assert tokenizer.decode(typed.tokens) == tokenizer.decode(read.tokens) == text
+    with pytest.raises(InputError, match="--prompts 1: is empty"):
+        given_prompts([" "], tokenizer)
+
+
+THINKS = ALWAYS.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    "thinking, prompt", [(None, TURN + "<think>\n\n</think>\n\n"), (True, TURN),
+                         (False, TURN + "<think>\n\n</think>\n\n")]
+)  # fmt: skip
+def test_thinking_is_asked_for_when_sampling(thinking, prompt):
+    tokenizer = chatml_tokenizer(THINKS)
+    (typed,) = given_prompts(["q"], tokenizer, thinking=thinking)
+    source = ListSource([{"prompt": [USER]}])
+    (read,) = read_prompts(source, tokenizer, limit=1, thinking=thinking)
+    assert tokenizer.decode(typed.tokens) == tokenizer.decode(read.tokens) == prompt
+    if thinking is not None:
+        options = {"chat_template_kwargs": {"enable_thinking": thinking}}
+        (read,) = read_prompts(
+            ListSource([chat("a", "b", **options)]), tokenizer, limit=1
+        )
+        assert tokenizer.decode(read.tokens) == prompt
+
+
+@pytest.mark.parametrize(
+    "sides", [("a", "<think>t</think>b"), ("<think>t</think>a", "b")]
+)
+def test_thinking_on_either_side_decides_about_the_prompt(sides):
+    tokenizer = chatml_tokenizer(THINKS)
+    record = chat(*sides)
+    (sampled,) = read_prompts(ListSource([record]), tokenizer, limit=1)
+    assert texts_of(record, tokenizer)[0] == tokenizer.decode(sampled.tokens) == TURN
+    options = {"chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(InputError, match="enable_thinking to false, but an answer"):
+        texts_of(record | options, tokenizer)
+
+
+def test_thinking_that_was_cut_is_trained_as_it_was_sampled():
+    record = chat("<think>\nlong", "b", ended=[False, True])
+    for template, prompt, cut in (
+        (THINKS, TURN, "<think>\nlong"),
+        (OPENS, TURN + "<think>\n", "long"),
+    ):
+        tokenizer = chatml_tokenizer(template)
+        if template == OPENS:
+            record = record | {
+                "rejected": {"role": "assistant", "content": "</think>b"}
+            }
+        found = texts_of(record, tokenizer)
+        assert found[:2] == (prompt, cut)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"tools": [{"name": "f"}]}, "does not read 'tools'"),
+        (
+            {"chat_template_kwargs": {"enable_thinkng": True}},
+            "not read 'enable_thinkng'",
+        ),
+        ({"system": "be kind"}, "message 1 of the prompt .system: 'be kind'"),
+        (
+            {"prompt": [USER, {"role": "assistant"} | CALLS, USER]},
+            "message 2 of the prompt .assistant: 'clock'",
+        ),
+    ],
+)
+def test_what_the_template_leaves_out_of_the_prompt_is_named(fields, words):
+    template = CHATML.replace("m in messages", "m in messages if m['role'] != 'system'")
+    template = template.replace("m['content']", "m['content'] or ''")
+    with pytest.raises(InputError, match=f"f row 1: .*{words}"):
+        texts_of(chat("yes") | fields, chatml_tokenizer(template))
+
+
+def test_numbers_in_calls_are_found_as_they_are_written():
+    call = {"function": {"name": "add", "arguments": '{"a": 1e-7, "b": 2.50}'}}
+    template = TOOL_TEMPLATE.replace(
+        "m.tool_calls|tojson", "m.tool_calls[0].function.name"
+        " ~ m.tool_calls[0].function.arguments"
+    )  # fmt: skip
+    _, completion = texts_of(
+        chat({"content": "", "tool_calls": [call]}), chatml_tokenizer(template)
+    )
+    assert completion == 'add{"a": 1e-7, "b": 2.50}' + END
 
 
 def test_a_conversation_as_a_prompt_must_be_one():

@@ -357,7 +357,7 @@ def resumed(optimizer: OptimizerConfig, *, done: int, before: int, now: int):
     ("decay", "warmup", "done", "before", "now", "fine"),
     [
         (Decay.CONSTANT, 0, 4, 4, 8, True),
-        (Decay.CONSTANT, 6, 4, 4, 8, True),
+        (Decay.CONSTANT, 4, 4, 4, 8, True),
         (Decay.CONSTANT, 0, 4, 8, 6, True),  # shorter than planned
         (Decay.CONSTANT, 0, 4, 8, 3, False),  # shorter than done
         (Decay.COSINE, 0, 4, 4, 4, True),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from jaxpref.runtime import late_metrics as metrics
 from jaxpref.runtime.metrics_file import MetricsWriter
-from jaxpref.train import metrics, read_metrics
+from jaxpref.train import read_metrics
 
 
 class Clock:

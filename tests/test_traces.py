@@ -392,7 +392,10 @@ def test_earlier_turns_and_ordinary_pairs_know_nothing_of_thinking():
 
 
 def test_a_template_that_rewrites_the_answer_is_refused():
-    shouts = CHATML.replace("m['content']", "m['content'] | upper")
+    shouts = CHATML.replace(
+        "m['content']",
+        "m['content'] | upper if m['role'] == 'assistant' else m['content']",
+    )
     with pytest.raises(
         InputError, match="records row 1: .*changes the text of the answer"
     ):

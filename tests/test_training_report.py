@@ -405,3 +405,10 @@ def test_what_a_run_prints_needs_no_matplotlib():
         "sys.exit('matplotlib' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_without_a_number_of_steps_is_reported(tmp_path):
+    out = write(tmp_path, RUN, CONFIG | {"max_steps": None})
+    write_training(out)
+    page = (out / "report.html").read_text("utf-8")
+    assert "4 steps." in page and "so far" not in page

@@ -36,10 +36,10 @@ def command(argv: Sequence[str]) -> None:
         if found.summary["identified"]
         else f"flip rate not identified: {found.summary['reason']}; {page}"
     )
-    print(f"{config.out}/clean.jsonl: {found.summary['acted_on']['rule']}")
-    print(f"{config.out}/review.csv: the {len(found.suspects)} most suspicious pairs")
+    show(f"{config.out}/clean.jsonl: {found.summary['acted_on']['rule']}")
+    show(f"{config.out}/review.csv: the {len(found.suspects)} most suspicious pairs")
     if advice := found.summary["advice"]:
-        print(advice)
+        show(advice)
 
 
 def options() -> dict[str, Option]:

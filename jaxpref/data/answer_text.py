@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxpref.data.records import Message
+from jaxpref.data.records import Message, text_of
 from jaxpref.errors import InputError
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -29,11 +29,25 @@ THINK = TraceMarkers()
 
 
 def has_thought(message: str | Message, markers: TraceMarkers) -> bool:
-    """Whether an answer contains thinking."""
-    if isinstance(message, str):
-        return markers.close.strip() in message
-    fields = any(message.get(name) for name in THOUGHT_FIELDS)
-    return fields or markers.close.strip() in (message.get("content") or "")
+    """Whether an answer contains thinking, perhaps unfinished."""
+    if not isinstance(message, str) and any(message.get(x) for x in THOUGHT_FIELDS):
+        return True
+    content = text_of(message)
+    return any(mark.strip() in content for mark in (markers.open, markers.close))
+
+
+def missing_part(message: Message, text: str, markers: TraceMarkers) -> str | None:
+    """A part of a message of the prompt that the rendered text lacks, or None.
+
+    Templates may leave out the thinking of earlier answers.
+    """
+    content = text_of(message)
+    if message["role"] == "assistant":
+        content = content.rpartition(markers.close.strip())[2]
+    for part in (content.strip(), *_words_of(message.get("tool_calls"))):
+        if not any(form in text for form in _forms(part)):
+            return part
+    return None
 
 
 def end_of_text(
@@ -53,7 +67,7 @@ def end_of_text(
     content = message.get("content") or ""
     thoughts = [message[x] for x in THOUGHT_FIELDS if isinstance(message.get(x), str)]
     calls = message.get("tool_calls")
-    if not thoughts and not calls and not has_thought(message, markers):
+    if not thoughts and not calls and markers.close.strip() not in content:
         end = end_of_word(content, whole, start)
         if end is None and anywhere:
             found = whole.find(content.strip(), start)
@@ -68,8 +82,7 @@ def end_of_text(
             return None
         end = found + len(part.strip())
     for word in _words_of(calls):
-        forms = (word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False))
-        found = [(whole.find(x, start), len(x)) for x in forms]
+        found = [(whole.find(x, start), len(x)) for x in _forms(word)]
         found = [at + size for at, size in found if at >= 0]
         if not found:
             return None
@@ -107,6 +120,11 @@ def ends_with(text: str, marker: str) -> bool:
     return text.rstrip().endswith(marker.strip())
 
 
+def _forms(word: str) -> tuple[str, ...]:
+    """How a template may write a text: as it is, or as JSON."""
+    return word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]
+
+
 def _words_of(value: Any) -> list[str]:
     """The names and values in tool calls, as text; arguments may be JSON text."""
     if isinstance(value, dict):
@@ -116,7 +134,10 @@ def _words_of(value: Any) -> list[str]:
         return [word for part in value for word in _words_of(part)]
     if isinstance(value, str):
         try:
-            decoded = json.loads(value) if value.lstrip()[:1] in ("{", "[") else value
+            decoded = value
+            if value.lstrip()[:1] in ("{", "["):
+                # Numbers stay as they are written.
+                decoded = json.loads(value, parse_float=str, parse_int=str)
         except (ValueError, RecursionError):
             decoded = value
         return _words_of(decoded) if decoded is not value else [value]

@@ -14,6 +14,8 @@ from typing import Any
 from jaxpref.data.records import Example, Message, text_of
 from jaxpref.data.render import Texts
 
+SYSTEM = ("system", "developer")
+"""Roles whose turns are always kept."""
 NO_ROOM = "the prompt leaves no room for the completion"
 HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
 """What begins a turn in dialogues that are one text."""
@@ -101,7 +103,9 @@ def _with_fewer_turns(example: Example) -> Iterator[Example]:
     kept = _leading_system(prompt)
     for n in range(kept + 1, len(prompt)):
         if prompt[n]["role"] == "user":
-            yield dataclasses.replace(example, prompt=(*prompt[:kept], *prompt[n:]))
+            later = [m for m in prompt[kept:n] if m["role"] in SYSTEM]
+            turns = (*prompt[:kept], *later, *prompt[n:])
+            yield dataclasses.replace(example, prompt=turns)
 
 
 def _with_shorter_turn(example: Example, excess: int, tokenizer: Any) -> Example | None:
@@ -141,5 +145,5 @@ def _without_start(text: str, tokens: int, tokenizer: Any) -> str | None:
 
 def _leading_system(prompt: Sequence[Message]) -> int:
     """The number of system messages before the first turn."""
-    roles = [message["role"] not in ("system", "developer") for message in prompt]
+    roles = [message["role"] not in SYSTEM for message in prompt]
     return roles.index(True) if True in roles else len(roles)

@@ -86,14 +86,6 @@ def end_turn(
     return list(completion[: len(completion) - after])
 
 
-def leave_open(completion: Sequence[int], tail: Sequence[int]) -> list[int]:
-    """The completion of an answer that was cut off during sampling: no stop token."""
-    tail, body = list(tail), list(completion)
-    return (
-        body[: len(body) - len(tail)] if tail and body[-len(tail) :] == tail else body
-    )
-
-
 def holds_an_end(completion: Sequence[int], tokenizer: Any, *, bos: int | None) -> bool:
     """Whether BOS or a stop token comes before the last stop token of a completion."""
     marks = {*stop_tokens(tokenizer), bos}

@@ -27,6 +27,7 @@ def read_prompts(
     limit: int,
     max_prompt_length: int | None = None,
     raw: bool = False,
+    thinking: bool | None = None,
 ) -> list[Prompt]:
     """The first `limit` distinct prompts of a source, tokenized as in training.
 
@@ -39,6 +40,7 @@ def read_prompts(
       limit: maximum number of prompts.
       max_prompt_length: longer prompts are cut as in training.
       raw: whether to leave texts as they are.
+      thinking: `enable_thinking` for the chat template; None leaves it out.
     """
     prompts: list[Prompt] = []
     seen: set[str] = set()
@@ -50,6 +52,7 @@ def read_prompts(
         seen.add(prompt_key(example.prompt))
         if not example.completions and not raw:
             example = _as_user(example, tokenizer)
+        example = _with_thinking(example, thinking)
         prompts.append(_prompt(example, place, tokenizer, max_prompt_length))
         if len(prompts) == limit:
             break
@@ -57,7 +60,11 @@ def read_prompts(
 
 
 def given_prompts(
-    texts: Sequence[str], tokenizer: Any, *, raw: bool = False
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    raw: bool = False,
+    thinking: bool | None = None,
 ) -> list[Prompt]:
     """Prompts typed by the user, tokenized as in training.
 
@@ -68,14 +75,18 @@ def given_prompts(
       texts: the prompts.
       tokenizer: from `load_tokenizer`.
       raw: whether to leave the texts as they are.
+      thinking: `enable_thinking` for the chat template; None leaves it out.
     """
     prompts = []
     for number, text in enumerate(texts, start=1):
         place = f"--prompts {number}"
         example = Example(text, ())
+        if not text.strip():
+            raise InputError(f"{place}: is empty; write a prompt")
         if not raw:
             messages = _conversation(text, place)
             example = messages or _as_user(example, tokenizer)
+        example = _with_thinking(example, thinking)
         prompts.append(_prompt(example, place, tokenizer, None))
     return prompts
 
@@ -92,23 +103,46 @@ def _prompt(
 
 
 def _as_user(example: Example, tokenizer: Any) -> Example:
-    """A text as a user's turn, if the model has a chat template."""
-    if example.is_conversation or not tokenizer.chat_template:
+    """A text as a user's turn, if the model has a chat template.
+
+    A text that has turns already, with the tokenizer's special tokens or as a dialogue,
+    is used as it is, like in training.
+    """
+    text = example.prompt
+    if not isinstance(text, str) or not tokenizer.chat_template:
         return example
-    message = {"role": "user", "content": example.prompt}
+    rendered = any(token in text for token in tokenizer.all_special_tokens)
+    if rendered or text.lstrip().startswith("Human:"):
+        return example
+    message = {"role": "user", "content": text}
     return dataclasses.replace(example, prompt=(message,))
 
 
+def _with_thinking(example: Example, thinking: bool | None) -> Example:
+    """The example with `enable_thinking` set for the chat template."""
+    if thinking is None or not example.is_conversation:
+        return example
+    variables = example.variables | {"enable_thinking": thinking}
+    return dataclasses.replace(example, variables=variables)
+
+
 def _conversation(text: str, place: str) -> Example | None:
-    """The conversation that a text holds as JSON, or None."""
-    if not text.lstrip().startswith("["):
+    """The conversation that a text contains as JSON, or None.
+
+    It is a message, a list of messages, or a record with one of them.
+    """
+    if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
         json.loads(text)
     except (ValueError, RecursionError):
         return None  # a prompt that begins with a bracket
     value = decode_json(text.encode(), place)
-    if not value or not all(isinstance(turn, dict) for turn in value):
+    if isinstance(value, dict):
+        value = value.get("messages") or value.get("prompt") or [value]
+    if not isinstance(value, list) or not value:
+        return None
+    if not all(isinstance(turn, dict) and "role" in turn for turn in value):
         return None
     example = parse_prompt({"prompt": value}, place)
     if example is None:

@@ -18,9 +18,10 @@ from jaxpref.data.answer_text import (
     end_of_word,
     ends_with,
     has_thought,
+    missing_part,
     trace_span,
 )
-from jaxpref.data.records import Example, Message
+from jaxpref.data.records import Example, Message, text_of
 from jaxpref.data.template import render_template as _template
 from jaxpref.errors import InputError
 
@@ -82,9 +83,11 @@ def render(
     if whole_turns:
         return _whole_turns(example, place, tokenizer, markers)
     prompt = render_prompt(example, place, tokenizer, markers=markers)
+    messages = _messages(example.completions)
+    ended = example.ended or (True,) * len(messages)
     answers = [
-        _answer(example, message, prompt, place, tokenizer, markers)
-        for message in _messages(example.completions)
+        _answer(example, message, prompt, place, tokenizer, markers, complete=complete)
+        for message, complete in zip(messages, ended, strict=True)
     ]
     return Texts(prompt, [whole for whole, _ in answers], [end for _, end in answers])
 
@@ -116,9 +119,13 @@ def render_prompt(
     prompt, variables = example.prompt, example.variables
     if isinstance(prompt, str):
         return prompt + _empty(prompt, markers) if thinking is False else prompt
+    _check_variables(example, place, tokenizer, markers)
     if thinking is None:
         text = _template(prompt, place, tokenizer, True, **variables)
-        if any(has_thought(message, markers) for message in example.completions):
+        _check_prompt(_messages(prompt), text, place, markers)
+        thoughts = any(has_thought(x, markers) for x in example.completions)
+        # With an explicit `enable_thinking`, the template's own prompt is asked for.
+        if thoughts or "enable_thinking" in variables:
             return text
         opening = _before_answer(prompt, place, tokenizer, variables)
         # A space would be merged with the first word of the answer.
@@ -131,9 +138,43 @@ def render_prompt(
         )
     set_to = lambda value: variables | {"enable_thinking": value}
     text = _template(prompt, place, tokenizer, True, **set_to(thinking))
+    _check_prompt(_messages(prompt), text, place, markers)
     if thinking or text != _template(prompt, place, tokenizer, True, **set_to(True)):
         return text
     return text + _empty(text, markers)
+
+
+def _check_variables(
+    example: Example, place: str, tokenizer: Any, markers: TraceMarkers
+) -> None:
+    """Refuses variables that the chat template does not read, or that contradict."""
+    template = str(tokenizer.chat_template or "")
+    for name in example.variables:
+        if template and name not in template:
+            raise InputError(
+                f"{place}: the chat template does not read '{name}'; remove it from the"
+                " record, or use a template that reads it"
+            )
+    thoughts = any(has_thought(x, markers) for x in example.completions)
+    if thoughts and example.variables.get("enable_thinking") is False:
+        raise InputError(
+            f"{place}: chat_template_kwargs sets enable_thinking to false, but an"
+            " answer contains thinking; remove one of the two"
+        )
+
+
+def _check_prompt(
+    messages: Sequence[Message], text: str, place: str, markers: TraceMarkers
+) -> None:
+    """Refuses a prompt of which the chat template leaves out a part."""
+    for number, message in enumerate(messages, start=1):
+        missing = missing_part(message, text, markers)
+        if missing is not None:
+            raise InputError(
+                f"{place}: the chat template leaves out or changes part of message"
+                f" {number} of the prompt ({message['role']}: {missing[:40]!r}); use a"
+                " template that renders it, or remove the row"
+            )
 
 
 def _messages(turns: Sequence[str | Message]) -> list[Message]:
@@ -176,12 +217,15 @@ def _answer(
     place: str,
     tokenizer: Any,
     markers: TraceMarkers,
+    *,
+    complete: bool,
 ) -> tuple[str, int]:
     """The prompt with an answer, and where the text of the answer ends."""
     messages, variables = _messages(example.prompt), example.variables
     whole = _template([*messages, message], place, tokenizer, False, **variables)
     if whole.startswith(prompt):
-        end = end_of_text(message, whole, len(prompt), markers)
+        explicit = "enable_thinking" in variables
+        end = end_of_text(message, whole, len(prompt), markers, anywhere=explicit)
         if end is not None:
             return whole, end
     else:
@@ -197,19 +241,22 @@ def _answer(
     left_out = [x for x in ("tool_calls", *THOUGHT_FIELDS) if message.get(x)]
     if left_out:
         raise InputError(
-            f"{place}: the chat template leaves out '{left_out[0]}' of the answer, or"
-            " changes it; use a template that renders it, or remove the row"
+            f"{place}: the chat template leaves out or changes part of an answer with"
+            f" '{left_out[0]}'; use a template that renders it, or remove the row"
         )
     end = _end_of_turn(messages, place, tokenizer, **variables)
-    head = prompt + _as_sampled(message["content"], prompt, place, markers)
+    answer = _as_sampled(text_of(message), prompt, place, markers, complete=complete)
+    head = prompt + answer
     return head + end, len(head)
 
 
-def _as_sampled(content: str, prompt: str, place: str, markers: TraceMarkers) -> str:
+def _as_sampled(
+    content: str, prompt: str, place: str, markers: TraceMarkers, *, complete: bool
+) -> str:
     """An answer as the model would write it after a prompt that may open thinking."""
     if not ends_with(prompt, markers.open):
         return content
-    if markers.close.strip() not in content:
+    if complete and markers.close.strip() not in content:
         raise InputError(
             f"{place}: the chat template's prompt opens thinking with {markers.open},"
             f" which the answer does not close; write {markers.open}{markers.close}"

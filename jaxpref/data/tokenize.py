@@ -22,7 +22,6 @@ from jaxpref.data.end_of_turn import (
     end_text,
     end_turn,
     holds_an_end,
-    leave_open,
     read_stop_tokens,
     stop_tokens,
 )
@@ -214,6 +213,9 @@ def _tokens(
         render(example, place, tokenizer, markers, whole_turns=whole_turns)
         for example, place in zip(examples, places, strict=True)
     ]
+    rendered = [
+        _left_open(example, texts) for example, texts in zip(examples, rendered)
+    ]
     tails = {x[end:] for t in rendered for x, end in zip(t.wholes, t.ends)} - {""}
     tail_tokens = dict(zip(tails, _encode(list(tails), tokenizer))) | {"": []}
     strings = [text for texts in rendered for text in (texts.prompt, *texts.wholes)]
@@ -226,6 +228,17 @@ def _tokens(
             _split(example, texts, prompt, wholes, rests, tokenizer, whole_turns)
         )
     return results
+
+
+def _left_open(example: Example, texts: Texts) -> Texts:
+    """The texts without what the template writes after answers that did not end."""
+    if not example.ended:
+        return texts
+    wholes = [
+        whole if complete else whole[:end]
+        for whole, end, complete in zip(texts.wholes, texts.ends, example.ended)
+    ]
+    return dataclasses.replace(texts, wholes=wholes)
 
 
 def _start(example: Example, prompt: list[int], tokenizer: Any) -> list[int]:
@@ -272,15 +285,16 @@ def _split(
     ended = example.ended or (True,) * len(wholes)
     for whole, tail, complete in zip(wholes, tails, ended, strict=True):
         completion = whole[shared:]
-        if not complete:
-            completion = leave_open(completion, tail)
-        elif not example.is_conversation:
-            completion = end_text(completion, tokenizer)
-        elif not whole_turns:
-            completion = end_turn(completion, tail, tokenizer)
+        inner = completion
+        if complete and not example.is_conversation:
+            inner = completion = end_text(completion, tokenizer)
+        elif complete and not whole_turns:
+            inner = completion = end_turn(completion, tail, tokenizer)
+        elif complete:  # what the template writes after the answer may have several
+            inner = completion[: len(completion) - len(tail)]
         if not completion or completion[0] in stop_tokens(tokenizer):
             return NO_TOKENS
-        if holds_an_end(completion, tokenizer, bos=bos):
+        if holds_an_end(inner, tokenizer, bos=bos):
             return INNER_END
         completions.append(completion)
     return Parts(start, prompt[:shared], completions, texts)

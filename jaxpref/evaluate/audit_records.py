@@ -85,14 +85,20 @@ def cleaned(
         elif action == "soft":
             yield record | {"p_correct": row["p_correct"]}
         elif action == "relabel":
-            exchanged = {
-                "chosen": record["rejected"],
-                "rejected": record["chosen"],
-            }
-            # Exchanging a known flip makes its label right.
-            if isinstance(record.get("flip"), bool):
-                exchanged["flip"] = not record["flip"]
-            yield record | exchanged
+            yield record | _exchanged(record)
+
+
+def _exchanged(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record that change when its preference is reversed."""
+    if "ranking" in record and "chosen" not in record:
+        return {"ranking": record["ranking"][::-1]}
+    exchanged = {"chosen": record["rejected"], "rejected": record["chosen"]}
+    if isinstance(record.get("ended"), list):
+        exchanged["ended"] = record["ended"][::-1]
+    # Exchanging a known flip makes its label right.
+    if isinstance(record.get("flip"), bool):
+        exchanged["flip"] = not record["flip"]
+    return exchanged
 
 
 def texts_of(example: Example) -> dict[str, str]:

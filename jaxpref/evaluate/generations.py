@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -40,6 +40,9 @@ class SampleConfig:
     as in training; texts without answers are user's turns, as in --prompts."""
     raw: bool = False
     """Do not use the chat template for texts."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """`enable_thinking` for chat templates that read it.  auto prompts as in training:
+    for answers without thinking, unless --data has answers with it."""
     limit: int = 100
     """Maximum number of prompts to take from --data."""
     out: str | None = None
@@ -200,8 +203,11 @@ def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> st
 def _prompts(
     config: SampleConfig, tokenizer: Any, architecture: Architecture
 ) -> list[data.Prompt]:
+    thinking = {"auto": None, "on": True, "off": False}[config.thinking]
     if not config.data:
-        return data.given_prompts(config.prompts, tokenizer, raw=config.raw)
+        return data.given_prompts(
+            config.prompts, tokenizer, raw=config.raw, thinking=thinking
+        )
     return data.read_prompts(
         data.open_source(config.data),
         tokenizer,
@@ -210,6 +216,7 @@ def _prompts(
             2, architecture.max_position_embeddings - config.max_new_tokens
         ),
         raw=config.raw,
+        thinking=thinking,
     )
 
 

@@ -301,7 +301,8 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _lead(config: Mapping[str, Any], records: Sequence[Record], best: str) -> str:
     done = max((record["step"] for record in records), default=0)
-    asked = config.get("max_steps", done)
+    # Without --max-steps, only the run itself knows how many steps it will make.
+    asked = config.get("max_steps") or done
     words = [
         f"{counted(done, 'step')}."
         if done >= asked

@@ -3,6 +3,7 @@
 To add a format, write a module with these two functions and add it to `FORMATS`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
@@ -127,6 +128,9 @@ def parse(
             f" {sides}"
         )
     prompt, variables = read_template(tracked, where, example)
+    ended = example.ended  # formats in another order read it themselves
+    if "ended" not in tracked.read:
+        ended = read_ended(tracked, where, sides)
     example = dataclasses.replace(
         example,
         prompt=prompt,
@@ -134,7 +138,7 @@ def parse(
         flip=flip,
         annotator=annotator,
         labels=read_labels(tracked, where, labels),
-        ended=read_ended(tracked, where, sides),
+        ended=ended,
     )
     check_unread(tracked, where)
     if fields is not None:
@@ -156,7 +160,7 @@ def parse_prompt(record: Any, where: str) -> Example | None:
         record.get(name) is not None for name in (*COMPLETIONS, "ranking")
     )
     if isinstance(record, dict) and not completions:
-        turns = sharegpt.prompt_of(record, where)
+        turns = sharegpt.prompt_of(record, where) if "prompt" not in record else None
         if turns is not None:
             record = {k: v for k, v in record.items() if k != "conversations"}
             record |= {"prompt": turns}
@@ -164,7 +168,14 @@ def parse_prompt(record: Any, where: str) -> Example | None:
             tracked = Record(record)
             example = Example(prompt_and_messages(tracked, where), ())
             prompt, variables = read_template(tracked, where, example)
+            check_unread(tracked, where)
             return dataclasses.replace(example, prompt=prompt, variables=variables)
+    if isinstance(record, dict) and record.get("rejected") is not None:
+        # Both answers say whether the prompt is followed by a thinking block.
+        with contextlib.suppress(InputError):
+            pair = parse(record, where, sides=2, drop_empty=True)
+            if not isinstance(pair, str):
+                return pair
     example = parse(record, where, sides=1, drop_empty=True)
     return None if isinstance(example, str) else example
 

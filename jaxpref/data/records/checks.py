@@ -18,6 +18,12 @@ MAX_CHARACTERS = 1_000_000
 COMPLETIONS = ("completion", "messages", "chosen")
 """Fields of a single completion; the first one in a record is read."""
 
+MESSAGE_MEANING = (
+    *("weight", "loss", "loss_weight", "train", "trainable", "mask"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
+"""Fields of a message that change what is trained; 1 and true are their defaults."""
+
 Split = tuple[str | tuple[Message, ...], str | Message]
 """A prompt and one completion."""
 
@@ -140,7 +146,8 @@ def says_something(completion: str | Message) -> bool:
     if isinstance(completion, str):
         return bool(completion.strip())
     content = completion.get("content") or ""
-    return bool(content.strip() or completion.get("tool_calls"))
+    others = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+    return bool(content.strip()) or any(completion.get(name) for name in others)
 
 
 def read_ended(record: Mapping, where: str, sides: int) -> tuple[bool, ...]:
@@ -203,11 +210,27 @@ def _message(message: Any, place: str) -> Message:
             f"{place}: role must be one of {', '.join(ROLES)}, but it is"
             f" {message.get('role')!r}"
         )
+    check_message_fields(message, place)
     content = _content(message, place)
     # Columnar formats fill missing keys with null, which templates must not see.  A
     # null content beside a tool call is what such a message means.
     kept = {k: v for k, v in message.items() if v is not None and k != "content"}
     return kept | ({"content": content} if "content" in message else {})
+
+
+def check_message_fields(message: dict, place: str) -> None:
+    """Refuses a message with a field that changes what is trained and is not read.
+
+    Raises:
+      InputError: names the field.
+    """
+    for name in MESSAGE_MEANING:
+        value = message.get(name)
+        if value not in (None, True, 1, "", [], {}):
+            raise InputError(
+                f"{place}: field '{name}' changes what is trained and is not read;"
+                " remove the row or the field"
+            )
 
 
 def _content(message: dict, place: str) -> str | None:

@@ -7,9 +7,10 @@ from typing import Any
 from jaxpref.errors import InputError
 
 MEANINGFUL = frozenset(
-    "label labels weight weights sample_weight tools functions system system_prompt"
-    " chat_template chat_template_kwargs documents ended image images video videos"
-    " audio audios".split()
+    "label labels weight weights sample_weight sample_weights loss_weight mask"
+    " desirable preference winner better flipped history input tools functions system"
+    " system_prompt system_message chat_template chat_template_kwargs documents ended"
+    " image images image_path video videos audio audios".split()
 )
 """Fields that change what a record means: an error if nothing reads them."""
 
@@ -53,9 +54,9 @@ def check_unread(record: Record, where: str) -> None:
       InputError: names the field.
     """
     for name in record.unread():
-        if name in MEANINGFUL:
+        if name.lower() in MEANINGFUL:
             cure = "remove the row or the field"
-            if name in ("label", "labels"):
+            if name.lower() in ("label", "labels"):
                 cure = "keep only the rows to train on, without it"
             raise InputError(
                 f"{where}: field '{name}' changes what the record means, and this"

@@ -1,8 +1,9 @@
 """Ranked answers: `prompt`, `completions`, and their `ranking`, where 1 is the best."""
 
+import dataclasses
 from collections.abc import Mapping
 
-from jaxpref.data.records.checks import field, kind, text_or_messages
+from jaxpref.data.records.checks import field, kind, read_ended, text_or_messages
 from jaxpref.data.records.example import TIED, Example
 from jaxpref.data.records.messages import example_of
 from jaxpref.errors import InputError
@@ -43,4 +44,8 @@ def parse(
     named = {f"completions {n + 1}": answers[n] for n in order}
     values = [text_or_messages(named, name, where) for name in named]
     prompt = text_or_messages(record, "prompt", where)
-    return example_of(prompt, [*named], values, where, drop_empty=drop_empty)
+    example = example_of(prompt, [*named], values, where, drop_empty=drop_empty)
+    ended = read_ended(record, where, len(answers))
+    if isinstance(example, str) or not ended:
+        return example
+    return dataclasses.replace(example, ended=tuple(ended[n] for n in order))

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpref.data.records import messages
-from jaxpref.data.records.checks import completion_fields, field, kind
+from jaxpref.data.records.checks import (
+    check_message_fields,
+    completion_fields,
+    field,
+    kind,
+)
 from jaxpref.data.records.example import Example
 from jaxpref.errors import InputError
 
@@ -41,14 +46,14 @@ def parse(
 ) -> Example | str:
     """Returns the example; see `Format.parse`."""
     name = "conversations" if "conversations" in record else "prompt"
-    turns = _messages(field(record, name, where), f"{where}: field '{name}'")
+    turns = _messages(field(record, name, where), f"{where}: field '{name}'", "human")
     names = completion_fields(record, sides)
     if sides == 1 and names[0] not in record:
         return messages.parse(
             {"messages": turns}, where, sides=sides, drop_empty=drop_empty
         )
     answers = {
-        side: _messages(field(record, side, where), f"{where}: field '{side}'")
+        side: _messages(field(record, side, where), f"{where}: field '{side}'", "gpt")
         for side in names
     }
     return messages.parse(
@@ -60,7 +65,8 @@ def prompt_of(record: Mapping, where: str) -> list[dict] | None:
     """The messages of a conversation that ends with a user's turn, or None."""
     if not _is_turn(_first(record.get("conversations"))):
         return None
-    turns = _messages(record["conversations"], f"{where}: field 'conversations'")
+    place = f"{where}: field 'conversations'"
+    turns = _messages(record["conversations"], place, "human")
     return turns if turns[-1]["role"] != "assistant" else None
 
 
@@ -72,9 +78,10 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and {"from", "value"} <= value.keys()
 
 
-def _messages(value: Any, place: str) -> list[dict]:
+def _messages(value: Any, place: str, speaker: str) -> list[dict]:
+    """The messages of turns, or of one text by the speaker."""
     if isinstance(value, str):
-        value = {"from": "human" if "conversations" in place else "gpt", "value": value}
+        value = {"from": speaker, "value": value}
     turns = value if isinstance(value, list) else [value]
     return [_message(turn, f"{place} turn {n + 1}") for n, turn in enumerate(turns)]
 
@@ -86,6 +93,7 @@ def _message(turn: Any, place: str) -> dict:
         raise InputError(
             f'{place} must be {{"from": ..., "value": ...}}, but it is {kind(turn)}'
         )
+    check_message_fields(turn, place)
     role = ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise InputError(
