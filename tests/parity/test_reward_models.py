@@ -136,7 +136,7 @@ def test_a_trained_chat_model_is_scored_alike_by_everybody(
             "chosen": [{"role": "assistant", "content": "Tom was happy."}],
             "rejected": [{"role": "assistant", "content": f"The {thing} fell."}],
         }
-        for thing in ("cat", "ball", "cake", "tree", "hat", "boat")
+        for thing in "cat ball cake tree hat boat dog car".split()
     ]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
