@@ -12,6 +12,7 @@ import scipy.stats
 from jaxpref import cli, data
 from jaxpref.cli import evaluate as evaluate_command
 from jaxpref.data import DataOptions
+from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
@@ -187,3 +188,11 @@ def test_what_does_not_fit_the_model_is_one_line(
     (line,) = [x for x in error.splitlines() if x.startswith("jaxpref: error:")]
     assert all(part in line for part in parts) and "Traceback" not in error
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_results_of_another_program_are_not_overwritten(inputs, tmp_path):
+    mine = tmp_path / "metrics.json"
+    mine.write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="another program wrote it"):
+        evaluate(inputs, tmp_path, "lm")
+    assert mine.read_text() == '{"mine": 1}'

@@ -96,6 +96,11 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     """
     reads = {f"--{x}": getattr(config, x) for x in ("model", "data", "reference")}
     out = check_output_folder("--out", config.out, FILES, reads)
+    if (out / METRICS).exists() and not (out / PAIRS).exists():
+        raise InputError(
+            f"--out {out}: has a {METRICS} without {PAIRS}, so another program wrote"
+            " it; use another folder"
+        )
     with locked(out):
         return _run(config, out)
 
@@ -160,8 +165,8 @@ def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
             metrics[f"{name}/chosen"] = float(table[:, 0].mean())
             metrics[f"{name}/rejected"] = float(table[:, 1].mean())
     if jax.process_index() == 0:
-        write_json(out / METRICS, metrics)
         _write_pairs(out / PAIRS, pairs, scores, margins)
+        write_json(out / METRICS, metrics)
         for name, value in metrics.items():
             show(f"{name:27} {value:.4f}")
     return metrics
