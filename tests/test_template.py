@@ -88,7 +88,7 @@ def test_a_template_that_never_ends(monkeypatch):
     endless = byte_tokenizer(template="{{ 10 ** (10 ** 8) }}")
     with pytest.raises(InputError, match="a row 1: the chat template takes more than"):
         render_template(CHAT, "a row 1", endless, True)
-    # The process is started anew for the next template.
+    # The process is restarted for the next template.
     good = byte_tokenizer(template="{{ messages[0].role }}")
     assert render_template(CHAT, "a row 1", good, False) == "user"
     children.close()
