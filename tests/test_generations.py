@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxpref.cli import sample as sample_command
+from jaxpref.errors import InputError
 from jaxpref.evaluate.generations import decode_continuation
 from tests.data_tokenizers import byte_tokenizer
 from tests.tiny import make_model_folder
@@ -70,3 +71,11 @@ def test_samples_that_were_cut_say_so(tmp_path):
     sample_command.command([*argv.split(), "--prompts", *prompts])
     rows = json.loads((tmp_path / "out.json").read_text())
     assert all(row["ended"] for row in rows)
+
+
+@pytest.mark.parametrize("words", [[], ["--raw"]])
+def test_thinking_that_no_template_reads_is_refused(tmp_path, words):
+    make_model_folder(tmp_path / "model", 0)
+    argv = f"--model {tmp_path / 'model'} --thinking on --prompts the".split()
+    with pytest.raises(InputError, match="--thinking on: only a chat template reads"):
+        sample_command.command([*argv, *words])

@@ -423,3 +423,17 @@ def test_prompts_of_a_file_are_those_of_training():
             assert train.prompt(0).tolist() == found.tokens
     (raw,) = read_prompts(ListSource([{"prompt": "q"}]), tokenizer, limit=1, raw=True)
     assert tokenizer.decode(raw.tokens) == "q"
+
+
+def test_what_stands_beside_the_messages_of_a_typed_prompt_is_read():
+    tokenizer = chatml_tokenizer(TOOL_TEMPLATE)
+    record = {"messages": [USER], "system": "be kind", "tools": [{"name": "f"}]}
+    (typed,) = given_prompts([json.dumps(record)], tokenizer)
+    assert tokenizer.decode(typed.tokens) == tokenizer.apply_chat_template(
+        [{"role": "system", "content": "be kind"}, USER],
+        tools=record["tools"],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    with pytest.raises(InputError, match="--prompts 1: field 'images' changes"):
+        given_prompts([json.dumps(record | {"images": ["a"]})], tokenizer)

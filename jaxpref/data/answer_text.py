@@ -4,11 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxpref.data.records import Message, text_of
+from jaxpref.data.records import THOUGHT_FIELDS, Message, text_of
 from jaxpref.errors import InputError
-
-THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message with what some templates write before its content."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxpref.data.records import Example, Message, text_of
+from jaxpref.data.records.dialogues import ASSISTANT_TURN, HUMAN_TURN
 from jaxpref.data.render import Texts
 
 SYSTEM = ("system", "developer")
 """Roles whose turns are always kept."""
 NO_ROOM = "the prompt leaves no room for the completion"
-HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
-"""What begins a turn in dialogues that are one text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Parts:
 def _has_turns(example: Example) -> bool:
     """Whether the prompt consists of turns, so that whole turns can be left out."""
     prompt = example.prompt
-    return not isinstance(prompt, str) or prompt.lstrip().startswith(HUMAN_TURN.strip())
+    return not isinstance(prompt, str) or prompt.lstrip().startswith(HUMAN_TURN)
 
 
 def fitted(
@@ -95,10 +94,10 @@ def _with_fewer_turns(example: Example) -> Iterator[Example]:
     """The example without its first turn, then without its first two, and so on."""
     prompt = example.prompt
     if isinstance(prompt, str):
-        start = prompt.find(HUMAN_TURN, 1)
+        start = prompt.find("\n\n" + HUMAN_TURN, 1)
         while start > 0:
             yield dataclasses.replace(example, prompt=prompt[start:])
-            start = prompt.find(HUMAN_TURN, start + 1)
+            start = prompt.find("\n\n" + HUMAN_TURN, start + 1)
         return
     kept = _leading_system(prompt)
     for n in range(kept + 1, len(prompt)):
@@ -118,7 +117,7 @@ def _with_shorter_turn(example: Example, excess: int, tokenizer: Any) -> Example
     """
     prompt = example.prompt
     if isinstance(prompt, str):
-        lead = prompt[: len(prompt) - len(prompt.lstrip())] + HUMAN_TURN.strip()
+        lead = prompt[: len(prompt) - len(prompt.lstrip())] + HUMAN_TURN
         asked, answer, rest = prompt[len(lead) :].partition(ASSISTANT_TURN)
         shorter = _without_start(asked, excess, tokenizer)
         changed: Any = None if shorter is None else f"{lead} {shorter}{answer}{rest}"

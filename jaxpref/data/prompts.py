@@ -1,11 +1,11 @@
 """Prompts to sample from."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from jaxpref.data.records import Example, parse_prompt, prompt_key, text_of
+from jaxpref.data.records.dialogues import HUMAN_TURN
 from jaxpref.data.sources import Source, decode_json
 from jaxpref.data.tokenize import encode_prompt
 from jaxpref.errors import InputError
@@ -112,7 +112,7 @@ def _as_user(example: Example, tokenizer: Any) -> Example:
     if not isinstance(text, str) or not tokenizer.chat_template:
         return example
     rendered = any(token in text for token in tokenizer.all_special_tokens)
-    if rendered or text.lstrip().startswith("Human:"):
+    if rendered or text.lstrip().startswith(HUMAN_TURN):
         return example
     message = {"role": "user", "content": text}
     return dataclasses.replace(example, prompt=(message,))
@@ -134,17 +134,16 @@ def _conversation(text: str, place: str) -> Example | None:
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        value = decode_json(text.encode(), place)
+    except InputError:
         return None  # a prompt that begins with a bracket
-    value = decode_json(text.encode(), place)
-    if isinstance(value, dict):
-        value = value.get("messages") or value.get("prompt") or [value]
-    if not isinstance(value, list) or not value:
+    record = value if isinstance(value, dict) and "role" not in value else {}
+    turns = record.get("messages") or record.get("prompt") or value
+    turns = turns if isinstance(turns, list) else [turns]
+    if not turns or not all(isinstance(x, dict) and "role" in x for x in turns):
         return None
-    if not all(isinstance(turn, dict) and "role" in turn for turn in value):
-        return None
-    example = parse_prompt({"prompt": value}, place)
+    others = {k: v for k, v in record.items() if k not in ("messages", "prompt")}
+    example = parse_prompt({"prompt": turns, **others}, place)
     if example is None:
         raise InputError(f"{place}: the conversation has no turn to answer")
     return example

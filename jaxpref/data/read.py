@@ -75,6 +75,7 @@ def read_datasets(
         whole = dataclasses.replace(options, heldout_fraction=0.0)
         splits = make_train(sources[0], tokenizer, whole)
         held = make(evaluated[0], tokenizer, whole.without_injection())
+        log(f"{heldout}: {held.fields.describe()}")
         digest = splits.digest + held.digest
         splits = dataclasses.replace(splits, heldout=held.train, digest=digest)
     if not len(splits.train):

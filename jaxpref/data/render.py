@@ -12,7 +12,6 @@ from typing import Any
 
 from jaxpref.data.answer_text import (
     THINK,
-    THOUGHT_FIELDS,
     TraceMarkers,
     end_of_text,
     end_of_word,
@@ -21,7 +20,7 @@ from jaxpref.data.answer_text import (
     missing_part,
     trace_span,
 )
-from jaxpref.data.records import Example, Message, text_of
+from jaxpref.data.records import THOUGHT_FIELDS, Example, Message, text_of
 from jaxpref.data.template import render_template as _template
 from jaxpref.errors import InputError
 
@@ -128,7 +127,7 @@ def render_prompt(
         if thoughts or "enable_thinking" in variables:
             return text
         opening = _before_answer(prompt, place, tokenizer, variables)
-        # A space would be merged with the first word of the answer.
+        # Tokenizers join a space with the word after it.
         return opening.rstrip(" \t") if opening.startswith(text) else text
     if variables.get("enable_thinking", thinking) is not thinking:
         raise InputError(

@@ -109,7 +109,8 @@ def _run(config: AuditConfig, out: Path) -> Audit:
             f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces "
             "per answer; an audit judges each record once, so keep only one trace"
         )
-    log(f"{config.data}: {plan.describe()}")
+    for line in (plan.describe(), plan.fields.describe()):
+        log(f"{config.data}: {line}")
     if config.action_top is not None and config.action_top >= len(pairs):
         raise InputError(
             f"--action-top {config.action_top}: must be below the {len(pairs)} pairs "

@@ -204,6 +204,12 @@ def _prompts(
     config: SampleConfig, tokenizer: Any, architecture: Architecture
 ) -> list[data.Prompt]:
     thinking = {"auto": None, "on": True, "off": False}[config.thinking]
+    if thinking is not None and (config.raw or not tokenizer.chat_template):
+        why = "--raw" if config.raw else f"{config.model} has no chat template"
+        raise InputError(
+            f"--thinking {config.thinking}: only a chat template reads it, but {why}; "
+            "leave it out"
+        )
     if not config.data:
         return data.given_prompts(
             config.prompts, tokenizer, raw=config.raw, thinking=thinking

@@ -31,8 +31,8 @@ def peak(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     bend = left - 2 * middle + right
     usable = (at == inner) & (bend < 0) & jnp.isfinite(bend)
     bend = jnp.where(usable, bend, -1)
-    slope = jnp.where(usable, (right - left) / 2, 0)
-    return at - slope / bend, values[at] - slope**2 / (2 * bend)
+    gradient = jnp.where(usable, (right - left) / 2, 0)
+    return at - gradient / bend, values[at] - gradient**2 / (2 * bend)
 
 
 def ridge(gains: jax.Array) -> jax.Array:

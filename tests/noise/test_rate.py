@@ -32,8 +32,8 @@ def test_the_gradients_of_marginal_nll_at_the_ends_of_the_rate(e):
             jnp.asarray(z), jnp.asarray(e)
         )
         np.testing.assert_allclose(by_rate, (expit(z) - expit(-z)) / p, rtol=1e-12)
-        slope = expit(z) * expit(-z) * (1 - 2 * e)
-        np.testing.assert_allclose(by_z, -slope / p, rtol=1e-12)
+        gradient = expit(z) * expit(-z) * (1 - 2 * e)
+        np.testing.assert_allclose(by_z, -gradient / p, rtol=1e-12)
         # Twice: d^2 nll / de^2 = (d nll / de)^2, since P is linear in e.
         again = jax.vmap(jax.grad(jax.grad(rate.marginal_nll, 1), 1), (0, None))
         found = again(jnp.asarray(z), jnp.asarray(e))

@@ -31,6 +31,7 @@ from jaxpref.data.records.example import EMPTY as EMPTY
 from jaxpref.data.records.example import HUMAN_LAST as HUMAN_LAST
 from jaxpref.data.records.example import IDENTICAL as IDENTICAL
 from jaxpref.data.records.example import PROMPTS_DIFFER as PROMPTS_DIFFER
+from jaxpref.data.records.example import THOUGHT_FIELDS as THOUGHT_FIELDS
 from jaxpref.data.records.example import Example as Example
 from jaxpref.data.records.example import Message as Message
 from jaxpref.data.records.example import expand as expand

@@ -7,6 +7,7 @@ from jaxpref.data.records.example import (
     EMPTY,
     IDENTICAL,
     PROMPTS_DIFFER,
+    THOUGHT_FIELDS,
     Example,
     Message,
 )
@@ -146,7 +147,7 @@ def says_something(completion: str | Message) -> bool:
     if isinstance(completion, str):
         return bool(completion.strip())
     content = completion.get("content") or ""
-    others = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+    others = ("tool_calls", *THOUGHT_FIELDS)
     return bool(content.strip()) or any(completion.get(name) for name in others)
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 Message = dict[str, Any]
 
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message with what some templates write before its content."""
+
 IDENTICAL = "chosen and rejected are identical"
 PROMPTS_DIFFER = "chosen and rejected do not share the prompt"
 TIED = "completions have the same rank"
