@@ -136,6 +136,13 @@ def check_output(
                     "another file"
                 )
         _check_surroundings(file, is_file=True)
+        folder = file.parent
+        used = any(_inside(given, folder) for _, given in _on_disk(reads))
+        if (kind := kind_of(folder)) in (RUN, AUDIT) and not used:
+            raise InputError(
+                f"is in the folder of {kind} that this command does not read; choose "
+                "another place"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file.parent, os.W_OK):
             raise PermissionError("no permission to write")

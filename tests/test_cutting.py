@@ -4,6 +4,7 @@ import pytest
 
 from jaxpref.data import DataOptions, ListSource, make_splits
 from jaxpref.data.cut import NO_ROOM
+from jaxpref.data.template import render_template
 from tests.data_tokenizers import CHATML, byte_tokenizer
 
 TOKENIZER = byte_tokenizer(bos=None, eos="<|im_end|>", merges=(), template=CHATML)
@@ -116,6 +117,35 @@ def test_dialogues_in_one_text_are_cut_by_turns(missing, expected):
     assert prompt_of(splits, TEXTS) == "<s>" + expected
     assert splits.report["prompts without earlier turns"] == (missing > 0)
     assert splits.report["prompts cut"] == (missing > 27)
+
+
+@pytest.mark.parametrize("cut, long", [(2, "result"), (1, "question")])
+def test_a_long_result_of_a_tool_is_cut_before_the_question(cut, long):
+    text = "".join(chr(ord("a") + n % 26) for n in range(60))
+    texts = {"question": "why?", "result": "42"} | {long: text}
+    prompt = turns("earlier", "turn", texts["question"])
+    prompt += [{"role": "tool", "content": texts["result"]}]
+    short = prompt[2:]
+    short[cut - 1] = short[cut - 1] | {"content": text[7:]}
+    size = len(TOKENIZER(rendered(short))["input_ids"]) + 4
+    splits = splits_of(prompt, max_length=size)
+    assert prompt_of(splits) == rendered(short)
+    assert splits.report["prompts cut"] == 1
+
+
+def test_thousands_of_turns_are_not_rendered_thousands_of_times(monkeypatch):
+    rendered_turns = []
+    monkeypatch.setattr(
+        "jaxpref.data.render._template",
+        lambda messages, *args, **kwargs: (
+            rendered_turns.append(len(messages))
+            or render_template(messages, *args, **kwargs)
+        ),
+    )
+    prompt = turns(*["turn"] * 2001)
+    splits = splits_of(prompt, max_length=100)
+    assert 50 < len(splits.train.prompt(0)) <= 97
+    assert len(rendered_turns) < 100 and sum(rendered_turns) < 50 * 2001
 
 
 def test_later_system_turns_are_kept():

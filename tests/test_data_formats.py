@@ -148,7 +148,8 @@ AS_MESSAGES = Example((USER,), (ANSWER, OTHER))
             },
             PROMPTS_DIFFER,
         ),
-        # But a text that only begins like its prompt, or is a dialogue itself, stays.
+        # But a text that only begins like its prompt, or is a dialogue that was asked
+        # for, stays.
         (
             {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi!"},
             Example("Hi", ("Hi there", "Hi!")),
@@ -335,6 +336,18 @@ BAD_RECORDS = {
     "empty message": (
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"content": ""}]},
         "field 'rejected' is an empty completion",
+    ),
+    "a dialogue beside another prompt": (
+        {
+            "prompt": "other",
+            "chosen": "\n\nHuman: q\n\nAssistant: a",
+            "rejected": "\n\nHuman: q\n\nAssistant: b",
+        },
+        "field 'prompt' is not part of the dialogues in 'chosen' and 'rejected'",
+    ),
+    "a dialogue beside an answer": (
+        {"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"},
+        "field 'rejected' is not a dialogue",
     ),
     "no dialogue": (
         {"chosen": "Human: q Assistant: a", "rejected": "b"},

@@ -179,6 +179,9 @@ OUTPUTS = [
     ("plain/new.json", {"--data": "data.jsonl", "--model": "model"}, None),
     ("plain/deep/new.json", {"--reference": None}, None),
     ("run/samples.json", {"--model": "run/export"}, None),
+    ("run/samples.json", {"--model": "model"}, "is in the folder of a run that"),
+    ("audit/samples.json", {"--model": "run/export"}, "is in the folder of an audit"),
+    ("audit/samples.json", {"--data": "audit/clean.jsonl"}, None),
     ("data.jsonl", {"--data": "hf:OWNER/NAME", "--model": "owner/name"}, None),
     ("new.json", {"--data": "x" * 5000}, None),
 ]

@@ -313,6 +313,35 @@ def test_texts_with_turns_are_not_wrapped_again():
         given_prompts([" "], tokenizer)
 
 
+WITH_SYSTEM = "<|im_start|>system\nbe kind<|im_end|>\n" + TURN
+
+
+@pytest.mark.parametrize(
+    "record, text",
+    [
+        ({"messages": [USER]}, TURN),
+        ({"messages": [{"role": "system", "content": "be kind"}, USER]}, WITH_SYSTEM),
+        ({"prompt": [{"from": "human", "value": "q"}]}, TURN),
+        ({"conversations": [{"from": "human", "value": "q"}]}, TURN),
+        ({"conversations": [{"from": "system", "value": "be kind"},
+                            {"from": "human", "value": "q"}]}, WITH_SYSTEM),
+        ({"prompt": "q", "system": "be kind"}, WITH_SYSTEM),
+        ({"prompt": [USER], "system": "be kind"}, WITH_SYSTEM),
+    ],
+)  # fmt: skip
+def test_records_with_a_prompt_alone_are_sampled_from(record, text):
+    tokenizer = chatml_tokenizer()
+    (read,) = read_prompts(ListSource([record]), tokenizer, limit=1)
+    assert tokenizer.decode(read.tokens) == text
+    assert read.text == "q"
+
+
+def test_a_bare_text_has_no_system_turn():
+    source = ListSource([{"prompt": "q", "system": "be kind"}])
+    with pytest.raises(InputError, match="field 'system' is for the chat template"):
+        read_prompts(source, chatml_tokenizer(), limit=1, raw=True)
+
+
 THINKS = ALWAYS.replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"

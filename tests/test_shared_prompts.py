@@ -199,6 +199,19 @@ def test_what_both_files_share_is_counted_and_refused(
     assert len(found.splits.heldout) == len(heldout)
 
 
+def test_a_rendered_chat_is_the_prompt_of_its_messages(tmp_path):
+    question = [user("question 3")]
+    rendered = TOKENIZER.apply_chat_template(
+        question, tokenize=False, add_generation_prompt=True
+    )
+    assert "question 3" in rendered != "question 3"
+    texts = [forms_of(text)[0] for text in (rendered, "question 99")]
+    with pytest.raises(InputError, match="1 of 2 pairs .50.0%; 1 of 2 prompts"):
+        read(tmp_path, questions(*range(9), form=1), texts)
+    with pytest.raises(InputError, match="1 of 9 pairs"):
+        read(tmp_path, texts, questions(*range(9), form=1))
+
+
 @pytest.mark.parametrize("shared, of", [(0, 20), (1, 20), (2, 40)])
 def test_a_few_shared_prompts_are_said_and_accepted(shared, of, tmp_path, capsys):
     numbers = [*range(shared), *range(100, 100 + of - shared)]
@@ -216,7 +229,7 @@ def test_a_split_that_differs_in_white_space_only_is_said(tmp_path, capsys):
     rows += [row | {"prompt": row["prompt"].replace(" ", "   ")} for row in rows]
     read(tmp_path, rows, None, heldout_fraction=0.4)
     assert (
-        "differs from a training prompt in whitespace only" in capsys.readouterr().out
+        "differs from a training prompt only in whitespace" in capsys.readouterr().out
     )
     read(tmp_path, TRAIN, None, heldout_fraction=0.4)
     assert "whitespace" not in capsys.readouterr().out

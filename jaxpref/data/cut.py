@@ -1,12 +1,14 @@
 """Examples that do not fit: what is cut, in which order, and how much.
 
 Nothing is cut if prompt and answers fit together.  If they do not, a prompt loses
-its earliest turns, then the beginning of its last turn.  This ends when it fits next to
+its earliest turns, then the beginning of its last turn: of the question, or of a tool's
+result if that is longer.  This ends when it fits next to
 the longest answer or into half of the length, whichever is more.  System turns and the
 header of a turn are kept.  Answers that still do not fit lose their end, or the
 end of their trace.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -73,10 +75,15 @@ def fitted(
     """
     if isinstance(parts, str) or parts.excess(limits) <= 0 or not _has_turns(example):
         return parts, False, False
-    dropped = False
-    for shorter in _with_fewer_turns(example):
-        example, parts, dropped = shorter, again(shorter), True
-        if isinstance(parts, str) or parts.excess(limits) <= 0:
+    fits = lambda x: isinstance(x, str) or x.excess(limits) <= 0
+    fewer = list(_with_fewer_turns(example))
+    # Rendering takes time in proportion to the turns, and there may be thousands.
+    enough = bisect.bisect_left(fewer, True, key=lambda x: fits(again(x)))
+    dropped = bool(fewer)
+    if fewer:
+        example = fewer[min(enough, len(fewer) - 1)]
+        parts = again(example)
+        if isinstance(parts, str) or fits(parts):
             return parts, dropped, False
     whole, removed = example, 0
     while (excess := parts.excess(limits)) > 0:
@@ -108,7 +115,7 @@ def _with_fewer_turns(example: Example) -> Iterator[Example]:
 
 
 def _with_shorter_turn(example: Example, excess: int, tokenizer: Any) -> Example | None:
-    """The example without the first tokens of its last user turn; None if too few.
+    """The example without the first tokens of its last turn; None if too few.
 
     Args:
       example: its earlier turns are left out already.
@@ -122,9 +129,13 @@ def _with_shorter_turn(example: Example, excess: int, tokenizer: Any) -> Example
         shorter = _without_start(asked, excess, tokenizer)
         changed: Any = None if shorter is None else f"{lead} {shorter}{answer}{rest}"
     else:
-        at = max((n for n, m in enumerate(prompt) if m["role"] == "user"), default=None)
-        if at is None:
+        roles = [message["role"] for message in prompt]
+        if "user" not in roles:
             return None
+        asked = len(roles) - 1 - roles[::-1].index("user")
+        # The question and the results of tools: what is long loses its beginning.
+        given = [n for n in range(asked, len(prompt)) if roles[n] in ("user", "tool")]
+        at = max(given, key=lambda n: len(text_of(prompt[n])))
         shorter = _without_start(text_of(prompt[at]), excess, tokenizer)
         message = prompt[at] | {"content": shorter}
         changed = (

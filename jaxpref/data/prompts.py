@@ -46,7 +46,7 @@ def read_prompts(
     seen: set[str] = set()
     for row in range(len(source)):
         place = source.location(row)
-        example = parse_prompt(source[row], place)
+        example = parse_prompt(source[row], place, as_turns=not raw)
         if example is None or prompt_key(example.prompt) in seen:
             continue
         seen.add(prompt_key(example.prompt))

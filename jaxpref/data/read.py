@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.data.options import DataOptions, MixOptions
-from jaxpref.data.shared_prompts import check_shared, count_shared
+from jaxpref.data.shared_prompts import Shared, check_shared, count_shared
 from jaxpref.data.sources import open_source
 from jaxpref.data.splits import Splits, make_mixed_splits, make_splits
 from jaxpref.data.tokenizers import check_same_tokenizer
@@ -86,7 +86,8 @@ def read_datasets(
     log(f"{' and '.join(files)}: {splits.describe()}")
     splits.fields.check_ignored(options.ignore_fields)
     log(f"{train}: {splits.fields.describe()}")
-    _report_shared(splits, train, heldout, allowed=options.allow_shared_prompts)
+    shared = count_shared(splits.train, splits.heldout, bos=tokenizer.bos_token_id)
+    _report_shared(shared, train, heldout, allowed=options.allow_shared_prompts)
     if options.inject.active:
         log(injection_warning(splits.report["flipped"], len(splits.train)))
     read = [(sources, splits.train), (evaluated, splits.heldout)]
@@ -110,17 +111,16 @@ def _check_heldout(options: DataOptions, heldout: str | None) -> None:
 
 
 def _report_shared(
-    splits: Splits, train: str, heldout: str | None, *, allowed: bool
+    shared: Shared, train: str, heldout: str | None, *, allowed: bool
 ) -> None:
     """Logs how many evaluation pairs have a training prompt, and checks the share."""
-    shared = count_shared(splits.train, splits.heldout)
     if heldout is not None:
         log(f"{heldout}: {shared.describe()} have a prompt that is also in {train}")
         check_shared(shared, train, heldout, allowed=allowed)
     elif shared.pairs:
         log(
             f"warning: {shared.describe()} that are held out have a prompt that differs"
-            " from a training prompt in whitespace only"
+            " from a training prompt only in whitespace, in form, or in what was cut"
         )
 
 

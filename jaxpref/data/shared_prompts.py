@@ -88,16 +88,22 @@ class Shared:
         )
 
 
-def count_shared(train: PreferenceDataset, heldout: PreferenceDataset) -> Shared:
-    """Counts the evaluation pairs whose prompt is also in the training data."""
-    ours = heldout.columns["prompt"]
-    theirs = np.unique(train.columns["prompt"])
-    distinct = np.unique(ours)
+def count_shared(
+    train: PreferenceDataset, heldout: PreferenceDataset, *, bos: int | None
+) -> Shared:
+    """Counts the evaluation pairs whose prompt is also in the training data.
+
+    Prompts are the same if their texts are, in any form, or their tokens: messages and
+    the string that a chat template renders from them differ at most in BOS.
+    """
+    prompts = heldout.columns["prompt"]
+    shared = np.isin(prompts, train.columns["prompt"])
+    shared |= np.isin(_token_hashes(heldout, bos), _token_hashes(train, bos))
     return Shared(
-        pairs=int(np.isin(ours, theirs).sum()),
-        of_pairs=len(ours),
-        prompts=int(np.isin(distinct, theirs).sum()),
-        of_prompts=len(distinct),
+        pairs=int(shared.sum()),
+        of_pairs=len(prompts),
+        prompts=len(np.unique(prompts[shared])),
+        of_prompts=len(np.unique(prompts)),
     )
 
 
@@ -120,6 +126,16 @@ def check_shared(shared: Shared, train: str, heldout: str, *, allowed: bool) -> 
             "do not show what the model does on new ones; remove them from one of the "
             "two, or pass --allow-shared-prompts"
         )
+
+
+def _token_hashes(dataset: PreferenceDataset, bos: int | None) -> np.ndarray:
+    """A hash of each prompt's tokens without BOS, uint64 [N]."""
+    prompts = [dataset.prompt(n) for n in range(len(dataset))]
+    digests = [
+        hashlib.blake2b(prompt[prompt[:1].tolist() == [bos] :], digest_size=8).digest()
+        for prompt in prompts
+    ]
+    return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def _turns(prompt: Prompt) -> list[tuple[str, str]]:

@@ -39,7 +39,7 @@ from jaxpref.data.records.example import prompt_key as prompt_key
 from jaxpref.data.records.example import text_of as text_of
 from jaxpref.data.records.fields import FieldUse as FieldUse
 from jaxpref.data.records.fields import Record, check_unread
-from jaxpref.data.records.template import read_template
+from jaxpref.data.records.template import for_template, read_template
 from jaxpref.errors import InputError
 
 
@@ -147,8 +147,16 @@ def parse(
     return example
 
 
-def parse_prompt(record: Any, where: str) -> Example | None:
+def parse_prompt(record: Any, where: str, *, as_turns: bool = True) -> Example | None:
     """The prompt of a record, which may have no completion.
+
+    A conversation that ends with a user's turn is a prompt, whatever its field.
+
+    Args:
+      record: the decoded record.
+      where: "file row n", for errors.
+      as_turns: whether a prompt that is a text becomes a user's turn if the record has
+        fields for the chat template, such as `system`.
 
     Returns:
       An example, with a completion if the record has one; None if `parse` would drop
@@ -157,17 +165,18 @@ def parse_prompt(record: Any, where: str) -> Example | None:
     Raises:
       InputError: the record is malformed, or its prompt has no messages.
     """
+    record = messages.with_prompt(record) if isinstance(record, dict) else record
     completions = isinstance(record, dict) and any(
         record.get(name) is not None for name in (*COMPLETIONS, "ranking")
     )
     if isinstance(record, dict) and not completions:
-        turns = sharegpt.prompt_of(record, where) if "prompt" not in record else None
-        if turns is not None:
-            record = {k: v for k, v in record.items() if k != "conversations"}
-            record |= {"prompt": turns}
+        record = sharegpt.with_prompt(record, where)
         if "prompt" in record:
             tracked = Record(record)
             example = Example(prompt_and_messages(tracked, where), ())
+            if as_turns and isinstance(example.prompt, str) and for_template(record):
+                turn = {"role": "user", "content": example.prompt}
+                example = dataclasses.replace(example, prompt=(turn,))
             prompt, variables = read_template(tracked, where, example)
             check_unread(tracked, where)
             return dataclasses.replace(example, prompt=prompt, variables=variables)
@@ -195,4 +204,4 @@ def _unknown(record: Mapping, where: str, sides: int) -> InputError:
     names = completion_fields(record, sides)
     for name in names:
         text_or_messages(record, name, where)  # raises what is wrong with the field
-    return dialogues.not_a_dialogue(names[0], where)
+    return dialogues.not_a_dialogue(record, names[0], where)

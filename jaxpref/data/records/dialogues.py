@@ -1,7 +1,7 @@
 r"""Whole dialogues: `\n\nHuman: ...\n\nAssistant: ...`, as in Anthropic's HH-RLHF.
 
 `chosen` and `rejected` share all but the last turn, which is the completion.  A
-`prompt` that the dialogues repeat is ignored.
+`prompt` beside them must be part of what they share, and is not used.
 """
 
 from collections.abc import Mapping
@@ -20,16 +20,22 @@ ASSISTANT_TURN = "\n\nAssistant:"
 
 
 def matches(record: Mapping, sides: int) -> bool:
-    """Whether a side is a dialogue; with a prompt, whether all sides repeat it."""
+    """Whether a side is a dialogue; with a prompt, whether that is beyond doubt.
+
+    An answer to "Write a dialogue." may be one too, but does not begin with a blank
+    line.
+    """
     values: list[Any] = [record.get(name) for name in completion_fields(record, sides)]
     if "prompt" not in record:
         return any(_begins(value) for value in values)
     prompt = record["prompt"]
-    if not isinstance(prompt, str) or not all(_begins(value) for value in values):
+    if not isinstance(prompt, str):
         return False
-    parts = [value.rpartition(ASSISTANT_TURN) for value in values]
-    answered = all(turn for _, turn, _ in parts)
-    return answered and any(prompt.strip() in x + turn for x, turn, _ in parts)
+    dialogues = [x for x in values if _begins(x) and ASSISTANT_TURN in x]
+    repeated = [prompt.strip() in _split_at_last(x)[0] for x in dialogues]
+    if len(dialogues) == len(values) and any(repeated):
+        return True
+    return any(x.startswith("\n\n" + HUMAN_TURN) for x in dialogues)
 
 
 def parse(
@@ -41,17 +47,33 @@ def parse(
     """
     names = completion_fields(record, sides)
     texts = [text(record, name, where) for name in names]
-    splits = [_split(name, x, where) for name, x in zip(names, texts)]
+    for name, x in zip(names, texts):
+        if not (_begins(x) and ASSISTANT_TURN in x):
+            raise not_a_dialogue(record, name, where)
+    splits = [_split_at_last(x) for x in texts]
     if any("\n\n" + HUMAN_TURN in completion for _, completion in splits):
         return HUMAN_LAST
+    prompt = text(record, "prompt", where).strip() if "prompt" in record else ""
+    if not any(prompt in shared for shared, _ in splits):
+        raise InputError(
+            f"{where}: field 'prompt' is not part of the dialogues in"
+            f" {' and '.join(map(repr, names))}, which have prompts of their own;"
+            " remove it, or write it at their beginning"
+        )
     return to_example(names, splits, where, drop_empty=True)
 
 
-def not_a_dialogue(name: str, where: str) -> InputError:
-    """The error for a record without a prompt whose field is not a dialogue."""
+def not_a_dialogue(record: Mapping, name: str, where: str) -> InputError:
+    """The error for a record that needs a dialogue in a field and has none."""
+    form = "'\\n\\nHuman: ...\\n\\nAssistant: ...'"
+    if "prompt" in record:
+        return InputError(
+            f"{where}: field '{name}' is not a dialogue of {form}, but the other answer"
+            " is; write both as dialogues, or both as answers to 'prompt'"
+        )
     return InputError(
-        f"{where}: no field 'prompt', and field '{name}' is not a dialogue of"
-        " '\\n\\nHuman: ...\\n\\nAssistant: ...'; add a prompt"
+        f"{where}: no field 'prompt', and field '{name}' is not a dialogue of {form};"
+        " add a prompt"
     )
 
 
@@ -59,9 +81,7 @@ def _begins(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith(HUMAN_TURN)
 
 
-def _split(name: str, text: str, where: str) -> tuple[str, str]:
+def _split_at_last(text: str) -> tuple[str, str]:
     """Splits at the last assistant turn; earlier answers belong to the prompt."""
     before, turn, completion = text.rpartition(ASSISTANT_TURN)
-    if not turn or not _begins(before):
-        raise not_a_dialogue(name, where)
     return before + turn, completion

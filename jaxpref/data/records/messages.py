@@ -61,6 +61,17 @@ def example_of(
     return to_example(names, splits, where, drop_empty=drop_empty)
 
 
+def with_prompt(record: dict) -> dict:
+    """The record with `messages` as its prompt if they end without an answer."""
+    turns = record.get("messages")
+    if "prompt" in record or not isinstance(turns, list) or not turns:
+        return record
+    if not is_message(turns[-1]) or turns[-1]["role"] == "assistant":
+        return record
+    others = {name: value for name, value in record.items() if name != "messages"}
+    return others | {"prompt": turns}
+
+
 def _split(
     prompt: str | list[Message], name: str, value: str | list[Message], where: str
 ) -> tuple[tuple[Message, ...], Message]:

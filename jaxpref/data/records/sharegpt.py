@@ -61,13 +61,19 @@ def parse(
     )
 
 
-def prompt_of(record: Mapping, where: str) -> list[dict] | None:
-    """The messages of a conversation that ends with a user's turn, or None."""
-    if not _is_turn(_first(record.get("conversations"))):
-        return None
-    place = f"{where}: field 'conversations'"
-    turns = _messages(record["conversations"], place, "human")
-    return turns if turns[-1]["role"] != "assistant" else None
+def with_prompt(record: dict, where: str) -> dict:
+    """The record with messages as its prompt if its turns end without an answer.
+
+    The turns are in `prompt` or `conversations`.
+    """
+    name = "prompt" if "prompt" in record else "conversations"
+    if not _is_turn(_first(record.get(name))):
+        return record
+    turns = _messages(record[name], f"{where}: field '{name}'", "human")
+    if turns[-1]["role"] == "assistant":
+        return record
+    others = {key: value for key, value in record.items() if key != name}
+    return others | {"prompt": turns}
 
 
 def _first(value: Any) -> Any:

@@ -42,6 +42,11 @@ def read_template(
     return prompt, variables
 
 
+def for_template(record: Mapping) -> bool:
+    """Whether a record has fields that only a chat template reads."""
+    return any(record.get(x) for x in ("system", "tools", "chat_template_kwargs"))
+
+
 def _variables(record: Mapping, where: str) -> dict[str, Any]:
     tools = _decoded(record.get("tools"), f"{where}: field 'tools'")
     if tools is not None and not (
