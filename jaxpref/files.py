@@ -1,8 +1,7 @@
-"""Writes files atomically, never through a link or over an input of the command."""
+"""Reads and writes files; never writes through a link or over an input."""
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 import stat
@@ -27,9 +26,6 @@ AUDIT_FILES = (
     *("review.csv", "report.html", "features"),
 )
 """Names of what an audit writes to its folder."""
-
-_log = logging.getLogger("jaxpref")
-_warned: set[Path] = set()
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -290,34 +286,26 @@ def cannot_write(path: str | Path, error: Exception) -> InputError:
     )
 
 
-# --- the cache
-
-
-def cache_folder() -> Path:
-    """The cache folder shared by all runs of this user.
-
-    `$JAXPREF_CACHE` if set; otherwise `jaxpref` in `$XDG_CACHE_HOME` or `~/.cache`.  It
-    can be deleted at any time; its contents are recreated.
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file of a model folder.
 
     Raises:
-      InputError: if there is no home folder, or `JAXPREF_CACHE` is not a folder.
+      InputError: if there is no such file, or it contains something else.
     """
-    if given := os.environ.get("JAXPREF_CACHE"):
-        if "://" in given:
-            raise InputError(
-                f"JAXPREF_CACHE {given}: must be a folder; mount the bucket, for "
-                "example with gcsfuse. A bucket can cache only compiled programs: "
-                f"JAX_COMPILATION_CACHE_DIR={given}"
-            )
-        folder = Path(os.path.expanduser(given)).absolute()
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = Path(base) / "jaxpref"
-    if not folder.is_absolute():
+    check_regular(path)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         raise InputError(
-            f"{folder}: not usable as the cache folder; set JAXPREF_CACHE to a folder"
-        )
-    return folder
+            f"{path}: no such file; pass the folder of a Hugging Face model"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); copy it again") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: holds {type(fields).__name__}, not a JSON object")
+    return fields
 
 
 def check_regular(path: str | Path) -> None:
@@ -336,47 +324,3 @@ def check_regular(path: str | Path) -> None:
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise InputError(f"{path}: is {what}; give a regular file")
-
-
-def make_private(folder: Path) -> None:
-    """Creates a folder, and those above it, that only its owner can write to.
-
-    Raises:
-      InputError: if it cannot be created.
-    """
-    try:
-        for missing in reversed([folder, *folder.parents]):
-            if not missing.exists():
-                with contextlib.suppress(FileExistsError):  # by another process
-                    missing.mkdir(mode=0o755)
-        folder.mkdir(exist_ok=True)  # raises an error if it is a file
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-
-
-def warn_if_others_write(path: Path, *, holds: str) -> None:
-    """Warns, once per process, if other users can change a cached file or folder.
-
-    Args:
-      path: the file or folder; it need not exist.
-      holds: what it holds, for the warning.
-    """
-    try:
-        found = path.stat()
-    except OSError:
-        return
-    if found.st_uid not in (os.geteuid(), 0):
-        why, cure = f"belongs to user {found.st_uid}", "use a folder of your own"
-    elif found.st_mode & 0o022:
-        who = "everyone" if found.st_mode & 0o002 else "its group"
-        why, cure = f"can be written by {who}", f"run chmod -R go-w {path}"
-    else:
-        return
-    folder = path if path.is_dir() else path.parent
-    if folder not in _warned:
-        _warned.add(folder)
-        _log.warning(
-            "%s: %s, so others can change %s that this command uses; %s, or set "
-            "JAXPREF_CACHE to another folder",
-            *(path, why, holds, cure),
-        )

@@ -16,12 +16,11 @@ from jaxpref.files import (
     check_output,
     check_output_folder,
     kind_of,
-    make_private,
     open_to_append,
-    warn_if_others_write,
     write_json,
     write_whole,
 )
+from jaxpref.runtime.cache_folder import make_private, warn_if_others_write
 
 PRECIOUS = "precious\n"
 

@@ -105,7 +105,7 @@ def test_stop_tokens_of_a_folder_with_fewer_files(tmp_path):
     "content, words",
     [
         ("{", "not JSON"),
-        ("[2]", "contains list, not a JSON object"),
+        ("[2]", "holds list, not a JSON object"),
         ({"eos_token_id": "</s>"}, "field eos_token_id is '</s>'; give a token id"),
         ({"eos_token_id": [2, 1.5]}, r"field eos_token_id is \[2, 1.5\]"),
         ({"eos_token_id": True}, "field eos_token_id is True"),

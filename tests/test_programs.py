@@ -17,8 +17,8 @@ from jaxpref import data, losses
 from jaxpref.data.layouts import choose
 from jaxpref.data.layouts.choose import padding_advice
 from jaxpref.errors import InputError
-from jaxpref.files import cache_folder
 from jaxpref.objectives import from_loss
+from jaxpref.runtime.cache_folder import cache_folder
 from jaxpref.runtime.compilation import enable_compilation_cache, log_compilations
 from jaxpref.train import MeshConfig, TrainConfig, run
 from tests.compiled import programs

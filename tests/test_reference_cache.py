@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from jaxpref import data, losses
 from jaxpref.errors import InputError
-from jaxpref.files import cache_folder
 from jaxpref.objectives import from_loss
+from jaxpref.runtime.cache_folder import cache_folder
 from jaxpref.scoring import reference, score_cache
 from jaxpref.train import MeshConfig, TrainConfig, begin, read_metrics, run, task
 from tests.tiny import make_model_folder, make_pairs_file

@@ -8,12 +8,12 @@ A reward model reads a conversation to the end of the template, since `transform
 takes the score at the last token of `apply_chat_template(chat)`.  Nothing is appended.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpref.errors import InputError, first_line
+from jaxpref.errors import InputError
+from jaxpref.files import read_json
 
 
 def read_stop_tokens(folder: Path) -> tuple[int, ...]:
@@ -28,7 +28,7 @@ def read_stop_tokens(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.exists():
-            found = _read(path).get("eos_token_id")
+            found = read_json(path).get("eos_token_id")
             if found is not None:
                 tokens = found if isinstance(found, list) else [found]
                 if not all(type(token) is int for token in tokens):
@@ -97,16 +97,3 @@ def holds_an_end(completion: Sequence[int], tokenizer: Any, *, bos: int | None) 
 def _last(tokens: Sequence[int], wanted: Collection[int]) -> int:
     """The index of the last of the wanted tokens, or -1."""
     return max((n for n, token in enumerate(tokens) if token in wanted), default=-1)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({first_line(error)})") from None
-    if not isinstance(found, dict):
-        kind = type(found).__name__
-        raise InputError(f"{path}: contains {kind}, not a JSON object")
-    return found

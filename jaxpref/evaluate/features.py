@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from jaxpref.data import DatasetBuilder, PaddedLayout, PreferenceDataset
 from jaxpref.errors import InputError
-from jaxpref.files import make_private, warn_if_others_write, write_whole
+from jaxpref.files import write_whole
 from jaxpref.models import Model
 from jaxpref.models.layout import SPECS, reshard
 from jaxpref.models.logprobs import token_logps
+from jaxpref.runtime.cache_folder import make_private, warn_if_others_write
 from jaxpref.runtime.mesh import to_global
 from jaxpref.sharding import replicated
 

@@ -1,13 +1,10 @@
 """Reading config.json of Hugging Face folders, and reporting unread fields."""
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import InputError
-from jaxpref.files import check_regular
 
 HARMLESS = frozenset(
     # Identification.
@@ -36,28 +33,6 @@ HARMLESS = frozenset(
     "forced_bos_token_id forced_eos_token_id".split()
 )
 """Fields of every family that do not affect a model's output."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file of a model folder.
-
-    Raises:
-        InputError: if there is no such file, or it contains something else.
-    """
-    check_regular(path)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; pass the folder of a Hugging Face model"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); copy it again") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: holds {type(fields).__name__}, not a JSON object")
-    return fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError
 
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import read_json, write_json
 from jaxpref.models.architecture import Architecture
-from jaxpref.models.config_json import HARMLESS, read_json
+from jaxpref.models.config_json import HARMLESS
 from jaxpref.models.families import Family, TensorName
 from jaxpref.models.folder_config import (
     architecture_to_fields,

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import InputError
+from jaxpref.files import read_json
 from jaxpref.models import families
 from jaxpref.models.architecture import Architecture
-from jaxpref.models.config_json import HARMLESS, ConfigFields, read_json
+from jaxpref.models.config_json import HARMLESS, ConfigFields
 
 
 def read_architecture(folder: str | Path) -> Architecture:

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxpref.errors import InputError
-from jaxpref.files import check_regular, write_json
-from jaxpref.models.config_json import read_json
+from jaxpref.files import check_regular, read_json, write_json
 from jaxpref.models.families import TensorName
 from jaxpref.runtime.heartbeat import beat
 

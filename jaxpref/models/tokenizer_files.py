@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from jaxpref.models.config_json import read_json
+from jaxpref.files import read_json
 from jaxpref.models.hub import TOKENIZER_FILES
 from jaxpref.models.reward import Padding
 from jaxpref.models.tensor_files import write_json

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxpref.errors import InputError, first_line
-from jaxpref.files import cache_folder, make_private, write_json
+from jaxpref.files import write_json
 from jaxpref.models import Model, RewardModel, build
 from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
 from jaxpref.plan.layout import uniform_layout
+from jaxpref.runtime.cache_folder import cache_folder, make_private
 from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
 from jaxpref.scoring.score_dataset import make_score_step

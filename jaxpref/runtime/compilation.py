@@ -15,7 +15,11 @@ import jax
 from tqdm import tqdm
 
 from jaxpref.errors import InputError, visible
-from jaxpref.files import cache_folder, make_private, warn_if_others_write
+from jaxpref.runtime.cache_folder import (
+    cache_folder,
+    make_private,
+    warn_if_others_write,
+)
 
 Result = TypeVar("Result")
 

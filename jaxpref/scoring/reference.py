@@ -1,7 +1,7 @@
 """The reference's scores, computed once per completion for all runs of a user.
 
 They are cached by content, one number per completion, in a folder that all runs share
-(`jaxpref.files.cache_folder`).  There is a separate cache for everything else that
+(`jaxpref.runtime.cache_folder`).  There is a separate cache for everything else that
 affects a score: the reference's weights and dtypes, the software, and the layout of the
 batches, which affects rounding.  Runs with other losses, flips or seeds therefore reuse
 the scores of earlier runs, and always read what the policy's own kernels would compute.
@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
-from jaxpref.files import cache_folder
 from jaxpref.models.hub import weights_digest
+from jaxpref.runtime.cache_folder import cache_folder
 from jaxpref.runtime.processes import broadcast_from_process_zero, log
 from jaxpref.scoring import score_cache
 from jaxpref.scoring.checks import check_finite

@@ -18,7 +18,8 @@ from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from jaxpref.files import make_private, warn_if_others_write, write_whole
+from jaxpref.files import write_whole
+from jaxpref.runtime.cache_folder import make_private, warn_if_others_write
 
 HOLDS = "the reference's scores"
 _log = logging.getLogger("jaxpref")
