@@ -64,7 +64,10 @@ def test_logits_of_all_positions_take_more_memory():
     assert found["tokens"] == {"ours": 4 * 112, "peers": 4 * 2 * 64}
     assert mib["log_softmax"] - mib["none"] > 4 * 112 * 4096 * 4 / 2**20
     assert mib["peers"] - mib["none"] > 2 * 4 * 2 * 64 * 4096 * 4 / 2**20
-    assert mib["none"] <= mib["ours"] < mib["logsumexp"] < mib["log_softmax"]
+    # The peak of both may lie in the backbone; how its buffers share memory differs by a
+    # few KiB from program to program.
+    assert mib["none"] < mib["ours"] + 0.01
+    assert mib["ours"] < mib["logsumexp"] < mib["log_softmax"]
     assert mib["logsumexp"] < mib["thrifty"] < mib["peers"]
     assert found["ratios"]["peers"] == pytest.approx(mib["ours"] / mib["peers"])
 

@@ -22,6 +22,7 @@ def maker():
     return module
 
 
+@pytest.mark.slow
 def test_page_is_up_to_date(maker):
     new, page = maker.page().splitlines(), maker.PAGE.read_text("utf-8").splitlines()
     changed = [f"- {a}\n+ {b}" for a, b in zip(page, new) if a != b]
