@@ -48,7 +48,19 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def limited_memory(model):
+def started(model):
+    """What the first example would wait for: imports, and the process of templates."""
+    question = [{"role": "user", "content": "q"}]
+    render_template(question, "row 1", TOKENIZER, True)
+    data.make_splits(
+        data.ListSource([{"prompt": question, "chosen": "a", "rejected": "b"}]),
+        TOKENIZER,
+        data.DataOptions(heldout_fraction=0.0),
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def limited_memory(started):
     """Once jax has its threads and their memory; soft, so that it can be lifted."""
     used = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
