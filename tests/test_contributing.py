@@ -84,6 +84,8 @@ def test_the_objective():
         found, state, metrics = step_on_margins(objective, margins, state)
         np.testing.assert_allclose(found, weight * full, rtol=1e-5)
         assert metrics["annealed/weight"] == weight
+    with pytest.raises(InputError, match="steps -1"):
+        annealed(losses.dpo, steps=-1)
 
 
 def test_the_block_of_a_family():

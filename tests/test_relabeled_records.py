@@ -16,6 +16,7 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         PAIR | {"ended": [True, False]},
         PAIR | {"flip": True},
         {"prompt": "q", "completions": ["a", "b"], "ranking": [1, 2]},
+        {"prompt": "q", "completions": ["a", "b"], "ranking": [1, 2], "flip": True},
         {
             "prompt": "q",
             "completions": ["b", "a"],

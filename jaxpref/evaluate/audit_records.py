@@ -91,10 +91,11 @@ def cleaned(
 def _exchanged(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record that change when its preference is reversed."""
     if "ranking" in record and "chosen" not in record:
-        return {"ranking": record["ranking"][::-1]}
-    exchanged = {"chosen": record["rejected"], "rejected": record["chosen"]}
-    if isinstance(record.get("ended"), list):
-        exchanged["ended"] = record["ended"][::-1]
+        exchanged = {"ranking": record["ranking"][::-1]}
+    else:
+        exchanged = {"chosen": record["rejected"], "rejected": record["chosen"]}
+        if isinstance(record.get("ended"), list):
+            exchanged["ended"] = record["ended"][::-1]
     # Exchanging a known flip makes its label right.
     if isinstance(record.get("flip"), bool):
         exchanged["flip"] = not record["flip"]
