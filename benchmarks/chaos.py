@@ -20,6 +20,10 @@ Expected
     other work (seed 0, 99 steps): three flipped bits and a truncated file were all
     detected; the median time from a fault to the next step was 22 seconds (13 to 49);
     570 seconds of CPU time, 21 minutes of wall-clock time.
+
+    With `--kills 100 --seed 1 --kinds 'kill in a save' 'kill in a restore' 'kill one'
+    'kill both'` (231 steps), both runs are bit-identical too.  50 of the 100 kills came
+    in a save or a restore; 56 minutes on two busy cores of an Intel Xeon.
 """
 
 import dataclasses
