@@ -174,6 +174,26 @@ def test_an_extended_run_knows_the_scores_of_its_beginning(scored, tmp_path, cap
 
 
 @pytest.mark.parametrize("where", ["cache", "out"])
+def test_wrong_numbers_of_further_records_are_noticed(scored, tmp_path, caplog, where):
+    """The checkpoint of a run that is made longer does not cover them."""
+    out, needed = tmp_path / "first", np.arange(COUNT)
+    few = ScoredSet("train", scored.dataset, scored.sources, needed[:4])
+    first = Run(few, out)
+    Run(scored, tmp_path / "another")
+    folder = out / "reference" / REFERENCE.digest[:32]
+    about = about_of(folder)
+    if where == "cache":
+        folder = cache_of(tmp_path)
+    plant(folder, scored, lambda x: -x, records=slice(4, COUNT), about=about)
+    longer = Run(scored, out, first.digests)
+    np.testing.assert_array_equal(longer.table, true_scores(scored.dataset))
+    assert longer.computed == COUNT and "are wrong for" in caplog.text
+    caplog.clear()
+    again = Run(scored, out, longer.digests)
+    assert (again.computed, again.checked) == (0, 0) and not caplog.text
+
+
+@pytest.mark.parametrize("where", ["cache", "out"])
 def test_shards_of_another_reference_are_named(scored, tmp_path, caplog, where):
     """As if they were copied from another folder."""
     Run(scored, tmp_path / "first")

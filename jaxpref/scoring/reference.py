@@ -211,7 +211,10 @@ def reference_tables(
             fill(values, missing)
             # Read back as a resumed run would, so duplicate completions share a score.
             values = _of_process_zero(find, keys.shape)
-        if len(known) and not _are_right(scorer, values, known, expected):
+        if len(known) and (why := _why_wrong(scorer, values, known, expected)):
+            if jax.process_index() == 0:
+                says = "%s: stored scores %s; all are computed again"
+                _log.warning(says, scorer.title, why)
             for stored in folders:
                 score_cache.remove(stored.folder, keys)
             blank = np.full(keys.shape, np.nan, np.float32)
@@ -285,13 +288,13 @@ def _fill(
             _store(folders, keys[:, part][new], computed[new], about)
 
 
-def _are_right(
+def _why_wrong(
     scorer: _Scorer,
     values: np.ndarray,
     known: np.ndarray,
     expected: Mapping[str, Any],
-) -> bool:
-    """Whether stored scores are the reference's; warns if they are not.
+) -> str:
+    """Why stored scores are not the reference's; empty if they are.
 
     Args:
       scorer: computes scores.
@@ -299,32 +302,32 @@ def _are_right(
       known: int [M]; the records whose scores were stored.
       expected: digests by dataset, from the checkpoint; empty for a new run.
     """
-    scored, title = scorer.scored, scorer.title
+    scored = scorer.scored
     was = expected.get(scored.name)
     if was is not None and was["count"] <= len(scored.needed):
-        if scores_digest(values, scored.needed[: was["count"]]) == was:
-            return True
-        why = "differ from those in the checkpoint"
-    else:
-        count = max(scorer.batch_size, CHECKED * -(-len(known) // SHARD))
-        count = min(len(known), count)
-        # One record from each part, at a place that nobody can predict.
-        place = broadcast_from_process_zero(np.random.default_rng().random(count))
-        place = ((np.arange(count) + place) / count * len(known)).astype(int)
-        part = known[np.minimum(place, len(known) - 1)]
-        computed = scorer(part, title=f"checking {title}")
-        exact = scorer.reference.compute_dtype != "bfloat16"
-        rtol, atol = TOLERANCE[exact and jax.devices()[0].platform == "cpu"]
-        stored = values[:, part]
-        wrong = ~np.isclose(stored, computed, rtol, atol, equal_nan=True)
-        if not wrong.any():
-            return True
-        pairs = int(wrong.any(axis=(0, 2)).sum())
-        most = np.nanmax(np.abs(stored - computed))
-        why = f"are wrong for {pairs} of {count} records, by up to {most:.3g} nats"
-    if jax.process_index() == 0:
-        _log.warning("%s: stored scores %s; all are computed again", title, why)
-    return False
+        before = scored.needed[: was["count"]]
+        if scores_digest(values, before) != was:
+            return "differ from those in the checkpoint"
+        # A run that was made longer reads others, which the checkpoint does not cover.
+        known = known[~np.isin(known, before)]
+        if not len(known):
+            return ""
+    count = max(scorer.batch_size, CHECKED * -(-len(known) // SHARD))
+    count = min(len(known), count)
+    # One record from each part, at a place that nobody can predict.
+    place = broadcast_from_process_zero(np.random.default_rng().random(count))
+    place = ((np.arange(count) + place) / count * len(known)).astype(int)
+    part = known[np.minimum(place, len(known) - 1)]
+    computed = scorer(part, title=f"checking {scorer.title}")
+    exact = scorer.reference.compute_dtype != "bfloat16"
+    rtol, atol = TOLERANCE[exact and jax.devices()[0].platform == "cpu"]
+    stored = values[:, part]
+    wrong = ~np.isclose(stored, computed, rtol, atol, equal_nan=True)
+    if not wrong.any():
+        return ""
+    pairs = int(wrong.any(axis=(0, 2)).sum())
+    most = np.nanmax(np.abs(stored - computed))
+    return f"are wrong for {pairs} of {count} records, by up to {most:.3g} nats"
 
 
 def _find(
