@@ -13,9 +13,11 @@ from jaxpref import cli, data
 from jaxpref.cli import evaluate as evaluate_command
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
+from jaxpref.files import RUN, RUN_FILES
 from jaxpref.models import RewardModel, build
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
+from jaxpref.runtime.run_folder import open_out
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 
 
@@ -196,3 +198,28 @@ def test_results_of_another_program_are_not_overwritten(inputs, tmp_path):
     with pytest.raises(InputError, match="another program wrote it"):
         evaluate(inputs, tmp_path, "lm")
     assert mine.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(
+    "mine", ['{"prompt": "a", "chosen": "b", "rejected": "c"}', "[1]", "text", "\xff"]
+)
+def test_a_file_of_the_user_is_not_overwritten(inputs, tmp_path, mine):
+    path = tmp_path / "eval_pairs.jsonl"
+    path.write_text(mine)
+    with pytest.raises(InputError, match="not written by `jaxpref evaluate`"):
+        evaluate(inputs, tmp_path, "lm")
+    assert path.read_text() == mine
+
+
+def test_an_evaluation_takes_no_folder(inputs, tmp_path):
+    """Where files of others are, it is repeated, and a run refuses to overwrite."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "report.html").write_text("mine")
+    once, _ = evaluate(inputs, tmp_path, "lm")
+    again, _ = evaluate(inputs, tmp_path, "lm")
+    assert again == once
+    opened = open_out(
+        str(tmp_path), "config.json", what=RUN, writes=RUN_FILES, reads={}
+    )
+    with pytest.raises(InputError, match=r"has report\.html"), opened:
+        pass

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxpref import cli
+from jaxpref.evaluate import pairs
+from jaxpref.files import LOCK
 from jaxpref.runtime import run_folder
 from jaxpref.runtime.run_folder import locked
 
@@ -89,7 +91,7 @@ def state(folder: Path) -> dict[str, bytes | None]:
     return {
         str(path): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
-        if path.name not in (".lock", "new")
+        if path.name not in (LOCK, pairs.LOCK, "new")
     }
 
 
@@ -113,8 +115,9 @@ def test_two_commands_that_write_to_one_folder(folder, monkeypatch, capsys, comm
     argv = ["jaxpref", command, *f"{MODEL} {DATA} --out new".split()]
     Path("new").mkdir()
     monkeypatch.setattr(sys, "argv", argv)
-    with locked(Path("new")):
-        holder = json.loads(Path("new/.lock").read_text())
+    name = pairs.LOCK if command == "evaluate" else LOCK
+    with locked(Path("new"), name):
+        holder = json.loads(Path("new", name).read_text())
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert ended.value.code == 2

@@ -131,7 +131,10 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
         with opened(tmp_path):
             pass
     assert not (tmp_path / LOCK).exists()
-    (tmp_path / LOCK).touch()
+    (tmp_path / LOCK).touch()  # an earlier start failed before it wrote anything
+    with pytest.raises(InputError, match=f"has {name}"), opened(tmp_path):
+        pass
+    (tmp_path / "checkpoints").mkdir()
     with opened(tmp_path):
         pass
 

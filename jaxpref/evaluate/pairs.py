@@ -42,6 +42,8 @@ from jaxpref.train.task import Scoring
 
 METRICS, PAIRS = FILES = "metrics.json", "eval_pairs.jsonl"
 """Names of the files that an evaluation writes."""
+LOCK = ".evaluate.lock"
+"""The file that a process locks while it writes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,12 +98,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     """
     reads = {f"--{x}": getattr(config, x) for x in ("model", "data", "reference")}
     out = check_output_folder("--out", config.out, FILES, reads)
-    if (out / METRICS).exists() and not (out / PAIRS).exists():
-        raise InputError(
-            f"--out {out}: has a {METRICS} without {PAIRS}, so another program wrote"
-            " it; use another folder"
-        )
-    with locked(out):
+    _check_foreign(out)
+    with locked(out, LOCK):
         return _run(config, out)
 
 
@@ -170,6 +168,27 @@ def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
         for name, value in metrics.items():
             show(f"{name:27} {value:.4f}")
     return metrics
+
+
+def _check_foreign(out: Path) -> None:
+    """Refuses a folder with files of these names that no evaluation wrote."""
+    if (out / METRICS).exists() and not (out / PAIRS).exists():
+        raise InputError(
+            f"--out {out}: has a {METRICS} without {PAIRS}, so another program wrote"
+            " it; use another folder"
+        )
+    if (out / PAIRS).exists():
+        with (out / PAIRS).open("rb") as file:
+            first = file.readline(1_000_000)
+        try:
+            ours = not first or {"id", "row", "margin"} <= json.loads(first).keys()
+        except (ValueError, AttributeError, RecursionError):
+            ours = False
+        if not ours:
+            raise InputError(
+                f"--out {out}: its {PAIRS} was not written by `jaxpref evaluate`, which"
+                " would overwrite it; use another folder"
+            )
 
 
 def _length_only(pairs: PreferenceDataset) -> dict[str, float]:

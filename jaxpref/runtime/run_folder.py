@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import InputError
-from jaxpref.files import LOCK, check_output_folder, existing_file
+from jaxpref.files import LOCK, check_output_folder, existing_file, kind_of
 from jaxpref.runtime.processes import together
 from jaxpref.runtime.provenance import changed_options, flat
 
 PATIENCE = 3.0
 """Seconds to wait for a lock."""
-OTHERS = "checkpoints", "reference"
+OTHERS = "checkpoints", "reference", "features"
 """Folders whose files record what they were made with; each file is checked."""
 
 _log = logging.getLogger("jaxpref")
@@ -55,15 +55,20 @@ def open_out(
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Locks a folder, on process 0, until the end of the block or of the process.
 
     On file systems without locks, it warns and continues.
 
+    Args:
+      folder: the folder.
+      name: the name of the lock's file.  `LOCK` also says that a run or an audit has
+        been here.
+
     Raises:
       InputError: on all processes, if another process has the lock; it is named.
     """
-    descriptor = together(lambda: _lock(folder / LOCK))
+    descriptor = together(lambda: _lock(folder / name))
     try:
         yield
     finally:
@@ -194,7 +199,7 @@ def check_config(
 
 def _check_foreign(folder: Path, name: str, writes: Collection[str], what: str) -> None:
     """Refuses a folder with files that would be overwritten and are not from here."""
-    if (folder / name).exists() or (folder / LOCK).exists():
+    if (folder / name).exists() or kind_of(folder) == what:
         return
     if found := [x for x in writes if x not in OTHERS and (folder / x).exists()]:
         raise InputError(
