@@ -14,7 +14,7 @@ from jaxpref.data import (
     read_prompts,
     stop_tokens,
 )
-from jaxpref.data.probe import check_rendering
+from jaxpref.data.probe import check_exported, check_rendering
 from jaxpref.data.records import parse
 from jaxpref.data.tokenize import INNER_END, tokenize
 from jaxpref.errors import InputError
@@ -258,7 +258,7 @@ def test_a_reward_model_reads_what_transformers_users_give_it(
         )
     tokenizer.pad_token = "<|im_start|>"
     tokenizer.save_pretrained(tmp_path)
-    check_rendering(tmp_path)
+    check_exported(tmp_path)
 
 
 @pytest.mark.parametrize("template", [SHOUTS, STRIPS, R1])
@@ -276,7 +276,28 @@ def test_an_exported_reward_model_that_others_would_score_differently(
     tokenizer.pad_token = "<|im_start|>"
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a short chat"):
-        check_rendering(tmp_path)
+        check_exported(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("condition", "checked"),
+    [("messages[0]['role'] != 'system'", True), ("not tools", False)],
+)
+def test_a_template_that_requires_more_than_a_question(
+    tmp_path, capsys, condition, checked
+):
+    """A system turn is given to it; one that requires tools cannot be checked."""
+    needs = f"{{% if {condition} %}}{{{{ raise_exception('more') }}}}{{% endif %}}"
+    check = lambda template: check_rendering(
+        chatml_tokenizer(needs + template), "m", padding=None
+    )
+    check(CHATML)
+    assert (
+        "m: the chat template accepts no short chat" in capsys.readouterr().out
+    ) == (not checked)
+    if checked:
+        with pytest.raises(InputError, match="m: a short chat"):
+            check(SHOUTS)
 
 
 # ---- prompts to sample from ----------------------------------------------------------

@@ -4,6 +4,7 @@ import functools
 
 from jaxpref import data
 from jaxpref.data.layouts.choose import make_layout
+from jaxpref.data.probe import check_rendering
 from jaxpref.data.read import read_datasets
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture, Model, Numerics, RewardModel
@@ -50,7 +51,10 @@ def prepare(config: TrainConfig) -> Task:
         numerics=f"{config.logit_chunk} logits at a time",
     )
     tokenizer = data.load_tokenizer(folder)
-    stops = data.stop_tokens(tokenizer)
+    stops, padding = data.stop_tokens(tokenizer), padding_of(tokenizer)
+    if rewards:  # as at export, but before the time for training is spent
+        pad = padding.id if padding else None
+        check_rendering(tokenizer, config.model, padding=pad)
     options = data.for_model(config.options, architecture.max_position_embeddings)
     datasets = read_datasets(
         tokenizer,
@@ -100,7 +104,7 @@ def prepare(config: TrainConfig) -> Task:
         datasets=datasets,
         model_folder=folder,
         reference=reference,
-        export=ExportOptions(folder, config.export_dtype, padding_of(tokenizer), stops),
+        export=ExportOptions(folder, config.export_dtype, padding, stops),
     )
 
 

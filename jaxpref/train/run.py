@@ -9,7 +9,7 @@ import jax
 
 from jaxpref.data.feed import Feed
 from jaxpref.data.layouts.choose import padding_advice
-from jaxpref.data.probe import check_rendering
+from jaxpref.data.probe import check_exported
 from jaxpref.files import write_json
 from jaxpref.runtime import heartbeat
 from jaxpref.runtime.best import Best
@@ -130,7 +130,7 @@ def run(config: TrainConfig) -> Path:
             state, _ = checkpoints.restore(task.abstract_state(), only=best.step)
         task.scorer.export(state.params, out / "export", task.export)
         if "rewards" in task.objective.scores:
-            only_first_process(check_rendering, out / "export")
+            only_first_process(check_exported, out / "export")
         phases.mark("export")
         only_first_process(phases.write, out / "timings.json")
     return out / "export"
