@@ -133,6 +133,21 @@ def test_a_long_result_of_a_tool_is_cut_before_the_question(cut, long):
     assert splits.report["prompts cut"] == 1
 
 
+def test_several_long_results_of_tools_are_cut_to_one_length():
+    """Also where no single one is long enough to make room."""
+    text = "".join(chr(ord("a") + n % 26) for n in range(60))
+    prompt = turns("why?") + [
+        {"role": "tool", "content": text[:size]} for size in (40, 60, 5)
+    ]
+    short = prompt[:1] + [
+        {"role": "tool", "content": x} for x in (text[32:40], text[52:60], text[:5])
+    ]
+    size = len(TOKENIZER(rendered(short))["input_ids"]) + 4
+    splits = splits_of(prompt, max_length=size)
+    assert prompt_of(splits) == rendered(short)
+    assert splits.report["prompts cut"] == 1
+
+
 def test_thousands_of_turns_are_not_rendered_thousands_of_times(monkeypatch):
     rendered_turns = []
     monkeypatch.setattr(

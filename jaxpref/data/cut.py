@@ -1,11 +1,10 @@
 """Examples that do not fit: what is cut, in which order, and how much.
 
 Nothing is cut if prompt and answers fit together.  If they do not, a prompt loses
-its earliest turns, then the beginning of its last turn: of the question, or of a tool's
-result if that is longer.  This ends when it fits next to
-the longest answer or into half of the length, whichever is more.  System turns and the
-header of a turn are kept.  Answers that still do not fit lose their end, or the
-end of their trace.
+its earliest turns, then the beginning of its last turn: of the question, and of the
+results of tools, the longest first.  This ends when it fits next to the longest answer
+or into half of the length, whichever is more.  System turns and the header of a turn
+are kept.  Answers that still do not fit lose their end, or the end of their trace.
 """
 
 import bisect
@@ -126,8 +125,8 @@ def _with_shorter_turn(example: Example, excess: int, tokenizer: Any) -> Example
     if isinstance(prompt, str):
         lead = prompt[: len(prompt) - len(prompt.lstrip())] + HUMAN_TURN
         asked, answer, rest = prompt[len(lead) :].partition(ASSISTANT_TURN)
-        shorter = _without_start(asked, excess, tokenizer)
-        changed: Any = None if shorter is None else f"{lead} {shorter}{answer}{rest}"
+        shorter = _without_starts([asked], excess, tokenizer)
+        changed: Any = shorter and f"{lead} {shorter[0]}{answer}{rest}"
     else:
         roles = [message["role"] for message in prompt]
         if "user" not in roles:
@@ -135,22 +134,41 @@ def _with_shorter_turn(example: Example, excess: int, tokenizer: Any) -> Example
         asked = len(roles) - 1 - roles[::-1].index("user")
         # The question and the results of tools: what is long loses its beginning.
         given = [n for n in range(asked, len(prompt)) if roles[n] in ("user", "tool")]
-        at = max(given, key=lambda n: len(text_of(prompt[n])))
-        shorter = _without_start(text_of(prompt[at]), excess, tokenizer)
-        message = prompt[at] | {"content": shorter}
-        changed = (
-            None if shorter is None else (*prompt[:at], message, *prompt[at + 1 :])
-        )
+        texts = _without_starts([text_of(prompt[n]) for n in given], excess, tokenizer)
+        changed = None
+        if texts is not None:
+            shorter = {n: {"content": x} for n, x in zip(given, texts, strict=True)}
+            changed = tuple(m | shorter.get(n, {}) for n, m in enumerate(prompt))
     return None if changed is None else dataclasses.replace(example, prompt=changed)
 
 
-def _without_start(text: str, tokens: int, tokenizer: Any) -> str | None:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if tokens >= len(ids):
+def _without_starts(
+    texts: Sequence[str], tokens: int, tokenizer: Any
+) -> list[str] | None:
+    """The texts without `tokens` of their first tokens; None if too little is left.
+
+    The longest lose the most, so that those that are cut become equally long.
+    """
+    encoded = [
+        tokenizer(x, add_special_tokens=False, verbose=False)["input_ids"]
+        for x in texts
+    ]
+    kept = lambda most: sum(min(len(ids), most) for ids in encoded)
+    longest = max(map(len, encoded))
+    size = bisect.bisect_right(range(longest + 1), kept(longest) - tokens, key=kept) - 1
+    if size < 1:
         return None
+    cut = [_end(x, ids, size, tokenizer) for x, ids in zip(texts, encoded)]
+    return cut if any(cut) else None
+
+
+def _end(text: str, ids: Sequence[int], size: int, tokenizer: Any) -> str:
+    """The last tokens of a text, at most `size`."""
+    if len(ids) <= size:
+        return text
     # A character may consist of several tokens.
-    kept = tokenizer.decode(ids[tokens:], skip_special_tokens=False)
-    return kept.lstrip("\ufffd").lstrip() or None
+    kept = tokenizer.decode(ids[len(ids) - size :], skip_special_tokens=False)
+    return kept.lstrip("\ufffd").lstrip()
 
 
 def _leading_system(prompt: Sequence[Message]) -> int:
