@@ -287,11 +287,20 @@ def of_an_earlier_version(checkpoints: Path) -> None:
         path.write_text(json.dumps(meta))
 
 
+def without_a_digest(checkpoints: Path) -> None:
+    for path in checkpoints.rglob("meta/metadata"):
+        meta = json.loads(path.read_text())
+        del meta["digest"]
+        meta["data"]["steps"] = 3  # the run's length may change
+        path.write_text(json.dumps(meta))
+
+
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
         (rename, "step 9 is step 2 under another name"),
         (of_an_earlier_version, "saved by an earlier version"),
+        (without_a_digest, "none of the checkpoints [2] can be restored"),
     ],
 )
 def test_checkpoints_that_are_not_what_they_seem(folder, change, fragment):

@@ -155,7 +155,7 @@ class Checkpoints:
             now = digests(state)
             expected = meta.get("digests", {})
             wrong = [name for name in now if now[name] != expected.get(name)]
-            if meta.get("digest", digest_of_meta(meta)) != digest_of_meta(meta):
+            if _is_damaged(meta):
                 wrong.append("meta/metadata")
             if unable := failing_processes(not wrong):
                 what = wrong[0] if wrong else f"what process {unable[0]} read"
@@ -201,7 +201,7 @@ class Checkpoints:
 
     def _check_origin(self, step: int, meta: dict) -> None:
         """Refuses the step of another run; does nothing if its metadata is damaged."""
-        if meta.get("digest", digest_of_meta(meta)) != digest_of_meta(meta):
+        if _is_damaged(meta):
             return
         if "made_by" not in meta:
             raise CheckpointError(
@@ -257,6 +257,11 @@ class Checkpoints:
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
             f"free some space and run the same command to {again}"
         ) from error
+
+
+def _is_damaged(meta: dict) -> bool:
+    """Whether metadata differ from what was saved; earlier versions had no digest."""
+    return "made_by" in meta and meta.get("digest") != digest_of_meta(meta)
 
 
 def _steps_of_process_zero(steps: list[int], *, most: int = 64) -> list[int]:
