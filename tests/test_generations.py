@@ -79,3 +79,10 @@ def test_thinking_that_no_template_reads_is_refused(tmp_path, words):
     argv = f"--model {tmp_path / 'model'} --thinking on --prompts the".split()
     with pytest.raises(InputError, match="--thinking on: only a chat template reads"):
         sample_command.command([*argv, *words])
+
+
+def test_fields_of_prompts_without_records_are_refused(tmp_path):
+    make_model_folder(tmp_path / "model", 0)
+    argv = f"--model {tmp_path / 'model'} --ignore-fields label --prompts the"
+    with pytest.raises(InputError, match="--ignore-fields label: only records of"):
+        sample_command.command(argv.split())

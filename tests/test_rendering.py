@@ -292,15 +292,34 @@ def test_a_template_that_requires_more_than_a_question(
         chatml_tokenizer(needs + template), "m", padding=None
     )
     check(CHATML)
-    assert (
-        "m: the chat template accepts no short chat" in capsys.readouterr().out
-    ) == (not checked)
+    unchecked = "m: the chat template accepts no short chat"
+    assert (unchecked in capsys.readouterr().out) is not checked
     if checked:
         with pytest.raises(InputError, match="m: a short chat"):
             check(SHOUTS)
 
 
 # ---- prompts to sample from ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "completion": "a", "label": False},
+        {"prompt": "q", "weight": 2},
+        {"messages": [USER], "images": ["a.png"]},
+    ],
+)
+def test_fields_to_ignore_do_not_stop_sampling(record):
+    """What the message says can be done."""
+    name = [*record][-1]
+    read = lambda record, **options: read_prompts(
+        ListSource([record]), chatml_tokenizer(), limit=1, **options
+    )
+    with pytest.raises(InputError, match=f"pass --ignore-fields {name}"):
+        read(record)
+    others = {k: v for k, v in record.items() if k != name}
+    assert read(record, ignore_fields=(name,)) == read(others) != []
 
 
 @pytest.mark.parametrize(

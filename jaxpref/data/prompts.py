@@ -1,7 +1,7 @@
 """Prompts to sample from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jaxpref.data.records import Example, parse_prompt, prompt_key, text_of
@@ -28,6 +28,7 @@ def read_prompts(
     max_prompt_length: int | None = None,
     raw: bool = False,
     thinking: bool | None = None,
+    ignore_fields: Collection[str] = (),
 ) -> list[Prompt]:
     """The first `limit` distinct prompts of a source, tokenized as in training.
 
@@ -41,12 +42,15 @@ def read_prompts(
       max_prompt_length: longer prompts are cut as in training.
       raw: whether to leave texts as they are.
       thinking: `enable_thinking` for the chat template; None leaves it out.
+      ignore_fields: fields of the records to ignore.
     """
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for row in range(len(source)):
         place = source.location(row)
-        example = parse_prompt(source[row], place, as_turns=not raw)
+        example = parse_prompt(
+            source[row], place, as_turns=not raw, ignore_fields=ignore_fields
+        )
         if example is None or prompt_key(example.prompt) in seen:
             continue
         seen.add(prompt_key(example.prompt))

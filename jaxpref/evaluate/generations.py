@@ -45,6 +45,9 @@ class SampleConfig:
     for answers without thinking, unless --data has answers with it."""
     limit: int = 100
     """Maximum number of prompts to take from --data."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of the records in --data to ignore, even if they change what a record
+    means."""
     out: str | None = None
     """JSON file for the completions, in the format of AlpacaEval (default: print them).
     `ended` is false for a completion that was cut at --max-new-tokens."""
@@ -211,6 +214,11 @@ def _prompts(
             "leave it out"
         )
     if not config.data:
+        if config.ignore_fields:
+            raise InputError(
+                f"--ignore-fields {' '.join(config.ignore_fields)}: only records of "
+                "--data have fields; leave it out"
+            )
         return data.given_prompts(
             config.prompts, tokenizer, raw=config.raw, thinking=thinking
         )
@@ -223,6 +231,7 @@ def _prompts(
         ),
         raw=config.raw,
         thinking=thinking,
+        ignore_fields=config.ignore_fields,
     )
 
 

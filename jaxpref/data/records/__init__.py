@@ -147,7 +147,13 @@ def parse(
     return example
 
 
-def parse_prompt(record: Any, where: str, *, as_turns: bool = True) -> Example | None:
+def parse_prompt(
+    record: Any,
+    where: str,
+    *,
+    as_turns: bool = True,
+    ignore_fields: Collection[str] = (),
+) -> Example | None:
     """The prompt of a record, which may have no completion.
 
     A conversation that ends with a user's turn is a prompt, whatever its field.
@@ -157,6 +163,7 @@ def parse_prompt(record: Any, where: str, *, as_turns: bool = True) -> Example |
       where: "file row n", for errors.
       as_turns: whether a prompt that is a text becomes a user's turn if the record has
         fields for the chat template, such as `system`.
+      ignore_fields: fields to ignore.
 
     Returns:
       An example, with a completion if the record has one; None if `parse` would drop
@@ -165,7 +172,9 @@ def parse_prompt(record: Any, where: str, *, as_turns: bool = True) -> Example |
     Raises:
       InputError: the record is malformed, or its prompt has no messages.
     """
-    record = messages.with_prompt(record) if isinstance(record, dict) else record
+    if isinstance(record, dict):
+        record = {k: v for k, v in record.items() if k not in ignore_fields}
+        record = messages.with_prompt(record)
     completions = isinstance(record, dict) and any(
         record.get(name) is not None for name in (*COMPLETIONS, "ranking")
     )
