@@ -36,12 +36,15 @@ import tyro
 from jaxpref import losses, report
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
-from jaxpref.files import write_json
+from jaxpref.files import check_output_folder, write_json
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.ranges import checked
 from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
 from jaxpref.train.options import Dtype
+
+WRITTEN = "results.json", "curves.png", "report.html"
+"""Names of what the experiment writes to OUT, beside the runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,8 @@ class AlignConfig:
 def main(config: AlignConfig) -> None:
     """Runs both losses, then compares them."""
     arms = runs_of(config)
+    reads = {"--model": config.model, "--data": config.data}
+    check_output_folder("--out", config.out, (*WRITTEN, *arms), reads)
     for each in arms.values():
         run(each)
     if jax.process_index() == 0:

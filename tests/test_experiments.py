@@ -55,6 +55,25 @@ def test_align_needs_held_out_pairs(tmp_path):
     assert not (tmp_path / "align").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "reason"), [("run", "holds a run"), ("model", "holds a model")]
+)
+def test_align_keeps_what_another_command_wrote(tmp_path, out, reason):
+    make_model_folder(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"loss": {"name": "dpo"}}')
+    page = tmp_path / out / "report.html"
+    page.write_text("mine")
+    config = align.AlignConfig(
+        model=str(tmp_path / "model"),
+        data=str(make_pairs_file(tmp_path / "pairs.jsonl")),
+        out=str(tmp_path / out),
+    )
+    with pytest.raises(InputError, match=f"--out {tmp_path / out}: .*{reason}"):
+        align.main(config)
+    assert page.read_text() == "mine"
+
+
 def noisy_sentiment(*options, timeout):
     """Runs the command as a user would, on one device."""
     root = Path(__file__).resolve().parents[1]
