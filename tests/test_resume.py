@@ -185,6 +185,10 @@ def names_of(folder: Path) -> dict[str, Content]:
     return provenance.contents(folder / "model", reference, datasets)
 
 
+def sampled_by(model: Path, **fields) -> None:
+    (model / "generation_config.json").write_text(json.dumps(fields))
+
+
 FILES = {
     "another RoPE": (
         lambda f: edit_json(f / "model/config.json", rope_theta=5000.0),
@@ -219,6 +223,14 @@ FILES = {
     "the tokenizer": (
         lambda f: edit_json(f / "model/tokenizer_config.json", note="x"),
         ["the tokenizer of the model"],
+    ),
+    "the stop tokens": (
+        lambda f: sampled_by(f / "model", eos_token_id=[2, 5]),
+        ["the held-out pairs", "the stop tokens of the model", "the training pairs"],
+    ),
+    "other defaults for sampling": (
+        lambda f: sampled_by(f / "model", temperature=0.5),
+        [],
     ),
     "the order of the pairs": (
         lambda f: edit_pairs(f / "pairs.jsonl"),

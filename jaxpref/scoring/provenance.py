@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from jaxpref.data.end_of_turn import read_stop_tokens
 from jaxpref.data.read import Datasets
 from jaxpref.models.hub import model_digests
 from jaxpref.runtime.processes import broadcast_text
@@ -32,6 +33,8 @@ def contents(
     digests = {}
     if jax.process_index() == 0:
         digests = {name: model_digests(folder) for name, folder in folders.items()}
+        # They decide where answers end, and are exported.
+        digests["model"]["stop tokens"] = str(sorted(read_stop_tokens(model_folder)))
     digests = json.loads(broadcast_text(json.dumps(digests)))
     found = {
         f"the {part} of the {name}": Content(digest, str(folders[name]))
