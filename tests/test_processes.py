@@ -158,13 +158,15 @@ def run_processes(folder: Path, argvs: dict[str, list[str]], count: int):
     return [(p.returncode, *output) for p, output in zip(processes, outputs)]
 
 
-def run_all(folder: Path, runs: dict[str, dict], counts) -> dict[int, list[str]]:
+def run_all(
+    folder: Path, runs: dict[str, dict], counts, *, pairs: int = 64
+) -> dict[int, list[str]]:
     """All runs with each number of processes; what each printed.
 
     Those of two processes go on in one, where they are the first.
     """
     make_model_folder(folder / "model")
-    make_pairs_file(folder / "pairs.jsonl")
+    make_pairs_file(folder / "pairs.jsonl", pairs)
     printed = {}
     for count in counts:
         out = folder / str(count)
@@ -278,7 +280,7 @@ def test_every_process_makes_its_share_and_reads_all(done, name):
 
 @pytest.mark.slow
 def test_all_meshes_with_all_numbers_of_processes(tmp_path):
-    run_all(tmp_path, GRID, (2, 1, 4))
+    run_all(tmp_path, GRID, (2, 1, 4), pairs=100)
     for name in GRID:
         for count in (2, 4):
             assert batches_of(tmp_path, name, count) == batches_of(tmp_path, name, 1)
