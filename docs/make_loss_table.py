@@ -56,6 +56,8 @@ How to read the tables of pairwise losses:
   problem has one prompt with two answers of one token, a reference with probability 1/2
   for both, and annotators who prefer the first with probability {SHARE}. A loss with a
   flip rate is given {FLIPS} for flipped labels and 0 for clean ones.
+  A smaller `beta` also restores a margin that flips shrink: compare losses at the same
+  KL to the reference.
 - Other options without a default are set to 1/2.
 """
 

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.sentiment_report import add_shares
 from jaxpref import report
 from jaxpref.files import write_json, write_whole
 from jaxpref.report.style import MATPLOTLIB, PALETTE
@@ -28,15 +29,6 @@ def of(records: list[dict], **wanted) -> list[dict]:
     return [r for r in records if all(r[name] == x for name, x in wanted.items())]
 
 
-def add_share_of_known(records: list[dict], start: float, known: str) -> None:
-    """Adds `kept`: the gain over the reference divided by that with the known rate."""
-    for record in records:
-        same = {name: record[name] for name in ("noise", "rate", "pairs", "seed")}
-        best = of(records, method=known, **same)
-        gain = best[0]["reward"] - start if best else 0.0
-        record["kept"] = (record["reward"] - start) / gain if gain > 0 else None
-
-
 def make_table(records: list[dict], title: str) -> report.Table:
     """One row per method: mean and standard deviation over seeds."""
     rows = []
@@ -51,15 +43,18 @@ def make_table(records: list[dict], title: str) -> report.Table:
                 name,
                 spread("reward"),
                 spread("kl"),
-                spread("kept"),
+                spread("share_of_best_possible"),
                 spread("learned", 3),
                 spread("auroc", 3),
                 report.mean_spread(share),
             ]
         )
     seeds = sorted({r["seed"] for r in records})
-    columns = ["gold reward", "KL", "share of known", "flip rate", "AUROC", "of oracle"]
-    caption = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    columns = ["gold reward", "KL", "share of best", "flip rate", "AUROC", "of oracle"]
+    caption = (
+        f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}; share of "
+        "best: gain, divided by the largest possible gain at the same KL"
+    )
     return report.Table([title, *columns], rows, caption=caption)
 
 
@@ -139,14 +134,14 @@ def _save(figure: Figure, path: Path) -> None:
 def write_results(
     out: Path,
     records: list[dict],
-    start: float,
+    best: list[dict],
     *,
-    known: str,
     learned: str,
     about: str,
 ) -> None:
     """`results.json`, two figures and `report.html`; prints the tables."""
-    add_share_of_known(records, start, known)
+    add_shares(records, best)
+    start = best[0]["reward"]
     pairs = max(r["pairs"] for r in records)
     settings = dict.fromkeys((r["noise"], r["rate"], r["pairs"]) for r in records)
     tables = [

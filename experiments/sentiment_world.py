@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxpref.evaluate.frontier import best_possible
+
 PLACES = ("cafe", "hotel", "inn", "diner")
 ASPECTS = ("food", "service", "room", "coffee", "soup", "beer")
 
@@ -186,44 +188,26 @@ def prefer(rewards_a, rewards_b, seed: int) -> np.ndarray:
     return draw < 1.0 / (1.0 + np.exp(-margin))
 
 
-def best_possible(rewards: np.ndarray, beta: float) -> tuple[float, float]:
-    """Reward and KL of the policy to which DPO on unlimited clean labels converges.
+def best_possible_curve(rewards: np.ndarray) -> list[dict]:
+    """The exact frontier, from the reference itself to DPO's optimum at beta 1/2.
 
-    It is pi(y|x) = ref(y|x) exp(SHARPNESS r(x, y) / beta) / Z(x) (Rafailov et al. 2023,
-    equation 4), and no policy has a higher reward at its KL.
+    DPO on unlimited clean labels converges to the tilt SHARPNESS / beta of the
+    reference (`jaxpref.evaluate.frontier.best_possible`).
 
     Args:
       rewards: gold rewards of samples from the reference, [prompts, samples].
-      beta: DPO's beta.
 
     Returns:
-      (mean reward, mean KL to the reference in nats), both means over prompts.
+      Records with `tilt`, `kl`, and `reward`, in order of the KL; without those that
+      the samples do not determine.
     """
-    tilt = SHARPNESS * rewards / beta
-    tilt = tilt - tilt.max(axis=1, keepdims=True)
-    normalizer = np.exp(tilt).mean(axis=1, keepdims=True)
-    weights = np.exp(tilt) / normalizer / rewards.shape[1]
-    reward = np.sum(weights * rewards, axis=1)
-    kl = np.sum(weights * (tilt - np.log(normalizer)), axis=1)
-    return float(reward.mean()), float(kl.mean())
-
-
-def best_possible_curve(rewards: np.ndarray, beta: float) -> list[dict]:
-    """The exact frontier, from the reference itself to DPO's optimum at `beta`."""
-    curve = [{"reward": float(rewards.mean()), "kl": 0.0}]
-    for scale in 2.0 ** np.arange(5, -0.01, -0.25):
-        reward, kl = best_possible(rewards, beta * scale)
-        curve.append({"reward": reward, "kl": kl})
-    return curve
-
-
-def read_rewards(path: Path) -> np.ndarray:
-    """Gold rewards of all samples in a file of pairs, [prompts, samples]."""
-    by_prompt: dict[str, list[float]] = {}
-    for row in map(json.loads, path.read_text().splitlines()):
-        by_prompt.setdefault(row["prompt"], []).extend(row["rewards"])
-    fewest = min(map(len, by_prompt.values()))
-    return np.array([rewards[:fewest] for rewards in by_prompt.values()])
+    tilts = np.concatenate([[0.0], 2 * SHARPNESS * 2.0 ** np.arange(-8, 0.01, 0.125)])
+    points = zip(tilts, *best_possible(rewards, tilts))
+    return [
+        {"tilt": float(tilt), "kl": float(kl), "reward": float(reward)}
+        for tilt, kl, reward in points
+        if np.isfinite(kl)
+    ]
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:

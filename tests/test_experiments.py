@@ -99,9 +99,14 @@ def test_noisy_sentiment_from_command_to_report(tmp_path):
     arms = ["DPO, no flips", *FLIPPED]
     assert [run["arm"] for run in made["runs"]] == arms
     for run in made["runs"]:
-        assert all(np.isfinite([run["reward"], run["kl"], run["kept"]]))
-        assert run["kl"] > 0
-    assert made["reference"]["kl"] == 0
+        assert np.isfinite(run["reward"]) and run["kl"] > 0
+        assert run["share_of_best_possible"] is None or np.isfinite(
+            run["share_of_best_possible"]
+        )
+    assert made["best_possible"][0]["kl"] == 0
+    small = json.loads((out / "frontier.json").read_text())["runs"]
+    assert [run["arm"] for run in small] == arms
+    assert small[0]["kl"] == pytest.approx(made["runs"][0]["kl"], abs=1e-4)
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert 'src="http' not in page and "<link" not in page
@@ -123,15 +128,14 @@ def test_noisy_sentiment_from_command_to_report(tmp_path):
 
 
 @pytest.mark.slow
-def test_flipped_labels_hurt_dpo_more_than_the_corrected_losses(tmp_path):
+def test_corrections_of_symmetric_flips_gain_no_larger_share_than_dpo(tmp_path):
     done = noisy_sentiment("--out", tmp_path / "default", timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = json.loads((tmp_path / "default" / "results.json").read_text())["runs"]
-    kept = {
-        arm: np.mean([run["kept"] for run in runs if run["arm"] == arm])
-        for arm in FLIPPED
+    shares = {
+        arm: np.mean([r["share_of_best_possible"] for r in runs if r["arm"] == arm])
+        for arm in ("DPO, no flips", *FLIPPED)
     }
-    dpo, rdpo, forward = kept.values()
-    assert dpo < 0.3
-    assert rdpo > 0.5
-    assert forward > 0.5
+    clean, dpo, rdpo, forward = shares.values()
+    assert clean > dpo
+    assert max(rdpo, forward) < dpo + 0.1

@@ -48,12 +48,19 @@ def shows(path, color) -> bool:
         lambda path: report.reward_against_kl(
             path, [{k: r[k] for k in ("arm", "kl", "reward")} for r in RECORDS]
         ),
+        lambda path: report.frontiers(
+            path,
+            RECORDS,
+            setting="step",
+            best=[{"kl": 0.0, "reward": 0.0}, {"kl": 0.5, "reward": 5.0}],
+            new=RECORDS[:3],
+        ),
         lambda path: report.training_curves(path, RECORDS, ["reward", "kl"]),
         lambda path: report.training_curves(
             path, RECORDS, {"rewards/margins": "margin"}, x="seed", x_label="a sweep"
         ),
     ],
-    ids=["frontier", "points", "curves", "sweep"],
+    ids=["frontier", "points", "frontiers", "curves", "sweep"],
 )
 def test_every_arm_is_drawn_in_its_color(tmp_path, draw):
     draw(tmp_path / "figure.png")

@@ -96,13 +96,24 @@ def test_labels_are_bradley_terry_draws():
         assert abs(wins.mean() - expected) < 5 * error
 
 
-def test_best_possible_reaches_the_closed_form_of_two_reviews():
-    # One prompt, two equally likely reviews with rewards 0 and 1.
-    rewards = np.array([[0.0, 1.0]])
-    reward, kl = world.best_possible(rewards, beta=0.5)
-    p = 1 / (1 + np.exp(-world.SHARPNESS / 0.5))
-    assert reward == pytest.approx(p)
-    assert kl == pytest.approx(p * np.log(2 * p) + (1 - p) * np.log(2 * (1 - p)))
+def test_best_possible_curve_ends_at_the_closed_form_of_two_reviews():
+    # One prompt, two equally likely reviews with rewards 0 and 1/4.
+    curve = world.best_possible_curve(np.tile([0.0, 0.25], (1, 100)))
+    assert (curve[0]["tilt"], curve[0]["kl"]) == (0, 0)
+    assert curve[0]["reward"] == pytest.approx(0.125)
+    p = 1 / (1 + np.exp(-world.SHARPNESS / 0.5 / 4))
+    assert curve[-1]["reward"] == pytest.approx(p / 4)
+    kl = p * np.log(2 * p) + (1 - p) * np.log(2 * (1 - p))
+    assert curve[-1]["kl"] == pytest.approx(kl)
+    kls = [point["kl"] for point in curve]
+    assert kls == sorted(kls) and len(set(kls)) == len(kls)
+
+
+def test_best_possible_curve_leaves_out_what_few_samples_determine():
+    # Of 40 samples, 20 / (p^2 + (1 - p)^2) count: at least 30 up to this p.
+    curve = world.best_possible_curve(np.tile([0.0, 4.0], (1, 20)))
+    p = 0.5 + 0.5 * 3**-0.5
+    assert 0.8 * p < curve[-1]["reward"] / 4 <= p
 
 
 def test_every_word_is_one_token(tmp_path):

@@ -1,5 +1,10 @@
-"""Evaluation: metrics with confidence intervals, and audits of preference data."""
+"""Evaluation: metrics with intervals, reward against KL, and audits of preferences."""
 
+from jaxpref.evaluate.frontier import best_possible as best_possible
+from jaxpref.evaluate.frontier import choose_setting as choose_setting
+from jaxpref.evaluate.frontier import reward_at_kl as reward_at_kl
+from jaxpref.evaluate.frontier import share_of_best_possible as share_of_best_possible
+from jaxpref.evaluate.frontier import t_interval as t_interval
 from jaxpref.evaluate.metrics import accuracy as accuracy
 from jaxpref.evaluate.metrics import bootstrap_interval as bootstrap_interval
 from jaxpref.evaluate.metrics import brier_score as brier_score
@@ -12,10 +17,15 @@ from jaxpref.evaluate.metrics import wilson_interval as wilson_interval
 
 __all__ = [
     "accuracy",
+    "best_possible",
     "bootstrap_interval",
     "brier_score",
+    "choose_setting",
     "expected_calibration_error",
     "preference_metrics",
     "reliability_bins",
+    "reward_at_kl",
+    "share_of_best_possible",
+    "t_interval",
     "wilson_interval",
 ]

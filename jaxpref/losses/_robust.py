@@ -5,6 +5,10 @@ corrects the loss, so that its mean over flips is the clean DPO loss.  `forward_
 corrects the model of the label, which gives the likelihood of the observed label.
 `ropo` needs no rate: it adds a loss whose mean gradient keeps its direction under
 flips.
+
+Flips at one rate for all pairs mostly shrink the margins that DPO learns, which a
+smaller beta regains.  So compare these losses with DPO at the same KL to the reference,
+not at the same beta, as in `experiments/exact_frontier.py`.
 """
 
 import jax

@@ -10,6 +10,7 @@ from jaxpref.report.html import SideBySide as SideBySide
 from jaxpref.report.html import Table as Table
 from jaxpref.report.html import mean_spread as mean_spread
 from jaxpref.report.html import write_html as write_html
+from jaxpref.report.plots import frontiers as frontiers
 from jaxpref.report.plots import reward_against_kl as reward_against_kl
 from jaxpref.report.plots import training_curves as training_curves
 from jaxpref.report.progress import evaluation_line as evaluation_line
@@ -22,6 +23,7 @@ __all__ = [
     "SideBySide",
     "Table",
     "evaluation_line",
+    "frontiers",
     "mean_spread",
     "reward_against_kl",
     "summary_lines",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxpref.errors import InputError
 from jaxpref.report.drawing import drawing
 from jaxpref.report.seeds import mean_and_deviation
-from jaxpref.report.style import PALETTE
+from jaxpref.report.style import INK, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,6 +77,80 @@ def reward_against_kl(
             axes.scatter(
                 x_mean, y_mean, color=color, s=64, edgecolor="white", lw=1.2, zorder=4,
                 label=name,
+            )  # fmt: skip
+        axes.set(xlabel=x_label, ylabel=y_label)
+        _finish(figure, axes, title=title)
+
+
+def frontiers(
+    path: str | Path,
+    points: Iterable[Record],
+    *,
+    best: Iterable[Record] = (),
+    new: Iterable[Record] = (),
+    x: str = "kl",
+    y: str = "reward",
+    arm: str = "arm",
+    setting: str = "beta",
+    x_label: str = "KL to the reference (nats)",
+    y_label: str = "gold reward",
+    title: str = "",
+) -> None:
+    """Plots reward against KL for sweeps of several arms over a setting.
+
+    Small dots are runs.  A line connects the means of an arm's settings in order of
+    `x`, with the standard deviations over runs as error bars.
+
+    Args:
+      path: the PNG to write.
+      points: records with the fields `x`, `y`, `arm`, and `setting`.  Several records
+        with the same arm and setting are draws.
+      best: records with `x` and `y`, in order: the best possible, a dark line.  It is
+        shown only as far as the points go.
+      new: more records of the same arms, drawn as diamonds over the others.
+      x: name of the horizontal field.
+      y: name of the vertical field.
+      arm: name of the field that identifies the arm.
+      setting: name of the field that the sweep varies.
+      x_label: axis label.
+      y_label: axis label.
+      title: title of the figure.
+
+    Raises:
+      InputError: if there is nothing to draw, a value is not a finite number, or the
+        file cannot be written.
+    """
+    arms = _grouped(points, arm, needs=(x, y), path=path)
+    added, best = list(new), list(best)
+    if added:
+        _grouped(added, arm, needs=(x, y), path=path)
+    if best:
+        _grouped(best, arm, needs=(x, y), path=path)
+    drawn = [record for records in arms.values() for record in records] + added
+    right = 1.08 * max(record[x] for record in drawn)
+    with drawing(path, size=(6.6, 4.6)) as figure:
+        axes = figure.add_subplot()
+        if shown := [record for record in best if record[x] <= right]:
+            at = [record[x] for record in shown], [record[y] for record in shown]
+            axes.plot(*at, color=INK, lw=1.4, zorder=1, label="best possible")
+        for color, (name, records) in zip(_colors(arms), arms.items()):
+            means = []
+            for runs in _grouped(records, setting, path=path).values():
+                at = [run[x] for run in runs], [run[y] for run in runs]
+                axes.scatter(*at, color=color, s=9, alpha=0.35, lw=0, zorder=2)
+                means.append(tuple(map(mean_and_deviation, at)))
+            (x_means, x_spreads), (y_means, y_spreads) = (
+                zip(*values) for values in zip(*sorted(means))
+            )
+            axes.errorbar(
+                x_means, y_means, yerr=y_spreads, xerr=x_spreads, color=color,
+                marker="o", ms=5, mec="white", mew=0.8, lw=1.6, elinewidth=1, zorder=3,
+                label=name,
+            )  # fmt: skip
+            at = [[r[key] for r in added if r.get(arm) == name] for key in (x, y)]
+            axes.scatter(
+                *at, marker="D", s=34, facecolor="none", edgecolor=color, lw=1.3,
+                zorder=4,
             )  # fmt: skip
         axes.set(xlabel=x_label, ylabel=y_label)
         _finish(figure, axes, title=title)
