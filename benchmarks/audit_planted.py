@@ -6,7 +6,7 @@ suspicious pairs.  The prompts are divided by hash into two halves: "development
 which the audit's settings were chosen, and "report".
 
 Commands
-    Both halves of HH helpful, the tiny model and a 135M one:
+    HH helpful with a tiny model, and with a 135M one:
 
         python -m benchmarks.inputs hh stories260k smollm2
         python -m benchmarks.audit_planted --max-length 512 --half report \
@@ -17,14 +17,15 @@ Commands
             --model inputs/SmolLM2-135M-Instruct --out runs/planted135m
 
     `--half report` audits the whole file, as a user would, but measures only the report
-    half.  Features are computed once for all seeds.
+    half.  Features are computed once for all seeds.  `--flip-rate` changes the share.
 
 Expected
-    One column per seed, then mean and standard deviation; also in OUT/results.json.
-    With the tiny model, lift 2.15 ± 0.17 and AUROC 0.681 ± 0.017, in 12 seconds once
-    the features are cached (they took 2.4 minutes of CPU time); with the 135M model
-    2.44 ± 0.24 and 0.722 ± 0.011, in 63 seconds (14 minutes).  Two cores, one thread of
-    OpenBLAS: without OPENBLAS_NUM_THREADS=1 a busy machine is many times slower.
+    One column per seed, then mean and standard deviation; also in OUT/results.json:
+    the audit, each of its judges alone, and the baselines of the `audit` extra, if it
+    is installed.  With the tiny model, AUROC 0.699 ± 0.010 and lift 2.17 ± 0.13; the
+    length alone has an AUROC of 0.656 ± 0.016, and the baselines have 0.652 ± 0.011.
+    The features of the tiny model take 2.4 minutes of CPU time, those of the 135M one
+    14 minutes.  Without OPENBLAS_NUM_THREADS=1, a busy machine is many times slower.
     Wrong labels of the original file count as not flipped.  So even a perfect audit has
     an AUROC below 1, and the estimated rate is above the planted one.
 """
@@ -41,7 +42,7 @@ from jaxpref import data
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.records import Example, parse, prompt_key
 from jaxpref.evaluate import audit
-from jaxpref.evaluate.flips import known_flips
+from jaxpref.evaluate.flips import auroc, known_flips
 from jaxpref.files import write_json, write_whole
 from jaxpref.runtime.entry import entry_point
 
@@ -127,16 +128,18 @@ def measure(config: PlantedConfig, seed: int, half: list[str]) -> dict:
         [config.half in ("both", half[record["planted_row"]]) for record in planted]
     )
     flips = np.array([record["flip"] for record in planted])[counted]
-    p, margin, lengths = (
+    p, margin = (
         np.array([row[name] for row in found.pairs])[counted]
-        for name in ("p_correct", "margin", "length_margin")
+        for name in ("p_correct", "margin")
     )
-    by_length = known_flips(lengths, lengths, flips)
+    alone = {
+        f"{name}_auroc": auroc(-scores[counted], flips)
+        for name, scores in found.scores.items()
+    }
     return {
         "seed": seed,
         **known_flips(p, margin, flips),
-        "length_auroc": by_length["auroc"],
-        "length_precision": by_length["precision"],
+        **alone,
         "model_accuracy": found.summary["model"]["accuracy"],
         "length_accuracy": found.summary["length_only"]["accuracy"],
         "flip_rate": found.summary["flip_rate"],
@@ -154,7 +157,7 @@ def main() -> None:
         rows = [measure(config, seed, half) for seed in config.seeds]
         names = [name for name in rows[0] if name not in ("seed", "identified")]
         write_json(Path(config.out) / "results.json", rows)
-        print(f"{'':18}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows))
+        print(f"{'':26}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows))
         for name in names:
             # A flip rate that is not identified is None.
             values = [row[name] for row in rows]
@@ -162,8 +165,8 @@ def main() -> None:
             if None not in values and len(values) > 1:
                 spread = np.std(values, ddof=1)
                 cells += f"   {np.mean(values):.3f} ± {spread:.3f}"
-            print(f"{name:18}{cells}")
-        print("identified        " + "".join(f"{r['identified']!s:>10}" for r in rows))
+            print(f"{name:26}{cells}")
+        print(f"{'identified':26}" + "".join(f"{r['identified']!s:>10}" for r in rows))
 
 
 if __name__ == "__main__":

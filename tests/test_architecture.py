@@ -78,7 +78,7 @@ ALLOWED = {
             "sharding",
             "train",
         },
-        ARRAYS | {"numpy", "tqdm"},
+        ARRAYS | {"numpy", "scipy", "tqdm"},
     ),
     "report": ({"errors", "files"}, {"matplotlib"}),
     "plan": (

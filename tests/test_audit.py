@@ -155,11 +155,12 @@ def test_the_clean_file_preserves_all_other_fields(tmp_path, model, cache, actio
 
 def test_the_report_is_complete(finished):
     page = (finished / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     for part in (
         "jaxpref audit --data",
         "--annotator-field worker",
         "length alone",
+        "What does this file prefer?",
         "Annotators",
         "The 20 most suspicious pairs",
     ):

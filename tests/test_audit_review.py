@@ -196,6 +196,7 @@ def test_the_table_is_read_back():
     record = {
         "rank": 1, "row": 7, "p_correct": 0.25, "margin": -1.5, "annotator": "=ann",
         "action": "drop", "prompt": 'a "b", c\nd', "chosen": "-x", "rejected": "é",
+        "gain": 0.5, "id": "0a-0",
     }  # fmt: skip
     content = review_csv([record, record | {"rank": 2, "annotator": None}])
     assert content.startswith(b"\xef\xbb\xbf")
@@ -205,6 +206,7 @@ def test_the_table_is_read_back():
     assert (first["suspicion"], first["margin"]) == ("0.7500", "-1.5000")
     assert first["prompt"] == 'a "b", c d' and first["rejected"] == "é"
     assert (first["annotator"], first["chosen"]) == ("'=ann", "'-x")
+    assert (first["gain"], first["verdict"], first["id"]) == ("0.5000", "", "0a-0")
     assert second["annotator"] == ""
 
 
@@ -224,7 +226,7 @@ def test_the_rule_in_words():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, its cached features, and a file whose flips are hard to be sure of."""
+    """A model, its cached features, and a file with flips."""
     folder = tmp_path_factory.mktemp("review")
     make_model_folder(folder / "model")
     write(folder / "pairs.jsonl", [r | {"worker": "ann"} for r in records()])
@@ -275,7 +277,7 @@ def test_the_most_suspicious_pairs_are_acted_on(folder, tmp_path, action):
 def test_the_command_says_by_which_rule(folder, tmp_path, capsys):
     audit_command.command(
         f"--data {folder / 'pairs.jsonl'} --model {folder / 'model'} --max-length 64 "
-        f"--out {tmp_path} --features {folder / 'features'} --threshold 1e-9 --top 7 "
+        f"--out {tmp_path} --features {folder / 'features'} --threshold 1e-20 --top 7 "
         "--assumed-flip-rate 0.2".split()
     )
     said = capsys.readouterr().out

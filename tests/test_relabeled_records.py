@@ -28,7 +28,7 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 def test_the_answers_change_places_with_everything_that_is_theirs(record):
     source = named_annotators(ListSource([record]), None)
     judged = [{"row": 1, "action": "relabel", "p_correct": 0.1}]
-    (written,) = cleaned(source, judged, "relabel")
+    (written,) = cleaned(source, judged)
     before, after = (parse(x, "row 1", sides=2) for x in (record, written))
     assert after.completions == before.completions[::-1]
     assert after.ended == before.ended[::-1]

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxpref import report
 from jaxpref.cli import help
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import split
@@ -18,8 +19,6 @@ def command(argv: Sequence[str]) -> None:
     """Audits the labels and writes a report."""
     config = parse(PARTS, split(argv), command=COMMAND).config
     found = label_audit.run(config)
-    from jaxpref import report
-
     page = f"{config.out}/report.html"
     report.write_audit(
         page,
@@ -27,6 +26,7 @@ def command(argv: Sequence[str]) -> None:
         found.pairs,
         found.suspects,
         found.calibration,
+        found.preferences,
         command=shlex.join(["jaxpref", "audit", *argv]),
         data=Path(config.data).name,
     )
@@ -37,9 +37,33 @@ def command(argv: Sequence[str]) -> None:
         else f"flip rate not identified: {found.summary['reason']}; {page}"
     )
     show(f"{config.out}/clean.jsonl: {found.summary['acted_on']['rule']}")
-    show(f"{config.out}/review.csv: the {len(found.suspects)} most suspicious pairs")
-    if advice := found.summary["advice"]:
-        show(advice)
+    for line in _told(found, config):
+        show(line)
+
+
+def _told(found: label_audit.Audit, config: label_audit.AuditConfig) -> list[str]:
+    """What the command says of its other results."""
+    summary, lines = found.summary, []
+    if "verdicts" in summary:
+        counts = summary["verdicts"]
+        lines.append(
+            f"verdicts: {counts['right']} right, {counts['wrong']} wrong "
+            f"({counts['expected_wrong']:.1f} expected), {counts['drop']} to drop"
+        )
+    if "budget" in summary:
+        looks = summary["budget"]
+        lines.append(
+            f"{config.out}/review.csv: the {looks['pairs']} pairs that are most worth "
+            f"a look; expected gain {looks['expected_gain']:.1f} labels "
+            f"({looks['expected_gain_at_random']:.1f} at random)"
+        )
+    elif not label_audit.applies_own(config):
+        listed = f"the {len(found.suspects)} most suspicious pairs"
+        lines.append(f"{config.out}/review.csv: {listed}")
+    if "power" in summary:
+        lines.append(report.power_in_words(summary["power"]))
+    lines += filter(None, (summary["advice"], summary.get("baselines_missing")))
+    return lines
 
 
 def options() -> dict[str, Option]:

@@ -1,14 +1,14 @@
 """`jaxpref audit`: finds probably wrong labels and unreliable annotators.
 
-Every pair is judged by a model that was not trained on it or its prompt: a
-Bradley-Terry model on frozen features, cross-fitted by prompt.  The margins are
-calibrated jointly with the flip rate.  EM then estimates the reliability of each
-annotator and the probability that each label is right.
+Every pair is judged by models that were not trained on it or its prompt: Bradley-Terry
+models on lengths, surface features, words, and a language model's frozen features,
+cross-fitted by prompt and stacked.  The margins are calibrated jointly with the flip
+rate, or by verified labels.  EM then estimates the reliability of each annotator and
+the probability that each label is right.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,35 @@ from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
 from jaxpref.data.shared_prompts import grouped_keys
 from jaxpref.errors import InputError
+from jaxpref.evaluate import audit_summary
 from jaxpref.evaluate import features as feature_store
 from jaxpref.evaluate.audit_config import AuditConfig as AuditConfig
 from jaxpref.evaluate.audit_records import (
+    RenamedSource,
     cleaned,
     example_at,
     named_annotators,
+    source_names,
     texts_of,
 )
-from jaxpref.evaluate.crossfit import cross_fit, prompt_folds, scaled
-from jaxpref.evaluate.estimate import ASSUMPTION, Estimate, estimate
+from jaxpref.evaluate.baselines import rankings
+from jaxpref.evaluate.estimate import (
+    Estimate,
+    estimate,
+    estimate_calibrated,
+)
 from jaxpref.evaluate.features import Features
-from jaxpref.evaluate.flips import agreement_bins, known_flips
-from jaxpref.evaluate.metrics import accuracy, wilson_interval
-from jaxpref.evaluate.review import acted_on, advice, review_csv, rule
+from jaxpref.evaluate.flips import agreement_bins
+from jaxpref.evaluate.judges import Judgement, Part, judge
+from jaxpref.evaluate.preferences import Labels, preferences, preferences_csv
+from jaxpref.evaluate.review import advice, review_csv, worth_a_look
+from jaxpref.evaluate.verdicts import (
+    check_unsaved,
+    probabilities,
+    read_verdicts,
+    settle,
+)
+from jaxpref.evaluate.votes import Votes, verified, votes_of
 from jaxpref.files import AUDIT, AUDIT_FILES, write_json, write_whole
 from jaxpref.models import Numerics, build
 from jaxpref.models.folder import load_params
@@ -46,16 +61,13 @@ from jaxpref.scoring.checks import check_fits
 
 CONFIG = "audit_config.json"
 """Name of the file with the config of an audit."""
+REVIEW = "review.csv"
+"""Name of the review list."""
 MAY_CHANGE = (
-    *("out", "features", "batch_size", "mesh"),
-    *("action", "threshold", "action_top", "top"),
+    *("out", "features", "batch_size", "mesh", "source_field", "confounders"),
+    *("action", "threshold", "action_top", "top", "budget", "apply", "power"),
 )
 """Settings that may change when an audit is repeated with the same OUT."""
-THRESHOLD = 0.5
-"""The default of `threshold`."""
-STRONG = 3.0
-"""Scale of the few length and log-prob columns relative to the hidden states, so that
-their coefficients are penalized nine times less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +84,31 @@ class Audit:
     calibration: list[dict[str, float]]
     """Bins with equal counts: `pairs`, mean `confidence` of the model, share of labels
     that agree with it, and its interval."""
+    preferences: list[dict[str, Any]]
+    """The contents of `preferences.csv`."""
+    scores: dict[str, np.ndarray]
+    """float64 [N] by name of a judge or a baseline; lower for labels that it finds more
+    probably wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A preference file whose pairs can be judged."""
+
+    source: RenamedSource
+    pairs: PreferenceDataset
+    report: dict[str, int]
+    """Counts of rows read and dropped."""
 
 
 def run(config: AuditConfig) -> Audit:
     """Audits a file and writes all of OUT except the report page."""
-    reads = {"--data": config.data, "--model": config.model}
+    reads = {
+        "--data": config.data,
+        "--model": config.model,
+        "--trusted": config.trusted,
+        "--apply": None if applies_own(config) else config.apply,
+    }
     opened = open_out(config.out, CONFIG, what=AUDIT, writes=AUDIT_FILES, reads=reads)
     with opened as out:
         return _run(config, out)
@@ -88,8 +120,89 @@ def _run(config: AuditConfig, out: Path) -> Audit:
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
+    opened = _open(config.data, config, folder, config.annotator_field)
+    trusted = _open(config.trusted, config, folder, None) if config.trusted else None
+    pairs = opened.pairs
+    if config.action_top is not None and config.action_top >= len(pairs):
+        raise InputError(
+            f"--action-top {config.action_top}: must be below the {len(pairs)} pairs "
+            "that can be judged"
+        )
+    if not applies_own(config):
+        check_unsaved(out / REVIEW)
+    asked = _checked_config(config, pairs, trusted, out)
+    votes = votes_of(pairs)
+    said = _said(config, pairs, votes, trusted)
+    part = _part(config.data, opened, config, folder)
+    known = None
+    if trusted is not None:
+        known = _part(str(config.trusted), trusted, config, folder)
+    log(f"judging {len(pairs)} pairs in {config.folds} folds")
+    found = judge(part, known, folds=config.folds, seed=config.seed)
+    before = _estimate(config, found, votes)
+    judged = dataclasses.replace(
+        before, posterior=probabilities(before.posterior, said)
+    )
+    order = np.lexsort((found.margins, judged.posterior))
+    rows = audit_summary.rows_of(judged, found, votes, said, pairs, order, config)
+    preferred = preferences(
+        Labels(
+            found.surface,
+            part.keys,
+            votes.annotator_names,
+            source_names(opened.source, pairs.columns["row"], config.source_field),
+        ),
+        _own_ranking(part.found),
+        confounders=config.held_fixed,
+    )
+    unsaid = order[said[order] == ""]  # a verdict leaves nothing to suspect
+    looks = unsaid[: config.top]
+    summary = audit_summary.summarize(judged, found, votes, part.keys, opened.report)
+    summary |= audit_summary.acted(judged, rows, config)
+    summary["confounders"] = config.held_fixed
+    summary["advice"] = advice(summary)
+    flips = pairs.columns["is_flipped"]
+    # Known flips measure the ranking by the labels alone, without any verdict.
+    beside = rankings(part.answers, found.folds)
+    summary |= audit_summary.compared(found, before.posterior, beside, flips)
+    if (said != "").any():
+        summary["verdicts"] = audit_summary.checked(said, before.posterior)
+    if config.power is not None:
+        summary["power"] = audit_summary.power(judged, votes, config.power)
+    if config.budget is not None:
+        gain = np.array([row["gain"] for row in rows])
+        looks = worth_a_look(gain, unsaid, votes.texts, budget=config.budget)
+        summary["budget"] = audit_summary.worth(
+            looks, judged.posterior, gain, votes.texts
+        )
+    write_json(out / CONFIG, asked)  # from now on, OUT belongs to this audit
+    listed = lambda some: [rows[n] | _texts(opened, n) for n in some]
+    suspects = listed(unsaid[: config.top])
+    write_whole(out / "audit.jsonl", _lines(rows))
+    write_whole(out / "clean.jsonl", _lines(cleaned(opened.source, rows)))
+    if not applies_own(config):
+        write_whole(out / REVIEW, review_csv(listed(looks)))
+    write_whole(out / "preferences.csv", preferences_csv(preferred))
+    write_json(out / "summary.json", summary)
+    bins = agreement_bins(judged.margins)
+    scores = {name: ranking.scores for name, ranking in beside.items()}
+    scores = {**found.alone, **scores}
+    return Audit(summary, rows, suspects, bins, preferred, scores)
+
+
+def applies_own(config: AuditConfig) -> bool:
+    """Whether the verdicts to apply are in OUT/review.csv, which then stays."""
+    if config.apply is None:
+        return False
+    return Path(config.apply).resolve() == (Path(config.out) / REVIEW).resolve()
+
+
+def _open(
+    name: str, config: AuditConfig, folder: Path, annotator_field: str | None
+) -> _Opened:
+    """Reads and tokenizes a preference file."""
     source = named_annotators(
-        data.open_source(config.data), config.annotator_field, config.ignore_fields
+        data.open_source(name), annotator_field, config.ignore_fields
     )
     options = DataOptions(
         max_length=config.max_length,
@@ -106,93 +219,97 @@ def _run(config: AuditConfig, out: Path) -> Audit:
     if len(rows) < len(pairs):
         twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
         raise InputError(
-            f"{config.data} row {pairs.columns['row'][twice] + 1}: has several traces "
+            f"{name} row {pairs.columns['row'][twice] + 1}: has several traces "
             "per answer; an audit judges each record once, so keep only one trace"
         )
+    plan.fields.read_too(config.source_field)
     for line in (plan.describe(), plan.fields.describe()):
-        log(f"{config.data}: {line}")
-    if config.action_top is not None and config.action_top >= len(pairs):
-        raise InputError(
-            f"--action-top {config.action_top}: must be below the {len(pairs)} pairs "
-            "that can be judged"
-        )
-    asked = _checked_config(config, pairs, out)
-    found = _features(config, folder, pairs, Path(config.features or out / "features"))
-    examples = [example_at(source, int(row)) for row in pairs.columns["row"]]
-    keys = grouped_keys(example.prompt for example in examples)
+        log(f"{name}: {line}")
+    return _Opened(source, pairs, plan.report)
 
-    log(f"judging {len(pairs)} pairs in {config.folds} folds")
-    columns, lengths = differences(found)
-    folds = [
-        prompt_folds(keys, folds=config.folds, seed=seed)
-        for seed in (config.seed, config.seed + 1)
-    ]
-    margins = cross_fit(columns, *folds).margins
-    by_length = cross_fit(lengths, *folds).margins
-    items, orientation = _items(pairs.completion_keys(), pairs.columns["annotator"])
-    names = [
-        *pairs.annotator_names,
-        *([None] if (pairs.columns["annotator"] < 0).any() else []),
-    ]
-    judged = estimate(
-        margins,
-        np.where(
-            pairs.columns["annotator"] < 0, len(names) - 1, pairs.columns["annotator"]
-        ),
-        items=items,
-        orientation=orientation,
-        num_annotators=len(names),
+
+def _part(name: str, opened: _Opened, config: AuditConfig, folder: Path) -> Part:
+    """The features and texts of pairs."""
+    pairs = opened.pairs
+    cache = Path(config.features or Path(config.out) / "features")
+    found = _features(name, config, folder, pairs, cache)
+    examples = [example_at(opened.source, int(row)) for row in pairs.columns["row"]]
+    texts = [texts_of(example) for example in examples]
+    return Part(
+        found,
+        [text["prompt"] for text in texts],
+        [(text["chosen"], text["rejected"]) for text in texts],
+        grouped_keys(example.prompt for example in examples),
+    )
+
+
+def _texts(opened: _Opened, n: int) -> dict[str, str]:
+    """`prompt`, `chosen` and `rejected` of pair n."""
+    return texts_of(example_at(opened.source, int(opened.pairs.columns["row"][n])))
+
+
+def _said(
+    config: AuditConfig, pairs: PreferenceDataset, votes: Votes, trusted: _Opened | None
+) -> np.ndarray:
+    """The verdict on each label: a person's, or else that of the verified labels."""
+    said = np.full(len(pairs), "", "<U5")
+    if trusted is not None:
+        said = verified(pairs, trusted.pairs, str(config.trusted))
+    if config.apply is None:
+        return said
+    by_person = settle(
+        read_verdicts(config.apply),
+        config.apply,
+        rows=pairs.columns["row"] + 1,
+        ids=pairs.ids,
+        texts=votes.texts,
+        orientation=votes.orientation,
+    )
+    return np.where(by_person == "", said, by_person)
+
+
+def _estimate(config: AuditConfig, found: Judgement, votes: Votes) -> Estimate:
+    fit = estimate if found.trusted is None else estimate_calibrated
+    return fit(
+        found.margins,
+        votes.annotators,
+        items=votes.items,
+        orientation=votes.orientation,
+        num_annotators=len(votes.names),
         assumed_flip_rate=config.assumed_flip_rate,
     )
-    summary = _summary(judged, margins, by_length, names, items, keys, plan.report)
-    order = np.lexsort((margins, judged.posterior))
-    rows = _rows(judged, by_length, pairs, order, config)
-    summary |= _action(judged, rows, config)
-    summary["advice"] = advice(summary)
-    if pairs.columns["is_flipped"].any():
-        summary["known_flips"] = known_flips(
-            judged.posterior, margins, pairs.columns["is_flipped"]
-        )
-    write_json(out / CONFIG, asked)  # from now on, OUT belongs to this audit
-    suspects = [rows[n] | texts_of(examples[n]) for n in order[: config.top]]
-    write_whole(out / "audit.jsonl", _lines(rows))
-    write_whole(out / "clean.jsonl", _lines(cleaned(source, rows, config.action)))
-    write_whole(out / "review.csv", review_csv(suspects))
-    write_json(out / "summary.json", summary)
-    return Audit(summary, rows, suspects, agreement_bins(judged.margins))
 
 
-def differences(found: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen minus rejected: columns for the model, and the log-lengths alone.
-
-    Returns:
-      float64 [N, 2 D + 3] of hidden states, summed and average log-probs, and
-      log-lengths; and [N, 1] of log-lengths.  Columns have a mean square of 1, except
-      that log-probs and log-lengths in the first array are scaled by `STRONG`.
-    """
-    side = lambda values: values[:, 0].astype(np.float64) - values[:, 1]
-    lengths = found.lengths.astype(np.float64)
-    few = [found.logps, found.logps / lengths, np.log(lengths)]
-    few = scaled(np.stack([side(values) for values in few], axis=1))
-    states = scaled(side(found.states))
-    return np.concatenate([states, STRONG * few], axis=1), few[:, -1:]
+def _own_ranking(found: Features) -> np.ndarray:
+    """The model's log-prob per token: preferred minus other answer."""
+    each = found.logps.astype(np.float64) / found.lengths
+    return each[:, 0] - each[:, 1]
 
 
 def _checked_config(
-    config: AuditConfig, pairs: PreferenceDataset, out: Path
+    config: AuditConfig,
+    pairs: PreferenceDataset,
+    trusted: _Opened | None,
+    out: Path,
 ) -> dict[str, Any]:
     """The config as JSON; OUT must be new, or hold the same audit, which resumes."""
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     asked["contents"] = pairs.digest()
+    if trusted is not None:
+        asked["trusted_contents"] = trusted.pairs.digest()
     check_config(out, CONFIG, asked, what=AUDIT, may_change=MAY_CHANGE)
     return asked
 
 
 def _features(
-    config: AuditConfig, folder: Path, pairs: PreferenceDataset, cache: Path
+    name: str,
+    config: AuditConfig,
+    folder: Path,
+    pairs: PreferenceDataset,
+    cache: Path,
 ) -> Features:
     architecture = read_architecture(folder)
-    check_fits([config.data], pairs, str(folder), architecture)
+    check_fits([name], pairs, str(folder), architecture)
     dtype = config.compute_dtype or default_compute_dtype()
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
@@ -203,121 +320,13 @@ def _features(
             pairs,
             feature_store.make_feature_step(model),
             params,
-            source=config.data,
+            source=name,
             folder=cache,
             digest=weights_digest(folder, dtype),
             width=2 * architecture.hidden_size + 1,
             batch_size=rows_for(2 * len(pairs), config.batch_size, mesh),
             mesh=mesh,
         )
-
-
-def _items(keys: np.ndarray, annotators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which votes judge the same pair of texts, and which text each vote prefers.
-
-    Duplicates of a record without an annotator are not independent votes; each is its
-    own item.
-    """
-    _, ranks = np.unique(keys, return_inverse=True)
-    ranks = ranks.reshape(keys.shape)
-    alone = np.where(annotators < 0, np.arange(len(keys)), -1)
-    votes = np.concatenate([np.sort(ranks, axis=1), alone[:, None]], axis=1)
-    _, items = np.unique(votes, axis=0, return_inverse=True)
-    return items.ravel(), np.where(ranks[:, 0] < ranks[:, 1], 1, -1)
-
-
-def _summary(
-    judged: Estimate,
-    margins: np.ndarray,
-    by_length: np.ndarray,
-    names: Sequence[str | None],
-    items: np.ndarray,
-    prompts: Sequence[str],
-    report: dict[str, int],
-) -> dict[str, Any]:
-    def measured(values: np.ndarray) -> dict[str, Any]:
-        share = accuracy(values)
-        return {"accuracy": share, "interval": wilson_interval(share, len(values))}
-
-    annotators = [
-        {
-            "annotator": name,
-            "reliability": float(judged.reliability[k]),
-            "interval": [float(judged.lower[k]), float(judged.upper[k])],
-            "count": int(judged.counts[k]),
-        }
-        for k, name in enumerate(names)
-    ]
-    return {
-        "pairs": len(margins),
-        "items": int(items.max()) + 1,
-        "prompts": len(set(prompts)),
-        "flip_rate": judged.flip_rate,
-        "flip_rate_interval": list(judged.flip_rate_interval),
-        "assumption": ASSUMPTION,
-        "identified": judged.identified,
-        "reason": judged.reason,
-        "assumed_flip_rate": judged.assumed_flip_rate,
-        "temperature": judged.temperature,
-        "model": measured(margins),
-        "length_only": measured(by_length),
-        "annotators": sorted(annotators, key=lambda a: (a["reliability"], -a["count"])),
-        "rows": report["rows"],
-        "not_judged": {
-            name.removeprefix("dropped: "): count
-            for name, count in sorted(report.items())
-            if name.startswith("dropped: ") and count
-        },
-    }
-
-
-def _action(
-    judged: Estimate, rows: Sequence[dict[str, Any]], config: AuditConfig
-) -> dict[str, Any]:
-    """What was done to the file, for the summary."""
-    count = sum(row["action"] != "keep" for row in rows)
-    chosen = {"threshold": config.threshold or THRESHOLD, "top": config.action_top}
-    return {
-        "expected_wrong": float((1 - judged.posterior).sum()),
-        "acted_on": {
-            "action": config.action,
-            "pairs": count,
-            "rule": rule(config.action, count, len(rows), **chosen),
-            **chosen,
-        },
-    }
-
-
-def _rows(
-    judged: Estimate,
-    by_length: np.ndarray,
-    pairs: PreferenceDataset,
-    order: np.ndarray,
-    config: AuditConfig,
-) -> list[dict[str, Any]]:
-    acted = acted_on(
-        judged.posterior,
-        order,
-        action=config.action,
-        threshold=config.threshold or THRESHOLD,
-        top=config.action_top,
-    )
-    names, rows, rank = pairs.annotator_names, [], np.argsort(order) + 1
-    for n in range(len(pairs)):
-        p, annotator = float(judged.posterior[n]), int(pairs.columns["annotator"][n])
-        rows.append(
-            {
-                "id": str(pairs.ids[n]),
-                "row": int(pairs.columns["row"][n]) + 1,
-                "rank": int(rank[n]),
-                "p_correct": p,
-                "margin": float(judged.margins[n]),
-                "length_margin": float(by_length[n]),
-                "annotator": names[annotator] if annotator >= 0 else None,
-                "action": config.action if acted[n] else "keep",
-            }
-        )
-    return rows
 
 
 def _lines(records) -> str:

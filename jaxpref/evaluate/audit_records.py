@@ -60,6 +60,19 @@ def named_annotators(
     return RenamedSource(source, name, ignored)
 
 
+def source_names(
+    source: RenamedSource, rows: Collection[int], field: str
+) -> list[str | None]:
+    """Where the pairs of these rows come from, by a field of their records."""
+    found = []
+    for row in rows:
+        record = source.original(int(row))
+        name = record.get(field) if isinstance(record, dict) else None
+        known = isinstance(name, str | int) and not isinstance(name, bool)
+        found.append(str(name) if known else None)
+    return found
+
+
 def example_at(source: Source, row: int) -> Example:
     """The pair of texts of a record that can be judged."""
     example = _parsed(source, row)
@@ -67,10 +80,8 @@ def example_at(source: Source, row: int) -> Example:
     return example
 
 
-def cleaned(
-    source: RenamedSource, rows: list[dict[str, Any]], action: str
-) -> Iterator[Any]:
-    """The records of the file, in order, after applying the action.
+def cleaned(source: RenamedSource, rows: list[dict[str, Any]]) -> Iterator[Any]:
+    """The records of the file, in order, after the action of each row.
 
     Records that were not judged are unchanged, except that those with an empty
     completion are dropped, because training rejects them.
@@ -82,9 +93,9 @@ def cleaned(
             continue
         if row is None or row["action"] == "keep":
             yield record
-        elif action == "soft":
+        elif row["action"] == "soft":
             yield record | {"p_correct": row["p_correct"]}
-        elif action == "relabel":
+        elif row["action"] == "relabel":
             yield record | _exchanged(record)
 
 

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxpref.data.hashing import hash_uniforms
 
@@ -21,6 +21,9 @@ PENALTIES = tuple(10.0 ** (power / 2) for power in range(-3, 6))
 """Candidate penalties; the columns are scaled to a mean square of 1."""
 STEPS = 200
 TOLERANCE = 1e-6
+"""Of the margins, in nats."""
+ENOUGH = 1e-4
+"""The same for cross-fitted margins, which are used with three digits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,9 @@ class CrossFit:
     """float64 [N]; positive where the model agrees with the label; not calibrated."""
     penalties: np.ndarray
     """float64 [folds]; selected by cross-validation on each fold's training pairs."""
+    inner: np.ndarray
+    """float64 [folds, N]; per fold, the margins of its training pairs in that inner
+    cross-validation; 0 for the other pairs."""
 
 
 def prompt_folds(
@@ -75,29 +81,9 @@ def fit_path(
     References:
       Böhning and Lindsay, "Monotonicity of Quadratic-Approximation Algorithms", 1988.
     """
-    count, width = differences.shape
-    # The smaller of the two Gram matrices; both have the same positive eigenvalues.
-    if width <= count:
-        bounds, basis = np.linalg.eigh(differences.T @ differences / (4 * count))
-    else:
-        bounds, rotation = np.linalg.eigh(differences @ differences.T / (4 * count))
-        positive = bounds > 1e-12 * bounds[-1]
-        bounds = bounds[positive]
-        basis = differences.T @ rotation[:, positive] / np.sqrt(4 * count * bounds)
-    bounds = np.maximum(bounds, 0.0)[:, None]
+    basis, bounds = _principal(differences)
     rotated = differences @ basis
-    wanted = 1.0 if targets is None else targets[:, None]
-    penalty = np.asarray(penalties, np.float64)
-    found = np.zeros((len(bounds), len(penalty)))
-    for _ in range(STEPS):
-        surplus = sigmoid(rotated @ found) - wanted
-        gradient = rotated.T @ surplus / count + penalty * found
-        step = gradient / (bounds + penalty)
-        found -= step
-        # Root mean square change of the margins, in nats.
-        if np.sqrt(np.max(np.sum(4 * bounds * step**2, axis=0))) < TOLERANCE:
-            break
-    return basis @ found
+    return basis @ _descend(rotated, bounds, penalties, targets, TOLERANCE)
 
 
 def cross_fit(
@@ -107,6 +93,7 @@ def cross_fit(
     *,
     penalties: Sequence[float] = PENALTIES,
     targets: Float[np.ndarray, " pairs"] | None = None,
+    learned: Bool[np.ndarray, " pairs"] | None = None,
 ) -> CrossFit:
     """The margin of every pair under a model fitted to the pairs of the other folds.
 
@@ -121,23 +108,87 @@ def cross_fit(
       penalties: candidate penalties.
       targets: probabilities that the labels are right, for a second round; None means
         1.
+      learned: which pairs the models may be fitted to; None means all.
 
     Returns:
       `CrossFit`; the margins are 0 if no training pairs are left.
     """
-    margins, chosen = np.zeros(len(folds)), []
+    # The principal directions of all pairs do not depend on the labels.  Their bound is
+    # also one for each part of the pairs, so that one decomposition serves all fits.
+    basis, bounds = _principal(differences)
+    rotated = differences @ basis
+    targets = np.ones(len(folds)) if targets is None else targets
+    learned = np.ones(len(folds), bool) if learned is None else learned
+    margins, chosen, inner = np.zeros(len(folds)), [], []
+
+    def fitted(train, candidates, start=None):
+        scale = len(folds) / train.sum()
+        part = rotated[train], scale * bounds, candidates, targets[train]
+        return _descend(*part, ENOUGH, start)
+
     for fold in np.unique(folds):
-        train = folds != fold
+        train, inside = learned & (folds != fold), np.zeros(len(folds))
+        chosen.append(np.nan)
+        inner.append(inside)
         if not train.any():
-            chosen.append(np.nan)
             continue
-        part = (differences[train], None if targets is None else targets[train])
-        penalty = _best_penalty(*part, inner_folds[train], penalties)
-        margins[~train] = (
-            differences[~train] @ fit_path(part[0], [penalty], part[1])[:, 0]
-        )
-        chosen.append(penalty)
-    return CrossFit(margins, np.array(chosen))
+        every = fitted(train, penalties)
+        left_out = np.zeros((len(folds), len(penalties)))
+        for held in np.unique(inner_folds[train]):
+            test = train & (inner_folds == held)
+            if not (train & ~test).any():
+                continue  # a single fold: no training pairs
+            left_out[test] = rotated[test] @ fitted(train & ~test, penalties, every)
+        best = _least_loss(left_out[train], targets[train])
+        inside[train] = left_out[train, best]
+        margins[folds == fold] = rotated[folds == fold] @ every[:, best]
+        chosen[-1] = float(penalties[best])
+    return CrossFit(margins, np.array(chosen), np.array(inner))
+
+
+def _principal(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The eigenvectors of X'X / (4 N), [features, R], and the eigenvalues, [R]."""
+    count, width = differences.shape
+    # The smaller of the two Gram matrices; both have the same positive eigenvalues.
+    if width <= count:
+        bounds, basis = np.linalg.eigh(differences.T @ differences / (4 * count))
+        return basis, np.maximum(bounds, 0.0)
+    bounds, rotation = np.linalg.eigh(differences @ differences.T / (4 * count))
+    positive = bounds > 1e-12 * bounds[-1]
+    bounds = bounds[positive]
+    return differences.T @ rotation[:, positive] / np.sqrt(4 * count * bounds), bounds
+
+
+def _descend(
+    rotated: np.ndarray,
+    bounds: np.ndarray,
+    penalties: Sequence[float],
+    targets: np.ndarray | None,
+    tolerance: float,
+    start: np.ndarray | None = None,
+) -> np.ndarray:
+    """Coefficients in the basis, [R, penalties]; bounds are at least the Hessian."""
+    count, bounds = len(rotated), bounds[:, None]
+    wanted = 1.0 if targets is None else targets[:, None]
+    penalty = np.asarray(penalties, np.float64)
+    found = np.zeros((len(bounds), len(penalty))) if start is None else start.copy()
+    for _ in range(STEPS):
+        surplus = sigmoid(rotated @ found) - wanted
+        gradient = rotated.T @ surplus / count + penalty * found
+        step = gradient / (bounds + penalty)
+        found -= step
+        # Root mean square change of the margins, in nats.
+        if np.sqrt(np.max(np.sum(4 * bounds * step**2, axis=0))) < tolerance:
+            break
+    return found
+
+
+def _least_loss(margins: np.ndarray, targets: np.ndarray) -> int:
+    """The column of margins with the least logistic loss."""
+    # -w log s(m) - (1 - w) log s(-m)
+    losses = np.sum(np.logaddexp(0, margins) - targets[:, None] * margins, axis=0)
+    # Among equal losses choose the largest penalty, the most conservative choice.
+    return len(losses) - 1 - int(np.argmin(losses[::-1]))
 
 
 def scaled(columns: Float[np.ndarray, "pairs features"]) -> np.ndarray:
@@ -150,18 +201,3 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-z)) without overflow."""
     small = np.exp(-np.abs(z))
     return np.where(z >= 0, 1.0, small) / (1.0 + small)
-
-
-def _best_penalty(differences, targets, folds, penalties) -> float:
-    losses = np.zeros(len(penalties))
-    for fold in np.unique(folds):
-        test = folds == fold
-        if test.all():
-            continue  # a single fold: no training pairs
-        learned = None if targets is None else targets[~test]
-        margins = differences[test] @ fit_path(differences[~test], penalties, learned)
-        right = 1.0 if targets is None else targets[test, None]
-        # -w log s(m) - (1 - w) log s(-m)
-        losses += np.sum(np.logaddexp(0, margins) - right * margins, axis=0)
-    # Among equal losses choose the largest penalty, the most conservative choice.
-    return float(penalties[len(penalties) - 1 - np.argmin(losses[::-1])])

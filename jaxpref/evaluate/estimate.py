@@ -19,6 +19,8 @@ from jaxpref.noise import calibration, em, rate
 
 ASSUMPTION = "labels are right more often than wrong"
 """What an estimate assumes, for reports."""
+VERIFIED = "the verified labels are right, and their pairs are like the others"
+"""What it assumes if verified labels have calibrated the margins."""
 CERTAIN = 100
 """Pseudo-votes per real vote if the flip rate of all labels is assumed."""
 CLEAN = 0.1
@@ -122,6 +124,48 @@ def estimate(
             if identified
             else _reason(margins, pooled.interval, several=bool(votes))
         ),
+        assumed_flip_rate=None if identified else assumed_flip_rate,
+    )
+
+
+def estimate_calibrated(
+    margins: Float[np.ndarray, " votes"],
+    annotators: Int[np.ndarray, " votes"],
+    *,
+    items: Int[np.ndarray, " votes"],
+    orientation: Int[np.ndarray, " votes"],
+    num_annotators: int,
+    assumed_flip_rate: float,
+) -> Estimate:
+    """As `estimate`, for margins that verified labels have calibrated.
+
+    The temperature is 1, and which sign of a margin is right is known.  So the flip
+    rate may also be above 1/2.
+    """
+    z = jnp.asarray(margins, jnp.float32)
+    votes: dict[str, Any] = {"items": items, "orientation": orientation}
+    everyone = em.fit(z, jnp.zeros(z.shape, jnp.int32), num_annotators=1, **votes)
+    low, high = 1 - float(everyone.upper[0]), 1 - float(everyone.lower[0])
+    identified = bool(margins.any()) and high - low < rate.WIDEST
+    at = 1 - float(everyone.reliability[0]) if identified else assumed_flip_rate
+    prior = _prior(at, CERTAIN * len(margins) if num_annotators == 1 else FEW)
+    fit = em.fit(
+        z, jnp.asarray(annotators), num_annotators=num_annotators, prior=prior, **votes
+    )
+    wide = lambda x: np.asarray(x, np.float64)
+    one = num_annotators == 1
+    return Estimate(
+        margins=wide(z),
+        posterior=wide(fit.posterior),
+        reliability=wide([1 - at]) if one else wide(fit.reliability),
+        lower=wide([1 - high]) if one else wide(fit.lower),
+        upper=wide([1 - low]) if one else wide(fit.upper),
+        counts=np.asarray(fit.counts, np.int64),
+        temperature=1.0,
+        flip_rate=at if identified else None,
+        flip_rate_interval=(low, high),
+        identified=identified,
+        reason=None if identified else _reason(margins, (low, high), several=False),
         assumed_flip_rate=None if identified else assumed_flip_rate,
     )
 

@@ -4,6 +4,8 @@ Records are lists of dicts.
 """
 
 from jaxpref.report.audit import write_audit as write_audit
+from jaxpref.report.comparison import power_in_words as power_in_words
+from jaxpref.report.html import Browse as Browse
 from jaxpref.report.html import Figure as Figure
 from jaxpref.report.html import Section as Section
 from jaxpref.report.html import SideBySide as SideBySide
@@ -18,6 +20,7 @@ from jaxpref.report.progress import summary_lines as summary_lines
 from jaxpref.report.training import write_training as write_training
 
 __all__ = [
+    "Browse",
     "Figure",
     "Section",
     "SideBySide",
@@ -25,6 +28,7 @@ __all__ = [
     "evaluation_line",
     "frontiers",
     "mean_spread",
+    "power_in_words",
     "reward_against_kl",
     "summary_lines",
     "training_curves",

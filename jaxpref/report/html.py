@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxpref.errors import InputError
 from jaxpref.files import write_whole
+from jaxpref.report import browse
 from jaxpref.report.seeds import mean_and_deviation
 from jaxpref.report.style import CSS
 
@@ -49,6 +50,20 @@ class SideBySide:
 
 
 @dataclasses.dataclass(frozen=True)
+class Browse:
+    """A table, or texts side by side, to search and filter; tables can be sorted."""
+
+    content: Table | Sequence[SideBySide]
+    """What is shown."""
+    keys: Sequence[str]
+    """What each row, or each of the texts side by side, is filtered by."""
+    label: str = ""
+    """Description of the keys; without several keys, there is no filter."""
+    first: str = ""
+    """The key that is shown at first; all if it is empty."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A heading and the parts under it, in order.
 
@@ -57,7 +72,7 @@ class Section:
     """
 
     title: str
-    parts: Sequence[str | Table | Figure | SideBySide]
+    parts: Sequence[str | Table | Figure | SideBySide | Browse]
 
 
 def write_html(
@@ -80,7 +95,12 @@ def write_html(
     """
     body = "\n".join(_section(number, s) for number, s in enumerate(sections, 1))
     lead = f'<div class="lead">{_text(summary)}</div>' if summary else ""
-    page = _PAGE.format(title=html.escape(title), css=CSS, lead=lead, body=body)
+    parts = [part for section in sections for part in section.parts]
+    more = {"css": CSS, "policy": "", "script": ""}
+    if any(isinstance(part, Browse) for part in parts):
+        script = f"<script>{browse.SCRIPT}</script>\n"
+        more = {"css": CSS + browse.CSS, "policy": browse.policy(), "script": script}
+    page = _PAGE.format(title=html.escape(title), lead=lead, body=body, **more)
     write_whole(path, page)
 
 
@@ -111,7 +131,7 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{policy}">
 <title>{title}</title>
 <style>{css}</style>
 </head>
@@ -121,7 +141,7 @@ _PAGE = """<!DOCTYPE html>
 {lead}</header>
 {body}
 </main>
-</body>
+{script}</body>
 </html>
 """
 
@@ -132,7 +152,9 @@ def _section(number: int, section: Section) -> str:
     return f'<section id="s{number}">\n<h2>{title}</h2>\n{parts}\n</section>'
 
 
-def _part(part: str | Table | Figure | SideBySide) -> str:
+def _part(part: str | Table | Figure | SideBySide | Browse) -> str:
+    if isinstance(part, Browse):
+        return _browse(part)
     if isinstance(part, Table):
         return _table(part)
     if isinstance(part, Figure):
@@ -142,7 +164,28 @@ def _part(part: str | Table | Figure | SideBySide) -> str:
     return _text(part)
 
 
-def _side_by_side(part: SideBySide) -> str:
+def _browse(part: Browse) -> str:
+    by = [f' data-by="{html.escape(key)}"' for key in part.keys]
+    names = list(dict.fromkeys(part.keys))
+    option = lambda x, text: (
+        f'<option value="{x}"{" selected" if x == html.escape(part.first) else ""}>'
+        f"{text}</option>"
+    )
+    escaped = map(html.escape, names)
+    options = option("", "all") + "".join(option(x, x) for x in escaped)
+    select = f"<label>{html.escape(part.label)}<select>{options}</select></label>"
+    search = '<label>Search<input type="search"></label><output></output>'
+    if isinstance(part.content, Table):
+        body = _table(part.content, by)
+    else:
+        body = "\n".join(_side_by_side(x, key) for x, key in zip(part.content, by))
+    return (
+        f'<div class="browse"><p class="controls" hidden>'
+        f"{select if len(names) > 1 else ''}{search}</p>\n{body}</div>"
+    )
+
+
+def _side_by_side(part: SideBySide, by: str = "") -> str:
     above = f'<div class="above">{html.escape(part.above.strip())}</div>'
     if len(part.above) > LONG:
         beginning = html.escape(part.above.strip()[:LONG].rsplit(None, 1)[0])
@@ -153,7 +196,7 @@ def _side_by_side(part: SideBySide) -> str:
     )
     title = f"<h3>{_inline(part.title)}</h3>" if part.title else ""
     return (
-        f'<article class="beside">{title}{above if part.above else ""}'
+        f'<article class="beside"{by}>{title}{above if part.above else ""}'
         f'<div class="columns">{columns}</div></article>'
     )
 
@@ -173,7 +216,7 @@ def _inline(text: str) -> str:
     return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text.strip()))
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, by: Sequence[str] = ()) -> str:
     for row in table.rows:
         if len(row) != len(table.columns):
             raise ValueError(
@@ -191,10 +234,10 @@ def _table(table: Table) -> str:
         for c, name in enumerate(table.columns)
     )
     body = "\n".join(
-        f'<tr><th scope="row">{_inline(row[0])}</th>'
+        f'<tr{key}><th scope="row">{_inline(row[0])}</th>'
         + "".join(f"<td{style(c)}>{_inline(row[c])}</td>" for c in range(1, len(row)))
         + "</tr>"
-        for row in cells
+        for row, key in zip(cells, by or [""] * len(cells))
     )
     caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
     return (

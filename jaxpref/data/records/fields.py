@@ -78,6 +78,11 @@ class FieldUse:
         self._unread.update(record.unread())
         self._ignored.update(ignored)
 
+    def read_too(self, name: str) -> None:
+        """Counts a field as read that the command reads from the records itself."""
+        if name in self._unread:
+            self._read[name] += self._unread.pop(name)
+
     def check_ignored(self, names: Collection[str]) -> None:
         """Refuses names in --ignore-fields that no record has.
 

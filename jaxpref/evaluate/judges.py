@@ -1,0 +1,155 @@
+"""The judges of an audit: what is known of the two answers of each pair.
+
+- `length`: log of the length in tokens;
+- `surface`: interpretable features of the texts, and the length;
+- `words`: TF-IDF of the texts, and the length;
+- `states`: the language model's hidden states and log-probs, and the length.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxpref.evaluate.crossfit import prompt_folds, scaled
+from jaxpref.evaluate.features import Features
+from jaxpref.evaluate.preferences import differences
+from jaxpref.evaluate.stack import stack
+from jaxpref.evaluate.surface import describe_answers
+from jaxpref.evaluate.words import principal, word_differences
+
+STRONG = 3.0
+"""Scale of the few length, log-prob and surface columns relative to the many others, so
+that their coefficients are penalized nine times less."""
+
+Columns = Float[np.ndarray, "pairs features"]
+
+
+def state_columns(found: Features) -> Columns:
+    """Chosen minus rejected: hidden states, log-probs, and log-lengths.
+
+    Returns:
+      float64 [N, 2 D + 3] of hidden states, summed and average log-probs, and
+      log-lengths.  Columns have a mean square of 1, except that log-probs and
+      log-lengths are scaled by `STRONG`.
+    """
+    lengths = found.lengths.astype(np.float64)
+    few = [found.logps, found.logps / lengths, np.log(lengths)]
+    few = scaled(np.stack([_side(values) for values in few], axis=1))
+    return np.concatenate([scaled(_side(found.states)), STRONG * few], axis=1)
+
+
+def judges(
+    found: Features,
+    surface: Float[np.ndarray, "pairs features"],
+    answers: Sequence[tuple[str, str]],
+) -> dict[str, Columns]:
+    """The columns of each judge, preferred answer minus the other, by its name.
+
+    Args:
+      found: features of the language model; N pairs.
+      surface: differences of interpretable features, with a mean square of 1.
+      answers: the texts of the preferred and the other answer of each pair.
+
+    Returns:
+      float64 [N, features] by name, in the order above.
+    """
+    length = scaled(_side(np.log(found.lengths))[:, None])
+    words = word_differences(answers)
+    # A mean square of 1 per word, over all words together.
+    size = np.sqrt(np.mean(np.square(words))) if words.size else 0.0
+    words = principal(words) / (size or 1.0)
+    return {
+        "length": length,
+        "surface": STRONG * np.concatenate([surface, length], axis=1),
+        "words": np.concatenate([words, STRONG * length], axis=1),
+        "states": state_columns(found),
+    }
+
+
+def _side(values: np.ndarray) -> np.ndarray:
+    return values[:, 0].astype(np.float64) - values[:, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Pairs to judge, or to learn from."""
+
+    found: Features
+    """Features of the language model; N pairs."""
+    prompts: Sequence[str]
+    """The prompt of each pair, as text."""
+    answers: Sequence[tuple[str, str]]
+    """The texts of the preferred and the other answer of each pair."""
+    keys: Sequence[str]
+    """A key per pair; equal prompts have equal keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What the judges say of N pairs."""
+
+    margins: Float[np.ndarray, " pairs"]
+    """float64 [N]; of all judges together, positive where they agree with the label."""
+    alone: Mapping[str, Float[np.ndarray, " pairs"]]
+    """float64 [N] by judge."""
+    weights: Mapping[str, float]
+    """How much each judge moves the margins; see `Stack`."""
+    surface: Float[np.ndarray, "pairs features"]
+    """Differences of the interpretable features, with a mean square of 1."""
+    folds: Int[np.ndarray, " pairs"]
+    """The fold of each pair."""
+    trusted: Float[np.ndarray, " trusted"] | None
+    """The margins of the verified pairs, out of fold; None without any."""
+
+
+def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgement:
+    """Judges pairs by models that saw neither their labels nor their prompts'.
+
+    Args:
+      part: the pairs to judge.
+      trusted: pairs with verified labels, which are then the only ones to learn from;
+        these may share prompts with the others.  None to learn from the other folds.
+      folds: number of folds.
+      seed: of the assignment of prompts to folds.
+    """
+    parts = [part] if trusted is None else [part, trusted]
+    both = _together(parts)
+    described = describe_answers(
+        [(p, x) for p, pair in zip(both.prompts, both.answers) for x in pair]
+    )
+    surface = differences(described.reshape(len(both.keys), 2, -1))
+    outer, inner = (
+        prompt_folds(both.keys, folds=folds, seed=number) for number in (seed, seed + 1)
+    )
+    count = len(part.keys)
+    verified = np.arange(len(outer)) >= count
+    own = outer[:count].copy()
+    if trusted is not None:
+        outer = np.where(verified, outer, folds)
+    found = stack(
+        judges(both.found, surface, both.answers),
+        outer,
+        inner,
+        learned=None if trusted is None else verified,
+    )
+    return Judgement(
+        margins=found.margins[:count],
+        alone={name: margins[:count] for name, margins in found.alone.items()},
+        weights=found.weights,
+        surface=surface[:count],
+        folds=own,
+        trusted=None if trusted is None else found.margins[count:],
+    )
+
+
+def _together(parts: Sequence[Part]) -> Part:
+    joined = lambda name: np.concatenate([getattr(p.found, name) for p in parts])
+    chained = lambda name: [x for part in parts for x in getattr(part, name)]
+    return Part(
+        Features(joined("states"), joined("logps"), joined("lengths")),
+        chained("prompts"),
+        chained("answers"),
+        chained("keys"),
+    )
