@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxpref.noise import calibration, em, rate
+from jaxpref.noise import calibration, em
 
 ASSUMPTION = "labels are right more often than wrong"
 """What an estimate assumes, for reports."""
@@ -227,9 +227,8 @@ def _reliabilities(
     if prior is not None:
         return fit(prior=prior)
     if num_annotators == 1:
-        return fit()
-    found, _ = rate.fit_rates(z, annotators, num_annotators=num_annotators, **votes)
-    return found
+        return fit(prior=em.PRIOR)
+    return fit()
 
 
 def _reason(

@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.scipy.special import xlogy
 
 from jaxpref.losses._common import is_number
 
-POINTS = 129
-"""Grid points for the credible interval of a posterior."""
 HALVINGS = 40
 """Bisection steps; the final bracket is below the spacing of float32."""
 
@@ -90,37 +87,3 @@ def bisect(below, low: jax.Array, high: jax.Array) -> jax.Array:
 
     low, high = jax.lax.fori_loop(0, HALVINGS, halve, (low, high))
     return (low + high) / 2
-
-
-def credible_interval(evidence, eta, annotators, real, a, b, level):
-    """Equal-tailed interval of each reliability's posterior, given the others.
-
-    With c = tanh(evidence / 2) a vote has likelihood proportional to 1 + (2 eta - 1) c,
-    linear in eta: relative to the estimate, 1 + (eta - estimate) u.
-    """
-    contrast = jnp.tanh(evidence / 2)
-    u = 2 * contrast / (1 + (2 * eta[annotators] - 1) * contrast)
-    per_annotator = lambda x: jax.ops.segment_sum(real * x, annotators, eta.size)
-    curvature = per_annotator(u**2) + a / eta**2 + b / (1 - eta) ** 2
-    reach = 10 * jax.lax.rsqrt(curvature)
-    low, high = jnp.clip(eta - reach, 0, 1), jnp.clip(eta + reach, 0, 1)
-    share = jnp.linspace(0, 1, POINTS, dtype=eta.dtype)[:, None]
-    grid = low + share * (high - low)
-
-    def log_posterior(at):
-        gains = jnp.log(jnp.maximum(1 + (at - eta)[annotators] * u, 0))
-        return (
-            per_annotator(gains) + xlogy(a, at / eta) + xlogy(b, (1 - at) / (1 - eta))
-        )
-
-    logs = jax.lax.map(log_posterior, grid)
-    density = jnp.exp(logs - jnp.max(logs, axis=0))
-    mass = jnp.cumsum((density[1:] + density[:-1]) / 2, axis=0)
-    mass = jnp.concatenate([jnp.zeros_like(mass[:1]), mass]) / mass[-1]
-    quantile = jax.vmap(jnp.interp, in_axes=(None, 1, 1))
-    tail = (1 - jnp.asarray(level, eta.dtype)) / 2
-    # The interval must contain the mode, which lies in a tail if it is 0 or 1.
-    return (
-        jnp.minimum(quantile(tail, mass, grid), eta),
-        jnp.maximum(quantile(1 - tail, mass, grid), eta),
-    )

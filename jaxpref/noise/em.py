@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from jaxpref.losses._common import Mask, PerPair, Rate, Scalar
 from jaxpref.noise import _common
 from jaxpref.noise.em_fit import PRIOR, START, Fit, Prior, fit
+from jaxpref.noise.em_prior import pooled_prior
 
 __all__ = [
     "PRIOR",
@@ -39,6 +40,7 @@ __all__ = [
     "estimate",
     "fit",
     "likelihood_loss",
+    "pooled_prior",
     "posterior",
     "tally",
     "update",

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses._common import Scalar, is_number
-from jaxpref.noise import _common
+from jaxpref.noise import _common, _em_interval
+from jaxpref.noise.em_prior import START, pooled_prior
 from jaxpref.sharding import replicated
 
-START = 0.9
-"""RE-PO's initial reliability."""
 PRIOR = (9.0, 1.0)
 """Right and wrong pseudo-votes: ten votes at the initial reliability."""
+POOLINGS = 3
+"""How often the pooled prior and the reliabilities are estimated alternately."""
 Prior = tuple[Scalar, Scalar]
 """Right and wrong pseudo-votes (a, b): numbers, or traced scalars."""
 
@@ -32,9 +33,9 @@ class Fit:
     reliability: Float[Array, " annotators"]
     """P(a vote of this annotator is right); the mode of its posterior."""
     lower: Float[Array, " annotators"]
-    """Lower end of the credible interval of the reliability."""
+    """Lower end of the interval of the reliability."""
     upper: Float[Array, " annotators"]
-    """Upper end of the credible interval."""
+    """Upper end of the interval."""
     posterior: Float[Array, " votes"]
     """P(this vote is right | all votes); meaningless where not real."""
     evidence: Float[Array, " votes"]
@@ -42,6 +43,8 @@ class Fit:
     other votes on the item.  `posterior` is s(evidence + logit reliability)."""
     counts: Float[Array, " annotators"]
     """Votes of each annotator."""
+    prior: tuple[Float[Array, ""], Float[Array, ""]]
+    """(a, b), the right and wrong pseudo-votes: as given, or as estimated."""
     log_likelihood: Float[Array, ""]
     """log P(votes) at the estimated reliabilities, nats, without the prior."""
     iterations: Int[Array, ""]
@@ -58,7 +61,7 @@ def fit(
     num_annotators: int,
     orientation: Int[Array, " votes"] | None = None,
     where: Bool[Array, " votes"] | None = None,
-    prior: Prior | None = PRIOR,
+    prior: Prior | None = None,
     start: float = START,
     level: float = 0.95,
     max_iterations: int = 1000,
@@ -76,14 +79,15 @@ def fit(
     steps never lower the log-likelihood plus the log-prior
     a log eta_k + b log(1 - eta_k), summed over annotators.
 
-    The credible interval is the equal-tailed interval of the posterior of eta_k given
-    the other reliabilities, on a grid; it is exact with one vote per item.  Coverage of
-    95% intervals for 1000 annotators with 10, 100, or 1000 votes and a flat prior:
-    0.936 to 0.980 with one vote per item, and 0.905 to 0.966 with five.  The exception
-    is 0.823 at 10 votes of reliability 0.6, where the others' reliabilities are just as
-    uncertain.  A Beta of the summed posteriors, which treats them as counts, covered
-    0.557 to 0.859 and 0.780 to 0.965, and a normal from the curvature 0.930 to 0.992
-    and 0.807 to 0.999 (`python -m tests.noise.simulations`, seed 0).
+    Without a `prior`, it is estimated from all annotators (`em.pooled_prior`), which
+    moves annotators with few votes toward the others.
+
+    The interval is that of the posterior of eta_k under a flat prior, or under `prior`
+    if it is given, on a grid.  It ignores the pooled prior, because that would cover
+    annotators unlike the others too rarely.  The others' reliabilities are not known
+    either: each enters by its posterior mean given its votes on other items
+    (belief propagation), which is exact if items connect annotators in a
+    tree.  The coverage is in `docs/noise.md` (`python -m tests.noise.simulations`).
 
     Args:
       margin_logits: z, nats, positive where the model agrees with the vote; [votes].
@@ -97,10 +101,10 @@ def fit(
         two labels and one rate per annotator).
       where: which votes are real (ties are not); None if all are.
       prior: (a, b), right and wrong votes added for every annotator: a Beta(a + 1,
-        b + 1) prior.  None for maximum likelihood, where annotators without a vote keep
-        `start`.
-      start: initial reliability without a prior; with a prior it is a / (a + b).
-      level: probability of the credible intervals.
+        b + 1) prior.  None to estimate it.  (0, 0) for maximum likelihood, where
+        annotators without a vote keep `start`.
+      start: initial reliability if the prior is (0, 0); otherwise a / (a + b).
+      level: probability of the intervals.
       max_iterations: maximum number of M-steps.
       tolerance: distance in eta from the fixed point at which to stop, estimated from
         the last two steps, because EM is slow if margins are small.
@@ -117,14 +121,14 @@ def fit(
       >>> import jax.numpy as jnp
       >>> from jaxpref.noise import em
       >>> margins = jnp.array([4.0, 4.0, 4.0, -4.0] * 50)  # 1 of 4 contradicted
-      >>> found = em.fit(margins, jnp.full(200, -1), num_annotators=1, prior=None)
+      >>> found = em.fit(margins, jnp.full(200, -1), num_annotators=1)
       >>> print(found.reliability.round(2))
       [0.76]
 
     References:
       RE-PO, 2025, arXiv:2509.24159, Eq. 3, 4 and 6.
       Dawid and Skene, "Maximum Likelihood Estimation of Observer Error-Rates Using the
-      EM Algorithm", 1979, for several votes on an item.
+      EM Algorithm", 1979, for several votes on an item.  The intervals are ours.
     """
     margins, annotators = _common.floating(margin_logits), jnp.asarray(annotators)
     _check_shapes(
@@ -135,17 +139,13 @@ def fit(
         where=where,
     )
     _check_options(num_annotators, max_iterations, level=level, start=start)
-    a, b = (0.0, 0.0) if prior is None else _common.pseudo_counts(prior)
+    prior = prior if prior is None else _common.pseudo_counts(prior)
     where = jnp.ones(margins.shape, bool) if where is None else jnp.asarray(where, bool)
     _common.check_annotators(annotators, where, num_annotators)
     return _fit(
-        margins,
-        annotators,
-        items,
-        orientation,
-        where,
-        a=a,
-        b=b,
+        (margins, annotators, where),
+        (items, orientation),
+        prior,
         start=start,
         level=level,
         tolerance=tolerance,
@@ -179,50 +179,89 @@ def _check_options(num_annotators: int, max_iterations: int, **shares) -> None:
 
 @functools.partial(jax.jit, static_argnames=("num_annotators", "max_iterations"))
 def _fit(
-    margins,
-    annotators,
-    items,
-    orientation,
-    where,
-    *,
-    a,
-    b,
-    start,
-    level,
-    tolerance,
-    num_annotators,
-    max_iterations,
-) -> Fit:
+    arrays, of_items, prior, *, num_annotators, start, level, tolerance, max_iterations
+):
     # Scores are small, so replicate everything on every device.
-    margins, annotators, where = map(replicated, (margins, annotators, where))
+    margins, annotators, where = map(replicated, arrays)
+    items, orientation = (
+        x if x is None else replicated(jnp.asarray(x)) for x in of_items
+    )
     dtype = margins.dtype
-    a, b, start = (jnp.asarray(x, dtype) for x in (a, b, start))
+    start = jnp.asarray(start, dtype)
     annotators = jnp.where(annotators < 0, num_annotators - 1, annotators)
     counts = jax.ops.segment_sum(where.astype(jnp.int32), annotators, num_annotators)
     votes = _votes(margins, annotators, items, orientation, where)
-
-    least = jnp.finfo(dtype).eps
-    eta = jnp.where((a > 0) & (b > 0), a / jnp.maximum(a + b, least), start)
-    eta, iterations, converged = _fixed_point(
-        functools.partial(_m_step, votes, counts.astype(dtype), a, b),
-        _bounded(jnp.full(num_annotators, eta, dtype)),
-        tolerance,
-        max_iterations,
-    )
-    evidence = _evidence(votes, eta)
-    lower, upper = _common.credible_interval(
-        evidence, eta, annotators, votes.real, a, b, level
+    counted = counts.astype(dtype)
+    find = functools.partial(_mode, votes, counted, tolerance, max_iterations)
+    if prior is None:
+        a, b = _estimated_prior(votes, where, find, num_annotators, dtype)
+        own = jnp.zeros((), dtype), jnp.zeros((), dtype)
+    else:
+        a, b = own = tuple(jnp.asarray(x, dtype) for x in prior)
+    eta, iterations, converged = find(a, b, _first(start, a, b, counted))
+    marginal = _marginal_evidence(votes, eta, a, b)
+    lower, upper = _em_interval.interval(
+        _em_interval.posterior(marginal, eta, annotators, votes.real, *own), eta, level
     )
     return Fit(
         reliability=eta,
         lower=lower,
         upper=upper,
         posterior=_e_step(votes, eta),
-        evidence=evidence,
+        evidence=_evidence(votes, eta),
         counts=counts,
+        prior=(a, b),
         log_likelihood=_log_likelihood(votes, eta),
         iterations=iterations,
         converged=converged,
+    )
+
+
+def _mode(votes, counts, tolerance, max_iterations, a, b, eta):
+    """The reliabilities that maximize the posterior; see `_fixed_point`."""
+    m_step = functools.partial(_m_step, votes, counts, a, b)
+    return _fixed_point(m_step, eta, tolerance, max_iterations)
+
+
+def _first(start, a, b, counts) -> jax.Array:
+    """Where EM starts: at the mean of a prior, or at `start`."""
+    least = jnp.finfo(start.dtype).eps
+    eta = jnp.where((a > 0) & (b > 0), a / jnp.maximum(a + b, least), start)
+    return _bounded(jnp.full(counts.shape, eta, start.dtype))
+
+
+def _estimated_prior(votes, where, find, num_annotators, dtype):
+    """The pooled prior, which depends on reliabilities that depend on the prior."""
+
+    def pool(_, carry):
+        prior, eta = carry
+        eta, *_ = find(*prior, eta)
+        pooled = pooled_prior(
+            _marginal_evidence(votes, eta, *prior),
+            votes.annotators,
+            num_annotators=num_annotators,
+            where=where,
+        )
+        return pooled, eta
+
+    a, b = (jnp.asarray(x, dtype) for x in PRIOR)
+    eta = jnp.full(num_annotators, a / (a + b), dtype)
+    (c, d), _ = jax.lax.fori_loop(0, POOLINGS, pool, ((a, b), eta))
+    known = jnp.any(where)
+    return jnp.where(known, c, a), jnp.where(known, d, b)
+
+
+def _marginal_evidence(votes, eta, a, b) -> jax.Array:
+    """The evidence for each vote, averaged over the reliabilities of other voters."""
+    if votes.alone:
+        return votes.margins
+    return _em_interval.marginal_evidence(
+        functools.partial(_evidence_from, votes),
+        eta,
+        votes.annotators,
+        votes.real,
+        a,
+        b,
     )
 
 
@@ -241,6 +280,8 @@ class _Votes:
     """Which votes represent their items in the likelihood: a real one for each item."""
     on_item: Callable[[jax.Array], jax.Array]
     """For each vote, the sum over the votes on the same item."""
+    alone: bool
+    """Whether every item has a single vote."""
 
 
 def _votes(margins, annotators, items, orientation, where) -> _Votes:
@@ -250,13 +291,11 @@ def _votes(margins, annotators, items, orientation, where) -> _Votes:
     margins = _common.finite(jnp.where(where, margins, 0))
     if items is None:
         one = jnp.ones_like(margins)
-        return _Votes(margins, one, annotators, real, where, lambda x: x)
+        return _Votes(margins, one, annotators, real, where, lambda x: x, True)
     sign = jnp.where(margins < 0, -1, 1)
-    sign = sign if orientation is None else jnp.sign(replicated(orientation))
+    sign = sign if orientation is None else jnp.sign(orientation)
     sign = sign.astype(margins.dtype)
-    _, ids = jnp.unique(
-        replicated(jnp.asarray(items)), return_inverse=True, size=margins.size
-    )
+    _, ids = jnp.unique(items, return_inverse=True, size=margins.size)
     on_item = lambda x: jax.ops.segment_sum(x, ids, margins.size)[ids]
     mean = on_item(real * sign * margins / jnp.maximum(on_item(real), 1))
     # The first real vote on an item represents it.
@@ -265,12 +304,16 @@ def _votes(margins, annotators, items, orientation, where) -> _Votes:
         jnp.where(where, position, margins.size), ids, margins.size
     )
     judged = where & (first[ids] == position)
-    return _Votes(sign * mean, sign, annotators, real, judged, on_item)
+    return _Votes(sign * mean, sign, annotators, real, judged, on_item, False)
 
 
 def _evidence(votes: _Votes, eta: jax.Array) -> jax.Array:
     """Logit that each vote is right, from the margin and the item's other votes."""
-    own = _common.logit(eta, eta.dtype)[votes.annotators]
+    return _evidence_from(votes, _common.logit(eta, eta.dtype)[votes.annotators])
+
+
+def _evidence_from(votes: _Votes, own: jax.Array) -> jax.Array:
+    """The same from the logit that each vote's annotator is right."""
     logits = votes.real * votes.sign * own
     return votes.margins + votes.sign * (votes.on_item(logits) - logits)
 

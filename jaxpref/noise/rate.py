@@ -16,15 +16,14 @@ calibrated (`jaxpref.noise.calibration`).
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses._common import PerPair, Rate, is_number
-from jaxpref.noise import _common, em
+from jaxpref.noise import _common
 from jaxpref.sharding import replicated
 
 WIDEST = 0.25
@@ -167,131 +166,6 @@ def _fit_rate(margins, where, level, widest) -> RateFit:
         identified=upper - lower < widest,
         log_likelihood=-jnp.sum(jnp.where(where, nll, 0)),
     )
-
-
-def pooled_prior(
-    evidence: Float[Array, " votes"],
-    annotators: Int[Array, " votes"],
-    *,
-    num_annotators: int,
-    where: Bool[Array, " votes"] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The prior of a reliability, estimated from all annotators (empirical Bayes).
-
-        (a, b) = argmax  sum over k of log int Beta(eta; a + 1, b + 1) L_k(eta) d eta
-                         - 5/2 log(a + b + 2)
-
-    L_k is the likelihood of the votes of k.  The second term is the usual vague prior
-    on the size of a Beta.  A single annotator, or a few with few votes, say little
-    about how annotators differ.  They get a prior of very few votes rather than one
-    that repeats their own.  Pass (a, b) to `em.fit` and `em.estimate` as `prior`: it
-    shrinks annotators with few votes toward the mean and hardly affects the others.
-
-    Args:
-      evidence: logit that each vote is right, ignoring its annotator: margins, or
-        `em.Fit.evidence` if items have several votes; [votes].
-      annotators: int index of the annotator; -1 if unknown, the last; [votes].
-      num_annotators: K.
-      where: which votes are real; None if all are.
-
-    Returns:
-      a and b, right and wrong votes; a + b at most 1000.
-
-    References:
-      Gelman et al., "Bayesian Data Analysis", 2013, 5.3, for the term in a + b.
-    """
-    evidence = _common.floating(evidence)
-    where = jnp.ones(evidence.shape, bool) if where is None else where
-    return _pooled_prior(evidence, annotators, where, num_annotators)
-
-
-@functools.partial(jax.jit, static_argnames="num_annotators")
-def _pooled_prior(evidence, annotators, where, num_annotators):
-    evidence, annotators, where = map(
-        replicated, (evidence, jnp.asarray(annotators), jnp.asarray(where))
-    )
-    dtype = evidence.dtype
-    annotators = jnp.where(annotators < 0, num_annotators - 1, annotators)
-    contrast = jnp.tanh(jnp.where(where, evidence, 0) / 2)
-    points = 199
-    grid = (jnp.arange(points, dtype=dtype) + 0.5) / points
-    log_likelihoods = jax.lax.map(
-        lambda eta: jax.ops.segment_sum(
-            jnp.log1p((2 * eta - 1) * contrast), annotators, num_annotators
-        ),
-        grid,
-    )
-    likelihoods = jnp.exp(log_likelihoods - jnp.max(log_likelihoods, axis=0))
-
-    def best(means, sizes):
-        """The best combination of a mean a / (a + b) and a size log(a + b)."""
-        mean, size = (x.reshape(-1, 1) for x in jnp.meshgrid(means, sizes))
-        shape = jnp.exp(size) * (mean * jnp.log(grid) + (1 - mean) * jnp.log1p(-grid))
-        density = jax.nn.softmax(shape, axis=-1)
-        score = jnp.sum(jnp.log(density @ likelihoods), axis=-1)
-        score = score - 2.5 * jnp.log(jnp.exp(size[:, 0]) + 2)
-        chosen = jnp.argmax(score)
-        return mean[chosen, 0], size[chosen, 0]
-
-    low, high = jnp.log(jnp.asarray(0.1, dtype)), jnp.log(jnp.asarray(1000.0, dtype))
-    mean, size = best(jnp.linspace(0.02, 0.98, 49), jnp.linspace(low, high, 25))
-    for cell in (1.0, 1 / 8):
-        near = jnp.linspace(-cell, cell, 17, dtype=dtype)
-        mean, size = best(
-            jnp.clip(mean + 0.02 * near, 0.005, 0.995),
-            jnp.clip(size + (high - low) / 24 * near, low, high),
-        )
-    total = jnp.exp(size)
-    return mean * total, (1 - mean) * total
-
-
-def fit_rates(
-    margin_logits: Float[Array, " votes"],
-    annotators: Int[Array, " votes"],
-    *,
-    items: Int[Array, " votes"] | None = None,
-    num_annotators: int,
-    orientation: Int[Array, " votes"] | None = None,
-    where: Bool[Array, " votes"] | None = None,
-    level: float = 0.95,
-) -> tuple[em.Fit, em.Prior]:
-    """One rate per annotator, partially pooled: `em.fit` with `pooled_prior`.
-
-    Alternates twice, because the evidence of other votes on an item depends on the
-    reliabilities, and the prior depends on the evidence.
-
-    Args:
-      margin_logits: z, nats; [votes].
-      annotators: int index of the annotator; -1 if unknown, the last; [votes].
-      items: which votes judge the same pair; None if each has its own.
-      num_annotators: K.
-      orientation: as in `em.fit`.
-      where: which votes are real; None if all are.
-      level: probability of the credible intervals, which treat the prior as known.
-
-    Returns:
-      `em.Fit`, whose flip rates are 1 - reliability, and the prior (a, b).
-
-    Raises:
-      ValueError: as `em.fit`.
-    """
-    fit = functools.partial(
-        em.fit,
-        margin_logits,
-        annotators,
-        items=items,
-        num_annotators=num_annotators,
-        orientation=orientation,
-        where=where,
-        level=level,
-    )
-    prior, found = em.PRIOR, fit()
-    for _ in range(2):
-        prior = pooled_prior(
-            found.evidence, annotators, num_annotators=num_annotators, where=where
-        )
-        found = fit(prior=prior)
-    return found, prior
 
 
 def _per_rate(z: jax.Array, e: jax.Array) -> jax.Array:

@@ -7,14 +7,15 @@ how many labels temperature and flip rate take.
 """
 
 import dataclasses
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit
-from scipy.stats import beta, norm
 
-from jaxpref.noise import calibration, em, rate
+from jaxpref.noise import calibration, crowd, em, rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,53 +75,70 @@ def log_likelihood(data: Votes, reliability, margins=None) -> float:
     return total
 
 
-def counted_interval(found: em.Fit, data: Votes, level=0.95):
-    """An alternative: Beta(1 + sum w, 1 + sum (1 - w)), posteriors as counts."""
-    k = found.reliability.size
-    right = np.bincount(data.annotators, np.asarray(found.posterior), k)
-    wrong = np.bincount(data.annotators, minlength=k) - right
-    tail = (1 - level) / 2
-    return tuple(beta.ppf(q, 1 + right, 1 + wrong) for q in (tail, 1 - tail))
-
-
-def laplace_interval(found: em.Fit, data: Votes, level=0.95):
-    """Another alternative: a normal approximation from the curvature."""
-    eta = np.asarray(found.reliability, np.float64)
-    at, c = eta[data.annotators], np.tanh(np.asarray(found.evidence, np.float64) / 2)
-    gradients = 2 * c / (1 + (2 * at - 1) * c)
-    curvature = np.bincount(data.annotators, gradients**2, eta.size)
-    half = norm.ppf((1 + level) / 2) / np.sqrt(np.maximum(curvature, 1e-12))
-    return eta - half, eta + half
-
-
 def covered(interval, truth) -> float:
     """Share of intervals that contain the truth."""
     lower, upper = (np.asarray(end) for end in interval)
     return float(np.mean((lower <= truth) & (truth <= upper)))
 
 
-def em_coverage(seed, *, reliability, count, votes_per_item=1, annotators=1000):
-    """Coverage of 95% intervals for equal `annotators`: grid, counts, and Laplace."""
-    who = np.tile(np.arange(annotators), count)
-    if votes_per_item > 1:
-        # An annotator votes once per item, together with varying others.
-        random = np.random.default_rng(seed + 1)
-        who = np.concatenate([random.permutation(annotators) for _ in range(count)])
+def em_coverage(
+    seed, *, reliability, count, votes_per_item=1, annotators=1000, spread=2.0
+) -> list[float]:
+    """Coverage of the 95% intervals of `em.fit` at each of the given reliabilities.
+
+    `annotators` of each reliability cast `count` votes.  Those on an item are by
+    different annotators, in varying company.  A `spread` of 0 leaves out the model.
+    """
+    truth = np.repeat(np.atleast_1d(reliability), annotators)
+    random = np.random.default_rng(seed + 1)
+    who = np.concatenate([random.permutation(truth.size) for _ in range(count)])
     data = votes(
         seed,
-        reliability=np.full(annotators, reliability),
+        reliability=truth,
         votes_per_item=votes_per_item,
         items=len(who) // votes_per_item,
         annotators=who,
-        spread=2.0,
+        spread=spread,
     )
-    found = fit(data, num_annotators=annotators, prior=None)
-    intervals = (
-        (found.lower, found.upper),
-        counted_interval(found, data),
-        laplace_interval(found, data),
+    found = fit(data, num_annotators=truth.size)
+    inside = (found.lower <= truth) & (truth <= found.upper)
+    return np.mean(np.reshape(inside, (-1, annotators)), axis=1).tolist()
+
+
+def crowd_coverage(seed, *, sets=400, items=8, annotators=5, count=120) -> tuple:
+    """Coverage of the 95% intervals of `crowd.fit`, for parameters from its prior.
+
+    Returns the coverage of strengths and of reliabilities, and the largest difference
+    between P(the winner is the stronger item) and how often it is, over ten bins.
+    """
+    random = np.random.default_rng(seed)
+    strength = random.normal(0, 1.5, (sets, items))
+    reliability = random.beta(10, 2, (sets, annotators))
+    one = random.integers(0, items, count)
+    two = (one + random.integers(1, items, count)) % items
+    who = random.integers(0, annotators, count)
+    difference = strength[:, one] - strength[:, two]
+    follows = random.random((sets, count)) < reliability[:, who]
+    first = (random.random((sets, count)) < expit(difference)) == follows
+    fit_one = lambda winners, losers: crowd.fit(
+        winners,
+        losers,
+        jnp.asarray(who),
+        num_items=items,
+        num_annotators=annotators,
+        spread=1.5,
     )
-    return tuple(covered(interval, reliability) for interval in intervals)
+    found = jax.jit(jax.vmap(fit_one))(
+        np.where(first, one, two), np.where(first, two, one)
+    )
+    stated, right = np.asarray(found.stronger), first == (difference > 0)
+    bins = np.minimum((10 * stated).astype(int), 9)
+    gaps = [abs(np.mean((stated - right)[bins == n])) for n in range(10)]
+    return (
+        covered((found.strength_lower, found.strength_upper), strength),
+        covered((found.lower, found.upper), reliability),
+        max(gaps),
+    )
 
 
 def rate_runs(seeds, *, flip_rate, labels, scale=1.0, spread=2.5):
@@ -154,15 +172,36 @@ def rate_row(seeds, *, flip_rate, labels, spread) -> str:
 ENDS = ("lower", "upper")
 
 
+ETAS = (0.6, 0.8, 0.95)
+EM_CELLS = (
+    (2.0, 1, 20),
+    (2.0, 1, 100),
+    (2.0, 5, 20),
+    (2.0, 5, 100),
+    (0.0, 5, 20),
+)
+"""Spread of the margins, votes per item, and votes per annotator."""
+
+
 def main() -> None:
-    """Prints the tables, in about seven minutes on two busy cores."""
-    print("coverage of 95% intervals, 1000 annotators each: grid, counts, Laplace")
-    for per_item, eta, count in itertools.product(
-        (1, 5), (0.6, 0.8, 0.95), (10, 100, 1000)
-    ):
-        shares = em_coverage(0, reliability=eta, count=count, votes_per_item=per_item)
-        row = " ".join(f"{share:.3f}" for share in shares)
-        print(f"{per_item} an item, eta {eta}, {count} votes: {row}", flush=True)
+    """Prints the tables, in about ten minutes on two cores."""
+    print(
+        "coverage of 95% intervals at reliability 0.6, 0.8, and 0.95, 2,000 annotators"
+    )
+    print("each: of three crowds that are all alike, and of a mixed one")
+    for spread, per_item, count in EM_CELLS:
+        cover = functools.partial(
+            em_coverage,
+            0,
+            count=count,
+            votes_per_item=per_item,
+            spread=spread,
+            annotators=2000,
+        )
+        alike = [cover(reliability=eta)[0] for eta in ETAS]
+        row = " ".join(f"{share:.3f}" for share in (*alike, *cover(reliability=ETAS)))
+        model = "a model" if spread else "no model"
+        print(f"{model}, {per_item} an item, {count} votes: {row}", flush=True)
     print("200 data sets: coverage of the rate alone, of rate and T fitted jointly;")
     print("median widths of the rate's intervals; identified; median error of rate, T")
     for spread, labels, e in itertools.product(

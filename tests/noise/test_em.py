@@ -137,7 +137,7 @@ def test_losses_at_special_reliabilities():
 
 
 @pytest.mark.parametrize("reliability", [0.2, 0.4, 0.6, 0.8, 0.9])
-@pytest.mark.parametrize("prior", [em.PRIOR, None])
+@pytest.mark.parametrize("prior", [em.PRIOR, (0.0, 0.0), None])
 def test_recovers_one_reliability(reliability, prior):
     """P5: within 0.01 with 200,000 calibrated votes, and a short interval."""
     data = votes(0, reliability=reliability, items=200_000)
@@ -208,12 +208,12 @@ def test_fit_maximizes_the_posterior():
         np.testing.assert_allclose(of_own, found.evidence, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("prior", [None, (9.0, 1.0)])
+@pytest.mark.parametrize("prior", [(0.0, 0.0), (9.0, 1.0)])
 @pytest.mark.parametrize("votes_per_item", [1, 4])
 def test_steps_never_decrease_the_objective(prior, votes_per_item):
     """P5: the log-likelihood plus the log-prior never decreases."""
     data = votes(5, reliability=FOUR, items=300, votes_per_item=votes_per_item)
-    a, b = prior or (0, 0)
+    a, b = prior
     heights = []
     with jax.enable_x64(True):
         for steps in range(1, 12):
@@ -245,7 +245,14 @@ def test_em_is_a_contraction(reliability):
             np.testing.assert_allclose(derivative, expected, rtol=1e-9)
         zeros = jnp.zeros(5000, int)
         ends = [
-            em.fit(z, zeros, num_annotators=1, prior=None, start=start, tolerance=1e-9)
+            em.fit(
+                z,
+                zeros,
+                num_annotators=1,
+                prior=(0.0, 0.0),
+                start=start,
+                tolerance=1e-9,
+            )
             for start in (0.02, 0.98)
         ]
         low, high = (end.reliability[0] for end in ends)
@@ -305,7 +312,7 @@ def test_interval_is_the_posterior_of_one_annotator(prior):
 
 
 def test_interval_of_annotators_without_votes_is_the_prior():
-    for prior, shape in ((None, (1, 1)), ((9.0, 1.0), (10, 2))):
+    for prior, shape in (((0, 0), (1, 1)), ((9.0, 1.0), (10, 2))):
         data = votes(9, reliability=0.8, items=50)
         found = fit(data, num_annotators=2, prior=prior)
         ends = beta.ppf([0.025, 0.975], *shape)
@@ -314,11 +321,60 @@ def test_interval_of_annotators_without_votes_is_the_prior():
         np.testing.assert_allclose(found.reliability[1], 0.9, rtol=1e-6)
 
 
-def test_intervals_have_the_stated_coverage():
-    """1000 annotators with 100 votes: 95% of the grid intervals, fewer for counts."""
-    ours, counted, _ = em_coverage(1, reliability=0.8, count=100)
-    assert 0.93 <= ours <= 0.97
-    assert counted < 0.85
+@pytest.mark.parametrize("votes_per_item", [1, 5])
+def test_intervals_have_the_stated_coverage(votes_per_item):
+    """At each reliability of a mixed crowd, under the pooled prior."""
+    shares = em_coverage(
+        1,
+        reliability=(0.6, 0.8, 0.95),
+        count=20,
+        votes_per_item=votes_per_item,
+        annotators=500,
+    )
+    assert 0.92 <= min(shares) and max(shares) <= 0.98
+
+
+def test_the_interval_averages_over_the_other_annotators():
+    """Exact where items connect annotators in a tree, against a sum over the grid."""
+    rng = np.random.default_rng(2)
+    a, b = 3.0, 1.0
+    # Annotators 0-1-2 share an item each way, and judge 12 others alone.
+    who = np.r_[np.repeat([0, 1, 2], 12), 0, 1, 1, 2]
+    items = np.r_[np.arange(36), 36, 36, 37, 37]
+    margins = np.r_[rng.normal(1, 2, 36), 0.3, 0.3, -0.5, 0.5]
+    orientation = np.where(margins < 0, -1, 1)
+    found = em.fit(
+        jnp.asarray(margins, jnp.float32),
+        jnp.asarray(who),
+        items=jnp.asarray(items),
+        orientation=jnp.asarray(orientation),
+        num_annotators=3,
+        prior=(a, b),
+    )
+    grid = (np.arange(200) + 0.5) / 200
+    p = expit(margins[:36, None])
+    own = [
+        np.prod((p * grid + (1 - p) * (1 - grid))[who[:36] == k], axis=0)
+        * grid**a
+        * (1 - grid) ** b
+        for k in range(3)
+    ]
+    one, two = np.meshgrid(grid, grid, indexing="ij")
+    # Item 36: both agree, with margin 0.3.  Item 37: they disagree, -0.5 for the first.
+    p, q = expit(0.3), expit(-0.5)
+    agree = p * one * two + (1 - p) * (1 - one) * (1 - two)
+    disagree = q * one * (1 - two) + (1 - q) * (1 - one) * two
+    of_two = disagree @ own[2]
+    of_zero = own[0] @ agree
+    marginals = (
+        own[0] * (agree @ (own[1] * of_two)),
+        own[1] * of_zero * of_two,
+        own[2] * ((own[1] * of_zero) @ disagree),
+    )
+    for k, density in enumerate(marginals):
+        mass = np.cumsum(density) / density.sum()
+        ends = np.interp([0.025, 0.975], mass, grid + 0.5 / 200)
+        np.testing.assert_allclose([found.lower[k], found.upper[k]], ends, atol=3e-3)
 
 
 # Batches
@@ -455,7 +511,7 @@ def test_padding_is_ignored():
     np.testing.assert_allclose(masked.posterior[:100], found.posterior, rtol=1e-4)
 
 
-@pytest.mark.parametrize("prior", [em.PRIOR, None])
+@pytest.mark.parametrize("prior", [em.PRIOR, (0.0, 0.0), None])
 @pytest.mark.parametrize(
     "margins",
     [
@@ -497,7 +553,7 @@ def test_without_real_votes():
 def test_perfect_annotators_have_reliability_1():
     """If every vote agrees with a certain model, the likelihood is maximal at 1."""
     found = em.fit(
-        jnp.full(1000, 12.0), jnp.zeros(1000, int), num_annotators=1, prior=None
+        jnp.full(1000, 12.0), jnp.zeros(1000, int), num_annotators=1, prior=(0, 0)
     )
     assert found.reliability[0] > 0.999 and found.lower[0] > 0.99
     assert found.upper[0] == found.reliability[0] or found.upper[0] <= 1
