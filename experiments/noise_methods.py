@@ -345,7 +345,7 @@ def data_options(one: Run, out: Path) -> DataOptions:
         return DataOptions(inject=inject, allow_shared_prompts=True)
     rates = out / "world" / f"rates-{round(100 * one.rate)}.json"
     write_json(rates, {name: one.rate * x for name, x in ANNOTATORS.items()})
-    inject = InjectOptions(annotators=str(rates), seed=one.seed)
+    inject = InjectOptions(rates=str(rates), seed=one.seed)
     return DataOptions(inject=inject, allow_shared_prompts=True)
 
 

@@ -15,7 +15,7 @@ from jaxpref.cli.main import COMMANDS
 from jaxpref.cli.objectives import LOSSES, MIXTURES, WRAPPERS, losses_by_kind
 from jaxpref.cli.options import options_of
 from jaxpref.cli.words import split
-from jaxpref.data.options import DataOptions, resolved_max_length
+from jaxpref.data.options import DataOptions, InjectOptions, resolved_max_length
 from jaxpref.data.read import injection_warning
 from jaxpref.errors import InputError
 from jaxpref.objectives import from_loss
@@ -220,7 +220,7 @@ LONG = [
     *("--loss", "rdpo", "--loss.flip-rate", "0.2", "--objective", "bvpo"),
     *("--objective.alpha", "auto", "--objective.noise", "em"),
     *("--objective.noise.memory", "1e4", "--learning-rate", "3e-7", "--drop-empty"),
-    *("--inject.annotators", "7.json", "--mesh.fsdp", "2", "--decay", "linear"),
+    *("--inject.rates", "7.json", "--mesh.fsdp", "2", "--decay", "linear"),
     *("--epochs", "1.5", "--row-length", "auto", "--empty-share", "0.25"),
 ]
 
@@ -354,9 +354,10 @@ def test_max_length_beyond_the_positions():
 
 
 def test_injected_noise_is_announced():
-    assert injection_warning(1200, 4000) == (
+    noise = InjectOptions(flip_rate=0.1, prefer_longer=0.5, seed=3).describe()
+    assert injection_warning(1200, 4000, noise) == (
         "warning: 1,200 of 4,000 training labels (30.0%) were flipped on purpose "
-        "(--inject)"
+        "(--inject: flip rate 0.1, 0.5 of the labels by length alone)"
     )
 
 

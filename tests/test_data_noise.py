@@ -1,8 +1,6 @@
 """Injected noise: the rates asked for, by pair id alone, the truth kept."""
 
-import dataclasses
 import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from jaxpref.data.noise import (
     read_rates,
 )
 from jaxpref.errors import InputError
-from tests.data_tokenizers import CHATML, byte_tokenizer, synthetic_pairs
+from tests.data_tokenizers import byte_tokenizer, synthetic_pairs
 
 TOKENIZER = byte_tokenizer()
 IDS = [f"pair {n}" for n in range(20_000)]
@@ -120,78 +118,6 @@ def test_planted_flips_swap_completions_and_keep_the_truth():
     assert noisy.digest() == planned.digest()
 
 
-def test_a_run_takes_rates_by_annotator_from_a_file(tmp_path):
-    names = ["ann", "eve", "7", None]
-    records = [
-        r | ({"annotator": names[n % 4]} if names[n % 4] else {})
-        for n, r in enumerate(synthetic_pairs(400))
-    ]
-    path = tmp_path / "rates.json"
-    path.write_text(json.dumps({"ann": 0, "eve": 1, "7": 0.5}))
-    options = dict(
-        inject=InjectOptions(annotators=str(path), flip_rate=0.3), heldout_fraction=0.25
-    )
-    plan = plan_of(records, **options)
-    train = plan.train
-    rates = {"ann": 0.0, "eve": 1.0, "7": 0.5, None: 0.3}
-    by = [
-        train.annotator_names[a] if a >= 0 else None for a in train.columns["annotator"]
-    ]
-    for name, who, flip in zip(train.ids, by, train.columns["is_flipped"]):
-        assert flip == (uniform(f"flip 0\n{name}") < rates[who])
-    assert not plan.heldout.columns["is_flipped"].any()
-    assert plan.report["flipped"] == train.columns["is_flipped"].sum()
-    clean = plan_of(records, heldout_fraction=0.25)
-    assert (
-        flip_pairs(train, train.columns["is_flipped"]).digest() == clean.train.digest()
-    )
-
-
-def test_a_run_flips_by_which_answer_is_longer():
-    # " good" beside " bad": the chosen one is longer; every third the other way.
-    records = synthetic_pairs(300)
-    for record in records[::3]:
-        record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
-    options = dict(heldout_fraction=0, inject=InjectOptions(flip_rate=0.1, longer=0.7))
-    train = plan_of(records, **options).train
-    longer = train.columns["row"] % 3 != 0
-    for name, flip, more in zip(train.ids, train.columns["is_flipped"], longer):
-        assert flip == (uniform(f"flip 0\n{name}") < (0.7 if more else 0.1))
-    inject = InjectOptions(flip_rate=0.1, longer=0.0)
-    only_short = plan_of(records, heldout_fraction=0, inject=inject).train
-    short = only_short.columns["is_flipped"]
-    assert not short[longer].any() and short.any()
-    # In conversations it is the text of the answer that counts.
-    talks = [
-        {
-            "prompt": [{"role": "user", "content": r["prompt"]}],
-            "chosen": [{"role": "assistant", "content": r["chosen"]}],
-            "rejected": [{"role": "assistant", "content": r["rejected"]}],
-        }
-        for r in records
-    ]
-    spoken = make_splits(
-        ListSource(talks),
-        byte_tokenizer(template=CHATML),
-        DataOptions(
-            heldout_fraction=0, inject=InjectOptions(flip_rate=0.0, longer=1.0)
-        ),
-    ).train
-    flipped = spoken.columns["is_flipped"]
-    assert flipped.tolist() == (spoken.columns["row"] % 3 != 0).tolist()
-
-
-def test_evaluation_data_keep_their_labels():
-    noisy = DataOptions(
-        inject=InjectOptions(flip_rate=0.3, annotators="rates.json"), max_length=77
-    )
-    assert noisy.inject.active and InjectOptions(longer=0.1).active
-    assert not InjectOptions(seed=3, flip_rate=0.0).active
-    assert noisy.without_injection() == DataOptions(max_length=77)
-    fields = {f.name for f in dataclasses.fields(InjectOptions)}
-    assert fields == {"flip_rate", "seed", "annotators", "longer"}
-
-
 def test_what_cannot_be_is_refused(tmp_path):
     path = tmp_path / "rates.json"
     refused = {
@@ -210,20 +136,6 @@ def test_what_cannot_be_is_refused(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="none.json"):
         read_rates(tmp_path / "none.json")
-    path.write_text('{"nobody": 0.1}')
-    with pytest.raises(InputError, match="rates.json: no pair.*annotators"):
-        plan_of(synthetic_pairs(5), inject=InjectOptions(annotators=str(path)))
-    with pytest.raises(InputError, match="inject.longer 1.2"):
-        DataOptions(inject=InjectOptions(longer=1.2))
-    with pytest.raises(InputError, match="give one of them"):
-        DataOptions(inject=InjectOptions(longer=0.2, annotators="x.json"))
-    with pytest.raises(InputError, match="needs pairs"):
-        make_splits(
-            ListSource([{"prompt": "a", "completion": "b"}]),
-            TOKENIZER,
-            DataOptions(inject=InjectOptions(longer=0.2)),
-            sides=1,
-        )
     for rate in (-0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="flip rate"):
             flip_symmetric(IDS[:3], rate=rate, seed=0)

@@ -11,7 +11,15 @@ from scipy.special import expit, logit
 from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.noise import running
-from jaxpref.objectives import crm, em, em_weighted, from_loss, learned_rate, re_po
+from jaxpref.objectives import (
+    crm,
+    em,
+    em_weighted,
+    from_loss,
+    instance_noise,
+    learned_rate,
+    re_po,
+)
 from jaxpref.objectives.inputs import Inputs
 from tests.test_training import few_steps, pairs  # noqa: F401
 from tests.tiny import padded_batches, step_on_margins
@@ -37,7 +45,11 @@ def test_first_step_is_conservative_dpo(pairs):  # noqa: F811
         np.testing.assert_allclose(found, cdpo, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [em, learned_rate, re_po])
+@pytest.mark.parametrize(
+    "make",
+    [em, functools.partial(instance_noise, warmup=0), learned_rate, re_po],
+    ids=["em", "instance_noise", "learned_rate", "re_po"],
+)
 def test_layout_does_not_change_what_is_learnt(pairs, make):  # noqa: F811
     objective = make(DPO)
     whole, _ = few_steps(pairs, objective=objective)

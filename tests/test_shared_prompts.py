@@ -278,8 +278,8 @@ def test_a_seed_of_no_noise(tmp_path):
     for rate in (
         {"flip_rate": 0.0},  # one of several rates of a sweep
         {"flip_rate": 0.2},
-        {"longer": 0.1},
-        {"annotators": str(tmp_path / "rates.json")},
+        {"prefer_longer": 0.1},
+        {"rates": str(tmp_path / "rates.json")},
     ):
         assert InjectOptions(seed=3, **rate).seed == 3
     assert not InjectOptions(flip_rate=0.0, seed=3).active

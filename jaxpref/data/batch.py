@@ -113,6 +113,6 @@ def slot_fields(
         "is_flipped": take(dataset.columns["is_flipped"]),
         "annotator": take(dataset.columns["annotator"], -1),
         "empty_trace": take(dataset.columns["empty_trace"]),
-        "weights": real.astype(np.float32),
+        "weights": take(dataset.weights),
         "labels": {name: take(values) for name, values in dataset.labels.items()},
     }

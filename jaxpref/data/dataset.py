@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxpref.data.labels import WEIGHTS
+
 COLUMNS: dict[str, type[np.generic]] = {
     "is_flipped": np.bool_,
     "annotator": np.int32,
@@ -51,6 +53,7 @@ class PreferenceDataset:
     `empty_trace`: the pair has an empty trace, in a run that mixes such pairs with
     pairs that have traces;
     `prompt`: a hash of the prompt, see `shared_prompts.prompt_hash`.
+    `weights`, if there is one, float32: multiplies the pair's loss in training.
     Any other column is a float32 label, which losses read under its name; see
     `LabelFields`.
     """
@@ -67,7 +70,13 @@ class PreferenceDataset:
     @property
     def labels(self) -> dict[str, np.ndarray]:
         """The columns that losses read, float32 [N] by name."""
-        return {name: x for name, x in self.columns.items() if name not in COLUMNS}
+        own = {*COLUMNS, WEIGHTS}
+        return {name: x for name, x in self.columns.items() if name not in own}
+
+    @property
+    def weights(self) -> np.ndarray:
+        """What multiplies the loss of each pair in training, float32 [N]."""
+        return self.columns.get(WEIGHTS, np.ones(len(self), np.float32))
 
     @property
     def longest(self) -> int:

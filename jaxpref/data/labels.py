@@ -8,12 +8,15 @@ import numpy as np
 
 from jaxpref.errors import InputError
 
-T = TypeVar("T")
+Number = TypeVar("Number", float, np.ndarray)
 
 LARGEST = float(np.finfo(np.float32).max)
 LIMITS = {
     "preference_strengths": (0.0, LARGEST, "0 or more"),
     "ties": (0.0, 1.0, "from 0 to 1"),
+    "chosen_first": (0.0, 1.0, "from 0 to 1"),
+    "p_correct": (0.0, 1.0, "from 0 to 1"),
+    "weights": (0.0, LARGEST, "0 or more"),
 }
 """Minimum, maximum and a description of them; others may be any finite number."""
 EXCHANGED = {
@@ -21,6 +24,10 @@ EXCHANGED = {
     "rejected_ratings": "chosen_ratings",
 }
 """Labels that belong to an answer, and so are swapped together with the answers."""
+BOOLEAN = ("ties", "chosen_first")
+"""Labels that may be true or false in a record."""
+WEIGHTS = "weights"
+"""The label that no loss reads, since it multiplies every loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +35,9 @@ class LabelFields:
     """Fields of the records with numbers that a loss reads, by the loss's names.
 
     `a.b` is the field b of the object in field a.  A flipped pair keeps its margin,
-    strength and tie, as if the annotator had stated the opposite just as clearly.  Its
-    ratings are swapped together with the answers.
+    strength and tie, as if the annotator had stated the opposite just as clearly, and
+    its p_correct, predictor and weight.  Its ratings are swapped together with the
+    answers.
     """
 
     preference_margins: str | None = None
@@ -45,6 +53,19 @@ class LabelFields:
     """Field with the rating of the chosen answer: any number."""
     rejected_ratings: str | None = None
     """Field with the rating of the rejected answer."""
+    p_correct: str | None = None
+    """Field with the probability that the label is right, from 0 to 1, for the
+    objective known_rates."""
+    flip_predictors: str | None = None
+    """Field with a number that predicts wrong labels, such as the difficulty of the
+    pair, for the objective instance_noise; best with a standard deviation of about
+    1."""
+    chosen_first: str | None = None
+    """Field that is true or 1 if the annotator saw the chosen answer first, and false
+    or 0 otherwise, for the objective instance_noise."""
+    weights: str | None = None
+    """Field with a weight, 0 or more, that multiplies the loss of the training pair,
+    whatever the loss.  The sum is still divided by the number of pairs."""
 
     def __post_init__(self):
         if (self.chosen_ratings is None) != (self.rejected_ratings is None):
@@ -62,7 +83,7 @@ class LabelFields:
 
 NONE = LabelFields()
 """No labels besides the preference."""
-LABELS = frozenset(field.name for field in dataclasses.fields(LabelFields))
+LABELS = frozenset(x.name for x in dataclasses.fields(LabelFields)) - {WEIGHTS}
 """Labels that a loss may read, each a number per pair."""
 
 
@@ -83,20 +104,23 @@ def read_labels(record: Mapping, where: str, fields: LabelFields) -> dict[str, f
     }
 
 
-def exchanged(labels: Mapping[str, T]) -> dict[str, T]:
+def exchanged(labels: Mapping[str, Number]) -> dict[str, Number]:
     """The labels of the pair after its answers are swapped, by name."""
-    return {name: labels[EXCHANGED.get(name, name)] for name in labels}
+    swapped = {name: labels[EXCHANGED.get(name, name)] for name in labels}
+    if "chosen_first" in swapped:
+        swapped["chosen_first"] = 1 - swapped["chosen_first"]
+    return swapped
 
 
 def _number(record: Mapping, field: str, where: str, name: str) -> float:
-    value = _value(record, field)
+    value = field_value(record, field)
     flag = f"--labels.{name.replace('_', '-')}"
     if value is None:
         raise InputError(
             f"{where}: no field '{field}' for {name}; the record has"
             f" {', '.join(map(str, record))[:200]}; remove the row or change {flag}"
         )
-    if isinstance(value, bool) and name == "ties":
+    if isinstance(value, bool) and name in BOOLEAN:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(
@@ -113,7 +137,7 @@ def _number(record: Mapping, field: str, where: str, name: str) -> float:
     return float(value)
 
 
-def _value(record: Mapping, field: str) -> Any:
+def field_value(record: Mapping, field: str) -> Any:
     """The value of `a.b`, first as a literal field name; None if absent."""
     if field in record:
         return record[field]

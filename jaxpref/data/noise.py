@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def flip_by_margin(
       temperature: in the unit of the margins, positive; see `margin_temperature`.
       seed: determines which pairs are flipped.
     """
-    return flip_symmetric(ids, rate=_margin_rates(margins, temperature), seed=seed)
+    return flip_symmetric(ids, rate=margin_rates(margins, temperature), seed=seed)
 
 
 def margin_temperature(margins: np.ndarray, *, rate: float) -> float:
@@ -94,9 +95,18 @@ def margin_temperature(margins: np.ndarray, *, rate: float) -> float:
     low, high = np.log(size.min() / 700), np.log(size.max() * 1e6)
     for _ in range(100):
         middle = (low + high) / 2
-        above = _margin_rates(margins, np.exp(middle)).mean() > rate
+        above = margin_rates(margins, np.exp(middle)).mean() > rate
         low, high = (low, middle) if above else (middle, high)
     return float(np.exp((low + high) / 2))
+
+
+def margin_rates(margins: np.ndarray, temperature: float) -> np.ndarray:
+    """Flip rates 1 / (1 + exp(|margin| / temperature)); see `flip_by_margin`."""
+    if not temperature > 0:
+        raise InputError(f"temperature {temperature} must be positive")
+    # The exponent is never positive, so exp cannot overflow.
+    fall = np.exp(-np.abs(np.asarray(margins, np.float64)) / temperature)
+    return fall / (1 + fall)
 
 
 def flip_ties(ids: Sequence[str], *, share: float, seed: int) -> np.ndarray:
@@ -140,21 +150,12 @@ def flip_pairs(pairs: PreferenceDataset, flips: np.ndarray) -> PreferenceDataset
 
 
 def read_rates(path: str | Path) -> dict[str, float]:
-    """Flip rates by annotator, e.g. `{"ann": 0.1, "bob": 0.6}`, from a JSON file.
+    """Flip rates by name, e.g. `{"ann": 0.1, "bob": 0.6}`, from a JSON file.
 
     Raises:
       InputError: if it cannot be read, or is not an object of numbers from 0 to 1.
     """
-    check_regular(path)
-    try:
-        rates = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: cannot be read as JSON ({first_line(error)}); "
-            'write {"annotator": rate, ...}'
-        ) from error
-    if not isinstance(rates, dict) or not rates:
-        raise InputError(f'{path}: must be an object {{"annotator": rate, ...}}')
+    rates = read_object(path, '{"annotator": rate, ...}')
     for name, rate in rates.items():
         number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
         if not number or not 0 <= rate <= 1:
@@ -165,12 +166,26 @@ def read_rates(path: str | Path) -> dict[str, float]:
     return {name: float(rate) for name, rate in rates.items()}
 
 
-def _margin_rates(margins: np.ndarray, temperature: float) -> np.ndarray:
-    if not temperature > 0:
-        raise InputError(f"temperature {temperature} must be positive")
-    # The exponent is never positive, so exp cannot overflow.
-    fall = np.exp(-np.abs(np.asarray(margins, np.float64)) / temperature)
-    return fall / (1 + fall)
+def read_object(path: str | Path, form: str) -> dict[str, Any]:
+    """An object with at least one field, from a JSON file.
+
+    Args:
+      path: the file.
+      form: what it must look like, for errors.
+
+    Raises:
+      InputError: if it cannot be read, or contains something else.
+    """
+    check_regular(path)
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: cannot be read as JSON ({first_line(error)}); write {form}"
+        ) from error
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{path}: must be an object {form}")
+    return found
 
 
 def _check_rates(rates: np.ndarray) -> None:

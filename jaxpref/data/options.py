@@ -26,34 +26,110 @@ class InjectOptions:
     --loss.flip-rate."""
     seed: int | None = None
     """Seed of the choice of pairs to flip (default: 0)."""
+    rates: str | None = None
+    """JSON file of flip rates by annotator, such as {"ann": 0.1, "eve": 0.8}.  A rate
+    above 1/2 is an adversary's.  All other pairs are flipped at --inject.flip-rate."""
+    by: str | None = None
+    """Field of the records whose values --inject.rates names, such as source (default:
+    annotator)."""
     annotators: str | None = None
-    """JSON file of flip rates by annotator, such as {"ann": 0.1, "bob": 0.6}.  Pairs of
-    other annotators are flipped at --inject.flip-rate."""
-    longer: float | None = None
-    """Flip rate of the training pairs whose chosen completion has more characters than
-    the rejected one.  The others are flipped at --inject.flip-rate."""
+    """JSON file of simulated annotators, such as {"ann": {"share": 0.7, "flip_rate":
+    0.05}, "eve": {"share": 0.3, "prefer_longer": 0.5}}.  Every training pair gets one
+    of them as its annotator, with their shares as probabilities."""
+    prefer_longer: float | None = None
+    """Share of the training labels that are given by length alone: the completion with
+    more characters is chosen.  --inject.flip-rate applies to the others."""
+    topic: str | None = None
+    """Regular expression, such as (?i)tax.  Pairs whose prompt contains a match are
+    flipped at --inject.topic-rate, all others at --inject.flip-rate."""
+    topic_rate: float | None = None
+    """Flip rate of the pairs that --inject.topic finds."""
+    margins: str | None = None
+    """Field of the records with a number that is large, positive or negative, for clear
+    pairs.  The flip rate is 1 / (1 + exp(|number| / temperature))."""
+    temperature: float | None = None
+    """Unit of --inject.margins: a pair at this number is flipped at a rate of 0.27."""
 
     def __post_init__(self):
-        if self.flip_rate is not None and not 0 <= self.flip_rate <= 1:
-            raise InputError(f"inject.flip_rate {self.flip_rate} must be from 0 to 1")
-        if self.longer is not None and not 0 <= self.longer <= 1:
-            raise InputError(f"inject.longer {self.longer} must be from 0 to 1")
-        if self.annotators and self.longer is not None:
-            raise InputError(
-                "inject.annotators and inject.longer both set flip rates of pairs; "
-                "give one of them"
-            )
-        rates = (self.flip_rate, self.annotators, self.longer)
-        if self.seed is not None and all(rate is None for rate in rates):
+        for name in ("flip_rate", "prefer_longer", "topic_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"inject.{name} {value} must be from 0 to 1")
+        if self.temperature is not None and not self.temperature > 0:
+            raise InputError(f"inject.temperature {self.temperature} must be positive")
+        self._check_alone()
+        self._check_together()
+        noise = (self.flip_rate, self.prefer_longer, *self._own_rates.values())
+        if self.seed is not None and all(option is None for option in noise):
             raise InputError(
                 f"inject.seed {self.seed}: nothing is flipped, so it has no effect; "
                 "give a rate, such as --inject.flip-rate, or leave it out"
             )
 
     @property
+    def _own_rates(self) -> dict[str, str | None]:
+        """The options that give pairs a flip rate of their own."""
+        return {
+            "rates": self.rates,
+            "annotators": self.annotators,
+            "topic": self.topic,
+            "margins": self.margins,
+        }
+
+    def _check_alone(self):
+        """Refuses options that contradict each other."""
+        given = [name for name, value in self._own_rates.items() if value is not None]
+        if len(given) > 1:
+            raise InputError(
+                f"inject.{given[0]} and inject.{given[1]} both set flip rates of pairs;"
+                " give one of them"
+            )
+        for name, others in (
+            ("annotators", ("flip_rate", "prefer_longer")),
+            ("margins", ("flip_rate",)),
+        ):
+            for other in others:
+                if None not in (getattr(self, name), getattr(self, other)):
+                    raise InputError(
+                        f"inject.{other}: inject.{name} sets the flip rate of every "
+                        "pair; give one of them"
+                    )
+
+    def _check_together(self):
+        """Refuses an option without the one that it belongs to."""
+        for name, needed in (
+            ("by", "rates"),
+            ("topic", "topic_rate"),
+            ("topic_rate", "topic"),
+            ("margins", "temperature"),
+            ("temperature", "margins"),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise InputError(
+                    f"inject.{name} has no effect without inject.{needed}; give both, "
+                    "or leave it out"
+                )
+
+    @property
     def active(self) -> bool:
         """Whether any pair may be flipped."""
-        return bool(self.flip_rate or self.longer or self.annotators)
+        rates = (self.flip_rate, self.prefer_longer, *self._own_rates.values())
+        return any(rates)
+
+    def describe(self) -> str:
+        """The noise in a few words, for a warning."""
+        by = self.by or "annotator"
+        parts = {
+            f"flip rate {self.flip_rate}": self.flip_rate,
+            f"rates by {by} from {self.rates}": self.rates,
+            f"simulated annotators from {self.annotators}": self.annotators,
+            f"{self.prefer_longer} of the labels by length alone": self.prefer_longer,
+            f"flip rate {self.topic_rate} where the prompt matches {self.topic}": (
+                self.topic
+            ),
+            f"rates by |{self.margins}| / {self.temperature}": self.margins,
+        }
+        return ", ".join(text for text, value in parts.items() if value)
 
 
 @dataclasses.dataclass(frozen=True)

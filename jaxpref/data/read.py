@@ -89,7 +89,8 @@ def read_datasets(
     shared = count_shared(splits.train, splits.heldout, bos=tokenizer.bos_token_id)
     _report_shared(shared, train, heldout, allowed=options.allow_shared_prompts)
     if options.inject.active:
-        log(injection_warning(splits.report["flipped"], len(splits.train)))
+        flipped, count = splits.report["flipped"], len(splits.train)
+        log(injection_warning(flipped, count, options.inject.describe()))
     read = [(sources, splits.train), (evaluated, splits.heldout)]
     for name, folder in scored_by.items():
         check_same_tokenizer(tokenizer, folder, read, options, name=name)
@@ -124,9 +125,15 @@ def _report_shared(
         )
 
 
-def injection_warning(flipped: int, pairs: int) -> str:
-    """A line with the number of training labels that were flipped on purpose."""
+def injection_warning(flipped: int, pairs: int, noise: str) -> str:
+    """A line with the number of training labels that were flipped on purpose, and how.
+
+    Args:
+      flipped: number of flipped training labels.
+      pairs: number of training pairs.
+      noise: what was injected, from `InjectOptions.describe`.
+    """
     return (
         f"warning: {flipped:,} of {pairs:,} training labels ({flipped / pairs:.1%}) "
-        "were flipped on purpose (--inject)"
+        f"were flipped on purpose (--inject: {noise})"
     )

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.inject import Noise, fields_read, read_noise
 from jaxpref.data.labels import exchanged
-from jaxpref.data.noise import flip_symmetric, read_rates
-from jaxpref.data.options import DEFAULTS, DataOptions, InjectOptions
+from jaxpref.data.options import DEFAULTS, DataOptions
 from jaxpref.data.records import (
     IDENTICAL,
     Example,
@@ -171,23 +171,19 @@ def _make_splits(
         raise InputError(
             "--inject needs pairs: a single completion has no label to flip"
         )
-    rates = read_rates(options.inject.annotators) if options.inject.annotators else {}
+    noise = read_noise(options.inject)
     counts = collections.Counter()
     train, heldout = DatasetBuilder(sides), DatasetBuilder(sides)
     fields = FieldUse()
     for pair in _read(parts, tokenizer, options, sides, counts, fields, whole_turns):
-        _add(train, heldout, pair, options, rates, counts)
+        _add(train, heldout, pair, options, noise, counts)
     place = f"{parts[0][0].location(0)} and all after it"
     counts.update(train=len(train), heldout=len(heldout))
     if not len(train) + len(heldout):
         dropped = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
         raise InputError(f"{place}: no record is left ({dropped})")
+    noise.check_used(place)
     names = sorted(train.annotators() | heldout.annotators())
-    if rates and not rates.keys() & set(names):
-        raise InputError(
-            f"{options.inject.annotators}: no pair of {place} is by one of its "
-            f"annotators; those of the pairs are {', '.join(names[:5]) or 'not named'}"
-        )
     datasets = (train.build(names), heldout.build(names))
     digest = hashlib.sha256("".join(x.digest() for x in datasets).encode()).hexdigest()
     return Splits(*datasets, report=dict(counts), digest=digest, fields=fields)
@@ -200,6 +196,8 @@ class _Pair:
     source: int
     """Index of its source."""
     row: int
+    place: str
+    """"file row n", for errors."""
     record_id: str
     """The id of the whole record."""
     example: Example
@@ -230,10 +228,10 @@ def _read(
             number, source, to_pairs, options, sides, counts, records, fields
         )
         for pairs in chunks:
-            heartbeat.beat(f"reading {source.location(pairs[-1].row)}")
+            heartbeat.beat(f"reading {pairs[-1].place}")
             results = tokenize(
                 [pair.example for pair in pairs],
-                [source.location(pair.row) for pair in pairs],
+                [pair.place for pair in pairs],
                 tokenizer,
                 max_length=options.longest,
                 max_prompt_length=options.max_prompt_length,
@@ -256,16 +254,16 @@ def _add(
     heldout: DatasetBuilder,
     pair: _TokenizedPair,
     options: DataOptions,
-    rates: Mapping[str, float],
+    noise: Noise,
     counts: collections.Counter,
 ) -> None:
     """Decides the split and label of a pair, and stores it."""
     example, tokens = pair.example, pair.tokens
     (u,) = hash_uniforms([split_key(example.prompt)], salt="heldout")
     hold = u < options.heldout_share
-    rate = _flip_rate(example, options.inject, rates)
-    (flip,) = flip_symmetric([pair.record_id], rate=rate, seed=options.inject.seed or 0)
-    flip = bool(flip) and not hold
+    annotator, flip = example.annotator, False
+    if options.inject.active and not hold:
+        annotator, flip = noise.label(example, pair.record_id, pair.place)
     counts["prompts cut"] += tokens.prompt_cut
     counts["completions cut"] += tokens.completions_cut
     counts["traces cut"] += tokens.traces_cut
@@ -283,22 +281,9 @@ def _add(
         tokens.prompt,
         tokens.completions[::-1] if flip else tokens.completions,
         id=pair.id,
-        annotator=example.annotator,
+        annotator=annotator,
         columns=columns | (exchanged(example.labels) if flip else example.labels),
     )
-
-
-def _flip_rate(
-    example: Example, inject: InjectOptions, rates: Mapping[str, float]
-) -> float:
-    """The flip rate of this pair, by annotator, by length, or the general rate."""
-    if example.annotator is not None and example.annotator in rates:
-        return rates[example.annotator]
-    if inject.longer is not None:
-        # Characters, not tokens, so that the same pairs are flipped for any model.
-        chosen, rejected = (len(text) for text in example.texts)
-        return inject.longer if chosen > rejected else inject.flip_rate or 0.0
-    return inject.flip_rate or 0.0
 
 
 def _unique_id(example: Example, copies: collections.Counter) -> str:
@@ -333,6 +318,7 @@ def _chunks(
             drop_empty=options.drop_empty,
             labels=options.labels,
             ignore_fields=options.ignore_fields,
+            values=fields_read(options.inject),
             fields=fields,
         )
         counts["rows"] += 1
@@ -344,7 +330,7 @@ def _chunks(
             if pair.is_identical:
                 counts[f"dropped: {IDENTICAL}"] += 1
                 continue
-            items.append(_Pair(number, row, record_id, pair))
+            items.append(_Pair(number, row, place, record_id, pair))
             characters += pair.num_characters()
         if len(items) >= size or characters >= _CHUNK_CHARACTERS:
             yield items

@@ -4,6 +4,8 @@ from jaxpref.objectives.beta_dpo import beta_dpo as beta_dpo
 from jaxpref.objectives.bound_loss import Loss as Loss
 from jaxpref.objectives.co_training import crm as crm
 from jaxpref.objectives.inputs import Inputs as Inputs
+from jaxpref.objectives.instance_noise import instance_noise as instance_noise
+from jaxpref.objectives.instance_noise import known_rates as known_rates
 from jaxpref.objectives.learned_noise import em as em
 from jaxpref.objectives.learned_noise import em_weighted as em_weighted
 from jaxpref.objectives.learned_noise import learned_rate as learned_rate
@@ -19,7 +21,7 @@ from jaxpref.objectives.trace_mixture import bvpo as bvpo
 FACTORIES = (beta_dpo, reward_regression, sft)
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
 
-WRAPPERS = (crm, em, em_weighted, learned_rate, re_po)
+WRAPPERS = (crm, em, em_weighted, instance_noise, known_rates, learned_rate, re_po)
 """`wrap(loss, **options)`: learn something besides the model, for a pairwise loss."""
 
 MIXTURES = (bvpo,)

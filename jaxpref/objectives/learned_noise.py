@@ -172,7 +172,7 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
             "noise/temperature": before.temperature,
         }
 
-    return _wrapping(
+    return wrapping(
         "learned_rate",
         bound,
         {"memory": memory},
@@ -184,18 +184,24 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
     )
 
 
-def _wrapping(
-    name: str, bound: BoundLoss, own: Mapping[str, Any], **functions
+def wrapping(
+    name: str, bound: BoundLoss, own: Mapping[str, Any], **fields: Any
 ) -> Objective:
-    """An objective that wraps a loss, with its own hyperparameters and functions."""
+    """An objective that wraps a loss.
+
+    Args:
+      name: the name of the objective, without the loss.
+      bound: the loss.
+      own: the objective's own hyperparameters.
+      **fields: further fields of `Objective`.
+    """
     return Objective(
         name=f"{name}_{bound.name}",
         options={"loss": {"name": bound.name, **bound.options}, **own},
-        reads=bound.logit_reads(),
         metrics=reward_metrics(
             bound.reads, bound.options, per_token=per_token_reward(bound.function)
         ),
-        **functions,
+        **{"reads": bound.logit_reads(), **fields},
     )
 
 
@@ -228,7 +234,7 @@ def _em(
             "noise/posterior_flipped": mean_over(right, real & inputs.batch.is_flipped),
         }
 
-    return _wrapping(name, bound, own, losses=pair_losses, init=init, learn=learn)
+    return wrapping(name, bound, own, losses=pair_losses, init=init, learn=learn)
 
 
 def _likelihood(inputs: Inputs, logits: Array, right: Array) -> Array:

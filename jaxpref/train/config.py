@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxpref.data import DataOptions, MixOptions
+from jaxpref.data.labels import WEIGHTS
 from jaxpref.errors import InputError
 from jaxpref.files import RUN, RUN_FILES
 from jaxpref.objectives.objective import Objective
@@ -42,6 +43,7 @@ CHECKED_BY_CONTENT = (
     "reference",
     "eval_data",
     "mix.empty_data",
+    "options.inject.rates",
     "options.inject.annotators",
 )
 """Fields that name files: checkpoints carry digests of their contents."""
@@ -86,7 +88,7 @@ class TrainConfig(RunOptions):
                 "records; name the fields: "
                 + " ".join(f"{flag(name)} FIELD" for name in missing)
             )
-        for name in sorted(named.keys() - read):
+        for name in sorted(named.keys() - read - {WEIGHTS}):
             raise InputError(
                 f"{flag(name)} {named[name]}: {self.objective.name} does not read it"
             )
@@ -134,6 +136,7 @@ def open_run(config: TrainConfig, described: dict[str, Any]) -> Iterator[Path]:
         "--data": config.data,
         "--reference": config.reference,
         "--eval-data": config.eval_data,
+        "--inject.rates": config.options.inject.rates,
         "--inject.annotators": config.options.inject.annotators,
         "--empty-data": config.mix and config.mix.empty_data,
     }

@@ -201,7 +201,7 @@ def test_a_pipe_in_place_of_a_file(inputs, refuse, what):
     os.mkfifo(path)
     options = {
         "options": ["--config", path],
-        "rates": ["--inject.annotators", path],
+        "rates": ["--inject.rates", path],
         "held-out data": ["--eval-data", path],
         "compressed data": ["--eval-data", path],
     }

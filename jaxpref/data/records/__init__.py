@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
-from jaxpref.data.labels import NONE, LabelFields, read_labels
+from jaxpref.data.labels import NONE, LabelFields, field_value, read_labels
 from jaxpref.data.records import (
     dialogues,
     messages,
@@ -86,6 +86,7 @@ def parse(
     drop_empty: bool = False,
     labels: LabelFields = NONE,
     ignore_fields: Collection[str] = (),
+    values: Collection[str] = (),
     fields: FieldUse | None = None,
 ) -> Example | str:
     """Parses a record in any of the formats.
@@ -102,6 +103,7 @@ def parse(
       drop_empty: return EMPTY for an empty completion instead of raising.
       labels: fields with numbers that a loss reads.
       ignore_fields: fields to ignore.
+      values: fields to keep as they are, in `Example.values`; None if absent.
       fields: counts which fields are read.
 
     Returns:
@@ -140,6 +142,7 @@ def parse(
         annotator=annotator,
         labels=read_labels(tracked, where, labels),
         ended=ended,
+        values={name: field_value(tracked, name) for name in values},
     )
     check_unread(tracked, where)
     if fields is not None:

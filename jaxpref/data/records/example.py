@@ -39,6 +39,8 @@ class Example:
     """What the chat template receives besides the messages, such as `tools`."""
     ended: tuple[bool, ...] = ()
     """Whether each completion is complete; empty if all are."""
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further fields of the record, by the names that `parse` was asked for."""
 
     @property
     def is_conversation(self) -> bool:

@@ -1,0 +1,327 @@
+"""Estimates of flip rates that depend on the pair (`jaxpref.noise.instance`).
+
+While a model trains, its margins of the most recent labels are remembered, each from
+before the model was trained on that label.  The coefficients are the most likely ones
+given these margins and the prior.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxpref.noise import _common
+from jaxpref.noise.instance import Coefficients, Features, Prior, center, rates_of, row
+from jaxpref.noise.rate import WIDEST
+from jaxpref.sharding import replicated
+
+__all__ = ["Estimate", "Labels", "describe", "fit", "no_labels", "remember"]
+
+SCALE_SPREAD = 1.4
+"""Prior standard deviation of t: two of three models are calibrated within a factor of
+4."""
+LONGEST_STEP = 0.5
+"""The longest step of a coefficient, in prior standard deviations."""
+SIZES = (1.0, 0.5, 0.25, 0.1, 0.0)
+"""Sizes to choose from for a step, since a full one may go too far."""
+BLOCK = 256
+"""Labels that are summed at once: a matrix product per block needs little memory."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """N labels, or places for them."""
+
+    margins: Float[Array, " N"]
+    """z, nats, positive where the model agrees with the label."""
+    features: Features
+    """Of the pairs as labeled; [N, E] and [N, O]."""
+    annotators: Int[Array, " N"]
+    """Index of the annotator; -1 if unknown."""
+    where: Bool[Array, " N"]
+    """Which of them are real."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The flip rates of labels, and how well they are known."""
+
+    rate: Float[Array, ""]
+    """The mean probability that a label is wrong, before looking at the label."""
+    spread: Float[Array, ""]
+    """The standard deviation of that probability over pairs."""
+    lower: Float[Array, ""]
+    """Lower end of the interval of the mean rate."""
+    upper: Float[Array, ""]
+    """Upper end of the interval of the mean rate."""
+    identified: Bool[Array, ""]
+    """Whether the interval is short, and its length is due to the labels and not to the
+    prior; if not, report the interval, not `rate`."""
+    information: Float[Array, " P"]
+    """1 - posterior / prior variance of each coefficient of w_0: 0 if the labels say
+    nothing about it, 1 if they determine it.  The variance between annotators is part
+    of the posterior, so that it stays below 1 if there are few of them."""
+
+
+def no_labels(prior: Prior, size: int) -> Labels:
+    """Places for `size` labels, all empty."""
+    features = Features(
+        jnp.zeros((size, len(prior.even)), jnp.float32),
+        jnp.zeros((size, len(prior.odd)), jnp.float32),
+    )
+    return Labels(
+        margins=jnp.zeros(size, jnp.float32),
+        features=features,
+        annotators=jnp.full(size, -1, jnp.int32),
+        where=jnp.zeros(size, bool),
+    )
+
+
+def flat(
+    margin_logits: Float[Array, "*batch"],
+    features: Features,
+    annotators: Int[Array, "*batch"],
+    where: Bool[Array, "*batch"],
+) -> Labels:
+    """The labels of a global batch, on every device; zeros where `where` is false."""
+    arrays = margin_logits, features, annotators, where
+    z, features, annotators, where = jax.tree.map(replicated, arrays)
+    z = jax.lax.stop_gradient(_common.floating(z))
+    column = lambda x: jnp.where(where[..., None], x, 0).reshape(
+        where.size, x.shape[-1]
+    )
+    return Labels(
+        margins=_common.finite(jnp.where(where, z, 0)).ravel(),
+        features=jax.tree.map(column, features),
+        annotators=jnp.where(where, annotators, -1).ravel(),
+        where=where.ravel(),
+    )
+
+
+def remember(labels: Labels, new: Labels) -> Labels:
+    """The newest labels of both, as many as fit into `labels`.
+
+    The result begins with the new labels, followed by the old ones in their order.
+    Empty places are last.
+    """
+    size = len(labels.where)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, labels)
+    # A stable sort, real labels first.
+    order = jnp.argsort(~both.where)[:size]
+    return jax.tree.map(lambda x, old: x[order].astype(old.dtype), both, labels)
+
+
+def fit(
+    coefficients: Coefficients, labels: Labels, *, prior: Prior, steps: int = 20
+) -> Coefficients:
+    """The most likely coefficients given the labels and the prior.
+
+    By Fisher scoring, with the step of each coefficient limited to half a standard
+    deviation of its prior, and a line search.  The annotators' d_k are eliminated one
+    by one, so that the cost grows linearly with their number.  The likelihood may have
+    several maxima: start from one constant rate.
+
+    Args:
+      coefficients: where to start, from `instance.initial` or an earlier fit.
+      labels: margins, features and annotators.
+      prior: the prior.
+      steps: number of steps; one or two are enough after a few new labels.
+
+    Returns:
+      The new coefficients.
+    """
+
+    def step(_, now: Coefficients) -> Coefficients:
+        score, information = _score_and_information(now, labels, prior)
+        between, variance = _between(now.own, prior), _variances(prior)
+        pull = (now.common - center(prior)) / variance
+        own_score = score[:, 1:]
+        own_score = own_score - (now.own / between if between else 0.0)
+        common_step, own_step = _solve(
+            information, jnp.sum(score, 0) - pull, own_score, prior
+        )
+        limit = lambda x, spread: jnp.clip(
+            x, -LONGEST_STEP * spread, LONGEST_STEP * spread
+        )
+        common_step = limit(common_step, jnp.sqrt(variance))
+        own_step = limit(own_step, prior.annotators)
+        tried = jax.vmap(
+            lambda size: Coefficients(
+                now.common + size * common_step, now.own + size * own_step
+            )
+        )(jnp.asarray(SIZES, now.common.dtype))
+        base, _, _ = _probability(now, labels, prior)
+        costs = jax.vmap(lambda x: _cost(x, labels, prior, base))(tried)
+        return jax.tree.map(lambda x: x[jnp.argmin(costs)], tried)
+
+    return jax.lax.fori_loop(0, steps, step, coefficients)
+
+
+def describe(coefficients: Coefficients, labels: Labels, *, prior: Prior) -> Estimate:
+    """The flip rates of the labels, and how well they are known.
+
+    The interval is the mean rate +- 1.96 standard deviations of the posterior of w_0
+    and d_k, by the delta method.
+
+    Args:
+      coefficients: from `fit` to these labels.
+      labels: margins, features and annotators.
+      prior: the prior.
+    """
+    count = jnp.maximum(jnp.sum(labels.where), 1)
+    mean = lambda x: jnp.sum(jnp.where(labels.where, x, 0)) / count
+    better = jax.nn.sigmoid(_scaled(coefficients.common, labels))
+
+    def rates(coefficients):
+        """The probability of a flip, whichever answer is better."""
+        one, other = _rates(coefficients, labels, prior)
+        return better * one + (1 - better) * other
+
+    each = rates(coefficients)
+    rate, slopes = jax.value_and_grad(lambda x: mean(rates(x)))(coefficients)
+    _, information = _score_and_information(coefficients, labels, prior)
+    common, own = _solve(information, slopes.common, slopes.own, prior)
+    variance = jnp.sum(slopes.common * common) + jnp.sum(slopes.own * own)
+    deviation = jnp.sqrt(jnp.maximum(variance, 0))
+    before = jnp.sum(slopes.common**2 * _variances(prior))
+    before += jnp.sum(slopes.own**2) * _between(slopes.own, prior)
+    lower = jnp.maximum(rate - 1.96 * deviation, 0)
+    upper = jnp.minimum(rate + 1.96 * deviation, prior.largest)
+    eye = jnp.eye(len(coefficients.common), dtype=each.dtype)
+    none = jnp.zeros((*coefficients.own.shape, len(eye)), each.dtype)
+    covariance, _ = _solve(information, eye, none, prior)
+    known = 1 - jnp.diag(covariance) / _variances(prior)
+    return Estimate(
+        rate=rate,
+        spread=jnp.sqrt(mean(jnp.square(each - rate))),
+        lower=lower,
+        upper=upper,
+        identified=(upper - lower < WIDEST) & (variance < before / 4),
+        information=known[1:],
+    )
+
+
+def _variances(prior: Prior) -> Float[Array, " M"]:
+    """The prior variances of (t, w_0)."""
+    spreads = (SCALE_SPREAD, prior.spread, *prior.even, *prior.odd)
+    return jnp.square(jnp.asarray(spreads, jnp.float32))
+
+
+def _between(own: Array, prior: Prior) -> float:
+    """The prior variance of d_k; 0 if there is only one group of pairs."""
+    return prior.annotators**2 if len(own) > 1 else 0.0
+
+
+def _scaled(common: Float[Array, " M"], labels: Labels) -> Float[Array, " N"]:
+    """The margin of the estimate: exp(t) z."""
+    return jnp.exp(common[0]) * labels.margins
+
+
+def _index(labels: Labels, num_rows: int) -> Int[Array, " N"]:
+    """The row of each label's annotator; the last one if it is unknown."""
+    return jnp.where(labels.annotators < 0, num_rows - 1, labels.annotators)
+
+
+def _rates(
+    coefficients: Coefficients, labels: Labels, prior: Prior
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    own = coefficients.own[_index(labels, len(coefficients.own))]
+    weights = own + coefficients.common[1:]
+    return rates_of(weights, labels.features, prior=prior)
+
+
+def _probability(
+    coefficients: Coefficients, labels: Labels, prior: Prior
+) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
+    """P(label); (e, e'); and the model's probabilities (s(exp(t) z), s(-exp(t) z))."""
+    margin = _scaled(coefficients.common, labels)
+    rate, swapped = _rates(coefficients, labels, prior)
+    better, worse = jax.nn.sigmoid(margin), jax.nn.sigmoid(-margin)
+    probability = (1 - rate) * better + swapped * worse
+    # Keeps the information finite where the label is certain.
+    probability = jnp.clip(probability, 1e-6, 1 - 1e-6)
+    return probability, (rate, swapped), (better, worse)
+
+
+def _cost(
+    coefficients: Coefficients, labels: Labels, prior: Prior, base: Array
+) -> Float[Array, ""]:
+    """What `fit` minimizes: -log P(labels) / base - log prior, nats; base [N]."""
+    probability, _, _ = _probability(coefficients, labels, prior)
+    away = jnp.square(coefficients.common - center(prior)) / _variances(prior)
+    between = _between(coefficients.own, prior)
+    own = jnp.sum(jnp.square(coefficients.own)) / between if between else 0.0
+    gains = jnp.where(labels.where, jnp.log(probability / base), 0)
+    nll = -_dot(jnp.ones_like(gains), gains)
+    return nll + (jnp.sum(away) + own) / 2
+
+
+def _score_and_information(
+    coefficients: Coefficients, labels: Labels, prior: Prior
+) -> tuple[Float[Array, "annotators M"], Float[Array, "annotators M M"]]:
+    """Of each annotator's labels about (t, w)."""
+    features = labels.features
+    probability, (rate, swapped), (better, worse) = _probability(
+        coefficients, labels, prior
+    )
+    by_margin = (1 - rate - swapped) * better * worse
+    by_rate = lambda rate, x: (rate * (1 - rate / prior.largest))[:, None] * row(x)
+    by_weights = worse[:, None] * by_rate(swapped, features.swapped())
+    by_weights -= better[:, None] * by_rate(rate, features)
+    by_scale = (by_margin * jnp.exp(coefficients.common[0]) * labels.margins)[:, None]
+    slope = jnp.concatenate([by_scale, by_weights], axis=1)
+    real, num_rows = labels.where.astype(slope.dtype), len(coefficients.own)
+    total = lambda x: _sums(x, _index(labels, num_rows), num_rows)
+    weight = real / (probability * (1 - probability))
+    products = slope[:, :, None] * slope[:, None, :]
+    score = total((real / probability)[:, None] * slope)
+    return score, total(weight[:, None, None] * products)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """A matrix product.  XLA on CPU (jax 0.10 to 0.12) miscomputes the fused sums."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _sums(values: Array, index: Int[Array, " N"], num_rows: int) -> Array:
+    """The sum of the values [N, ...] of each annotator, [annotators, ...]."""
+    missing = -len(index) % BLOCK
+    pad = lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    block = lambda x: jnp.reshape(x, (-1, BLOCK, *x.shape[1:]))
+
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        values, index = part
+        own = (index == jnp.arange(num_rows)[:, None]).astype(values.dtype)
+        return total + _dot(own, values), None
+
+    flat = values.reshape(len(index), -1)
+    zeros = jnp.zeros((num_rows, flat.shape[1]), values.dtype)
+    total, _ = jax.lax.scan(add, zeros, (block(pad(flat)), block(pad(index))))
+    return total.reshape(num_rows, *values.shape[1:])
+
+
+def _solve(
+    information: Array, common: Array, own: Array, prior: Prior
+) -> tuple[Array, Array]:
+    """(F + prior precision)^-1 times a vector, in parts for (t, w_0) and for d_k.
+
+    The d_k are eliminated first.  The information about d_k and about w_0 is the same.
+    """
+    product = functools.partial(jnp.einsum, precision="highest")
+    cross = information[:, 1:]  # [annotators, P, M]
+    inside = cross[:, :, 1:]
+    variance = _between(own, prior)
+    eye = jnp.eye(inside.shape[-1], dtype=own.dtype)
+    # (inside + 1 / variance)^-1, also for a variance of 0.
+    inverse = variance * jnp.linalg.inv(eye + variance * inside)
+    precision = jnp.diag(1 / _variances(prior))
+    reduced = product("kpm,kpq,kqn->mn", cross, inverse, cross)
+    curvature = jnp.sum(information, 0) + precision - reduced
+    towards = product("kpq,kq...->kp...", inverse, own)
+    common = common - product("kpm,kp...->m...", cross, towards)
+    common = jnp.linalg.solve(curvature, common)
+    return common, towards - product("kpq,kqm,m...->kp...", inverse, cross, common)
