@@ -4,7 +4,7 @@ Claims
     Other libraries take the flip rate as a number that the user must guess.  Here it is
     learned while the policy trains (`--objective learned_rate`), from how often the
     policy's more confident margins agree with labels that it has not yet seen.  The
-    temperature of the margins is learned as well.  Cao et al. 2025 (RE-PO,
+    temperatures of the margins are learned as well.  Cao et al. 2025 (RE-PO,
     arXiv:2509.24159) learn the rate by EM, which stays near its prior at 40% flips.
 
 Commands
@@ -41,6 +41,8 @@ Expected
 
     AUROC of planted flips, as a share of the true reward's: at 20% 0.86 to 0.87 for
     every method, at 40% DPO 0.75, EM 0.78, learned 0.77, known 0.79 (spread 0.04).
+    The rows "learned rate" were measured with an earlier estimator, which assumed one
+    temperature for the whole pass, and have not been measured again.
     Time: about 45 minutes on two cores busy with other work (jax 0.10.2, CPU).
 
 Goals, and which were missed

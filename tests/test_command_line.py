@@ -129,10 +129,10 @@ def test_options_of_loss_and_objective_reach_them():
     assert wrapped.options["loss"] == {"name": "dpo", "beta": 0.3}
     assert wrapped.options["memory"] == 1e4
     words = ["--objective", "bvpo", "--objective.alpha", "0.25"]
-    words += ["--objective.noise", "learned_rate"]
+    words += ["--objective.noise", "em"]
     words += ["--objective.noise.memory", "500"]
     mixed = objective_of(*words)
-    assert mixed.name == "bvpo_learned_rate_dpo"
+    assert mixed.name == "bvpo_em_dpo"
     assert mixed.options["alpha"] == 0.25
     assert mixed.options["objective"]["memory"] == 500
 
@@ -162,7 +162,7 @@ COMPLETIONS = {
     "train --loss rdpo --loss.": ["--loss.beta", "--loss.flip-rate"],
     "train --loss ipo --loss.": ["--loss.beta"],
     "train --objective re": ["re_po"],
-    "train --objective learned_rate --objective.m": ["--objective.memory"],
+    "train --objective em --objective.m": ["--objective.memory"],
     "train --objective bvpo --empty": ["--empty-data", "--empty-share"],
     "train --objective bvpo --objective.noise em --objective.noise.m": [
         "--objective.noise.memory"

@@ -1,5 +1,6 @@
 """Objectives that learn the noise: known limits, layouts, and what they remember."""
 
+import dataclasses
 import functools
 
 import jax
@@ -117,22 +118,50 @@ def test_learned_rate_begins_as_forward_dpo_at_one_quarter(pairs):  # noqa: F811
 
 
 def test_learned_rate_is_that_of_the_margins_seen():
-    """Whatever was padded, and old batches fade."""
+    """Counting ends when one of the first 64 pairs returns."""
     rng = np.random.default_rng(0)
     batches = [np.abs(rng.normal(0, 4, 400)) for _ in range(3)]
     batches = [np.where(rng.random(400) < 0.3, -z, z) for z in batches]
-    objective = learned_rate(UNIT, memory=1000.0)
+    objective = learned_rate(UNIT)
     counts, state = running.no_counts(), objective.init(0)
-    for z in batches:
+    for n, z in enumerate(batches):
         before = running.posterior(counts)
-        counts = running.count(counts, jnp.asarray(z, jnp.float32), memory=1000.0)
-        _, state, metrics = step_on_margins(objective, z, state)
+        counts = running.count(counts, jnp.asarray(z, jnp.float32))
+        _, state, metrics = step_on_margins(objective, z, state, first_pair=400 * n)
     after = running.posterior(counts)
-    np.testing.assert_allclose(running.posterior(state).rate, after.rate, rtol=1e-5)
+    np.testing.assert_allclose(state["pooled"].rate, after.rate, rtol=1e-5)
     # Metrics are of the state that the step began with.
     shown = [metrics[f"noise/{name}"] for name in ("flip_rate", "temperature")]
     np.testing.assert_allclose(shown, [before.rate, before.temperature], rtol=1e-5)
     assert metrics["noise/flip_rate_lower"] < metrics["noise/flip_rate_upper"]
+    for first_pair in (390, 1200):  # neither holds one of the first 64 pairs
+        _, again, _ = step_on_margins(
+            objective, batches[0], state, first_pair=first_pair
+        )
+        assert again["counts"].labels == 1600 and not again["ended"]
+    for first_pair in (60, 1200):
+        _, state, _ = step_on_margins(
+            objective, batches[0], state, first_pair=first_pair
+        )
+        assert state["counts"].labels == 1200 and state["ended"]
+
+
+def test_every_annotator_has_its_learned_rate():
+    """The gradient in z is (2 e - 1) s(z) s(-z) / P; unknown: the rate of all."""
+    margins, annotators = np.array([2.0, -1.0, 0.5, np.nan]), [0, 1, -1, 0]
+    objective = learned_rate(UNIT)
+    state = objective.init(2)
+    rates = jnp.array([0.1, 0.4])
+    state["annotators"] = dataclasses.replace(state["annotators"], rate=rates)
+    z, e = margins[:3], np.array([0.1, 0.4, 0.25])
+    p = (1 - e) * expit(z) + e * expit(-z)
+    expected = np.mean(z * (2 * e - 1) * expit(z) * expit(-z) / p)
+    found, state, metrics = step_on_margins(objective, margins, state, annotators)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert state["annotator_counts"].sum((1, 2)).tolist() == [1, 1]
+    assert metrics["noise/annotator_spread"] > 0
+    # A checkpoint cannot hold empty arrays.
+    assert all(leaf.size for leaf in jax.tree.leaves(objective.init(0)))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +188,6 @@ def test_losses_of_a_token_have_rewards_of_a_token(pairs, make):  # noqa: F811
         (em, {"memory": 0}, "memory 0"),
         (re_po, {"reliability": 1.0}, "reliability 1.0"),
         (re_po, {"momentum": 1.0}, "momentum 1.0"),
-        (learned_rate, {"memory": 0}, "memory 0"),
         (em, {"loss": functools.partial(losses.dpo, beta=-1.0)}, "beta > 0"),
         (em, {"loss": functools.partial(losses.dpo, gamma=1.0)}, "gamma"),
     ],

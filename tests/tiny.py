@@ -108,7 +108,7 @@ def padded_batches(dataset, *, seed=0, reference=None, **sizes):
     return layout.batches(dataset, order, reference=reference, threads=0)
 
 
-def step_on_margins(objective, margins, state, annotators=None):
+def step_on_margins(objective, margins, state, annotators=None, *, first_pair=0):
     """One step of an objective on pairs whose log-ratio margins are given.
 
     The only parameter is a factor w of all margins, at w = 1.  The chosen answer's
@@ -119,6 +119,7 @@ def step_on_margins(objective, margins, state, annotators=None):
       margins: the margin of each pair in nats, [N]; NaN is an empty slot.
       state: the objective's state before the step.
       annotators: index of each pair's annotator; all unknown by default.
+      first_pair: index of the first pair in the dataset.
 
     Returns:
       The gradient in w, the state after the step, and the metrics.
@@ -130,7 +131,7 @@ def step_on_margins(objective, margins, state, annotators=None):
     shape = (1, len(margins), 1)
     blank = np.zeros((*shape, 0), np.int32)
     annotators = np.full(len(margins), -1) if annotators is None else annotators
-    pairs = np.where(np.isnan(margins), -1, np.arange(len(margins)))
+    pairs = np.where(np.isnan(margins), -1, first_pair + np.arange(len(margins)))
     batch = PreferenceBatch(
         tokens=blank,
         lengths=np.zeros(shape, np.int32),

@@ -1,7 +1,7 @@
 """Objectives that learn how noisy the labels are during training.
 
 Each wraps a pairwise loss.  What it learns is the objective's state: one
-reliability per annotator, or one flip rate.  It is checkpointed with the model.
+reliability or flip rate per annotator.  It is checkpointed with the model.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpref.errors import InputError
+from jaxpref.noise import annotator_rates, running
 from jaxpref.noise import em as noise
-from jaxpref.noise import running
 from jaxpref.noise.rate import marginal_nll
 from jaxpref.objectives.bound_loss import BoundLoss, Loss, bind
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.objectives.objective import Objective, State
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
+from jaxpref.sharding import replicated
+
+REMEMBERED = 64
+"""Pairs at the start of a run whose return ends the counting of `learned_rate`."""
 
 EStep = Callable[[Inputs, Array, Array], Array]
 """`(inputs, logits, posterior that the label is right) -> losses`."""
@@ -130,40 +134,71 @@ def re_po(loss: Loss, *, reliability: float = 0.9, momentum: float = 0.9) -> Obj
     return _em("re_po", bind(loss), own, init, step, _likelihood)
 
 
-def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
-    """One flip rate, learned with the policy by the likelihood of the labels.
+def learned_rate(loss: Loss) -> Objective:
+    """Flip rates, learned with the policy by the likelihood of the labels.
 
         loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(swapped) - loss(pair))
         e     = the most likely flip rate given the margins of past batches
 
     `em` weights each label by the posterior of an initially untrained policy, and so
     stays near its prior.  Here, e is estimated from how often large margins agree with
-    labels that the policy has not been trained on.  The temperature of the margins is
-    estimated together with it (`jaxpref.noise.running`).  In later epochs, the policy
-    has seen the labels, and the estimate of e is too small.
+    labels that the policy has not been trained on.  The scale of the margins grows
+    during the pass, so a temperature is estimated for each sixteenth of it
+    (`jaxpref.noise.running`).  Annotators have rates of their own, partially pooled
+    toward a common rate (`jaxpref.noise.annotator_rates`).  In the second pass, the
+    policy has seen the labels, and e would be too small.  So counting ends with the
+    first pass: when one of the first pairs returns.
 
     Args:
       loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
-      memory: labels after which an old one's weight is 1/e, since the margins change.
 
     Raises:
       InputError: if an option is wrong, or the loss couples the pairs of a batch.
 
     References:
       The marginal likelihood is RE-PO's, Cao et al., 2025, arXiv:2509.24159, Eq. 11.
-      The posterior of rate and temperature, instead of EM, is ours.
+      The likelihood of rate and temperatures, instead of EM, is ours.
     """
-    if not memory > 0:
-        raise InputError(f"learned_rate: memory {memory}: must be above 0")
     bound = bind(loss)
     logits = bound.logits()
 
-    def learn(inputs: Inputs, counts: State):
-        before = running.posterior(counts)
-        counts = running.count(
-            counts, logits(inputs), memory=memory, where=inputs.is_pair
-        )
-        return counts, {
+    def init(num_annotators: int) -> State:
+        counts = running.no_counts()
+        state = {
+            "counts": counts,
+            "pooled": running.posterior(counts),
+            "first_pairs": jnp.full(REMEMBERED, -1, jnp.int32),
+            "ended": jnp.zeros((), bool),
+        }
+        if not num_annotators:  # empty arrays cannot be checkpointed
+            return state
+        table = annotator_rates.no_counts(num_annotators)
+        return state | {
+            "annotator_counts": table,
+            "annotators": annotator_rates.posterior(table, state["pooled"]),
+        }
+
+    def losses(inputs: Inputs, state: State) -> Array:
+        rate = state["pooled"].rate
+        if "annotators" in state:
+            rates = jnp.append(state["annotators"].rate, rate)
+            rate = of_annotators(rates, inputs.annotators)
+        return marginal_nll(logits(inputs), rate)
+
+    def learn(inputs: Inputs, state: State):
+        z = logits(inputs)
+        ended, first_pairs = _first_pass(inputs, state)
+        where = inputs.is_pair & ~ended
+        counts = running.count(state["counts"], z, where=where)
+        pooled = running.posterior(counts)
+        before = state["pooled"]
+        new = {
+            "counts": counts,
+            "pooled": pooled,
+            "first_pairs": first_pairs,
+            "ended": ended,
+        }
+        metrics = {
             "noise/flip_rate": before.rate,
             "noise/flip_rate_lower": before.lower,
             "noise/flip_rate_upper": before.upper,
@@ -171,17 +206,26 @@ def learned_rate(loss: Loss, *, memory: float = 20_000.0) -> Objective:
             "noise/identified": before.identified.astype(jnp.float32),
             "noise/temperature": before.temperature,
         }
+        if "annotators" in state:
+            table = annotator_rates.count(
+                state["annotator_counts"], counts, z, inputs.annotators, where=where
+            )
+            new["annotator_counts"] = table
+            new["annotators"] = annotator_rates.posterior(table, pooled)
+            metrics["noise/annotator_spread"] = state["annotators"].spread
+        return new, metrics
 
-    return wrapping(
-        "learned_rate",
-        bound,
-        {"memory": memory},
-        losses=lambda inputs, counts: marginal_nll(
-            logits(inputs), running.posterior(counts).rate
-        ),
-        init=lambda _: running.no_counts(),
-        learn=learn,
-    )
+    return wrapping("learned_rate", bound, {}, losses=losses, init=init, learn=learn)
+
+
+def _first_pass(inputs: Inputs, state: State) -> tuple[Array, Array]:
+    """Whether the first pass over the pairs has ended, and the first pairs of it."""
+    pairs = replicated(jnp.asarray(inputs.batch.pair_index)).reshape(-1)
+    first = state["first_pairs"]
+    returned = jnp.any((pairs[:, None] == first) & (pairs[:, None] >= 0))
+    begins = state["counts"].labels == 0
+    new = jnp.pad(pairs, (0, REMEMBERED), constant_values=-1)[:REMEMBERED]
+    return state["ended"] | returned, jnp.where(begins, new, first)
 
 
 def wrapping(
