@@ -2,9 +2,9 @@
 
 Claim
     One symmetric correction of pooled labels helps little if annotators differ, and
-    does harm if some of the labels follow the length of the answers.  Who labeled what
-    and how well, if told, is worth most where data are scarce or labels are biased, and
-    can mostly be learned with the policy (`--objective instance_noise`).
+    does harm if some of the labels follow the length of the answers.  Knowing who
+    labeled what and how well is worth most where data are scarce or labels are biased.
+    It can mostly be learned with the policy (`--objective instance_noise`).
 
 Commands
     python -m experiments.heterogeneous_noise
@@ -18,8 +18,8 @@ Expected
      2,048 pairs                           two pools       adversary  half by length
     DPO, clean labels                      1.06 0.95       1.06 0.95       1.06 0.95
     DPO                                    0.92 0.82       0.91 0.81       0.56 0.50
-    forward, mean rate told                0.93 0.82       0.91 0.81       0.55 0.49
-    forward, each pair's rate told         0.98 0.88       1.05 0.93       1.00 0.90
+    forward, known mean rate               0.93 0.82       0.91 0.81       0.55 0.49
+    forward, known rate of each pair       0.98 0.88       1.05 0.93       1.00 0.90
     learned by annotator                   0.98 0.88       1.04 0.93       0.55 0.49
     learned by length                      0.92 0.82       0.91 0.81       0.93 0.83
     learned by annotator and length        0.98 0.87       1.04 0.93       1.00 0.90
@@ -27,14 +27,14 @@ Expected
     16,384 pairs                           two pools       adversary  half by length
     DPO, clean labels                      1.11 0.99       1.11 0.99       1.11 0.99
     DPO                                    1.09 0.97       1.09 0.97       0.61 0.54
-    forward, mean rate told                1.09 0.97       1.09 0.97       0.54 0.48
-    forward, each pair's rate told         1.10 0.98       1.11 0.99       1.11 0.99
+    forward, known mean rate               1.09 0.97       1.09 0.97       0.54 0.48
+    forward, known rate of each pair       1.10 0.98       1.11 0.99       1.11 0.99
     learned by annotator                   1.10 0.98       1.11 0.99     -0.03 -0.02
     learned by length                      1.09 0.97       1.09 0.97       1.10 0.98
     learned by annotator and length        1.10 0.98       1.11 0.99       1.11 0.99
 
     One rate for all labels is no better than DPO, and with labels given by length it is
-    worse.  Learned rates are as good as told ones, if what they depend on is learned:
+    worse.  Learned rates are as good as known ones, if what they depend on is learned:
     with annotators' rates alone, an annotator who goes by length looks perfectly
     consistent, and with 16,384 pairs the policy learns little else.  If the annotators
     are unknown, the length alone recovers most.
@@ -53,8 +53,8 @@ Protocol
     ridge |theta|^2 / 2, and is rescaled to KL 0.64 for the comparison, so that beta
     makes no difference.  The penalty is what early stopping is to a training run: for
     every method, noise, and number of pairs, it is the one of six (1 to 1,000) with the
-    highest mean reward on seeds 100 and 101.  "Mean rate told": forward DPO with the
-    mean flip rate, 1/4 for labels by length.  "Each pair's rate told": as in the
+    highest mean reward on seeds 100 and 101.  "Known mean rate": forward DPO with the
+    mean flip rate, 1/4 for labels by length.  "Known rate of each pair": as in the
     description above.  "Learned": theta and coefficients of `jaxpref.noise.instance`,
     jointly most likely, with the prior of `PRIOR` for all noises; float64.
 """
@@ -71,6 +71,7 @@ from scipy.special import expit, logit, softmax
 
 from experiments.progress import say
 from jaxpref.files import write_json
+from jaxpref.report import grouped_bars
 
 ANSWERS, FEATURES = 2000, 80
 KL = 0.64
@@ -153,7 +154,7 @@ def draw_pairs(world: World, count: int, noise: str | None, seed: int) -> Pairs:
     )
 
 
-def told_rates(pairs: Pairs, noise: str) -> tuple[np.ndarray, np.ndarray]:
+def true_rates(pairs: Pairs, noise: str) -> tuple[np.ndarray, np.ndarray]:
     """(e, e') of each pair: the flip rates if the labeled or other answer is better."""
     annotators = NOISES[noise]
     rate = np.array([annotator.flip_rate for annotator in annotators])[pairs.annotator]
@@ -164,7 +165,7 @@ def told_rates(pairs: Pairs, noise: str) -> tuple[np.ndarray, np.ndarray]:
 
 def pooled_rate(pairs: Pairs, noise: str) -> float:
     """The mean flip rate, where half of the labels by length are wrong."""
-    e, swapped = told_rates(pairs, noise)
+    e, swapped = true_rates(pairs, noise)
     return float(np.mean(e + swapped) / 2)
 
 
@@ -258,11 +259,11 @@ METHODS = {
         pairs, 0.0, 0.0, ridge=ridge
     ),
     "DPO": lambda pairs, noise, ridge: fit_known(pairs, 0.0, 0.0, ridge=ridge),
-    "forward, mean rate told": lambda pairs, noise, ridge: fit_known(
+    "forward, known mean rate": lambda pairs, noise, ridge: fit_known(
         pairs, *[pooled_rate(pairs, noise)] * 2, ridge=ridge
     ),
-    "forward, each pair's rate told": lambda pairs, noise, ridge: fit_known(
-        pairs, *told_rates(pairs, noise), ridge=ridge
+    "forward, known rate of each pair": lambda pairs, noise, ridge: fit_known(
+        pairs, *true_rates(pairs, noise), ridge=ridge
     ),
     "learned by annotator": lambda pairs, noise, ridge: fit_learned(
         pairs, ridge=ridge, length=False, annotators=True
@@ -320,7 +321,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Fits everything, prints the table and writes results.json."""
+    """Fits everything, prints the table, and writes results.json and the figures."""
     clock, records = functools.partial(say, time.perf_counter()), []
     for count in options.pairs:
         for noise in NOISES:
@@ -343,6 +344,16 @@ def main(options: Options) -> None:
                 )
     Path(options.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(options.out) / "results.json", json.loads(json.dumps(records)))
+    for count in options.pairs:
+        grouped_bars(
+            Path(options.out) / f"shares-{count}.png",
+            [record for record in records if record["pairs"] == count],
+            value="share_of_best_possible",
+            group="noise",
+            arm="method",
+            y_label="share of the best possible reward",
+            title=f"Exact policies at the same KL, {count:,} pairs",
+        )
 
 
 if __name__ == "__main__":

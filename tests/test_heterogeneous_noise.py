@@ -11,13 +11,13 @@ WORLD = experiment.make_world(7)
 
 
 @pytest.mark.parametrize("noise", experiment.NOISES)
-def test_labels_have_the_rates_that_are_told(noise):
+def test_labels_have_the_rates_that_are_stated(noise):
     """By the likelihood of the labels of many pairs, in bins of the true margin."""
     pairs = experiment.draw_pairs(WORLD, 40_000, noise, seed=7)
     # The direction of the reward, from the features of all answers.
     reward = np.linalg.lstsq(WORLD.features, WORLD.reward, rcond=None)[0]
     z = pairs.features @ reward
-    e, swapped = experiment.told_rates(pairs, noise)
+    e, swapped = experiment.true_rates(pairs, noise)
     p = (1 - e) * expit(z) + swapped * expit(-z)
     other = (1 - swapped) * expit(-z) + e * expit(z)
     np.testing.assert_allclose(p + other, 1)
@@ -53,7 +53,7 @@ def kl_of(policy):
 
 def test_the_policy_for_known_rates_is_the_optimum():
     pairs = experiment.draw_pairs(WORLD, 300, "half by length", seed=1)
-    e, swapped = experiment.told_rates(pairs, "half by length")
+    e, swapped = experiment.true_rates(pairs, "half by length")
     ours = experiment.fit_known(pairs, e, swapped, ridge=20.0)
 
     def cost(theta):

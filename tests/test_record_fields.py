@@ -182,12 +182,12 @@ def test_a_label_that_a_loss_reads_is_no_error():
         (
             [{"prompt": "", "chosen": "\n\nHuman: q\n\nAssistant: a"}],
             1,
-            "fields read: chosen",
+            "fields read: chosen, prompt",
         ),
         (
             [{"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a"}],
             1,
-            "fields read: chosen; not read: prompt",
+            "fields read: chosen, prompt",
         ),
         ([CHAT | {"annotator": 1, "empty": []}], 2,
          "fields read: annotator, chosen, prompt, rejected"),

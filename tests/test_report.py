@@ -55,12 +55,13 @@ def shows(path, color) -> bool:
             best=[{"kl": 0.0, "reward": 0.0}, {"kl": 0.5, "reward": 5.0}],
             new=RECORDS[:3],
         ),
+        lambda path: report.grouped_bars(path, RECORDS, value="kl", group="seed"),
         lambda path: report.training_curves(path, RECORDS, ["reward", "kl"]),
         lambda path: report.training_curves(
             path, RECORDS, {"rewards/margins": "margin"}, x="seed", x_label="a sweep"
         ),
     ],
-    ids=["frontier", "points", "frontiers", "curves", "sweep"],
+    ids=["frontier", "points", "frontiers", "bars", "curves", "sweep"],
 )
 def test_every_arm_is_drawn_in_its_color(tmp_path, draw):
     draw(tmp_path / "figure.png")

@@ -13,6 +13,7 @@ from jaxpref.report.html import Table as Table
 from jaxpref.report.html import mean_spread as mean_spread
 from jaxpref.report.html import write_html as write_html
 from jaxpref.report.plots import frontiers as frontiers
+from jaxpref.report.plots import grouped_bars as grouped_bars
 from jaxpref.report.plots import reward_against_kl as reward_against_kl
 from jaxpref.report.plots import training_curves as training_curves
 from jaxpref.report.progress import evaluation_line as evaluation_line
@@ -27,6 +28,7 @@ __all__ = [
     "Table",
     "evaluation_line",
     "frontiers",
+    "grouped_bars",
     "mean_spread",
     "power_in_words",
     "reward_against_kl",

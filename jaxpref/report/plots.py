@@ -156,6 +156,51 @@ def frontiers(
         _finish(figure, axes, title=title)
 
 
+def grouped_bars(
+    path: str | Path,
+    records: Iterable[Record],
+    *,
+    value: str,
+    group: str,
+    arm: str = "arm",
+    y_label: str = "",
+    title: str = "",
+) -> None:
+    """Plots the mean of a number as bars, one for each arm in each group.
+
+    Error bars are standard deviations over the records of a bar.
+
+    Args:
+      path: the PNG to write.
+      records: with the fields `value`, `group`, and `arm`.
+      value: name of the number, a share from 0 to 1.
+      group: name of the field that identifies the group.
+      arm: name of the field that identifies the arm.
+      y_label: axis label.
+      title: title of the figure.
+
+    Raises:
+      InputError: if there is nothing to draw, a value is not a finite number, or the
+        file cannot be written.
+    """
+    arms = _grouped(records, arm, needs=(value,), path=path)
+    names = list(dict.fromkeys(r[group] for found in arms.values() for r in found))
+    width = 0.78 / len(arms)  # the centers of groups are 1 apart
+    with drawing(path, size=(7.6, 4.4)) as figure:
+        axes = figure.add_subplot()
+        for n, (color, (name, found)) in enumerate(
+            zip(_colors(arms), arms.items(), strict=True)
+        ):
+            values = [[r[value] for r in found if r[group] == x] for x in names]
+            means, spreads = zip(*map(mean_and_deviation, values))
+            left = (n - (len(arms) - 1) / 2) * width
+            at = [place + left for place in range(len(names))]
+            axes.bar(at, means, 0.9 * width, yerr=spreads, color=color, label=name)
+        axes.set(ylabel=y_label, xticks=range(len(names)), xticklabels=names)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+        _finish(figure, axes, title=title)
+
+
 def training_curves(
     path: str | Path,
     records: Iterable[Record],
