@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpref import data, losses
 from jaxpref.errors import InputError
@@ -256,6 +256,30 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
             step(restored, None, to_global(next(batches), mesh))
         assert not programs
         checkpoints.close()
+
+
+def test_checkpoints_hold_empty_arrays(tmp_path):
+    mesh = mesh_of(1, 1, 1)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arrays = {
+        "full": np.arange(3.0),
+        "rows": np.zeros((0, 4)),
+        "columns": np.ones((2, 0)),
+    }
+    state = jax.device_put(arrays, sharding)
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(tmp_path / "c", keep=1)
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(
+            on_devices(jax.eval_shape(lambda: state), mesh)
+        )
+        checkpoints.close()
+    assert digests(restored) == digests(state)
+    for name, array in state.items():
+        assert restored[name].shape == array.shape
+        assert restored[name].dtype == array.dtype
+        assert restored[name].sharding.is_equivalent_to(sharding, array.ndim)
 
 
 @pytest.mark.parametrize("part", ["digests", "data"])

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpref.errors import InputError, first_line
 from jaxpref.runtime import heartbeat
@@ -97,7 +98,8 @@ class Checkpoints:
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                    state=ocp.args.StandardSave(jax.tree.map(_stored, state)),
+                    meta=ocp.args.JsonSave(meta),
                 ),
             )
         except Exception as error:
@@ -189,8 +191,10 @@ class Checkpoints:
                     raise ValueError("meta/metadata is incomplete")
                 self._check_origin(step, meta)
                 state = ocp.StandardCheckpointHandler().restore(
-                    folder / "state", args=ocp.args.StandardRestore(abstract)
+                    folder / "state",
+                    args=ocp.args.StandardRestore(jax.tree.map(_as_stored, abstract)),
                 )
+                state = jax.tree.map(_unstored, state, abstract)
             except CheckpointError:
                 raise
             except Exception as error:
@@ -257,6 +261,31 @@ class Checkpoints:
             f"{self.folder}: a checkpoint could not be written ({first_line(error)}); "
             f"free some space and run the same command to {again}"
         ) from error
+
+
+# Orbax does not save arrays of size 0; one zero stands for each of them.
+
+
+def _stored(array: jax.Array) -> jax.Array:
+    if array.size:
+        return array
+    return jax.device_put(np.zeros(1, array.dtype), _as_stored(array).sharding)
+
+
+def _as_stored(array: Any) -> Any:
+    """Shape, dtype and sharding of an array in a checkpoint."""
+    if array.size:
+        return array
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct((1,), array.dtype, sharding=sharding)
+
+
+def _unstored(stored: jax.Array, abstract: Any) -> jax.Array:
+    if abstract.size:
+        return stored
+    return jax.device_put(np.zeros(abstract.shape, abstract.dtype), abstract.sharding)
 
 
 def _is_damaged(meta: dict) -> bool:
