@@ -135,19 +135,10 @@ class Protocol:
         return base.Protocol(
             seeds=self.seeds,
             pairs=pairs,
-            batch=64,
             steps=pairs // 64,
-            sft_reviews=20_000,
             sft_steps=self.sft_steps,
-            sft_batch=128,
             reference_samples=self.reference_samples,
             evaluated_samples=self.evaluated_samples,
-            # Momentum with steps of constant length: the gradients of every loss are
-            # clipped to a norm below all of theirs, and a large epsilon disables
-            # Adam's normalization.
-            learning_rate=1.0,
-            max_grad_norm=0.1,
-            adam_eps=1.0,
         )
 
 

@@ -130,15 +130,15 @@ class Protocol:
     clean_betas: tuple[float, ...] = (1.0,)
     dpo_betas: tuple[float, ...] = (0.1, 0.2)
     corrected_betas: tuple[float, ...] = (1.0, 2.0)
-    sft_reviews: int = 60_000
-    sft_steps: int = 1000
-    sft_batch: int = 64
+    sft_reviews: int = 20_000
+    sft_steps: int = 300
+    sft_batch: int = 128
     pairs: int = 16_384
-    steps: int = 512
-    batch: int = 32
-    learning_rate: float = 5e-4
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0
+    steps: int = 256
+    batch: int = 64
+    learning_rate: float = 1.0
+    adam_eps: float = 1.0
+    max_grad_norm: float = 0.1
     reference_samples: int = 49_152
     heldout_pairs: int = 512
     evaluated_samples: int = 1920
@@ -444,6 +444,9 @@ def preference_run(protocol, arm: Arm, seed: int, reference, out, folder):
             # The world has few prompts, and all of them occur in training.
             allow_shared_prompts=True,
         ),
+        # The gradients of every loss are clipped to a norm below all of theirs, and
+        # a large epsilon disables Adam's normalization: momentum with steps of
+        # constant length.  See "Optimizer" in the module's docstring.
         optimizer=OptimizerConfig(
             learning_rate=protocol.learning_rate,
             max_grad_norm=protocol.max_grad_norm,

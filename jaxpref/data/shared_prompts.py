@@ -130,11 +130,13 @@ def check_shared(shared: Shared, train: str, heldout: str, *, allowed: bool) -> 
 
 def _token_hashes(dataset: PreferenceDataset, bos: int | None) -> np.ndarray:
     """A hash of each prompt's tokens without BOS, uint64 [N]."""
-    prompts = [dataset.prompt(n) for n in range(len(dataset))]
-    digests = [
-        hashlib.blake2b(prompt[prompt[:1].tolist() == [bos] :], digest_size=8).digest()
-        for prompt in prompts
-    ]
+    digests = []
+    for n in range(len(dataset)):
+        prompt = dataset.prompt(n)
+        start = int(prompt[:1].tolist() == [bos])
+        digests.append(
+            hashlib.blake2b(prompt[start:].tobytes(), digest_size=8).digest()
+        )
     return np.frombuffer(b"".join(digests), np.uint64)
 
 

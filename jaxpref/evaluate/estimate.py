@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxpref.noise import calibration, em
+from jaxpref.noise import calibration, em, rate
 
 ASSUMPTION = "labels are right more often than wrong"
 """What an estimate assumes, for reports."""

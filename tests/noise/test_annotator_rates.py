@@ -143,7 +143,7 @@ def test_pooling_beats_separate_fits():
         true, z, who = crowd(seed, truth)
         _, found = fit(z, who)
         alone = em.fit(
-            jnp.asarray(true), jnp.asarray(who), num_annotators=128, prior=None
+            jnp.asarray(true), jnp.asarray(who), num_annotators=128, prior=(0, 0)
         )
         error = lambda rate, truth=truth: np.sqrt(np.mean((rate - truth) ** 2))
         assert error(found.rate) < 0.8 * error(1 - alone.reliability)
