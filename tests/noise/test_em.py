@@ -400,7 +400,7 @@ def test_update_is_the_moving_average():
 def test_tally_of_all_batches_is_one_m_step():
     """Without decay, soft counts and `estimate` are one M-step of `fit`."""
     data = votes(10, reliability=FOUR, items=4000)
-    found = fit(data, num_annotators=5)
+    found = fit(data, num_annotators=5, prior=em.PRIOR)
     right = wrong = jnp.zeros(5)
     for part in np.split(np.arange(4000), 8):
         w, who = found.posterior[part], jnp.asarray(data.annotators[part])
