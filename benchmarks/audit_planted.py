@@ -20,14 +20,15 @@ Commands
     half.  Features are computed once for all seeds.  `--flip-rate` changes the share.
 
 Expected
-    One column per seed, then mean and standard deviation; also in OUT/results.json:
-    the audit, each of its judges alone, and the baselines of the `audit` extra, if it
-    is installed.  With the tiny model, AUROC 0.699 ± 0.010 and lift 2.17 ± 0.13; the
-    length alone has an AUROC of 0.656 ± 0.016, and the baselines have 0.652 ± 0.011.
-    The features of the tiny model take 2.4 minutes of CPU time, those of the 135M one
-    14 minutes.  Without OPENBLAS_NUM_THREADS=1, a busy machine is many times slower.
-    Wrong labels of the original file count as not flipped.  So even a perfect audit has
-    an AUROC below 1, and the estimated rate is above the planted one.
+    One column per seed, then mean and standard deviation; also in OUT/results.json: the
+    audit, each of the models that it combines (its judges), and the baselines of the
+    `audit` extra, if it is installed.  With the tiny model, AUROC 0.699 ± 0.010 and
+    lift 2.17 ± 0.13; the length alone has an AUROC of 0.656 ± 0.016, and the baselines
+    have 0.652 ± 0.011.  The features of the tiny model take 2.4 minutes of CPU time,
+    those of the 135M one 14 minutes.  Without OPENBLAS_NUM_THREADS=1, a busy machine is
+    many times slower.  Wrong labels of the original file count as not flipped.  So even
+    a perfect audit has an AUROC below 1, and the estimated rate is above the planted
+    one.
 """
 
 import dataclasses

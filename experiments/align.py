@@ -44,7 +44,7 @@ from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
 from jaxpref.train.options import Dtype
 
 WRITTEN = "results.json", "curves.png", "report.html"
-"""Names of what the experiment writes to OUT, beside the runs."""
+"""Names of what the experiment writes to OUT, besides the runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,9 +67,9 @@ Expected
 
 Goals, and which were missed
     One vote per pair, text better than Crowd-BT without it: AUROC reached, 0.883 over
-    0.882, higher in five draws of five.  Spearman missed: the gain of the share is
+    0.882, higher in five draws of five.  Spearman missed: ranking by the share gains
     0.030 ± 0.024, positive in five draws of five (0.010, 0.025, 0.043, 0.066, 0.008),
-    but not more than the spread of 0.03 to 0.04; that of the reliability is
+    but not more than the spread of 0.03 to 0.04; ranking by the reliability gains
     0.015 ± 0.024.  On the development questions, where workers have fewer votes, the
     share gained 0.12.  With about 23 votes per worker, even gold for the seen votes
     gives only 0.65.
@@ -96,7 +96,7 @@ Protocol
     is its score by a text model of other topics, trained on the strengths just
     mentioned; the margins without a pair's own votes then go to one more EM.  "share":
     workers are instead ranked by the expected share of their votes for the stronger
-    argument, which includes how hard their pairs were, as agreement with gold does.
+    argument, which depends on how hard their pairs were, as agreement with gold does.
     "CRM" (Zhang et al. 2025, arXiv:2505.10597): two such models, each trained on the
     pairs that the other one finds easy, without the share that "EM, text margins"
     considers wrong; the mean of both.
@@ -167,7 +167,7 @@ class Protocol:
     crowd_spread: float = 5.5
     """Standard deviation of the strengths around their prior mean in Crowd-BT."""
     crowd_trust: tuple[float, float, float] = (2.0, 1.0, 0.05)
-    """As `trust`, for the margins of Crowd-BT."""
+    """Like `trust`, for the margins of Crowd-BT."""
     rounds: int = 10
     """Alternations between the joint model's strengths and reliabilities."""
     folds: int = 5
@@ -279,7 +279,7 @@ def reviewed_model(
 
 
 def crossed(train, features, at, *, folds: int) -> np.ndarray:
-    """Text-only margins of pairs of other topics than those of the training."""
+    """Text-only margins; each pair's model is trained on other topics."""
     return crowds.differences(crossed_scores(train, features, at, folds=folds), at)
 
 

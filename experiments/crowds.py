@@ -28,7 +28,8 @@ def fit_strengths(
       num_workers: K.
       spread: standard deviation of the strengths around the scores, nats.
       prior: right and wrong pseudo-votes of every worker.
-      shared: which votes share the truth of their pair, int [V]; None for Chen et al.
+      shared: pair of each vote, int [V], if the votes on a pair share a latent truth;
+        None if they are independent, as in Chen et al.
     """
     topic, *places = at
     first, second = (
@@ -57,8 +58,8 @@ def differences(values: np.ndarray, at) -> np.ndarray:
 def share_right(found: crowd.Fit, worker: np.ndarray, prior) -> np.ndarray:
     """The expected share of a worker's votes for the stronger argument, [K].
 
-    It includes how hard the worker's pairs were, as agreement with gold does.  Shrunk
-    by the pseudo-votes of the prior.
+    It depends on how hard the worker's pairs were, as agreement with gold does.  It is
+    shrunk by the pseudo-votes of the prior.
     """
     a, b = prior
     counts = np.asarray(found.counts, np.float64)

@@ -1,12 +1,13 @@
-"""What wrong labels cost, and what a correction buys, without an optimizer in the way.
+"""What wrong labels cost, and what a correction buys, if policies are exact optima.
 
 Claim
     With 40% of the labels flipped at random, DPO with a tuned beta reaches 61% (2,048
     pairs) and 87% (16,384) of the best possible reward at KL 1, and DPO on clean labels
-    98% and 100%: flips cost variance, not scale, since a smaller beta regains the
-    scale.  A correction with the known rate makes the beta for clean labels right; at
-    the same KL, rDPO gains nothing over DPO, and the forward correction gains a third
-    of the loss with 16,384 pairs and nothing measurable with 2,048.
+    98% and 100%.  Flips add variance, which costs reward.  They also shrink the scale
+    of the margins, but a smaller beta restores it.  With a correction for the known
+    rate, the beta for clean labels is right again.  At the same KL, rDPO gains nothing
+    over DPO.  The forward correction recovers a third of the lost reward with 16,384
+    pairs, and nothing measurable with 2,048.
 
 Commands
     python -m experiments.exact_frontier
@@ -29,18 +30,19 @@ Expected
         rDPO, 40%      0.91 ± 0.15  0.87 ± 0.05  1.59     0.87   -0.01 (-0.03 to +0.02)
         forward, 40%   1.12 ± 0.19  0.92 ± 0.05  1.67     0.92   +0.07 (+0.02 to +0.13)
 
-    The KL at beta 1 depends on the ridge, too.  DPO with flips has KL 1 at a beta of
-    about 0.08 (2,048 pairs) and 0.12 (16,384), and on clean labels at 2 and 1.8.
+    The KL at beta 1 also depends on the ridge penalty.  DPO with flips has KL 1 at a
+    beta of about 0.08 (2,048 pairs) and 0.12 (16,384), and on clean labels at 2 and
+    1.8.
     Time: 26 seconds of CPU time (jax 0.10.2, Intel Xeon).
 
 Protocol
     World: reviews and gold reward of `sentiment_world.py`.  Reference: for each of the
     24 prompts, the uniform distribution over 1,024 reviews that its grammar generates.
     So rewards, KLs, and the best possible curve are exact sums, not estimates.
-    Policy: log-linear, ref(y|x) exp(theta f(x, y)) / Z(x).  The features f are the
-    weighted mean over the clauses of a review of the indicators of what they say ("not
-    very good"), 76 in all.  The gold reward is linear in them, so the best possible
-    policies are in this class, and what separates a run from them is its labels.
+    Policy: log-linear, ref(y|x) exp(theta f(x, y)) / Z(x).  The 76 features f
+    are weighted means, over the clauses of a review, of indicators of what a clause
+    says ("not very good").  The gold reward is linear in them, so the best possible
+    policies are in this class, and only its labels keep a run from reaching them.
     Pairs: two independent samples of the reference, with a Bradley-Terry label, flipped
     with the stated rate; new pairs, labels, and flips for each draw.
     Training: the mean loss with a ridge penalty, minimized by Newton's method in
@@ -84,7 +86,7 @@ RIDGES = 10.0 ** np.arange(-6, -1)
 BETAS = 2.0 ** np.arange(-9, 4.01, 0.5)
 MATCHED_KLS = (0.5, 1.0, 2.0)
 MOST_KL = 4.0
-"""Policies farther away are left out."""
+"""Policies with a larger KL are left out."""
 DRAWN_KL = 2.5
 
 
@@ -287,7 +289,7 @@ def table_at_beta_one(records: list[dict], title: str) -> report.Table:
 def drawn(records: list[dict], *, draws: int) -> list[dict]:
     """The settings up to a mean KL of `DRAWN_KL`, if measured on every draw.
 
-    The mean of only those draws that are near enough would be misleading.
+    A mean over only the draws that are within reach would be misleading.
     """
     settings: dict[tuple, list[dict]] = {}
     for record in records:
@@ -307,8 +309,8 @@ def main(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     clock = functools.partial(say, time.perf_counter())
     made = make_world(REVIEWS)
-    # The reviews are the reference, not samples of it, so a few of them may carry all
-    # weight: each is repeated until `best_possible` accepts it.
+    # The reviews are the whole reference, not samples of it, so results are exact even
+    # if few of them have weight.  `best_possible` would reject these: hence the copies.
     tilts = np.concatenate([[0.0], 4 * 2.0 ** np.arange(-8, 0.01, 0.125)])
     kls, rewards = best_possible(np.tile(made.rewards, 30), tilts)
     curve = [{"kl": float(k), "reward": float(r)} for k, r in zip(kls, rewards)]

@@ -1,10 +1,11 @@
 """Noise that is not the same for all pairs: exact policies at matched KL.
 
 Claim
-    One symmetric correction of pooled labels helps little if annotators differ, and
-    does harm if some of the labels follow the length of the answers.  Knowing who
-    labeled what and how well is worth most where data are scarce or labels are biased.
-    It can mostly be learned with the policy (`--objective instance_noise`).
+    A correction with one flip rate for all labels helps little if annotators differ,
+    and does harm if some of the labels follow the length of the answers.  Knowing the
+    annotators and their flip rates is worth most where data are scarce or labels are
+    biased.  The rates can mostly be learned with the policy
+    (`--objective instance_noise`).
 
 Commands
     python -m experiments.heterogeneous_noise
@@ -34,10 +35,10 @@ Expected
     learned by annotator and length        1.10 0.98       1.11 0.99       1.11 0.99
 
     One rate for all labels is no better than DPO, and with labels given by length it is
-    worse.  Learned rates are as good as known ones, if what they depend on is learned:
-    with annotators' rates alone, an annotator who goes by length looks perfectly
-    consistent, and with 16,384 pairs the policy learns little else.  If the annotators
-    are unknown, the length alone recovers most.
+    worse.  Learned rates are as good as known ones, if they can depend on what causes
+    the flips.  With rates by annotator alone, an annotator who always picks the longer
+    answer looks perfectly consistent, and with 16,384 pairs the policy learns little
+    but length.  If the annotators are unknown, the length alone recovers most.
     Time: 8 minutes for 2,048 pairs and 38 for 16,384, with one thread, on two cores of
     an Intel Xeon that were busy with 20 other processes.
 
@@ -45,18 +46,20 @@ Protocol
     2,000 answers, equally likely under the reference, with 80 normal features.  Reward
     and log-length are two orthogonal directions of the features, with standard
     deviations of 1 and 0.5.  Pairs are drawn at random, and labeled by Bradley-Terry of
-    the reward.  Two known annotators then differ: flip rates of 5% and 40%; an
-    adversary with 30% of the labels and a flip rate of 80%, and clean labels by the
-    other; or half of the labels by length alone, and clean labels by the other.
+    the reward.  The labels of two known annotators then differ.  "Two pools": half of
+    the labels each, with flip rates of 5% and 40%.  "Adversary": 30% of the labels with
+    a flip rate of 80%, and clean labels by the other.  "Half by length": half of the
+    labels by length alone, and clean labels by the other.
     A policy is exp(theta . features); its margin is z = theta . (difference of the
     features).  theta has the highest likelihood of the labels under a penalty
     ridge |theta|^2 / 2, and is rescaled to KL 0.64 for the comparison, so that beta
-    makes no difference.  The penalty is what early stopping is to a training run: for
-    every method, noise, and number of pairs, it is the one of six (1 to 1,000) with the
-    highest mean reward on seeds 100 and 101.  "Known mean rate": forward DPO with the
-    mean flip rate, 1/4 for labels by length.  "Known rate of each pair": as in the
-    description above.  "Learned": theta and coefficients of `jaxpref.noise.instance`,
-    jointly most likely, with the prior of `PRIOR` for all noises; float64.
+    makes no difference.  The penalty plays the role of early stopping.  For every
+    method, kind of noise, and number of pairs, it is the one of six (1 to 1,000) with
+    the highest mean reward on seeds 100 and 101.  "Known mean rate": forward DPO with
+    the mean flip rate, 1/4 for labels by length.  "Known rate of each pair": forward
+    DPO with the rates of the description above.  "Learned": the jointly most likely
+    theta and coefficients of `jaxpref.noise.instance`, with the prior `PRIOR` for all
+    kinds of noise; float64.
 """
 
 import dataclasses
@@ -75,7 +78,7 @@ from jaxpref.report import grouped_bars
 
 ANSWERS, FEATURES = 2000, 80
 KL = 0.64
-"""Nats; where all policies are compared."""
+"""The KL at which all policies are compared, nats."""
 RIDGES = (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Strengths of the penalty |theta|^2 / 2 to choose from."""
 TUNED_ON, REPORTED = (100, 101), (0, 1, 2, 3, 4)
@@ -87,7 +90,7 @@ PRIOR = {"rate": 0.1, "spread": 1.0, "length": 2.0, "annotators": 2.0}
 
 @dataclasses.dataclass(frozen=True)
 class Annotator:
-    """One of a few annotators, whose names are known."""
+    """One of a few known annotators."""
 
     share: float
     flip_rate: float = 0.0
@@ -134,7 +137,7 @@ def make_world(seed: int) -> World:
 
 
 def draw_pairs(world: World, count: int, noise: str | None, seed: int) -> Pairs:
-    """Random pairs with labels by Bradley-Terry, then noise; the same pairs for all."""
+    """Random pairs with Bradley-Terry labels, then noise; one seed, the same pairs."""
     rng = np.random.default_rng((seed, 1))
     first, second = rng.integers(0, ANSWERS, (2, count))
     right = rng.random(count) < expit(world.reward[first] - world.reward[second])
@@ -211,8 +214,8 @@ def fit_learned(
 ) -> np.ndarray:
     """Policy and flip rates, jointly most likely: `--objective instance_noise`.
 
-    Without the scale and shift of its margins, as this is an optimum and no training.
-    It begins with the policy for a constant rate.
+    Unlike the objective, it does not estimate a scale of the margins, because this is
+    an optimum and not a training run.  It starts from the policy for a constant rate.
     """
     ends = np.ones((len(pairs.length), 1))
     names = pairs.annotator if annotators else 0 * pairs.annotator
@@ -228,7 +231,7 @@ def fit_learned(
     mean = np.zeros(len(spread))
     mean[0] = logit(PRIOR["rate"])
     precision = np.diag([ridge] * FEATURES + [s**-2.0 for s in spread])
-    x, centre = pairs.features, np.concatenate([np.zeros(FEATURES), mean])
+    x, center = pairs.features, np.concatenate([np.zeros(FEATURES), mean])
 
     def parts(both):
         z, w = x @ both[:FEATURES], both[FEATURES:]
@@ -237,7 +240,7 @@ def fit_learned(
         return np.maximum(p, 1e-12), z, e, swapped
 
     def value(both):
-        away = both - centre
+        away = both - center
         return -np.log(parts(both)[0]).sum() + away @ precision @ away / 2
 
     def derivatives(both):
@@ -248,7 +251,7 @@ def fit_learned(
         slope = np.hstack([by_policy, by_rate])
         weight = 1 / np.maximum(p * (1 - p), 1e-12)
         information = (slope * weight[:, None]).T @ slope + precision
-        return -slope.T @ (1 / p) + precision @ (both - centre), information
+        return -slope.T @ (1 / p) + precision @ (both - center), information
 
     start = fit_known(pairs, PRIOR["rate"], PRIOR["rate"], ridge=ridge)
     return newton(value, derivatives, np.concatenate([start, mean]))[:FEATURES]

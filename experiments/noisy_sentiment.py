@@ -2,8 +2,9 @@
 
 Claim
     Flips at one rate for all pairs shrink the margins that DPO (Rafailov et al. 2023,
-    arXiv:2305.18290) learns, and add variance; they hardly turn their direction (Li and
-    Duan 1989), so a smaller beta regains the scale and only the variance costs reward.
+    arXiv:2305.18290) learns, and add variance.  They hardly change the direction of
+    the margins (Li and Duan 1989), so a smaller beta restores the scale, and only the
+    variance costs reward.
     rDPO (Ray Chowdhury et al. 2024, arXiv:2403.00409) and the forward-corrected
     likelihood (2512.00709) learn the margins of clean labels at the beta for clean
     labels, and do not remove the variance: at the same KL they are hardly better than
@@ -15,12 +16,12 @@ Commands
     python -m experiments.noisy_sentiment --full      (hours)
     Repeating a command resumes its run in OUT: runs/noisy_sentiment,
     runs/noisy_sentiment_smoke, runs/noisy_sentiment_full, or the folder of --out.
-    `--full` writes frontier.json.  A copy of it, experiments/noisy_sentiment_full.json,
-    is what the default's runs are drawn over, if it exists.
+    `--full` writes frontier.json.  If there is a copy of it,
+    experiments/noisy_sentiment_full.json, the default draws its runs over that sweep.
 
 Expected
-    The default and `--full` are not measured yet with this protocol; a table of theirs
-    belongs here.  With the previous one (a reference trained on 38,400 reviews,
+    The default and `--full` have not been measured with this protocol.  With the
+    previous one (a reference trained on 38,400 reviews,
     momentum with steps of constant length, 256 steps of 64, beta 1), mean and standard
     deviation over seeds 0, 1, 2, and the share of the best possible of the mean reward
     at the mean KL:
@@ -31,7 +32,7 @@ Expected
         rDPO, 40%        0.77 ± 0.04       0.78 ± 0.11           0.49
         forward, 40%     1.07 ± 0.19       2.42 ± 0.53           0.39
 
-    So DPO's 0.10 was the choice of beta 1, which 40% flips turn into a KL of 0.03.
+    So DPO's reward of 0.10 was due to beta 1, at which 40% flips lead to a KL of 0.03.
 
 Protocol
     World: `sentiment_world.py`, a grammar of reviews with an exact gold reward.
@@ -69,13 +70,13 @@ What held DPO on clean labels back
         Adam, 1e-3, 256 steps of 64, beta 2  0.51  0.84  0.67   3.2%       0.44
 
     The training loss is that of the last quarter (0.693 at the start, 0.313 is the
-    entropy of the labels).  So the policies had not converged, and longer steps leave
-    the language.  Malformed reviews have the lowest reward, and DPO raises their
+    entropy of the labels).  So the policies had not converged, and larger steps lead to
+    malformed reviews.  Malformed reviews have the lowest reward, and DPO raises their
     probability: at 5e-4, well-formed samples alone have a reward of 1.82.  Hence the
     reference is trained longer here, which halves its malformed samples (2.0% to 0.9%),
     and Adam takes many small steps.
-    Not the cause: the best possible curve.  Two halves of 512 samples per prompt differ
-    by 3% in reward at equal tilts, and 8 of 16,384 pairs are left out as equal.
+    The best possible curve is not the cause: two halves of 512 samples per prompt
+    differ by 3% in reward at equal tilts, and 8 of 16,384 pairs are left out as equal.
     Nor are the labels: `exact_frontier.py` has the same world without an optimizer, and
     there, DPO on 16,384 clean labels reaches 100% of the best possible.
 """

@@ -173,8 +173,8 @@ def write_results(
 ) -> None:
     """`results.json`, `frontier.json`, the figures, and `report.html`.
 
-    Differences are from the arm `baseline`.  `over` is an earlier `frontier.json`, over
-    which these runs are drawn, or None.
+    Differences are from the arm `baseline`.  `over` is an earlier `frontier.json`, on
+    top of which these runs are drawn, or None.
     `seconds` is None where more than one process made them; `about` says what was done.
     """
     add_shares(records, best)

@@ -313,7 +313,7 @@ def test_the_command_says_what_it_did(folder, tmp_path, capsys, monkeypatch):
     )
     said = capsys.readouterr().out
     for words in (
-        "review.csv: the 9 pairs that are most worth a look; expected gain",
+        "review.csv: the 9 pairs that are most worth reviewing; expected gain",
         "that is 0.1 wide, at a rate of",
         'pip install "jaxpref[audit]"',
     ):

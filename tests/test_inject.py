@@ -260,7 +260,7 @@ def test_files_and_fields_that_do_not_fit(tmp_path):
     path = write(tmp_path, {"nobody": 0.1})
     refused("rates.json: no training pair of the rows .*'annotator'.*given", rates=path)
     refused("field 'source'; .* book, forum, web", rates=path, by="source")
-    refused("row 0: field 'is' must be a text.*by.*clear", rates=path, by="is")
+    refused("row 0: field 'is' must be a string.*by.*clear", rates=path, by="is")
     refused("topic a.b: matches no training prompt", topic="a.b", topic_rate=0.1)
     refused(r"topic \(: is not a regular expression", topic="(", topic_rate=0.1)
     for field in ("source", "first", "nowhere"):

@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> None:
 
 
 def _told(found: label_audit.Audit, config: label_audit.AuditConfig) -> list[str]:
-    """What the command says of its other results."""
+    """The lines that the command prints about its other results."""
     summary, lines = found.summary, []
     if "verdicts" in summary:
         counts = summary["verdicts"]
@@ -54,8 +54,8 @@ def _told(found: label_audit.Audit, config: label_audit.AuditConfig) -> list[str
         looks = summary["budget"]
         lines.append(
             f"{config.out}/review.csv: the {looks['pairs']} pairs that are most worth "
-            f"a look; expected gain {looks['expected_gain']:.1f} labels "
-            f"({looks['expected_gain_at_random']:.1f} at random)"
+            f"reviewing; expected gain {looks['expected_gain']:.1f} labels "
+            f"({looks['expected_gain_at_random']:.1f} for random pairs)"
         )
     elif not label_audit.applies_own(config):
         listed = f"the {len(found.suspects)} most suspicious pairs"

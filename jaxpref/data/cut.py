@@ -2,7 +2,7 @@
 
 Nothing is cut if prompt and answers fit together.  If they do not, a prompt loses
 its earliest turns, then the beginning of its last turn: of the question, and of the
-results of tools, the longest first.  This ends when it fits next to the longest answer
+results of tools, the longest first.  It is cut until it fits next to the longest answer
 or into half of the length, whichever is more.  System turns and the header of a turn
 are kept.  Answers that still do not fit lose their end, or the end of their trace.
 """

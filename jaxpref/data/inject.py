@@ -39,7 +39,7 @@ class SimulatedAnnotator:
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """The noise of a run, with the files that its options name."""
+    """The noise of a run: its options, and the contents of the files that they name."""
 
     options: InjectOptions
     rates: Mapping[str, float]
@@ -47,8 +47,8 @@ class Noise:
     annotators: Mapping[str, SimulatedAnnotator]
     topic: re.Pattern | None
     found: set[str] = dataclasses.field(default_factory=set)
-    """What the training pairs so far had: values of the field `options.by`, or the
-    topic."""
+    """What has occurred in training pairs so far: values of the field `options.by`, or
+    the topic."""
 
     def label(
         self, example: Example, record_id: str, place: str
@@ -70,8 +70,8 @@ class Noise:
             if annotator is not None:
                 raise InputError(
                     f"{place}: field 'annotator' is {annotator!r:.50}, but "
-                    "--inject.annotators simulates annotators; give rates of those in "
-                    "the file with --inject.rates, or pass --ignore-fields annotator"
+                    "--inject.annotators simulates annotators; set the rates of those "
+                    "in the file with --inject.rates, or pass --ignore-fields annotator"
                 )
             (u,) = hash_uniforms([record_id], salt=f"annotator {seed}")
             annotator = drawn(self.annotators, u)
@@ -113,7 +113,7 @@ class Noise:
         if isinstance(value, int):
             return str(value)
         raise InputError(
-            f"{place}: field '{by}' must be a text, an integer, true or false for "
+            f"{place}: field '{by}' must be a string, an integer, true or false for "
             f"--inject.by, but it is {value!r:.50}; correct it"
         )
 
@@ -131,7 +131,7 @@ class Noise:
             found = ", ".join(sorted(self.found)[:5]) or "not given"
             raise InputError(
                 f"{self.options.rates}: no training pair of {place} has one of its "
-                f"values in field '{by}'; those of the pairs are {found}"
+                f"values in field '{by}'; the values of the pairs are {found}"
             )
         if self.topic is not None and not self.found:
             raise InputError(
@@ -180,13 +180,15 @@ def read_annotators(path: str | Path) -> dict[str, SimulatedAnnotator]:
         place = f"{path}: field {name!r}"
         if not isinstance(fields, dict) or "share" not in fields:
             raise InputError(
-                f"{place}: must be an annotator such as {FORM}; rates of the annotators"
-                " in the data go to --inject.rates"
+                f"{place}: must be an annotator such as {FORM}; for rates of the "
+                "annotators in the data, use --inject.rates"
             )
         known = [field.name for field in dataclasses.fields(SimulatedAnnotator)]
         for key, value in fields.items():
             if key not in known:
-                raise InputError(f"{place}: has '{key}'; allowed: {', '.join(known)}")
+                raise InputError(
+                    f"{place}: unknown '{key}'; allowed: {', '.join(known)}"
+                )
             if not _is_number(value) or not 0 <= value <= 1:
                 raise InputError(
                     f"{place}: {key} {value!r:.50} must be a number from 0 to 1"

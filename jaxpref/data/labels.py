@@ -32,7 +32,7 @@ WEIGHTS = "weights"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelFields:
-    """Fields of the records with numbers that a loss reads, by the loss's names.
+    """Fields of the records with numbers that a loss reads, by the name it gives them.
 
     `a.b` is the field b of the object in field a.  A flipped pair keeps its margin,
     strength and tie, as if the annotator had stated the opposite just as clearly, and

@@ -28,10 +28,10 @@ class InjectOptions:
     """Seed of the choice of pairs to flip (default: 0)."""
     rates: str | None = None
     """JSON file of flip rates by annotator, such as {"ann": 0.1, "eve": 0.8}.  A rate
-    above 1/2 is an adversary's.  All other pairs are flipped at --inject.flip-rate."""
+    above 1/2 makes an adversary.  All other pairs are flipped at --inject.flip-rate."""
     by: str | None = None
-    """Field of the records whose values --inject.rates names, such as source (default:
-    annotator)."""
+    """Field of the records whose values are the names in --inject.rates, such as source
+    (default: annotator)."""
     annotators: str | None = None
     """JSON file of simulated annotators, such as {"ann": {"share": 0.7, "flip_rate":
     0.05}, "eve": {"share": 0.3, "prefer_longer": 0.5}}.  Every training pair gets one
@@ -48,7 +48,8 @@ class InjectOptions:
     """Field of the records with a number that is large, positive or negative, for clear
     pairs.  The flip rate is 1 / (1 + exp(|number| / temperature))."""
     temperature: float | None = None
-    """Unit of --inject.margins: a pair at this number is flipped at a rate of 0.27."""
+    """Scale of --inject.margins: a pair whose number equals it is flipped at a rate of
+    0.27."""
 
     def __post_init__(self):
         for name in ("flip_rate", "prefer_longer", "topic_rate"):

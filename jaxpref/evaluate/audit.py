@@ -93,7 +93,7 @@ class Audit:
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A preference file whose pairs can be judged."""
+    """An opened preference file, with the pairs that can be judged."""
 
     source: RenamedSource
     pairs: PreferenceDataset
@@ -155,14 +155,14 @@ def _run(config: AuditConfig, out: Path) -> Audit:
         _own_ranking(part.found),
         confounders=config.held_fixed,
     )
-    unsaid = order[said[order] == ""]  # a verdict leaves nothing to suspect
+    unsaid = order[said[order] == ""]  # a verdict settles a label
     looks = unsaid[: config.top]
     summary = audit_summary.summarize(judged, found, votes, part.keys, opened.report)
     summary |= audit_summary.acted(judged, rows, config)
     summary["confounders"] = config.held_fixed
     summary["advice"] = advice(summary)
     flips = pairs.columns["is_flipped"]
-    # Known flips measure the ranking by the labels alone, without any verdict.
+    # Known flips measure the ranking that the labels alone give, without verdicts.
     beside = rankings(part.answers, found.folds)
     summary |= audit_summary.compared(found, before.posterior, beside, flips)
     if (said != "").any():

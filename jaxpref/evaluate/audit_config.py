@@ -17,7 +17,7 @@ THRESHOLD = 0.5
 CONFIDENT = 0.6
 """Its default with the action "recycle"."""
 RANGES = {"threshold": 1.0, "assumed_flip_rate": 0.5, "power": 0.5}
-"""Options that must be above 0, and what they must be below."""
+"""Upper bounds, exclusive, of options that must also be above 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class AuditConfig:
     annotator_field: str | None = None
     """Field of the records that names the annotator (default: annotator)."""
     source_field: str = "source"
-    """Field of the records that says where a pair comes from, for the preferences."""
+    """Field of the records with the source of a pair, for `preferences.csv`."""
     action: Literal["drop", "relabel", "soft", "recycle"] | None = None
     """What to do with suspicious pairs in `clean.jsonl`: drop them, relabel them by
     swapping `chosen` and `rejected` (and no other field, such as ratings), keep all and
@@ -47,16 +47,16 @@ class AuditConfig:
     threshold: float | None = None
     """A pair is suspicious if the probability that its label is right is below this
     (default: 0.5).  With --action recycle, a label is kept if it is right with at least
-    this probability, swapped if it is wrong with at least this, and else dropped
-    (default: 0.6)."""
+    this probability, swapped if it is wrong with at least this probability, and
+    dropped otherwise (default: 0.6)."""
     action_top: int | None = None
     """Apply --action to this many of the most suspicious pairs, whatever their
     probabilities, instead of using --threshold."""
     top: int = 20
     """Number of the most suspicious pairs to list in `review.csv` and `report.html`."""
     budget: int | None = None
-    """List in `review.csv` this many pairs that are most worth a person's look, instead
-    of the most suspicious ones, and report the expected gain."""
+    """List in `review.csv` this many pairs that are most worth reviewing, instead of
+    the most suspicious ones, and report the expected gain."""
     apply: str | None = None
     """A `review.csv` whose column `verdict` a person has filled in with right, wrong or
     drop.  Those labels are kept, swapped or dropped in `clean.jsonl`."""
@@ -64,8 +64,8 @@ class AuditConfig:
     """Report how many pairs or votes would give a 95% interval of the flip rate of this
     width."""
     confounders: str | None = None
-    """What to hold fixed in the preferences, separated by commas: names of features,
-    annotator, or source."""
+    """What to hold fixed in the weights of `preferences.csv`, separated by commas:
+    names of features, annotator, or source."""
     assumed_flip_rate: float = 0.1
     """Flip rate to assume if the pairs do not determine it."""
     features: str | None = None

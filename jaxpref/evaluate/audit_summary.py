@@ -18,7 +18,7 @@ from jaxpref.evaluate.verdicts import DROP, RIGHT, WRONG
 from jaxpref.evaluate.votes import Votes
 
 AS_SAID = {RIGHT: "keep", WRONG: "relabel", DROP: "drop"}
-"""What is done to a label by the verdict on it."""
+"""The action on a label, by the verdict on it."""
 
 
 def rows_of(
@@ -77,7 +77,7 @@ def summarize(
     prompts: Sequence[str],
     report: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What an audit estimates of the labels."""
+    """What an audit estimates about the labels."""
     annotators = [
         {
             "annotator": name,
@@ -175,10 +175,10 @@ def compared(
 def worth(
     looks: np.ndarray, posterior: np.ndarray, gain: np.ndarray, texts: np.ndarray
 ) -> dict[str, Any]:
-    """What a person's look at some labels is expected to gain, beside others at random.
+    """What reviewing some labels is expected to gain, compared with random ones.
 
     Args:
-      looks: the labels to look at, as indices.
+      looks: the labels to review, as indices.
       posterior: the probability that each label is right; [N].
       gain: see `review.gains`; [N].
       texts: which labels judge the same two texts; [N].

@@ -1,6 +1,6 @@
-"""What twenty lines of scikit-learn and cleanlab say of the same labels.
+"""Baselines: what twenty lines of scikit-learn and cleanlab say about the labels.
 
-An audit is worth its model only if it ranks labels better than these.  They are the
+An audit is worth its model only if it ranks labels better than these.  They need the
 `audit` extra; without it, `missing` says which are not computed.
 """
 
@@ -30,7 +30,7 @@ def missing() -> tuple[str, ...]:
 
 
 def say_missing(names: Sequence[str]) -> str:
-    """How to get baselines, in a sentence."""
+    """How to get these baselines, in a sentence."""
     packages = " and ".join(dict.fromkeys(NEEDS[name] for name in names))
     return (
         f"Baselines not computed: {', '.join(names)}. They need {packages}; "
@@ -39,12 +39,12 @@ def say_missing(names: Sequence[str]) -> str:
 
 
 class Ranking(NamedTuple):
-    """What a baseline says of N labels."""
+    """What a baseline says about N labels."""
 
     scores: Float[np.ndarray, " pairs"]
     """float64 [N]; lower for labels that are more probably wrong."""
     wrong: int | None = None
-    """How many labels it finds wrong, if it says so; its scores are no margins then."""
+    """How many labels it finds wrong; None if its scores are margins."""
 
 
 def rankings(
@@ -106,7 +106,7 @@ def tfidf_lengths(
 def confident_learning(
     margins: Float[np.ndarray, " pairs"],
 ) -> tuple[Float[np.ndarray, " pairs"], int]:
-    """How right cleanlab finds each label, and how many labels it finds wrong.
+    """The quality of each label by cleanlab, and how many labels it finds wrong.
 
     Confident learning compares given labels with probabilities out of fold.  A pair
     becomes an example of a class by a fixed random order of its answers: the label says

@@ -21,9 +21,9 @@ PENALTIES = tuple(10.0 ** (power / 2) for power in range(-3, 6))
 """Candidate penalties; the columns are scaled to a mean square of 1."""
 STEPS = 200
 TOLERANCE = 1e-6
-"""Of the margins, in nats."""
+"""Tolerance of the margins, in nats."""
 ENOUGH = 1e-4
-"""The same for cross-fitted margins, which are used with three digits."""
+"""The same for cross-fitted margins, of which three digits are enough."""
 
 
 @dataclasses.dataclass(frozen=True)

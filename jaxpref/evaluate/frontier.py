@@ -1,15 +1,15 @@
-"""Reward against KL: how far methods are from the best possible, and at matched KL.
+"""Reward against KL: comparisons at matched KL, and with the best possible reward.
 
-A policy can buy reward with KL to its reference, so a reward alone does not compare two
-methods: the one with the smaller beta usually wins.  These functions compare sweeps of
-a method over beta (or over the steps of a run) at the same KL, and with the best
-possible reward at that KL where it is known.
+A policy can gain reward by moving away from its reference, so a reward alone does not
+compare two methods: the one with the smaller beta usually wins.  These functions
+compare sweeps of a method over beta (or over the steps of a run) at the same KL, and
+with the best possible reward at that KL where it is known.
 
 Between measured points, frontiers are piecewise linear in sqrt(KL), because the gain of
-a small tilt is: a policy proportional to ref exp(t r) gains t Var(r) at a KL of
-t^2 Var(r) / 2.  (Gao et al. 2022, arXiv:2210.10760, also plot reward over sqrt(KL).)
-Points are not replaced by their upper envelope, which would select lucky measurements.
-Outside the measured range the result is NaN: nothing is extrapolated.
+a small tilt is linear in it: a policy proportional to ref exp(t r) gains t Var(r) at a
+KL of t^2 Var(r) / 2.  (Gao et al. 2022, arXiv:2210.10760, also plot reward over
+sqrt(KL).)  Points are not replaced by their upper envelope, which would select lucky
+measurements.  Outside the measured range the result is NaN: nothing is extrapolated.
 
 Pure numpy functions in float64 for the host.
 """

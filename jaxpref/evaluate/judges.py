@@ -1,4 +1,4 @@
-"""The judges of an audit: what is known of the two answers of each pair.
+"""The judges of an audit, Bradley-Terry models that differ in what they read.
 
 - `length`: log of the length in tokens;
 - `surface`: interpretable features of the texts, and the length;
@@ -88,7 +88,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What the judges say of N pairs."""
+    """What the judges say about N pairs."""
 
     margins: Float[np.ndarray, " pairs"]
     """float64 [N]; of all judges together, positive where they agree with the label."""
@@ -105,14 +105,14 @@ class Judgement:
 
 
 def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgement:
-    """Judges pairs by models that saw neither their labels nor their prompts'.
+    """Judges each pair by models that were not trained on it or its prompt.
 
     Args:
       part: the pairs to judge.
       trusted: pairs with verified labels, which are then the only ones to learn from;
         these may share prompts with the others.  None to learn from the other folds.
       folds: number of folds.
-      seed: of the assignment of prompts to folds.
+      seed: seeds the assignment of prompts to folds.
     """
     parts = [part] if trusted is None else [part, trusted]
     both = _together(parts)

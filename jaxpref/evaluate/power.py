@@ -11,9 +11,9 @@ rate, at its best temperature, by
     D(e) = min over T  of  mean over z of  KL(P(.; e0, 1) || P(.; e, T))
 
 So n items give a profile-likelihood interval of about the rates with n D(e) < 1.92,
-which is half the 95% quantile of chi-squared with one degree of freedom.  For the many
-items of a narrow interval, this is the Fisher information; for a wide one, it also
-knows that D is no parabola.  Our own derivation.
+which is half the 95% quantile of chi-squared with one degree of freedom.  For a
+narrow interval, which needs many items, this agrees with the Fisher information; for a
+wide one, it accounts for D not being a parabola.  The derivation is ours.
 """
 
 import math
@@ -38,7 +38,7 @@ LARGEST = 8.0
 HALVINGS = 30
 """Steps of the searches for a temperature and for a number."""
 MOST = 1e9
-"""Above this number of pairs, no number would do."""
+"""If this many pairs are not enough, no number is reported."""
 
 
 def pairs_needed(

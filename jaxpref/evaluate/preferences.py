@@ -2,9 +2,10 @@
 
 A label prefers the first of two answers with probability s(w . x), where x is the
 difference of their features (see `surface`), in units of its root mean square over all
-pairs.  exp(w) is the factor by which one unit more of a feature multiplies the odds of
-being preferred.  Each feature has a weight on its own, beside the confounders, and one
-beside all other features.  Intervals allow for several labels on one prompt.
+pairs.  exp(w) is the factor by which one more unit of a feature multiplies the odds of
+being preferred.  Each feature has two weights: on its own, with only the confounders
+held fixed, and with all other features held fixed.  Intervals allow for several labels
+on one prompt.
 """
 
 import csv
@@ -24,13 +25,13 @@ from jaxpref.evaluate.surface import MEANINGS, NAMES
 SPREAD = 10.0
 """Standard deviation of the Gaussian prior of a weight, which keeps weights finite."""
 FEWEST = 30
-"""Labels that an annotator or a source needs for weights of its own."""
+"""How many labels an annotator or a source needs for weights of its own."""
 DIFFERING = 20
-"""Labels in which a feature must differ for a weight: fewer have no valid interval."""
+"""In how many labels a feature must differ; with fewer, the interval is not valid."""
 LISTED = 20
-"""Annotators, and sources, with weights of their own: those with the most labels."""
+"""How many annotators and sources have weights of their own, by number of labels."""
 PER_FEATURE = 10
-"""Labels per feature that the weights beside all other features need."""
+"""How many labels per feature the weights beside all other features need."""
 FIELDS = (
     *("feature", "meaning", "labels", "more", "weight", "low", "high"),
     *("joint", "joint_low", "joint_high", "q"),
@@ -95,15 +96,15 @@ def preferences(
         another set of labels.  Zeros are left out.
       confounders: names of features that are held fixed in the weights, or "annotator"
         or "source": the weights are then estimated within each annotator or source and
-        averaged over these, so that none decides by the number of its labels.
+        averaged over these, so that one with many labels does not dominate.
 
     Returns:
       One record per scope (`by` and `name`) and feature: `feature`, `meaning`,
       `labels` in which it differs, the share `more` of these that prefer the answer
       with more of it, `weight` with `low` and `high` (95%), the same beside all other
       features (`joint`, `joint_low`, `joint_high`; None with fewer than `PER_FEATURE`
-      labels per feature), and `q`, the share of false discoveries among features of
-      the scope with a `q` as small (Benjamini and Hochberg, 1995).
+      labels per feature), and `q`, the false discovery rate among the features of
+      the scope whose `q` is at most as large (Benjamini and Hochberg, 1995).
     """
     side = np.sign(model)
     own = dataclasses.replace(labels, differences=labels.differences * side[:, None])

@@ -14,8 +14,8 @@ COLUMNS = (
     *("rank", "row", "suspicion", "margin", "annotator", "action"),
     *("prompt", "chosen", "rejected", "gain", "verdict", "id"),
 )
-"""Columns of `review.csv`; `suspicion` is the probability that the label is wrong,
-`gain` see `gains`, and `verdict` is for a person to fill in, see `verdicts`."""
+"""Columns of `review.csv`: `suspicion` is the probability that the label is wrong,
+`gain` is from `gains`, and a person fills in `verdict` (see `verdicts`)."""
 SHORT = 300
 """Characters of a text in `review.csv`."""
 DONE = {
@@ -62,12 +62,13 @@ def actions(
 
 
 def gains(posterior: np.ndarray, actions: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """What a person's look at each pair is expected to gain, in labels; [N].
+    """What reviewing each pair is expected to gain, in labels; [N].
 
     In `clean.jsonl`, a right label counts 1, a wrong one -1, and a dropped pair 0.  A
-    pair whose label is verified counts 1.  So a look at a pair whose label is right
-    with probability p gains 2 (1 - p) if it is kept, 2 p if it is relabeled, and 1 if
-    it is dropped.  It settles all votes on the same two texts, whose gains are added.
+    pair whose label is verified counts 1.  So reviewing a pair whose label is right
+    with probability p gains 2 (1 - p) if the pair would be kept, 2 p if it would be
+    relabeled, and 1 if it would be dropped.  A verdict settles all votes on the same
+    two texts, whose gains are added.
 
     Args:
       posterior: p, [N].
@@ -95,8 +96,8 @@ def rule(action: str, count: int, of: int, *, threshold: float, top: int | None)
     if action == "recycle":
         which = (
             f"a label is kept if it is right with a probability of at least "
-            f"{threshold:g}, swapped if it is wrong with at least that, and else "
-            "dropped"
+            f"{threshold:g}, swapped if it is wrong with at least that probability, "
+            "and dropped otherwise"
         )
     elif action != "soft":
         which = (

@@ -1,4 +1,4 @@
-"""Judges stacked: margins of several feature groups, weighted by cross-validation.
+"""Stacked judges: margins of several feature groups, weighted by cross-validation.
 
 Each judge is a cross-fitted Bradley-Terry model on one group of features.  Its margins
 for the training pairs come from inner folds.  The stack adds the judges' margins with
@@ -6,8 +6,8 @@ weights of at least 0 that explain the training labels best:
 
     min over w >= 0   mean of  softplus(-sum over g of w_g m_g)  +  RIDGE / 2 |w|^2
 
-where the margins are scaled to a mean square of 1.  So a judge that knows
-nothing gets no weight, and the margins come out calibrated on pairs that the judges
+where the margins are scaled to a mean square of 1.  So an uninformative
+judge gets no weight, and the stacked margins are calibrated on pairs that the judges
 were not fitted to.
 """
 
@@ -73,7 +73,7 @@ def stack(
             continue
         inner = np.stack([fit.inner[number] for fit in fits.values()], axis=1)[train]
         sizes = np.sqrt(np.mean(inner**2, axis=0))
-        sizes[sizes == 0] = np.inf  # a judge without an opinion
+        sizes[sizes == 0] = np.inf  # all margins of this judge are 0
         found = non_negative(inner / sizes)
         weights.append(found)
         margins[folds == fold] = alone[folds == fold] @ (found / sizes)

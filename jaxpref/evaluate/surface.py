@@ -2,8 +2,8 @@
 
 Each is a number that a person can check by reading.  Counts of structure enter as
 log(1 + count).  Words of a kind enter as their number per 100 words, where the answer
-counts as 20 words longer than it is, so that one word does not decide for a short one.
-The word lists are English; in other languages, only length and structure say anything.
+counts as 20 words longer than it is, so that one word does not dominate a short one.
+The word lists are English; in other languages, only length and structure count.
 """
 
 import math

@@ -33,7 +33,7 @@ def read_verdicts(path: str | Path) -> list[Verdict]:
 
     Raises:
       InputError: if the file cannot be read, has no column `row`, `id` or `verdict`, or
-        has another verdict than `VERDICTS`.
+        has a verdict that is not one of `VERDICTS`.
     """
     try:
         text = Path(path).read_text("utf-8-sig")

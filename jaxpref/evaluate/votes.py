@@ -1,4 +1,4 @@
-"""Who judges which two texts, and what is known of labels from elsewhere."""
+"""Labels as votes: who judges which two texts, and which labels are verified."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def verified(
 
 
 def _numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each two texts, and +1 or -1 for which of them is preferred."""
+    """A number for each pair of texts, and +1 or -1 for which of them is preferred."""
     _, ranks = np.unique(keys, return_inverse=True)
     ranks = ranks.reshape(keys.shape)
     _, texts = np.unique(np.sort(ranks, axis=1), axis=0, return_inverse=True)

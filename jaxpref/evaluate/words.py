@@ -11,7 +11,7 @@ from jaxpref.evaluate.surface import WORD
 VOCABULARY = 2000
 """Number of words with a column."""
 LEAST = 3
-"""Answers in which a word must occur."""
+"""How many answers a word must occur in."""
 DIRECTIONS = 200
 """Number of columns after `principal`."""
 ROUNDS = 4

@@ -7,8 +7,8 @@ corrects the model of the label, which gives the likelihood of the observed labe
 flips.
 
 Flips at one rate for all pairs mostly shrink the margins that DPO learns, which a
-smaller beta regains.  So compare these losses with DPO at the same KL to the reference,
-not at the same beta, as in `experiments/exact_frontier.py`.
+smaller beta makes up for.  So compare these losses with DPO at the same KL to the
+reference, not at the same beta, as in `experiments/exact_frontier.py`.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The posterior of Crowd-BT: its density, a step uphill, and Laplace's approximation.
+"""The posterior of Crowd-BT: its density, Newton steps, and Laplace's approximation.
 
 The model and its notation are in `jaxpref.noise.crowd`.
 """
@@ -28,7 +28,7 @@ class Votes:
     sign: jax.Array
     """1 if the vote prefers the first item, else -1."""
     real: jax.Array
-    """1 or 0: whether the vote is real."""
+    """1 if the vote counts, 0 if it is masked."""
     judged: jax.Array
     """1 for one real vote of each pair, which represents it in the likelihood."""
     on_pair: Callable[[jax.Array], jax.Array]
@@ -97,7 +97,7 @@ def log_posterior(votes: Votes, mean, spread, a, b, q, theta) -> jax.Array:
 
 
 def newton_step(votes: Votes, mean, spread, posterior, q, theta) -> jax.Array:
-    """A Newton step in q for the expected truths, halved until it is no step down."""
+    """A Newton step in q for the expected truths, halved if it lowers the posterior."""
     margin = q[votes.first] - q[votes.second]
     p = jax.nn.sigmoid(margin)
     pull = votes.judged * (jax.nn.sigmoid(margin + balance(votes, theta)) - p)
@@ -125,7 +125,7 @@ def laplace(votes: Votes, spread, a, b, q, theta):
     """Laplace's approximation of the posterior around its mode.
 
     Minus the Hessian is [[A, B], [B', D]] in (q, theta).  D is diagonal with one vote
-    per pair; with several, what their annotators share is left out.
+    per pair; with several, the terms between their annotators are left out.
 
     Returns:
       The covariance of q [N, N], the variances of theta [K], and the log-determinant of
@@ -141,7 +141,7 @@ def laplace(votes: Votes, spread, a, b, q, theta):
     qt = qt.at[votes.second, votes.annotators].add(-mixed)
     per_annotator = lambda x: jax.ops.segment_sum(x, votes.annotators, theta.size)
     tt = (a + b + per_annotator(votes.real)) * _curve(theta)
-    # Keeps a reliability at the end of its range, whose curvature is 0, finite.
+    # At the end of a reliability's range, the curvature is 0; keeps its inverse finite.
     tt = jnp.maximum(tt - per_annotator(votes.real * curve), jnp.finfo(q.dtype).eps)
     factor = cho_factor(qq - (qt / tt) @ qt.T)
     covariance = cho_solve(factor, jnp.eye(q.size, dtype=q.dtype))

@@ -1,4 +1,4 @@
-"""Posteriors of reliabilities on a grid: their intervals, and what votes say of others.
+"""Posteriors of reliabilities on a grid, their intervals, and the evidence of others.
 
 With c = tanh(evidence / 2), a vote has likelihood proportional to 1 + (2 eta - 1) c,
 linear in the reliability eta of its annotator.  An annotator's posterior is the product
@@ -75,8 +75,8 @@ def marginal_evidence(
     The likelihood of an item's votes is linear in the reliability of every voter.  So
     to average over one that is independent of the item, it suffices to use its mean
     given its votes on all other items.  The mode over all items, which EM finds, would
-    use the item's votes twice, and as if it were certain.  Each mean depends on the
-    evidence of the others, hence the rounds (belief propagation).
+    use the item's votes twice, and treat the reliability as certain.  Each mean depends
+    on the evidence of the others, hence the rounds (belief propagation).
 
     `evidence_from` maps each vote's assumed logit of being right to the evidence.
 

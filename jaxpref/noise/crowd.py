@@ -9,8 +9,8 @@ evidence about this one, even if no two votes judge the same pair:
     m        q_winner - q_loser, the margin of a vote
     P(vote)  = eta s(m) + (1 - eta) s(-m)
 
-With `eta = 1` it is the Bradley-Terry model.  The prior mean is where a model of the
-text enters: scores of the items by a model that was not trained on the votes, in nats
+With `eta = 1` it is the Bradley-Terry model.  The prior mean brings in the text: it
+holds scores of the items by a model that was not trained on the votes, in nats
 (calibrated, so that a difference is the logit that the first item is better).
 
 Several votes on a pair are independent given the strengths (Chen et al.), or share a
@@ -20,7 +20,7 @@ Bradley-Terry model as prior of the truths, and describes pairs on which the str
 are wrong.
 
 Only differences of strengths matter, and (q, eta) and (-q, 1 - eta) explain the votes
-equally well.  The priors determine which it is: the prior mean, and annotators who are
+equally well.  The priors decide between the two: the prior mean, and annotators who are
 right more often than wrong.  Ties are not votes: mask them with `where`.
 
 Source: Chen, Bennett, Collins-Thompson, and Horvitz, "Pairwise Ranking Aggregation in a
@@ -113,7 +113,7 @@ def fit(
     in q and in logit eta, from the inverse Hessian of all parameters together, which
     takes memory for items x (items + annotators) numbers, and time for items squared x
     (items + annotators).  95% intervals covered 0.89 of the strengths and 0.98 of the
-    reliabilities in 400 data sets of 120 votes by 5 annotators on 8 items
+    reliabilities in 400 datasets of 120 votes by 5 annotators on 8 items
     (`python -m tests.noise.simulations`); `em.fit` of `margins` has better ones for the
     reliabilities.
 

@@ -83,11 +83,12 @@ def fit(
     moves annotators with few votes toward the others.
 
     The interval is that of the posterior of eta_k under a flat prior, or under `prior`
-    if it is given, on a grid.  It ignores the pooled prior, because that would cover
-    annotators unlike the others too rarely.  The others' reliabilities are not known
-    either: each enters by its posterior mean given its votes on other items
-    (belief propagation), which is exact if items connect annotators in a
-    tree.  The coverage is in `docs/noise.md` (`python -m tests.noise.simulations`).
+    if it is given, on a grid.  It ignores the pooled prior, because with that,
+    annotators who are unlike the others would be covered too rarely.  It allows for the
+    unknown reliabilities of the others: each enters by its posterior mean given its
+    votes on other items (belief propagation), which is exact if items connect
+    annotators in a tree.  The coverage is in `docs/noise.md`
+    (`python -m tests.noise.simulations`).
 
     Args:
       margin_logits: z, nats, positive where the model agrees with the vote; [votes].

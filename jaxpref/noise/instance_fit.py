@@ -20,8 +20,8 @@ from jaxpref.sharding import replicated
 __all__ = ["Estimate", "Labels", "describe", "fit", "no_labels", "remember"]
 
 SCALE_SPREAD = 1.4
-"""Prior standard deviation of t: two of three models are calibrated within a factor of
-4."""
+"""Prior standard deviation of t, which expects two of three models to be calibrated
+within a factor of 4."""
 LONGEST_STEP = 0.5
 """The longest step of a coefficient, in prior standard deviations."""
 SIZES = (1.0, 0.5, 0.25, 0.1, 0.0)
@@ -263,7 +263,7 @@ def _cost(
 def _score_and_information(
     coefficients: Coefficients, labels: Labels, prior: Prior
 ) -> tuple[Float[Array, "annotators M"], Float[Array, "annotators M M"]]:
-    """Of each annotator's labels about (t, w)."""
+    """Score and Fisher information about (t, w), of each annotator's labels."""
     features = labels.features
     probability, (rate, swapped), (better, worse) = _probability(
         coefficients, labels, prior

@@ -8,14 +8,15 @@ agreement with the label, and by block, a sixteenth of the pass.  With u = |z| /
     P(agree) = 1/2 + (1/2 - e) tanh(u^c / 2t)
     log2 t of a block ~ Normal(log2 t of the block before, s^2)
 
-What identifies e?  Without an assumption on the link, only the bound
-e <= 1 - sup P(agree) holds: a model whose most certain margins are wrong for a share e
-of the pairs produces the same agreements as flipped labels.  With the link above, a
-block has three unknowns: its initial slope (1/2 - e) / 2t, the level 1 - e at which it
-saturates, and c, how fast.  All blocks share e and c, so an unknown t for each block
-costs little; but margins that are all small only determine the slope.  The power c is 1
-for margins that are calibrated up to their scale.  The prior of log2 c has a standard
-deviation of 1/4, since a policy's margins are not: errors bend the link.
+What identifies e?  Without an assumption on the link (P(agree) as a function of u),
+only the bound e <= 1 - sup P(agree) holds: a model whose most certain margins are wrong
+for a share e of the pairs produces the same agreements as flipped labels.  With the
+link above, a block has three unknowns: its initial slope (1/2 - e) / 2t, the level
+1 - e at which it saturates, and c, which sets how fast.  Blocks share e and c, so an
+unknown t for each block costs little; but margins that are all small only determine the
+slope.  The power c is 1 for margins that are calibrated up to their scale.  The prior
+of log2 c has a standard deviation of 1/4, since a policy's margins are not: errors bend
+the link.
 
 The likelihood is integrated over t (a forward pass over the blocks), s, and c on a
 grid, for each e.  As no maximum is searched for, there are no starting points, and no

@@ -30,7 +30,7 @@ READS = {
 }
 """What each feature is computed from."""
 MOST_MEMORY = 1_000_000
-"""The largest memory: all of it is read in every step."""
+"""The largest `memory` allowed: all of it is read in every step."""
 STEPS = 2
 """Steps of the estimate in each step of the policy."""
 
@@ -162,9 +162,9 @@ def known_rates(loss: Loss) -> Objective:
         loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(swapped) - loss(pair))
 
     1 - e is the probability that the label is right (--labels.p-correct FIELD), such as
-    the field `p_correct` that an audit writes, or a reward model's opinion of the pair.
-    At e = 0 it is the likelihood of the loss, at 1/2 the pair has no gradient, and
-    above 1/2 the label counts as its opposite.
+    the field `p_correct` that an audit writes, or a reward model's estimate for the
+    pair.  At e = 0 this is the uncorrected likelihood, at 1/2 the pair has no gradient,
+    and above 1/2 the label counts as reversed.
 
     Args:
       loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.

@@ -21,7 +21,8 @@ from jaxpref.objectives.rewards import per_token_reward, reward_metrics
 from jaxpref.sharding import replicated
 
 REMEMBERED = 64
-"""Pairs at the start of a run whose return ends the counting of `learned_rate`."""
+"""How many first pairs of a run `learned_rate` recognizes; the first pass ends when one
+of them returns."""
 
 EStep = Callable[[Inputs, Array, Array], Array]
 """`(inputs, logits, posterior that the label is right) -> losses`."""
@@ -146,8 +147,8 @@ def learned_rate(loss: Loss) -> Objective:
     during the pass, so a temperature is estimated for each sixteenth of it
     (`jaxpref.noise.running`).  Annotators have rates of their own, partially pooled
     toward a common rate (`jaxpref.noise.annotator_rates`).  In the second pass, the
-    policy has seen the labels, and e would be too small.  So counting ends with the
-    first pass: when one of the first pairs returns.
+    policy has seen the labels, and e would be too small.  So only the first pass is
+    used, which ends when one of the first pairs returns.
 
     Args:
       loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.

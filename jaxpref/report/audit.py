@@ -101,12 +101,12 @@ def write_audit(
 _METHOD = """ Each pair was judged by four Bradley-Terry models, trained only on pairs
 with other prompts: on lengths, surface features, words, and frozen features of the
 language model. Cross-validation within the training pairs chose their penalties and
-their weights in the sum. Its margins were divided by a temperature, fitted jointly with
-the flip rate to the marginal likelihood of the labels; verified labels calibrate the
-margins themselves. EM then estimated the reliabilities and the probabilities. A label
-counts as wrong if it contradicts what the models can learn from the other labels. So
-preferences that the models cannot represent look like noise, and systematic errors that
-all labels share go undetected.
+their weights in the sum. The margins of the sum were divided by a temperature, fitted
+jointly with the flip rate to the marginal likelihood of the labels. If there are
+verified labels, they calibrate the margins instead. EM then estimated the reliabilities
+and the probabilities. A label counts as wrong if it contradicts what the models can
+learn from the other labels. So preferences that the models cannot represent look like
+noise, and systematic errors that all labels share go undetected.
 """
 
 

@@ -30,7 +30,7 @@ for (const box of document.querySelectorAll(".browse")) {
     const number = parseFloat(text.replace(/^[+]/, ""));
     return Number.isNaN(number) ? text : number;
   };
-  // Numbers come before what has none, in both directions.
+  // Numbers come before other texts, in both directions.
   const compare = (a, b, sign) => {
     const numbers = (typeof a === "number") - (typeof b === "number");
     if (numbers) return -numbers;

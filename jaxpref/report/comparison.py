@@ -39,7 +39,7 @@ def comparison(summary: Record) -> list:
         Table(
             columns[:shown],
             [row[:shown] for row in rows],
-            "Share of the original labels with which the cross-fitted model agrees.",
+            "Accuracy: the share of the original labels that the model agrees with.",
         )
     ]
     if missing := summary.get("baselines_missing"):
@@ -75,11 +75,13 @@ def power_in_words(power: Record) -> str:
     ]
     each = power["votes_per_annotator"]
     return (
-        f"Pairs for a 95% interval of the flip rate that is {power['width']:g} wide, "
-        f"at a rate of {power['flip_rate']:.2f} and margins like these: "
-        f"{'; '.join(needs)} (now {power['now']['pairs']:,}, and "
-        f"{power['now']['width']:.2f} wide). An annotator's reliability needs "
-        f"{'no number of' if each is None else f'{each:,}'} votes"
+        f"Pairs needed for a 95% interval of the flip rate that is "
+        f"{power['width']:g} wide, at a rate of {power['flip_rate']:.2f} and with "
+        f"margins like these: {'; '.join(needs)} (this file has "
+        f"{power['now']['pairs']:,}, and its interval is {power['now']['width']:.2f} "
+        "wide). For an annotator's reliability, "
+        f"{'no number of' if each is None else f'{each:,}'} votes would give such an "
+        "interval"
     )
 
 
@@ -96,18 +98,19 @@ def extra_parts(summary: Record) -> list[str]:
         said = summary["verdicts"]
         parts.append(
             f"Verdicts on {said['right'] + said['wrong'] + said['drop']} labels are "
-            f"applied. {said['wrong']} of them are wrong; the probabilities expected "
-            f"{said['expected_wrong']:.1f}."
+            f"applied. {said['wrong']} of these labels are wrong; from their "
+            f"probabilities, {said['expected_wrong']:.1f} were expected."
         )
     if "budget" in summary:
         looks = summary["budget"]
         parts.append(
-            f"`review.csv` lists the {looks['pairs']} pairs that are most worth a "
-            f"look. {looks['expected_wrong']:.1f} of these labels are expected to be "
-            f"wrong, of as many at random {looks['expected_wrong_at_random']:.1f}. The "
-            f"gain is {looks['expected_gain']:.1f} labels "
-            f"({looks['expected_gain_at_random']:.1f} at random): in `clean.jsonl`, a "
-            "right label counts 1, a wrong one −1, and a dropped pair 0."
+            f"`review.csv` lists the {looks['pairs']} pairs that are most worth "
+            f"reviewing. {looks['expected_wrong']:.1f} of these labels are expected to "
+            f"be wrong, compared with {looks['expected_wrong_at_random']:.1f} of as "
+            f"many random ones. The expected gain is {looks['expected_gain']:.1f} "
+            f"labels ({looks['expected_gain_at_random']:.1f} for random ones): in "
+            "`clean.jsonl`, a right label counts 1, a wrong one −1, and a dropped pair "
+            "0."
         )
     if "power" in summary:
         parts.append(f"{power_in_words(summary['power'])}.")

@@ -60,11 +60,11 @@ def preference_parts(
 _HOW = """A weight is the log-odds of being preferred per unit of the feature, where the
 unit is its typical difference between two answers of this file (root mean square). It
 describes the labels and need not be their cause: longer answers may have more lists.
-The weights beside all others hold every other feature of the table fixed. With
-`--confounders length,annotator`, the others hold these fixed, too."""
+The weights "beside all others" hold every other feature of the table fixed. With
+`--confounders length,annotator`, the other weights hold length and annotator fixed."""
 _CAPTION = """Bradley-Terry weights; the intervals allow for several labels on one
-prompt. `q` is the share of false discoveries among the features with a `q` as small.
-`preferences.csv` has all numbers."""
+prompt. `q` is the false discovery rate among the features whose `q` is at most as
+large. `preferences.csv` has all numbers."""
 
 
 def _in_words(everyone: Sequence[Record]) -> str:

@@ -79,7 +79,7 @@ class FieldUse:
         self._ignored.update(ignored)
 
     def read_too(self, name: str) -> None:
-        """Counts a field as read that the command reads from the records itself."""
+        """Counts a field as read, because the command itself reads it."""
         if name in self._unread:
             self._read[name] += self._unread.pop(name)
 
