@@ -14,9 +14,9 @@ Commands
 Expected
     Reward at KL 0.64, and share of the best possible reward at this KL; mean over
     seeds 0 to 4, which differ in world, pairs, and labels.  The standard deviations
-    are 0.02 to 0.05.
+    are 0.02 to 0.05 for the reward and at most 0.05 for the share.
 
-     2,048 pairs                           two pools       adversary  half by length
+     2,048 pairs                     two annotators       adversary  half by length
     DPO, clean labels                      1.06 0.95       1.06 0.95       1.06 0.95
     DPO                                    0.92 0.82       0.91 0.81       0.56 0.50
     forward, known mean rate               0.93 0.82       0.91 0.81       0.55 0.49
@@ -25,7 +25,7 @@ Expected
     learned by length                      0.92 0.82       0.91 0.81       0.93 0.83
     learned by annotator and length        0.98 0.87       1.04 0.93       1.00 0.90
 
-    16,384 pairs                           two pools       adversary  half by length
+    16,384 pairs                     two annotators       adversary  half by length
     DPO, clean labels                      1.11 0.99       1.11 0.99       1.11 0.99
     DPO                                    1.09 0.97       1.09 0.97       0.61 0.54
     forward, known mean rate               1.09 0.97       1.09 0.97       0.54 0.48
@@ -46,8 +46,8 @@ Protocol
     2,000 answers, equally likely under the reference, with 80 normal features.  Reward
     and log-length are two orthogonal directions of the features, with standard
     deviations of 1 and 0.5.  Pairs are drawn at random, and labeled by Bradley-Terry of
-    the reward.  The labels of two known annotators then differ.  "Two pools": half of
-    the labels each, with flip rates of 5% and 40%.  "Adversary": 30% of the labels with
+    the reward.  The labels of two known annotators then differ.  "Two annotators": half
+    of the labels each, with flip rates of 5% and 40%.  "Adversary": 30% of the labels with
     a flip rate of 80%, and clean labels by the other.  "Half by length": half of the
     labels by length alone, and clean labels by the other.
     A policy is exp(theta . features); its margin is z = theta . (difference of the
@@ -99,7 +99,7 @@ class Annotator:
 
 
 NOISES = {
-    "two pools": (Annotator(0.5, 0.05), Annotator(0.5, 0.4)),
+    "two annotators": (Annotator(0.5, 0.05), Annotator(0.5, 0.4)),
     "adversary": (Annotator(0.7), Annotator(0.3, 0.8)),
     "half by length": (Annotator(0.5), Annotator(0.5, by_length=True)),
 }

@@ -37,11 +37,13 @@ def command(argv: Sequence[str]) -> None:
         else f"flip rate not identified: {found.summary['reason']}; {page}"
     )
     show(f"{config.out}/clean.jsonl: {found.summary['acted_on']['rule']}")
-    for line in _told(found, config):
+    for line in _summary_lines(found, config):
         show(line)
 
 
-def _told(found: label_audit.Audit, config: label_audit.AuditConfig) -> list[str]:
+def _summary_lines(
+    found: label_audit.Audit, config: label_audit.AuditConfig
+) -> list[str]:
     """The lines that the command prints about its other results."""
     summary, lines = found.summary, []
     if "verdicts" in summary:
