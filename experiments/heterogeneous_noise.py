@@ -47,9 +47,9 @@ Protocol
     and log-length are two orthogonal directions of the features, with standard
     deviations of 1 and 0.5.  Pairs are drawn at random, and labeled by Bradley-Terry of
     the reward.  The labels of two known annotators then differ.  "Two annotators": half
-    of the labels each, with flip rates of 5% and 40%.  "Adversary": 30% of the labels with
-    a flip rate of 80%, and clean labels by the other.  "Half by length": half of the
-    labels by length alone, and clean labels by the other.
+    of the labels each, with flip rates of 5% and 40%.  "Adversary": 30% of the labels
+    with a flip rate of 80%, and clean labels by the other.  "Half by length": half of
+    the labels by length alone, and clean labels by the other.
     A policy is exp(theta . features); its margin is z = theta . (difference of the
     features).  theta has the highest likelihood of the labels under a penalty
     ridge |theta|^2 / 2, and is rescaled to KL 0.64 for the comparison, so that beta
