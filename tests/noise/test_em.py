@@ -176,6 +176,7 @@ def test_recovers_annotators_from_each_other():
     assert np.mean(ours == data.right) > np.mean(agrees == data.right) + 0.02
 
 
+@pytest.mark.slow
 def test_wrong_scale_of_the_margins_biases():
     """Why calibration is needed: estimates from 1.000 to 0.717."""
     data = votes(3, reliability=0.8, items=200_000)
