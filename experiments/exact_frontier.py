@@ -164,10 +164,10 @@ def fit(derivatives: Callable, differences: np.ndarray, ridge: float) -> np.ndar
     """
     count, size = differences.shape
     theta, margins = np.zeros(size), np.zeros(count)
-    values, slopes, curvatures = map(np.asarray, derivatives(margins))
+    values, gradients, curvatures = map(np.asarray, derivatives(margins))
     value = values.mean()
     for _ in range(200):
-        gradient = differences.T @ slopes / count + ridge * theta
+        gradient = differences.T @ gradients / count + ridge * theta
         weighted = np.maximum(curvatures, 0)[:, None] * differences
         hessian = differences.T @ weighted / count + ridge * np.eye(size)
         step = np.linalg.solve(hessian, -gradient)
@@ -177,7 +177,7 @@ def fit(derivatives: Callable, differences: np.ndarray, ridge: float) -> np.ndar
         while True:
             new = theta + length * step
             margins = differences @ new
-            values, slopes, curvatures = map(np.asarray, derivatives(margins))
+            values, gradients, curvatures = map(np.asarray, derivatives(margins))
             new_value = values.mean() + ridge * (new @ new) / 2
             if new_value <= value - 1e-4 * length * decrease or length < 1e-6:
                 break
@@ -236,10 +236,10 @@ def make_derivatives(loss: Callable) -> Callable:
 
     @jax.jit
     def derivatives(margins):
-        slope = jax.grad(lambda margins: jnp.sum(of_margins(margins)))
+        gradient = jax.grad(lambda margins: jnp.sum(of_margins(margins)))
         # Pairs are independent, so this is the diagonal of the Hessian.
-        slopes, curvatures = jax.jvp(slope, (margins,), (jnp.ones_like(margins),))
-        return of_margins(margins), slopes, curvatures
+        gradients, curvatures = jax.jvp(gradient, (margins,), (jnp.ones_like(margins),))
+        return of_margins(margins), gradients, curvatures
 
     return derivatives
 

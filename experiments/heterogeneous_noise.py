@@ -201,10 +201,10 @@ def fit_known(pairs: Pairs, e, swapped, *, ridge: float) -> np.ndarray:
 
     def derivatives(theta):
         p, z = probability(theta)
-        slope = (1 - e - swapped) * expit(z) * expit(-z)
-        weight = slope**2 / np.maximum(p * (1 - p), 1e-12)
+        gradient = (1 - e - swapped) * expit(z) * expit(-z)
+        weight = gradient**2 / np.maximum(p * (1 - p), 1e-12)
         information = (x * weight[:, None]).T @ x + ridge * np.eye(FEATURES)
-        return -x.T @ (slope / p) + ridge * theta, information
+        return -x.T @ (gradient / p) + ridge * theta, information
 
     return newton(value, derivatives, np.zeros(FEATURES))
 
@@ -248,10 +248,10 @@ def fit_learned(
         by_policy = ((1 - e - swapped) * expit(z) * expit(-z))[:, None] * x
         by_rate = (expit(-z) * swapped * (1 - swapped))[:, None] * other
         by_rate -= (expit(z) * e * (1 - e))[:, None] * common
-        slope = np.hstack([by_policy, by_rate])
+        gradient = np.hstack([by_policy, by_rate])
         weight = 1 / np.maximum(p * (1 - p), 1e-12)
-        information = (slope * weight[:, None]).T @ slope + precision
-        return -slope.T @ (1 / p) + precision @ (both - center), information
+        information = (gradient * weight[:, None]).T @ gradient + precision
+        return -gradient.T @ (1 / p) + precision @ (both - center), information
 
     start = fit_known(pairs, PRIOR["rate"], PRIOR["rate"], ridge=ridge)
     return newton(value, derivatives, np.concatenate([start, mean]))[:FEATURES]

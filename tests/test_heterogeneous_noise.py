@@ -59,9 +59,9 @@ def test_the_policy_for_known_rates_is_the_optimum():
     def cost(theta):
         z = pairs.features @ theta
         p = (1 - e) * expit(z) + swapped * expit(-z)
-        slope = -(1 - e - swapped) * expit(z) * expit(-z) / p
+        gradient = -(1 - e - swapped) * expit(z) * expit(-z) / p
         value = -np.log(p).sum() + 10 * theta @ theta
-        return value, pairs.features.T @ slope + 20 * theta
+        return value, pairs.features.T @ gradient + 20 * theta
 
     theirs = minimize(cost, 0 * ours, jac=True, method="BFGS").x
     np.testing.assert_allclose(ours, theirs, atol=2e-3)

@@ -97,6 +97,8 @@ def count_shared(
     the string that a chat template renders from them differ at most in BOS.
     """
     prompts = heldout.columns["prompt"]
+    if not len(prompts):  # nor are the training prompts hashed
+        return Shared(pairs=0, of_pairs=0, prompts=0, of_prompts=0)
     shared = np.isin(prompts, train.columns["prompt"])
     shared |= np.isin(_token_hashes(heldout, bos), _token_hashes(train, bos))
     return Shared(

@@ -38,7 +38,7 @@ from jaxpref.evaluate.estimate import (
 )
 from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import agreement_bins
-from jaxpref.evaluate.judges import Judgement, Part, judge
+from jaxpref.evaluate.judges import Judgment, Part, judge
 from jaxpref.evaluate.preferences import Labels, preferences, preferences_csv
 from jaxpref.evaluate.review import advice, review_csv, worth_a_look
 from jaxpref.evaluate.verdicts import (
@@ -268,7 +268,7 @@ def _said(
     return np.where(by_person == "", said, by_person)
 
 
-def _estimate(config: AuditConfig, found: Judgement, votes: Votes) -> Estimate:
+def _estimate(config: AuditConfig, found: Judgment, votes: Votes) -> Estimate:
     fit = estimate if found.trusted is None else estimate_calibrated
     return fit(
         found.margins,

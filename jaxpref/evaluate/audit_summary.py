@@ -10,20 +10,20 @@ from jaxpref.evaluate import baselines
 from jaxpref.evaluate.audit_config import AuditConfig
 from jaxpref.evaluate.estimate import ASSUMPTION, VERIFIED, Estimate
 from jaxpref.evaluate.flips import auroc, known_flips
-from jaxpref.evaluate.judges import Judgement
+from jaxpref.evaluate.judges import Judgment
 from jaxpref.evaluate.metrics import accuracy, wilson_interval
 from jaxpref.evaluate.power import pairs_needed, votes_needed
 from jaxpref.evaluate.review import actions, gains, rule
 from jaxpref.evaluate.verdicts import DROP, RIGHT, WRONG
 from jaxpref.evaluate.votes import Votes
 
-AS_SAID = {RIGHT: "keep", WRONG: "relabel", DROP: "drop"}
+ACTION_OF = {RIGHT: "keep", WRONG: "relabel", DROP: "drop"}
 """The action on a label, by the verdict on it."""
 
 
 def rows_of(
     judged: Estimate,
-    found: Judgement,
+    found: Judgment,
     votes: Votes,
     said: np.ndarray,
     pairs: PreferenceDataset,
@@ -48,7 +48,7 @@ def rows_of(
         threshold=config.limit,
         top=config.action_top,
     )
-    for verdict, action in AS_SAID.items():
+    for verdict, action in ACTION_OF.items():
         if not (config.acts == "soft" and verdict != DROP):
             does = np.where(said == verdict, action, does)
     gain = np.where(said == "", gains(judged.posterior, does, votes.texts), 0.0)
@@ -72,7 +72,7 @@ def rows_of(
 
 def summarize(
     judged: Estimate,
-    found: Judgement,
+    found: Judgment,
     votes: Votes,
     prompts: Sequence[str],
     report: Mapping[str, int],
@@ -133,7 +133,7 @@ def acted(
 
 
 def compared(
-    found: Judgement,
+    found: Judgment,
     posterior: np.ndarray,
     beside: Mapping[str, baselines.Ranking],
     flips: np.ndarray,
@@ -219,7 +219,7 @@ def checked(said: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     """
     decided = (said == RIGHT) | (said == WRONG)
     return {
-        **{name: int(np.sum(said == name)) for name in AS_SAID},
+        **{name: int(np.sum(said == name)) for name in ACTION_OF},
         "expected_wrong": float(np.sum(1 - before[decided])),
     }
 

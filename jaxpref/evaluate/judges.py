@@ -87,7 +87,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """What the judges say about N pairs."""
 
     margins: Float[np.ndarray, " pairs"]
@@ -104,7 +104,7 @@ class Judgement:
     """The margins of the verified pairs, out of fold; None without any."""
 
 
-def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgement:
+def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgment:
     """Judges each pair by models that were not trained on it or its prompt.
 
     Args:
@@ -134,7 +134,7 @@ def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgeme
         inner,
         learned=None if trusted is None else verified,
     )
-    return Judgement(
+    return Judgment(
         margins=found.margins[:count],
         alone={name: margins[:count] for name, margins in found.alone.items()},
         weights=found.weights,
