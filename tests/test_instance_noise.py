@@ -1,5 +1,6 @@
 """Objectives with a flip rate for each pair, and weights of pairs: what they read."""
 
+import dataclasses
 import functools
 
 import jax
@@ -113,14 +114,17 @@ def test_what_is_learned_from_a_batch():
     inputs, order, z, reference = inputs_of(ALL)
     learn = jax.jit(lambda *parts: objective.learn(Inputs(*parts[:2]), parts[2]))
     warm, _ = learn(inputs.scores, inputs.batch, objective.init(3))
-    assert not warm["labels"].where.any() and warm["seen"] == COUNT
+    seen = warm["seen"]
+    assert not seen["labels"].where.any() and seen["seen"] == COUNT
     jax.tree.map(
         np.testing.assert_array_equal,
         warm["coefficients"],
         objective.init(3)["coefficients"],
     )
-    state, metrics = learn(inputs.scores, inputs.batch, warm)
-    labels = state["labels"]
+    pair_index = inputs.batch.pair_index + COUNT
+    others = dataclasses.replace(inputs.batch, pair_index=pair_index)
+    state, metrics = learn(inputs.scores, others, warm)
+    labels = state["seen"]["labels"]
     odd, even = features_of(ALL, order, reference)
     assert np.asarray(labels.where).tolist() == [True] * COUNT + [False] * 4
     np.testing.assert_allclose(labels.margins[:COUNT], z, rtol=1e-5)
@@ -141,6 +145,9 @@ def test_what_is_learned_from_a_batch():
         ]
     right = 0.9 * expit(z) / (0.9 * expit(z) + 0.1 * expit(-z))
     assert metrics["noise/posterior"] == pytest.approx(right.mean(), rel=1e-5)
+    # In the second pass, the policy has seen the labels.
+    again, _ = learn(inputs.scores, inputs.batch, state)
+    jax.tree.map(np.testing.assert_array_equal, again["seen"]["labels"], labels)
 
 
 def test_features_that_are_left_out_are_not_read():

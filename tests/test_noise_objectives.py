@@ -13,6 +13,7 @@ from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.noise import running
 from jaxpref.objectives import (
+    auto,
     crm,
     em,
     em_weighted,
@@ -48,8 +49,14 @@ def test_first_step_is_conservative_dpo(pairs):  # noqa: F811
 
 @pytest.mark.parametrize(
     "make",
-    [em, functools.partial(instance_noise, warmup=0), learned_rate, re_po],
-    ids=["em", "instance_noise", "learned_rate", "re_po"],
+    [
+        em,
+        functools.partial(instance_noise, warmup=0),
+        pytest.param(functools.partial(auto, warmup=0), marks=pytest.mark.slow),
+        learned_rate,
+        re_po,
+    ],
+    ids=["em", "instance_noise", "auto", "learned_rate", "re_po"],
 )
 def test_layout_does_not_change_what_is_learnt(pairs, make):  # noqa: F811
     objective = make(DPO)
@@ -138,12 +145,12 @@ def test_learned_rate_is_that_of_the_margins_seen():
         _, again, _ = step_on_margins(
             objective, batches[0], state, first_pair=first_pair
         )
-        assert again["counts"].labels == 1600 and not again["ended"]
+        assert again["counts"].labels == 1600 and not again["first_pass"]["ended"]
     for first_pair in (60, 1200):
         _, state, _ = step_on_margins(
             objective, batches[0], state, first_pair=first_pair
         )
-        assert state["counts"].labels == 1200 and state["ended"]
+        assert state["counts"].labels == 1200 and state["first_pass"]["ended"]
 
 
 def test_every_annotator_has_its_learned_rate():

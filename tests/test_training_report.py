@@ -366,6 +366,14 @@ def test_the_summary_of_a_run():
         "report: runs/a/report.html, curves: runs/a/curves.png",
         "export: runs/a/export",
     ]
+    odds = {"one_rate": 3.0, "annotators": 23.25, "features": -15.0, "both": 11.0}
+    noise = {f"noise/log_odds_{name}": value for name, value in odds.items()}
+    chosen = [*RUN, training(5, 0.6) | {"noise/model": 2.0} | noise]
+    found = summary_lines(chosen, seconds=252, out="a", exports=["b"])
+    assert found[-3] == (
+        "labels: one flip rate for each annotator (log-odds of 12.2 against "
+        '"flip rates that depend on annotator and features")'
+    )
     resumed = summary_lines(RUN, seconds=48, out="b", exports=["c", "d"], start=2)
     assert resumed[0] == "steps 3 to 4 in 48 seconds, 21.2 pairs per second"
     assert resumed[-1] == "export: c, d"

@@ -20,14 +20,16 @@ or because of the true preference.  The two differ in shape only: a bias bounds 
 probability of a label away from 1, a preference does not.  So w must be learned from
 the margins of a model that has been trained with a constant rate first, and has learned
 the preference as well as the bias.  For an untrained model, every dependence on the
-feature looks like a bias.  The estimate uses exp(t) z in place of z, since the scale of
-the margins of a model in training is not that of the labels, and a prior on w that is
-centered on one constant rate.  Where the labels cannot tell, w stays there, and
-`instance_fit.Estimate` says so.
+feature looks like a bias.  The estimate uses exp(t) z + g . x_o in place of z: the
+scale of the margins of a model in training is not that of the labels, and the model may
+have learned too little or too much of a preference for a feature.  g has a narrow
+prior: if it were free, labelers who follow a feature would look consistent, and all
+others noisy.  The prior on w is centered on one constant rate.  Where the labels cannot
+tell, w stays there, and `instance_fit.Estimate` says so.
 
 Source: the flip rate as a logistic function of features, and the likelihood with
 e = e', are FA-DPO's, Xu et al., 2025, arXiv:2512.00709.  Odd features, the
-scale, the annotators and the estimate are ours.
+scale, the preference, the annotators and the estimate are ours.
 """
 
 import dataclasses
@@ -43,6 +45,7 @@ __all__ = [
     "Coefficients",
     "Features",
     "Prior",
+    "check",
     "flip_rates",
     "initial",
     "label_nll",
@@ -65,9 +68,14 @@ class Features:
         return Features(self.even, -self.odd)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """What is assumed before any label: independent normal coefficients."""
+    """What is assumed before any label: independent normal coefficients.
+
+    A standard deviation of 0 leaves a coefficient out.  The numbers may be arrays, for
+    several priors at once under `jax.vmap`.
+    """
 
     even: tuple[float, ...] = ()
     """Standard deviation of the coefficient of each even feature."""
@@ -83,6 +91,8 @@ class Prior:
     largest: float = 0.5
     """c, the largest possible flip rate, in (0, 1].  Above 1/2, an annotator may be an
     adversary."""
+    preference: float = 0.5
+    """Standard deviation of g, the correction of the margin by odd features, >= 0."""
 
 
 @jax.tree_util.register_dataclass
@@ -91,20 +101,22 @@ class Coefficients:
     """How the flip rate depends on the features: P = 1 + E + O numbers w."""
 
     common: Float[Array, " M"]
-    """(t, w_0), M = 1 + P: the log-scale of the margin, and the mean w."""
+    """(t, g, w_0), M = 1 + O + P: the log-scale of the margin, the correction of the
+    margin by the odd features, and the mean w."""
     own: Float[Array, "annotators P"]
     """d_k = w - w_0 of each annotator; the last row is for pairs without one."""
 
+    @property
+    def shared(self) -> Float[Array, " P"]:
+        """w_0, the mean w of the annotators."""
+        return self.common[-self.own.shape[-1] :]
 
-def initial(prior: Prior, num_annotators: int) -> Coefficients:
-    """The coefficients before the first label: one constant rate.
 
-    Args:
-      prior: the prior.
-      num_annotators: number of known annotators.
+def check(prior: Prior) -> None:
+    """Checks the numbers of a prior.
 
     Raises:
-      ValueError: if a number of the prior is out of range.
+      ValueError: if one is out of range.
     """
     if not 0 < prior.largest <= 1:
         raise ValueError(f"Expected largest in (0, 1], got {prior.largest}.")
@@ -114,8 +126,18 @@ def initial(prior: Prior, num_annotators: int) -> Coefficients:
         )
     if not all(x > 0 for x in (prior.spread, *prior.even, *prior.odd)):
         raise ValueError(f"Expected standard deviations > 0, got {prior}.")
-    if not prior.annotators >= 0:
-        raise ValueError(f"Expected annotators >= 0, got {prior.annotators}.")
+    for name in ("annotators", "preference"):
+        if not getattr(prior, name) >= 0:
+            raise ValueError(f"Expected {name} >= 0, got {getattr(prior, name)}.")
+
+
+def initial(prior: Prior, num_annotators: int) -> Coefficients:
+    """The coefficients before the first label: one constant rate.
+
+    Args:
+      prior: the prior.
+      num_annotators: number of known annotators.
+    """
     of_rate = 1 + len(prior.even) + len(prior.odd)
     own = jnp.zeros((num_annotators + 1, of_rate), jnp.float32)
     return Coefficients(center(prior), own)
@@ -140,7 +162,7 @@ def flip_rates(
       Two arrays [*batch], in (0, c).
     """
     weights = _of_annotators(coefficients.own, annotators)
-    weights = weights + coefficients.common[1:]
+    weights = weights + coefficients.shared
     return rates_of(weights, features, prior=prior)
 
 
@@ -213,11 +235,12 @@ def probability_right(
 
 
 def center(prior: Prior) -> Float[Array, " M"]:
-    """The prior mean of (t, w_0)."""
+    """The prior mean of (t, g, w_0)."""
     share = jnp.asarray(prior.rate / prior.largest, jnp.float32)
     rest = jnp.zeros(len(prior.even) + len(prior.odd), jnp.float32)
     constant = _common.logit(share, jnp.float32)
-    return jnp.concatenate([jnp.zeros(1, jnp.float32), constant[None], rest])
+    margin = jnp.zeros(1 + len(prior.odd), jnp.float32)
+    return jnp.concatenate([margin, constant[None], rest])
 
 
 def row(features: Features) -> Float[Array, "*batch P"]:

@@ -17,7 +17,15 @@ from jaxpref.noise.instance import Coefficients, Features, Prior, center, rates_
 from jaxpref.noise.rate import WIDEST
 from jaxpref.sharding import replicated
 
-__all__ = ["Estimate", "Labels", "describe", "fit", "no_labels", "remember"]
+__all__ = [
+    "Estimate",
+    "Labels",
+    "describe",
+    "fit",
+    "log_evidence",
+    "no_labels",
+    "remember",
+]
 
 SCALE_SPREAD = 1.4
 """Prior standard deviation of t, which expects two of three models to be calibrated
@@ -138,17 +146,15 @@ def fit(
     def step(_, now: Coefficients) -> Coefficients:
         score, information = _score_and_information(now, labels, prior)
         between, variance = _between(now.own, prior), _variances(prior)
-        pull = (now.common - center(prior)) / variance
-        own_score = score[:, 1:]
-        own_score = own_score - (now.own / between if between else 0.0)
+        pull = _over(now.common - center(prior), variance)
+        own_score = score[:, -now.own.shape[1] :] - _over(now.own, between)
         common_step, own_step = _solve(
             information, jnp.sum(score, 0) - pull, own_score, prior
         )
-        limit = lambda x, spread: jnp.clip(
-            x, -LONGEST_STEP * spread, LONGEST_STEP * spread
+        limit = lambda x, variance: jnp.clip(
+            x, -LONGEST_STEP * jnp.sqrt(variance), LONGEST_STEP * jnp.sqrt(variance)
         )
-        common_step = limit(common_step, jnp.sqrt(variance))
-        own_step = limit(own_step, prior.annotators)
+        common_step, own_step = limit(common_step, variance), limit(own_step, between)
         tried = jax.vmap(
             lambda size: Coefficients(
                 now.common + size * common_step, now.own + size * own_step
@@ -174,7 +180,7 @@ def describe(coefficients: Coefficients, labels: Labels, *, prior: Prior) -> Est
     """
     count = jnp.maximum(jnp.sum(labels.where), 1)
     mean = lambda x: jnp.sum(jnp.where(labels.where, x, 0)) / count
-    better = jax.nn.sigmoid(_scaled(coefficients.common, labels))
+    better = jax.nn.sigmoid(_corrected(coefficients.common, labels))
 
     def rates(coefficients):
         """The probability of a flip, whichever answer is better."""
@@ -188,37 +194,72 @@ def describe(coefficients: Coefficients, labels: Labels, *, prior: Prior) -> Est
     variance = jnp.sum(slopes.common * common) + jnp.sum(slopes.own * own)
     deviation = jnp.sqrt(jnp.maximum(variance, 0))
     before = jnp.sum(slopes.common**2 * _variances(prior))
-    before += jnp.sum(slopes.own**2) * _between(slopes.own, prior)
+    before += jnp.sum(slopes.own**2 * _between(slopes.own, prior))
     lower = jnp.maximum(rate - 1.96 * deviation, 0)
     upper = jnp.minimum(rate + 1.96 * deviation, prior.largest)
     eye = jnp.eye(len(coefficients.common), dtype=each.dtype)
     none = jnp.zeros((*coefficients.own.shape, len(eye)), each.dtype)
     covariance, _ = _solve(information, eye, none, prior)
-    known = 1 - jnp.diag(covariance) / _variances(prior)
+    variances = _variances(prior)
+    known = _over(variances - jnp.diag(covariance), variances)
     return Estimate(
         rate=rate,
         spread=jnp.sqrt(mean(jnp.square(each - rate))),
         lower=lower,
         upper=upper,
         identified=(upper - lower < WIDEST) & (variance < before / 4),
-        information=known[1:],
+        information=known[-coefficients.own.shape[1] :],
     )
 
 
+def log_evidence(
+    coefficients: Coefficients, labels: Labels, *, prior: Prior
+) -> Float[Array, ""]:
+    """The log of P(labels | prior), by Laplace's approximation.
+
+    The curvature is the Fisher information.  Differences of the result between priors
+    say which of them the labels support, in nats: a coefficient that explains little
+    costs more than it gains.
+
+    Args:
+      coefficients: from `fit` to these labels with this prior.
+      labels: margins, features and annotators.
+      prior: the prior.
+    """
+    _, information = _score_and_information(coefficients, labels, prior)
+    own, curvature = _curvatures(information, coefficients.own, prior)
+    volume = jnp.sum(jnp.linalg.slogdet(own)[1]) + jnp.linalg.slogdet(curvature)[1]
+    return -_cost(coefficients, labels, prior, jnp.ones(())) - volume / 2
+
+
 def _variances(prior: Prior) -> Float[Array, " M"]:
-    """The prior variances of (t, w_0)."""
-    spreads = (SCALE_SPREAD, prior.spread, *prior.even, *prior.odd)
-    return jnp.square(jnp.asarray(spreads, jnp.float32))
+    """The prior variances of (t, g, w_0)."""
+    of_margin = (SCALE_SPREAD, *[prior.preference] * len(prior.odd))
+    spreads = (*of_margin, prior.spread, *prior.even, *prior.odd)
+    return jnp.square(jnp.stack([jnp.asarray(x, jnp.float32) for x in spreads]))
 
 
-def _between(own: Array, prior: Prior) -> float:
-    """The prior variance of d_k; 0 if there is only one group of pairs."""
-    return prior.annotators**2 if len(own) > 1 else 0.0
+def _between(own: Array, prior: Prior) -> Float[Array, " P"]:
+    """The prior variances of d_k; 0 if there is only one group of pairs.
+
+    A coefficient that is left out of w_0 is left out of d_k too.
+    """
+    spread = prior.annotators if len(own) > 1 else 0.0
+    there = _variances(prior)[-own.shape[1] :] > 0
+    return jnp.square(jnp.asarray(spread, jnp.float32)) * there.at[0].set(True)
 
 
-def _scaled(common: Float[Array, " M"], labels: Labels) -> Float[Array, " N"]:
-    """The margin of the estimate: exp(t) z."""
-    return jnp.exp(common[0]) * labels.margins
+def _over(values: Array, variance: Array) -> Array:
+    """Values divided by their prior variance; 0 for a coefficient that is left out."""
+    there = variance > 0
+    return jnp.where(there, values, 0) / jnp.where(there, variance, 1)
+
+
+def _corrected(common: Float[Array, " M"], labels: Labels) -> Float[Array, " N"]:
+    """The margin of the estimate: exp(t) z + g . x_o."""
+    odd = labels.features.odd
+    preference = _dot(odd, common[1 : 1 + odd.shape[1]])
+    return jnp.exp(common[0]) * labels.margins + preference
 
 
 def _index(labels: Labels, num_rows: int) -> Int[Array, " N"]:
@@ -230,15 +271,15 @@ def _rates(
     coefficients: Coefficients, labels: Labels, prior: Prior
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     own = coefficients.own[_index(labels, len(coefficients.own))]
-    weights = own + coefficients.common[1:]
+    weights = own + coefficients.shared
     return rates_of(weights, labels.features, prior=prior)
 
 
 def _probability(
     coefficients: Coefficients, labels: Labels, prior: Prior
 ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
-    """P(label); (e, e'); and the model's probabilities (s(exp(t) z), s(-exp(t) z))."""
-    margin = _scaled(coefficients.common, labels)
+    """P(label), (e, e'), and the probabilities (s(m), s(-m)) of both answers."""
+    margin = _corrected(coefficients.common, labels)
     rate, swapped = _rates(coefficients, labels, prior)
     better, worse = jax.nn.sigmoid(margin), jax.nn.sigmoid(-margin)
     probability = (1 - rate) * better + swapped * worse
@@ -252,18 +293,19 @@ def _cost(
 ) -> Float[Array, ""]:
     """What `fit` minimizes: -log P(labels) / base - log prior, nats; base [N]."""
     probability, _, _ = _probability(coefficients, labels, prior)
-    away = jnp.square(coefficients.common - center(prior)) / _variances(prior)
-    between = _between(coefficients.own, prior)
-    own = jnp.sum(jnp.square(coefficients.own)) / between if between else 0.0
+    away = jnp.square(coefficients.common - center(prior))
+    away = jnp.sum(_over(away, _variances(prior)))
+    own = jnp.square(coefficients.own)
+    own = jnp.sum(_over(own, _between(coefficients.own, prior)))
     gains = jnp.where(labels.where, jnp.log(probability / base), 0)
     nll = -_dot(jnp.ones_like(gains), gains)
-    return nll + (jnp.sum(away) + own) / 2
+    return nll + (away + own) / 2
 
 
 def _score_and_information(
     coefficients: Coefficients, labels: Labels, prior: Prior
 ) -> tuple[Float[Array, "annotators M"], Float[Array, "annotators M M"]]:
-    """Score and Fisher information about (t, w), of each annotator's labels."""
+    """Score and Fisher information about (t, g, w), of each annotator's labels."""
     features = labels.features
     probability, (rate, swapped), (better, worse) = _probability(
         coefficients, labels, prior
@@ -272,8 +314,10 @@ def _score_and_information(
     by_rate = lambda rate, x: (rate * (1 - rate / prior.largest))[:, None] * row(x)
     by_weights = worse[:, None] * by_rate(swapped, features.swapped())
     by_weights -= better[:, None] * by_rate(rate, features)
-    by_scale = (by_margin * jnp.exp(coefficients.common[0]) * labels.margins)[:, None]
-    slope = jnp.concatenate([by_scale, by_weights], axis=1)
+    by_scale = jnp.exp(coefficients.common[0]) * labels.margins
+    by_preference = by_margin[:, None] * features.odd
+    by_scale = (by_margin * by_scale)[:, None]
+    slope = jnp.concatenate([by_scale, by_preference, by_weights], axis=1)
     real, num_rows = labels.where.astype(slope.dtype), len(coefficients.own)
     total = lambda x: _sums(x, _index(labels, num_rows), num_rows)
     weight = real / (probability * (1 - probability))
@@ -304,24 +348,40 @@ def _sums(values: Array, index: Int[Array, " N"], num_rows: int) -> Array:
     return total.reshape(num_rows, *values.shape[1:])
 
 
+def _curvatures(
+    information: Array, own: Array, prior: Prior
+) -> tuple[Float[Array, "annotators P P"], Float[Array, "M M"]]:
+    """I + S F S for each d_k, and for (t, g, w_0) after the d_k are eliminated.
+
+    S holds the prior's standard deviations, F the information.  So the product of the
+    determinants is that of all coefficients, and a standard deviation of 0 is no
+    special case.  The information about d_k and about w_0 is the same.
+    """
+    cross, size = information[:, -own.shape[1] :], own.shape[1]
+    between = jnp.sqrt(_between(own, prior))
+    inside = between[:, None] * cross[:, :, -size:] * between
+    of_own = jnp.eye(size, dtype=own.dtype) + inside
+    inverse = between[:, None] * jnp.linalg.inv(of_own) * between
+    reduced = _einsum("kpm,kpq,kqn->mn", cross, inverse, cross)
+    spread = jnp.sqrt(_variances(prior))
+    scaled = spread[:, None] * (jnp.sum(information, 0) - reduced) * spread
+    return of_own, jnp.eye(len(scaled), dtype=scaled.dtype) + scaled
+
+
 def _solve(
     information: Array, common: Array, own: Array, prior: Prior
 ) -> tuple[Array, Array]:
-    """(F + prior precision)^-1 times a vector, in parts for (t, w_0) and for d_k.
+    """(F + prior precision)^-1 times a vector, in parts for (t, g, w_0) and for d_k."""
+    size, spread = own.shape[1], jnp.sqrt(_variances(prior))
+    of_own, curvature = _curvatures(information, own, prior)
+    between = jnp.sqrt(_between(own, prior))
+    inverse = between[:, None] * jnp.linalg.inv(of_own) * between
+    cross = information[:, -size:]
+    towards = _einsum("kpq,kq...->kp...", inverse, own)
+    common = common - _einsum("kpm,kp...->m...", cross, towards)
+    scale = lambda x: x * spread.reshape(-1, *[1] * (x.ndim - 1))
+    common = scale(jnp.linalg.solve(curvature, scale(common)))
+    return common, towards - _einsum("kpq,kqm,m...->kp...", inverse, cross, common)
 
-    The d_k are eliminated first.  The information about d_k and about w_0 is the same.
-    """
-    product = functools.partial(jnp.einsum, precision="highest")
-    cross = information[:, 1:]  # [annotators, P, M]
-    inside = cross[:, :, 1:]
-    variance = _between(own, prior)
-    eye = jnp.eye(inside.shape[-1], dtype=own.dtype)
-    # (inside + 1 / variance)^-1, also for a variance of 0.
-    inverse = variance * jnp.linalg.inv(eye + variance * inside)
-    precision = jnp.diag(1 / _variances(prior))
-    reduced = product("kpm,kpq,kqn->mn", cross, inverse, cross)
-    curvature = jnp.sum(information, 0) + precision - reduced
-    towards = product("kpq,kq...->kp...", inverse, own)
-    common = common - product("kpm,kp...->m...", cross, towards)
-    common = jnp.linalg.solve(curvature, common)
-    return common, towards - product("kpq,kqm,m...->kp...", inverse, cross, common)
+
+_einsum = functools.partial(jnp.einsum, precision="highest")

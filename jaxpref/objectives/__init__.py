@@ -1,5 +1,6 @@
 """What a run minimizes: losses with state, and what is learned with the model."""
 
+from jaxpref.objectives.auto import auto as auto
 from jaxpref.objectives.beta_dpo import beta_dpo as beta_dpo
 from jaxpref.objectives.bound_loss import Loss as Loss
 from jaxpref.objectives.co_training import crm as crm
@@ -21,7 +22,16 @@ from jaxpref.objectives.trace_mixture import bvpo as bvpo
 FACTORIES = (beta_dpo, reward_regression, sft)
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
 
-WRAPPERS = (crm, em, em_weighted, instance_noise, known_rates, learned_rate, re_po)
+WRAPPERS = (
+    auto,
+    crm,
+    em,
+    em_weighted,
+    instance_noise,
+    known_rates,
+    learned_rate,
+    re_po,
+)
 """`wrap(loss, **options)`: learn something besides the model, for a pairwise loss."""
 
 MIXTURES = (bvpo,)

@@ -4,33 +4,18 @@
 `known_rates` takes the rate of each pair from its record.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpref.errors import InputError
 from jaxpref.noise import instance, instance_fit
-from jaxpref.noise.instance import Features, Prior
+from jaxpref.noise.instance import Prior
 from jaxpref.noise.rate import marginal_nll
-from jaxpref.objectives.bound_loss import BoundLoss, Loss, bind
+from jaxpref.objectives import pair_rates
+from jaxpref.objectives.bound_loss import Loss, bind
+from jaxpref.objectives.flip_features import flip_features
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.objectives.learned_noise import wrapping
-from jaxpref.objectives.objective import Metrics, Objective, State
+from jaxpref.objectives.objective import Objective, State
 
-READS = {
-    "length": ("chosen_lengths", "rejected_lengths"),
-    "likelihood": (
-        "reference_chosen_logps",
-        "reference_rejected_logps",
-        "chosen_lengths",
-        "rejected_lengths",
-    ),
-    "position": ("chosen_first",),
-    "predictor": ("flip_predictors",),
-}
-"""What each feature is computed from."""
-MOST_MEMORY = 1_000_000
-"""The largest `memory` allowed: all of it is read in every step."""
 STEPS = 2
 """Steps of the estimate in each step of the policy."""
 
@@ -43,6 +28,7 @@ def instance_noise(
     position: float = 0.0,
     predictor: float = 0.0,
     annotators: float = 1.0,
+    preference: float = 0.5,
     rate: float = 0.1,
     spread: float = 1.0,
     largest: float = 0.5,
@@ -64,8 +50,8 @@ def instance_noise(
 
     During a warmup, the rate is constant: for an untrained policy, every dependence of
     the labels on a feature looks like a bias (`jaxpref.noise.instance`).  Coefficients
-    that the labels do not determine stay near their prior.  In later epochs, the policy
-    has seen the labels, and the flip rates come out too small.
+    that the labels do not determine stay near their prior.  Only the first pass over
+    the pairs is used, because the policy has seen the labels afterwards.
 
     Metrics: `noise/flip_rate` with an interval, `noise/identified`, and
     `noise/flip_rate_spread`, the standard deviation over pairs; the posterior
@@ -80,6 +66,8 @@ def instance_noise(
       predictor: the same for the predictor.
       annotators: standard deviation of each coefficient between annotators; 0 if all
         are alike.
+      preference: standard deviation of the policy's error about each feature, nats: how
+        much more or less the true preference may depend on it.
       rate: the flip rate expected before any label, between 0 and largest.
       spread: standard deviation of the logit of rate / largest.
       largest: the largest possible flip rate; above 1/2 for adversaries, up to 1.
@@ -96,60 +84,47 @@ def instance_noise(
       estimate are ours.
     """
     bound = bind(loss)
-    odd = {"length": length, "likelihood": likelihood, "position": position}
-    spreads = odd | {"predictor": predictor}
-    used = {name: x for name, x in spreads.items() if x}
-    odd = {name: x for name, x in used.items() if name in odd}
-    even = {name: x for name, x in used.items() if name not in odd}
-    own = {"annotators": annotators, "rate": rate, "spread": spread, "largest": largest}
-    prior = Prior(even=tuple(even.values()), odd=tuple(odd.values()), **own)
-    names = (*even, *odd)
-    _check(bound, prior, names, memory, warmup)
+    spreads = {"length": length, "likelihood": likelihood, "position": position}
+    spreads |= {"predictor": predictor}
+    own = {"annotators": annotators, "preference": preference}
+    own |= {"rate": rate, "spread": spread, "largest": largest}
+    features = flip_features(spreads)
+    prior = Prior(
+        even=tuple(features.even.values()), odd=tuple(features.odd.values()), **own
+    )
+    pair_rates.check("instance_noise", bound, prior, features, memory, warmup)
     options = spreads | own | {"memory": memory, "warmup": warmup}
     logits = bound.logits()
-
-    def read(inputs: Inputs) -> tuple[Array, Features, Array]:
-        stack = lambda names: _stacked(inputs, names)
-        return logits(inputs), Features(stack(even), stack(odd)), inputs.annotators
 
     def init(num_annotators: int) -> State:
         return {
             "coefficients": instance.initial(prior, num_annotators),
-            "labels": instance_fit.no_labels(prior, memory),
-            "seen": jnp.zeros((), jnp.int32),
+            "seen": pair_rates.before(prior, memory),
         }
+
+    def rates(inputs: Inputs, state: State) -> tuple[Array, Array]:
+        x, who = features.read(inputs), inputs.annotators
+        return instance.flip_rates(state["coefficients"], x, who, prior=prior)
 
     def pair_losses(inputs: Inputs, state: State) -> Array:
-        z, features, annotators = read(inputs)
-        now = state["coefficients"]
-        rates = instance.flip_rates(now, features, annotators, prior=prior)
-        return instance.label_nll(z, *map(jax.lax.stop_gradient, rates))
+        return instance.label_nll(logits(inputs), *rates(inputs, state))
 
     def learn(inputs: Inputs, state: State):
-        (z, features, annotators), before = read(inputs), state["coefficients"]
-        rates = instance.flip_rates(before, features, annotators, prior=prior)
-        right = instance.probability_right(z, *rates)
-        learned_from = inputs.is_pair & (state["seen"] >= warmup)
-        new = instance_fit.flat(z, features, annotators, learned_from)
-        labels = instance_fit.remember(state["labels"], new)
-        moved = instance_fit.fit(before, labels, prior=prior, steps=STEPS)
-        found = instance_fit.describe(before, state["labels"], prior=prior)
-        metrics = _metrics(found, before.common[1:], names)
-        flipped = inputs.is_pair & inputs.batch.is_flipped
-        seen = state["seen"] + jnp.sum(inputs.is_pair, dtype=jnp.int32)
-        after = {"coefficients": moved, "labels": labels, "seen": seen}
-        return after, metrics | {
-            "noise/posterior": mean_over(right, inputs.is_pair),
-            # Known only for injected flips.
-            "noise/posterior_flipped": mean_over(right, flipped),
-        }
+        z, before = logits(inputs), state["coefficients"]
+        collected = pair_rates.collect(
+            state["seen"], inputs, z, features.read(inputs), warmup=warmup
+        )
+        moved = instance_fit.fit(before, collected["labels"], prior=prior, steps=STEPS)
+        found = instance_fit.describe(before, state["seen"]["labels"], prior=prior)
+        metrics = pair_rates.estimate_metrics(found, before.shared, features.names)
+        metrics |= pair_rates.posterior_metrics(inputs, z, *rates(inputs, state))
+        return {"coefficients": moved, "seen": collected}, metrics
 
-    more = dict.fromkeys(array for name in names for array in READS[name])
     return wrapping(
         "instance_noise",
         bound,
         options,
-        reads=tuple(dict.fromkeys((*bound.logit_reads(), *more))),
+        reads=tuple(dict.fromkeys((*bound.logit_reads(), *features.reads))),
         losses=pair_losses,
         init=init,
         learn=learn,
@@ -192,62 +167,3 @@ def known_rates(loss: Loss) -> Objective:
         ),
         learn=learn,
     )
-
-
-def _metrics(
-    found: instance_fit.Estimate, weights: Array, names: tuple[str, ...]
-) -> Metrics:
-    """The estimate, and the coefficients of the constant and of the named features."""
-    metrics = {
-        "noise/flip_rate": found.rate,
-        "noise/flip_rate_lower": found.lower,
-        "noise/flip_rate_upper": found.upper,
-        "noise/flip_rate_spread": found.spread,
-        # 1 if the rate can be quoted, 0 if only the interval can.
-        "noise/identified": found.identified.astype(jnp.float32),
-    }
-    for n, name in enumerate(("constant", *names)):
-        metrics[f"noise/coefficient_{name}"] = weights[n]
-        metrics[f"noise/information_{name}"] = found.information[n]
-    return metrics
-
-
-def _check(
-    bound: BoundLoss, prior: Prior, names: tuple[str, ...], memory: int, warmup: int
-) -> None:
-    try:
-        instance.initial(prior, 0)
-    except ValueError as error:
-        raise InputError(f"instance_noise: {error}") from error
-    if not 0 < memory <= MOST_MEMORY:
-        raise InputError(
-            f"instance_noise: memory {memory}: must be from 1 to {MOST_MEMORY:,}"
-        )
-    if warmup < 0:
-        raise InputError(f"instance_noise: warmup {warmup}: must be 0 or more")
-    if "likelihood" in names and "chosen_rewards" in bound.reads:
-        raise InputError(
-            f"instance_noise: likelihood: {bound.name} trains a reward model, which has"
-            " no log-probabilities; leave it out"
-        )
-
-
-def _stacked(inputs: Inputs, names) -> Array:
-    """The features of the pairs as labeled, [..., S, features]; no gradients."""
-    columns = [_feature(inputs, name) for name in names]
-    if not columns:  # sharded as the pairs are
-        return inputs.annotators[..., None][..., :0].astype(jnp.float32)
-    return jax.lax.stop_gradient(jnp.stack(columns, axis=-1))
-
-
-def _feature(inputs: Inputs, name: str) -> Array:
-    values = inputs.arrays(READS[name])
-    if name == "length":
-        chosen, rejected = values
-        return jnp.tanh(2 * (jnp.log(chosen) - jnp.log(rejected)))
-    if name == "likelihood":
-        chosen, rejected, chosen_length, rejected_length = values
-        return jnp.tanh(chosen / chosen_length - rejected / rejected_length)
-    if name == "position":
-        return 2 * values[0] - 1
-    return values[0]

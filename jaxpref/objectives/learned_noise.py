@@ -14,15 +14,11 @@ from jaxpref.errors import InputError
 from jaxpref.noise import annotator_rates, running
 from jaxpref.noise import em as noise
 from jaxpref.noise.rate import marginal_nll
+from jaxpref.objectives import first_pass
 from jaxpref.objectives.bound_loss import BoundLoss, Loss, bind
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.objectives.objective import Objective, State
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
-from jaxpref.sharding import replicated
-
-REMEMBERED = 64
-"""How many first pairs of a run `learned_rate` recognizes; the first pass ends when one
-of them returns."""
 
 EStep = Callable[[Inputs, Array, Array], Array]
 """`(inputs, logits, posterior that the label is right) -> losses`."""
@@ -168,8 +164,7 @@ def learned_rate(loss: Loss) -> Objective:
         state = {
             "counts": counts,
             "pooled": running.posterior(counts),
-            "first_pairs": jnp.full(REMEMBERED, -1, jnp.int32),
-            "ended": jnp.zeros((), bool),
+            "first_pass": first_pass.before(),
         }
         if not num_annotators:  # empty arrays cannot be checkpointed
             return state
@@ -188,17 +183,12 @@ def learned_rate(loss: Loss) -> Objective:
 
     def learn(inputs: Inputs, state: State):
         z = logits(inputs)
-        ended, first_pairs = _first_pass(inputs, state)
-        where = inputs.is_pair & ~ended
+        followed = first_pass.follow(inputs, state["first_pass"])
+        where = inputs.is_pair & ~followed["ended"]
         counts = running.count(state["counts"], z, where=where)
         pooled = running.posterior(counts)
         before = state["pooled"]
-        new = {
-            "counts": counts,
-            "pooled": pooled,
-            "first_pairs": first_pairs,
-            "ended": ended,
-        }
+        new = {"counts": counts, "pooled": pooled, "first_pass": followed}
         metrics = {
             "noise/flip_rate": before.rate,
             "noise/flip_rate_lower": before.lower,
@@ -217,16 +207,6 @@ def learned_rate(loss: Loss) -> Objective:
         return new, metrics
 
     return wrapping("learned_rate", bound, {}, losses=losses, init=init, learn=learn)
-
-
-def _first_pass(inputs: Inputs, state: State) -> tuple[Array, Array]:
-    """Whether the first pass over the pairs has ended, and the first pairs of it."""
-    pairs = replicated(jnp.asarray(inputs.batch.pair_index)).reshape(-1)
-    first = state["first_pairs"]
-    returned = jnp.any((pairs[:, None] == first) & (pairs[:, None] >= 0))
-    begins = state["counts"].labels == 0
-    new = jnp.pad(pairs, (0, REMEMBERED), constant_values=-1)[:REMEMBERED]
-    return state["ended"] | returned, jnp.where(begins, new, first)
 
 
 def wrapping(

@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpref.report.noise import auto_choice
+
 Record = Mapping[str, Any]
 
 SHOWN = {
@@ -65,7 +67,8 @@ def summary_lines(
 
     Returns:
       The lines: steps, time, and speed; a table of the first, the best, and the last
-      evaluation; the locations of the report and the export.
+      evaluation; what `--objective auto` chose; the locations of the report and the
+      export.
     """
     done = max((record["step"] for record in records), default=0)
     steps = f"steps {start + 1} to {done}" if start else counted(done, "step")
@@ -74,6 +77,7 @@ def summary_lines(
     if speed is not None:
         lines[0] += f", {speed:.3g} pairs per second"
     lines += _table(notable_evaluations(records, best=best))
+    lines += [f"labels: {found}" for found in [auto_choice(records)] if found]
     lines.append(f"report: {out}/report.html, curves: {out}/curves.png")
     lines.append(f"export: {', '.join(exports)}")
     return lines

@@ -9,6 +9,7 @@ from typing import Any
 from jaxpref.errors import InputError
 from jaxpref.report.curves import Line, Panel, available, both, draw, sides
 from jaxpref.report.html import Figure, Section, Table, write_html
+from jaxpref.report.noise import auto_choice
 from jaxpref.report.progress import (
     SHOWN,
     Record,
@@ -239,6 +240,11 @@ def _figures(
 
 
 def _noise_caption(records: Sequence[Record]) -> str:
+    chosen = auto_choice(records)
+    return _flip_rate(records) + (f" Labels: {chosen}." if chosen else "")
+
+
+def _flip_rate(records: Sequence[Record]) -> str:
     last = next((r for r in records[::-1] if "noise/flip_rate" in r), {})
     if last.get("noise/flip_rate") is None:
         return "What the objective estimates about the labels."

@@ -63,14 +63,14 @@ def test_a_constant_rate_is_forward_dpo():
 def random_coefficients(rng, num_annotators, prior):
     of_rate = 1 + len(prior.even) + len(prior.odd)
     own = rng.normal(0, 0.3, (num_annotators + 1, of_rate))
-    common = rng.normal(0, 0.3, 1 + of_rate)
+    common = rng.normal(0, 0.3, 1 + len(prior.odd) + of_rate)
     # All pairs are alike if no annotator is known.
     own = own if num_annotators else 0 * own
     return Coefficients(jnp.float32(common), jnp.float32(own))
 
 
 def numpy_rates(common, own, even, odd, annotators, prior):
-    weights = common[1:] + own[annotators]
+    weights = common[-own.shape[1] :] + own[annotators]
     one = np.ones((len(even), 1))
     rate = lambda odd: (
         prior.largest * expit(np.sum(weights * np.hstack([one, even, odd]), 1))
@@ -79,18 +79,20 @@ def numpy_rates(common, own, even, odd, annotators, prior):
 
 
 def numpy_probability(theta, shape, z, even, odd, annotators, prior):
-    """P(label) by all coefficients: t, w_0 and the d_k one after the other."""
+    """P(label) by all coefficients: t, g, w_0 and the d_k one after the other."""
     common, own = theta[: shape[0]], theta[shape[0] :].reshape(shape[1:])
     rates = numpy_rates(common, own, even, odd, annotators, prior)
-    return likelihood(np.exp(common[0]) * z, *rates)
+    margin = np.exp(common[0]) * z + odd @ common[1 : 1 + odd.shape[1]]
+    return likelihood(margin, *rates)
 
 
 def numpy_prior(prior, num_rows):
     """Means and standard deviations of all coefficients."""
     of_rate = 1 + len(prior.even) + len(prior.odd)
-    spread = [1.4, prior.spread, *prior.even, *prior.odd]
+    spread = [1.4, *[prior.preference] * len(prior.odd)]
+    spread += [prior.spread, *prior.even, *prior.odd]
     mean = np.zeros(len(spread) + num_rows * of_rate)
-    mean[1] = logit(prior.rate / prior.largest)
+    mean[1 + len(prior.odd)] = logit(prior.rate / prior.largest)
     return mean, np.array(spread + [prior.annotators] * (num_rows * of_rate))
 
 
@@ -277,8 +279,9 @@ def test_what_the_labels_do_not_tell_stays_at_the_prior():
     """Margins of 0 say nothing of a rate that is the same in both orders."""
     odd = np.where(np.random.default_rng(0).random((20_000, 1)) < 0.5, 1.0, -1.0)
     found, estimate = fitted(of_length(np.zeros(20_000), odd), LENGTH)
-    scale, constant, position = np.asarray(found.common)
-    assert scale == 0 and abs(constant - logit(0.2)) < 0.01 and abs(position) < 0.3
+    scale, preference, constant, position = np.asarray(found.common)
+    assert scale == 0 and abs(preference) < 0.05
+    assert abs(constant - logit(0.2)) < 0.01 and abs(position) < 0.3
     assert float(estimate.rate) == pytest.approx(0.1, abs=0.01)
     assert float(estimate.information[0]) < 0.01 and not bool(estimate.identified)
 
@@ -306,8 +309,9 @@ def test_annotators_differ():
         ({"spread": 0.0}, "standard deviations > 0"),
         ({"odd": (1.0, -1.0)}, "standard deviations > 0"),
         ({"annotators": -1.0}, "annotators >= 0"),
+        ({"preference": -1.0}, "preference >= 0"),
     ],
 )
 def test_priors_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
-        instance.initial(Prior(**change), 0)
+        instance.check(Prior(**change))

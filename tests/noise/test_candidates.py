@@ -1,0 +1,123 @@
+"""Which description of the noise the labels support: evidence, choice, and safety."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import expit, logsumexp
+from scipy.stats import norm
+
+from jaxpref.noise import candidates, instance, instance_fit
+from jaxpref.noise.instance import Features, Prior
+
+PRIOR = Prior(odd=(2.0,), largest=1.0)
+COUNT = 4096
+
+
+def labels_of(z, odd, annotators):
+    where = jnp.ones(len(z), bool)
+    even = jnp.zeros((len(z), 0))
+    features = Features(even, jnp.asarray(odd, jnp.float32)[:, None])
+    who = jnp.asarray(annotators, jnp.int32)
+    return instance_fit.flat(jnp.asarray(z, jnp.float32), features, who, where)
+
+
+@functools.partial(jax.jit, static_argnames="num_annotators")
+def log_odds(labels, num_annotators=2):
+    start = candidates.initial(PRIOR, num_annotators)
+    return candidates.fit(start, labels, prior=PRIOR, steps=20)
+
+
+def test_the_evidence_is_the_integral_over_the_prior():
+    """By quadrature over t, g and w of one rate, in float64."""
+    prior = Prior(odd=(0.0,), annotators=0.0, preference=0.5)
+    n, rng = 1000, np.random.default_rng(0)
+    odd, m = np.tanh(rng.normal(size=n)), rng.normal(0, 2, n)
+    right = np.where(rng.random(n) < expit(m + 0.4 * odd), 1, -1)
+    sign = np.where(rng.random(n) < 0.1, -right, right)
+    z, odd = sign * m, sign * odd
+    labels = labels_of(z, odd, np.full(n, -1))
+    found = instance_fit.fit(instance.initial(prior, 0), labels, prior=prior, steps=30)
+    laplace = instance_fit.log_evidence(found, labels, prior=prior)
+
+    t = np.linspace(-1, 1, 21)[:, None, None]
+    g = np.linspace(-1, 1.5, 26)[:, None]
+    w = np.linspace(-5, 1, 31)
+    e = 0.5 * expit(w)
+    p = expit(np.exp(t)[..., None] * z + g[..., None] * odd)
+    likelihood = np.log((1 - e[:, None]) * p + e[:, None] * (1 - p)).sum(-1)
+    prior_density = norm.logpdf(t, 0, 1.4) + norm.logpdf(g, 0, 0.5)
+    prior_density = prior_density + norm.logpdf(w, np.log(0.1 / 0.4), 1)
+    cell = 2 * np.log(0.1) + np.log(0.2)
+    exact = logsumexp(likelihood + prior_density) + cell
+    assert float(laplace) == pytest.approx(exact, abs=0.3)
+
+
+def simulated(noise, *, seed=0, count=COUNT, preference=0.5):
+    """Calibrated margins of labels by two annotators."""
+    rng = np.random.default_rng(seed)
+    difference = rng.normal(size=count)
+    odd, m = np.tanh(difference), 3 * rng.normal(size=count) + preference * difference
+    who = rng.integers(0, 2, count)
+    label = np.where(rng.random(count) < expit(m), 1, -1)
+    rate = {"correct": (0, 0), "one_rate": (0.3, 0.3)}.get(noise, (0.02, 0.4))
+    if noise in ("features", "both"):
+        biased = rng.random(count) < 0.4 if noise == "features" else who == 1
+        label = np.where(biased, np.sign(odd), label)
+    else:
+        label = np.where(rng.random(count) < np.array(rate)[who], -label, label)
+    return labels_of(label * m, label * odd, who)
+
+
+@pytest.mark.parametrize("preference", [0.0, 1.0])
+@pytest.mark.parametrize("noise", candidates.NAMES)
+def test_each_noise_is_recognized(noise, preference):
+    """Also if the true preference depends on the feature."""
+    _, found = log_odds(simulated(noise, preference=preference))
+    assert candidates.NAMES[int(np.argmax(found))] == noise
+    assert found[0] == 0
+
+
+def test_a_preference_that_the_margins_lack_is_not_a_bias():
+    """Labels that are all correct depend on the feature, and the margins do not yet."""
+    rng = np.random.default_rng(1)
+    difference, rest = rng.normal(size=(2, COUNT))
+    odd, m = np.tanh(difference), 1.5 * rest
+    label = np.where(rng.random(COUNT) < expit(m + 0.8 * difference), 1, -1)
+    who = rng.integers(0, 2, COUNT)
+    _, found = log_odds(labels_of(label * m, label * odd, who))
+    assert int(np.argmax(found)) == 0
+
+
+def test_without_annotators_and_labels_nothing_is_corrected():
+    labels = simulated("one_rate")
+    unknown = dataclasses.replace(labels, annotators=jnp.full(COUNT, -1))
+    _, found = log_odds(unknown)
+    assert int(np.argmax(found)) == 1
+    nothing = dataclasses.replace(labels, where=jnp.zeros(COUNT, bool))
+    coefficients, found = log_odds(nothing)
+    np.testing.assert_allclose(found, candidates.LOG_PRIOR, atol=1e-5)
+    now, prior = candidates.chosen(coefficients, jnp.argmax(found), prior=PRIOR)
+    rates = instance.flip_rates(now, labels.features, labels.annotators, prior=prior)
+    assert max(float(jnp.max(rate)) for rate in rates) < 1e-8
+
+
+def test_a_coefficient_with_a_prior_of_zero_is_left_out():
+    """The same rate as if the feature did not exist, and the same evidence."""
+    labels = simulated("one_rate", preference=0.0)
+    none = Features(labels.features.even, labels.features.odd[:, :0])
+    results = []
+    for x, odd in ((labels.features, (0.0,)), (none, ())):
+        prior = Prior(odd=odd, annotators=0.0, preference=0.0, largest=1.0)
+        seen = dataclasses.replace(labels, features=x)
+        start = instance.initial(prior, 2)
+        found = instance_fit.fit(start, seen, prior=prior, steps=10)
+        rate = instance_fit.describe(found, seen, prior=prior).rate
+        results.append((rate, instance_fit.log_evidence(found, seen, prior=prior)))
+    (one, more), (other, less) = results
+    assert float(one) == pytest.approx(float(other), rel=1e-5)
+    assert float(one) == pytest.approx(0.3, abs=0.05)
+    assert float(more) == pytest.approx(float(less), abs=2e-3)
