@@ -299,7 +299,12 @@ def whole(pairs):
 
 @pytest.mark.parametrize(
     ("sizes", "accumulation"),
-    [((8, 1, 1), 1), ((4, 1, 2), 1), ((1, 4, 2), 1), ((1, 1, 1), 4)],
+    [
+        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
+        ((4, 1, 2), 1),
+        pytest.param((1, 4, 2), 1, marks=pytest.mark.slow),
+        ((1, 1, 1), 4),
+    ],
 )
 def test_layout_does_not_change_the_mixture(pairs, whole, sizes, accumulation):
     whole, names = whole

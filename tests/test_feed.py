@@ -120,7 +120,9 @@ def test_a_step_copies_nothing_that_is_not_asked_for(
     assert len(waiting) == 4 and all(0 <= share <= 1 for share in waiting)
 
 
-@each_layout
+@pytest.mark.parametrize(
+    "layout", [pytest.param("padded", marks=pytest.mark.slow), "packed"]
+)
 def test_a_run_with_loader_processes_resumes_without_them(inputs, tmp_path, layout):
     """The same bits, wherever batches are made before and after."""
     changes = LAYOUTS[layout] | {"max_steps": 4, "eval_every": 9}

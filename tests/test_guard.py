@@ -213,7 +213,9 @@ def checkpoints(out) -> list[int]:
     ("change", "start", "last_kept", "why"),
     [
         (nan_in_one_row, 5, 4, "not finite"),
-        (far_away, 13, 12, "far above the initial"),
+        pytest.param(
+            *(far_away, 13, 12, "far above the initial"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_stops_and_leaves_its_checkpoints(

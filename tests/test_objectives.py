@@ -92,7 +92,15 @@ LIVE = {
 }
 
 
-@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tdpo1",
+        pytest.param("tdpo2", marks=pytest.mark.slow),
+        pytest.param("wpo", marks=pytest.mark.slow),
+        "ld_dpo",
+    ],
+)
 def test_losses_of_more_than_log_probs(pairs, name):  # noqa: F811
     """They start where DPO starts, and do not depend on the layout."""
     history, _ = few_steps(pairs, objective=LIVE[name])

@@ -127,8 +127,15 @@ def test_the_gradient_is_that_of_whole_sequences(pairs, sizes, accumulation):
     jax.tree.map(close, found, expected)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("accumulation", "tied"),
+    [
+        (1, False),
+        (2, True),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_gradient_is_exact(pairs, accumulation, tied):
     """In float64, of every parameter, to the rounding of its largest slope."""
     rng = np.random.default_rng(1)

@@ -108,7 +108,10 @@ def first_loss(out):
     return next(line["loss"] for line in lines if "loss" in line)
 
 
-@pytest.mark.parametrize("row_length", ["none", 64], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "row_length",
+    [pytest.param("none", marks=pytest.mark.slow, id="padded"), 64],
+)
 def test_a_sweep_scores_the_reference_once(
     inputs, tmp_path, shared_folder, scored, row_length
 ):

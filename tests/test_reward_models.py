@@ -96,7 +96,14 @@ def test_scores_of_bfloat16_states_are_summed_in_float32(params):
     np.testing.assert_allclose(found, exact, atol=0.1)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+        pytest.param((1, 4, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_gives_the_same_scores_and_slopes(model, params, sizes):
     def total(params):
         rewards = model.rewards(params, TOKENS, LENGTHS)

@@ -11,8 +11,8 @@ from jaxpref.cli.objectives import LOSSES
 from jaxpref.data import open_source
 from jaxpref.train import read_metrics
 
-FAST = {"dr_dpo", "orpo", "rdpo", "tdpo2"}
-"""Separable, reference-free, coupled, and with a live reference; the rest are slow."""
+FAST = {"dr_dpo", "rdpo"}
+"""Coupled and separable; the rest are slow."""
 
 REQUIRED = {
     "alpha_dpo": {"alpha": 0.5},

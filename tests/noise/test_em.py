@@ -153,7 +153,7 @@ def test_recovers_one_reliability(reliability, prior):
     np.testing.assert_allclose(np.mean(found.posterior), np.mean(data.right), atol=0.01)
 
 
-@pytest.mark.parametrize("votes_per_item", [1, 4])
+@pytest.mark.parametrize("votes_per_item", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_recovers_four_annotators(votes_per_item):
     """Within 0.02 each; intervals contain the truth within 3/2 of their length."""
     items = 200_000 // votes_per_item
@@ -210,7 +210,7 @@ def test_fit_maximizes_the_posterior():
 
 
 @pytest.mark.parametrize("prior", [(0.0, 0.0), (9.0, 1.0)])
-@pytest.mark.parametrize("votes_per_item", [1, 4])
+@pytest.mark.parametrize("votes_per_item", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_steps_never_decrease_the_objective(prior, votes_per_item):
     """P5: the log-likelihood plus the log-prior never decreases."""
     data = votes(5, reliability=FOUR, items=300, votes_per_item=votes_per_item)
