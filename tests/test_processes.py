@@ -194,7 +194,7 @@ def moved(folder: Path, runs: dict[str, dict]) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_all(folder, RUNS, (2, 1, 4))
+    return folder, run_all(folder, RUNS, (2, 1))
 
 
 def batches_of(folder: Path, name: str, count: int) -> list[list]:
@@ -238,16 +238,16 @@ def check_equal(folder: Path, name: str, count: int, *, of: str | None = None) -
         np.testing.assert_allclose(found[key], values, atol=2e-5)
 
 
-@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", RUNS)
-def test_several_processes_are_one(done, name, count):
+def test_two_processes_are_one(done, name):
+    """Four are a slow test."""
     folder, printed = done
     expected = batches_of(folder, name, 1)
     assert len(expected) == STEPS and len(expected[0]) == len(expected[1]) > 1
-    assert batches_of(folder, name, count) == expected
-    check_equal(folder, name, count)
-    assert printed[count][0].count("export: ") == len(RUNS)
-    assert not any("export: " in out for out in printed[count][1:])
+    assert batches_of(folder, name, 2) == expected
+    check_equal(folder, name, 2)
+    assert printed[2][0].count("export: ") == len(RUNS)
+    assert "export: " not in printed[2][1]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -269,7 +269,7 @@ def test_every_process_makes_its_share_and_reads_all(done, name):
             json.loads((folder / f"{name}-{i}-of-{count}.json").read_text())
             for i in range(count)
         ]
-        for count in (1, 2, 4)
+        for count in (1, 2)
     }
     ((parts, rows),) = kept[1][0]["rows made"]
     for count, found in kept.items():
