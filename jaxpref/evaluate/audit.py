@@ -40,6 +40,7 @@ from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import agreement_bins
 from jaxpref.evaluate.judges import Judgment, Part, judge
 from jaxpref.evaluate.preferences import Labels, preferences, preferences_csv
+from jaxpref.evaluate.recurring import with_strengths
 from jaxpref.evaluate.review import advice, review_csv, worth_a_look
 from jaxpref.evaluate.verdicts import (
     check_unsaved,
@@ -270,7 +271,7 @@ def _said(
 
 def _estimate(config: AuditConfig, found: Judgment, votes: Votes) -> Estimate:
     fit = estimate if found.trusted is None else estimate_calibrated
-    return fit(
+    judged = fit(
         found.margins,
         votes.annotators,
         items=votes.items,
@@ -278,6 +279,9 @@ def _estimate(config: AuditConfig, found: Judgment, votes: Votes) -> Estimate:
         num_annotators=len(votes.names),
         assumed_flip_rate=config.assumed_flip_rate,
     )
+    if found.trusted is not None:
+        return judged
+    return with_strengths(judged, votes, assumed_flip_rate=config.assumed_flip_rate)
 
 
 def _own_ranking(found: Features) -> np.ndarray:

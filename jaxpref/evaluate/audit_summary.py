@@ -1,5 +1,6 @@
 """The contents of `audit.jsonl` and `summary.json`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,9 @@ def summarize(
         "reason": judged.reason,
         "assumed_flip_rate": judged.assumed_flip_rate,
         "temperature": judged.temperature,
+        "answer_strengths": (
+            None if judged.strengths is None else dataclasses.asdict(judged.strengths)
+        ),
         "model": _agreement(found.margins),
         "length_only": _agreement(found.alone["length"]),
         "annotators": sorted(annotators, key=lambda a: (a["reliability"], -a["count"])),

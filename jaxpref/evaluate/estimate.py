@@ -30,6 +30,18 @@ FEW = 10
 
 
 @dataclasses.dataclass(frozen=True)
+class Strengths:
+    """That strengths of the answers were learned, see `evaluate.recurring`."""
+
+    answers: int
+    """Number of different answers."""
+    pairs_per_answer: float
+    """Mean number of different pairs that an answer stands in."""
+    spread: float
+    """Standard deviation of the strengths around the judges' scores, nats."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """Estimates from N votes of K annotators and cross-fitted margins."""
 
@@ -57,6 +69,8 @@ class Estimate:
     """Why the flip rate is not identified; None if it is."""
     assumed_flip_rate: float | None
     """The rate assumed for the posteriors; None if the rate is identified."""
+    strengths: Strengths | None = None
+    """The strengths of the answers; None if they were not used."""
 
 
 def estimate(

@@ -26,6 +26,9 @@ class Votes:
     """Votes with equal numbers judge the same two texts."""
     orientation: Int[np.ndarray, " votes"]
     """+1 or -1: which of the two texts a vote prefers."""
+    answers: Int[np.ndarray, "votes 2"]
+    """The answer that a vote prefers, and the other one; equal numbers are the same
+    answer to the same prompt."""
 
     @property
     def annotator_names(self) -> list[str | None]:
@@ -39,7 +42,7 @@ def votes_of(pairs: PreferenceDataset) -> Votes:
     Duplicates of a record without an annotator are not independent votes; each is its
     own item.
     """
-    texts, orientation = _numbered(pairs.completion_keys())
+    texts, orientation, answers = _numbered(pairs.completion_keys())
     annotators = pairs.columns["annotator"]
     alone = np.where(annotators < 0, np.arange(len(pairs)), -1)
     _, items = np.unique(np.stack([texts, alone], axis=1), axis=0, return_inverse=True)
@@ -51,6 +54,7 @@ def votes_of(pairs: PreferenceDataset) -> Votes:
         items.ravel(),
         texts,
         orientation,
+        answers,
     )
 
 
@@ -68,7 +72,7 @@ def verified(
       InputError: if two verified labels contradict each other.
     """
     keys = np.concatenate([pairs.completion_keys(), trusted.completion_keys()])
-    texts, orientation = _numbered(keys)
+    texts, orientation, _ = _numbered(keys)
     count, better = len(pairs), {}
     for n in range(len(trusted)):
         item, side = int(texts[count + n]), int(orientation[count + n])
@@ -82,9 +86,9 @@ def verified(
     return np.array([("", RIGHT, WRONG)[k] for k in agrees])
 
 
-def _numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each pair of texts, and +1 or -1 for which of them is preferred."""
+def _numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of pairs of texts, +1 or -1 for the preferred one, numbers of texts."""
     _, ranks = np.unique(keys, return_inverse=True)
     ranks = ranks.reshape(keys.shape)
     _, texts = np.unique(np.sort(ranks, axis=1), axis=0, return_inverse=True)
-    return texts.ravel(), np.where(ranks[:, 0] < ranks[:, 1], 1, -1)
+    return texts.ravel(), np.where(ranks[:, 0] < ranks[:, 1], 1, -1), ranks

@@ -159,6 +159,14 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
             "pairs does not depend on it, but the probabilities do. They are based on "
             f"an assumed rate of {_share(summary['assumed_flip_rate'])}."
         )
+    if recurring := summary.get("answer_strengths"):
+        parts.append(
+            f"The {recurring['answers']} answers recur, each in "
+            f"{recurring['pairs_per_answer']:.1f} different pairs on average. So the "
+            "probabilities and reliabilities also use the labels on an answer's other "
+            "pairs (Crowd-BT). This assumes that the pairs were not all made from one "
+            "ranking of the answers."
+        )
     parts += extra_parts(summary)
     if "known_flips" in summary:
         found = summary["known_flips"]
