@@ -287,6 +287,25 @@ def test_another_seed_is_another_order():
     assert one != two
 
 
+def test_rows_can_be_chosen_for_the_order_of_another_seed():
+    """Runs with other seeds then have the same rows, and room for all their steps."""
+    pairs = make_pairs(120, longest=(30, 20))
+    sizes = dict(batch_size=16, num_steps=4, row_length="auto", tokens_per_device=2048)
+    orders = [data.uniform(pairs, seed) for seed in range(6)]
+    own = [data.packed_layout(pairs, order=order, **sizes) for order in orders]
+    assert len({layout.rounding() for layout in own}) > 1
+    layouts = [
+        data.packed_layout(pairs, order=order, sizes_for=orders[0], **sizes)
+        for order in orders
+    ]
+    assert {layout.rounding() for layout in layouts} == {own[0].rounding()}
+    assert layouts[0] == own[0]
+    for layout, order in zip(layouts, orders):
+        batches = layout.batches(pairs, order, threads=0)
+        for step in range(4):
+            assert sorted(numbers(next(batches))) == sorted(order(step, 16).tolist())
+
+
 @pytest.fixture(scope="module")
 def dialogues(shared):
     tokenizer = data.load_tokenizer(shared / "models" / "stories260k-hf")

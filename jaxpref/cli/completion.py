@@ -36,7 +36,7 @@ _jaxpref() {{
 {options}
     esac
     case ${{COMP_WORDS[1]}} in
-      train | plan)
+      train | sweep | plan)
         case $loss in
 {losses}
         esac
@@ -67,14 +67,14 @@ def completion_script(shell: str, commands: Iterable[str]) -> str:
     for name, found in by_command.items():
         chosen = {o.name: o.choices for o in found.values() if o.choices}
         words = _flags(o for o in found.values() if not o.name.startswith("loss."))
-        if name in ("train", "plan"):
+        if name in ("train", "sweep", "plan"):
             chosen |= {
                 "loss": tuple(table.LOSSES),
                 "objective": tuple(table.WRAPPERS | table.MIXTURES),
                 "objective.noise": tuple(table.NOISE),
             }
             words += " --loss --objective"
-        if name == "train":
+        if name in ("train", "sweep"):
             words += " --help-all"
         values += [
             f"    {name},--{option}) words='{' '.join(choices)}' ;;"

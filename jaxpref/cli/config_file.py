@@ -53,7 +53,7 @@ def read(path: str) -> Given:
                 f"--config {path}: {name[:100]} is nested too deeply; write "
                 "`option: value`"
             )
-        words = _words(name, value)
+        words = words_of(name, value)
         for option in words:
             if option in given:
                 raise InputError(f"--config {path}: {option} is given twice")
@@ -116,7 +116,7 @@ def _flat(content: Mapping, prefix: str):
             yield name, value
 
 
-def _words(name: str, value: Any) -> Given:
+def words_of(name: str, value: Any) -> Given:
     """An option as on the command line."""
     if value is True:
         return {name: []}

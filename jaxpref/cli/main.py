@@ -14,6 +14,7 @@ from jaxpref.errors import InputError, show
 
 COMMANDS = {
     "train": "Train a model on preference pairs or, with --loss sft, on completions.",
+    "sweep": "Train a grid of options, and compare the runs.",
     "evaluate": "Score preference pairs with a model and its reference, or with a"
     " reward model.",
     "sample": "Generate completions of prompts.",
@@ -69,7 +70,7 @@ def _imported(name: str) -> ModuleType:
 def _resumes(name: str, argv: Sequence[str]) -> bool:
     """Whether a command that is interrupted keeps what it has done."""
     has_out = any(word.partition("=")[0] == "--out" for word in argv)
-    return name in ("train", "audit") or (name == "sample" and has_out)
+    return name in ("train", "sweep", "audit") or (name == "sample" and has_out)
 
 
 def _run(

@@ -110,16 +110,21 @@ def config_text(given: Given) -> str:
 
 def _parsed(given: Given) -> tuple[Choice, Any]:
     """The choice of loss and objective, and the parsed options of each part."""
-    about = ""
-    if "config" in given:
-        given = dict(given)
-        path = " ".join(given.pop("config")) or "FILE"
-        given = config_file.overridden(config_file.read(path), given)
-        about = f" --config {path}"
+    given, about = with_file(given)
     choice, given = choose(given)
     return choice, parse(
         parts_of(choice), given, command=COMMAND, about=about + choice.about
     )
+
+
+def with_file(given: Given) -> tuple[Given, str]:
+    """The options with those of `--config FILE`, and the file, for messages."""
+    if "config" not in given:
+        return given, ""
+    given = dict(given)
+    path = " ".join(given.pop("config")) or "FILE"
+    file = config_file.read(path)
+    return config_file.overridden(file, given), f" --config {path}"
 
 
 def _config(choice: Choice, parsed: Any) -> TrainConfig:

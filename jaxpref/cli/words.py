@@ -1,7 +1,7 @@
 """Splitting a command line into options and their values."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from jaxpref.errors import InputError
 
@@ -9,8 +9,12 @@ Given = dict[str, list[str]]
 """Option name without its dashes -> the words after it."""
 
 
-def split(argv: Sequence[str]) -> Given:
+def split(argv: Sequence[str], *, repeatable: Collection[str] = ()) -> Given:
     """Names and values of `--name value`, `--name=value` and `--flag`.
+
+    Args:
+      argv: the words.
+      repeatable: options that may be given several times; their values are joined.
 
     Raises:
       InputError: if a word belongs to no option, or an option is repeated.
@@ -25,9 +29,9 @@ def split(argv: Sequence[str]) -> Given:
             continue
         option, equals, value = word.partition("=")
         name = canonical(option[2:])
-        if name in given:
+        if name in given and name not in repeatable:
             raise InputError(f"--{name}: given more than once; give it once")
-        given[name] = [value] if equals else []
+        given.setdefault(name, []).extend([value] if equals else [])
     return given
 
 

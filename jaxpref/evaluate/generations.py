@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,8 +157,7 @@ def sample_texts(
     Batches in `kept` are not sampled again, and new ones are added to it.
     """
     stops = data.stop_tokens(tokenizer)
-    longest = max(map(len, prompts))
-    width = -(-longest // 32) * 32
+    width = prompt_width(prompts)
     outputs: list[Sampled] = []
     with tqdm(total=len(prompts), desc="sampling") as bar:
         for start in range(0, len(prompts), config.batch_size):
@@ -166,30 +166,67 @@ def sample_texts(
                 outputs += [Sampled(**completion) for completion in finished]
                 bar.update(len(batch))
                 continue
-            filled = batch + batch[-1:] * (config.batch_size - len(batch))
-            tokens, lengths = left_pad(filled, length=width)
-            key = jax.random.fold_in(jax.random.key(config.seed), start)
-            drawn, drawn_lengths = generate(
+            drawn = sample_batch(
                 model,
                 params,
-                tokens,
-                lengths,
-                key,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_k=config.top_k or None,
-                top_p=config.top_p,
+                batch,
+                start=start,
+                width=width,
+                config=config,
                 stop_tokens=stops,
             )
-            rows = zip(batch, np.asarray(drawn), np.asarray(drawn_lengths))
-            for prompt, row, length in rows:
-                new = row[:length].tolist()
+            for prompt, new in zip(batch, drawn):
                 text = decode_continuation(tokenizer, prompt, new)
                 outputs.append(Sampled(text, ended=bool(new) and new[-1] in stops))
             sampled_now = outputs[start : start + len(batch)]
             kept.add(start, [dataclasses.asdict(sampled) for sampled in sampled_now])
             bar.update(len(batch))
     return outputs
+
+
+def prompt_width(prompts: Sequence[Sequence[int]]) -> int:
+    """The width of batches of prompts: the longest one, rounded up."""
+    return -(-max(map(len, prompts)) // 32) * 32
+
+
+def sample_batch(
+    model: Model,
+    params: Any,
+    batch: list[list[int]],
+    *,
+    start: int,
+    width: int,
+    config: SampleConfig,
+    stop_tokens: Sequence[int],
+) -> list[list[int]]:
+    """The new tokens for up to `batch_size` prompts, with the stop token if any.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      batch: token ids of each prompt.
+      start: the number of the first prompt, which decides the random numbers.
+      width: from `prompt_width`.
+      config: how to sample.
+      stop_tokens: the tokens that end an answer.
+    """
+    filled = batch + batch[-1:] * (config.batch_size - len(batch))
+    tokens, lengths = left_pad(filled, length=width)
+    key = jax.random.fold_in(jax.random.key(config.seed), start)
+    drawn, counts = generate(
+        model,
+        params,
+        tokens,
+        lengths,
+        key,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        top_p=config.top_p,
+        stop_tokens=stop_tokens,
+    )
+    rows = zip(batch, np.asarray(drawn), np.asarray(counts))
+    return [row[:count].tolist() for _, row, count in rows]
 
 
 def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:

@@ -18,6 +18,7 @@ from jaxpref.report.plots import reward_against_kl as reward_against_kl
 from jaxpref.report.plots import training_curves as training_curves
 from jaxpref.report.progress import evaluation_line as evaluation_line
 from jaxpref.report.progress import summary_lines as summary_lines
+from jaxpref.report.sweep import write_sweep as write_sweep
 from jaxpref.report.training import write_training as write_training
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "training_curves",
     "write_audit",
     "write_html",
+    "write_sweep",
     "write_training",
 ]

@@ -148,6 +148,11 @@ def _table(notable: Mapping[str, Record]) -> list[str]:
     for which, record in notable.items():
         cells = [_cell(name, record) for name in titles]
         rows.append([which, str(record["step"]), *cells])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()

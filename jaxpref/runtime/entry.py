@@ -95,16 +95,29 @@ def entry_point(out: Path | None = None, *, resumes: bool = True) -> Iterator[No
         again = "resumes" if resumes else "starts over"
         fail(f"interrupted; the same command {again}", code=130)
     except Exception as error:
-        _debug(error)
-        if is_out_of_memory(error):
-            fail(out_of_memory_message(error), code=OUT_OF_MEMORY)
-        if isinstance(error, InputError):
-            fail(str(error))
-        if isinstance(error, OSError):
-            message = f"{error.filename or 'I/O'}: {error.strerror or error}"
-            fail(message, code=1 if error.errno in TRANSIENT else 2)
-        what = f"{type(error).__name__}: {first_line(error)}"
-        fail(f"unexpected {what}; {_log(error, out)}", code=1)
+        message, code = explained(error, out)
+        fail(message, code=code)
+
+
+def explained(error: Exception, out: Path | None) -> tuple[str, int]:
+    """The message for an error, and the exit code of `entry_point`.
+
+    Args:
+      error: the error.
+      out: the run's folder, for the traceback of an unexpected error.
+    """
+    _debug(error)
+    if isinstance(error, Stopped):
+        return str(error), DIVERGED
+    if is_out_of_memory(error):
+        return out_of_memory_message(error), OUT_OF_MEMORY
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        message = f"{error.filename or 'I/O'}: {error.strerror or error}"
+        return message, 1 if error.errno in TRANSIENT else 2
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return f"unexpected {what}; {_log(error, out)}", 1
 
 
 def _debug(error: Exception) -> None:

@@ -67,9 +67,13 @@ class Timings:
 
 
 @contextlib.contextmanager
-def timings() -> Iterator[Timings]:
-    """Timings from the start of this process; counts compilation within the block."""
-    found = Timings(process_start())
+def timings(began: float | None = None) -> Iterator[Timings]:
+    """Timings since `began`; counts compilation within the block.
+
+    Args:
+      began: a value of `time.time()`; the start of this process if None.
+    """
+    found = Timings(process_start() if began is None else began)
     jax.monitoring.register_event_duration_secs_listener(found.count_compilation)
     try:
         yield found

@@ -1,6 +1,10 @@
 """From a config to a task: the only place that reads the whole config."""
 
 import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
 
 from jaxpref import data
 from jaxpref.data.layouts.choose import make_layout
@@ -24,8 +28,14 @@ from jaxpref.train.options import ComputeOptions, steps_of
 from jaxpref.train.task import Task
 
 
-def prepare(config: TrainConfig) -> Task:
+def prepare(
+    config: TrainConfig, *, read: Callable[..., data.Datasets] = read_datasets
+) -> Task:
     """Reads the model's config and the data, and builds the task of a run.
+
+    Args:
+      config: the config.
+      read: reads the records, as `read_datasets`; runs may share what it returns.
 
     Raises:
       InputError: for anything that the caller can fix; nothing is written.
@@ -56,7 +66,7 @@ def prepare(config: TrainConfig) -> Task:
         pad = padding.id if padding else None
         check_rendering(tokenizer, config.model, padding=pad)
     options = data.for_model(config.options, architecture.max_position_embeddings)
-    datasets = read_datasets(
+    datasets = read(
         tokenizer,
         options,
         num_completions=objective.num_completions,
@@ -70,18 +80,7 @@ def prepare(config: TrainConfig) -> Task:
     check_fits(datasets.train_sources, splits.train, config.model, architecture)
     check_fits(datasets.heldout_sources, splits.heldout, config.model, architecture)
     steps = steps_of(config, len(splits.train))
-    empty_share = config.mix.empty_share if config.mix else None
-    order = data.make_order(splits.train, seed=config.seed, empty_share=empty_share)
-    layout = make_layout(
-        splits,
-        order,
-        shards=row_shards(mesh),
-        share=share_of_rows(mesh),
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        row_length=row_length,
-        num_steps=steps,
-    )
+    order, layout = _order_and_layout(config, splits, mesh, row_length, steps)
     schedule_of = functools.partial(make_schedule, config.optimizer)
     schedule = schedule_of(steps)
     return Task(
@@ -106,6 +105,32 @@ def prepare(config: TrainConfig) -> Task:
         reference=reference,
         export=ExportOptions(folder, config.export_dtype, padding, stops),
     )
+
+
+def _order_and_layout(
+    config: TrainConfig,
+    splits: data.Splits,
+    mesh: jax.sharding.Mesh,
+    row_length: int | Literal["auto"] | None,
+    steps: int,
+) -> tuple[data.Order, data.Layout]:
+    """The order of the training pairs, and the layout of all batches."""
+    empty_share = config.mix.empty_share if config.mix else None
+    order_of = functools.partial(data.make_order, splits.train, empty_share=empty_share)
+    order = order_of(seed=config.seed)
+    layout = make_layout(
+        splits,
+        order,
+        # Equal for all seeds, so that these share the reference's scores.
+        sizes_for=order_of(seed=0) if config.seed else None,
+        shards=row_shards(mesh),
+        share=share_of_rows(mesh),
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        row_length=row_length,
+        num_steps=steps,
+    )
+    return order, layout
 
 
 def _numerics(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from pathlib import Path
 
 import jax
@@ -47,7 +48,7 @@ from jaxpref.train.prepare import prepare
 from jaxpref.train.task import Task
 
 
-def run(config: TrainConfig) -> Path:
+def run(config: TrainConfig, *, task: Task | None = None) -> Path:
     """Trains `config.model` on `config.data` and exports it.
 
     The same config and `out` resume an interrupted run, with the same bits on the same
@@ -55,6 +56,11 @@ def run(config: TrainConfig) -> Path:
     `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
     Face folder), `timings.json` (seconds per phase), `memory.json` if `remat` is
     "auto", and `best.json` with `keep_best`.
+
+    Args:
+      config: the config.
+      task: from `prepare(config)`, if that has been called already; the timings then
+        begin with this call instead of with the process.
 
     Returns:
       The exported folder.
@@ -73,12 +79,12 @@ def run(config: TrainConfig) -> Path:
         closing = lambda thing: stack.enter_context(contextlib.closing(thing))
         if config.explain_compiles and jax.process_index() == 0:
             stack.enter_context(log_compilations())
-        phases = stack.enter_context(timings())
+        phases = stack.enter_context(timings(time.time() if task else None))
         stack.enter_context(heartbeat.reporting())
         assert_equal_across_processes("before the run", versions())
         assert_equal_across_processes("before the run", described)
         phases.mark("start")
-        task = prepare(config)
+        task = prepare(config) if task is None else task
         _log_layout(task, padded=config.row_length == "none")
         phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))

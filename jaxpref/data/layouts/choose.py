@@ -18,6 +18,7 @@ def make_layout(
     splits: Splits,
     order: Order,
     *,
+    sizes_for: Order | None = None,
     shards: int,
     share: tuple[int, int],
     batch_size: int,
@@ -30,6 +31,7 @@ def make_layout(
     Args:
       splits: the run's data.
       order: the order of its training pairs.
+      sizes_for: the order for which packed rows are chosen; see `packed_layout`.
       shards: devices that share the rows of a micro-batch.
       share: index and number of the processes' shares of the rows.
       batch_size: pairs per step.
@@ -59,6 +61,7 @@ def make_layout(
     return packed_layout(
         *datasets,
         order=order,
+        sizes_for=sizes_for,
         row_length=row_length,
         num_steps=num_steps,
         shards=shards,

@@ -45,6 +45,7 @@ def packed_layout(
     train: PreferenceDataset,
     *others: PreferenceDataset,
     order: Order,
+    sizes_for: Order | None = None,
     batch_size: int,
     row_length: int | Literal["auto"] = "auto",
     num_steps: int | None = None,
@@ -60,6 +61,9 @@ def packed_layout(
       train: the training data.
       *others: other data of the run (held-out data), which must fit into rows too.
       order: the order of the training pairs.
+      sizes_for: an order for which to choose the row length and the rows of a
+        micro-batch (default: `order`).  Runs that differ in their order then have the
+        same rows, and can share scores.
       batch_size: pairs per step, over all micro-batches and processes.
       row_length: T, at least the tokens of any prompt with all its completions; "auto"
         chooses the one with the least padding.
@@ -82,19 +86,22 @@ def packed_layout(
             "tokens; give at least as many, or a smaller max_length"
         )
     answer = max(int(x.completion_lengths.sum(1).max()) for x in datasets)
-    steps, is_whole = _simulated(train, order, batch_size, num_steps)
+    chosen_for = order if sizes_for is None else sizes_for
+    steps, is_whole = _simulated(train, chosen_for, batch_size, num_steps)
     if row_length == "auto":
         row_length = _best_row_length(steps.first(AUTO_PAIRS), longest, answer, shards)
     size = _row_size(steps, row_length, answer)
     packed = first_fit_decreasing(steps.tokens, steps.predictions, size)
     count = packed.max(1) + 1
     rows = shards * _rows_per_shard(steps, count, row_length, shards, tokens_per_device)
-    most = int(count.max())
-    if not is_whole:
-        deviation = steps.tokens.sum(1).std() / row_length
-        most += 1 + int(np.ceil(DEVIATIONS * deviation))
+    most = _most_rows(steps, count, row_length, is_whole)
     if accumulation > 1:  # smaller micro-batches, not just more of them
         rows = min(rows, shards * -(-most // (accumulation * shards)))
+    if chosen_for is not order:
+        steps, is_whole = _simulated(train, order, batch_size, num_steps)
+        packed = first_fit_decreasing(steps.tokens, steps.predictions, size)
+        count = packed.max(1) + 1
+        most = _most_rows(steps, count, row_length, is_whole)
     slots = max(np.bincount(row).max() for row in packed)
     return PackedLayout(
         row_length=row_length,
@@ -109,6 +116,17 @@ def packed_layout(
         process_count=process_count,
         utilization=_utilization(steps, count, row_length, rows),
     )
+
+
+def _most_rows(
+    steps: _Steps, count: np.ndarray, row_length: int, is_whole: bool
+) -> int:
+    """The most rows that a step needs, with a margin if not all steps are known."""
+    most = int(count.max())
+    if not is_whole:
+        deviation = steps.tokens.sum(1).std() / row_length
+        most += 1 + int(np.ceil(DEVIATIONS * deviation))
+    return most
 
 
 def _simulated(

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of training runs, and their comparison at matched KL."""
