@@ -12,6 +12,9 @@ digest, and written to `inputs/`.  What is already there is left as it is.
                   questions by four models (MIT), 1,571 pairs
     ukp           ukpconvarg1_votes.jsonl.gz: 12,935 pairs of arguments of UKPConvArg1
                   with single votes (CC-BY 4.0)
+    llamafactory  llamafactory_dpo_en_demo.json: 300 pairs of LLaMA-Factory (Apache-2.0)
+    qa_feedback   finegrained_qa_feedback_dev.json: 500 questions with four answers,
+                  compared by annotators (Apache-2.0)
     stories260k   stories260k-hf: a Llama model with 260 thousand parameters (MIT)
     smollm2       SmolLM2-135M-Instruct (Apache-2.0), from a 4-bit copy on PyPI
 """
@@ -50,6 +53,14 @@ UKP = (
     f"{GITHUB}/UKPLab/acl2016-convincing-arguments/"
     "ca9d24e41b8805ff2e1d3585d552b49bb64a65f7/data/UKPConvArg1-full-XML/"
 )
+LLAMA_FACTORY = (
+    f"{GITHUB}/hiyouga/LLaMA-Factory/ff6d4d12eeb035d6ce06805a5733dd7b29f2ac30/"
+    "data/dpo_en_demo.json"
+)
+QA_FEEDBACK = (
+    f"{GITHUB}/allenai/FineGrainedRLHF/a1469d4eba0b3754bcb343beb88f0aca24bf4848/"
+    "tasks/qa_feedback/data/dev_feedback.json"
+)
 STORIES = f"{HUB}/karpathy/tinyllamas/resolve/main/stories260K/"
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 TOPICS = """
@@ -87,6 +98,16 @@ Get = Callable[[str], bytes]
 def hh(get: Get, path: Path) -> None:
     """The published file."""
     write_checked(path, get(HH), "8be3fc1a13b27901631696f2be6f184c")
+
+
+def llamafactory(get: Get, path: Path) -> None:
+    """The published file."""
+    write_checked(path, get(LLAMA_FACTORY), "b949be2421cfa62744afcf1b479f95b2")
+
+
+def qa_feedback(get: Get, path: Path) -> None:
+    """The published file."""
+    write_checked(path, get(QA_FEEDBACK), "f394289ecfdc5a2d1663170254b92d75")
 
 
 def gsm8k(get: Get, path: Path) -> None:
@@ -181,6 +202,8 @@ MAKERS: dict[str, tuple[str, Callable[[Get, Path], None]]] = {
     "hh": ("hh_rlhf_helpful_base_test.jsonl.gz", hh),
     "gsm8k": ("gsm8k_solution_pairs.jsonl.gz", gsm8k),
     "ukp": ("ukpconvarg1_votes.jsonl.gz", ukp),
+    "llamafactory": ("llamafactory_dpo_en_demo.json", llamafactory),
+    "qa_feedback": ("finegrained_qa_feedback_dev.json", qa_feedback),
     "stories260k": ("stories260k-hf", stories260k),
     "smollm2": ("SmolLM2-135M-Instruct", smollm2),
 }

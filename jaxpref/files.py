@@ -23,7 +23,8 @@ RUN_FILES = (
 """Names of what a run writes to its folder."""
 AUDIT_FILES = (
     *("audit_config.json", "audit.jsonl", "clean.jsonl", "summary.json"),
-    *("review.csv", "preferences.csv", "report.html", "features"),
+    *("review.csv", "annotators.csv", "preferences.csv"),
+    *("report.html", "annotators.html", "features"),
 )
 """Names of what an audit writes to its folder."""
 

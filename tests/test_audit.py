@@ -167,6 +167,16 @@ def test_the_report_is_complete(finished):
         assert part in page
     assert page.count('class="beside"') == 20
     assert "http" not in page.replace("http-equiv", "")
+    # The annotators of the table have sections on a page of their own.
+    people = (finished / "out" / "annotators.html").read_text()
+    for number, name in enumerate(("eve", "bob", "ann"), 1):
+        assert f'<a href="annotators.html#a{number}">{name}</a>' in page
+        assert f'<section id="a{number}">' in people
+        assert f"Annotator {name}" in people
+    assert people.count('class="beside"') == 9
+    table = (finished / "out" / "annotators.csv").read_text("utf-8-sig")
+    names = [line.split(",")[0] for line in table.splitlines()[1:]]
+    assert names == ["eve", "bob", "ann"]
 
 
 def test_texts_side_by_side_are_escaped(tmp_path):
@@ -220,6 +230,7 @@ def compute(folder, model, pairs):
             batch_size=8,
             mesh=mesh,
         )
+    found = features.features_of(found, pairs)
     return found, network, load_params(model, network)
 
 

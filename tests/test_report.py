@@ -244,7 +244,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.links += [v for k, v in attrs if k in ("src", "href", "data", "action")]
         assert not any(name.startswith("on") for name, _ in attrs)
-        if tag not in {"meta", "img", "!doctype"}:
+        if tag not in {"meta", "img", "input", "!doctype"}:
             self.open.append(tag)
         if tag in {"td", "th"}:
             self.cells.append("")

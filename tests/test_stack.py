@@ -8,7 +8,7 @@ import scipy.special
 from jaxpref.evaluate import stack as stacking
 from jaxpref.evaluate.crossfit import PENALTIES, cross_fit, fit_path, prompt_folds
 from jaxpref.evaluate.flips import auroc
-from jaxpref.evaluate.stack import non_negative, stack
+from jaxpref.evaluate.stack import chosen, non_negative, stack
 from jaxpref.evaluate.words import principal, word_differences
 from tests.test_crossfit import draw
 
@@ -18,22 +18,47 @@ def folds_of(count):
     return [prompt_folds(keys, folds=5, seed=seed) for seed in (0, 1)]
 
 
-def test_the_weights_are_the_minimum():
+@pytest.mark.parametrize("ridge", stacking.RIDGES)
+def test_the_weights_are_the_minimum(ridge):
     rng = np.random.default_rng(0)
     m = rng.normal(size=(300, 4)) + np.array([0.8, 0.4, 0.0, -0.3])
     m[:, 1] += m[:, 0]
+    shared = lambda c: np.logaddexp(0, -m.sum(axis=1) * c).mean() + 5e-4 * c**2
+    common = scipy.optimize.minimize_scalar(shared).x
 
     def loss(w):
-        ridge = stacking.RIDGE / 2 * w @ w
-        return np.logaddexp(0, -m @ w).mean() + ridge
+        return np.logaddexp(0, -m @ w).mean() + ridge / 2 * np.sum((w - common) ** 2)
 
     exact = {"ftol": 1e-14, "gtol": 1e-10}
     best = scipy.optimize.minimize(
         loss, np.ones(4), bounds=[(0, None)] * 4, method="L-BFGS-B", options=exact
     )
-    found = non_negative(m)
-    np.testing.assert_allclose(found, best.x, atol=1e-3)
-    assert (found >= 0).all() and found[3] == 0
+    found = non_negative(m, ridge=ridge)
+    np.testing.assert_allclose(found, best.x, atol=2e-3)
+    assert (found >= 0).all()
+    if ridge < 0.01:
+        assert found[3] == 0
+
+
+def test_equal_weights_unless_the_labels_are_clear():
+    rng = np.random.default_rng(0)
+    folds = np.arange(400) % 5
+    alike = 0.2 + rng.normal(size=(400, 3))
+    found = chosen(alike, folds)
+    np.testing.assert_array_equal(found, non_negative(alike, ridge=stacking.RIDGES[0]))
+    clear = alike + [2.0, 0.0, 0.0]
+    found = chosen(clear, folds)
+    np.testing.assert_array_equal(found, non_negative(clear, ridge=stacking.RIDGES[-1]))
+
+
+def test_margins_of_all_folds_have_the_same_size():
+    """Nothing is to be learned, and some folds would get no margins by chance."""
+    rng = np.random.default_rng(0)
+    groups = {name: rng.normal(size=(200, 20)) for name in "ab"}
+    folds, inner = folds_of(200)
+    found = stack(groups, folds, inner)
+    sizes = [np.sqrt(np.mean(found.margins[folds == n] ** 2)) for n in range(5)]
+    assert min(sizes) > 0 and max(sizes) < 2 * min(sizes)
 
 
 def test_labels_of_a_fold_do_not_affect_its_own_margins():
@@ -43,7 +68,9 @@ def test_labels_of_a_fold_do_not_affect_its_own_margins():
     signs = np.where(folds == 2, -1.0, 1.0)
     after = stack({k: x * signs[:, None] for k, x in groups.items()}, folds, inner)
     mine = folds == 2
-    np.testing.assert_array_equal(after.margins[mine], -before.margins[mine])
+    # Apart from the size that all margins share.
+    ratio = -after.margins[mine] / before.margins[mine]
+    np.testing.assert_allclose(ratio, ratio[0])
     assert not np.allclose(after.margins[~mine], before.margins[~mine])
 
 

@@ -30,6 +30,12 @@ def command(argv: Sequence[str]) -> None:
         command=shlex.join(["jaxpref", "audit", *argv]),
         data=Path(config.data).name,
     )
+    report.write_annotators(
+        f"{config.out}/annotators.html",
+        found.summary,
+        found.annotators,
+        data=Path(config.data).name,
+    )
     low, high = found.summary["flip_rate_interval"]
     show(
         f"flip rate {found.summary['flip_rate']:.3f} ({low:.3f} to {high:.3f}); {page}"

@@ -15,21 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpref import data
-from jaxpref.data import DataOptions, PreferenceDataset
-from jaxpref.data.shared_prompts import grouped_keys
+from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit_summary
-from jaxpref.evaluate import features as feature_store
+from jaxpref.evaluate.annotators import annotators_csv, closer_look
 from jaxpref.evaluate.audit_config import AuditConfig as AuditConfig
-from jaxpref.evaluate.audit_records import (
-    RenamedSource,
-    cleaned,
-    example_at,
-    named_annotators,
-    source_names,
-    texts_of,
-)
+from jaxpref.evaluate.audit_inputs import Opened, open_pairs, part_of, reward_folder
+from jaxpref.evaluate.audit_records import cleaned, source_names
 from jaxpref.evaluate.baselines import rankings
 from jaxpref.evaluate.estimate import (
     Estimate,
@@ -50,15 +42,10 @@ from jaxpref.evaluate.verdicts import (
 )
 from jaxpref.evaluate.votes import Votes, verified, votes_of
 from jaxpref.files import AUDIT, AUDIT_FILES, write_json, write_whole
-from jaxpref.models import Numerics, build
-from jaxpref.models.folder import load_params
-from jaxpref.models.folder_config import read_architecture
-from jaxpref.models.hub import resolve_folder, weights_digest
-from jaxpref.runtime.mesh import check_rows, make_mesh, rows_for
+from jaxpref.models.hub import resolve_folder
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import log
 from jaxpref.runtime.run_folder import check_config, open_out
-from jaxpref.scoring.checks import check_fits
 
 CONFIG = "audit_config.json"
 """Name of the file with the config of an audit."""
@@ -87,26 +74,17 @@ class Audit:
     that agree with it, and its interval."""
     preferences: list[dict[str, Any]]
     """The contents of `preferences.csv`."""
-    scores: dict[str, np.ndarray]
-    """float64 [N] by name of a judge or a baseline; lower for labels that it finds more
-    probably wrong."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """An opened preference file, with the pairs that can be judged."""
-
-    source: RenamedSource
-    pairs: PreferenceDataset
-    report: dict[str, int]
-    """Counts of rows read and dropped."""
+    annotators: list[dict[str, Any]]
+    """See `annotators.closer_look`; with the texts of the most suspicious pairs as
+    `suspects`."""
 
 
 def run(config: AuditConfig) -> Audit:
-    """Audits a file and writes all of OUT except the report page."""
+    """Audits a file and writes all of OUT except the pages."""
     reads = {
         "--data": config.data,
         "--model": config.model,
+        "--reward-model": config.reward_model,
         "--trusted": config.trusted,
         "--apply": None if applies_own(config) else config.apply,
     }
@@ -121,8 +99,12 @@ def _run(config: AuditConfig, out: Path) -> Audit:
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     folder = resolve_folder(config.model)
-    opened = _open(config.data, config, folder, config.annotator_field)
-    trusted = _open(config.trusted, config, folder, None) if config.trusted else None
+    if config.reward_model is not None:
+        reward_folder(config)  # the wrong kind of model is refused before any work
+    opened = open_pairs(config.data, config, folder, config.annotator_field)
+    trusted = None
+    if config.trusted is not None:
+        trusted = open_pairs(config.trusted, config, folder, None)
     pairs = opened.pairs
     if config.action_top is not None and config.action_top >= len(pairs):
         raise InputError(
@@ -134,10 +116,8 @@ def _run(config: AuditConfig, out: Path) -> Audit:
     asked = _checked_config(config, pairs, trusted, out)
     votes = votes_of(pairs)
     said = _said(config, pairs, votes, trusted)
-    part = _part(config.data, opened, config, folder)
-    known = None
-    if trusted is not None:
-        known = _part(str(config.trusted), trusted, config, folder)
+    part = part_of(opened, config, folder)
+    known = None if trusted is None else part_of(trusted, config, folder)
     log(f"judging {len(pairs)} pairs in {config.folds} folds")
     found = judge(part, known, folds=config.folds, seed=config.seed)
     before = _estimate(config, found, votes)
@@ -146,26 +126,18 @@ def _run(config: AuditConfig, out: Path) -> Audit:
     )
     order = np.lexsort((found.margins, judged.posterior))
     rows = audit_summary.rows_of(judged, found, votes, said, pairs, order, config)
-    preferred = preferences(
-        Labels(
-            found.surface,
-            part.keys,
-            votes.annotator_names,
-            source_names(opened.source, pairs.columns["row"], config.source_field),
-        ),
-        _own_ranking(part.found),
-        confounders=config.held_fixed,
-    )
+    preferred = _preferred(config, opened, part, found, votes)
     unsaid = order[said[order] == ""]  # a verdict settles a label
     looks = unsaid[: config.top]
     summary = audit_summary.summarize(judged, found, votes, part.keys, opened.report)
     summary |= audit_summary.acted(judged, rows, config)
     summary["confounders"] = config.held_fixed
     summary["advice"] = advice(summary)
-    flips = pairs.columns["is_flipped"]
     # Known flips measure the ranking that the labels alone give, without verdicts.
     beside = rankings(part.answers, found.folds)
-    summary |= audit_summary.compared(found, before.posterior, beside, flips)
+    summary |= audit_summary.compared(
+        found, before.posterior, beside, pairs.columns["is_flipped"]
+    )
     if (said != "").any():
         summary["verdicts"] = audit_summary.checked(said, before.posterior)
     if config.power is not None:
@@ -176,19 +148,30 @@ def _run(config: AuditConfig, out: Path) -> Audit:
         summary["budget"] = audit_summary.worth(
             looks, judged.posterior, gain, votes.texts
         )
+    listed = lambda some: [rows[n] | opened.texts(n) for n in some]
+    close = closer_look(summary["annotators"], preferred, votes.annotator_names, unsaid)
+    result = Audit(
+        summary,
+        rows,
+        listed(unsaid[: config.top]),
+        agreement_bins(judged.margins),
+        preferred,
+        [look | {"suspects": listed(look["labels"])} for look in close],
+    )
     write_json(out / CONFIG, asked)  # from now on, OUT belongs to this audit
-    listed = lambda some: [rows[n] | _texts(opened, n) for n in some]
-    suspects = listed(unsaid[: config.top])
-    write_whole(out / "audit.jsonl", _lines(rows))
-    write_whole(out / "clean.jsonl", _lines(cleaned(opened.source, rows)))
+    _write(out, result, opened)
     if not applies_own(config):
         write_whole(out / REVIEW, review_csv(listed(looks)))
-    write_whole(out / "preferences.csv", preferences_csv(preferred))
-    write_json(out / "summary.json", summary)
-    bins = agreement_bins(judged.margins)
-    scores = {name: ranking.scores for name, ranking in beside.items()}
-    scores = {**found.alone, **scores}
-    return Audit(summary, rows, suspects, bins, preferred, scores)
+    return result
+
+
+def _write(out: Path, found: Audit, opened: Opened) -> None:
+    """Writes the results, except for the review list."""
+    write_whole(out / "audit.jsonl", _lines(found.pairs))
+    write_whole(out / "clean.jsonl", _lines(cleaned(opened.source, found.pairs)))
+    write_whole(out / "preferences.csv", preferences_csv(found.preferences))
+    write_whole(out / "annotators.csv", annotators_csv(found.summary["annotators"]))
+    write_json(out / "summary.json", found.summary)
 
 
 def applies_own(config: AuditConfig) -> bool:
@@ -198,59 +181,8 @@ def applies_own(config: AuditConfig) -> bool:
     return Path(config.apply).resolve() == (Path(config.out) / REVIEW).resolve()
 
 
-def _open(
-    name: str, config: AuditConfig, folder: Path, annotator_field: str | None
-) -> _Opened:
-    """Reads and tokenizes a preference file."""
-    source = named_annotators(
-        data.open_source(name), annotator_field, config.ignore_fields
-    )
-    options = DataOptions(
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        heldout_fraction=0.0,
-        # An audit expects malformed records; those that cannot be judged are counted.
-        drop_empty=True,
-    )
-    positions = read_architecture(folder).max_position_embeddings
-    options = data.for_model(options, positions)
-    plan = data.make_splits(source, data.load_tokenizer(folder), options, sides=2)
-    pairs = plan.train
-    rows, first = np.unique(pairs.columns["row"], return_index=True)
-    if len(rows) < len(pairs):
-        twice = np.setdiff1d(np.arange(len(pairs)), first)[0]
-        raise InputError(
-            f"{name} row {pairs.columns['row'][twice] + 1}: has several traces "
-            "per answer; an audit judges each record once, so keep only one trace"
-        )
-    plan.fields.read_too(config.source_field)
-    for line in (plan.describe(), plan.fields.describe()):
-        log(f"{name}: {line}")
-    return _Opened(source, pairs, plan.report)
-
-
-def _part(name: str, opened: _Opened, config: AuditConfig, folder: Path) -> Part:
-    """The features and texts of pairs."""
-    pairs = opened.pairs
-    cache = Path(config.features or Path(config.out) / "features")
-    found = _features(name, config, folder, pairs, cache)
-    examples = [example_at(opened.source, int(row)) for row in pairs.columns["row"]]
-    texts = [texts_of(example) for example in examples]
-    return Part(
-        found,
-        [text["prompt"] for text in texts],
-        [(text["chosen"], text["rejected"]) for text in texts],
-        grouped_keys(example.prompt for example in examples),
-    )
-
-
-def _texts(opened: _Opened, n: int) -> dict[str, str]:
-    """`prompt`, `chosen` and `rejected` of pair n."""
-    return texts_of(example_at(opened.source, int(opened.pairs.columns["row"][n])))
-
-
 def _said(
-    config: AuditConfig, pairs: PreferenceDataset, votes: Votes, trusted: _Opened | None
+    config: AuditConfig, pairs: PreferenceDataset, votes: Votes, trusted: Opened | None
 ) -> np.ndarray:
     """The verdict on each label: a person's, or else that of the verified labels."""
     said = np.full(len(pairs), "", "<U5")
@@ -284,6 +216,21 @@ def _estimate(config: AuditConfig, found: Judgment, votes: Votes) -> Estimate:
     return with_strengths(judged, votes, assumed_flip_rate=config.assumed_flip_rate)
 
 
+def _preferred(
+    config: AuditConfig, opened: Opened, part: Part, found: Judgment, votes: Votes
+) -> list[dict[str, Any]]:
+    """What the labels prefer, and the model's own ranking."""
+    rows = opened.pairs.columns["row"]
+    labels = Labels(
+        found.surface,
+        part.keys,
+        votes.annotator_names,
+        source_names(opened.source, rows, config.source_field),
+    )
+    own = _own_ranking(part.found)
+    return preferences(labels, own, confounders=config.held_fixed)
+
+
 def _own_ranking(found: Features) -> np.ndarray:
     """The model's log-prob per token: preferred minus other answer."""
     each = found.logps.astype(np.float64) / found.lengths
@@ -293,7 +240,7 @@ def _own_ranking(found: Features) -> np.ndarray:
 def _checked_config(
     config: AuditConfig,
     pairs: PreferenceDataset,
-    trusted: _Opened | None,
+    trusted: Opened | None,
     out: Path,
 ) -> dict[str, Any]:
     """The config as JSON; OUT must be new, or hold the same audit, which resumes."""
@@ -303,34 +250,6 @@ def _checked_config(
         asked["trusted_contents"] = trusted.pairs.digest()
     check_config(out, CONFIG, asked, what=AUDIT, may_change=MAY_CHANGE)
     return asked
-
-
-def _features(
-    name: str,
-    config: AuditConfig,
-    folder: Path,
-    pairs: PreferenceDataset,
-    cache: Path,
-) -> Features:
-    architecture = read_architecture(folder)
-    check_fits([name], pairs, str(folder), architecture)
-    dtype = config.compute_dtype or default_compute_dtype()
-    mesh = make_mesh(config.mesh)
-    check_rows(config.batch_size, 1, mesh)
-    with jax.set_mesh(mesh):
-        model = build(architecture, Numerics(compute_dtype=dtype))
-        params = load_params(folder, model)
-        return feature_store.compute(
-            pairs,
-            feature_store.make_feature_step(model),
-            params,
-            source=name,
-            folder=cache,
-            digest=weights_digest(folder, dtype),
-            width=2 * architecture.hidden_size + 1,
-            batch_size=rows_for(2 * len(pairs), config.batch_size, mesh),
-            mesh=mesh,
-        )
 
 
 def _lines(records) -> str:

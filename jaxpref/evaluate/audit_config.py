@@ -30,8 +30,11 @@ class AuditConfig:
     model: str
     """Hugging Face model folder, or a Hub ID; its features are used to judge pairs."""
     out: str
-    """Folder for `audit.jsonl`, `clean.jsonl`, `review.csv`, `preferences.csv`,
-    `summary.json` and `report.html`."""
+    """Folder for `audit.jsonl`, `clean.jsonl`, `review.csv`, `annotators.csv`,
+    `preferences.csv`, `summary.json`, `report.html` and `annotators.html`."""
+    reward_model: str | None = None
+    """Reward model folder (such as OUT/export of a run with --loss bradley_terry), or a
+    Hub ID; its rewards are one more thing by which pairs are judged."""
     trusted: str | None = None
     """Preference file or dataset with verified labels.  The audit then learns from
     these labels alone."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.evaluate import baselines
+from jaxpref.evaluate.agreement import agreement, with_others
 from jaxpref.evaluate.audit_config import AuditConfig
 from jaxpref.evaluate.estimate import ASSUMPTION, VERIFIED, Estimate
 from jaxpref.evaluate.flips import auroc, known_flips
@@ -79,12 +80,19 @@ def summarize(
     report: Mapping[str, int],
 ) -> dict[str, Any]:
     """What an audit estimates about the labels."""
+    wrong = 1 - judged.posterior
+    total = lambda values: np.bincount(votes.annotators, values, len(votes.names))
+    suspicious, expected = total(wrong > 0.5), total(wrong)
+    others = with_others(votes)
     annotators = [
         {
             "annotator": name,
             "reliability": float(judged.reliability[k]),
             "interval": [float(judged.lower[k]), float(judged.upper[k])],
             "count": int(judged.counts[k]),
+            "suspicious": int(suspicious[k]),
+            "expected_wrong": float(expected[k]),
+            "others": others.get(k),
         }
         for k, name in enumerate(votes.names)
     ]
@@ -104,6 +112,7 @@ def summarize(
         ),
         "model": _agreement(found.margins),
         "length_only": _agreement(found.alone["length"]),
+        "agreement": agreement(votes),
         "annotators": sorted(annotators, key=lambda a: (a["reliability"], -a["count"])),
         "rows": report["rows"],
         "not_judged": {

@@ -1,4 +1,6 @@
-"""Features of every completion from a language model, cached on disk and resumable.
+"""What a model says of every completion, cached on disk and resumable.
+
+A language model gives features, and a reward model rewards.
 
 Files in a feature folder are named by a digest of the model, and their rows by a digest
 of prompt and completion tokens.  So only new completions are computed if rows are
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from jaxpref.data import DatasetBuilder, PaddedLayout, PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.files import write_whole
-from jaxpref.models import Model
+from jaxpref.models import Model, RewardModel
 from jaxpref.models.layout import SPECS, reshard
 from jaxpref.models.logprobs import token_logps
 from jaxpref.runtime.cache_folder import make_private, warn_if_others_write
@@ -90,9 +92,31 @@ def make_feature_step(model: Model, *, chunk_size: int | None = None) -> Callabl
     return jax.jit(feature_step)
 
 
+def make_reward_step(model: RewardModel) -> Callable:
+    """Returns the jitted `(params, batch) -> (rewards [A * R, 1], pairs)`.
+
+    Batches are those of `make_feature_step`.
+    """
+
+    def of_micro(params, batch):
+        rewards = model.rewards(params, batch.tokens[:, 0], batch.lengths[:, 0])
+        return rewards.astype(jnp.float32)[:, None]
+
+    def reward_step(params, batch):
+        out = jax.lax.map(lambda micro: of_micro(params, micro), batch)
+        return jax.tree.map(replicated, (out, batch.pair_index))
+
+    return jax.jit(reward_step)
+
+
+def features_of(values: np.ndarray, pairs: PreferenceDataset) -> Features:
+    """The columns of `make_feature_step` for the completions of all pairs."""
+    return Features(values[..., :-1], values[..., -1], pairs.completion_lengths)
+
+
 def compute(
     pairs: PreferenceDataset,
-    feature_step: Callable,
+    step: Callable,
     params: Any,
     *,
     source: str,
@@ -101,19 +125,22 @@ def compute(
     width: int,
     batch_size: int,
     mesh: jax.sharding.Mesh,
-) -> Features:
-    """Computes the features of every completion, or reads them from `folder`.
+) -> np.ndarray:
+    """Computes the columns of every completion, or reads them from `folder`.
 
     Args:
       pairs: N pairs.
-      feature_step: from `make_feature_step`.
+      step: from `make_feature_step` or `make_reward_step`.
       params: the model's parameters.
       source: name of the pairs' source, for error messages.
       folder: folder of cached features; created if missing.
       digest: digest of the model, from `weights_digest`.
-      width: number of columns of the step's result, 2 D + 1.
+      width: number of columns of the step's result, 2 D + 1 or 1.
       batch_size: completions at the same time, over all devices.
       mesh: mesh on which the batches are placed.
+
+    Returns:
+      float32 [N, 2, width].
 
     Raises:
       InputError: if the folder cannot be written, or the model's outputs are not
@@ -128,20 +155,19 @@ def compute(
         total=len(missing), desc="features", unit="completion", disable=None
     ) as bar:
         for layout, part in _blocks(pairs, missing, batch_size):
-            values = _of_block(part, feature_step, params, layout, mesh)
+            values = _of_block(part, step, params, layout, mesh)
             wrong = ~np.isfinite(values).all(axis=1)
             if wrong.any():
                 raise InputError(
-                    f"{source} row {part.columns['row'][wrong][0] + 1}: its hidden"
-                    f" states are not finite ({wrong.sum()} such completions); check"
-                    " the weights, or set --compute-dtype float32"
+                    f"{source} row {part.columns['row'][wrong][0] + 1}: the model's"
+                    f" outputs for it are not finite ({wrong.sum()} such completions);"
+                    " check the weights, or set --compute-dtype float32"
                 )
             _save(folder, digest, part.ids, values)
             table |= zip(part.ids.tolist(), values)
             bar.update(len(part))
     values = np.stack([table[key] for key in keys.ravel().tolist()])
-    values = values.reshape(len(pairs), 2, width)
-    return Features(values[..., :-1], values[..., -1], pairs.completion_lengths)
+    return values.reshape(len(pairs), 2, width)
 
 
 def _first_of_each(keys: np.ndarray, table) -> list[tuple[int, int, str]]:
@@ -203,11 +229,11 @@ def _rounded(length: int) -> int:
 
 
 def _of_block(
-    part: PreferenceDataset, feature_step, params, layout: PaddedLayout, mesh
+    part: PreferenceDataset, step, params, layout: PaddedLayout, mesh
 ) -> np.ndarray:
     out = []
     for batch in layout.eval_batches(part):
-        values, index = jax.device_get(feature_step(params, to_global(batch, mesh)))
+        values, index = jax.device_get(step(params, to_global(batch, mesh)))
         out.append(values.reshape(-1, values.shape[-1])[index.ravel() >= 0])
     return np.concatenate(out)
 

@@ -3,7 +3,8 @@
 - `length`: log of the length in tokens;
 - `surface`: interpretable features of the texts, and the length;
 - `words`: TF-IDF of the texts, and the length;
-- `states`: the language model's hidden states and log-probs, and the length.
+- `states`: the language model's hidden states and log-probs, and the length;
+- `reward`: the rewards of a reward model, if there is one, and the length.
 """
 
 import dataclasses
@@ -44,6 +45,7 @@ def judges(
     found: Features,
     surface: Float[np.ndarray, "pairs features"],
     answers: Sequence[tuple[str, str]],
+    rewards: Float[np.ndarray, "pairs 2"] | None = None,
 ) -> dict[str, Columns]:
     """The columns of each judge, preferred answer minus the other, by its name.
 
@@ -51,6 +53,7 @@ def judges(
       found: features of the language model; N pairs.
       surface: differences of interpretable features, with a mean square of 1.
       answers: the texts of the preferred and the other answer of each pair.
+      rewards: a reward model's reward of each answer; None without a reward model.
 
     Returns:
       float64 [N, features] by name, in the order above.
@@ -60,12 +63,16 @@ def judges(
     # A mean square of 1 per word, over all words together.
     size = np.sqrt(np.mean(np.square(words))) if words.size else 0.0
     words = principal(words) / (size or 1.0)
-    return {
+    columns = {
         "length": length,
         "surface": STRONG * np.concatenate([surface, length], axis=1),
         "words": np.concatenate([words, STRONG * length], axis=1),
         "states": state_columns(found),
     }
+    if rewards is not None:
+        reward = scaled(_side(rewards)[:, None])
+        columns["reward"] = STRONG * np.concatenate([reward, length], axis=1)
+    return columns
 
 
 def _side(values: np.ndarray) -> np.ndarray:
@@ -84,6 +91,8 @@ class Part:
     """The texts of the preferred and the other answer of each pair."""
     keys: Sequence[str]
     """A key per pair; equal prompts have equal keys."""
+    rewards: Float[np.ndarray, "pairs 2"] | None = None
+    """A reward model's reward of each answer; None without a reward model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +113,18 @@ class Judgment:
     """The margins of the verified pairs, out of fold; None without any."""
 
 
+def columns_of(part: Part) -> tuple[dict[str, Columns], Columns]:
+    """The columns of each judge, and the differences of interpretable features.
+
+    Exchanging the answers of a pair only changes the signs of its rows.
+    """
+    described = describe_answers(
+        [(p, x) for p, pair in zip(part.prompts, part.answers) for x in pair]
+    )
+    surface = differences(described.reshape(len(part.keys), 2, -1))
+    return judges(part.found, surface, part.answers, part.rewards), surface
+
+
 def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgment:
     """Judges each pair by models that were not trained on it or its prompt.
 
@@ -116,10 +137,7 @@ def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgmen
     """
     parts = [part] if trusted is None else [part, trusted]
     both = _together(parts)
-    described = describe_answers(
-        [(p, x) for p, pair in zip(both.prompts, both.answers) for x in pair]
-    )
-    surface = differences(described.reshape(len(both.keys), 2, -1))
+    groups, surface = columns_of(both)
     outer, inner = (
         prompt_folds(both.keys, folds=folds, seed=number) for number in (seed, seed + 1)
     )
@@ -129,7 +147,7 @@ def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgmen
     if trusted is not None:
         outer = np.where(verified, outer, folds)
     found = stack(
-        judges(both.found, surface, both.answers),
+        groups,
         outer,
         inner,
         learned=None if trusted is None else verified,
@@ -147,9 +165,11 @@ def judge(part: Part, trusted: Part | None, *, folds: int, seed: int) -> Judgmen
 def _together(parts: Sequence[Part]) -> Part:
     joined = lambda name: np.concatenate([getattr(p.found, name) for p in parts])
     chained = lambda name: [x for part in parts for x in getattr(part, name)]
+    rewards = [part.rewards for part in parts if part.rewards is not None]
     return Part(
         Features(joined("states"), joined("logps"), joined("lengths")),
         chained("prompts"),
         chained("answers"),
         chained("keys"),
+        np.concatenate(rewards) if rewards else None,
     )

@@ -39,15 +39,17 @@ def uniform_layout(
         id="",
     )
     pair = builder.build()
-    common = {"batch_size": batch_size, "accumulation": accumulation}
     if row_length is None:
         check_rows(batch_size, accumulation, mesh)
-        return data.padded_layout(pair, **common)
+        return data.padded_layout(
+            pair, batch_size=batch_size, accumulation=accumulation
+        )
     return data.packed_layout(
         pair,
         order=data.in_order(pair),
         row_length=row_length,
         num_steps=1,
         shards=row_shards(mesh),
-        **common,
+        batch_size=batch_size,
+        accumulation=accumulation,
     )

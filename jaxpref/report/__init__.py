@@ -3,10 +3,12 @@
 Records are lists of dicts.
 """
 
+from jaxpref.report.annotators import write_annotators as write_annotators
 from jaxpref.report.audit import write_audit as write_audit
 from jaxpref.report.comparison import power_in_words as power_in_words
 from jaxpref.report.html import Browse as Browse
 from jaxpref.report.html import Figure as Figure
+from jaxpref.report.html import Link as Link
 from jaxpref.report.html import Section as Section
 from jaxpref.report.html import SideBySide as SideBySide
 from jaxpref.report.html import Table as Table

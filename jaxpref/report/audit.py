@@ -5,9 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpref.report.annotators import (
+    agreement_parts,
+    anchors,
+    name_of,
+    reliability_row,
+    suspect,
+)
 from jaxpref.report.comparison import comparison, extra_parts
 from jaxpref.report.drawing import drawing
-from jaxpref.report.html import Browse, Figure, Section, SideBySide, Table, write_html
+from jaxpref.report.html import Browse, Figure, Link, Section, Table, write_html
 from jaxpref.report.preferences import preference_parts
 from jaxpref.report.style import FAINT, PALETTE
 
@@ -65,7 +72,7 @@ def write_audit(
             named = [Figure(figures["annotators"], caption)]
         sections = [
             Section("Flip rate", _rate_parts(summary, pairs)),
-            Section("Annotators", [*_annotator_parts(annotators), *named]),
+            Section("Annotators", [*named, *_annotator_parts(summary)]),
             Section(
                 "Confidence of the model",
                 [
@@ -98,15 +105,16 @@ def write_audit(
         write_html(path, f"Audit of {data}", sections, summary=_lead(summary, pairs))
 
 
-_METHOD = """ Each pair was judged by four Bradley-Terry models, trained only on pairs
-with other prompts: on lengths, surface features, words, and frozen features of the
-language model. Cross-validation within the training pairs chose their penalties and
-their weights in the sum. The margins of the sum were divided by a temperature, fitted
-jointly with the flip rate to the marginal likelihood of the labels. If there are
-verified labels, they calibrate the margins instead. EM then estimated the reliabilities
-and the probabilities. A label counts as wrong if it contradicts what the models can
-learn from the other labels. So preferences that the models cannot represent look like
-noise, and systematic errors that all labels share go undetected.
+_METHOD = """ Each pair was judged by Bradley-Terry models, trained only on pairs with
+other prompts: on lengths, surface features, words, frozen features of the language
+model, and the rewards of a reward model if there is one. Cross-validation within the
+training pairs chose their penalties and their weights in the sum. The margins of the
+sum were divided by a temperature, fitted jointly with the flip rate to the marginal
+likelihood of the labels. If there are verified labels, they calibrate the margins
+instead. EM then estimated the reliabilities and the probabilities. A label counts as
+wrong if it contradicts what the models can learn from the other labels. So preferences
+that the models cannot represent look like noise, and systematic errors that all labels
+share go undetected.
 """
 
 
@@ -180,23 +188,24 @@ def _rate_parts(summary: Record, pairs: Sequence[Record]) -> list:
     return parts
 
 
-def _annotator_parts(annotators: Sequence[Record]) -> list:
+def _annotator_parts(summary: Record) -> list:
+    annotators = summary["annotators"]
     if len(annotators) == 1:
         return ["All labels have the same annotator, or no annotator is named."]
-    rows = [
-        [
-            _name(record),
-            f"{record['reliability']:.2f}",
-            "{:.2f} to {:.2f}".format(*record["interval"]),
-            record["count"],
-        ]
-        for record in annotators[:LISTED]
-    ]
-    left = len(annotators) - len(rows)
+    targets = {name: f"annotators.html#{x}" for name, x in anchors(annotators).items()}
+    left = len(annotators[LISTED:])
     caption = "Probability that a vote is right, the least reliable annotators first."
     if left:
-        caption += f" {left} more reliable annotators are in `summary.json`."
-    return [Table(["annotator", "reliability", "95% interval", "votes"], rows, caption)]
+        caption += f" {left} more reliable annotators are in `annotators.csv`."
+    return [
+        Table(
+            ["annotator", "reliability", "95% interval", "votes"],
+            [reliability_row(r, targets) for r in annotators[:LISTED]],
+            caption,
+        ),
+        Link("What each annotator prefers, and their pairs", "annotators.html"),
+        *agreement_parts(summary["agreement"]),
+    ]
 
 
 def _suspects(suspects: Sequence[Record]) -> list:
@@ -206,30 +215,13 @@ def _suspects(suspects: Sequence[Record]) -> list:
         "`review.csv` lists these pairs with shortened texts, for a spreadsheet; "
         "`--top N` lists more or fewer."
     ]
-    shown = []
-    for number, record in enumerate(suspects, 1):
-        who = f", annotator {_name(record)}" if record["annotator"] is not None else ""
-        shown.append(
-            SideBySide(
-                [
-                    ("`chosen` in the file", record["chosen"]),
-                    ("`rejected` in the file", record["rejected"]),
-                ],
-                title=f"{number}. Row {record['row']}{who}: right with probability "
-                f"{record['p_correct']:.2f}, margin {record['margin']:.2f}",
-                above=record["prompt"],
-            )
-        )
-    return [*parts, Browse(shown, [_name(x) for x in suspects], "Annotator")]
+    shown = [suspect(n, record) for n, record in enumerate(suspects, 1)]
+    return [*parts, Browse(shown, [name_of(x) for x in suspects], "Annotator")]
 
 
 def _rate_used(summary: Record) -> float:
     known = summary["identified"]
     return summary["flip_rate"] if known else summary["assumed_flip_rate"]
-
-
-def _name(record: Record) -> str:
-    return "not named" if record["annotator"] is None else record["annotator"]
 
 
 def _share(value: float) -> str:
@@ -290,7 +282,7 @@ def _draw_annotators(path: Path, annotators: Sequence[Record]) -> None:
         ]
         axes.errorbar(at, rows, xerr=errors, color=PALETTE[0], fmt="o", ms=4.5, lw=1.2)
         axes.axvline(0.5, color=FAINT, lw=0.8)
-        axes.set_yticks(rows, [f"{_name(r):.24}" for r in annotators])
+        axes.set_yticks(rows, [f"{name_of(r):.24}" for r in annotators])
         axes.set_ylim(len(annotators) - 0.4, -0.6)
         axes.set(xlim=(0, 1), xlabel="reliability")
         for row, record in zip(rows, annotators):

@@ -12,6 +12,7 @@ JUDGES = {
     "surface": "surface features",
     "words": "words",
     "states": "states of the language model",
+    "reward": "rewards of the reward model",
 }
 """The judges of an audit, in words."""
 BASELINES = {

@@ -18,13 +18,23 @@ from jaxpref.report.style import CSS
 
 
 @dataclasses.dataclass(frozen=True)
+class Link:
+    """A text that leads to another place, as a paragraph or a cell of a table."""
+
+    text: str
+    target: str
+    """`#anchor`, or the name of a page in the same folder, with or without one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """A table; the first column names its rows."""
 
     columns: Sequence[str]
     """Headings."""
     rows: Sequence[Sequence[object]]
-    """Cells: text as is, floats with four significant digits, None as a dash."""
+    """Cells: text as is, floats with four significant digits, None as a dash, or a
+    `Link`."""
     caption: str = ""
     """Description of the numbers and their units."""
 
@@ -72,7 +82,9 @@ class Section:
     """
 
     title: str
-    parts: Sequence[str | Table | Figure | SideBySide | Browse]
+    parts: Sequence[str | Link | Table | Figure | SideBySide | Browse]
+    anchor: str = ""
+    """Name for links to this section; `s1`, `s2`, ... if it is empty."""
 
 
 def write_html(
@@ -149,10 +161,13 @@ _PAGE = """<!DOCTYPE html>
 def _section(number: int, section: Section) -> str:
     parts = "\n".join(_part(part) for part in section.parts)
     title = html.escape(section.title)
-    return f'<section id="s{number}">\n<h2>{title}</h2>\n{parts}\n</section>'
+    anchor = html.escape(section.anchor or f"s{number}")
+    return f'<section id="{anchor}">\n<h2>{title}</h2>\n{parts}\n</section>'
 
 
-def _part(part: str | Table | Figure | SideBySide | Browse) -> str:
+def _part(part: str | Link | Table | Figure | SideBySide | Browse) -> str:
+    if isinstance(part, Link):
+        return f"<p>{_linked(part, _inline(part.text))}</p>"
     if isinstance(part, Browse):
         return _browse(part)
     if isinstance(part, Table):
@@ -224,6 +239,7 @@ def _table(table: Table, by: Sequence[str] = ()) -> str:
                 f"got {list(row)}."
             )
     cells = [[_cell(value) for value in row] for row in table.rows]
+    shown = [[_linked(value, _inline(_cell(value))) for value in r] for r in table.rows]
     numeric = [
         bool(cells) and all(re.match(r"([−+.]?\d|–$|$)", row[c]) for row in cells)
         for c in range(len(table.columns))
@@ -234,10 +250,10 @@ def _table(table: Table, by: Sequence[str] = ()) -> str:
         for c, name in enumerate(table.columns)
     )
     body = "\n".join(
-        f'<tr{key}><th scope="row">{_inline(row[0])}</th>'
-        + "".join(f"<td{style(c)}>{_inline(row[c])}</td>" for c in range(1, len(row)))
+        f'<tr{key}><th scope="row">{row[0]}</th>'
+        + "".join(f"<td{style(c)}>{row[c]}</td>" for c in range(1, len(row)))
         + "</tr>"
-        for row, key in zip(cells, by or [""] * len(cells))
+        for row, key in zip(shown, by or [""] * len(cells))
     )
     caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
     return (
@@ -247,6 +263,8 @@ def _table(table: Table, by: Sequence[str] = ()) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Link):
+        return value.text
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, float):
@@ -254,6 +272,12 @@ def _cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return _minus(str(value))
     return str(value)
+
+
+def _linked(value: object, shown: str) -> str:
+    if not isinstance(value, Link):
+        return shown
+    return f'<a href="{html.escape(value.target)}">{shown}</a>'
 
 
 def _minus(number: str) -> str:

@@ -61,6 +61,7 @@ h1 { font-size: 1.75rem; line-height: 1.25; font-weight: 650; letter-spacing: -.
 h2 { font-size: 1.15rem; font-weight: 650; margin: 3rem 0 .8rem; padding-top: 1rem;
   border-top: 1px solid var(--line); }
 p { margin: 0 0 1rem; }
+a { color: var(--accent); }
 .lead { font-size: 1.08rem; color: var(--faint); }
 .scroll { overflow-x: auto; margin: 1.2rem 0 1.6rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem;
