@@ -52,6 +52,7 @@ from jaxpref.evaluate.crossfit import prompt_folds
 from jaxpref.evaluate.estimate import estimate
 from jaxpref.evaluate.flips import auroc, known_flips
 from jaxpref.evaluate.judges import columns_of
+from jaxpref.evaluate.recurring import with_strengths
 from jaxpref.evaluate.stack import stack
 from jaxpref.evaluate.votes import Votes, votes_of
 from jaxpref.files import write_json, write_whole
@@ -206,6 +207,7 @@ def measured(labels: Labels, planted: audits_data.Plant) -> Run:
         num_annotators=len(votes.names),
         assumed_flip_rate=0.1,
     )
+    judged = with_strengths(judged, votes, assumed_flip_rate=0.1)
     answers = [x[::-1] if flip else x for x, flip in zip(labels.answers, flips)]
     beside = {"length": found.alone["length"]}
     for name, ranking in rankings(answers, labels.folds[0]).items():
@@ -224,11 +226,17 @@ def measured(labels: Labels, planted: audits_data.Plant) -> Run:
 
 def voted(votes: Votes, planted: audits_data.Plant) -> Votes:
     """The votes of these annotators, with the flips."""
-    orientation = np.where(planted.flips, -1, 1) * votes.orientation
+    flipped = dataclasses.replace(
+        votes,
+        orientation=np.where(planted.flips, -1, 1) * votes.orientation,
+        answers=np.where(planted.flips[:, None], votes.answers[:, ::-1], votes.answers),
+    )
     if list(planted.annotators) == list(votes.annotator_names):
-        return dataclasses.replace(votes, orientation=orientation)
+        return flipped
     names, index = np.unique(np.array(planted.annotators), return_inverse=True)
-    return Votes(index, names.tolist(), votes.texts, votes.texts, orientation)
+    return dataclasses.replace(
+        flipped, annotators=index, names=names.tolist(), items=votes.texts
+    )
 
 
 def differences(runs: Sequence[Run]) -> list[Run]:

@@ -120,7 +120,13 @@ def votes(count=60, seed=0):
     rows += [(5, count + n, 1) for n in range(4)]
     rng.shuffle(rows)
     annotators, items, orientation = np.array(rows).T
-    return Votes(annotators, names, items, items, orientation)
+    return votes_on(annotators, names, items, orientation)
+
+
+def votes_on(annotators, names, items, orientation):
+    """Votes on items, each with two answers of its own."""
+    answers = 2 * items[:, None] + np.stack([orientation < 0, orientation > 0], 1)
+    return Votes(annotators, names, items, items, orientation, answers)
 
 
 def first_votes(given):
@@ -183,9 +189,7 @@ def test_agreement_by_brute_force():
         low, high = pair["agree"]["interval"]
         assert low < np.mean(both) < high or len(set(both)) == 1
         assert pair["cohen_kappa"]["interval"] == [2 * low - 1, 2 * high - 1]
-    swapped = Votes(
-        given.annotators, names, given.items, given.items, -given.orientation
-    )
+    swapped = votes_on(given.annotators, names, given.items, -given.orientation)
     assert agreement(swapped) == found
 
 
@@ -208,7 +212,7 @@ def test_agreement_with_the_others_by_brute_force():
 
 def test_single_votes_have_no_agreement():
     one = np.arange(3)
-    given = Votes(one, ("a", "b", "c"), one, one, np.ones(3, int))
+    given = votes_on(one, ("a", "b", "c"), one, np.ones(3, int))
     assert agreement(given) is None and with_others(given) == {}
 
 
