@@ -32,8 +32,7 @@ import jaxpref.data.read as reading
 import jaxpref.train
 
 kept, folder = {}, sys.argv[2]
-# The modules, not the functions of these names.
-running, preparing = (sys.modules[f"jaxpref.train.{x}"] for x in ("run", "prepare"))
+running = sys.modules["jaxpref.train.run"]  # not the function of this name
 
 def placed(batch, mesh, place=running.to_global):
     # Of the global batch: who is in which row, as this process's devices hold it.
@@ -49,9 +48,9 @@ def placed(batch, mesh, place=running.to_global):
     kept["batches"].append(rows)
     return found
 
-def prepared(*args, read=preparing.read_datasets, **kwargs):
-    found = read(*args, **kwargs)
-    kept["pairs"] = found.splits.train
+def prepared(config, prepare=running.prepare):
+    found = prepare(config)
+    kept["pairs"] = found.datasets.splits.train
     return found
 
 def made(*args, make=reading.make_splits, **kwargs):
@@ -59,7 +58,7 @@ def made(*args, make=reading.make_splits, **kwargs):
     kept["pairs read"] = len(found.train) + len(found.heldout)
     return found
 
-running.to_global, preparing.read_datasets = placed, prepared
+running.to_global, running.prepare = placed, prepared
 reading.make_splits = made
 
 for name, argv in json.loads(sys.argv[3]).items():
