@@ -31,6 +31,15 @@ def log_odds(labels, num_annotators=2):
     return candidates.fit(start, labels, prior=PRIOR, steps=20)
 
 
+@functools.partial(jax.jit, static_argnames=("prior", "num_annotators"))
+def fitted(labels, prior, num_annotators):
+    """The estimated rate, and the log-evidence."""
+    start = instance.initial(prior, num_annotators)
+    found = instance_fit.fit(start, labels, prior=prior, steps=20)
+    rate = instance_fit.describe(found, labels, prior=prior).rate
+    return rate, instance_fit.log_evidence(found, labels, prior=prior)
+
+
 def test_the_evidence_is_the_integral_over_the_prior():
     """By quadrature over t, g and w of one rate, in float64."""
     prior = Prior(odd=(0.0,), annotators=0.0, preference=0.5)
@@ -40,8 +49,7 @@ def test_the_evidence_is_the_integral_over_the_prior():
     sign = np.where(rng.random(n) < 0.1, -right, right)
     z, odd = sign * m, sign * odd
     labels = labels_of(z, odd, np.full(n, -1))
-    found = instance_fit.fit(instance.initial(prior, 0), labels, prior=prior, steps=30)
-    laplace = instance_fit.log_evidence(found, labels, prior=prior)
+    _, laplace = fitted(labels, prior, 0)
 
     t = np.linspace(-1, 1, 21)[:, None, None]
     g = np.linspace(-1, 1.5, 26)[:, None]
@@ -113,10 +121,7 @@ def test_a_coefficient_with_a_prior_of_zero_is_left_out():
     for x, odd in ((labels.features, (0.0,)), (none, ())):
         prior = Prior(odd=odd, annotators=0.0, preference=0.0, largest=1.0)
         seen = dataclasses.replace(labels, features=x)
-        start = instance.initial(prior, 2)
-        found = instance_fit.fit(start, seen, prior=prior, steps=10)
-        rate = instance_fit.describe(found, seen, prior=prior).rate
-        results.append((rate, instance_fit.log_evidence(found, seen, prior=prior)))
+        results.append(fitted(seen, prior, 2))
     (one, more), (other, less) = results
     assert float(one) == pytest.approx(float(other), rel=1e-5)
     assert float(one) == pytest.approx(0.3, abs=0.05)
