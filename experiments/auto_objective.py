@@ -1,7 +1,7 @@
 """Is `--objective auto` safe to leave on?  Training runs at matched KL.
 
 Claim
-    `auto` is not told what is wrong with the labels.  It is as good as DPO if nothing
+    `auto` does not know what is wrong with the labels.  It is as good as DPO if nothing
     is, and about as good as the best of DPO, `em`, `instance_noise`, and a known mean
     flip rate, or better, if all labels have the same flip rate or if annotators differ.
     It recovers most of what half of the labels by length cost, if one of two annotators
@@ -15,7 +15,7 @@ Commands
 
 Expected
     Share of the best possible reward at KL 0.64; means over seeds 0 to 4.  "Best" is
-    the best fixed method with hindsight, "known" is told the flip rates of each pair:
+    the best fixed method with hindsight, "known" has the flip rates of each pair:
 
     2,048 pairs, correlation 0       DPO   best  auto  known  auto - DPO
         none                         0.94  0.94  0.94  0.94   +0.00 (+0.00 to +0.00)
@@ -67,8 +67,8 @@ Protocol
     in batches of 64, with Adam and a cosine schedule; three epochs of 2,048 pairs, or
     one of 16,384.  It is then rescaled to a KL of 0.64, so that beta makes no
     difference.
-    All methods wrap DPO.  "known rates" is told e and e' of each pair, and "known mean
-    rate" their mean.  All other options are the defaults, and no method is told the
+    All methods wrap DPO.  "known rates" has e and e' of each pair, and "known mean
+    rate" their mean.  All other options are the defaults, and no method knows the
     correlation.
     Tuning, the same for every method: the learning rate of two with the highest mean
     reward on seeds 100 and 101.  Reported on seeds 0 to 4, with 95% t intervals of the
@@ -191,16 +191,16 @@ def train(
 
         def loss(theta):
             if objective is None:
-                z, told = some["x"] @ theta, (some["e"], some["other"])
+                z, rates = some["x"] @ theta, (some["e"], some["other"])
                 if method == "known mean rate":
-                    told = 2 * (jnp.mean(of_pairs["e"] + of_pairs["other"]) / 2,)
-                return instance.label_nll(z, *told).mean()
+                    rates = 2 * (jnp.mean(of_pairs["e"] + of_pairs["other"]) / 2,)
+                return instance.label_nll(z, *rates).mean()
             return weighted_losses(objective, inputs(theta), state).sum() / BATCH
 
-        slope = jax.grad(loss)(theta)
+        gradient = jax.grad(loss)(theta)
         if objective is not None:
             state, _ = objective.learn(inputs(theta).constant(), state)
-        update, moments = adam.update(slope, moments)
+        update, moments = adam.update(gradient, moments)
         theta += learning_rate * decay(number) * update
         return (theta, moments, state), None
 

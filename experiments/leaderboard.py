@@ -33,7 +33,7 @@ Protocol
     Methods: all that the library can train on these pairs, from its own lists.
     Objectives wrap DPO.  Options have the library's defaults, except for those that
     have none (`SETTINGS` of `leaderboard_methods.py`), and ramp_steps of crm.  Some
-    methods are told more than the others: the mean flip rate (1/4 if half of the labels
+    methods know more than the others: the mean flip rate (1/4 if half of the labels
     are by length), the flip rate of each pair (1/2 for a label by length), or the gold
     rewards of the answers.  Losses of reward models train a reward r(x, y), linear in
     the same features, and the policy is the optimum for it, ref(y|x) exp(r(x, y) /
@@ -150,7 +150,7 @@ def run_method(
     return {
         "method": method.name,
         "noise": noise.name,
-        "told": method.told,
+        "knows": method.knows,
         "seeds": seeds,
         "betas": [number(x) for x in grid.betas],
         "learning_rates": grid.learning_rates.tolist(),

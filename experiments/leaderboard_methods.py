@@ -53,7 +53,7 @@ TOLD = {
     "preference_strengths": "the gold rewards",
     "chosen_ratings": "the gold rewards",
 }
-"""What a method is told that reads one of these labels."""
+"""What a method knows that reads one of these labels."""
 MEAN_RATE = "the mean flip rate"
 RAMP_STEPS = 32.0
 """The option `ramp_steps` of crm: a quarter of the pass."""
@@ -67,13 +67,13 @@ class Method:
     make: Callable[[Any, float], Objective]
     """`make(beta, mean flip rate)`."""
     has_beta: bool
-    told: str
-    """What it is told in addition to the pairs and their annotators; may be empty."""
+    knows: str
+    """What it knows in addition to the pairs and their annotators; may be empty."""
 
     @property
     def needs_rate(self) -> bool:
-        """Whether it is told the mean flip rate."""
-        return self.told == MEAN_RATE
+        """Whether it knows the mean flip rate."""
+        return self.knows == MEAN_RATE
 
     @property
     def learns(self) -> bool:
@@ -142,7 +142,7 @@ def of_loss(loss: Callable) -> Method:
         name,
         lambda beta, flip_rate: from_loss(loss, **given(beta), **rate(flip_rate)),
         has_beta=bool(given(1.0)),
-        told=MEAN_RATE if "flip_rate" in options else "",
+        knows=MEAN_RATE if "flip_rate" in options else "",
     )
 
 
@@ -150,25 +150,25 @@ def of_factory(make: Callable) -> Method:
     """An objective that is no mean of a loss."""
     has_beta = "beta" in inspect.signature(make).parameters
     build = lambda beta, rate: make(beta=beta) if has_beta else make()
-    return described(make.__name__, build, has_beta=has_beta, told="")
+    return described(make.__name__, build, has_beta=has_beta, knows="")
 
 
 def of_wrapper(wrap: Callable) -> Method:
     """An objective around DPO."""
-    told = "noise_rate" in inspect.signature(wrap).parameters
-    more = lambda rate: {"noise_rate": rate, "ramp_steps": RAMP_STEPS} if told else {}
+    knows = "noise_rate" in inspect.signature(wrap).parameters
+    more = lambda rate: {"noise_rate": rate, "ramp_steps": RAMP_STEPS} if knows else {}
     return described(
         wrap.__name__,
         lambda beta, rate: wrap(functools.partial(losses.dpo, beta=beta), **more(rate)),
         has_beta=True,
-        told=MEAN_RATE if told else "",
+        knows=MEAN_RATE if knows else "",
     )
 
 
-def described(name: str, make: Callable, *, has_beta: bool, told: str) -> Method:
-    """The method, with what its objective is told by the labels it reads."""
+def described(name: str, make: Callable, *, has_beta: bool, knows: str) -> Method:
+    """The method, with what its objective knows from the labels it reads."""
     found = {TOLD[label] for label in make(0.1, 0.1).labels & TOLD.keys()}
-    return Method(name, make, has_beta, told or ", ".join(sorted(found)))
+    return Method(name, make, has_beta, knows or ", ".join(sorted(found)))
 
 
 @dataclasses.dataclass(frozen=True)

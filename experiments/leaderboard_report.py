@@ -159,7 +159,7 @@ def make_entry(
     return {
         "method": part["method"],
         "noise": part["noise"],
-        "told": part["told"],
+        "knows": part["knows"],
         "seeds": seeds,
         "beta": part["betas"][chosen],
         "learning_rate": part["learning_rates"][chosen],
@@ -212,7 +212,7 @@ def entry_cells(entry: dict) -> list[object]:
         "–" if entry["beta"] is None else f"{entry['beta']:g}",
         f"{entry['learning_rate']:g}",
         len(entry["seeds"]),
-        entry["told"],
+        entry["knows"],
     ]
 
 
@@ -238,7 +238,7 @@ def page_table(entries: list[dict]) -> report.Table:
     ]
     return report.Table(
         ["method", "noise", *matched, "spread of the share", "beta", "learning rate"]
-        + ["seeds", "told"],
+        + ["seeds", "knows"],
         [[e["method"], e["noise"], *entry_cells(e)] for e in entries],
         caption="Reward at matched KL: along the betas at the tuned learning rate, "
         "mean ± standard deviation over seeds; share of the best possible "
@@ -252,7 +252,7 @@ def page_table(entries: list[dict]) -> report.Table:
 
 
 def overview(entries: list[dict], *, kl: int = 1) -> list[list[str]]:
-    """One row per method: share at a matched KL for each noise, and what it is told.
+    """One row per method: share at a matched KL for each noise, and what it knows.
 
     The number of stars says on which side of DPO the interval of the difference is.
     Methods are sorted by their mean share; those that do not reach the KL are last.
@@ -268,10 +268,10 @@ def overview(entries: list[dict], *, kl: int = 1) -> list[list[str]]:
         ]
         mean = [share for share in shares if share is not None]
         cells = [marked(found[n]["matched"][kl]) if n in found else "" for n in noises]
-        told = next(iter(found.values()))["told"]
+        knows = next(iter(found.values()))["knows"]
         count = len(next(iter(found.values()))["seeds"])
         order = (-len(mean), -float(np.mean(mean)) if mean else 0.0, method)
-        rows.append((order, [method, *cells, str(count), told]))
+        rows.append((order, [method, *cells, str(count), knows]))
     return [row for _, row in sorted(rows)]
 
 
@@ -318,7 +318,7 @@ def write_results(
             "exceptions": EXCEPTIONS,
         },
     )
-    columns = ["method", *noises, "seeds", "told"]
+    columns = ["method", *noises, "seeds", "knows"]
     full = [e for e in entries if e["method"] in FULL]
     detail = [[e["method"], e["noise"], *entry_cells(e)] for e in full]
     (out / "table.md").write_text(
@@ -351,7 +351,7 @@ def write_page(
         seeds = len({row["seed"] for row in shown})
         report.frontiers(path, drawn(shown, draws=seeds), best=best, title=noise)
         figures.append(report.Figure(path, f"Reward against KL; noise: {noise}."))
-    columns = ["method", *noises, "seeds", "told"]
+    columns = ["method", *noises, "seeds", "knows"]
     share = report.Table(
         columns,
         overview(entries),

@@ -87,7 +87,7 @@ class Noise:
 
     name: str
     flip_rate: float
-    """Mean flip rate, for methods that are told one."""
+    """Mean flip rate, for methods that know it."""
     annotators: int = 0
     """Number of known annotators."""
 
@@ -106,7 +106,7 @@ NOISES = {
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Pairs of answers with noisy labels, and what methods may be told about them."""
+    """Pairs of answers with noisy labels, and what methods may know about them."""
 
     answers: np.ndarray
     """Index of the chosen and of the rejected answer, [pairs, 2]."""
@@ -116,7 +116,7 @@ class Pairs:
     """[pairs]; -1 if unknown."""
     labels: dict[str, np.ndarray]
     """By the names of `jaxpref.data.LabelFields`, [pairs].  They come from the gold
-    rewards and true flip rates: a method that reads one is told more than others."""
+    rewards and true flip rates: a method that reads one knows more than others."""
 
 
 def draw_pairs(world: World, noise: Noise, count: int, *, seed: int) -> Pairs:

@@ -33,11 +33,11 @@ def test_every_trainable_loss_and_objective_is_in_the_table_or_has_a_reason():
     assert public == TABLE.keys() | methods.EXCEPTIONS.keys()
     assert not TABLE.keys() & methods.EXCEPTIONS.keys()
     assert TABLE.keys() >= {*methods.FULL, *leaderboard_report.DRAWN}
-    told = {name for name, method in TABLE.items() if method.needs_rate}
-    assert told == {"cdpo", "rdpo", "forward_dpo", "crm"}
-    assert TABLE["known_rates"].told == "the flip rate of each pair"
-    assert TABLE["reward_regression"].told == "the gold rewards"
-    assert not TABLE["dpo"].told and not TABLE["instance_noise"].told
+    knows = {name for name, method in TABLE.items() if method.needs_rate}
+    assert knows == {"cdpo", "rdpo", "forward_dpo", "crm"}
+    assert TABLE["known_rates"].knows == "the flip rate of each pair"
+    assert TABLE["reward_regression"].knows == "the gold rewards"
+    assert not TABLE["dpo"].knows and not TABLE["instance_noise"].knows
 
 
 def test_only_losses_of_margins_do_without_the_normalizer():
@@ -176,7 +176,7 @@ def made_part(method, gain):
     gains[0, 3:] = 0.1
     reward = gains * np.sqrt(kl)
     return {
-        "method": method, "noise": "none", "told": "", "seeds": [100, 0, 1],
+        "method": method, "noise": "none", "knows": "", "seeds": [100, 0, 1],
         "betas": betas, "learning_rates": rates,
         "kl": kl.tolist(), "reward": reward.tolist(),
     }  # fmt: skip
