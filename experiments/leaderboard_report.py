@@ -245,7 +245,7 @@ def page_table(entries: list[dict]) -> report.Table:
         "reward at this KL; difference from tuned DPO on the same seeds, "
         "with a 95% t interval if there are five. Spread: quartiles of the "
         "share over all betas and learning rates, at their own KLs. Beta "
-        "and learning rate: tuned on other seeds. Told: what the method "
+        "and learning rate: tuned on other seeds. Knows: what the method "
         "knows in addition to the pairs and their annotators. –: not "
         "reached, or no beta",
     )
