@@ -5,8 +5,8 @@ Claim
     is, and about as good as the best of DPO, `em`, `instance_noise`, and a known mean
     flip rate, or better, if all labels have the same flip rate or if annotators differ.
     It recovers most of what half of the labels by length cost, if one of two annotators
-    gives them.  It fails where all annotators share a bias (0.03 below DPO with many
-    pairs), and where an annotator's bias happens to agree with the reward (0.09).
+    gives them.  It does harm where all annotators share a bias (0.03 below DPO with
+    many pairs), and where an annotator's bias happens to agree with the reward (0.09).
 
 Commands
     python -m experiments.auto_objective
