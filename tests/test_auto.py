@@ -25,9 +25,9 @@ def batch_of(values, empty=np.nan):
 
 def test_before_any_evidence_it_is_the_loss_itself():
     real = np.array([-30.0, -2.0, 0.0, 0.5, 20.0])
-    slope, state, metrics = step_on_margins(RATES, batch_of(real), RATES.init(2))
+    gradient, state, metrics = step_on_margins(RATES, batch_of(real), RATES.init(2))
     # d/dw of the mean of -log s(w z) at w = 1.
-    assert float(slope) == pytest.approx(np.mean(-real * expit(-real)), rel=1e-6)
+    assert float(gradient) == pytest.approx(np.mean(-real * expit(-real)), rel=1e-6)
     assert metrics["noise/model"] == 0 and metrics["noise/flip_rate"] < 1e-8
     assert state["seen"]["seen"] == 5 and not state["seen"]["labels"].where.any()
 
@@ -53,13 +53,13 @@ def test_it_learns_whose_labels_are_wrong():
     np.testing.assert_allclose(rates, [0, 0.4], atol=0.1)
     # The gradient is that of the likelihood with each annotator's rate.
     z, who = np.array([-3.0, 2.0, 0.5, -1.0]), np.array([0, 1, 1, 0])
-    slope, again, _ = step_on_margins(
+    gradient, again, _ = step_on_margins(
         RATES, batch_of(z), state, batch_of(who, -1).astype(int), first_pair=9999
     )
     e = rates[who]
     p = (1 - e) * expit(z) + e * expit(-z)
     expected = np.mean(-(1 - 2 * e) * expit(z) * expit(-z) * z / p)
-    assert float(slope) == pytest.approx(expected, rel=1e-4)
+    assert float(gradient) == pytest.approx(expected, rel=1e-4)
     # The first pairs have returned: the policy has seen these labels.
     jax.tree.map(
         np.testing.assert_array_equal, again["seen"]["labels"], state["seen"]["labels"]
