@@ -90,6 +90,7 @@ import tyro
 from jaxtyping import Array
 
 from experiments import heterogeneous_world as worlds
+from experiments.leaderboard_methods import blank_batch
 from experiments.progress import say
 from jaxpref import losses, objectives
 from jaxpref.data.batch import PreferenceBatch
@@ -143,26 +144,17 @@ def make_world(seed: int, correlation: float) -> worlds.World:
 def as_batch(pairs: worlds.Pairs) -> tuple[PreferenceBatch, dict[str, Array]]:
     """All pairs as one batch, and their features and true flip rates."""
     count = len(pairs.length)
-    shape, blank = (count, 1), np.zeros((count, 1, 0), np.int32)
     ratio = np.arctanh(np.clip(pairs.length, -0.999999, 0.999999)) / 2
     lengths = 10_000 * np.exp(np.stack([ratio, -ratio], -1) / 2)
-    batch = PreferenceBatch(
-        tokens=blank,
-        lengths=np.zeros(shape, np.int32),
-        predictors=blank,
-        targets=blank,
-        completions=blank,
-        pair_index=np.arange(count, dtype=np.int32)[:, None],
-        completion_lengths=np.round(lengths).astype(np.int32)[:, None],
-        reference={"reference_logps": np.zeros((*shape, 2), np.float32)},
-        is_flipped=np.zeros(shape, bool),
-        annotator=pairs.annotator.astype(np.int32)[:, None],
-        empty_trace=np.zeros(shape, bool),
-        weights=np.ones(shape, np.float32),
+    batch = dataclasses.replace(
+        jax.tree.map(lambda x: x[0], blank_batch(count)),
+        completion_lengths=jnp.asarray(np.round(lengths), jnp.int32)[:, None],
+        reference={"reference_logps": jnp.zeros((count, 1, 2))},
+        annotator=jnp.asarray(pairs.annotator, jnp.int32)[:, None],
     )
     of_pairs = {"x": pairs.features, "e": pairs.rate, "other": pairs.other_rate}
     as_float = {name: jnp.asarray(x, jnp.float32) for name, x in of_pairs.items()}
-    return jax.tree.map(jnp.asarray, batch), as_float
+    return batch, as_float
 
 
 @functools.partial(jax.jit, static_argnames=("method",))

@@ -29,7 +29,7 @@ def test_before_any_evidence_it_is_the_loss_itself():
     # d/dw of the mean of -log s(w z) at w = 1.
     assert float(gradient) == pytest.approx(np.mean(-real * expit(-real)), rel=1e-6)
     assert metrics["noise/model"] == 0 and metrics["noise/flip_rate"] < 1e-8
-    assert state["seen"]["seen"] == 5 and not state["seen"]["labels"].where.any()
+    assert state["seen"]["count"] == 5 and not state["seen"]["labels"].where.any()
 
 
 def test_it_learns_whose_labels_are_wrong():

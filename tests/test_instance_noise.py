@@ -115,7 +115,7 @@ def test_what_is_learned_from_a_batch():
     learn = jax.jit(lambda *parts: objective.learn(Inputs(*parts[:2]), parts[2]))
     warm, _ = learn(inputs.scores, inputs.batch, objective.init(3))
     seen = warm["seen"]
-    assert not seen["labels"].where.any() and seen["seen"] == COUNT
+    assert not seen["labels"].where.any() and seen["count"] == COUNT
     jax.tree.map(
         np.testing.assert_array_equal,
         warm["coefficients"],

@@ -188,13 +188,13 @@ def describe(coefficients: Coefficients, labels: Labels, *, prior: Prior) -> Est
         return better * one + (1 - better) * other
 
     each = rates(coefficients)
-    rate, slopes = jax.value_and_grad(lambda x: mean(rates(x)))(coefficients)
+    rate, gradient = jax.value_and_grad(lambda x: mean(rates(x)))(coefficients)
     _, information = _score_and_information(coefficients, labels, prior)
-    common, own = _solve(information, slopes.common, slopes.own, prior)
-    variance = jnp.sum(slopes.common * common) + jnp.sum(slopes.own * own)
+    common, own = _solve(information, gradient.common, gradient.own, prior)
+    variance = jnp.sum(gradient.common * common) + jnp.sum(gradient.own * own)
     deviation = jnp.sqrt(jnp.maximum(variance, 0))
-    before = jnp.sum(slopes.common**2 * _variances(prior))
-    before += jnp.sum(slopes.own**2 * _between(slopes.own, prior))
+    before = jnp.sum(gradient.common**2 * _variances(prior))
+    before += jnp.sum(gradient.own**2 * _between(gradient.own, prior))
     lower = jnp.maximum(rate - 1.96 * deviation, 0)
     upper = jnp.minimum(rate + 1.96 * deviation, prior.largest)
     eye = jnp.eye(len(coefficients.common), dtype=each.dtype)
@@ -317,12 +317,12 @@ def _score_and_information(
     by_scale = jnp.exp(coefficients.common[0]) * labels.margins
     by_preference = by_margin[:, None] * features.odd
     by_scale = (by_margin * by_scale)[:, None]
-    slope = jnp.concatenate([by_scale, by_preference, by_weights], axis=1)
-    real, num_rows = labels.where.astype(slope.dtype), len(coefficients.own)
+    derivatives = jnp.concatenate([by_scale, by_preference, by_weights], axis=1)
+    real, num_rows = labels.where.astype(derivatives.dtype), len(coefficients.own)
     total = lambda x: _sums(x, _index(labels, num_rows), num_rows)
     weight = real / (probability * (1 - probability))
-    products = slope[:, :, None] * slope[:, None, :]
-    score = total((real / probability)[:, None] * slope)
+    products = derivatives[:, :, None] * derivatives[:, None, :]
+    score = total((real / probability)[:, None] * derivatives)
     return score, total(weight[:, None, None] * products)
 
 

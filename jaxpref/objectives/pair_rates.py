@@ -48,7 +48,7 @@ def before(prior: Prior, memory: int) -> State:
     """The state before the first batch: no labels."""
     return {
         "labels": instance_fit.no_labels(prior, memory),
-        "seen": jnp.zeros((), jnp.int32),
+        "count": jnp.zeros((), jnp.int32),
         "first_pass": first_pass.before(),
     }
 
@@ -73,11 +73,11 @@ def collect(
     followed = first_pass.follow(inputs, state["first_pass"])
     real = inputs.is_pair & ~followed["ended"]
     new = instance_fit.flat(
-        margin_logits, features, inputs.annotators, real & (state["seen"] >= warmup)
+        margin_logits, features, inputs.annotators, real & (state["count"] >= warmup)
     )
     return {
         "labels": instance_fit.remember(state["labels"], new),
-        "seen": state["seen"] + jnp.sum(real, dtype=jnp.int32),
+        "count": state["count"] + jnp.sum(real, dtype=jnp.int32),
         "first_pass": followed,
     }
 
