@@ -216,3 +216,67 @@ def test_bfloat16_rounds_the_factors_only():
     np.testing.assert_allclose(
         np.asarray(found, float)[real], expected[real], rtol=0.02, atol=0.02
     )
+
+
+def positions_of(pairs, parts):
+    """Positions of tokens in their texts: a completion's go on from its prompt's."""
+    out = np.zeros_like(parts)
+    for b, t in np.ndindex(*parts.shape):
+        same = (pairs[b] == pairs[b, t]) & (np.arange(len(parts[b])) < t)
+        mine = same & (parts[b] == parts[b, t])
+        prompt = (same & (parts[b] == 0)).sum() if parts[b, t] else 0
+        out[b, t] = mine.sum() + prompt
+    return out
+
+
+@pytest.mark.parametrize("soft_cap", [None, 0.7])
+@pytest.mark.parametrize("window", [1, 10, BLOCK + 9])
+def test_windows_and_soft_caps_in_packed_rows(window, soft_cap):
+    """Over several blocks, forward and gradients, against a mask of what is seen."""
+    T = 4 * BLOCK + 5
+    pairs, parts = rows(T, seed=3)
+    positions = positions_of(pairs, parts)
+    near = positions[:, None, :, None] - positions[:, None, None] < window
+    mask, real = seen(pairs, parts) & near, pairs >= 0
+    segments = Segments(jnp.array(pairs), jnp.array(parts))
+    where = jnp.asarray(mask | np.eye(T, dtype=bool))
+    with jax.enable_x64(True):
+        q, k, v, cotangents = arrays(T)
+        cotangents = cotangents * real[..., None, None]
+
+        def packed(sliding, *qkv):
+            options = dict(window=window, soft_cap=soft_cap)
+            return packed_attention(
+                *qkv, segments, jnp.array(positions), sliding, **options
+            )
+
+        dense = lambda *qkv: attention(*qkv, where, soft_cap=soft_cap)
+        found, expected = (
+            jax.jit(jax.value_and_grad(lambda *x, f=f: jnp.sum(f(*x) * cotangents), n))
+            for f, n in ((packed, (1, 2, 3)), (dense, (0, 1, 2)))
+        )
+        for a, b in zip(
+            jax.tree.leaves(found(jnp.array(True), q, k, v)),
+            jax.tree.leaves(expected(q, k, v)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+        everywhere = jax.jit(packed)(jnp.array(False), q, k, v)
+    if soft_cap is None:
+        expected = by_definition(q, k, v, seen(pairs, parts))[real]
+        np.testing.assert_allclose(everywhere[real], expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [BLOCK - 3, 3 * BLOCK + 1])
+def test_windows_in_whole_rows(T):
+    q, k, v, _ = arrays(T, np.float32)
+    distances = np.arange(T)[:, None] - np.arange(T)
+    mask = (distances >= 0) & (distances < 20)
+    attend = lambda *qkv, **options: causal_attention(*qkv, window=20, **options)
+    expected = by_definition(q, k, v, mask)
+    for options in ({}, {"twice_differentiable": True}):
+        found = attend(q, k, v, None, jnp.array(True), **options)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    found = attend(q, k, v, None, jnp.array(False))
+    expected = by_definition(q, k, v, distances >= 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -20,7 +20,7 @@ from jaxpref.models.attention_kernels import (
     splash_packed,
 )
 from jaxpref.models.layout import SPECS
-from tests.test_attention import arrays, by_definition, rows, seen
+from tests.test_attention import arrays, by_definition, positions_of, rows, seen
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -118,7 +118,7 @@ def test_splash_takes_a_copy_of_the_keys_for_each_completion():
 
 def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
     kernel = functools.partial(splash_packed, interpret=True)
-    monkeypatch.setattr(attention, "packed_kernel", lambda q: kernel)
+    monkeypatch.setattr(attention, "packed_kernel", lambda q, **options: kernel)
     # Every row twice: one for each of the four devices that share the rows.
     twice = lambda x: np.concatenate([x, x])
     qkv, segments, cotangents, expected, _ = jax.tree.map(twice, packed)
@@ -224,3 +224,78 @@ def test_cudnn_takes_what_it_can(monkeypatch):
         for q in (like(jnp.float32), like(jnp.bfloat16, K=60), like(jnp.bfloat16, T=3)):
             assert causal_kernel(q) is None and packed_kernel(q) is dense_packed
         assert packed_kernel(like(np.dtype("float64"))) is None
+
+
+def test_windows_and_soft_caps_of_kernels(monkeypatch):
+    T, asked = 300, through_xla(monkeypatch)
+    q, k, v, _ = arrays(T, np.float32)
+    distances = np.arange(T)[:, None] - np.arange(T)
+    expected = by_definition(q, k, v, (distances >= 0) & (distances < 150))
+    for kernel in (functools.partial(splash, interpret=True), cudnn):
+        found = kernel(q, k, v, window=150)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert asked == ["cudnn"]
+    capped = splash(q, k, v, soft_cap=0.7, interpret=True)
+    dense = attention.attention(q, k, v, None, soft_cap=0.7)
+    np.testing.assert_allclose(capped, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_kernels_within_reach_and_with_soft_caps(packed):
+    (q, k, v), (pairs, parts), _, _, _ = packed
+    positions = jnp.asarray(positions_of(np.asarray(pairs), np.asarray(parts)))
+    reach, real = jnp.int32(17), np.asarray(pairs) >= 0
+    near = positions[:, None, :, None] - positions[:, None, None] < reach
+    mask = seen(np.asarray(pairs), np.asarray(parts)) & np.asarray(near)
+    expected = by_definition(q, k, v, mask)
+    within = (pairs, parts, positions, reach)
+    for kernel in (
+        dense_packed,
+        functools.partial(splash_packed, window=17, interpret=True),
+    ):
+        found = jax.jit(kernel)(q, k, v, *within)
+        np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    options = dict(soft_cap=0.7)
+    capped = splash_packed(q, k, v, pairs, parts, interpret=True, **options)
+    dense = dense_packed(q, k, v, pairs, parts, **options)
+    np.testing.assert_allclose(capped[real], dense[real], rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_both_kinds_choose_between_two_kernels(monkeypatch):
+    """With sliding and full layers in one scan, each gets its own kernel."""
+    kernel = lambda q, k, v, window: q * (0 if window is None else window)
+    monkeypatch.setattr(attention, "causal_kernel", lambda *options: kernel)
+    q, k, v, _ = arrays(8, np.float32)
+    attend = jax.jit(
+        lambda sliding: attention.causal_attention(q, k, v, None, sliding, window=3)
+    )
+    np.testing.assert_array_equal(attend(True), 3 * q)
+    np.testing.assert_array_equal(attend(False), 0 * q)
+
+
+@pytest.mark.parametrize("window", [pytest.param(17, marks=pytest.mark.slow), 150])
+def test_splash_with_windows_places_prompts_before_each_answer(window):
+    """Forward and gradients, three answers, in layers with and without the window."""
+    T = 500
+    pairs, parts = rows(T, answers=3)
+    positions = positions_of(pairs, parts)
+    near = positions[:, None, :, None] - positions[:, None, None] < window
+    real, (q, k, v, cotangents) = pairs >= 0, arrays(T, np.float32)
+    cotangents = cotangents * real[..., None, None]
+    arguments = jnp.array(pairs), jnp.array(parts), jnp.array(positions)
+
+    def splashed(reach):
+        return lambda *qkv: splash_packed(
+            *qkv, *arguments, reach, completions=3, window=window, interpret=True
+        )
+
+    for reach, mask in ((window, near), (T, True)):
+        mask = seen(pairs, parts) & mask
+        attend = splashed(jnp.int32(reach))
+        found, expected = jax.jit(attend)(q, k, v), by_definition(q, k, v, mask)
+        np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5)
+        where = jnp.asarray(mask | np.eye(T, dtype=bool))
+        dense = functools.partial(attention.attention, mask=where)
+        close(
+            gradients_of(attend, cotangents)(q, k, v),
+            gradients_of(dense, cotangents)(q, k, v),
+        )

@@ -44,9 +44,10 @@ class BiasedBlock(llama.LlamaBlock):
         q, k, v = super().project(h)
         return q + self.query_bias[...].astype(q.dtype), k, v
 
-    def __call__(self, x, shared, attributes, attend):
-        scaled = lambda q, k, v: attend(q * attributes.astype(q.dtype), k, v)
-        return super().__call__(x, shared, attributes, scaled)
+    def attend(self, h, shared, attributes, attend):
+        factor = attributes["query_scale"].astype(h.dtype)
+        scaled = lambda q, *others: attend(q * factor, *others)
+        return super().attend(h, shared, attributes, scaled)
 
 
 class BiasedTransformer(llama.LlamaTransformer):
@@ -54,7 +55,7 @@ class BiasedTransformer(llama.LlamaTransformer):
 
     def layer_attributes(self):
         a = self.architecture
-        return a.query_scale * 2.0 ** jnp.arange(a.num_layers)
+        return {"query_scale": a.query_scale * 2.0 ** jnp.arange(a.num_layers)}
 
 
 def read_config(fields):

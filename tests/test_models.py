@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
-from jaxpref.models.rotary import RopeScaling, inverse_frequencies
+from jaxpref.models.rotary import LinearScaling, Llama3Scaling, inverse_frequencies
 
 CONFIG = LlamaArchitecture(
     vocab_size=32,
@@ -25,7 +25,12 @@ CONFIG = LlamaArchitecture(
     head_dim=6,
     initializer_range=0.3,
 )
-LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=16)
+LLAMA3 = Llama3Scaling(
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 B, T = 8, 7
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, T))
 
@@ -52,7 +57,7 @@ def numpy_frequencies(config):
     s, out = config.rope_scaling, []
     for i in range(config.head_dim // 2):
         f = 1 / config.rope_theta ** (2 * i / config.head_dim)
-        if s is not None and s.kind == "linear":
+        if s is not None and isinstance(s, LinearScaling):
             f = f / s.factor
         elif s is not None:
             context, wavelength = s.original_max_position_embeddings, 2 * np.pi / f
@@ -108,7 +113,7 @@ def numpy_logits(config, params, tokens):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), LLAMA3])
+@pytest.mark.parametrize("scaling", [None, LinearScaling(factor=4.0), LLAMA3])
 def test_logits_are_those_of_plain_numpy(tied, scaling):
     model = replace(tie_word_embeddings=tied, rope_scaling=scaling)
     params = model.init(jax.random.key(0))
@@ -128,10 +133,15 @@ def test_logits_are_those_of_plain_numpy(tied, scaling):
 @pytest.mark.parametrize(
     "theta, scaling, expected",
     [
-        (1e4, RopeScaling("linear", 4.0), [0.25, 0.025, 0.0025, 0.00025]),
+        (1e4, LinearScaling(factor=4.0), [0.25, 0.025, 0.0025, 0.00025]),
         (
             5e5,
-            RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+            Llama3Scaling(
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=8192,
+            ),
             [1.0, 0.03760603070259094, 0.0005248460220173001, 6.647869668086059e-06],
         ),
     ],
@@ -341,7 +351,7 @@ def test_a_mesh_that_is_not_explicit_is_named(automatic):
     "changes, words",
     [
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
-        ({"head_dim": 5}, "head_dim=5 is odd"),
+        ({"head_dim": 5}, "head_dim=5 .* has 5 rotated features; .* must be even"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"unroll": 0}, "unroll is 0; it must be >= 1"),
         ({"remat": "all"}, "remat is 'all'; use none, dots or full"),

@@ -30,7 +30,7 @@ def check_minimums(values: Any, what: str) -> None:
     """
     for field in dataclasses.fields(values):
         minimum, value = field.metadata.get("minimum"), getattr(values, field.name)
-        if minimum is None:
+        if minimum is None or value is None:
             continue
         most = MOST if isinstance(value, int) else math.inf
         if not minimum <= value <= most or math.isinf(value):
@@ -59,9 +59,25 @@ class Architecture:
     max_position_embeddings: int = at_least(1, default=2048)
     tie_word_embeddings: bool = False
     initializer_range: float = at_least(0, default=0.02)
+    sliding_window: int | None = at_least(1, default=None)
+    """Number of tokens, with itself, to which a token attends in layers with sliding
+    attention; None for all earlier ones."""
+    sliding_layers: tuple[bool, ...] | None = None
+    """Whether each layer has sliding attention; None for all of them."""
+    attention_soft_cap: float | None = at_least(1e-6, default=None)
+    """The soft cap c of attention scores, c tanh(score / c); None for no cap."""
+    logit_soft_cap: float | None = at_least(1e-6, default=None)
+    """The soft cap of the LM head's logits, see `logprobs.logits`."""
 
     def __post_init__(self):
         check_minimums(self, "architecture")
+        if self.sliding_layers is not None and (
+            len(self.sliding_layers) != self.num_layers
+        ):
+            raise InputError(
+                f"architecture: sliding_layers has {len(self.sliding_layers)} values "
+                f"for {self.num_layers} layers"
+            )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"architecture: num_heads={self.num_heads} is not a multiple of "
@@ -87,9 +103,14 @@ class Architecture:
         raise NotImplementedError
 
     @property
-    def logit_soft_cap(self) -> float | None:
-        """The soft cap of the LM head's logits, see `logprobs.logits`."""
-        return None
+    def context_length(self) -> int:
+        """Number of tokens of the longest text that the model reads."""
+        return self.max_position_embeddings
+
+    @property
+    def backbone(self) -> "Architecture":
+        """This, without what only concerns the LM head."""
+        return dataclasses.replace(self, tie_word_embeddings=True)
 
     @property
     def sharded_sizes(self) -> dict[str, tuple[str, ...]]:

@@ -6,14 +6,16 @@ Query head h reads key head h // (H / G); scores are scaled by 1/sqrt(K).
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.models.attention_kernels import causal_kernel, packed_kernel, visible
-from jaxpref.models.blockwise import BLOCK, NEVER, blockwise_attention
+from jaxpref.models.blockwise import BLOCK, blockwise_attention
+from jaxpref.models.dense_attention import attention
 from jaxpref.models.layout import SPECS, on_mesh, platform
 
 
@@ -29,24 +31,19 @@ class Segments(NamedTuple):
     """Maximum number of completions of a prompt, for the TPU kernel."""
 
 
-def attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G K"],
-    mask: Bool[Array, "B 1 T S"] | None,
-) -> Float[Array, "B T H K"]:
-    """Dense attention, with all scores [B, H, T, S] in memory; mask None is causal."""
-    if q.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
-    # The softmax of that function is always float32, and float64 is used to check
-    # everything else to many digits.
-    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    grouped = jnp.reshape(q, (B, T, G, H // G, K), out_sharding=on_mesh(SPECS.groups))
-    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k) * K**-0.5
-    seen = jnp.tri(T, S, dtype=bool) if mask is None else mask[:, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, NEVER), axis=-1)
-    out = jnp.einsum("bgrts,bsgk->btgrk", weights, v)
-    return jnp.reshape(out, (B, T, H, K), out_sharding=on_mesh(SPECS.heads))
+def reach_of(
+    window: int | None, sliding: Bool[Array, ""] | bool, length: int
+) -> Int[Array, ""] | None:
+    """How many tokens a token sees, with itself; None if that is all earlier ones.
+
+    Args:
+        window: the sliding window.
+        sliding: whether it applies; may differ by layer within a scan.
+        length: the number of tokens in a row.
+    """
+    if window is None or window >= length:
+        return None
+    return jnp.where(sliding, window, length).astype(jnp.int32)
 
 
 def causal_attention(
@@ -54,7 +51,10 @@ def causal_attention(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
     lengths: Int[Array, " B"] | None = None,
+    sliding: Bool[Array, ""] | bool = True,
     *,
+    window: int | None = None,
+    soft_cap: float | None = None,
     twice_differentiable: bool = False,
 ) -> Float[Array, "B T H K"]:
     """Causal attention in whole rows.
@@ -65,13 +65,30 @@ def causal_attention(
         v: values.
         lengths: the number of real tokens in each row, padded on the right.  Results
             for padding are then meaningless, and may not be computed.
+        sliding: whether the window applies.
+        window: the number of tokens, with itself, to which a token attends; None for
+            all earlier ones.
+        soft_cap: of the scores, see `Architecture`.
         twice_differentiable: as in `Numerics`.
     """
-    if twice_differentiable:
-        return attention(q, k, v, None)
-    if (kernel := causal_kernel(q)) is not None:
-        return _on_each_device(kernel, q, k, v)
     B, T = q.shape[:2]
+    reach, slots = reach_of(window, sliding, T), jnp.arange(T)
+    dense = functools.partial(attention, soft_cap=soft_cap)
+    mask = None
+    if reach is not None:
+        distances = slots[:, None] - slots
+        mask = ((distances >= 0) & (distances < reach))[None, None]
+    if twice_differentiable:
+        return dense(q, k, v, mask)
+    if (kernel := causal_kernel(q, soft_cap)) is not None:
+        windowed, whole = (
+            functools.partial(_on_each_device, functools.partial(kernel, window=w))
+            for w in (window, None)
+        )
+        if reach is None:
+            return whole(q, k, v)
+        # The window is part of the kernel, so layers of both kinds need two kernels.
+        return jax.lax.cond(sliding, windowed, whole, q, k, v)
     # Rows of one block gain nothing.  Gradients of dense and of blockwise attention on
     # two busy cores, in milliseconds, and MiB of temporary arrays:
     #
@@ -82,12 +99,14 @@ def causal_attention(
     #    512    1007,  513      216,  7         738, 146       89, 16
     #   1024    9832, 2051      847, 14        3615, 579     1337, 31
     if platform() != "cpu" or T <= BLOCK:
-        return attention(q, k, v, None)
+        return dense(q, k, v, mask)
     parts = jnp.zeros((B, T), jnp.int32, out_sharding=on_mesh(SPECS.tokens))
     ids = parts
     if lengths is not None:
-        ids = jnp.where(jnp.arange(T) < lengths[:, None], parts, -1)
-    return _on_each_device(blockwise_attention, q, k, v, ids, parts)
+        ids = jnp.where(slots < lengths[:, None], parts, -1)
+    kernel = functools.partial(blockwise_attention, soft_cap=soft_cap)
+    within = () if reach is None else (parts + slots, reach)
+    return _on_each_device(kernel, q, k, v, ids, parts, *within)
 
 
 def packed_attention(
@@ -95,7 +114,11 @@ def packed_attention(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
     segments: Segments,
+    positions: Int[Array, "B T"] | None = None,
+    sliding: Bool[Array, ""] | bool = True,
     *,
+    window: int | None = None,
+    soft_cap: float | None = None,
     twice_differentiable: bool = False,
 ) -> Float[Array, "B T H K"]:
     """Attention of packed rows: tokens attend to their prompt and own completion.
@@ -108,25 +131,33 @@ def packed_attention(
         k: keys.
         v: values.
         segments: the prompt and part of each token.
+        positions: positions of the tokens in their texts, needed for a window.
+        sliding: whether the window applies.
+        window: as in `causal_attention`, counted in positions.
+        soft_cap: of the scores, see `Architecture`.
         twice_differentiable: as in `Numerics`.
     """
     ids, parts, completions = segments
+    T = q.shape[1]
+    reach = reach_of(window, sliding, T)
+    within: Any = () if reach is None else (positions, reach)
     if twice_differentiable:
-        T = q.shape[1]
-        mask = visible(ids, parts) & jnp.tri(T, dtype=bool)
-        return attention(q, k, v, mask)
-    kernel = packed_kernel(q)
+        mask = visible(ids, parts, *within) & jnp.tri(T, dtype=bool)
+        return attention(q, k, v, mask, soft_cap=soft_cap)
+    static = None if reach is None else window
+    kernel = packed_kernel(q, window=static, soft_cap=soft_cap)
     if kernel is None:
-        kernel = blockwise_attention
+        kernel = functools.partial(blockwise_attention, soft_cap=soft_cap)
     else:
         kernel = functools.partial(kernel, completions=completions)
-    return _on_each_device(kernel, q, k, v, ids, parts)
+    return _on_each_device(kernel, q, k, v, ids, parts, *within)
 
 
 def _on_each_device(kernel: Callable, *arrays: jax.Array) -> jax.Array:
     """Attention [B, T, H, K] of each device's own rows and heads."""
     if (heads := on_mesh(SPECS.heads)) is None:
         return kernel(*arrays)
-    specs = tuple(heads if x.ndim == 4 else on_mesh(SPECS.tokens) for x in arrays)
+    spec_by_rank = {4: heads, 2: on_mesh(SPECS.tokens), 0: P()}
+    specs = tuple(spec_by_rank[x.ndim] for x in arrays)
     mapped = jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)
     return mapped(*arrays)

@@ -9,14 +9,17 @@ row, M = H / G * block queries of a block that share a key head.
 Source of the blockwise softmax: Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4.
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxpref.models.dense_attention import NEVER, cap_scores
+
 BLOCK = 64
 """Tokens per block."""
-NEVER = -1e30
-"""Used instead of minus infinity, whose differences are NaN."""
 
 
 def blockwise_attention(
@@ -25,11 +28,16 @@ def blockwise_attention(
     v: Float[Array, "B T G K"],
     prompt_ids: Int[Array, "B T"],
     parts: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    reach: Int[Array, ""] | None = None,
+    *,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attention of packed rows, see `attention.packed_attention`.
 
     Each query block visits the key blocks with the prompts and the own parts of its
-    tokens.  It cannot be differentiated twice.
+    tokens, as far as they are within `reach`, a difference of positions.  It cannot be
+    differentiated twice.
     """
     T = q.shape[1]
     padding = -T % BLOCK
@@ -39,38 +47,52 @@ def blockwise_attention(
         )
         q, k, v, parts = pad(q), pad(k), pad(v), pad(parts)
         prompt_ids = pad(prompt_ids, -1)
-    return _blockwise(q, k, v, prompt_ids, parts)[:, :T]
+        positions = None if positions is None else pad(positions)
+    tokens = Tokens(prompt_ids, parts, positions, reach)
+    out: Any = _blockwise(soft_cap, q, k, v, tokens)
+    return out[:, :T]
 
 
-@jax.custom_vjp
-def _blockwise(q, k, v, prompt_ids, parts):
-    return _forward(q, k, v, prompt_ids, parts)[0]
+class Tokens(NamedTuple):
+    """What determines who attends to whom; [B, T], or [N, block] of one row."""
+
+    prompt_ids: Int[Array, "B T"]
+    parts: Int[Array, "B T"]
+    positions: Int[Array, "B T"] | None
+    reach: Int[Array, ""] | None
 
 
-def _forward(q, k, v, prompt_ids, parts):
-    rows = (_queries(q, k.shape[2]), _keys(k), _keys(v), *_visits(prompt_ids, parts))
-    out, lse = jax.lax.map(lambda row: _forward_row(*row), rows)
-    return _tokens(out), (q, k, v, prompt_ids, parts, out, lse)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(soft_cap, q, k, v, tokens):
+    return _forward(soft_cap, q, k, v, tokens)[0]
 
 
-def _backward(saved, cotangents):
-    q, k, v, prompt_ids, parts, out, lse = saved
+def _forward(soft_cap, q, k, v, tokens):
+    rows = (_queries(q, k.shape[2]), _keys(k), _keys(v), *_by_block(tokens))
+    forward = functools.partial(_forward_row, soft_cap, tokens.reach)
+    out, lse = jax.lax.map(lambda row: forward(*row), rows)
+    return _tokens(out), (q, k, v, tokens, out, lse)
+
+
+def _backward(soft_cap, saved, cotangents):
+    q, k, v, tokens, out, lse = saved
     G = k.shape[2]
     # The gradient of each query's normalizer: the mean gradient of its weights.
     cotangents = _queries(cotangents, G)
     wide = jnp.promote_types(out.dtype, jnp.float32)
     means = jnp.sum(cotangents.astype(wide) * out.astype(wide), axis=-1)
-    rows = (_queries(q, G), _keys(k), _keys(v), *_visits(prompt_ids, parts))
+    rows = (_queries(q, G), _keys(k), _keys(v), *_by_block(tokens))
+    backward = functools.partial(_backward_row, soft_cap, tokens.reach)
     dq, dk, dv = jax.lax.map(
-        lambda row: _backward_row(*row), (*rows, cotangents, means, lse)
+        lambda row: backward(*row), (*rows, cotangents, means, lse)
     )
-    return _tokens(dq), _tokens(dk), _tokens(dv), None, None
+    return _tokens(dq), _tokens(dk), _tokens(dv), None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
-def _forward_row(q, k, v, prompt_ids, parts, visits):
+def _forward_row(soft_cap, reach, q, k, v, tokens, visits):
     """Outputs [N, G, M, K] and the log of each query's normalizer [N, G, M]."""
     scale, wide = q.shape[-1] ** -0.5, jnp.promote_types(q.dtype, jnp.float32)
 
@@ -81,7 +103,8 @@ def _forward_row(q, k, v, prompt_ids, parts, visits):
             top, total, summed = carry
             j = _visited(visits[i], n)
             scores = _einsum("gmk,gsk->gms", q[i], k[j]) * scale
-            scores = jnp.where(_visible(prompt_ids, parts, i, j, q), scores, NEVER)
+            seen = _visible(tokens, reach, i, j, q)
+            scores = jnp.where(seen, cap_scores(scores, soft_cap), NEVER)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - higher[..., None])
             shrink = jnp.exp(top - higher)
@@ -100,7 +123,7 @@ def _forward_row(q, k, v, prompt_ids, parts, visits):
     return jax.lax.fori_loop(0, len(q), queries, empty)
 
 
-def _backward_row(q, k, v, prompt_ids, parts, visits, cotangents, means, lse):
+def _backward_row(soft_cap, reach, q, k, v, tokens, visits, cotangents, means, lse):
     """Gradients of queries [N, G, M, K], and of keys and values [N, G, block, K].
 
     Gradients of keys and values are accumulated as [N, G, K, block].  Otherwise XLA
@@ -114,10 +137,14 @@ def _backward_row(q, k, v, prompt_ids, parts, visits, cotangents, means, lse):
             dq, dk, dv = carry
             j = _visited(visits[i], n)
             scores = _einsum("gmk,gsk->gms", q[i], k[j]) * scale
-            seen = _visible(prompt_ids, parts, i, j, q)
+            scores = cap_scores(scores, soft_cap)
+            seen = _visible(tokens, reach, i, j, q)
             weights = jnp.where(seen, jnp.exp(scores - lse[i][..., None]), 0)
             dweights = _einsum("gmk,gsk->gms", cotangents[i], v[j])
-            dscores = (weights * (dweights - means[i][..., None])).astype(q.dtype)
+            dscores = weights * (dweights - means[i][..., None])
+            if soft_cap is not None:
+                dscores = dscores * (1 - (scores / soft_cap) ** 2)
+            dscores = dscores.astype(q.dtype)
             weights = weights.astype(q.dtype)
             dv = dv.at[j].add(_einsum("gkm,gms->gks", cotangentsT[i], weights))
             dk = dk.at[j].add(_einsum("gkm,gms->gks", qT[i], dscores))
@@ -141,13 +168,16 @@ def _einsum(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type=wide)
 
 
-def _visible(prompt_ids, parts, i, j, q):
+def _visible(tokens, reach, i, j, q):
     """Which keys of block j the queries of block i attend to, bool [M, block]."""
     query, key = (lambda x: x[i][:, None]), (lambda x: x[j][None])
+    ids, parts, positions = tokens
     slots = jnp.arange(BLOCK)
     same_part = (query(parts) == key(parts)) | (key(parts) == 0)
-    seen = (query(prompt_ids) == key(prompt_ids)) & same_part
+    seen = (query(ids) == key(ids)) & same_part
     seen &= (i * BLOCK + slots)[:, None] >= (j * BLOCK + slots)[None]
+    if reach is not None:
+        seen &= query(positions) - key(positions) < reach
     return jnp.tile(seen, (q.shape[2] // BLOCK, 1))
 
 
@@ -157,8 +187,8 @@ def _visited(visits, n):
     return jnp.where(n < before, first + n, own + n - before)
 
 
-def _visits(prompt_ids, parts):
-    """Prompts and parts by block [B, N, block], and what each block visits [B, N, 4].
+def _by_block(tokens):
+    """Prompts, parts and positions [B, N, block], and what blocks visit [B, N, 4].
 
     A query block visits two runs of key blocks: `before` blocks starting at `first`,
     with the prompts, and the blocks from `own` up to itself, with the queries' own
@@ -166,6 +196,7 @@ def _visits(prompt_ids, parts):
     to which no query in the block attends.  Padding visits its own block only and
     attends at least to itself.
     """
+    prompt_ids, parts, positions, reach = tokens
     slots = jnp.arange(prompt_ids.shape[1])
     real = prompt_ids >= 0
 
@@ -180,16 +211,21 @@ def _visits(prompt_ids, parts):
     # The last token of the prompt, for its completions.
     prompt = real & (parts == 0)
     prompt_end = jax.lax.cummax(jnp.where(prompt, slots, 0), axis=1)
+    if reach is not None:
+        # Of the prompt, and of its own part, a token sees only what is within reach.
+        begin = begin + jnp.maximum(positions - reach + 1, 0)
+        own = jnp.maximum(own, slots - reach + 1)
     begin, own, prompt_end = (
         jnp.where(real, x, slots) for x in (begin, own, prompt_end)
     )
-    first = jnp.min(by_block(begin), axis=-1) // BLOCK
     own = jnp.min(by_block(own), axis=-1) // BLOCK
+    first = jnp.minimum(jnp.min(by_block(begin), axis=-1) // BLOCK, own)
     prompt_end = jnp.max(by_block(prompt_end), axis=-1) // BLOCK
     before = jnp.clip(prompt_end + 1 - first, 0, own - first)
     count = before + jnp.arange(own.shape[1]) - own + 1
     visits = jnp.stack([first, before, own, count], -1)
-    return by_block(prompt_ids), by_block(parts), visits
+    blocks = tuple(x if x is None else by_block(x) for x in tokens[:3])
+    return blocks, visits
 
 
 def _queries(q, G):

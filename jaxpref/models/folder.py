@@ -4,8 +4,9 @@ A folder holds a language model (`AutoModelForCausalLM`) or a reward model
 (`AutoModelForSequenceClassification` with one label); its config.json says which.
 """
 
+import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from jaxpref.errors import InputError
 from jaxpref.files import read_json, write_json
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.config_json import HARMLESS
-from jaxpref.models.families import Family, TensorName
+from jaxpref.models.families import Family
+from jaxpref.models.families.family import StoredArray
 from jaxpref.models.folder_config import (
     architecture_to_fields,
     is_reward_model,
@@ -28,6 +30,7 @@ from jaxpref.models.folder_config import (
 )
 from jaxpref.models.functional import Model, Params
 from jaxpref.models.layout import check_mesh
+from jaxpref.models.paths import by_path, nested
 from jaxpref.models.reward import Padding, RewardModel
 from jaxpref.models.tensor_files import (
     DTYPES,
@@ -41,6 +44,10 @@ from jaxpref.runtime.heartbeat import beat
 from jaxpref.runtime.memory import check_arrays
 
 AnyModel = Model | RewardModel
+ROWS_BYTES = 2**25
+"""Bytes of a tensor that are read at once."""
+ALIGNMENT = 64
+"""JAX on CPU copies arrays whose address is not a multiple of this."""
 
 REWARD_FIELDS = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 """Fields of a reward model's config.json: one label, whose logit is the score."""
@@ -70,12 +77,17 @@ def check_folder(
     architecture = read_architecture(folder)
     if kind is None:
         kind = RewardModel if is_reward_model(folder) else Model
-    _match(folder, kind(architecture), open_tensors(folder), new_head)
+    stored = open_model(folder, architecture.family)
+    match_tensors(folder, kind(architecture), stored, new_head)
     return architecture
 
 
 def load_params(
-    folder: str | Path, model: AnyModel, head_key: PRNGKeyArray | None = None
+    folder: str | Path,
+    model: AnyModel,
+    head_key: PRNGKeyArray | None = None,
+    *,
+    only: Callable[[str], bool] = lambda path: True,
 ) -> Params:
     """The weights of a folder, cast to the model's `param_dtype`.
 
@@ -87,6 +99,7 @@ def load_params(
         model: a language model or a reward model, to match the folder.
         head_key: a random key.  With it, a reward model may be loaded from a language
             model's folder, and gets a new random head; otherwise unused.
+        only: which parameters to load, by path; the result has no others.
 
     Raises:
         InputError: if a tensor is missing, unknown, has another shape or dtype, or
@@ -95,15 +108,18 @@ def load_params(
     """
     folder = Path(folder)
     check_mesh(model.architecture)
-    stored = open_tensors(folder)
-    shapes, drawn = _match(folder, model, stored, head_key is not None), {}
+    stored = open_model(folder, model.architecture.family)
+    shapes, drawn = match_tensors(folder, model, stored, head_key is not None), {}
+    new_head = "score" not in shapes and only("score")
+    arrays = stored_arrays(model.architecture.family, shapes)
+    shapes = nested({path: x for path, x in by_path(shapes).items() if only(path)})
     check_arrays(f"{folder}: the weights", shapes)
-    if isinstance(model, RewardModel) and "score" not in shapes:
+    if isinstance(model, RewardModel) and new_head:
         drawn = {"score": jax.jit(model.new_score)(head_key)}
     _check_tied_head(folder, model, stored)
     leaves = [
-        _load_leaf(folder, stored, name, leaf)
-        for name, leaf in _named_leaves(model.architecture.family, shapes)
+        load_leaf(folder, stored, arrays[path], leaf)
+        for path, leaf in by_path(shapes).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves) | drawn
 
@@ -156,11 +172,8 @@ def save(
     if not isinstance(model, RewardModel):
         padding = None
     fields = _config_fields(model, source, padding) | {"torch_dtype": stored_dtype.name}
-    tensors = [
-        entry
-        for name, leaf in _named_leaves(model.architecture.family, params)
-        for entry in entries(name, leaf)
-    ]
+    arrays = stored_arrays(model.architecture.family, params)
+    tensors = entries((arrays[path], leaf) for path, leaf in by_path(params).items())
     temporary = folder.parent / f".{folder.name}.partial"
     writes = jax.process_index() == 0
     try:
@@ -173,7 +186,7 @@ def save(
         if writes:
             copy_tokenizer(source, temporary, padding)
             add_stop_tokens(temporary, stop_tokens)
-            _move_into_place(temporary, folder)
+            move_into_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
@@ -185,20 +198,23 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _named_leaves(family: Family, tree: Params) -> list[tuple[TensorName, Any]]:
-    """The leaves of parameters in tree order, and the tensors of each in a folder."""
-    key = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(family.tensors[key(path)], leaf) for path, leaf in leaves]
+def stored_arrays(family: Family, tree: Params) -> dict[str, StoredArray]:
+    """Where all arrays of a model, or those of such shapes, are stored, by path."""
+    return family.stored({path: x.shape for path, x in by_path(tree).items()})
 
 
 # --- reading
 
 
-def _match(
+def open_model(folder: Path, family: Family) -> dict[str, Any]:
+    """The tensors of a folder by the names of the family."""
+    return family.renamed(open_tensors(folder), str(folder))
+
+
+def match_tensors(
     folder: Path, model: AnyModel, stored: dict[str, Any], new_head: bool
 ) -> Params:
-    """The shapes of the parameters that `stored` holds.
+    """The shapes of the parameters that `stored` holds, for `load_leaf`.
 
     These are all of the model's, except `score` if it is not stored and `new_head`.
     """
@@ -227,9 +243,8 @@ def _match(
     elif model.architecture.tie_word_embeddings:
         ignored = {head}  # checked when loading
     expected = {}
-    for name, leaf in _named_leaves(family, shapes):
-        stored_shape = name.stored_shape(leaf.shape)
-        expected |= dict.fromkeys(name.tensors(leaf.shape), stored_shape)
+    for array in stored_arrays(family, shapes).values():
+        expected |= dict.fromkeys(array.tensors.flat, array.stored_shape)
     _check_names(folder, model.architecture, stored, expected, ignored)
     for name, shape in expected.items():
         found = stored[name].get_shape()
@@ -237,6 +252,11 @@ def _match(
             raise InputError(
                 f"{folder}: tensor {name} has shape {found}, but config.json says "
                 f"{list(shape)}; check that both files are from the same model"
+            )
+        if (dtype := stored[name].get_dtype()) not in DTYPES:
+            raise InputError(
+                f"{folder}: tensor {name} is stored as {dtype}; convert the weights to "
+                "float32, float16 or bfloat16"
             )
     return shapes
 
@@ -288,37 +308,54 @@ def _check_tied_head(folder: Path, model: AnyModel, stored: dict[str, Any]) -> N
         )
 
 
-def _load_leaf(
-    folder: Path, stored: dict[str, Any], name: TensorName, leaf: Any
+def load_leaf(
+    folder: Path, stored: dict[str, Any], array: StoredArray, leaf: Any
 ) -> jax.Array:
-    tensors, pieces = name.tensors(leaf.shape), {}
-    inner_shape = leaf.shape[1:] if name.stacked else leaf.shape
+    """An array of the parameters, in the shape, dtype and layout of `leaf`."""
+    tensors, stacked, pieces = array.tensors, array.name.stacked, {}
 
-    def read(tensor: str, index: Sequence[slice]) -> np.ndarray:
+    def read(tensor: str, index: Sequence[slice], into: np.ndarray) -> None:
         beat(f"reading {folder}: {tensor}")
-        values = stored[tensor][name.stored_index(inner_shape, index)]
-        values = values.astype(leaf.dtype)
-        if not np.isfinite(values).all():
-            raise InputError(f"{folder}: tensor {tensor} holds NaN or infinite values")
-        if name.inputs == 0:
-            return values
-        sizes = [len(range(n)[s]) for s, n in zip(index, inner_shape, strict=True)]
-        return values.T.reshape(sizes)
+        # Some rows at a time, so that no second copy of a large tensor is in memory.
+        axis = array.name.inputs or 0
+        low, high, _ = index[axis].indices(array.inner[axis])
+        step = max(1, ROWS_BYTES * (high - low) // max(into.nbytes, 1))
+        for at in range(low, high, step):
+            rows = slice(at, min(at + step, high))
+            part = (*index[:axis], rows, *index[axis + 1 :])
+            values = array.read(stored[tensor], part).astype(leaf.dtype, copy=False)
+            if not np.isfinite(values).all():
+                raise InputError(
+                    f"{folder}: tensor {tensor} holds NaN or infinite values"
+                )
+            into[(slice(None),) * axis + (slice(at - low, rows.stop - low),)] = values
+
+    def read_all(index: Sequence[slice]) -> np.ndarray:
+        names, inner = tensors[(*index[:stacked], ...)], index[stacked:]
+        sizes = [len(range(n)[s]) for s, n in zip(inner, array.inner, strict=True)]
+        values = _aligned((*names.shape, *sizes), leaf.dtype)
+        for place, tensor in np.ndenumerate(names):
+            read(tensor, inner, values[place])
+        return values
 
     def piece(index: Any) -> np.ndarray:
         bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
         if bounds not in pieces:  # read once for all devices with the same shard
-            if name.stacked:
-                layers = [read(tensor, index[1:]) for tensor in tensors[index[0]]]
-                pieces[bounds] = np.stack(layers)
-            else:
-                pieces[bounds] = read(tensors[0], index)
+            pieces[bounds] = read_all(index)
         return pieces[bounds]
 
     if leaf.sharding is None:
         return jnp.asarray(piece((slice(None),) * len(leaf.shape)))
     sharding = NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
     return jax.make_array_from_callback(leaf.shape, sharding, piece)
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An uninitialized array that JAX on CPU takes over without a copy."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 # --- writing
@@ -344,8 +381,13 @@ def _config_fields(
     return fields
 
 
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
+def move_into_place(temporary: Path, folder: Path) -> None:
+    """Moves a written model to `folder`, and removes other weights from it.
+
+    Its other files stay as they are.  A folder that is new or empty gets all files at
+    once.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
         temporary.rename(folder)
         return
     written = {path.name for path in temporary.iterdir()}

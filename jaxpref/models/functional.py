@@ -14,10 +14,11 @@ from jaxpref.models import logprobs
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.attention import (
     Segments,
-    attention,
     causal_attention,
     packed_attention,
+    reach_of,
 )
+from jaxpref.models.dense_attention import attention
 from jaxpref.models.layout import SPECS, check_mesh, on_mesh, reshard
 from jaxpref.models.linear import PRODUCT
 from jaxpref.models.numerics import FLOAT32, Numerics
@@ -65,7 +66,9 @@ class Model:
     """A decoder-only transformer as pure functions of its parameters.
 
     Parameters are a nested dict: `embed` [V, D], `layers` (each leaf [L, ...]), those
-    of the family's final norm and, unless tied, `head` [D, V].  The functions work
+    of the family's final norm and, unless tied, `head` [D, V].  A weight of the layers
+    may be a `LowRank`, and `layers` may be a tuple of stacks, which follow each other:
+    so a part of a parameter can be trained (see `partition`).  The functions work
     without a mesh and under an Explicit mesh with axes `data`, `fsdp`, `tensor` set by
     `jax.set_mesh`; there B must be a multiple of data * fsdp.  A model holds no arrays
     and is hashable: a static argument of `jax.jit`.
@@ -75,7 +78,8 @@ class Model:
     numerics: Numerics = FLOAT32
 
     def _transformer(self, params: Params) -> Transformer:
-        return nnx.merge(_graphs(self.architecture, self.numerics)[0], params)
+        whole = params | {"layers": _stacks(params["layers"])[0]}
+        return nnx.merge(_graphs(self.architecture, self.numerics)[0], whole)
 
     def _layer(self, weights: Params) -> Block:
         return nnx.merge(_graphs(self.architecture, self.numerics)[1], weights)
@@ -155,7 +159,7 @@ class Model:
         else:
             positions = reshard(positions, SPECS.tokens)
         shared = transformer.shared_inputs(positions)
-        attend = self._attend(segments, lengths)
+        attend = self._attend(segments, positions, lengths)
 
         def layer(x, weights_and_attributes):
             weights, attributes = weights_and_attributes
@@ -164,26 +168,30 @@ class Model:
 
         layer = _remat(layer, self.numerics.remat)
         x = transformer.embed_tokens(table, tokens, positions)
-        unroll = min(self.numerics.unroll, self.architecture.num_layers)
-        layers = (params["layers"], transformer.layer_attributes())
-        x, _ = jax.lax.scan(layer, x, layers, unroll=unroll)
+        for layers in _with_weights(params["layers"], transformer.layer_attributes()):
+            unroll = min(self.numerics.unroll, _num_layers(layers[0]))
+            x, _ = jax.lax.scan(layer, x, layers, unroll=unroll)
         return transformer.final_norm(x)
 
-    def _attend(self, segments: Segments | None, lengths) -> Attend:
+    def _attend(self, segments: Segments | None, positions, lengths) -> Attend:
         """Attention over whole rows, packed or not."""
-        twice = self.numerics.twice_differentiable
+        options: Any = dict(
+            window=self.architecture.sliding_window,
+            soft_cap=self.architecture.attention_soft_cap,
+            twice_differentiable=self.numerics.twice_differentiable,
+        )
         if segments is not None:
             ids, parts, completions = Segments(*segments)
             ids, parts = reshard(ids, SPECS.tokens), reshard(parts, SPECS.tokens)
             packed = Segments(ids, parts, completions)
-            return lambda q, k, v: (
-                packed_attention(q, k, v, packed, twice_differentiable=twice),
+            return lambda q, k, v, sliding=True: (
+                packed_attention(q, k, v, packed, positions, sliding, **options),
                 None,
             )
         if lengths is not None:
             lengths = reshard(lengths, SPECS.rows)
-        return lambda q, k, v: (
-            causal_attention(q, k, v, lengths, twice_differentiable=twice),
+        return lambda q, k, v, sliding=True: (
+            causal_attention(q, k, v, lengths, sliding, **options),
             None,
         )
 
@@ -250,39 +258,63 @@ class Model:
         positions = jnp.maximum(slots[None] - cache.start[:, None], 0)
         places = jnp.arange(cache.keys.shape[2])
         seen = (places >= cache.start[:, None])[:, None] & (places <= slots[:, None])
-        mask = reshard(seen[:, None], SPECS.mask)
+        seen = reshard(seen[:, None], SPECS.mask)
+        distances = slots[:, None] - places
+        window, cap = (
+            self.architecture.sliding_window,
+            self.architecture.attention_soft_cap,
+        )
         transformer = self._transformer(params)
         shared = transformer.shared_inputs(positions)
 
         # The cache is a carry, not a scanned input, so that XLA updates it in place.
         def layer(carry, scanned):
             x, *cached = carry
-            weights, attributes, index = scanned
+            weights, (attributes, index) = scanned
 
-            def attend(q, k, v):
+            def attend(q, k, v, sliding=True):
                 at = (index, 0, cache.filled, 0, 0)
                 keys, values = (
                     jax.lax.dynamic_update_slice(old, new[None], at)
                     for old, new in zip(cached, (k, v), strict=True)
                 )
-                return attention(q, keys[index], values[index], mask), (keys, values)
+                reach = reach_of(window, sliding, len(places))
+                mask = seen if reach is None else seen & (distances < reach)
+                out = attention(q, keys[index], values[index], mask, soft_cap=cap)
+                return out, (keys, values)
 
             x, cached = self._layer(weights)(x, shared, attributes, attend)
             return (x, *cached), None
 
         x = transformer.embed_tokens(transformer.table(), tokens, positions)
-        attributes = transformer.layer_attributes()
-        layers = (
-            params["layers"],
-            attributes,
-            jnp.arange(self.architecture.num_layers),
-        )
-        (x, keys, values), _ = jax.lax.scan(
-            layer, (x, cache.keys, cache.values), layers
-        )
+        indices = jnp.arange(self.architecture.num_layers)
+        attributes = transformer.layer_attributes(), indices
+        carry = x, cache.keys, cache.values
+        for layers in _with_weights(params["layers"], attributes):
+            carry, _ = jax.lax.scan(layer, carry, layers)
+        x, keys, values = carry
         filled = cache.filled + tokens.shape[1]
         cache = dataclasses.replace(cache, keys=keys, values=values, filled=filled)
         return transformer.final_norm(x), cache
+
+
+def _stacks(layers: Any) -> tuple[Params, ...]:
+    return layers if isinstance(layers, tuple) else (layers,)
+
+
+def _num_layers(stack: Params) -> int:
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def _with_weights(layers: Any, attributes: Any) -> list[tuple[Params, Any]]:
+    """Each stack of layers with its part of the attributes [L, ...] of all layers."""
+    found, start = [], 0
+    for stack in _stacks(layers):
+        stop = start + _num_layers(stack)
+        part = lambda x, start=start, stop=stop: x[start:stop]
+        found.append((stack, jax.tree.map(part, attributes)))
+        start = stop
+    return found
 
 
 def build(architecture: Architecture, numerics: Numerics = FLOAT32) -> Model:

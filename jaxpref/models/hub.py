@@ -66,9 +66,16 @@ def model_digests(folder: Path) -> dict[str, str]:
     }
 
 
-def weights_digest(folder: Path, dtypes: str) -> str:
-    """SHA-256 (hex) of a model's config, weights and dtypes."""
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 (hex) of an adapter's folder: its config and weights."""
+    return _digest_of([folder / "adapter_config.json", *folder.glob("*.safetensors")])
+
+
+def weights_digest(folder: Path, dtypes: str, adapter: Path | None = None) -> str:
+    """SHA-256 (hex) of a model's config, weights, adapter and dtypes."""
     found = model_digests(folder)
+    if adapter is not None:
+        dtypes += f"\n{adapter_digest(adapter)}"
     text = f"{dtypes}\n{found['config.json']}\n{found['weights']}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -29,6 +29,8 @@ class Specs:
     mlp_out: P = P(None, "tensor", "fsdp")
     norm: P = P(None)
     layer_norm: P = P(None, None)
+    head_bias: P = P(None, "tensor", None)
+    mlp_bias: P = P(None, "tensor")
     # Weights in use: gathered over fsdp once.  In training, each row group has
     # a copy, so that gradients of different groups are summed once, at the end.
     embed_gathered: P = P(None, "tensor")
@@ -50,8 +52,12 @@ SPECS = Specs()
 
 
 def on_mesh(spec: P | None) -> P | None:
-    """The spec if a mesh is set, else None, so that the same code works for both."""
-    return None if jax.sharding.get_abstract_mesh().empty else spec
+    """The spec if a mesh is set, else None, so that the same code works for both.
+
+    None also within `jax.shard_map`, where arrays are those of one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.are_all_axes_manual else spec
 
 
 def reshard(x: Shaped[Array, "*shape"], spec: P) -> Shaped[Array, "*shape"]:

@@ -16,7 +16,8 @@ from jaxpref.models.gathering import (
     reduce_scatter,
     row_group_layout,
 )
-from jaxpref.models.layout import on_mesh
+from jaxpref.models.layout import SPECS, on_mesh
+from jaxpref.models.low_rank import LowRank
 
 PRODUCT = "product"
 """The name of the results in policies of `jax.checkpoint`."""
@@ -25,12 +26,14 @@ PRODUCT = "product"
 def dense_einsum(
     equation: str,
     x: Float[Array, "*inputs"],
-    weight: Float[Array, "*weight"],
+    weight: Float[Array, "*weight"] | LowRank,
     *,
     spec: P | None = None,
     out_dtype: Any = None,
 ) -> Float[Array, "*outputs"]:
     """`einsum(equation, x, weight)`: factors in x's dtype, sums in float32 or wider.
+
+    For a `LowRank` weight, it is x W + s (x a) b; no array of the size of a b is made.
 
     The gradients are einsums of the same kind,
 
@@ -40,8 +43,9 @@ def dense_einsum(
     which XLA on CPU makes a transposed copy of `out`, the larger of the two.
     A weight that is sharded over fsdp is gathered in the dtype of x for the product and
     again for the gradient of x, and its own gradient is scattered; see `gathering`.
-    `jax.jvp` cannot differentiate this.  For a directional derivative, differentiate
-    the function that `jax.vjp` returns.
+    Only the gradients that are asked for are computed: a frozen weight has none, and
+    its x is not stored.  `jax.jvp` cannot differentiate this.  For a directional
+    derivative, differentiate the function that `jax.vjp` returns.
 
     Args:
         equation: an einsum equation of one activation and one weight.  Each index
@@ -54,6 +58,46 @@ def dense_einsum(
         spec: layout of the result on the mesh that is set.
         out_dtype: dtype of the result, by default that of x.
     """
+    if isinstance(weight, LowRank):
+        result = _low_rank_product(equation, x, weight, spec, out_dtype)
+    else:
+        result = _product(equation, x, weight, spec, out_dtype)
+    # Since products have a custom gradient, policies of jax.checkpoint apply to this
+    # name and not to the product.
+    return checkpoint_name(result, PRODUCT)
+
+
+def _low_rank_product(
+    equation: str, x: jax.Array, weight: LowRank, spec: P | None, out_dtype: Any
+) -> jax.Array:
+    down, up = factored(equation)
+    inner = dense_einsum(down, x, weight.a, spec=SPECS.hidden)
+    # Scaled here, where it is smallest, in both passes.
+    inner *= jnp.asarray(weight.scale, inner.dtype)
+    change = _product(up, inner, weight.b, spec, out_dtype)
+    return _product(equation, x, weight.weight, spec, out_dtype) + change
+
+
+def factored(equation: str) -> tuple[str, str]:
+    """The products of x with a, and of the result with b, for W = a b of rank r.
+
+    "btd,dhk->bthk" gives "btd,dr->btr" and "btr,rhk->bthk".
+    """
+    terms, out = equation.split("->")
+    of_x, of_weight = terms.split(",")
+    inputs = "".join(i for i in of_weight if i in of_x)
+    outputs = "".join(i for i in of_weight if i in out)
+    kept = "".join(i for i in of_x if i not in inputs)
+    return f"{of_x},{inputs}r->{kept}r", f"{kept}r,r{outputs}->{out}"
+
+
+def _product(
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array,
+    spec: P | None,
+    out_dtype: Any,
+) -> jax.Array:
     terms, out = equation.split("->")
     of_x, of_weight = terms.split(",")
     out_dtype = out_dtype or x.dtype
@@ -78,29 +122,39 @@ def dense_einsum(
         to_out = f"{of_x},{of_weight}->{out}"
         return einsum(to_out, x, whole(weight), out_dtype, spec)
 
-    def forward(x, weight):
-        return apply(x, weight), (x, weight)
+    to_x, to_weight = f"{out},{of_weight}->{of_x}", f"{of_x},{out}->{of_weight}"
+    x_dtype, x_layout = x.dtype, layout(x)
+    weight_dtype, weight_layout = weight.dtype, layout(weight)
 
-    def backward(saved, cotangent):
-        x, weight = saved
-        to_x, to_weight = f"{out},{of_weight}->{of_x}", f"{of_x},{out}->{of_weight}"
-        dweight = einsum(to_weight, x, cotangent, weight.dtype, gradient_spec)
-        if x.dtype != weight.dtype:
+    def forward(x, weight):
+        # The other factor is stored only for a gradient that is asked for.
+        saved = (
+            x.value if weight.perturbed else None,
+            weight.value if x.perturbed else None,
+        )
+        return apply(x.value, weight.value), saved
+
+    def gradient_of_weight(x, cotangent):
+        dweight = einsum(to_weight, x, cotangent, weight_dtype, gradient_spec)
+        if x_dtype != weight_dtype:
             # XLA on CPU has no float32 product of bfloat16 factors with a transposed
             # result, as a tied embedding's gradient is, and would widen the factors.
             dweight = jax.lax.optimization_barrier(dweight)
-        if sharded:
-            dweight = reduce_scatter(dweight, layout(weight))
-        return einsum(to_x, cotangent, whole(weight), x.dtype, layout(x)), dweight
+        return reduce_scatter(dweight, weight_layout) if sharded else dweight
 
-    apply.defvjp(forward, backward)
+    def backward(saved, cotangent):
+        x, weight = saved
+        dweight = None if x is None else gradient_of_weight(x, cotangent)
+        if weight is None:
+            return None, dweight
+        return einsum(to_x, cotangent, whole(weight), x_dtype, x_layout), dweight
+
+    apply.defvjp(forward, backward, symbolic_zeros=True)
     result = apply(x, weight)
     if copied or sharded:
         shape = (rows, *result.shape[2:])
         result = jnp.reshape(result, shape, out_sharding=on_mesh(whole_spec))
-    # Since the function has a custom gradient, policies of jax.checkpoint apply to this
-    # name and not to the product.
-    return checkpoint_name(result, PRODUCT)
+    return result
 
 
 def _einsum(

@@ -40,8 +40,7 @@ class RewardModel:
     @property
     def backbone(self) -> Model:
         """The model whose parameters are these without `score`."""
-        tied = dataclasses.replace(self.architecture, tie_word_embeddings=True)
-        return Model(tied, self.numerics)
+        return Model(self.architecture.backbone, self.numerics)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, sharded over the current mesh.

@@ -1,8 +1,10 @@
 """Opening, indexing, and writing the safetensors files of a model folder."""
 
 import dataclasses
+import functools
 import math
 import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.numpy import save_file
 
 from jaxpref.errors import InputError
 from jaxpref.files import check_regular, read_json, write_json
-from jaxpref.models.families import TensorName
+from jaxpref.models.families.family import StoredArray, join
 from jaxpref.runtime.heartbeat import beat
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -28,7 +30,7 @@ def open_file(path: Path) -> dict[str, Any]:
     """The tensors of a file by name; indexing one reads that part of it from disk.
 
     Raises:
-        InputError: if it cannot be read, or has a tensor of an unsupported dtype.
+        InputError: if it cannot be read.
     """
     check_regular(path)
     try:
@@ -47,12 +49,6 @@ def open_file(path: Path) -> dict[str, Any]:
             f"{path}: not a complete safetensors file ({error}); copy or download it "
             "again"
         ) from None
-    for name, tensor in tensors.items():
-        if tensor.get_dtype() not in DTYPES:
-            raise InputError(
-                f"{path}: tensor {name} is stored as {tensor.get_dtype()}; convert the "
-                "weights to float32, float16 or bfloat16"
-            )
     return tensors
 
 
@@ -87,18 +83,27 @@ def open_tensors(folder: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor to write: a whole array, or one layer of it."""
+    """A tensor to write: one or several arrays, or one layer of each."""
 
     tensor: str
-    name: TensorName
-    array: Any
-    layer: int
+    parts: list[tuple[StoredArray, Any]]
+    index: tuple[int, ...]
+    """Where the tensor is in the leading axes of the arrays."""
 
 
-def entries(name: TensorName, array: Any) -> list[Entry]:
-    """The tensors that hold an array of the parameters."""
-    tensors = enumerate(name.tensors(array.shape))
-    return [Entry(tensor, name, array, layer) for layer, tensor in tensors]
+def entries(arrays: Iterable[tuple[StoredArray, Any]]) -> list[Entry]:
+    """The tensors that hold the arrays of a model, in the order of their first part."""
+    together: dict[str, list[tuple[StoredArray, Any]]] = {}
+    for stored, array in arrays:
+        together.setdefault(stored.name.template, []).append((stored, array))
+    found = []
+    for parts in together.values():
+        order = parts[0][0].name.parts
+        parts.sort(key=lambda part: part[0].start)
+        assert len(parts) == max(len(order), 1), f"some of {order} are missing"
+        for index, tensor in np.ndenumerate(parts[0][0].tensors):
+            found.append(Entry(tensor, parts, index))
+    return found
 
 
 def write_tensors(
@@ -111,25 +116,45 @@ def write_tensors(
     """
     files, size = [[]], 0
     for entry in tensors:
-        nbytes = math.prod(entry.name.stored_shape(entry.array.shape)) * dtype.itemsize
+        nbytes = math.prod(entry.parts[0][0].stored_shape) * dtype.itemsize
         if size + nbytes > max_file_bytes and files[-1]:
             files, size = [*files, []], 0
         files[-1].append(entry)
         size += nbytes
 
+    write_files(
+        folder,
+        [
+            {entry.tensor: functools.partial(_gather, entry, dtype) for entry in part}
+            for part in files
+        ],
+    )
+
+
+def write_files(
+    folder: Path | None, files: Sequence[Mapping[str, Callable[[], np.ndarray]]]
+) -> None:
+    """Writes the weights of a model folder, and their index if there are several files.
+
+    Args:
+        folder: the folder, which has a config.json already; with None, the tensors are
+            made, but not written.
+        files: what makes each tensor, by name, for each file.  One file's tensors are
+            in memory at a time.
+    """
     index, total = {}, 0
-    for i, of_file in enumerate(files):
+    for i, tensors in enumerate(files):
         file = WEIGHTS
         if len(files) > 1:
             file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        values = {entry.tensor: _gather(entry, dtype) for entry in of_file}
+        values = {name: make() for name, make in tensors.items()}
         index |= dict.fromkeys(values, file)
         total += sum(value.nbytes for value in values.values())
         if folder is not None:
             save_file(values, folder / file, metadata={"format": "pt"})
             # The library creates files that only their owner can read.
             shutil.copymode(folder / "config.json", folder / file)
-        del values  # before those of the next file are gathered
+        del values  # before those of the next file are made
     if len(files) > 1 and folder is not None:
         table = {"metadata": {"total_size": total}, "weight_map": index}
         write_json(folder / INDEX, table)
@@ -137,17 +162,17 @@ def write_tensors(
 
 def _gather(entry: Entry, dtype: np.dtype) -> np.ndarray:
     beat(f"exporting {entry.tensor}")
-    name = entry.name
-    value: Any = entry.array[entry.layer] if name.stacked else entry.array
-    sharding = getattr(value, "sharding", None)
-    if isinstance(sharding, NamedSharding) and not value.is_fully_addressable:
-        value = jax.device_put(value, NamedSharding(sharding.mesh, P()))
-    with np.errstate(over="ignore"):
-        value = np.asarray(value).astype(dtype)
-    if not np.isfinite(value).all():
-        raise InputError(
-            f"tensor {entry.tensor} is not finite in {dtype}; nothing was saved"
-        )
-    if name.inputs:
-        value = value.reshape(math.prod(value.shape[: name.inputs]), -1).T
-    return np.ascontiguousarray(value)  # or the library saves another order
+    parts = []
+    for stored, array in entry.parts:
+        value: Any = array[entry.index] if entry.index else array
+        sharding = getattr(value, "sharding", None)
+        if isinstance(sharding, NamedSharding) and not value.is_fully_addressable:
+            value = jax.device_put(value, NamedSharding(sharding.mesh, P()))
+        with np.errstate(over="ignore"):
+            value = np.asarray(value).astype(dtype)
+        if not np.isfinite(value).all():
+            raise InputError(
+                f"tensor {entry.tensor} is not finite in {dtype}; nothing was saved"
+            )
+        parts.append((stored, value))
+    return np.ascontiguousarray(join(parts))  # or the library saves another order

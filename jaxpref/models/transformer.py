@@ -25,25 +25,53 @@ from jaxpref.models.numerics import Numerics
 
 Rngs = nnx.Rngs
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""The signature of attention in a block.
+Attend = Callable[..., tuple[jax.Array, Any]]
+"""Attention in a block: `attend(q, k, v, sliding=True)`.
 
 It maps queries [B, T, H, K] and keys and values [B, T, G, K] to the result
 [B, T, H, K] and the state that the block returns: the cache in decoding, nothing in
-training.  Scores are scaled by 1/sqrt(K).
+training.  Scores are scaled by 1/sqrt(K).  `sliding` says whether the architecture's
+sliding window applies; it may be a value of `Transformer.layer_attributes`.
 """
 
 
 def rms_norm(
-    x: Float[Array, "*axes D"], gain: Float[Array, " D"], eps: float
+    x: Float[Array, "*axes D"],
+    gain: Float[Array, "*features D"],
+    eps: float,
 ) -> Float[Array, "*axes D"]:
     """RMSNorm: x / sqrt(mean(x^2) + eps) * gain, the quotient in float32 or wider.
+
+    The mean is over the axes of the gain, which are the last ones of x.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    features = tuple(range(-gain.ndim, 0))
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, features, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype) * gain.astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*axes D"],
+    gain: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    eps: float,
+) -> Float[Array, "*axes D"]:
+    """LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * gain + bias, in float32 or wider.
+
+    Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide - jnp.mean(wide, -1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    gain, bias = gain.astype(wide.dtype), bias.astype(wide.dtype)
+    return (wide * scale * gain + bias).astype(x.dtype)
+
+
+def add_bias(x: Float[Array, "*axes D"], bias: nnx.Param) -> Float[Array, "*axes D"]:
+    """X + bias, in the dtype of x."""
+    return x + bias[...].astype(x.dtype)
 
 
 def normal(

@@ -14,7 +14,7 @@ from jaxpref.models import build
 from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import architecture_to_fields, read_architecture
-from jaxpref.models.rotary import RopeScaling
+from jaxpref.models.rotary import Llama3Scaling
 from jaxpref.sampling import generate, left_pad
 
 pytestmark = pytest.mark.parity
@@ -143,7 +143,12 @@ def test_a_model_made_here_loads_there(tmp_path):
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
-            rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 16),
+            rope_scaling=Llama3Scaling(
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+            ),
             initializer_range=0.3,
         )
     )

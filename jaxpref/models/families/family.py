@@ -1,10 +1,14 @@
 """The parts of a model family, and the tensors of its parameters in a folder."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxpref.errors import InputError
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.config_json import ConfigFields
 from jaxpref.models.transformer import Transformer
@@ -12,48 +16,136 @@ from jaxpref.models.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class TensorName:
-    """The tensor, or one tensor per layer, that holds an array of our parameters.
+    """The tensor, or the tensors, that hold an array of our parameters.
 
-    `inputs` is the number of the array's leading axes (after the layer axis) that are
-    inputs of a matrix.  The file stores `[outputs, inputs]`, each of them flattened; if
-    `inputs` is 0, the array is stored as is.
+    `template` has one "{}" for each leading axis of which every index is a tensor of
+    its own: one for layers, two for layers and experts.  Of the other axes, the first
+    `inputs` are inputs of a matrix and the rest are outputs.  The file stores
+    `[outputs, inputs]`, or `[inputs, outputs]` if `input_major`, each of them
+    flattened; `[outputs]` if `inputs` is 0, as a bias; and the array as is if `inputs`
+    is None.
+
+    A tensor may hold several arrays, which are concatenated along one axis of their
+    outputs before they are flattened: `parts` are the paths of all of them in order,
+    and `axis` is that axis.
     """
 
     template: str
-    inputs: int = 0
+    inputs: int | None = None
+    input_major: bool = False
+    parts: tuple[str, ...] = ()
+    axis: int = 0
 
     @property
-    def stacked(self) -> bool:
-        """Whether the array has a layer axis and the file has one tensor per layer."""
-        return "{}" in self.template
+    def stacked(self) -> int:
+        """The number of leading axes with a tensor for each index."""
+        return self.template.count("{}")
 
-    def tensors(self, shape: Sequence[int]) -> list[str]:
-        """The names of the tensors that make up an array of this shape."""
-        return [self.template.format(i) for i in range(shape[0] if self.stacked else 1)]
 
-    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of each of them."""
-        shape, n = tuple(shape[1:] if self.stacked else shape), self.inputs
-        return (math.prod(shape[n:]), math.prod(shape[:n])) if n else shape
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """Where an array of parameters is in the tensors that hold it."""
 
-    def stored_index(
-        self, shape: Sequence[int], index: Sequence[slice]
-    ) -> tuple[slice, ...]:
-        """The part of a tensor that holds `index` of one layer's array."""
-        n = self.inputs
+    name: TensorName
+    shape: tuple[int, ...]
+    """The array's shape."""
+    start: int = 0
+    """Where it starts in the tensor, along the axis of the parts."""
+    stop: int | None = None
+    """Where the last part ends; None if this is the only one."""
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape of what one tensor holds of the array."""
+        return self.shape[self.name.stacked :]
+
+    @property
+    def tensors(self) -> np.ndarray:
+        """The names of the tensors, in an array of the leading axes' shape."""
+        leading = self.shape[: self.name.stacked]
+        names = [self.name.template.format(*index) for index in np.ndindex(*leading)]
+        return np.array(names, object).reshape(leading)
+
+    def at(self, *index: int) -> "StoredArray":
+        """The part of one layer, or of one layer and expert."""
+        template = self.name.template.format(*index)
+        name = dataclasses.replace(self.name, template=template)
+        return dataclasses.replace(self, name=name, shape=self.shape[len(index) :])
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The outputs of a tensor, all parts together, before they are flattened."""
+        shape, axis = self.inner[self.name.inputs or 0 :], self.name.axis
+        if self.stop is None:
+            return shape
+        return (*shape[:axis], self.stop, *shape[axis + 1 :])
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor."""
+        n = self.name.inputs
+        if n is None:
+            return self.inner
+        shape = (math.prod(self.outputs), math.prod(self.inner[:n]))
+        return shape[:1] if n == 0 else shape[::-1] if self.name.input_major else shape
+
+    def read(self, tensor: Any, index: Sequence[slice]) -> np.ndarray:
+        """The part `index` of what a tensor holds of the array.
+
+        Args:
+            tensor: what slices of `stored_shape` read from the file.
+            index: a slice of each axis of `inner`.
+        """
+        n = self.name.inputs
+        if n is None:
+            return tensor[tuple(index)]
+        bounds = [s.indices(m)[:2] for s, m in zip(index, self.inner, strict=True)]
+        sizes = [high - low for low, high in bounds]
+        if self.stop is not None:
+            low, high = bounds[n + self.name.axis]
+            bounds[n + self.name.axis] = (low + self.start, high + self.start)
+        rows = _ranges(self.outputs, bounds[n:])
         if n == 0:
-            return tuple(index)
-        return _flat_slice(shape[n:], index[n:]), _flat_slice(shape[:n], index[:n])
+            return _concatenate([tensor[row] for row in rows], 0).reshape(sizes)
+        (column,) = _ranges(self.inner[:n], bounds[:n])
+        if self.name.input_major:
+            values = _concatenate([tensor[column, row] for row in rows], 1)
+        else:
+            values = _concatenate([tensor[row, column] for row in rows], 0).T
+        return values.reshape(sizes)
 
 
-def _flat_slice(shape: Sequence[int], index: Sequence[slice]) -> slice:
-    # Of axes that are flattened together, `Specs` shards at most the first (heads,
-    # never the features within a head), so a part is one range of rows or columns.
-    bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
-    whole = [(0, n, 1) for n in shape]
-    assert bounds[1:] == whole[1:], f"{index} of {shape} is not one range"
-    row = math.prod(shape[1:])
-    return slice(bounds[0][0] * row, bounds[0][1] * row)
+def join(parts: Sequence[tuple[StoredArray, np.ndarray]]) -> np.ndarray:
+    """A tensor, from what it holds of each of its arrays; the inverse of `read`."""
+    stored, value = parts[0]
+    n = stored.name.inputs
+    if n is None:
+        return value
+    if len(parts) > 1:
+        arrays = [array for _, array in parts]
+        value = np.concatenate(arrays, axis=n + stored.name.axis)
+    if n == 0:
+        return value.reshape(-1)
+    matrix = value.reshape(math.prod(value.shape[:n]), -1)
+    return matrix if stored.name.input_major else matrix.T
+
+
+def _ranges(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> list[slice]:
+    """A part of an array, as ranges of the flattened array."""
+    cut = [i for i, n in enumerate(shape) if bounds[i] != (0, n)]
+    last = cut[-1] if cut else 0
+    strides = [math.prod(shape[i + 1 :]) for i in range(last + 1)]
+    low, high = bounds[last]
+    ranges = []
+    for before in itertools.product(*(range(*b) for b in bounds[:last])):
+        start = sum(i * s for i, s in zip(before, strides[:-1], strict=True))
+        start += low * strides[-1]
+        ranges.append(slice(start, start + (high - low) * strides[-1]))
+    return ranges
+
+
+def _concatenate(arrays: list[np.ndarray], axis: int) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +172,37 @@ class Family:
     `config_json.HARMLESS`."""
     ignored_tensors: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Suffixes of the names of stored tensors that are not parameters."""
+    rename: Callable[[str], str] = lambda name: name
+    """The name in `tensors` of a tensor that some folders call differently."""
+
+    def renamed(self, tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The tensors of a folder by the names that the family gives them.
+
+        Raises:
+            InputError: if two of them have the same; the message names `source`.
+        """
+        found: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            if (ours := self.rename(name)) in found:
+                raise InputError(
+                    f"{source}: tensor {ours} is stored twice, once as {name}; delete "
+                    "one of them"
+                )
+            found[ours] = tensor
+        return found
+
+    def stored(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, StoredArray]:
+        """Where the arrays of a model are stored, by path.
+
+        Args:
+            shapes: the shapes of all of the model's arrays by path.
+        """
+        found = {}
+        for path, shape in shapes.items():
+            name, start, stop = self.tensors[path], 0, None
+            if name.parts:
+                axis = name.stacked + (name.inputs or 0) + name.axis
+                sizes = [shapes[part][axis] for part in name.parts]
+                start, stop = sum(sizes[: name.parts.index(path)]), sum(sizes)
+            found[path] = StoredArray(name, tuple(shape), start, stop)
+        return found

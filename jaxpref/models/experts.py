@@ -1,0 +1,119 @@
+"""Mixtures of experts without dropped tokens.
+
+Each device sorts its own tokens by expert and multiplies each expert's tokens by that
+expert's matrices; F is sharded over the `tensor` axis.
+
+Axes: B rows, T tokens, D hidden, F feed-forward features, E experts, k experts of a
+token, N row groups (see `gathering`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxpref.models.gathering import (
+    all_gather_per_row_group,
+    linear_vjp,
+    num_row_groups,
+    row_group_layout,
+)
+from jaxpref.models.grouped import grouped_product
+from jaxpref.models.layout import SPECS, on_mesh, reshard
+
+WIDE_IN, WIDE_OUT = P(None, None, "tensor"), P(None, "tensor", None)
+"""The layouts of experts' matrices in use, gathered over fsdp."""
+
+
+def mixture(
+    h: Float[Array, "B T D"],
+    probabilities: Float[Array, "B T E"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    *,
+    per_token: int,
+    normalized: bool,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+) -> Float[Array, "B T D"]:
+    """The weighted sum of the outputs of each token's most likely experts.
+
+        out = sum over the k largest p_e of p_e down_e(activation(gate_e(h)) * up_e(h))
+
+    No token is dropped, so the output of a token does not depend on other tokens.
+    The sum over experts is in float32 or wider.
+
+    Source: Jiang et al. 2024, arXiv:2401.04088, section 2.1.
+
+    Args:
+        h: the inputs.
+        probabilities: p, the softmax of the router's logits, float32 or wider.
+        gate: the experts' first matrices, in the parameter dtype.
+        up: the same.
+        down: the experts' last matrices.
+        per_token: k.
+        normalized: whether the k probabilities are divided by their sum.
+        activation: of the gate.
+    """
+    compute = functools.partial(
+        _mixture, per_token=per_token, normalized=normalized, activation=activation
+    )
+    if on_mesh(SPECS.hidden) is None:
+        return compute(h, probabilities, gate, up, down).astype(h.dtype)
+    specs = WIDE_IN, WIDE_IN, WIDE_OUT
+    weights = zip((gate, up, down), specs, strict=True)
+    gathered = [_gathered(weight, spec, h.dtype) for weight, spec in weights]
+    copied = num_row_groups() > 1
+    one = (lambda weight: weight[0]) if copied else (lambda weight: weight)
+    if copied:
+        specs = tuple(row_group_layout(spec) for spec in specs)
+
+    def on_each_device(h, probabilities, *weights):
+        part = compute(h, probabilities, *map(one, weights))
+        return jax.lax.psum(part, "tensor")
+
+    summed = jax.shard_map(
+        on_each_device,
+        in_specs=(SPECS.hidden, SPECS.hidden, *specs),
+        out_specs=SPECS.hidden,
+        check_vma=False,
+    )(h, probabilities, *gathered)
+    return summed.astype(h.dtype)
+
+
+def _gathered(weight: jax.Array, spec: P, dtype: Any) -> jax.Array:
+    """A weight gathered over fsdp, in `dtype`; its gradient is not rounded to that.
+
+    If there are several row groups, these are N copies, one for each.
+    """
+    if num_row_groups() > 1:
+        return all_gather_per_row_group(weight, dtype)
+    stored = jax.typeof(weight).sharding.spec
+    gather, scatter = (
+        lambda x: reshard(x, spec),
+        lambda gradient: reshard(gradient, stored),
+    )
+    return linear_vjp(gather, scatter, weight, dtype)
+
+
+def _mixture(h, probabilities, gate, up, down, *, per_token, normalized, activation):
+    """The mixture on one device; a partial sum if F is sharded."""
+    B, T, D = h.shape
+    E = probabilities.shape[-1]
+    scores, experts = jax.lax.top_k(probabilities.reshape(-1, E), per_token)
+    if normalized:
+        scores = scores / jnp.sum(scores, -1, keepdims=True)
+    experts = experts.reshape(-1)
+    order = jnp.argsort(experts)
+    sizes = jnp.sum(experts[:, None] == jnp.arange(E), 0, dtype=jnp.int32)
+    rows = h.reshape(-1, D)[order // per_token]
+    product = functools.partial(grouped_product, sizes=sizes)
+    hidden = activation(product(rows, gate)) * product(rows, up)
+    wide = jnp.promote_types(h.dtype, jnp.float32)
+    out = product(hidden, down, out_dtype=wide)[jnp.argsort(order)]
+    out = out.reshape(-1, per_token, D) * scores[..., None].astype(wide)
+    return jnp.sum(out, 1).reshape(B, T, D)

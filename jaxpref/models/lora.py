@@ -1,0 +1,258 @@
+"""Low-rank adapters (LoRA) of a model's weight matrices.
+
+A matrix W [inputs, outputs] is frozen and replaced by
+
+    W + s a b,    s = alpha / r, or alpha / sqrt(r) if rank-stabilized
+
+with a [inputs, r] and b [r, outputs] trained.  Source: Hu et al. 2021,
+arXiv:2106.09685, section 4.1 (their A is a^T, their B is b^T); the second scale is from
+Kalajdzievski 2023, arXiv:2312.03732.
+
+A `LowRank` takes the place of a matrix among the parameters, so no family needs code of
+its own.  Which matrices can be adapted follows from the family's tensor names: those of
+the layers.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PRNGKeyArray
+
+from jaxpref.errors import InputError
+from jaxpref.models.families import Family, TensorName
+from jaxpref.models.low_rank import LowRank
+from jaxpref.models.partition import ROUTER
+from jaxpref.models.paths import by_path, nested
+from jaxpref.models.stored import PerLayer, gathered
+from jaxpref.runtime.ranges import MOST
+
+KINDS = "attention", "mlp", "all"
+"""Names of groups of matrices."""
+MOST_RANK = 2**16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters, trained instead of the weights."""
+
+    rank: int | None = None
+    """Rank of the adapters of a LoRA run (default: none, so the weights are trained).
+    The weights are frozen and held in the compute dtype, adapters in the parameter
+    dtype.  docs/adapters.md has more."""
+    alpha: float | None = None
+    """The adapters' product is scaled by alpha / rank (default: twice the rank)."""
+    targets: str = "attention,mlp"
+    """The adapted matrices of each layer: attention, mlp, all, or names such as
+    q_proj,v_proj; separated by commas."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+
+    def __post_init__(self):
+        if self.rank is None:
+            for field in dataclasses.fields(self):
+                if (value := getattr(self, field.name)) != field.default:
+                    raise InputError(
+                        f"--lora.{field.name.replace('_', '-')} {value}: has no effect "
+                        "without adapters; give --lora.rank too"
+                    )
+            return
+        if not 1 <= self.rank <= MOST_RANK:
+            raise InputError(f"--lora.rank {self.rank}: must be from 1 to {MOST_RANK}")
+        if self.alpha is not None and not 0 < self.alpha <= MOST:
+            raise InputError(f"--lora.alpha {self.alpha}: must be above 0 and finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which weights have adapters, and which are trained in full beside them."""
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    adapted: tuple[str, ...]
+    """Paths of matrices with an adapter: "layers.query"."""
+    whole: tuple[str, ...] = ()
+    """Paths of parameters that are trained themselves, such as a reward head."""
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the product a b."""
+        root = math.sqrt(self.rank) if self.rank_stabilized else self.rank
+        return self.alpha / root
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter itself is trained."""
+        return path in self.whole
+
+    def freezes(self, path: str) -> bool:
+        """Whether the parameter is frozen, with or without an adapter."""
+        return path not in self.whole
+
+    def trained(self, params: Any, model: Any, key: PRNGKeyArray) -> Any:
+        """What is trained at the start: whole parameters, and new adapters."""
+        whole = {path: x for path, x in by_path(params).items() if self.trains(path)}
+        return nested(whole | by_path(new_adapters(self, model, key)))
+
+    def frozen(self, params: Any) -> Any:
+        """What is frozen, from the model's parameters."""
+        leaves = by_path(params).items()
+        return nested({path: x for path, x in leaves if self.freezes(path)})
+
+    def join(self, trained: Any, frozen: Any) -> Any:
+        """The model's parameters, with a `LowRank` for each adapted weight."""
+        ours, leaves = by_path(trained), by_path(frozen)
+        for path in self.adapted:
+            factors = ours.pop(f"{path}.a"), ours.pop(f"{path}.b")
+            leaves[path] = LowRank(leaves[path], *factors, self.scale)
+        return nested(leaves | ours)
+
+    def exported(self, trained: Any, stored: dict[str, Any]) -> Any:
+        """The merged parameters for `folder.save`; sums in float32."""
+        ours = by_path(trained)
+        for path in self.adapted:
+            factors = (gathered(ours.pop(f"{path}.{x}")) for x in "ab")
+            stored = stored | {path: self._merged(stored[path], *factors)}
+        return nested(stored | ours)
+
+    def _merged(self, weight: PerLayer, a: np.ndarray, b: np.ndarray) -> PerLayer:
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        scale = np.float32(self.scale)
+        change = lambda i: scale * np.tensordot(a[i], b[i], 1)
+        return PerLayer(weight.shape, lambda i: weight[i] + change(i))
+
+
+def lora_of(options: LoraOptions, family: Family, *, whole: Sequence[str] = ()) -> Lora:
+    """The adapters that options describe.
+
+    Raises:
+        InputError: if the family has no such matrices.
+    """
+    assert options.rank is not None
+    alpha = 2.0 * options.rank if options.alpha is None else options.alpha
+    adapted = adapted_paths(options.targets, family)
+    return Lora(options.rank, alpha, options.rank_stabilized, adapted, tuple(whole))
+
+
+def matrices(family: Family) -> dict[str, TensorName]:
+    """The matrices of the layers, which can have adapters, by path.
+
+    Those of experts cannot, nor can the router.
+    """
+    return {
+        path: name
+        for path, name in family.tensors.items()
+        if name.inputs and name.stacked == 1 and path != ROUTER
+    }
+
+
+def module_name(name: TensorName) -> str:
+    """The name of a matrix's module within its layer, such as q_proj."""
+    return name.template.split(".")[-2]
+
+
+def _kind(name: TensorName) -> str:
+    return "attention" if "att" in name.template.split(".")[-3] else "mlp"
+
+
+def adapted_paths(targets: str, family: Family) -> tuple[str, ...]:
+    """The matrices that `LoraOptions.targets` names, in the family's order.
+
+    Raises:
+        InputError: if there is no such matrix.
+    """
+    names = [name.strip() for name in targets.split(",")]
+    found = matrices(family)
+    known = [*KINDS, *dict.fromkeys(map(module_name, found.values()))]
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"--lora.targets {name or targets!r}: a {family.model_type} model has "
+                f"no such matrices; use some of {', '.join(known)}"
+            )
+    if {"mlp", "all"} & set(names) and ROUTER in family.tensors:
+        raise InputError(
+            f"--lora.targets {targets}: experts cannot have adapters; use attention"
+        )
+    return tuple(
+        path
+        for path, name in found.items()
+        if {"all", _kind(name), module_name(name)} & set(names)
+    )
+
+
+def factor_names(name: TensorName) -> tuple[TensorName, TensorName]:
+    """The tensors of a and b in a folder of `peft`.
+
+    If a tensor holds several matrices, they have one a, and the parts of one b.
+    """
+    module = f"base_model.model.{name.template.removesuffix('.weight')}"
+    a = TensorName(f"{module}.lora_A.weight", name.inputs)
+    b = f"{module}.lora_B.weight"
+    return a, dataclasses.replace(name, template=b, inputs=1, input_major=False)
+
+
+def factor_shapes(lora: Lora, model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and layouts of all a [L, inputs, r] and b [L, r, outputs].
+
+    Those of a path are under "path.a" and "path.b".  The layouts are those of the
+    weight's axes; r is never sharded.
+
+    Args:
+        lora: which weights have adapters.
+        model: a language model or reward model; the adapters have its parameter dtype.
+    """
+    leaves = by_path(jax.eval_shape(model.init, jax.random.key(0)))
+    names, found = matrices(model.architecture.family), {}
+    for path in lora.adapted:
+        leaf, split = leaves[path], 1 + (names[path].inputs or 0)
+        for factor in "ab":
+            found[f"{path}.{factor}"] = jax.ShapeDtypeStruct(
+                _axes(factor, leaf.shape, split, lora.rank),
+                leaf.dtype,
+                sharding=_layout(factor, leaf, split),
+            )
+    return found
+
+
+def _axes(factor: str, of_weight: Sequence, split: int, of_rank: Any) -> tuple:
+    """What belongs to the axes of a factor, given what belongs to those of W."""
+    if factor == "a":
+        return (*of_weight[:split], of_rank)
+    return (of_weight[0], of_rank, *of_weight[split:])
+
+
+def _layout(factor: str, leaf: Any, split: int) -> NamedSharding | None:
+    if leaf.sharding is None:
+        return None
+    axes = tuple(leaf.sharding.spec)
+    axes += (None,) * (len(leaf.shape) - len(axes))
+    return NamedSharding(leaf.sharding.mesh, P(*_axes(factor, axes, split, None)))
+
+
+def new_adapters(lora: Lora, model: Any, key: PRNGKeyArray) -> Any:
+    """New adapters: b is 0, so the function is that of the base.
+
+    a is uniform within 1 / sqrt(inputs), as in `peft`.  Each depends only on the key
+    and its own path.  For the arguments, see `factor_shapes`.
+    """
+    found = {}
+    for path, leaf in factor_shapes(lora, model).items():
+        layout = None if leaf.sharding is None else leaf.sharding.spec
+        options = dict(dtype=leaf.dtype, out_sharding=layout)
+        if path.endswith(".b"):
+            found[path] = jnp.zeros(leaf.shape, **options)
+            continue
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        bound = math.prod(leaf.shape[1:-1]) ** -0.5
+        found[path] = jax.random.uniform(
+            own, leaf.shape, minval=-bound, maxval=bound, **options
+        )
+    return nested(found)

@@ -1,0 +1,61 @@
+"""A model on disk: its folder, and maybe that of an adapter."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpref.files import read_json
+from jaxpref.models.adapter_config import CONFIG
+from jaxpref.models.adapter_files import load_adapter
+from jaxpref.models.folder import load_params
+from jaxpref.models.folder_config import is_reward_model
+from jaxpref.models.hub import resolve_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The weights of a model on disk."""
+
+    folder: Path
+    """The model's folder."""
+    adapter: Path | None = None
+    """The folder of an adapter of it, or None."""
+
+
+def load_weights(weights: Weights, model: Any) -> Any:
+    """A model's parameters; those with an adapter are `LowRank`, not merged.
+
+    Raises:
+        InputError: as `load_params` and `load_adapter`.
+    """
+    if weights.adapter is None:
+        return load_params(weights.folder, model)
+    lora, trained = load_adapter(weights.adapter, model)
+    # A reward head that the adapter has need not be in the model's folder.
+    key = jax.random.key(0) if "score" in lora.whole else None
+    frozen = load_params(weights.folder, model, key, only=lora.freezes)
+    return lora.join(trained, frozen)
+
+
+def resolve_weights(model: str, adapter: str | None) -> Weights:
+    """The folders of a model and of its adapter, which may be Hub IDs.
+
+    Raises:
+        InputError: if one cannot be found.
+    """
+    folder = None if adapter is None else resolve_folder(adapter)
+    return Weights(resolve_folder(model), folder)
+
+
+def is_reward(weights: Weights) -> bool:
+    """Whether these are a reward model, which the base alone need not be.
+
+    Raises:
+        InputError: if a config cannot be read.
+    """
+    if weights.adapter is not None:
+        if read_json(weights.adapter / CONFIG).get("task_type") == "SEQ_CLS":
+            return True
+    return is_reward_model(weights.folder)
