@@ -33,6 +33,12 @@ Commands
             --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --layers 4 \
             --no-evaluate --json end_to_end.json
 
+    With adapters (--lora-rank), of the whole model:
+
+        python -m benchmarks.end_to_end --model inputs/SmolLM2-135M-Instruct \
+            --data inputs/hh_rlhf_helpful_base_test.jsonl.gz --lora-rank 16 \
+            --no-evaluate --json end_to_end.json
+
 Output
     `runs`: one record per process, with `seconds` (wall clock), `cpu_seconds` (over all
     cores, and less sensitive to other load), `peak_mib` (resident memory of the process
@@ -91,6 +97,8 @@ class Options:
     """The loss."""
     flip_rate: float = 0.2
     """Flip rate that rdpo assumes."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters of all matrices of the layers; 0 trains all weights."""
     steps: int = 10
     """Optimizer steps."""
     batch: int = 8
@@ -247,6 +255,7 @@ def run(options: Options, system: str, python: str, model: Path, shared: Path) -
     else:
         job = {name: getattr(options, name) for name in ("batch", "steps", "loss")}
         job |= {"max_length": options.max_length, "flip_rate": options.flip_rate}
+        job |= {"lora_rank": options.lora_rank}
         job |= {"model": str(model), "data": str(Path(options.data).absolute())}
         job |= {"out": str(out), "threads": cores(), "started": time.time()}
         (shared / "job.json").write_text(json.dumps(job), "utf-8")
@@ -258,7 +267,8 @@ def run(options: Options, system: str, python: str, model: Path, shared: Path) -
         *_, last = [line for line in log.read().splitlines() if line] or ["no message"]
     if took.code == -9:
         raise Missing("killed, most likely because memory ran out")
-    if took.code or not (out / "export" / "model.safetensors").exists():
+    # With adapters, TRL exports them alone.
+    if took.code or not any((out / "export").glob("*model.safetensors")):
         raise Missing(f"ended with code {took.code}: {last}"[:300])
     return {
         **{name: getattr(took, name) for name in MEASURES},
@@ -279,6 +289,8 @@ def train_arguments(options: Options, model: Path, out: Path) -> list[str]:
     }
     if options.loss == "rdpo":
         given["loss.flip-rate"] = options.flip_rate
+    if options.lora_rank:
+        given["lora.rank"] = options.lora_rank
     if options.row_length:
         given["row-length"] = options.row_length
     if not options.evaluate:

@@ -1,5 +1,6 @@
 """Values that must be equal on all processes, and restoring the same checkpoint."""
 
+import functools
 import json
 import os
 import socket
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from jaxpref.data import agreement
 from jaxpref.errors import DIVERGED, InputError
 from jaxpref.runtime import environment, processes
-from jaxpref.train import agreement, read_metrics
+from jaxpref.train import read_metrics
 from tests.virtual import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,21 +81,21 @@ class Batches:
 def test_a_batch_of_other_pairs_is_detected(monkeypatch):
     pairs = types.SimpleNamespace(ids=np.array([f"id-{n}" for n in range(40)]))
     splits = types.SimpleNamespace(digest="d", train=pairs)
-    task = types.SimpleNamespace(
-        datasets=types.SimpleNamespace(splits=splits), batches=lambda whole: Batches()
-    )
     feed = types.SimpleNamespace(state_before=lambda: 2, get_state=lambda: 3)
     ids = [f"id-{n}" for n in range(8, 12)]
     usual = {"the pairs": "d", "the position in the data": 3, "the batch": ids}
     # Rows may move within a micro-batch, but not to another micro-batch.
     seen = np.array([[9, 8], [10, 11]])[..., None]
     among(monkeypatch, usual)
-    agreement.check_batch_agreement(3, task, feed, seen)
+    check = functools.partial(
+        agreement.check_batch_agreement, 3, splits, feed, make_batches=Batches
+    )
+    check(seen)
     with pytest.raises(InputError, match="step 3: it was not computed from the pairs"):
-        agreement.check_batch_agreement(3, task, feed, seen[::-1])
+        check(seen[::-1])
     among(monkeypatch, usual | {"the batch": ids[::-1]})
     with pytest.raises(InputError, match="process 1 differs from process 0 in the bat"):
-        agreement.check_batch_agreement(3, task, feed, seen)
+        check(seen)
 
 
 # ---- two processes ----------------------------------------------------------------

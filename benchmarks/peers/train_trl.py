@@ -39,7 +39,22 @@ def main() -> None:
         report_to="none",
     )
     data = load_dataset("json", data_files=job["data"], split="train")
-    trainer = DPOTrainer(model=job["model"], args=arguments, train_dataset=data)
+    adapters = {}
+    if job["lora_rank"]:
+        from peft import LoraConfig
+
+        rank = job["lora_rank"]
+        # All matrices of the layers, and twice the rank, as in jaxpref.
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        adapters = {"peft_config": config}
+    trainer = DPOTrainer(
+        model=job["model"], args=arguments, train_dataset=data, **adapters
+    )
     marks["tokenize"] = time.time()
     trainer.train()
     marks["steps"] = time.time()

@@ -120,6 +120,9 @@ def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
 
 
 def _spelled(name: str, values: Sequence[str]) -> list[str]:
+    if name.startswith("no-") and "." in name:  # tyro's spelling in a namespace
+        group, _, flag = name.removeprefix("no-").rpartition(".")
+        name = f"{group}.no-{flag}"
     return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 

@@ -20,7 +20,9 @@ from jaxpref.cli.options import Option, Part, Parts, options_of, parse
 from jaxpref.cli.words import Given, split
 from jaxpref.data.options import DataOptions, MixOptions
 from jaxpref.errors import show
+from jaxpref.models.lora import LoraOptions
 from jaxpref.runtime.mesh import MeshConfig
+from jaxpref.scoring.moving_reference import MovingAverage
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import OptimizerConfig
 from jaxpref.train.options import RunOptions, steps_of
@@ -29,6 +31,7 @@ COMMAND = "jaxpref train"
 COMMON = (
     *("model", "data", "out", "reference", "eval-data", "heldout-fraction"),
     *("max-steps", "epochs", "batch-size", "accumulation", "row-length"),
+    *("lora.rank", "lora.alpha", "lora.targets"),
     *("max-length", "learning-rate", "warmup-steps", "optimizer", "compute-dtype"),
     *("remat", "eval-every", "save-every", "keep-best", "seed", "mesh.fsdp"),
     *("config", "print-config"),
@@ -74,7 +77,8 @@ def _report(out: Path, export: Path, line: str, best: str) -> list[str]:
     from jaxpref.runtime.timings import process_start
 
     write_training(out, command=line)
-    exports = sorted(map(str, out.glob(f"{export.name}*")))
+    names = f"{export.name}*", "adapter*"
+    exports = [str(path) for name in names for path in sorted(out.glob(name))]
     return summary_lines(
         read_records(out / "metrics.jsonl"),
         seconds=time.time() - process_start(),
@@ -132,6 +136,8 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
         **vars(parsed.run),
         objective=choice.objective(parsed),
         options=parsed.options,
+        lora=parsed.lora,
+        moving_average=parsed.moving_average,
         mix=parsed.mix if choice.mixture else None,
         optimizer=parsed.optimizer,
         mesh=parsed.mesh,
@@ -143,6 +149,8 @@ def parts_of(choice: Choice) -> Parts:
     parts = {
         "run": Part(RunOptions),
         "options": Part(DataOptions),
+        "lora": Part(LoraOptions, "lora"),
+        "moving_average": Part(MovingAverage, "moving-average"),
         "optimizer": Part(OptimizerConfig),
         "mesh": Part(MeshConfig, "mesh"),
     }

@@ -119,7 +119,7 @@ def _rewards(opened: Opened, config: AuditConfig) -> Float[np.ndarray, "pairs 2"
     are equal up to the maximum length, as it reads them, get equal rewards.
     """
     folder = reward_folder(config)
-    positions = read_architecture(folder).max_position_embeddings
+    positions = read_architecture(folder).context_length
     if config.max_length is not None and config.max_length > positions:
         config = dataclasses.replace(config, max_length=None, max_prompt_length=None)
     read = _tokenized(opened.source, config, folder, whole_turns=True).train
@@ -142,7 +142,7 @@ def _tokenized(
         # An audit expects malformed records; those that cannot be judged are counted.
         drop_empty=True,
     )
-    positions = read_architecture(folder).max_position_embeddings
+    positions = read_architecture(folder).context_length
     return data.make_splits(
         source,
         data.load_tokenizer(folder),

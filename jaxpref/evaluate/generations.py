@@ -16,9 +16,9 @@ from jaxpref.errors import InputError, show
 from jaxpref.evaluate.unfinished import Unfinished, unfinished
 from jaxpref.files import check_output, write_json
 from jaxpref.models import Architecture, Model, Numerics, build
-from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import read_architecture
-from jaxpref.models.hub import resolve_folder
+from jaxpref.models.hub import adapter_digest
+from jaxpref.models.weights import load_weights, resolve_weights
 from jaxpref.runtime.memory import check_arrays
 from jaxpref.runtime.mesh import MeshConfig, make_mesh, row_shards, rows_for
 from jaxpref.runtime.precision import default_compute_dtype
@@ -33,6 +33,8 @@ class SampleConfig:
 
     model: str
     """Hugging Face model folder (such as OUT/export of a run) or Hub ID."""
+    adapter: str | None = None
+    """Folder or Hub ID of a LoRA adapter of the model, as peft writes it."""
     prompts: tuple[str, ...] = ()
     """Prompts, each in quotes.  If the model has a chat template, each is a user's
     turn, or a whole conversation as a JSON list of messages."""
@@ -90,8 +92,10 @@ def run(config: SampleConfig) -> list[dict[str, Any]]:
         raise InputError("sampling runs in a single process; start it on one machine")
     if config.out is not None:
         reads = {"--data": config.data, "--model": config.model}
+        reads |= {"--adapter": config.adapter}
         check_output("--out", config.out, reads)  # fail before sampling, not after
-    folder = resolve_folder(config.model)
+    weights = resolve_weights(config.model, config.adapter)
+    folder = weights.folder
     tokenizer = data.load_tokenizer(folder)
     architecture = read_architecture(folder)
     prompts = _prompts(config, tokenizer, architecture)
@@ -108,8 +112,10 @@ def run(config: SampleConfig) -> list[dict[str, Any]]:
             length = max(map(len, tokens)) + config.max_new_tokens
             cache = jax.eval_shape(lambda: model.empty_cache(size, length))
             check_arrays("the keys and values of a batch", cache)
-        params = load_params(folder, model)
+        params = load_weights(weights, model)
         asked = dataclasses.asdict(config) | {"out": None, "prompts": prompts}
+        if weights.adapter is not None:
+            asked |= {"adapter": adapter_digest(weights.adapter)}
         kept = unfinished(config.out, asked, folder, mesh)
         outputs = sample_texts(
             model,
@@ -124,7 +130,7 @@ def run(config: SampleConfig) -> list[dict[str, Any]]:
             "instruction": prompt.text,
             "output": sampled.text,
             "ended": sampled.ended,
-            "generator": config.model,
+            "generator": config.adapter or config.model,
         }
         for prompt, sampled in zip(prompts, outputs)
     ]
@@ -263,9 +269,7 @@ def _prompts(
         data.open_source(config.data),
         tokenizer,
         limit=config.limit,
-        max_prompt_length=max(
-            2, architecture.max_position_embeddings - config.max_new_tokens
-        ),
+        max_prompt_length=max(2, architecture.context_length - config.max_new_tokens),
         raw=config.raw,
         thinking=thinking,
         ignore_fields=config.ignore_fields,
@@ -276,11 +280,11 @@ def _check_prompts(prompts, architecture: Architecture, config: SampleConfig) ->
     if not prompts:
         raise InputError(f"{config.data}: contains no prompts")
     for row, prompt in enumerate(prompts, start=1):
-        if len(prompt) + config.max_new_tokens > architecture.max_position_embeddings:
+        if len(prompt) + config.max_new_tokens > architecture.context_length:
             raise InputError(
                 f"prompt {row}: its {len(prompt)} tokens and --max-new-tokens "
                 f"{config.max_new_tokens} exceed the model's "
-                f"{architecture.max_position_embeddings} positions"
+                f"{architecture.context_length} positions"
             )
         if max(prompt) >= architecture.vocab_size:
             raise InputError(

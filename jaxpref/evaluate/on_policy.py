@@ -280,7 +280,7 @@ def _rewards(
     """The scores of the answers that the reward model can read."""
     architecture = read_architecture(scorer.folder)
     model = RewardModel(architecture, compute.numerics)
-    longest = architecture.max_position_embeddings
+    longest = architecture.context_length
     examples = [
         _answered(example, text, complete)
         for example, text, complete in zip(prompts.examples, texts, ended)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -21,9 +21,8 @@ from jaxpref.errors import InputError, show
 from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
 from jaxpref.files import check_output_folder, write_json, write_whole
 from jaxpref.models import Numerics, RewardModel, build
-from jaxpref.models.folder import load_params
-from jaxpref.models.folder_config import is_reward_model, read_architecture
-from jaxpref.models.hub import resolve_folder
+from jaxpref.models.folder_config import read_architecture
+from jaxpref.models.weights import Weights, is_reward, load_weights, resolve_weights
 from jaxpref.runtime.mesh import (
     MeshConfig,
     check_rows,
@@ -36,6 +35,7 @@ from jaxpref.runtime.processes import log
 from jaxpref.runtime.ranges import at_least
 from jaxpref.runtime.run_folder import locked
 from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.scoring.partition import reference_weights
 from jaxpref.scoring.scorer import make_scorer
 from jaxpref.train.options import Dtype
 from jaxpref.train.task import Scoring
@@ -57,9 +57,11 @@ class EvaluateConfig:
     """Preference file or dataset.  Every pair in it is scored."""
     out: str
     """Folder for `metrics.json` and `eval_pairs.jsonl`."""
+    adapter: str | None = None
+    """Folder or Hub ID of a LoRA adapter of the model, as peft writes it."""
     reference: str | None = None
-    """Reference model folder or Hub ID (default: none, so rewards are beta times the
-    log-probability).  A reward model needs none."""
+    """Reference model or adapter, or base for the model without --adapter (default:
+    none, so rewards are beta times the log-probability).  A reward model needs none."""
     beta: float | None = None
     """Implicit rewards are beta times the log-ratio to the reference (default: 0.1).  A
     reward model has no beta."""
@@ -96,7 +98,9 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     Raises:
       InputError: for anything that the caller can fix.
     """
-    reads = {f"--{x}": getattr(config, x) for x in ("model", "data", "reference")}
+    reads = {
+        f"--{x}": getattr(config, x) for x in ("model", "data", "adapter", "reference")
+    }
     out = check_output_folder("--out", config.out, FILES, reads)
     _check_foreign(out)
     with locked(out, LOCK):
@@ -104,58 +108,8 @@ def run(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
-    beta = 0.1 if config.beta is None else config.beta
-    folder = resolve_folder(config.model)
-    scored_alone = is_reward_model(folder)
-    for flag, given in {"reference": config.reference, "beta": config.beta}.items():
-        if scored_alone and given is not None:
-            raise InputError(
-                f"--{flag} {given}: {config.model} is a reward model, whose scores are "
-                f"rewards by themselves; leave out --{flag}"
-            )
-    reference_folder = resolve_folder(config.reference) if config.reference else None
-    options = DataOptions(
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        ignore_fields=config.ignore_fields,
-        heldout_fraction=0.0,
-    )
-    positions = read_architecture(folder).max_position_embeddings
-    options = data.for_model(options, positions)
-    source, tokenizer = data.open_source(config.data), data.load_tokenizer(folder)
-    plan = data.make_splits(source, tokenizer, options, whole_turns=scored_alone)
-    pairs = plan.train
-    plan.fields.check_ignored(config.ignore_fields)
-    for line in (plan.describe(), plan.fields.describe()):
-        log(f"{config.data}: {line}")
-    if reference_folder is not None:
-        check_same_tokenizer(
-            tokenizer,
-            reference_folder,
-            [([source], pairs)],
-            options,
-            name=str(config.reference),
-        )
-    dtype = config.compute_dtype or default_compute_dtype()
-    config = dataclasses.replace(config, compute_dtype=dtype)
-    mesh = make_mesh(config.mesh)
-    check_rows(config.batch_size, 1, mesh)
-    rows = rows_for(len(pairs), config.batch_size, mesh)
-    config = dataclasses.replace(config, batch_size=rows)
-    with jax.set_mesh(mesh):
-        score = functools.partial(_score, pairs=pairs, config=config, mesh=mesh)
-        if scored_alone:
-            rewards = score(folder, "rewards", title="model scores")
-            scores = {"rewards": rewards}
-        else:
-            logps = score(folder, "policy_logps", title="model log-probs")
-            reference_logps = np.zeros_like(logps)
-            if reference_folder is not None:
-                reference_logps = score(
-                    reference_folder, "policy_logps", title="reference log-probs"
-                )
-            rewards = beta * (logps - reference_logps)
-            scores = {"logps": logps, "reference_logps": reference_logps}
+    pairs, score = open_pairs(config)
+    rewards, scores = score(resolve_weights(config.model, config.adapter))
     margins = rewards[:, 0] - rewards[:, 1]
     metrics = preference_metrics(margins) | _length_only(pairs)
     for name, table in ({"rewards": rewards} | scores).items():
@@ -168,6 +122,102 @@ def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
         for name, value in metrics.items():
             show(f"{name:27} {value:.4f}")
     return metrics
+
+
+PairScores = tuple[np.ndarray, dict[str, np.ndarray]]
+"""The rewards of every pair's completions, float32 [N, 2], and the scores that they
+come from, by name."""
+
+
+def open_pairs(
+    config: EvaluateConfig,
+) -> tuple[PreferenceDataset, Callable[[Weights], PairScores]]:
+    """Reads the pairs, and prepares to score them with models like `config.model`.
+
+    Args:
+      config: what is read; `out` is not used.
+
+    Returns:
+      The pairs, and a function that scores all of them with weights, which must have
+      the architecture and the vocabulary of `config.model`.  The
+      reference has scored the pairs before it is returned, and its programs are
+      compiled once for all weights.
+
+    Raises:
+      InputError: for anything that the caller can fix.
+    """
+    beta = 0.1 if config.beta is None else config.beta
+    weights = resolve_weights(config.model, config.adapter)
+    scored_alone = is_reward(weights)
+    for flag, given in {"reference": config.reference, "beta": config.beta}.items():
+        if scored_alone and given is not None:
+            raise InputError(
+                f"--{flag} {given}: {config.model} is a reward model, whose scores are "
+                f"rewards by themselves; leave out --{flag}"
+            )
+    reference = None
+    if config.reference is not None:
+        reference = reference_weights(config.reference, weights)
+    pairs = _read_pairs(config, weights, reference)
+    dtype = config.compute_dtype or default_compute_dtype()
+    config = dataclasses.replace(config, compute_dtype=dtype)
+    mesh = make_mesh(config.mesh)
+    check_rows(config.batch_size, 1, mesh)
+    rows = rows_for(len(pairs), config.batch_size, mesh)
+    config = dataclasses.replace(config, batch_size=rows)
+    prepare = functools.partial(_weights_scorer, pairs=pairs, config=config, mesh=mesh)
+    if scored_alone:
+        score = prepare(weights, "rewards", title="model scores")
+
+        def score_alone(weights: Weights) -> PairScores:
+            rewards = score(weights)
+            return rewards, {"rewards": rewards}
+
+        return pairs, score_alone
+    score = prepare(weights, "policy_logps", title="model log-probs")
+    reference_logps = np.zeros((len(pairs), 2), np.float32)
+    if reference is not None:
+        title = "reference log-probs"
+        of_reference = prepare(reference, "policy_logps", title=title)
+        reference_logps = of_reference(reference)
+
+    def score_against_reference(weights: Weights) -> PairScores:
+        logps = score(weights)
+        scores = {"logps": logps, "reference_logps": reference_logps}
+        return beta * (logps - reference_logps), scores
+
+    return pairs, score_against_reference
+
+
+def _read_pairs(
+    config: EvaluateConfig, weights: Weights, reference: Weights | None
+) -> PreferenceDataset:
+    """All pairs, tokenized for the model; checks the reference's tokenizer."""
+    options = DataOptions(
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        ignore_fields=config.ignore_fields,
+        heldout_fraction=0.0,
+    )
+    folder = weights.folder
+    positions = read_architecture(folder).context_length
+    options = data.for_model(options, positions)
+    source, tokenizer = data.open_source(config.data), data.load_tokenizer(folder)
+    whole_turns = is_reward(weights)
+    plan = data.make_splits(source, tokenizer, options, whole_turns=whole_turns)
+    pairs = plan.train
+    plan.fields.check_ignored(config.ignore_fields)
+    for line in (plan.describe(), plan.fields.describe()):
+        log(f"{config.data}: {line}")
+    if reference is not None:
+        check_same_tokenizer(
+            tokenizer,
+            reference.folder,
+            [([source], pairs)],
+            options,
+            name=str(config.reference),
+        )
+    return pairs
 
 
 def _check_foreign(out: Path) -> None:
@@ -203,31 +253,39 @@ def _length_only(pairs: PreferenceDataset) -> dict[str, float]:
     return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
-def _score(
-    folder: Path,
+def _weights_scorer(
+    weights: Weights,
     name: str,
     *,
     pairs: PreferenceDataset,
     config: EvaluateConfig,
     mesh: jax.sharding.Mesh,
     title: str,
-) -> np.ndarray:
-    """One of the scores of every completion, float32 [N, 2]."""
-    architecture = read_architecture(folder)
-    check_fits([config.data], pairs, str(folder), architecture)
+) -> Callable[[Weights], np.ndarray]:
+    """What gives one of the scores of every completion, float32 [N, 2].
+
+    It is a function of any weights with the architecture of these.
+    """
+    architecture = read_architecture(weights.folder)
+    check_fits([config.data], pairs, str(weights.folder), architecture)
     make_model = RewardModel if name == "rewards" else build
     dtype = config.compute_dtype or default_compute_dtype()
     model = make_model(architecture, Numerics(compute_dtype=dtype))
-    params = load_params(folder, model)
     index, count = share_of_rows(mesh)
     layout = data.padded_layout(
         pairs, batch_size=config.batch_size, process_index=index, process_count=count
     )
     scorer = make_scorer(model, frozenset({name}))
     task = Scoring(scorer=scorer, mesh=mesh, layout=layout)
-    scores = task.score(task.score_step)(params, None, pairs, title=title)
-    check_finite([config.data], pairs, str(folder), scores[name])
-    return scores[name]
+
+    def score(weights: Weights) -> np.ndarray:
+        with jax.set_mesh(mesh):
+            params = load_weights(weights, model)
+            scores = task.score(task.score_step)(params, None, pairs, title=title)
+        check_finite([config.data], pairs, str(weights.folder), scores[name])
+        return scores[name]
+
+    return score
 
 
 def _write_pairs(

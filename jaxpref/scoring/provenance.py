@@ -8,14 +8,18 @@ import jax
 
 from jaxpref.data.end_of_turn import read_stop_tokens
 from jaxpref.data.read import Datasets
-from jaxpref.models.hub import model_digests
+from jaxpref.models.hub import adapter_digest, model_digests
 from jaxpref.runtime.processes import broadcast_text
 from jaxpref.runtime.provenance import Content
+from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.reference import Reference
 
 
 def contents(
-    model_folder: Path, reference: Reference | None, datasets: Datasets
+    model_folder: Path,
+    reference: Reference | None,
+    datasets: Datasets,
+    adapter: Path | None = None,
 ) -> dict[str, Content]:
     """The model, the reference and the pairs of a run, by name for messages.
 
@@ -26,6 +30,7 @@ def contents(
       model_folder: folder of the initial weights.
       reference: the reference, or None.
       datasets: the records.
+      adapter: folder of the initial adapter, or None.
     """
     folders = {"model": model_folder}
     if reference is not None:
@@ -33,6 +38,10 @@ def contents(
     digests = {}
     if jax.process_index() == 0:
         digests = {name: model_digests(folder) for name, folder in folders.items()}
+        adapters = {"model": adapter, "reference": reference and reference.adapter}
+        for name, of_name in adapters.items():
+            if of_name is not None:
+                digests[name]["adapter"] = adapter_digest(of_name)
         # They decide where answers end, and are exported.
         digests["model"]["stop tokens"] = str(sorted(read_stop_tokens(model_folder)))
     digests = json.loads(broadcast_text(json.dumps(digests)))
@@ -43,6 +52,8 @@ def contents(
         # The reference's tokens are those of the model.
         if (name, part) != ("reference", "tokenizer")
     }
+    if reference is not None and reference.name == MOVING:
+        found["how the reference moves"] = Content(MOVING, f"--reference {MOVING}")
     splits = datasets.splits
     sets = {
         "the training pairs": (splits.train, datasets.train_sources),

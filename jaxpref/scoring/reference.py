@@ -36,6 +36,7 @@ from tqdm import tqdm
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.models.hub import weights_digest
+from jaxpref.models.weights import Weights
 from jaxpref.runtime.cache_folder import cache_folder
 from jaxpref.runtime.processes import broadcast_from_process_zero, log
 from jaxpref.scoring import score_cache
@@ -85,6 +86,13 @@ class Reference:
     except the first."""
     compute_dtype: str = "float32"
     """Dtype of its matrix products."""
+    adapter: Path | None = None
+    """The folder of its adapter, or None."""
+
+    @property
+    def weights(self) -> Weights:
+        """Where its parameters are."""
+        return Weights(self.folder, self.adapter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +150,13 @@ class _Scorer:
         return computed
 
 
-def reference_digest(folder: Path, dtypes: str) -> str:
-    """SHA-256 of a reference's config, weights and dtypes.
+def reference_digest(weights: Weights, dtypes: str) -> str:
+    """SHA-256 of a reference's config, weights, adapter and dtypes.
 
     Empty on all processes except the first, the only one that reads and writes scores.
     """
-    return weights_digest(folder, dtypes) if jax.process_index() == 0 else ""
+    of = weights.folder, dtypes, weights.adapter
+    return weights_digest(*of) if jax.process_index() == 0 else ""
 
 
 def reference_tables(

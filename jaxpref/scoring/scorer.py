@@ -1,6 +1,7 @@
 """Scorers: what is trained, and how it scores a batch."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -14,6 +15,7 @@ from jaxpref.models.attention import Segments
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.layout import SPECS, on_mesh
 from jaxpref.models.reward import Padding
+from jaxpref.models.weights import Weights, load_weights
 from jaxpref.scoring.scores import (
     NEED_REFERENCE_WEIGHTS,
     TOKEN_SCORES,
@@ -37,7 +39,10 @@ class ExportOptions:
     """How a trained model is exported."""
 
     source: Path
-    """The initial model's folder; its tokenizer and other files are copied."""
+    """The initial model's folder; its tokenizer and other files are copied, and so are
+    weights that are frozen."""
+    name: str
+    """The initial model as the user named it, for an adapter's config."""
     dtype: str = "float32"
     """Dtype of the exported weights."""
     padding: Padding | None = None
@@ -57,8 +62,20 @@ class Scorer(Protocol):
         """The initial parameters: those in the folder; missing ones are random."""
         ...
 
-    def load_frozen(self, reference: Path) -> Frozen:
-        """The frozen parameters, from the reference's folder."""
+    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
+        """The frozen parameters: of the initial model, and a live reference's."""
+        ...
+
+    def reference_params(
+        self, reference: Weights, frozen: Frozen, params: Params | None
+    ) -> Params:
+        """The parameters of the reference, for the scorer `of_reference`.
+
+        Args:
+          reference: where they are.
+          frozen: from `load_frozen`.
+          params: the trained parameters, if they are still those of the reference.
+        """
         ...
 
     def init_frozen(self, key: PRNGKeyArray) -> Frozen:
@@ -75,6 +92,13 @@ class Scorer(Protocol):
         """The scorer of the reference, which is one model; uses the policy's names.
 
         It has the same kernels as the trained model, so that both agree at the start.
+        """
+        ...
+
+    def with_scores(self, stored: frozenset[str]) -> "Scorer":
+        """The scorer of a reference with parameters like those that are trained.
+
+        Uses the policy's names of the scores.
         """
         ...
 
@@ -114,11 +138,19 @@ class PolicyScorer:
         """See `Scorer`."""
         return load_params(folder, self.model, key)
 
-    def load_frozen(self, reference: Path) -> Frozen:
+    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
         """The reference's parameters if a score needs them, or None."""
-        if not self.needs_reference_weights:
+        del folder
+        if not self.needs_reference_weights or reference is None:
             return None
-        return load_params(reference, self.model)
+        return load_weights(reference, self.model)
+
+    def reference_params(
+        self, reference: Weights, frozen: Frozen, params: Params | None
+    ) -> Params:
+        """See `Scorer`."""
+        del frozen
+        return load_weights(reference, self.model) if params is None else params
 
     def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """See `Scorer`."""
@@ -158,13 +190,17 @@ class PolicyScorer:
         scores = frozenset(map(policy_name, stored)) | {"policy_logps"}
         return dataclasses.replace(self, scores=scores)
 
+    def with_scores(self, stored: frozenset[str]) -> Scorer:
+        """See `Scorer`; all parameters are trained, so it is that of any reference."""
+        return self.of_reference(stored)
+
     def with_remat(self, policy: str) -> Scorer:
         """See `Scorer`."""
-        return dataclasses.replace(self, model=_with_remat(self.model, policy))
+        return dataclasses.replace(self, model=with_numerics(self.model, remat=policy))
 
     def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
         """See `Scorer`."""
-        _save(self.model, params, folder, options)
+        save_model(self.model, params, folder, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +217,17 @@ class RewardScorer:
         """The folder's backbone and head; a new head if it has none."""
         return load_params(folder, self.model, key)
 
-    def load_frozen(self, reference: Path) -> Frozen:
+    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
         """None: reward-model losses need no reference."""
-        del reference
+        del folder, reference
         return None
+
+    def reference_params(
+        self, reference: Weights, frozen: Frozen, params: Params | None
+    ) -> Params:
+        """The trained parameters; reward-model losses need no reference."""
+        del reference, frozen
+        return params
 
     def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """None: reward-model losses need no reference."""
@@ -220,13 +263,18 @@ class RewardScorer:
         del stored
         return self
 
+    def with_scores(self, stored: frozenset[str]) -> Scorer:
+        """The scorer itself: reward-model losses need no reference."""
+        del stored
+        return self
+
     def with_remat(self, policy: str) -> Scorer:
         """See `Scorer`."""
-        return dataclasses.replace(self, model=_with_remat(self.model, policy))
+        return dataclasses.replace(self, model=with_numerics(self.model, remat=policy))
 
     def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
         """See `Scorer`."""
-        _save(self.model, params, folder, options)
+        save_model(self.model, params, folder, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +294,16 @@ class TwinScorer:
             "two": self.one.load(folder, second(key)),
         }
 
-    def load_frozen(self, reference: Path) -> Frozen:
-        """The reference of both models."""
-        return self.one.load_frozen(reference)
+    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
+        """What both models share."""
+        return self.one.load_frozen(folder, reference)
+
+    def reference_params(
+        self, reference: Weights, frozen: Frozen, params: Params | None
+    ) -> Params:
+        """See `Scorer`; the first model's parameters."""
+        one = None if params is None else params["one"]
+        return self.one.reference_params(reference, frozen, one)
 
     def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """See `Scorer`."""
@@ -263,6 +318,10 @@ class TwinScorer:
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """The reference scorer of a single model."""
         return self.one.of_reference(stored)
+
+    def with_scores(self, stored: frozenset[str]) -> Scorer:
+        """The scorers of a reference of each model."""
+        return TwinScorer(self.one.with_scores(stored))
 
     def with_remat(self, policy: str) -> Scorer:
         """See `Scorer`."""
@@ -286,6 +345,7 @@ def make_scorer(
     *,
     chunk_size: int | None = None,
     num_models: int = 1,
+    trained: Callable[[PolicyScorer | RewardScorer], Scorer] = lambda whole: whole,
 ) -> Scorer:
     """The scorer for an objective that reads `scores`.
 
@@ -294,11 +354,13 @@ def make_scorer(
       scores: see `Objective.scores`.
       chunk_size: see `PolicyScorer`.
       num_models: 2 for two models trained together.
+      trained: the scorer of a model of which a part is trained, from that of the whole
+        model; see `partition`.
     """
     if isinstance(model, RewardModel):
-        scorer: Scorer = RewardScorer(model)
+        scorer = trained(RewardScorer(model))
     else:
-        scorer = PolicyScorer(model, computed_scores(scores), chunk_size)
+        scorer = trained(PolicyScorer(model, computed_scores(scores), chunk_size))
     return scorer if num_models == 1 else TwinScorer(scorer)
 
 
@@ -311,14 +373,16 @@ def _packing(batch: PreferenceBatch) -> tuple:
     return flat_sequences(batch, batch.positions), segments
 
 
-def _with_remat(model: Model | RewardModel, policy: str) -> Model | RewardModel:
-    numerics = dataclasses.replace(model.numerics, remat=policy)
+def with_numerics(model: Model | RewardModel, **changes: Any) -> Any:
+    """The model with other `Numerics`."""
+    numerics = dataclasses.replace(model.numerics, **changes)
     return dataclasses.replace(model, numerics=numerics)
 
 
-def _save(
+def save_model(
     model: Model | RewardModel, params: Params, folder: Path, options: ExportOptions
 ) -> None:
+    """Writes a Hugging Face folder."""
     save(
         folder,
         model,

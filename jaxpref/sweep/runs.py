@@ -152,6 +152,7 @@ def _reads(config: TrainConfig, options: SweepOptions) -> dict[str, str | None]:
     return {
         "--model": config.model,
         "--data": config.data,
+        "--adapter": config.adapter,
         "--reference": config.reference,
         "--eval-data": config.eval_data,
         "--reward-model": options.reward_model,
@@ -190,9 +191,15 @@ def _prepare(
             "no pairs are held out, so there is nothing to compare the runs on; give "
             "a larger --heldout-fraction or --eval-data"
         )
+    of_run = task.reference
+    if options.kl_prompts and of_run is not None and of_run.adapter is not None:
+        raise InputError(
+            f"the reference has the adapter {of_run.adapter}, but KL is measured to a "
+            "model folder; merge the adapter, or give --kl-prompts 0"
+        )
     prompts = None
     if options.kl_prompts and "rewards" not in task.objective.scores:
-        positions = read_architecture(task.model_folder).max_position_embeddings
+        positions = read_architecture(task.model_folder).context_length
         prompts = heldout_prompts(
             task.datasets,
             config.options,

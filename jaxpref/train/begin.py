@@ -15,6 +15,7 @@ from jaxpref.runtime.fingerprint import fingerprint
 from jaxpref.runtime.processes import log
 from jaxpref.scoring.reference import ScoredSet, reference_tables
 from jaxpref.scoring.scorer import Frozen, Params
+from jaxpref.scoring.scores import stored_scores
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
 
@@ -102,13 +103,12 @@ def begin(
     if restored is None:
         params = task.scorer.load(task.model_folder, jax.random.key(task.seed))
     saved: Mapping[str, Any] = {} if restored is None else restored[1]
+    of_run = task.reference
+    frozen = task.scorer.load_frozen(task.model_folder, of_run and of_run.weights)
     reference, digests = _score_reference(
-        task, params, out, batch_size, check, saved.get("reference_scores", {})
+        task, params, frozen, out, batch_size, check, saved.get("reference_scores", {})
     )
-    frozen = None
-    if task.reference is not None:
-        frozen = task.scorer.load_frozen(task.reference.folder)
-    if frozen is not None:
+    if of_run is not None and not of_run.scores:
         log(
             f"{task.objective.name} keeps the reference's weights in memory: it needs "
             "full distributions, which cannot be stored in advance"
@@ -125,6 +125,7 @@ def begin(
 def _score_reference(
     task: Task,
     params: Params | None,
+    frozen: Frozen,
     out: Path,
     batch_size: int,
     check: Callable[[bool], None],
@@ -132,20 +133,25 @@ def _score_reference(
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
     """The reference's stored scores for both datasets, and their digests.
 
-    Empty if none is read.
+    Empty if none is read; zeros if the run has no reference.
 
-    If the policy and the reference start from the same folder, the policy's initial
-    parameters are used for both.
+    If the policy starts as the reference, its initial parameters are used for both.
     """
-    if task.reference is None or not task.reference.scores:
-        return {"train": {}, "heldout": {}}, {}
+    reference = task.reference
     splits, datasets = task.datasets.splits, task.datasets
+    if reference is None or not reference.scores:
+        # The objective reads none, or the run has none: then they are 0.
+        names = stored_scores(task.objective.scores)
+        table = lambda x: np.zeros((len(x), x.num_completions), np.float32)
+        sets = {"train": splits.train, "heldout": splits.heldout}
+        return {name: dict.fromkeys(names, table(x)) for name, x in sets.items()}, {}
+    # A reference that moves scores the pairs of a step within the step.
+    seen = task.records_seen()[: 0 if task.moving else None]
     every = np.arange(len(splits.heldout))
     sets = [
-        ScoredSet("train", splits.train, datasets.train_sources, task.records_seen()),
+        ScoredSet("train", splits.train, datasets.train_sources, seen),
         ScoredSet("heldout", splits.heldout, datasets.heldout_sources, every),
     ]
-    scorer, folder = task.reference_scorer, task.reference.folder
     score = task.score(task.reference_score_step)
 
     def checked_score(*args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
@@ -153,12 +159,11 @@ def _score_reference(
         return score(*args, **kwargs)
 
     def load() -> Params:
-        if params is not None and folder == task.model_folder:
-            return params["one"] if task.objective.num_models > 1 else params
-        return scorer.load(folder, jax.random.key(task.seed))
+        start = params if task.starts_as_reference else None
+        return task.scorer.reference_params(reference.weights, frozen, start)
 
     return reference_tables(
-        task.reference,
+        reference,
         sets,
         out,
         load=load,

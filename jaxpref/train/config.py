@@ -14,11 +14,14 @@ from jaxpref.data import DataOptions, MixOptions
 from jaxpref.data.labels import WEIGHTS
 from jaxpref.errors import InputError
 from jaxpref.files import RUN, RUN_FILES
+from jaxpref.models.lora import LoraOptions
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.runtime.provenance import flat
 from jaxpref.runtime.run_folder import check_config, open_out
-from jaxpref.scoring.scores import reads_reference
+from jaxpref.scoring.moving_reference import NAME as MOVING
+from jaxpref.scoring.moving_reference import MovingAverage
+from jaxpref.scoring.scores import reads_reference, stored_scores
 from jaxpref.train.optimizer import OptimizerConfig
 from jaxpref.train.options import RunOptions
 
@@ -40,6 +43,7 @@ MAY_CHANGE = (
 CHECKED_BY_CONTENT = (
     "model",
     "data",
+    "adapter",
     "reference",
     "eval_data",
     "mix.empty_data",
@@ -59,6 +63,10 @@ class TrainConfig(RunOptions):
     """What is minimized, for example `from_loss(losses.rdpo, flip_rate=0.2)`."""
     options: DataOptions = DataOptions()
     """How records become tokens, and which pairs are held out."""
+    lora: LoraOptions = LoraOptions()
+    """The adapters to train instead of the weights."""
+    moving_average: MovingAverage = MovingAverage()
+    """How a reference moves; for `--reference moving-average` only."""
     mix: MixOptions | None = None
     """How pairs with an empty trace are mixed in; for `bvpo` only."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -102,6 +110,19 @@ class TrainConfig(RunOptions):
                 else f"mix {self.mix}: {self.objective.name} does not mix pairs; wrap "
                 "it with bvpo"
             )
+        moving, scores = self.reference == MOVING, self.objective.scores
+        if self.moving_average != MovingAverage() and not moving:
+            raise InputError(
+                f"{self.moving_average}: has no effect without --reference {MOVING}; "
+                "give both, or neither"
+            )
+        if (moving or self.reference == "none") and (
+            self.objective.num_models > 1 or not stored_scores(scores)
+        ):
+            raise InputError(
+                f"--reference {self.reference}: {self.objective.name} trains two "
+                "models, or reads more than log-probs of a reference; leave it out"
+            )
         if self.reference is not None and not reads_reference(self.objective.scores):
             raise InputError(
                 f"--reference {self.reference}: {self.objective.name} does not use a "
@@ -134,6 +155,7 @@ def open_run(config: TrainConfig, described: dict[str, Any]) -> Iterator[Path]:
     reads = {
         "--model": config.model,
         "--data": config.data,
+        "--adapter": config.adapter,
         "--reference": config.reference,
         "--eval-data": config.eval_data,
         "--inject.rates": config.options.inject.rates,

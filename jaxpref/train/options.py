@@ -29,9 +29,17 @@ class SourceOptions:
     out: str
     """Folder to write the run to: report, metrics, checkpoints, exported model.  The
     same command resumes an interrupted run."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter of the model to start from, as peft writes it."""
+    train: str = "all"
+    """Which weights are trained: all (but the routers of experts; with-router for
+    these too), head, last:N (layers, final norm and head) or no-embeddings.  See
+    --lora.rank for adapters."""
     reference: str | None = None
-    """Reference model (default: the model itself before training).  Its scores are
-    cached for later runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
+    """Reference model or adapter: a folder or Hub ID; start, the model before training
+    (default); base, the model without --adapter; moving-average, which follows the
+    policy (TR-DPO); or none.  Scores of one that does not move are cached for later
+    runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
     eval_data: str | None = None
     """Data to evaluate on, instead of held-out prompts of --data."""
 

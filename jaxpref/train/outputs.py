@@ -1,12 +1,14 @@
 """What a run writes as it trains: metrics, evaluations, checkpoints."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
+from jaxpref.data.agreement import check_batch_agreement
 from jaxpref.data.feed import Stream
 from jaxpref.report.progress import evaluation_line
 from jaxpref.runtime.best import Best
@@ -18,7 +20,6 @@ from jaxpref.runtime.metrics_file import MetricsWriter
 from jaxpref.runtime.preemption import Preempted
 from jaxpref.runtime.processes import only_first_process
 from jaxpref.runtime.profile import profiled
-from jaxpref.train.agreement import check_batch_agreement
 from jaxpref.train.begin import Beginning
 from jaxpref.train.evaluation import evaluation_metrics
 from jaxpref.train.guard import Guard
@@ -158,7 +159,14 @@ class Run:
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state of a step and the run's position."""
         task = self._task
-        check_batch_agreement(step, task, self._stream, self._guard.batch())
+        if jax.process_count() > 1:
+            check_batch_agreement(
+                step,
+                task.datasets.splits,
+                self._stream,
+                self._guard.batch(),
+                make_batches=functools.partial(task.batches, whole=True),
+            )
         metadata = {
             "iterator": self._stream.get_state(),
             "steps": task.steps,

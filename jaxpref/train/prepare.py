@@ -12,15 +12,20 @@ from jaxpref.data.probe import check_rendering
 from jaxpref.data.read import read_datasets
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture, Model, Numerics, RewardModel
+from jaxpref.models.adapter_files import read_lora
 from jaxpref.models.folder import check_folder
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
+from jaxpref.models.weights import Weights, resolve_weights
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits, check_logit_chunk
+from jaxpref.scoring.moving_reference import NAME as MOVING
+from jaxpref.scoring.moving_reference import MovingReference
+from jaxpref.scoring.partition import Trained, reference_weights
 from jaxpref.scoring.reference import Reference, reference_digest
-from jaxpref.scoring.scorer import ExportOptions, make_scorer
+from jaxpref.scoring.scorer import ExportOptions, Scorer, make_scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import make_optimizer, make_schedule
@@ -53,19 +58,27 @@ def prepare(
     # Before the data is read, since this check is quick.
     architecture = check_folder(folder, kind, new_head=rewards)
     model = kind(architecture, _numerics(config, compute_dtype, objective))
-    reference = _reference(
-        objective,
-        config.reference or config.model,
-        architecture,
-        dtypes=(config.param_dtype, compute_dtype),
-        numerics=f"{config.logit_chunk} logits at a time",
+    start = resolve_weights(config.model, config.adapter)
+    reference = _reference(config, start, architecture, compute_dtype)
+    trained = Trained(
+        train=config.train,
+        lora=config.lora,
+        start=start,
+        reference=reference and reference.weights,
+    )
+    scorer = make_scorer(
+        model,
+        objective.scores,
+        chunk_size=config.logit_chunk,
+        num_models=objective.num_models,
+        trained=trained,
     )
     tokenizer = data.load_tokenizer(folder)
     stops, padding = data.stop_tokens(tokenizer), padding_of(tokenizer)
     if rewards:  # as at export, but before the time for training is spent
         pad = padding.id if padding else None
         check_rendering(tokenizer, config.model, padding=pad)
-    options = data.for_model(config.options, architecture.max_position_embeddings)
+    options = data.for_model(config.options, architecture.context_length)
     datasets = read(
         tokenizer,
         options,
@@ -84,12 +97,7 @@ def prepare(
     schedule_of = functools.partial(make_schedule, config.optimizer)
     schedule = schedule_of(steps)
     return Task(
-        scorer=make_scorer(
-            model,
-            objective.scores,
-            chunk_size=config.logit_chunk,
-            num_models=objective.num_models,
-        ),
+        scorer=scorer,
         objective=objective,
         optimizer=make_optimizer(config.optimizer, schedule, seed=config.seed),
         schedule=schedule,
@@ -102,8 +110,10 @@ def prepare(
         num_annotators=len(splits.train.annotator_names),
         datasets=datasets,
         model_folder=folder,
+        adapter=start.adapter,
         reference=reference,
-        export=ExportOptions(folder, config.export_dtype, padding, stops),
+        moving=_moving(config, scorer),
+        export=ExportOptions(folder, config.model, config.export_dtype, padding, stops),
     )
 
 
@@ -146,32 +156,39 @@ def _numerics(
     )
 
 
+def _moving(config: TrainConfig, scorer: Scorer) -> MovingReference | None:
+    if config.reference != MOVING:
+        return None
+    names = stored_scores(config.objective.scores)
+    scores = scorer.with_scores(names)
+    return MovingReference(scores, tuple(sorted(names)), config.moving_average)
+
+
 def _reference(
-    objective: Objective,
-    name: str,
-    architecture: Architecture,
-    *,
-    dtypes: tuple[str, str],
-    numerics: str,
+    config: TrainConfig, start: Weights, architecture: Architecture, compute_dtype: str
 ) -> Reference | None:
-    """The reference of a run, or None if its objective does not read one.
+    """The reference of a run, or None if its objective reads none, or it has none.
 
     Raises:
       InputError: if the reference has another architecture.
     """
-    if not reads_reference(objective.scores):
+    if not reads_reference(config.objective.scores) or config.reference == "none":
         return None
-    folder = resolve_folder(name)
-    if check_folder(folder, Model) != architecture:
+    weights = reference_weights(config.reference, start)
+    name = config.reference or config.model
+    if weights.adapter is not None:
+        read_lora(weights.adapter, Model(architecture))
+    if check_folder(weights.folder, Model) != architecture:
         raise InputError(
             f"{name}: its config.json differs from that of the trained model; the "
             "reference must have the same architecture"
         )
     return Reference(
         name=name,
-        folder=folder,
-        scores=tuple(sorted(stored_scores(objective.scores))),
-        numerics=numerics,
-        digest=reference_digest(folder, " ".join(dtypes)),
-        compute_dtype=dtypes[1],
+        folder=weights.folder,
+        adapter=weights.adapter,
+        scores=tuple(sorted(stored_scores(config.objective.scores))),
+        numerics=f"{config.logit_chunk} logits at a time",
+        digest=reference_digest(weights, f"{config.param_dtype} {compute_dtype}"),
+        compute_dtype=compute_dtype,
     )

@@ -54,8 +54,8 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
     The same config and `out` resume an interrupted run, with the same bits on the same
     software, devices, mesh and process count.  The run writes to `out`: `config.json`,
     `metrics.jsonl`, `tensorboard/`, `reference/`, `checkpoints/`, `export/` (a Hugging
-    Face folder), `timings.json` (seconds per phase), `memory.json` if `remat` is
-    "auto", and `best.json` with `keep_best`.
+    Face folder), `adapter/` if adapters are trained, `timings.json` (seconds per
+    phase), `memory.json` if `remat` is "auto", and `best.json` with `keep_best`.
 
     Args:
       config: the config.
@@ -90,7 +90,7 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
         stack.enter_context(jax.set_mesh(task.mesh))
         made_by = Provenance(
             options_that_matter(described),
-            contents(task.model_folder, task.reference, task.datasets),
+            contents(task.model_folder, task.reference, task.datasets, task.adapter),
         )
         keep = config.keep_checkpoints
         checkpoints = closing(
@@ -169,7 +169,7 @@ def _begin(
     """
     check_arrays(
         "the weights, the optimizer's state and a batch",
-        (task.abstract_state(), task.abstract_batch()),
+        (task.abstract_state(), task.abstract_frozen(), task.abstract_batch()),
     )
     restored = restore(task, checkpoints, out)
     unfinished = restored is None or int(restored[0].step) < task.steps

@@ -25,6 +25,8 @@ class TrainState:
     """optax's state."""
     objective_state: Any
     """What the objective learns in addition to the model, e.g. reliabilities."""
+    reference: Any = None
+    """The parameters of a reference that moves, or None."""
 
 
 def init_state(
@@ -33,6 +35,7 @@ def init_state(
     objective: Objective,
     *,
     num_annotators: int = 0,
+    moving: bool = False,
 ) -> TrainState:
     """The state before the first step.  Pure, so `jax.eval_shape` gives shardings."""
     return TrainState(
@@ -41,4 +44,5 @@ def init_state(
         params=params,
         opt_state=tx.init(params),
         objective_state=objective.init(num_annotators),
+        reference=params if moving else None,
     )

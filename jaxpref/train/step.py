@@ -11,6 +11,7 @@ import optax
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.objective import Objective
+from jaxpref.scoring.moving_reference import MovingReference
 from jaxpref.scoring.scorer import Scorer
 from jaxpref.train.gradient import gradient
 from jaxpref.train.state import TrainState
@@ -21,6 +22,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    moving: MovingReference | None = None,
 ) -> Callable:
     """Returns the jitted `step(state, frozen, batch) -> (state, metrics)`.
 
@@ -31,6 +33,8 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen, batch):
         score = functools.partial(_score, scorer, frozen)
+        if moving is not None:
+            batch = moving.scored(state.reference, frozen, batch)
         grads, objective_state, metrics = gradient(
             objective, score, state.params, batch, state.objective_state
         )
@@ -46,11 +50,15 @@ def make_train_step(
             # Computed again inside the branch, where XLA writes the new state in place:
             # reading the arrays twice is cheaper than holding both states in memory.
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params, reference = optax.apply_updates(state.params, updates), None
+            if moving is not None:
+                reference = moving.moved(state.reference, params, state.step + 1)
             return dataclasses.replace(
                 state,
-                params=optax.apply_updates(state.params, updates),
+                params=params,
                 opt_state=opt_state,
                 objective_state=objective_state,
+                reference=reference,
             )
 
         following = jax.lax.cond(finite, updated, lambda: state)

@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 
 from jaxpref import data
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.models.weights import Weights
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import batch_sharding, on_devices
+from jaxpref.scoring.moving_reference import MovingReference
 from jaxpref.scoring.reference import Reference
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
@@ -71,6 +73,8 @@ class Programs(Scoring):
     """The learning rate of each step."""
     num_annotators: int = 0
     """Number of known annotators of the training pairs."""
+    moving: MovingReference | None = None
+    """The reference if it follows the policy, or None."""
 
     def new_state(self, params: Params) -> TrainState:
         """The state before the first step."""
@@ -79,6 +83,7 @@ class Programs(Scoring):
             self.optimizer,
             self.objective,
             num_annotators=self.num_annotators,
+            moving=self.moving is not None,
         )
 
     def abstract_state(self) -> TrainState:
@@ -113,7 +118,7 @@ class Programs(Scoring):
     def train_step(self) -> Any:
         """The jitted `(state, frozen, batch) -> (state, metrics)`."""
         return make_train_step(
-            self.scorer, self.objective, self.optimizer, self.schedule
+            self.scorer, self.objective, self.optimizer, self.schedule, self.moving
         )
 
     @functools.cached_property
@@ -144,6 +149,8 @@ class Task(Programs):
     """Which training records each step sees."""
     model_folder: Path
     """Folder of the initial parameters."""
+    adapter: Path | None = None
+    """Folder of the initial adapter, or None."""
     reference: Reference | None
     """The reference model; None if the objective does not read one."""
     export: ExportOptions
@@ -171,6 +178,12 @@ class Task(Programs):
             train, self.order, reference=reference, processes=processes
         )
 
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the reference is the model before training."""
+        start = Weights(self.model_folder, self.adapter)
+        return self.reference is not None and self.reference.weights == start
+
     def records_seen(self) -> np.ndarray:
         """The training records that the run will see, int [M], in order."""
         return data.first_seen(
@@ -192,9 +205,8 @@ class Task(Programs):
           The scores by the policy's names; None if they must be computed.
         """
         if (
-            self.reference is None
+            not self.starts_as_reference
             or "reference_logps" not in reference
-            or self.reference.folder != self.model_folder
             or self.reference_scorer != self.scorer
         ):
             return None

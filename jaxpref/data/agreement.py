@@ -1,16 +1,23 @@
 """Checks that all processes of a run computed a step from the same data."""
 
-import jax
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from jaxpref.data.feed import Stream
+from jaxpref.data.splits import Splits
 from jaxpref.errors import InputError
 from jaxpref.runtime.processes import assert_equal_across_processes
-from jaxpref.train.task import Task
 
 
 def check_batch_agreement(
-    step: int, task: Task, stream: Stream, seen: np.ndarray | None
+    step: int,
+    splits: Splits,
+    stream: Stream,
+    seen: np.ndarray | None,
+    *,
+    make_batches: Callable[[], Any],
 ) -> None:
     """Compares the batch of the last step across processes, and with the pairs used.
 
@@ -19,19 +26,19 @@ def check_batch_agreement(
 
     Args:
       step: number of steps done; the batch of the last one is checked.
-      task: the task of the run.
+      splits: the pairs of the run.
       stream: the source of this process's batches.
       seen: int [A, R, S]; the pairs that the step was computed from.
+      make_batches: makes the batches with the rows of all processes.
 
     Raises:
       InputError: if a process differs; the message names it, as that of
         `assert_equal_across_processes`.  Also if the step was computed from pairs
         other than those that the processes draw for it.
     """
-    if jax.process_count() == 1 or seen is None:
+    if seen is None:
         return
-    splits = task.datasets.splits
-    batches = task.batches(whole=True)
+    batches = make_batches()
     batches.set_state(stream.state_before())
     drawn = next(batches).pair_index
     if hasattr(batches, "close"):

@@ -1,0 +1,222 @@
+"""The scorer of a model of which a part is trained: adapters, or some parameters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from jaxpref.data.batch import PreferenceBatch
+from jaxpref.errors import InputError
+from jaxpref.models import Model, RewardModel
+from jaxpref.models.adapter_config import CONFIG as ADAPTER_CONFIG
+from jaxpref.models.adapter_files import load_adapter, read_lora, save_adapter
+from jaxpref.models.folder import load_params
+from jaxpref.models.hub import resolve_folder
+from jaxpref.models.lora import Lora, LoraOptions, lora_of
+from jaxpref.models.partition import Partition, part_of
+from jaxpref.models.paths import by_path, nested
+from jaxpref.models.stored import stored_params
+from jaxpref.models.weights import Weights, load_weights
+from jaxpref.scoring.moving_reference import NAME as MOVING
+from jaxpref.scoring.scorer import (
+    ExportOptions,
+    Frozen,
+    Params,
+    PolicyScorer,
+    RewardScorer,
+    Scorer,
+    save_model,
+    with_numerics,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionScorer:
+    """A language or reward model of which a part is trained.
+
+    What is trained is in the model's parameter dtype.  What is frozen is in the compute
+    dtype, in which it is used: the function is the same.  `frozen` has it under "base",
+    and a live reference under "reference" unless that is the base, too.
+    """
+
+    one: PolicyScorer | RewardScorer
+    """The scorer of the whole model."""
+    partition: Partition
+    """What is trained."""
+    adapter: Path | None = None
+    """The folder of the adapter that training starts from; None for a new one."""
+    reference_is_base: bool = False
+    """Whether the reference is what is frozen: the model without its adapter."""
+
+    @property
+    def _base(self) -> Any:
+        """The model with the dtype of frozen parameters."""
+        model: Model | RewardModel = self.one.model
+        return with_numerics(model, param_dtype=model.numerics.compute_dtype)
+
+    @property
+    def _has_live_reference(self) -> bool:
+        one = self.one
+        live = isinstance(one, PolicyScorer) and one.needs_reference_weights
+        return live and not self.reference_is_base
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """See `Scorer`."""
+        return self.partition.trained(self.one.init(key), self.one.model, key)
+
+    def load(self, folder: Path, key: PRNGKeyArray) -> Params:
+        """See `Scorer`; new adapters, or those of the folder `adapter`."""
+        model = self.one.model
+        params = load_params(folder, model, key, only=self.partition.trains)
+        trained = self.partition.trained(params, model, key)
+        if self.adapter is None:
+            return trained
+        _, stored = load_adapter(self.adapter, model)
+        return nested(by_path(trained) | by_path(stored))
+
+    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
+        """See `Scorer`."""
+        key, only = jax.random.key(0), self.partition.freezes
+        base = self.partition.frozen(load_params(folder, self._base, key, only=only))
+        if reference is None or not self._has_live_reference:
+            return {"base": base, "reference": None}
+        return {"base": base, "reference": load_weights(reference, self._base)}
+
+    def init_frozen(self, key: PRNGKeyArray) -> Frozen:
+        """See `Scorer`."""
+        params = self._base.init(key)
+        reference = params if self._has_live_reference else None
+        return {"base": self.partition.frozen(params), "reference": reference}
+
+    def reference_params(
+        self, reference: Weights, frozen: Frozen, params: Params | None
+    ) -> Params:
+        """See `Scorer`; the base itself if it is the reference."""
+        if self.reference_is_base:
+            return frozen["base"]
+        if params is None:
+            return load_weights(reference, self._base)
+        return self.partition.join(params, frozen["base"])
+
+    def __call__(
+        self, params: Params, frozen: Frozen, batch: PreferenceBatch
+    ) -> dict[str, Any]:
+        """See `Scorer`."""
+        base = frozen["base"]
+        reference = base if self.reference_is_base else frozen["reference"]
+        return self.one(self.partition.join(params, base), reference, batch)
+
+    def of_reference(self, stored: frozenset[str]) -> Scorer:
+        """See `Scorer`."""
+        return self.one.of_reference(stored)
+
+    def with_scores(self, stored: frozenset[str]) -> Scorer:
+        """See `Scorer`."""
+        one: Any = self.one.with_scores(stored)
+        return dataclasses.replace(self, one=one)
+
+    def with_remat(self, policy: str) -> Scorer:
+        """See `Scorer`."""
+        one: Any = self.one.with_remat(policy)
+        return dataclasses.replace(self, one=one)
+
+    def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
+        """Writes the whole model to `folder`, and an adapter beside it.
+
+        What is frozen is read again from the initial model, without rounding.  The
+        adapter's folder has `folder`'s name, with "adapter" for "export".
+        """
+        model = self.one.model
+        stored: Any = stored_params(options.source, model)
+        whole = self.partition.exported(params, stored)
+        save_model(model, whole, folder, options)
+        if isinstance(self.partition, Lora):
+            save_adapter(
+                folder.with_name(folder.name.replace("export", "adapter")),
+                self.partition,
+                model,
+                params,
+                base=options.name,
+                dtype=options.dtype,
+                reward=isinstance(model, RewardModel),
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is trained of a model: all of it, a part, or adapters."""
+
+    train: str = "all"
+    """See `partition.part_of`."""
+    lora: LoraOptions = LoraOptions()
+    """New adapters."""
+    start: Weights
+    """The initial model, and maybe the adapter that training starts from."""
+    reference: Weights | None = None
+    """The reference, or None."""
+
+    def __call__(self, one: PolicyScorer | RewardScorer) -> Scorer:
+        """The scorer, from that of the whole model.
+
+        Raises:
+          InputError: if the model has no such parts.
+        """
+        partition = self.partition(one.model)
+        if partition is None:
+            return one
+        base = isinstance(partition, Lora) and not partition.whole
+        is_base = base and self.reference == Weights(self.start.folder)
+        return PartitionScorer(one, partition, self.start.adapter, is_base)
+
+    def partition(self, model: Model | RewardModel) -> Partition | None:
+        """What is trained; None for everything."""
+        head = ("score",) if isinstance(model, RewardModel) else ()
+        if (adapter := self.start.adapter) is not None:
+            if self.lora.rank is not None:
+                raise InputError(
+                    f"--lora.rank {self.lora.rank}: the adapter in {adapter} has a "
+                    "rank already; leave the option out"
+                )
+            lora = read_lora(adapter, model)
+            whole = tuple(dict.fromkeys((*lora.whole, *head)))
+            lora = dataclasses.replace(lora, whole=whole)
+        elif self.lora.rank is not None:
+            lora = lora_of(self.lora, model.architecture.family, whole=head)
+        else:
+            return part_of(self.train, model)
+        if self.train != "all":
+            raise InputError(
+                f"--train {self.train}: adapters are trained; leave the option out"
+            )
+        return lora
+
+
+def frozen_parts(frozen: Frozen) -> dict[str, Any]:
+    """The frozen parameters by what they are: "frozen" weights, and the "reference"."""
+    if isinstance(frozen, dict) and "base" in frozen:
+        return {"frozen": frozen["base"], "reference": frozen["reference"]}
+    return {"reference": frozen}
+
+
+def reference_weights(reference: str | None, start: Weights) -> Weights:
+    """The weights that `--reference` names.
+
+    Args:
+      reference: "start" or None for those before training, "moving-average" for a
+        reference that begins there, "base" for those without the initial adapter, the
+        folder or Hub ID of a model, or the folder of an adapter of the initial model.
+      start: the weights before training.
+
+    Raises:
+      InputError: if there is no such model.
+    """
+    if reference in (None, "start", MOVING):
+        return start
+    if reference == "base":
+        return Weights(start.folder)
+    folder = resolve_folder(reference)
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        return Weights(start.folder, folder)
+    return Weights(folder)
