@@ -19,6 +19,7 @@ COMMANDS = {
     " reward model.",
     "sample": "Generate completions of prompts.",
     "audit": "Find labels that are probably wrong, and unreliable annotators.",
+    "merge": "Merge models by their weights: means, SLERP, task vectors, greedy soups.",
     "plan": "Check whether a run fits a TPU slice, and estimate its speed, without"
     " a TPU.",
 }

@@ -1,0 +1,1 @@
+"""Merging: one model from the weights of several, without training."""
