@@ -34,7 +34,17 @@ ROOT = Path(__file__).resolve().parents[1]
         ("smollm2-135m", 134_515_008),
         ("smollm2-360m", 361_821_120),
         ("smollm2-1.7b", 1_711_376_384),
-        # Qwen3-0.6B has 596,049,920, including its query and key norms.
+        ("llama-3-405b", 405_853_388_800),
+        ("mistral-7b", 7_248_023_552),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-32b", 32_762_123_264),
+        ("gemma-3-1b", 999_885_952),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        # Qwen3-0.6B without its query and key norms.
         ("llama-0.6b-152k", 596_049_920 - 28 * 2 * 128),
     ],
 )
@@ -162,13 +172,42 @@ def test_packed_rows_attend_within_their_pair():
 
 @pytest.mark.parametrize(
     "name, devices",
-    [("v5p:4x4x8", 128), ("v5e:16x16", 256), ("tpu7x:2x2x1", 8), ("cpu:8", 8)],
+    [
+        ("v5p:4x4x8", 128),
+        ("v5e:16x16", 256),
+        ("tpu7x:2x2x1", 8),
+        ("cpu:8", 8),
+        ("v5litepod-16", 16),
+        ("v5p-128", 64),
+        ("2xv6e-256", 512),
+        ("v4-8", 4),
+    ],
 )
 def test_topologies(name, devices):
     assert parse_topology(name).devices == devices
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5p:4x4", "v5e:4x4x4", "cpu:0", "v5e", ""])
+def test_a_token_is_multiplied_with_its_own_experts():
+    """Mixtral's card: 12.9 billion active parameters, with embedding and head."""
+    model = PRESETS["mixtral-8x7b"]
+    active = roofline.active_weights(model) + 2 * 32000 * 4096
+    assert active == pytest.approx(12.88e9, rel=1e-3)
+    assert roofline.active_weights(PRESETS["llama-3-8b"]) == roofline.layer_weights(
+        PRESETS["llama-3-8b"]
+    )
+
+
+def test_accelerator_types_are_the_slices_that_gcloud_makes():
+    """From Cloud TPU's pages of v5e and v5p."""
+    assert parse_topology("v5litepod-32").name == "v5e:4x8"
+    assert parse_topology("v5p-1024").slice == "v5p:8x8x8"
+    assert parse_topology("2xv5p-64").slice == "v5p:2x4x4"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v9:2x2", "v5p:4x4", "v5e:4x4x4", "cpu:0", "v5e", "", "v5p-7", "v5litepod-"],
+)
 def test_an_unknown_topology_lists_the_known_ones(name):
     with pytest.raises(
         InputError, match=r"--topology .* like v4:4x4x4, v5e:4x4, .*cpu"

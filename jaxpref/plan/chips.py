@@ -95,6 +95,21 @@ CHIPS = {
 """Chips by the name that begins a topology."""
 
 
+GCLOUD = {
+    "v4": ("v4", 2),
+    "v5litepod": ("v5e", 1),
+    "v5p": ("v5p", 2),
+    "v6e": ("v6e", 1),
+}
+"""gcloud's accelerator types: the chip, and the number in the type per chip (of cores
+where a chip has two)."""
+SHAPES = {
+    2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    3: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16",
+}
+"""The shapes of slices that gcloud makes for an accelerator type, by torus axes."""
+
+
 MOST_VIRTUAL, MOST_DEVICES = 4096, 2**17
 """Maximum number of devices in a plan: virtual ones on CPU, and TPU devices."""
 
@@ -126,15 +141,36 @@ def _checked(name: str, devices: int, most: int) -> int:
     return devices
 
 
+def shape_of(kind: str) -> str | None:
+    """The topology of one of gcloud's accelerator types; None for other names.
+
+    For example, `v5litepod-16` is `v5e:4x4`, and `v5p-128` is `v5p:4x4x4`.
+    """
+    name, _, count = kind.partition("-")
+    if name not in GCLOUD or not re.fullmatch(r"[1-9]\d{0,5}", count):
+        return None
+    generation, per_chip = GCLOUD[name]
+    for shape in SHAPES[CHIPS[generation].axes].split():
+        if math.prod(map(int, shape.split("x"))) * per_chip == int(count):
+            return f"{generation}:{shape}"
+    return None
+
+
 def parse_topology(name: str) -> Topology:
-    """Parses `GENERATION:AxB[xC]`, the same after `Nx` for N slices, or `cpu:N`.
+    """Parses `GENERATION:AxB[xC]`, or one of gcloud's accelerator types, or `cpu:N`.
+
+    `Nx` before it is N slices.
 
     Raises:
       InputError: if the name has none of these forms.
     """
     several = re.match(r"([2-9]|[1-9]\d+)x", name)
     slices = int(several[1]) if several else 1
-    kind, _, size = name[several.end() if several else 0 :].partition(":")
+    kind = name[several.end() if several else 0 :]
+    if (shape := shape_of(kind)) is not None:
+        name = f"{slices}x{shape}" if several else shape
+        kind = shape
+    kind, _, size = kind.partition(":")
     if kind == "cpu" and slices == 1 and re.fullmatch(r"[1-9]\d*", size):
         return Topology(name, None, _checked(name, int(size), MOST_VIRTUAL))
     chip = CHIPS.get(kind)
@@ -144,6 +180,7 @@ def parse_topology(name: str) -> Topology:
         return Topology(name, chip, devices, slices)
     known = ", ".join(f"{k}:{chip.example}" for k, chip in CHIPS.items())
     raise InputError(
-        f"--topology {name}: unknown topology; use one like {known} (in any size), "
-        "2xv5e:4x4 for two slices, or cpu:8 for eight virtual devices"
+        f"--topology {name}: unknown topology; use one like {known} (in any size), an "
+        "accelerator type like v5litepod-16 or v5p-128, 2xv5e:4x4 for two slices, or "
+        "cpu:8 for eight virtual devices"
     )

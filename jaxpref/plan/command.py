@@ -22,6 +22,7 @@ from jaxpref.plan.roofline import (
     forward_flops,
     ideal_dcn_bytes,
     ideal_wire_bytes,
+    step_flops,
     token_estimate,
 )
 from jaxpref.plan.sweep import candidates, flags_of, with_flags
@@ -99,6 +100,7 @@ def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
         objective=objective,
         optimizer=config.optimizer,
         mesh=config.mesh,
+        lora=config.lora,
         prompt_length=config.seq - config.answer,
         answer_length=config.answer,
         batch_size=config.batch,
@@ -123,7 +125,7 @@ def estimate_plan(
       - `fits`: whether the step and the reference pass fit; None on CPU.
       - `hbm_bytes` (required by the step), `hbm_limit_bytes`, `temp_bytes`, and
         `argument_bytes`.  The last two are None if the compiler runs out of memory.
-      - `held_bytes` of parameters, optimizer, batch, and reference;
+      - `held_bytes` of parameters, optimizer, batch, frozen weights, and reference;
         `activation_bytes`, a part of the temporaries.
       - `flops_per_step`, `roofline_seconds`, `mfu_estimate`, `tokens_per_second`, and
         the rest of `roofline.estimate`; None on CPU.
@@ -190,6 +192,7 @@ def _load(
         head="rewards" not in objective.scores,
         logit_chunk=config.logit_chunk,
         models=objective.num_models,
+        adapter_weights=measured["adapter_weights"],
     )
 
 
@@ -209,7 +212,7 @@ def _time(load: Load, topology: Topology, held: dict[str, int], step: dict) -> d
         ("flops_per_step", "roofline_seconds", "mfu_estimate", "tokens_per_second")
     )
     if topology.chip is None:
-        return timed | {"flops_per_step": 3 * sum(forward_flops(load).values())}
+        return timed | {"flops_per_step": step_flops(load)[0]}
     received = step["wire_bytes"], step["dcn_bytes"]
     timed |= estimate(load, topology.chip, held, *received)
     seconds = timed["roofline_seconds"]

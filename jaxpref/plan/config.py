@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jaxpref.errors import InputError
+from jaxpref.models.lora import LoraOptions
 from jaxpref.runtime.ranges import at_least
 from jaxpref.train import MeshConfig, OptimizerConfig
 from jaxpref.train.options import LONGEST_ROW
@@ -20,8 +21,9 @@ class PlanConfig:
     """Preset (llama-3-1b, llama-3-8b, llama-3-70b, smollm2-135m, smollm2-360m,
     smollm2-1.7b, llama-0.6b-152k), Hugging Face model folder, or Hub ID."""
     topology: str
-    """TPU slice, for example v5p:4x4x8, v5e:16x16, v6e:4x4, v4:4x4x4, or tpu7x:4x4x4;
-    2xv5e:16x16 for two slices; cpu:8 for eight virtual devices."""
+    """TPU slice, for example v5p:4x4x8, v5e:16x16, v6e:4x4, v4:4x4x4, or tpu7x:4x4x4,
+    or gcloud's name of one, like v5litepod-16 or v5p-128; 2xv5e:16x16 for
+    two slices; cpu:8 for eight virtual devices."""
     batch: int
     """Pairs per step, over all devices and micro-batches."""
     seq: int
@@ -46,6 +48,8 @@ class PlanConfig:
     """Layers to unroll in the scan over layers."""
     mesh: MeshConfig = MeshConfig()
     """The mesh of devices."""
+    lora: LoraOptions = LoraOptions()
+    """The adapters, if not all weights are trained."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer; its state takes memory."""
     pairs: int | None = None

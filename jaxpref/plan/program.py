@@ -19,6 +19,8 @@ from jax.experimental import topologies
 from jaxpref.errors import InputError, first_line
 from jaxpref.files import write_json
 from jaxpref.models import Model, RewardModel, build
+from jaxpref.models.lora import LoraOptions
+from jaxpref.models.weights import Weights
 from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
 from jaxpref.plan.hlo import collectives
@@ -26,13 +28,14 @@ from jaxpref.plan.layout import uniform_layout
 from jaxpref.runtime.cache_folder import cache_folder, make_private
 from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
+from jaxpref.scoring.partition import Trained, frozen_parts
 from jaxpref.scoring.score_dataset import make_score_step
 from jaxpref.scoring.scorer import Scorer, make_scorer
 from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.task import Programs
 
-FORMAT = 5
+FORMAT = 6
 """Version of the format of cached results; part of the cache key."""
 
 
@@ -48,6 +51,8 @@ class Work:
     """The optimizer and its state."""
     mesh: MeshConfig
     """The mesh of devices."""
+    lora: LoraOptions = LoraOptions()
+    """The adapters, if not all weights are trained."""
     prompt_length: int
     """Tokens per prompt."""
     answer_length: int
@@ -99,7 +104,8 @@ def measure(work: Work, topology: Topology) -> dict:
 
     Returns:
       Plain values: `mesh` sizes by axis; `bytes` per device by content, including the
-      `activations` that a micro-batch stores for its backward pass; for `step`,
+      `activations` that a micro-batch stores for its backward pass; the number of
+      `adapter_weights` of one model, None if all weights are trained; for `step`,
       `score`, and `decode`, the result of `_compiled` (`decode` is None for a reward
       model); the `shape` of the batch, and of the `prompts` and their continuations.
 
@@ -112,7 +118,11 @@ def measure(work: Work, topology: Topology) -> dict:
         params, state = task.abstract_params(), task.abstract_state()
         frozen = task.abstract_frozen()
         batch = task.abstract_batch()
-        one = params["one"] if task.objective.num_models > 1 else params
+        one = jax.eval_shape(
+            functools.partial(task.scorer.reference_params, Weights(Path())),
+            *(frozen, params),
+        )
+        one = on_devices(one, mesh)
         score = make_score_step(task.reference_scorer)
         plain = dataclasses.replace(batch, reference={})
         activations = _activations(task.scorer, params, frozen, plain)
@@ -131,7 +141,7 @@ def measure(work: Work, topology: Topology) -> dict:
         "parameters": params,
         "optimizer": state.opt_state,
         "batch": batch,
-        "reference": frozen,
+        **frozen_parts(frozen),
         "other": rest,
     }
     found.setdefault("decode", None)
@@ -139,6 +149,7 @@ def measure(work: Work, topology: Topology) -> dict:
         "mesh": dict(mesh.shape),
         "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
         "activations": activations,
+        "adapter_weights": _adapter_weights(work, params),
         "shape": {
             "tokens": batch.tokens.shape,
             "targets": batch.targets.shape,
@@ -162,6 +173,9 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
             work.objective.scores,
             chunk_size=work.logit_chunk,
             num_models=work.objective.num_models,
+            trained=Trained(
+                lora=work.lora, start=Weights(Path()), reference=Weights(Path())
+            ),
         ),
         objective=work.objective,
         optimizer=make_optimizer(work.optimizer, schedule),
@@ -177,6 +191,13 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
             row_length=work.row_length,
         ),
     )
+
+
+def _adapter_weights(work: Work, params) -> int | None:
+    if work.lora.rank is None:
+        return None
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return count // work.objective.num_models
 
 
 def _activations(scorer: Scorer, params, frozen, batch) -> int:

@@ -8,9 +8,13 @@ loop only once, and the layers are a loop.
 """
 
 import dataclasses
+import functools
 import math
 
-from jaxpref.models import Architecture, Model
+import jax
+
+from jaxpref.models import Architecture, Model, build
+from jaxpref.models.families.mixtral import ExpertsArchitecture
 from jaxpref.models.logprobs import default_chunk
 from jaxpref.plan.chips import Chip
 
@@ -54,6 +58,8 @@ class Load:
     """Completion tokens whose logits exist at the same time."""
     models: int = 1
     """Number of models of these sizes that are trained together."""
+    adapter_weights: int | None = None
+    """Number of weights of each model's adapters; None if all weights are trained."""
 
     @property
     def devices(self) -> int:
@@ -61,37 +67,64 @@ class Load:
         return math.prod(self.mesh.values())
 
 
+@functools.cache
 def layer_weights(model: Architecture) -> int:
     """Number of weights in the matrices of the layers."""
-    m = model
-    attention = m.hidden_size * m.head_dim * 2 * (m.num_heads + m.num_kv_heads)
-    return m.num_layers * (attention + 3 * m.hidden_size * m.intermediate_size)
+    return sum(_layer_matrices(model).values())
+
+
+@functools.cache
+def active_weights(model: Architecture) -> float:
+    """Number of those that a token is multiplied with; of experts, only its own."""
+    tensors, share = model.family.tensors, 1.0
+    if isinstance(model, ExpertsArchitecture):
+        share = model.experts_per_token / model.num_experts
+    return sum(
+        count * (share if tensors[path].stacked > 1 else 1)
+        for path, count in _layer_matrices(model).items()
+    )
+
+
+def _layer_matrices(model: Architecture) -> dict[str, int]:
+    """The number of weights of each array of matrices, by path."""
+    shapes = jax.eval_shape(build(model).init, jax.random.key(0))
+    counts = {f"layers.{n}": math.prod(x.shape) for n, x in shapes["layers"].items()}
+    tensors = model.family.tensors
+    return {path: count for path, count in counts.items() if tensors[path].inputs}
 
 
 def forward_flops(load: Load) -> dict[str, float]:
     """FLOPs of one forward pass over a step's batch: `layers`, `attention`, `head`.
 
-    Two per weight and token; in attention, four per head feature and pair of tokens;
-    two per weight of the vocabulary head and predicted token.
+    With adapters, also `adapters`.  Two per weight and token; in attention, four per
+    head feature and pair of tokens; two per weight of the vocabulary head and predicted
+    token.
     """
     m = load.model.architecture
     vocabulary = m.hidden_size * m.vocab_size if load.head else m.hidden_size
     flops = {
-        "layers": 2.0 * layer_weights(m) * load.sequences * load.length,
+        "layers": 2.0 * active_weights(m) * load.sequences * load.length,
         "attention": 4.0 * m.num_layers * m.num_heads * m.head_dim * load.seen,
         "head": 2.0 * vocabulary * load.sequences * load.predictions,
     }
+    if load.adapter_weights:
+        per_token = 2.0 * load.adapter_weights
+        flops["adapters"] = per_token * load.sequences * load.length
     return {name: load.models * count for name, count in flops.items()}
 
 
 def step_flops(load: Load) -> tuple[float, float]:
     """FLOPs of a step: without recomputation (as in MFU), and in total.
 
-    The backward pass costs two forward passes.  `remat` recomputes the layers ("full")
-    or attention ("dots").  Logits are recomputed if there are several chunks.
+    The backward pass costs two forward passes.  That of frozen weights costs one: they
+    have no gradients.  `remat` recomputes the layers ("full") or attention ("dots").
+    Logits are recomputed if there are several chunks.
     """
     forward = forward_flops(load)
     once = sum(forward.values())
+    frozen = 0.0
+    if load.adapter_weights is not None:
+        frozen = forward["layers"] + forward["head"]
     recomputed = {
         "none": 0.0,
         "dots": forward["attention"],
@@ -99,7 +132,8 @@ def step_flops(load: Load) -> tuple[float, float]:
     }[load.model.numerics.remat]
     if chunks(load) > 1:
         recomputed += forward["head"]
-    return 3 * once, 3 * once + recomputed + load.extra_passes * once
+    needed = 3 * once - frozen
+    return needed, needed + recomputed + load.extra_passes * once
 
 
 def chunks(load: Load) -> int:
@@ -141,7 +175,8 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
     passes = 2 + (load.model.numerics.remat == "full") + load.extra_passes
     gathered = load.mesh["fsdp"] > 1
     weights = layer_weights(m) + (_vocabulary(load) * tensor * m.hidden_size)
-    weight_bytes = weights / tensor * (width * (passes + 2 * gathered) + 4)
+    weight_bytes = weights / tensor * (width * (passes + 2 * gathered))
+    weight_bytes += 4 * _with_gradients(load, weights) / tensor
     states = 2 * (2 * held["parameters"] + held["optimizer"])
     states += held["parameters"] + held["optimizer"]
     heads = 4 * m.head_dim * (m.num_heads + m.num_kv_heads) / tensor
@@ -170,7 +205,8 @@ def ideal_wire_bytes(load: Load) -> float:
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
-    bytes_of = load.models * (2 * width + 4) * weights / tensor
+    bytes_of = load.models * 2 * width * weights / tensor
+    bytes_of += load.models * 4 * _with_gradients(load, weights) / tensor
     bytes_of += load.extra_passes * width * weights / tensor
     return load.accumulation * (fsdp - 1) / fsdp * bytes_of
 
@@ -185,7 +221,12 @@ def ideal_dcn_bytes(load: Load) -> float:
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
     share = 2 * (load.slices - 1) / load.slices
-    return load.models * share * 4 * weights / shards
+    return load.models * share * 4 * _with_gradients(load, weights) / shards
+
+
+def _with_gradients(load: Load, weights: float) -> float:
+    """The number of weights that have gradients."""
+    return weights if load.adapter_weights is None else load.adapter_weights
 
 
 def token_estimate(load: Load, chip: Chip, received: float | None) -> dict:
