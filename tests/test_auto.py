@@ -1,5 +1,6 @@
 """`--objective auto`: no correction without evidence, and then the right one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -64,6 +65,20 @@ def test_it_learns_whose_labels_are_wrong():
     jax.tree.map(
         np.testing.assert_array_equal, again["seen"]["labels"], state["seen"]["labels"]
     )
+
+
+def test_with_one_flip_rate_it_is_the_loss_of_shrunken_margins():
+    state, one = RATES.init(2), candidates.NAMES.index("one_rate")
+    now = state["coefficients"]
+    scales = now.common.at[0, 0].set(np.log(0.3)).at[one, 0].set(np.log(1.2))
+    state["coefficients"] = dataclasses.replace(now, common=scales)
+    state["log_odds"] = state["log_odds"].at[one].set(1.0)
+    z, c = np.array([-30.0, -2.0, 0.0, 0.5, 20.0]), 0.3 / 1.2
+    gradient, _, metrics = step_on_margins(RATES, batch_of(z), state)
+    assert metrics["noise/model"] == one
+    assert float(metrics["noise/shrinkage"]) == pytest.approx(c, rel=1e-5)
+    # d/dw of the mean of -log s(c w z) / c at w = 1.
+    assert float(gradient) == pytest.approx(np.mean(-z * expit(-c * z)), rel=1e-5)
 
 
 def test_it_reads_only_what_its_features_need():

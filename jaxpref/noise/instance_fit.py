@@ -131,7 +131,9 @@ def fit(
     By Fisher scoring, with the step of each coefficient limited to half a standard
     deviation of its prior, and a line search.  The annotators' d_k are eliminated one
     by one, so that the cost grows linearly with their number.  The likelihood may have
-    several maxima: start from one constant rate.
+    several maxima: start from one constant rate.  With thousands of new labels at once,
+    it may also stop far from a maximum, because a step need not lead uphill once its
+    coefficients are limited one by one: add labels in batches, as a run does.
 
     Args:
       coefficients: where to start, from `instance.initial` or an earlier fit.

@@ -71,6 +71,38 @@ def marginal_nll(margin_logits: PerPair, rate: Rate) -> PerPair:
     return _nll(z, jnp.asarray(rate, z.dtype))
 
 
+def shrunken_nll(margin_logits: PerPair, shrinkage: Rate) -> PerPair:
+    """The loss of correct labels whose margins are c times as large as the model's.
+
+        loss = (-log s(c z) - log 2) / c + log 2
+
+    If flips shrink the margins that labels support by a factor c, a model that
+    minimizes this learns the margins without flips, z.  At z = 0, the loss and its
+    derivative, -1/2, do not depend on c; at large margins, the loss is negative.
+
+    Args:
+      margin_logits: z, nats; [*batch].
+      shrinkage: c > 0, about 1 - 2e for small margins; broadcasts.
+
+    Returns:
+      One number per label, at least float32; [*batch].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.noise import rate
+      >>> print(rate.shrunken_nll(jnp.array([0.0, 2.0]), 0.5).round(3))
+      [ 0.693 -0.067]
+
+    References:
+      Li and Duan, "Regression analysis under link violation", 1989: a wrong link, such
+      as that of labels without flips, changes the scale of an estimate and not its
+      direction, if the distribution of the features is elliptical.
+    """
+    z = _common.floating(margin_logits)
+    c = jnp.asarray(shrinkage, z.dtype)
+    return (jax.nn.softplus(-c * z) - jnp.log(2.0)) / c + jnp.log(2.0)
+
+
 @jax.custom_jvp
 def _nll(z: jax.Array, rate: jax.Array) -> jax.Array:
     # In log space nothing underflows; at e = 0 the second term is -inf and drops out.

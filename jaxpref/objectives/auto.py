@@ -5,13 +5,15 @@ from jaxtyping import Array
 
 from jaxpref.noise import candidates, instance, instance_fit
 from jaxpref.noise.instance import Prior
+from jaxpref.noise.rate import shrunken_nll
 from jaxpref.objectives import pair_rates
 from jaxpref.objectives.bound_loss import Loss, bind
 from jaxpref.objectives.flip_features import flip_features
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.learned_noise import wrapping
-from jaxpref.objectives.objective import Objective, State
+from jaxpref.objectives.objective import Metrics, Objective, State
 
+ONE_RATE = candidates.NAMES.index("one_rate")
 STEPS = 2
 """Steps of the estimate in each step of the policy."""
 
@@ -29,22 +31,28 @@ def auto(
 ) -> Objective:
     """The correction that the labels support, or none; needs no flip rate.
 
-        loss  = -log((1 - e) p + e' (1 - p)),    p = s(loss(swapped) - loss(pair))
+        loss  = -log((1 - e) s(z) + e' s(-z)),    z = loss(swapped) - loss(pair)
 
     e and e' are the flip rates of the pair, as for `instance_noise`.  Five descriptions
     of the labels are compared in each step: all are correct (e = 0, the likelihood of
     the loss itself); one flip rate; one for each annotator; rates that depend on the
-    features; and on both.  The one with the highest posterior probability is used.  So
-    the margins grow to about the size that correct labels would give, with the same
-    beta.
+    features; and on both.  The one with the highest posterior probability is used.
+
+    With one flip rate, the loss is `rate.shrunken_nll` instead: that of correct labels
+    for margins c z, where c is the factor by which flips shrink margins.  The
+    likelihood above would trust labels less, the more the policy contradicts them,
+    which does harm if all annotators share a bias that the policy has learned.
+
+    So the margins grow toward the size that correct labels would give, with the same
+    beta.  They stay smaller if the labels determine the flip rate poorly.
 
     During a warmup, no label is corrected: an untrained policy cannot tell a bias from
     a preference.  Only the first pass over the pairs is used, because the policy has
     seen the labels afterwards.
 
     Metrics: `noise/model`, the description in use, from 0 (all correct) to 4 (both);
-    `noise/log_odds_NAME`, its posterior log-odds against correct labels, nats; and
-    those of `instance_noise` for the description in use.
+    `noise/log_odds_NAME`, its posterior log-odds against correct labels, nats;
+    `noise/shrinkage`, c; and those of `instance_noise` for the description in use.
 
     Args:
       loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
@@ -62,7 +70,7 @@ def auto(
 
     References:
       The likelihood is FA-DPO's, Xu et al., 2025, arXiv:2512.00709, with swapped
-      features.  The comparison is ours (`jaxpref.noise.candidates`).
+      features.  The comparison and c are ours (`jaxpref.noise.candidates`).
     """
     bound = bind(loss)
     features = flip_features(
@@ -94,6 +102,12 @@ def auto(
         exact = lambda rate: jnp.where(which == 0, 0.0, rate)
         return exact(one), exact(other)
 
+    def pair_losses(inputs: Inputs, state: State) -> Array:
+        z, c = logits(inputs), candidates.shrinkage(state["coefficients"])
+        of_rates = instance.label_nll(z, *rates(inputs, state))
+        has_one_rate = jnp.argmax(state["log_odds"]) == ONE_RATE
+        return jnp.where(has_one_rate, shrunken_nll(z, c), of_rates)
+
     def learn(inputs: Inputs, state: State):
         z, x = logits(inputs), features.read(inputs)
         seen = pair_rates.collect(state["seen"], inputs, z, x, warmup=warmup)
@@ -105,11 +119,8 @@ def auto(
         found = instance_fit.describe(now, old, prior=own)
         metrics = pair_rates.estimate_metrics(found, now.shared, features.names)
         metrics |= pair_rates.posterior_metrics(inputs, z, *rates(inputs, state))
-        metrics["noise/model"] = which.astype(jnp.float32)
-        for name, value in zip(candidates.NAMES[1:], state["log_odds"][1:]):
-            metrics[f"noise/log_odds_{name}"] = value
-        after = {"coefficients": moved, "log_odds": log_odds, "seen": seen}
-        return after, metrics
+        metrics |= _choice_metrics(state)
+        return {"coefficients": moved, "log_odds": log_odds, "seen": seen}, metrics
 
     return wrapping(
         "auto",
@@ -124,9 +135,18 @@ def auto(
             "warmup": warmup,
         },
         reads=tuple(dict.fromkeys((*bound.logit_reads(), *features.reads))),
-        losses=lambda inputs, state: instance.label_nll(
-            logits(inputs), *rates(inputs, state)
-        ),
+        losses=pair_losses,
         init=init,
         learn=learn,
     )
+
+
+def _choice_metrics(state: State) -> Metrics:
+    """The description in use, and its competitors."""
+    log_odds = state["log_odds"]
+    odds = zip(candidates.NAMES[1:], log_odds[1:])
+    return {
+        "noise/model": jnp.argmax(log_odds).astype(jnp.float32),
+        "noise/shrinkage": candidates.shrinkage(state["coefficients"]),
+        **{f"noise/log_odds_{name}": value for name, value in odds},
+    }

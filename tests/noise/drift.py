@@ -34,6 +34,8 @@ class Case:
     noise_tails: float | None = None
     """The same for the noise."""
     scale: tuple[float, float] = (0.02, 1.0)
+    wobble: float = 0.0
+    """Standard deviation of the logarithm of the scale between batches."""
     labels: int = 16_384
     datasets: int = 40
     rates: tuple[float, ...] = (0.0, 0.2, 0.4)
@@ -51,6 +53,8 @@ OTHERS = (
     Case("learning policy", spread=2.0, correlation=(0.0, 0.9)),
     Case("noise with heavy tails", 2.5, (0.7, 0.7), noise_tails=3.0),
     Case("truth with heavy tails, noise without", 2.5, (0.7, 0.7), true_tails=3.0),
+    Case("scale varies by 5%", wobble=0.05),
+    Case("scale varies by 15%", wobble=0.15, datasets=200),
 )
 
 
@@ -69,6 +73,9 @@ def draw(seed, case: Case, *, rate: float, datasets: int) -> np.ndarray:
         np.linspace(*ends, case.labels) for ends in (case.correlation, case.scale)
     )
     policy = q * m + np.sqrt(1 - q**2) * case.spread * standard(case.noise_tails)
+    if case.wobble:
+        batches = random.normal(size=(datasets, case.labels // BATCH))
+        policy = policy * np.repeat(np.exp(case.wobble * batches), BATCH, axis=1)
     first_wins = (random.random(shape) < expit(m)) ^ (random.random(shape) < rate)
     return np.where(first_wins, 1, -1) * (scale * policy)
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import expit, logsumexp
+from scipy.optimize import brentq, minimize
+from scipy.special import expit, logit, logsumexp
 from scipy.stats import norm
 
 from jaxpref.noise import candidates, instance, instance_fit
@@ -111,6 +112,35 @@ def test_without_annotators_and_labels_nothing_is_corrected():
     now, prior = candidates.chosen(coefficients, jnp.argmax(found), prior=PRIOR)
     rates = instance.flip_rates(now, labels.features, labels.annotators, prior=prior)
     assert max(float(jnp.max(rate)) for rate in rates) < 1e-8
+
+
+@pytest.mark.parametrize("rate, spread", [(0.1, 2.0), (0.3, 6.0)])
+def test_shrinkage_is_the_ratio_of_the_scales_of_both_fits(rate, spread):
+    """Against scipy in float64, and against the root of its defining equation.
+
+    The labels are as many as their probability says, so that only the prior lies
+    between the two: it takes the rate for smaller.
+    """
+    points = norm.ppf((np.arange(64) + 0.5) / 64)
+    m = np.repeat(spread * points, COUNT // 64)
+    share = (np.arange(COUNT) % (COUNT // 64) + 0.5) / (COUNT // 64)
+    p = rate + (1 - 2 * rate) * expit(m)
+    z = np.where(share < p, 1, -1) * m
+    coefficients, _ = log_odds(labels_of(z, np.zeros(COUNT), np.full(COUNT, -1)))
+    found = float(candidates.shrinkage(coefficients))
+
+    def cost(t, e):
+        right = expit(np.exp(t) * z)
+        return -np.log((1 - e) * right + e * (1 - right)).sum() + (t / 1.4) ** 2 / 2
+
+    correct = minimize(lambda v: cost(v[0], 0.0), [0.0]).x[0]
+    of_rate = lambda v: cost(v[0], expit(v[1])) + (v[1] - logit(0.1)) ** 2 / 2
+    assert found == pytest.approx(
+        np.exp(correct - minimize(of_rate, [0.0, -1.0]).x[0]), rel=1e-3
+    )
+    root = brentq(lambda c: np.mean(m * (p - expit(c * m))), 0, 1)
+    assert root < 1 - 2 * rate
+    assert found == pytest.approx(root, rel=0.1)
 
 
 def test_a_coefficient_with_a_prior_of_zero_is_left_out():

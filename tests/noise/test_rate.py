@@ -22,6 +22,27 @@ def nll(margins, e) -> float:
     return -np.log((1 - e) * p + e * (1 - p)).sum()
 
 
+@pytest.mark.parametrize("e", [0.0, 0.1, 0.25, 0.4])
+def test_shrunken_nll_is_smallest_at_the_margins_without_flips(e):
+    """For normal margins, by quadrature: the expected loss of w m is smallest at w = 1.
+
+    c solves E[m (e + (1 - 2e) s(m))] = E[m s(c m)].
+    """
+    points, weights = np.polynomial.hermite_e.hermegauss(120)
+    m, weights = 1.5 * points, weights / weights.sum()
+    right = e + (1 - 2 * e) * expit(m)
+    c = brentq(lambda c: weights @ (m * (right - expit(c * m))), 1e-3, 1.5)
+    loss = lambda z: rate.shrunken_nll(z, c)
+    with jax.enable_x64(True):
+        z = jnp.asarray(m)
+        mean = lambda w: weights @ (right * loss(w * z) + (1 - right) * loss(-w * z))
+        slope = float(jax.grad(mean)(1.0))
+        curvature = float(jax.grad(jax.grad(mean))(1.0))
+        at_zero = jax.device_get(jax.value_and_grad(loss)(0.0))
+    assert abs(slope) < 1e-9 and curvature > 0.05
+    np.testing.assert_allclose(at_zero, [np.log(2), -0.5], rtol=1e-12)
+
+
 @pytest.mark.parametrize("e", [0.0, 1e-30, 0.25, 0.5, 0.75, 1.0])
 def test_the_gradients_of_marginal_nll_at_the_ends_of_the_rate(e):
     """By the quotient rule on P = (1 - e) s(z) + e s(-z), in float64."""
