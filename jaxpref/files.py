@@ -18,7 +18,7 @@ LOCK = ".lock"
 RUN_FILES = (
     *("config.json", "metrics.jsonl", "best.json", "timings.json", "memory.json"),
     *("report.html", "curves.png", "tensorboard", "reference", "checkpoints"),
-    *("unreadable", "export", "profile", "stopped"),
+    *("unreadable", "export", "adapter", "profile", "stopped"),
 )
 """Names of what a run writes to its folder."""
 AUDIT_FILES = (

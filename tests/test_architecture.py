@@ -80,6 +80,18 @@ ALLOWED = {
         },
         ARRAYS | {"numpy", "scipy", "tqdm"},
     ),
+    "merge": (
+        {
+            "errors",
+            "files",
+            "data",
+            "evaluate",
+            "models",
+            "runtime",
+            "train",
+        },
+        {"jax", "jaxtyping", "numpy", "safetensors"},
+    ),
     "report": ({"errors", "files"}, {"matplotlib"}),
     "plan": (
         {

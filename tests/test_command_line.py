@@ -171,6 +171,8 @@ COMPLETIONS = {
     "plan --remat f": ["full"],
     "audit --act": ["--action", "--action-top"],
     "sample --mo": ["--model"],
+    "merge --method s": ["slerp"],
+    "merge --layer": ["--layer-weights"],
 }
 
 

@@ -32,7 +32,7 @@ READ = re.compile(r"--(?:data|model|hh|ultrafeedback)[= ]([^\s`,)]+)")
 THE_READERS_OWN = {
     *("MODEL", "M", "DIR", "FILE", "X", "pairs.jsonl", "heldout.jsonl"),
     *("traces.jsonl", "runs/data/pairs.jsonl", "runs/mine/export"),
-    "runs/reward/export",
+    *("runs/reward/export", "runs/lora/export"),
 }
 SIZES = {*PRESETS, "smollm-135m-2-layers"}
 """Models without weights."""

@@ -181,7 +181,9 @@ def names_of(folder: Path) -> dict[str, Content]:
         train=str(folder / "pairs.jsonl"),
         heldout=None,
     )
-    reference = types.SimpleNamespace(folder=folder / "reference")
+    reference = types.SimpleNamespace(
+        folder=folder / "reference", adapter=None, name="reference"
+    )
     return provenance.contents(folder / "model", reference, datasets)
 
 

@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def sampler(monkeypatch):
     """Draws tokens that depend on prompts and key alone, and counts the batches."""
-    monkeypatch.setattr(generations, "load_params", lambda *_: None)
+    monkeypatch.setattr(generations, "load_weights", lambda *_: None)
     monkeypatch.setattr(data, "load_tokenizer", TOKENIZER)
 
     class Sampler:
