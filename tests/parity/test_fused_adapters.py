@@ -48,8 +48,8 @@ def test_peft_loads_our_adapter(made, stabilized, tmp_path):
     params = jax.tree.map(
         lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), params
     )
-    told = dict(base=str(folder), dtype="float32", reward=False)
-    save_adapter(tmp_path / "adapter", lora, model, params, **told)
+    options = dict(base=str(folder), dtype="float32", reward=False)
+    save_adapter(tmp_path / "adapter", lora, model, params, **options)
     ours = model.logits(
         load_weights(Weights(folder, tmp_path / "adapter"), model), TOKENS
     )
@@ -82,8 +82,8 @@ def test_we_load_an_adapter_of_peft(made, tmp_path):
     # Written again, from separate factors, the function is the same.
     lora, params = load_adapter(tmp_path / "theirs", model)
     assert lora == read_lora(tmp_path / "theirs", model)
-    told = dict(base=str(folder), dtype="float32", reward=False)
-    save_adapter(tmp_path / "ours", lora, model, params, **told)
+    options = dict(base=str(folder), dtype="float32", reward=False)
+    save_adapter(tmp_path / "ours", lora, model, params, **options)
     weights = Weights(folder, tmp_path / "ours")
     again = model.logits(load_weights(weights, model), TOKENS)
     np.testing.assert_allclose(again, ours, rtol=0, atol=1e-5)
