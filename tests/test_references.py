@@ -11,8 +11,10 @@ from jaxpref import losses
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.weights import Weights
 from jaxpref.objectives import crm, from_loss
 from jaxpref.scoring.moving_reference import MovingAverage, MovingReference
+from jaxpref.scoring.partition import reference_weights
 from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -131,3 +133,8 @@ def test_what_cannot_be_done_is_named(files, tmp_path, changes, words):
 def test_shares_out_of_range_are_errors(share):
     with pytest.raises(InputError, match="share"):
         MovingAverage(share=share)
+
+
+def test_only_a_run_has_a_reference_that_moves(tmp_path):
+    with pytest.raises(InputError, match="moving-average"):
+        reference_weights("moving-average", Weights(tmp_path))

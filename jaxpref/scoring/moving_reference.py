@@ -44,6 +44,11 @@ class MovingAverage:
             )
 
 
+def begins_at(reference: str | None) -> str | None:
+    """Where the reference that `--reference` names begins; None for the start."""
+    return None if reference == NAME else reference
+
+
 @dataclasses.dataclass(frozen=True)
 class MovingReference:
     """The scores of a moving reference, and how it moves."""

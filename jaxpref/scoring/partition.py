@@ -19,7 +19,6 @@ from jaxpref.models.partition import Partition, part_of
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.stored import stored_params
 from jaxpref.models.weights import Weights, load_weights
-from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.scorer import (
     ExportOptions,
     Frozen,
@@ -204,15 +203,15 @@ def reference_weights(reference: str | None, start: Weights) -> Weights:
     """The weights that `--reference` names.
 
     Args:
-      reference: "start" or None for those before training, "moving-average" for a
-        reference that begins there, "base" for those without the initial adapter, the
-        folder or Hub ID of a model, or the folder of an adapter of the initial model.
+      reference: "start" or None for those before training, "base" for those without
+        the initial adapter, the folder or Hub ID of a model, or the folder of an
+        adapter of the initial model.
       start: the weights before training.
 
     Raises:
       InputError: if there is no such model.
     """
-    if reference in (None, "start", MOVING):
+    if reference in (None, "start"):
         return start
     if reference == "base":
         return Weights(start.folder)

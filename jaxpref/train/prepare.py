@@ -22,7 +22,7 @@ from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_row
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits, check_logit_chunk
 from jaxpref.scoring.moving_reference import NAME as MOVING
-from jaxpref.scoring.moving_reference import MovingReference
+from jaxpref.scoring.moving_reference import MovingReference, begins_at
 from jaxpref.scoring.partition import Trained, reference_weights
 from jaxpref.scoring.reference import Reference, reference_digest
 from jaxpref.scoring.scorer import ExportOptions, Scorer, make_scorer
@@ -174,7 +174,7 @@ def _reference(
     """
     if not reads_reference(config.objective.scores) or config.reference == "none":
         return None
-    weights = reference_weights(config.reference, start)
+    weights = reference_weights(begins_at(config.reference), start)
     name = config.reference or config.model
     if weights.adapter is not None:
         read_lora(weights.adapter, Model(architecture))

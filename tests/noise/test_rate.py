@@ -36,10 +36,10 @@ def test_shrunken_nll_is_smallest_at_the_margins_without_flips(e):
     with jax.enable_x64(True):
         z = jnp.asarray(m)
         mean = lambda w: weights @ (right * loss(w * z) + (1 - right) * loss(-w * z))
-        slope = float(jax.grad(mean)(1.0))
+        derivative = float(jax.grad(mean)(1.0))
         curvature = float(jax.grad(jax.grad(mean))(1.0))
         at_zero = jax.device_get(jax.value_and_grad(loss)(0.0))
-    assert abs(slope) < 1e-9 and curvature > 0.05
+    assert abs(derivative) < 1e-9 and curvature > 0.05
     np.testing.assert_allclose(at_zero, [np.log(2), -0.5], rtol=1e-12)
 
 
