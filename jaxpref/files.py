@@ -1,6 +1,7 @@
 """Reads and writes files; never writes through a link or over an input."""
 
 import contextlib
+import glob
 import json
 import os
 import secrets
@@ -11,6 +12,8 @@ from typing import Any, TextIO
 
 from jaxpref.errors import InputError
 
+Reads = Mapping[str, str | Path | tuple[str, ...] | None]
+"""What a command reads, by option: a path, a pattern, or an ID on the hub."""
 RUN, AUDIT, MODEL, DATASET = "a run", "an audit", "a model", "a dataset"
 """What a folder may hold; see `kind_of`."""
 LOCK = ".lock"
@@ -18,12 +21,12 @@ LOCK = ".lock"
 RUN_FILES = (
     *("config.json", "metrics.jsonl", "best.json", "timings.json", "memory.json"),
     *("report.html", "curves.png", "tensorboard", "reference", "checkpoints"),
-    *("unreadable", "export", "adapter", "profile", "stopped"),
+    *("unreadable", "export", "adapter", "profile", "stopped", "skipped_rows.jsonl"),
 )
 """Names of what a run writes to its folder."""
 AUDIT_FILES = (
     *("audit_config.json", "audit.jsonl", "clean.jsonl", "summary.json"),
-    *("review.csv", "annotators.csv", "preferences.csv"),
+    *("review.csv", "annotators.csv", "preferences.csv", "skipped_rows.jsonl"),
     *("report.html", "annotators.html", "features"),
 )
 """Names of what an audit writes to its folder."""
@@ -107,15 +110,13 @@ def existing_file(path: Path) -> os.stat_result | None:
     return found
 
 
-def check_output(
-    flag: str, path: str | Path, reads: Mapping[str, str | Path | None]
-) -> None:
+def check_output(flag: str, path: str | Path, reads: Reads) -> None:
     """Checks a file that a command will write, before the command does any work.
 
     Args:
       flag: the option that names it.
       path: the file; its folder is created if it is missing.
-      reads: what the command reads: a path, or an ID on the hub, by option.
+      reads: what the command reads: paths, or IDs on the hub, by option.
 
     Raises:
       InputError: if it cannot be written, is read by the same command, or is part of a
@@ -154,7 +155,7 @@ def check_output_folder(
     flag: str,
     folder: str | Path,
     writes: Iterable[str],
-    reads: Mapping[str, str | Path | None],
+    reads: Reads,
     *,
     what: str | None = None,
 ) -> Path:
@@ -164,7 +165,7 @@ def check_output_folder(
       flag: the option that names it.
       folder: the folder.
       writes: names of the files and folders that the command writes there.
-      reads: what the command reads: a path, or an ID on the hub, by option.
+      reads: what the command reads: paths, or IDs on the hub, by option.
       what: what the folder may hold already: `RUN` or `AUDIT`.
 
     Raises:
@@ -247,15 +248,15 @@ def _check_surroundings(path: Path, *, is_file: bool) -> None:
         folder, name = folder.parent, folder.name
 
 
-def _on_disk(
-    reads: Mapping[str, str | Path | None],
-) -> Iterable[tuple[str, Path]]:
+def _on_disk(reads: Reads) -> Iterable[tuple[str, Path]]:
     """The inputs that are on this disk, by option."""
     for option, given in reads.items():
-        for path in (str(given), str(given).partition("?")[0]):  # FOLDER?split=NAME
-            if given is not None and os.path.exists(path):
+        several = given if isinstance(given, tuple) else (given,)
+        for name in map(str, filter(None, several)):
+            bare = name.partition("?")[0]  # FOLDER?split=NAME
+            found = [x for x in (name, bare) if os.path.exists(x)][:1]
+            for path in found or glob.glob(name, recursive=True):
                 yield option, Path(path)
-                break
 
 
 def _same(one: Path, other: Path) -> bool:

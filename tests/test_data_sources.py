@@ -56,7 +56,7 @@ def test_a_file_refuses_options_it_has_no_use_for(tmp_path):
 
 
 def test_options_after_a_question_mark(tmp_path):
-    with pytest.raises(InputError, match="only split=NAME and data_dir=DIR may follow"):
+    with pytest.raises(InputError, match="data_dir=DIR and revision=COMMIT may follow"):
         open_source("hf:owner/name?splot=test")
     odd = write_lines(tmp_path / "odd?name.jsonl", RECORDS)
     assert len(open_source(odd)) == len(RECORDS)
@@ -119,12 +119,12 @@ def test_hub_sets_are_asked_for_by_name_config_split_and_folder(monkeypatch):
         return RECORDS
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    source = open_source("hf:o/n:cfg?split=test&data_dir=d")
+    source = open_source("hf:o/n:cfg?split=test&data_dir=d&revision=abc")
     assert contents(source) == RECORDS and source.location(1) == "hf:o/n test row 2"
     open_source("o/n")
     assert calls == [
-        (("o/n", "cfg"), {"split": "test", "data_dir": "d"}),
-        (("o/n", None), {"split": "train", "data_dir": None}),
+        (("o/n", "cfg"), {"split": "test", "data_dir": "d", "revision": "abc"}),
+        (("o/n", None), {"split": "train", "data_dir": None, "revision": None}),
     ]
 
 

@@ -12,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from jaxpref.data import open_source, prepared
+from jaxpref.data import open_source
+from jaxpref.data.sources import prepared
 from jaxpref.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

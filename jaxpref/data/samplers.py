@@ -5,7 +5,8 @@ does not depend on processes, layout or accumulation.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -20,12 +21,25 @@ Order = Callable[[int, int], np.ndarray]
 
 
 def make_order(
-    dataset: PreferenceDataset, *, seed: int, empty_share: float | None
+    dataset: PreferenceDataset,
+    *,
+    seed: int,
+    empty_share: float | None,
+    weights: Sequence[float] | None = None,
 ) -> Order:
-    """The order of the training pairs; `empty_share` is None without a mixture."""
-    if empty_share is None:
-        return uniform(dataset, seed)
-    return mixture(dataset, seed, empty_share)
+    """The order of the training pairs.
+
+    Args:
+      dataset: the pairs.
+      seed: the seed of the order.
+      empty_share: for `mixture`; None without one.
+      weights: for `weighted`; None without weights.
+    """
+    if empty_share is not None:
+        return mixture(dataset, seed, empty_share)
+    if weights is not None:
+        return weighted(dataset, seed, weights)
+    return uniform(dataset, seed)
 
 
 def uniform(dataset: PreferenceDataset, seed: int) -> Order:
@@ -78,6 +92,33 @@ def mixture(
             raise InputError(f"no pair {what} is left to train on; add some")
         kinds.append((indices, _shuffled(len(indices), seed, salt=f"order {name}")))
     return _Mixture(*kinds, empty_share=empty_share)
+
+
+def weighted(dataset: PreferenceDataset, seed: int, weights: Sequence[float]) -> Order:
+    """Every source has its share of the pairs, evenly spread over the positions.
+
+    The pairs of each source are shuffled separately, as by `uniform`: none is repeated
+    before all others of its source have occurred.  Of the first p positions, source 0
+    has floor(w_0 p), source 1 the floor of w_1 / (1 - w_0) times the rest, and so on.
+
+    Args:
+      dataset: pairs with the column `source`.
+      seed: the seed of all orders, which are independent.
+      weights: the share w of each source, > 0; their sum is 1.
+
+    Raises:
+      InputError: if a source has no pairs.
+    """
+    sources = []
+    for number in range(len(weights)):
+        indices = np.flatnonzero(dataset.columns["source"] == number)
+        if not len(indices):
+            raise InputError(
+                f"--data: no pair of file {number + 1} is left to train on; drop it"
+            )
+        stream = _shuffled(len(indices), seed, salt=f"order source {number}")
+        sources.append((indices, stream))
+    return _Weighted(tuple(sources), tuple(weights))
 
 
 def in_order(dataset: PreferenceDataset) -> Order:
@@ -141,6 +182,28 @@ class _Mixture:
         ):
             drawn[places] = indices[_part(stream, step, int(places.sum()))]
         return drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weighted:
+    sources: tuple[tuple[np.ndarray, grain.MapDataset], ...]
+    weights: tuple[float, ...]
+
+    def __call__(self, step: int, batch_size: int) -> np.ndarray:
+        first = step * batch_size
+        return np.array([self._pair(first + n) for n in range(batch_size)], np.int64)
+
+    def _pair(self, place: int) -> int:
+        """The pair at a position, from the sources that are left for it."""
+        left = 1.0
+        for (indices, stream), weight in zip(self.sources[:-1], self.weights):
+            share = min(weight / left, 1.0)
+            before = math.floor(place * share)
+            if math.floor((place + 1) * share) > before:
+                return int(indices[stream[before]])
+            place, left = place - before, left - weight
+        indices, stream = self.sources[-1]
+        return int(indices[stream[place]])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import InputError
-from jaxpref.files import LOCK, check_output_folder, existing_file, kind_of
+from jaxpref.files import LOCK, Reads, check_output_folder, existing_file, kind_of
 from jaxpref.runtime.processes import together
 from jaxpref.runtime.provenance import changed_options, flat
 
@@ -33,7 +33,7 @@ def open_out(
     *,
     what: str,
     writes: Collection[str],
-    reads: Mapping[str, str | Path | None],
+    reads: Reads,
 ) -> Iterator[Path]:
     """Creates the folder OUT, or checks that it can be written, and locks it.
 
@@ -43,7 +43,7 @@ def open_out(
         writes once something is done.
       what: what the folder holds, `files.RUN` or `files.AUDIT`.
       writes: names of the files and folders that the caller writes there.
-      reads: what the caller reads: a path, or an ID on the hub, by option.
+      reads: what the caller reads, by option.
 
     Raises:
       InputError: if OUT cannot be used, or another process writes to it.

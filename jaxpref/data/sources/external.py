@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref.data.prepared import check_features, prepared_folder
+from jaxpref.data.sources.optional import import_optional
+from jaxpref.data.sources.prepared import check_features, prepared_folder
 from jaxpref.errors import InputError, first_line
 
 
@@ -25,7 +26,7 @@ class Rows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Any:
-        return _plain(self._table[index], self.location(index))
+        return plain(self._table[index], self.location(index))
 
     def location(self, index: int) -> str:
         """Rows count from 1."""
@@ -49,13 +50,19 @@ def open_saved(folder: Path, *, split: str | None) -> Rows:
     return Rows(table, f"{folder}")
 
 
-def open_hub(name: str, *, split: str, data_dir: str | None) -> Rows:
+def open_hub(
+    name: str, *, split: str, data_dir: str | None, revision: str | None = None
+) -> Rows:
     """OWNER/NAME or OWNER/NAME:CONFIG on the Hugging Face hub, or in its cache."""
     datasets = _import_datasets(name)
     name, _, config = name.partition(":")
     try:
         table = datasets.load_dataset(
-            name, config or None, split=split, data_dir=data_dir
+            name,
+            config or None,
+            split=split,
+            data_dir=data_dir,
+            revision=revision,
         )
     except Exception as error:  # network, missing set, split or config, damaged cache
         raise InputError(
@@ -98,14 +105,7 @@ def _tfds_reason(error: Exception) -> str:
 
 
 def _import_datasets(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"{name}: reading it needs the package `datasets`;"
-            ' pip install "jaxpref[hub]"'
-        ) from None
-    return datasets
+    return import_optional("datasets", name, extra="hub")
 
 
 def _import_tfds(name: str) -> Any:
@@ -120,14 +120,14 @@ def _import_tfds(name: str) -> Any:
     return tensorflow_datasets
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Converts bytes to text and NumPy values to Python."""
+def plain(value: Any, where: str) -> Any:
+    """A value with bytes as text and NumPy values as Python's."""
     if isinstance(value, dict):
-        return {key: _plain(item, where) for key, item in value.items()}
+        return {key: plain(item, where) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
+        return [plain(item, where) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bytes):
