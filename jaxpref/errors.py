@@ -1,7 +1,9 @@
 """Exceptions that the command line reports, and how text reaches the terminal."""
 
+import difflib
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import TextIO
 
 
@@ -37,6 +39,20 @@ def first_line(error: BaseException) -> str:
     The name of its type if the message is empty.
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The end of a message, "; did you mean NAME?"; empty if no name is similar."""
+    names = list(names)
+    last = name.rpartition(".")[2]
+    # `--flip-rate` for `--loss.flip-rate`: the namespace was forgotten.
+    near = [n for n in names if n.rpartition(".")[2] == last]
+    if not near:
+        near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
+        # Swapped letters (rdop for rdpo) come before changed letters (ropo).
+        near = sorted(near, key=lambda n: sorted(n) != sorted(name))[:1]
+    listed = " or ".join(prefix + n for n in near)
+    return f"; did you mean {listed}?" if near else ""
 
 
 JOINERS = "\u200c\u200d"
@@ -81,11 +97,33 @@ def _visible(character: str) -> str:
 def show(text: object, *, file: TextIO | None = None) -> None:
     """Prints `visible` text at once, on stdout by default.
 
-    The only place that prints.  Characters that the terminal's encoding lacks become
-    escapes, too.
+    Characters that the terminal's encoding lacks become escapes, too.
     """
-    file = sys.stdout if file is None else file
-    shown = visible(text)
+    out = file or sys.stdout
+    print(_encodable(visible(text), out), file=out, flush=True)
+
+
+COLORS = {"blue": 34, "green": 32, "magenta": 35}
+"""The colors of `paint`, as the terminal knows them."""
+
+
+def paint(parts: Iterable[tuple[str, str]], *, file: TextIO | None = None) -> None:
+    """Prints `visible` texts in colors, with nothing between them.
+
+    The only other place that prints, besides `show`.
+
+    Args:
+      parts: texts, and names in `COLORS`.
+      file: a terminal, by default on stdout.
+    """
+    out = file or sys.stdout
+    shown = [
+        f"\x1b[{COLORS[color]}m{_encodable(visible(text), out)}\x1b[0m"
+        for text, color in parts
+    ]
+    print("".join(shown), file=out, flush=True)
+
+
+def _encodable(text: str, file: TextIO) -> str:
     encoding = getattr(file, "encoding", None) or "utf-8"
-    shown = shown.encode(encoding, "backslashreplace").decode(encoding)
-    print(shown, file=file, flush=True)
+    return text.encode(encoding, "backslashreplace").decode(encoding)

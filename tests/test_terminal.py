@@ -13,7 +13,7 @@ import pytest
 
 from jaxpref.cli import config_file, main
 from jaxpref.cli.options import Option
-from jaxpref.errors import show, visible, visible_line
+from jaxpref.errors import paint, show, visible, visible_line
 from jaxpref.runtime import entry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +88,12 @@ def test_show_suits_the_encoding(encoding):
     assert text.endswith("\\x1b[2J\\ud800\n")
 
 
+def test_colors_are_the_only_escapes():
+    file = io.StringIO()
+    paint([("a\x1b[2J", "blue"), ("\x9b", "green")], file=file)
+    assert file.getvalue() == "\x1b[34ma\\x1b[2J\x1b[0m\x1b[32m\\x9b\x1b[0m\n"
+
+
 EVIL = "\x1b]0;owned\x07\x9b2J\u202e"
 SAFE = r"\x1b]0;owned\x07\x9b2J\u202e"
 
@@ -105,6 +111,9 @@ SAFE = r"\x1b]0;owned\x07\x9b2J\u202e"
         ["sample", f"--help-{EVIL}"],
         ["audit", "--model", "m", "--data", EVIL, "--out", "o", "--folds", EVIL],
         ["evaluate", "--model", f"/{EVIL}", "--data", "d", "--out", "o"],
+        ["data", EVIL],
+        ["data", "inspect", EVIL, "--model", f"/{EVIL}"],
+        ["data", "convert", EVIL, "--out", "o.jsonl"],
         ["plan", "--model", "m", "--batch", "1", "--seq", "8", "--topology", EVIL],
         ["--completion", EVIL],
     ],

@@ -76,6 +76,8 @@ def completion_script(shell: str, commands: Iterable[str]) -> str:
             words += " --loss --objective"
         if name in ("train", "sweep"):
             words += " --help-all"
+        if name == "data":
+            words = f"{' '.join(modules[name].PARTS)} {words}"
         values += [
             f"    {name},--{option}) words='{' '.join(choices)}' ;;"
             for option, choices in chosen.items()

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "Score preference pairs with a model and its reference, or with a"
     " reward model.",
     "sample": "Generate completions of prompts.",
+    "data": "Inspect preference data as a model sees it, convert it, or make pairs.",
     "audit": "Find labels that are probably wrong, and unreliable annotators.",
     "merge": "Merge models by their weights: means, SLERP, task vectors, greedy soups.",
     "plan": "Check whether a run fits a TPU slice, and estimate its speed, without"

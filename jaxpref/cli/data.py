@@ -1,0 +1,288 @@
+"""`jaxpref data inspect`, `jaxpref data convert` and `jaxpref data pairs`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxpref import data
+from jaxpref.cli import help
+from jaxpref.cli.options import Option, Part, options_of, parse
+from jaxpref.cli.words import closest, split
+from jaxpref.data.convert import convert
+from jaxpref.data.inspection import Inspection, Segment, inspect_pairs, segments
+from jaxpref.data.kinds import ANSWERS, PAIRS, Kind
+from jaxpref.data.make_pairs import Rule, joined_pairs, ranked_pairs, read_answers
+from jaxpref.errors import InputError, paint, show
+from jaxpref.files import check_output, write_whole
+from jaxpref.models.folder_config import is_reward_model, read_architecture
+from jaxpref.models.hub import resolve_folder
+from jaxpref.report.inspection import SPECIAL, answer_names, write_inspection
+from jaxpref.runtime.ranges import at_least
+
+KINDS = {
+    "pairs": PAIRS,
+    "answers": ANSWERS,
+    "labeled": Kind(1, frozenset({"desirable"})),
+    "lists": Kind(None, frozenset({"qualities"})),
+}
+COLORS = {"prompt": "blue", "answer": "green", "special": "magenta"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Options of `jaxpref data inspect`, besides those of the data."""
+
+    data: str
+    """The data, as for `jaxpref train`."""
+    model: str
+    """Hugging Face model folder or Hub ID, whose tokenizer and chat template are
+    used."""
+    kind: Literal["pairs", "answers", "labeled", "lists"] = "pairs"
+    """What is read of each record: a pair; one answer, as for `--loss sft`; an answer
+    with a label, as for `--loss kto`; or a list, as for `--loss plackett_luce`."""
+    out: str | None = None
+    """HTML page to write.  By default, nothing is written."""
+    show: int = 3
+    """Number of records to show as the model sees them."""
+
+    def __post_init__(self):
+        at_least(0, self, "show")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Options of `jaxpref data convert`."""
+
+    data: str
+    """The data, as for `jaxpref train`."""
+    out: str
+    """File to write: .jsonl, .parquet or .array_record."""
+    seed: int | None = None
+    """Shuffle the records with this seed.  By default, their order is kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Options of `jaxpref data pairs`."""
+
+    data: str
+    """Records with `completions` and `scores`, or a file of `jaxpref sample --out
+    NAME.jsonl`."""
+    out: str
+    """JSONL file to write."""
+    rule: Rule = "best-worst"
+    """Which of a record's answers are paired: the best with the worst, the best with a
+    random worse one, or all."""
+    min_gap: float = 0.0
+    """Minimum difference between the two scores.  Equal scores never make a pair."""
+    against: str | None = None
+    """Records with answers of a weaker model to the same prompts.  The answers in
+    --data are preferred to these, and no scores are needed."""
+    keep_unfinished: bool = False
+    """Keep pairs with an answer that was cut off (`ended` is false)."""
+
+    def __post_init__(self):
+        at_least(0, self, "min_gap")
+        if self.against is not None and (self.rule, self.min_gap) != ("best-worst", 0):
+            raise InputError(
+                "--against: scores are not used; leave out --rule and --min-gap"
+            )
+
+
+ABOUT = {
+    "inspect": "Show what a model will see of preference data: lengths, what is"
+    " truncated\nand dropped, duplicates, contradictions, annotators, and tokens.",
+    "convert": "Write data from any source as one file.",
+    "pairs": "Make preference pairs from answers with scores, or from the answers"
+    "\nof a stronger and a weaker model.",
+}
+PARTS = {
+    "inspect": {"config": Part(InspectConfig), "options": Part(data.DataOptions)},
+    "convert": {"config": Part(ConvertConfig)},
+    "pairs": {"config": Part(PairsConfig)},
+}
+
+
+def command(argv: Sequence[str]) -> None:
+    """Runs the action that the first word names."""
+    name, rest = _action(argv)
+    if rest and not rest[0].startswith("--"):  # the data may come first
+        rest = ["--data", *rest]
+    ACTIONS[name](parse(PARTS[name], split(rest), command=f"jaxpref data {name}"))
+
+
+def options() -> dict[str, Option]:
+    """The options of all actions."""
+    return {
+        name: option
+        for parts in PARTS.values()
+        for name, option in options_of(parts).items()
+    }
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """The help of an action, or of all."""
+    named = [word for word in argv if word in PARTS]
+    texts = [
+        f"{ABOUT[name]}\n\n"
+        + help.command(f"jaxpref data {name}", options_of(PARTS[name]))
+        for name in named or PARTS
+    ]
+    return "\n\n".join(texts)
+
+
+def _action(argv: Sequence[str]) -> tuple[str, list[str]]:
+    name, rest = (list(argv) + [""])[0], list(argv[1:])
+    if name not in PARTS:
+        raise InputError(
+            f"jaxpref data {name}: expected {', '.join(PARTS)}{closest(name, PARTS)}"
+        )
+    return name, rest
+
+
+def _inspect(parsed: Any) -> None:
+    config: InspectConfig = parsed.config
+    if config.out is not None:
+        reads = {"--data": config.data, "--model": config.model}
+        check_output("--out", config.out, reads)
+    folder = resolve_folder(config.model)
+    tokenizer = data.load_tokenizer(folder)
+    length = read_architecture(folder).context_length
+    options = data.for_model(parsed.options, length)
+    # Everything is inspected, whatever a run would hold out.
+    options = dataclasses.replace(options, heldout_fraction=0.0)
+    kind = KINDS[config.kind]
+    source = data.open_records(config.data, options, sides=kind.sides)
+    splits = data.make_splits(
+        source,
+        tokenizer,
+        options,
+        kind=kind,
+        whole_turns=is_reward_model(folder),
+    )
+    pairs = splits.train
+    found = inspect_pairs(pairs)
+    counts = _counts(splits.report, found)
+    fields = splits.fields.describe()
+    shown = range(min(config.show, len(pairs)))
+    examples = [
+        (source.location(int(pairs.columns["row"][n])), segments(pairs, n, tokenizer))
+        for n in shown
+    ]
+    show(f"{config.data}: {fields}\n")
+    show(help.table({name: str(value) for name, value in counts.items()}, column=40))
+    show("\n" + _lengths(found))
+    for place, parts in examples:
+        _show_example(place, parts)
+    if config.out is not None:
+        write_inspection(
+            config.out,
+            counts,
+            found.lengths,
+            found.annotators,
+            [(place, [_marked(part) for part in parts]) for place, parts in examples],
+            fields=fields,
+            data=Path(config.data).name,
+            model=Path(config.model).name,
+        )
+        show(f"\n{config.out}")
+
+
+def _counts(report: dict[str, int], found: Inspection) -> dict[str, Any]:
+    """What was read, left out and found, by name, without zeros."""
+    read = {k: v for k, v in report.items() if k not in ("train", "heldout", "flipped")}
+    counts = read | {
+        "pairs": found.pairs,
+        "different prompts": found.prompts,
+        "duplicates of an earlier pair": found.copies,
+        "pairs that contradict another": found.contradictions,
+        "labels marked as wrong": found.flipped,
+        "annotators": len(found.annotators),
+        "tokens of an epoch": found.tokens,
+    }
+    shares = {"padding without packing": found.padded}
+    if found.longer_chosen is not None:
+        shares["chosen answer is longer"] = found.longer_chosen
+    shown = {name: f"{value:,}" for name, value in counts.items() if value}
+    return shown | {name: f"{value:.0%}" for name, value in shares.items()}
+
+
+def _lengths(found: Inspection) -> str:
+    """The lengths as a table."""
+    names = list(next(iter(found.lengths.values())))
+    line = lambda first, cells: f"  {first:28}" + "".join(f"{x:>9}" for x in cells)
+    rows = [
+        line(part, [f"{values[name]:,.0f}" for name in names])
+        for part, values in found.lengths.items()
+    ]
+    return "\n".join([line("tokens", names), *rows])
+
+
+def _show_example(place: str, parts: list[list[Segment]]) -> None:
+    names = ["prompt", *answer_names(len(parts) - 1)]
+    show(f"\n{place}")
+    for name, part in zip(names, parts, strict=True):
+        show(f"--- {name}, {sum(x.tokens for x in part)} tokens")
+        if sys.stdout.isatty():
+            paint([(x.text, COLORS[x.kind]) for x in part])
+        else:
+            show(_marked(part))
+
+
+def _marked(part: list[Segment]) -> str:
+    """Segments as text, with marks around special tokens."""
+    start, end = SPECIAL
+    return "".join(
+        f"{start}{x.text}{end}" if x.kind == "special" else x.text for x in part
+    )
+
+
+def _convert(parsed: Any) -> None:
+    config: ConvertConfig = parsed.config
+    check_output("--out", config.out, {"--data": config.data})
+    source = data.open_source(config.data)
+    count = convert(source, Path(config.out), seed=config.seed)
+    show(f"{config.out}: {count:,} records")
+
+
+def _pairs(parsed: Any) -> None:
+    config: PairsConfig = parsed.config
+    reads = {"--data": config.data, "--against": config.against}
+    check_output("--out", config.out, reads)
+    source = data.open_source(config.data)
+    if config.against is not None:
+        other = data.open_source(config.against)
+        pairs = list(joined_pairs(source, other, config.data, config.against))
+    else:
+        pairs = [
+            pair
+            for n, place in enumerate(map(source.location, range(len(source))))
+            for pair in ranked_pairs(
+                read_answers(source[n], place),
+                place,
+                rule=config.rule,
+                min_gap=config.min_gap,
+            )
+        ]
+    kept = [x for x in pairs if config.keep_unfinished or all(x.get("ended", [True]))]
+    if not kept:
+        raise InputError(
+            f"{config.data}: no pair is left of {len(source):,} records"
+            f" ({len(pairs):,} pairs have answers that were cut off; to keep these,"
+            " pass --keep-unfinished)"
+        )
+    lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in kept)
+    write_whole(config.out, "".join(lines))
+    cut = len(pairs) - len(kept)
+    dropped = f"; {cut:,} left out, whose answers were cut off" if cut else ""
+    show(f"{config.out}: {len(kept):,} pairs of {len(source):,} records{dropped}")
+
+
+ACTIONS: dict[str, Callable[[Any], None]] = {
+    "inspect": _inspect,
+    "convert": _convert,
+    "pairs": _pairs,
+}
