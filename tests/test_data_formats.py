@@ -10,6 +10,7 @@ import types
 import pytest
 
 from jaxpref.data import (
+    ANSWERS,
     DataOptions,
     InjectOptions,
     ListSource,
@@ -248,7 +249,7 @@ def test_a_new_format_is_one_entry_of_the_tuple(monkeypatch):
     ranked = types.SimpleNamespace(
         matches=lambda record, sides: "answers" in record, parse=parse_best
     )
-    monkeypatch.setattr(records, "FORMATS", (ranked, *records.FORMATS))
+    monkeypatch.setattr(records, "FORMATS", {"best": ranked, **records.FORMATS})
     record = {"prompt": "q", "answers": ["b", "a"], "best": 1, "annotator": "w1"}
     expected = Example("q", ("a", "b"), annotator="w1")
     assert parse(record, "f row 1", sides=2) == expected
@@ -294,7 +295,7 @@ BAD_RECORDS = {
     "a string": ("q", "must be a JSON object, but this is a string"),
     "null record": (None, "must be a JSON object, but this is null"),
     "bad flip": (PAIR | {"flip": 1}, "field 'flip' must be true or false"),
-    "flip text": (PAIR | {"flip": "false"}, "field 'flip' must be true or false"),
+    "flip text": (PAIR | {"flip": "maybe"}, "field 'flip' must be true or false"),
     "bad annotator": (PAIR | {"annotator": 1.5}, "field 'annotator' must be"),
     "annotator bool": (PAIR | {"annotator": True}, "field 'annotator' must be"),
     "surrogate": (PAIR | {"chosen": "a\ud800"}, "field 'chosen'.*surrogate"),
@@ -411,9 +412,9 @@ BAD_FILES = {
     "empty list": ("pairs.json", lambda path: path.write_text("[]"), "no records"),
     "cut list": ("pairs.json", lambda path: path.write_text('[{"p'), "not JSON"),
     "gzip bomb": ("pairs.jsonl.gz", _gzip_bomb, "unpacks to more than 200 times"),
-    "cut gzip": ("pairs.jsonl.gz", _gzip_cut, "gzip file ends too early"),
+    "cut gzip": ("pairs.jsonl.gz", _gzip_cut, "compressed file ends too early"),
     "no gzip": ("p.jsonl.gz", lambda path: path.write_text("{}"), "not a valid gzip"),
-    "unknown": ("pairs.csv", lambda path: path.write_text("a,b"), "unknown kind"),
+    "unknown": ("pairs.xlsx", lambda path: path.write_text("a,b"), "unknown kind"),
     "folder": ("pairs", lambda path: path.mkdir(), "folder holds no dataset"),
 }
 
@@ -482,7 +483,7 @@ def test_flips_need_pairs():
             ListSource(synthetic_pairs(2)),
             byte_tokenizer(),
             DataOptions(inject=InjectOptions(flip_rate=0.1)),
-            sides=1,
+            kind=ANSWERS,
         )
 
 

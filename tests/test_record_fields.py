@@ -172,27 +172,29 @@ def test_a_label_that_a_loss_reads_is_no_error():
 @pytest.mark.parametrize(
     "records, sides, line",
     [
-        ([TEXT], 2, "fields read: chosen, prompt, rejected"),
+        ([TEXT], 2, "fields read: chosen, prompt, rejected; format: pairs 1"),
         (
             [TEXT | {"source": "x", "score": 3}],
             2,
-            "fields read: chosen, prompt, rejected; not read: source, score",
+            "fields read: chosen, prompt, rejected; not read: source, score; "
+            "format: pairs 1",
         ),
-        ([TEXT], 1, "fields read: chosen, prompt; not read: rejected"),
+        ([TEXT], 1, "fields read: chosen, prompt; not read: rejected; format: pairs 1"),
         (
             [{"prompt": "", "chosen": "\n\nHuman: q\n\nAssistant: a"}],
             1,
-            "fields read: chosen, prompt",
+            "fields read: chosen, prompt; format: dialogues 1",
         ),
         (
             [{"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a"}],
             1,
-            "fields read: chosen, prompt",
+            "fields read: chosen, prompt; format: dialogues 1",
         ),
         ([CHAT | {"annotator": 1, "empty": []}], 2,
-         "fields read: annotator, chosen, prompt, rejected"),
+         "fields read: annotator, chosen, prompt, rejected; format: messages 1"),
         ([TEXT | {"label": 1}], 2,
-         "fields read: chosen, prompt, rejected; ignored on request: label"),
+         "fields read: chosen, prompt, rejected; ignored on request: label; "
+         "format: pairs 1"),
     ],
 )  # fmt: skip
 def test_the_fields_are_listed_once(records, sides, line):
@@ -381,3 +383,9 @@ def test_an_open_answer_keeps_nothing_that_the_template_writes(merges):
     tokenizer = byte_tokenizer(merges=merges, template=template)
     record = CHAT | {"chosen": "xab", "rejected": "no", "ended": False}
     assert pair_of(record, tokenizer)[1:] == ("xab", "no")
+
+
+def test_a_field_that_may_reverse_a_pair_is_refused():
+    record = {"prompt": "q", "chosen": "a", "rejected": "b", "preferred": "rejected"}
+    with pytest.raises(InputError, match="f row 1: field 'preferred' changes what"):
+        parse(record, "f row 1", sides=2)

@@ -313,9 +313,12 @@ def test_a_template_that_requires_more_than_a_question(
 def test_fields_to_ignore_do_not_stop_sampling(record):
     """What the message says can be done."""
     name = [*record][-1]
-    read = lambda record, **options: read_prompts(
-        ListSource([record]), chatml_tokenizer(), limit=1, **options
-    )
+
+    def read(record, **options):
+        source = ListSource([record])
+        found = read_prompts(source, chatml_tokenizer(), limit=1, **options)
+        return [(prompt.text, prompt.tokens) for prompt in found]
+
     with pytest.raises(InputError, match=f"pass --ignore-fields {name}"):
         read(record)
     others = {k: v for k, v in record.items() if k != name}

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxpref.data import DataOptions, InjectOptions, ListSource, make_splits
+from jaxpref.data import PAIRS, DataOptions, InjectOptions, ListSource, make_splits
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.read import read_datasets
 from jaxpref.data.records import prompt_key
@@ -157,7 +157,7 @@ def read(folder, train, heldout, **options):
     return read_datasets(
         TOKENIZER,
         DataOptions(**options),
-        num_completions=2,
+        kind=PAIRS,
         mix=None,
         train=write("0.jsonl", train),
         heldout=None if heldout is None else write("1.jsonl", heldout),

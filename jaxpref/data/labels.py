@@ -1,11 +1,12 @@
-"""Labels of a pair besides its preference: one number each, from the record."""
+"""Labels of a record besides the order of its answers: numbers, from the record."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxpref.data.cells import from_cell
 from jaxpref.errors import InputError
 
 Number = TypeVar("Number", float, np.ndarray)
@@ -24,8 +25,16 @@ EXCHANGED = {
     "rejected_ratings": "chosen_ratings",
 }
 """Labels that belong to an answer, and so are swapped together with the answers."""
-BOOLEAN = ("ties", "chosen_first")
+BOOLEAN = ("ties", "chosen_first", "desirable")
 """Labels that may be true or false in a record."""
+BINARY = ("desirable",)
+"""Labels that must be true or false, or 1 or 0."""
+OPPOSITE = ("chosen_first", "desirable")
+"""Labels that a flip turns into their opposite, 1 - x."""
+DEFAULT_FIELDS = {"desirable": "label"}
+"""The fields of labels that need not be named."""
+LIST_LABELS = frozenset({"qualities", "relevances", "ranks"})
+"""Labels with one number for each answer of a list; see `records.lists`."""
 WEIGHTS = "weights"
 """The label that no loss reads, since it multiplies every loss."""
 
@@ -63,6 +72,9 @@ class LabelFields:
     chosen_first: str | None = None
     """Field that is true or 1 if the annotator saw the chosen answer first, and false
     or 0 otherwise, for the objective instance_noise."""
+    desirable: str | None = None
+    """Field that is true or 1 if the single answer of a record is desirable, and false
+    or 0 if not, for losses such as kto (default: label)."""
     weights: str | None = None
     """Field with a weight, 0 or more, that multiplies the loss of the training pair,
     whatever the loss.  The sum is still divided by the number of pairs."""
@@ -80,11 +92,27 @@ class LabelFields:
         pairs = dataclasses.asdict(self).items()
         return {name: field for name, field in pairs if field is not None}
 
+    def reading(self, labels: Collection[str]) -> "LabelFields":
+        """The same fields; those with a default are set exactly if they are read."""
+        fields = {
+            name: (getattr(self, name) or default) if name in labels else None
+            for name, default in DEFAULT_FIELDS.items()
+        }
+        return dataclasses.replace(self, **fields)
+
+    def missing(self, labels: Collection[str]) -> list[str]:
+        """Those of the labels whose field must be named and is not."""
+        named = self.reading(labels).named.keys()
+        return sorted(set(labels) - named - LIST_LABELS)
+
 
 NONE = LabelFields()
 """No labels besides the preference."""
-LABELS = frozenset(x.name for x in dataclasses.fields(LabelFields)) - {WEIGHTS}
-"""Labels that a loss may read, each a number per pair."""
+LABELS = (frozenset(x.name for x in dataclasses.fields(LabelFields)) | LIST_LABELS) - {
+    WEIGHTS
+}
+"""Labels that a loss may read: a number for each record, or for each answer of a list.
+"""
 
 
 def read_labels(record: Mapping, where: str, fields: LabelFields) -> dict[str, float]:
@@ -105,20 +133,23 @@ def read_labels(record: Mapping, where: str, fields: LabelFields) -> dict[str, f
 
 
 def exchanged(labels: Mapping[str, Number]) -> dict[str, Number]:
-    """The labels of the pair after its answers are swapped, by name."""
+    """The labels of a pair after its answers are swapped, or of a flipped answer."""
     swapped = {name: labels[EXCHANGED.get(name, name)] for name in labels}
-    if "chosen_first" in swapped:
-        swapped["chosen_first"] = 1 - swapped["chosen_first"]
-    return swapped
+    return swapped | {name: 1 - swapped[name] for name in OPPOSITE if name in swapped}
 
 
 def _number(record: Mapping, field: str, where: str, name: str) -> float:
-    value = field_value(record, field)
+    value = from_cell(field_value(record, field))
     flag = f"--labels.{name.replace('_', '-')}"
     if value is None:
         raise InputError(
             f"{where}: no field '{field}' for {name}; the record has"
             f" {', '.join(map(str, record))[:200]}; remove the row or change {flag}"
+        )
+    if name in BINARY and value not in (0, 1):
+        raise InputError(
+            f"{where}: field '{field}' must be true or false for {name}, but it is"
+            f" {value!r:.50}; correct it or change {flag}"
         )
     if isinstance(value, bool) and name in BOOLEAN:
         return float(value)

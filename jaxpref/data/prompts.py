@@ -1,12 +1,14 @@
 """Prompts to sample from."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jaxpref.data.bad_rows import BadRows, log_skipped
 from jaxpref.data.records import Example, parse_prompt, prompt_key, text_of
 from jaxpref.data.records.dialogues import HUMAN_TURN
-from jaxpref.data.sources import Source, decode_json
+from jaxpref.data.sources import Source
+from jaxpref.data.sources.json_files import decode_json
 from jaxpref.data.tokenize import encode_prompt
 from jaxpref.errors import InputError
 
@@ -18,6 +20,8 @@ class Prompt:
     text: str
     """What it asks; of a conversation, the last message."""
     tokens: list[int]
+    record: Mapping[str, Any]
+    """The record that it comes from."""
 
 
 def read_prompts(
@@ -29,6 +33,7 @@ def read_prompts(
     raw: bool = False,
     thinking: bool | None = None,
     ignore_fields: Collection[str] = (),
+    on_bad_row: str = "raise",
 ) -> list[Prompt]:
     """The first `limit` distinct prompts of a source, tokenized as in training.
 
@@ -43,13 +48,18 @@ def read_prompts(
       raw: whether to leave texts as they are.
       thinking: `enable_thinking` for the chat template; None leaves it out.
       ignore_fields: fields of the records to ignore.
+      on_bad_row: "raise" or "skip"; skipped rows are counted in the log.
     """
     prompts: list[Prompt] = []
     seen: set[str] = set()
+    bad = BadRows(on_bad_row)
     for row in range(len(source)):
         place = source.location(row)
-        example = parse_prompt(
-            source[row], place, as_turns=not raw, ignore_fields=ignore_fields
+        example = bad.attempt(
+            lambda row=row, place=place: parse_prompt(
+                source[row], place, as_turns=not raw, ignore_fields=ignore_fields
+            ),
+            place,
         )
         if example is None or prompt_key(example.prompt) in seen:
             continue
@@ -57,9 +67,11 @@ def read_prompts(
         if not example.completions and not raw:
             example = _as_user(example, tokenizer)
         example = _with_thinking(example, thinking)
-        prompts.append(_prompt(example, place, tokenizer, max_prompt_length))
+        record = source[row]
+        prompts.append(_prompt(example, record, place, tokenizer, max_prompt_length))
         if len(prompts) == limit:
             break
+    log_skipped(bad.found)
     return prompts
 
 
@@ -91,19 +103,24 @@ def given_prompts(
             messages = _conversation(text, place)
             example = messages or _as_user(example, tokenizer)
         example = _with_thinking(example, thinking)
-        prompts.append(_prompt(example, place, tokenizer, None))
+        record = {"prompt": text}
+        prompts.append(_prompt(example, record, place, tokenizer, None))
     return prompts
 
 
 def _prompt(
-    example: Example, place: str, tokenizer: Any, max_length: int | None
+    example: Example,
+    record: Mapping[str, Any],
+    place: str,
+    tokenizer: Any,
+    max_length: int | None,
 ) -> Prompt:
     prompt = example.prompt
     text = prompt if isinstance(prompt, str) else text_of(prompt[-1])
     tokens = encode_prompt(
         tokenizer, example, place=place, max_prompt_length=max_length
     )
-    return Prompt(text, tokens)
+    return Prompt(text, tokens, record)
 
 
 def _as_user(example: Example, tokenizer: Any) -> Example:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from jaxpref.data import RecordOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate.preferences import STRATA
 from jaxpref.evaluate.surface import NAMES
@@ -21,7 +22,7 @@ RANGES = {"threshold": 1.0, "assumed_flip_rate": 0.5, "power": 0.5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AuditConfig:
+class AuditConfig(RecordOptions):
     """Options of `jaxpref audit`."""
 
     data: str
@@ -86,8 +87,6 @@ class AuditConfig:
     max_prompt_length: int | None = None
     """Maximum tokens of a prompt (default: what the completions leave of --max-length,
     at least half).  Longer prompts lose their earliest turns, or their first tokens."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of the records to ignore, even if they change what a record means."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
@@ -95,6 +94,7 @@ class AuditConfig:
     """Layout of the devices."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.features and (found := kind_of(Path(self.features))) is not None:
             raise InputError(
                 f"--features {self.features}: holds {found}; choose another folder"

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
+from jaxpref.data.bad_rows import BadRow, log_skipped
 from jaxpref.data.shared_prompts import grouped_keys
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features
@@ -43,6 +44,8 @@ class Opened:
     pairs: PreferenceDataset
     report: dict[str, int]
     """Counts of rows read and dropped."""
+    skipped: tuple[BadRow, ...]
+    """Malformed rows."""
 
     def texts(self, n: int) -> dict[str, str]:
         """`prompt`, `chosen` and `rejected` of pair n."""
@@ -64,7 +67,9 @@ def open_pairs(
       InputError: if it has no pairs, or several traces per answer.
     """
     source = named_annotators(
-        data.open_source(name), annotator_field, config.ignore_fields
+        data.open_records(name, config, sides=2),
+        annotator_field,
+        config.ignore_fields,
     )
     plan = _tokenized(source, config, folder, whole_turns=False)
     pairs = plan.train
@@ -78,7 +83,9 @@ def open_pairs(
     plan.fields.read_too(config.source_field)
     for line in (plan.describe(), plan.fields.describe()):
         log(f"{name}: {line}")
-    return Opened(name, source, pairs, plan.report)
+    log_skipped(plan.skipped)
+    plan.fields.check_mapped(config.mapped)
+    return Opened(name, source, pairs, plan.report, plan.skipped)
 
 
 def part_of(opened: Opened, config: AuditConfig, folder: Path) -> Part:
@@ -139,15 +146,15 @@ def _tokenized(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         heldout_fraction=0.0,
-        # An audit expects malformed records; those that cannot be judged are counted.
+        # An audit expects empty answers; pairs that cannot be judged are counted.
         drop_empty=True,
+        **config.for_other(),
     )
     positions = read_architecture(folder).context_length
     return data.make_splits(
         source,
         data.load_tokenizer(folder),
         data.for_model(options, positions),
-        sides=2,
         whole_turns=whole_turns,
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxpref.data import Source
 from jaxpref.data.records import EMPTY, Example, parse, text_of
+from jaxpref.data.records.view import View
 from jaxpref.errors import InputError
 
 
@@ -24,17 +25,18 @@ class RenamedSource:
         record = self._source[index]
         if not isinstance(record, dict):
             return record
-        name = record.get(self._field)
+        name = _value(record, self._field)
         if isinstance(name, bool) or not isinstance(name, str | int | None):
             raise InputError(
                 f"{self.location(index)}: field {self._field!r} names the annotator; "
                 f"it must be a string or an integer, but it is {name!r:.50}"
             )
         kept = {k: v for k, v in record.items() if k not in self._ignored}
-        return kept | {"annotator": name}
+        kept |= {"annotator": name}
+        return record.with_fields(kept) if isinstance(record, View) else kept
 
     def original(self, index: int) -> Any:
-        """The record as in the file."""
+        """The record as in the file, or rewritten in the names of `parse`."""
         return self._source[index]
 
     def location(self, index: int) -> str:
@@ -48,7 +50,7 @@ def named_annotators(
     """Renames the annotator field; raises InputError if no record has it."""
     name = "annotator" if field is None else field
     if field is not None and not any(
-        isinstance(record := source[n], dict) and record.get(field) is not None
+        isinstance(record := source[n], dict) and _value(record, field) is not None
         for n in range(len(source))
     ):
         first = source[0]
@@ -83,20 +85,40 @@ def example_at(source: Source, row: int) -> Example:
 def cleaned(source: RenamedSource, rows: list[dict[str, Any]]) -> Iterator[Any]:
     """The records of the file, in order, after the action of each row.
 
-    Records that were not judged are unchanged, except that those with an empty
-    completion are dropped, because training rejects them.
+    A record of another format is written as a pair under our names; one for each vote,
+    if it has several.  Records that were not judged are unchanged, except that those
+    that training rejects are left out: malformed ones, those with an empty completion,
+    and votes that are ties.
     """
     judged = {row["row"] - 1: row for row in rows}
     for index in range(len(source)):
-        record, row = source.original(index), judged.get(index)
-        if row is None and _parsed(source, index) == EMPTY:
+        row = judged.get(index)
+        if row is None and _is_rejected(source, index):
             continue
+        record = source.original(index)
         if row is None or row["action"] == "keep":
             yield record
         elif row["action"] == "soft":
             yield record | {"p_correct": row["p_correct"]}
         elif row["action"] == "relabel":
             yield record | _exchanged(record)
+
+
+def _is_rejected(source: RenamedSource, index: int) -> bool:
+    """Whether a record that was not judged cannot be trained on either."""
+    try:
+        record = source[index]
+        tied = isinstance(record, View) and bool(record.origin.reason)
+        return tied or _parsed(source, index) == EMPTY
+    except InputError:  # skipped, or the audit would have stopped
+        return True
+
+
+def _value(record: dict[str, Any], field: str) -> Any:
+    """A field, also of the record in the file that this one was made from."""
+    if record.get(field) is None and isinstance(record, View):
+        return record.origin.record.get(field)
+    return record.get(field)
 
 
 def _exchanged(record: dict[str, Any]) -> dict[str, Any]:

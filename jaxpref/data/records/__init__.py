@@ -1,6 +1,8 @@
 """Record formats, one file each: `matches(record, sides)` and `parse(record, ...)`.
 
-To add a format, write a module with these two functions and add it to `FORMATS`.
+To add a format, write an adapter (`adapters/`) that rewrites its records in the names
+of one of these; or, if that is not possible, a module with these two functions, and
+add it to `FORMATS`.
 """
 
 import contextlib
@@ -11,6 +13,8 @@ from typing import Any, Protocol
 from jaxpref.data.labels import NONE, LabelFields, field_value, read_labels
 from jaxpref.data.records import (
     dialogues,
+    labeled,
+    lists,
     messages,
     pairs,
     ranked,
@@ -40,25 +44,26 @@ from jaxpref.data.records.example import text_of as text_of
 from jaxpref.data.records.fields import FieldUse as FieldUse
 from jaxpref.data.records.fields import Record, check_unread
 from jaxpref.data.records.template import for_template, read_template
+from jaxpref.data.records.view import View
 from jaxpref.errors import InputError
 
 
 class Format(Protocol):
     """One record format; its functions may assume that the record is a dict."""
 
-    def matches(self, record: Mapping, sides: int) -> bool:
+    def matches(self, record: Mapping, sides: Any) -> bool:
         """Whether the record has this format, well formed or not."""
         ...
 
     def parse(
-        self, record: Mapping, where: str, *, sides: int, drop_empty: bool
+        self, record: Mapping, where: str, *, sides: Any, drop_empty: bool
     ) -> Example | str:
         """Returns the example, or the reason why a valid record cannot be used.
 
         Args:
           record: the decoded record; `matches` is true for it.
           where: "file row n", for errors.
-          sides: K, completions of a prompt.
+          sides: K, completions of a prompt; None for lists, which only `lists` reads.
           drop_empty: return EMPTY for an empty completion instead of raising.
 
         Raises:
@@ -67,22 +72,23 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (
-    traces,
-    sharegpt,
-    ranked,
-    messages,
-    dialogues,
-    pairs,
-)
-"""All formats; the first that matches a record parses it."""
+FORMATS: dict[str, Format] = {
+    "lists": lists,
+    "traces": traces,
+    "sharegpt": sharegpt,
+    "ranked": ranked,
+    "messages": messages,
+    "dialogues": dialogues,
+    "pairs": pairs,
+}
+"""All formats by name; the first that matches a record parses it."""
 
 
 def parse(
     record: Any,
     where: str,
     *,
-    sides: int,
+    sides: int | None,
     drop_empty: bool = False,
     labels: LabelFields = NONE,
     ignore_fields: Collection[str] = (),
@@ -99,7 +105,8 @@ def parse(
     Args:
       record: the decoded record.
       where: "file row n", for errors.
-      sides: K, completions of a prompt; 2 for pairs, 1 for plain completions.
+      sides: K, completions of a prompt; 2 for pairs, 1 for single completions, None
+        for lists, which have as many as the record holds.
       drop_empty: return EMPTY for an empty completion instead of raising.
       labels: fields with numbers that a loss reads.
       ignore_fields: fields to ignore.
@@ -118,36 +125,71 @@ def parse(
             f"{where}: a record must be a JSON object, but this is {kind(record)}"
         )
     tracked = Record(record, ignored=ignore_fields)
-    flip, annotator = read_flip(tracked, where), read_annotator(tracked, where)
-    record_format = _format_of(tracked, sides)
-    if record_format is None:
-        raise _unknown(tracked, where, sides)
-    example = record_format.parse(tracked, where, sides=sides, drop_empty=drop_empty)
+    try:
+        example, format = _parse(
+            tracked,
+            where,
+            sides=sides,
+            drop_empty=drop_empty,
+            labels=labels,
+            values=values,
+        )
+    except InputError as error:
+        if tracked.origin is None:
+            raise
+        raise tracked.origin.explained(error) from None
+    if fields is not None and not isinstance(example, str):
+        ignored = [name for name in ignore_fields if tracked.has(name)]
+        fields.add(tracked, ignored, format)
+    return example
+
+
+def _parse(
+    record: Record,
+    where: str,
+    *,
+    sides: int | None,
+    drop_empty: bool,
+    labels: LabelFields,
+    values: Collection[str],
+) -> tuple[Example | str, str]:
+    """The example or the reason why there is none, and the record's format."""
+    origin = record.origin
+    flip, annotator = read_flip(record, where), read_annotator(record, where)
+    if origin is not None and origin.reason:
+        return origin.reason, origin.format
+    for others in (labeled, lists):
+        others.check_other(record, where, sides)
+    name = origin.format if origin is not None and origin.native else None
+    name = name or _format_of(record, sides)
+    if name is None:
+        raise _unknown(record, where, sides)
+    example = FORMATS[name].parse(record, where, sides=sides, drop_empty=drop_empty)
+    name = (origin and origin.format) or name
     if isinstance(example, str):
-        return example
-    if len(example.completions) != sides:
+        return example, name
+    if sides is not None and len(example.completions) != sides:
         raise InputError(
             f"{where}: the record has {len(example.completions)} completions instead of"
             f" {sides}"
         )
-    prompt, variables = read_template(tracked, where, example)
+    prompt, variables = read_template(record, where, example)
     ended = example.ended  # formats in another order read it themselves
-    if "ended" not in tracked.read:
-        ended = read_ended(tracked, where, sides)
+    if sides is not None and "ended" not in record.read:
+        ended = read_ended(record, where, sides)
+    everything = record.everything()
     example = dataclasses.replace(
         example,
         prompt=prompt,
         variables=variables,
         flip=flip,
         annotator=annotator,
-        labels=read_labels(tracked, where, labels),
+        labels=example.labels | read_labels(everything, where, labels),
         ended=ended,
-        values={name: field_value(tracked, name) for name in values},
+        values={name: field_value(everything, name) for name in values},
     )
-    check_unread(tracked, where)
-    if fields is not None:
-        fields.add(tracked, [name for name in ignore_fields if name in record])
-    return example
+    check_unread(record, where)
+    return example, name
 
 
 def parse_prompt(
@@ -175,8 +217,11 @@ def parse_prompt(
     Raises:
       InputError: the record is malformed, or its prompt has no messages.
     """
-    if isinstance(record, dict):
+    if isinstance(record, View):
+        record = record.usable()  # a tie has a prompt, too
+    elif isinstance(record, dict):
         record = {k: v for k, v in record.items() if k not in ignore_fields}
+    if isinstance(record, dict):
         record = messages.with_prompt(record)
     completions = isinstance(record, dict) and any(
         record.get(name) is not None for name in (*COMPLETIONS, "ranking")
@@ -202,16 +247,16 @@ def parse_prompt(
     return None if isinstance(example, str) else example
 
 
-def _format_of(record: Record, sides: int) -> Format | None:
+def _format_of(record: Record, sides: int | None) -> str | None:
     """The first format that matches; looking does not count as reading."""
     read = set(record.read)
-    found = next((x for x in FORMATS if x.matches(record, sides)), None)
+    found = next((k for k, x in FORMATS.items() if x.matches(record, sides)), None)
     record.read.clear()
     record.read.update(read)
     return found
 
 
-def _unknown(record: Mapping, where: str, sides: int) -> InputError:
+def _unknown(record: Mapping, where: str, sides: Any) -> InputError:
     """The error for a record that no format matches."""
     names = completion_fields(record, sides)
     for name in names:

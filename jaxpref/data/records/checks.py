@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpref.data.cells import from_cell
 from jaxpref.data.records.example import (
     EMPTY,
     IDENTICAL,
@@ -11,7 +12,7 @@ from jaxpref.data.records.example import (
     Example,
     Message,
 )
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, closest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CHARACTERS = 1_000_000
@@ -19,6 +20,8 @@ MAX_CHARACTERS = 1_000_000
 COMPLETIONS = ("completion", "messages", "chosen")
 """Fields of a single completion; the first one in a record is read."""
 
+OURS = ("prompt", "completion", "completions", "messages", "chosen", "rejected")
+"""Fields whose names in the file `--fields` can give."""
 MESSAGE_MEANING = (
     *("weight", "loss", "loss_weight", "train", "trainable", "mask"),
     *("image", "images", "video", "videos", "audio", "audios"),
@@ -40,9 +43,11 @@ def completion_fields(record: Mapping, sides: int) -> tuple[str, ...]:
 def field(record: Mapping, name: str, where: str) -> Any:
     """The field's value; an error if it is missing."""
     if name not in record:
+        has = f"the record has {', '.join(map(str, record))[:200] or 'no fields'}"
+        cure = f"; if it has another name, pass --fields {name}=NAME"
         raise InputError(
-            f"{where}: no field '{name}'; the record has"
-            f" {', '.join(map(str, record))[:200] or 'no fields'}"
+            f"{where}: no field '{name}'; {has}{closest(name, map(str, record))}"
+            f"{cure if name in OURS else ''}"
         )
     return record[name]
 
@@ -171,7 +176,7 @@ def read_ended(record: Mapping, where: str, sides: int) -> tuple[bool, ...]:
 
 def read_flip(record: Mapping, where: str) -> bool:
     """The optional field `flip`: whether the label is known to be wrong."""
-    value = record.get("flip")
+    value = from_cell(record.get("flip"))
     if value is None or isinstance(value, bool):
         return bool(value)
     raise InputError(
@@ -182,7 +187,7 @@ def read_flip(record: Mapping, where: str) -> bool:
 def read_annotator(record: Mapping, where: str) -> str | None:
     """The optional field `annotator`."""
     value = record.get("annotator")
-    if value is None:
+    if value is None or value == "":  # an empty cell of a CSV file
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(

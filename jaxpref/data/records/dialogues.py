@@ -73,7 +73,7 @@ def not_a_dialogue(record: Mapping, name: str, where: str) -> InputError:
         )
     return InputError(
         f"{where}: no field 'prompt', and field '{name}' is not a dialogue of {form};"
-        " add a prompt"
+        " add a prompt, or name its field with --fields prompt=NAME"
     )
 
 

@@ -13,6 +13,7 @@ THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 IDENTICAL = "chosen and rejected are identical"
 PROMPTS_DIFFER = "chosen and rejected do not share the prompt"
 TIED = "completions have the same rank"
+FEW = "a list has fewer than two completions"
 EMPTY = "a completion is empty"
 HUMAN_LAST = "a dialogue does not end with the assistant's turn"
 
@@ -30,7 +31,8 @@ class Example:
     completions: tuple[str | Message, ...]
     flip: bool = False
     annotator: str | None = None
-    labels: dict[str, float] = dataclasses.field(default_factory=dict)
+    labels: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """By name, a number of the record, or one of each completion of a list."""
     traces: tuple[tuple[str, ...], ...] = ()
     """The traces of each completion, at least one each; empty without traces."""
     empty: bool = False

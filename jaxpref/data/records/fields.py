@@ -4,13 +4,15 @@ import collections
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from jaxpref.errors import InputError
+from jaxpref.data.records.view import Everything, View
+from jaxpref.errors import InputError, closest
 
 MEANINGFUL = frozenset(
     "label labels weight weights sample_weight sample_weights loss_weight mask"
-    " desirable preference winner better flipped history input tools functions system"
-    " system_prompt system_message chat_template chat_template_kwargs documents ended"
-    " image images image_path video videos audio audios".split()
+    " desirable kto_tag preference preferred winner better votes flipped history input"
+    " tools functions system system_prompt system_message chat_template"
+    " chat_template_kwargs documents ended image images image_path video videos"
+    " audio audios".split()
 )
 """Fields that change what a record means: an error if nothing reads them."""
 
@@ -21,6 +23,8 @@ class Record(Mapping[str, Any]):
     def __init__(self, fields: Mapping[str, Any], *, ignored: Collection[str] = ()):
         """Leaves out the fields in `ignored`."""
         self._fields = {k: v for k, v in fields.items() if k not in ignored}
+        self.origin = fields.origin if isinstance(fields, View) else None
+        self._given, self._ignored = frozenset(fields), ignored
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
@@ -37,13 +41,38 @@ class Record(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._fields)
 
+    def peek(self, name: str) -> Any:
+        """A field's value, without counting it as read; None if it is missing."""
+        return self._fields.get(name)
+
+    def everything(self) -> Mapping[str, Any]:
+        """Its fields and, if it was made from another record, those of that record."""
+        if self.origin is None:
+            return self
+        original = self.origin.record.items()
+        return Everything(self, {k: v for k, v in original if k not in self._ignored})
+
+    def used(self) -> set[str]:
+        """The fields of the file that were read, as messages name them."""
+        origin = self.origin
+        if origin is None:
+            return self.read
+        return {origin.shown(x) for x in (self.read - origin.made) | origin.used}
+
+    def has(self, name: str) -> bool:
+        """Whether the record in the file has a field."""
+        return name in self._given or (
+            self.origin is not None and name in self.origin.record
+        )
+
     def unread(self) -> list[str]:
         """The fields that are not empty and were not read."""
         empty = (None, "", [], {})
+        hidden = set() if self.origin is None else self.origin.hidden()
         return [
             name
             for name, value in self._fields.items()
-            if name not in self.read and value not in empty
+            if name not in self.read and name not in hidden and value not in empty
         ]
 
 
@@ -65,18 +94,20 @@ def check_unread(record: Record, where: str) -> None:
 
 
 class FieldUse:
-    """How many records had each field, by whether it was read."""
+    """How many records had each field, by whether it was read, and each format."""
 
     def __init__(self) -> None:
         self._read: collections.Counter[str] = collections.Counter()
         self._unread: collections.Counter[str] = collections.Counter()
         self._ignored: collections.Counter[str] = collections.Counter()
+        self._formats: collections.Counter[str] = collections.Counter()
 
-    def add(self, record: Record, ignored: Collection[str]) -> None:
-        """Counts the fields of one record."""
-        self._read.update(sorted(record.read))
+    def add(self, record: Record, ignored: Collection[str], format: str) -> None:
+        """Counts one record of a format."""
+        self._read.update(sorted(record.used()))
         self._unread.update(record.unread())
         self._ignored.update(ignored)
+        self._formats[format] += 1
 
     def read_too(self, name: str) -> None:
         """Counts a field as read, because the command itself reads it."""
@@ -91,17 +122,36 @@ class FieldUse:
         """
         for name in names:
             if not self._ignored[name]:
-                fields = ", ".join(sorted({*self._read, *self._unread}))
+                fields = sorted({*self._read, *self._unread})
                 raise InputError(
                     f"--ignore-fields {name}: no record has this field; the records"
-                    f" have {fields[:200]}"
+                    f" have {', '.join(fields)[:200]}{closest(name, fields)}"
+                )
+
+    def check_mapped(self, names: Mapping[str, str]) -> None:
+        """Refuses names in --fields that nothing reads, such as a misspelled one.
+
+        Args:
+          names: the field of the file by our name.
+
+        Raises:
+          InputError: names the field and those that are read.
+        """
+        read = {x.rpartition(" as ")[2] for x in self._read}
+        for name, path in names.items():
+            if self._unread[name] and name not in read:
+                raise InputError(
+                    f"--fields {name}={path}: nothing reads '{name}'; read are"
+                    f" {', '.join(sorted(read))[:200]}{closest(name, sorted(read))}"
                 )
 
     def describe(self) -> str:
-        """A line such as "fields read: prompt, chosen, rejected; not read: source"."""
+        """A line such as "fields read: a, prompt; not read: x; format: pairs 20"."""
         read = ", ".join(self._read) or "none"
         unread = [name for name in self._unread if name not in self._read]
         line = f"fields read: {read}"
         line += f"; not read: {', '.join(unread)[:300]}" if unread else ""
         ignored = ", ".join(self._ignored)
-        return line + (f"; ignored on request: {ignored}" if ignored else "")
+        line += f"; ignored on request: {ignored}" if ignored else ""
+        formats = [f"{name} {n:,}" for name, n in self._formats.most_common()]
+        return line + (f"; format: {', '.join(formats)}" if formats else "")

@@ -18,7 +18,7 @@ def parse(
     record: Mapping, where: str, *, sides: int, drop_empty: bool
 ) -> Example | str:
     """Returns the example with the best answer first; see `Format.parse`."""
-    answers, ranks = field(record, "completions", where), record["ranking"]
+    answers, ranks = (field(record, x, where) for x in ("completions", "ranking"))
     for name, value in (("completions", answers), ("ranking", ranks)):
         if not isinstance(value, list):
             raise InputError(
