@@ -23,6 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import losses
+from jaxpref.cli.objectives import FACTORIES, LOSSES
+from jaxpref.data import LabelFields
+from jaxpref.objectives import Objective, from_loss
 
 PAGE = Path(__file__).with_name("losses.md")
 
@@ -34,6 +37,14 @@ HUGE = 1e6
 """Only exponentials exceed it."""
 MOVING = ("logps", "log_ratios", "rewards")
 """Suffixes of the names of arrays that training changes."""
+
+NOT_TRAINED = {
+    "center_rewards": "a penalty to add to a loss of reward models in your own code",
+    "dove": "needs pairs whose two answers have different prompts",
+    "general_preference": "needs embeddings of answers; reward models give numbers",
+    "sparse_po": "needs log-ratios under learned masks, which are not implemented",
+}
+"""Why some losses have no command; they can be called from other code."""
 
 INTRODUCTION = f"""\
 # The losses
@@ -60,6 +71,13 @@ How to read the tables of pairwise losses:
   KL to the reference.
 - Other options without a default are set to 1/2.
 """
+
+TRAINING = """\
+## How each loss is trained
+
+The fields are those of the simplest record format; [data.md](data.md#records) describes
+the others. The values 0.5 and 0.3 are placeholders for options without a default. FIELD
+is the name of a field with a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +168,51 @@ class Entry:
         )
         paper = re.sub(r"(?<!\()https?://\S+", r"<\g<0>>", paper)
         return paper, equation.group(1) if equation else ""
+
+
+# How a loss is trained.
+
+
+def objective_of(name: str) -> tuple[Objective, dict]:
+    """The objective of a loss of the command line, and values for its options."""
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    options = {
+        p.name: FLIPS if p.name == "flip_rate" else 0.5
+        for p in parameters
+        if p.kind == p.KEYWORD_ONLY and p.default is p.empty
+    }
+    if name in FACTORIES:
+        return FACTORIES[name](**options), options
+    return from_loss(LOSSES[name], **options), options
+
+
+def record_of(objective: Objective) -> str:
+    """The fields of the records that an objective reads."""
+    fields = {
+        2: "`prompt`, `chosen`, `rejected`",
+        1: "`prompt`, `completion`",
+        None: "`prompt`, `completions`, and `scores` or `ranks`",
+    }[objective.kind.sides]
+    return fields + (", `label`" if "desirable" in objective.labels else "")
+
+
+def flags_of(name: str) -> list[str]:
+    """The options of `jaxpref train` that select a loss."""
+    objective, options = objective_of(name)
+    words = ["--loss", name]
+    for option, value in options.items():
+        words += [f"--loss.{option.replace('_', '-')}", f"{value}"]
+    for label in LabelFields().missing(objective.labels):
+        words += [f"--labels.{label.replace('_', '-')}", "FIELD"]
+    return words
+
+
+def trained(entry: Entry) -> list[str]:
+    """The table row of how a loss is trained."""
+    if entry.name not in LOSSES:
+        return [f"`{entry.name}`", "", f"none: {NOT_TRAINED[entry.name]}"]
+    record = record_of(objective_of(entry.name)[0])
+    return [f"`{entry.name}`", record, f"`{' '.join(flags_of(entry.name))}`"]
 
 
 # Measurements.
@@ -373,6 +436,9 @@ def page() -> str:
         about = inspect.getmodule(mine[0].function).__doc__.splitlines()[0].rstrip(".")
         header = "Function | Description | Paper | Eq. | Defaults"
         lines += [f"## {about}\n", *table(header, [described(e) for e in mine])]
+    header = "Loss | Fields of a record | Options of `jaxpref train`"
+    rows = [trained(e) for e in sorted(entries, key=lambda e: e.name) if e.is_loss]
+    lines += [f"{TRAINING}\n", *table(header, rows)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpref.data import (
+    ANSWERS,
     DataOptions,
     InjectOptions,
     ListSource,
@@ -196,7 +197,7 @@ def test_padding_is_told_by_length_and_not_by_id():
 
 def test_plain_completions_have_one_side():
     plan = make_splits(
-        ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0), sides=1
+        ListSource(RECORDS), TOKENIZER, DataOptions(heldout_fraction=0), kind=ANSWERS
     )
     layout = padded_layout(plan.train, batch_size=4)
     assert layout.num_completions == 1

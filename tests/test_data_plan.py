@@ -12,6 +12,7 @@ from jaxpref.data import (
     DataOptions,
     DatasetBuilder,
     InjectOptions,
+    Kind,
     ListSource,
     load_tokenizer,
     make_splits,
@@ -36,7 +37,7 @@ def uniform(text):
 def plan_of(records, **options):
     sides = options.pop("sides", 2)
     return make_splits(
-        ListSource(records), TOKENIZER, DataOptions(**options), sides=sides
+        ListSource(records), TOKENIZER, DataOptions(**options), kind=Kind(sides)
     )
 
 

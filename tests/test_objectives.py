@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpref import losses
-from jaxpref.cli.objectives import LOSSES
+from jaxpref.cli.objectives import FACTORIES, LOSSES
 from jaxpref.errors import InputError
 from jaxpref.models import build
 from jaxpref.objectives import beta_dpo, from_loss
@@ -199,7 +199,7 @@ def averages_tokens(loss, reads, options):
 def test_losses_that_average_over_tokens_declare_it():
     averaged = set()
     for name, loss in LOSSES.items():
-        if name in ("beta_dpo", "reward_regression", "sft"):
+        if name in FACTORIES:
             assert not per_token_reward(loss)
             continue
         objective = from_loss(loss, **REQUIRED.get(name, {}))
@@ -264,14 +264,17 @@ def test_a_side_with_a_beta_of_its_own_is_rewarded_by_it(pairs):  # noqa: F811
     assert metrics["rewards/rejected"] == pytest.approx(-0.25 * rejected)
 
 
-def test_the_command_line_has_every_loss_that_pairs_can_feed():
+def test_the_command_line_has_every_loss_that_records_can_feed():
     unreachable = {"dove"}  # it reads log-probs of instruction and response together
     of_log_probs = {
         row.name for row in TABLE if any(name.endswith("logps") for name in row.reads)
     }
     of_rewards = {"bradley_terry", "margin_bradley_terry", "scaled_bradley_terry"}
     of_rewards |= {"rao_kupper", "davidson", "reward_regression"}
-    assert set(LOSSES) == (of_log_probs - unreachable) | of_rewards
+    of_answers = {"kto", "bco", "apo_zero_unpaired"}
+    of_lists = {"plackett_luce", "lipo_lambda", "irpo"}
+    reachable = of_log_probs - unreachable
+    assert set(LOSSES) == reachable | of_rewards | of_answers | of_lists
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from jaxpref import cli
 from jaxpref.cli.objectives import LOSSES
 from jaxpref.data import open_source
 from jaxpref.train import read_metrics
+from tests.answers import write_records
 
 FAST = {"dr_dpo", "rdpo"}
 """Coupled and separable; the rest are slow."""
@@ -34,6 +35,28 @@ LABELS = {
     "scaled_bradley_terry": ["preference-strengths"],
 }
 """What is read of the records beside the order."""
+
+
+ANSWERS = {"kto", "bco", "apo_zero_unpaired"}
+LISTS = {"plackett_luce", "lipo_lambda", "irpo"}
+"""Losses of other records than pairs."""
+
+
+def other_records(name, source, path):
+    """Labeled answers or lists of two, from dialogues."""
+    source = open_source(source)
+    records = []
+    for n in range(80):
+        before, better = source[n]["chosen"].rsplit("Assistant:", 1)
+        worse = source[n]["rejected"].rsplit("Assistant:", 1)[1]
+        prompt = f"{before}Assistant:"
+        if name in LISTS:
+            answers = {"completions": [worse, better], "ranks": [2, 1]}
+            records.append({"prompt": prompt, **answers})
+        else:
+            answer = (worse, better)[n % 2]
+            records.append({"prompt": prompt, "completion": answer, "label": n % 2})
+    return write_records(path, records)
 
 
 def labeled(source, fields, path):
@@ -73,6 +96,9 @@ def test_ten_steps(name, stories260k, shared, tmp_path, monkeypatch, capsys):
     if name in LABELS:
         options |= {f"labels.{label}": label for label in LABELS[name]}
         options["data"] = labeled(options["data"], LABELS[name], tmp_path / "x.jsonl")
+    if name in ANSWERS | LISTS:
+        path = tmp_path / "x.jsonl"
+        options["data"] = other_records(name, options["data"], path)
     flags = [text for k, v in options.items() for text in (f"--{k}", str(v))]
     monkeypatch.setattr(sys, "argv", ["jaxpref", "train", *flags])
     cli.main()

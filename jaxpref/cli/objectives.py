@@ -26,7 +26,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     for name in sorted({*losses.__all__, *FACTORIES})
     if name in FACTORIES or trainable(getattr(losses, name))
 }
-"""For `--loss`: every public loss that can be trained on pairs."""
+"""For `--loss`: every public loss that can be trained."""
 
 WRAPPERS = {wrap.__name__: wrap for wrap in objectives.WRAPPERS}
 """For `--objective`: `wrap(loss, **options)`, learns something besides the model."""
@@ -46,6 +46,8 @@ KINDS = {
     "length control": ("_length",),
     "without a reference": ("_reference_free",),
     "with a likelihood term": ("_likelihood",),
+    "of labeled answers": ("_unpaired",),
+    "of lists of answers": ("_listwise",),
     "for reward models": ("_reward_models",),
 }
 """Kinds of losses, and the files of `jaxpref.losses` that define them."""

@@ -1,6 +1,6 @@
 """From records on disk to `PreferenceBatch`.
 
-`open_source` -> `make_splits` (check, tokenize, drop, split, flip) -> a dataset.  A
+`open_records` -> `make_splits` (check, tokenize, drop, split, flip) -> a dataset.  A
 sampler (`uniform`, `mixture`) chooses the pairs of each step, and a layout
 (`padded_layout`, `packed_layout`) turns them into batches.
 """
@@ -9,6 +9,9 @@ from jaxpref.data.batch import PreferenceBatch as PreferenceBatch
 from jaxpref.data.dataset import DatasetBuilder as DatasetBuilder
 from jaxpref.data.dataset import PreferenceDataset as PreferenceDataset
 from jaxpref.data.end_of_turn import stop_tokens as stop_tokens
+from jaxpref.data.kinds import ANSWERS as ANSWERS
+from jaxpref.data.kinds import PAIRS as PAIRS
+from jaxpref.data.kinds import Kind as Kind
 from jaxpref.data.labels import LabelFields as LabelFields
 from jaxpref.data.layouts import Layout as Layout
 from jaxpref.data.layouts import PackedLayout as PackedLayout
@@ -24,6 +27,9 @@ from jaxpref.data.prompts import given_prompts as given_prompts
 from jaxpref.data.prompts import read_prompts as read_prompts
 from jaxpref.data.read import Datasets as Datasets
 from jaxpref.data.read import read_datasets as read_datasets
+from jaxpref.data.record_options import RecordOptions as RecordOptions
+from jaxpref.data.record_source import examples_of as examples_of
+from jaxpref.data.record_source import open_records as open_records
 from jaxpref.data.render import TraceMarkers as TraceMarkers
 from jaxpref.data.samplers import Order as Order
 from jaxpref.data.samplers import first_seen as first_seen

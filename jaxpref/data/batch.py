@@ -17,7 +17,8 @@ class PreferenceBatch:
 
     Axes: A micro-batches (accumulation), R rows (sharded over `data` and `fsdp`), Q
     sequences in a row, T tokens of a sequence, P predicted tokens of a sequence, S pair
-    slots of a row, K sides of a pair (0 chosen, 1 rejected; only 0 for SFT).
+    slots of a row, K completions of a prompt: chosen and rejected; one answer; an
+    answer and that of another prompt, for KTO; or a list, the best answer first.
 
     In the padded layout, a row is one pair: S = 1, Q = K, and sequence q holds the
     prompt followed by completion q.  Packed layouts put several pairs into one
@@ -53,8 +54,8 @@ class PreferenceBatch:
     weights: np.ndarray
     """float32 [A, R, S]; multiplies the pair's loss; 0 in empty slots."""
     labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """By name, float32 [A, R, S]: labels besides the preference, see `LabelFields`;
-    0 in empty slots.  Empty if no loss reads any."""
+    """By name, float32 [A, R, S]: labels besides the preference, see `LabelFields`; of
+    lists, [A, R, S, K].  0 in empty slots.  Empty if no loss reads any."""
     positions: np.ndarray | None = None
     """int32 [A, R, Q, T] of packed rows: each token's position in prompt and answer.
     None in the padded layout, where it is the position in the sequence."""

@@ -5,16 +5,17 @@ import hashlib
 import types
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxpref.data.labels import WEIGHTS
+from jaxpref.data.labels import LIST_LABELS, WEIGHTS
 
 COLUMNS: dict[str, type[np.generic]] = {
     "is_flipped": np.bool_,
     "annotator": np.int32,
     "row": np.int64,
-    "source": np.int8,
+    "source": np.int16,
     "empty_trace": np.bool_,
     "prompt": np.int64,
 }
@@ -25,7 +26,7 @@ PLACES = ("row", "source", "prompt")
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceDataset:
-    """N prompts with K completions each (K = 2 chosen and rejected, K = 1 for SFT).
+    """N prompts with K completions each: chosen and rejected, one answer, or a list.
 
     The tokens of pair n are `tokens[offsets[n]:offsets[n + 1]]`: the prompt once, then
     completion 0, completion 1, and so on.  The prompt begins with BOS if the tokenizer
@@ -49,13 +50,15 @@ class PreferenceDataset:
     `is_flipped`: this label is known to be flipped (injected, or by the file's `flip`);
     `annotator`: index into `annotator_names`, -1 if unknown;
     `row`: index of the record in its source, from 0;
-    `source`: 1 for the second source of a run that mixes two, made without traces;
+    `source`: index of the file; 1 for the second source of a run that mixes two, made
+    without traces;
     `empty_trace`: the pair has an empty trace, in a run that mixes such pairs with
     pairs that have traces;
     `prompt`: a hash of the prompt, see `shared_prompts.prompt_hash`.
     `weights`, if there is one, float32: multiplies the pair's loss in training.
     Any other column is a float32 label, which losses read under its name; see
-    `LabelFields`.
+    `LabelFields`.  Those in `LIST_LABELS` have a number for each completion, [N, K],
+    which is 0 where a completion is missing.
     """
     annotator_names: tuple[str, ...] = ()
 
@@ -69,7 +72,7 @@ class PreferenceDataset:
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
-        """The columns that losses read, float32 [N] by name."""
+        """The columns that losses read, float32 [N] or [N, K] by name."""
         own = {*COLUMNS, WEIGHTS}
         return {name: x for name, x in self.columns.items() if name not in own}
 
@@ -114,6 +117,16 @@ class PreferenceDataset:
             columns={name: x[indices] for name, x in self.columns.items()},
         )
 
+    def widened(self, num_completions: int) -> "PreferenceDataset":
+        """The same records with K = `num_completions`; the last ones are missing."""
+        more = num_completions - self.num_completions
+        pad = lambda x: np.pad(x, ((0, 0), (0, more)))
+        return dataclasses.replace(
+            self,
+            completion_lengths=pad(self.completion_lengths),
+            columns={n: pad(x) if x.ndim == 2 else x for n, x in self.columns.items()},
+        )
+
     def completion_keys(self) -> np.ndarray:
         """32 hexadecimal digits of the SHA-256 of prompt and completion; str [N, K].
 
@@ -150,10 +163,12 @@ class PreferenceDataset:
 class DatasetBuilder:
     """Collects pairs one by one, with four bytes per token."""
 
-    def __init__(self, num_completions: int):
+    def __init__(self, num_completions: int | None):
+        """None for prompts with any numbers of completions."""
         self._num_completions = num_completions
         self._tokens = array("i")
         self._prompt_lengths, self._completion_lengths = array("i"), array("i")
+        self._counts = array("i")
         self._ids: list[str] = []
         self._annotators: list[str | None] = []
         self._columns: dict[str, array] = {}
@@ -168,7 +183,7 @@ class DatasetBuilder:
         *,
         id: str,
         annotator: str | None = None,
-        columns: Mapping[str, float] = types.MappingProxyType({}),
+        columns: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
         """Appends one pair.
 
@@ -177,19 +192,17 @@ class DatasetBuilder:
           completions: the tokens of each completion; empty if it is missing.
           id: see `PreferenceDataset.ids`.
           annotator: the annotator's name.
-          columns: the pair's numbers by name, with the same names for all pairs.
-            Missing columns of `COLUMNS` are 0, except `row`, which defaults to the
-            number of pairs so far.
+          columns: the pair's numbers by name, with the same names for all pairs; for
+            those in `LIST_LABELS`, one number per completion.  Missing columns of
+            `COLUMNS` are 0, except `row`, which defaults to the number of pairs so far.
         """
-        if len(completions) != self._num_completions:
+        if self._num_completions not in (None, len(completions)):
             raise ValueError(
                 f"{len(completions)} completions, not {self._num_completions}"
             )
         if not len(prompt):
             raise ValueError("a prompt without tokens: nothing predicts the completion")
-        defaults: dict[str, float] = {
-            name: 0 for name in COLUMNS if name != "annotator"
-        }
+        defaults: dict[str, Any] = {name: 0 for name in COLUMNS if name != "annotator"}
         numbers = {**defaults, "row": len(self), **columns}
         if len(self) and numbers.keys() != self._columns.keys():
             raise ValueError(f"columns {[*numbers]}, not {[*self._columns]}")
@@ -197,9 +210,15 @@ class DatasetBuilder:
             column = self._columns.setdefault(
                 name, array("q" if name in COLUMNS else "f")
             )
-            column.append(value)
+            if name in LIST_LABELS:
+                if len(value) != len(completions):
+                    raise ValueError(f"{name}: {len(value)} of {len(completions)}")
+                column.extend(value)
+            else:
+                column.append(value)
         self._tokens.extend(prompt)
         self._prompt_lengths.append(len(prompt))
+        self._counts.append(len(completions))
         for completion in completions:
             self._tokens.extend(completion)
             self._completion_lengths.append(len(completion))
@@ -210,16 +229,36 @@ class DatasetBuilder:
         """The names of all annotators so far."""
         return {name for name in self._annotators if name is not None}
 
-    def build(self, annotator_names: Sequence[str] | None = None) -> PreferenceDataset:
-        """The dataset; `annotator_names` defaults to all names so far, sorted."""
+    @property
+    def most_completions(self) -> int:
+        """K: the given number of completions, or the largest so far."""
+        return self._num_completions or max(self._counts, default=0)
+
+    def build(
+        self,
+        annotator_names: Sequence[str] | None = None,
+        num_completions: int | None = None,
+    ) -> PreferenceDataset:
+        """The dataset.
+
+        Args:
+          annotator_names: defaults to all names so far, sorted.
+          num_completions: K, at least `most_completions`, its default.
+        """
         names = annotator_names
         names = tuple(sorted(self.annotators()) if names is None else names)
         index = {name: n for n, name in enumerate(names)} | {None: -1}
         prompt_lengths = np.array(self._prompt_lengths, np.int32)
-        completion_lengths = np.array(self._completion_lengths, np.int32)
-        completion_lengths = completion_lengths.reshape(
-            len(self), self._num_completions
-        )
+        # Missing completions come last.
+        count = self.most_completions if num_completions is None else num_completions
+        exists = np.arange(count) < np.array(self._counts, np.int32)[:, None]
+
+        def of_completions(values: Sequence, dtype: Any) -> np.ndarray:
+            table = np.zeros(exists.shape, dtype)
+            table[exists] = values
+            return table
+
+        completion_lengths = of_completions(self._completion_lengths, np.int32)
         sizes = prompt_lengths + completion_lengths.sum(1, dtype=np.int64)
         collected = dict.fromkeys(COLUMNS, []) | self._columns
         collected["annotator"] = [index[name] for name in self._annotators]
@@ -230,7 +269,9 @@ class DatasetBuilder:
             completion_lengths=completion_lengths,
             ids=np.array(self._ids, np.str_),
             columns={
-                name: np.array(values, COLUMNS.get(name, np.float32))
+                name: of_completions(values, np.float32)
+                if name in LIST_LABELS
+                else np.array(values, COLUMNS.get(name, np.float32))
                 for name, values in collected.items()
             },
             annotator_names=names,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.kinds import Kind
 from jaxpref.data.noise import flip_symmetric, margin_rates, read_object, read_rates
 from jaxpref.data.options import InjectOptions
 from jaxpref.data.records import Example, text_of
@@ -50,6 +51,23 @@ class Noise:
     """What has occurred in training pairs so far: values of the field `options.by`, or
     the topic."""
 
+    def check_kind(self, kind: Kind) -> None:
+        """Raises InputError if this noise does not fit the kind of records."""
+        if not self.options.active or kind.sides == 2:
+            return
+        if not kind.can_flip:
+            raise InputError(
+                "--inject needs pairs or labeled answers: "
+                + ("a single completion" if kind.sides == 1 else "a list")
+                + " has no label to flip"
+            )
+        by_length = [x.prefer_longer for x in self.annotators.values()]
+        if any((self.options.prefer_longer, *by_length)):
+            raise InputError(
+                "--inject: labels that prefer the longer answer need two answers, but "
+                "these records have one; use flip rates instead"
+            )
+
     def label(
         self, example: Example, record_id: str, place: str
     ) -> tuple[str | None, bool]:
@@ -77,7 +95,8 @@ class Noise:
             annotator = drawn(self.annotators, u)
             rate = self.annotators[annotator].flip_rate
             share = self.annotators[annotator].prefer_longer
-        rate = with_length_bias(rate, share, *map(len, example.texts))
+        if len(example.completions) == 2:
+            rate = with_length_bias(rate, share, *map(len, example.texts))
         (flip,) = flip_symmetric([record_id], rate=rate, seed=seed)
         return annotator, bool(flip)
 

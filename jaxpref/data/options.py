@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxpref.data.labels import LabelFields
+from jaxpref.data.record_options import RecordOptions
 from jaxpref.data.render import THINK, TraceMarkers
 from jaxpref.errors import InputError
 
@@ -134,7 +135,7 @@ class InjectOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions:
+class DataOptions(RecordOptions):
     """How records become training and held-out data."""
 
     max_length: int | None = None
@@ -158,8 +159,6 @@ class DataOptions:
     drop_empty: bool = False
     """Drop and count records with an empty completion, instead of stopping with an
     error."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of the records to ignore, even if they change what a record means."""
     labels: LabelFields = LabelFields()
     """Fields of the records with numbers that a loss reads besides the preference."""
     trace_open: str = THINK.open
@@ -169,6 +168,7 @@ class DataOptions:
     trace, unless the chat template supports `enable_thinking` and has its own."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not 2 <= self.longest:
             raise InputError(f"max_length {self.longest} must be at least 2")
         prompt = self.max_prompt_length

@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import hashlib
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxpref.data.bad_rows import log_skipped
+from jaxpref.data.kinds import PAIRS, Kind
+from jaxpref.data.mixing import Data, read_mixture
 from jaxpref.data.options import DataOptions, MixOptions
+from jaxpref.data.record_source import open_records
 from jaxpref.data.shared_prompts import Shared, check_shared, count_shared
-from jaxpref.data.sources import open_source
 from jaxpref.data.splits import Splits, make_mixed_splits, make_splits
 from jaxpref.data.tokenizers import check_same_tokenizer
 from jaxpref.errors import InputError
@@ -32,9 +36,9 @@ def read_datasets(
     tokenizer: Any,
     options: DataOptions,
     *,
-    num_completions: int,
+    kind: Kind = PAIRS,
     mix: MixOptions | None,
-    train: str,
+    train: Data,
     heldout: str | None,
     whole_turns: bool = False,
     scored_by: Mapping[str, Path] = types.MappingProxyType({}),
@@ -44,9 +48,9 @@ def read_datasets(
     Args:
       tokenizer: the model's tokenizer.
       options: how records become training and held-out data.
-      num_completions: K, completions of a prompt.
+      kind: what is read of each record.
       mix: how pairs with an empty trace are mixed in.
-      train: the training data.
+      train: the training data, one or several files; see `read_mixture`.
       heldout: separate data to evaluate on.
       whole_turns: whether turns end as a reward model reads them; see `tokenize`.
       scored_by: other models that score the same tokens: their folders, by their names
@@ -58,42 +62,66 @@ def read_datasets(
     """
     _check_heldout(options, heldout)
     make = make_train = functools.partial(
-        make_splits, sides=num_completions, whole_turns=whole_turns
+        make_splits, kind=kind, whole_turns=whole_turns
     )
-    files, sources = (train,), [open_source(train)]
+    open_data = functools.partial(open_records, options=options, sides=kind.sides)
+    mixture = read_mixture(train)
+    files, sources = mixture.names, [open_data(name) for name in mixture.names]
+    named = " and ".join(files)
+    if len(files) > 1:
+        make_train = functools.partial(make, more=sources[1:])
     if mix is not None:
+        if len(files) > 1:
+            raise InputError(f"--data {' '.join(files)}: bvpo reads one file only")
         make = make_train = make_mixed_splits
         if mix.empty_data:
-            files = (train, mix.empty_data)
-            sources.append(open_source(mix.empty_data))
+            files = (*files, mix.empty_data)
+            sources.append(open_data(mix.empty_data))
             make_train = functools.partial(make, empty=sources[1])
     evaluated = sources
     if heldout is None:
         splits = make_train(sources[0], tokenizer, options)
     else:
-        evaluated = [open_source(heldout)]
+        evaluated = [open_data(heldout)]
         whole = dataclasses.replace(options, heldout_fraction=0.0)
         splits = make_train(sources[0], tokenizer, whole)
         held = make(evaluated[0], tokenizer, whole.without_injection())
         log(f"{heldout}: {held.fields.describe()}")
         digest = splits.digest + held.digest
-        splits = dataclasses.replace(splits, heldout=held.train, digest=digest)
+        # Lists of two files may have different lengths.
+        most = max(x.train.num_completions for x in (splits, held))
+        splits = dataclasses.replace(
+            splits,
+            train=splits.train.widened(most),
+            heldout=held.train.widened(most),
+            digest=digest,
+            skipped=splits.skipped + held.skipped,
+        )
     if not len(splits.train):
         raise InputError(
-            f"{train}: no pair is left to train on ({splits.describe()}); lower "
+            f"{named}: no pair is left to train on ({splits.describe()}); lower "
             "--heldout-fraction"
         )
     log(f"{' and '.join(files)}: {splits.describe()}")
+    log_skipped(splits.skipped)
     splits.fields.check_ignored(options.ignore_fields)
-    log(f"{train}: {splits.fields.describe()}")
+    splits.fields.check_mapped(options.mapped)
+    log(f"{named}: {splits.fields.describe()}")
     shared = count_shared(splits.train, splits.heldout, bos=tokenizer.bos_token_id)
-    _report_shared(shared, train, heldout, allowed=options.allow_shared_prompts)
+    _report_shared(shared, named, heldout, allowed=options.allow_shared_prompts)
     if options.inject.active:
         flipped, count = splits.report["flipped"], len(splits.train)
         log(injection_warning(flipped, count, options.inject.describe()))
     read = [(sources, splits.train), (evaluated, splits.heldout)]
     for name, folder in scored_by.items():
-        check_same_tokenizer(tokenizer, folder, read, options, name=name)
+        check_same_tokenizer(tokenizer, folder, read, options, name=name, kind=kind)
+    if mixture.weights is not None:
+        digest = hashlib.sha256(f"{splits.digest} {mixture.weights}".encode())
+        splits = dataclasses.replace(
+            splits, weights=mixture.weights, digest=digest.hexdigest()
+        )
+        shares = zip(files, mixture.weights, strict=True)
+        log("shares of the pairs: " + ", ".join(f"{x} {w:.3g}" for x, w in shares))
     return Datasets(splits, files, (heldout,) if heldout else files)
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from jaxpref.data.bad_rows import BadRow, BadRows
 from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.inject import Noise, fields_read, read_noise
+from jaxpref.data.kinds import PAIRS, Kind
 from jaxpref.data.labels import exchanged
+from jaxpref.data.mismatched import with_mismatched
 from jaxpref.data.options import DEFAULTS, DataOptions
 from jaxpref.data.records import (
     IDENTICAL,
@@ -22,6 +26,8 @@ from jaxpref.data.records import (
     expand,
     parse,
 )
+from jaxpref.data.records.labeled import answers_of
+from jaxpref.data.records.lists import with_labels
 from jaxpref.data.shared_prompts import prompt_hash, split_key
 from jaxpref.data.sources import Source
 from jaxpref.data.tokenize import Tokens, tokenize
@@ -47,6 +53,12 @@ class Splits:
     indices, empty traces and order are equal."""
     fields: FieldUse = dataclasses.field(default_factory=FieldUse)
     """Which fields of the records were read."""
+    kind: Kind = PAIRS
+    """What was read of each record."""
+    skipped: tuple[BadRow, ...] = ()
+    """Malformed rows that were skipped."""
+    weights: tuple[float, ...] | None = None
+    """The share of each source in the training pairs of an epoch; see `weighted`."""
 
     def describe(self) -> str:
         """The report in one line, without zero counts."""
@@ -60,10 +72,11 @@ def make_splits(
     tokenizer: Any,
     options: DataOptions = DEFAULTS,
     *,
-    sides: int = 2,
+    kind: Kind = PAIRS,
     whole_turns: bool = False,
+    more: Sequence[Source] = (),
 ) -> Splits:
-    """Turns a source into tokenized, split and optionally flipped pairs.
+    """Turns sources into tokenized, split and optionally flipped pairs.
 
     A pair's id is the hash of its content before flipping plus its occurrence, so the
     third copy of a row ends in "-2".  Splits depend on the hash of the prompt and flips
@@ -78,13 +91,16 @@ def make_splits(
       source: from `open_source`, or any sequence of records with `location`.
       tokenizer: from `load_tokenizer`.
       options: lengths, split, noise.
-      sides: K, 2 for pairs, 1 for plain completions (SFT).
+      kind: what is read of each record.
       whole_turns: whether turns end as a reward model reads them; see `tokenize`.
+      more: further sources, numbered from 1 in the column `source`.
 
     Raises:
       InputError: if a record is malformed, or none is left.
     """
-    return _make_splits([(source, _unchanged)], tokenizer, options, sides, whole_turns)
+    to_pairs = _labeled if "desirable" in kind.labels else _unchanged
+    parts = [(x, to_pairs) for x in (source, *more)]
+    return _make_splits(parts, tokenizer, options, kind, whole_turns)
 
 
 def make_mixed_splits(
@@ -113,7 +129,7 @@ def make_mixed_splits(
     parts = [(source, _with_empty_too if empty is None else _with_empty)]
     if empty is not None:
         parts += [(empty, _only_empty)]
-    splits = _make_splits(parts, tokenizer, options, 2)
+    splits = _make_splits(parts, tokenizer, options, PAIRS)
     is_empty = np.concatenate(
         [part.columns["empty_trace"] for part in (splits.train, splits.heldout)]
     )
@@ -142,6 +158,10 @@ def _unchanged(example: Example, place: str) -> list[Example]:
     return expand(example)
 
 
+def _labeled(example: Example, place: str) -> list[Example]:
+    return [x for answer in answers_of(example) for x in expand(answer)]
+
+
 def _with_empty(example: Example, place: str) -> list[Example]:
     return expand(example) if example.traces else _only_empty(example, place)
 
@@ -164,29 +184,41 @@ def _make_splits(
     parts: Sequence[tuple[Source, ToPairs]],
     tokenizer: Any,
     options: DataOptions,
-    sides: int,
+    kind: Kind,
     whole_turns: bool = False,
 ) -> Splits:
-    if options.inject.active and sides == 1:
-        raise InputError(
-            "--inject needs pairs: a single completion has no label to flip"
-        )
     noise = read_noise(options.inject)
+    noise.check_kind(kind)
     counts = collections.Counter()
-    train, heldout = DatasetBuilder(sides), DatasetBuilder(sides)
-    fields = FieldUse()
-    for pair in _read(parts, tokenizer, options, sides, counts, fields, whole_turns):
+    train, heldout = DatasetBuilder(kind.sides), DatasetBuilder(kind.sides)
+    fields, bad = FieldUse(), BadRows(options.on_bad_row)
+    pairs = _read(parts, tokenizer, options, kind, counts, fields, bad, whole_turns)
+    for pair in pairs:
         _add(train, heldout, pair, options, noise, counts)
     place = f"{parts[0][0].location(0)} and all after it"
-    counts.update(train=len(train), heldout=len(heldout))
+    counts.update(train=len(train), heldout=len(heldout), skipped=len(bad.found))
     if not len(train) + len(heldout):
         dropped = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
+        dropped += f"; the first: {bad.found[0].reason}" if bad.found else ""
         raise InputError(f"{place}: no record is left ({dropped})")
     noise.check_used(place)
     names = sorted(train.annotators() | heldout.annotators())
-    datasets = (train.build(names), heldout.build(names))
+    most = max(train.most_completions, heldout.most_completions)
+    datasets = train.build(names, most), heldout.build(names, most)
+    if kind.mismatched:
+        add = functools.partial(
+            with_mismatched, max_length=options.longest, place=place
+        )
+        datasets = add(datasets[0]), add(datasets[1], others=datasets[0])
     digest = hashlib.sha256("".join(x.digest() for x in datasets).encode()).hexdigest()
-    return Splits(*datasets, report=dict(counts), digest=digest, fields=fields)
+    return Splits(
+        *datasets,
+        report=dict(counts),
+        digest=digest,
+        fields=fields,
+        kind=kind,
+        skipped=tuple(bad.found),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,9 +245,10 @@ def _read(
     parts: Sequence[tuple[Source, ToPairs]],
     tokenizer: Any,
     options: DataOptions,
-    sides: int,
+    kind: Kind,
     counts: collections.Counter,
     fields: FieldUse,
+    bad: BadRows,
     whole_turns: bool,
 ) -> Iterator[_TokenizedPair]:
     """Tokenized pairs of whole records, about `max_pairs` from each source."""
@@ -225,20 +258,26 @@ def _read(
     for number, (source, to_pairs) in enumerate(parts):
         count, last = 0, -1
         chunks = _chunks(
-            number, source, to_pairs, options, sides, counts, records, fields
+            number, source, to_pairs, options, kind, counts, records, fields, bad
         )
         for pairs in chunks:
             heartbeat.beat(f"reading {pairs[-1].place}")
-            results = tokenize(
-                [pair.example for pair in pairs],
-                [pair.place for pair in pairs],
-                tokenizer,
-                max_length=options.longest,
-                max_prompt_length=options.max_prompt_length,
-                markers=options.markers,
-                whole_turns=whole_turns,
+            places = [pair.place for pair in pairs]
+            results = bad.together(
+                lambda some, pairs=pairs: tokenize(
+                    [pairs[n].example for n in some],
+                    [pairs[n].place for n in some],
+                    tokenizer,
+                    max_length=options.longest,
+                    max_prompt_length=options.max_prompt_length,
+                    markers=options.markers,
+                    whole_turns=whole_turns,
+                ),
+                places,
             )
             for pair, result in zip(pairs, results):
+                if result is None:
+                    continue
                 if isinstance(result, str):
                     counts[f"dropped: {result}"] += 1
                 elif count < limit or pair.row == last:
@@ -286,6 +325,27 @@ def _add(
     )
 
 
+def _example(
+    source: Source, row: int, options: DataOptions, kind: Kind, fields: FieldUse
+) -> Example | str:
+    """The example of a row, or the reason why it cannot be used."""
+    record, place = source[row], source.location(row)
+    own = kind.of_record(record)
+    example = parse(
+        record,
+        place,
+        sides=own.sides,
+        drop_empty=options.drop_empty,
+        labels=options.labels.reading(own.labels),
+        ignore_fields=options.ignore_fields,
+        values=fields_read(options.inject),
+        fields=fields,
+    )
+    if kind.sides is None and not isinstance(example, str):
+        return with_labels(example, kind.labels, place)
+    return example
+
+
 def _unique_id(example: Example, copies: collections.Counter) -> str:
     content = example.content_id()
     copies[content] += 1
@@ -297,10 +357,11 @@ def _chunks(
     source: Source,
     to_pairs: ToPairs,
     options: DataOptions,
-    sides: int,
+    kind: Kind,
     counts: collections.Counter,
     records: collections.Counter,
     fields: FieldUse,
+    bad: BadRows,
 ) -> Iterator[list[_Pair]]:
     """Checked pairs, in chunks that fit into the tokenizer's memory."""
     size = min(_CHUNK_ROWS, options.max_pairs or _CHUNK_ROWS)
@@ -311,17 +372,12 @@ def _chunks(
     )
     for row in rows:
         place = source.location(row)
-        example = parse(
-            source[row],
-            place,
-            sides=sides,
-            drop_empty=options.drop_empty,
-            labels=options.labels,
-            ignore_fields=options.ignore_fields,
-            values=fields_read(options.inject),
-            fields=fields,
+        example = bad.attempt(
+            lambda row=row: _example(source, row, options, kind, fields), place
         )
         counts["rows"] += 1
+        if example is None:
+            continue
         if isinstance(example, str):
             counts[f"dropped: {example}"] += 1
             continue

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxpref.data.dataset import PreferenceDataset
+from jaxpref.data.kinds import PAIRS, Kind
 from jaxpref.data.options import DataOptions
 from jaxpref.data.sources import Source
 from jaxpref.data.splits import make_splits
@@ -38,6 +39,7 @@ def check_same_tokenizer(
     options: DataOptions,
     *,
     name: str,
+    kind: Kind = PAIRS,
 ) -> None:
     """Checks that another model's tokenizer gives the tokens that it will score.
 
@@ -52,6 +54,7 @@ def check_same_tokenizer(
       data: each dataset with its sources, by the column `source`.
       options: how the data was read.
       name: the other model, for messages.
+      kind: what was read of each record.
 
     Raises:
       InputError: naming the first text with different ids, or if the folder has no
@@ -67,6 +70,7 @@ def check_same_tokenizer(
             f"mean the same as those of {own}; if they do, copy tokenizer.json and "
             "tokenizer_config.json there"
         )
+    kind = dataclasses.replace(kind, mismatched=False)  # rows of other records
     theirs = load_tokenizer(other)
     if not theirs.chat_template:
         theirs.chat_template = tokenizer.chat_template
@@ -83,7 +87,7 @@ def check_same_tokenizer(
             rows = dataset.columns["row"][dataset.columns["source"] == number]
             sample = _Sample(source, _spread(rows))
             if len(sample):
-                _check_rows(tokenizer, theirs, sample, dataset, options, models)
+                _check_rows(tokenizer, theirs, sample, kind, options, models)
         _check_vocabulary(tokenizer, theirs, dataset, models)
 
 
@@ -141,12 +145,12 @@ def _check_rows(
     tokenizer: Any,
     theirs: Any,
     sample: _Sample,
-    dataset: PreferenceDataset,
+    kind: Kind,
     options: DataOptions,
     models: _Models,
 ) -> None:
     """Checks that both tokenizers give the same ids for the sampled records."""
-    make = lambda tok: make_splits(sample, tok, options, sides=dataset.num_completions)
+    make = lambda tok: make_splits(sample, tok, options, kind=kind)
     ours = make(tokenizer).train
     try:
         other = make(theirs).train

@@ -11,6 +11,9 @@ from jaxpref.objectives.learned_noise import em as em
 from jaxpref.objectives.learned_noise import em_weighted as em_weighted
 from jaxpref.objectives.learned_noise import learned_rate as learned_rate
 from jaxpref.objectives.learned_noise import re_po as re_po
+from jaxpref.objectives.lists import irpo as irpo
+from jaxpref.objectives.lists import lipo_lambda as lipo_lambda
+from jaxpref.objectives.lists import plackett_luce as plackett_luce
 from jaxpref.objectives.objective import GradientProbe as GradientProbe
 from jaxpref.objectives.objective import Objective as Objective
 from jaxpref.objectives.objective import from_loss as from_loss
@@ -18,8 +21,21 @@ from jaxpref.objectives.objective import trainable as trainable
 from jaxpref.objectives.supervised import reward_regression as reward_regression
 from jaxpref.objectives.supervised import sft as sft
 from jaxpref.objectives.trace_mixture import bvpo as bvpo
+from jaxpref.objectives.unpaired import apo_zero_unpaired as apo_zero_unpaired
+from jaxpref.objectives.unpaired import bco as bco
+from jaxpref.objectives.unpaired import kto as kto
 
-FACTORIES = (beta_dpo, reward_regression, sft)
+FACTORIES = (
+    apo_zero_unpaired,
+    bco,
+    beta_dpo,
+    irpo,
+    kto,
+    lipo_lambda,
+    plackett_luce,
+    reward_regression,
+    sft,
+)
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
 
 WRAPPERS = (

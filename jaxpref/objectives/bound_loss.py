@@ -124,13 +124,17 @@ def check_options(loss: Loss, options: Mapping[str, Any], *scalars: str) -> None
             "either rewards or log-probabilities"
         )
     pair = jax.ShapeDtypeStruct((1,), jnp.float32)
+    truth = jax.ShapeDtypeStruct((1,), jnp.bool_)
     one = jax.ShapeDtypeStruct((), jnp.float32)
     try:
         if "where" in options:
             raise TypeError("where marks empty slots and is set by the training step")
         jax.eval_shape(
             functools.partial(loss, **options),
-            *(one if name in scalars else pair for name in reads),
+            *(
+                one if name in scalars else truth if name == "desirable" else pair
+                for name in reads
+            ),
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"loss {loss.__name__}: {error}") from error

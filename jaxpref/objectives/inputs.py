@@ -18,7 +18,8 @@ class Inputs:
     """The scores of a batch, and the batch.
 
     `inputs["policy_chosen_logps"]` is the array [..., S] of that side of each pair;
-    `inputs["preference_margins"]` is a label of the records.  Empty slots have
+    `inputs["preference_margins"]` is a label of the records, [..., S], or [..., S, K]
+    for those of lists.  Empty slots have
     log-probability 0 and length 1, so that no loss divides by zero there.
     """
 
@@ -57,7 +58,7 @@ class Inputs:
     def __contains__(self, name: str) -> bool:
         return name in self.scores or name in self.batch.reference
 
-    def __getitem__(self, name: str) -> Float[Array, "*batch S"]:
+    def __getitem__(self, name: str) -> Float[Array, "*slots"]:
         if name in LABELS:
             return cast(Array, self.batch.labels[name])
         score, side = score_and_side(name)

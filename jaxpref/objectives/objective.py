@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.data.labels import LABELS
+from jaxpref.data.kinds import Kind
+from jaxpref.data.labels import LABELS, LIST_LABELS
 from jaxpref.objectives.bound_loss import Loss, arrays_of, bind, unknown_arrays
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
@@ -122,9 +123,16 @@ class Objective:
         return LABELS & set(self.reads)
 
     @property
-    def num_completions(self) -> int:
-        """K: 2 for losses of pairs, 1 if only the chosen completion is read."""
-        return 2 if any("rejected" in name for name in self.reads) else 1
+    def kind(self) -> Kind:
+        """What it reads of each record: a pair, a list, or a single answer."""
+        is_read = lambda word: any(word in name for name in self.reads)
+        sides = 2 if is_read("rejected") else None if self.labels & LIST_LABELS else 1
+        return Kind(sides, self.labels, mismatched=is_read("mismatched"))
+
+    @property
+    def num_completions(self) -> int | None:
+        """K, completions of a prompt in a batch; None if the lists decide."""
+        return self.kind.num_completions
 
     @property
     def mixes_empty_traces(self) -> bool:

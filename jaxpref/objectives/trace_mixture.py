@@ -115,7 +115,7 @@ def _check(
             f"bvpo: {objective.name} couples the pairs of a batch, so that they have "
             "no gradients of their own to mix; use a pairwise loss"
         )
-    if objective.num_completions != 2:
+    if objective.kind.sides != 2:
         raise InputError(f"bvpo: {objective.name} reads no pairs; use a pairwise loss")
 
 

@@ -10,6 +10,9 @@ import pytest
 from scipy.special import logit
 
 from jaxpref import losses
+from jaxpref.cli.objectives import LOSSES
+from jaxpref.cli.train import config_of
+from jaxpref.cli.words import split
 
 SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "make_loss_table.py"
 
@@ -42,6 +45,25 @@ def test_the_readme_does_not_overstate_their_number(maker):
     (number,) = re.findall(r"More than (\d+) losses", readme)
     entries = [maker.Entry(getattr(losses, name)) for name in losses.__all__]
     assert sum(entry.is_loss for entry in entries) > int(number)
+
+
+def test_every_loss_has_a_command_or_a_reason(maker):
+    entries = [maker.Entry(getattr(losses, name)) for name in losses.__all__]
+    of_losses = {entry.name for entry in entries if entry.is_loss}
+    assert of_losses - LOSSES.keys() == maker.NOT_TRAINED.keys()
+    assert LOSSES.keys() <= of_losses
+    page = SCRIPT.with_name("losses.md").read_text("utf-8")
+    for entry in entries:
+        if entry.is_loss:
+            assert "| " + " | ".join(maker.trained(entry)) + " |" in page
+
+
+def test_the_commands_of_the_page_are_valid(maker):
+    for name in LOSSES:
+        argv = [*maker.flags_of(name), *"--model x --data x --out x".split()]
+        config = config_of(split(argv))
+        assert config.objective.name == name
+        assert config.objective.kind == maker.objective_of(name)[0].kind
 
 
 CLEAN, OBSERVED = 0.8, 0.62

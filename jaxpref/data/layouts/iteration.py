@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
+from jaxpref.data.labels import LIST_LABELS
 from jaxpref.data.workers import InProcesses
 from jaxpref.errors import InputError
 
@@ -95,7 +96,8 @@ def num_completions(datasets: Iterable[PreferenceDataset]) -> int:
 def one_pair(count: int, labels: Iterable[str]) -> PreferenceDataset:
     """A dataset of one pair with `count` completions, for the fields of its batches."""
     builder = DatasetBuilder(count)
-    builder.add([0], [[]] * count, id="", columns=dict.fromkeys(labels, 0.0))
+    blank = {name: [0.0] * count if name in LIST_LABELS else 0.0 for name in labels}
+    builder.add([0], [[]] * count, id="", columns=blank)
     return builder.build()
 
 

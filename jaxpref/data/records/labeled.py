@@ -1,0 +1,39 @@
+"""Single answers with a label: `prompt` and `completion`, or `messages`, and `label`.
+
+The other formats read the prompt and the answer.  The label is a number of the record,
+like those of `data.labels`: `desirable`, which is 1 or 0.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxpref.data.records.example import Example
+from jaxpref.errors import InputError
+
+
+def check_other(record: Mapping, where: str, sides: int | None) -> None:
+    """Raises InputError if a run that reads pairs gets a single answer with a label."""
+    answer = next((name for name in ("completion", "messages") if name in record), None)
+    if sides == 2 and answer and "label" in record and "rejected" not in record:
+        raise InputError(
+            f"{where}: a single answer ('{answer}') with a 'label', but this "
+            "command reads pairs; train on it with --loss kto, bco or "
+            "apo_zero_unpaired, or write 'chosen' and 'rejected'"
+        )
+
+
+def answers_of(example: Example) -> list[Example]:
+    """The answers of a pair, the chosen one desirable; a single answer as it is."""
+    if len(example.completions) == 1:
+        return [example]
+    own = lambda values, side: values[side : side + 1]
+    return [
+        dataclasses.replace(
+            example,
+            completions=own(example.completions, side),
+            traces=own(example.traces, side),
+            ended=() if all(own(example.ended, side)) else (False,),
+            labels=example.labels | {"desirable": desirable},
+        )
+        for side, desirable in ((0, 1.0), (1, 0.0))
+    ]
