@@ -8,7 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxpref.cli import sample as sample_command
 from jaxpref.errors import InputError
+from jaxpref.evaluate import generations
 from jaxpref.evaluate.generations import decode_continuation
+from jaxpref.sampling import Answer
 from tests.data_tokenizers import byte_tokenizer
 from tests.tiny import make_model_folder
 
@@ -63,7 +65,7 @@ def test_samples_that_were_cut_say_so(tmp_path):
     # Special tokens are not part of the text.
     assert not any(row["ended"] for row in rows if row["output"])
     assert any(row["output"] for row in rows)
-    assert {*rows[0]} == {"instruction", "output", "ended", "generator"}
+    assert {*rows[0]} == {"instruction", "output", "logp", "ended", "generator"}
     everything = ",".join(map(str, range(64)))
     generation = {"eos_token_id": json.loads(f"[{everything}]")}
     path = tmp_path / "model" / "generation_config.json"
@@ -71,6 +73,36 @@ def test_samples_that_were_cut_say_so(tmp_path):
     sample_command.command([*argv.split(), "--prompts", *prompts])
     rows = json.loads((tmp_path / "out.json").read_text())
     assert all(row["ended"] for row in rows)
+
+
+def test_lines_hold_the_records_and_all_answers(tmp_path, monkeypatch):
+    """Answers arrive in any order; records keep all of their fields."""
+    records = [
+        {"prompt": "the film", "source": "a\u2028b", "tags": [1, None]},
+        {"prompt": "good", "chosen": "the", "rejected": "film", "id": 7},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    model = make_model_folder(tmp_path / "model", 0)
+    asked = []
+
+    def answer_all(model, params, requests, rule, *, batch_size):
+        asked.extend(requests)
+        for n in reversed(range(len(requests))):
+            yield n, Answer([5 + n], -1.5 * n, ended=n == 2)
+
+    monkeypatch.setattr(generations, "answer_all", answer_all)
+    argv = f"--model {model} --data {tmp_path}/pairs.jsonl --num-samples 2"
+    argv += " --max-new-tokens 4"
+    out = tmp_path / "out.jsonl"
+    sample_command.command([*argv.split(), "--out", str(out)])
+    assert [request.ids for request in asked] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    lines = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert [line["record"] for line in lines] == records
+    answers = [answer for line in lines for answer in line["answers"]]
+    assert [answer["logp"] for answer in answers] == [0, -1.5, -3, -4.5]
+    assert [answer["ended"] for answer in answers] == [False, False, True, False]
+    assert len({answer["output"] for answer in answers}) == 4
+    assert {line["generator"] for line in lines} == {str(model)}
 
 
 @pytest.mark.parametrize("words", [[], ["--raw"]])

@@ -12,8 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
+from jaxpref.models.cache import insert, resized
 from jaxpref.models.families.llama import LlamaArchitecture
+from jaxpref.models.functional import unstacked
 from jaxpref.models.rotary import LinearScaling, Llama3Scaling, inverse_frequencies
+from jaxpref.runtime.mesh import AXES, EXPERT_AXES
 
 CONFIG = LlamaArchitecture(
     vocab_size=32,
@@ -43,7 +46,9 @@ def replace(**changes):
 
 
 def mesh(*sizes):
-    names, types = ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3
+    """The sizes of data, fsdp, and tensor, or of data, fsdp, expert, and tensor."""
+    names = AXES if len(sizes) == 3 else EXPERT_AXES
+    types = (AxisType.Explicit,) * len(sizes)
     devices = jax.devices()[: int(np.prod(sizes))]
     return jax.set_mesh(jax.make_mesh(sizes, names, axis_types=types, devices=devices))
 
@@ -194,36 +199,48 @@ def test_segments_and_positions_pack_two_sequences_into_one_row():
     )
 
 
-def test_a_cache_gives_what_the_whole_sequence_gives():
-    model = build(CONFIG)
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_cache_gives_what_whole_texts_give(by_layer):
+    """Full and sliding attention; rings of 3 slots wrap around several times."""
+    model = replace(num_layers=4, sliding_window=3)
+    layers = (True, True, False, True)
+    architecture = dataclasses.replace(model.architecture, sliding_layers=layers)
+    model = dataclasses.replace(model, architecture=architecture)
     params = model.init(jax.random.key(0))
-    lengths = np.array([4, 1, 3, 2])
-    tokens = np.zeros((4, 4), int)
-    for row, n in enumerate(lengths):
-        tokens[row, 4 - n :] = TOKENS[row, :n]
-    cache = model.empty_cache(4, 6)
-    hidden, cache = jax.jit(model.prefill)(params, tokens, lengths, cache)
-    found = [hidden[:, -1]]
-    for step in range(2):
-        following = TOKENS[np.arange(4), lengths + step][:, None]
-        hidden, cache = jax.jit(model.decode)(params, following, cache)
-        found.append(hidden[:, 0])
-    assert int(cache.filled) == 6
-    for row, n in enumerate(lengths):
-        expected = model.hidden(params, TOKENS[row : row + 1, : n + 2])[0, n - 1 :]
-        np.testing.assert_allclose(
-            np.stack([h[row] for h in found]), expected, rtol=0, atol=2e-6
-        )
+    texts = np.random.default_rng(0).integers(0, 32, (4, 18))
+    lengths, steps = np.array([8, 1, 3, 2]), 10
+    expected = jax.jit(model.hidden)(params, texts)
+    read = unstacked(params) if by_layer else params
+    hidden, cache = jax.jit(model.prefill)(read, texts[:, :8], lengths)
+    cache = resized(cache, 16)
+    slots = {stack.window: stack.keys.shape[3] for stack in cache.stacks}
+    assert slots == {None: 16, 3: 3} and len(cache.stacks) == (4 if by_layer else 3)
+    rows, decode = np.arange(4), jax.jit(model.decode)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6)
+    close(hidden[:, 0], expected[rows, lengths - 1])
+    for step in range(steps):
+        active = rows != step % 5  # a row that waits stays as it is
+        hidden, cache = decode(read, texts[rows, lengths], cache, active)
+        close(hidden[active, 0], expected[rows, lengths][active])
+        lengths = lengths + active
+        np.testing.assert_array_equal(cache.lengths, lengths)
 
 
-def test_more_tokens_than_the_cache_holds_are_refused():
-    model = build(CONFIG)
+def test_rows_of_a_cache_are_replaced_and_others_stay():
+    model = replace(sliding_window=3)
     params = model.init(jax.random.key(0))
-    lengths = np.full(2, 5)
-    model.prefill(params, TOKENS[:2, :5], lengths, model.empty_cache(2, 5))
-    for call in (model.prefill, jax.jit(model.prefill)):
-        with pytest.raises(ValueError, match="at most 4 tokens, .* cache, got 5"):
-            call(params, TOKENS[:2, :5], lengths, model.empty_cache(2, 4))
+    lengths, decode = np.array([6, 2, 5]), jax.jit(model.decode)
+    _, old = model.prefill(params, TOKENS[:3, :6], lengths)
+    _, new = model.prefill(params, TOKENS[3:5, :4], np.array([4, 1]))
+    # The second prompt is nowhere: there are only rows 0, 1 and 2.
+    cache = insert(resized(old, 8), new, jnp.array([1, 3]))
+    texts = [TOKENS[0, :7], TOKENS[3, :5], TOKENS[2, :6]]
+    following = np.array([text[-1] for text in texts])
+    hidden, cache = decode(params, following, cache, np.ones(3, bool))
+    assert cache.lengths.tolist() == [7, 5, 6]
+    for row, text in enumerate(texts):
+        expected = model.hidden(params, text[None])[0, -1]
+        np.testing.assert_allclose(hidden[row, 0], expected, rtol=0, atol=2e-6)
 
 
 def loss(model):

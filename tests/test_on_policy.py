@@ -134,7 +134,7 @@ def test_prompts_are_held_out_distinct_and_leave_room(folders, tmp_path):
     datasets = read_datasets(
         data.load_tokenizer(folders / "policy"),
         options,
-        num_completions=2,
+        kind=data.PAIRS,
         mix=None,
         train=str(path),
         heldout=None,

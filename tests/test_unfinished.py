@@ -6,7 +6,6 @@ import os
 import stat
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from jaxpref.errors import InputError
 from jaxpref.evaluate import generations, unfinished
 from jaxpref.evaluate.generations import SampleConfig
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
+from jaxpref.sampling import Answer
 from tests.tiny import WORDS, make_model_folder
 
 PROMPTS = tuple(WORDS[:7])
@@ -29,25 +29,27 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def sampler(monkeypatch):
-    """Draws tokens that depend on prompts and key alone, and counts the batches."""
+    """Draws tokens that depend on prompts, numbers and key alone, last ones first."""
     monkeypatch.setattr(generations, "load_weights", lambda *_: None)
     monkeypatch.setattr(data, "load_tokenizer", TOKENIZER)
 
     class Sampler:
-        batches = 0
+        count = 0
         stop_before = None
 
-        def generate(self, model, params, tokens, lengths, key, **options):
-            if self.batches == self.stop_before:
-                raise KeyboardInterrupt
-            self.batches += 1
-            rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-            drawn = rng.integers(4, 4 + len(WORDS), (len(tokens), 5))
-            drawn[:, 0] = tokens[:, -1]
-            return jnp.asarray(drawn), jnp.full(len(tokens), 5)
+        def answer_all(self, model, params, requests, rule, *, batch_size):
+            for index in reversed(range(len(requests))):
+                if self.count == self.stop_before:
+                    raise KeyboardInterrupt
+                self.count += 1
+                asked = requests[index]
+                key = np.asarray(jax.random.key_data(rule.key))
+                rng = np.random.default_rng([*key, *asked.ids])
+                tokens = rng.integers(4, 4 + len(WORDS), 5).tolist()
+                yield index, Answer([asked.tokens[-1], *tokens], -rng.random(), True)
 
     sampler = Sampler()
-    monkeypatch.setattr(generations, "generate", sampler.generate)
+    monkeypatch.setattr(generations, "answer_all", sampler.answer_all)
     return sampler
 
 
@@ -57,7 +59,7 @@ def config(model, folder, **options) -> SampleConfig:
 
 
 def interrupt(sampler, asked, *, after: int) -> None:
-    sampler.stop_before = sampler.batches + after
+    sampler.stop_before = sampler.count + after
     with pytest.raises(KeyboardInterrupt):
         generations.run(asked)
     sampler.stop_before = None
@@ -65,20 +67,21 @@ def interrupt(sampler, asked, *, after: int) -> None:
 
 def test_a_resumed_command_ends_like_an_undisturbed_one(model, sampler, tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    generations.run(config(model, tmp_path / "a"))
-    assert sampler.batches == 4
-    asked = config(model, tmp_path / "b")
+    generations.run(config(model, tmp_path / "a", num_samples=2))
+    assert sampler.count == 14
+    asked = config(model, tmp_path / "b", num_samples=2)
     for after in (1, 0, 2):
         interrupt(sampler, asked, after=after)
         (kept,) = (tmp_path / "b").iterdir()
         assert kept.name == ".x.json.unfinished"
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    assert sampler.batches == 4 + 3
+    assert sampler.count == 14 + 3
     rows = generations.run(asked)
-    assert sampler.batches == 4 + 4  # none was sampled twice
+    assert sampler.count == 14 + 14  # none was sampled twice
     files = [tmp_path / name / "x.json" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert [row["instruction"] for row in rows] == list(PROMPTS)
+    assert [row["instruction"] for row in rows[::2]] == list(PROMPTS)
+    assert [row["sample"] for row in rows] == [0, 1] * 7
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["x.json"]
 
 
@@ -91,11 +94,11 @@ def test_other_options_reuse_nothing(model, sampler, tmp_path):
     asked = config(model, tmp_path)
     interrupt(sampler, asked, after=3)
     other = config(model, tmp_path, seed=1)
-    interrupt(sampler, other, after=1)  # starts at its first batch
-    assert sampler.batches == 4
+    interrupt(sampler, other, after=1)  # starts at its first completion
+    assert sampler.count == 4
     # Both are kept: the first command still resumes.
     generations.run(asked)
-    assert sampler.batches == 5
+    assert sampler.count == 4 + 4
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,7 @@ def test_other_options_reuse_nothing(model, sampler, tmp_path):
     [
         dict(seed=1),
         dict(batch_size=3),
+        dict(num_samples=2),
         dict(temperature=0.5),
         dict(top_k=1),
         dict(top_p=0.5),
@@ -134,23 +138,21 @@ def test_the_key_depends_on_every_file_of_the_model(name, tmp_path):
     assert key({}, tmp_path) != before
 
 
-LINE = b'{"key": "K", "start": 4, "completions": ["a", "b"]}'
+LINE = b'{"key": "K", "number": 4, "completion": {"text": "a"}}'
+A, B = {4: {"text": "a"}}, {4: {"text": "b"}}
 KEPT = {
     "nothing": (b"", {}),
-    "a batch": (LINE, {4: ["a", "b"]}),
-    "a later line counts": (
-        LINE + b"\n" + LINE.replace(b'"a"', b'"c"'),
-        {4: ["c", "b"]},
-    ),
-    "cut off": (LINE + b"\n" + LINE[:-9], {4: ["a", "b"]}),
+    "a completion": (LINE, A),
+    "a later line counts": (LINE + b"\n" + LINE.replace(b'"a"', b'"b"'), B),
+    "cut off": (LINE + b"\n" + LINE[:-9], A),
     "cut off at once": (LINE[:5], {}),
-    "continued after a cut": (LINE[:-9] + b"\n" + LINE, {4: ["a", "b"]}),
+    "continued after a cut": (LINE[:-9] + b"\n" + LINE, A),
     "not UTF-8": (LINE[:-4] + b"\xff" + LINE[-3:], {}),
-    "not an object": (LINE + b"\n[1]\n7\nnull", {4: ["a", "b"]}),
-    "too deep": (LINE + b"\n" + b"[" * 10**5, {4: ["a", "b"]}),
+    "not an object": (LINE + b"\n[1]\n7\nnull", A),
+    "too deep": (LINE + b"\n" + b"[" * 10**5, A),
     "of another command": (LINE.replace(b'"K"', b'"L"'), {}),
-    "no list": (LINE.replace(b'["a", "b"]', b'"ab"'), {}),
-    "no place": (LINE.replace(b'"start": 4, ', b""), {}),
+    "no completion": (LINE.replace(b'{"text": "a"}', b'"a"'), {}),
+    "no place": (LINE.replace(b'"number": 4, ', b""), {}),
     "a list as the place": (LINE.replace(b"4", b"[4]"), {}),
 }
 
@@ -160,12 +162,6 @@ def test_what_is_read(what, tmp_path):
     content, expected = KEPT[what]
     (tmp_path / "kept").write_bytes(content)
     assert unfinished._read(tmp_path / "kept", "K") == expected
-
-
-def test_a_batch_of_another_size_is_sampled_again(tmp_path):
-    kept = unfinished.Unfinished(tmp_path / "kept", "K", {4: ["a", "b"]})
-    assert kept.get(4, 2) == ["a", "b"]
-    assert kept.get(4, 1) is kept.get(4, 3) is kept.get(0, 2) is None
 
 
 def plant_link(path):
@@ -196,13 +192,13 @@ def test_a_link_is_not_followed_when_writing(tmp_path):
     kept = unfinished.Unfinished(path, "K", {})
     plant_link(path)
     with pytest.raises(InputError, match="x.json.unfinished: cannot be written"):
-        kept.add(0, ["a"])
+        kept.add(0, {"text": "a"})
     assert (tmp_path / "mine").read_text() == "important"
 
 
 def test_a_file_of_another_user_is_not_read(tmp_path, monkeypatch):
-    unfinished.Unfinished(tmp_path / "kept", "K", {}).add(4, ["a", "b"])
-    assert unfinished._read(tmp_path / "kept", "K") == {4: ["a", "b"]}
+    unfinished.Unfinished(tmp_path / "kept", "K", {}).add(4, A[4])
+    assert unfinished._read(tmp_path / "kept", "K") == A
     assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o600
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(InputError, match="was not written by your"):
@@ -214,7 +210,7 @@ def test_nothing_is_kept_without_out(model, sampler, tmp_path, monkeypatch, caps
     asked = dataclasses.replace(config(model, tmp_path), out=None)
     interrupt(sampler, asked, after=2)
     generations.run(asked)
-    assert sampler.batches == 2 + 4 and not [*tmp_path.iterdir()]
+    assert sampler.count == 2 + 7 and not [*tmp_path.iterdir()]
     assert capsys.readouterr().out.count("> ") == len(PROMPTS)
 
 

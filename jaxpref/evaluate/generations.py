@@ -1,6 +1,7 @@
 """`jaxpref sample`: completions of prompts by a model."""
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -8,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxpref import data
 from jaxpref.errors import InputError, show
 from jaxpref.evaluate.unfinished import Unfinished, unfinished
-from jaxpref.files import check_output, write_json
+from jaxpref.files import check_output, write_json, write_whole
 from jaxpref.models import Architecture, Model, Numerics, build
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import adapter_digest
@@ -23,12 +24,13 @@ from jaxpref.runtime.memory import check_arrays
 from jaxpref.runtime.mesh import MeshConfig, make_mesh, row_shards, rows_for
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.ranges import at_least
-from jaxpref.sampling import generate, left_pad
+from jaxpref.sampling import Request, Rule, answer_all
+from jaxpref.sampling.selection import select_by
 from jaxpref.train.options import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(data.RecordOptions):
     """Options of `jaxpref sample`."""
 
     model: str
@@ -48,12 +50,13 @@ class SampleConfig:
     for answers without thinking, unless --data has answers with it."""
     limit: int = 100
     """Maximum number of prompts to take from --data."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of the records in --data to ignore, even if they change what a record
-    means."""
     out: str | None = None
-    """JSON file for the completions, in the format of AlpacaEval (default: print them).
-    `ended` is false for a completion that was cut at --max-new-tokens."""
+    """File for the completions (default: print them).  A name that ends in .jsonl gives
+    a line for each prompt, with its record and its answers; any other name gives JSON
+    in the format of AlpacaEval.  `logp` is the log-probability of a completion, in nats
+    at temperature 1; `ended` is false if it was cut off at --max-new-tokens."""
+    num_samples: int = 1
+    """Number of completions of each prompt."""
     max_new_tokens: int = 128
     """Maximum tokens of a completion."""
     temperature: float = 1.0
@@ -63,9 +66,10 @@ class SampleConfig:
     top_p: float = 1.0
     """Sample from the most likely tokens that together reach this probability only."""
     batch_size: int = 16
-    """Prompts completed at once."""
+    """Completions sampled at once.  When one ends, the next prompt takes its place."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling.  The random numbers of a token depend only on this, the
+    indices of the prompt and the completion, and the token's position."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
@@ -73,7 +77,7 @@ class SampleConfig:
     """Layout of the devices."""
 
     def __post_init__(self):
-        at_least(1, self, "limit", "max_new_tokens", "batch_size")
+        at_least(1, self, "limit", "max_new_tokens", "num_samples", "batch_size")
         at_least(0, self, "top_k")
         if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
             raise InputError(
@@ -104,36 +108,28 @@ def run(config: SampleConfig) -> list[dict[str, Any]]:
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
-    size = rows_for(len(prompts), config.batch_size, mesh)
+    size = rows_for(len(prompts) * config.num_samples, config.batch_size, mesh)
     config = dataclasses.replace(config, batch_size=size)
     with jax.set_mesh(mesh):
         model = build(architecture, Numerics(compute_dtype=dtype))
-        if size % row_shards(mesh) == 0:  # `generate` refuses others
+        if size % row_shards(mesh) == 0:  # `answer_all` refuses others
             length = max(map(len, tokens)) + config.max_new_tokens
-            cache = jax.eval_shape(lambda: model.empty_cache(size, length))
+            shapes = jax.eval_shape(model.init, jax.random.key(0))
+            cache = jax.eval_shape(lambda: model.empty_cache(shapes, size, length))
             check_arrays("the keys and values of a batch", cache)
-        params = load_weights(weights, model)
         asked = dataclasses.asdict(config) | {"out": None, "prompts": prompts}
         if weights.adapter is not None:
             asked |= {"adapter": adapter_digest(weights.adapter)}
         kept = unfinished(config.out, asked, folder, mesh)
         outputs = sample_texts(
             model,
-            params,
+            load_weights(weights, model),
             tokenizer,
             tokens,
             config=config,
             kept=kept,
         )
-    rows = [
-        {
-            "instruction": prompt.text,
-            "output": sampled.text,
-            "ended": sampled.ended,
-            "generator": config.adapter or config.model,
-        }
-        for prompt, sampled in zip(prompts, outputs)
-    ]
+    rows = _rows(config, prompts, outputs)
     _show(rows, config.out)
     kept.remove()
     return rows
@@ -144,6 +140,8 @@ class Sampled:
     """One completion."""
 
     text: str
+    logp: float
+    """log p(completion | prompt) in nats, of the model's own distribution."""
     ended: bool
     """Whether it ends with a stop token; False if it was cut at the maximum length."""
 
@@ -156,83 +154,50 @@ def sample_texts(
     *,
     config: SampleConfig,
     kept: Unfinished,
-) -> list[Sampled]:
-    """Samples one completion per prompt (token ids), in batches.
+) -> list[list[Sampled]]:
+    """Samples `num_samples` completions of each prompt (token ids).
 
-    The last batch is padded with repeated prompts, so that only one shape is compiled.
-    Batches in `kept` are not sampled again, and new ones are added to it.
+    Completions in `kept` are not sampled again, and new ones are added to it.
     """
-    stops = data.stop_tokens(tokenizer)
-    width = prompt_width(prompts)
-    outputs: list[Sampled] = []
-    with tqdm(total=len(prompts), desc="sampling") as bar:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = prompts[start : start + config.batch_size]
-            if (finished := kept.get(start, len(batch))) is not None:
-                outputs += [Sampled(**completion) for completion in finished]
-                bar.update(len(batch))
-                continue
-            drawn = sample_batch(
-                model,
-                params,
-                batch,
-                start=start,
-                width=width,
-                config=config,
-                stop_tokens=stops,
-            )
-            for prompt, new in zip(batch, drawn):
-                text = decode_continuation(tokenizer, prompt, new)
-                outputs.append(Sampled(text, ended=bool(new) and new[-1] in stops))
-            sampled_now = outputs[start : start + len(batch)]
-            kept.add(start, [dataclasses.asdict(sampled) for sampled in sampled_now])
-            bar.update(len(batch))
-    return outputs
+    count = config.num_samples
+    outputs: list[Sampled | None] = [None] * (len(prompts) * count)
+    for number in range(len(outputs)):
+        if (finished := kept.get(number)) is not None:
+            outputs[number] = Sampled(**finished)
+    rest = [number for number, found in enumerate(outputs) if found is None]
+    requests = [
+        Request(prompts[n // count], (n // count, n % count), config.max_new_tokens)
+        for n in rest
+    ]
+    rule = sampling_rule(config, model, data.stop_tokens(tokenizer))
+    sampled = answer_all(model, params, requests, rule, batch_size=config.batch_size)
+    del params  # `answer_all` makes its own copy, and then needs no other
+    with tqdm(
+        total=len(outputs), initial=len(outputs) - len(rest), desc="sampling"
+    ) as bar:
+        for index, answer in sampled:
+            number = rest[index]
+            prompt = list(requests[index].tokens)
+            text = decode_continuation(tokenizer, prompt, answer.tokens)
+            outputs[number] = found = Sampled(text, answer.logp, answer.ended)
+            kept.add(number, dataclasses.asdict(found))
+            bar.update()
+    done = [found for found in outputs if found is not None]
+    return [done[n : n + count] for n in range(0, len(done), count)]
 
 
-def prompt_width(prompts: Sequence[Sequence[int]]) -> int:
-    """The width of batches of prompts: the longest one, rounded up."""
-    return -(-max(map(len, prompts)) // 32) * 32
-
-
-def sample_batch(
-    model: Model,
-    params: Any,
-    batch: list[list[int]],
-    *,
-    start: int,
-    width: int,
-    config: SampleConfig,
-    stop_tokens: Sequence[int],
-) -> list[list[int]]:
-    """The new tokens for up to `batch_size` prompts, with the stop token if any.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      batch: token ids of each prompt.
-      start: the number of the first prompt, which decides the random numbers.
-      width: from `prompt_width`.
-      config: how to sample.
-      stop_tokens: the tokens that end an answer.
-    """
-    filled = batch + batch[-1:] * (config.batch_size - len(batch))
-    tokens, lengths = left_pad(filled, length=width)
-    key = jax.random.fold_in(jax.random.key(config.seed), start)
-    drawn, counts = generate(
-        model,
-        params,
-        tokens,
-        lengths,
-        key,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k or None,
-        top_p=config.top_p,
-        stop_tokens=stop_tokens,
+def sampling_rule(
+    config: SampleConfig, model: Model, stop_tokens: Sequence[int]
+) -> Rule:
+    """How tokens are chosen."""
+    vocabulary = model.architecture.vocab_size
+    return Rule(
+        key=jax.random.key(config.seed),
+        select=select_by(
+            config.temperature, config.top_k or None, config.top_p, vocabulary
+        ),
+        stop_tokens=jnp.asarray(tuple(stop_tokens), jnp.int32),
     )
-    rows = zip(batch, np.asarray(drawn), np.asarray(counts))
-    return [row[:count].tolist() for _, row, count in rows]
 
 
 def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
@@ -257,22 +222,24 @@ def _prompts(
             "leave it out"
         )
     if not config.data:
-        if config.ignore_fields:
+        for name, value in config.changed().items():
+            flag = f"--{name.replace('_', '-')}"
+            shown = " ".join(value) if isinstance(value, tuple) else value
             raise InputError(
-                f"--ignore-fields {' '.join(config.ignore_fields)}: only records of "
-                "--data have fields; leave it out"
+                f"{flag} {shown}: only records of --data have fields; leave it out"
             )
         return data.given_prompts(
             config.prompts, tokenizer, raw=config.raw, thinking=thinking
         )
     return data.read_prompts(
-        data.open_source(config.data),
+        data.open_records(config.data, config, sides=2),
         tokenizer,
         limit=config.limit,
         max_prompt_length=max(2, architecture.context_length - config.max_new_tokens),
         raw=config.raw,
         thinking=thinking,
         ignore_fields=config.ignore_fields,
+        on_bad_row=config.on_bad_row,
     )
 
 
@@ -294,10 +261,35 @@ def _check_prompts(prompts, architecture: Architecture, config: SampleConfig) ->
             )
 
 
+def _rows(
+    config: SampleConfig, prompts: list[data.Prompt], outputs: list[list[Sampled]]
+) -> list[dict[str, Any]]:
+    """What is written or printed."""
+    generator = config.adapter or config.model
+    rows = []
+    for prompt, samples in zip(prompts, outputs, strict=True):
+        answers = [
+            {"output": x.text, "logp": x.logp, "ended": x.ended} for x in samples
+        ]
+        if (config.out or "").endswith(".jsonl"):
+            row = {"record": prompt.record, "answers": answers, "generator": generator}
+            rows.append(row)
+            continue
+        for number, answer in enumerate(answers):
+            more = {"sample": number} if config.num_samples > 1 else {}
+            row = {"instruction": prompt.text, **answer, "generator": generator, **more}
+            rows.append(row)
+    return rows
+
+
 def _show(rows: list[dict[str, Any]], out: str | None) -> None:
     if out is None:
         for row in rows:
             show(f"> {row['instruction']}\n{row['output']}\n")
         return
-    write_json(Path(out), rows)
-    show(f"{len(rows)} completions written to {out}", file=sys.stderr)
+    count = sum(len(row.get("answers", [row])) for row in rows)
+    if out.endswith(".jsonl"):
+        write_whole(out, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        write_json(Path(out), rows)
+    show(f"{count} completions written to {out}", file=sys.stderr)

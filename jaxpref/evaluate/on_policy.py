@@ -31,14 +31,14 @@ from jaxpref.errors import InputError
 from jaxpref.evaluate.generations import (
     SampleConfig,
     decode_continuation,
-    prompt_width,
-    sample_batch,
+    sampling_rule,
 )
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder import check_folder, load_params
 from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import model_digests, resolve_folder
 from jaxpref.runtime.mesh import row_shards, share_of_rows
+from jaxpref.sampling import Request, answer_all
 from jaxpref.scoring.score_dataset import progress_bar
 from jaxpref.scoring.scorer import Scorer, make_scorer
 from jaxpref.train.task import Scoring
@@ -97,18 +97,23 @@ def heldout_prompts(
             f"--kl-tokens {max_new_tokens}: no held-out prompt leaves room for so many "
             f"in the model's {positions} positions; give fewer, or --kl-prompts 0"
         )
-    sources = [data.open_source(name) for name in datasets.heldout_sources]
+    sides = datasets.splits.kind.sides
+    sources = [
+        data.open_records(name, options, sides=sides)
+        for name in datasets.heldout_sources
+    ]
     examples = []
     for n in chosen:
         source = sources[heldout.columns["source"][n]]
         row = int(heldout.columns["row"][n])
         place = source.location(row)
+        kind = datasets.splits.kind.of_record(source[row])
         example = parse(
             source[row],
             place,
-            sides=heldout.num_completions,
+            sides=kind.sides,
             drop_empty=options.drop_empty,
-            labels=options.labels,
+            labels=options.labels.reading(kind.labels),
             ignore_fields=options.ignore_fields,
             values=fields_read(options.inject),
         )
@@ -226,22 +231,19 @@ def _sample(
     params = load_params(folder, model)
     tokens = [list(prompt) for prompt in prompts.tokens]
     size = _rows(len(tokens), compute)
-    config = SampleConfig(
-        model=str(folder), max_new_tokens=prompts.max_new_tokens, batch_size=size
+    rule = sampling_rule(
+        SampleConfig(model=str(folder)), model, data.stop_tokens(tokenizer)
     )
-    answers: list[list[int]] = []
+    requests = [
+        Request(prompt, (number, 0), prompts.max_new_tokens)
+        for number, prompt in enumerate(tokens)
+    ]
+    answers: list[list[int]] = [[]] * len(tokens)
     with progress_bar(len(tokens), "sampling") as bar:
-        for start in range(0, len(tokens), size):
-            answers += sample_batch(
-                model,
-                params,
-                tokens[start : start + size],
-                start=start,
-                width=prompt_width(tokens),
-                config=config,
-                stop_tokens=data.stop_tokens(tokenizer),
-            )
-            bar.update(len(answers) - bar.n)
+        sampled = answer_all(model, params, requests, rule, batch_size=size)
+        for number, answer in sampled:
+            answers[number] = answer.tokens
+            bar.update()
     return answers
 
 

@@ -19,35 +19,36 @@ _START = b'{"key": "'
 
 @dataclasses.dataclass(frozen=True)
 class Unfinished:
-    """The finished batches of one command.
+    """The finished completions of one command.
 
     They are lines of JSON in a file that only its owner can write.  Each names the
     command it belongs to by a digest, so lines of another command, and a line that was
-    cut off, are ignored.  Batches do not depend on each other, so a resumed command
-    gives the completions of an uninterrupted one.
+    cut off, are ignored.  The random numbers of a completion do not depend on the
+    others, so a resumed command gives the completions of an uninterrupted one.  (The
+    last bits of its logits may differ, because other completions share the batch; that
+    changes a token only where two are equally good to rounding.)
     """
 
     path: Path | None
     """The file; None if nothing is kept."""
     key: str
     """Digest of everything that the completions depend on."""
-    batches: dict[int, list[Any]]
-    """Completions by the number of the batch's first prompt."""
+    completions: dict[int, dict[str, Any]]
+    """Completions by number."""
 
-    def get(self, start: int, count: int) -> list[Any] | None:
-        """The kept completions of `count` prompts from `start`; None without them."""
-        kept = self.batches.get(start, [])
-        return kept if len(kept) == count else None
+    def get(self, number: int) -> dict[str, Any] | None:
+        """The kept completion with this number; None if there is none."""
+        return self.completions.get(number)
 
-    def add(self, start: int, completions: list[Any]) -> None:
-        """Keeps the completions of the prompts from `start`.
+    def add(self, number: int, completion: dict[str, Any]) -> None:
+        """Keeps a completion.
 
         Raises:
           InputError: if the file cannot be written.
         """
         if self.path is None:
             return
-        record = {"key": self.key, "start": start, "completions": completions}
+        record = {"key": self.key, "number": number, "completion": completion}
         try:
             # After a line that was cut off, the newline begins another.
             _append(self.path, b"\n" + json.dumps(record).encode() + b"\n")
@@ -93,8 +94,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path, key: str) -> dict[int, list[Any]]:
-    """The batches of the command with this key."""
+def _read(path: Path, key: str) -> dict[int, dict[str, Any]]:
+    """The completions of the command with this key."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -110,12 +111,12 @@ def _read(path: Path, key: str) -> dict[int, list[Any]]:
         lines = [line for line in file.read().split(b"\n") if line]
     if lines and not (lines[0].startswith(_START) or _START.startswith(lines[0])):
         raise _foreign(path)
-    found: dict[int, list[Any]] = {}
+    found: dict[int, dict[str, Any]] = {}
     for line in lines:
         try:
             record = json.loads(line)
-            if record["key"] == key and isinstance(record["completions"], list):
-                found[record["start"]] = record["completions"]
+            if record["key"] == key and isinstance(record["completion"], dict):
+                found[record["number"]] = record["completion"]
         except (ValueError, TypeError, KeyError, RecursionError):
             continue  # cut off when the command was killed, or damaged
     return found

@@ -113,12 +113,13 @@ class Architecture:
         return dataclasses.replace(self, tie_word_embeddings=True)
 
     @property
-    def sharded_sizes(self) -> dict[str, tuple[str, ...]]:
-        """Names of sizes, and the mesh axes that must divide each of them."""
+    def sharded_sizes(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Names of sizes, and the mesh axes whose product must divide each of them."""
+        tensor, shards = ("tensor",), ("fsdp", "expert")
         return {
-            "num_kv_heads": ("tensor",),
-            "num_heads": ("tensor",),
-            "intermediate_size": ("tensor",),
-            "vocab_size": ("fsdp", "tensor"),
-            "hidden_size": ("fsdp", "tensor"),
+            "num_kv_heads": (tensor,),
+            "num_heads": (tensor,),
+            "intermediate_size": (tensor,),
+            "vocab_size": (shards, tensor),
+            "hidden_size": (shards, tensor),
         }

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.models.attention_kernels import causal_kernel, packed_kernel, visible
 from jaxpref.models.blockwise import BLOCK, blockwise_attention
-from jaxpref.models.dense_attention import attention
+from jaxpref.models.dense_attention import NEVER, attention, cap_scores
 from jaxpref.models.layout import SPECS, on_mesh, platform
 
 
@@ -151,6 +151,62 @@ def packed_attention(
     else:
         kernel = functools.partial(kernel, completions=completions)
     return _on_each_device(kernel, q, k, v, ids, parts, *within)
+
+
+def cached_attention(
+    q: Float[Array, "B 1 H K"],
+    k: Float[Array, "B 1 G K"],
+    v: Float[Array, "B 1 G K"],
+    keys: Float[Array, "L B G S K"],
+    values: Float[Array, "L B G S K"],
+    layer: Int[Array, ""] | int,
+    lengths: Int[Array, " B"],
+    *,
+    soft_cap: float | None = None,
+) -> tuple[
+    Float[Array, "B 1 H K"], Float[Array, "L B G S K"], Float[Array, "L B G S K"]
+]:
+    """Attention of one token of each row to itself and the tokens in the cache.
+
+    Args:
+        q: queries.
+        k: keys of the tokens.
+        v: their values.
+        keys: of earlier tokens, see `cache.Stack`: token t is in slot t mod S.
+        values: the same.
+        layer: the number of the layer in the cache.
+        lengths: the number of earlier tokens in each row.
+        soft_cap: of the scores, see `Architecture`.
+
+    Returns:
+        The result, and the cache with the new tokens.
+    """
+    compute = functools.partial(_cached_attention, soft_cap=soft_cap)
+    layer = jnp.asarray(layer, jnp.int32)
+    if (heads := on_mesh(SPECS.heads)) is None:
+        return compute(q, k, v, keys, values, layer, lengths)
+    cache, rows = on_mesh(SPECS.cache), on_mesh(SPECS.rows)
+    specs = (heads, heads, heads, cache, cache, P(), rows)
+    mapped = jax.shard_map(
+        compute, in_specs=specs, out_specs=(heads, cache, cache), check_vma=False
+    )
+    return mapped(q, k, v, keys, values, layer, lengths)
+
+
+def _cached_attention(q, k, v, keys, values, layer, lengths, *, soft_cap):
+    (B, _, H, K), (G, S) = q.shape, keys.shape[2:4]
+    rows = jnp.arange(B)
+    keys = keys.at[layer, rows, :, lengths % S].set(k[:, 0])
+    values = values.at[layer, rows, :, lengths % S].set(v[:, 0])
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    scores = product("bgrk,bgsk->bgrs", q.reshape(B, G, H // G, K), keys[layer])
+    scores = cap_scores(scores * K**-0.5, soft_cap)
+    # A ring that is full holds exactly the tokens within the window.
+    held = jnp.arange(S) <= lengths[:, None]
+    weights = jax.nn.softmax(jnp.where(held[:, None, None], scores, NEVER), axis=-1)
+    out = product("bgrs,bgsk->bgrk", weights.astype(v.dtype), values[layer])
+    return out.astype(q.dtype).reshape(B, 1, H, K), keys, values
 
 
 def _on_each_device(kernel: Callable, *arrays: jax.Array) -> jax.Array:

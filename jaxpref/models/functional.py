@@ -2,44 +2,30 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref.models import logprobs
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.attention import (
     Segments,
+    cached_attention,
     causal_attention,
     packed_attention,
-    reach_of,
 )
-from jaxpref.models.dense_attention import attention
+from jaxpref.models.cache import Cache, Stack, slots_of, stored
 from jaxpref.models.layout import SPECS, check_mesh, on_mesh, reshard
 from jaxpref.models.linear import PRODUCT
 from jaxpref.models.numerics import FLOAT32, Numerics
 from jaxpref.models.transformer import Attend, Block, Transformer
 
 Params = dict[str, Any]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far, for one batch of sequences."""
-
-    keys: Float[Array, "L B S G K"]
-    """In the compute dtype, with rotary positions applied."""
-    values: Float[Array, "L B S G K"]
-    """In the compute dtype."""
-    start: Int[Array, " B"]
-    """int32; the slot of each row's first real token, after the left padding."""
-    filled: Int[Array, ""]
-    """int32; slots written so far, the same in every row."""
 
 
 @functools.cache
@@ -70,7 +56,9 @@ class Model:
     may be a `LowRank`, and `layers` may be a tuple of stacks, which follow each other:
     so a part of a parameter can be trained (see `partition`).  The functions work
     without a mesh and under an Explicit mesh with axes `data`, `fsdp`, `tensor` set by
-    `jax.set_mesh`; there B must be a multiple of data * fsdp.  A model holds no arrays
+    `jax.set_mesh`; there B must be a multiple of data * fsdp.  For a mixture of
+    experts, the mesh may have an axis `expert` after `fsdp`, which also splits the rows
+    (B is a multiple of data * fsdp * expert).  A model holds no arrays
     and is hashable: a static argument of `jax.jit`.
     """
 
@@ -94,7 +82,7 @@ class Model:
 
         Raises:
             InputError: if the mesh's axes are not Explicit `data`, `fsdp`, and
-                `tensor`, or do not divide the model's sizes.
+                `tensor` (or also `expert`), or do not divide the model's sizes.
         """
         check_mesh(self.architecture)
         make = self.architecture.family.transformer
@@ -122,7 +110,7 @@ class Model:
         """
         transformer = self._transformer(params)
         inputs = tokens, positions, segments, lengths
-        return self._hidden(transformer, transformer.table(), params, *inputs)
+        return self._hidden(transformer, transformer.table(), params, *inputs)[0]
 
     def hidden_and_heads(
         self,
@@ -141,7 +129,7 @@ class Model:
         transformer = self._transformer(params)
         table = transformer.table()
         inputs = tokens, positions, segments, lengths
-        hidden = self._hidden(transformer, table, params, *inputs)
+        hidden, _ = self._hidden(transformer, table, params, *inputs)
         return hidden, transformer.heads(table)
 
     def _hidden(
@@ -153,28 +141,33 @@ class Model:
         positions,
         segments,
         lengths,
-    ) -> jax.Array:
+        keep: bool = False,
+    ) -> tuple[jax.Array, list[Any]]:
+        """Final hidden states and, of each stack of layers, what `_attend` keeps."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         else:
             positions = reshard(positions, SPECS.tokens)
         shared = transformer.shared_inputs(positions)
-        attend = self._attend(segments, positions, lengths)
+        attend = self._attend(segments, positions, lengths, keep)
 
         def layer(x, weights_and_attributes):
             weights, attributes = weights_and_attributes
-            x, _ = self._layer(weights)(x, shared, attributes, attend)
-            return x, None
+            return self._layer(weights)(x, shared, attributes, attend)
 
         layer = _remat(layer, self.numerics.remat)
         x = transformer.embed_tokens(table, tokens, positions)
+        kept = []
         for layers in _with_weights(params["layers"], transformer.layer_attributes()):
             unroll = min(self.numerics.unroll, _num_layers(layers[0]))
-            x, _ = jax.lax.scan(layer, x, layers, unroll=unroll)
-        return transformer.final_norm(x)
+            x, states = jax.lax.scan(layer, x, layers, unroll=unroll)
+            kept.append(states)
+        return transformer.final_norm(x), kept
 
-    def _attend(self, segments: Segments | None, positions, lengths) -> Attend:
-        """Attention over whole rows, packed or not."""
+    def _attend(
+        self, segments: Segments | None, positions, lengths, keep: bool
+    ) -> Attend:
+        """Attention over whole rows, packed or not; of the latter, it can keep k, v."""
         options: Any = dict(
             window=self.architecture.sliding_window,
             soft_cap=self.architecture.attention_soft_cap,
@@ -192,7 +185,7 @@ class Model:
             lengths = reshard(lengths, SPECS.rows)
         return lambda q, k, v, sliding=True: (
             causal_attention(q, k, v, lengths, sliding, **options),
-            None,
+            (k, v) if keep else None,
         )
 
     def head(self, params: Params) -> Float[Array, "D V"]:
@@ -206,96 +199,141 @@ class Model:
         hidden, soft_cap = self.hidden(params, tokens), self.architecture.logit_soft_cap
         return logprobs.logits(hidden, self.head(params), soft_cap)
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for `batch` rows of at most `length` tokens."""
-        a = self.architecture
-        shape = (a.num_layers, batch, length, a.num_kv_heads, a.head_dim)
-        zeros = lambda: jnp.zeros(
-            shape, self.numerics.compute_dtype, out_sharding=on_mesh(SPECS.cache)
+    def empty_cache(self, params: Params, batch: int, length: int) -> Cache:
+        """A cache for `batch` rows of at most `length` tokens.
+
+        Args:
+            params: parameters, or their shapes; the cache has stacks of layers where
+                they do.
+            batch: B.
+            length: the slots of layers without a sliding window.
+        """
+        a, dtype = self.architecture, self.numerics.compute_dtype
+
+        def zeros(run: "_Run") -> jax.Array:
+            slots = slots_of(run.window, length)
+            shape = (run.count, batch, a.num_kv_heads, slots, a.head_dim)
+            return jnp.zeros(shape, dtype, out_sharding=on_mesh(SPECS.cache))
+
+        stacks = tuple(
+            Stack(zeros(run), zeros(run), run.window) for run in self._runs(params)
         )
-        start = reshard(jnp.zeros(batch, jnp.int32), SPECS.rows)
-        return Cache(zeros(), zeros(), start, jnp.zeros((), jnp.int32))
+        return Cache(stacks, reshard(jnp.zeros(batch, jnp.int32), SPECS.rows))
 
     def prefill(
-        self,
-        params: Params,
-        tokens: Int[Array, "B T"],
-        lengths: Int[Array, " B"],
-        cache: Cache,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of prompts padded on the left, and the filled cache.
+        self, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """Hidden states of the last tokens of prompts, and the filled cache.
 
         Args:
             params: parameters.
-            tokens: prompts; that of row b is in the last `lengths[b]` positions.
-            lengths: the number of real tokens in each row.
-            cache: an empty cache of length >= T.
+            tokens: prompts, padded on the right.
+            lengths: the number of real tokens in each row, at least 1.
 
-        Raises:
-            ValueError: if the prompts are longer than the cache.
+        Returns:
+            The states that predict the next tokens, and a cache for rows of at most T
+            tokens; see `cache.resized`.
         """
-        start = reshard(tokens.shape[1] - lengths, SPECS.rows)
-        cache = dataclasses.replace(cache, start=start.astype(jnp.int32))
-        return self.decode(params, tokens, cache)
+        transformer = self._transformer(params)
+        lengths = reshard(jnp.asarray(lengths, jnp.int32), SPECS.rows)
+        inputs = reshard(tokens, SPECS.tokens), None, None, lengths, True
+        x, kept = self._hidden(transformer, transformer.table(), params, *inputs)
+        stacks = []
+        for run in self._runs(params):
+            part = slice(run.first, run.first + run.count)
+            keys, values = (
+                reshard(stored(x[part], lengths, run.window), SPECS.cache)
+                for x in kept[run.stack]
+            )
+            stacks.append(Stack(keys, values, run.window))
+        # Under vmap, a gather within a row needs no sharding annotation.
+        x = jax.vmap(lambda states, last: states[last][None])(x, lengths - 1)
+        return x, Cache(tuple(stacks), lengths)
 
     def decode(
-        self, params: Params, tokens: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of the next T tokens, and the updated cache.
+        self,
+        params: Params,
+        tokens: Int[Array, " B"],
+        cache: Cache,
+        active: Bool[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """Hidden states of the next token of each row, and the updated cache.
 
-        The caller must stay within the cache: filled + T <= its length.  `filled` is
-        data, so a step beyond it raises no error; it overwrites the last slots.
+        The caller must stay within the cache: an active row must have fewer tokens than
+        there are slots.  Lengths are data, so a step beyond it raises no error.
 
-        Raises:
-            ValueError: if T alone is more than the cache's length.
+        Args:
+            params: parameters.
+            tokens: the next token of each row.
+            cache: from `prefill` or `empty_cache`, with the same stacks of layers.
+            active: the other rows stay as they are, and their states are meaningless.
         """
-        if tokens.shape[1] > cache.keys.shape[2]:
-            raise ValueError(
-                f"Expected at most {cache.keys.shape[2]} tokens, the length of the "
-                f"cache, got {tokens.shape[1]}."
-            )
-        slots = cache.filled + jnp.arange(tokens.shape[1])
-        positions = jnp.maximum(slots[None] - cache.start[:, None], 0)
-        places = jnp.arange(cache.keys.shape[2])
-        seen = (places >= cache.start[:, None])[:, None] & (places <= slots[:, None])
-        seen = reshard(seen[:, None], SPECS.mask)
-        distances = slots[:, None] - places
-        window, cap = (
-            self.architecture.sliding_window,
-            self.architecture.attention_soft_cap,
-        )
-        transformer = self._transformer(params)
+        transformer, lengths = self._transformer(params), cache.lengths
+        positions = lengths[:, None]
         shared = transformer.shared_inputs(positions)
-
-        # The cache is a carry, not a scanned input, so that XLA updates it in place.
-        def layer(carry, scanned):
-            x, *cached = carry
-            weights, (attributes, index) = scanned
-
-            def attend(q, k, v, sliding=True):
-                at = (index, 0, cache.filled, 0, 0)
-                keys, values = (
-                    jax.lax.dynamic_update_slice(old, new[None], at)
-                    for old, new in zip(cached, (k, v), strict=True)
-                )
-                reach = reach_of(window, sliding, len(places))
-                mask = seen if reach is None else seen & (distances < reach)
-                out = attention(q, keys[index], values[index], mask, soft_cap=cap)
-                return out, (keys, values)
-
-            x, cached = self._layer(weights)(x, shared, attributes, attend)
-            return (x, *cached), None
-
+        attributes = transformer.layer_attributes()
+        soft_cap = self.architecture.attention_soft_cap
+        tokens = reshard(tokens, SPECS.rows)[:, None]
         x = transformer.embed_tokens(transformer.table(), tokens, positions)
-        indices = jnp.arange(self.architecture.num_layers)
-        attributes = transformer.layer_attributes(), indices
-        carry = x, cache.keys, cache.values
-        for layers in _with_weights(params["layers"], attributes):
-            carry, _ = jax.lax.scan(layer, carry, layers)
-        x, keys, values = carry
-        filled = cache.filled + tokens.shape[1]
-        cache = dataclasses.replace(cache, keys=keys, values=values, filled=filled)
-        return transformer.final_norm(x), cache
+        stacks = []
+        for run, stack in zip(self._runs(params), cache.stacks, strict=True):
+            weights = _stacks(params["layers"])[run.stack]
+
+            # The cache is a carry and not a scanned input: XLA updates it in place.
+            def layer(carry, n, weights=weights, run=run):
+                x, keys, values = carry
+
+                def attend(q, k, v, sliding=True):
+                    del sliding  # the same in all layers of a run
+                    out, *new = cached_attention(
+                        q, k, v, keys, values, n, lengths, soft_cap=soft_cap
+                    )
+                    return out, new
+
+                block = self._layer(_at(weights, run.first + n))
+                own = _at(attributes, run.start + n)
+                x, (keys, values) = block(x, shared, own, attend)
+                return (x, keys, values), None
+
+            carry = x, stack.keys, stack.values
+            if run.count == 1:
+                carry, _ = layer(carry, 0)
+            else:
+                carry, _ = jax.lax.scan(layer, carry, jnp.arange(run.count))
+            x, keys, values = carry
+            stacks.append(Stack(keys, values, run.window))
+        lengths = lengths + reshard(active, SPECS.rows)
+        return transformer.final_norm(x), Cache(tuple(stacks), lengths)
+
+    def _runs(self, params: Params) -> list["_Run"]:
+        """The runs of layers of one kind, within the stacks of the parameters."""
+        a = self.architecture
+        sliding = a.sliding_layers or (True,) * a.num_layers
+        windows = [a.sliding_window if slides else None for slides in sliding]
+        runs, start = [], 0
+        for number, stack in enumerate(_stacks(params["layers"])):
+            first, stop = start, start + _num_layers(stack)
+            for window, group in itertools.groupby(windows[start:stop]):
+                count = len(list(group))
+                runs.append(_Run(number, first - start, first, count, window))
+                first += count
+            start = stop
+        return runs
+
+
+class _Run(NamedTuple):
+    """Consecutive layers of one stack of parameters, all with the same window."""
+
+    stack: int
+    """The number of the stack."""
+    first: int
+    """The number of the first layer in the stack."""
+    start: int
+    """The number of the first layer in the model."""
+    count: int
+    """The number of layers."""
+    window: int | None
+    """Their sliding window."""
 
 
 def _stacks(layers: Any) -> tuple[Params, ...]:
@@ -315,6 +353,28 @@ def _with_weights(layers: Any, attributes: Any) -> list[tuple[Params, Any]]:
         found.append((stack, jax.tree.map(part, attributes)))
         start = stop
     return found
+
+
+def _at(stack: Any, n: Any) -> Any:
+    """The arrays of layer n, from arrays [L, ...]."""
+    if isinstance(n, int):
+        return jax.tree.map(lambda x: x[n], stack)
+    at = functools.partial(jax.lax.dynamic_index_in_dim, index=n, keepdims=False)
+    return jax.tree.map(at, stack)
+
+
+def unstacked(params: Params) -> Params:
+    """The same parameters with one stack per layer.
+
+    A scan over layers copies the weights of each; decoding on CPU, which does little
+    with a weight, is faster without.
+    """
+    layers = tuple(
+        jax.tree.map(lambda x, n=n: x[n : n + 1], stack)
+        for stack in _stacks(params["layers"])
+        for n in range(_num_layers(stack))
+    )
+    return params | {"layers": layers}
 
 
 def build(architecture: Architecture, numerics: Numerics = FLOAT32) -> Model:

@@ -1,0 +1,230 @@
+"""`answer_all`: many prompts through a few slots, each refilled as soon as it is free.
+
+The programs are those of `slots`, compiled for a bounded number of shapes: prompts are
+padded to a power of two, and so is the length of the cache, which follows the longest
+text in progress.
+
+Axes: B slots, R prompts that start together, T prompt tokens, S slots of the cache,
+N new tokens.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxpref.models import Model, Params
+from jaxpref.models.cache import resized
+from jaxpref.models.layout import num_parts
+from jaxpref.sampling import slots as functions
+from jaxpref.sampling.batch import check_rows, pad
+from jaxpref.sampling.selection import check
+from jaxpref.sampling.slots import Rule, Slots
+from jaxpref.sharding import ROWS
+
+STEPS = 32
+"""Maximum number of tokens between two checks by the host.  It also checks when enough
+slots are done for a refill, so this only limits how long finished answers and Ctrl-C
+wait."""
+REFILLS = 8
+"""A refill is one in this many slots, so that several prompts are computed at once."""
+NARROWEST = 32
+"""The smallest width of prompts."""
+SHORTEST = 128
+"""The smallest length of the cache."""
+
+
+class Answer(NamedTuple):
+    """The answer to one prompt."""
+
+    tokens: list[int]
+    """With the stop token, if there is one."""
+    logp: float
+    """See `Answers.logps`."""
+    ended: bool
+    """Whether it ends with a stop token."""
+
+
+class Request(NamedTuple):
+    """A prompt to be answered once."""
+
+    tokens: Sequence[int]
+    """At least one."""
+    ids: tuple[int, int] = (0, 0)
+    """The numbers of prompt and sample, which determine the random keys."""
+    max_new_tokens: int = 1
+    """Maximum number of tokens of the answer."""
+
+
+_MODEL, _SHAPE = "model", ("batch", "length", "max_new_tokens")
+_prepare = jax.jit(functions.prepare, static_argnames=_MODEL)
+_empty = jax.jit(functions.empty, static_argnames=(_MODEL, *_SHAPE))
+_start = jax.jit(functions.start, static_argnames=(_MODEL, "max_new_tokens"))
+_advance = jax.jit(functions.advance, static_argnames=_MODEL, donate_argnames="slots")
+_insert = jax.jit(functions.insert, donate_argnames="slots")
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _resize(slots: Slots, length: int) -> Slots:
+    return dataclasses.replace(slots, cache=resized(slots.cache, length))
+
+
+def answer_all(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Request],
+    rule: Rule,
+    *,
+    batch_size: int,
+) -> Iterator[tuple[int, Answer]]:
+    """Answers every prompt, and yields each answer as it ends, with its number.
+
+    A slot whose answer has ended is given the next prompt while the others go on, so a
+    batch does not wait for its longest answer.  Prompts of similar lengths start
+    together, and of these the ones with the largest `max_new_tokens` first.
+
+    The tokens of an answer are a function of its prompt, its `ids`, and the rule, as
+    far as the logits are the same.  Their last bits may depend on `batch_size` and on
+    the other prompts, because these change shapes and thereby the order of sums.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        prompts: in any order.
+        rule: how tokens are chosen; see `selection.select_by`.
+        batch_size: B, the number of slots; under a mesh, a multiple of data *
+            fsdp (* expert).
+
+    Raises:
+        InputError: if a prompt is empty, or B does not fit the mesh.
+    """
+    _check(prompts, batch_size)
+    if not prompts:
+        return
+    shapes = _shapes(prompts, batch_size)
+    params = _prepare(model, params)
+    queue = _in_order(prompts, shapes)
+    length = shapes.length(shapes.widest)
+    slots = _empty(model, params, batch_size, length, max_new_tokens=shapes.new_tokens)
+    owners = np.full(batch_size, -1)  # the prompt in each slot; -1 for none
+    texts = np.zeros(batch_size, np.int32)  # tokens of each row in the cache
+    while queue or np.any(owners >= 0):
+        while queue and np.sum(owners < 0) >= (
+            refill := min(shapes.refill, len(queue))
+        ):
+            group = [queue.popleft() for _ in range(refill)]
+            rows = np.flatnonzero(owners < 0)[:refill]
+            owners[rows], texts[rows] = group, [len(prompts[n].tokens) for n in group]
+            new = _started(model, params, rule, [prompts[n] for n in group], shapes)
+            width = shapes.width(int(texts[rows].max()))
+            slots, length = _fitted(slots, length, shapes, max(texts.max(), width))
+            slots = _insert(slots, new, shapes.padded(rows, batch_size))
+        slots, length = _fitted(slots, length, shapes, texts.max() + 1)
+        steps = min(STEPS, length - texts.max())
+        idle = np.sum(owners < 0)
+        done = idle + min(shapes.refill, len(queue)) if queue else batch_size
+        slots = _advance(model, params, rule, slots, int(steps), int(done))
+        found = jax.device_get(dataclasses.replace(slots, cache=None))
+        for row in np.flatnonzero(owners >= 0).tolist():
+            number, count = int(owners[row]), int(found.counts[row])
+            texts[row] = len(prompts[number].tokens) + count - 1
+            if found.ended[row] or count == prompts[number].max_new_tokens:
+                owners[row], texts[row] = -1, 0
+                yield number, _answer(found, int(row))
+
+
+class _Shapes(NamedTuple):
+    """The shapes of the programs."""
+
+    refill: int
+    """R."""
+    new_tokens: int
+    """N."""
+    widest: int
+    """The largest width T of prompts."""
+    longest: int
+    """The largest length S of the cache."""
+
+    def width(self, tokens: int) -> int:
+        """The width T of a prompt."""
+        return min(_power_of_two(tokens, NARROWEST), self.widest)
+
+    def length(self, tokens: int) -> int:
+        """The length S of the cache for texts of so many tokens."""
+        return min(_power_of_two(tokens, SHORTEST), self.longest)
+
+    def padded(self, rows: np.ndarray, beyond: int) -> Int[Array, " R"]:
+        """The slots of a group of prompts; `beyond` for prompts that are repeated."""
+        return jnp.array([*rows, *[beyond] * (self.refill - len(rows))], jnp.int32)
+
+
+def _power_of_two(tokens: int, least: int) -> int:
+    return max(least, 1 << (int(tokens) - 1).bit_length())
+
+
+def _check(prompts: Sequence[Request], batch_size: int) -> None:
+    check_rows(batch_size)
+    for number, prompt in enumerate(prompts, start=1):
+        check(len(prompt.tokens) > 0, f"prompt {number} is empty", "at least one token")
+        most = prompt.max_new_tokens
+        check(most >= 1, f"max_new_tokens of prompt {number} is {most}", "at least 1")
+
+
+def _shapes(prompts: Sequence[Request], batch_size: int) -> _Shapes:
+    whole = lambda x: -(-x // NARROWEST) * NARROWEST
+    widest = whole(max(len(prompt.tokens) for prompt in prompts))
+    texts = max(len(x.tokens) + x.max_new_tokens - 1 for x in prompts)
+    parts = num_parts(ROWS)
+    return _Shapes(
+        refill=-(-max(batch_size // REFILLS, 1) // parts) * parts,
+        new_tokens=max(prompt.max_new_tokens for prompt in prompts),
+        widest=widest,
+        longest=max(widest, whole(texts)),
+    )
+
+
+def _in_order(prompts: Sequence[Request], shapes: _Shapes) -> collections.deque[int]:
+    """The numbers of the prompts in the order in which they start."""
+
+    def place(number: int) -> tuple[int, int]:
+        prompt = prompts[number]
+        return -shapes.width(len(prompt.tokens)), -prompt.max_new_tokens
+
+    return collections.deque(sorted(range(len(prompts)), key=place))
+
+
+def _started(
+    model: Model, params: Params, rule: Rule, group: list[Request], shapes: _Shapes
+) -> Slots:
+    """The first tokens of the answers to a group of prompts, which may be repeated."""
+    group = group + group[-1:] * (shapes.refill - len(group))
+    width = shapes.width(max(len(prompt.tokens) for prompt in group))
+    return _start(
+        model,
+        params,
+        rule,
+        *pad([prompt.tokens for prompt in group], width),
+        jnp.array([prompt.ids for prompt in group], jnp.int32),
+        jnp.array([prompt.max_new_tokens for prompt in group], jnp.int32),
+        max_new_tokens=shapes.new_tokens,
+    )
+
+
+def _answer(found: Slots, row: int) -> Answer:
+    """The answer in a slot, from arrays on the host."""
+    tokens = found.tokens[row, : int(found.counts[row])].tolist()
+    return Answer(tokens, float(found.logps[row]), bool(found.ended[row]))
+
+
+def _fitted(
+    slots: Slots, length: int, shapes: _Shapes, tokens: int
+) -> tuple[Slots, int]:
+    """The slots with a cache for texts of so many tokens, and its length."""
+    needed = shapes.length(tokens)
+    return (slots if needed == length else _resize(slots, needed)), needed

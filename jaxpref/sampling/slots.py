@@ -1,0 +1,237 @@
+"""The state of answers in progress, as pure functions: start, insert, advance.
+
+A slot holds one answer.  Slots do not depend on each other: they may be at different
+positions of their answers, and a finished one can be given another prompt.
+
+The random key of a token is a function of a base key, the numbers of its prompt and
+sample, and its place in the answer alone:
+
+    fold_in(fold_in(fold_in(key, prompt), sample), place)
+
+so the same tokens are drawn in every slot, with every number of slots, as far as the
+logits are the same.
+
+Axes: B slots, R new rows, T prompt tokens, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxpref.models import Model, Params
+from jaxpref.models import cache as caches
+from jaxpref.models.functional import unstacked
+from jaxpref.models.layout import SPECS, on_mesh, platform, reshard
+from jaxpref.models.logprobs import logits as project_to_logits
+from jaxpref.models.quantized import Quantized
+from jaxpref.sampling.selection import Select
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Answers in progress."""
+
+    cache: caches.Cache
+    """The prompts and the new tokens, except for the last one."""
+    ids: Int[Array, "B 2"]
+    """The numbers of prompt and sample, which determine the random keys."""
+    limits: Int[Array, " B"]
+    """Maximum number of new tokens; 0 for a slot that is not in use."""
+    tokens: Int[Array, "B N"]
+    """New tokens; 0 after the last one."""
+    counts: Int[Array, " B"]
+    """Number of new tokens, with the stop token."""
+    logps: Float[Array, " B"]
+    """Sum of the log-probabilities of the new tokens, in nats, float32 or wider."""
+    ended: Bool[Array, " B"]
+    """Whether the last token is a stop token."""
+
+    @property
+    def done(self) -> Bool[Array, " B"]:
+        """Which slots need no further tokens."""
+        return self.ended | (self.counts >= self.limits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How tokens are chosen."""
+
+    key: PRNGKeyArray
+    """The base key."""
+    select: Select
+    """See `selection`."""
+    stop_tokens: Int[Array, " stops"]
+    """The tokens that end an answer."""
+
+
+def prepare(model: Model, params: Params) -> Params:
+    """The parameters as decoding reads them, converted once instead of in every step.
+
+    They are in the compute dtype and, on CPU, in one stack per layer; see `unstacked`.
+    """
+    dtype = model.numerics.compute_dtype
+    is_quantized = lambda w: isinstance(w, Quantized)
+    cast = lambda w: w if is_quantized(w) else w.astype(dtype)
+    params = jax.tree.map(cast, params, is_leaf=is_quantized)
+    return unstacked(params) if platform() == "cpu" else params
+
+
+def empty(
+    model: Model, params: Params, batch: int, length: int, *, max_new_tokens: int
+) -> Slots:
+    """`batch` slots that are not in use, for texts of at most `length` tokens.
+
+    Args:
+        model: the model.
+        params: from `prepare`.
+        batch: B.
+        length: maximum tokens of a prompt and its answer.
+        max_new_tokens: N.
+    """
+    cache = model.empty_cache(params, batch, length)
+    zeros = jnp.zeros(batch, jnp.int32)
+    return _new(model, cache, jnp.zeros((batch, 2), jnp.int32), zeros, max_new_tokens)
+
+
+def start(
+    model: Model,
+    params: Params,
+    rule: Rule,
+    prompts: Int[Array, "R T"],
+    lengths: Int[Array, " R"],
+    ids: Int[Array, "R 2"],
+    limits: Int[Array, " R"],
+    *,
+    max_new_tokens: int,
+) -> Slots:
+    """The first token of each answer; the cache has T slots.
+
+    Args:
+        model: the model.
+        params: from `prepare`.
+        rule: how tokens are chosen.
+        prompts: padded on the right.
+        lengths: the number of real tokens in each prompt, at least 1.
+        ids: see `Slots`.
+        limits: see `Slots`.
+        max_new_tokens: N.
+    """
+    hidden, cache = model.prefill(params, prompts, lengths)
+    slots = _new(model, cache, ids, limits, max_new_tokens)
+    return _append(model, params, rule, slots, hidden)
+
+
+def insert(slots: Slots, new: Slots, rows: Int[Array, " R"]) -> Slots:
+    """The slots, with new answers in place of some.
+
+    Args:
+        slots: B slots.
+        new: R answers, whose cache has at most as many slots.
+        rows: where each of them goes; those with a number >= B are dropped.
+    """
+
+    def with_rows(old: jax.Array, new: jax.Array) -> jax.Array:
+        spec = SPECS.rows if old.ndim == 1 else SPECS.tokens
+        return caches.with_rows(old, new, rows, spec)
+
+    cache = caches.insert(slots.cache, new.cache, rows)
+    # The arrays other than the cache.
+    slots, new = (dataclasses.replace(s, cache=None) for s in (slots, new))
+    return dataclasses.replace(jax.tree.map(with_rows, slots, new), cache=cache)
+
+
+def advance(
+    model: Model,
+    params: Params,
+    rule: Rule,
+    slots: Slots,
+    steps: Int[Array, ""] | int,
+    done: Int[Array, ""] | int,
+) -> Slots:
+    """Up to `steps` more tokens of each answer, until `done` slots are done.
+
+    The cache must have slots for them.
+    """
+
+    def unfinished(carry) -> Bool[Array, ""]:
+        step, slots = carry
+        return (step < steps) & (jnp.sum(slots.done) < done)
+
+    def step(carry):
+        step, slots = carry
+        places = jnp.arange(slots.tokens.shape[1])
+        last = jnp.where(places == slots.counts[:, None] - 1, slots.tokens, 0)
+        hidden, cache = model.decode(
+            params, jnp.sum(last, axis=1), slots.cache, ~slots.done
+        )
+        slots = dataclasses.replace(slots, cache=cache)
+        return step + 1, _append(model, params, rule, slots, hidden)
+
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots))[1]
+
+
+def _new(model: Model, cache: caches.Cache, ids, limits, max_new_tokens: int) -> Slots:
+    wide = jnp.promote_types(model.numerics.compute_dtype, jnp.float32)
+    zeros = lambda *shape, dtype=jnp.int32: reshard(
+        jnp.zeros((ids.shape[0], *shape), dtype), P(*SPECS.tokens[: 1 + len(shape)])
+    )
+    return Slots(
+        cache=cache,
+        ids=reshard(ids.astype(jnp.int32), SPECS.tokens),
+        limits=reshard(limits.astype(jnp.int32), SPECS.rows),
+        tokens=zeros(max_new_tokens),
+        counts=zeros(),
+        logps=zeros(dtype=wide),
+        ended=zeros(dtype=bool),
+    )
+
+
+def _append(
+    model: Model, params: Params, rule: Rule, slots: Slots, hidden: jax.Array
+) -> Slots:
+    """The slots with the tokens that follow the states `hidden`."""
+    soft_cap = model.architecture.logit_soft_cap
+    logits = project_to_logits(hidden, model.head(params), soft_cap)[:, 0]
+    # Choosing needs the whole vocabulary on one device; rows stay sharded.
+    logits = reshard(logits, SPECS.tokens)
+    chosen, logps = _choose(logits, slots.ids, slots.counts, rule)
+    done = slots.done
+    here = (jnp.arange(slots.tokens.shape[1]) == slots.counts[:, None]) & ~done[:, None]
+    stops = jnp.any(chosen[:, None] == rule.stop_tokens, axis=-1)
+    return dataclasses.replace(
+        slots,
+        tokens=jnp.where(here, chosen[:, None], slots.tokens),
+        counts=slots.counts + ~done,
+        logps=slots.logps + jnp.where(done, 0, logps),
+        ended=slots.ended | (stops & ~done),
+    )
+
+
+def _choose(logits: jax.Array, ids, counts, rule: Rule) -> tuple[jax.Array, jax.Array]:
+    """A token for each row, and its log-probability."""
+
+    def choose(logits, ids, counts, key, select):
+        def token_key(numbers, place):
+            folded = jax.random.fold_in(jax.random.fold_in(key, numbers[0]), numbers[1])
+            return jax.random.fold_in(folded, place)
+
+        chosen = select(logits, jax.vmap(token_key)(ids, counts)).astype(jnp.int32)
+        of_chosen = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+        return chosen, of_chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    arrays = logits, ids, counts, rule.key, rule.select
+    rows, tokens = on_mesh(SPECS.rows), on_mesh(SPECS.tokens)
+    if rows is None:
+        return choose(*arrays)
+    mapped = jax.shard_map(
+        choose,
+        in_specs=(tokens, tokens, rows, P(), P()),
+        out_specs=(rows, rows),
+        check_vma=False,
+    )
+    return mapped(*arrays)
