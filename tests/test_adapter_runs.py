@@ -1,5 +1,6 @@
 """Runs that train adapters or a part of the model: steps, resume, folders."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxpref.models import RewardModel, build
 from jaxpref.models.adapter_files import load_adapter
 from jaxpref.models.folder import load_params
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.low_rank import Dropout
 from jaxpref.models.weights import Weights, load_weights
 from jaxpref.objectives import (
     beta_dpo,
@@ -31,7 +33,7 @@ from jaxpref.objectives import (
 from jaxpref.plan.roofline import Load, forward_flops, ideal_wire_bytes, step_flops
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
-from jaxpref.scoring.partition import Trained
+from jaxpref.scoring.partition import Trained, in_training
 from jaxpref.scoring.scores import stored_scores
 from jaxpref.train import MeshConfig, TrainConfig, prepare, read_metrics, run
 from jaxpref.train.optimizer import make_optimizer, make_schedule
@@ -179,6 +181,116 @@ def test_evaluation_and_samples_are_those_of_the_merged_model(inputs, made, tmp_
         for name in ("adapter", "merged")
     )
     assert one == other
+
+
+@pytest.mark.slow
+def test_adapters_of_a_quantized_base(inputs, tmp_path):
+    """The reference is quantized, too; a resumed run has the same bits."""
+    lora = LoraOptions(rank=2, alpha=4.0, base="nf4")
+    base = dict(lora=lora, row_length="auto", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    for name, steps in {"whole": [4], "parts": [2, 4]}.items():
+        for until in steps:
+            run(config_for(inputs, tmp_path / name, max_steps=until, **base))
+    found = losses_of(tmp_path / "whole")
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found == losses_of(tmp_path / "parts")
+    files = [
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("whole", "parts")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *files)
+    run(config_for(inputs, tmp_path / "plain", max_steps=4, lora=LORA))
+    plain = losses_of(tmp_path / "plain")
+    assert np.abs(np.subtract(found, plain))[1:].max() > 1e-4
+    # The export is the folder's own weights and the change.
+    model = build(tiny_config())
+    exported = load_params(tmp_path / "whole" / "export", model)
+    merged = load_weights(Weights(inputs / "model", tmp_path / "whole/adapter"), model)
+    tokens = np.arange(24).reshape(2, 12)
+    one, other = (jax.jit(model.logits)(p, tokens) for p in (merged, exported))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_continued_on_a_quantized_base(inputs, made, tmp_path):
+    """Its reference is the start; the base is quantized as well if it is that."""
+    start = dict(adapter=str(made / "adapter"), lora=LoraOptions(base="int8"))
+    for reference, first in {"start": True, "base": False}.items():
+        out = tmp_path / reference
+        for until in (1, 2):  # the second time, all weights are read again
+            config = config_for(inputs, out, **start, reference=reference)
+            run(dataclasses.replace(config, max_steps=until))
+        is_log_2 = losses_of(out)[0] == pytest.approx(math.log(2), abs=1e-6)
+        assert is_log_2 == first
+
+
+def test_dropout_drops_a_share_of_the_inputs():
+    """Alike in every layout and for every key of its own, and off without one."""
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 2))
+    drop = Dropout(keys[0], 0.25)
+    x = jnp.ones((8, 64, 32))
+    found = np.asarray(drop(x))
+    assert set(np.unique(found)) == {0.0, np.float32(1 / 0.75)}
+    # 16,384 draws: six standard deviations.
+    assert (found == 0).mean() == pytest.approx(
+        0.25, abs=6 * (0.25 * 0.75 / 2**14) ** 0.5
+    )
+    jitted = jax.jit(lambda x: drop(x))
+    np.testing.assert_array_equal(found, jitted(x))
+    assert (found != np.asarray(Dropout(keys[1], 0.25)(x))).any()
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        spread = jax.device_put(x, jax.P(("data", "fsdp"), None, "tensor"))
+        np.testing.assert_array_equal(found, jitted(spread))
+
+
+def test_dropout_depends_on_step_and_micro_batch_alone(pairs):  # noqa: F811
+    model = build(tiny_config())
+    start = Weights(Path())
+    options = LoraOptions(rank=2, dropout=0.5)
+    one = lambda **changes: make_scorer(
+        model,
+        frozenset({"policy_logps"}),
+        trained=Trained(lora=options, start=start, **changes),
+    )
+    scorer = one()
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(
+        lambda x: x + draw(0, 0.3, x.shape).astype(np.float32),
+        scorer.init(jax.random.key(0)),
+    )
+    frozen = scorer.init_frozen(jax.random.key(0))
+    layout = data.padded_layout(pairs, batch_size=4, accumulation=2, **MULTIPLES)
+    batch = next(layout.batches(pairs, data.uniform(pairs, 0), threads=0))
+    micro = lambda n: jax.tree.map(lambda x: jnp.asarray(x[n]), batch)
+    first, second = micro(0), micro(1)
+    score = jax.jit(
+        lambda scorer, micro, **more: scorer(params, frozen | more, micro)[
+            "policy_logps"
+        ],
+        static_argnums=0,
+    )
+    at = lambda micro, step, scorer=scorer: np.asarray(score(scorer, micro, step=step))
+    np.testing.assert_array_equal(at(first, 3), at(first, 3))
+    others = at(first, 4), at(first, 3, one(seed=1)), np.asarray(score(scorer, first))
+    for other in others:
+        assert np.abs(at(first, 3) - other).max() > 1e-3
+    renamed = dataclasses.replace(first, pair_index=second.pair_index)
+    assert np.abs(at(first, 3) - at(renamed, 3)).max() > 1e-3
+    assert in_training(frozen, jnp.int32(3)).keys() == {"base", "reference", "step"}
+
+
+@pytest.mark.slow
+def test_dropout_survives_an_interruption(inputs, tmp_path):
+    lora = dataclasses.replace(LORA, dropout=0.3)
+    for name, steps in {"whole": [4], "parts": [2, 4]}.items():
+        for until in steps:
+            run(config_for(inputs, tmp_path / name, max_steps=until, lora=lora))
+    found = losses_of(tmp_path / "whole")
+    assert found == losses_of(tmp_path / "parts")
+    # New adapters are 0, whatever they read.
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    run(config_for(inputs, tmp_path / "plain", max_steps=4))
+    assert np.abs(np.subtract(found, losses_of(tmp_path / "plain")))[1:].max() > 1e-4
 
 
 BT = from_loss(losses.bradley_terry)

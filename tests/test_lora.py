@@ -184,9 +184,10 @@ def test_what_train_may_name():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2)])
-def test_eight_devices_compute_the_same(sizes):
+@pytest.mark.parametrize("dora", [False, True])
+def test_eight_devices_compute_the_same(sizes, dora):
     params = MODEL.init(jax.random.key(0))
-    lora, arrays = adapters()
+    lora, arrays = dora_adapters(MODEL, params) if dora else adapters()
     value = of_logits(MODEL)
     both = jax.value_and_grad(lambda x, p: value(lora.join(x, p)))
     eight = TOKENS
@@ -228,6 +229,7 @@ def test_targets_are_groups_or_modules():
         ({"alpha": 2.0}, "--lora.alpha 2.0: has no effect without adapters"),
         ({"rank_stabilized": True}, "--lora.rank-stabilized"),
         ({"rank": 0}, "--lora.rank 0"),
+        ({"dropout": 1.0}, "--lora.dropout 1.0: must be at least 0 and below 1"),
         ({"rank": 1, "alpha": 0.0}, "--lora.alpha 0.0"),
     ],
 )
@@ -353,7 +355,6 @@ def test_a_reward_head_is_saved_whole(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"use_dora": True}, "field use_dora is True"),
         ({"bias": "all"}, "field bias is 'all'"),
         ({"peft_type": "IA3"}, "field peft_type is 'IA3'"),
         ({"init_lora_weights": "pissa"}, "changes the weights of the base"),
@@ -398,3 +399,97 @@ def test_paths_of_nested_dicts():
     tree = {"b": {"d": 1, "c": {"e": 2}}, "a": 3}
     assert by_path(tree) == {"a": 3, "b.c.e": 2, "b.d": 1}
     assert nested(by_path(tree)) == tree
+
+
+# --- DoRA
+
+
+def dora_adapters(model=MODEL, params=None, **options):
+    """An adapter with norms that differ from those of the base."""
+    lora, arrays = adapters(model, dora=True, **options)
+    start = lora.trained(params or {}, model, jax.random.key(0))
+    rng = np.random.default_rng(5)
+    for name, leaf in start["layers"].items():
+        if "m" in leaf:
+            arrays["layers"][name]["m"] = leaf["m"] * rng.uniform(
+                0.5, 1.5, leaf["m"].shape
+            ).astype(leaf["m"].dtype)
+    return lora, arrays
+
+
+def with_norms(params, lora, arrays):
+    """The weights m (W + s a b) / |W + s a b|, norms over the inputs, with numpy."""
+    whole = merged(params, lora, arrays)
+    for name in (path.removeprefix("layers.") for path in lora.adapted):
+        w, m = whole["layers"][name], np.asarray(arrays["layers"][name]["m"])
+        inputs = tuple(range(1, SPLIT.get(name, 1) + 1))
+        m = np.expand_dims(m, inputs)
+        whole["layers"][name] = m * w / np.sqrt((w**2).sum(inputs, keepdims=True))
+    return whole
+
+
+def test_dora_scales_each_output_to_its_norm():
+    """Its gradients are those of a function in which the norms are constants."""
+    with jax.enable_x64(True):
+        model = replace(param_dtype="float64", compute_dtype="float64")
+        params = model.init(jax.random.key(0))
+        lora, arrays = dora_adapters(model, params, targets="o_proj,up_proj")
+        value = of_logits(model)
+        found, gradient = jax.jit(
+            jax.value_and_grad(lambda x: value(lora.join(x, params)))
+        )(arrays)
+        expected, whole = jax.jit(jax.value_and_grad(value))(
+            with_norms(params, lora, arrays)
+        )
+        assert float(found) == pytest.approx(float(expected), abs=1e-10)
+        plain = merged(params, lora, arrays)
+        for name in ("output", "up"):
+            a, b, m = (np.asarray(arrays["layers"][name][x]) for x in "abm")
+            inputs = tuple(range(1, a.ndim - 1))
+            w, G = plain["layers"][name], np.asarray(whole["layers"][name])
+            norms = np.sqrt((w**2).sum(inputs))
+            of_m = (G * w).sum(inputs) / norms
+            G = G * np.expand_dims(m / norms, inputs)
+            expected_b = [
+                lora.scale * x.reshape(-1, 3).T @ y.reshape(len(x.reshape(-1, 3)), -1)
+                for x, y in zip(a, G)
+            ]
+            got = gradient["layers"][name]
+            np.testing.assert_allclose(got["m"], of_m, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(
+                np.asarray(got["b"]).reshape(2, 3, -1), expected_b, rtol=0, atol=1e-10
+            )
+
+
+def test_new_dora_adapters_change_nothing_but_rounding(base, tmp_path):
+    params = load_params(base[0], MODEL)
+    lora = lora_of(LoraOptions(rank=2, dora=True), llama.FAMILY)
+    new = lora.trained(params, MODEL, jax.random.key(0))
+    norms = np.sqrt(np.square(np.asarray(params["layers"]["output"])).sum((1, 2)))
+    np.testing.assert_allclose(new["layers"]["output"]["m"], norms, rtol=1e-6)
+    logits = jax.jit(MODEL.logits)
+    one, other = logits(lora.join(new, params), TOKENS), logits(params, TOKENS)
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+def test_dora_folders_and_merged_exports(base, tmp_path):
+    lora, arrays = dora_adapters(MODEL, base[1], targets="q_proj,o_proj")
+    folder = saved(tmp_path / "adapter", lora, arrays)
+    assert json.loads((folder / "adapter_config.json").read_text())["use_dora"]
+    stored = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector"
+    np.testing.assert_array_equal(
+        stored[name], arrays["layers"]["query"]["m"][1].reshape(-1)
+    )
+    again, loaded = load_adapter(folder, MODEL)
+    assert again == lora
+    jax.tree.map(np.testing.assert_array_equal, loaded, arrays)
+    whole = with_norms(base[1], lora, arrays)
+    save(tmp_path / "out", MODEL, lora.exported(arrays, stored_params(base[0], MODEL)))
+    found = load_params(tmp_path / "out", MODEL)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(whole)):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    del stored[name]
+    save_file(stored, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="lora_magnitude_vector is missing; with use"):
+        read_lora(folder, MODEL)

@@ -6,6 +6,7 @@ import shutil
 import weakref
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ from jaxpref.merge import output as merge_output
 from jaxpref.merge.arrays import add_task_vectors, slerp, weighted_mean
 from jaxpref.merge.greedy import greedy_soup
 from jaxpref.models import RewardModel, build
+from jaxpref.models.adapter_files import save_adapter
+from jaxpref.models.families import llama
 from jaxpref.models.folder import load_params, save
-from jaxpref.models.hub import model_digests
+from jaxpref.models.hub import adapter_digest, model_digests
+from jaxpref.models.lora import LoraOptions, lora_of
 from jaxpref.models.weights import Weights
 from tests.data import make_mergekit
 from tests.family_cases import CASES, architecture_of, random_params
@@ -546,3 +550,57 @@ def test_an_earlier_merge_is_replaced_and_no_other_model(merge, tmp_path):
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
     with pytest.raises(InputError, match="--out out: is --models out, which this"):
         merge("--models out b")
+
+
+# ---- adapters
+
+
+def make_adapter(folder, targets="q_proj,down_proj", **options):
+    """A random adapter of the model a."""
+    model = build(tiny_config())
+    lora = lora_of(LoraOptions(rank=2, targets=targets, **options), llama.FAMILY)
+    params = lora.trained(tiny_params(model), model, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape), params)
+    options = dict(base="a", dtype="float32", reward=False)
+    save_adapter(folder, lora, model, params, **options)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_merged_into_its_model(merge, tmp_path, dora):
+    stored = make_adapter(tmp_path / "adapter", dora=dora)
+    found = merge("--models a --method adapter --adapter adapter")
+    before = exact("a")
+    assert found.keys() == before.keys()
+    adapted = 0
+    for name, values in before.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in stored:
+            np.testing.assert_array_equal(found[name], values)
+            continue
+        adapted += 1
+        a, b = (stored[f"{module}.lora_{x}.weight"].astype(float) for x in "AB")
+        values = values + 2 * b @ a  # alpha is twice the rank
+        if dora:
+            norms = np.linalg.norm(values, axis=1)
+            m = stored[f"{module}.lora_magnitude_vector"]
+            values = values * (m / norms)[:, None]
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6)
+    assert adapted == 4
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert record["adapter"]["adapter"] == "adapter"
+    assert record["adapter"]["sha256"] == adapter_digest(tmp_path / "adapter")
+
+
+def test_adapters_that_cannot_be_merged(merge, tmp_path):
+    make_adapter(tmp_path / "adapter")
+    with pytest.raises(InputError, match="--method adapter takes one model, not 2"):
+        merge("--models a b --method adapter --adapter adapter")
+    with pytest.raises(InputError, match="has no adapter_config.json"):
+        merge("--models a --method adapter --adapter b")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(path.read_text()) | {"task_type": "SEQ_CLS"}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="is the adapter of a reward model, but a is"):
+        merge("--models a --method adapter --adapter adapter")

@@ -82,6 +82,11 @@ RUNS = {
         "mesh.tensor": 2,
     },
 }
+ADAPTERS = {
+    "adapters": EIGHTHS | {"row-length": "none", "lora.rank": 2},
+    "on a quantized base": EIGHTHS
+    | {"row-length": 64, "batch-size": 16, "lora.rank": 2, "lora.base": "nf4"},
+}
 GRID = {
     f"{name}, {layout}, accumulation {parts}": mesh
     | {"accumulation": parts}
@@ -284,6 +289,15 @@ def test_all_meshes_with_all_numbers_of_processes(tmp_path):
         for count in (2, 4):
             assert batches_of(tmp_path, name, count) == batches_of(tmp_path, name, 1)
             check_equal(tmp_path, name, count)
+        check_equal(tmp_path, name, 1, of=f"{name}, moved")
+
+
+@pytest.mark.slow
+def test_adapters_do_not_depend_on_the_number_of_processes(tmp_path):
+    run_all(tmp_path, ADAPTERS, (2, 1))
+    for name in ADAPTERS:
+        assert batches_of(tmp_path, name, 2) == batches_of(tmp_path, name, 1)
+        check_equal(tmp_path, name, 2)
         check_equal(tmp_path, name, 1, of=f"{name}, moved")
 
 

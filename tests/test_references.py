@@ -138,3 +138,14 @@ def test_shares_out_of_range_are_errors(share):
 def test_only_a_run_has_a_reference_that_moves(tmp_path):
     with pytest.raises(InputError, match="moving-average"):
         reference_weights("moving-average", Weights(tmp_path))
+
+
+def test_a_run_is_its_export(tmp_path):
+    start = Weights(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text('{"loss": {"name": "dpo"}}')
+    with pytest.raises(InputError, match="has not exported a model yet"):
+        reference_weights(str(tmp_path / "run"), start)
+    (tmp_path / "run" / "export").mkdir()
+    found = reference_weights(str(tmp_path / "run"), start)
+    assert found == Weights(tmp_path / "run" / "export")

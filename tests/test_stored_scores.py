@@ -10,13 +10,14 @@ from safetensors.numpy import save
 
 from jaxpref import data
 from jaxpref.evaluate import features
+from jaxpref.models.weights import Weights
 from jaxpref.scoring import reference, score_cache
 from jaxpref.scoring.reference import Reference, ScoredSet, reference_tables, score_keys
 
 COUNT, BATCH = 12, 2
 REFERENCE = Reference(
     name="model",
-    folder=Path("model"),
+    weights=Weights(Path("model")),
     scores=("reference_logps",),
     numerics="",
     digest="d" * 64,

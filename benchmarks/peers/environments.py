@@ -11,7 +11,7 @@ PINS = {"trl": "trl 1.16.", "torch": "torch 2.13.", "tunix": "google-tunix 0.1.7
 # same version from its default index.
 _TORCH = ["--extra-index-url=https://download.pytorch.org/whl/cpu", "torch==2.13.0"]
 _INSTALLS = {
-    "trl": [_TORCH, ["trl==1.16.*"]],
+    "trl": [_TORCH, ["trl==1.16.*", "peft>=0.17"]],
     "torch": [_TORCH, ["transformers>=5", "safetensors", "numpy"]],
     "tunix": [["google-tunix==0.1.7"]],
     "smollm2": [["gguf", "numpy", "ml_dtypes", "safetensors", "tokenizers"]],

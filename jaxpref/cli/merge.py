@@ -12,17 +12,19 @@ from jaxpref.merge.options import METHODS, MergeConfig
 COMMAND = "jaxpref merge"
 CONFIG = {"config": Part(MergeConfig)}
 ABOUT = """\
-Make one model of several, without training.  Tensors are read one at a time, and sums
+Combine models into one, without training.  Tensors are read one at a time, and sums
 are in float32.  Every tensor of OUT is
 
-  linear  sum_i w_i theta_i / sum_i w_i
-  slerp   on the arc from theta_1 to theta_2, at t = w_2
-  task    theta_base + sum_i w_i (theta_i - theta_base); one model and a weight above 1
-          extrapolate
-  greedy  the mean of those models that do not lower the accuracy on preference pairs
+  linear   sum_i w_i theta_i / sum_i w_i
+  slerp    on the arc from theta_1 to theta_2, at t = w_2
+  task     theta_base + sum_i w_i (theta_i - theta_base); one model and a weight above 1
+           extrapolate
+  greedy   the mean of those models that do not lower the accuracy on preference pairs
+  adapter  W + s a b, for a model and its LoRA or DoRA adapter
 
   jaxpref merge --models A B --weights 0.7 0.3 --out C
-  jaxpref merge --models DPO --method task --base SFT --weights 1.3 --out C"""
+  jaxpref merge --models DPO --method task --base SFT --weights 1.3 --out C
+  jaxpref merge --models BASE --method adapter --adapter OUT/adapter --out C"""
 """The explanation in the help."""
 
 

@@ -31,7 +31,7 @@ runs without an objective."""
 
 def command(argv: Sequence[str]) -> None:
     """Trains a grid of options and compares the runs."""
-    given = split(argv, repeatable=("over",))
+    given = split(argv, repeatable=("over", "data"))
     if "print-config" in given:
         raise InputError(
             "--print-config: a sweep has several configs; leave it out, or use "

@@ -53,7 +53,7 @@ FILES = (
 
 def command(argv: Sequence[str]) -> None:
     """Trains and exports a model."""
-    given = split(argv)
+    given = split(argv, repeatable=("data",))
     printed = given.pop("print-config", None)
     if printed is not None:
         show(config_text(given).removesuffix("\n"))
@@ -178,7 +178,8 @@ def help_text(argv: Sequence[str]) -> str:
     title = "options:" if full else "common options (all options: --help-all):"
     return (
         f"usage: {COMMAND} --model MODEL --data DATA --out OUT [options]\n\n"
-        "Train a model on preference pairs or, with --loss sft, on completions.\n\n"
+        "Train a model on preference pairs, labeled answers (--loss kto), lists of "
+        "answers\n(--loss plackett_luce), or completions (--loss sft).\n\n"
         f"{title}\n{help.rows(options.values(), full=full)}\n\n{choices_text()}"
     )
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from jaxpref.data import RecordOptions
 from jaxpref.errors import InputError
 from jaxpref.merge.arrays import normalized
 from jaxpref.runtime.mesh import MeshConfig
@@ -29,7 +30,7 @@ class MergeConfig:
     out: str
     """Folder for the merged model.  It must be new or empty, or hold an earlier merge,
     which is replaced."""
-    method: Literal["linear", "slerp", "task", "greedy"] = "linear"
+    method: Literal["linear", "slerp", "task", "greedy", "adapter"] = "linear"
     """How the weights are combined.  Each method has its own options, below."""
     dtype: StoredDtype | None = None
     """Dtype of the merged weights (default: each tensor's dtype in the first model).
@@ -72,7 +73,7 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Greedy:
+class Greedy(RecordOptions):
     """The mean of those models that do not lower the accuracy on preference pairs."""
 
     data: str
@@ -89,8 +90,6 @@ class Greedy:
     max_prompt_length: int | None = None
     """Maximum tokens of a prompt (default: what the completions leave of --max-length,
     at least half).  Longer prompts lose their earliest turns, or their first tokens."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of the records to ignore, even if they change what a record means."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
@@ -98,16 +97,27 @@ class Greedy:
     """How the devices are used."""
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(1, self, "batch_size")
         at_least(2, self, "max_length", "max_prompt_length")
 
 
-Method = Linear | Slerp | Task | Greedy
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A model and its adapter: W + s a b."""
+
+    adapter: str
+    """Folder of a LoRA or DoRA adapter of the model, such as OUT/adapter of a run, or
+    its Hub ID."""
+
+
+Method = Linear | Slerp | Task | Greedy | Adapter
 METHODS: dict[str, type[Method]] = {
     "linear": Linear,
     "slerp": Slerp,
     "task": Task,
     "greedy": Greedy,
+    "adapter": Adapter,
 }
 """The options of each method, by its name."""
 

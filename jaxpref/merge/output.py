@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write, read_json, write_json
+from jaxpref.merge.adapter import AdapterMerge
 from jaxpref.merge.inputs import ModelFolder
 from jaxpref.merge.options import Weights
 from jaxpref.models.folder import move_into_place
@@ -69,7 +70,7 @@ class Size:
 
 def write_merge(
     folder: Path,
-    merge: Merge,
+    merge: Merge | AdapterMerge,
     dtype: str | None,
     record: Mapping[str, Any],
     *,
@@ -118,7 +119,7 @@ def _write_config(source: ModelFolder, folder: Path, dtype: str | None) -> None:
 
 
 def _files(
-    merge: Merge, dtype: str | None, max_file_bytes: int
+    merge: Merge | AdapterMerge, dtype: str | None, max_file_bytes: int
 ) -> tuple[list[dict[str, Callable[[], np.ndarray]]], Size]:
     """How to make each tensor of each file, and the size of all weights."""
     source = merge.source
@@ -146,7 +147,7 @@ def _files(
     return files, size
 
 
-def _stored(merge: Merge, name: str, dtype: np.dtype) -> np.ndarray:
+def _stored(merge: Merge | AdapterMerge, name: str, dtype: np.dtype) -> np.ndarray:
     merged = merge.tensor(name)
     with np.errstate(over="ignore"):
         values = merged.astype(dtype, copy=False)

@@ -13,9 +13,11 @@ from jaxpref.evaluate import pairs
 from jaxpref.evaluate.metrics import accuracy
 from jaxpref.files import MODEL, check_output_folder
 from jaxpref.merge import greedy
+from jaxpref.merge.adapter import AdapterMerge, with_adapter
 from jaxpref.merge.arrays import add_task_vectors, slerp, weighted_mean
 from jaxpref.merge.inputs import ModelFolder, open_folders
 from jaxpref.merge.options import (
+    Adapter,
     Greedy,
     Linear,
     MergeConfig,
@@ -27,7 +29,7 @@ from jaxpref.merge.options import (
 )
 from jaxpref.merge.output import RECORD, Merge, write_merge
 from jaxpref.models import weights as model_weights
-from jaxpref.models.hub import model_digests
+from jaxpref.models.hub import adapter_digest, model_digests, resolve_folder
 from jaxpref.models.tensor_files import INDEX, WEIGHTS
 from jaxpref.models.tokenizer_files import COPIED
 from jaxpref.runtime.processes import log, only_first_process, together
@@ -62,6 +64,8 @@ def run(config: MergeConfig, method: Method) -> None:
         case Task():
             weights = _weights(method, models)
             merge = Merge(folders[-1:] + models, models[0], _task, weights)
+        case Adapter():
+            merge = with_adapter(models[0], method.adapter)
     together(lambda: _write(config, method, merge, trials, out))
 
 
@@ -70,6 +74,8 @@ def _check_count(config: MergeConfig, method: Method) -> None:
     match method:
         case Slerp():
             fits, needed = given == 2, "exactly two models"
+        case Adapter():
+            fits, needed = given == 1, "one model"
         case Task():
             fits, needed = given >= 1, "at least one model"
         case _:
@@ -85,7 +91,7 @@ def _check_out(config: MergeConfig, method: Method) -> Path:
     """Checks the output folder; an earlier merge in it may be replaced."""
     reads = {
         f"--{name}": getattr(method, name, None)
-        for name in ("base", "data", "reference")
+        for name in ("base", "data", "reference", "adapter")
     }
     what = MODEL if (Path(config.out) / RECORD).is_file() else None
     for model in config.models:
@@ -146,22 +152,28 @@ def _tried(
 def _write(
     config: MergeConfig,
     method: Method,
-    merge: Merge,
+    merge: Merge | AdapterMerge,
     trials: Sequence[greedy.Trial],
     out: Path,
 ) -> None:
     """Writes the merged model with its record, and says what was done."""
+    folders, weights = [merge.source], Weights((1.0,))
+    if isinstance(merge, Merge):
+        folders, weights = merge.folders, merge.weights
     record = {
         "jaxpref": __version__,
         "method": config.method,
         "models": [
             {"model": folder.name, "weights_sha256": _weights_digest(folder)}
-            for folder in merge.folders
+            for folder in folders
         ],
-        "weights": merge.weights.elsewhere,
-        "layer_weights": [dataclasses.asdict(block) for block in merge.weights.blocks],
+        "weights": weights.elsewhere,
+        "layer_weights": [dataclasses.asdict(block) for block in weights.blocks],
         "dtype": config.dtype,
     }
+    if isinstance(method, Adapter):
+        digest = adapter_digest(resolve_folder(method.adapter))
+        record |= {"adapter": {"adapter": method.adapter, "sha256": digest}}
     if isinstance(method, Task):
         record |= {"base": record["models"].pop(0)}
     if isinstance(method, Greedy):
@@ -174,11 +186,11 @@ def _write(
     size = write_merge(out, merge, config.dtype, record)
     count = len(record["models"])
     of = f" of {len(config.models)}" if isinstance(method, Greedy) else ""
-    weights = " ".join(f"{weight:.4g}" for weight in merge.weights.elsewhere)
-    layers = ", and others for layers" if merge.weights.blocks else ""
+    listed = " ".join(f"{weight:.4g}" for weight in weights.elsewhere)
+    layers = ", and others for layers" if weights.blocks else ""
     models = f"{count}{of} model{'s' if count > 1 or of else ''}"
     show(
-        f"{out}: merged {models} ({config.method}, weights {weights}{layers}), "
+        f"{out}: merged {models} ({config.method}, weights {listed}{layers}), "
         f"{size.tensors} tensors, {size.weights:,} weights, {size.bytes:,} bytes"
     )
 

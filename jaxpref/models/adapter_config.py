@@ -36,6 +36,7 @@ class AdapterConfig:
     rank_stabilized: bool
     alphas: Mapping[str, float]
     """By pattern of a module's name."""
+    dora: bool = False
 
     def scale(self, module: str, rank: int) -> float:
         """The scale alpha / r of a module whose factors have rank r."""
@@ -79,6 +80,7 @@ def read_adapter_config(fields: ConfigFields) -> AdapterConfig:
         alpha=fields.read("lora_alpha", float),
         rank_stabilized=fields.read("use_rslora", bool, False),
         alphas=alphas,
+        dora=fields.read("use_dora", bool, False),
     )
     fields.check_all_read(HARMLESS)
     if not (config.rank >= 1 and 0 < config.alpha < math.inf):
@@ -124,14 +126,17 @@ def adapter_fields(
         "modules_to_save": [module(family.tensors[p]) for p in lora.whole] or None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_dora": False,
+        "use_dora": lora.dora,
         "init_lora_weights": True,
         "inference_mode": True,
     }
 
 
-def _target_modules(lora: Lora, family: Any) -> list[str]:
-    """The names of the adapted modules: their last part, if that is enough."""
+def _target_modules(lora: Lora, family: Any) -> list[str] | str:
+    """The names of the adapted modules: their last part, if that is enough.
+
+    A pattern for a model that also has other parts, whose modules have such names too.
+    """
     named = matrices(family)
     others = {module_name(n) for path, n in named.items() if path not in lora.adapted}
     found = {}
@@ -139,4 +144,8 @@ def _target_modules(lora: Lora, family: Any) -> list[str]:
         last = module_name(named[path])
         parent = named[path].template.split(".")[-3]
         found[f"{parent}.{last}" if last in others else last] = None
-    return list(found)
+    if not family.copied_tensors:
+        return list(found)
+    template = family.module_name(named[lora.adapted[0]].template)
+    layers = re.escape(template.split(".{}")[0])
+    return rf"{layers}\.\d+\.(.*\.)?({'|'.join(map(re.escape, found))})"

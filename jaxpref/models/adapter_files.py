@@ -22,6 +22,8 @@ from jaxpref.models.adapter_config import (
 )
 from jaxpref.models.adapter_tensors import (
     PREFIX,
+    magnitude,
+    module_arrays,
     own_ranks,
     pairs,
     prefixed,
@@ -30,7 +32,6 @@ from jaxpref.models.adapter_tensors import (
 )
 from jaxpref.models.config_json import ConfigFields
 from jaxpref.models.families.family import StoredArray, join
-from jaxpref.models.folder import stored_arrays
 from jaxpref.models.lora import Lora, factor_shapes, matrices
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.stored import gathered
@@ -70,10 +71,12 @@ def load_adapter(folder: Path, model: Any) -> tuple[Lora, Any]:
     shapes = factor_shapes(lora, model)
     values = {}
     tree = jax.eval_shape(model.init, jax.random.key(0))
-    arrays, leaves = stored_arrays(model.architecture.family, tree), by_path(tree)
+    arrays, leaves = module_arrays(model.architecture.family, tree), by_path(tree)
     for path in lora.adapted:
         a, b = _factors(folder, config, lora, path, arrays[path], stored)
         values[f"{path}.a"], values[f"{path}.b"] = a, b
+        if lora.dora:
+            values[f"{path}.m"] = _whole(folder, magnitude(arrays[path]), stored)
     for path in lora.whole:
         shapes[path] = leaves[path]
         values[path] = _whole(folder, prefixed(arrays[path]), stored)
@@ -106,7 +109,7 @@ def save_adapter(
     """
     family = model.architecture.family
     tree = jax.eval_shape(model.init, jax.random.key(0))
-    arrays = stored_arrays(family, tree)
+    arrays = module_arrays(family, tree)
     leaves = {path: gathered(leaf) for path, leaf in by_path(trained).items()}
     tensors = stored_factors(lora, arrays, leaves)
     whole = [(prefixed(arrays[path]), leaves[path]) for path in lora.whole]
@@ -156,7 +159,7 @@ def _read(folder: Path, model: Any) -> tuple[Lora, AdapterConfig, dict[str, Any]
     stored = open_file(folder / WEIGHTS)
     names, layers = set(stored), model.architecture.num_layers
     tree = jax.eval_shape(model.init, jax.random.key(0))
-    arrays, used = stored_arrays(family, tree), set()
+    arrays, used = module_arrays(family, tree), set()
     adapted, rank = {}, 0
     for path, name in matrices(family).items():
         array = arrays[path]
@@ -174,6 +177,12 @@ def _read(folder: Path, model: Any) -> tuple[Lora, AdapterConfig, dict[str, Any]
             ranks = adapted.setdefault(path, _own_ranks(folder, path, array, stored))
             rank = max(rank, len(range(r)[ranks]))
             used |= {a, b}
+        if config.dora and path in adapted:
+            norms = list(magnitude(array).tensors.flat)
+            _check_all_layers(folder, [*sum(pairs(array), ()), *norms], names)
+            for tensor in norms:
+                _check_shape(folder, tensor, stored, (outputs,))
+            used |= {*norms}
     whole = []
     for path, array in arrays.items():
         tensors = list(prefixed(array).tensors.flat)
@@ -191,8 +200,18 @@ def _read(folder: Path, model: Any) -> tuple[Lora, AdapterConfig, dict[str, Any]
     if not adapted:
         raise InputError(f"{folder}: has no adapters")
     adapter = tuple(adapted), tuple(whole)
-    lora = Lora(rank, config.alpha, config.rank_stabilized, *adapter)
+    lora = Lora(rank, config.alpha, config.rank_stabilized, *adapter, config.dora)
     return lora, config, stored
+
+
+def _check_all_layers(folder: Path, tensors: list[str], stored: set[str]) -> None:
+    # A layer without an adapter would need the norms of the base.
+    for tensor in tensors:
+        if tensor not in stored:
+            raise InputError(
+                f"{folder}: tensor {tensor} is missing; with use_dora, a matrix needs "
+                "adapters in all layers"
+            )
 
 
 def _own_ranks(

@@ -7,14 +7,28 @@ side, and the b as blocks of a matrix that is else zero.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxpref.models.families.family import StoredArray, join
+from jaxpref.models.families.family import Family, StoredArray, join
 from jaxpref.models.lora import Lora, factor_names
+from jaxpref.models.paths import by_path
 
 PREFIX = "base_model.model."
 """What `peft` puts before the names of a model's tensors."""
+
+
+def module_arrays(family: Family, tree: Any) -> dict[str, StoredArray]:
+    """Where all arrays of a model are stored, by path, named as `peft` names them."""
+
+    def named(array: StoredArray) -> StoredArray:
+        template = family.module_name(array.name.template)
+        name = dataclasses.replace(array.name, template=template)
+        return dataclasses.replace(array, name=name)
+
+    shapes = {path: x.shape for path, x in by_path(tree).items()}
+    return {path: named(array) for path, array in family.stored(shapes).items()}
 
 
 def prefixed(array: StoredArray) -> StoredArray:
@@ -27,6 +41,19 @@ def pairs(array: StoredArray) -> list[tuple[str, str]]:
     """The tensors of a matrix's two factors, layer by layer."""
     a, b = (name.template for name in factor_names(array.name))
     return [(a.format(layer), b.format(layer)) for layer in range(array.shape[0])]
+
+
+def magnitude(array: StoredArray) -> StoredArray:
+    """Where the norms m [L, outputs] of a matrix are stored, by DoRA."""
+    first, _ = factor_names(array.name)
+    name = dataclasses.replace(
+        array.name,
+        template=first.template.replace(".lora_A.weight", ".lora_magnitude_vector"),
+        inputs=0,
+        input_major=False,
+    )
+    shape = (array.shape[0], *array.inner[array.name.inputs or 0 :])
+    return dataclasses.replace(array, name=name, shape=shape)
 
 
 def second_factor(array: StoredArray, rank: int) -> StoredArray:
@@ -76,7 +103,7 @@ def together(lora: Lora, arrays: Mapping[str, StoredArray]) -> list[tuple[str, .
 def stored_factors(
     lora: Lora, arrays: Mapping[str, StoredArray], leaves: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The tensors of all factors, from `leaves` by "path.a" and "path.b"."""
+    """The tensors of all adapters, from `leaves` by "path.a", "path.b" and "path.m"."""
     tensors = {}
     for paths in together(lora, arrays):
         of_a, of_b = factor_names(arrays[paths[0]].name)
@@ -91,4 +118,9 @@ def stored_factors(
                 second.append((part, block))
             tensors[of_a.template.format(layer)] = np.concatenate(first, 1).T
             tensors[of_b.template.format(layer)] = join(second)
+            if lora.dora:
+                norms = [magnitude(arrays[path]).at(layer) for path in paths]
+                values = (leaves[f"{path}.m"][layer] for path in paths)
+                name = norms[0].name.template
+                tensors[name] = join(list(zip(norms, values, strict=True)))
     return tensors

@@ -17,7 +17,8 @@ from jaxpref.models.gathering import (
     row_group_layout,
 )
 from jaxpref.models.layout import SPECS, on_mesh
-from jaxpref.models.low_rank import LowRank
+from jaxpref.models.low_rank import LowRank, output_factors
+from jaxpref.models.quantized import Quantized
 
 PRODUCT = "product"
 """The name of the results in policies of `jax.checkpoint`."""
@@ -26,7 +27,7 @@ PRODUCT = "product"
 def dense_einsum(
     equation: str,
     x: Float[Array, "*inputs"],
-    weight: Float[Array, "*weight"] | LowRank,
+    weight: Float[Array, "*weight"] | LowRank | Quantized,
     *,
     spec: P | None = None,
     out_dtype: Any = None,
@@ -34,6 +35,8 @@ def dense_einsum(
     """`einsum(equation, x, weight)`: factors in x's dtype, sums in float32 or wider.
 
     For a `LowRank` weight, it is x W + s (x a) b; no array of the size of a b is made.
+    With a magnitude, it is multiplied with `output_factors`.
+    A `Quantized` one is dequantized in each pass, and never stored so.
 
     The gradients are einsums of the same kind,
 
@@ -64,14 +67,18 @@ def dense_einsum(
         result = _product(equation, x, weight, spec, out_dtype)
     # Since products have a custom gradient, policies of jax.checkpoint apply to this
     # name and not to the product.
-    return checkpoint_name(result, PRODUCT)
+    result = checkpoint_name(result, PRODUCT)
+    if isinstance(weight, LowRank) and weight.magnitude is not None:
+        result *= output_factors(weight).astype(result.dtype)
+    return result
 
 
 def _low_rank_product(
     equation: str, x: jax.Array, weight: LowRank, spec: P | None, out_dtype: Any
 ) -> jax.Array:
     down, up = factored(equation)
-    inner = dense_einsum(down, x, weight.a, spec=SPECS.hidden)
+    kept = x if weight.dropout is None else weight.dropout(x)
+    inner = dense_einsum(down, kept, weight.a, spec=SPECS.hidden)
     # Scaled here, where it is smallest, in both passes.
     inner *= jnp.asarray(weight.scale, inner.dtype)
     change = _product(up, inner, weight.b, spec, out_dtype)
@@ -91,13 +98,35 @@ def factored(equation: str) -> tuple[str, str]:
     return f"{of_x},{inputs}r->{kept}r", f"{kept}r,r{outputs}->{out}"
 
 
+def _quantized_product(
+    equation: str, x: jax.Array, weight: Quantized, spec: P | None, out_dtype: Any
+) -> jax.Array:
+    terms, out = equation.split("->")
+    of_x, of_weight = terms.split(",")
+    to_x = f"{out},{of_weight}->{of_x}"
+    dtype, layout = x.dtype, on_mesh(jax.typeof(x).sharding.spec)
+    einsum = functools.partial(_einsum, dtype)
+
+    @jax.custom_vjp
+    def apply(x, weight):
+        return einsum(equation, x, weight.dequantized(dtype), out_dtype or dtype, spec)
+
+    def backward(weight, cotangent):
+        return einsum(to_x, cotangent, weight.dequantized(dtype), dtype, layout), None
+
+    apply.defvjp(lambda x, weight: (apply(x, weight), weight), backward)
+    return apply(x, weight)
+
+
 def _product(
     equation: str,
     x: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | Quantized,
     spec: P | None,
     out_dtype: Any,
 ) -> jax.Array:
+    if isinstance(weight, Quantized):
+        return _quantized_product(equation, x, weight, spec, out_dtype)
     terms, out = equation.split("->")
     of_x, of_weight = terms.split(",")
     out_dtype = out_dtype or x.dtype

@@ -6,7 +6,8 @@ A matrix W [inputs, outputs] is frozen and replaced by
 
 with a [inputs, r] and b [r, outputs] trained.  Source: Hu et al. 2021,
 arXiv:2106.09685, section 4.1 (their A is a^T, their B is b^T); the second scale is from
-Kalajdzievski 2023, arXiv:2312.03732.
+Kalajdzievski 2023, arXiv:2312.03732.  DoRA also trains the norm of each output's
+weights, m [outputs]: Liu et al. 2024, arXiv:2402.09353; see `low_rank`.
 
 A `LowRank` takes the place of a matrix among the parameters, so no family needs code of
 its own.  Which matrices can be adapted follows from the family's tensor names: those of
@@ -14,6 +15,7 @@ the layers.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -24,19 +26,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxpref.errors import InputError
 from jaxpref.models.families import Family, TensorName
-from jaxpref.models.low_rank import LowRank
+from jaxpref.models.layout import reshard
+from jaxpref.models.low_rank import Dropout, LowRank, output_norms
 from jaxpref.models.partition import ROUTER
 from jaxpref.models.paths import by_path, nested
+from jaxpref.models.quantized import Quantization
 from jaxpref.models.stored import PerLayer, gathered
 from jaxpref.runtime.ranges import MOST
 
 KINDS = "attention", "mlp", "all"
 """Names of groups of matrices."""
 MOST_RANK = 2**16
+ALSO_OF_ADAPTERS = "base", "dropout"
+"""Options that also apply to existing adapters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,11 +60,24 @@ class LoraOptions:
     q_proj,v_proj; separated by commas."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    dora: bool = False
+    """Also train the norm of the weights of each output (DoRA)."""
+    dropout: float = 0.0
+    """Probability of dropping each input of the adapters in training, also with
+    --adapter."""
+    base: Quantization | None = None
+    """Hold the frozen matrices of the layers in 8 (int8) or 4 bits (nf4, as in QLoRA),
+    also with --adapter (default: the compute dtype)."""
 
     def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise InputError(
+                f"--lora.dropout {self.dropout}: must be at least 0 and below 1"
+            )
         if self.rank is None:
             for field in dataclasses.fields(self):
-                if (value := getattr(self, field.name)) != field.default:
+                value = getattr(self, field.name)
+                if value != field.default and field.name not in ALSO_OF_ADAPTERS:
                     raise InputError(
                         f"--lora.{field.name.replace('_', '-')} {value}: has no effect "
                         "without adapters; give --lora.rank too"
@@ -81,6 +100,8 @@ class Lora:
     """Paths of matrices with an adapter: "layers.query"."""
     whole: tuple[str, ...] = ()
     """Paths of parameters that are trained themselves, such as a reward head."""
+    dora: bool = False
+    """Whether the norms of the outputs' weights are trained."""
 
     @property
     def scale(self) -> float:
@@ -99,34 +120,80 @@ class Lora:
     def trained(self, params: Any, model: Any, key: PRNGKeyArray) -> Any:
         """What is trained at the start: whole parameters, and new adapters."""
         whole = {path: x for path, x in by_path(params).items() if self.trains(path)}
-        return nested(whole | by_path(new_adapters(self, model, key)))
+        new = by_path(new_adapters(self, model, key))
+        if self.dora:
+            leaves, names = by_path(params), matrices(model.architecture.family)
+            for path in self.adapted:
+                if path in leaves:
+                    norms = norms_of(leaves[path], names[path].inputs or 0)
+                    like = new[f"{path}.m"]
+                    layout = jax.typeof(like).sharding.spec
+                    new[f"{path}.m"] = reshard(norms.astype(like.dtype), layout)
+        return nested(whole | new)
 
     def frozen(self, params: Any) -> Any:
         """What is frozen, from the model's parameters."""
         leaves = by_path(params).items()
         return nested({path: x for path, x in leaves if self.freezes(path)})
 
-    def join(self, trained: Any, frozen: Any) -> Any:
-        """The model's parameters, with a `LowRank` for each adapted weight."""
+    def join(
+        self,
+        trained: Any,
+        frozen: Any,
+        *,
+        dropout: float = 0.0,
+        key: PRNGKeyArray | None = None,
+    ) -> Any:
+        """The model's parameters, with a `LowRank` for each adapted weight.
+
+        Args:
+            trained: what is trained.
+            frozen: what is frozen.
+            dropout: the share of the adapters' inputs to drop, if there is a key.
+            key: a random key for dropout.
+        """
         ours, leaves = by_path(trained), by_path(frozen)
         for path in self.adapted:
             factors = ours.pop(f"{path}.a"), ours.pop(f"{path}.b")
-            leaves[path] = LowRank(leaves[path], *factors, self.scale)
+            magnitude, drop = ours.pop(f"{path}.m", None), None
+            if key is not None and dropout:
+                own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                layers = jax.random.split(own, len(factors[0]))
+                drop = Dropout(jax.random.key_data(layers), dropout)
+            leaves[path] = LowRank(leaves[path], *factors, self.scale, magnitude, drop)
         return nested(leaves | ours)
 
     def exported(self, trained: Any, stored: dict[str, Any]) -> Any:
         """The merged parameters for `folder.save`; sums in float32."""
         ours = by_path(trained)
         for path in self.adapted:
-            factors = (gathered(ours.pop(f"{path}.{x}")) for x in "ab")
-            stored = stored | {path: self._merged(stored[path], *factors)}
+            arrays = (gathered(ours.pop(f"{path}.{x}")) for x in self.arrays)
+            stored = stored | {path: self._merged(stored[path], *arrays)}
         return nested(stored | ours)
 
-    def _merged(self, weight: PerLayer, a: np.ndarray, b: np.ndarray) -> PerLayer:
+    @property
+    def arrays(self) -> str:
+        """The names of a matrix's trained arrays, after its path: a, b, and m."""
+        return "abm" if self.dora else "ab"
+
+    def _merged(
+        self,
+        weight: PerLayer,
+        a: np.ndarray,
+        b: np.ndarray,
+        magnitude: np.ndarray | None = None,
+    ) -> PerLayer:
         a, b = a.astype(np.float32), b.astype(np.float32)
-        scale = np.float32(self.scale)
-        change = lambda i: scale * np.tensordot(a[i], b[i], 1)
-        return PerLayer(weight.shape, lambda i: weight[i] + change(i))
+        scale, inputs = np.float32(self.scale), tuple(range(a.ndim - 2))
+
+        def layer(i: int) -> np.ndarray:
+            merged = weight[i] + scale * np.tensordot(a[i], b[i], 1)
+            if magnitude is None:
+                return merged
+            norms = np.sqrt(np.square(merged).sum(inputs))
+            return merged * (magnitude[i] / np.where(norms > 0, norms, 1))
+
+        return PerLayer(weight.shape, layer)
 
 
 def lora_of(options: LoraOptions, family: Family, *, whole: Sequence[str] = ()) -> Lora:
@@ -138,7 +205,8 @@ def lora_of(options: LoraOptions, family: Family, *, whole: Sequence[str] = ()) 
     assert options.rank is not None
     alpha = 2.0 * options.rank if options.alpha is None else options.alpha
     adapted = adapted_paths(options.targets, family)
-    return Lora(options.rank, alpha, options.rank_stabilized, adapted, tuple(whole))
+    scale = options.rank, alpha, options.rank_stabilized
+    return Lora(*scale, adapted, tuple(whole), options.dora)
 
 
 def matrices(family: Family) -> dict[str, TensorName]:
@@ -202,8 +270,8 @@ def factor_names(name: TensorName) -> tuple[TensorName, TensorName]:
 def factor_shapes(lora: Lora, model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layouts of all a [L, inputs, r] and b [L, r, outputs].
 
-    Those of a path are under "path.a" and "path.b".  The layouts are those of the
-    weight's axes; r is never sharded.
+    Those of a path are under "path.a" and "path.b"; with DoRA, m [L, outputs] is under
+    "path.m".  The layouts are those of the weight's axes; r is never sharded.
 
     Args:
         lora: which weights have adapters.
@@ -213,7 +281,7 @@ def factor_shapes(lora: Lora, model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     names, found = matrices(model.architecture.family), {}
     for path in lora.adapted:
         leaf, split = leaves[path], 1 + (names[path].inputs or 0)
-        for factor in "ab":
+        for factor in lora.arrays:
             found[f"{path}.{factor}"] = jax.ShapeDtypeStruct(
                 _axes(factor, leaf.shape, split, lora.rank),
                 leaf.dtype,
@@ -226,6 +294,8 @@ def _axes(factor: str, of_weight: Sequence, split: int, of_rank: Any) -> tuple:
     """What belongs to the axes of a factor, given what belongs to those of W."""
     if factor == "a":
         return (*of_weight[:split], of_rank)
+    if factor == "m":
+        return (of_weight[0], *of_weight[split:])
     return (of_weight[0], of_rank, *of_weight[split:])
 
 
@@ -241,13 +311,14 @@ def new_adapters(lora: Lora, model: Any, key: PRNGKeyArray) -> Any:
     """New adapters: b is 0, so the function is that of the base.
 
     a is uniform within 1 / sqrt(inputs), as in `peft`.  Each depends only on the key
-    and its own path.  For the arguments, see `factor_shapes`.
+    and its own path.  With DoRA, m is 0 until it is set to `norms_of` the weights.  For
+    the arguments, see `factor_shapes`.
     """
     found = {}
     for path, leaf in factor_shapes(lora, model).items():
         layout = None if leaf.sharding is None else leaf.sharding.spec
         options = dict(dtype=leaf.dtype, out_sharding=layout)
-        if path.endswith(".b"):
+        if not path.endswith(".a"):
             found[path] = jnp.zeros(leaf.shape, **options)
             continue
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -256,3 +327,9 @@ def new_adapters(lora: Lora, model: Any, key: PRNGKeyArray) -> Any:
             own, leaf.shape, minval=-bound, maxval=bound, **options
         )
     return nested(found)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def norms_of(weight: Any, inputs: int) -> Float[Array, "L outputs"]:
+    """The norms of the outputs' weights in all layers, at which m starts."""
+    return jax.lax.map(lambda one: output_norms(one, inputs), weight)

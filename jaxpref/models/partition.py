@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 from jaxpref.errors import InputError
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.functional import Params
+from jaxpref.models.layout import one_of
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.stored import PerLayer
 
@@ -112,7 +113,9 @@ class Part:
         first = self.first or 0
 
         def layer(i: int, *expert: int) -> Any:
-            return stored[i, *expert] if i < first else values[i - first, *expert]
+            if i < first:
+                return stored[i, *expert]
+            return one_of(values, (i - first, *expert))
 
         return PerLayer(stored.shape, layer)
 

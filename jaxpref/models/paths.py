@@ -5,10 +5,14 @@ from typing import Any
 
 import jax
 
+from jaxpref.models.quantized import Quantized
+
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of nested dicts, in tree order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    """What nested dicts hold, in tree order; quantized matrices are not split."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, Quantized)
+    )
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     return {name(path): leaf for path, leaf in leaves}
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from jaxpref.errors import InputError
 from jaxpref.files import check_regular, read_json, write_json
 from jaxpref.models.families.family import StoredArray, join
+from jaxpref.models.layout import one_of
 from jaxpref.runtime.heartbeat import beat
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -81,6 +82,14 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     return tensors
 
 
+def stored_with(folder: Path | None, prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """The tensors of a folder whose names begin with one of the prefixes."""
+    if folder is None or not prefixes:
+        return {}
+    tensors = open_tensors(folder).items()
+    return {name: tensor for name, tensor in tensors if name.startswith(prefixes)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A tensor to write: one or several arrays, or one layer of each."""
@@ -107,28 +116,45 @@ def entries(arrays: Iterable[tuple[StoredArray, Any]]) -> list[Entry]:
 
 
 def write_tensors(
-    folder: Path | None, tensors: list[Entry], dtype: np.dtype, max_file_bytes: int
+    folder: Path | None,
+    tensors: list[Entry],
+    dtype: np.dtype,
+    max_file_bytes: int,
+    copied: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes tensors to `folder`; if it is None, only takes part in gathering them.
+
+    Args:
+        folder: the folder, or None.
+        tensors: the tensors.
+        dtype: the dtype in which they are written.
+        max_file_bytes: weights beyond this size are split over several files.
+        copied: tensors of another folder, from `open_tensors`, written as they are.
 
     Raises:
         InputError: if a value is not finite in `dtype`.
     """
-    files, size = [[]], 0
+    parts: list[tuple[str, int, Callable[[], np.ndarray]]] = []
     for entry in tensors:
         nbytes = math.prod(entry.parts[0][0].stored_shape) * dtype.itemsize
+        make = functools.partial(gather, entry, dtype)
+        parts.append((entry.tensor, nbytes, make))
+    if folder is not None:
+        for name, tensor in (copied or {}).items():
+            nbytes = math.prod(tensor.get_shape()) * 4  # or less
+            parts.append((name, nbytes, functools.partial(_copy, name, tensor)))
+    files, size = [{}], 0
+    for name, nbytes, make in parts:
         if size + nbytes > max_file_bytes and files[-1]:
-            files, size = [*files, []], 0
-        files[-1].append(entry)
+            files, size = [*files, {}], 0
+        files[-1][name] = make
         size += nbytes
+    write_files(folder, files)
 
-    write_files(
-        folder,
-        [
-            {entry.tensor: functools.partial(_gather, entry, dtype) for entry in part}
-            for part in files
-        ],
-    )
+
+def _copy(name: str, tensor: Any) -> np.ndarray:
+    beat(f"copying {name}")
+    return tensor[:]
 
 
 def write_files(
@@ -160,11 +186,16 @@ def write_files(
         write_json(folder / INDEX, table)
 
 
-def _gather(entry: Entry, dtype: np.dtype) -> np.ndarray:
+def gather(entry: Entry, dtype: np.dtype) -> np.ndarray:
+    """The value of a tensor, on every process.
+
+    Raises:
+        InputError: if a value is not finite in `dtype`.
+    """
     beat(f"exporting {entry.tensor}")
     parts = []
     for stored, array in entry.parts:
-        value: Any = array[entry.index] if entry.index else array
+        value: Any = one_of(array, entry.index) if entry.index else array
         sharding = getattr(value, "sharding", None)
         if isinstance(sharding, NamedSharding) and not value.is_fully_addressable:
             value = jax.device_put(value, NamedSharding(sharding.mesh, P()))

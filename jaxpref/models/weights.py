@@ -9,9 +9,10 @@ import jax
 from jaxpref.files import read_json
 from jaxpref.models.adapter_config import CONFIG
 from jaxpref.models.adapter_files import load_adapter
-from jaxpref.models.folder import load_params
 from jaxpref.models.folder_config import is_reward_model
 from jaxpref.models.hub import resolve_folder
+from jaxpref.models.quantized import Quantization
+from jaxpref.models.quantized_files import load_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Weights:
     """The model's folder."""
     adapter: Path | None = None
     """The folder of an adapter of it, or None."""
+    quantization: Quantization | None = None
+    """How the matrices of its layers are held in memory; None for floating point."""
 
 
 def load_weights(weights: Weights, model: Any) -> Any:
@@ -30,23 +33,26 @@ def load_weights(weights: Weights, model: Any) -> Any:
     Raises:
         InputError: as `load_params` and `load_adapter`.
     """
+    folder, kind = weights.folder, weights.quantization
     if weights.adapter is None:
-        return load_params(weights.folder, model)
+        return load_quantized(folder, model, kind)
     lora, trained = load_adapter(weights.adapter, model)
     # A reward head that the adapter has need not be in the model's folder.
     key = jax.random.key(0) if "score" in lora.whole else None
-    frozen = load_params(weights.folder, model, key, only=lora.freezes)
+    frozen = load_quantized(folder, model, kind, key, only=lora.freezes)
     return lora.join(trained, frozen)
 
 
-def resolve_weights(model: str, adapter: str | None) -> Weights:
-    """The folders of a model and of its adapter, which may be Hub IDs.
+def resolve_weights(
+    model: str, adapter: str | None, quantization: Quantization | None = None
+) -> Weights:
+    """The weights of a model and of its adapter, which may be Hub IDs.
 
     Raises:
         InputError: if one cannot be found.
     """
     folder = None if adapter is None else resolve_folder(adapter)
-    return Weights(resolve_folder(model), folder)
+    return Weights(resolve_folder(model), folder, quantization)
 
 
 def is_reward(weights: Weights) -> bool:

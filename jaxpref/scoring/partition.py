@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
+from jaxpref.files import RUN, kind_of
 from jaxpref.models import Model, RewardModel
 from jaxpref.models.adapter_config import CONFIG as ADAPTER_CONFIG
 from jaxpref.models.adapter_files import load_adapter, read_lora, save_adapter
@@ -17,6 +19,8 @@ from jaxpref.models.hub import resolve_folder
 from jaxpref.models.lora import Lora, LoraOptions, lora_of
 from jaxpref.models.partition import Partition, part_of
 from jaxpref.models.paths import by_path, nested
+from jaxpref.models.quantized import Quantization
+from jaxpref.models.quantized_files import load_quantized, quantized_at_random
 from jaxpref.models.stored import stored_params
 from jaxpref.models.weights import Weights, load_weights
 from jaxpref.scoring.scorer import (
@@ -29,6 +33,7 @@ from jaxpref.scoring.scorer import (
     save_model,
     with_numerics,
 )
+from jaxpref.sharding import replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +41,9 @@ class PartitionScorer:
     """A language or reward model of which a part is trained.
 
     What is trained is in the model's parameter dtype.  What is frozen is in the compute
-    dtype, in which it is used: the function is the same.  `frozen` has it under "base",
-    and a live reference under "reference" unless that is the base, too.
+    dtype, in which it is used: the function is the same.  Or it is quantized, and the
+    function another one, also that of the reference if it is the base.  `frozen` has it
+    under "base", and a live reference under "reference" unless that is the base, too.
     """
 
     one: PolicyScorer | RewardScorer
@@ -48,6 +54,12 @@ class PartitionScorer:
     """The folder of the adapter that training starts from; None for a new one."""
     reference_is_base: bool = False
     """Whether the reference is what is frozen: the model without its adapter."""
+    quantization: Quantization | None = None
+    """How the frozen matrices of the layers are held; None for the compute dtype."""
+    dropout: float = 0.0
+    """Share of the adapters' inputs that a train step drops."""
+    seed: int = 0
+    """Seed of the dropout."""
 
     @property
     def _base(self) -> Any:
@@ -68,7 +80,18 @@ class PartitionScorer:
     def load(self, folder: Path, key: PRNGKeyArray) -> Params:
         """See `Scorer`; new adapters, or those of the folder `adapter`."""
         model = self.one.model
-        params = load_params(folder, model, key, only=self.partition.trains)
+        part = self.partition
+        params = load_params(folder, model, key, only=part.trains)
+        if isinstance(part, Lora) and part.dora and self.adapter is None:
+            # Their norms are where training starts.
+            base = load_quantized(
+                folder,
+                self._base,
+                self.quantization,
+                key,
+                only=lambda path: path in part.adapted,
+            )
+            params = nested(by_path(params) | by_path(base))
         trained = self.partition.trained(params, model, key)
         if self.adapter is None:
             return trained
@@ -78,7 +101,9 @@ class PartitionScorer:
     def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
         """See `Scorer`."""
         key, only = jax.random.key(0), self.partition.freezes
-        base = self.partition.frozen(load_params(folder, self._base, key, only=only))
+        base = self.partition.frozen(
+            load_quantized(folder, self._base, self.quantization, key, only=only)
+        )
         if reference is None or not self._has_live_reference:
             return {"base": base, "reference": None}
         return {"base": base, "reference": load_weights(reference, self._base)}
@@ -87,7 +112,11 @@ class PartitionScorer:
         """See `Scorer`."""
         params = self._base.init(key)
         reference = params if self._has_live_reference else None
-        return {"base": self.partition.frozen(params), "reference": reference}
+        family = self.one.model.architecture.family
+        base = quantized_at_random(
+            self.partition.frozen(params), family, self.quantization, key
+        )
+        return {"base": base, "reference": reference}
 
     def reference_params(
         self, reference: Weights, frozen: Frozen, params: Params | None
@@ -105,7 +134,14 @@ class PartitionScorer:
         """See `Scorer`."""
         base = frozen["base"]
         reference = base if self.reference_is_base else frozen["reference"]
-        return self.one(self.partition.join(params, base), reference, batch)
+        if self.dropout and "step" in frozen and isinstance(self.partition, Lora):
+            # The same in every pass over a micro-batch of a step, and after a restart.
+            key = jax.random.fold_in(jax.random.key(self.seed), frozen["step"])
+            key = jax.random.fold_in(key, replicated(jnp.sum(batch.pair_index)))
+            whole = self.partition.join(params, base, dropout=self.dropout, key=key)
+        else:
+            whole = self.partition.join(params, base)
+        return self.one(whole, reference, batch)
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""
@@ -155,6 +191,8 @@ class Trained:
     """The initial model, and maybe the adapter that training starts from."""
     reference: Weights | None = None
     """The reference, or None."""
+    seed: int = 0
+    """Seed of the dropout."""
 
     def __call__(self, one: PolicyScorer | RewardScorer) -> Scorer:
         """The scorer, from that of the whole model.
@@ -165,9 +203,17 @@ class Trained:
         partition = self.partition(one.model)
         if partition is None:
             return one
-        base = isinstance(partition, Lora) and not partition.whole
-        is_base = base and self.reference == Weights(self.start.folder)
-        return PartitionScorer(one, partition, self.start.adapter, is_base)
+        start, base = self.start, isinstance(partition, Lora) and not partition.whole
+        is_base = base and self.reference == dataclasses.replace(start, adapter=None)
+        return PartitionScorer(
+            one,
+            partition,
+            start.adapter,
+            is_base,
+            start.quantization,
+            self.lora.dropout,
+            self.seed,
+        )
 
     def partition(self, model: Model | RewardModel) -> Partition | None:
         """What is trained; None for everything."""
@@ -184,6 +230,16 @@ class Trained:
         elif self.lora.rank is not None:
             lora = lora_of(self.lora, model.architecture.family, whole=head)
         else:
+            if self.lora.dropout:
+                raise InputError(
+                    f"--lora.dropout {self.lora.dropout}: has no effect without "
+                    "adapters; also pass --lora.rank or --adapter"
+                )
+            if (kind := self.start.quantization) is not None:
+                raise InputError(
+                    f"--lora.base {kind}: quantized weights cannot be trained; train "
+                    "new adapters with --lora.rank, or existing ones with --adapter"
+                )
             return part_of(self.train, model)
         if self.train != "all":
             raise InputError(
@@ -199,13 +255,23 @@ def frozen_parts(frozen: Frozen) -> dict[str, Any]:
     return {"reference": frozen}
 
 
+def in_training(frozen: Frozen, step: Int[Array, ""]) -> Frozen:
+    """What a scorer reads in a train step: with dropout, also the number of the step.
+
+    All other passes, such as those of evaluations, drop nothing.
+    """
+    if isinstance(frozen, dict) and "base" in frozen:
+        return frozen | {"step": step}
+    return frozen
+
+
 def reference_weights(reference: str | None, start: Weights) -> Weights:
     """The weights that `--reference` names.
 
     Args:
       reference: "start" or None for those before training, "base" for those without
-        the initial adapter, the folder or Hub ID of a model, or the folder of an
-        adapter of the initial model.
+        the initial adapter, the folder or Hub ID of a model, the folder of an
+        adapter of the initial model, or that of a finished run, whose export it is.
       start: the weights before training.
 
     Raises:
@@ -214,8 +280,15 @@ def reference_weights(reference: str | None, start: Weights) -> Weights:
     if reference in (None, "start"):
         return start
     if reference == "base":
-        return Weights(start.folder)
+        return dataclasses.replace(start, adapter=None)
     folder = resolve_folder(reference)
+    if kind_of(folder) == RUN:
+        if not (folder / "export").is_dir():
+            raise InputError(
+                f"--reference {reference}: this run has not exported a model yet; let "
+                "the same command finish it, or pass a model folder"
+            )
+        return Weights(folder / "export")
     if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        return Weights(start.folder, folder)
+        return dataclasses.replace(start, adapter=folder)
     return Weights(folder)

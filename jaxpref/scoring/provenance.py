@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import jax
 
 from jaxpref.data.end_of_turn import read_stop_tokens
 from jaxpref.data.read import Datasets
 from jaxpref.models.hub import adapter_digest, model_digests
+from jaxpref.models.weights import Weights
 from jaxpref.runtime.processes import broadcast_text
 from jaxpref.runtime.provenance import Content
 from jaxpref.scoring.moving_reference import NAME as MOVING
@@ -16,10 +16,7 @@ from jaxpref.scoring.reference import Reference
 
 
 def contents(
-    model_folder: Path,
-    reference: Reference | None,
-    datasets: Datasets,
-    adapter: Path | None = None,
+    start: Weights, reference: Reference | None, datasets: Datasets
 ) -> dict[str, Content]:
     """The model, the reference and the pairs of a run, by name for messages.
 
@@ -27,23 +24,25 @@ def contents(
     All processes must call this; the first one reads the models.
 
     Args:
-      model_folder: folder of the initial weights.
+      start: the initial weights.
       reference: the reference, or None.
       datasets: the records.
-      adapter: folder of the initial adapter, or None.
     """
-    folders = {"model": model_folder}
+    folders = {"model": start.folder}
     if reference is not None:
         folders["reference"] = reference.folder
     digests = {}
     if jax.process_index() == 0:
         digests = {name: model_digests(folder) for name, folder in folders.items()}
-        adapters = {"model": adapter, "reference": reference and reference.adapter}
+        adapters = {
+            "model": start.adapter,
+            "reference": reference and reference.weights.adapter,
+        }
         for name, of_name in adapters.items():
             if of_name is not None:
                 digests[name]["adapter"] = adapter_digest(of_name)
         # They decide where answers end, and are exported.
-        digests["model"]["stop tokens"] = str(sorted(read_stop_tokens(model_folder)))
+        digests["model"]["stop tokens"] = str(sorted(read_stop_tokens(start.folder)))
     digests = json.loads(broadcast_text(json.dumps(digests)))
     found = {
         f"the {part} of the {name}": Content(digest, str(folders[name]))

@@ -75,8 +75,8 @@ class Reference:
 
     name: str
     """The name as the user gave it, for messages."""
-    folder: Path
-    """Its Hugging Face folder."""
+    weights: Weights
+    """Where its parameters are, and how they are held."""
     scores: tuple[str, ...]
     """Scores computed before training; none if its weights stay in memory."""
     numerics: str
@@ -86,13 +86,11 @@ class Reference:
     except the first."""
     compute_dtype: str = "float32"
     """Dtype of its matrix products."""
-    adapter: Path | None = None
-    """The folder of its adapter, or None."""
 
     @property
-    def weights(self) -> Weights:
-        """Where its parameters are."""
-        return Weights(self.folder, self.adapter)
+    def folder(self) -> Path:
+        """Its Hugging Face folder."""
+        return self.weights.folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +149,12 @@ class _Scorer:
 
 
 def reference_digest(weights: Weights, dtypes: str) -> str:
-    """SHA-256 of a reference's config, weights, adapter and dtypes.
+    """SHA-256 of a reference's config, weights, adapter, quantization and dtypes.
 
     Empty on all processes except the first, the only one that reads and writes scores.
     """
+    if weights.quantization is not None:
+        dtypes += f" {weights.quantization}"
     of = weights.folder, dtypes, weights.adapter
     return weights_digest(*of) if jax.process_index() == 0 else ""
 

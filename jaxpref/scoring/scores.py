@@ -20,7 +20,8 @@ from jaxpref.models.layout import SPECS, on_mesh
 Scores = dict[str, Array]
 """Name without its side -> float32 or wider [..., R, S, K]."""
 
-SIDES = {"chosen": 0, "rejected": 1}
+SIDES = {"chosen": 0, "rejected": 1, "mismatched": 1}
+"""Completions of a prompt, by the word that names them."""
 
 DESCRIPTIONS = {
     "policy_logps": "log-probability summed over a completion's tokens",

@@ -26,7 +26,7 @@ def made_by(config: TrainConfig, task: Task) -> dict[str, Any]:
     Unlike the provenance of a checkpoint, it includes the length of the run.
     """
     ignored = {*CHECKED_BY_CONTENT, *MAY_CHANGE} - EXPORTED
-    found = contents(task.model_folder, task.reference, task.datasets, task.adapter)
+    found = contents(task.start, task.reference, task.datasets)
     return {
         "options": flat(to_json(config), but=ignored),
         "contents": {name: content.digest for name, content in found.items()},

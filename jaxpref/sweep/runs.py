@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxpref import data
+from jaxpref.data.mixing import read_mixture
 from jaxpref.data.read import read_datasets
 from jaxpref.errors import InputError
 from jaxpref.evaluate.on_policy import (
@@ -21,7 +22,7 @@ from jaxpref.evaluate.on_policy import (
     measure,
     reward_folder,
 )
-from jaxpref.files import check_output_folder, read_json
+from jaxpref.files import Reads, check_output_folder, read_json
 from jaxpref.models import Numerics
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.report.progress import duration, shown
@@ -72,7 +73,7 @@ class Prepared:
     def reference(self) -> Path:
         """The folder of the model that its policy is compared with."""
         reference = self.task.reference
-        return self.task.model_folder if reference is None else reference.folder
+        return self.task.start.folder if reference is None else reference.folder
 
 
 def run_all(
@@ -148,10 +149,10 @@ def _with_dtypes(runs: Sequence[SweepRun]) -> list[SweepRun]:
     return [dataclasses.replace(run, config=filled(run.config)) for run in runs]
 
 
-def _reads(config: TrainConfig, options: SweepOptions) -> dict[str, str | None]:
+def _reads(config: TrainConfig, options: SweepOptions) -> Reads:
     return {
         "--model": config.model,
-        "--data": config.data,
+        "--data": read_mixture(config.data).names,
         "--adapter": config.adapter,
         "--reference": config.reference,
         "--eval-data": config.eval_data,
@@ -192,14 +193,15 @@ def _prepare(
             "a larger --heldout-fraction or --eval-data"
         )
     of_run = task.reference
-    if options.kl_prompts and of_run is not None and of_run.adapter is not None:
+    adapter = of_run and of_run.weights.adapter
+    if options.kl_prompts and adapter is not None:
         raise InputError(
-            f"the reference has the adapter {of_run.adapter}, but KL is measured to a "
-            "model folder; merge the adapter, or give --kl-prompts 0"
+            f"the reference has the adapter {adapter}, but KL is measured to a "
+            "model folder; merge the adapter, or pass --kl-prompts 0"
         )
     prompts = None
     if options.kl_prompts and "rewards" not in task.objective.scores:
-        positions = read_architecture(task.model_folder).context_length
+        positions = read_architecture(task.start.folder).context_length
         prompts = heldout_prompts(
             task.datasets,
             config.options,

@@ -101,10 +101,10 @@ def begin(
     """
     params = None
     if restored is None:
-        params = task.scorer.load(task.model_folder, jax.random.key(task.seed))
+        params = task.scorer.load(task.start.folder, jax.random.key(task.seed))
     saved: Mapping[str, Any] = {} if restored is None else restored[1]
     of_run = task.reference
-    frozen = task.scorer.load_frozen(task.model_folder, of_run and of_run.weights)
+    frozen = task.scorer.load_frozen(task.start.folder, of_run and of_run.weights)
     reference, digests = _score_reference(
         task, params, frozen, out, batch_size, check, saved.get("reference_scores", {})
     )

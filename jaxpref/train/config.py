@@ -12,6 +12,7 @@ import jax
 
 from jaxpref.data import DataOptions, MixOptions
 from jaxpref.data.labels import WEIGHTS
+from jaxpref.data.mixing import read_mixture
 from jaxpref.errors import InputError
 from jaxpref.files import RUN, RUN_FILES
 from jaxpref.models.lora import LoraOptions
@@ -90,7 +91,7 @@ class TrainConfig(RunOptions):
     def _check_labels(self):
         read, named = self.objective.labels, self.options.labels.named
         flag = lambda name: f"--labels.{name.replace('_', '-')}"
-        if missing := sorted(read - named.keys()):
+        if missing := self.options.labels.missing(read):
             raise InputError(
                 f"loss {self.objective.name}: reads {', '.join(missing)} from the "
                 "records; name the fields: "
@@ -154,7 +155,7 @@ def open_run(config: TrainConfig, described: dict[str, Any]) -> Iterator[Path]:
     """
     reads = {
         "--model": config.model,
-        "--data": config.data,
+        "--data": read_mixture(config.data).names,
         "--adapter": config.adapter,
         "--reference": config.reference,
         "--eval-data": config.eval_data,

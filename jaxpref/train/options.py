@@ -23,9 +23,9 @@ class SourceOptions:
 
     model: str
     """Folder of a Hugging Face model, or the id of one to download from the hub."""
-    data: str
-    """Preference data: a JSONL file (also .gz), a folder of files, or a dataset on the
-    hub.  docs/data.md lists the formats."""
+    data: str | tuple[str, ...]
+    """Preference data: a file, a folder of files, or a dataset on the Hub.  Several may
+    be given, with or without weights: A.jsonl:0.7 B.jsonl:0.3.  See docs/data.md."""
     out: str
     """Folder to write the run to: report, metrics, checkpoints, exported model.  The
     same command resumes an interrupted run."""
@@ -36,10 +36,10 @@ class SourceOptions:
     these too), head, last:N (layers, final norm and head) or no-embeddings.  See
     --lora.rank for adapters."""
     reference: str | None = None
-    """Reference model or adapter: a folder or Hub ID; start, the model before training
-    (default); base, the model without --adapter; moving-average, which follows the
-    policy (TR-DPO); or none.  Scores of one that does not move are cached for later
-    runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
+    """Reference model or adapter: a folder (also --out of a finished run) or Hub ID;
+    start, the model before training (default); base, the model without --adapter;
+    moving-average, which follows the policy (TR-DPO); or none.  Scores of one that does
+    not move are cached for later runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
     eval_data: str | None = None
     """Data to evaluate on, instead of held-out prompts of --data."""
 

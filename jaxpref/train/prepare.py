@@ -58,13 +58,14 @@ def prepare(
     # Before the data is read, since this check is quick.
     architecture = check_folder(folder, kind, new_head=rewards)
     model = kind(architecture, _numerics(config, compute_dtype, objective))
-    start = resolve_weights(config.model, config.adapter)
+    start = resolve_weights(config.model, config.adapter, config.lora.base)
     reference = _reference(config, start, architecture, compute_dtype)
     trained = Trained(
         train=config.train,
         lora=config.lora,
         start=start,
         reference=reference and reference.weights,
+        seed=config.seed,
     )
     scorer = make_scorer(
         model,
@@ -82,7 +83,7 @@ def prepare(
     datasets = read(
         tokenizer,
         options,
-        num_completions=objective.num_completions,
+        kind=objective.kind,
         mix=config.mix,
         train=config.data,
         heldout=config.eval_data,
@@ -109,8 +110,7 @@ def prepare(
         steps=steps,
         num_annotators=len(splits.train.annotator_names),
         datasets=datasets,
-        model_folder=folder,
-        adapter=start.adapter,
+        start=start,
         reference=reference,
         moving=_moving(config, scorer),
         export=ExportOptions(folder, config.model, config.export_dtype, padding, stops),
@@ -126,7 +126,9 @@ def _order_and_layout(
 ) -> tuple[data.Order, data.Layout]:
     """The order of the training pairs, and the layout of all batches."""
     empty_share = config.mix.empty_share if config.mix else None
-    order_of = functools.partial(data.make_order, splits.train, empty_share=empty_share)
+    order_of = functools.partial(
+        data.make_order, splits.train, empty_share=empty_share, weights=splits.weights
+    )
     order = order_of(seed=config.seed)
     layout = make_layout(
         splits,
@@ -185,8 +187,7 @@ def _reference(
         )
     return Reference(
         name=name,
-        folder=weights.folder,
-        adapter=weights.adapter,
+        weights=weights,
         scores=tuple(sorted(stored_scores(config.objective.scores))),
         numerics=f"{config.logit_chunk} logits at a time",
         digest=reference_digest(weights, f"{config.param_dtype} {compute_dtype}"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jaxpref.data.bad_rows import write_skipped
 from jaxpref.data.feed import Feed
 from jaxpref.data.layouts.choose import padding_advice
 from jaxpref.data.probe import check_exported
@@ -86,16 +87,15 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
         phases.mark("start")
         task = prepare(config) if task is None else task
         _log_layout(task, padded=config.row_length == "none")
+        write_skipped(out, task.datasets.splits.skipped, config.options.on_bad_row)
         phases.mark("tokenize")
         stack.enter_context(jax.set_mesh(task.mesh))
         made_by = Provenance(
             options_that_matter(described),
-            contents(task.model_folder, task.reference, task.datasets, task.adapter),
+            contents(task.start, task.reference, task.datasets),
         )
-        keep = config.keep_checkpoints
-        checkpoints = closing(
-            Checkpoints(out / "checkpoints", keep=keep, made_by=made_by)
-        )
+        keep, saved = config.keep_checkpoints, out / "checkpoints"
+        checkpoints = closing(Checkpoints(saved, keep=keep, made_by=made_by))
         task, begun = _begin(
             task,
             checkpoints,

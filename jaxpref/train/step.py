@@ -12,6 +12,7 @@ import optax
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.objective import Objective
 from jaxpref.scoring.moving_reference import MovingReference
+from jaxpref.scoring.partition import in_training
 from jaxpref.scoring.scorer import Scorer
 from jaxpref.train.gradient import gradient
 from jaxpref.train.state import TrainState
@@ -32,7 +33,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen, batch):
-        score = functools.partial(_score, scorer, frozen)
+        score = functools.partial(_score, scorer, in_training(frozen, state.step))
         if moving is not None:
             batch = moving.scored(state.reference, frozen, batch)
         grads, objective_state, metrics = gradient(

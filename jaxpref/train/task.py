@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -147,10 +146,8 @@ class Task(Programs):
     """The records."""
     order: data.Order
     """Which training records each step sees."""
-    model_folder: Path
-    """Folder of the initial parameters."""
-    adapter: Path | None = None
-    """Folder of the initial adapter, or None."""
+    start: Weights
+    """The weights before training."""
     reference: Reference | None
     """The reference model; None if the objective does not read one."""
     export: ExportOptions
@@ -181,8 +178,7 @@ class Task(Programs):
     @property
     def starts_as_reference(self) -> bool:
         """Whether the reference is the model before training."""
-        start = Weights(self.model_folder, self.adapter)
-        return self.reference is not None and self.reference.weights == start
+        return self.reference is not None and self.reference.weights == self.start
 
     def records_seen(self) -> np.ndarray:
         """The training records that the run will see, int [M], in order."""

@@ -78,7 +78,11 @@ def differ(one, other):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 4}, {"rank": 3, "alpha": 5.0, "rank_stabilized": True, "targets": "mlp"}],
+    [
+        {"rank": 4},
+        {"rank": 3, "alpha": 5.0, "rank_stabilized": True, "targets": "mlp"},
+        {"rank": 4, "dora": True},
+    ],
 )
 def test_peft_loads_our_adapter_and_transformers_our_export(made, options, tmp_path):
     reward, folder = made
@@ -113,6 +117,7 @@ CONFIGS = {
     "list": {"target_modules": ["q_proj", "down_proj"]},
     "pattern": {"target_modules": r".*\.[12]\.self_attn\.(k|v)_proj"},
     "all-linear": {"target_modules": "all-linear", "use_rslora": True},
+    "dora": {"target_modules": ["q_proj", "o_proj", "down_proj"], "use_dora": True},
     "some layers": {"target_modules": ["o_proj"], "layers_to_transform": [0, 2]},
     "ranks and alphas": {
         "target_modules": ["q_proj", "up_proj", "gate_proj"],
@@ -154,7 +159,6 @@ def test_an_adapter_of_peft_is_read(made, name, tmp_path):
 @pytest.mark.parametrize(
     "options, field",
     [
-        ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),

@@ -10,7 +10,7 @@ peft = pytest.importorskip("peft")
 
 from jaxpref.models import build
 from jaxpref.models.adapter_files import load_adapter, read_lora, save_adapter
-from jaxpref.models.folder import save
+from jaxpref.models.folder import load_params, save
 from jaxpref.models.lora import LoraOptions, lora_of
 from jaxpref.models.weights import Weights, load_weights
 from tests.family_cases import architecture_of, random_params
@@ -38,13 +38,14 @@ def torch_logits(model):
         return model(torch.tensor(TOKENS)).logits.numpy()
 
 
-@pytest.mark.parametrize("stabilized", [False, True])
-def test_peft_loads_our_adapter(made, stabilized, tmp_path):
+@pytest.mark.parametrize("kind", [{}, {"rank_stabilized": True}, {"dora": True}])
+def test_peft_loads_our_adapter(made, kind, tmp_path):
     model, folder = made
-    options = LoraOptions(rank=2, alpha=3.0, rank_stabilized=stabilized)
+    options = LoraOptions(rank=2, alpha=3.0, **kind)
     lora = lora_of(options, model.architecture.family)
     rng = np.random.default_rng(1)
-    params = lora.trained({}, model, jax.random.key(0))
+    weights = load_params(folder, model)
+    params = lora.trained(weights, model, jax.random.key(0))
     params = jax.tree.map(
         lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), params
     )
