@@ -1,10 +1,32 @@
 """How arrays are laid out: what every package needs to know of it."""
 
+from typing import Any
+
 import jax
 from jax.sharding import PartitionSpec
 
-ROWS = ("data", "fsdp")
-"""The mesh axes over which the rows of a batch are sharded."""
+ROWS = ("data", "fsdp", "expert")
+"""The mesh axes over which the rows of a batch are sharded; see `on_axes`."""
+
+
+def row_axes(mesh: Any) -> tuple[str, ...]:
+    """Those of `ROWS` that the mesh has."""
+    return tuple(axis for axis in ROWS if axis in mesh.shape)
+
+
+def on_axes(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
+    """The spec without the axes that the mesh lacks.
+
+    Only meshes for mixtures of experts have an axis `expert`.
+    """
+
+    def held(axes: Any) -> Any:
+        if not isinstance(axes, tuple):
+            return axes if axes is None or axes in mesh.shape else None
+        found = tuple(axis for axis in axes if axis in mesh.shape)
+        return found if len(found) > 1 else found[0] if found else None
+
+    return PartitionSpec(*map(held, spec))
 
 
 def replicated(x: jax.Array) -> jax.Array:

@@ -8,23 +8,22 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
 from benchmarks.random_steps import make_step, packed_batch, random_pairs
 from jaxpref import losses
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
-from jaxpref.models.layout import ROWS
 from jaxpref.objectives import from_loss
 from jaxpref.plan.chips import parse_topology
 from jaxpref.plan.layout import uniform_layout
 from jaxpref.plan.program import devices_of
-from jaxpref.runtime.mesh import AXES, on_devices
+from jaxpref.runtime.mesh import AXES, batch_sharding, on_devices
 from jaxpref.scoring import make_scorer
 from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.task import Programs
+from tests.virtual import xla_flags_of_tpus
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is absent")
 pytestmark = pytest.mark.slow
@@ -50,6 +49,7 @@ def no_metadata_server(monkeypatch):
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling
+        "XLA_FLAGS": xla_flags_of_tpus(),
     }.items():
         monkeypatch.setenv(name, value)
 
@@ -81,8 +81,7 @@ def test_the_packed_step_runs_splash_attention(topology, architecture):
 
     def shaped(x):
         shape = (1, len(devices), *x.shape[2:])
-        sharding = NamedSharding(mesh, P(None, ROWS))
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh))
 
     with jax.set_mesh(mesh):
         step = make_step(model)

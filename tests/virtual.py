@@ -20,3 +20,8 @@ def xla_flags(devices: int = 8) -> str:
         # programs run slower.  Later versions do not have it, and abort at the flag.
         flags.append("--xla_cpu_use_fusion_emitters=false")
     return " ".join(flags)
+
+
+def xla_flags_of_tpus() -> str:
+    """Those that libtpu knows too; it ends the process at any other."""
+    return "--xla_force_host_platform_device_count=8"

@@ -1,10 +1,11 @@
 """Mixtures of experts without dropped tokens.
 
 Each device sorts its own tokens by expert and multiplies each expert's tokens by that
-expert's matrices; F is sharded over the `tensor` axis.
+expert's matrices; F is sharded over the `tensor` axis.  If the mesh has an axis
+`expert`, a device computes its own experts only; see `expert_parallel`.
 
-Axes: B rows, T tokens, D hidden, F feed-forward features, E experts, k experts of a
-token, N row groups (see `gathering`).
+Axes: B rows, T tokens, M = B T tokens of a device, D hidden, F feed-forward features,
+E experts, k experts of a token, N row groups (see `gathering`).
 """
 
 import functools
@@ -14,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxpref.models.expert_parallel import mixture_over_experts
 from jaxpref.models.gathering import (
     all_gather_per_row_group,
     linear_vjp,
@@ -23,9 +25,9 @@ from jaxpref.models.gathering import (
     row_group_layout,
 )
 from jaxpref.models.grouped import grouped_product
-from jaxpref.models.layout import SPECS, on_mesh, reshard
+from jaxpref.models.layout import SPECS, num_parts, on_mesh, reshard
 
-WIDE_IN, WIDE_OUT = P(None, None, "tensor"), P(None, "tensor", None)
+WIDE_IN, WIDE_OUT = P("expert", None, "tensor"), P("expert", "tensor", None)
 """The layouts of experts' matrices in use, gathered over fsdp."""
 
 
@@ -59,27 +61,31 @@ def mixture(
         normalized: whether the k probabilities are divided by their sum.
         activation: of the gate.
     """
-    compute = functools.partial(
-        _mixture, per_token=per_token, normalized=normalized, activation=activation
-    )
+    chosen = functools.partial(_chosen, per_token=per_token, normalized=normalized)
     if on_mesh(SPECS.hidden) is None:
-        return compute(h, probabilities, gate, up, down).astype(h.dtype)
+        parts = h.reshape(-1, h.shape[-1]), *chosen(probabilities), (gate, up, down)
+        return _mixture(*parts, activation=activation).reshape(h.shape).astype(h.dtype)
     specs = WIDE_IN, WIDE_IN, WIDE_OUT
     weights = zip((gate, up, down), specs, strict=True)
     gathered = [_gathered(weight, spec, h.dtype) for weight, spec in weights]
     copied = num_row_groups() > 1
     one = (lambda weight: weight[0]) if copied else (lambda weight: weight)
-    if copied:
-        specs = tuple(row_group_layout(spec) for spec in specs)
+    layout = row_group_layout if copied else on_mesh
+    compute = mixture_over_experts if num_parts(("expert",)) > 1 else _mixture
 
     def on_each_device(h, probabilities, *weights):
-        part = compute(h, probabilities, *map(one, weights))
-        return jax.lax.psum(part, "tensor")
+        B, T, D = h.shape
+        scores, experts = chosen(probabilities)
+        weights = tuple(map(one, weights))
+        tokens = h.reshape(-1, D)
+        part = compute(tokens, scores, experts, weights, activation=activation)
+        return jax.lax.psum(part, "tensor").reshape(B, T, D)
 
+    rows = on_mesh(SPECS.hidden)
     summed = jax.shard_map(
         on_each_device,
-        in_specs=(SPECS.hidden, SPECS.hidden, *specs),
-        out_specs=SPECS.hidden,
+        in_specs=(rows, rows, *map(layout, specs)),
+        out_specs=rows,
         check_vma=False,
     )(h, probabilities, *gathered)
     return summed.astype(h.dtype)
@@ -100,20 +106,28 @@ def _gathered(weight: jax.Array, spec: P, dtype: Any) -> jax.Array:
     return linear_vjp(gather, scatter, weight, dtype)
 
 
-def _mixture(h, probabilities, gate, up, down, *, per_token, normalized, activation):
-    """The mixture on one device; a partial sum if F is sharded."""
-    B, T, D = h.shape
-    E = probabilities.shape[-1]
-    scores, experts = jax.lax.top_k(probabilities.reshape(-1, E), per_token)
+def _chosen(
+    probabilities: Float[Array, "*axes E"], *, per_token: int, normalized: bool
+) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+    """The most likely experts of each token, and their weights."""
+    p = probabilities.reshape(-1, probabilities.shape[-1])
+    scores, experts = jax.lax.top_k(p, per_token)
     if normalized:
         scores = scores / jnp.sum(scores, -1, keepdims=True)
+    return scores, experts
+
+
+def _mixture(h, scores, experts, weights, *, activation):
+    """The mixture on one device, [M, D]; a partial sum if F is sharded."""
+    gate, up, down = weights
+    per_token = scores.shape[1]
     experts = experts.reshape(-1)
     order = jnp.argsort(experts)
-    sizes = jnp.sum(experts[:, None] == jnp.arange(E), 0, dtype=jnp.int32)
-    rows = h.reshape(-1, D)[order // per_token]
+    sizes = jnp.sum(experts[:, None] == jnp.arange(len(gate)), 0, dtype=jnp.int32)
+    rows = h[order // per_token]
     product = functools.partial(grouped_product, sizes=sizes)
     hidden = activation(product(rows, gate)) * product(rows, up)
     wide = jnp.promote_types(h.dtype, jnp.float32)
     out = product(hidden, down, out_dtype=wide)[jnp.argsort(order)]
-    out = out.reshape(-1, per_token, D) * scores[..., None].astype(wide)
-    return jnp.sum(out, 1).reshape(B, T, D)
+    out = out.reshape(-1, per_token, h.shape[-1]) * scores[..., None].astype(wide)
+    return jnp.sum(out, 1)

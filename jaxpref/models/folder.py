@@ -37,6 +37,7 @@ from jaxpref.models.tensor_files import (
     INDEX,
     entries,
     open_tensors,
+    stored_with,
     write_tensors,
 )
 from jaxpref.models.tokenizer_files import add_stop_tokens, copy_tokenizer
@@ -146,9 +147,9 @@ def save(
         folder: the folder to write; other files in an existing one stay as they are.
         model: the model.
         params: its parameters, sharded or not.
-        source_folder: the original model folder.  Its tokenizer files are copied, and
-            so are the fields of its config.json that do not affect the architecture
-            (token ids).
+        source_folder: the original model folder.  Copied are its tokenizer files, the
+            fields of its config.json that do not affect the architecture (token ids),
+            and the weights of parts that are not read (vision towers).
         dtype: "float32", "float16" or "bfloat16"; by default that of the parameters.
         padding: from `reward.padding_of`; written to a reward model's config.json and
             tokenizer files; a language model's are unchanged.  Without it,
@@ -164,16 +165,15 @@ def save(
     folder = Path(folder).resolve()
     source = None if source_folder is None else Path(source_folder)
     stored_dtype = np.dtype(jnp.dtype(dtype or model.numerics.param_dtype))
-    if stored_dtype.name not in DTYPES.values():
+    if stored_dtype.name not in (known := DTYPES.values()):
         raise InputError(
-            f"{folder}: weights are saved in {', '.join(DTYPES.values())}, not "
-            f"{stored_dtype}"
+            f"{folder}: weights are saved in {', '.join(known)}, not {stored_dtype}"
         )
-    if not isinstance(model, RewardModel):
-        padding = None
+    padding = padding if isinstance(model, RewardModel) else None
     fields = _config_fields(model, source, padding) | {"torch_dtype": stored_dtype.name}
     arrays = stored_arrays(model.architecture.family, params)
     tensors = entries((arrays[path], leaf) for path, leaf in by_path(params).items())
+    copied = stored_with(source, model.architecture.family.copied_tensors)
     temporary = folder.parent / f".{folder.name}.partial"
     writes = jax.process_index() == 0
     try:
@@ -182,7 +182,7 @@ def save(
             temporary.mkdir(parents=True)
             write_json(temporary / "config.json", fields)
         target = temporary if writes else None
-        write_tensors(target, tensors, stored_dtype, max_file_bytes)
+        write_tensors(target, tensors, stored_dtype, max_file_bytes, copied)
         if writes:
             copy_tokenizer(source, temporary, padding)
             add_stop_tokens(temporary, stop_tokens)
@@ -273,16 +273,16 @@ def _check_names(
     if missing:
         head = family.tensors["head"].template
         tied = "; if it is tied, set tie_word_embeddings to true"
-        hint = tied if missing == [head] else ""
         raise InputError(
             f"{folder}: tensor {missing[0]} is missing ({len(missing)} of "
-            f"{len(expected)} are){hint}"
+            f"{len(expected)} are){tied if missing == [head] else ''}"
         )
     unknown = [
         name
         for name in stored
         if not (name in expected or name in ignored)
         and not name.endswith(family.ignored_tensors)
+        and not name.startswith(family.copied_tensors)
     ]
     if unknown:
         raise InputError(

@@ -6,30 +6,28 @@ for the head once per chunk of a loop.  Here, each of the N row groups has its o
 A device sums the gradients that it computes locally, and one reduce-scatter at the end
 sums them over devices.
 
-Axes: N row groups (the devices of `data` and `fsdp` together), B rows, T tokens,
-V vocabulary, D hidden.
+Axes: N row groups (the devices of `data`, `fsdp` and `expert` together), B rows,
+T tokens, V vocabulary, D hidden.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxpref.models.layout import SPECS, on_mesh, platform, reshard
+from jaxpref.models.layout import SPECS, num_parts, on_mesh, platform, reshard
 from jaxpref.sharding import ROWS
 
 
 def is_fsdp_sharded(weight: Shaped[Array, "..."]) -> bool:
-    """Whether a weight is sharded over several `fsdp` devices."""
+    """Whether a weight is sharded over several devices that also split the rows."""
     if num_row_groups() == 1:
         return False
-    mesh = jax.sharding.get_abstract_mesh()
-    spec = jax.typeof(weight).sharding.spec
-    return "fsdp" in spec and mesh.shape["fsdp"] > 1
+    return num_parts(_fsdp_axis(jax.typeof(weight).sharding.spec)[1]) > 1
 
 
 def num_row_groups() -> int:
@@ -38,46 +36,65 @@ def num_row_groups() -> int:
     Only the TPU compiler needs this.  On eight virtual CPU devices, steps with these
     collectives sometimes deadlocked.
     """
-    if platform() != "tpu":
-        return 1
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in ROWS)
+    return num_parts(ROWS) if platform() == "tpu" else 1
+
+
+def _fsdp_axis(spec: P) -> tuple[int, tuple[str, ...]]:
+    """The axis of a weight that is sharded over fsdp, and all its mesh axes.
+
+    Without such an axis, -1 and no mesh axes.
+    """
+    for axis, names in enumerate(spec):
+        names = names if isinstance(names, tuple) else (names,)
+        if "fsdp" in names:
+            return axis, names
+    return -1, ()
 
 
 def all_gather(weight: Shaped[Array, "*shape"]) -> Shaped[Array, "N *shape"]:
     """An fsdp-sharded weight as N copies [N, ...], one per row group."""
     spec = jax.typeof(weight).sharding.spec
-    axis = spec.index("fsdp")
-
-    def whole(shard):
-        for groups in reversed(hierarchical_groups(jax.lax.axis_size("fsdp"))):
-            shard = jax.lax.all_gather(
-                shard, "fsdp", axis=axis, axis_index_groups=groups, tiled=True
-            )
-        return shard[None]
+    axis, names = _fsdp_axis(spec)
 
     return jax.shard_map(
-        whole, in_specs=spec, out_specs=row_group_layout(spec), check_vma=False
+        lambda shard: gather_shards(shard, names, axis)[None],
+        in_specs=spec,
+        out_specs=row_group_layout(spec),
+        check_vma=False,
     )(weight)
+
+
+def gather_frozen(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """An array without a gradient, whole on every device of `fsdp`."""
+    if on_mesh(P()) is None:
+        return array
+    spec = jax.typeof(array).sharding.spec
+    axis, names = _fsdp_axis(spec)
+    whole = without_fsdp(spec)
+    if not is_fsdp_sharded(array):
+        return reshard(array, whole)
+    return jax.shard_map(
+        lambda shard: gather_shards(shard, names, axis),
+        in_specs=spec,
+        out_specs=whole,
+        check_vma=False,
+    )(array)
+
+
+def without_fsdp(spec: P) -> P:
+    """The layout of an array that has been gathered over fsdp."""
+    axis, _ = _fsdp_axis(spec)
+    return P(*(None if i == axis else names for i, names in enumerate(spec)))
 
 
 def reduce_scatter(
     gradients: Shaped[Array, "N *shape"], spec: P
 ) -> Shaped[Array, "*shape"]:
     """The sum of the copies' gradients [N, ...], in the layout `spec` of the weight."""
-    axis = spec.index("fsdp")
+    axis, names = _fsdp_axis(spec)
 
     def shard(gradient):
-        gradient = gradient[0]
-        for groups in hierarchical_groups(jax.lax.axis_size("fsdp")):
-            gradient = jax.lax.psum_scatter(
-                gradient,
-                "fsdp",
-                scatter_dimension=axis,
-                axis_index_groups=groups,
-                tiled=True,
-            )
-        return jax.lax.psum(gradient, "data")
+        return jax.lax.psum(scatter_sums(gradient[0], names, axis), "data")
 
     return jax.shard_map(
         shard, in_specs=row_group_layout(spec), out_specs=spec, check_vma=False
@@ -85,8 +102,46 @@ def reduce_scatter(
 
 
 def row_group_layout(spec: P) -> P:
-    """The layout of a weight's copies [N, ...], given that of the weight."""
-    return P(ROWS, *(None if axes == "fsdp" else axes for axes in spec))
+    """The layout of a weight's copies [N, ...], given that of the weight.
+
+    The copies of experts' matrices are those of their own experts, so N is the number
+    of row groups that share them.
+    """
+    axis, _ = _fsdp_axis(spec)
+    kept = [None if i == axis else names for i, names in enumerate(spec)]
+    copies = tuple(name for name in ROWS if name not in kept)
+    return cast(P, on_mesh(P(copies, *kept)))
+
+
+def gather_shards(
+    x: Shaped[Array, "..."], names: tuple[str, ...], axis: int
+) -> Shaped[Array, "..."]:
+    """Within `jax.shard_map`: the whole of an axis that is sharded over mesh axes."""
+    for name in reversed(names):
+        for groups in reversed(_stages(name)):
+            x = jax.lax.all_gather(
+                x, name, axis=axis, axis_index_groups=groups, tiled=True
+            )
+    return x
+
+
+def scatter_sums(
+    x: Float[Array, "..."], names: tuple[str, ...], axis: int
+) -> Float[Array, "..."]:
+    """The transpose of `gather_shards`: sums over devices, of which each has a part."""
+    for name in names:
+        for groups in _stages(name):
+            x = jax.lax.psum_scatter(
+                x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
+            )
+    return x
+
+
+def _stages(name: str) -> list[Any]:
+    """The groups of the stages of a reduce-scatter over a mesh axis."""
+    if platform() != "tpu":
+        return [None]
+    return hierarchical_groups(jax.lax.axis_size(name))
 
 
 def hierarchical_groups(size: int) -> list[list[list[int]]]:
@@ -186,6 +241,9 @@ def embedding_lookup(
 
 def _on_each_device(function: Callable, specs: tuple[P, ...], out: P) -> Callable:
     """Applies the function to each device's own shards, if a mesh is set."""
-    if on_mesh(out) is None:
+    out_specs, in_specs = on_mesh(out), tuple(map(on_mesh, specs))
+    if out_specs is None:
         return function
-    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )

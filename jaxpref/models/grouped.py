@@ -1,7 +1,11 @@
 """Products of rows that are sorted by expert with the matrices of the experts.
 
-They are `jax.lax.ragged_dot`, which on TPU is a grouped product.  On other platforms,
-XLA masks and multiplies by all E experts: correct, but E times the work.
+On TPU, they are the kernels of MegaBlocks: the compiler has grouped products too, but
+for v5e and v6e it masks and multiplies by all E experts (libtpu 0.0.52).  On other
+platforms, they are `jax.lax.ragged_dot`, for which XLA does that as well: correct, but
+E times the work.
+
+Source: Gale et al. 2022, arXiv:2211.15841, section 5.1.
 
 Axes: E experts, M rows.
 """
@@ -22,6 +26,8 @@ def grouped_product(
     weight: Float[Array, "E inputs outputs"],
     sizes: Int[Array, " E"],
     out_dtype: Any = None,
+    *,
+    transposed: bool = False,
 ) -> Float[Array, "M outputs"]:
     """Each expert's rows times its matrix: factors in x's dtype, sums in float32.
 
@@ -31,22 +37,28 @@ def grouped_product(
     Args:
         x: rows sorted by expert.
         weight: in the parameter dtype.
-        sizes: the number of rows of each expert.
+        sizes: the number of rows of each expert, M in total.
         out_dtype: dtype of the result, by default that of x.
+        transposed: whether the matrices are transposed, [E, outputs, inputs].
     """
     out_dtype = out_dtype or x.dtype
 
     def apply(x, weight, sizes):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
         weight = weight.astype(x.dtype)
-        out = jax.lax.ragged_dot(x, weight, sizes, preferred_element_type=wide)
+        if _has_kernel(x):
+            out = by_row_on_tpu(x, weight, sizes, transposed=transposed)
+        else:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            weight = jnp.swapaxes(weight, 1, 2) if transposed else weight
+            out = jax.lax.ragged_dot(x, weight, sizes, preferred_element_type=wide)
         return out.astype(out_dtype)
 
     def backward(saved, cotangent):
         x, weight, sizes = saved
         cotangent = cotangent.astype(x.dtype)
-        dx = grouped_product(cotangent, jnp.swapaxes(weight, 1, 2), sizes)
-        return dx, products_by_group(x, cotangent, sizes, weight.dtype), None
+        dx = grouped_product(cotangent, weight, sizes, transposed=not transposed)
+        pair = (cotangent, x) if transposed else (x, cotangent)
+        return dx, products_by_group(*pair, sizes, weight.dtype), None
 
     apply = jax.custom_vjp(apply)
     apply.defvjp(lambda *args: (apply(*args), args), backward)
@@ -62,7 +74,7 @@ def products_by_group(
     """
 
     def apply(x, y, sizes):
-        if platform() == "tpu" and x.dtype in (jnp.bfloat16, jnp.float32):
+        if _has_kernel(x):
             return by_group_on_tpu(x, y, sizes).astype(dtype)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         out = jax.lax.ragged_dot_general(
@@ -72,12 +84,33 @@ def products_by_group(
 
     def backward(saved, cotangent):
         x, y, sizes = saved
-        dx = grouped_product(y, jnp.swapaxes(cotangent, 1, 2), sizes)
+        dx = grouped_product(y, cotangent, sizes, transposed=True)
         return dx, grouped_product(x, cotangent, sizes), None
 
     apply = jax.custom_vjp(apply)
     apply.defvjp(lambda *args: (apply(*args), args), backward)
     return apply(x, y, sizes)
+
+
+def _has_kernel(x: jax.Array) -> bool:
+    return platform() == "tpu" and x.dtype in (jnp.bfloat16, jnp.float32)
+
+
+def by_row_on_tpu(
+    x: Float[Array, "M inputs"],
+    weight: Float[Array, "E inputs outputs"],
+    sizes: Int[Array, " E"],
+    *,
+    transposed: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "M outputs"]:
+    """`grouped_product` in float32, by a kernel that reads each row once."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    outputs = weight.shape[1 if transposed else 2]
+    tiling, (x,), sizes, rows = _tiled((x,), sizes, outputs)
+    options = dict(transpose_rhs=transposed, interpret=interpret)
+    return gmm(x, weight, sizes, jnp.float32, tiling, **options)[:rows]
 
 
 def by_group_on_tpu(
@@ -87,24 +120,29 @@ def by_group_on_tpu(
     *,
     interpret: bool = False,
 ) -> Float[Array, "E a b"]:
-    """`products_by_group` in float32, by the kernel of MegaBlocks for TPUs.
-
-    The TPU compiler would mask and multiply all M rows for each expert.
-
-    Source: Gale et al. 2022, arXiv:2211.15841, section 5.1.
-    """
+    """`products_by_group` in float32, by a kernel that reads each row once."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    tiles = [min(TILE, n + -n % LANES) for n in (*x.shape, y.shape[1])]
-    rows = -x.shape[0] % tiles[0]
-    x, y = (jnp.pad(rows_of, ((0, rows), (0, 0))) for rows_of in (x, y))
-    sizes = sizes.at[-1].add(rows)  # of zeros, which add nothing
-    tiling = (tiles[0], tiles[1], tiles[2])
+    tiling, (x, y), sizes, _ = _tiled((x, y), sizes, y.shape[1])
     return tgmm(x.T, y, sizes, jnp.float32, tiling, interpret=interpret)
 
 
+def _tiled(
+    arrays: tuple[jax.Array, ...], sizes: jax.Array, outputs: int
+) -> tuple[tuple[int, int, int], list[jax.Array], jax.Array, int]:
+    """The kernel's tiles; the arrays, padded to whole tiles of rows; sizes; and M.
+
+    The rows added are zeros and count as rows of the last expert.
+    """
+    rows, inputs = arrays[0].shape
+    tiles = [min(TILE, n + -n % LANES) for n in (rows, inputs, outputs)]
+    more = -rows % tiles[0]
+    padded = [jnp.pad(x, ((0, more), (0, 0))) for x in arrays]
+    return (tiles[0], tiles[1], tiles[2]), padded, sizes.at[-1].add(more), rows
+
+
 TILE, LANES = 512, 128
-"""The largest tile of the kernel, and the width of a vector register."""
+"""The largest tile of the kernels, and the width of a vector register."""
 BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=[0],

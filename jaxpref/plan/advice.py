@@ -1,9 +1,12 @@
 """Suggestions for a step that does not fit in memory."""
 
+import math
+
 from jaxpref.plan.chips import GIB, parse_topology
 from jaxpref.plan.config import PlanConfig
 from jaxpref.plan.presets import find_model
 from jaxpref.plan.sweep import largest_fsdp
+from jaxpref.sharding import ROWS
 from jaxpref.train.optimizer import Optimizer
 
 
@@ -11,9 +14,10 @@ def advice(config: PlanConfig, plan: dict) -> list[str]:
     """Options that reduce the memory of a step, cheapest first."""
     mesh, held = plan["mesh"], plan["held_bytes"]
     state = held["parameters"] + held["optimizer"]
-    rows = plan["tokens_shape"][1] // (mesh["data"] * mesh["fsdp"])
+    rows = plan["tokens_shape"][1] // math.prod(mesh.get(axis, 1) for axis in ROWS)
     topology = parse_topology(config.topology)
-    fsdp = largest_fsdp(find_model(config.model), topology, mesh["tensor"])
+    rest = topology.devices // (mesh["tensor"] * mesh.get("expert", 1))
+    fsdp = largest_fsdp(find_model(config.model), topology, rest)
     wider = f"--mesh.fsdp {fsdp}" if fsdp > mesh["fsdp"] else ""
     options = []
     if state + held["parameters"] > plan["hbm_limit_bytes"]:

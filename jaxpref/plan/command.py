@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxpref.errors import InputError, show, visible_line
 from jaxpref.files import check_output, write_json
@@ -46,6 +46,12 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
       InputError: if the options are invalid or not compatible.
     """
     check_logit_chunk(config.logit_chunk, objective.scores)
+    if objective.num_completions is None:
+        raise InputError(
+            f"--loss {objective.name}: the length of its lists depends on the data, "
+            "which plan does not read; use --loss dpo, which has two answers per "
+            "prompt, with a larger --batch-size"
+        )
     topology = parse_topology(config.topology)
     model = model_of(config)
     if target := os.environ.get(child.TARGET):
@@ -286,7 +292,8 @@ def _attended_pairs(config: PlanConfig, objective: Objective, sequences: int) ->
         return sequences * config.seq * (config.seq + 1) / 2
     answer, prompt = config.answer, config.seq - config.answer
     one = answer * prompt + answer * (answer + 1) / 2
-    return config.batch * (prompt * (prompt + 1) / 2 + objective.num_completions * one)
+    answers = cast(int, objective.num_completions)  # `run` refuses lists
+    return config.batch * (prompt * (prompt + 1) / 2 + answers * one)
 
 
 def _rank(plan: dict) -> tuple:

@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,12 +114,13 @@ def measure(work: Work, topology: Topology) -> dict:
     """
     task = programs_of(work, make_mesh(work.mesh, devices_of(topology)))
     mesh = task.mesh
+    start = Weights(Path(), quantization=work.lora.base)
     with jax.set_mesh(mesh):
         params, state = task.abstract_params(), task.abstract_state()
         frozen = task.abstract_frozen()
         batch = task.abstract_batch()
         one = jax.eval_shape(
-            functools.partial(task.scorer.reference_params, Weights(Path())),
+            functools.partial(task.scorer.reference_params, start),
             *(frozen, params),
         )
         one = on_devices(one, mesh)
@@ -167,22 +168,21 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
     )
     # The number of steps does not change the program.
     schedule = make_schedule(work.optimizer, max(1000, work.optimizer.warmup_steps))
+    start = Weights(Path(), quantization=work.lora.base)
     return Programs(
         scorer=make_scorer(
             make_model(work.model.architecture, numerics),
             work.objective.scores,
             chunk_size=work.logit_chunk,
             num_models=work.objective.num_models,
-            trained=Trained(
-                lora=work.lora, start=Weights(Path()), reference=Weights(Path())
-            ),
+            trained=Trained(lora=work.lora, start=start, reference=start),
         ),
         objective=work.objective,
         optimizer=make_optimizer(work.optimizer, schedule),
         schedule=schedule,
         mesh=mesh,
         layout=uniform_layout(
-            work.objective.num_completions,
+            cast(int, work.objective.num_completions),
             mesh,
             prompt_length=work.prompt_length,
             answer_length=work.answer_length,

@@ -14,9 +14,11 @@ import math
 import jax
 
 from jaxpref.models import Architecture, Model, build
+from jaxpref.models.cache import slots_of
 from jaxpref.models.families.mixtral import ExpertsArchitecture
 from jaxpref.models.logprobs import default_chunk
 from jaxpref.plan.chips import Chip
+from jaxpref.sharding import ROWS
 
 ASSUMPTIONS = (
     "products only, at the peak bfloat16 rate",
@@ -69,7 +71,7 @@ class Load:
 
 @functools.cache
 def layer_weights(model: Architecture) -> int:
-    """Number of weights in the matrices of the layers."""
+    """Number of weights in the matrices of the layers, of all experts."""
     return sum(_layer_matrices(model).values())
 
 
@@ -82,6 +84,17 @@ def active_weights(model: Architecture) -> float:
     return sum(
         count * (share if tensors[path].stacked > 1 else 1)
         for path, count in _layer_matrices(model).items()
+    )
+
+
+@functools.cache
+def expert_weights(model: Architecture) -> int:
+    """Number of weights in the matrices of experts."""
+    tensors = model.family.tensors
+    return sum(
+        count
+        for path, count in _layer_matrices(model).items()
+        if tensors[path].stacked > 1
     )
 
 
@@ -146,7 +159,7 @@ def chunks(load: Load) -> int:
 
 def _rows(load: Load) -> int:
     """Sequences of a micro-batch on one device."""
-    shards = load.mesh["data"] * load.mesh["fsdp"]
+    shards = math.prod(load.mesh.get(axis, 1) for axis in ROWS)
     return -(-load.sequences // (load.accumulation * shards))
 
 
@@ -174,7 +187,9 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
     passes = 2 + (load.model.numerics.remat == "full") + load.extra_passes
     gathered = load.mesh["fsdp"] > 1
-    weights = layer_weights(m) + (_vocabulary(load) * tensor * m.hidden_size)
+    of_others = expert_weights(m) * (1 - 1 / load.mesh.get("expert", 1))
+    weights = layer_weights(m) - of_others
+    weights += _vocabulary(load) * tensor * m.hidden_size
     weight_bytes = weights / tensor * (width * (passes + 2 * gathered))
     weight_bytes += 4 * _with_gradients(load, weights) / tensor
     states = 2 * (2 * held["parameters"] + held["optimizer"])
@@ -194,21 +209,38 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
 
 
 def ideal_wire_bytes(load: Load) -> float:
-    """Bytes that a device must receive in a step for FSDP alone.
+    """Bytes that a device must receive in a step for FSDP and for experts.
 
     For each micro-batch, FSDP gathers the weights twice in the compute dtype, plus once
     per extra pass, and reduce-scatters the gradients once in float32.  A device gets
-    (fsdp - 1) / fsdp of each.  A tied embedding and head are one matrix with one
-    gradient.
+    (n - 1) / n of each, over the n devices of fsdp and expert; of the matrices of
+    experts, (fsdp - 1) / fsdp of its own part.  A tied embedding and head are one
+    matrix with one gradient.
+
+    Over the axis expert, each layer gathers the tokens for both passes and their
+    cotangents in the compute dtype, and reduce-scatters outputs and the tokens'
+    gradients in float32.
     """
     m, fsdp, tensor = load.model.architecture, load.mesh["fsdp"], load.mesh["tensor"]
+    expert = load.mesh.get("expert", 1)
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
-    weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
-    bytes_of = load.models * 2 * width * weights / tensor
-    bytes_of += load.models * 4 * _with_gradients(load, weights) / tensor
-    bytes_of += load.extra_passes * width * weights / tensor
-    return load.accumulation * (fsdp - 1) / fsdp * bytes_of
+    of_experts = expert_weights(m)
+    others = layer_weights(m) + matrices * m.vocab_size * m.hidden_size - of_experts
+
+    def received(weights: float, gradients: float, devices: int) -> float:
+        bytes_of = load.models * (2 * width * weights + 4 * gradients)
+        bytes_of += load.extra_passes * width * weights
+        return bytes_of / tensor * (devices - 1) / devices
+
+    adapters = load.adapter_weights
+    total = received(others, others if adapters is None else adapters, fsdp * expert)
+    own = of_experts / expert
+    total += received(own, own if adapters is None else 0, fsdp)
+    moved = load.models * (3 * width + 8) + load.extra_passes * (width + 4)
+    tokens = _rows(load) * load.length * m.num_layers
+    total += (expert - 1) * tokens * m.hidden_size * moved
+    return load.accumulation * total
 
 
 def ideal_dcn_bytes(load: Load) -> float:
@@ -217,7 +249,8 @@ def ideal_dcn_bytes(load: Load) -> float:
     2 (S - 1) / S of its share of the float32 gradients, for one ring all-reduce over S
     slices.  (The actual step reduces the gradients of every micro-batch.)
     """
-    m, shards = load.model.architecture, load.mesh["fsdp"] * load.mesh["tensor"]
+    m = load.model.architecture
+    shards = math.prod(load.mesh.values()) // load.mesh["data"]
     matrices = 1 if m.tie_word_embeddings or not load.head else 2
     weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
     share = 2 * (load.slices - 1) / load.slices
@@ -233,8 +266,8 @@ def token_estimate(load: Load, chip: Chip, received: float | None) -> dict:
     """A lower bound on the time to sample one token for every prompt.
 
     Memory traffic: the weights in the compute dtype, written too if they are gathered
-    for each token; every slot of the cache, filled or not; and float32 logits of the
-    whole vocabulary, written and read.
+    for each token; every slot of each layer's cache, filled or not; and float32 logits
+    of the whole vocabulary, written and read.
 
     Args:
       load: `sequences` is the number of prompts, `length` the cache slots of each.
@@ -248,16 +281,22 @@ def token_estimate(load: Load, chip: Chip, received: float | None) -> dict:
       prompts.
     """
     m, fsdp, tensor = load.model.architecture, load.mesh["fsdp"], load.mesh["tensor"]
+    expert = load.mesh.get("expert", 1)
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
-    layers, head = layer_weights(m), m.vocab_size * m.hidden_size
-    slots = load.sequences * load.length
-    cache = 2 * m.num_layers * m.num_kv_heads * m.head_dim * _rows(load) * load.length
+    own = expert_weights(m) / expert
+    others = layer_weights(m) - expert_weights(m)
+    layers = others + own
+    head = m.vocab_size * m.hidden_size
+    sliding = m.sliding_layers or (True,) * m.num_layers
+    slots = sum(slots_of(m.sliding_window if x else None, load.length) for x in sliding)
+    cache = 2 * m.num_kv_heads * m.head_dim * _rows(load) * slots
     memory = width / tensor * (layers * (1 + (fsdp > 1)) + head + cache)
     memory += 8 * _rows(load) * m.vocab_size
-    flops = 2 * (layers + head) * load.sequences
-    flops += 4 * m.num_layers * m.num_heads * m.head_dim * slots
+    flops = 2 * (active_weights(m) + head) * load.sequences
+    flops += 4 * m.num_heads * m.head_dim * load.sequences * slots
     if received is None:
-        received = (fsdp - 1) / fsdp * width * layers / tensor
+        received = others * (1 - 1 / (fsdp * expert)) + own * (1 - 1 / fsdp)
+        received *= width / tensor
     seconds = {
         "compute": flops / load.devices / chip.flops,
         "memory": memory / chip.hbm_bandwidth,

@@ -100,9 +100,9 @@ def _collectives(plan: dict) -> list[str]:
             f"  {kind:33}{figures['count']:>8,.0f}{gib(figures['bytes']):>14}, "
             f"{gib(figures['wire_bytes'])} received"
         )
-    if plan["mesh"]["fsdp"] > 1:
+    if plan["ideal_wire_bytes"]:
         lines.append(
-            f"  received in total: {gib(plan['wire_bytes'])} (ideal FSDP: "
+            f"  received in total: {gib(plan['wire_bytes'])} (ideal: "
             f"{gib(plan['ideal_wire_bytes'])})"
         )
     if plan["dcn_bytes"]:

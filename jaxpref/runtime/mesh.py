@@ -13,11 +13,14 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpref.errors import InputError
-from jaxpref.sharding import ROWS
+from jaxpref.sharding import row_axes
 
 # jax gives no stub of it.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 AXES = ("data", "fsdp", "tensor")
+"""The axes of every mesh."""
+EXPERT_AXES = ("data", "fsdp", "expert", "tensor")
+"""The axes of a mesh for mixtures of experts."""
 DEAD_AFTER = 60
 """Seconds without a heartbeat after which JAX considers a process dead and ends the
 others; JAX's own default is 100."""
@@ -37,6 +40,9 @@ class MeshConfig:
     fsdp: int = -1
     """Devices over which each replica of the parameters is sharded; they also split the
     rows.  -1: all remaining devices."""
+    expert: int = 1
+    """For mixtures of experts: devices over which the experts are split.  They also
+    split the rows, and the other parameters are sharded over them."""
     tensor: int = 1
     """Devices that share each matrix product (heads, feed-forward, vocabulary)."""
 
@@ -46,10 +52,11 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """Creates a mesh of all devices with Explicit axes.
 
-    With Explicit axes, a mistake in the layout fails at tracing.  Each of several
-    slices holds whole replicas of the parameters: `data` spans the slices, while `fsdp`
-    and `tensor` stay within one.  jax treats GPU hosts as slices too.  There `data` may
-    be any number, because one host may be too small for a replica.
+    With Explicit axes, a mistake in the layout fails at tracing.  The mesh has an axis
+    `expert` only if its size is not 1.  Each of several slices holds whole replicas of
+    the parameters: `data` spans the slices, while the other axes stay within one.  jax
+    treats GPU hosts as slices too.  There `data` may be any number, because one host
+    may be too small for a replica.
 
     Args:
       config: sizes of the axes.
@@ -63,10 +70,13 @@ def make_mesh(
     slices = collections.defaultdict(list)
     for device in devices:
         slices[_slice(device)].append(device)
-    data, *within = sizes = _sizes(config, len(devices), len(slices))
+    axes = AXES if config.expert == 1 else EXPERT_AXES
+    data, *within = sizes = _sizes(config, axes, len(devices), len(slices))
     each, rest = divmod(data, len(slices))
     if not rest:
-        arranged = [_arranged((each, *within), slices[key]) for key in sorted(slices)]
+        arranged = [
+            _arranged((each, *within), axes, slices[key]) for key in sorted(slices)
+        ]
         ordered = np.concatenate(arranged)
     elif devices[0].platform == "tpu":
         raise InputError(
@@ -77,14 +87,16 @@ def make_mesh(
         )
     else:
         ordered = sorted(devices, key=lambda device: (_slice(device), device.id))
-    types = (AxisType.Explicit,) * len(AXES)
-    return jax.sharding.Mesh(np.reshape(ordered, sizes), AXES, axis_types=types)
+    types = (AxisType.Explicit,) * len(axes)
+    return jax.sharding.Mesh(np.reshape(ordered, sizes), axes, axis_types=types)
 
 
-def _arranged(sizes: tuple[int, ...], devices: Sequence[Device]) -> np.ndarray:
+def _arranged(
+    sizes: tuple[int, ...], axes: tuple[str, ...], devices: Sequence[Device]
+) -> np.ndarray:
     """The devices of one slice, with mesh neighbors close together on the torus."""
     try:
-        return jax.make_mesh(sizes, AXES, devices=devices).devices
+        return jax.make_mesh(sizes, axes, devices=devices).devices
     except NotImplementedError:  # one axis of the torus has to serve two mesh axes
         return mesh_utils.create_device_mesh(
             sizes, devices, allow_split_physical_axes=True
@@ -95,9 +107,11 @@ def _slice(device: Device) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
-def _sizes(config: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
+def _sizes(
+    config: MeshConfig, axes: tuple[str, ...], count: int, slices: int
+) -> tuple[int, ...]:
     """The number of devices on each axis, with defaults and -1 filled in."""
-    requested = {axis: getattr(config, axis) for axis in AXES}
+    requested = {axis: getattr(config, axis) for axis in axes}
     if requested["data"] is None:
         requested["data"] = slices
     sizes = list(requested.values())
@@ -116,7 +130,7 @@ def _sizes(config: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
     """Number of parts the rows of a batch are split into."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
 def check_rows(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> None:
@@ -124,7 +138,7 @@ def check_rows(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> N
     if batch_size < 1 or batch_size % (accumulation * row_shards(mesh)):
         raise InputError(
             f"batch_size {batch_size} is not a multiple of accumulation {accumulation} "
-            f"x {row_shards(mesh)} devices (data x fsdp)"
+            f"x {row_shards(mesh)} devices ({' x '.join(row_axes(mesh))})"
         )
     share_of_rows(mesh)
 
@@ -150,7 +164,7 @@ def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
       InputError: if the rows of two processes overlap only in part.
     """
     shards = row_shards(mesh)
-    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    sharding = NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
     held = collections.defaultdict(set)
     for device, (part,) in sharding.devices_indices_map((shards,)).items():
         held[device.process_index].add(part.indices(shards)[0])
@@ -167,7 +181,7 @@ def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of every array `[A, R, ...]` of a batch."""
-    return NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return NamedSharding(mesh, PartitionSpec(None, row_axes(mesh)))
 
 
 def to_global(batch: Tree, mesh: jax.sharding.Mesh) -> Tree:

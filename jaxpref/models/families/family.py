@@ -19,8 +19,8 @@ class TensorName:
     """The tensor, or the tensors, that hold an array of our parameters.
 
     `template` has one "{}" for each leading axis of which every index is a tensor of
-    its own: one for layers, two for layers and experts.  Of the other axes, the first
-    `inputs` are inputs of a matrix and the rest are outputs.  The file stores
+    its own: one for layers, two for layers and experts or heads.  Of the others, the
+    first `inputs` are inputs of a matrix and the rest are outputs.  The file stores
     `[outputs, inputs]`, or `[inputs, outputs]` if `input_major`, each of them
     flattened; `[outputs]` if `inputs` is 0, as a bias; and the array as is if `inputs`
     is None.
@@ -172,8 +172,13 @@ class Family:
     `config_json.HARMLESS`."""
     ignored_tensors: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Suffixes of the names of stored tensors that are not parameters."""
+    copied_tensors: tuple[str, ...] = ()
+    """Prefixes of the names of stored tensors that belong to parts of the model that
+    are not read, such as vision towers.  `folder.save` copies them from its source."""
     rename: Callable[[str], str] = lambda name: name
     """The name in `tensors` of a tensor that some folders call differently."""
+    module_name: Callable[[str], str] = lambda name: name
+    """The name of a tensor in a module of `transformers`, if the folders' differ."""
 
     def renamed(self, tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The tensors of a folder by the names that the family gives them.

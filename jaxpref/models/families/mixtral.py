@@ -19,17 +19,17 @@ from jaxpref.models.experts import mixture
 from jaxpref.models.families import llama
 from jaxpref.models.families.family import Family, TensorName
 from jaxpref.models.families.window import read_window
-from jaxpref.models.layout import SPECS
+from jaxpref.models.layout import SHARDS, SPECS
 from jaxpref.models.linear import dense_einsum
 from jaxpref.models.numerics import Numerics
 from jaxpref.models.transformer import Rngs, normal
 
 EXPERTS_IN, EXPERTS_OUT = (
-    P(None, None, "fsdp", "tensor"),
-    P(None, None, "tensor", "fsdp"),
+    P(None, "expert", "fsdp", "tensor"),
+    P(None, "expert", "tensor", "fsdp"),
 )
 """The shardings of the experts' matrices, [L, E, D, F] and [L, E, F, D]."""
-ROUTER = P(None, "fsdp", None)
+ROUTER = P(None, SHARDS, None)
 """The sharding of the router, [L, D, E]."""
 
 
@@ -55,6 +55,11 @@ class ExpertsArchitecture(llama.LlamaArchitecture):
                 f"architecture: num_experts={self.num_experts} implies matrices of "
                 f"{weights * self.hidden_size:.1e} weights; check the sizes"
             )
+
+    @property
+    def sharded_sizes(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """See `Architecture`."""
+        return super().sharded_sizes | {"num_experts": (("expert",),)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
