@@ -46,6 +46,9 @@ GPT2 = {
     ),
     ...,
 )
+OPT = {"model_type": "opt", "ffn_dim": 24, "init_std": 0.3} | dict.fromkeys(
+    ("intermediate_size", "num_key_value_heads", "initializer_range"), ...
+)
 CASES = {
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},
     "llama biases": {
@@ -129,6 +132,33 @@ CASES = {
         "sliding_window": 7,
         "final_logit_softcapping": 5.0,
         "tie_word_embeddings": False,
+    },
+    "gemma3_vision": {
+        **dict.fromkeys(SIZES, ...),
+        "model_type": "gemma3",
+        "text_config": {
+            **{name: SIZES[name] for name in SIZES if not name.endswith("_id")},
+            "model_type": "gemma3_text",
+            "head_dim": 6,
+            "query_pre_attn_scalar": 5,
+            "sliding_window": 5,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 8,
+            "intermediate_size": 12,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 1,
+        "boi_token_index": 61,
+        "eoi_token_index": 62,
+        "image_token_index": 63,
+        "initializer_range": 0.3,
     },
     "smollm3": {
         "model_type": "smollm3",
@@ -214,6 +244,26 @@ CASES = {
     "gpt2 scaled by layer": GPT2
     | {"n_embd": 24, "n_head": 8, "scale_attn_by_inverse_layer_idx": True},
     "gpt2 unscaled": GPT2 | {"n_head": 2, "scale_attn_weights": False},
+    "stablelm": {"model_type": "stablelm", "hidden_size": 32},
+    "stablelm parallel": {
+        "model_type": "stablelm",
+        "hidden_size": 32,
+        "use_parallel_residual": True,
+        "qk_layernorm": True,
+        "use_qkv_bias": True,
+        "partial_rotary_factor": 0.75,
+        "layer_norm_eps": 1e-3,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    },
+    "stablelm normed heads": {
+        "model_type": "stablelm",
+        "qk_layernorm": True,
+        "partial_rotary_factor": 1.0,
+        "num_key_value_heads": 1,
+    },
+    "opt": OPT,
+    "opt untied": OPT | {"tie_word_embeddings": False, "activation_function": "gelu"},
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,

@@ -6,6 +6,7 @@ import re
 import textwrap
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,18 @@ from scipy.special import expit
 
 from jaxpref import losses
 from jaxpref.cli.objectives import options_type
-from jaxpref.data import records
+from jaxpref.data import ListSource, RecordOptions, record_source, records
 from jaxpref.data.records import EMPTY, Example
+from jaxpref.data.records.adapters.adapter import TIE
 from jaxpref.errors import InputError
-from jaxpref.models import build
+from jaxpref.models import build, families
 from jaxpref.models.families import llama
+from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder_config import architecture_from_fields, read_architecture
 from jaxpref.sampling import selection
+from tests.family_cases import SIZES, random_params
 from tests.losses.arrays import arrays_of
-from tests.tiny import step_on_margins, tiny_config, tiny_params
+from tests.tiny import step_on_margins
 
 PAGE = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
@@ -44,7 +49,7 @@ def test_every_block_is_tested():
     assert {title: len(found) for title, found in SECTIONS.items() if found} == {
         "Add a loss": 2,
         "Add an objective": 1,
-        "Add a model family": 1,
+        "Add a model family": 2,
         "Add a record format": 1,
         "Add a decoder": 1,
     }
@@ -88,51 +93,65 @@ def test_the_objective():
         annealed(losses.dpo, steps=-1)
 
 
-def test_the_block_of_a_family():
-    class Transformer(llama.LlamaTransformer):
-        block = run("Add a model family").BiasedBlock
+def test_the_family_and_its_configs(monkeypatch, tmp_path):
+    family = run("Add a model family").FAMILY
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, family))
+    for name, case in run("Add a model family", 1).CASES.items():
+        architecture: Any = architecture_from_fields(SIZES | case, name)
+        assert architecture.attention_factor == case.get("attention_factor", 1)
+        model = build(architecture)
+        params = random_params(model)
+        save(tmp_path / name, model, params)
+        assert read_architecture(tmp_path / name) == architecture
+        found = load_params(tmp_path / name, model)
+        jax.tree.map(np.testing.assert_array_equal, found, params)
 
-    own_family = dataclasses.replace(llama.FAMILY, transformer=Transformer)
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Architecture(llama.LlamaArchitecture):
-        family = own_family
-
-    plain = tiny_config()
-    model = build(Architecture(**vars(plain)))
-    params = tiny_params(model)
-    bias = params["layers"]["output_bias"]
-    assert bias.shape == (plain.num_layers, plain.hidden_size)
-    without = {k: v for k, v in params["layers"].items() if k != "output_bias"}
-    zero = params | {"layers": without | {"output_bias": jnp.zeros_like(bias)}}
-    tokens = np.array([[1, 5, 9]])
-    expected = build(plain).logits(params | {"layers": without}, tokens)
-    np.testing.assert_allclose(model.logits(zero, tokens), expected, rtol=1e-6)
-    assert jnp.abs(model.logits(params, tokens) - expected).max() > 1e-3
+        # Llama's function, with the gain and the factor in the output projection.
+        names = {field.name for field in dataclasses.fields(llama.LlamaArchitecture)}
+        sizes = {k: v for k, v in vars(architecture).items() if k in names}
+        plain = build(llama.LlamaArchitecture(**sizes))
+        layers = dict(params["layers"])
+        gain = architecture.attention_factor * layers.pop("output_gain")
+        layers["output"] *= gain[:, None, None]
+        if architecture.output_bias:
+            layers["output_bias"] *= gain
+        tokens = jnp.array([[1, 5, 9]])
+        expected = plain.logits(params | {"layers": layers}, tokens)
+        np.testing.assert_allclose(model.logits(params, tokens), expected, atol=1e-5)
+    with pytest.raises(InputError, match="attention_factor is -1.0"):
+        architecture_from_fields(SIZES | case | {"attention_factor": -1.0}, name)
 
 
 def test_the_record_format(monkeypatch):
-    votes = run("Add a record format")
-    monkeypatch.setattr(records, "FORMATS", (votes, *records.FORMATS))
+    votes = run("Add a record format").VOTES
+    monkeypatch.setattr(record_source, "ADAPTERS", (votes, *record_source.ADAPTERS))
     record = {"question": "q", "answer_a": "x", "answer_b": "y", "winner": "b"}
-    parse = functools.partial(records.parse, where="f row 1")
-    assert parse(record, sides=2) == Example("q", ("y", "x"))
-    assert parse(record, sides=1) == Example("q", ("y",))
-    assert parse(record | {"answer_a": ""}, sides=2, drop_empty=True) == EMPTY
+
+    def parse(record, sides, **options):
+        source = ListSource([record], "f")
+        found = record_source.RecordSource(source, RecordOptions(), sides=sides)
+        return records.parse(found[0], "f row 1", sides=sides, **options)
+
+    assert parse(record | {"judge": 7}, 2) == Example("q", ("y", "x"), annotator="7")
+    assert parse(record, 1) == Example("q", ("y",))
+    assert parse(record | {"winner": "tie"}, 2) == TIE
+    assert parse(record | {"answer_a": ""}, 2, drop_empty=True) == EMPTY
     for change, words in (
-        ({"winner": "c"}, "field 'winner' must be a or b"),
-        ({"question": 3}, "field 'question' must be a string"),
-        ({"answer_a": [{"role": "user", "content": "x"}]}, "not messages"),
+        ({"winner": "c"}, "field 'winner' must be one of 'a', 'b', 'tie'"),
+        ({"question": 3}, "field 'prompt' .*'prompt' is read from 'question'"),
+        ({"weight": 2}, "field 'weight' changes what the record means"),
     ):
         with pytest.raises(InputError, match=f"f row 1: .*{words}"):
-            parse(record | change, sides=2)
+            parse(record | change, 2)
 
 
 def test_the_decoder():
     min_p_sample = run("Add a decoder", module=selection).min_p_sample
     p = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
     logits = jnp.tile(jnp.log(jnp.asarray(p, jnp.float32)), (20_000, 1))
-    tokens = jax.jit(min_p_sample(1.0, 0.25))(logits, jax.random.key(0))
+    tokens = jax.jit(min_p_sample(1.0, 0.25))(
+        logits, jax.random.split(jax.random.key(0), len(logits))
+    )
     drawn = np.bincount(tokens, minlength=5) / len(tokens)
     kept = np.where(p >= 0.25 * p.max(), p, 0)
     np.testing.assert_allclose(drawn, kept / kept.sum(), atol=0.02)  # 5 deviations

@@ -17,7 +17,7 @@ from jaxpref.models.families import TensorName, llama
 from jaxpref.models.folder import check_folder, load_params, save
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.transformer import zeros
-from jaxpref.sampling import generate, left_pad
+from jaxpref.sampling import generate, pad
 from tests.test_models import TOKENS, loss, mesh
 
 # --- what a new file in families/ holds: Llama with a bias on the query projection, a
@@ -158,9 +158,9 @@ def test_a_new_family_computes_trains_and_decodes():
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
     jax.tree.map(close, found, gradient)
 
-    prompts, lengths = left_pad([TOKENS[0, :3].tolist(), TOKENS[1, :2].tolist()])
+    prompts, lengths = pad([TOKENS[0, :3].tolist(), TOKENS[1, :2].tolist()])
     options = dict(max_new_tokens=3, temperature=0)
-    tokens, _ = generate(model, params, prompts, lengths, jax.random.key(0), **options)
+    tokens, *_ = generate(model, params, prompts, lengths, jax.random.key(0), **options)
     for row, n in enumerate((3, 2)):
         text = TOKENS[row, :n].tolist()
         for token in tokens[row].tolist():

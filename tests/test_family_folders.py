@@ -40,6 +40,10 @@ def without_prefix(tensors):
     return short | masks | {"h.0.attn.masked_bias": np.array(-1e4, np.float32)}
 
 
+def of_backbone(tensors):
+    return {name.removeprefix("model."): x for name, x in tensors.items()}
+
+
 def with_buffers(tensors):
     """As the folders of Pythia, but with the head's newer name."""
     more, layer = {}, "gpt_neox.layers.{}.attention."
@@ -53,7 +57,8 @@ def with_buffers(tensors):
 
 
 @pytest.mark.parametrize(
-    "case, change", [("gpt2", without_prefix), ("gpt_neox", with_buffers)]
+    "case, change",
+    [("gpt2", without_prefix), ("gpt_neox", with_buffers), ("opt", of_backbone)],
 )
 def test_older_and_newer_tensor_names_are_read(case, change, tmp_path):
     model, params = saved(case, tmp_path)
@@ -79,6 +84,24 @@ OLDER = {
     "qwen3_moe": {"num_experts": None, "num_local_experts": 4},
     "mixtral": {"head_dim": None, "rope_theta": 1e6, "router_jitter_noise": 0.1},
     "olmoe": {"router_aux_loss_coef": 0.01, "clip_qkv": None},
+    "opt": {
+        "word_embed_proj_dim": 16,
+        "_remove_final_layer_norm": False,
+        "activation_dropout": 0.1,
+        "layerdrop": 0.1,
+        "prefix": "</s>",
+    },
+    "stablelm": {
+        "partial_rotary_factor": 0.25,
+        "head_dim": 8,
+        "qk_layernorm": False,
+        "hidden_dropout": 0.1,
+    },
+    "stablelm parallel": {
+        "rope_parameters": None,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rope_theta": 500,
+    },
 }
 
 
@@ -100,6 +123,14 @@ NEWER = {
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+        }
+    },
+    "stablelm parallel": {
+        "rope_parameters": {
+            "rope_type": "linear",
+            "factor": 4.0,
+            "rope_theta": 500.0,
             "partial_rotary_factor": 0.75,
         }
     },
@@ -145,6 +176,19 @@ def test_phi3_writes_the_three_fields_of_a_scaling_that_version_4_accepts():
         ("qwen3_moe", {"num_local_experts": 8}, "num_local_experts is 8"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_inter"),
         ("olmoe", {"clip_qkv": -1.0}, "clip_qkv is -1.0"),
+        ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim is 8; only 16"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is Tr"),
+        ("opt", {"enable_bias": False}, "enable_bias is False"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_"),
+        ("opt", {"activation_function": "swish"}, "activation_function is 'swish'"),
+        ("opt", {"num_attention_heads": 3}, "num_attention_heads is 3, which"),
+        ("stablelm", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("stablelm", {"head_dim": 6}, "head_dim is 6; only 8"),
+        ("stablelm", {"num_attention_heads": 3}, "num_attention_heads is 3, which"),
+        ("stablelm", {"partial_rotary_factor": 0.4}, "has 3 rotated features"),
+        ("stablelm", {"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0"),
+        ("stablelm", {"attention_bias": True}, "attention_bias is True"),
     ],
 )
 def test_what_a_family_cannot_honor_is_named(case, changes, words):

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpref.models.layout import SPECS, reshard
+from jaxpref.models.layout import SPECS, num_parts, reshard
 from jaxpref.models.linear import dense_einsum
+from jaxpref.sharding import ROWS
 
 Hidden = Float[Array, "B T D"]
 Head = Float[Array, "*N D V"]
@@ -217,10 +218,9 @@ def _over_chunks(
 
 
 def _chunk_size(B: int, head: Head) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(mesh.shape)
-    rows = -(-B // (sizes["data"] * sizes["fsdp"]))
-    return default_chunk(rows, head.shape[-2], -(-head.shape[-1] // sizes["tensor"]))
+    rows = -(-B // num_parts(ROWS))
+    vocabulary = -(-head.shape[-1] // num_parts(("tensor",)))
+    return default_chunk(rows, head.shape[-2], vocabulary)
 
 
 def default_chunk(rows: int, width: int, vocabulary: int) -> int:

@@ -9,7 +9,12 @@ from jaxpref.models.hub import TOKENIZER_FILES
 from jaxpref.models.reward import Padding
 from jaxpref.models.tensor_files import write_json
 
-COPIED = ("generation_config.json", *TOKENIZER_FILES)
+COPIED = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    *TOKENIZER_FILES,
+)
 """Files that are copied from the source folder into a saved one."""
 
 

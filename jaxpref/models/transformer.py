@@ -54,8 +54,8 @@ def rms_norm(
 
 def layer_norm(
     x: Float[Array, "*axes D"],
-    gain: Float[Array, " D"],
-    bias: Float[Array, " D"],
+    gain: Float[Array, "*heads D"],
+    bias: Float[Array, "*heads D"],
     eps: float,
 ) -> Float[Array, "*axes D"]:
     """LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * gain + bias, in float32 or wider.

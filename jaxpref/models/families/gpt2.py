@@ -172,11 +172,14 @@ class LayerNormTransformer(Transformer):
 class GPT2Transformer(LayerNormTransformer):
     """GPT-2's modules."""
 
+    first_position: ClassVar[int] = 0
+    """The row of position 0 in the table of positions."""
     architecture: GPT2Architecture
 
     def __init__(self, architecture: GPT2Architecture, numerics: Numerics, rngs: Rngs):
         super().__init__(architecture, numerics, rngs)
-        shape = (architecture.max_position_embeddings, architecture.hidden_size)
+        rows = self.first_position + architecture.max_position_embeddings
+        shape = (rows, architecture.hidden_size)
         table = SPECS.embed_gathered  # too small to shard over fsdp
         self.positions = normal(rngs, architecture, numerics, shape, table)
 
@@ -199,7 +202,8 @@ class GPT2Transformer(LayerNormTransformer):
             if shared
             else (SPECS.features, SPECS.hidden)
         )
-        learned = learned.at[positions].get(mode="clip", out_sharding=on_mesh(found))
+        rows = positions + self.first_position
+        learned = learned.at[rows].get(mode="clip", out_sharding=on_mesh(found))
         return x + reshard(learned, used)
 
     def shared_inputs(self, positions: Int[Array, "B T"]) -> None:
