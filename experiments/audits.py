@@ -23,8 +23,9 @@ Protocol
     names its judges; the other labels get one of 20 annotators at random.  The audit
     reads their names.  Wrong labels of the original file count as not flipped, so even
     a perfect audit has an AUROC below 1.  The default settings of the audit, with
-    features of a language model with 260 thousand parameters.  How the judges are
-    weighted was chosen with seeds 100 to 102 on GSM8K, LLaMA-Factory, MT-bench, and
+    features of a language model with 260 thousand parameters, which reads at most 512
+    tokens of prompt and answer; lengths are those of the whole texts.  How the judges
+    are weighted was chosen with seeds 100 to 102 on GSM8K, LLaMA-Factory, MT-bench, and
     UKP.  The default seeds were used for nothing but the table.
 
     AUROC: of the probability that a label is wrong, or of a baseline's score, for

@@ -26,6 +26,8 @@ EXCEPTIONS = {
     "sparse_po": "reads log-ratios under learned token masks, which training does not "
     "compute",
     "center_rewards": "a penalty, which is added to a loss of reward models",
+    **dict.fromkeys(("apo_zero_unpaired", "bco", "kto"), "reads labeled answers"),
+    **dict.fromkeys(("irpo", "lipo_lambda", "plackett_luce"), "reads lists of answers"),
 }
 """Public functions of pairs that are not in the table, with the reason."""
 
@@ -126,7 +128,7 @@ def all_methods() -> dict[str, Method]:
     names = {name for name in losses.__all__ if trainable(getattr(losses, name))}
     made = [
         *(of_loss(getattr(losses, name)) for name in names - factories.keys()),
-        *(of_factory(make) for make in factories.values()),
+        *(of_factory(f) for name, f in factories.items() if name not in EXCEPTIONS),
         *(of_wrapper(wrap) for wrap in objectives.WRAPPERS),
     ]
     kept = [method for method in made if method.name not in EXCEPTIONS]

@@ -117,7 +117,7 @@ from jaxpref.models.folder_config import read_architecture
 from jaxpref.objectives import from_loss, sft
 from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.ranges import checked
-from jaxpref.sampling import generate, left_pad
+from jaxpref.sampling import generate, pad
 from jaxpref.train import (
     MeshConfig,
     OptimizerConfig,
@@ -407,10 +407,10 @@ def sample(folder: Path, prompts: list[str], *, seed: int, batch: int = 1024):
     rows += rows[:1] * (-len(rows) % batch)
     drawn, lengths = [], []
     for start in range(0, len(rows), batch):
-        new, new_lengths = generate(
+        new, new_lengths, *_ = generate(
             model,
             params,
-            *left_pad(rows[start : start + batch], length),
+            *pad(rows[start : start + batch], length),
             jax.random.fold_in(jax.random.key(seed), start),
             max_new_tokens=world.MAX_COMPLETION_TOKENS,
             stop_tokens=(tokenizer.eos_token_id,),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -79,6 +80,19 @@ def test_with_one_flip_rate_it_is_the_loss_of_shrunken_margins():
     assert float(metrics["noise/shrinkage"]) == pytest.approx(c, rel=1e-5)
     # d/dw of the mean of -log s(c w z) / c at w = 1.
     assert float(gradient) == pytest.approx(np.mean(-z * expit(-c * z)), rel=1e-5)
+
+
+def test_a_length_that_all_annotators_follow_is_not_corrected():
+    """It may be a preference, so the loss is that of correct labels."""
+    objective = auto(UNIT, memory=512, warmup=8)
+    state = objective.init(2)
+    state["log_odds"] = jnp.array([0.0, -1.0, 30.0, 60.0, 58.0])
+    z = np.array([-3.0, -2.0, 0.0, 0.5, 2.0])
+    gradient, _, metrics = step_on_margins(objective, batch_of(z), state)
+    assert metrics["noise/model"] == 0
+    assert metrics["noise/log_odds_features"] == 60
+    # d/dw of the mean of -log s(w z) at w = 1.
+    assert float(gradient) == pytest.approx(np.mean(-z * expit(-z)), rel=1e-6)
 
 
 def test_it_reads_only_what_its_features_need():

@@ -7,7 +7,9 @@ import scipy.special
 
 from jaxpref.evaluate import stack as stacking
 from jaxpref.evaluate.crossfit import PENALTIES, cross_fit, fit_path, prompt_folds
+from jaxpref.evaluate.features import Features
 from jaxpref.evaluate.flips import auroc
+from jaxpref.evaluate.judges import STRONG, judges
 from jaxpref.evaluate.stack import chosen, non_negative, stack
 from jaxpref.evaluate.words import principal, word_differences
 from tests.test_crossfit import draw
@@ -149,3 +151,16 @@ def test_principal_directions_do_not_depend_on_labels():
     # A matrix of rank 5 keeps its inner products.
     np.testing.assert_allclose(found @ found.T, x @ x.T, atol=0.05)
     assert principal(x[:, :3]).shape == (60, 3)
+
+
+def test_the_length_is_that_of_the_whole_text():
+    """Also where the language model reads equally many tokens of both answers."""
+    answers = [("a" * 5000, "a" * 2000), ("b", "b b b b")]
+    read = np.full((2, 2), 64, np.int32)
+    found = Features(np.zeros((2, 2, 4)), np.ones((2, 2)), read)
+    columns = judges(found, np.zeros((2, 1)), answers)
+    expected = np.log([5001 / 2001, 2 / 8])
+    expected /= np.sqrt(np.mean(expected**2))
+    np.testing.assert_allclose(columns["length"][:, 0], expected)
+    for name in ("surface", "words", "states"):
+        np.testing.assert_allclose(columns[name][:, -1], STRONG * expected)

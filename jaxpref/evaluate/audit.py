@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxpref.data import PreferenceDataset
+from jaxpref.data.bad_rows import write_skipped
 from jaxpref.errors import InputError
 from jaxpref.evaluate import audit_summary
 from jaxpref.evaluate.annotators import annotators_csv, closer_look
@@ -159,6 +160,7 @@ def _run(config: AuditConfig, out: Path) -> Audit:
         [look | {"suspects": listed(look["labels"])} for look in close],
     )
     write_json(out / CONFIG, asked)  # from now on, OUT belongs to this audit
+    write_skipped(out, opened.skipped, config.on_bad_row)
     _write(out, result, opened)
     if not applies_own(config):
         write_whole(out / REVIEW, review_csv(listed(looks)))

@@ -1,6 +1,6 @@
 """The judges of an audit, Bradley-Terry models that differ in what they read.
 
-- `length`: log of the length in tokens;
+- `length`: log of the length in characters, of the whole text;
 - `surface`: interpretable features of the texts, and the length;
 - `words`: TF-IDF of the texts, and the length;
 - `states`: the language model's hidden states and log-probs, and the length;
@@ -27,18 +27,32 @@ that their coefficients are penalized nine times less."""
 Columns = Float[np.ndarray, "pairs features"]
 
 
-def state_columns(found: Features) -> Columns:
-    """Chosen minus rejected: hidden states, log-probs, and log-lengths.
+def length_column(answers: Sequence[tuple[str, str]]) -> Float[np.ndarray, "pairs 1"]:
+    """The difference of log(1 + characters), with a mean square of 1.
+
+    The whole texts count, whatever part of them the language model reads.
+    """
+    lengths = np.array([[len(x) for x in pair] for pair in answers]).reshape(-1, 2)
+    return scaled(_side(np.log1p(lengths))[:, None])
+
+
+def state_columns(found: Features, length: Float[np.ndarray, "pairs 1"]) -> Columns:
+    """Chosen minus rejected: hidden states, log-probs, and length.
+
+    Args:
+      found: features of the language model; N pairs.
+      length: from `length_column`.
 
     Returns:
-      float64 [N, 2 D + 3] of hidden states, summed and average log-probs, and
-      log-lengths.  Columns have a mean square of 1, except that log-probs and
-      log-lengths are scaled by `STRONG`.
+      float64 [N, 2 D + 3] of hidden states, summed and average log-probs, and the
+      length.  Columns have a mean square of 1, except that log-probs and the length are
+      scaled by `STRONG`.
     """
-    lengths = found.lengths.astype(np.float64)
-    few = [found.logps, found.logps / lengths, np.log(lengths)]
-    few = scaled(np.stack([_side(values) for values in few], axis=1))
-    return np.concatenate([scaled(_side(found.states)), STRONG * few], axis=1)
+    # An average over the tokens that the model has read.
+    average = found.logps / found.lengths.astype(np.float64)
+    logps = scaled(np.stack([_side(found.logps), _side(average)], axis=1))
+    few = STRONG * np.concatenate([logps, length], axis=1)
+    return np.concatenate([scaled(_side(found.states)), few], axis=1)
 
 
 def judges(
@@ -58,7 +72,7 @@ def judges(
     Returns:
       float64 [N, features] by name, in the order above.
     """
-    length = scaled(_side(np.log(found.lengths))[:, None])
+    length = length_column(answers)
     words = word_differences(answers)
     # A mean square of 1 per word, over all words together.
     size = np.sqrt(np.mean(np.square(words))) if words.size else 0.0
@@ -67,7 +81,7 @@ def judges(
         "length": length,
         "surface": STRONG * np.concatenate([surface, length], axis=1),
         "words": np.concatenate([words, STRONG * length], axis=1),
-        "states": state_columns(found),
+        "states": state_columns(found, length),
     }
     if rewards is not None:
         reward = scaled(_side(rewards)[:, None])

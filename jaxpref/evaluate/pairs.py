@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
+from jaxpref.data.bad_rows import FILE, log_skipped, write_skipped
 from jaxpref.data.tokenizers import check_same_tokenizer
 from jaxpref.errors import InputError, show
 from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
@@ -47,7 +48,7 @@ LOCK = ".evaluate.lock"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(data.RecordOptions):
     """What `jaxpref evaluate` reads."""
 
     model: str
@@ -73,8 +74,6 @@ class EvaluateConfig:
     max_prompt_length: int | None = None
     """Maximum tokens of a prompt (default: what the completions leave of --max-length,
     at least half).  Longer prompts lose their earliest turns, or their first tokens."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of the records to ignore, even if they change what a record means."""
     compute_dtype: Dtype | None = None
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
@@ -82,6 +81,7 @@ class EvaluateConfig:
     """How the devices are used."""
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(1, self, "batch_size")
         at_least(2, self, "max_length", "max_prompt_length")
         if self.beta is not None and not 0 < self.beta < math.inf:
@@ -101,14 +101,16 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     reads = {
         f"--{x}": getattr(config, x) for x in ("model", "data", "adapter", "reference")
     }
-    out = check_output_folder("--out", config.out, FILES, reads)
+    out = check_output_folder("--out", config.out, (*FILES, FILE), reads)
     _check_foreign(out)
     with locked(out, LOCK):
         return _run(config, out)
 
 
 def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
-    pairs, score = open_pairs(config)
+    splits, score = open_pairs(config)
+    pairs = splits.train
+    write_skipped(out, splits.skipped, config.on_bad_row)
     rewards, scores = score(resolve_weights(config.model, config.adapter))
     margins = rewards[:, 0] - rewards[:, 1]
     metrics = preference_metrics(margins) | _length_only(pairs)
@@ -131,15 +133,15 @@ come from, by name."""
 
 def open_pairs(
     config: EvaluateConfig,
-) -> tuple[PreferenceDataset, Callable[[Weights], PairScores]]:
+) -> tuple[data.Splits, Callable[[Weights], PairScores]]:
     """Reads the pairs, and prepares to score them with models like `config.model`.
 
     Args:
       config: what is read; `out` is not used.
 
     Returns:
-      The pairs, and a function that scores all of them with weights, which must have
-      the architecture and the vocabulary of `config.model`.  The
+      The pairs, all in `train`, and a function that scores all of them with weights,
+      which must have the architecture and the vocabulary of `config.model`.  The
       reference has scored the pairs before it is returned, and its programs are
       compiled once for all weights.
 
@@ -158,7 +160,8 @@ def open_pairs(
     reference = None
     if config.reference is not None:
         reference = reference_weights(config.reference, weights)
-    pairs = _read_pairs(config, weights, reference)
+    splits = _read_pairs(config, weights, reference)
+    pairs = splits.train
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
     mesh = make_mesh(config.mesh)
@@ -173,7 +176,7 @@ def open_pairs(
             rewards = score(weights)
             return rewards, {"rewards": rewards}
 
-        return pairs, score_alone
+        return splits, score_alone
     score = prepare(weights, "policy_logps", title="model log-probs")
     reference_logps = np.zeros((len(pairs), 2), np.float32)
     if reference is not None:
@@ -186,27 +189,30 @@ def open_pairs(
         scores = {"logps": logps, "reference_logps": reference_logps}
         return beta * (logps - reference_logps), scores
 
-    return pairs, score_against_reference
+    return splits, score_against_reference
 
 
 def _read_pairs(
     config: EvaluateConfig, weights: Weights, reference: Weights | None
-) -> PreferenceDataset:
+) -> data.Splits:
     """All pairs, tokenized for the model; checks the reference's tokenizer."""
     options = DataOptions(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
-        ignore_fields=config.ignore_fields,
+        **config.for_other(),
         heldout_fraction=0.0,
     )
     folder = weights.folder
     positions = read_architecture(folder).context_length
     options = data.for_model(options, positions)
-    source, tokenizer = data.open_source(config.data), data.load_tokenizer(folder)
+    source = data.open_records(config.data, options, sides=2)
+    tokenizer = data.load_tokenizer(folder)
     whole_turns = is_reward(weights)
     plan = data.make_splits(source, tokenizer, options, whole_turns=whole_turns)
     pairs = plan.train
+    log_skipped(plan.skipped)
     plan.fields.check_ignored(config.ignore_fields)
+    plan.fields.check_mapped(config.mapped)
     for line in (plan.describe(), plan.fields.describe()):
         log(f"{config.data}: {line}")
     if reference is not None:
@@ -217,7 +223,7 @@ def _read_pairs(
             options,
             name=str(config.reference),
         )
-    return pairs
+    return plan
 
 
 def _check_foreign(out: Path) -> None:

@@ -9,10 +9,12 @@ one with the highest posterior probability is chosen: its log-evidence
 The prior is strongly against rates that depend on features.  A policy in training has
 not learned the exact shape of the preference for a feature, and a bias explains what
 remains.  This gains a few nats, and up to ten for many labels.  If labels are biased,
-the evidence for it grows by one nat for every few labels.  A bias that all annotators
-share can still be taken for another one: with 8,192 labels, half of them by length, the
-best explanation was a bias for shorter answers, by over 30 nats.  The comparison is our
-own.
+the evidence for it grows by one nat for every few labels.
+
+A dependence on a feature that all annotators share may be a bias or a preference, and
+even strong evidence for a bias may be wrong: with 8,192 labels, half of them by length,
+the best explanation was a bias for shorter answers, by over 30 nats.  So `select` can
+require that annotators differ.  The comparison is our own.
 """
 
 import dataclasses
@@ -23,13 +25,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxpref.noise import instance, instance_fit
 from jaxpref.noise.instance import Coefficients, Prior
-from jaxpref.noise.instance_fit import Labels
+from jaxpref.noise.instance_labels import Labels
 
 NAMES = ("correct", "one_rate", "annotators", "features", "both")
 """The candidates: labels that are all correct; one flip rate; one for each annotator;
 rates that depend on the features; and both."""
 LOG_PRIOR = (0.0, 0.0, -2.0, -15.0, -15.0)
 """Of each candidate, in nats."""
+DIFFER = 10.0
+"""By how much, in nats, "both" must be more probable than "features" to show that
+annotators differ in how their labels depend on the features."""
 NONE = 1e-9
 """The largest flip rate if all labels are correct: small enough to have no effect."""
 
@@ -70,12 +75,35 @@ def fit(
     """
 
     def one(now: Coefficients, prior: Prior):
-        moved = instance_fit.fit(now, labels, prior=prior, steps=steps)
+        moved = instance_fit.update(now, labels, prior=prior, steps=steps)
         return moved, instance_fit.log_evidence(moved, labels, prior=prior)
 
     moved, evidence = jax.vmap(one)(coefficients, priors(prior))
     posterior = evidence + jnp.asarray(LOG_PRIOR)
     return moved, posterior - posterior[0]
+
+
+def select(
+    log_odds: Float[Array, " candidates"], *, correct_shared: bool
+) -> Int[Array, ""]:
+    """The candidate to use: the most probable one that can be trusted.
+
+    Args:
+      log_odds: from `fit`.
+      correct_shared: whether to correct a dependence on features that all annotators
+        share.  If not, "features" is never used, and "both" only if annotators differ
+        by at least `DIFFER`.  If one of them is nevertheless the most probable, the
+        labels count as correct or have one flip rate; a rate for each annotator would
+        trust those most who follow the features.
+    """
+    if correct_shared:
+        return jnp.argmax(log_odds)
+    features, both = NAMES.index("features"), NAMES.index("both")
+    differ = log_odds[both] - log_odds[features] >= DIFFER
+    most = jnp.argmax(log_odds)
+    usable = (most < features) | ((most == both) & differ)
+    simple = jnp.argmax(log_odds[: NAMES.index("annotators")])
+    return jnp.where(usable, most, simple)
 
 
 def chosen(

@@ -1,8 +1,7 @@
 """Estimates of flip rates that depend on the pair (`jaxpref.noise.instance`).
 
-While a model trains, its margins of the most recent labels are remembered, each from
-before the model was trained on that label.  The coefficients are the most likely ones
-given these margins and the prior.
+The coefficients are the most likely ones given the margins of labels
+(`jaxpref.noise.instance_labels`) and the prior.
 """
 
 import dataclasses
@@ -12,45 +11,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpref.noise import _common
-from jaxpref.noise.instance import Coefficients, Features, Prior, center, rates_of, row
+from jaxpref.noise.instance import Coefficients, Prior, center, initial, rates_of, row
+from jaxpref.noise.instance_labels import Labels
 from jaxpref.noise.rate import WIDEST
-from jaxpref.sharding import replicated
 
-__all__ = [
-    "Estimate",
-    "Labels",
-    "describe",
-    "fit",
-    "log_evidence",
-    "no_labels",
-    "remember",
-]
+__all__ = ["Estimate", "describe", "fit", "log_evidence", "starts", "update"]
 
 SCALE_SPREAD = 1.4
 """Prior standard deviation of t, which expects two of three models to be calibrated
 within a factor of 4."""
-LONGEST_STEP = 0.5
-"""The longest step of a coefficient, in prior standard deviations."""
-SIZES = (1.0, 0.5, 0.25, 0.1, 0.0)
-"""Sizes to choose from for a step, since a full one may go too far."""
+LONGEST_STEP = 1.0
+"""The longest step of any coefficient, in prior standard deviations."""
+SIZES = (2.0, 1.0, 0.3, 0.1, 0.02, 0.0)
+"""Sizes to choose from for a step: a full one may go too far, or not far enough where
+the information overestimates the curvature."""
 BLOCK = 256
 """Labels that are summed at once: a matrix product per block needs little memory."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """N labels, or places for them."""
-
-    margins: Float[Array, " N"]
-    """z, nats, positive where the model agrees with the label."""
-    features: Features
-    """Of the pairs as labeled; [N, E] and [N, O]."""
-    annotators: Int[Array, " N"]
-    """Index of the annotator; -1 if unknown."""
-    where: Bool[Array, " N"]
-    """Which of them are real."""
 
 
 @jax.tree_util.register_dataclass
@@ -75,74 +51,62 @@ class Estimate:
     of the posterior, so that it stays below 1 if there are few of them."""
 
 
-def no_labels(prior: Prior, size: int) -> Labels:
-    """Places for `size` labels, all empty."""
-    features = Features(
-        jnp.zeros((size, len(prior.even)), jnp.float32),
-        jnp.zeros((size, len(prior.odd)), jnp.float32),
-    )
-    return Labels(
-        margins=jnp.zeros(size, jnp.float32),
-        features=features,
-        annotators=jnp.full(size, -1, jnp.int32),
-        where=jnp.zeros(size, bool),
-    )
-
-
-def flat(
-    margin_logits: Float[Array, "*batch"],
-    features: Features,
-    annotators: Int[Array, "*batch"],
-    where: Bool[Array, "*batch"],
-) -> Labels:
-    """The labels of a global batch, on every device; zeros where `where` is false."""
-    arrays = margin_logits, features, annotators, where
-    z, features, annotators, where = jax.tree.map(replicated, arrays)
-    z = jax.lax.stop_gradient(_common.floating(z))
-    column = lambda x: jnp.where(where[..., None], x, 0).reshape(
-        where.size, x.shape[-1]
-    )
-    return Labels(
-        margins=_common.finite(jnp.where(where, z, 0)).ravel(),
-        features=jax.tree.map(column, features),
-        annotators=jnp.where(where, annotators, -1).ravel(),
-        where=where.ravel(),
-    )
-
-
-def remember(labels: Labels, new: Labels) -> Labels:
-    """The newest labels of both, as many as fit into `labels`.
-
-    The result begins with the new labels, followed by the old ones in their order.
-    Empty places are last.
-    """
-    size = len(labels.where)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, labels)
-    # A stable sort, real labels first.
-    order = jnp.argsort(~both.where)[:size]
-    return jax.tree.map(lambda x, old: x[order].astype(old.dtype), both, labels)
-
-
 def fit(
-    coefficients: Coefficients, labels: Labels, *, prior: Prior, steps: int = 20
+    labels: Labels, *, prior: Prior, num_annotators: int, steps: int = 50
 ) -> Coefficients:
     """The most likely coefficients given the labels and the prior.
 
-    By Fisher scoring, with the step of each coefficient limited to half a standard
-    deviation of its prior, and a line search.  The annotators' d_k are eliminated one
-    by one, so that the cost grows linearly with their number.  The likelihood may have
-    several maxima: start from one constant rate.  With thousands of new labels at once,
-    it may also stop far from a maximum, because a step need not lead uphill once its
-    coefficients are limited one by one: add labels in batches, as a run does.
+    The likelihood may have several maxima.  The result is the best of the points that
+    `update` reaches from `starts`.
 
     Args:
-      coefficients: where to start, from `instance.initial` or an earlier fit.
+      labels: margins, features and annotators.
+      prior: the prior.
+      num_annotators: number of known annotators.
+      steps: number of steps from each start.
+    """
+
+    def climb(start: Coefficients) -> tuple[Coefficients, Array]:
+        found = update(start, labels, prior=prior, steps=steps)
+        return found, _cost(found, labels, prior, jnp.ones(()))
+
+    found, costs = jax.lax.map(climb, starts(prior, num_annotators))
+    return jax.tree.map(lambda x: x[jnp.argmin(costs)], found)
+
+
+def starts(prior: Prior, num_annotators: int) -> Coefficients:
+    """Coefficients to start from: S of them, along a new first axis.
+
+    The first is one constant rate.  The others differ from it by one prior standard
+    deviation of one coefficient of w_0, in either direction.
+    """
+    first = initial(prior, num_annotators)
+    of_rate = first.own.shape[1]
+    away = jnp.diag(jnp.sqrt(_variances(prior)))[-of_rate:]
+    common = first.common + jnp.concatenate([0 * away[:1], away, -away])
+    own = jnp.broadcast_to(first.own, (len(common), *first.own.shape))
+    return Coefficients(common, own)
+
+
+def update(
+    coefficients: Coefficients, labels: Labels, *, prior: Prior, steps: int
+) -> Coefficients:
+    """More likely coefficients, uphill from given ones.
+
+    By Fisher scoring: a step goes in the direction (F + P)^-1 gradient, with the Fisher
+    information F and the prior's precision P, which leads uphill.  It is shortened as a
+    whole, until no coefficient moves by more than `LONGEST_STEP`, and then to the best
+    of `SIZES`.  The annotators' d_k are eliminated one by one, so that the cost grows
+    linearly with their number.
+
+    Args:
+      coefficients: where to start, from `instance.initial` or an earlier call.
       labels: margins, features and annotators.
       prior: the prior.
       steps: number of steps; one or two are enough after a few new labels.
 
     Returns:
-      The new coefficients.
+      The new coefficients, never less likely.
     """
 
     def step(_, now: Coefficients) -> Coefficients:
@@ -150,18 +114,16 @@ def fit(
         between, variance = _between(now.own, prior), _variances(prior)
         pull = _over(now.common - center(prior), variance)
         own_score = score[:, -now.own.shape[1] :] - _over(now.own, between)
-        common_step, own_step = _solve(
-            information, jnp.sum(score, 0) - pull, own_score, prior
+        common, own = _solve(information, jnp.sum(score, 0) - pull, own_score, prior)
+        longest = jnp.maximum(
+            jnp.max(jnp.abs(_over(common, jnp.sqrt(variance)))),
+            jnp.max(jnp.abs(_over(own, jnp.sqrt(between)))),
         )
-        limit = lambda x, variance: jnp.clip(
-            x, -LONGEST_STEP * jnp.sqrt(variance), LONGEST_STEP * jnp.sqrt(variance)
-        )
-        common_step, own_step = limit(common_step, variance), limit(own_step, between)
+        sizes = jnp.asarray(SIZES, now.common.dtype)
+        sizes *= LONGEST_STEP / jnp.maximum(longest, LONGEST_STEP)
         tried = jax.vmap(
-            lambda size: Coefficients(
-                now.common + size * common_step, now.own + size * own_step
-            )
-        )(jnp.asarray(SIZES, now.common.dtype))
+            lambda size: Coefficients(now.common + size * common, now.own + size * own)
+        )(sizes)
         base, _, _ = _probability(now, labels, prior)
         costs = jax.vmap(lambda x: _cost(x, labels, prior, base))(tried)
         return jax.tree.map(lambda x: x[jnp.argmin(costs)], tried)

@@ -1,5 +1,7 @@
 """An objective that finds out by itself what is wrong with the labels."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -38,9 +40,14 @@ def auto(
     the loss itself); one flip rate; one for each annotator; rates that depend on the
     features; and on both.  The one with the highest posterior probability is used.
 
+    If all annotators follow the length alike, this may be a bias or a preference, and
+    the labels cannot say which.  Then they count as correct, or have one flip rate.
+    With `length` at 0, rates that depend on the other features are always used, since
+    neither position nor predictor is part of an answer's quality.
+
     With one flip rate, the loss is `rate.shrunken_nll` instead: that of correct labels
     for margins c z, where c is the factor by which flips shrink margins.  The
-    likelihood above would trust labels less, the more the policy contradicts them,
+    likelihood above would trust labels less the more the policy contradicts them,
     which does harm if all annotators share a bias that the policy has learned.
 
     So the margins grow toward the size that correct labels would give, with the same
@@ -85,6 +92,7 @@ def auto(
     )
     pair_rates.check("auto", bound, prior, features, memory, warmup)
     logits = bound.logits()
+    select = functools.partial(candidates.select, correct_shared=length == 0)
 
     def init(num_annotators: int) -> State:
         return {
@@ -94,7 +102,7 @@ def auto(
         }
 
     def rates(inputs: Inputs, state: State) -> tuple[Array, Array]:
-        which = jnp.argmax(state["log_odds"])
+        which = select(state["log_odds"])
         now, own = candidates.chosen(state["coefficients"], which, prior=prior)
         x, who = features.read(inputs), inputs.annotators
         one, other = instance.flip_rates(now, x, who, prior=own)
@@ -105,7 +113,7 @@ def auto(
     def pair_losses(inputs: Inputs, state: State) -> Array:
         z, c = logits(inputs), candidates.shrinkage(state["coefficients"])
         of_rates = instance.label_nll(z, *rates(inputs, state))
-        has_one_rate = jnp.argmax(state["log_odds"]) == ONE_RATE
+        has_one_rate = select(state["log_odds"]) == ONE_RATE
         return jnp.where(has_one_rate, shrunken_nll(z, c), of_rates)
 
     def learn(inputs: Inputs, state: State):
@@ -114,12 +122,12 @@ def auto(
         moved, log_odds = candidates.fit(
             state["coefficients"], seen["labels"], prior=prior, steps=STEPS
         )
-        which, old = jnp.argmax(state["log_odds"]), state["seen"]["labels"]
+        which, old = select(state["log_odds"]), state["seen"]["labels"]
         now, own = candidates.chosen(state["coefficients"], which, prior=prior)
         found = instance_fit.describe(now, old, prior=own)
         metrics = pair_rates.estimate_metrics(found, now.shared, features.names)
         metrics |= pair_rates.posterior_metrics(inputs, z, *rates(inputs, state))
-        metrics |= _choice_metrics(state)
+        metrics |= _choice_metrics(state, which)
         return {"coefficients": moved, "log_odds": log_odds, "seen": seen}, metrics
 
     return wrapping(
@@ -141,12 +149,12 @@ def auto(
     )
 
 
-def _choice_metrics(state: State) -> Metrics:
+def _choice_metrics(state: State, which: Array) -> Metrics:
     """The description in use, and its competitors."""
     log_odds = state["log_odds"]
     odds = zip(candidates.NAMES[1:], log_odds[1:])
     return {
-        "noise/model": jnp.argmax(log_odds).astype(jnp.float32),
+        "noise/model": which.astype(jnp.float32),
         "noise/shrinkage": candidates.shrinkage(state["coefficients"]),
         **{f"noise/log_odds_{name}": value for name, value in odds},
     }

@@ -114,7 +114,8 @@ def instance_noise(
         collected = pair_rates.collect(
             state["seen"], inputs, z, features.read(inputs), warmup=warmup
         )
-        moved = instance_fit.fit(before, collected["labels"], prior=prior, steps=STEPS)
+        labels = collected["labels"]
+        moved = instance_fit.update(before, labels, prior=prior, steps=STEPS)
         found = instance_fit.describe(before, state["seen"]["labels"], prior=prior)
         metrics = pair_rates.estimate_metrics(found, before.shared, features.names)
         metrics |= pair_rates.posterior_metrics(inputs, z, *rates(inputs, state))

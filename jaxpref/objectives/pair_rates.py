@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpref.errors import InputError
-from jaxpref.noise import instance, instance_fit
+from jaxpref.noise import instance, instance_fit, instance_labels
 from jaxpref.noise.instance import Features, Prior
 from jaxpref.objectives import first_pass
 from jaxpref.objectives.bound_loss import BoundLoss
@@ -47,7 +47,7 @@ def check(
 def before(prior: Prior, memory: int) -> State:
     """The state before the first batch: no labels."""
     return {
-        "labels": instance_fit.no_labels(prior, memory),
+        "labels": instance_labels.no_labels(prior, memory),
         "count": jnp.zeros((), jnp.int32),
         "first_pass": first_pass.before(),
     }
@@ -72,11 +72,11 @@ def collect(
     """
     followed = first_pass.follow(inputs, state["first_pass"])
     real = inputs.is_pair & ~followed["ended"]
-    new = instance_fit.flat(
+    new = instance_labels.flat(
         margin_logits, features, inputs.annotators, real & (state["count"] >= warmup)
     )
     return {
-        "labels": instance_fit.remember(state["labels"], new),
+        "labels": instance_labels.remember(state["labels"], new),
         "count": state["count"] + jnp.sum(real, dtype=jnp.int32),
         "first_pass": followed,
     }

@@ -38,6 +38,13 @@ class Line:
         return self.metric.startswith("eval_")
 
 
+SIDES = (
+    ("chosen", "desirable", "best"),
+    ("rejected", "undesirable", "worst"),
+)
+"""Names of better and of worse answers: of pairs, of labeled answers, and of lists."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Panel:
     """Metrics that share an axis."""
@@ -61,10 +68,11 @@ def both(metric: str, title: str, **options: Any) -> Panel:
 
 
 def sides(metric: str, title: str, **options: Any) -> Panel:
-    """A metric of chosen and of rejected answers, in training and held out."""
+    """A metric of better and of worse answers, in training and held out."""
     lines = [
         Line(f"{prefix}{metric}/{side}", f"{side}, {where}", color)
-        for side, colors in (("chosen", PALETTE[0:8:7]), ("rejected", PALETTE[1:4:2]))
+        for names, colors in zip(SIDES, (PALETTE[0:8:7], PALETTE[1:4:2]))
+        for side in names
         for prefix, where, color in zip(("", "eval_"), ("training", "held out"), colors)
     ]
     return Panel(title, tuple(lines), **options)

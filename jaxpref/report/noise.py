@@ -32,4 +32,9 @@ def auto_choice(records: Sequence[Record]) -> str:
         (n for n in range(len(MODELS)) if n != which), key=lambda n: log_odds[n]
     )
     ahead = log_odds[which] - log_odds[next_best]
+    if ahead < 0:
+        return (
+            f'{MODELS[which]}; "{MODELS[next_best]}" explain the labels better '
+            f"(by {-ahead:.1f} nats), but this may be a preference of all annotators"
+        )
     return f'{MODELS[which]} (log-odds of {ahead:.1f} against "{MODELS[next_best]}")'

@@ -218,7 +218,7 @@ def _figures(
         (
             "Rewards and log-probabilities",
             REWARDS,
-            "Means over the chosen and over the rejected answers.",
+            "Means over the better and over the worse answers.",
         ),
         ("Label noise", [FLIP_RATE, *estimates], _noise_caption(records)),
         (

@@ -38,7 +38,7 @@ def test_known_outcomes_give_the_temperature(scale):
 
 @pytest.mark.parametrize(
     "scale",
-    [0.25, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.5, 1.0, 2.0)), 4.0],
+    [0.25, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.5, 1.0, 2.0, 4.0))],
 )
 def test_temperature_and_rate_from_noisy_labels(scale):
     """A reliability of 0.8, which EM alone estimates as 1.00 to 0.72, within 0.01."""

@@ -11,7 +11,7 @@ from scipy.optimize import brentq, minimize
 from scipy.special import expit, logit, logsumexp
 from scipy.stats import norm
 
-from jaxpref.noise import candidates, instance, instance_fit
+from jaxpref.noise import candidates, instance, instance_fit, instance_labels
 from jaxpref.noise.instance import Features, Prior
 
 PRIOR = Prior(odd=(2.0,), largest=1.0)
@@ -23,7 +23,7 @@ def labels_of(z, odd, annotators):
     even = jnp.zeros((len(z), 0))
     features = Features(even, jnp.asarray(odd, jnp.float32)[:, None])
     who = jnp.asarray(annotators, jnp.int32)
-    return instance_fit.flat(jnp.asarray(z, jnp.float32), features, who, where)
+    return instance_labels.flat(jnp.asarray(z, jnp.float32), features, who, where)
 
 
 @functools.partial(jax.jit, static_argnames="num_annotators")
@@ -36,7 +36,7 @@ def log_odds(labels, num_annotators=2):
 def fitted(labels, prior, num_annotators):
     """The estimated rate, and the log-evidence."""
     start = instance.initial(prior, num_annotators)
-    found = instance_fit.fit(start, labels, prior=prior, steps=20)
+    found = instance_fit.update(start, labels, prior=prior, steps=20)
     rate = instance_fit.describe(found, labels, prior=prior).rate
     return rate, instance_fit.log_evidence(found, labels, prior=prior)
 
@@ -88,6 +88,26 @@ def test_each_noise_is_recognized(noise, preference):
     _, found = log_odds(simulated(noise, preference=preference))
     assert candidates.NAMES[int(np.argmax(found))] == noise
     assert found[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("log_odds", "found", "with_shared"),
+    [
+        ([0, -1, -3, -15, -17], "correct", "correct"),
+        ([0, 5, 30, -3, 12], "annotators", "annotators"),
+        # All annotators follow the feature.
+        ([0, 5, 30, 60, 58], "one_rate", "features"),
+        ([0, -2, 30, 60, 58], "correct", "features"),
+        # Whether they differ is unclear, and then clear.
+        ([0, 5, 30, 60, 65], "one_rate", "both"),
+        ([0, 5, 30, 60, 75], "both", "both"),
+    ],
+)
+def test_what_all_annotators_share_may_be_a_preference(log_odds, found, with_shared):
+    for correct_shared, name in ((False, found), (True, with_shared)):
+        odds = jnp.array(log_odds, jnp.float32)
+        which = candidates.select(odds, correct_shared=correct_shared)
+        assert candidates.NAMES[int(which)] == name
 
 
 def test_a_preference_that_the_margins_lack_is_not_a_bias():

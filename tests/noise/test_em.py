@@ -136,7 +136,10 @@ def test_losses_at_special_reliabilities():
 # Recovery
 
 
-@pytest.mark.parametrize("reliability", [0.2, 0.4, 0.6, 0.8, 0.9])
+@pytest.mark.parametrize(
+    "reliability",
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in (0.2, 0.4, 0.9)), 0.6, 0.8],
+)
 @pytest.mark.parametrize("prior", [em.PRIOR, (0.0, 0.0), None])
 def test_recovers_one_reliability(reliability, prior):
     """P5: within 0.01 with 200,000 calibrated votes, and a short interval."""
@@ -322,7 +325,7 @@ def test_interval_of_annotators_without_votes_is_the_prior():
         np.testing.assert_allclose(found.reliability[1], 0.9, rtol=1e-6)
 
 
-@pytest.mark.parametrize("votes_per_item", [1, 5])
+@pytest.mark.parametrize("votes_per_item", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_intervals_have_the_stated_coverage(votes_per_item):
     """At each reliability of a mixed crowd, under the pooled prior."""
     shares = em_coverage(
