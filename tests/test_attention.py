@@ -13,7 +13,7 @@ from jaxpref.models.attention import (
     packed_attention,
 )
 from jaxpref.models.blockwise import BLOCK
-from jaxpref.models.layout import SPECS
+from jaxpref.models.layout import SPECS, reshard
 
 H, G, K = 4, 2, 8
 
@@ -197,7 +197,7 @@ def test_a_mesh_changes_nothing(sizes):
         devices=jax.devices()[:count],
     )
     with jax.set_mesh(mesh):
-        spread = run(jax.reshard)
+        spread = run(reshard)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         spread,

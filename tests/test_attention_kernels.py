@@ -19,7 +19,7 @@ from jaxpref.models.attention_kernels import (
     splash,
     splash_packed,
 )
-from jaxpref.models.layout import SPECS
+from jaxpref.models.layout import SPECS, reshard
 from tests.test_attention import arrays, by_definition, positions_of, rows, seen
 
 AXES = ("data", "fsdp", "tensor")
@@ -125,12 +125,12 @@ def test_splash_on_a_mesh_changes_nothing(packed, monkeypatch):
     mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Explicit,) * 3)
 
     def attend(*qkv):
-        heads = (jax.reshard(x, SPECS.heads) for x in qkv)
-        tokens = (jax.reshard(x, SPECS.tokens) for x in segments)
+        heads = (reshard(x, SPECS.heads) for x in qkv)
+        tokens = (reshard(x, SPECS.tokens) for x in segments)
         return attention.packed_attention(*heads, attention.Segments(*tokens))
 
     with jax.set_mesh(mesh):
-        cotangents = jax.reshard(cotangents, SPECS.heads)
+        cotangents = reshard(cotangents, SPECS.heads)
         close(gradients_of(attend, cotangents)(*qkv), expected)
 
 

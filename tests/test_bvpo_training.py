@@ -301,7 +301,7 @@ def whole(pairs):
     ("sizes", "accumulation"),
     [
         pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
-        ((4, 1, 2), 1),
+        pytest.param((4, 1, 2), 1, marks=pytest.mark.slow),
         pytest.param((1, 4, 2), 1, marks=pytest.mark.slow),
         ((1, 1, 1), 4),
     ],
@@ -369,7 +369,7 @@ def test_records_come_from_both_files(tmp_path):
     read = functools.partial(
         read_datasets,
         byte_tokenizer(),
-        num_completions=2,
+        kind=data.PAIRS,
         mix=data.MixOptions(empty_data=empty),
         train=traces,
     )

@@ -88,7 +88,7 @@ def test_help_of_a_loss_and_an_objective(shown):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command, shown):
-    assert f"usage: jaxpref {command} --" in shown(command, "--help-all")
+    assert f"usage: jaxpref {command} " in shown(command, "--help-all")
     module = __import__(f"jaxpref.cli.{command}", fromlist=["options"])
     assert not [o.name for o in module.options().values() if not o.help]
 
@@ -173,6 +173,8 @@ COMPLETIONS = {
     "sample --mo": ["--model"],
     "merge --method s": ["slerp"],
     "merge --layer": ["--layer-weights"],
+    "data in": ["inspect"],
+    "data convert --see": ["--seed"],
 }
 
 
@@ -249,7 +251,7 @@ def test_the_form_of_a_printed_config(capsys):
         "prior-wrong": 1.0,
         "memory": 10000.0,
     }
-    assert content["mesh"] == {"data": None, "fsdp": -1, "tensor": 1}
+    assert content["mesh"] == {"data": None, "fsdp": -1, "expert": 1, "tensor": 1}
     assert content["inject"]["flip-rate"] is None
     assert (content["max-steps"], content["max-length"]) == (1000, 64)
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxpref.data import DataOptions, InjectOptions, ListSource, make_splits
+from jaxpref.data import ANSWERS, DataOptions, InjectOptions, ListSource, make_splits
 from jaxpref.data.inject import fields_read, read_noise
 from jaxpref.data.noise import flip_pairs
 from jaxpref.data.records import parse
@@ -283,5 +283,5 @@ def test_files_and_fields_that_do_not_fit(tmp_path):
             ListSource([{"prompt": "a", "completion": "b"}]),
             TOKENIZER,
             DataOptions(inject=InjectOptions(prefer_longer=0.2)),
-            sides=1,
+            kind=ANSWERS,
         )

@@ -322,6 +322,8 @@ def test_reattaching_and_stopping(cloud):
     assert code == 2 and "is running another experiment; stop it first" in printed
     code, printed = cloud.launch("status", *WHERE)
     assert code == 0 and printed.count(" running\n") == 2
+    for worker in ("0-0", "0-1"):  # until then, a signal finds no Python to handle it
+        wait_for(cloud.folder / "gs/b/x/demo" / worker)
     code, printed = cloud.launch("stop", *WHERE)
     assert code == 0, printed
     code, printed = cloud.launch("follow", *WHERE)
@@ -482,7 +484,11 @@ def test_shellcheck():
 
 
 def test_local_runs_the_supervisor(tmp_path):
-    body = "import os; print(os.environ['JAX_PROCESS_ID'], os.environ['JAX_PLATFORMS'])"
+    # One write each, since the processes share the pipe.
+    body = (
+        "import os; e = os.environ;"
+        'os.write(1, f\'{e["JAX_PROCESS_ID"]} {e["JAX_PLATFORMS"]}\\n\'.encode())'
+    )
     done = subprocess.run(
         [SCRIPT, "--local", "2", "--", "python", "-c", body],
         cwd=tmp_path,

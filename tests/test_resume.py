@@ -16,6 +16,7 @@ from jaxpref import data, losses
 from jaxpref.data.read import read_datasets
 from jaxpref.errors import InputError
 from jaxpref.files import LOCK
+from jaxpref.models.weights import Weights
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.digests import digest_of_meta
 from jaxpref.runtime.provenance import (
@@ -176,15 +177,16 @@ def names_of(folder: Path) -> dict[str, Content]:
     datasets = read_datasets(
         tokenizer,
         data.DataOptions(max_length=64, heldout_fraction=0.2),
-        num_completions=2,
+        kind=data.PAIRS,
         mix=None,
         train=str(folder / "pairs.jsonl"),
         heldout=None,
     )
+    weights = Weights(folder / "reference")
     reference = types.SimpleNamespace(
-        folder=folder / "reference", adapter=None, name="reference"
+        folder=weights.folder, weights=weights, name="reference"
     )
-    return provenance.contents(folder / "model", reference, datasets)
+    return provenance.contents(Weights(folder / "model"), reference, datasets)
 
 
 def sampled_by(model: Path, **fields) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, memory, scaling
+from benchmarks import gpu, memory, sampling, scaling
 from benchmarks.random_steps import (
     packed_batch,
     padded_batch,
@@ -20,7 +20,7 @@ from benchmarks.random_steps import (
 )
 from jaxpref.errors import InputError
 from jaxpref.models import build, logprobs
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import make_model_folder, tiny_config, tiny_params
 
 LENGTHS = np.array([[3, 4, 6], [5, 2, 3], [2, 7, 4], [4, 4, 5]])
 
@@ -207,3 +207,32 @@ def test_sizes_of_a_quick_run():
     assert scaling.turns_of(config) == 3 and scaling.turns_of(quick) == 2
     with pytest.raises(InputError, match="give at least two"):
         scaling.ScalingConfig(lengths=(256,))
+
+
+def test_the_sampler_benchmark_asks_all_systems_the_same(tmp_path):
+    make_model_folder(tmp_path / "m")
+    options = sampling.Options(model=str(tmp_path / "m"), json="x", prompts=50)
+    job = sampling.job_of(options, 0)
+    assert job == sampling.job_of(options, 0) != sampling.job_of(options, 1)
+    assert set(map(len, job["prompts"])) <= set(range(8, 65))
+    assert job["cases"]["fixed"] == [256] * 50
+    mixed = job["cases"]["mixed"]
+    assert max(mixed) == 256 and 8 <= min(mixed) < 40
+    with pytest.raises(InputError, match="--cases long: the cases are fixed and mixed"):
+        sampling.job_of(dataclasses.replace(options, cases="long"), 0)
+    runs = [
+        {
+            "case": "fixed",
+            "system": system,
+            "tokens": 60,
+            "seconds": s,
+            "cpu_seconds": 2,
+        }
+        for system, s in [("jaxpref", 1), ("jaxpref", 2), ("jaxpref", 6), ("torch", 3)]
+    ]
+    assert sampling.medians(runs) == {
+        "fixed": {
+            "jaxpref": {"tokens_per_second": 30, "tokens_per_cpu_second": 30},
+            "torch": {"tokens_per_second": 20, "tokens_per_cpu_second": 30},
+        }
+    }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpref.data import (
+    ANSWERS,
     DataOptions,
     InjectOptions,
     ListSource,
@@ -146,7 +147,7 @@ def test_max_pairs_keeps_the_pairs_of_a_record_together():
 def test_supervised_examples_of_every_trace():
     records = [{"prompt": "q", "completion": side(["t", "v"], "a")}, record()]
     plan = make_splits(
-        ListSource(records), TOKENIZER, DataOptions(heldout_fraction=0.0), sides=1
+        ListSource(records), TOKENIZER, DataOptions(heldout_fraction=0.0), kind=ANSWERS
     )
     texts = [TOKENIZER.decode(plan.train.completion(n, 0)) for n in range(3)]
     assert texts == [f"<think>{t}</think>a</s>" for t in "tvt"]

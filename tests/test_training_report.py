@@ -374,6 +374,14 @@ def test_the_summary_of_a_run():
         "labels: one flip rate for each annotator (log-odds of 12.2 against "
         '"flip rates that depend on annotator and features")'
     )
+    noise["noise/log_odds_features"] = 30.0
+    chosen[-1] |= noise | {"noise/model": 1.0}
+    found = summary_lines(chosen, seconds=252, out="a", exports=["b"])
+    assert found[-3] == (
+        'labels: one flip rate for all labels; "flip rates that depend on features of '
+        'the pair" explain the labels better (by 27.0 nats), but this may be a '
+        "preference of all annotators"
+    )
     resumed = summary_lines(RUN, seconds=48, out="b", exports=["c", "d"], start=2)
     assert resumed[0] == "steps 3 to 4 in 48 seconds, 21.2 pairs per second"
     assert resumed[-1] == "export: c, d"

@@ -126,7 +126,7 @@ TOKENIZER = byte_tokenizer(template=CHATML)
 @fuzzed
 @given(
     st.lists(record.map(json.dumps) | st.text(max_size=40), min_size=1, max_size=4),
-    st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, None]),
     st.sampled_from([None, 4, 16]),
 )
 def test_records(tmp_path_factory, lines, sides, max_length):
@@ -135,7 +135,8 @@ def test_records(tmp_path_factory, lines, sides, max_length):
     options = data.DataOptions(max_length=max_length, drop_empty=True)
 
     def splits():
-        return data.make_splits(data.open_source(path), TOKENIZER, options, sides=sides)
+        kind = data.Kind(sides)
+        return data.make_splits(data.open_source(path), TOKENIZER, options, kind=kind)
 
     clean(splits)
     clean(lambda: data.read_prompts(data.open_source(path), TOKENIZER, limit=9))

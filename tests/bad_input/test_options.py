@@ -40,7 +40,7 @@ def test_an_unknown_command(refuse):
             ["--loss", "sft", "--objective", "em"],
             ["--objective em: sft has its own objective"],
         ),
-        (["--data", "a", "--data", "b"], ["--data: given more than once"]),
+        (["--data", "a", "--data", "a"], ["--data a: is given more than once"]),
         (["--max_steps", 3], ["--max-steps: given more than once"]),
         (["--seed", 1, "--seed=2"], ["--seed: given more than once"]),
     ],

@@ -93,7 +93,7 @@ def test_values_that_no_option_takes(command, name):
         assert "\0" not in complaint, complaint
 
 
-MESH = {f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")}
+MESH = {f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "tensor")}
 """-1 stands for the remaining devices; the product is checked with the devices."""
 
 

@@ -129,7 +129,7 @@ def test_a_forward_probe_computes_all_inner_products():
         assert abs(values.mean() - truth) <= 4 * values.std() / 4000**0.5, name
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sharding_does_not_matter(stacked):
     """Leaves, and stacked draws, sharded over eight devices."""
     gradient = {

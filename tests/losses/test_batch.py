@@ -149,7 +149,10 @@ def test_ranked_losses_ignore_shifts(loss):
 
 
 @pytest.mark.parametrize("row", COUPLED, ids=lambda row: row.name)
-@pytest.mark.parametrize("shape", [(16,), (8, 2), (1, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [(16,), *(pytest.param(x, marks=pytest.mark.slow) for x in ((8, 2), (1, 16)))],
+)
 def test_sharding_of_the_batch_does_not_matter(row, shape):
     """Any mesh and layout, and padding on one device only, give the same numbers."""
     options = row.options[-1]

@@ -136,7 +136,13 @@ FOUND = {
 SIZES = (2_000, 8_000, 32_000)
 
 
-@pytest.mark.parametrize(("name", "rate"), FOUND)
+def mostly_slow(cases, fast):
+    """The cases, of which all but one are marked slow."""
+    slow = lambda case: pytest.param(*case, marks=pytest.mark.slow)
+    return [case if case == fast else slow(case) for case in cases]
+
+
+@pytest.mark.parametrize(("name", "rate"), mostly_slow(FOUND, ("rdpo", 0.2)))
 def test_errors_are_those_found_before(name, rate):
     """P17: within three standard deviations between draws, and half a last digit."""
     for n, found in zip(SIZES, FOUND[name, rate]):
@@ -144,7 +150,10 @@ def test_errors_are_those_found_before(name, rate):
         assert abs(found - errors.mean()) < 3 * errors.std(ddof=1) + 0.005
 
 
-@pytest.mark.parametrize(("name", "rate"), [(k, e) for k in BIAS for e in (0.2, 0.4)])
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    mostly_slow([(k, e) for k in BIAS for e in (0.2, 0.4)], ("dpo", 0.2)),
+)
 def test_bias_does_not_fall_with_n(name, rate):
     """P17: dpo and cdpo go to a wrong theta, the one their mean loss has."""
     flipped = lambda p: (1 - rate) * p + rate * (1 - p)
@@ -159,7 +168,8 @@ def test_bias_does_not_fall_with_n(name, rate):
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("rdpo", 0.2), ("rdpo", 0.4), ("forward_dpo", 0.2)]
+    ("name", "rate"),
+    mostly_slow([("rdpo", 0.2), ("rdpo", 0.4), ("forward_dpo", 0.2)], ("rdpo", 0.2)),
 )
 def test_corrected_error_falls_as_one_over_root_n(name, rate):
     """P17: a log-log slope of -1/2, and ||theta - theta*|| near 0 in the end.

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from jaxpref.models import RewardModel
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
-from jaxpref.sampling import generate, left_pad
+from jaxpref.sampling import generate, pad
 from tests.family_cases import CASES, fields_of
 from tests.parity.test_huggingface import load, torch_logits, torch_model
 
@@ -65,8 +65,8 @@ def test_logits_text_and_weights_agree_both_ways(folder, tmp_path):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
     prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :9].tolist()]
-    tokens, lengths = left_pad(prompts)
-    new, _ = generate(
+    tokens, lengths = pad(prompts)
+    new, *_ = generate(
         model,
         params,
         tokens,

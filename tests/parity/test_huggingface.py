@@ -15,7 +15,7 @@ from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import architecture_to_fields, read_architecture
 from jaxpref.models.rotary import Llama3Scaling
-from jaxpref.sampling import generate, left_pad
+from jaxpref.sampling import generate, pad
 
 pytestmark = pytest.mark.parity
 
@@ -172,8 +172,8 @@ def test_greedy_text_agrees_on_the_real_model(stories260k):
     tokenizer = transformers.AutoTokenizer.from_pretrained(stories260k)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     model, params = load(stories260k)
-    tokens, lengths = left_pad(prompts)
-    ours, counts = generate(
+    tokens, lengths = pad(prompts)
+    ours, counts, *_ = generate(
         model,
         params,
         tokens,

@@ -21,8 +21,10 @@ pytestmark = pytest.mark.parity
 STEPS, BATCH, BETA = 20, 4, 0.1
 
 
-def jaxpref_losses(model, pairs_file, out, *, dtype: str, learning_rate: float):
-    command = [sys.executable, "-m", "jaxpref", "train", "--loss", "dpo"]
+def jaxpref_losses(
+    model, pairs_file, out, *, dtype: str, learning_rate: float, loss="dpo", **more
+):
+    command = [sys.executable, "-m", "jaxpref", "train", "--loss", loss]
     options = {
         "model": model,
         "data": pairs_file,
@@ -42,7 +44,7 @@ def jaxpref_losses(model, pairs_file, out, *, dtype: str, learning_rate: float):
         "log-every": 1,
         "eval-every": 1000,
         "seed": 7,
-    }
+    } | more
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     environment = os.environ | {"JAX_ENABLE_X64": "1" if dtype == "float64" else "0"}
@@ -53,12 +55,15 @@ def jaxpref_losses(model, pairs_file, out, *, dtype: str, learning_rate: float):
     return np.array([row["loss"] for row in map(json.loads, lines) if "loss" in row])
 
 
-def batches(model, pairs_file):
+def batches(model, pairs_file, kind=data.PAIRS):
     options = data.DataOptions(
         max_length=128, max_prompt_length=64, max_pairs=100, heldout_fraction=0.0
     )
     plan = data.make_splits(
-        data.open_source(str(pairs_file)), data.load_tokenizer(str(model)), options
+        data.open_source(str(pairs_file)),
+        data.load_tokenizer(str(model)),
+        options,
+        kind=kind,
     )
     layout = data.padded_layout(plan.train, batch_size=BATCH)
     return layout.batches(plan.train, data.uniform(plan.train, 7), threads=0)
@@ -74,9 +79,8 @@ def torch_logps(model, batch):
     ends = torch.tensor(batch.lengths[0]).reshape(-1, 1)
     starts = ends - torch.tensor(batch.completion_lengths[0]).reshape(-1, 1)
     position = torch.arange(1, length)[None]
-    return (
-        (chosen * ((position >= starts) & (position < ends))).sum(-1).reshape(rows, 2)
-    )
+    own = (position >= starts) & (position < ends)
+    return (chosen * own).sum(-1).reshape(rows, sides)
 
 
 def rotary_in_full_precision(self, x, position_ids):
@@ -95,7 +99,12 @@ def rms_norm_in_full_precision(self, x):
     return self.weight * (x * scale)
 
 
-def torch_losses(folder, iterator, *, dtype, learning_rate, monkeypatch):
+def dpo(ratio, batch):
+    """The DPO loss of log-ratios [R, 2]."""
+    return -torch.nn.functional.logsigmoid(BETA * (ratio[:, 0] - ratio[:, 1])).mean()
+
+
+def torch_losses(folder, iterator, *, dtype, learning_rate, monkeypatch, loss_of=dpo):
     from transformers import LlamaForCausalLM
     from transformers.models.llama import modeling_llama as llama
 
@@ -125,9 +134,7 @@ def torch_losses(folder, iterator, *, dtype, learning_rate, monkeypatch):
         with torch.no_grad():  # kept in float32, as jaxpref keeps them on disk
             before = torch_logps(reference, batch).float().to(dtype)
         ratio = torch_logps(model, batch) - before
-        loss = -torch.nn.functional.logsigmoid(
-            BETA * (ratio[:, 0] - ratio[:, 1])
-        ).mean()
+        loss = loss_of(ratio, batch)
         optimizer.zero_grad()
         loss.backward()
         gradients = [p.grad for p in model.parameters()]
