@@ -198,7 +198,9 @@ def _of(kind: type, prefix: str) -> list[Option]:
     hints = typing.get_type_hints(kind, include_extras=True)
     docs = _docs(kind)
     found = []
-    for field in dataclasses.fields(kind):
+    # A class's own options come before those that several commands share.
+    own = inspect.get_annotations(kind)
+    for field in sorted(dataclasses.fields(kind), key=lambda x: x.name not in own):
         name = _name(field, prefix)
         hint = hints[field.name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):

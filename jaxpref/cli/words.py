@@ -1,9 +1,9 @@
 """Splitting a command line into options and their values."""
 
-import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from jaxpref.errors import InputError
+from jaxpref.errors import closest as closest
 
 Given = dict[str, list[str]]
 """Option name without its dashes -> the words after it."""
@@ -51,17 +51,3 @@ def take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
             del argv[index : index + 1 + ("=" not in argument)]
             return given[0], argv
     return None, argv
-
-
-def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """The end of a message, "; did you mean NAME?"; empty if no name is similar."""
-    names = list(names)
-    last = name.rpartition(".")[2]
-    # `--flip-rate` for `--loss.flip-rate`: the namespace was forgotten.
-    near = [n for n in names if n.rpartition(".")[2] == last]
-    if not near:
-        near = difflib.get_close_matches(name, names, n=4, cutoff=0.6)
-        # Swapped letters (rdop for rdpo) come before changed letters (ropo).
-        near = sorted(near, key=lambda n: sorted(n) != sorted(name))[:1]
-    listed = " or ".join(prefix + n for n in near)
-    return f"; did you mean {listed}?" if near else ""
