@@ -42,6 +42,8 @@ def test_rules():
     ]
     assert pairs_of(SCORED, rule="all", min_gap=3) == [("a", "d", 3), ("a", "c", 3)]
     assert pairs_of(SCORED | {"scores": [1, 1, 1, 1]}, rule="all") == []
+    nothing = {"prompt": "q", "completions": [], "scores": []}
+    assert all(pairs_of(nothing, rule=x) == [] for x in ("all", "best-worst"))
 
 
 def test_best_against_random_is_uniform_and_depends_on_content_alone():

@@ -14,7 +14,8 @@ from jaxpref.cli.words import closest, split
 from jaxpref.data.convert import convert
 from jaxpref.data.inspection import Inspection, Segment, inspect_pairs, segments
 from jaxpref.data.kinds import ANSWERS, PAIRS, Kind
-from jaxpref.data.make_pairs import Rule, joined_pairs, ranked_pairs, read_answers
+from jaxpref.data.make_pairs import joined_pairs, ranked_pairs, read_answers
+from jaxpref.data.records.best_pair import Rule
 from jaxpref.errors import InputError, paint, show
 from jaxpref.files import check_output, write_whole
 from jaxpref.models.folder_config import is_reward_model, read_architecture

@@ -10,14 +10,12 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from jaxpref.data.hashing import hash_uniforms
+from jaxpref.data.records.best_pair import Rule, best_pair
 from jaxpref.data.records.example import prompt_key
 from jaxpref.data.sources import Source
 from jaxpref.errors import InputError
-
-Rule = Literal["best-worst", "best-random", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +84,9 @@ def ranked_pairs(
 
     Args:
       answers: with scores.
-      where: "file row n", for errors and as the seed of `best-random`.
-      rule: "best-worst"; "best-random" (the best against a random worse one, as for
-        Zephyr, Tunstall et al. 2023, arXiv:2310.16944); or "all" pairs.
+      where: "file row n", for errors.
+      rule: which pairs; see `best_pair`.  Which answer "best-random" draws depends on
+        the content of the record.
       min_gap: minimum difference of the scores, >= 0; equal scores never make a pair.
 
     Raises:
@@ -99,16 +97,13 @@ def ranked_pairs(
             f"{where}: the answers have no scores; add 'scores', or pass --against"
         )
     scores = answers.scores
-    order = sorted(range(len(scores)), key=lambda n: -scores[n])
-    far = lambda a, b: scores[a] - scores[b] >= min_gap and scores[a] > scores[b]
-    pairs = [(a, b) for a, b in itertools.combinations(order, 2) if far(a, b)]
-    if rule != "all" and pairs:
-        pairs = [(a, b) for a, b in pairs if a == order[0]]
-        number = len(pairs) - 1
-        if rule == "best-random":
-            (u,) = hash_uniforms([_text_key(answers)], salt="best-random")
-            number = int(u * len(pairs))
-        pairs = [pairs[number]]
+    if rule == "all":
+        order = sorted(range(len(scores)), key=lambda n: -scores[n])
+        far = lambda a, b: scores[a] - scores[b] >= min_gap and scores[a] > scores[b]
+        pairs = [(a, b) for a, b in itertools.combinations(order, 2) if far(a, b)]
+    else:
+        one = best_pair(scores, rule, key=_text_key(answers), min_gap=min_gap)
+        pairs = [] if one is None else [one]
     for a, b in pairs:
         gap = scores[a] - scores[b]
         numbers = {

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from jaxpref.data.records import FORMATS
 from jaxpref.data.records.adapters import ADAPTERS, Adapter, PairRules
+from jaxpref.data.records.best_pair import Rule
 from jaxpref.data.records.mapping import read_fields
 from jaxpref.errors import InputError, closest
 
@@ -23,7 +24,7 @@ class RecordOptions:
     format: str | None = None
     """The format of all records, such as ultrafeedback (default: detect it for each
     record); docs/data.md lists them."""
-    pairs: Literal["best-worst", "best-random", "all"] = "best-random"
+    pairs: Rule = "best-random"
     """Which pairs are made from a record with several scored answers: the best with the
     worst, the best with a random worse one, or all with different scores."""
     votes: Literal["each", "majority"] = "each"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxpref.data.cells import from_cell
-from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.labels import LARGEST
+from jaxpref.data.records.best_pair import best_pair
 from jaxpref.data.records.checks import field, kind
 from jaxpref.data.records.fields import Record
 from jaxpref.data.records.view import Rewritten
@@ -220,9 +220,8 @@ def by_scores(
 ) -> list[Rewritten]:
     """Pairs of answers whose scores differ.
 
-    "best-worst" is the best answer with the worst, and "best-random" with any that is
-    worse, drawn by a hash of the record: the recipe of UltraFeedback
-    (arXiv:2310.16944, section 4).  "all" is every pair.
+    "all" is every pair; for the other rules, see `best_pair`.  Which answer is drawn
+    depends on the content of the record.
 
     Args:
       prompt: the field's name in the file, and its value.
@@ -237,19 +236,12 @@ def by_scores(
         lists = {"completions": [x for _, x in answers], "scores": [*scores]}
         return [Rewritten({"prompt": prompt[1], **lists, **others}, part=part)]
     order = sorted(range(len(answers)), key=lambda n: -scores[n])
-    best = order[0]
-    worse = [n for n in order if scores[n] < scores[best]]
-    if not worse:
+    key = json.dumps([prompt[1], [x for _, x in answers]], default=str)
+    one = best_pair(scores, rules.pairs, key=key)
+    if one is None:
         two = [answers[n] for n in order[:2]]
         return [pair(prompt, *two, reason=SAME_SCORE, part=part, **others)]
-    if rules.pairs == "all":
-        found = [*itertools.combinations(order, 2)]
-    elif rules.pairs == "best-worst":
-        found = [(best, worse[-1])]
-    else:
-        text = json.dumps([prompt[1], [x for _, x in answers]], default=str)
-        (u,) = hash_uniforms([text], salt="best-random")
-        found = [(best, worse[int(u * len(worse))])]
+    found = [*itertools.combinations(order, 2)] if rules.pairs == "all" else [one]
     many = len(found) > 1
     return [
         pair(
