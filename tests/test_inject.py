@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpref.data import ANSWERS, DataOptions, InjectOptions, ListSource, make_splits
-from jaxpref.data.inject import fields_read, read_noise
+from jaxpref.data.inject import fields_read, read_noise, subject
 from jaxpref.data.noise import flip_pairs
 from jaxpref.data.records import parse
 from jaxpref.errors import InputError
@@ -46,7 +46,8 @@ def labeled(rows, **options):
     found = []
     for n, row in enumerate(rows):
         example = parse(row, f"row {n}", sides=2, values=fields_read(inject))
-        found.append(noise.label(example, f"id {n}", f"row {n}"))
+        pair = subject(example, noise.topic)
+        found.append(noise.label(pair, f"id {n}", f"row {n}"))
     noise.check_used("the rows")
     names, flips = zip(*found)
     return names, np.array(flips)

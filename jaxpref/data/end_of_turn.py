@@ -8,6 +8,7 @@ A reward model reads a conversation to the end of the template, since `transform
 takes the score at the last token of `apply_chat_template(chat)`.  Nothing is appended.
 """
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,50 +51,67 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys((tokenizer.eos_token_id, *folder)))
 
 
-def end_text(completion: Sequence[int], tokenizer: Any) -> list[int]:
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """The special tokens at the ends of texts; a tokenizer takes long to name them."""
+
+    tokenizer: Any
+    eos: int
+    bos: int | None
+    stops: tuple[int, ...]
+    """See `stop_tokens`."""
+
+
+def ends_of(tokenizer: Any) -> Ends:
+    """The special tokens of a tokenizer from `load_tokenizer`."""
+    own = tokenizer.eos_token_id, tokenizer.bos_token_id
+    return Ends(tokenizer, *own, stop_tokens(tokenizer))
+
+
+def end_text(completion: Sequence[int], ends: Ends) -> list[int]:
     """A text's completion with one stop token at its end.
 
     The text may already end with stop tokens, and whitespace after them, if it was
     rendered beforehand.
     """
-    stops = stop_tokens(tokenizer)
-    body, first = list(completion), tokenizer.eos_token_id
+    stops = ends.stops
+    body, first = list(completion), ends.eos
     last = _last(body, stops)
     rest = body[last + 1 :]
-    if last >= 0 and not tokenizer.decode(rest, skip_special_tokens=True).strip():
+    decode = ends.tokenizer.decode
+    if last >= 0 and not decode(rest, skip_special_tokens=True).strip():
         body = body[: last + 1]
     while body and body[-1] in stops:
         first = body.pop()
     return [*body, first]
 
 
-def end_turn(
-    completion: Sequence[int], tail: Sequence[int], tokenizer: Any
-) -> list[int]:
+def end_turn(completion: Sequence[int], tail: Sequence[int], ends: Ends) -> list[int]:
     """A turn's completion up to the first stop token after its text.
 
     Args:
       completion: the tokens of the turn.
       tail: the tokens that the template writes after the text.
-      tokenizer: from `load_tokenizer`.
+      ends: of the tokenizer.
     """
-    stops = stop_tokens(tokenizer)
+    stops = ends.stops
     first = next((n for n, token in enumerate(tail) if token in stops), None)
     if first is None:
-        return end_text(completion, tokenizer)
+        return end_text(completion, ends)
     # Stop tokens are never merged with their neighbors, so what follows is the same.
     after = len(tail) - first - 1
     return list(completion[: len(completion) - after])
 
 
-def holds_an_end(completion: Sequence[int], tokenizer: Any, *, bos: int | None) -> bool:
+def holds_an_end(completion: Sequence[int], ends: Ends) -> bool:
     """Whether BOS or a stop token comes before the last stop token of a completion."""
-    marks = {*stop_tokens(tokenizer), bos}
-    last = _last(completion, stop_tokens(tokenizer))
+    last = _last(completion, ends.stops)
     inner = completion if last < 0 else completion[:last]
-    return any(token in marks for token in inner)
+    return any(token in inner for token in (*ends.stops, ends.bos))
 
 
 def _last(tokens: Sequence[int], wanted: Collection[int]) -> int:
     """The index of the last of the wanted tokens, or -1."""
-    return max((n for n, token in enumerate(tokens) if token in wanted), default=-1)
+    if not any(token in tokens for token in wanted):
+        return -1
+    return max(n for n, token in enumerate(tokens) if token in wanted)

@@ -6,6 +6,7 @@ that the same pairs are flipped for every model.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,19 @@ class SimulatedAnnotator:
 
 
 @dataclasses.dataclass(frozen=True)
+class Subject:
+    """What the noise depends on of a pair."""
+
+    annotator: str | None
+    characters: tuple[int, ...]
+    """Length of each completion."""
+    values: Mapping[str, Any]
+    """The fields that `fields_read` names."""
+    matches: bool
+    """Whether the prompt contains the topic."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Noise:
     """The noise of a run: its options, and the contents of the files that they name."""
 
@@ -69,12 +83,12 @@ class Noise:
             )
 
     def label(
-        self, example: Example, record_id: str, place: str
+        self, pair: Subject, record_id: str, place: str
     ) -> tuple[str | None, bool]:
         """The annotator of a training pair, and whether its label is flipped.
 
         Args:
-          example: the pair, with the fields that `fields_read` names in `values`.
+          pair: from `subject`.
           record_id: determines annotator and flip, together with the seed.
           place: "file row n", for errors.
 
@@ -82,7 +96,7 @@ class Noise:
           InputError: if a field has a value that cannot be used.
         """
         seed = self.options.seed or 0
-        annotator, rate = example.annotator, self._rate(example, place)
+        annotator, rate = pair.annotator, self._rate(pair, place)
         share = self.options.prefer_longer or 0.0
         if self.annotators:
             if annotator is not None:
@@ -95,36 +109,36 @@ class Noise:
             annotator = drawn(self.annotators, u)
             rate = self.annotators[annotator].flip_rate
             share = self.annotators[annotator].prefer_longer
-        if len(example.completions) == 2:
-            rate = with_length_bias(rate, share, *map(len, example.texts))
+        if len(pair.characters) == 2:
+            rate = with_length_bias(rate, share, *pair.characters)
         (flip,) = flip_symmetric([record_id], rate=rate, seed=seed)
         return annotator, bool(flip)
 
-    def _rate(self, example: Example, place: str) -> float:
+    def _rate(self, pair: Subject, place: str) -> float:
         """The flip rate of a pair, apart from labels given by length."""
         options, otherwise = self.options, self.options.flip_rate or 0.0
         if self.rates:
-            value = self._value(example, place)
+            value = self._value(pair, place)
             if value is None:
                 return otherwise
             self.found.add(value)
             return self.rates.get(value, otherwise)
         if self.topic is not None:
-            if self.topic.search(prompt_text(example)) is None:
+            if not pair.matches:
                 return otherwise
             self.found.add(self.topic.pattern)
             return options.topic_rate or 0.0
         if options.margins is not None and options.temperature is not None:
-            margin = _number(example.values[options.margins], options.margins, place)
+            margin = _number(pair.values[options.margins], options.margins, place)
             return float(margin_rates(np.asarray(margin), options.temperature))
         return otherwise
 
-    def _value(self, example: Example, place: str) -> str | None:
+    def _value(self, pair: Subject, place: str) -> str | None:
         """The value of the field `options.by`, as in the file of rates."""
         by = self.options.by or ANNOTATOR
         if by == ANNOTATOR:
-            return example.annotator
-        value = example.values[by]
+            return pair.annotator
+        value = pair.values[by]
         if value is None or isinstance(value, str):
             return value
         if isinstance(value, bool):
@@ -165,19 +179,37 @@ def read_noise(options: InjectOptions) -> Noise:
     Raises:
       InputError: if a file or the regular expression is wrong.
     """
-    topic = None
-    if options.topic is not None:
-        try:
-            topic = re.compile(options.topic)
-        except re.error as error:
-            raise InputError(
-                f"--inject.topic {options.topic}: is not a regular expression ({error})"
-            ) from error
     return Noise(
         options,
         rates=read_rates(options.rates) if options.rates else {},
         annotators=read_annotators(options.annotators) if options.annotators else {},
-        topic=topic,
+        topic=read_topic(options),
+    )
+
+
+def read_topic(options: InjectOptions) -> re.Pattern | None:
+    """The regular expression of the topic, or None.
+
+    Raises:
+      InputError: if it is wrong.
+    """
+    if options.topic is None:
+        return None
+    try:
+        return re.compile(options.topic)
+    except re.error as error:
+        raise InputError(
+            f"--inject.topic {options.topic}: is not a regular expression ({error})"
+        ) from error
+
+
+def subject(example: Example, topic: re.Pattern | None) -> Subject:
+    """What the noise depends on, of a pair with the fields of `fields_read`."""
+    return Subject(
+        annotator=example.annotator,
+        characters=tuple(map(len, example.texts)),
+        values={name: _plain(value) for name, value in example.values.items()},
+        matches=topic is not None and topic.search(prompt_text(example)) is not None,
     )
 
 
@@ -250,6 +282,15 @@ def prompt_text(example: Example) -> str:
     prompt = example.prompt
     turns = [prompt] if isinstance(prompt, str) else [text_of(turn) for turn in prompt]
     return "\n".join(turns)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would store it; others are refused later, whatever they are."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return [repr(value)]
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxpref.errors import InputError
@@ -54,6 +55,12 @@ def read_mixture(data: Data) -> Mixture:
         )
     total = sum(weights)
     return Mixture(names, tuple(weight / total for weight in weights))
+
+
+def short_names(files: Sequence[str]) -> list[str]:
+    """Names of files for metrics: without folder and endings, unless two are equal."""
+    short = [Path(name).name.partition(".")[0] or name for name in files]
+    return [s if short.count(s) == 1 else name for s, name in zip(short, files)]
 
 
 def _split(name: str) -> tuple[str, float | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.data.bad_rows import log_skipped
+from jaxpref.data.chunk_cache import tokens_folder
 from jaxpref.data.kinds import PAIRS, Kind
 from jaxpref.data.mixing import Data, read_mixture
 from jaxpref.data.options import DataOptions, MixOptions
@@ -30,6 +31,13 @@ class Datasets:
     """Files of the training records, by the column `source`."""
     heldout_sources: tuple[str, ...]
     """Files of the held-out records, by the column `source`."""
+
+    def prefixed(self, count: int) -> "Datasets":
+        """With placeholders before all prompts; see `PreferenceDataset.prefixed`."""
+        names = "train", "heldout"
+        sets = {name: getattr(self.splits, name).prefixed(count) for name in names}
+        splits = dataclasses.replace(self.splits, **sets)
+        return dataclasses.replace(self, splits=splits)
 
 
 def read_datasets(
@@ -62,7 +70,7 @@ def read_datasets(
     """
     _check_heldout(options, heldout)
     make = make_train = functools.partial(
-        make_splits, kind=kind, whole_turns=whole_turns
+        make_splits, kind=kind, whole_turns=whole_turns, folder=tokens_folder()
     )
     open_data = functools.partial(open_records, options=options, sides=kind.sides)
     mixture = read_mixture(train)
@@ -73,7 +81,7 @@ def read_datasets(
     if mix is not None:
         if len(files) > 1:
             raise InputError(f"--data {' '.join(files)}: bvpo reads one file only")
-        make = make_train = make_mixed_splits
+        make = make_train = functools.partial(make_mixed_splits, folder=tokens_folder())
         if mix.empty_data:
             files = (*files, mix.empty_data)
             sources.append(open_data(mix.empty_data))
@@ -107,6 +115,8 @@ def read_datasets(
     splits.fields.check_ignored(options.ignore_fields)
     splits.fields.check_mapped(options.mapped)
     log(f"{named}: {splits.fields.describe()}")
+    for line in splits.fields.warnings():
+        log(f"{named}: {line}")
     shared = count_shared(splits.train, splits.heldout, bos=tokenizer.bos_token_id)
     _report_shared(shared, named, heldout, allowed=options.allow_shared_prompts)
     if options.inject.active:

@@ -1,5 +1,7 @@
 """The records of a source in the names that `records.parse` reads."""
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,13 @@ from jaxpref.data.records.adapters import ADAPTERS, Adapter
 from jaxpref.data.records.fields import Record
 from jaxpref.data.records.mapping import mapped
 from jaxpref.data.records.view import Origin, Rewritten, View
-from jaxpref.data.sources import ListSource, Source, open_source
+from jaxpref.data.sources import (
+    Divisible,
+    ListSource,
+    Source,
+    divisible,
+    open_source,
+)
 from jaxpref.errors import InputError
 from jaxpref.runtime import heartbeat
 
@@ -22,6 +30,8 @@ COMPLETE = (
     ("prompt", "completion"),
     ("prompt", "completions"),
     ("conversations",),
+    ("chosen_prompt",),
+    ("rejected_prompt",),
 )
 """Fields with which a record is in our names, whatever else it has."""
 DEFAULTS = RecordOptions()
@@ -59,14 +69,19 @@ def examples_of(
       InputError: if a record is malformed.
     """
     source = RecordSource(ListSource(records), options, sides=sides)
-    ignored = options.ignore_fields
     return [
-        parse(source[n], source.location(n), sides=sides, ignore_fields=ignored)
+        parse(
+            source[n],
+            source.location(n),
+            sides=sides,
+            ignore_fields=options.ignore_fields,
+            allow_own_prompts=options.own_prompts,
+        )
         for n in range(len(source))
     ]
 
 
-class RecordSource:
+class RecordSource(Divisible):
     """A source of records under our names; see `view.View`.
 
     A record in the file may stand for several: one for each vote, or for each pair of
@@ -75,26 +90,24 @@ class RecordSource:
     """
 
     def __init__(self, source: Source, options: RecordOptions, *, sides: int | None):
-        self._source, self._options = source, options
+        self._source, self._options = divisible(source), options
         self._mapped, self._rules = options.mapped, options.rules(sides)
         self._last: tuple[int, list[Any]] = (-1, [])
-        self._ends: np.ndarray | None = None
-        if self._stands_for_several():
-            self._ends = np.cumsum([self._count(row) for row in range(len(source))])
+        self._several = self._stands_for_several()
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray | None:
+        """Records up to and including each row; None if each stands for one."""
+        if not self._several:
+            return None
+        return np.cumsum([self._count(row) for row in range(self.num_rows)])
 
     def __len__(self) -> int:
-        return len(self._source) if self._ends is None else int(self._ends[-1])
+        return self.num_rows if self._ends is None else int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Any:
         row, part = self._place(index)
-        views = self._views(row)
-        if self._ends is None and len(views) > 1:
-            raise InputError(
-                f"{self._source.location(row)}: the record gives {len(views)}"
-                " pairs, but the first one of the file is of another format; put them"
-                f" into files of their own, or pass --format {views[0].origin.format}"
-            )
-        return views[part]
+        return self._checked(row)[part]
 
     def location(self, index: int) -> str:
         """The file and its row and, if a record stands for several, which of them."""
@@ -103,6 +116,52 @@ class RecordSource:
         if self._ends is None or self._count(row) == 1:
             return where
         return f"{where} {self._views(row)[part].origin.part}".rstrip()
+
+    @property
+    def num_rows(self) -> int:
+        """See `Divisible`."""
+        return self._source.num_rows
+
+    def row_location(self, row: int) -> str:
+        """See `Divisible`."""
+        return self._source.row_location(row)
+
+    def records(self, row: int) -> list[tuple[str, str, Any]]:
+        """See `Divisible`."""
+        views, where = self._checked(row), self.row_location(row)
+        if len(views) == 1:
+            return [("", where, views[0])]
+        parts = [view.origin.part for view in views]
+        places = [f"{where} {part}".rstrip() for part in parts]
+        return list(zip(parts, places, views))
+
+    def part(self, start: int, stop: int) -> "RecordSource":
+        """See `Divisible`."""
+        own = copy.copy(self)
+        own.__dict__.pop("_ends", None)
+        own._source, own._last = self._source.part(start, stop), (-1, [])
+        return own
+
+    def content(self, start: int, stop: int) -> bytes | None:
+        """See `Divisible`."""
+        found = self._source.content(start, stop)
+        about = f"{self._options.changed()} {self._rules} {self._several}"
+        return found and found + about.encode()
+
+    def _checked(self, row: int) -> list[Any]:
+        """The records of a row; raises InputError for several where one is expected."""
+        views = self._views(row)
+        if not self._several and len(views) > 1:
+            raise InputError(
+                f"{self._source.location(row)}: the record gives {len(views)}"
+                " pairs, but the first one of the file is of another format; put them"
+                f" into files of their own, or pass --format {views[0].origin.format}"
+            )
+        return views
+
+    def row(self, index: int) -> int:
+        """The row of the source in which the record is, from 0."""
+        return self._place(index)[0]
 
     def _place(self, index: int) -> tuple[int, int]:
         """The row of the source, and the number of the record among those it is."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref.data.dataset import PreferenceDataset
+from jaxpref.data.dataset import PROMPTS, PreferenceDataset
 from jaxpref.data.records import Message, prompt_key
 from jaxpref.errors import InputError
 
@@ -24,6 +24,7 @@ Prompt = str | tuple[Message, ...]
 
 MOST_SHARED = 0.05
 """Maximum share of evaluation pairs whose prompts may be in the training data."""
+_TOGETHER = 1 << 14  # prompts hashed at once
 _NAMES = {"user": "Human", "assistant": "Assistant"}
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -96,13 +97,16 @@ def count_shared(
     Prompts are the same if their texts are, in any form, or their tokens: messages and
     the string that a chat template renders from them differ at most in BOS.
     """
-    prompts = heldout.columns["prompt"]
-    if not len(prompts):  # nor are the training prompts hashed
+    if not len(heldout):  # nor are the training prompts hashed
         return Shared(pairs=0, of_pairs=0, prompts=0, of_prompts=0)
-    shared = np.isin(prompts, train.columns["prompt"])
+    # Each [N, 2]: of both prompts of a pair, which are the same for most.
+    prompts, others = (
+        np.stack([x.columns[name] for name in PROMPTS], 1) for x in (heldout, train)
+    )
+    shared = np.isin(prompts, others)
     shared |= np.isin(_token_hashes(heldout, bos), _token_hashes(train, bos))
     return Shared(
-        pairs=int(shared.sum()),
+        pairs=int(shared.any(1).sum()),
         of_pairs=len(prompts),
         prompts=len(np.unique(prompts[shared])),
         of_prompts=len(np.unique(prompts)),
@@ -131,15 +135,50 @@ def check_shared(shared: Shared, train: str, heldout: str, *, allowed: bool) -> 
 
 
 def _token_hashes(dataset: PreferenceDataset, bos: int | None) -> np.ndarray:
-    """A hash of each prompt's tokens without BOS, uint64 [N]."""
-    digests = []
-    for n in range(len(dataset)):
-        prompt = dataset.prompt(n)
-        start = int(prompt[:1].tolist() == [bos])
-        digests.append(
-            hashlib.blake2b(prompt[start:].tobytes(), digest_size=8).digest()
-        )
-    return np.frombuffer(b"".join(digests), np.uint64)
+    """A hash of each prompt's tokens without BOS, of the first two sides: [N, 2]."""
+    starts, sizes = dataset.offsets[:-1], dataset.prompt_lengths.astype(np.int64)
+    if bos is not None and len(dataset.tokens):
+        begins = (dataset.tokens[starts] == bos) & (sizes > 0)
+        starts, sizes = starts + begins, sizes - begins
+    hashes = np.empty(len(sizes), np.uint64)
+    for first in range(0, len(sizes), _TOGETHER):
+        part = slice(first, first + _TOGETHER)
+        hashes[part] = _span_hashes(dataset.tokens, starts[part], sizes[part])
+    found = np.stack([hashes, hashes], axis=1)
+    last = min(dataset.num_completions, 2) - 1
+    for n in np.flatnonzero(dataset.side_prompt_lengths.any(axis=1)).tolist():
+        for side in (0, last):
+            prompt = dataset.context(n, side)
+            prompt = prompt[int(prompt[:1].tolist() == [bos]) :]
+            whole = np.zeros(1, np.int64), np.array([len(prompt)])
+            found[n, side:] = _span_hashes(prompt, *whole)
+    return found
+
+
+def _span_hashes(
+    tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """A 64-bit hash of each span of tokens: a sum over mixed tokens and places."""
+    ends = np.cumsum(sizes)
+    place = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(
+        ends - sizes, sizes
+    )
+    of_tokens = tokens[place + np.repeat(starts, sizes)].astype(np.uint64)
+    mixed = _mixed(of_tokens + (place.astype(np.uint64) << np.uint64(32)))
+    # Differences of running sums, which wrap around together.
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
+    return _mixed(sums[ends] - sums[ends - sizes] + sizes.astype(np.uint64))
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64, a bijection whose bits look random.
+
+    Steele, Lea and Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
+    """
+    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def _turns(prompt: Prompt) -> list[tuple[str, str]]:

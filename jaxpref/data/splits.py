@@ -1,41 +1,36 @@
 """From a source to training and held-out data: read, tokenize, drop, split, flip."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from jaxpref.data.bad_rows import BadRow, BadRows
-from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
-from jaxpref.data.hashing import hash_uniforms
-from jaxpref.data.inject import Noise, fields_read, read_noise
+from jaxpref.data import chunk
+from jaxpref.data.all_pairs import AllPairs
+from jaxpref.data.bad_rows import BadRow
+from jaxpref.data.chunk_cache import ChunkReader
+from jaxpref.data.columns import accept
+from jaxpref.data.dataset import PreferenceDataset
+from jaxpref.data.inject import read_noise
+from jaxpref.data.joint import with_trained_prompts
 from jaxpref.data.kinds import PAIRS, Kind
-from jaxpref.data.labels import exchanged
 from jaxpref.data.mismatched import with_mismatched
 from jaxpref.data.options import DEFAULTS, DataOptions
-from jaxpref.data.records import (
-    IDENTICAL,
-    Example,
-    FieldUse,
-    expand,
-    parse,
+from jaxpref.data.records import FieldUse
+from jaxpref.data.sources import Source, divisible
+from jaxpref.data.to_pairs import (
+    ToPairs,
+    labeled_answers,
+    only_empty,
+    unchanged,
+    with_empty,
+    with_empty_too,
 )
-from jaxpref.data.records.labeled import answers_of
-from jaxpref.data.records.lists import with_labels
-from jaxpref.data.shared_prompts import prompt_hash, split_key
-from jaxpref.data.sources import Source
-from jaxpref.data.tokenize import Tokens, tokenize
 from jaxpref.errors import InputError
-from jaxpref.runtime import heartbeat
-
-_CHUNK_ROWS = 1024
-_CHUNK_CHARACTERS = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +70,15 @@ def make_splits(
     kind: Kind = PAIRS,
     whole_turns: bool = False,
     more: Sequence[Source] = (),
+    folder: Path | None = None,
 ) -> Splits:
     """Turns sources into tokenized, split and optionally flipped pairs.
 
     A pair's id is the hash of its content before flipping plus its occurrence, so the
     third copy of a row ends in "-2".  Splits depend on the hash of the prompt and flips
-    on the hash of the id, and not on the order of rows or on other rows.
+    on the hash of the id, and not on the order of rows or on other rows.  Only if the
+    answers of records have two prompts are these held out together; see
+    `prompt_groups`.
 
     A record with several traces becomes one pair per trace, each with its own id.  The
     record's label is flipped in all of its pairs or in none.  Held-out labels are never
@@ -94,13 +92,15 @@ def make_splits(
       kind: what is read of each record.
       whole_turns: whether turns end as a reward model reads them; see `tokenize`.
       more: further sources, numbered from 1 in the column `source`.
+      folder: where tokenized records are kept and found; see `chunk_cache`.  All
+        processes of a run must then call this together.
 
     Raises:
       InputError: if a record is malformed, or none is left.
     """
-    to_pairs = _labeled if "desirable" in kind.labels else _unchanged
+    to_pairs = labeled_answers if "desirable" in kind.labels else unchanged
     parts = [(x, to_pairs) for x in (source, *more)]
-    return _make_splits(parts, tokenizer, options, kind, whole_turns)
+    return _make_splits(parts, tokenizer, options, kind, whole_turns, folder)
 
 
 def make_mixed_splits(
@@ -109,6 +109,7 @@ def make_mixed_splits(
     options: DataOptions = DEFAULTS,
     *,
     empty: Source | None = None,
+    folder: Path | None = None,
 ) -> Splits:
     """The splits of a run that mixes pairs with traces and pairs with an empty trace.
 
@@ -122,14 +123,15 @@ def make_mixed_splits(
       tokenizer: from `load_tokenizer`.
       options: lengths, split, noise and markers, for both sources.
       empty: records without traces, generated with thinking switched off.
+      folder: as for `make_splits`.
 
     Raises:
       InputError: as for `make_splits`, or if there are no pairs of one kind.
     """
-    parts = [(source, _with_empty_too if empty is None else _with_empty)]
+    parts = [(source, with_empty_too if empty is None else with_empty)]
     if empty is not None:
-        parts += [(empty, _only_empty)]
-    splits = _make_splits(parts, tokenizer, options, PAIRS)
+        parts += [(empty, only_empty)]
+    splits = _make_splits(parts, tokenizer, options, PAIRS, folder=folder)
     is_empty = np.concatenate(
         [part.columns["empty_trace"] for part in (splits.train, splits.heldout)]
     )
@@ -150,246 +152,50 @@ def make_mixed_splits(
     return splits
 
 
-ToPairs = Callable[[Example, str], list[Example]]
-"""`(record, place) -> pairs`: the pairs made from a record."""
-
-
-def _unchanged(example: Example, place: str) -> list[Example]:
-    return expand(example)
-
-
-def _labeled(example: Example, place: str) -> list[Example]:
-    return [x for answer in answers_of(example) for x in expand(answer)]
-
-
-def _with_empty(example: Example, place: str) -> list[Example]:
-    return expand(example) if example.traces else _only_empty(example, place)
-
-
-def _with_empty_too(example: Example, place: str) -> list[Example]:
-    empty = dataclasses.replace(example, traces=(), empty=True)
-    return [*expand(example), empty] if example.traces else [empty]
-
-
-def _only_empty(example: Example, place: str) -> list[Example]:
-    if example.traces:
-        raise InputError(
-            f"{place}: field 'trace' occurs in data without traces; remove it, or use"
-            " the file as the data with traces"
-        )
-    return [dataclasses.replace(example, empty=True)]
-
-
 def _make_splits(
     parts: Sequence[tuple[Source, ToPairs]],
     tokenizer: Any,
     options: DataOptions,
     kind: Kind,
     whole_turns: bool = False,
+    folder: Path | None = None,
 ) -> Splits:
     noise = read_noise(options.inject)
     noise.check_kind(kind)
-    counts = collections.Counter()
-    train, heldout = DatasetBuilder(kind.sides), DatasetBuilder(kind.sides)
-    fields, bad = FieldUse(), BadRows(options.on_bad_row)
-    pairs = _read(parts, tokenizer, options, kind, counts, fields, bad, whole_turns)
-    for pair in pairs:
-        _add(train, heldout, pair, options, noise, counts)
     place = f"{parts[0][0].location(0)} and all after it"
-    counts.update(train=len(train), heldout=len(heldout), skipped=len(bad.found))
-    if not len(train) + len(heldout):
+    pairs = AllPairs(options, kind)
+    # Other processes make chunks, and no function can be sent to them.
+    plain = dataclasses.replace(kind, check=accept)
+    rows = min(chunk.ROWS, options.max_pairs or chunk.ROWS)
+    for source, to_pairs in parts:
+        rules = chunk.Rules(to_pairs, options, plain, whole_turns)
+        pairs.add(ChunkReader(divisible(source), tokenizer, rules, rows, folder))
+    counts, bad = pairs.counts(), pairs.bad
+    if not len(pairs):
+        counts |= {"train": 0, "heldout": 0, "skipped": len(bad)}
         dropped = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
-        dropped += f"; the first: {bad.found[0].reason}" if bad.found else ""
+        dropped += f"; the first: {bad[0].reason}" if bad else ""
         raise InputError(f"{place}: no record is left ({dropped})")
+    drawn = noise if options.inject.active else None
+    labeled = pairs.labeled(drawn, options.heldout_share)
     noise.check_used(place)
-    names = sorted(train.annotators() | heldout.annotators())
-    most = max(train.most_completions, heldout.most_completions)
-    datasets = train.build(names, most), heldout.build(names, most)
+    datasets = labeled.datasets(kind.num_read)
+    counts |= labeled.counts()
+    counts |= {"train": len(datasets[0]), "heldout": len(datasets[1])}
+    counts["skipped"] = len(bad)
     if kind.mismatched:
         add = functools.partial(
             with_mismatched, max_length=options.longest, place=place
         )
         datasets = add(datasets[0]), add(datasets[1], others=datasets[0])
+    if kind.joint:
+        datasets = tuple(map(with_trained_prompts, datasets))
     digest = hashlib.sha256("".join(x.digest() for x in datasets).encode()).hexdigest()
     return Splits(
         *datasets,
-        report=dict(counts),
+        report=counts,
         digest=digest,
-        fields=fields,
+        fields=pairs.fields,
         kind=kind,
-        skipped=tuple(bad.found),
+        skipped=tuple(bad),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """One pair before it is tokenized."""
-
-    source: int
-    """Index of its source."""
-    row: int
-    place: str
-    """"file row n", for errors."""
-    record_id: str
-    """The id of the whole record."""
-    example: Example
-
-
-@dataclasses.dataclass(frozen=True)
-class _TokenizedPair(_Pair):
-    id: str
-    tokens: Tokens
-
-
-def _read(
-    parts: Sequence[tuple[Source, ToPairs]],
-    tokenizer: Any,
-    options: DataOptions,
-    kind: Kind,
-    counts: collections.Counter,
-    fields: FieldUse,
-    bad: BadRows,
-    whole_turns: bool,
-) -> Iterator[_TokenizedPair]:
-    """Tokenized pairs of whole records, about `max_pairs` from each source."""
-    copies: collections.Counter[str] = collections.Counter()
-    records: collections.Counter[str] = collections.Counter()
-    limit = sys.maxsize if options.max_pairs is None else options.max_pairs
-    for number, (source, to_pairs) in enumerate(parts):
-        count, last = 0, -1
-        chunks = _chunks(
-            number, source, to_pairs, options, kind, counts, records, fields, bad
-        )
-        for pairs in chunks:
-            heartbeat.beat(f"reading {pairs[-1].place}")
-            places = [pair.place for pair in pairs]
-            results = bad.together(
-                lambda some, pairs=pairs: tokenize(
-                    [pairs[n].example for n in some],
-                    [pairs[n].place for n in some],
-                    tokenizer,
-                    max_length=options.longest,
-                    max_prompt_length=options.max_prompt_length,
-                    markers=options.markers,
-                    whole_turns=whole_turns,
-                ),
-                places,
-            )
-            for pair, result in zip(pairs, results):
-                if result is None:
-                    continue
-                if isinstance(result, str):
-                    counts[f"dropped: {result}"] += 1
-                elif count < limit or pair.row == last:
-                    name = _unique_id(pair.example, copies)
-                    yield _TokenizedPair(**vars(pair), id=name, tokens=result)
-                    count, last = count + 1, pair.row
-            if count >= limit:
-                break
-
-
-def _add(
-    train: DatasetBuilder,
-    heldout: DatasetBuilder,
-    pair: _TokenizedPair,
-    options: DataOptions,
-    noise: Noise,
-    counts: collections.Counter,
-) -> None:
-    """Decides the split and label of a pair, and stores it."""
-    example, tokens = pair.example, pair.tokens
-    (u,) = hash_uniforms([split_key(example.prompt)], salt="heldout")
-    hold = u < options.heldout_share
-    annotator, flip = example.annotator, False
-    if options.inject.active and not hold:
-        annotator, flip = noise.label(example, pair.record_id, pair.place)
-    counts["prompts cut"] += tokens.prompt_cut
-    counts["completions cut"] += tokens.completions_cut
-    counts["traces cut"] += tokens.traces_cut
-    counts["prompts without earlier turns"] += tokens.turns_dropped
-    counts["flipped"] += flip
-    counts["flips in the file"] += example.flip
-    columns = {
-        "is_flipped": example.flip != flip,
-        "row": pair.row,
-        "source": pair.source,
-        "empty_trace": example.empty,
-        "prompt": prompt_hash(example.prompt),
-    }
-    (heldout if hold else train).add(
-        tokens.prompt,
-        tokens.completions[::-1] if flip else tokens.completions,
-        id=pair.id,
-        annotator=annotator,
-        columns=columns | (exchanged(example.labels) if flip else example.labels),
-    )
-
-
-def _example(
-    source: Source, row: int, options: DataOptions, kind: Kind, fields: FieldUse
-) -> Example | str:
-    """The example of a row, or the reason why it cannot be used."""
-    record, place = source[row], source.location(row)
-    own = kind.of_record(record)
-    example = parse(
-        record,
-        place,
-        sides=own.sides,
-        drop_empty=options.drop_empty,
-        labels=options.labels.reading(own.labels),
-        ignore_fields=options.ignore_fields,
-        values=fields_read(options.inject),
-        fields=fields,
-    )
-    if kind.sides is None and not isinstance(example, str):
-        return with_labels(example, kind.labels, place)
-    return example
-
-
-def _unique_id(example: Example, copies: collections.Counter) -> str:
-    content = example.content_id()
-    copies[content] += 1
-    return f"{content}-{copies[content] - 1}"
-
-
-def _chunks(
-    number: int,
-    source: Source,
-    to_pairs: ToPairs,
-    options: DataOptions,
-    kind: Kind,
-    counts: collections.Counter,
-    records: collections.Counter,
-    fields: FieldUse,
-    bad: BadRows,
-) -> Iterator[list[_Pair]]:
-    """Checked pairs, in chunks that fit into the tokenizer's memory."""
-    size = min(_CHUNK_ROWS, options.max_pairs or _CHUNK_ROWS)
-    items: list[_Pair] = []
-    characters = 0
-    rows = tqdm(
-        range(len(source)), desc="tokenize", unit="row", leave=False, disable=None
-    )
-    for row in rows:
-        place = source.location(row)
-        example = bad.attempt(
-            lambda row=row: _example(source, row, options, kind, fields), place
-        )
-        counts["rows"] += 1
-        if example is None:
-            continue
-        if isinstance(example, str):
-            counts[f"dropped: {example}"] += 1
-            continue
-        record_id = _unique_id(example, records)
-        for pair in to_pairs(example, place):
-            if pair.is_identical:
-                counts[f"dropped: {IDENTICAL}"] += 1
-                continue
-            items.append(_Pair(number, row, place, record_id, pair))
-            characters += pair.num_characters()
-        if len(items) >= size or characters >= _CHUNK_CHARACTERS:
-            yield items
-            items, characters = [], 0
-    if items:
-        yield items

@@ -13,49 +13,46 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxpref.data.cut import NO_ROOM, Limits, Parts, fitted
 from jaxpref.data.end_of_turn import (
+    Ends,
     end_text,
     end_turn,
+    ends_of,
     holds_an_end,
     read_stop_tokens,
-    stop_tokens,
 )
 from jaxpref.data.records import Example, Message
 from jaxpref.data.render import THINK, Texts, TraceMarkers, render, render_prompt
+from jaxpref.data.tokens import SAME_TOKENS, Tokens, tokenize_sides
 from jaxpref.errors import InputError, first_line
 
 NO_TOKENS = "a completion has no tokens"
 NO_PROMPT = "the prompt has no tokens and the tokenizer has no BOS"
 INNER_END = "a completion holds BOS or EOS before its end"
 LONG_ANSWER = "an answer does not fit, even without any of its trace"
-SAME_TOKENS = "chosen and rejected are identical once tokenized and cut"
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """A tokenized example, and counts of what was cut."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    prompt_cut: bool
-    completions_cut: int
-    traces_cut: int = 0
-    turns_dropped: bool = False
-
-
-def load_tokenizer(model: str | Path) -> Any:
+def load_tokenizer(
+    model: str | Path, template: Mapping[str, Any] = types.MappingProxyType({})
+) -> Any:
     """The tokenizer of a model folder or Hub ID; never runs code from there.
 
-    It also gets the stop tokens of the folder, for `end_of_turn.stop_tokens`.
+    It also gets the stop tokens of the folder, for `end_of_turn.stop_tokens`, and the
+    variables of the chat template, for `render`.
+
+    Args:
+      model: the folder or ID.
+      template: variables for all records; see `RecordOptions.template_options`.
 
     Raises:
       InputError: if there is none, or it has no end-of-sequence token, or the folder's
-        stop tokens cannot be read.
+        stop tokens cannot be read, or its chat template does not read a variable.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
@@ -74,6 +71,13 @@ def load_tokenizer(model: str | Path) -> Any:
             ' ever end; set "eos_token" in tokenizer_config.json'
         )
     tokenizer.folder_stop_tokens = read_stop_tokens(Path(model))
+    for name in template:
+        if name not in str(tokenizer.chat_template or ""):
+            raise InputError(
+                f"--template.{name}: the chat template of {model} does not read it; "
+                "leave it out, or use a template that reads it"
+            )
+    tokenizer.template_options = dict(template)
     return tokenizer
 
 
@@ -127,6 +131,16 @@ def tokenize(
       InputError: if an example is a conversation, and the tokenizer has no chat
         template or the template rejects it.
     """
+    if any(example.own_prompts for example in examples):
+        again = functools.partial(
+            tokenize,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            markers=markers,
+            whole_turns=whole_turns,
+        )
+        return tokenize_sides(examples, places, again)
     limits = Limits(max_length, max_prompt_length)
     split = functools.partial(
         _tokens, tokenizer=tokenizer, markers=markers, whole_turns=whole_turns
@@ -182,7 +196,7 @@ def encode_prompt(
         tokens, *followed = _encode(texts, tokenizer)
         if followed:  # a space is merged with the word after it
             tokens = tokens[: _common_prefix(tokens, followed[0])]
-        start = _start(example, tokens, tokenizer)
+        start = _start(example, tokens, tokenizer.bos_token_id)
         tokens = _without_leading(tokens, tokenizer.bos_token_id)
         return Parts(start, tokens, [], Texts(text, [], []))
 
@@ -219,14 +233,12 @@ def _tokens(
     tails = {x[end:] for t in rendered for x, end in zip(t.wholes, t.ends)} - {""}
     tail_tokens = dict(zip(tails, _encode(list(tails), tokenizer))) | {"": []}
     strings = [text for texts in rendered for text in (texts.prompt, *texts.wholes)]
-    encoded = iter(_encode(strings, tokenizer))
+    encoded, ends = iter(_encode(strings, tokenizer)), ends_of(tokenizer)
     results = []
     for example, texts in zip(examples, rendered):
         prompt, *wholes = (next(encoded) for _ in (0, *texts.wholes))
         rests = [tail_tokens[x[end:]] for x, end in zip(texts.wholes, texts.ends)]
-        results.append(
-            _split(example, texts, prompt, wholes, rests, tokenizer, whole_turns)
-        )
+        results.append(_split(example, texts, prompt, wholes, rests, ends, whole_turns))
     return results
 
 
@@ -241,9 +253,8 @@ def _left_open(example: Example, texts: Texts) -> Texts:
     return dataclasses.replace(texts, wholes=wholes)
 
 
-def _start(example: Example, prompt: list[int], tokenizer: Any) -> list[int]:
+def _start(example: Example, prompt: list[int], bos: int | None) -> list[int]:
     """BOS if the example begins with it; see `tokenize`."""
-    bos: int | None = tokenizer.bos_token_id
     if bos is None or (example.is_conversation and prompt[:1] != [bos]):
         return []
     return [bos]
@@ -270,12 +281,12 @@ def _split(
     prompt: list[int],
     wholes: list[list[int]],
     tails: list[list[int]],
-    tokenizer: Any,
+    ends: Ends,
     whole_turns: bool,
 ) -> Parts | str:
     """Prompt without BOS, and completions with their ends."""
-    bos = tokenizer.bos_token_id
-    start = _start(example, prompt, tokenizer)
+    bos = ends.bos
+    start = _start(example, prompt, bos)
     prompt = _without_leading(prompt, bos)
     wholes = [_without_leading(whole, bos) for whole in wholes]
     shared = min(_common_prefix(prompt, whole) for whole in wholes)
@@ -287,14 +298,14 @@ def _split(
         completion = whole[shared:]
         inner = completion
         if complete and not example.is_conversation:
-            inner = completion = end_text(completion, tokenizer)
+            inner = completion = end_text(completion, ends)
         elif complete and not whole_turns:
-            inner = completion = end_turn(completion, tail, tokenizer)
+            inner = completion = end_turn(completion, tail, ends)
         elif complete:  # what the template writes after the answer may have several
             inner = completion[: len(completion) - len(tail)]
-        if not completion or completion[0] in stop_tokens(tokenizer):
+        if not completion or completion[0] in ends.stops:
             return NO_TOKENS
-        if holds_an_end(inner, tokenizer, bos=bos):
+        if holds_an_end(inner, ends):
             return INNER_END
         completions.append(completion)
     return Parts(start, prompt[:shared], completions, texts)

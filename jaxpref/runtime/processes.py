@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import json
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +17,11 @@ Result = TypeVar("Result")
 
 LONGEST_TEXT = 4000
 """Bytes of a text that process 0 sends to the others."""
+
+
+def share_of_processes() -> tuple[int, int]:
+    """The index of this process, and the number of processes."""
+    return jax.process_index(), jax.process_count()
 
 
 def only_first_process(function: Callable, *args: Any, **kwargs: Any) -> None:
@@ -112,3 +118,75 @@ def _digest(value: Any) -> np.ndarray:
     if not isinstance(value, bytes):
         data = json.dumps(value, sort_keys=True).encode()
     return np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint32)
+
+
+def gather(value: Any) -> np.ndarray:
+    """The arrays of all processes, one after the other along a new first axis.
+
+    All processes must call it with arrays of one shape and dtype.
+    """
+    value = np.asarray(value)
+    if jax.process_count() == 1:
+        return value[None]
+    return np.asarray(multihost_utils.process_allgather(value))
+
+
+def processes_on_this_host() -> int:
+    """How many processes of the run have this host name; all must call it."""
+    names = gather(np.frombuffer(_digest(socket.gethostname()), np.int32))
+    return int((names == names[jax.process_index()]).all(-1).sum())
+
+
+def first_failure(place: int, reason: str) -> tuple[int, str]:
+    """The lowest place at which a process failed, and its reason, on all processes.
+
+    Args:
+      place: where this process failed, or a number that is larger for all if it did
+        not.
+      reason: why; empty if it did not.
+    """
+    places = gather(np.int32(place))
+    first = int(places.argmin())
+    text = np.zeros(LONGEST_TEXT, np.uint8)
+    encoded = np.frombuffer(reason.encode("utf-8", "replace")[:LONGEST_TEXT], np.uint8)
+    text[: len(encoded)] = encoded
+    found = gather(text)[first].tobytes().rstrip(b"\0")
+    return int(places[first]), found.decode("utf-8", "replace")
+
+
+def exchange(own: Mapping[int, Any], count: int) -> dict[int, bytes]:
+    """What this process lacks of `count` blocks of bytes, from those that have it.
+
+    Each round, every process sends one block to all others.
+
+    Args:
+      own: blocks that this process has, by number; each is on some process.
+      count: how many there are.
+    """
+    if not count:
+        return {}
+    has = gather(np.array([n in own for n in range(count)], np.int32))
+    rank, sender = jax.process_index(), has.argmax(0)
+    lacking = ~has.all(0)  # on some process
+    sent = [np.flatnonzero(lacking & (sender == p)) for p in range(len(has))]
+    received: dict[int, bytes] = {}
+    for turn in range(max(map(len, sent))):
+        mine = own[int(sent[rank][turn])] if turn < len(sent[rank]) else b""
+        sizes = gather(np.int32(len(mine)))
+        # Few different sizes, since each is a program of its own.
+        block = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+        block[: len(mine)] = np.frombuffer(mine, np.uint8)
+        blocks = gather(block)
+        for numbers, size, data in zip(sent, sizes, blocks):
+            if turn < len(numbers) and int(numbers[turn]) not in own:
+                received[int(numbers[turn])] = data[:size].tobytes()
+    return received
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, which must call it together, in their order."""
+    own = {jax.process_index(): text.encode("utf-8", "surrogatepass")}
+    blocks = own | exchange(own, jax.process_count())
+    return [
+        blocks[n].decode("utf-8", "surrogatepass") for n in range(jax.process_count())
+    ]

@@ -1,11 +1,14 @@
 """Parquet and Arrow files, read with pyarrow one part at a time."""
 
 import bisect
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpref.data.sources.contents import file_digest
+from jaxpref.data.sources.divisible import Divisible
 from jaxpref.data.sources.external import plain
 from jaxpref.data.sources.optional import import_optional
 from jaxpref.errors import InputError, first_line
@@ -15,20 +18,28 @@ PARQUET, ARROW = (".parquet", ".pq"), (".arrow", ".feather")
 _ROWS = 1024
 
 
-class Parts:
+class Parts(Divisible):
     """The rows of a file that is stored in parts; the last one read is in memory.
 
     Reading in order reads every part once.
     """
 
-    def __init__(self, sizes: Sequence[int], read: Callable[[int], Any], name: str):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        read: Callable[[int], Any],
+        name: str,
+        path: Path,
+    ):
         """Reads nothing.
 
         Args:
           sizes: the rows of each part.
           read: part n, as a `pyarrow.Table` or a record batch.
           name: what errors call the file.
+          path: the file.
         """
+        self._path = path
         self._ends = list(itertools.accumulate(sizes))
         self._read, self._name = read, name
         self._part: tuple[int, Any] | None = None
@@ -46,6 +57,14 @@ class Parts:
     def location(self, index: int) -> str:
         """Rows count from 1."""
         return f"{self._name} row {index + 1}"
+
+    def content(self, start: int, stop: int) -> bytes:
+        """See `Divisible`."""
+        return self._digest + f" {start} {stop}".encode()
+
+    @functools.cached_property
+    def _digest(self) -> bytes:
+        return file_digest(self._path, self._name)
 
     def _load(self, index: int) -> tuple[int, list[Any]]:
         """The rows around one, with the index of the first."""
@@ -79,7 +98,7 @@ def open_parquet(path: Path, name: str) -> Parts:
         sizes = [file.metadata.row_group(n).num_rows for n in groups]
     except Exception as error:  # not Parquet, damaged, or encrypted
         raise _unreadable(name, error) from None
-    return Parts(sizes, file.read_row_group, name)
+    return Parts(sizes, file.read_row_group, name, path)
 
 
 def open_arrow(path: Path, name: str) -> Parts:
@@ -100,7 +119,7 @@ def open_arrow(path: Path, name: str) -> Parts:
             batches = list(pyarrow.ipc.open_stream(mapped))
     except Exception as error:
         raise _unreadable(name, error) from None
-    return Parts([len(batch) for batch in batches], batches.__getitem__, name)
+    return Parts([len(batch) for batch in batches], batches.__getitem__, name, path)
 
 
 def _unreadable(name: str, error: Exception) -> InputError:

@@ -1,6 +1,7 @@
 """The bytes of a file, unpacked if they are compressed."""
 
 import gzip
+import hashlib
 import mmap
 import zlib
 from pathlib import Path
@@ -43,6 +44,15 @@ def read_contents(path: Path, name: str) -> bytes | mmap.mmap:
     except OSError as error:
         why = error.strerror or first_line(error)  # pyarrow's have no strerror
         raise InputError(f"{name}: cannot be read ({why})") from None
+
+
+def file_digest(path: Path, name: str) -> bytes:
+    """SHA-256 of a file; raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from None
 
 
 def _unpacked(path: Path, name: str) -> bytes:

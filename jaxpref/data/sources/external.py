@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref.data.sources.divisible import Divisible
 from jaxpref.data.sources.optional import import_optional
 from jaxpref.data.sources.prepared import check_features, prepared_folder
 from jaxpref.errors import InputError, first_line
 
 
-class Rows:
+class Rows(Divisible):
     """Random access to an external table, with values converted to plain Python."""
 
     def __init__(self, table: Sequence[Any], name: str):

@@ -1,5 +1,6 @@
 """JSON Lines, JSON lists, and JSON objects that hold one list of records."""
 
+import hashlib
 import json
 import mmap
 from array import array
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.data.sources.contents import read_contents
+from jaxpref.data.sources.divisible import Divisible
 from jaxpref.data.sources.source import ListSource, Source
 from jaxpref.errors import InputError
 
@@ -17,17 +19,18 @@ CONTAINERS = ("data", "records", "rows", "examples", "instances")
 """Fields of a JSON object that may hold the list of all records."""
 
 
-class JsonLines:
+class JsonLines(Divisible):
     """One JSON object per line, decoded on access; blank lines are skipped.
 
     If the contents are mapped from disk, only offsets are in memory (24 bytes per
     line).  Rows in errors are line numbers, from 1.
     """
 
-    def __init__(self, contents: bytes | mmap.mmap, name: str):
+    def __init__(self, contents: bytes | mmap.mmap, name: str, *, first_line: int = 1):
+        """`first_line` is the number in the file of the first line of `contents`."""
         self._bytes, self._name = contents, name
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
-        start, line, size = 0, 0, len(contents)
+        start, line, size = 0, first_line - 1, len(contents)
         while start < size:
             line += 1
             end = contents.find(b"\n", start)
@@ -48,6 +51,16 @@ class JsonLines:
     def location(self, index: int) -> str:
         """The file and its line."""
         return f"{self._name} row {self._lines[index]}"
+
+    def part(self, start: int, stop: int) -> "JsonLines":
+        """See `Divisible`."""
+        lines = self._bytes[self._starts[start] : self._ends[stop - 1]]
+        return JsonLines(lines, self._name, first_line=self._lines[start])
+
+    def content(self, start: int, stop: int) -> bytes:
+        """See `Divisible`."""
+        lines = self._bytes[self._starts[start] : self._ends[stop - 1]]
+        return hashlib.sha256(lines).digest()
 
 
 def open_json(path: Path, name: str) -> Source:

@@ -2,8 +2,10 @@
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
+
+from jaxpref.data.sources.divisible import Divisible, content_of
 
 
 class Source(Protocol):
@@ -22,7 +24,7 @@ class Source(Protocol):
         ...
 
 
-class ListSource:
+class ListSource(Divisible):
     """Records in memory."""
 
     def __init__(
@@ -41,12 +43,21 @@ class ListSource:
         """The name and the row."""
         return f"{self._name} row {self._first + index}"
 
+    def part(self, start: int, stop: int) -> "ListSource":
+        """See `Divisible`."""
+        rows = self._records[start:stop]
+        return ListSource(rows, self._name, first_row=self._first + start)
 
-class Joined:
+    def content(self, start: int, stop: int) -> bytes | None:
+        """See `Divisible`."""
+        return content_of(self._records[start:stop])
+
+
+class Joined(Divisible):
     """Several sources, one after the other."""
 
     def __init__(self, parts: Sequence[Source]):
-        self._parts = parts
+        self._parts = [divisible(part) for part in parts]
         self._ends = list(itertools.accumulate(map(len, parts)))
 
     def __len__(self) -> int:
@@ -61,8 +72,48 @@ class Joined:
         part, row = self._find(index)
         return part.location(row)
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def part(self, start: int, stop: int) -> Divisible:
+        """See `Divisible`."""
+        found = [own.part(*rows) for own, *rows in self._within(start, stop)]
+        return found[0] if len(found) == 1 else Joined(found)
+
+    def content(self, start: int, stop: int) -> bytes | None:
+        """See `Divisible`."""
+        found = [own.content(*rows) for own, *rows in self._within(start, stop)]
+        if any(x is None for x in found):
+            return None
+        return content_of([x.hex() for x in found if x is not None])
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[Divisible, int, int]]:
+        """The parts that hold rows, and which rows these are for them."""
+        for own, end in zip(self._parts, self._ends):
+            first = end - len(own)
+            if start < end and first < stop:
+                yield own, max(start - first, 0), min(stop, end) - first
+
+    def _find(self, index: int) -> tuple[Divisible, int]:
         number = bisect.bisect_right(self._ends, index)
         if index < 0 or number == len(self._parts):
             raise IndexError(f"record {index} of {len(self)}")
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+class _ByRecord(Divisible):
+    """Any other source, one record a row."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source[index]
+
+    def location(self, index: int) -> str:
+        return self._source.location(index)
+
+
+def divisible(source: Source) -> Divisible:
+    """The source itself if it can be divided, or one that reads it record by record."""
+    return source if isinstance(source, Divisible) else _ByRecord(source)
