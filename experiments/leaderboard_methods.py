@@ -13,18 +13,23 @@ import numpy as np
 from experiments.leaderboard_world import Noise, Pairs, World
 from jaxpref import losses, objectives
 from jaxpref.data import PreferenceBatch
-from jaxpref.data.labels import LABELS
+from jaxpref.data.columns import ARRAYS
 from jaxpref.objectives import Inputs, Objective, from_loss, trainable
+from jaxpref.scoring.scores import Scored
 from jaxpref.train import OptimizerConfig
 from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 
 EXCEPTIONS = {
     "bvpo": "mixes pairs with and without reasoning traces; this world has no traces",
-    "dove": "reads joint log-probabilities of prompts and answers, which training does "
-    "not compute",
+    "dove": "is DPO, unless the answers of a pair have different prompts",
     "sparse_po": "reads log-ratios under learned token masks, which training does not "
     "compute",
+    **dict.fromkeys(
+        ("cal_dpo", "sft_hellinger", "sft_pearson"),
+        "is newer than this table, and not measured yet",
+    ),
+    "rationale": "reads rationales, which this world's pairs do not have",
     "center_rewards": "a penalty, which is added to a loss of reward models",
     **dict.fromkeys(("apo_zero_unpaired", "bco", "kto"), "reads labeled answers"),
     **dict.fromkeys(("irpo", "lipo_lambda", "plackett_luce"), "reads lists of answers"),
@@ -50,10 +55,10 @@ SETTINGS: dict[str, Callable[..., dict[str, Any]]] = {
 """Options of losses that have no default for them.  (No review is better than another
 by more than 8 points.)"""
 TOLD = {
-    "p_correct": "the flip rate of each pair",
-    "preference_margins": "the gold rewards",
-    "preference_strengths": "the gold rewards",
-    "chosen_ratings": "the gold rewards",
+    "flip_rate": "the flip rate of each pair",
+    "margin": "the gold rewards",
+    "strength": "the gold rewards",
+    "chosen_rating": "the gold rewards",
 }
 """What a method knows that reads one of these labels."""
 MEAN_RATE = "the mean flip rate"
@@ -129,7 +134,12 @@ def all_methods() -> dict[str, Method]:
     made = [
         *(of_loss(getattr(losses, name)) for name in names - factories.keys()),
         *(of_factory(f) for name, f in factories.items() if name not in EXCEPTIONS),
-        *(of_wrapper(wrap) for wrap in objectives.WRAPPERS),
+        *(
+            of_wrapper(wrap)
+            for wrap in objectives.WRAPPERS
+            if wrap.__name__ not in EXCEPTIONS
+        ),
+        of_known_rates(),
     ]
     kept = [method for method in made if method.name not in EXCEPTIONS]
     return {method.name: method for method in sorted(kept, key=lambda m: m.name)}
@@ -165,6 +175,15 @@ def of_wrapper(wrap: Callable) -> Method:
         has_beta=True,
         knows=MEAN_RATE if knows else "",
     )
+
+
+def of_known_rates() -> Method:
+    """DPO with the forward correction for the flip rate of each pair."""
+    corrected = lambda beta: objectives.forward(
+        functools.partial(losses.dpo, beta=beta), flip_rate=objectives.PER_RECORD
+    )
+    make = lambda beta, rate: from_loss(corrected(beta))
+    return described("known_rates", make, has_beta=True, knows="")
 
 
 def described(name: str, make: Callable, *, has_beta: bool, knows: str) -> Method:
@@ -346,7 +365,7 @@ def blank_batch(count: int) -> PreferenceBatch:
         annotator=jnp.full(shape, -1, jnp.int32),
         empty_trace=jnp.zeros(shape, bool),
         weights=jnp.ones(shape, jnp.float32),
-        labels={name: jnp.full(shape, 0.5, jnp.float32) for name in LABELS},
+        labels=dict.fromkeys((*ARRAYS, "flip_rate"), jnp.full(shape, 0.5, jnp.float32)),
     )
 
 
@@ -376,7 +395,9 @@ def train_one(
 
     def scores(params, batch):
         found = [of_theta(theta, batch) for theta in params]
-        return found[0] if len(found) == 1 else dict(zip(("one", "two"), found))
+        if len(found) == 1:
+            return Scored(found[0], {})
+        return Scored(dict(zip(("one", "two"), found)), {"one": {}, "two": {}})
 
     def step(carry, step_and_pairs):
         params, optimizer_state, state = carry

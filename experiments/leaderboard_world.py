@@ -115,7 +115,7 @@ class Pairs:
     annotator: np.ndarray
     """[pairs]; -1 if unknown."""
     labels: dict[str, np.ndarray]
-    """By the names of `jaxpref.data.LabelFields`, [pairs].  They come from the gold
+    """By the names of `jaxpref.data.columns`, [pairs].  They come from the gold
     rewards and true flip rates: a method that reads one knows more than others."""
 
 
@@ -137,14 +137,14 @@ def draw_pairs(world: World, noise: Noise, count: int, *, seed: int) -> Pairs:
     chosen, rejected = np.where(label, first, second), np.where(label, second, first)
     gap = np.abs(gold[first] - gold[second])
     labels = {
-        "chosen_ratings": gold[chosen],
-        "rejected_ratings": gold[rejected],
-        "preference_margins": sentiment.SHARPNESS * gap,
-        "preference_strengths": gap,
-        "ties": np.zeros(count),
-        "p_correct": 1 - rate,
+        "chosen_rating": gold[chosen],
+        "rejected_rating": gold[rejected],
+        "margin": sentiment.SHARPNESS * gap,
+        "strength": gap,
+        "tie": np.zeros(count),
+        "flip_rate": rate,
         "chosen_first": label.astype(float),
-        "flip_predictors": rate,
+        "flip_predictor": rate,
     }
     return Pairs(np.stack([chosen, rejected], axis=1), flips, annotator, labels)
 

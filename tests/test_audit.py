@@ -141,7 +141,8 @@ def test_the_clean_file_preserves_all_other_fields(tmp_path, model, cache, actio
     assert clean.pop() == unjudged and len(clean) == len(judged) == 240
     for row, found, made in zip(rows, judged, clean):
         if action == "soft":
-            assert made == row | {"p_correct": found["p_correct"]}
+            p = found["p_correct"]
+            assert made == row | {"p_correct": p, "flip_rate": 1 - p}
         elif found["p_correct"] < 0.5:
             assert found["action"] == "relabel"
             assert made == row | {

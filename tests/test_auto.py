@@ -99,7 +99,7 @@ def test_it_reads_only_what_its_features_need():
     assert auto(UNIT, length=0.0).reads == from_loss(losses.dpo).reads
     assert "chosen_lengths" in auto(UNIT).reads
     assert auto(UNIT, position=1.0).labels == {"chosen_first"}
-    assert auto(UNIT, predictor=1.0).labels == {"flip_predictors"}
+    assert auto(UNIT, predictor=1.0).labels == {"flip_predictor"}
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 from scipy.special import expit
 
 from jaxpref import data, losses
-from jaxpref.data import DataOptions, InjectOptions, LabelFields, ListSource
+from jaxpref.data import DataOptions, InjectOptions, ListSource
 from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
 from jaxpref.noise.instance import Coefficients
-from jaxpref.objectives import from_loss, instance_noise, known_rates
+from jaxpref.objectives import from_loss, instance_noise
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import weighted_losses
 from jaxpref.train import TrainConfig
@@ -33,7 +33,6 @@ def records():
         | {
             "chosen": row["chosen"] + "!" * (7 * n % 5),
             "annotator": f"annotator {n % 3}",
-            "p": round(float(rng.random()), 3),
             "hard": round(float(rng.normal()), 3),
             "first": bool(n % 2),
             "w": n % 4,
@@ -44,14 +43,14 @@ def records():
 
 def pairs_of(inject=None, **fields):
     options = DataOptions(
-        labels=LabelFields(**fields),
+        columns=tuple(f"{name}={field}" for name, field in fields.items()),
         heldout_fraction=0.0,
         inject=inject or InjectOptions(),
     )
     return data.make_splits(ListSource(records()), byte_tokenizer(), options).train
 
 
-ALL = pairs_of(p_correct="p", flip_predictors="hard", chosen_first="first", weights="w")
+ALL = pairs_of(flip_predictor="hard", chosen_first="first", weight="w")
 
 
 def inputs_of(pairs, **layout):
@@ -154,22 +153,11 @@ def test_features_that_are_left_out_are_not_read():
     reads = instance_noise(UNIT, length=0.0).reads
     assert reads == from_loss(losses.dpo).reads
     assert instance_noise(UNIT, position=1.0).labels == {"chosen_first"}
-    assert instance_noise(UNIT, predictor=1.0).labels == {"flip_predictors"}
+    assert instance_noise(UNIT, predictor=1.0).labels == {"flip_predictor"}
     simpo = instance_noise(losses.simpo, likelihood=1.0)
     assert "reference_logps" in simpo.scores
     with pytest.raises(InputError, match="likelihood: bradley_terry trains a reward"):
         instance_noise(losses.bradley_terry, likelihood=1.0)
-
-
-def test_known_rates_are_those_of_the_records():
-    objective = known_rates(UNIT)
-    inputs, order, z, _ = inputs_of(ALL)
-    e = 1 - np.array([records()[n]["p"] for n in order])
-    expected = -np.log((1 - e) * expit(z) + e * expit(-z))
-    np.testing.assert_allclose(objective.losses(inputs, {})[:, 0], expected, rtol=2e-5)
-    state, metrics = objective.learn(inputs, {})
-    assert state == {}
-    assert metrics["noise/flip_rate"] == pytest.approx(e.mean(), rel=1e-6)
 
 
 def test_weights_multiply_the_loss_of_training_pairs():
@@ -177,26 +165,25 @@ def test_weights_multiply_the_loss_of_training_pairs():
     weights = np.asarray(inputs.batch.weights)[:, 0]
     real = order >= 0
     np.testing.assert_array_equal(weights[real], order[real] % 4)
-    assert (weights[~real] == 0).all() and "weights" not in inputs.batch.labels
+    assert (weights[~real] == 0).all() and "weight" not in inputs.batch.labels
     found = weighted_losses(from_loss(losses.dpo, beta=1.0), inputs, {})[:, 0]
     expected = (order % 4) * np.logaddexp(0, -z)
     np.testing.assert_allclose(found[real], expected[real], rtol=2e-5)
     assert ALL.digest() != pairs_of().digest()
     config = dict(model="m", data="d", out="o", objective=from_loss(losses.dpo))
-    labels = DataOptions(labels=LabelFields(weights="w"))
-    assert TrainConfig(**config, options=labels).options.labels.weights == "w"
+    options = DataOptions(columns=("weight=w",))
+    assert TrainConfig(**config, options=options).options.columns == ("weight=w",)
 
 
 def test_a_flip_exchanges_the_position_and_nothing_else():
     flipped = pairs_of(
         InjectOptions(flip_rate=1.0),
-        **dict(p_correct="p", flip_predictors="hard", chosen_first="first"),
-        weights="w",
+        **dict(flip_predictor="hard", chosen_first="first", weight="w"),
     )
     for pairs in (flipped, flip_pairs(ALL, np.ones(COUNT, bool))):
         first = pairs.columns["chosen_first"]
         np.testing.assert_array_equal(first, 1 - ALL.columns["chosen_first"])
-        for name in ("p_correct", "flip_predictors", "weights"):
+        for name in ("flip_predictor", "weight"):
             np.testing.assert_array_equal(pairs.columns[name], ALL.columns[name])
 
 
@@ -220,19 +207,15 @@ def test_wrong_options_are_named(options, message):
 
 def test_a_record_without_the_fields(tmp_path):
     config = dict(model="m", data="d", out=str(tmp_path))
-    for objective, flag in (
-        (known_rates(losses.dpo), "--labels.p-correct"),
-        (instance_noise(losses.dpo, position=1.0), "--labels.chosen-first"),
-    ):
-        with pytest.raises(InputError, match=f"{flag} FIELD"):
-            TrainConfig(**config, objective=objective)
+    objective = instance_noise(losses.dpo, position=1.0)
+    with pytest.raises(InputError, match="--columns chosen_first=FIELD"):
+        TrainConfig(**config, objective=objective)
     for field, value, message in (
-        ("p", 1.5, "field 'p' must be from 0 to 1"),
         ("first", "yes", "field 'first' must be a number"),
-        ("w", -1, "field 'w' must be 0 or more for weights"),
+        ("w", -1, "field 'w' must be 0 or more for weight"),
     ):
-        name = {"p": "p_correct", "first": "chosen_first", "w": "weights"}[field]
+        name = {"first": "chosen_first", "w": "weight"}[field]
         rows = [records()[0] | {field: value}]
-        options = DataOptions(labels=LabelFields(**{name: field}))
+        options = DataOptions(columns=(f"{name}={field}",))
         with pytest.raises(InputError, match=f"row 1: {message}"):
             data.make_splits(ListSource(rows), byte_tokenizer(), options)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref.data.columns import exchanged
 from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
-from jaxpref.data.labels import exchanged
 from jaxpref.errors import InputError, first_line
 from jaxpref.files import check_regular
 
@@ -128,23 +128,29 @@ def flip_pairs(pairs: PreferenceDataset, flips: np.ndarray) -> PreferenceDataset
     """The pairs with chosen and rejected swapped where `flips` [N] is true.
 
     Flipping a pair that is already marked as flipped makes it right again, and clears
-    the mark.  Ratings are swapped with the answers; margins, strengths and ties are
-    not (see `LabelFields`).
+    the mark.  Ratings are swapped with the answers; other numbers are not (see
+    `data.columns.exchanged`).
     """
     tokens = pairs.tokens.copy()
     for n in np.flatnonzero(flips).tolist():
         start = pairs.offsets[n] + pairs.prompt_lengths[n]
-        swapped = [pairs.completion(n, side) for side in (1, 0)]
+        swapped = [
+            part
+            for side in (1, 0)
+            for part in (pairs.side_prompt(n, side), pairs.completion(n, side))
+        ]
         tokens[start : pairs.offsets[n + 1]] = np.concatenate(swapped)
-    lengths = pairs.completion_lengths
-    lengths = np.where(flips[:, None], lengths[:, ::-1], lengths)
+    swap = lambda x: np.where(flips[:, None], x[:, ::-1], x)
     other = exchanged(pairs.labels)
     columns = {k: np.where(flips, other[k], v) for k, v in pairs.labels.items()}
     columns["is_flipped"] = pairs.columns["is_flipped"] ^ flips
+    for name, other in (("prompt", "rejected_prompt"), ("rejected_prompt", "prompt")):
+        columns[name] = np.where(flips, pairs.columns[other], pairs.columns[name])
     return dataclasses.replace(
         pairs,
         tokens=tokens,
-        completion_lengths=lengths,
+        side_prompt_lengths=swap(pairs.side_prompt_lengths),
+        completion_lengths=swap(pairs.completion_lengths),
         columns=pairs.columns | columns,
     )
 

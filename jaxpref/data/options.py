@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from jaxpref.data.labels import LabelFields
+from jaxpref.data.columns import EXCHANGED, FLAG
 from jaxpref.data.record_options import RecordOptions
+from jaxpref.data.records.mapping import read_fields
 from jaxpref.data.render import THINK, TraceMarkers
 from jaxpref.errors import InputError
 
@@ -159,8 +160,12 @@ class DataOptions(RecordOptions):
     drop_empty: bool = False
     """Drop and count records with an empty completion, instead of stopping with an
     error."""
-    labels: LabelFields = LabelFields()
-    """Fields of the records with numbers that a loss reads besides the preference."""
+    columns: tuple[str, ...] = ()
+    """Numbers of the records, as NAME=FIELD, separated by commas or spaces: weight=w
+    beta=info.b.  The name is weight, which multiplies the loss of a training pair; what
+    the loss or the objective reads (margin, strength, tie, chosen_rating,
+    rejected_rating, chosen_first, flip_predictor, desirable); or an option of a
+    pairwise loss, such as beta or flip_rate, which then differs between records."""
     trace_open: str = THINK.open
     """Text that the model writes before a reasoning trace, if records have traces."""
     trace_close: str = THINK.close
@@ -169,6 +174,15 @@ class DataOptions(RecordOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        named = self.named_columns
+        words = tuple(f"{name}={field}" for name, field in sorted(named.items()))
+        object.__setattr__(self, "columns", words)
+        for name, other in EXCHANGED.items():
+            if name in named and other not in named:
+                raise InputError(
+                    f"{FLAG} {name}={named[name]}: {name} and {other} are swapped when "
+                    "a pair is flipped; name the fields of both"
+                )
         if not 2 <= self.longest:
             raise InputError(f"max_length {self.longest} must be at least 2")
         prompt = self.max_prompt_length
@@ -184,6 +198,11 @@ class DataOptions(RecordOptions):
         if self.max_pairs is not None and self.max_pairs < 1:
             raise InputError(f"max_pairs {self.max_pairs} must be positive")
         TraceMarkers(self.trace_open, self.trace_close)  # refuses blank ones
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """The field by column."""
+        return read_fields(self.columns, FLAG, "weight=w") if self.columns else {}
 
     @property
     def heldout_share(self) -> float:

@@ -81,7 +81,7 @@ def open_pairs(
             "per answer; an audit judges each record once, so keep only one trace"
         )
     plan.fields.read_too(config.source_field)
-    for line in (plan.describe(), plan.fields.describe()):
+    for line in (plan.describe(), plan.fields.describe(), *plan.fields.warnings()):
         log(f"{name}: {line}")
     log_skipped(plan.skipped)
     plan.fields.check_mapped(config.mapped)
@@ -153,7 +153,7 @@ def _tokenized(
     positions = read_architecture(folder).context_length
     return data.make_splits(
         source,
-        data.load_tokenizer(folder),
+        data.load_tokenizer(folder, config.template_options),
         data.for_model(options, positions),
         whole_turns=whole_turns,
     )

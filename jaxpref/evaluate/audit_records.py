@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from jaxpref.data import Source
-from jaxpref.data.records import EMPTY, Example, parse, text_of
+from jaxpref.data.records import EMPTY, Example, Message, parse, text_of
+from jaxpref.data.records.own_prompts import PROMPTS, has_own_prompts
 from jaxpref.data.records.view import View
 from jaxpref.errors import InputError
 
@@ -99,7 +100,8 @@ def cleaned(source: RenamedSource, rows: list[dict[str, Any]]) -> Iterator[Any]:
         if row is None or row["action"] == "keep":
             yield record
         elif row["action"] == "soft":
-            yield record | {"p_correct": row["p_correct"]}
+            p = row["p_correct"]
+            yield record | {"p_correct": p, "flip_rate": 1 - p}
         elif row["action"] == "relabel":
             yield record | _exchanged(record)
 
@@ -127,6 +129,9 @@ def _exchanged(record: dict[str, Any]) -> dict[str, Any]:
         exchanged = {"ranking": record["ranking"][::-1]}
     else:
         exchanged = {"chosen": record["rejected"], "rejected": record["chosen"]}
+        if has_own_prompts(record):
+            one, two = PROMPTS.values()
+            exchanged |= {one: record[two], two: record[one]}
         if isinstance(record.get("ended"), list):
             exchanged["ended"] = record["ended"][::-1]
     # Exchanging a known flip makes its label right.
@@ -138,11 +143,22 @@ def _exchanged(record: dict[str, Any]) -> dict[str, Any]:
 def texts_of(example: Example) -> dict[str, str]:
     """`prompt`, `chosen` and `rejected` of a pair, as plain text."""
     chosen, rejected = example.texts
-    if isinstance(example.prompt, str):
-        return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
-    turns = (f"{turn['role']}: {text_of(turn)}" for turn in example.prompt)
-    return {"prompt": "\n\n".join(turns), "chosen": chosen, "rejected": rejected}
+    prompt = "\n\n".join(map(_prompt_text, example.prompts))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _prompt_text(prompt: str | tuple[Message, ...]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role']}: {text_of(turn)}" for turn in prompt)
 
 
 def _parsed(source: Source, row: int) -> Example | str:
-    return parse(source[row], source.location(row), sides=2, drop_empty=True)
+    # Whether pairs with two prompts are judged was decided when they were tokenized.
+    return parse(
+        source[row],
+        source.location(row),
+        sides=2,
+        drop_empty=True,
+        allow_own_prompts=True,
+    )

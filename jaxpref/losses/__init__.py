@@ -5,6 +5,10 @@ Arrays are positional, log-probs first, and hyperparameters are keyword-only.  A
 computations use at least float32.  The names of the positional parameters declare which
 arrays a loss reads.
 
+A hyperparameter is one number.  If a loss treats pairs independently, it may also be an
+array that broadcasts to one number per pair, such as a beta or a flip rate of each
+pair's own.  The range of Python numbers is checked, that of arrays is not.
+
 Throughout, for a prompt x with chosen answer y_w and rejected answer y_l:
 
     D     log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x), the margin in nats

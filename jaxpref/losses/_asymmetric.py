@@ -8,10 +8,9 @@ one does so faster.  The margins here counteract that, in terms of
 """
 
 import jax
-import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = ["dpop", "flex_dpo"]
 
@@ -22,8 +21,8 @@ def dpop(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.3,
-    penalty: Scalar = 50.0,
+    beta: Number = 0.3,
+    penalty: Number = 50.0,
 ) -> PerPair:
     """DPO-Positive (Smaug): DPO that keeps the chosen answer from becoming less likely.
 
@@ -70,7 +69,7 @@ def dpop(
         beta,
     )
     # relu has a gradient of 0 at 0, where training starts; maximum has 1/2.
-    lost = jnp.asarray(penalty, chosen.dtype) * jax.nn.relu(-chosen)
+    lost = _common.per_pair("penalty", penalty, chosen) * jax.nn.relu(-chosen)
     return _common.logistic_loss(chosen - rejected - lost)
 
 
@@ -80,8 +79,8 @@ def flex_dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    chosen_beta: Scalar,
-    rejected_beta: Scalar,
+    chosen_beta: Number,
+    rejected_beta: Number,
 ) -> PerPair:
     """Flex-DPO: one beta for the chosen answer and another for the rejected one.
 
@@ -128,6 +127,6 @@ def flex_dpo(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    chosen = jnp.asarray(chosen_beta, chosen.dtype) * chosen
-    rejected = jnp.asarray(rejected_beta, rejected.dtype) * rejected
+    chosen = _common.per_pair("chosen_beta", chosen_beta, chosen) * chosen
+    rejected = _common.per_pair("rejected_beta", rejected_beta, rejected) * rejected
     return _common.logistic_loss(chosen - rejected)

@@ -77,7 +77,7 @@ def dr_dpo(
         beta,
         where,
     )
-    cost = jnp.asarray(beta_prime, losses.dtype)
+    cost = _common.scalar("beta_prime", beta_prime, losses)
     fixed = jax.lax.stop_gradient(losses)
     soft_minimum = _soft_minimum(fixed, cost, where)
     weights = jnp.exp((soft_minimum - fixed) / cost)
@@ -146,7 +146,8 @@ def kl_dpo(
         beta,
         where,
     )
-    tau, most = (jnp.asarray(option, losses.dtype) for option in (tau, max_weight))
+    tau = _common.scalar("tau", tau, losses)
+    most = _common.scalar("max_weight", max_weight, losses)
     excess = (losses - _common.mean(losses, where)) / tau
     # The cap is applied to the exponent, which prevents overflow.
     weights = jax.lax.stop_gradient(jnp.exp(jnp.minimum(excess, jnp.log(most))))
@@ -271,6 +272,7 @@ def aot_unpaired(
 
 def _dpo_losses(chosen, rejected, reference_chosen, reference_rejected, beta, where):
     """DPO losses, log 2 where not real, and the mask."""
+    _common.one_number("beta", beta)
     h = _common.reward_margin(
         chosen, rejected, reference_chosen, reference_rejected, beta
     )
@@ -300,5 +302,5 @@ def _rank_losses(values: jax.Array, others: jax.Array, beta, where) -> jax.Array
     ranks = jnp.argsort(jnp.argsort(flat(values)))
     matched = jnp.sort(flat(others))[ranks].reshape(values.shape)
     gap = jnp.where(where, values - matched, 0)
-    losses = _common.logistic_loss(jnp.asarray(beta, values.dtype) * gap)
+    losses = _common.logistic_loss(_common.scalar("beta", beta, values) * gap)
     return jnp.where(where, losses, 0)

@@ -12,9 +12,11 @@ PerPair = Float[Array, "*batch"]
 Lengths = Real[Array, "*batch"]
 """Number of completion tokens, integer or float."""
 Scalar = float | int | Float[Array, ""]
-"""A Python number, whose range is checked, or a traced scalar, which is not checked."""
-Rate = float | int | Float[Array, "*#batch"]
-"""One rate for all pairs, or one per pair."""
+"""One number for all pairs: a Python number, whose range is checked, or a traced
+scalar, which is not checked."""
+Number = float | int | Float[Array, "*#batch"]
+"""One number for all pairs, or an array that broadcasts to one per pair.  The range of
+Python numbers is checked, that of arrays is not."""
 Mask = Bool[Array, "*batch"] | None
 """Which pairs are real; None if all are."""
 
@@ -57,69 +59,64 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, numbers.Real)
 
 
+def not_text(name: str, value) -> None:
+    """Raises ValueError for text, which NumPy could take for a number."""
+    if isinstance(value, str):
+        raise ValueError(f"Expected {name} to be one number, got {value!r}.")
+
+
 def one_number(name: str, value) -> None:
     """Raises ValueError for text, and for arrays with axes, which would broadcast."""
-    if isinstance(value, str) or jnp.ndim(value):
-        got = repr(value) if isinstance(value, str) else f"shape {jnp.shape(value)}"
-        raise ValueError(f"Expected {name} to be one number, got {got}.")
+    not_text(name, value)
+    if jnp.ndim(value):
+        shape = jnp.shape(value)
+        raise ValueError(f"Expected {name} to be one number, got shape {shape}.")
 
 
 def positive(name: str, value) -> None:
     """Raises ValueError if a Python number is not above 0; arrays pass unchecked."""
-    one_number(name, value)
+    not_text(name, value)
     if is_number(value) and not 0 < value < float("inf"):
         raise ValueError(f"Expected {name} > 0 and finite, got {value}.")
 
 
 def not_negative(name: str, value) -> None:
     """Raises ValueError if a Python number is below 0; arrays pass unchecked."""
-    one_number(name, value)
+    not_text(name, value)
     if is_number(value) and not 0 <= value < float("inf"):
         raise ValueError(f"Expected {name} >= 0 and finite, got {value}.")
 
 
 def between(name: str, value, low: float, high: float) -> None:
     """Raises ValueError if a Python number is outside the open (low, high)."""
-    one_number(name, value)
+    not_text(name, value)
     if is_number(value) and not low < value < high:
         raise ValueError(f"Expected {name} in ({low}, {high}), got {value}.")
 
 
 def fraction(name: str, value) -> None:
     """Raises ValueError if a Python number is outside the closed [0, 1]."""
-    one_number(name, value)
+    not_text(name, value)
     if is_number(value) and not 0 <= value <= 1:
         raise ValueError(f"Expected {name} in [0, 1], got {value}.")
 
 
 def finite(name: str, value) -> None:
     """Raises ValueError if a Python number is not finite; arrays pass unchecked."""
-    one_number(name, value)
+    not_text(name, value)
     if is_number(value) and not abs(value) < float("inf"):
         raise ValueError(f"Expected {name} finite, got {value}.")
 
 
 def rates(flip_rate: Any, like: jax.Array) -> jax.Array:
-    """`flip_rate` in the dtype of `like`, ready to broadcast against it.
+    """`flip_rate` as `per_pair` returns it.
 
     Raises:
-      ValueError: if a Python number is outside [0, 1/2), or an array does not broadcast
-        to the shape of `like`.
+      ValueError: also if a Python number is outside [0, 1/2).
     """
-    if isinstance(flip_rate, str):
-        raise ValueError(f"Expected flip_rate to be one number, got {flip_rate!r}.")
     if is_number(flip_rate) and not 0 <= flip_rate < 0.5:
         raise ValueError(f"Expected flip_rate in [0, 0.5), got {flip_rate}.")
-    shape = jnp.shape(flip_rate)
-    padded = (1,) * (like.ndim - len(shape)) + shape
-    if len(padded) > like.ndim or any(
-        rate not in (1, pair) for rate, pair in zip(padded, like.shape)
-    ):
-        raise ValueError(
-            f"Expected flip_rate to broadcast to the pairs' shape {like.shape}, "
-            f"got shape {shape}."
-        )
-    return jnp.asarray(flip_rate, like.dtype)
+    return per_pair("flip_rate", flip_rate, like)
 
 
 def correction(flip_rate, like: jax.Array) -> jax.Array:
@@ -167,7 +164,7 @@ def reward_margin(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return jnp.asarray(beta, chosen.dtype) * (chosen - rejected)
+    return per_pair("beta", beta, chosen) * (chosen - rejected)
 
 
 def answer_rewards(
@@ -185,7 +182,7 @@ def answer_rewards(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    beta = jnp.asarray(beta, chosen.dtype)
+    beta = per_pair("beta", beta, chosen)
     return beta * chosen, beta * rejected
 
 
@@ -229,6 +226,25 @@ def scalar(name: str, value, like: jax.Array) -> jax.Array:
       ValueError: if it has axes, which would broadcast against the pairs.
     """
     one_number(name, value)
+    return jnp.asarray(value, like.dtype)
+
+
+def per_pair(name: str, value, like: jax.Array) -> jax.Array:
+    """One number, or one per pair, in the dtype of `like`.
+
+    Raises:
+      ValueError: if it is text, or does not broadcast to the shape of `like`.
+    """
+    not_text(name, value)
+    shape = jnp.shape(value)
+    padded = (1,) * (like.ndim - len(shape)) + shape
+    if len(padded) > like.ndim or any(
+        own not in (1, pair) for own, pair in zip(padded, like.shape)
+    ):
+        raise ValueError(
+            f"Expected {name} to broadcast to the pairs' shape {like.shape}, "
+            f"got shape {shape}."
+        )
     return jnp.asarray(value, like.dtype)
 
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Rate
+from jaxpref.losses._common import Number
 
 __all__ = ["forward_corrected", "gibbs_logits", "unbiased"]
 
 
-def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
+def unbiased(loss: Callable, flip_rate: Number) -> Callable:
     """The loss whose mean over label flips is `loss` on clean labels.
 
         corrected = [(1 - e) loss(pair) - e loss(swapped)] / (1 - 2e)
@@ -71,7 +71,7 @@ def unbiased(loss: Callable, flip_rate: Rate) -> Callable:
     return corrected
 
 
-def forward_corrected(loss: Callable, flip_rate: Rate) -> Callable:
+def forward_corrected(loss: Callable, flip_rate: Number) -> Callable:
     """The likelihood of the observed label under the preference that `loss` implies.
 
         p         = s(z),    z = loss(swapped) - loss(pair), the `gibbs_logits`

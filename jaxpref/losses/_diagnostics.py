@@ -111,7 +111,7 @@ def idealized_ranking_accuracy(
     )
     shares = jnp.clip(shares, eps, 1 - eps)
     log_odds = jnp.log(shares) - jnp.log1p(-shares)
-    margin = (chosen - rejected) + log_odds / jnp.asarray(beta, chosen.dtype)
+    margin = (chosen - rejected) + log_odds / _common.scalar("beta", beta, chosen)
     return _indicator(margin, margin > 0)
 
 
@@ -158,7 +158,7 @@ def ranking_difficulty(
         reference_chosen_logps=reference_chosen_logps,
         reference_rejected_logps=reference_rejected_logps,
     )
-    beta = jnp.asarray(beta, chosen.dtype)
+    beta = _common.scalar("beta", beta, chosen)
     return _common.logistic_loss(beta * (rejected - chosen))
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = ["alpha_dpo", "chi_po", "forward_kl_dpo", "js_dpo"]
 
@@ -26,7 +26,7 @@ def forward_kl_dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """f-DPO with the forward KL, KL(ref || pi): mass-covering.
 
@@ -79,7 +79,7 @@ def js_dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """f-DPO with the Jensen-Shannon divergence.
 
@@ -131,8 +131,8 @@ def alpha_dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    alpha: Scalar,
+    beta: Number = 0.1,
+    alpha: Number,
 ) -> PerPair:
     """f-DPO with an alpha-divergence: between the reverse and the forward KL.
 
@@ -179,7 +179,7 @@ def alpha_dpo(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    alpha = jnp.asarray(alpha, chosen.dtype)
+    alpha = _common.per_pair("alpha", alpha, chosen)
     # expm1 prevents cancellation for small alpha.
     score = lambda ratio: -jnp.expm1(jnp.minimum(-alpha * ratio, 80)) / alpha
     return _common.logistic_loss(_margin(score(chosen), score(rejected), beta))
@@ -191,8 +191,8 @@ def chi_po(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.05,
-    max_reward: Scalar,
+    beta: Number = 0.05,
+    max_reward: Number,
 ) -> PerPair:
     """Chi-squared preference optimization: DPO with the link u + log u.
 
@@ -246,12 +246,12 @@ def chi_po(
     )
     score = lambda ratio: _common.clipped_exp(ratio) + ratio
     margin = _margin(score(chosen), score(rejected), beta)
-    bound = 2 * jnp.asarray(max_reward, margin.dtype)
+    bound = 2 * _common.per_pair("max_reward", max_reward, margin)
     return _common.logistic_loss(jnp.clip(margin, -bound, bound))
 
 
 def _margin(chosen_scores: jax.Array, rejected_scores: jax.Array, beta) -> jax.Array:
     """The reward margin under the divergence f: beta f'(u_w) - beta f'(u_l)."""
     _common.positive("beta", beta)
-    beta = jnp.asarray(beta, chosen_scores.dtype)
+    beta = _common.per_pair("beta", beta, chosen_scores)
     return beta * (chosen_scores - rejected_scores)

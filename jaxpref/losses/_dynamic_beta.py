@@ -78,7 +78,8 @@ def beta_dpo(
     where = _common.mask(where, margins)
     margins = jnp.where(where, margins, 0)
     expected = _common.scalar("running_mean", running_mean, margins)
-    beta, alpha = (jnp.asarray(option, margins.dtype) for option in (beta, alpha))
+    beta = _common.scalar("beta", beta, margins)
+    alpha = _common.scalar("alpha", alpha, margins)
     excess = _common.mean(margins, where) - expected
     batch_beta = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
     losses = _common.logistic_loss(jax.lax.stop_gradient(batch_beta) * margins)
@@ -136,7 +137,7 @@ def margin_moments(
     mean = _common.mean(margins, where)
     squares = jnp.sum(jnp.where(where, jnp.square(margins - mean), 0))
     freedom = jnp.maximum(jnp.sum(where) - 1, 1).astype(margins.dtype)
-    momentum = jnp.asarray(momentum, margins.dtype)
+    momentum = _common.scalar("momentum", momentum, margins)
 
     def updated(name, old, new):
         old = _common.scalar(name, old, margins)
@@ -215,5 +216,6 @@ def beta_dpo_selection(
     place = jnp.argsort(jnp.argsort(-(scores + noise))).reshape(margins.shape)
     count = jnp.sum(where)
     # Minus 0.001, so that 10 * 0.7 in floating point does not round up to 8.
-    dropped = jnp.ceil(count * jnp.asarray(drop_rate, margins.dtype) - 1e-3)
+    rate = _common.scalar("drop_rate", drop_rate, margins)
+    dropped = jnp.ceil(count * rate - 1e-3)
     return where & (place < count - dropped)

@@ -65,6 +65,7 @@ def gamma_po(
       (gamma-PO), 2025, arXiv:2506.03690, the dynamic target margin.
       sunjie279/gammaPO, scripts/xpo_trainer.py, "gm-dpo".
     """
+    _common.one_number("beta", beta)
     h = _common.reward_margin(
         policy_chosen_logps,
         policy_rejected_logps,
@@ -146,7 +147,7 @@ def gamma_simpo(
     rejected_lengths = jnp.where(where, rejected_lengths, 1)
     chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
     rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
-    h = jnp.where(where, jnp.asarray(beta, chosen.dtype) * (chosen - rejected), 0)
+    h = jnp.where(where, _common.scalar("beta", beta, chosen) * (chosen - rejected), 0)
     _, targets = _target_margins(h, gamma, tau, where)
     return jnp.where(where, _common.logistic_loss(h - targets), 0)
 
@@ -161,7 +162,7 @@ def _target_margins(h: jax.Array, gamma, tau, where) -> tuple[jax.Array, jax.Arr
     """
     _common.not_negative("gamma", gamma)
     _common.positive("tau", tau)
-    gamma, tau = (jnp.asarray(option, h.dtype) for option in (gamma, tau))
+    gamma, tau = _common.scalar("gamma", gamma, h), _common.scalar("tau", tau, h)
     h = jax.lax.stop_gradient(h)
     # The share p of a pair is at most 1.
     largest = jnp.log(jnp.maximum(jnp.sum(where), 1).astype(h.dtype))

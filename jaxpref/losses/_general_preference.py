@@ -99,7 +99,7 @@ def general_preference(
     """
     _common.positive("tau", tau)
     score = _score(chosen_embeddings, rejected_embeddings, eigenscales)
-    return _common.logistic_loss(score / jnp.asarray(tau, score.dtype))
+    return _common.logistic_loss(score / _common.scalar("tau", tau, score))
 
 
 def _score(chosen_embeddings, rejected_embeddings, eigenscales) -> jax.Array:

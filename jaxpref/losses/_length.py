@@ -8,7 +8,7 @@ tokens of the longer answer beyond the length of the shorter one.
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, PerPair, Scalar
+from jaxpref.losses._common import Lengths, Number, PerPair
 
 __all__ = ["ld_dpo", "length_desensitized", "ln_dpo", "r_dpo"]
 
@@ -22,7 +22,7 @@ def ln_dpo(
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
-    beta: Scalar = 5.0,
+    beta: Number = 5.0,
 ) -> PerPair:
     """Length-normalized DPO: log-ratios averaged over completion tokens.
 
@@ -69,7 +69,9 @@ def ln_dpo(
     )
     chosen = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
     rejected = _common.per_token(rejected, rejected_lengths, "rejected_lengths")
-    return _common.logistic_loss(jnp.asarray(beta, chosen.dtype) * (chosen - rejected))
+    return _common.logistic_loss(
+        _common.per_pair("beta", beta, chosen) * (chosen - rejected)
+    )
 
 
 def r_dpo(
@@ -80,8 +82,8 @@ def r_dpo(
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
-    beta: Scalar = 0.1,
-    alpha: Scalar,
+    beta: Number = 0.1,
+    alpha: Number,
 ) -> PerPair:
     """Length-regularized DPO: a price per token is subtracted from the reward.
 
@@ -142,7 +144,9 @@ def r_dpo(
     chosen, rejected = (
         jnp.asarray(lengths, h.dtype) for lengths in (chosen_lengths, rejected_lengths)
     )
-    return _common.logistic_loss(h + jnp.asarray(alpha, h.dtype) * (chosen - rejected))
+    return _common.logistic_loss(
+        h + _common.per_pair("alpha", alpha, h) * (chosen - rejected)
+    )
 
 
 def ld_dpo(
@@ -155,8 +159,8 @@ def ld_dpo(
     reference_chosen_prefix_logps: PerPair,
     reference_rejected_prefix_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    alpha: Scalar = 0.5,
+    beta: Number = 0.1,
+    alpha: Number = 0.5,
 ) -> PerPair:
     """Length-desensitized DPO: the tail of the longer answer is weighted by alpha.
 
@@ -219,11 +223,13 @@ def ld_dpo(
     # reference first preserves precision.
     chosen = _discounted(pc - rc, pc_prefix - rc_prefix, alpha)
     rejected = _discounted(pr - rr, pr_prefix - rr_prefix, alpha)
-    return _common.logistic_loss(jnp.asarray(beta, chosen.dtype) * (chosen - rejected))
+    return _common.logistic_loss(
+        _common.per_pair("beta", beta, chosen) * (chosen - rejected)
+    )
 
 
 def length_desensitized(
-    logps: PerPair, prefix_logps: PerPair, *, alpha: Scalar
+    logps: PerPair, prefix_logps: PerPair, *, alpha: Number
 ) -> PerPair:
     """Log-probs in which the tail after the prefix is weighted by alpha.
 
@@ -261,4 +267,4 @@ def length_desensitized(
 
 def _discounted(whole, prefix, alpha):
     """The prefix plus alpha times the tail."""
-    return prefix + jnp.asarray(alpha, whole.dtype) * (whole - prefix)
+    return prefix + _common.per_pair("alpha", alpha, whole) * (whole - prefix)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = ["discopop", "dove", "dpo", "exo_pair", "hinge"]
 
@@ -15,7 +15,7 @@ def dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Direct preference optimization: the logistic loss of the implicit reward margin.
 
@@ -64,7 +64,7 @@ def dove(
     reference_chosen_joint_logps: PerPair,
     reference_rejected_joint_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """DPO over joint instruction-response pairs, each side with its own instruction.
 
@@ -125,7 +125,7 @@ def hinge(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.05,
+    beta: Number = 0.05,
 ) -> PerPair:
     """Hinge loss of the implicit reward margin: SLiC's loss with DPO's reward.
 
@@ -177,8 +177,8 @@ def exo_pair(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    label_smoothing: Scalar = 1e-3,
+    beta: Number = 0.1,
+    label_smoothing: Number = 1e-3,
 ) -> PerPair:
     """Efficient exact optimization on pairs: the reverse KL to a smoothed label.
 
@@ -227,7 +227,7 @@ def exo_pair(
         reference_rejected_logps,
         beta,
     )
-    smoothing = jnp.asarray(label_smoothing, h.dtype)
+    smoothing = _common.per_pair("label_smoothing", label_smoothing, h)
     log_chosen, log_rejected = jax.nn.log_sigmoid(h), jax.nn.log_sigmoid(-h)
     return jnp.exp(log_chosen) * (log_chosen - jnp.log1p(-smoothing)) + jnp.exp(
         log_rejected
@@ -240,8 +240,8 @@ def discopop(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.05,
-    tau: Scalar = 0.05,
+    beta: Number = 0.05,
+    tau: Number = 0.05,
 ) -> PerPair:
     """Discovered preference optimization: the log-ratio modulated loss (LRML).
 
@@ -290,7 +290,7 @@ def discopop(
         reference_rejected_logps,
         beta,
     )
-    gate = h / jnp.asarray(tau, h.dtype)
+    gate = h / _common.per_pair("tau", tau, h)
     # A single exponential: s(gate) underflows long before exp(-h) overflows, and 0
     # times infinity is NaN.
     exponential = _common.clipped_exp(jax.nn.log_sigmoid(gate) - h)

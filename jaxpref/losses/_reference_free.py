@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, PerPair, Scalar
+from jaxpref.losses._common import Lengths, Number, PerPair
 from jaxpref.losses._sequence import log_odds
 
 __all__ = ["alpha_po", "cpo", "mapo", "orpo", "simpo"]
@@ -17,8 +17,8 @@ def simpo(
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
-    beta: Scalar = 2.0,
-    gamma: Scalar = 0.5,
+    beta: Number = 2.0,
+    gamma: Number = 0.5,
 ) -> PerPair:
     """Simple preference optimization: no reference, average log-probs, a target margin.
 
@@ -66,9 +66,9 @@ def alpha_po(
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
-    alpha: Scalar = 0.25,
-    beta: Scalar = 2.5,
-    gamma: Scalar = 0.25,
+    alpha: Number = 0.25,
+    beta: Number = 2.5,
+    gamma: Number = 0.25,
 ) -> PerPair:
     """AlphaPO: SimPO with a parameter for the shape of the reward.
 
@@ -114,7 +114,7 @@ def alpha_po(
     chosen, rejected = _averages(
         policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
     )
-    alpha = jnp.asarray(alpha, chosen.dtype)
+    alpha = _common.per_pair("alpha", alpha, chosen)
 
     def reward(logp):
         # expm1 prevents cancellation for small alpha; alpha = 0 is the limit.
@@ -129,8 +129,8 @@ def cpo(
     policy_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     *,
-    beta: Scalar = 0.1,
-    nll_weight: Scalar = 1.0,
+    beta: Number = 0.1,
+    nll_weight: Number = 1.0,
 ) -> PerPair:
     """Contrastive preference optimization: no reference, plus a likelihood term.
 
@@ -176,7 +176,8 @@ def cpo(
         policy_rejected_logps=policy_rejected_logps,
     )
     average = _common.per_token(chosen, chosen_lengths, "chosen_lengths")
-    beta, weight = (jnp.asarray(option, chosen.dtype) for option in (beta, nll_weight))
+    beta = _common.per_pair("beta", beta, chosen)
+    weight = _common.per_pair("nll_weight", nll_weight, chosen)
     return _common.logistic_loss(beta * (chosen - rejected)) - weight * average
 
 
@@ -187,7 +188,7 @@ def orpo(
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Odds-ratio preference optimization: fine-tuning plus a preference term.
 
@@ -239,8 +240,8 @@ def mapo(
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     *,
-    beta: Scalar = 0.1,
-    scale: Scalar = 1.0,
+    beta: Number = 0.1,
+    scale: Number = 1.0,
 ) -> PerPair:
     """Margin-aware preference optimization, adapted from diffusion to language models.
 
@@ -285,7 +286,7 @@ def mapo(
     )
     margin = _x_over_expm1(-chosen) - _x_over_expm1(-rejected)
     return _likelihood_and_margin(
-        chosen, jnp.asarray(scale, margin.dtype) * margin, weight=beta
+        chosen, _common.per_pair("scale", scale, margin) * margin, weight=beta
     )
 
 
@@ -307,7 +308,8 @@ def _beyond_target(difference: jax.Array, beta, gamma) -> jax.Array:
     """Logistic loss of a scaled reward difference that should exceed gamma."""
     _common.positive("beta", beta)
     _common.not_negative("gamma", gamma)
-    beta, gamma = (jnp.asarray(option, difference.dtype) for option in (beta, gamma))
+    beta = _common.per_pair("beta", beta, difference)
+    gamma = _common.per_pair("gamma", gamma, difference)
     return _common.logistic_loss(beta * difference - gamma)
 
 
@@ -316,7 +318,8 @@ def _likelihood_and_margin(
 ) -> jax.Array:
     """Negative log-likelihood per token plus the weighted logistic loss of a margin."""
     _common.positive("beta", weight)
-    return jnp.asarray(weight, margin.dtype) * _common.logistic_loss(margin) - average
+    weight = _common.per_pair("beta", weight, margin)
+    return weight * _common.logistic_loss(margin) - average
 
 
 def _x_over_expm1(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Real
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = [
     "bradley_terry",
@@ -62,7 +62,7 @@ def bradley_terry(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair
 
 
 def margin_bradley_terry(
-    chosen_rewards: PerPair, rejected_rewards: PerPair, preference_margins: Labels
+    chosen_rewards: PerPair, rejected_rewards: PerPair, margin: Labels
 ) -> PerPair:
     """Bradley-Terry with an annotated target margin.
 
@@ -73,7 +73,7 @@ def margin_bradley_terry(
     Args:
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
       rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
-      preference_margins: m, larger for clearer preferences, nats, e.g. 3 for
+      margin: m, larger for clearer preferences, nats, e.g. 3 for
         significantly better, 2 for better, 1 for slightly better; integer or float;
         [*batch].
 
@@ -96,12 +96,12 @@ def margin_bradley_terry(
       trl/trainer/reward_trainer.py, "margin".
     """
     difference = _common.reward_difference(chosen_rewards, rejected_rewards)
-    labels = _labels(difference, preference_margins=preference_margins)
+    labels = _labels(difference, margin=margin)
     return _common.logistic_loss(difference - labels)
 
 
 def scaled_bradley_terry(
-    chosen_rewards: PerPair, rejected_rewards: PerPair, preference_strengths: Labels
+    chosen_rewards: PerPair, rejected_rewards: PerPair, strength: Labels
 ) -> PerPair:
     """Bradley-Terry weighted by the strength of the annotated preference.
 
@@ -115,7 +115,7 @@ def scaled_bradley_terry(
     Args:
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].
       rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
-      preference_strengths: m >= 0, integer or float; in the paper 1 for slightly
+      strength: m >= 0, integer or float; in the paper 1 for slightly
         better, 2 for better, 3 for much better; [*batch].
 
     Returns:
@@ -136,16 +136,16 @@ def scaled_bradley_terry(
       2024, arXiv:2410.01257, the scaled Bradley-Terry loss.
     """
     difference = _common.reward_difference(chosen_rewards, rejected_rewards)
-    labels = _labels(difference, preference_strengths=preference_strengths)
+    labels = _labels(difference, strength=strength)
     return labels * _common.logistic_loss(difference)
 
 
 def rao_kupper(
     chosen_rewards: PerPair,
     rejected_rewards: PerPair,
-    ties: Labels,
+    tie: Labels,
     *,
-    theta: Scalar = 3.0,
+    theta: Number = 3.0,
 ) -> PerPair:
     """Likelihood of wins and ties under the Rao-Kupper model (perception threshold).
 
@@ -160,7 +160,7 @@ def rao_kupper(
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  The order
         does not matter in a tie.
       rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
-      ties: t, 1 for a tie, 0 otherwise; values in between are the share of annotators
+      tie: t, 1 for a tie, 0 otherwise; values in between are the share of annotators
         who called a tie; [*batch].
       theta: how often answers tie, > 1.
 
@@ -186,10 +186,11 @@ def rao_kupper(
     """
     _common.between("theta", theta, 1.0, float("inf"))
     difference = _common.reward_difference(chosen_rewards, rejected_rewards)
-    labels = _labels(difference, ties=ties)
-    threshold = jnp.log(jnp.asarray(theta, difference.dtype))
+    labels = _labels(difference, tie=tie)
+    threshold = jnp.log(_common.per_pair("theta", theta, difference))
     # Python numbers are multiplied in float64, for precision near theta = 1.
-    odds = jnp.log(jnp.asarray((theta - 1) * (theta + 1), difference.dtype))
+    odds = (theta - 1) * (theta + 1)
+    odds = jnp.log(_common.per_pair("theta", odds, difference))
     win = _common.logistic_loss(difference - threshold)
     # P(tie) is a constant times the product of win and loss probabilities.
     lost = _common.logistic_loss(-difference - threshold)
@@ -199,9 +200,9 @@ def rao_kupper(
 def davidson(
     chosen_rewards: PerPair,
     rejected_rewards: PerPair,
-    ties: Labels,
+    tie: Labels,
     *,
-    nu: Scalar = 2.0,
+    nu: Number = 2.0,
 ) -> PerPair:
     """Likelihood of wins and ties under the Davidson model (ties keep the win odds).
 
@@ -216,7 +217,7 @@ def davidson(
       chosen_rewards: r_w, rewards of the chosen answers, nats; [*batch].  The order
         does not matter in a tie.
       rejected_rewards: r_l, rewards of the rejected answers, nats; [*batch].
-      ties: t, 1 for a tie, 0 otherwise; values in between are the share of annotators
+      tie: t, 1 for a tie, 0 otherwise; values in between are the share of annotators
         who called a tie; [*batch].
       nu: how often answers tie, > 0.
 
@@ -243,8 +244,8 @@ def davidson(
     """
     _common.positive("nu", nu)
     difference = _common.reward_difference(chosen_rewards, rejected_rewards)
-    labels = _labels(difference, ties=ties)
-    weight = jnp.log(jnp.asarray(nu, difference.dtype))
+    labels = _labels(difference, tie=tie)
+    weight = jnp.log(_common.per_pair("nu", nu, difference))
     half = 0.5 * difference
     win = jnp.logaddexp(_common.logistic_loss(difference), weight - half)
     return win + labels * (half - weight)

@@ -42,7 +42,7 @@ def implicit_rewards(
     policy, reference = _common.promoted(
         policy_logps=policy_logps, reference_logps=reference_logps
     )
-    return jnp.asarray(beta, policy.dtype) * (policy - reference)
+    return _common.scalar("beta", beta, policy) * (policy - reference)
 
 
 def reward_margins(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Rate, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = ["cdpo", "forward_dpo", "rdpo", "ropo"]
 
@@ -26,8 +26,8 @@ def cdpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    flip_rate: Rate,
+    beta: Number = 0.1,
+    flip_rate: Number,
 ) -> PerPair:
     """Conservative DPO: cross-entropy with the label smoothed by the flip rate.
 
@@ -82,8 +82,8 @@ def rdpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    flip_rate: Rate,
+    beta: Number = 0.1,
+    flip_rate: Number,
 ) -> PerPair:
     """Provably robust DPO: its mean over label flips is the DPO loss of clean labels.
 
@@ -142,8 +142,8 @@ def forward_dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    flip_rate: Rate,
+    beta: Number = 0.1,
+    flip_rate: Number,
 ) -> PerPair:
     """Forward-corrected DPO: the likelihood of the observed, possibly flipped, label.
 
@@ -201,8 +201,8 @@ def ropo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    alpha: Scalar = 14.0,
+    beta: Number = 0.1,
+    alpha: Number = 14.0,
 ) -> PerPair:
     """Robust preference optimization: DPO plus a noise-tolerant loss.
 
@@ -251,6 +251,6 @@ def ropo(
         reference_rejected_logps,
         beta,
     )
-    alpha = jnp.asarray(alpha, h.dtype)
+    alpha = _common.per_pair("alpha", alpha, h)
     scale = 4 * alpha / jnp.square(1 + alpha)
     return scale * (_common.logistic_loss(h) + alpha * jax.nn.sigmoid(-h))

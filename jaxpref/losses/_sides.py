@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = ["apo_down", "apo_zero", "bco_pair", "nca_pair", "sppo_hard"]
 
@@ -23,7 +23,7 @@ def nca_pair(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.01,
+    beta: Number = 0.01,
 ) -> PerPair:
     """Noise contrastive alignment of a pair: classifies answers as policy or noise.
 
@@ -75,7 +75,7 @@ def apo_zero(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Anchored preference optimization: raises the chosen, lowers the rejected answer.
 
@@ -127,7 +127,7 @@ def apo_down(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Anchored preference optimization: lowers both answers, the rejected one more.
 
@@ -178,7 +178,7 @@ def sppo_hard(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 1e-3,
+    beta: Number = 1e-3,
 ) -> PerPair:
     """Self-play preference optimization with hard labels: one target per answer.
 
@@ -221,7 +221,7 @@ def sppo_hard(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    target = 0.5 / jnp.asarray(beta, chosen.dtype)
+    target = 0.5 / _common.per_pair("beta", beta, chosen)
     return jnp.square(chosen - target) + jnp.square(rejected + target)
 
 
@@ -231,7 +231,7 @@ def bco_pair(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.01,
+    beta: Number = 0.01,
 ) -> PerPair:
     """Binary classifier optimization of a pair: chosen is class 1, rejected class 0.
 

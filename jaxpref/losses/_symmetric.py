@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = [
     "holder_dpo",
@@ -27,7 +27,7 @@ def sympo_sigmoid(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Symmetric preference optimization with the sigmoid loss.
 
@@ -80,7 +80,7 @@ def sympo_ramp(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Symmetric preference optimization with the symmetric ramp loss.
 
@@ -132,7 +132,7 @@ def sympo_unhinged(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Symmetric preference optimization with the unhinged loss.
 
@@ -184,8 +184,8 @@ def power_dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    power: Scalar = 0.7,
+    beta: Number = 0.1,
+    power: Number = 0.7,
 ) -> PerPair:
     """DPO with the generalized cross-entropy in place of the logarithm.
 
@@ -232,7 +232,7 @@ def power_dpo(
         reference_rejected_logps,
         beta,
     )
-    q = _common.scalar("power", power, h)
+    q = _common.per_pair("power", power, h)
     # expm1, because 1 - s(h)^q would cancel if s(h) is near 1 or q near 0.
     return -jnp.expm1(q * jax.nn.log_sigmoid(h)) / q
 
@@ -243,8 +243,8 @@ def holder_dpo(
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.1,
-    gamma: Scalar = 2.0,
+    beta: Number = 0.1,
+    gamma: Number = 2.0,
 ) -> PerPair:
     """Holder-DPO: the density-power divergence in place of the KL divergence.
 
@@ -290,6 +290,6 @@ def holder_dpo(
         reference_rejected_logps,
         beta,
     )
-    gamma = jnp.asarray(gamma, h.dtype)
+    gamma = _common.per_pair("gamma", gamma, h)
     # s^gamma (gamma s - 1 - gamma), in a form that does not cancel near s = 1.
     return -jnp.exp(gamma * jax.nn.log_sigmoid(h)) * (1 + gamma * jax.nn.sigmoid(-h))

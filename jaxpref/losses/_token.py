@@ -5,10 +5,9 @@ positions of a completion.  See `token_kls` and `sum_by_completion`.
 """
 
 import jax
-import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = ["sparse_po", "tdpo1", "tdpo2"]
 
@@ -21,7 +20,7 @@ def tdpo1(
     chosen_kls: PerPair,
     rejected_kls: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Token-level DPO, first form: the margin minus the difference of divergences.
 
@@ -80,8 +79,8 @@ def tdpo2(
     chosen_kls: PerPair,
     rejected_kls: PerPair,
     *,
-    alpha: Scalar = 0.5,
-    beta: Scalar = 0.1,
+    alpha: Number = 0.5,
+    beta: Number = 0.1,
 ) -> PerPair:
     """Token-level DPO, second form: no gradient through the chosen divergence.
 
@@ -129,7 +128,7 @@ def tdpo2(
         chosen_kls,
         rejected_kls,
     )
-    alpha = jnp.asarray(alpha, chosen.dtype)
+    alpha = _common.per_pair("alpha", alpha, chosen)
     difference = kl_l - jax.lax.stop_gradient(kl_w)
     return _logistic(chosen - rejected - alpha * difference, beta)
 
@@ -140,7 +139,7 @@ def sparse_po(
     chosen_masked_kls: PerPair,
     rejected_masked_kls: PerPair,
     *,
-    beta: Scalar = 0.1,
+    beta: Number = 0.1,
 ) -> PerPair:
     """SparsePO: token-level DPO with masks that weight each token's reward and KL.
 
@@ -215,4 +214,4 @@ def _log_ratios_and_kls(
 
 def _logistic(margin: jax.Array, beta) -> jax.Array:
     _common.positive("beta", beta)
-    return _common.logistic_loss(jnp.asarray(beta, margin.dtype) * margin)
+    return _common.logistic_loss(_common.per_pair("beta", beta, margin) * margin)

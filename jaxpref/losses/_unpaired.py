@@ -73,8 +73,11 @@ def kto(
     _common.not_negative("undesirable_weight", undesirable_weight)
     value = _signed(policy_logps, reference_logps, desirable, beta, kl=kl)
     w_d, w_u = (
-        jnp.asarray(weight, value.dtype)
-        for weight in (desirable_weight, undesirable_weight)
+        _common.scalar(name, weight, value)
+        for name, weight in (
+            ("desirable_weight", desirable_weight),
+            ("undesirable_weight", undesirable_weight),
+        )
     )
     # 1 - s(v) is computed as s(-v), which does not round to 0.
     return jnp.where(jnp.asarray(desirable), w_d, w_u) * jax.nn.sigmoid(-value)
@@ -305,6 +308,7 @@ def udm_weights(
     if _common.is_number(low) and _common.is_number(high) and low > high:
         raise ValueError(f"Expected low <= high, got {low} and {high}.")
     (f,) = _common.promoted(probabilities=probabilities)
+    low, high = _common.scalar("low", low, f), _common.scalar("high", high, f)
     return jax.lax.stop_gradient(jnp.clip(f / (1 - f), low, high))
 
 
@@ -330,7 +334,7 @@ def _signed(
         jax.lax.stop_gradient(_common.scalar(name, value, policy))
         for name, value in (("kl", kl), ("running_shift", running_shift))
     )
-    value = jnp.asarray(beta, policy.dtype) * (policy - reference - kl) - shift
+    value = _common.scalar("beta", beta, policy) * (policy - reference - kl) - shift
     return jnp.where(desirable, value, -value)
 
 

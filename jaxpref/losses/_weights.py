@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import PerPair, Scalar
+from jaxpref.losses._common import Number, PerPair
 
 __all__ = ["log_collisions", "wpo", "wpo_log_weights"]
 
@@ -18,7 +18,7 @@ def wpo(
     chosen_log_weights: PerPair,
     rejected_log_weights: PerPair,
     *,
-    beta: Scalar = 0.01,
+    beta: Number = 0.01,
 ) -> PerPair:
     """Weighted preference optimization: on-policy pairs have more weight.
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpref.losses._common import Mask, PerPair, Rate, Scalar
+from jaxpref.losses._common import Mask, Number, PerPair, Scalar
 from jaxpref.noise import _common
 from jaxpref.noise.em_fit import PRIOR, START, Fit, Prior, fit
 from jaxpref.noise.em_prior import pooled_prior
@@ -51,7 +51,7 @@ Votes = Int[Array, "*batch"]
 """The annotator of each vote."""
 
 
-def posterior(margin_logits: PerPair, reliability: Rate) -> PerPair:
+def posterior(margin_logits: PerPair, reliability: Number) -> PerPair:
     """The E-step for one vote per pair: the probability that each vote is right.
 
         w = p eta / (p eta + (1 - p) (1 - eta)) = s(z + logit eta)

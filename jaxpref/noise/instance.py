@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpref.losses._common import PerPair, Rate
+from jaxpref.losses._common import Number, PerPair
 from jaxpref.noise import _common
 
 __all__ = [
@@ -178,7 +178,7 @@ def rates_of(
     return rate(same + other), rate(same - other)
 
 
-def label_nll(margin_logits: PerPair, rate: Rate, swapped_rate: Rate) -> PerPair:
+def label_nll(margin_logits: PerPair, rate: Number, swapped_rate: Number) -> PerPair:
     """Negative log-likelihood of a label whose flip rate depends on the better answer.
 
         nll = -log((1 - e) s(z) + e' s(-z))
@@ -214,7 +214,7 @@ def label_nll(margin_logits: PerPair, rate: Rate, swapped_rate: Rate) -> PerPair
 
 
 def probability_right(
-    margin_logits: PerPair, rate: Rate, swapped_rate: Rate
+    margin_logits: PerPair, rate: Number, swapped_rate: Number
 ) -> PerPair:
     """The probability that a label is right, given the model and the label.
 

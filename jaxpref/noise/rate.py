@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtri
 from jaxtyping import Array, Bool, Float
 
-from jaxpref.losses._common import PerPair, Rate, is_number
+from jaxpref.losses._common import Number, PerPair, is_number
 from jaxpref.noise import _common
 from jaxpref.sharding import replicated
 
@@ -47,7 +47,7 @@ class RateFit:
     """log P(labels) at `rate`, nats."""
 
 
-def marginal_nll(margin_logits: PerPair, rate: Rate) -> PerPair:
+def marginal_nll(margin_logits: PerPair, rate: Number) -> PerPair:
     """Negative log-likelihood of labels with a given flip rate.
 
         nll = -log((1 - e) s(z) + e s(-z))
@@ -71,7 +71,7 @@ def marginal_nll(margin_logits: PerPair, rate: Rate) -> PerPair:
     return _nll(z, jnp.asarray(rate, z.dtype))
 
 
-def shrunken_nll(margin_logits: PerPair, shrinkage: Rate) -> PerPair:
+def shrunken_nll(margin_logits: PerPair, shrinkage: Number) -> PerPair:
     """The loss of correct labels whose margins are c times as large as the model's.
 
         loss = (-log s(c z) - log 2) / c + log 2

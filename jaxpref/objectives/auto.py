@@ -64,8 +64,8 @@ def auto(
     Args:
       loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
       length: prior standard deviation of the effect of length; 0 leaves it out.
-      position: the same for the position; needs --labels.chosen-first FIELD.
-      predictor: the same for a predictor; needs --labels.flip-predictors FIELD.
+      position: the same for the position; needs --columns chosen_first=FIELD.
+      predictor: the same for a predictor; needs --columns flip_predictor=FIELD.
       annotators: standard deviation of each coefficient between annotators.
       preference: standard deviation of the policy's error about each feature, nats: how
         much more or less the true preference may depend on it.

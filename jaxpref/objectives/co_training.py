@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxpref.errors import InputError
 from jaxpref.noise.peer import kept_share, peer_selection
-from jaxpref.objectives.bound_loss import Loss, bind
+from jaxpref.objectives.bound_loss import Loss, bind, check_of
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.objectives.objective import Objective, State
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
@@ -92,6 +92,7 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
             compare(inputs, steps),
         ),
         couples=bound.logit_reads(),
+        check=check_of(bound),
         num_models=2,
     )
 

@@ -19,7 +19,7 @@ READS = {
         "rejected_lengths",
     ),
     "position": ("chosen_first",),
-    "predictor": ("flip_predictors",),
+    "predictor": ("flip_predictor",),
 }
 """What each feature is computed from."""
 EVEN = ("predictor",)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.data.labels import LABELS
 from jaxpref.scoring.scores import score_and_side
 
 
@@ -18,9 +17,9 @@ class Inputs:
     """The scores of a batch, and the batch.
 
     `inputs["policy_chosen_logps"]` is the array [..., S] of that side of each pair;
-    `inputs["preference_margins"]` is a label of the records, [..., S], or [..., S, K]
-    for those of lists.  Empty slots have
-    log-probability 0 and length 1, so that no loss divides by zero there.
+    `inputs["margin"]` is a column of the records, [..., S], or [..., S, K] for those of
+    lists.  Empty slots have log-probability 0 and length 1, so that no loss divides by
+    zero there.
     """
 
     scores: Mapping[str, Any]
@@ -59,7 +58,7 @@ class Inputs:
         return name in self.scores or name in self.batch.reference
 
     def __getitem__(self, name: str) -> Float[Array, "*slots"]:
-        if name in LABELS:
+        if name in self.batch.labels:
             return cast(Array, self.batch.labels[name])
         score, side = score_and_side(name)
         if side is None:

@@ -1,18 +1,13 @@
-"""Objectives for flip rates that differ between pairs: learned, or known.
-
-`instance_noise` learns how the flip rate depends on the pair, together with the policy.
-`known_rates` takes the rate of each pair from its record.
-"""
+"""An objective that learns how the flip rate depends on the pair."""
 
 from jaxtyping import Array
 
 from jaxpref.noise import instance, instance_fit
 from jaxpref.noise.instance import Prior
-from jaxpref.noise.rate import marginal_nll
 from jaxpref.objectives import pair_rates
 from jaxpref.objectives.bound_loss import Loss, bind
 from jaxpref.objectives.flip_features import flip_features
-from jaxpref.objectives.inputs import Inputs, mean_over
+from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.learned_noise import wrapping
 from jaxpref.objectives.objective import Objective, State
 
@@ -43,8 +38,8 @@ def instance_noise(
 
     Features: a constant; `length` = tanh(2 log(|y_w| / |y_l|)); `likelihood` = tanh of
     the difference of the reference's log-probabilities per token; `position`, 1 if the
-    annotator saw the chosen answer first, else -1 (--labels.chosen-first FIELD);
-    `predictor`, any number (--labels.flip-predictors FIELD).  Each annotator has its
+    annotator saw the chosen answer first, else -1 (--columns chosen_first=FIELD);
+    `predictor`, any number (--columns flip_predictor=FIELD).  Each annotator has its
     own w around a common one.  The options named after features are the prior standard
     deviations of their coefficients; 0 leaves a feature out.
 
@@ -128,43 +123,5 @@ def instance_noise(
         reads=tuple(dict.fromkeys((*bound.logit_reads(), *features.reads))),
         losses=pair_losses,
         init=init,
-        learn=learn,
-    )
-
-
-def known_rates(loss: Loss) -> Objective:
-    """Each pair's own flip rate, from a field of its record.
-
-        loss  = -log((1 - e) p + e (1 - p)),    p = s(loss(swapped) - loss(pair))
-
-    1 - e is the probability that the label is right (--labels.p-correct FIELD), such as
-    the field `p_correct` that an audit writes, or a reward model's estimate for the
-    pair.  At e = 0 this is the uncorrected likelihood, at 1/2 the pair has no gradient,
-    and above 1/2 the label counts as reversed.
-
-    Args:
-      loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
-
-    Raises:
-      InputError: if the loss couples the pairs of a batch.
-
-    References:
-      Xu et al., FA-DPO, 2025, arXiv:2512.00709, with given flip rates.
-    """
-    bound = bind(loss)
-    logits = bound.logits()
-
-    def learn(inputs: Inputs, state: State):
-        rate = mean_over(1 - inputs["p_correct"], inputs.is_pair)
-        return state, {"noise/flip_rate": rate}
-
-    return wrapping(
-        "known_rates",
-        bound,
-        {},
-        reads=(*bound.logit_reads(), "p_correct"),
-        losses=lambda inputs, state: marginal_nll(
-            logits(inputs), 1 - inputs["p_correct"]
-        ),
         learn=learn,
     )

@@ -15,7 +15,7 @@ from jaxpref.noise import annotator_rates, running
 from jaxpref.noise import em as noise
 from jaxpref.noise.rate import marginal_nll
 from jaxpref.objectives import first_pass
-from jaxpref.objectives.bound_loss import BoundLoss, Loss, bind
+from jaxpref.objectives.bound_loss import BoundLoss, Loss, bind, check_of
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.objectives.objective import Objective, State
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
@@ -226,6 +226,7 @@ def wrapping(
         metrics=reward_metrics(
             bound.reads, bound.options, per_token=per_token_reward(bound.function)
         ),
+        check=check_of(bound),
         **{"reads": bound.logit_reads(), **fields},
     )
 

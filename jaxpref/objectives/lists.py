@@ -121,7 +121,7 @@ def _of_lists(
 
     Args:
       name: its name.
-      label: the numbers of the answers that it reads; see `LIST_LABELS`.
+      label: the numbers of the answers that it reads; see `OF_ANSWERS`.
       beta: scale of the implicit rewards.
       of_list: `(rewards, numbers, where) -> losses`, [..., S, K] to [..., S].
     """

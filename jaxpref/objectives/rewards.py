@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpref import losses
+from jaxpref.objectives.bound_loss import PER_RECORD
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.scoring.scores import scores_read
 
@@ -43,23 +44,31 @@ def reward_metrics(
       A function from the inputs of one model to the metrics.
     """
     scores = scores_read(reads)
-    beta = options.get("beta", 1.0)
-    betas = [options.get(f"{side}_beta", beta) for side in ("chosen", "rejected")]
+    own = [x if x in options else "beta" for x in ("chosen_beta", "rejected_beta")]
+
+    def beta_of(inputs: Inputs, name: str) -> Any:
+        """One number, or one per pair, [..., S, 1]."""
+        value = options.get(name, 1.0)
+        return inputs[name][..., None] if value is PER_RECORD else value
 
     def of_rewards(inputs: Inputs) -> dict[str, jax.Array]:
         return _of_rewards(inputs, inputs.completions("rewards"))
 
     def of_logps(inputs: Inputs) -> dict[str, jax.Array]:
-        logps = inputs.completions("policy_logps")
+        # A third completion, such as a rationale, has no reward.
+        logps = inputs.completions("policy_logps")[..., :2]
         chosen = {"logps/chosen": mean_over(logps[..., 0], inputs.is_pair)}
         if logps.shape[-1] == 1:
             return chosen
         reference = 0
         if "reference_logps" in inputs:
-            reference = inputs.completions("reference_logps")
-        rewards = jnp.array(betas, logps.dtype) * (logps - reference)
+            reference = inputs.completions("reference_logps")[..., :2]
+        ratios = logps - reference
+        sides = ratios[..., :1], ratios[..., 1:]
+        scaled = [beta_of(inputs, name) * x for name, x in zip(own, sides)]
+        rewards = jnp.concatenate(scaled, axis=-1)
         if per_token:
-            lengths = jnp.maximum(inputs.batch.completion_lengths, 1)
+            lengths = jnp.maximum(inputs.batch.completion_lengths[..., :2], 1)
             rewards = rewards / lengths
         rejected = {"logps/rejected": mean_over(logps[..., 1], inputs.is_pair)}
         return chosen | rejected | _of_rewards(inputs, rewards)

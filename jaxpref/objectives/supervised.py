@@ -35,13 +35,13 @@ def reward_regression() -> Objective:
         del state
         chosen, rejected = (
             losses.reward_regression(
-                inputs[f"{side}_rewards"], inputs[f"{side}_ratings"]
+                inputs[f"{side}_rewards"], inputs[f"{side}_rating"]
             )
             for side in ("chosen", "rejected")
         )
         return 0.5 * (chosen + rejected)
 
-    reads = ("chosen_rewards", "rejected_rewards", "chosen_ratings", "rejected_ratings")
+    reads = ("chosen_rewards", "rejected_rewards", "chosen_rating", "rejected_rating")
     return Objective(
         name="reward_regression",
         options={},

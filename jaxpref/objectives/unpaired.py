@@ -121,7 +121,8 @@ def bco(*, beta: float = 0.01, momentum: float = 0.9) -> Objective:
 
     If the prompts of both classes differ, the authors weight undesirable answers by
     underlying distribution matching.  Compute `losses.udm_weights` from a classifier of
-    your prompts, and name the field that holds them with --labels.weights.
+    your prompts, and name the field that holds them with --columns
+    weight=FIELD.
 
     Metrics: those of the rewards r of both classes; `rewards/accuracies`, the share of
     the answers with r > d if desirable and r < d if not; and `bco/shift`, d.

@@ -50,6 +50,7 @@ every_case = each_case(lambda row: True)
 every_row = each(TABLE)
 every_flip_row = each([row for row in TABLE if row.base is not None])
 every_coupled_row = each([row for row in TABLE if row.coupled])
+every_elementwise_row = each([row for row in TABLE if not row.coupled])
 every_separable_row = each([row for row in TABLE if not row.coupled])
 
 
@@ -356,14 +357,29 @@ def test_zero_flip_rate_is_the_base_loss_bit_for_bit(row):
             np.testing.assert_array_equal(ours, base, strict=True)
 
 
+@every_elementwise_row
+def test_every_option_may_differ_between_pairs(row):
+    """The oracle of each pair with its own option; all at once as for one number."""
+    arrays = arrays_of(row, extreme=False)
+    for name, largest in complete(row, row.options[-1]).items():
+        own = jnp.asarray(largest * np.linspace(0.9, 1.0, PAIRS), jnp.float32)
+        alone = []
+        for i, value in enumerate(own):
+            oracle = oracle_of(row, row.options[-1] | {name: float(value)})
+            pair = [a[i : i + 1] for a in arrays]
+            alone.append(float(oracle(pair, pair)[0]))
+        found = row.loss(
+            *on_device(arrays, jnp.float32), **row.options[-1] | {name: own}
+        )
+        assert np.isfinite(alone).all()
+        # As for one number: float32.
+        np.testing.assert_allclose(found, alone, rtol=2e-6, atol=2e-6, err_msg=name)
+
+
 @every_flip_row
-def test_one_rate_per_pair(row):
+def test_one_rate_per_pair_and_axis(row):
     arrays = on_device(arrays_of(row), jnp.float32)
     rates = np.linspace(0.0, 0.45, PAIRS).astype(np.float32)
-    together = row.loss(*arrays, flip_rate=jnp.asarray(rates))
-    for i, rate in enumerate(rates):
-        alone = row.loss(*(a[i : i + 1] for a in arrays), flip_rate=float(rate))
-        np.testing.assert_allclose(together[i], alone[0], rtol=2e-6, atol=1e-6)
     cube = row.loss(
         *(a.reshape(4, 4) for a in arrays), flip_rate=jnp.asarray(rates[:4])
     )
@@ -411,13 +427,17 @@ def test_options_that_are_not_numbers_are_rejected(row):
 
 
 @every_row
-def test_options_with_axes_are_rejected(row):
+def test_options_with_other_axes_are_rejected(row):
     """They would broadcast against the pairs."""
     arrays = on_device(arrays_of(row), jnp.float32)
     loss = inspect.unwrap(row.loss)
-    for name in set(complete(row, row.options[-1])) - {"flip_rate"}:
-        for value in (jnp.ones((PAIRS, 1)), "0.1"):
-            with pytest.raises(ValueError, match=f"{name} to be one number, got"):
+    coupled = "where" in inspect.signature(row.loss).parameters
+    expected = (
+        "one number, got" if coupled else r"broadcast to the .* got shape \(16, 1"
+    )
+    for name in complete(row, row.options[-1]):
+        for value, message in ((jnp.ones((PAIRS, 1)), expected), ("0.1", "one number")):
+            with pytest.raises(ValueError, match=f"{name} to (be )?{message}"):
                 loss(*arrays, **row.options[-1] | {name: value})
 
 

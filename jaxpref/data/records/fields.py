@@ -1,9 +1,10 @@
 """Which fields of the records are read, and which would change what a record means."""
 
 import collections
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxpref.data.cells import from_cell
 from jaxpref.data.records.view import Everything, View
 from jaxpref.errors import InputError, closest
 
@@ -15,6 +16,15 @@ MEANINGFUL = frozenset(
     " audio audios".split()
 )
 """Fields that change what a record means: an error if nothing reads them."""
+
+
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+"""Names of the scores of `chosen` and `rejected`, also within `metadata`."""
 
 
 class Record(Mapping[str, Any]):
@@ -87,6 +97,8 @@ def check_unread(record: Record, where: str) -> None:
             cure = "remove the row or the field"
             if name.lower() in ("label", "labels"):
                 cure = "keep only the rows to train on, without it"
+            if "weight" in name.lower():
+                cure = f"read it with --columns weight={name}"
             raise InputError(
                 f"{where}: field '{name}' changes what the record means, and this"
                 f" command does not read it; {cure}, or pass --ignore-fields {name}"
@@ -101,6 +113,7 @@ class FieldUse:
         self._unread: collections.Counter[str] = collections.Counter()
         self._ignored: collections.Counter[str] = collections.Counter()
         self._formats: collections.Counter[str] = collections.Counter()
+        self._contrary: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def add(self, record: Record, ignored: Collection[str], format: str) -> None:
         """Counts one record of a format."""
@@ -108,6 +121,28 @@ class FieldUse:
         self._unread.update(record.unread())
         self._ignored.update(ignored)
         self._formats[format] += 1
+        everything = record.everything()
+        for fields in (everything, everything.get("metadata")):
+            self._contrary.update(_contrary(fields))
+
+    def warnings(self) -> list[str]:
+        """A line for each two scores that contradict `chosen` and `rejected`."""
+        return [
+            f"warning: '{chosen}' is below '{rejected}' in {count:,} records; the label"
+            " is nevertheless that 'chosen' is better"
+            for (chosen, rejected), count in self._contrary.items()
+        ]
+
+    def counts(self) -> list[dict[str, int]]:
+        """All counts, for `include`."""
+        counters = (self._read, self._unread, self._ignored, self._formats)
+        return [dict(counter) for counter in counters]
+
+    def include(self, counts: Sequence[Mapping[str, int]]) -> None:
+        """Adds the counts of other records, as `counts` returned them."""
+        counters = (self._read, self._unread, self._ignored, self._formats)
+        for own, others in zip(counters, counts, strict=True):
+            own.update(others)
 
     def read_too(self, name: str) -> None:
         """Counts a field as read, because the command itself reads it."""
@@ -155,3 +190,14 @@ class FieldUse:
         line += f"; ignored on request: {ignored}" if ignored else ""
         formats = [f"{name} {n:,}" for name, n in self._formats.most_common()]
         return line + (f"; format: {', '.join(formats)}" if formats else "")
+
+
+def _contrary(fields: Any) -> list[tuple[str, str]]:
+    """The scores of a record by which the rejected answer is the better one."""
+    found = []
+    for names in SCORES if isinstance(fields, Mapping) else ():
+        values = [from_cell(fields.get(name)) for name in names]
+        numbers = all(isinstance(x, int | float) for x in values)
+        if numbers and values[0] < values[1]:
+            found.append(names)
+    return found

@@ -13,11 +13,10 @@ from jaxpref import cli, data, losses
 from jaxpref.data import (
     DataOptions,
     InjectOptions,
-    LabelFields,
     ListSource,
     make_splits,
 )
-from jaxpref.data.labels import LABELS, LIST_LABELS
+from jaxpref.data.columns import ARRAYS, OF_ANSWERS
 from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
 from jaxpref.models import RewardModel
@@ -37,12 +36,9 @@ from tests.tiny import (
     tiny_params,
 )
 
-FIELDS = LabelFields(
-    preference_margins="how.far",
-    preference_strengths="strength",
-    ties="tie",
-    chosen_ratings="good",
-    rejected_ratings="bad",
+FIELDS = (
+    "margin=how.far,strength=strength,tie=tie",
+    "chosen_rating=good,rejected_rating=bad",
 )
 TOKENIZER = byte_tokenizer()
 
@@ -68,17 +64,17 @@ def records(count=24, seed=0):
 
 def plan_of(rows, fields=FIELDS, **options):
     options = {"heldout_fraction": 0.0} | options
-    options = DataOptions(labels=fields, max_length=128, **options)
+    options = DataOptions(columns=fields, max_length=128, **options)
     return make_splits(ListSource(rows), TOKENIZER, options)
 
 
 def expected(rows):
     return {
-        "preference_margins": [row["how"]["far"] for row in rows],
-        "preference_strengths": [row["strength"] for row in rows],
-        "ties": [float(row["tie"]) for row in rows],
-        "chosen_ratings": [row["good"] for row in rows],
-        "rejected_ratings": [row["bad"] for row in rows],
+        "margin": [row["how"]["far"] for row in rows],
+        "strength": [row["strength"] for row in rows],
+        "tie": [float(row["tie"]) for row in rows],
+        "chosen_rating": [row["good"] for row in rows],
+        "rejected_rating": [row["bad"] for row in rows],
     }
 
 
@@ -95,11 +91,11 @@ def assert_labels(found, wanted):
 def test_numbers_are_read_by_the_names_of_their_fields():
     rows = records()
     assert_labels(plan_of(rows).train.labels, expected(rows))
-    found = plan_of(rows, LabelFields(ties="tie")).train.labels
-    assert_labels(found, {"ties": expected(rows)["ties"]})
+    found = plan_of(rows, ["tie=tie"]).train.labels
+    assert_labels(found, {"tie": expected(rows)["tie"]})
     # A field of just that name is found before the inner one.
     both = [row | {"how.far": 7} for row in rows]
-    assert set(plan_of(both).train.labels["preference_margins"]) == {7}
+    assert set(plan_of(both).train.labels["margin"]) == {7}
 
 
 def test_they_follow_their_pairs_through_split_and_drops():
@@ -127,9 +123,9 @@ def test_a_flip_keeps_the_size_and_takes_the_ratings_along(by):
         for side, of in enumerate(sides):
             mine, its = pairs.completion(n, side), plain.completion(n, of)
             np.testing.assert_array_equal(mine, its)
-            name = ("chosen_ratings", "rejected_ratings")
+            name = ("chosen_rating", "rejected_rating")
             assert pairs.labels[name[side]][n] == wanted[name[of]][n]
-        for name in ("preference_margins", "preference_strengths", "ties"):
+        for name in ("margin", "strength", "tie"):
             assert pairs.labels[name][n] == np.float32(wanted[name][n])
 
 
@@ -148,22 +144,22 @@ def test_batches_hold_the_pairs_own_numbers_and_zeros_elsewhere():
 def test_without_fields_nothing_is_another_plan():
     rows = records()
     bare = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
-    plan, labeled = plan_of(bare, LabelFields()), plan_of(rows)
+    plan, labeled = plan_of(bare, ()), plan_of(rows)
     assert plan.train.labels == {}
     assert plan.train.ids.tolist() == labeled.train.ids.tolist()
     other = [row | {"strength": row["strength"] + 1} for row in rows]
     assert len({plan.digest, labeled.digest, plan_of(other).digest}) == 3
     renamed = [row | {"w": row["strength"]} for row in rows]
-    by_w = LabelFields(**(FIELDS.named | {"preference_strengths": "w"}))
+    by_w = [x.replace("strength=strength", "strength=w") for x in FIELDS]
     assert plan_of(renamed, by_w).digest == labeled.digest
 
 
 WRONG = {
     "missing": (
         {"strength": None},
-        "row 2: no field 'strength' for preference_strengths",
+        "row 2: no field 'strength' for strength",
     ),
-    "inner": ({"how": {}}, "row 2: no field 'how.far' for preference_margins"),
+    "inner": ({"how": {}}, "row 2: no field 'how.far' for margin"),
     "no object": ({"how": 3}, "row 2: no field 'how.far'"),
     "text": (
         {"strength": "three"},
@@ -172,7 +168,7 @@ WRONG = {
     "boolean": ({"strength": True}, "row 2: field 'strength' must be a number .* True"),
     "list": ({"good": [1]}, r"row 2: field 'good' must be a number .* \[1\]"),
     "negative": ({"strength": -1}, "row 2: field 'strength' must be 0 or more .* -1"),
-    "more than a tie": ({"tie": 2}, "row 2: field 'tie' must be from 0 to 1 for ties"),
+    "more than a tie": ({"tie": 2}, "row 2: field 'tie' must be from 0 to 1 for tie"),
     "NaN": ({"good": float("nan")}, "row 2: field 'good' must be finite .* nan"),
     "too large": ({"bad": 1e39}, "row 2: field 'bad' must be finite .* 1e"),
     "much too large": ({"bad": 10**400}, "row 2: field 'bad' must be finite .* 1000"),
@@ -191,7 +187,7 @@ def test_what_is_no_number_names_row_and_field(kind):
 
 def test_a_rating_alone_is_refused():
     with pytest.raises(InputError, match="name the fields of both"):
-        LabelFields(chosen_ratings="good")
+        DataOptions(columns=("chosen_rating=good",))
 
 
 # --- in the losses
@@ -202,25 +198,25 @@ def log_s(x):
 
 
 def rao_kupper(d, labels):
-    s, tie = scipy.special.expit, labels["ties"]
+    s, tie = scipy.special.expit, labels["tie"]
     win, drawn = s(d - np.log(3)), 8 * s(d - np.log(3)) * s(-d - np.log(3))
     return -(1 - tie) * np.log(win) - tie * np.log(drawn)
 
 
 def davidson(d, labels):
     total = np.exp(d) + 1 + 2 * np.exp(d / 2)
-    tie = labels["ties"]
+    tie = labels["tie"]
     return np.log(total) - (1 - tie) * d - tie * (np.log(2) + d / 2)
 
 
 OBJECTIVES = {
     "margin_bradley_terry": (
         from_loss(losses.margin_bradley_terry),
-        lambda w, l, labels: -log_s(w - l - labels["preference_margins"]),  # noqa: E741
+        lambda w, l, labels: -log_s(w - l - labels["margin"]),  # noqa: E741
     ),
     "scaled_bradley_terry": (
         from_loss(losses.scaled_bradley_terry),
-        lambda w, l, labels: -labels["preference_strengths"] * log_s(w - l),  # noqa: E741
+        lambda w, l, labels: -labels["strength"] * log_s(w - l),  # noqa: E741
     ),
     "rao_kupper": (
         from_loss(losses.rao_kupper),
@@ -234,8 +230,8 @@ OBJECTIVES = {
         reward_regression(),
         lambda w, l, labels: (
             (  # noqa: E741
-                (w - labels["chosen_ratings"]) ** 2
-                + (l - labels["rejected_ratings"]) ** 2
+                (w - labels["chosen_rating"]) ** 2
+                + (l - labels["rejected_rating"]) ** 2
             )
             / 2
         ),
@@ -258,7 +254,7 @@ def test_a_loss_reads_its_pairs_numbers(name):
     found, wanted, rewards = [], [], np.zeros((24, 2), np.float32)
     for batch in data.padded_layout(pairs, batch_size=10).eval_batches(pairs):
         micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-        out = jax.jit(scorer)(tiny_params(model), None, micro)
+        out = jax.jit(scorer)(tiny_params(model), None, micro).scores
         each = np.asarray(weighted_losses(objective, Inputs(out, micro), {}))[:, 0]
         real = np.asarray(micro.pair_index)[:, 0] >= 0
         assert np.isfinite(each).all() and (each[~real] == 0).all()
@@ -282,7 +278,7 @@ def test_layout_does_not_change_the_numbers(name):
     words = lambda low, high: rng.integers(4, 36, rng.integers(low, high)).tolist()
     builder = data.DatasetBuilder(2)
     for n in range(24):
-        labels = {key: float(rng.normal()) for key in sorted(LABELS - LIST_LABELS)}
+        labels = {key: float(rng.normal()) for key in sorted(ARRAYS - OF_ANSWERS)}
         answers = [words(3, 9), words(3, 9)]
         builder.add([1, *words(2, 6)], answers, id=f"pair-{n}", columns=labels)
     objective, _ = OBJECTIVES[name]
@@ -322,16 +318,16 @@ def test_noise_is_learned_beside_numbers(loss):
 def test_fields_and_loss_belong_together(tmp_path):
     config = {"model": "m", "data": "d", "out": str(tmp_path)}
     objective, _ = OBJECTIVES["rao_kupper"]
-    make = lambda objective, **fields: TrainConfig(
-        **config, objective=objective, options=DataOptions(labels=LabelFields(**fields))
+    make = lambda objective, *columns: TrainConfig(
+        **config, objective=objective, options=DataOptions(columns=columns)
     )
-    assert make(objective, ties="t").options.labels.named == {"ties": "t"}
-    with pytest.raises(InputError, match="rao_kupper: reads ties .* --labels.ties FIE"):
+    assert make(objective, "tie=t").options.named_columns == {"tie": "t"}
+    with pytest.raises(InputError, match="reads tie .* --columns tie=FIELD"):
         make(objective)
-    with pytest.raises(InputError, match="--labels.preference-margins m: rao_kupper"):
-        make(objective, ties="t", preference_margins="m")
-    with pytest.raises(InputError, match="--labels.ties t: dpo does not read it"):
-        make(from_loss(losses.dpo), ties="t")
+    with pytest.raises(InputError, match="--columns margin=m: rao_kupper"):
+        make(objective, "tie=t,margin=m")
+    with pytest.raises(InputError, match="--columns tie=t: dpo does not read it"):
+        make(from_loss(losses.dpo), "tie=t")
 
 
 @pytest.fixture(scope="module")
@@ -353,15 +349,15 @@ def train(folder, out, monkeypatch, *argv):
 
 
 def test_a_run_reads_them_and_resumes(folder, tmp_path, monkeypatch, capsys):
-    flags = "--loss reward_regression --labels.chosen-ratings good".split()
-    flags += ["--labels.rejected-ratings", "bad"]
+    flags = "--loss reward_regression --columns chosen_rating=good,rejected_rating=bad"
+    flags = flags.split()
     train(folder, tmp_path / "run", monkeypatch, *flags)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     before, after = (line["eval_loss"] for line in lines if "eval_loss" in line)
     assert after < before
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert stored["options"]["labels"]["chosen_ratings"] == "good"
+    assert stored["options"]["columns"] == ["chosen_rating=good", "rejected_rating=bad"]
 
     # Another number in the file is another run.
     rows = (folder / "pairs.jsonl").read_text()
@@ -384,11 +380,11 @@ def test_a_row_without_its_number_is_one_line(folder, tmp_path, monkeypatch, cap
     (tmp_path / "model").symlink_to(folder / "model")
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = "--loss scaled_bradley_terry --labels.preference-strengths strength".split()
+    flags = "--loss scaled_bradley_terry --columns strength=strength".split()
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, tmp_path / "run", monkeypatch, *flags)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     (line,) = [x for x in error.splitlines() if x.startswith("jaxpref: error:")]
     assert f"{path} row 5: no field 'strength'" in line
-    assert "--labels.preference-strengths" in line and "Traceback" not in error
+    assert "--columns strength=strength" in line and "Traceback" not in error

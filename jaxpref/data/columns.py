@@ -1,0 +1,137 @@
+"""Numbers of a record besides the order of its answers: `--columns NAME=FIELD`.
+
+A name is that of an array that a loss reads (`ARRAYS`), or of a hyperparameter of the
+loss, which then differs between records, or `weight`.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxpref.data.cells import from_cell
+from jaxpref.errors import InputError
+
+Number = TypeVar("Number", float, np.ndarray)
+
+FLAG = "--columns"
+WEIGHT = "weight"
+"""The column that no loss reads, since it multiplies every loss."""
+LARGEST = float(np.finfo(np.float32).max)
+LIMITS = {
+    "strength": (0.0, LARGEST, "0 or more"),
+    "tie": (0.0, 1.0, "from 0 to 1"),
+    "chosen_first": (0.0, 1.0, "from 0 to 1"),
+    "flip_rate": (0.0, 1.0, "from 0 to 1"),
+    WEIGHT: (0.0, LARGEST, "0 or more"),
+}
+"""Minimum, maximum and a description of them; others may be any finite number."""
+EXCHANGED = {
+    "chosen_rating": "rejected_rating",
+    "rejected_rating": "chosen_rating",
+}
+"""Columns that belong to an answer, and so are swapped together with the answers."""
+BOOLEAN = ("tie", "chosen_first", "desirable")
+"""Columns that may be true or false in a record."""
+BINARY = ("desirable",)
+"""Columns that must be true or false, or 1 or 0."""
+OPPOSITE = ("chosen_first", "desirable")
+"""Columns that a flip turns into their opposite, 1 - x."""
+DEFAULT_FIELDS = {"desirable": "label"}
+"""The fields of columns that need not be named."""
+OF_ANSWERS = frozenset({"qualities", "relevances", "ranks"})
+"""Columns with one number for each answer of a list; see `records.lists`."""
+ARRAYS = OF_ANSWERS | {
+    "margin",
+    "strength",
+    "tie",
+    "chosen_rating",
+    "rejected_rating",
+    "flip_predictor",
+    "chosen_first",
+    "desirable",
+}
+"""Arrays of losses and objectives that come from the records; docs/data.md explains
+them."""
+
+
+def accept(name: str, value: float) -> None:
+    """Accepts every value of a hyperparameter."""
+    del name, value
+
+
+def fields_to_read(named: Mapping[str, str], read: Collection[str]) -> dict[str, str]:
+    """The fields that are named, and those with a default, exactly if they are read."""
+    defaults = {k: named.get(k, x) for k, x in DEFAULT_FIELDS.items() if k in read}
+    return {k: x for k, x in named.items() if k not in DEFAULT_FIELDS} | defaults
+
+
+def missing_columns(named: Mapping[str, str], read: Collection[str]) -> list[str]:
+    """The columns that are read and must be named, but are not."""
+    return sorted(set(read) - fields_to_read(named, read).keys() - OF_ANSWERS)
+
+
+def read_columns(
+    record: Mapping, where: str, fields: Mapping[str, str]
+) -> dict[str, float]:
+    """The numbers of a record, by column.
+
+    Args:
+      record: as decoded from the file.
+      where: "file row n", for errors.
+      fields: the field by column.  `a.b` is the field b of the object in field a.
+
+    Raises:
+      InputError: if one is missing, not a number, or out of range; names row and field.
+    """
+    return {x: _number(record, field, where, x) for x, field in fields.items()}
+
+
+def exchanged(columns: Mapping[str, Number]) -> dict[str, Number]:
+    """The columns of a pair after its answers are swapped, or of a flipped answer.
+
+    A flipped pair keeps its numbers, as if the annotator had stated the opposite just
+    as clearly, except for those of single answers, which move with the answers.
+    """
+    swapped = {name: columns[EXCHANGED.get(name, name)] for name in columns}
+    return swapped | {name: 1 - swapped[name] for name in OPPOSITE if name in swapped}
+
+
+def _number(record: Mapping, field: str, where: str, name: str) -> float:
+    value = from_cell(field_value(record, field))
+    flag = f"{FLAG} {name}={field}"
+    if value is None:
+        raise InputError(
+            f"{where}: no field '{field}' for {name}; the record has"
+            f" {', '.join(map(str, record))[:200]}; remove the row or change {flag}"
+        )
+    if name in BINARY and value not in (0, 1):
+        raise InputError(
+            f"{where}: field '{field}' must be true or false for {name}, but it is"
+            f" {value!r:.50}; correct it or change {flag}"
+        )
+    if isinstance(value, bool) and name in BOOLEAN:
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(
+            f"{where}: field '{field}' must be a number for {name}, but it is"
+            f" {value!r:.50}; correct it or change {flag}"
+        )
+    low, high, bounds = LIMITS.get(name, (-LARGEST, LARGEST, "finite"))
+    # Compare before converting to float: an integer may be too large.
+    if not low <= value <= high:
+        raise InputError(
+            f"{where}: field '{field}' must be {bounds} for {name}, but it is"
+            f" {value!r:.50}; correct it or remove the row"
+        )
+    return float(value)
+
+
+def field_value(record: Mapping, field: str) -> Any:
+    """The value of `a.b`, first as a literal field name; None if absent."""
+    if field in record:
+        return record[field]
+    value: Any = record
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
