@@ -70,10 +70,11 @@ def completion_script(shell: str, commands: Iterable[str]) -> str:
         if name in ("train", "sweep", "plan"):
             chosen |= {
                 "loss": tuple(table.LOSSES),
+                "correct": tuple(table.CORRECTIONS),
                 "objective": tuple(table.WRAPPERS | table.MIXTURES),
                 "objective.noise": tuple(table.NOISE),
             }
-            words += " --loss --objective"
+            words += " --loss --correct --correct.flip-rate --objective"
         if name in ("train", "sweep"):
             words += " --help-all"
         if name == "data":

@@ -6,8 +6,8 @@
       name: rdpo
       flip-rate: 0.2
 
-A namespace is a mapping or a prefix: `loss.flip-rate: 0.2`.  `name` in `loss` and
-`objective` is the value of `--loss` and `--objective`.
+A namespace is a mapping or a prefix: `loss.flip-rate: 0.2`.  `name` in `loss`,
+`correct` and `objective` is the value of the option itself.
 """
 
 import enum
@@ -20,7 +20,7 @@ from jaxpref.cli.words import Given, canonical
 from jaxpref.errors import InputError, visible
 from jaxpref.files import check_regular
 
-NAMED = ("loss", "objective", "objective.noise")
+NAMED = ("loss", "correct", "objective", "objective.noise")
 """Options whose values are names, and which are namespaces too."""
 DEEPEST = 3
 """The most namespaces before an option's name."""

@@ -124,14 +124,14 @@ def _run(name: str, values: Mapping[str, str], words: Given) -> SweepRun:
 def _words(values: Mapping[str, str], given: Given) -> Given:
     """All options of a run, with those of a config file.
 
-    `true` and `false` set a flag; `none` means no objective.
+    `true` and `false` set a flag; `none` means no correction or objective.
     """
     flags = {"true": True, "false": False}
     swept: Given = {}
     for name, value in values.items():
         swept |= config_file.words_of(name, flags.get(value, value))
     words, _ = train.with_file(given | swept)
-    for name in ("objective", "objective.noise"):
+    for name in ("correct", "objective", "objective.noise"):
         if words.get(name) == ["none"]:
             del words[name]
     return words
@@ -141,7 +141,7 @@ def _options(words: Given) -> tuple[set[str], set[str]]:
     """The options that a run has, and those given for other losses and objectives."""
     choice, rest = choose(words)
     options = set(options_of(train.parts_of(choice)))
-    own = lambda name: name.startswith(("loss.", "objective."))
+    own = lambda name: name.startswith(("loss.", "correct.", "objective."))
     return options, {name for name in rest if own(name) and name not in options}
 
 

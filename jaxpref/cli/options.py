@@ -83,6 +83,8 @@ def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
         or out of range.
     """
     options = options_of(parts)
+    if "template" in options:
+        given = _with_template(given)
     names = set(options) | {f"no-{o.name}" for o in options.values() if o.is_flag}
     for name, values in given.items():
         for value in values:
@@ -117,6 +119,24 @@ def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
         for field, part in parts.items()
     }
     return types.SimpleNamespace(**made)
+
+
+def _with_template(given: Given) -> Given:
+    """The options with `--template.NAME VALUE` as `--template NAME=VALUE`.
+
+    In a config file, true and false are flags.
+    """
+    rest, words = {}, []
+    for name, values in given.items():
+        _, _, variable = name.partition("template.")
+        if name not in (f"template.{variable}", f"no-template.{variable}"):
+            rest[name] = values
+            continue
+        value = " ".join(values) or ("false" if name.startswith("no-") else "true")
+        words.append(f"{variable.replace('-', '_')}={value}")
+    if words:
+        rest["template"] = [*rest.get("template", []), *words]
+    return rest
 
 
 def _spelled(name: str, values: Sequence[str]) -> list[str]:

@@ -52,7 +52,10 @@ def check_rendering(tokenizer: Any, name: str, *, padding: int | None) -> None:
     )
     if isinstance(ours, str):
         raise InputError(f"{place}: {ours}")
-    usual = tokenizer.apply_chat_template(list(chat), tokenize=True, return_dict=False)
+    options = getattr(tokenizer, "template_options", {})
+    usual = tokenizer.apply_chat_template(
+        list(chat), tokenize=True, return_dict=False, **options
+    )
     same = ours.prompt + ours.completions[0] == usual
     if not same or usual[-1] == padding:
         raise InputError(

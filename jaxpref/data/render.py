@@ -72,6 +72,7 @@ def render(
       InputError: if the example is a conversation, and the tokenizer has no chat
         template, or the template rejects it or leaves out part of an answer.
     """
+    example = _with_options(example, tokenizer)
     if example.traces:
         return _with_traces(example, place, tokenizer, markers)
     if example.empty:
@@ -115,6 +116,7 @@ def render_prompt(
         on `enable_thinking`, since it then has its own convention.
       markers: the markers of traces; those already at the end are not repeated.
     """
+    example = _with_options(example, tokenizer)
     prompt, variables = example.prompt, example.variables
     if isinstance(prompt, str):
         return prompt + _empty(prompt, markers) if thinking is False else prompt
@@ -141,6 +143,14 @@ def render_prompt(
     if thinking or text != _template(prompt, place, tokenizer, True, **set_to(True)):
         return text
     return text + _empty(text, markers)
+
+
+def _with_options(example: Example, tokenizer: Any) -> Example:
+    """The example with the run's variables of the chat template; its own come first."""
+    options = getattr(tokenizer, "template_options", None)
+    if not options or not example.is_conversation:
+        return example
+    return dataclasses.replace(example, variables=options | example.variables)
 
 
 def _check_variables(

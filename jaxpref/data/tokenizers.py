@@ -74,6 +74,7 @@ def check_same_tokenizer(
     theirs = load_tokenizer(other)
     if not theirs.chat_template:
         theirs.chat_template = tokenizer.chat_template
+    theirs.template_options = options.template_options
     models = _Models(name, str(own))
     _check_ends(tokenizer, theirs, models)
     options = dataclasses.replace(
@@ -173,9 +174,10 @@ def _check_rows(
 
 
 def _parts(dataset: PreferenceDataset, index: int) -> Iterator[list[int]]:
-    """The tokens of the prompt and of each completion."""
+    """The tokens of the prompts and of each completion."""
     yield dataset.prompt(index).tolist()
     for side in range(dataset.num_completions):
+        yield dataset.side_prompt(index, side).tolist()
         yield dataset.completion(index, side).tolist()
 
 

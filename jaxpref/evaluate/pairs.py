@@ -23,6 +23,7 @@ from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interv
 from jaxpref.files import check_output_folder, write_json, write_whole
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder_config import read_architecture
+from jaxpref.models.soft_prompt_files import soft_prompt_length
 from jaxpref.models.weights import Weights, is_reward, load_weights, resolve_weights
 from jaxpref.runtime.mesh import (
     MeshConfig,
@@ -37,7 +38,7 @@ from jaxpref.runtime.ranges import at_least
 from jaxpref.runtime.run_folder import locked
 from jaxpref.scoring.checks import check_finite, check_fits
 from jaxpref.scoring.partition import reference_weights
-from jaxpref.scoring.scorer import make_scorer
+from jaxpref.scoring.twin import make_scorer
 from jaxpref.train.options import Dtype
 from jaxpref.train.task import Scoring
 
@@ -204,9 +205,10 @@ def _read_pairs(
     )
     folder = weights.folder
     positions = read_architecture(folder).context_length
+    positions -= soft_prompt_length(weights.adapter)
     options = data.for_model(options, positions)
     source = data.open_records(config.data, options, sides=2)
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder, options.template_options)
     whole_turns = is_reward(weights)
     plan = data.make_splits(source, tokenizer, options, whole_turns=whole_turns)
     pairs = plan.train
@@ -270,9 +272,11 @@ def _weights_scorer(
 ) -> Callable[[Weights], np.ndarray]:
     """What gives one of the scores of every completion, float32 [N, 2].
 
-    It is a function of any weights with the architecture of these.
+    It is a function of any weights with the architecture of these, and with a soft
+    prompt as long as theirs.
     """
     architecture = read_architecture(weights.folder)
+    pairs = pairs.prefixed(soft_prompt_length(weights.adapter))
     check_fits([config.data], pairs, str(weights.folder), architecture)
     make_model = RewardModel if name == "rewards" else build
     dtype = config.compute_dtype or default_compute_dtype()

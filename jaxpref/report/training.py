@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import InputError
+from jaxpref.report.by_source import is_of_source, source_section
 from jaxpref.report.curves import Line, Panel, available, both, draw, sides
 from jaxpref.report.html import Figure, Section, Table, write_html
 from jaxpref.report.noise import auto_choice
@@ -85,6 +86,8 @@ def write_training(out: str | Path, *, command: str = "") -> None:
         if overview := available(OVERVIEW, records):
             draw(out / "curves.png", overview, records)
             sections.append(_overview(out, records, best))
+        if by_source := source_section(records):
+            sections.append(by_source)
         for title, panels, caption in _figures(records):
             if panels := available(panels, records):
                 path = Path(folder) / f"{len(sections)}.png"
@@ -206,7 +209,7 @@ def _figures(
         for name, value in record.items()
         if name != "step" and isinstance(value, int | float)
     }
-    others = [name for name in others if name not in KNOWN]
+    others = [x for x in others if x not in KNOWN and not is_of_source(x)]
     more = [name for name in others if not name.startswith("noise/")]
     # Metrics of the objective's state, which evaluations report too.
     estimates = [

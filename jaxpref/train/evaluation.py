@@ -1,15 +1,19 @@
 """Metrics of held-out pairs during training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.data import PreferenceDataset
-from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.batch import PreferenceBatch, one_batch, only
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import Objective, State
 from jaxpref.scoring.scores import Scores
+
+BY_SOURCE = ("loss", "rewards/accuracies", "rewards/margins")
+"""Metrics that are reported for each source."""
 
 
 def make_evaluation(objective: Objective) -> Callable:
@@ -20,7 +24,8 @@ def make_evaluation(objective: Objective) -> Callable:
     ) -> dict[str, jax.Array]:
         inputs = Inputs(scores, batch)
         losses, learned = objective.evaluation(inputs, state)
-        metrics = {"loss": losses.sum() / objective.count(batch)}
+        total = jnp.sum(jnp.where(inputs.is_pair, losses, 0))
+        metrics = {"loss": total / objective.count(batch)}
         return metrics | objective.metrics(inputs) | learned
 
     return jax.jit(evaluate)
@@ -32,6 +37,7 @@ def evaluation_metrics(
     reference: Mapping[str, np.ndarray],
     dataset: PreferenceDataset,
     state: State,
+    sources: Sequence[str] = (),
 ) -> dict[str, float]:
     """Metrics of a scored dataset, named `eval_...`.  The loss sees it as one batch.
 
@@ -42,24 +48,15 @@ def evaluation_metrics(
       reference: the reference's scores, float32 [N, K] by name.
       dataset: N pairs.
       state: the objective's state.
+      sources: names of its sources; of several, each gets the metrics in `BY_SOURCE`
+        too, named `eval_.../NAME`, as if it were the whole dataset.
     """
-    count = len(dataset)
-    no_tokens = np.zeros((count, 1, 0), np.int32)
-    batch = PreferenceBatch(
-        tokens=no_tokens,
-        lengths=no_tokens[..., 0:0],
-        predictors=no_tokens,
-        targets=no_tokens,
-        completions=no_tokens,
-        pair_index=np.arange(count, dtype=np.int32)[:, None],
-        completion_lengths=dataset.completion_lengths[:, None],
-        reference={name: table[:, None] for name, table in reference.items()},
-        is_flipped=dataset.columns["is_flipped"][:, None],
-        annotator=dataset.columns["annotator"][:, None],
-        empty_trace=dataset.columns["empty_trace"][:, None],
-        weights=np.ones((count, 1), np.float32),
-        labels={name: values[:, None] for name, values in dataset.labels.items()},
-    )
+    batch = one_batch(dataset, reference)
     scores = jax.tree.map(lambda table: table[:, None], scores)
-    metrics = jax.device_get(evaluate(scores, batch, state))
-    return {f"eval_{name}": float(value) for name, value in metrics.items()}
+    found = jax.device_get(evaluate(scores, batch, state))
+    own = dataset.columns["source"][:, None]
+    for n, name in enumerate(sources if len(sources) > 1 else ()):
+        if (own == n).any():
+            part = jax.device_get(evaluate(scores, only(batch, own == n), state))
+            found |= {f"{k}/{name}": x for k, x in part.items() if k in BY_SOURCE}
+    return {f"eval_{name}": float(value) for name, value in found.items()}

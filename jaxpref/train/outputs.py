@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from jaxpref.data.agreement import check_batch_agreement
 from jaxpref.data.feed import Stream
+from jaxpref.data.mixing import short_names
 from jaxpref.report.progress import evaluation_line
 from jaxpref.runtime.best import Best
 from jaxpref.runtime.checkpoints import Checkpoints
@@ -146,8 +147,10 @@ class Run:
                 score = task.score(task.score_step)
                 title = f"evaluation at step {step}"
                 scores = score(state.params, self.frozen, heldout, title=title)
+            names = short_names(task.datasets.heldout_sources)
+            learned = state.objective_state
             found = evaluation_metrics(
-                task.evaluation, scores, reference, heldout, state.objective_state
+                task.evaluation, scores, reference, heldout, learned, names
             )
             self._writer.write(step, found)
             # Does not overwrite the progress bar.
