@@ -21,7 +21,7 @@ class PreferenceBatch:
     answer and that of another prompt, for KTO; or a list, the best answer first.
 
     In the padded layout, a row is one pair: S = 1, Q = K, and sequence q holds the
-    prompt followed by completion q.  Packed layouts put several pairs into one
+    prompt of completion q followed by it.  Packed layouts put several pairs into one
     sequence.  Losses and the training loop only see `[A, R, S, K]` log-probabilities,
     so they do not depend on the layout.  A pair is always within one row, so that no
     communication between rows is needed.
@@ -54,14 +54,15 @@ class PreferenceBatch:
     weights: np.ndarray
     """float32 [A, R, S]; multiplies the pair's loss; 0 in empty slots."""
     labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """By name, float32 [A, R, S]: labels besides the preference, see `LabelFields`; of
+    """By name, float32 [A, R, S]: columns that the loss reads, see `data.columns`; of
     lists, [A, R, S, K].  0 in empty slots.  Empty if no loss reads any."""
     positions: np.ndarray | None = None
     """int32 [A, R, Q, T] of packed rows: each token's position in prompt and answer.
     None in the padded layout, where it is the position in the sequence."""
     segments: np.ndarray | None = None
     """int32 [A, R, Q, T] of packed rows: (1 + K) * slot + part of each token (0 prompt,
-    1 + k completion k), -1 padding.  A completion attends to its prompt and itself.
+    1 + k completion k, after any prompt of its own), -1 padding.  A completion attends
+    to its prompt and itself.
     None in the padded layout, where a token attends to all earlier ones."""
 
     @property
@@ -73,6 +74,36 @@ class PreferenceBatch:
     def num_parts(self) -> int:
         """1 + K, the parts of a packed pair: the prompt and its completions."""
         return 1 + self.completion_lengths.shape[-1]
+
+
+def one_batch(
+    dataset: PreferenceDataset, reference: Mapping[str, np.ndarray]
+) -> PreferenceBatch:
+    """A whole dataset that is scored already: a batch of N rows, without tokens.
+
+    Args:
+      dataset: N pairs; all of them have weight 1.
+      reference: the reference's scores, float32 [N, K] by name.
+    """
+    none = np.zeros((len(dataset), 1, 0), np.int32)
+    fields = slot_fields(dataset, np.arange(len(dataset))[:, None], reference)
+    fields["weights"] = np.ones((len(dataset), 1), np.float32)
+    tokens = dict.fromkeys(("tokens", "predictors", "targets", "completions"), none)
+    return PreferenceBatch(**tokens, lengths=none, **fields)
+
+
+def only(batch: PreferenceBatch, where: np.ndarray) -> PreferenceBatch:
+    """The batch with empty slots in place of some pairs; all shapes stay the same.
+
+    Args:
+      batch: the batch.
+      where: which pairs to keep, bool, in the shape of `pair_index`.
+    """
+    return dataclasses.replace(
+        batch,
+        pair_index=np.where(where, batch.pair_index, -1),
+        completion_lengths=np.where(where[..., None], batch.completion_lengths, 0),
+    )
 
 
 class SlotFields(TypedDict):

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxpref.data.dataset import PreferenceDataset
+from jaxpref.data.dataset import PreferenceDataset, spans
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.errors import InputError
 
@@ -53,14 +53,16 @@ def with_mismatched(
         )
     limits = max_length - dataset.prompt_lengths
     sizes = np.minimum(answers.completion_lengths[donors, 0], limits).astype(np.int32)
-    parts = [dataset.tokens[:0]]
-    for n, donor in enumerate(donors.tolist()):
-        parts.append(dataset.tokens[slice(*dataset.offsets[n : n + 2])])
-        parts.append(answers.completion(donor, 0)[: sizes[n]])
+    # Both in turn, from one array with the tokens of both.
+    own = len(dataset.tokens)
+    given = own + answers.offsets[donors] + answers.prompt_lengths[donors]
+    starts = np.column_stack([dataset.offsets[:-1], given]).ravel()
+    lengths = np.column_stack([dataset.packed_lengths, sizes]).ravel()
     return dataclasses.replace(
         dataset,
-        tokens=np.concatenate(parts),
+        tokens=spans(np.concatenate([dataset.tokens, answers.tokens]), starts, lengths),
         offsets=dataset.offsets + np.concatenate([[0], np.cumsum(sizes)]),
+        side_prompt_lengths=np.zeros((len(dataset), 2), np.int32),
         completion_lengths=np.column_stack([dataset.completion_lengths, sizes]),
     )
 

@@ -1,4 +1,4 @@
-"""The likelihood loss, and preference losses with an added likelihood term.
+"""Losses of demonstrations, and preference losses with an added likelihood term.
 
 `rpo` and `iterative_rpo` are DPO plus `sft` with different weights and normalization.
 Write other mixtures as sums.  For example, mixed preference optimization (MPO) weights
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.losses import _common
-from jaxpref.losses._common import Lengths, PerPair, Scalar
+from jaxpref.losses._common import Lengths, Number, PerPair
 
-__all__ = ["iterative_rpo", "rpo", "sft"]
+__all__ = ["iterative_rpo", "rpo", "sft", "sft_hellinger", "sft_pearson"]
 
 
 def sft(policy_chosen_logps: PerPair) -> PerPair:
@@ -53,14 +53,111 @@ def sft(policy_chosen_logps: PerPair) -> PerPair:
     return _nll(policy_chosen_logps)
 
 
+def sft_pearson(
+    policy_chosen_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    *,
+    beta: Number = 0.1,
+) -> PerPair:
+    """Fine-tuning on demonstrations with Pearson's chi-squared divergence.
+
+        loss = -r + r^2 / 4,    r = beta log pi(y|x)/ref(y|x)
+
+    Imitation as distribution matching: `sft` is the total variation, whose conjugate is
+    linear, so that nothing holds the policy near the reference.  With another
+    divergence f, the loss is f*(-r) with the conjugate f*, and the implicit reward r of
+    a demonstration stops growing; here at 2.
+
+    Args:
+      policy_chosen_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
+      reference_chosen_logps: log ref(y|x) under the frozen reference; [*batch].
+      beta: scale of the implicit reward, > 0; the default is that of DPO.
+
+    Returns:
+      One loss per completion, [*batch], at least float32; >= -1.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sft_pearson
+      >>> print(sft_pearson(jnp.array([-10.0, 10.0]), jnp.zeros(2)))
+      [ 1.25 -0.75]
+
+    References:
+      Wang et al., "Implicit Reward as the Bridge: A Unified View of SFT and DPO
+      Connections", 2025, arXiv:2507.00018, for the objectives from f-divergences.
+      The conjugate f*(t) = t + t^2 / 4, and the prompt's value at 0: our derivation.
+      Nowozin et al., 2016, arXiv:1606.00709, table 2, has the conjugates.
+    """
+    r = _implicit_reward(policy_chosen_logps, reference_chosen_logps, beta)
+    return jnp.square(r) / 4 - r
+
+
+def sft_hellinger(
+    policy_chosen_logps: PerPair,
+    reference_chosen_logps: PerPair,
+    *,
+    beta: Number = 0.1,
+) -> PerPair:
+    """Fine-tuning on demonstrations with the squared Hellinger distance.
+
+        loss = -r / (1 + r),    r = beta log pi(y|x)/ref(y|x)
+
+    See `sft_pearson` for the derivation.  The gradient falls with 1 / (1 + r)^2, so
+    demonstrations that the policy already prefers count less.  The conjugate is
+    infinite for r <= -1.  Below r = -1/2 the loss continues as a line with the same
+    value and derivative, so that it is finite, convex, and never loses its gradient.
+
+    Args:
+      policy_chosen_logps: log pi(y|x) summed over completion tokens, nats; [*batch].
+      reference_chosen_logps: log ref(y|x) under the frozen reference; [*batch].
+      beta: scale of the implicit reward, > 0; the default is that of DPO.
+
+    Returns:
+      One loss per completion, [*batch], at least float32; above -1.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import sft_hellinger
+      >>> print(sft_hellinger(jnp.array([-10.0, 10.0]), jnp.zeros(2)))
+      [ 3.  -0.5]
+
+    References:
+      Wang et al., "Implicit Reward as the Bridge: A Unified View of SFT and DPO
+      Connections", 2025, arXiv:2507.00018, for the objectives from f-divergences.
+      The conjugate f*(t) = t / (1 - t), the prompt's value at 0, and the line: ours.
+      Nowozin et al., 2016, arXiv:1606.00709, table 2, has the conjugates.
+    """
+    r = _implicit_reward(policy_chosen_logps, reference_chosen_logps, beta)
+    inside = jnp.maximum(r, -0.5)
+    return -inside / (1 + inside) - 4 * (r - inside)
+
+
+def _implicit_reward(policy_chosen_logps, reference_chosen_logps, beta) -> jax.Array:
+    """The implicit reward beta log pi(y|x)/ref(y|x), promoted and checked."""
+    _common.positive("beta", beta)
+    policy, reference = _common.promoted(
+        policy_chosen_logps=policy_chosen_logps,
+        reference_chosen_logps=reference_chosen_logps,
+    )
+    return _common.per_pair("beta", beta, policy) * (policy - reference)
+
+
 def rpo(
     policy_chosen_logps: PerPair,
     policy_rejected_logps: PerPair,
     reference_chosen_logps: PerPair,
     reference_rejected_logps: PerPair,
     *,
-    beta: Scalar = 0.01,
-    eta: Scalar = 0.005,
+    beta: Number = 0.01,
+    eta: Number = 0.005,
 ) -> PerPair:
     """Regularized preference optimization: DPO plus the chosen answer's likelihood.
 
@@ -111,7 +208,7 @@ def rpo(
         reference_rejected_logps,
         beta,
     )
-    weight = jnp.asarray(eta, h.dtype) * jnp.asarray(beta, h.dtype)
+    weight = _common.per_pair("eta", eta, h) * _common.per_pair("beta", beta, h)
     return _common.logistic_loss(h) + weight * _nll(policy_chosen_logps)
 
 
@@ -122,8 +219,8 @@ def iterative_rpo(
     reference_rejected_logps: PerPair,
     chosen_lengths: Lengths,
     *,
-    beta: Scalar = 0.1,
-    alpha: Scalar = 1.0,
+    beta: Number = 0.1,
+    alpha: Number = 1.0,
 ) -> PerPair:
     """Iterative reasoning preference optimization: DPO plus the likelihood per token.
 
@@ -171,7 +268,7 @@ def iterative_rpo(
     )
     nll = _nll(policy_chosen_logps)
     nll = _common.per_token(nll, chosen_lengths, "chosen_lengths")
-    return _common.logistic_loss(h) + jnp.asarray(alpha, h.dtype) * nll
+    return _common.logistic_loss(h) + _common.per_pair("alpha", alpha, h) * nll
 
 
 def _nll(policy_chosen_logps) -> jax.Array:

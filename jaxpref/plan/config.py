@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxpref.errors import InputError
 from jaxpref.models.lora import LoraOptions
+from jaxpref.objectives import Objective
 from jaxpref.runtime.ranges import at_least
 from jaxpref.train import MeshConfig, OptimizerConfig
 from jaxpref.train.options import LONGEST_ROW
@@ -30,6 +31,9 @@ class PlanConfig:
     """Tokens of the longest prompt and answer together: the length of padded rows."""
     answer_length: int | None = None
     """Tokens of the longest answer (default: half of --seq)."""
+    answers: int | None = None
+    """Answers of each list, for losses of lists such as lipo_lambda; all lists are
+    assumed to be as long as the longest."""
     row_length: int | None = None
     """Tokens per packed row (default: one pair per row, padded).  All pairs are assumed
     to be as long as the longest."""
@@ -46,6 +50,8 @@ class PlanConfig:
     chosen automatically)."""
     unroll: int = 1
     """Layers to unroll in the scan over layers."""
+    router_balance: float = 0.0
+    """Coefficient of the routers' load-balancing loss, as for `jaxpref train`."""
     mesh: MeshConfig = MeshConfig()
     """The mesh of devices."""
     lora: LoraOptions = LoraOptions()
@@ -61,7 +67,9 @@ class PlanConfig:
 
     def __post_init__(self):
         at_least(1, self, "batch", "seq", "accumulation", "unroll")
+        at_least(0, self, "router_balance")
         at_least(1, self, "answer_length", "row_length", "logit_chunk", "pairs")
+        at_least(2, self, "answers")
         for name, most in MOST.items():
             if (value := getattr(self, name)) is not None and value > most:
                 raise InputError(f"{name} {value}: must be at most {most}")
@@ -70,6 +78,25 @@ class PlanConfig:
                 f"answer_length {self.answer}: a prompt with an answer has seq "
                 f"{self.seq} tokens, give from 1 to {self.seq - 1}"
             )
+
+    def completions_of(self, objective: Objective) -> int:
+        """Completions of a prompt in the batches of an objective.
+
+        Raises:
+          InputError: if it reads lists and `answers` is missing, or the reverse.
+        """
+        of_lists = objective.num_completions is None
+        if of_lists and self.answers is None:
+            raise InputError(
+                f"--loss {objective.name}: its lists have as many answers as the data, "
+                "which plan does not read; give --answers"
+            )
+        if not of_lists and self.answers is not None:
+            raise InputError(
+                f"--answers {self.answers}: {objective.name} does not read lists; leave"
+                " it out"
+            )
+        return objective.num_completions or self.answers or 0
 
     @property
     def answer(self) -> int:

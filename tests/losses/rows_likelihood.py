@@ -1,5 +1,7 @@
 """Rows of jaxpref/losses/_likelihood.py."""
 
+import numpy as np
+
 from jaxpref import losses
 from tests.losses.row import Row, logistic, reward_margin
 
@@ -8,6 +10,19 @@ REJECTED_SHIFTS = (
     ("policy_rejected_logps", "reference_rejected_logps"),
     ("reference_chosen_logps", "reference_rejected_logps"),
 )
+
+
+def sft_pearson(policy, reference, *, beta):
+    """f*(t) = t + t^2 / 4 at t = -r."""
+    t = -beta * (policy - reference)
+    return t + t**2 / 4
+
+
+def sft_hellinger(policy, reference, *, beta):
+    """f*(t) = t / (1 - t) at t = -r; its tangent at 1/2 above that."""
+    t = -beta * (policy - reference)
+    with np.errstate(divide="ignore"):
+        return np.where(t < 0.5, t / (1 - t), 1 + 4 * (t - 0.5))
 
 
 def rpo(policy_chosen, *arrays, beta, eta):
@@ -27,6 +42,20 @@ def iterative_rpo(policy_chosen, *arrays, beta, alpha):
 
 ROWS = (
     Row(loss=losses.sft, oracle=lambda chosen: -chosen),
+    *(
+        Row(
+            loss=loss,
+            oracle=oracle,
+            defaults={"beta": 0.1},
+            options=({}, {"beta": 1.0}),
+            at_reference=lambda **_: 0.0,
+            shifts=(("policy_chosen_logps", "reference_chosen_logps"),),
+        )
+        for loss, oracle in (
+            (losses.sft_pearson, sft_pearson),
+            (losses.sft_hellinger, sft_hellinger),
+        )
+    ),
     Row(
         loss=losses.rpo,
         oracle=rpo,

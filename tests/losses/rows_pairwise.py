@@ -16,6 +16,17 @@ from tests.losses.row import (
 )
 
 
+def cal_dpo(policy_chosen, policy_rejected, *references, beta, calibration):
+    chosen, rejected = policy_chosen - references[0], policy_rejected - references[1]
+    distance = (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+    return logistic(chosen - rejected) + calibration * distance
+
+
+def cal_dpo_mirror(loss, swapped, *arrays, beta, calibration):
+    """-D, and c times the difference of the squares, -2 D / beta."""
+    return loss - swapped + (1 + 2 * calibration / beta) * log_ratio_margin(*arrays)
+
+
 def ipo_mirror(loss, swapped, *arrays, beta):
     return loss - swapped + 2 * log_ratio_margin(*arrays) / beta
 
@@ -74,6 +85,16 @@ ROWS = (
         at_reference=lambda **_: LOG2,
         mirror=logistic_mirror,
         shifts=MARGIN_SHIFTS,
+    ),
+    Row(
+        loss=losses.cal_dpo,
+        oracle=cal_dpo,
+        defaults={"beta": 0.002, "calibration": 0.5},
+        options=({"beta": 0.1}, {"beta": 1.0, "calibration": 0.0}, {"beta": 0.05}),
+        at_reference=lambda beta, calibration: LOG2 + calibration / (2 * beta**2),
+        special=(({"calibration": 0.0}, losses.dpo, {"beta": 1.0}),),
+        mirror=cal_dpo_mirror,
+        shifts=SIDE_SHIFTS,
     ),
     Row(
         loss=losses.dove,

@@ -9,8 +9,8 @@ import jax.tree_util
 import numpy as np
 
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.columns import OF_ANSWERS
 from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
-from jaxpref.data.labels import LIST_LABELS
 from jaxpref.data.workers import InProcesses
 from jaxpref.errors import InputError
 
@@ -96,7 +96,7 @@ def num_completions(datasets: Iterable[PreferenceDataset]) -> int:
 def one_pair(count: int, labels: Iterable[str]) -> PreferenceDataset:
     """A dataset of one pair with `count` completions, for the fields of its batches."""
     builder = DatasetBuilder(count)
-    blank = {name: [0.0] * count if name in LIST_LABELS else 0.0 for name in labels}
+    blank = {name: [0.0] * count if name in OF_ANSWERS else 0.0 for name in labels}
     builder.add([0], [[]] * count, id="", columns=blank)
     return builder.build()
 

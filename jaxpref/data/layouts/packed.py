@@ -2,7 +2,8 @@
 
 In its row, a pair is laid out as prompt, completion 0, completion 1, and so on.
 Completions continue the prompt's positions.  Each attends to the prompt and to itself,
-never to another completion; `segments` gives the pair and part of each token.
+never to another completion; `segments` gives the pair and part of each token.  A prompt
+of one completion alone comes before it, in the same part.
 
 A batch holds exactly the pairs of its step, the same ones as a padded batch.  They are
 packed by first fit, longest first: a pure function of the lengths, the seed and the
@@ -233,20 +234,27 @@ def _write_row(
             continue
         prompt = dataset.prompt(index)
         last = at + len(prompt) - 1
-        parts = [prompt, *(dataset.completion(index, k) for k in range(count))]
-        for part, text in enumerate(parts):
-            inside = slice(at, at + len(text))
-            row["tokens"][inside] = text
+        nothing = dataset.tokens[:0]
+        parts = [(prompt, nothing)]
+        for side in range(count):
+            own_prompt = dataset.side_prompt(index, side)
+            parts.append((own_prompt, dataset.completion(index, side)))
+        for part, (before, text) in enumerate(parts):
+            size = len(before) + len(text)
+            inside = slice(at, at + size)
+            row["tokens"][inside] = np.concatenate([before, text])
             first = len(prompt) if part else 0
-            row["positions"][inside] = np.arange(first, first + len(text))
+            row["positions"][inside] = np.arange(first, first + size)
             row["segments"][inside] = (1 + count) * slot + part
-            if part and len(text):
+            if len(text):
                 own = slice(predicted, predicted + len(text))
-                # The prompt's last token predicts the first of each completion.
-                row["predictors"][own] = np.arange(at - 1, at - 1 + len(text))
-                row["predictors"][predicted] = last
+                start = at + len(before)
+                row["predictors"][own] = np.arange(start - 1, start - 1 + len(text))
+                if not len(before):
+                    # The prompt's last token predicts the first of each completion.
+                    row["predictors"][predicted] = last
                 row["targets"][own] = text
                 row["completions"][own] = slot * count + part - 1
                 predicted += len(text)
-            at += len(text)
+            at += size
     return at

@@ -137,8 +137,8 @@ class PaddedLayout:
         targets = np.zeros_like(predictors)
         completions = np.full_like(predictors, -1)
         for row in np.flatnonzero(flat >= 0):
-            prompt = dataset.prompt(flat[row])
             for side in range(count):
+                prompt = dataset.context(flat[row], side)
                 completion = dataset.completion(flat[row], side)
                 start, size = len(prompt), len(completion)
                 if not size:

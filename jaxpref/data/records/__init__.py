@@ -8,14 +8,16 @@ add it to `FORMATS`.
 import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from jaxpref.data.labels import NONE, LabelFields, field_value, read_labels
+from jaxpref.data.columns import field_value, read_columns
 from jaxpref.data.records import (
     dialogues,
     labeled,
     lists,
     messages,
+    own_prompts,
     pairs,
     ranked,
     sharegpt,
@@ -74,6 +76,7 @@ class Format(Protocol):
 
 FORMATS: dict[str, Format] = {
     "lists": lists,
+    "own_prompts": own_prompts,
     "traces": traces,
     "sharegpt": sharegpt,
     "ranked": ranked,
@@ -90,16 +93,17 @@ def parse(
     *,
     sides: int | None,
     drop_empty: bool = False,
-    labels: LabelFields = NONE,
+    columns: Mapping[str, str] = MappingProxyType({}),
     ignore_fields: Collection[str] = (),
     values: Collection[str] = (),
     fields: FieldUse | None = None,
+    allow_own_prompts: bool = False,
 ) -> Example | str:
     """Parses a record in any of the formats.
 
     In addition to the fields of its format, a record may have `flip` (true or false),
     `annotator` (a string or an integer), `ended` (whether each answer is complete), and
-    the numbers that `labels` names.  If it holds messages, it may also have `system`,
+    the numbers of `columns`.  If it holds messages, it may also have `system`,
     `tools` and `chat_template_kwargs`.
 
     Args:
@@ -108,10 +112,11 @@ def parse(
       sides: K, completions of a prompt; 2 for pairs, 1 for single completions, None
         for lists, which have as many as the record holds.
       drop_empty: return EMPTY for an empty completion instead of raising.
-      labels: fields with numbers that a loss reads.
+      columns: fields with numbers that a loss reads, by column.
       ignore_fields: fields to ignore.
       values: fields to keep as they are, in `Example.values`; None if absent.
       fields: counts which fields are read.
+      allow_own_prompts: whether the answers of any format may follow different prompts.
 
     Returns:
       The example, or the reason why a valid record cannot be used.
@@ -131,8 +136,9 @@ def parse(
             where,
             sides=sides,
             drop_empty=drop_empty,
-            labels=labels,
+            columns=columns,
             values=values,
+            allow_own_prompts=allow_own_prompts,
         )
     except InputError as error:
         if tracked.origin is None:
@@ -150,8 +156,9 @@ def _parse(
     *,
     sides: int | None,
     drop_empty: bool,
-    labels: LabelFields,
+    columns: Mapping[str, str],
     values: Collection[str],
+    allow_own_prompts: bool,
 ) -> tuple[Example | str, str]:
     """The example or the reason why there is none, and the record's format."""
     origin = record.origin
@@ -165,6 +172,9 @@ def _parse(
     if name is None:
         raise _unknown(record, where, sides)
     example = FORMATS[name].parse(record, where, sides=sides, drop_empty=drop_empty)
+    if not isinstance(example, str) and example.own_prompts:
+        if not allow_own_prompts and FORMATS[name] is not own_prompts:
+            example = PROMPTS_DIFFER
     name = (origin and origin.format) or name
     if isinstance(example, str):
         return example, name
@@ -173,18 +183,23 @@ def _parse(
             f"{where}: the record has {len(example.completions)} completions instead of"
             f" {sides}"
         )
-    prompt, variables = read_template(record, where, example)
+    read = [
+        read_template(record, where, dataclasses.replace(example, prompt=prompt))
+        for prompt in example.prompts
+    ]
+    prompts, (variables, *_) = zip(*read)
     ended = example.ended  # formats in another order read it themselves
     if sides is not None and "ended" not in record.read:
         ended = read_ended(record, where, sides)
     everything = record.everything()
     example = dataclasses.replace(
         example,
-        prompt=prompt,
+        prompt=prompts[0],
+        own_prompts=prompts if example.own_prompts else (),
         variables=variables,
         flip=flip,
         annotator=annotator,
-        labels=example.labels | read_labels(everything, where, labels),
+        labels=example.labels | read_columns(everything, where, columns),
         ended=ended,
         values={name: field_value(everything, name) for name in values},
     )

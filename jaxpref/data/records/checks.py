@@ -7,7 +7,6 @@ from jaxpref.data.cells import from_cell
 from jaxpref.data.records.example import (
     EMPTY,
     IDENTICAL,
-    PROMPTS_DIFFER,
     THOUGHT_FIELDS,
     Example,
     Message,
@@ -20,7 +19,10 @@ MAX_CHARACTERS = 1_000_000
 COMPLETIONS = ("completion", "messages", "chosen")
 """Fields of a single completion; the first one in a record is read."""
 
-OURS = ("prompt", "completion", "completions", "messages", "chosen", "rejected")
+OURS = (
+    *("prompt", "completion", "completions", "messages", "chosen", "rejected"),
+    *("chosen_prompt", "rejected_prompt"),
+)
 """Fields whose names in the file `--fields` can give."""
 MESSAGE_MEANING = (
     *("weight", "loss", "loss_weight", "train", "trainable", "mask"),
@@ -123,7 +125,7 @@ def to_example(
 
     Args:
       names: the field of each completion.
-      splits: the prompt and completion of each field; all prompts must be the same.
+      splits: the prompt and completion of each field.
       where: "file row n", for errors.
       drop_empty: return EMPTY for an empty completion instead of raising.
 
@@ -139,12 +141,25 @@ def to_example(
             f"{where}: field '{name}' is an empty completion; remove the row, or set"
             " drop_empty"
         )
+    return joined(splits, where)
+
+
+def joined(splits: Sequence[Split], where: str) -> Example | str:
+    """The example of completions and their prompts, which may differ.
+
+    Raises:
+      InputError: if one prompt is a text, and another consists of messages.
+    """
     if len(splits) == 2 and splits[0] == splits[1]:
         return IDENTICAL
-    prompts = [prompt for prompt, _ in splits]
-    if any(prompt != prompts[0] for prompt in prompts):
-        return PROMPTS_DIFFER
-    return Example(prompts[0], tuple(completion for _, completion in splits))
+    prompts, completions = zip(*splits)
+    if len({isinstance(prompt, str) for prompt in prompts}) > 1:
+        raise InputError(
+            f"{where}: the prompt of one answer is a string, and that of another one"
+            " consists of messages; write both in the same way"
+        )
+    same = all(prompt == prompts[0] for prompt in prompts)
+    return Example(prompts[0], completions, own_prompts=() if same else prompts)
 
 
 def says_something(completion: str | Message) -> bool:

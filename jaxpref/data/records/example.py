@@ -11,7 +11,7 @@ THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message with what some templates write before its content."""
 
 IDENTICAL = "chosen and rejected are identical"
-PROMPTS_DIFFER = "chosen and rejected do not share the prompt"
+PROMPTS_DIFFER = "chosen and rejected do not share the prompt (--own-prompts allows it)"
 TIED = "completions have the same rank"
 FEW = "a list has fewer than two completions"
 EMPTY = "a completion is empty"
@@ -28,6 +28,7 @@ class Example:
     """
 
     prompt: str | tuple[Message, ...]
+    """Of all completions, or of the first one if they have their own."""
     completions: tuple[str | Message, ...]
     flip: bool = False
     annotator: str | None = None
@@ -43,6 +44,8 @@ class Example:
     """Whether each completion is complete; empty if all are."""
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further fields of the record, by the names that `parse` was asked for."""
+    own_prompts: tuple[str | tuple[Message, ...], ...] = ()
+    """The prompt of each completion, in the form of `prompt`; empty if all share it."""
 
     @property
     def is_conversation(self) -> bool:
@@ -58,12 +61,40 @@ class Example:
     def is_identical(self) -> bool:
         """Whether both sides of the pair are the same, including traces."""
         same = lambda sides: len(sides) == 2 and sides[0] == sides[1]
-        return same(self.completions) and (not self.traces or same(self.traces))
+        parts = (x for x in (self.traces, self.own_prompts) if x)
+        return same(self.completions) and all(map(same, parts))
+
+    @property
+    def prompts(self) -> tuple[str | tuple[Message, ...], ...]:
+        """All its prompts: one, or one for each completion."""
+        return self.own_prompts or (self.prompt,)
+
+    @property
+    def asked(self) -> tuple[str | tuple[Message, ...], ...]:
+        """The prompts by which it is held out: of a text without one, the text."""
+        if self.prompt == "" and len(self.completions) == 1:
+            return tuple(self.texts)
+        return self.prompts
+
+    def alone(self, side: int) -> "Example":
+        """One of its completions, with its prompt."""
+        own = slice(side, side + 1)
+        return dataclasses.replace(
+            self,
+            prompt=self.own_prompts[side] if self.own_prompts else self.prompt,
+            completions=self.completions[own],
+            traces=self.traces[own],
+            ended=() if all(self.ended[own]) else (False,),
+            own_prompts=(),
+        )
 
     def num_characters(self) -> int:
         """The number of characters of all texts."""
-        prompt = self.prompt
-        turns = [prompt] if isinstance(prompt, str) else [text_of(x) for x in prompt]
+        turns = (
+            turn
+            for prompt in self.prompts
+            for turn in ((prompt,) if isinstance(prompt, str) else map(text_of, prompt))
+        )
         traces = (trace for side in self.traces for trace in side)
         return sum(map(len, (*turns, *self.texts, *traces)))
 
@@ -74,7 +105,7 @@ class Example:
         given.  It does not depend on whether the run adds an empty trace.
         """
         content = [self.prompt, self.completions, self.annotator]
-        for more in (self.traces, self.variables, self.ended):
+        for more in (self.traces, self.variables, self.ended, self.own_prompts):
             content += [more] if more else []
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Single answers with a label: `prompt` and `completion`, or `messages`, and `label`.
 
 The other formats read the prompt and the answer.  The label is a number of the record,
-like those of `data.labels`: `desirable`, which is 1 or 0.
+like those of `data.columns`: `desirable`, which is 1 or 0.
 """
 
 import dataclasses
@@ -26,13 +26,9 @@ def answers_of(example: Example) -> list[Example]:
     """The answers of a pair, the chosen one desirable; a single answer as it is."""
     if len(example.completions) == 1:
         return [example]
-    own = lambda values, side: values[side : side + 1]
     return [
         dataclasses.replace(
-            example,
-            completions=own(example.completions, side),
-            traces=own(example.traces, side),
-            ended=() if all(own(example.ended, side)) else (False,),
+            example.alone(side),
             labels=example.labels | {"desirable": desirable},
         )
         for side, desirable in ((0, 1.0), (1, 0.0))
