@@ -67,6 +67,17 @@ CASES = (
         sides=1,
     ),
     Case(
+        "own_prompts",
+        "Answers to different prompts, which `own_prompts` of the result has.",
+        {
+            "chosen_prompt": "2 + 2?",
+            "chosen": "4",
+            "rejected_prompt": "2 + 3?",
+            "rejected": "4",
+        },
+        (Example("2 + 2?", ("4", "4"), own_prompts=("2 + 2?", "2 + 3?")),),
+    ),
+    Case(
         "implicit",
         "Texts that begin with the same words, which are the prompt. Only if no other "
         "field holds text.",
@@ -232,6 +243,24 @@ CASES = (
         },
     ),
     Case(
+        "helpsteer2_preference",
+        "With the opinions of the annotators, who are not named: a pair for each, or "
+        "with `--votes majority` one pair with the publisher's `preference_strength` "
+        "and the share of the opinions that agree with it in `agreement`.",
+        {
+            "prompt": "2 + 2?",
+            "response_1": "4",
+            "response_2": "5",
+            "preference_strength": -2,
+            "all_preferences_unprocessed": [
+                {"strength": -2, "statement": "The first is right."},
+                {"strength": -3, "statement": "The second is wrong."},
+                {"strength": 1, "statement": "The second is longer."},
+            ],
+        },
+        (TEXTS, TEXTS, Example("2 + 2?", ("5", "4"))),
+    ),
+    Case(
         "multipref",
         "MultiPref: a pair for each vote, with `strength` 1 or 2.",
         {
@@ -371,6 +400,45 @@ CASES = (
             ],
         },
         (by("3"),),
+    ),
+    Case(
+        "label_studio",
+        "If `to_name` names tags that are not fields of `data`, `--fields` must say "
+        "which text was shown on the left.",
+        {
+            "data": {"prompt": "2 + 2?", "text1": "5", "text2": "4"},
+            "annotations": [
+                {
+                    "completed_by": 3,
+                    "result": [
+                        {
+                            "type": "pairwise",
+                            "to_name": "tag1,tag2",
+                            "value": {"selected": "right"},
+                        }
+                    ],
+                }
+            ],
+        },
+        (by("3"),),
+        {"fields": ("left=data.text1", "right=data.text2")},
+    ),
+    Case(
+        "label_studio_min",
+        "JSON_MIN exports of Label Studio, with a row for each annotation. They never "
+        "say which text was shown on the left, so `--fields` must.",
+        {
+            "prompt": "2 + 2?",
+            "text1": "4",
+            "text2": "5",
+            "id": 7,
+            "annotator": 3,
+            "annotation_id": 12,
+            "better": [{"selected": "left"}],
+            "lead_time": 4.2,
+        },
+        (by("3"),),
+        {"fields": ("left=text1", "right=text2")},
     ),
 )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from jaxpref.data import (
-    LabelFields,
     ListSource,
     RecordOptions,
     examples_of,
@@ -49,6 +48,7 @@ from tests.format_cases import (
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 NATIVE = {"pairs", "messages", "dialogues", "traces", "ranked", "sharegpt"}
+NATIVE |= {"own_prompts"}
 PAIRS = [case for case in CASES if case.sides == 2]
 by_name = lambda case: case.format
 
@@ -82,13 +82,14 @@ def test_every_format_has_an_example():
 @pytest.mark.parametrize("case", PAIRS, ids=by_name)
 def test_single_completions_are_the_better_answers(case):
     best = case.expected[0]
-    found = examples_of([case.record], sides=1)
+    options = RecordOptions(**case.options)
+    found = examples_of([case.record], options, sides=1)
     if case.format == "multipref":  # one vote for each answer
         assert found == [SPLIT]
     else:
         assert [x.completions for x in found] == [best.completions[:1]]
         assert found[0].prompt == best.prompt
-    view = views([case.record])[0]
+    view = views([case.record], **case.options)[0]
     assert parse_prompt(view, "f row 1").prompt == best.prompt
 
 
@@ -96,24 +97,25 @@ def test_single_completions_are_the_better_answers(case):
 def test_a_field_that_nobody_reads_is_still_an_error(case):
     record = case.record | {"weight": 0.5, "note": 3}
     with pytest.raises(InputError, match="f row 1.*: field 'weight' changes what"):
-        for view in views([record], case.sides):
+        for view in views([record], case.sides, **case.options):
             parse(view, "f row 1", sides=case.sides)
     fields, names = FieldUse(), ["weight"]
-    for view in views([record], case.sides, ignore_fields=("weight",)):
+    options = case.options | {"ignore_fields": ("weight",)}
+    for view in views([record], case.sides, **options):
         parse(view, "f", sides=case.sides, ignore_fields=names, fields=fields)
     fields.check_ignored(names)
     assert "note" in fields.describe() and f"format: {case.format}" in fields.describe()
-    named = LabelFields(weights="weight")
-    example = parse(views([record], case.sides)[0], "f", sides=case.sides, labels=named)
-    assert example.labels == {"weights": 0.5}
+    view = views([record], case.sides, **case.options)[0]
+    example = parse(view, "f", sides=case.sides, columns={"weight": "weight"})
+    assert example.labels == {"weight": 0.5}
 
 
 def test_numbers_of_the_record_in_the_file_can_be_labels():
     record = record_of("helpsteer2_preference") | {"preference_strength": -3}
-    fields = LabelFields(preference_margins="preference_strength", weights="strength")
+    fields = {"margin": "preference_strength", "weight": "strength"}
     (view,) = views([record])
-    found = parse(view, "f", sides=2, labels=fields)
-    assert found.labels == {"preference_margins": -3.0, "weights": 3.0}
+    found = parse(view, "f", sides=2, columns=fields)
+    assert found.labels == {"margin": -3.0, "weight": 3.0}
     assert found.completions == ("5", "4")
 
 
@@ -236,13 +238,61 @@ VARIANTS = {
              {"was_cancelled": True, "result": []},
              {"completed_by": {"id": 1, "email": "ann"}, "result": [
                  {"type": "choices", "value": {}},
-                 {"type": "pairwise", "value": {"selected": "right"}}]}]}, by("ann")),
+                 {"type": "pairwise", "to_name": "answer1, answer2",
+                  "value": {"selected": "right"}}]}]}, by("ann")),
     "Label Studio without annotations": (STUDIO | {"annotations": []}, NO_VOTE),
     "OpenAI with tools": (
         {"input": {"messages": [USER], "tools": [{"type": "function"}]},
          "preferred_output": [FOUR], "non_preferred_output": [FIVE]},
         dataclasses.replace(CHAT, variables={"tools": [{"type": "function"}]})),
 }  # fmt: skip
+
+
+def test_opinions_of_helpsteer():
+    record = next(x.record for x in CASES if "all_preferences_unprocessed" in x.record)
+    strengths = [view["strength"] for view in views([record])]
+    assert strengths == [2, 3, 1]
+    (view,) = views([record], votes="majority")
+    assert (view["chosen"], view["strength"], view["num_votes"]) == ("4", 2, 3)
+    assert view["agreement"] == pytest.approx(2 / 3)
+    record = record | {"all_preferences_unprocessed": [{"strength": "much"}]}
+    with pytest.raises(InputError, match="'all_preferences_unprocessed' 1 'strength'"):
+        views([record])
+
+
+def test_which_text_was_on_the_left_is_never_guessed():
+    record = json.loads(json.dumps(STUDIO))
+    result = record["annotations"][0]["result"][0]
+    for named in ({"to_name": "tag1,tag2"}, {"to_name": "text1"}, {"to_name": None}):
+        result.update(named)
+        with pytest.raises(
+            InputError, match="f row 1: the export does not say.*left=data.NAME"
+        ):
+            views([record])
+    result["value"]["selected"] = "up"
+    named = dict(fields=("left=data.text2", "right=data.text1"))
+    with pytest.raises(InputError, match="'annotations' 1 'selected' must be one of"):
+        views([record], **named)
+    result["value"]["selected"] = "left"
+    (view,) = views([record], **named)
+    assert (view["chosen"], view["rejected"]) == ("5", "4")
+    with pytest.raises(InputError, match="f row 1: a JSON_MIN export.*left=NAME"):
+        views([record_of("label_studio_min")])
+
+
+def test_scores_that_contradict_the_label_are_counted():
+    record = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+    scored = lambda a, b: record | {"score_chosen": a, "score_rejected": b}
+    records = [scored(1, 2), scored("1", "3"), scored(2, 2), scored(3, 1), record]
+    records.append(record | {"metadata": {"chosen_rating": 1, "rejected_rating": 2}})
+    records.append(scored(None, 2))
+    records.append({"prompt": "2 + 2?", "completions": [{"response": "4"}]} | record)
+    fields = FieldUse()
+    for one in records:
+        assert parse(one, "f", sides=2, fields=fields).completions == ("4", "5")
+    first, second = fields.warnings()
+    assert "'score_chosen' is below 'score_rejected' in 2 records" in first
+    assert "'chosen_rating' is below 'rejected_rating' in 1 records" in second
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -364,8 +414,10 @@ def test_an_audit_reverses_the_labels_of_every_format(case):
         written = json.loads(json.dumps([*cleaned(renamed, actions)]))
         order = slice(None, None, -1) if reverse else slice(None)
         assert [
-            (x.prompt, x.completions, x.annotator) for x in examples_of(written)
-        ] == [(x.prompt, x.completions[order], x.annotator) for x in case.expected]
+            (x.prompts, x.completions, x.annotator) for x in examples_of(written)
+        ] == [
+            (x.prompts[order], x.completions[order], x.annotator) for x in case.expected
+        ]
 
 
 def test_an_audit_leaves_out_ties_and_malformed_rows():

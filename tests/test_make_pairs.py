@@ -113,7 +113,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     whole = SCORED | {"completions": list("dbac"), "scores": [1, 3, 4, 2]}
     write_lines(tmp_path / "scored.jsonl", [SCORED, whole | {"prompt": "r"}])
-    cli.main("data pairs scored.jsonl --out pairs.jsonl".split())
+    cli.main("data pairs scored.jsonl --rule best-worst --out pairs.jsonl".split())
     printed = capsys.readouterr().out
     assert "1 pairs of 2 records; 1 left out, whose answers were cut off" in printed
     assert [open_source("pairs.jsonl")[0]["prompt"]] == ["r"]

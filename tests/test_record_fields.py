@@ -159,14 +159,10 @@ def test_a_field_that_changes_the_meaning_is_read_or_refused(name):
 
 
 def test_a_label_that_a_loss_reads_is_no_error():
-    options = DataOptions(heldout_fraction=0)
-    named = dataclasses.replace(options.labels, preference_strengths="weight")
-    splits = make_splits(
-        ListSource([TEXT | {"weight": 0.5}]),
-        byte_tokenizer(),
-        dataclasses.replace(options, labels=named),
-    )
-    assert splits.train.columns["preference_strengths"].tolist() == [0.5]
+    options = DataOptions(heldout_fraction=0, columns=("strength=weight",))
+    source = ListSource([TEXT | {"weight": 0.5}])
+    splits = make_splits(source, byte_tokenizer(), options)
+    assert splits.train.columns["strength"].tolist() == [0.5]
 
 
 @pytest.mark.parametrize(

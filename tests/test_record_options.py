@@ -16,6 +16,7 @@ from jaxpref.data import (
 from jaxpref.data.bad_rows import FILE, describe, write_skipped
 from jaxpref.data.record_source import RecordSource
 from jaxpref.data.records import Example, FieldUse, parse, parse_prompt
+from jaxpref.data.sources import Divisible
 from jaxpref.errors import InputError
 from tests.data_tokenizers import LLAMA, byte_tokenizer
 from tests.format_cases import CASES, RATED, TEXTS, USER, record_of, ukp, views
@@ -89,7 +90,11 @@ def test_names_of_ignored_fields_may_be_separated_by_commas():
 
 # ---- errors --------------------------------------------------------------------------
 
-STUDIO_RESULT = {"type": "pairwise", "value": {"selected": "top"}}
+STUDIO_RESULT = {
+    "type": "pairwise",
+    "to_name": "text1,text2",
+    "value": {"selected": "top"},
+}
 BAD = {
     "a missing field": (
         {"questoin": "q", "a": "4", "b": "5"}, "prompt=question,chosen=a,rejected=b",
@@ -217,6 +222,8 @@ ROWS = [
 
 class Broken(ListSource):
     """A source whose last record cannot be decoded."""
+
+    part, content = Divisible.part, Divisible.content
 
     def __getitem__(self, index):
         if index == len(self) - 1:

@@ -1,4 +1,4 @@
-"""`jaxpref data inspect`, `jaxpref data convert` and `jaxpref data pairs`."""
+"""`jaxpref data inspect`, `convert`, `pairs`, `select` and `hindsight`."""
 
 import dataclasses
 import json
@@ -11,10 +11,14 @@ from jaxpref import data
 from jaxpref.cli import help
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import closest, split
+from jaxpref.data.bad_rows import BadRows, log_skipped
 from jaxpref.data.convert import convert
+from jaxpref.data.hindsight import hindsight_records
 from jaxpref.data.inspection import Inspection, Segment, inspect_pairs, segments
-from jaxpref.data.kinds import ANSWERS, PAIRS, Kind
+from jaxpref.data.kinds import KINDS
 from jaxpref.data.make_pairs import joined_pairs, ranked_pairs, read_answers
+from jaxpref.data.records import Example
+from jaxpref.data.records import parse as parse_record
 from jaxpref.data.records.best_pair import Rule
 from jaxpref.errors import InputError, paint, show
 from jaxpref.files import check_output, write_whole
@@ -22,13 +26,9 @@ from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import resolve_folder
 from jaxpref.report.inspection import SPECIAL, answer_names, write_inspection
 from jaxpref.runtime.ranges import at_least
+from jaxpref.select.config import SelectConfig
+from jaxpref.select.run import run as run_selection
 
-KINDS = {
-    "pairs": PAIRS,
-    "answers": ANSWERS,
-    "labeled": Kind(1, frozenset({"desirable"})),
-    "lists": Kind(None, frozenset({"qualities"})),
-}
 COLORS = {"prompt": "blue", "answer": "green", "special": "magenta"}
 
 
@@ -74,7 +74,7 @@ class PairsConfig:
     NAME.jsonl`."""
     out: str
     """JSONL file to write."""
-    rule: Rule = "best-worst"
+    rule: Rule = "best-random"
     """Which of a record's answers are paired: the best with the worst, the best with a
     random worse one, or all."""
     min_gap: float = 0.0
@@ -87,10 +87,20 @@ class PairsConfig:
 
     def __post_init__(self):
         at_least(0, self, "min_gap")
-        if self.against is not None and (self.rule, self.min_gap) != ("best-worst", 0):
+        if self.against is not None and (self.rule, self.min_gap) != ("best-random", 0):
             raise InputError(
                 "--against: scores are not used; leave out --rule and --min-gap"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HindsightConfig(data.RecordOptions):
+    """Options of `jaxpref data hindsight`."""
+
+    data: str
+    """Preference pairs, as for `jaxpref train`."""
+    out: str
+    """JSONL file to write."""
 
 
 ABOUT = {
@@ -99,11 +109,17 @@ ABOUT = {
     "convert": "Write data from any source as one file.",
     "pairs": "Make preference pairs from answers with scores, or from the answers"
     "\nof a stronger and a weaker model.",
+    "select": "Choose records by a column, by the agreement of annotators, without"
+    "\nduplicates, or by what a model says of them.",
+    "hindsight": "Write pairs as records for --loss sft that train both answers, each"
+    "\nafter words that say whether it is good (chain of hindsight).",
 }
 PARTS = {
     "inspect": {"config": Part(InspectConfig), "options": Part(data.DataOptions)},
     "convert": {"config": Part(ConvertConfig)},
     "pairs": {"config": Part(PairsConfig)},
+    "select": {"config": Part(SelectConfig)},
+    "hindsight": {"config": Part(HindsightConfig)},
 }
 
 
@@ -150,7 +166,7 @@ def _inspect(parsed: Any) -> None:
         reads = {"--data": config.data, "--model": config.model}
         check_output("--out", config.out, reads)
     folder = resolve_folder(config.model)
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder, parsed.options.template_options)
     length = read_architecture(folder).context_length
     options = data.for_model(parsed.options, length)
     # Everything is inspected, whatever a run would hold out.
@@ -173,7 +189,10 @@ def _inspect(parsed: Any) -> None:
         (source.location(int(pairs.columns["row"][n])), segments(pairs, n, tokenizer))
         for n in shown
     ]
-    show(f"{config.data}: {fields}\n")
+    show(f"{config.data}: {fields}")
+    for line in splits.fields.warnings():
+        show(f"{config.data}: {line}")
+    show("")
     show(help.table({name: str(value) for name, value in counts.items()}, column=40))
     show("\n" + _lengths(found))
     for place, parts in examples:
@@ -282,8 +301,50 @@ def _pairs(parsed: Any) -> None:
     show(f"{config.out}: {len(kept):,} pairs of {len(source):,} records{dropped}")
 
 
+def _select(parsed: Any) -> None:
+    config: SelectConfig = parsed.config
+    found = run_selection(config)
+    show(f"{config.out}: {found.kept:,} of {found.records:,} records")
+    counts = {name: f"{count:,}" for name, count in found.reasons.items()}
+    if counts:
+        show("left out:")
+        show(help.table(counts, column=50))
+    if found.scores:
+        numbers = {k.replace("_", ", "): f"{x:.6g}" for k, x in found.scores.items()}
+        show("scores:")
+        show(help.table(numbers, column=50))
+    show(config.scores_file)
+
+
+def _hindsight(parsed: Any) -> None:
+    config: HindsightConfig = parsed.config
+    check_output("--out", config.out, {"--data": config.data})
+    source = data.open_records(config.data, config, sides=2)
+    bad, lines, dropped = BadRows(config.on_bad_row), [], 0
+    ignored = config.ignore_fields
+    for row in range(len(source)):
+        place = source.location(row)
+        read = lambda row=row, place=place: parse_record(
+            source[row], place, sides=2, drop_empty=True, ignore_fields=ignored
+        )
+        example = bad.attempt(read, place)
+        if isinstance(example, Example):
+            for record in hindsight_records(example, place):
+                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        elif example is not None:
+            dropped += 1
+    log_skipped(bad.found)
+    if not lines:
+        raise InputError(f"{config.data}: no pair is left of {len(source):,} records")
+    write_whole(config.out, "".join(lines))
+    left = f"; {dropped:,} dropped" if dropped else ""
+    show(f"{config.out}: {len(lines):,} records of {len(source):,} pairs{left}")
+
+
 ACTIONS: dict[str, Callable[[Any], None]] = {
     "inspect": _inspect,
     "convert": _convert,
     "pairs": _pairs,
+    "select": _select,
+    "hindsight": _hindsight,
 }

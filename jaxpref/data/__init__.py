@@ -12,7 +12,6 @@ from jaxpref.data.end_of_turn import stop_tokens as stop_tokens
 from jaxpref.data.kinds import ANSWERS as ANSWERS
 from jaxpref.data.kinds import PAIRS as PAIRS
 from jaxpref.data.kinds import Kind as Kind
-from jaxpref.data.labels import LabelFields as LabelFields
 from jaxpref.data.layouts import Layout as Layout
 from jaxpref.data.layouts import PackedLayout as PackedLayout
 from jaxpref.data.layouts import PaddedLayout as PaddedLayout

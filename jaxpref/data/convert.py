@@ -20,6 +20,12 @@ KINDS = (*LINES, *ARRAY_RECORD, *PARQUET)
 _ROWS = 10_000
 
 
+def check_suffix(out: Path) -> None:
+    """Raises InputError unless `convert` writes files with this suffix."""
+    if out.suffix not in KINDS:
+        raise InputError(f"--out {out}: give a name that ends in {', '.join(KINDS)}")
+
+
 def convert(source: Source, out: Path, *, seed: int | None = None) -> int:
     """Writes the records of a source to one file, and returns their number.
 
@@ -35,6 +41,7 @@ def convert(source: Source, out: Path, *, seed: int | None = None) -> int:
       InputError: for another suffix, a missing package, or records that do not fit into
         the columns of a Parquet file.
     """
+    check_suffix(out)
     order = np.arange(len(source))
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
@@ -44,10 +51,8 @@ def convert(source: Source, out: Path, *, seed: int | None = None) -> int:
         write_whole(out, lines)
     elif out.suffix in PARQUET:
         _write_parquet(out, records)
-    elif out.suffix in ARRAY_RECORD:
-        _write_array_record(out, records)
     else:
-        raise InputError(f"--out {out}: give a name that ends in {', '.join(KINDS)}")
+        _write_array_record(out, records)
     return len(order)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref.data.dataset import PreferenceDataset
+from jaxpref.data.dataset import PROMPTS, PreferenceDataset
 
 QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 """The columns of a table of lengths."""
@@ -56,12 +56,12 @@ def inspect_pairs(dataset: PreferenceDataset) -> Inspection:
     count, sides = dataset.completion_lengths.shape
     answers = dataset.completion_lengths
     real = answers > 0  # lists may have different lengths
-    parts = {"prompt": dataset.prompt_lengths}
+    parts = {"prompt": dataset.context_lengths.max(1)}
     if sides == 2:
         parts |= {"chosen": answers[:, 0], "rejected": answers[:, 1]}
     else:
         parts["answer"] = answers[real]
-    rows = np.where(real, dataset.prompt_lengths[:, None] + answers, 0)
+    rows = np.where(real, dataset.context_lengths + answers, 0)
     parts["prompt and longest answer"] = rows.max(1)
     annotators = collections.Counter(
         dataset.annotator_names[n] for n in dataset.columns["annotator"] if n >= 0
@@ -75,7 +75,7 @@ def inspect_pairs(dataset: PreferenceDataset) -> Inspection:
         copies=sum(not id.endswith("-0") for id in dataset.ids),
         contradictions=_contradictions(dataset) if sides == 2 else 0,
         longer_chosen=float((difference > 0).mean()) if sides == 2 else None,
-        prompts=len(np.unique(dataset.columns["prompt"])),
+        prompts=len(np.unique([dataset.columns[x] for x in PROMPTS])),
         flipped=int(dataset.columns["is_flipped"].sum()),
         annotators=dict(annotators.most_common()),
     )
@@ -90,13 +90,16 @@ def segments(dataset: PreferenceDataset, index: int, tokenizer: Any) -> list[lis
       tokenizer: the model's tokenizer.
 
     Returns:
-      Lists of `Segment`, whose texts together are all tokens decoded.
+      Lists of `Segment`, whose texts together are all tokens decoded.  A completion
+      comes after any prompt of its own.
     """
     prompt = dataset.prompt(index).tolist()
     found = [list(_segments([], prompt, "prompt", tokenizer))]
     for side in np.flatnonzero(dataset.completion_lengths[index]).tolist():
+        own = dataset.side_prompt(index, side).tolist()
         answer = dataset.completion(index, side).tolist()
-        found.append(list(_segments(prompt, answer, "answer", tokenizer)))
+        found.append(list(_segments(prompt, own, "prompt", tokenizer)))
+        found[-1] += _segments(prompt + own, answer, "answer", tokenizer)
     return found
 
 

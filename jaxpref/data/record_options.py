@@ -1,12 +1,15 @@
 """Options of every command that reads records: field names, formats, bad rows."""
 
+import contextlib
 import dataclasses
+import json
 from typing import Any, Literal
 
 from jaxpref.data.records import FORMATS
 from jaxpref.data.records.adapters import ADAPTERS, Adapter, PairRules
 from jaxpref.data.records.best_pair import Rule
 from jaxpref.data.records.mapping import read_fields
+from jaxpref.data.records.template import RESERVED
 from jaxpref.errors import InputError, closest
 
 NAMES = (*FORMATS, *(adapter.name for adapter in ADAPTERS))
@@ -30,13 +33,27 @@ class RecordOptions:
     votes: Literal["each", "majority"] = "each"
     """What is made from a record with several votes: a pair for each vote with its
     annotator, or one for their majority."""
+    own_prompts: bool = False
+    """Allow the answers of a record to follow different prompts in any format, such as
+    messages in chosen and rejected (default: drop and count such records, unless the
+    prompts are in chosen_prompt and rejected_prompt)."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of the records to ignore, even if they change what a record means."""
     on_bad_row: Literal["raise", "skip"] = "raise"
     """Whether a malformed record is an error, or is skipped and counted.  train,
     evaluate and audit list skipped records in OUT/skipped_rows.jsonl."""
 
+    template: tuple[str, ...] = ()
+    """Variables of the chat template for all records, as NAME=VALUE or --template.NAME
+    VALUE: --template.enable_thinking false.  A value is JSON, or else text.  A record's
+    own chat_template_kwargs come first."""
+
     def __post_init__(self):
+        for name in self.template_options:
+            if name in RESERVED:
+                raise InputError(
+                    f"--template.{name}: only the run itself sets this; leave it out"
+                )
         ignored = (x.strip() for word in self.ignore_fields for x in word.split(","))
         object.__setattr__(self, "ignore_fields", tuple(x for x in ignored if x))
         for name, path in self.mapped.items():
@@ -54,7 +71,24 @@ class RecordOptions:
     @property
     def mapped(self) -> dict[str, str]:
         """The path in the file by our name."""
-        return read_fields(self.fields) if self.fields else {}
+        example = "prompt=question,chosen=a,rejected=b"
+        return read_fields(self.fields, "--fields", example) if self.fields else {}
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The variables of the chat template, by name."""
+        found = {}
+        for word in self.template:
+            name, equals, value = word.partition("=")
+            if not (name.isidentifier() and equals):
+                raise InputError(
+                    f"--template {word}: expected NAME=VALUE, such as "
+                    "enable_thinking=false"
+                )
+            found[name] = value
+            with contextlib.suppress(ValueError, RecursionError):
+                found[name] = json.loads(value)
+        return found
 
     @property
     def adapter(self) -> Adapter | None:

@@ -1,16 +1,18 @@
-"""`--fields`: fields of the records by names of the user's choice."""
+"""`--fields` and `--columns`: fields of the records by name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpref.errors import InputError, closest
 
-FORM = "prompt=question,chosen=a,rejected=b"
-"""An example of the option."""
 
-
-def read_fields(words: Sequence[str]) -> dict[str, str]:
+def read_fields(words: Sequence[str], flag: str, example: str) -> dict[str, str]:
     """The field of the file by our name, from words such as "prompt=question,chosen=a".
+
+    Args:
+      words: the values of the option.
+      flag: the option, for messages.
+      example: an example of its value.
 
     Raises:
       InputError: if a word has no "=", or names a field twice.
@@ -21,9 +23,9 @@ def read_fields(words: Sequence[str]) -> dict[str, str]:
             continue  # a comma between two words
         name, equals, path = (x.strip() for x in word.partition("="))
         if not (name and equals and path):
-            raise InputError(f"--fields {word}: expected NAME=FIELD, such as {FORM}")
+            raise InputError(f"{flag} {word}: expected NAME=FIELD, such as {example}")
         if name in found:
-            raise InputError(f"--fields {word}: '{name}' is given twice; keep one")
+            raise InputError(f"{flag} {word}: '{name}' is given twice; keep one")
         found[name] = path
     return found
 

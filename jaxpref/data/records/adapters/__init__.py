@@ -28,6 +28,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     crowds.UKP,
     crowds.COMMUNITY,
     annotation_tools.LABEL_STUDIO,
+    annotation_tools.LABEL_STUDIO_MIN,
     annotation_tools.ARGILLA,
     compared.SAFE_RLHF,
     compared.WEBGPT,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxpref.data.cells import from_cell
-from jaxpref.data.labels import LARGEST
+from jaxpref.data.columns import LARGEST
 from jaxpref.data.records.best_pair import best_pair
 from jaxpref.data.records.checks import field, kind
 from jaxpref.data.records.fields import Record
@@ -176,7 +176,7 @@ def by_votes(
     """A pair per vote with its annotator, or one pair for the majority.
 
     Ties do not count for the majority.  Its pair has the share of the votes that agree
-    in `agreement`, and their number in `num_votes`.
+    in `agreement`, that of the others in `flip_rate`, and their number in `num_votes`.
     """
     if not votes:
         return [by_winner(prompt, answers, None, reason=NO_VOTE, **others)]
@@ -203,7 +203,13 @@ def by_votes(
     share = most / decisive
     return [
         by_winner(
-            prompt, answers, winner, agreement=share, num_votes=decisive, **others
+            prompt,
+            answers,
+            winner,
+            agreement=share,
+            flip_rate=1 - share,
+            num_votes=decisive,
+            **others,
         )
     ]
 

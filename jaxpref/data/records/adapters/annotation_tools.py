@@ -5,8 +5,8 @@ questions (datasets on the Hub).  A label or ranking question names the better f
 such as "response_1"; a label may also be its last letter or number, as in "1" or "B" or
 "Response B".  A rating of 1 or 2 counts only if its question asks for a choice, as
 "choose-best" does.
-Label Studio: the texts are in `data`, and each annotation has a pairwise result, whose
-`selected` is "left" or "right".
+Label Studio: the texts are in `data` (JSON) or beside the result (JSON_MIN), and each
+annotation has a pairwise result, whose `selected` is "left" or "right".
 """
 
 import re
@@ -214,13 +214,20 @@ def _winner(value: Any, names: Sequence[str], full: bool = False) -> str | None:
 
 
 def _label_studio(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
+    """A task of a JSON export, with the annotations of all annotators."""
     data = field(record, "data", where)
     if not isinstance(data, Mapping):
         raise InputError(
             f"{where}: field 'data' must be an object, but it is {kind(data)}"
         )
     prompt = next((x for x in PROMPTS if x in data), None)
-    votes, sides = [], None
+    incomplete = InputError(
+        f"{where}: field 'data' must have a prompt and two texts, whose names are"
+        f" in 'to_name' of the result; it has {', '.join(map(str, data))[:200]}"
+    )
+    if prompt is None or len(data) < 3:
+        raise incomplete
+    votes = []
     place = f"{where}: field 'annotations'"
     for n, one in enumerate(listed(field(record, "annotations", where), place)):
         if not isinstance(one, Mapping):
@@ -229,35 +236,88 @@ def _label_studio(record: Record, where: str, rules: PairRules) -> list[Rewritte
         if one.get("was_cancelled"):
             continue
         for result in listed(one.get("result") or [], f"{place} {n + 1} 'result'"):
-            if not isinstance(result, Mapping) or result.get("type") != "pairwise":
-                continue
-            sides = sides or _compared(result, data, prompt)
-            votes.append((result, n, one.get("completed_by")))
-    if prompt is None or (sides := sides or _compared({}, data, prompt)) is None:
-        raise InputError(
-            f"{where}: field 'data' must have a prompt and two texts, whose names are"
-            f" in 'to_name' of the result; it has {', '.join(map(str, data))[:200]}"
-        )
-    given = []
+            if isinstance(result, Mapping) and result.get("type") == "pairwise":
+                votes.append((result, n, one.get("completed_by")))
+    given, answers = [], None
     for result, n, who in votes:
+        shown = _shown(record, result, data, where)
+        answers = answers or shown
         value = result.get("value")
-        selected = value.get("selected") if isinstance(value, Mapping) else value
-        meaning = {"left": sides[0], "right": sides[1], "none": None, "tie": None}
-        winner = choice(selected, meaning, f"{place} {n + 1} 'selected'")
-        who = who.get("email", who.get("id")) if isinstance(who, Mapping) else who
-        given.append(Vote(winner, None if who is None else str(who)))
-    answers = {name: data[name] for name in sides}
+        winner = _selected(value, tuple(shown), f"{place} {n + 1} 'selected'")
+        given.append(Vote(winner, _named(who)))
+    if answers is None:  # nobody has voted, so it does not matter which is left
+        texts = _two_of(x for x in data if x != prompt and isinstance(data[x], str))
+        answers = texts and {name: data[name] for name in texts}
+    if answers is None:
+        raise incomplete
     return by_votes((prompt, data[prompt]), answers, given, rules)
 
 
-def _compared(
-    result: Mapping, data: Mapping, prompt: str | None
-) -> tuple[str, str] | None:
-    """The left and the right text of a comparison."""
+SHOWN = "left", "right"
+"""Our names of the two texts, which `--fields` can give."""
+
+
+def _shown(
+    record: Record, result: Mapping, data: Mapping, where: str
+) -> dict[str, Any]:
+    """The left and the right text of a comparison, by name.
+
+    A result names the tags of the labeling page.  Only if these are names of the data,
+    too, does the export say which text is which.
+    """
+    if all(x in record for x in SHOWN):
+        return {x: record[x] for x in SHOWN}
     named = [x.strip() for x in str(result.get("to_name", "")).split(",")]
     if len(named) == 2 and all(x in data for x in named):
-        return named[0], named[1]
-    return _two_of(x for x in data if x != prompt and isinstance(data[x], str))
+        return {x: data[x] for x in named}
+    raise InputError(
+        f"{where}: the export does not say which text was on the left: the result"
+        f" names '{result.get('to_name', '')!s:.100}', and 'data' has"
+        f" {', '.join(map(str, data))[:200]}; pass --fields"
+        " left=data.NAME,right=data.NAME"
+    )
+
+
+def _selected(value: Any, sides: Sequence[str], place: str) -> str | None:
+    """The side that a pairwise result selects; None for a tie."""
+    selected = value.get("selected") if isinstance(value, Mapping) else value
+    meaning = {"left": sides[0], "right": sides[1], "none": None, "tie": None}
+    return choice(selected, meaning, place)
+
+
+def _named(who: Any) -> str | None:
+    """The annotator, who may be an object."""
+    who = who.get("email", who.get("id")) if isinstance(who, Mapping) else who
+    return None if who is None else str(who)
+
+
+def _comparison_field(record: Mapping) -> str | None:
+    """The field of a JSON_MIN record that holds a pairwise result."""
+    selects = lambda x: isinstance(x, Mapping) and "selected" in x
+    for name, value in record.items():
+        if isinstance(value, list) and len(value) == 1 and selects(value[0]):
+            return name
+        if selects(value):
+            return name
+    return None
+
+
+def _label_studio_min(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
+    """A row of a JSON_MIN export: one annotation, with the data beside it."""
+    name = _comparison_field({x: record.peek(x) for x in record})
+    prompt = next((x for x in PROMPTS if x in record), "prompt")
+    value = record[name] if name is not None else None
+    value = value[0] if isinstance(value, list) else value
+    if not all(x in record for x in SHOWN):
+        raise InputError(
+            f"{where}: a JSON_MIN export does not say which text was on the left; it"
+            f" has {', '.join(map(str, record))[:200]}; pass --fields"
+            " left=NAME,right=NAME, or export JSON"
+        )
+    winner = _selected(value, SHOWN, f"{where}: field '{name}' 'selected'")
+    answers = {x: record[x] for x in SHOWN}
+    votes = [Vote(winner, _named(record.get("annotator")))]
+    return by_votes((prompt, field(record, prompt, where)), answers, votes, rules)
 
 
 def _argilla_matches(record: Mapping) -> bool:
@@ -274,4 +334,9 @@ def _argilla_matches(record: Mapping) -> bool:
 ARGILLA = Adapter("argilla", _argilla_matches, _argilla, several=each_vote)
 LABEL_STUDIO = Adapter(
     "label_studio", has("data", "annotations"), _label_studio, several=each_vote
+)
+LABEL_STUDIO_MIN = Adapter(
+    "label_studio_min",
+    lambda record: "annotation_id" in record and _comparison_field(record) is not None,
+    _label_studio_min,
 )

@@ -3,13 +3,19 @@
 PKU-SafeRLHF, WebGPT comparisons, SHP, HelpSteer2-Preference, and edits by users.
 """
 
+from typing import Any
+
 from jaxpref.data.records.adapters.adapter import (
     SAME_SCORE,
     Adapter,
     PairRules,
+    Vote,
+    by_votes,
     by_winner,
     choice,
+    each_vote,
     has,
+    listed,
     number,
     pair,
 )
@@ -70,17 +76,45 @@ def _shp(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
     return [by_winner(("history", field(record, "history", where)), answers, winner)]
 
 
+OPINIONS = "all_preferences_unprocessed", "three_most_similar_preferences"
+"""Fields of HelpSteer2-Preference with an object for each annotator's opinion."""
+
+
 def _helpsteer(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
-    """`preference_strength` is from -3, the first is much better, to 3, the second."""
-    place = f"{where}: field 'preference_strength'"
-    found = number(field(record, "preference_strength", where), place)
-    if not -3 <= found <= 3:
-        raise InputError(f"{place} must be from -3 to 3, but it is {found}; correct it")
+    """`preference_strength` is from -3, the first is much better, to 3, the second.
+
+    It is the publisher's summary of the opinions of three to five annotators, who are
+    not named.  If the record has these, each is a vote.  The majority is the
+    publisher's, and `agreement` the share of the votes that agree with it.
+    """
     names = "response_1", "response_2"
     answers = {name: field(record, name, where) for name in names}
-    winner = None if not found else names[found > 0]
     prompt = "prompt", field(record, "prompt", where)
-    return [by_winner(prompt, answers, winner, strength=abs(found))]
+    place = f"{where}: field 'preference_strength'"
+    overall = _strength(field(record, "preference_strength", where), place)
+    source = next((x for x in OPINIONS if record.peek(x)), None)
+    votes = []
+    place = f"{where}: field '{source}'"
+    for n, one in enumerate(listed(record[source], place) if source else []):
+        strength = one.get("strength") if isinstance(one, dict) else None
+        votes.append(_strength(strength, f"{place} {n + 1} 'strength'"))
+    preferred = lambda strength: names[strength > 0] if strength else None
+    if votes and rules.votes == "each":
+        opinions = [Vote(preferred(x), None, {"strength": abs(x)}) for x in votes]
+        return by_votes(prompt, answers, opinions, rules)
+    winner, shares = preferred(overall), {}
+    if decisive := [x for x in votes if x]:
+        agree = sum(preferred(x) == winner for x in decisive)
+        shares = {"agreement": agree / len(decisive), "num_votes": len(decisive)}
+    return [by_winner(prompt, answers, winner, strength=abs(overall), **shares)]
+
+
+def _strength(value: Any, place: str) -> float:
+    """A preference from -3 to 3."""
+    found = number(value, place)
+    if not -3 <= found <= 3:
+        raise InputError(f"{place} must be from -3 to 3, but it is {found}; correct it")
+    return found
 
 
 def _helpsteer_rows(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
@@ -114,6 +148,7 @@ HELPSTEER = Adapter(
     "helpsteer2_preference",
     has("response_1", "response_2", "preference_strength"),
     _helpsteer,
+    each_vote,
 )
 HELPSTEER_ROWS = Adapter(
     "helpsteer2", has("prompt", "response", "helpfulness"), _helpsteer_rows

@@ -1,0 +1,1 @@
+"""Choosing records of a file: scores, and which of them are kept."""
