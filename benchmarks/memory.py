@@ -66,7 +66,7 @@ from jaxpref.objectives import from_loss
 from jaxpref.plan.presets import PRESETS
 from jaxpref.runtime.entry import entry_point
 from jaxpref.scoring import make_scorer
-from jaxpref.scoring.scores import Scores
+from jaxpref.scoring.scores import Scored
 
 MODELS = {
     "smollm-135m-4-layers": dataclasses.replace(PRESETS["smollm2-135m"], num_layers=4),
@@ -143,13 +143,15 @@ def _logits(model: Model, params, hidden) -> jax.Array:
 
 def scorer_with(
     head: Callable, model: Model, *, blockwise: bool = False
-) -> Callable[..., Scores]:
+) -> Callable[..., Scored]:
     """A function called like a `PolicyScorer`, with another head and without a mesh.
 
     With `blockwise`, each padded sequence is treated as a packed row of one prompt.
     """
 
-    def score(params, frozen, batch: data.PreferenceBatch) -> Scores:
+    def score(
+        params, frozen, batch: data.PreferenceBatch, *, totals=frozenset()
+    ) -> Scored:
         del frozen
         rows, sequences, _ = batch.tokens.shape
         _, slots, sides = batch.completion_lengths.shape
@@ -168,7 +170,7 @@ def scorer_with(
             batch.completions,
             num_completions=slots * sides,
         )
-        return {"policy_logps": sums.reshape(rows, slots, sides)}
+        return Scored({"policy_logps": sums.reshape(rows, slots, sides)}, {})
 
     return score
 
@@ -192,7 +194,7 @@ AGAINST = (*PEERS, "log_softmax", "logsumexp")
 # ---- the measurement ---------------------------------------------------------------
 
 
-def temporaries(model: Model, scorer: Callable[..., Scores], batch) -> int:
+def temporaries(model: Model, scorer: Callable[..., Scored], batch) -> int:
     """Bytes of a compiled step's temporaries; nothing is run or allocated."""
     step, new_state = make_step(model, scorer)
     state = jax.eval_shape(lambda key: new_state(model.init(key)), jax.random.key(0))

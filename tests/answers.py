@@ -62,6 +62,7 @@ def one_weight(objective, logps, reference, labels, *, accumulation=1, state=Non
       The gradient in w, the next state, and the metrics.
     """
     from jaxpref.data.batch import PreferenceBatch
+    from jaxpref.scoring.scores import Scored
     from jaxpref.train.gradient import gradient
 
     count, sides = logps.shape
@@ -85,7 +86,9 @@ def one_weight(objective, logps, reference, labels, *, accumulation=1, state=Non
         labels={name: shaped(np.asarray(x, numbers)) for name, x in labels.items()},
     )
     table = jnp.asarray(logps, jnp.float32)[:, None]
-    score = lambda w, micro: {"policy_logps": w * table[micro.pair_index[:, 0]]}
+    score = lambda w, micro: Scored(
+        {"policy_logps": w * table[micro.pair_index[:, 0]]}, {}
+    )
     state = objective.init(0) if state is None else state
     step = jax.jit(lambda w: gradient(objective, score, w, batch, state))
     return step(jnp.float32(1.0))

@@ -264,7 +264,7 @@ def test_dropout_depends_on_step_and_micro_batch_alone(pairs):  # noqa: F811
     micro = lambda n: jax.tree.map(lambda x: jnp.asarray(x[n]), batch)
     first, second = micro(0), micro(1)
     score = jax.jit(
-        lambda scorer, micro, **more: scorer(params, frozen | more, micro)[
+        lambda scorer, micro, **more: scorer(params, frozen | more, micro).scores[
             "policy_logps"
         ],
         static_argnums=0,

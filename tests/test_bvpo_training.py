@@ -19,6 +19,7 @@ from jaxpref.objectives import bvpo, crm, em, from_loss, learned_rate, sft
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.scoring.scores import Scored
 from jaxpref.train import TrainConfig, read_metrics
 from jaxpref.train import gradient as engine
 from jaxpref.train.optimizer import make_optimizer, make_schedule
@@ -86,7 +87,8 @@ def curved(params, batch):
     rng = np.random.default_rng(2)
     table = jnp.asarray(rng.normal(size=(64, 7)), jnp.float32)
     seen = jnp.sum(table[batch.tokens[:, None]], axis=-2)  # [R, 1, K, 7]
-    return {"policy_logps": -jax.nn.softplus(seen @ params["w"] + params["b"])}
+    logps = -jax.nn.softplus(seen @ params["w"] + params["b"])
+    return Scored({"policy_logps": logps}, {})
 
 
 CURVED = {
@@ -176,7 +178,7 @@ def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
     @jax.jit
     def own(params, micro):
         def loss(params):
-            logps = score(params, micro)["policy_logps"][0, 0]
+            logps = score(params, micro).scores["policy_logps"][0, 0]
             return jnp.logaddexp(0, -0.5 * (logps[0] - logps[1]))
 
         return jax.grad(loss)(params)

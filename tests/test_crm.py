@@ -17,6 +17,7 @@ from jaxpref.objectives import crm, from_loss
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
+from jaxpref.scoring.scores import Scored
 from jaxpref.train import Decay, OptimizerConfig
 from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
@@ -45,7 +46,8 @@ def first_batch(pairs, count=8):  # noqa: F811
 def of_weights(params, batch):
     """The scores of two "models", each the rewards of 8 pairs."""
     shaped = lambda x: x.reshape(*batch.pair_index.shape[-2:], 2)
-    return {name: {"rewards": shaped(params[name])} for name in ("one", "two")}
+    found = {name: {"rewards": shaped(params[name])} for name in ("one", "two")}
+    return Scored(found, {"one": {}, "two": {}})
 
 
 def softplus_slope(margin):
@@ -87,7 +89,8 @@ def test_with_nothing_to_drop_two_models_train_alone(pairs):  # noqa: F811
     both = {"one": params["a"], "two": params["b"]}
     objective = crm(losses.bradley_terry, noise_rate=0.0, ramp_steps=1)
     found, _, _ = gradient(objective, of_weights, both, batch, jnp.int32(1))
-    alone = lambda p, micro: {"rewards": p.reshape(*micro.pair_index.shape, 2)}
+    shaped = lambda p, micro: p.reshape(*micro.pair_index.shape, 2)
+    alone = lambda p, micro: Scored({"rewards": shaped(p, micro)}, {})
     plain = from_loss(losses.bradley_terry)
     for name, mine in (("one", "a"), ("two", "b")):
         expected, _, _ = gradient(plain, alone, params[mine], batch, {})

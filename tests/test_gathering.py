@@ -127,7 +127,7 @@ def test_devices_send_no_more_than_fsdp_needs(is_tied, sizes):
 
     def loss(params):
         at = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
-        hidden, head = model.hidden_and_heads(params, tokens)
+        hidden, head, _ = model.hidden_and_heads(params, tokens)
         logps = token_logps(hidden, head, at, tokens[:, 1:], chunk_size=2)
         return jnp.sum(logps)
 
@@ -159,7 +159,7 @@ def test_a_derivative_along_a_direction_is_that_of_one_device(sizes):
     def along(params, directions):
         def losses(params):
             at = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
-            hidden, head = model.hidden_and_heads(params, tokens)
+            hidden, head, _ = model.hidden_and_heads(params, tokens)
             return token_logps(hidden, head, at, tokens[:, 1:], chunk_size=2)
 
         values, pull = jax.vjp(losses, params)

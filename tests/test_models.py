@@ -14,8 +14,8 @@ from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
 from jaxpref.models.cache import insert, resized
 from jaxpref.models.families.llama import LlamaArchitecture
-from jaxpref.models.functional import unstacked
 from jaxpref.models.rotary import LinearScaling, Llama3Scaling, inverse_frequencies
+from jaxpref.models.stacks import unstacked
 from jaxpref.runtime.mesh import AXES, EXPERT_AXES
 
 CONFIG = LlamaArchitecture(

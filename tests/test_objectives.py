@@ -20,6 +20,7 @@ from jaxpref.scoring import make_scorer
 from jaxpref.scoring.scores import (
     NEED_REFERENCE_WEIGHTS,
     TOKEN_SCORES,
+    Scored,
     reads_reference,
     stored_scores,
 )
@@ -64,7 +65,8 @@ def few_pairs(pairs, count, **options):  # noqa: F811
 
 def one_weight_step(objective, batch, dtype=jnp.float32):
     """Gradient, next state and metrics of a "model" of log-probs w for every token."""
-    score = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
+    logps = lambda w, batch: {"policy_logps": w * batch.completion_lengths}
+    score = lambda w, batch: Scored(logps(w, batch), {})
     step = jax.jit(functools.partial(gradient, objective, score))
     return step(dtype(-1), batch, objective.init(0))
 
@@ -142,7 +144,7 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
     micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     scorers = [make_scorer(model, frozenset(x), chunk_size=4) for x in COMBINATIONS]
     # In one program, which shares the models' passes.
-    found = jax.jit(lambda *args: [scorer(*args) for scorer in scorers])(
+    found = jax.jit(lambda *args: [scorer(*args).scores for scorer in scorers])(
         params, reference, micro
     )
     for names, scorer, scores in zip(COMBINATIONS, scorers, found):
@@ -246,7 +248,6 @@ def test_steps_can_be_traced_for_devices_that_are_only_described():
 @pytest.mark.parametrize(
     ("loss", "missing"),
     [
-        (losses.dove, "joint"),
         (losses.beta_dpo, "running_mean"),
         (losses.reward_regression, "targets"),
     ],
@@ -265,7 +266,6 @@ def test_a_side_with_a_beta_of_its_own_is_rewarded_by_it(pairs):  # noqa: F811
 
 
 def test_the_command_line_has_every_loss_that_records_can_feed():
-    unreachable = {"dove"}  # it reads log-probs of instruction and response together
     of_log_probs = {
         row.name for row in TABLE if any(name.endswith("logps") for name in row.reads)
     }
@@ -273,8 +273,7 @@ def test_the_command_line_has_every_loss_that_records_can_feed():
     of_rewards |= {"rao_kupper", "davidson", "reward_regression"}
     of_answers = {"kto", "bco", "apo_zero_unpaired"}
     of_lists = {"plackett_luce", "lipo_lambda", "irpo"}
-    reachable = of_log_probs - unreachable
-    assert set(LOSSES) == reachable | of_rewards | of_answers | of_lists
+    assert set(LOSSES) == of_log_probs | of_rewards | of_answers | of_lists
 
 
 @pytest.mark.parametrize(
@@ -316,7 +315,9 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     params, state = tiny_params(model), objective.init(0)
     find = jax.jit(functools.partial(gradient, objective, score))
     _, after, metrics = find(params, batch, state)
-    logps = score(params, jax.tree.map(lambda x: x[0], batch))["policy_logps"][:, 0]
+    logps = score(params, jax.tree.map(lambda x: x[0], batch)).scores["policy_logps"][
+        :, 0
+    ]
     margins = np.asarray(logps[:, 0] - logps[:, 1], float)
     assert int(after["batches"]) == 1
     np.testing.assert_allclose(after["running_mean"], 0.1 * margins.mean(), rtol=1e-4)
@@ -356,7 +357,8 @@ def test_a_scalar_term_adds_its_mean_over_micro_batches(pairs, loss, accumulatio
 
     def score(w, micro):
         lengths = jnp.asarray(micro.completion_lengths, jnp.float32)
-        return {"policy_logps": w * lengths, "squares": jnp.sum(w**2 * lengths)}
+        squares = jnp.sum(w**2 * lengths)
+        return Scored({"policy_logps": w * lengths, "squares": squares}, {})
 
     find = lambda objective: jax.jit(functools.partial(gradient, objective, score))
     plain, both = (

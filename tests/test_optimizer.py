@@ -121,7 +121,7 @@ def test_a_sharded_step_is_a_plain_loop_of_optax(config):
     def plain(params, opt_state, batch):
         def loss(params):
             micro = jax.tree.map(lambda x: x[0], batch)
-            found = scorer(params, None, micro)["policy_logps"]
+            found = scorer(params, None, micro).scores["policy_logps"]
             reference = micro.reference["reference_logps"]
             columns = (*jnp.moveaxis(found, -1, 0), *jnp.moveaxis(reference, -1, 0))
             return jnp.mean(losses.dpo(*columns, beta=0.5))

@@ -89,8 +89,8 @@ def test_scores_equal_those_of_whole_sequences(pairs, needs):
         scorer = jax.jit(make_scorer(model, frozenset(needs), chunk_size=4))
         batch, held = packed(pairs)
         micro = lambda b: jax.tree.map(lambda x: x[0], b)
-        found = scorer(params, reference, micro(batch))
-        expected = scorer(params, reference, micro(padded(pairs, held)))
+        found = scorer(params, reference, micro(batch)).scores
+        expected = scorer(params, reference, micro(padded(pairs, held))).scores
     at = np.asarray(batch.pair_index[0])
     order = [np.argwhere(at == n)[0] for n in held]
     for name, values in expected.items():

@@ -97,7 +97,7 @@ def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
     @jax.jit
     def trained(params):
         micro = jax.tree.map(lambda x: x[0], batch)
-        out, pull = jax.vjp(lambda p: scorer(p, None, micro), params)
+        out, pull = jax.vjp(lambda p: scorer(p, None, micro).scores, params)
         return out, pull(jax.tree.map(jnp.ones_like, out))
 
     (found, _) = trained(params)

@@ -81,7 +81,7 @@ def test_a_score_is_the_head_on_the_last_real_state(model, params):
 
 def test_scores_are_read_where_asked(model, params):
     at = np.array([[0, 6], [2, 1]])
-    found = model.rewards_at(params, TOKENS[:2], at)
+    found, _ = model.rewards_and_router(params, TOKENS[:2], at)
     for row in range(2):
         for place in range(2):
             alone = model.rewards(params, TOKENS[[row]], at[[row], place] + 1)
@@ -306,7 +306,7 @@ def micro_batch(pairs):  # noqa: F811
 def test_scores_are_those_of_each_whole_answer(pairs, model, params):  # noqa: F811
     batch, micro = micro_batch(pairs)
     scorer = make_scorer(model, frozenset({"rewards"}))
-    found = jax.jit(scorer)(params, None, micro)
+    found = jax.jit(scorer)(params, None, micro).scores
     assert set(found) == {"rewards"} and found["rewards"].shape == (8, 1, 2)
     alone = jax.jit(model.rewards)
     for row, n in enumerate(batch.pair_index[0, :, 0]):

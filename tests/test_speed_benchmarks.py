@@ -39,7 +39,7 @@ def test_compared_heads_compute_the_same():
     cases += [(make, padded) for make in heads]
     ours, log_softmax, logsumexp, none, *others = jax.jit(
         lambda params, batches: [
-            make(model)(params, None, batch)["policy_logps"]
+            make(model)(params, None, batch).scores["policy_logps"]
             for (make, _), batch in zip(cases, batches)
         ]
     )(params, [batch for _, batch in cases])

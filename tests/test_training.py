@@ -29,6 +29,7 @@ from jaxpref.scoring import make_scorer
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scores import (
     NEED_REFERENCE_WEIGHTS,
+    Scored,
     policy_name,
     stored_scores,
 )
@@ -214,11 +215,10 @@ def test_bfloat16_gradients_are_summed_in_float32(pairs):
         one = next(padded_batches(pairs, batch_size=1, reference=zeros))
         many = jax.tree.map(lambda x: np.repeat(x, 600, axis=0), one)
         # The "model" is one weight: log-probs (w, 0) for every pair.
-        score = lambda w, batch: {
-            "policy_logps": w.astype(jnp.float32)
-            * jnp.array([1.0, 0.0])
-            * batch.weights[..., None]
-        }
+        logps = lambda w, batch: (
+            w.astype(jnp.float32) * jnp.array([1.0, 0.0]) * batch.weights[..., None]
+        )
+        score = lambda w, batch: Scored({"policy_logps": logps(w, batch)}, {})
         w = jnp.bfloat16(0.25)
         (a, *_), (b, *_) = (
             gradient(objective, score, w, jax.tree.map(jnp.asarray, x), {})

@@ -126,6 +126,7 @@ def step_on_margins(objective, margins, state, annotators=None, *, first_pair=0)
     """
     # Not where only the losses are installed.
     from jaxpref.data.batch import PreferenceBatch
+    from jaxpref.scoring.scores import Scored
     from jaxpref.train.gradient import gradient
 
     shape = (1, len(margins), 1)
@@ -149,5 +150,5 @@ def step_on_margins(objective, margins, state, annotators=None, *, first_pair=0)
     batch = jax.tree.map(jax.numpy.asarray, batch)
     logps = np.stack([np.nan_to_num(margins), np.zeros(len(margins))], -1)
     logps = jax.numpy.asarray(logps.reshape(-1, 1, 2), jax.numpy.float32)
-    score = lambda w, micro: {"policy_logps": w * logps}
+    score = lambda w, micro: Scored({"policy_logps": w * logps}, {})
     return gradient(objective, score, jax.numpy.float32(1.0), batch, state)

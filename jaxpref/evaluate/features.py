@@ -192,7 +192,7 @@ def _blocks(
     def shape_of(entry) -> tuple[int, int]:
         n, side, _ = entry
         size = int(pairs.completion_lengths[n, side])
-        length = _rounded(int(pairs.prompt_lengths[n]) + size)
+        length = _rounded(int(pairs.context_lengths[n, side]) + size)
         predictions = length
         while predictions % 2 == 0 and 2 * size <= predictions:
             predictions //= 2
@@ -211,7 +211,7 @@ def _blocks(
             part = DatasetBuilder(1)
             for n, side, key in group[start : start + BLOCK]:
                 part.add(
-                    pairs.prompt(n),
+                    pairs.context(n, side),
                     [pairs.completion(n, side)],
                     id=key,
                     columns={"row": int(pairs.columns["row"][n])},

@@ -40,7 +40,8 @@ from jaxpref.models.hub import model_digests, resolve_folder
 from jaxpref.runtime.mesh import row_shards, share_of_rows
 from jaxpref.sampling import Request, answer_all
 from jaxpref.scoring.score_dataset import progress_bar
-from jaxpref.scoring.scorer import Scorer, make_scorer
+from jaxpref.scoring.scorer import Scorer
+from jaxpref.scoring.twin import make_scorer
 from jaxpref.train.task import Scoring
 
 
@@ -90,7 +91,7 @@ def heldout_prompts(
     """
     heldout = datasets.splits.heldout
     _, first = np.unique(heldout.columns["prompt"], return_index=True)
-    fits = heldout.prompt_lengths + max_new_tokens <= positions
+    fits = heldout.context_lengths[:, 0] + max_new_tokens <= positions
     chosen = [n for n in np.sort(first) if fits[n]][:count]
     if not chosen:
         raise InputError(
@@ -113,7 +114,7 @@ def heldout_prompts(
             place,
             sides=kind.sides,
             drop_empty=options.drop_empty,
-            labels=options.labels.reading(kind.labels),
+            columns=kind.columns(options.named_columns),
             ignore_fields=options.ignore_fields,
             values=fields_read(options.inject),
         )
@@ -121,7 +122,7 @@ def heldout_prompts(
             raise InputError(f"{place}: the record has changed; keep the data as it is")
         examples.append(example)
     return Prompts(
-        tokens=tuple(tuple(heldout.prompt(n).tolist()) for n in chosen),
+        tokens=tuple(tuple(heldout.context(n, 0).tolist()) for n in chosen),
         examples=tuple(examples),
         max_new_tokens=max_new_tokens,
     )

@@ -10,7 +10,7 @@ E experts, k experts of a token, N row groups (see `gathering`).
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,46 @@ from jaxpref.models.layout import SPECS, num_parts, on_mesh, reshard
 
 WIDE_IN, WIDE_OUT = P("expert", None, "tensor"), P("expert", "tensor", None)
 """The layouts of experts' matrices in use, gathered over fsdp."""
+
+
+class RouterSums(NamedTuple):
+    """What a router did, summed over tokens, each times its weight, and over layers."""
+
+    choices: Float[Array, " E"]
+    """How often each expert was among the k most likely ones."""
+    probabilities: Float[Array, " E"]
+    """The probabilities of the experts."""
+    tokens: Float[Array, ""]
+    """The weights."""
+
+
+def router_sums(
+    probabilities: Float[Array, "B T E"],
+    weights: Float[Array, "B T"],
+    *,
+    per_token: int,
+) -> RouterSums:
+    """The sums of one layer, over the tokens of all devices; float32 or wider.
+
+    Args:
+        probabilities: p, as in `mixture`.
+        weights: how often each token counts; 0 for padding.
+        per_token: k.
+    """
+    weights = reshard(weights.astype(probabilities.dtype), SPECS.tokens)
+
+    def choices(p: jax.Array, weights: jax.Array) -> jax.Array:
+        experts = jax.lax.top_k(p, per_token)[1]
+        chosen = experts[..., None] == jnp.arange(p.shape[-1])
+        return jnp.where(jnp.any(chosen, 2), weights[..., None], 0)
+
+    rows = on_mesh(SPECS.hidden)
+    if rows is not None:
+        specs = rows, on_mesh(SPECS.tokens)
+        choices = jax.shard_map(choices, in_specs=specs, out_specs=rows)
+    chosen = choices(jax.lax.stop_gradient(probabilities), weights)
+    summed = jnp.sum(probabilities * weights[..., None], (0, 1))
+    return RouterSums(jnp.sum(chosen, (0, 1)), summed, jnp.sum(weights))
 
 
 def mixture(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,20 @@ from jaxpref.models.attention import (
     packed_attention,
 )
 from jaxpref.models.cache import Cache, Stack, slots_of, stored
+from jaxpref.models.experts import RouterSums, router_sums
 from jaxpref.models.layout import SPECS, check_mesh, on_mesh, reshard
 from jaxpref.models.linear import PRODUCT
 from jaxpref.models.numerics import FLOAT32, Numerics
+from jaxpref.models.soft_prompt import PROMPT, Prompted
+from jaxpref.models.stacks import (
+    Params,
+    Run,
+    at_layer,
+    num_layers,
+    stacks_of,
+    with_weights,
+)
 from jaxpref.models.transformer import Attend, Block, Transformer
-
-Params = dict[str, Any]
 
 
 @functools.cache
@@ -54,7 +62,8 @@ class Model:
     Parameters are a nested dict: `embed` [V, D], `layers` (each leaf [L, ...]), those
     of the family's final norm and, unless tied, `head` [D, V].  A weight of the layers
     may be a `LowRank`, and `layers` may be a tuple of stacks, which follow each other:
-    so a part of a parameter can be trained (see `partition`).  The functions work
+    so a part of a parameter can be trained (see `partition`).  There may also be a
+    soft prompt, `prompt` [n, D]: see `soft_prompt`.  The functions work
     without a mesh and under an Explicit mesh with axes `data`, `fsdp`, `tensor` set by
     `jax.set_mesh`; there B must be a multiple of data * fsdp.  For a mixture of
     experts, the mesh may have an axis `expert` after `fsdp`, which also splits the rows
@@ -66,7 +75,8 @@ class Model:
     numerics: Numerics = FLOAT32
 
     def _transformer(self, params: Params) -> Transformer:
-        whole = params | {"layers": _stacks(params["layers"])[0]}
+        whole = params | {"layers": stacks_of(params["layers"])[0]}
+        whole.pop(PROMPT, None)
         return nnx.merge(_graphs(self.architecture, self.numerics)[0], whole)
 
     def _layer(self, weights: Params) -> Block:
@@ -119,18 +129,40 @@ class Model:
         positions: Int[Array, "B T"] | None = None,
         segments: Segments | None = None,
         lengths: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "*N D V"]]:
-        """`hidden`, and the LM head for `token_logps`.
+        counted: Float[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "*N D V"], RouterSums | None]:
+        """`hidden`, the LM head for `token_logps`, and what the routers did.
 
         The head [N, D, V] has one copy for each of the N row groups of the mesh, or is
         [D, V] if there is one.  Training uses it in place of `head`: its gradient is
         summed over devices only once, together with that of a tied embedding.
+
+        The routers' sums are over all layers of a mixture of experts, and over all rows
+        of the batch.  `counted` says how often each token counts; None for no sums.
         """
         transformer = self._transformer(params)
         table = transformer.table()
         inputs = tokens, positions, segments, lengths
-        hidden, _ = self._hidden(transformer, table, params, *inputs)
-        return hidden, transformer.heads(table)
+        hidden, kept = self._hidden(
+            transformer, table, params, *inputs, counted=counted
+        )
+        return hidden, transformer.heads(table), _over_layers(kept)
+
+    def hidden_and_router(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Segments | None = None,
+        *,
+        counted: Float[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """As `hidden_and_heads`, without a head."""
+        transformer = self._transformer(params)
+        inputs = params, tokens, positions, segments, None
+        table = transformer.table()
+        hidden, kept = self._hidden(transformer, table, *inputs, counted=counted)
+        return hidden, _over_layers(kept)
 
     def _hidden(
         self,
@@ -142,8 +174,12 @@ class Model:
         segments,
         lengths,
         keep: bool = False,
+        counted: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Any]]:
-        """Final hidden states and, of each stack of layers, what `_attend` keeps."""
+        """Final hidden states and, of each stack of layers, what `_attend` keeps.
+
+        With `counted`, the sums of the routers instead.
+        """
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         else:
@@ -151,15 +187,23 @@ class Model:
         shared = transformer.shared_inputs(positions)
         attend = self._attend(segments, positions, lengths, keep)
 
+        experts: Any = self.architecture
+
         def layer(x, weights_and_attributes):
             weights, attributes = weights_and_attributes
-            return self._layer(weights)(x, shared, attributes, attend)
+            block: Any = self._layer(weights)
+            if counted is None:
+                return block(x, shared, attributes, attend)
+            x, _, p = block.routed(x, shared, attributes, attend)
+            return x, router_sums(p, counted, per_token=experts.experts_per_token)
 
         layer = _remat(layer, self.numerics.remat)
+        if PROMPT in params:
+            table = Prompted(table, params[PROMPT])
         x = transformer.embed_tokens(table, tokens, positions)
         kept = []
-        for layers in _with_weights(params["layers"], transformer.layer_attributes()):
-            unroll = min(self.numerics.unroll, _num_layers(layers[0]))
+        for layers in with_weights(params["layers"], transformer.layer_attributes()):
+            unroll = min(self.numerics.unroll, num_layers(layers[0]))
             x, states = jax.lax.scan(layer, x, layers, unroll=unroll)
             kept.append(states)
         return transformer.final_norm(x), kept
@@ -210,7 +254,7 @@ class Model:
         """
         a, dtype = self.architecture, self.numerics.compute_dtype
 
-        def zeros(run: "_Run") -> jax.Array:
+        def zeros(run: "Run") -> jax.Array:
             slots = slots_of(run.window, length)
             shape = (run.count, batch, a.num_kv_heads, slots, a.head_dim)
             return jnp.zeros(shape, dtype, out_sharding=on_mesh(SPECS.cache))
@@ -277,7 +321,7 @@ class Model:
         x = transformer.embed_tokens(transformer.table(), tokens, positions)
         stacks = []
         for run, stack in zip(self._runs(params), cache.stacks, strict=True):
-            weights = _stacks(params["layers"])[run.stack]
+            weights = stacks_of(params["layers"])[run.stack]
 
             # The cache is a carry and not a scanned input: XLA updates it in place.
             def layer(carry, n, weights=weights, run=run):
@@ -290,8 +334,8 @@ class Model:
                     )
                     return out, new
 
-                block = self._layer(_at(weights, run.first + n))
-                own = _at(attributes, run.start + n)
+                block = self._layer(at_layer(weights, run.first + n))
+                own = at_layer(attributes, run.start + n)
                 x, (keys, values) = block(x, shared, own, attend)
                 return (x, keys, values), None
 
@@ -305,76 +349,27 @@ class Model:
         lengths = lengths + reshard(active, SPECS.rows)
         return transformer.final_norm(x), Cache(tuple(stacks), lengths)
 
-    def _runs(self, params: Params) -> list["_Run"]:
+    def _runs(self, params: Params) -> list["Run"]:
         """The runs of layers of one kind, within the stacks of the parameters."""
         a = self.architecture
         sliding = a.sliding_layers or (True,) * a.num_layers
         windows = [a.sliding_window if slides else None for slides in sliding]
         runs, start = [], 0
-        for number, stack in enumerate(_stacks(params["layers"])):
-            first, stop = start, start + _num_layers(stack)
+        for number, stack in enumerate(stacks_of(params["layers"])):
+            first, stop = start, start + num_layers(stack)
             for window, group in itertools.groupby(windows[start:stop]):
                 count = len(list(group))
-                runs.append(_Run(number, first - start, first, count, window))
+                runs.append(Run(number, first - start, first, count, window))
                 first += count
             start = stop
         return runs
 
 
-class _Run(NamedTuple):
-    """Consecutive layers of one stack of parameters, all with the same window."""
-
-    stack: int
-    """The number of the stack."""
-    first: int
-    """The number of the first layer in the stack."""
-    start: int
-    """The number of the first layer in the model."""
-    count: int
-    """The number of layers."""
-    window: int | None
-    """Their sliding window."""
-
-
-def _stacks(layers: Any) -> tuple[Params, ...]:
-    return layers if isinstance(layers, tuple) else (layers,)
-
-
-def _num_layers(stack: Params) -> int:
-    return jax.tree.leaves(stack)[0].shape[0]
-
-
-def _with_weights(layers: Any, attributes: Any) -> list[tuple[Params, Any]]:
-    """Each stack of layers with its part of the attributes [L, ...] of all layers."""
-    found, start = [], 0
-    for stack in _stacks(layers):
-        stop = start + _num_layers(stack)
-        part = lambda x, start=start, stop=stop: x[start:stop]
-        found.append((stack, jax.tree.map(part, attributes)))
-        start = stop
-    return found
-
-
-def _at(stack: Any, n: Any) -> Any:
-    """The arrays of layer n, from arrays [L, ...]."""
-    if isinstance(n, int):
-        return jax.tree.map(lambda x: x[n], stack)
-    at = functools.partial(jax.lax.dynamic_index_in_dim, index=n, keepdims=False)
-    return jax.tree.map(at, stack)
-
-
-def unstacked(params: Params) -> Params:
-    """The same parameters with one stack per layer.
-
-    A scan over layers copies the weights of each; decoding on CPU, which does little
-    with a weight, is faster without.
-    """
-    layers = tuple(
-        jax.tree.map(lambda x, n=n: x[n : n + 1], stack)
-        for stack in _stacks(params["layers"])
-        for n in range(_num_layers(stack))
-    )
-    return params | {"layers": layers}
+def _over_layers(kept: list[Any]) -> RouterSums | None:
+    """The sums over the layers of all stacks; None if nothing was kept."""
+    if kept[0] is None:
+        return None
+    return jax.tree.map(lambda *stacks: sum(jnp.sum(x, 0) for x in stacks), *kept)
 
 
 def build(architecture: Architecture, numerics: Numerics = FLOAT32) -> Model:

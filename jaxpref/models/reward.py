@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.attention import Segments
+from jaxpref.models.experts import RouterSums
 from jaxpref.models.functional import Model, Params
 from jaxpref.models.layout import SPECS, on_mesh, reshard
 from jaxpref.models.numerics import FLOAT32, Numerics
@@ -76,21 +77,27 @@ class RewardModel:
         backbone = {name: x for name, x in params.items() if name != "score"}
         return self.backbone.hidden(backbone, tokens, positions, segments, lengths)
 
-    def rewards_at(
+    def rewards_and_router(
         self,
         params: Params,
         tokens: Int[Array, "B T"],
         places: Int[Array, "B P"],
         positions: Int[Array, "B T"] | None = None,
         segments: Segments | None = None,
-    ) -> Float[Array, "B P"]:
+        *,
+        counted: Float[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B P"], RouterSums | None]:
         """Scores at positions `places`, float32 (float64 for float64 hidden states).
 
-        Rows are padded on the right, or packed; see `Model.hidden`.
+        Rows are padded on the right, or packed; see `Model.hidden`.  For what the
+        routers did, see `Model.hidden_and_heads`.
         """
-        hidden = self.hidden(params, tokens, positions, segments)
+        backbone = {name: x for name, x in params.items() if name != "score"}
+        hidden, router = self.backbone.hidden_and_router(
+            backbone, tokens, positions, segments, counted=counted
+        )
         scores = score_states(hidden, params["score"])
-        return _take(scores, reshard(places, SPECS.tokens))
+        return _take(scores, reshard(places, SPECS.tokens)), router
 
     def rewards(
         self, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
@@ -99,7 +106,7 @@ class RewardModel:
 
         A sequence of length 0 gets the score of its first position.
         """
-        return self.rewards_at(params, tokens, _ends(lengths))[:, 0]
+        return self.rewards_and_router(params, tokens, _ends(lengths))[0][:, 0]
 
 
 def score_states(

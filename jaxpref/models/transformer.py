@@ -22,6 +22,7 @@ from jaxpref.models.gathering import (
 )
 from jaxpref.models.layout import SPECS, on_mesh, reshard
 from jaxpref.models.numerics import Numerics
+from jaxpref.models.soft_prompt import Prompted
 
 Rngs = nnx.Rngs
 
@@ -158,14 +159,18 @@ class Transformer(nnx.Module):
 
     def embed_tokens(
         self,
-        table: Float[Array, "*N V D"],
+        table: Any,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
     ) -> Float[Array, "B T D"]:
         """The first residual stream, in the compute dtype.
 
-        A family that scales embeddings or adds learned positions overrides this.
+        A family that scales embeddings or adds learned positions overrides this, and
+        leaves the table to it, which may be a `Prompted`.
         """
+        if isinstance(table, Prompted):
+            x = Transformer.embed_tokens(self, table.table, tokens, positions)
+            return table.replaced(x, positions)
         dtype = self.numerics.compute_dtype
         if table.ndim > 2:
             return reshard(embedding_lookup(table, tokens, dtype), SPECS.hidden)

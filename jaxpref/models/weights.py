@@ -13,6 +13,7 @@ from jaxpref.models.folder_config import is_reward_model
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized
+from jaxpref.models.soft_prompt_files import load_soft_prompt, soft_prompt_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,17 @@ class Weights:
 def load_weights(weights: Weights, model: Any) -> Any:
     """A model's parameters; those with an adapter are `LowRank`, not merged.
 
+    With a soft prompt, also that: texts then need placeholders, see `soft_prompt`.
+
     Raises:
         InputError: as `load_params` and `load_adapter`.
     """
     folder, kind = weights.folder, weights.quantization
     if weights.adapter is None:
         return load_quantized(folder, model, kind)
+    if soft_prompt_length(weights.adapter):
+        prompt = load_soft_prompt(weights.adapter, model)
+        return load_quantized(folder, model, kind) | prompt
     lora, trained = load_adapter(weights.adapter, model)
     # A reward head that the adapter has need not be in the model's folder.
     key = jax.random.key(0) if "score" in lora.whole else None

@@ -2,11 +2,13 @@
 
 from jaxpref.objectives.auto import auto as auto
 from jaxpref.objectives.beta_dpo import beta_dpo as beta_dpo
+from jaxpref.objectives.bound_loss import PER_RECORD as PER_RECORD
 from jaxpref.objectives.bound_loss import Loss as Loss
 from jaxpref.objectives.co_training import crm as crm
+from jaxpref.objectives.corrected import forward as forward
+from jaxpref.objectives.corrected import unbiased as unbiased
 from jaxpref.objectives.inputs import Inputs as Inputs
 from jaxpref.objectives.instance_noise import instance_noise as instance_noise
-from jaxpref.objectives.instance_noise import known_rates as known_rates
 from jaxpref.objectives.learned_noise import em as em
 from jaxpref.objectives.learned_noise import em_weighted as em_weighted
 from jaxpref.objectives.learned_noise import learned_rate as learned_rate
@@ -18,6 +20,7 @@ from jaxpref.objectives.objective import GradientProbe as GradientProbe
 from jaxpref.objectives.objective import Objective as Objective
 from jaxpref.objectives.objective import from_loss as from_loss
 from jaxpref.objectives.objective import trainable as trainable
+from jaxpref.objectives.rationale import rationale as rationale
 from jaxpref.objectives.supervised import reward_regression as reward_regression
 from jaxpref.objectives.supervised import sft as sft
 from jaxpref.objectives.trace_mixture import bvpo as bvpo
@@ -44,11 +47,14 @@ WRAPPERS = (
     em,
     em_weighted,
     instance_noise,
-    known_rates,
     learned_rate,
+    rationale,
     re_po,
 )
 """`wrap(loss, **options)`: learn something besides the model, for a pairwise loss."""
+
+CORRECTIONS = (unbiased, forward)
+"""`correct(loss, flip_rate=...)`: losses that correct for wrong labels."""
 
 MIXTURES = (bvpo,)
 """`mix(objective, **options)`: gradients of groups of pairs, mixed."""

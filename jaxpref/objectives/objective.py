@@ -15,16 +15,24 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.columns import OF_ANSWERS, accept
 from jaxpref.data.kinds import Kind
-from jaxpref.data.labels import LABELS, LIST_LABELS
-from jaxpref.objectives.bound_loss import Loss, arrays_of, bind, unknown_arrays
+from jaxpref.objectives.bound_loss import (
+    Loss,
+    arrays_of,
+    bind,
+    check_of,
+    unknown_arrays,
+)
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
-from jaxpref.scoring.scores import scores_read
+from jaxpref.scoring.scores import DESCRIPTIONS, score_and_side, scores_read
 
 State = Any
 """What an objective learns besides the model: a pytree, checkpointed with it."""
 Metrics = dict[str, jax.Array]
+EMPTY_TRACE = "empty_trace"
+"""What an objective reads that is in every batch; see `PreferenceBatch`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,20 @@ class GradientProbe:
     """The random key of the step's direction."""
     learn: Callable[[Float[Array, "A R S"], PreferenceBatch, State], State]
     """`learn(projections, batch, state) -> state`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """A term of the loss that depends on the model's totals over the global batch."""
+
+    name: str
+    """Of its metric."""
+    reads: tuple[str, ...]
+    """Names from `scoring.scores.TOTALS`."""
+    coefficient: float
+    """What it is multiplied by in the loss."""
+    value: Callable[[Mapping[str, Any]], Float[Array, ""]]
+    """`value(totals)`, of the totals by name; of two models, by model and name."""
 
 
 def no_state(num_annotators: int) -> State:
@@ -70,7 +92,7 @@ def unit_weights(batch: PreferenceBatch, state: State) -> Float[Array, "A R S"]:
 class Objective:
     """What a run minimizes.
 
-        [sum_i weight_i loss_i + scalar] / count
+        [sum_i weight_i loss_i + scalar] / count + sum_j coefficient_j penalty_j
 
     over the pairs i of the global batch, so that the result does not depend on
     gradient accumulation, processes or mesh.
@@ -81,8 +103,8 @@ class Objective:
     options: Mapping[str, Any]
     """All hyperparameters, for `config.json`."""
     reads: tuple[str, ...]
-    """Names of the arrays it takes from `Inputs`: scores with their sides, labels of
-    the records, and columns of the batch."""
+    """Names of the arrays it takes from `Inputs`: scores with their sides, numbers of
+    the records, and columns of every batch."""
     losses: Callable[[Inputs, State], Array]
     """`losses(inputs, state) -> [..., S]`; one per pair, unweighted.  Values in empty
     slots are ignored."""
@@ -108,6 +130,12 @@ class Objective:
     any, micro-batches are first scored without gradients."""
     probe: GradientProbe | None = None
     """See `GradientProbe`."""
+    penalties: tuple[Penalty, ...] = ()
+    """Terms that depend on the model's totals.  If there are any, micro-batches are
+    first scored without gradients, as with `couples`."""
+    check: Callable[[str, float], None] = accept
+    """`check(name, value)` raises ValueError if a hyperparameter that it reads from the
+    records may not have a value."""
     num_models: int = 1
     """Models trained together.  The scores of two are in `Inputs.of("one")` and
     `Inputs.of("two")`."""
@@ -118,16 +146,32 @@ class Objective:
         return scores_read(self.reads)
 
     @property
+    def totals(self) -> frozenset[str]:
+        """The totals it reads; see `scoring.scores.TOTALS`."""
+        return frozenset(name for penalty in self.penalties for name in penalty.reads)
+
+    @property
     def labels(self) -> frozenset[str]:
-        """The labels of the records that it reads; see `data.LabelFields`."""
-        return LABELS & set(self.reads)
+        """The numbers of the records that it reads; see `data.columns`."""
+        return frozenset(
+            name
+            for name in self.reads
+            if score_and_side(name)[0] not in DESCRIPTIONS and name != EMPTY_TRACE
+        )
 
     @property
     def kind(self) -> Kind:
         """What it reads of each record: a pair, a list, or a single answer."""
         is_read = lambda word: any(word in name for name in self.reads)
-        sides = 2 if is_read("rejected") else None if self.labels & LIST_LABELS else 1
-        return Kind(sides, self.labels, mismatched=is_read("mismatched"))
+        sides = 2 if is_read("rejected") else None if self.labels & OF_ANSWERS else 1
+        return Kind(
+            sides,
+            self.labels,
+            mismatched=is_read("mismatched"),
+            joint=is_read("joint"),
+            rationale=is_read("rationale"),
+            check=self.check,
+        )
 
     @property
     def num_completions(self) -> int | None:
@@ -137,7 +181,7 @@ class Objective:
     @property
     def mixes_empty_traces(self) -> bool:
         """Whether it mixes pairs with reasoning traces and pairs with empty ones."""
-        return "empty_trace" in self.reads
+        return EMPTY_TRACE in self.reads
 
     def evaluation(
         self, inputs: Inputs, state: State
@@ -167,7 +211,8 @@ NOT_TRAINED_ALONE = (
 def trainable(loss: Loss) -> bool:
     """Whether a batch of pairs provides everything that a loss reads."""
     reads = arrays_of(loss)
-    of_pairs = {"policy_chosen_logps", "chosen_rewards"} & set(reads)
+    chosen = {"policy_logps", "rewards"}
+    of_pairs = {score_and_side(n)[0] for n in reads if "chosen" in n} & chosen
     return (
         bool(of_pairs) and loss not in NOT_TRAINED_ALONE and not unknown_arrays(reads)
     )
@@ -182,7 +227,7 @@ def from_loss(loss: Loss, **options: Any) -> Objective:
 
     Args:
       loss: a per-pair loss; its positional parameter names say which arrays it reads.
-      **options: its hyperparameters.
+      **options: its hyperparameters; `PER_RECORD` reads one from the records.
 
     Raises:
       InputError: if an option is unknown to the loss, missing or out of range, or the
@@ -198,4 +243,5 @@ def from_loss(loss: Loss, **options: Any) -> Objective:
             bound.reads, bound.options, per_token=per_token_reward(bound.function)
         ),
         couples=bound.reads if bound.couples_pairs else (),
+        check=check_of(bound),
     )

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from jaxpref.errors import InputError, show, visible_line
 from jaxpref.files import check_output, write_json
 from jaxpref.models import Model, Numerics, build
 from jaxpref.objectives import Objective
+from jaxpref.objectives.penalties import with_router_balance
 from jaxpref.plan import child
 from jaxpref.plan.chips import Topology, parse_topology
 from jaxpref.plan.config import PlanConfig
@@ -27,7 +28,7 @@ from jaxpref.plan.roofline import (
 )
 from jaxpref.plan.sweep import candidates, flags_of, with_flags
 from jaxpref.plan.table import print_plan, print_sweep
-from jaxpref.scoring.checks import check_logit_chunk
+from jaxpref.scoring.checks import check_logit_chunk, check_totals
 from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS, stored_scores
 
 
@@ -46,14 +47,11 @@ def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
       InputError: if the options are invalid or not compatible.
     """
     check_logit_chunk(config.logit_chunk, objective.scores)
-    if objective.num_completions is None:
-        raise InputError(
-            f"--loss {objective.name}: the length of its lists depends on the data, "
-            "which plan does not read; use --loss dpo, which has two answers per "
-            "prompt, with a larger --batch-size"
-        )
+    config.completions_of(objective)  # an error if it is not known
     topology = parse_topology(config.topology)
     model = model_of(config)
+    objective = with_router_balance(objective, config.router_balance)
+    check_totals(objective.totals, model.architecture)
     if target := os.environ.get(child.TARGET):
         write_json(target, measure(work_of(config, model, objective), topology))
         return {}
@@ -109,6 +107,7 @@ def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
         lora=config.lora,
         prompt_length=config.seq - config.answer,
         answer_length=config.answer,
+        num_completions=config.completions_of(objective),
         batch_size=config.batch,
         accumulation=config.accumulation,
         row_length=config.row_length,
@@ -292,7 +291,7 @@ def _attended_pairs(config: PlanConfig, objective: Objective, sequences: int) ->
         return sequences * config.seq * (config.seq + 1) / 2
     answer, prompt = config.answer, config.seq - config.answer
     one = answer * prompt + answer * (answer + 1) / 2
-    answers = cast(int, objective.num_completions)  # `run` refuses lists
+    answers = config.completions_of(objective)
     return config.batch * (prompt * (prompt + 1) / 2 + answers * one)
 
 

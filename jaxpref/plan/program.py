@@ -9,8 +9,9 @@ import math
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
 from jaxpref.scoring.partition import Trained, frozen_parts
 from jaxpref.scoring.score_dataset import make_score_step
-from jaxpref.scoring.scorer import Scorer, make_scorer
+from jaxpref.scoring.twin import make_scorer
 from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.task import Programs
@@ -57,6 +58,8 @@ class Work:
     """Tokens per prompt."""
     answer_length: int
     """Tokens per answer."""
+    num_completions: int
+    """Completions per prompt."""
     batch_size: int
     """Pairs per step."""
     accumulation: int = 1
@@ -126,7 +129,8 @@ def measure(work: Work, topology: Topology) -> dict:
         one = on_devices(one, mesh)
         score = make_score_step(task.reference_scorer)
         plain = dataclasses.replace(batch, reference={})
-        activations = _activations(task.scorer, params, frozen, plain)
+        scored = functools.partial(task.scorer, totals=work.objective.totals)
+        activations = _activations(scored, params, frozen, plain)
         prompts, draw = _sampler(work, one, mesh)
         programs = {
             "step": lambda: task.train_step.lower(state, frozen, batch),
@@ -182,7 +186,7 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
         schedule=schedule,
         mesh=mesh,
         layout=uniform_layout(
-            cast(int, work.objective.num_completions),
+            work.num_completions,
             mesh,
             prompt_length=work.prompt_length,
             answer_length=work.answer_length,
@@ -200,7 +204,7 @@ def _adapter_weights(work: Work, params) -> int | None:
     return count // work.objective.num_models
 
 
-def _activations(scorer: Scorer, params, frozen, batch) -> int:
+def _activations(scorer: Callable, params, frozen, batch) -> int:
     """Bytes per device of the activations that are stored for the gradient.
 
     Counts all arrays sharded by rows (`data`), which include the copies of a gathered

@@ -4,5 +4,6 @@ from jaxpref.scoring.scorer import ExportOptions as ExportOptions
 from jaxpref.scoring.scorer import PolicyScorer as PolicyScorer
 from jaxpref.scoring.scorer import RewardScorer as RewardScorer
 from jaxpref.scoring.scorer import Scorer as Scorer
-from jaxpref.scoring.scorer import TwinScorer as TwinScorer
-from jaxpref.scoring.scorer import make_scorer as make_scorer
+from jaxpref.scoring.scores import Scored as Scored
+from jaxpref.scoring.twin import TwinScorer as TwinScorer
+from jaxpref.scoring.twin import make_scorer as make_scorer

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture
+from jaxpref.scoring.scores import ROUTER
 
 
 def check_fits(
@@ -30,7 +31,8 @@ def check_fits(
       InputError: naming the first row that does not fit.
     """
     if dataset.longest > architecture.max_position_embeddings:
-        longest = (dataset.prompt_lengths + dataset.completion_lengths.max(1)).argmax()
+        lengths = dataset.context_lengths + dataset.completion_lengths
+        longest = lengths.max(1).argmax()
         raise InputError(
             f"{_place(sources, dataset, longest)}: a sequence of {dataset.longest} "
             f"tokens is longer than the {architecture.max_position_embeddings} "
@@ -53,6 +55,15 @@ def check_logit_chunk(logit_chunk: int | None, scores: Collection[str]) -> None:
         raise InputError(
             f"--logit-chunk {logit_chunk}: a reward model computes no logits, so "
             "it has no effect; leave it out"
+        )
+
+
+def check_totals(totals: Collection[str], architecture: Architecture) -> None:
+    """Raises InputError if a total needs routers and the model has none."""
+    if ROUTER in totals and not hasattr(architecture, "num_experts"):
+        raise InputError(
+            f"--router-balance: a {architecture.family.model_type} model has no "
+            "experts; leave it out"
         )
 
 

@@ -66,7 +66,7 @@ class MovingReference:
 
         @skipping_empty(batch)
         def score(_, micro):
-            return None, self.scorer(reference, frozen, micro)
+            return None, self.scorer(reference, frozen, micro).scores
 
         _, scores = jax.lax.scan(score, None, batch)
         found = {name: scores[policy_name(name)] for name in self.names}

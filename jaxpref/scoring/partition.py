@@ -1,6 +1,7 @@
 """The scorer of a model of which a part is trained: adapters, or some parameters."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from jaxpref.models.partition import Partition, part_of
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized, quantized_at_random
+from jaxpref.models.soft_prompt import SoftPrompt, check_family
+from jaxpref.models.soft_prompt_files import (
+    load_soft_prompt,
+    save_soft_prompt,
+    soft_prompt_length,
+)
 from jaxpref.models.stored import stored_params
 from jaxpref.models.weights import Weights, load_weights
 from jaxpref.scoring.scorer import (
@@ -33,6 +40,7 @@ from jaxpref.scoring.scorer import (
     save_model,
     with_numerics,
 )
+from jaxpref.scoring.scores import Scored
 from jaxpref.sharding import replicated
 
 
@@ -81,7 +89,8 @@ class PartitionScorer:
         """See `Scorer`; new adapters, or those of the folder `adapter`."""
         model = self.one.model
         part = self.partition
-        params = load_params(folder, model, key, only=part.trains)
+        reads = part.reads if isinstance(part, SoftPrompt) else part.trains
+        params = load_params(folder, model, key, only=reads)
         if isinstance(part, Lora) and part.dora and self.adapter is None:
             # Their norms are where training starts.
             base = load_quantized(
@@ -95,6 +104,8 @@ class PartitionScorer:
         trained = self.partition.trained(params, model, key)
         if self.adapter is None:
             return trained
+        if isinstance(part, SoftPrompt):
+            return load_soft_prompt(self.adapter, model)
         _, stored = load_adapter(self.adapter, model)
         return nested(by_path(trained) | by_path(stored))
 
@@ -106,12 +117,16 @@ class PartitionScorer:
         )
         if reference is None or not self._has_live_reference:
             return {"base": base, "reference": None}
+        if isinstance(self.partition, SoftPrompt):
+            return {"base": base, "reference": self.load(folder, key)}
         return {"base": base, "reference": load_weights(reference, self._base)}
 
     def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """See `Scorer`."""
         params = self._base.init(key)
         reference = params if self._has_live_reference else None
+        if reference is not None and isinstance(self.partition, SoftPrompt):
+            reference = self.init(key)
         family = self.one.model.architecture.family
         base = quantized_at_random(
             self.partition.frozen(params), family, self.quantization, key
@@ -124,16 +139,26 @@ class PartitionScorer:
         """See `Scorer`; the base itself if it is the reference."""
         if self.reference_is_base:
             return frozen["base"]
+        if params is None and isinstance(self.partition, SoftPrompt):
+            # The one that training starts from is no part of the folder.
+            params = self.load(reference.folder, jax.random.key(0))
         if params is None:
             return load_weights(reference, self._base)
         return self.partition.join(params, frozen["base"])
 
     def __call__(
-        self, params: Params, frozen: Frozen, batch: PreferenceBatch
-    ) -> dict[str, Any]:
+        self,
+        params: Params,
+        frozen: Frozen,
+        batch: PreferenceBatch,
+        *,
+        totals: Collection[str] = (),
+    ) -> Scored:
         """See `Scorer`."""
         base = frozen["base"]
         reference = base if self.reference_is_base else frozen["reference"]
+        if isinstance(self.partition, SoftPrompt) and reference is not None:
+            reference = self.partition.join(reference, base)
         if self.dropout and "step" in frozen and isinstance(self.partition, Lora):
             # The same in every pass over a micro-batch of a step, and after a restart.
             key = jax.random.fold_in(jax.random.key(self.seed), frozen["step"])
@@ -141,7 +166,7 @@ class PartitionScorer:
             whole = self.partition.join(params, base, dropout=self.dropout, key=key)
         else:
             whole = self.partition.join(params, base)
-        return self.one(whole, reference, batch)
+        return self.one(whole, reference, batch, totals=totals)
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""
@@ -160,16 +185,22 @@ class PartitionScorer:
     def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
         """Writes the whole model to `folder`, and an adapter beside it.
 
+        A soft prompt is written as an adapter only: the model is the initial one.
         What is frozen is read again from the initial model, without rounding.  The
         adapter's folder has `folder`'s name, with "adapter" for "export".
         """
         model = self.one.model
+        beside = folder.with_name(folder.name.replace("export", "adapter"))
+        if isinstance(self.partition, SoftPrompt):
+            names = dict(base=options.name, dtype=options.dtype)
+            save_soft_prompt(beside, model, params, **names)
+            return
         stored: Any = stored_params(options.source, model)
         whole = self.partition.exported(params, stored)
         save_model(model, whole, folder, options)
         if isinstance(self.partition, Lora):
             save_adapter(
-                folder.with_name(folder.name.replace("export", "adapter")),
+                beside,
                 self.partition,
                 model,
                 params,
@@ -187,6 +218,8 @@ class Trained:
     """See `partition.part_of`."""
     lora: LoraOptions = LoraOptions()
     """New adapters."""
+    soft_prompt: tuple[int, ...] = ()
+    """The tokens from which a new soft prompt starts."""
     start: Weights
     """The initial model, and maybe the adapter that training starts from."""
     reference: Weights | None = None
@@ -218,6 +251,9 @@ class Trained:
     def partition(self, model: Model | RewardModel) -> Partition | None:
         """What is trained; None for everything."""
         head = ("score",) if isinstance(model, RewardModel) else ()
+        if length := len(self.soft_prompt) or soft_prompt_length(self.start.adapter):
+            self._check_soft_prompt(model)
+            return SoftPrompt(length, self.soft_prompt)
         if (adapter := self.start.adapter) is not None:
             if self.lora.rank is not None:
                 raise InputError(
@@ -246,6 +282,31 @@ class Trained:
                 f"--train {self.train}: adapters are trained; leave the option out"
             )
         return lora
+
+    def _check_soft_prompt(self, model: Model | RewardModel) -> None:
+        check_family(model.architecture.family.model_type)
+        if isinstance(model, RewardModel):
+            raise InputError(
+                "--soft-prompt: a reward model also needs a trained head; train "
+                "adapters with --lora.rank"
+            )
+        others = {
+            "--adapter": self.start.adapter if self.soft_prompt else None,
+            "--lora.rank": self.lora.rank,
+            "--lora.dropout": self.lora.dropout or None,
+            "--train": None if self.train == "all" else self.train,
+        }
+        for flag, value in others.items():
+            if value is not None:
+                raise InputError(
+                    f"{flag} {value}: only the soft prompt is trained; leave it out"
+                )
+        if self.reference not in (None, self.start):
+            raise InputError(
+                "--reference: with a soft prompt, the reference is the model before "
+                "training, with the initial one; leave it out, or use moving-average "
+                "or none"
+            )
 
 
 def frozen_parts(frozen: Frozen) -> dict[str, Any]:

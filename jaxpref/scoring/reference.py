@@ -57,8 +57,8 @@ SCORED_BY = (
     "models/**/*.py",
     "scoring/micro_batches.py",
     "scoring/score_dataset.py",
-    "scoring/scorer.py",
-    "scoring/scores.py",
+    "scoring/score[rs].py",
+    "scoring/twin.py",
     "sharding.py",
 )
 """The code that a score depends on; a change of it invalidates cached scores."""

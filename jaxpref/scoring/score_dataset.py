@@ -32,7 +32,7 @@ def make_score_step(scorer: Scorer) -> Callable:
     def score_step(params, frozen, batch):
         @skipping_empty(batch)
         def score(_, micro):
-            return None, scorer(params, frozen, micro)
+            return None, scorer(params, frozen, micro).scores
 
         _, scores = jax.lax.scan(score, None, batch)
         return jax.tree.map(replicated, (scores, batch.pair_index))

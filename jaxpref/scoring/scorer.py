@@ -1,31 +1,34 @@
 """Scorers: what is trained, and how it scores a batch."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel, logprobs
-from jaxpref.models.attention import Segments
+from jaxpref.models.experts import RouterSums
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.layout import SPECS, on_mesh
 from jaxpref.models.reward import Padding
 from jaxpref.models.weights import Weights, load_weights
 from jaxpref.scoring.scores import (
     NEED_REFERENCE_WEIGHTS,
+    ROUTER,
     TOKEN_SCORES,
-    Scores,
+    Scored,
     completion_sums,
-    computed_scores,
     flat_sequences,
     last_places,
     last_tokens,
+    packing,
     policy_name,
+    sequence_weights,
 )
 
 Params = Any
@@ -83,9 +86,14 @@ class Scorer(Protocol):
         ...
 
     def __call__(
-        self, params: Params, frozen: Frozen, batch: PreferenceBatch
-    ) -> dict[str, Any]:
-        """The scores [R, S, K] of a micro-batch [R, ...]; of twins, by model."""
+        self,
+        params: Params,
+        frozen: Frozen,
+        batch: PreferenceBatch,
+        *,
+        totals: Collection[str] = (),
+    ) -> Scored:
+        """The scores [R, S, K] of a micro-batch [R, ...], and the totals asked for."""
         ...
 
     def of_reference(self, stored: frozenset[str]) -> "Scorer":
@@ -157,21 +165,30 @@ class PolicyScorer:
         return self.model.init(key) if self.needs_reference_weights else None
 
     def __call__(
-        self, params: Params, frozen: Frozen, batch: PreferenceBatch
-    ) -> Scores:
+        self,
+        params: Params,
+        frozen: Frozen,
+        batch: PreferenceBatch,
+        *,
+        totals: Collection[str] = (),
+    ) -> Scored:
         """See `Scorer`."""
         flat = lambda array: flat_sequences(batch, array)
         tokens = flat(batch.tokens)
-        read = lambda p: self.model.hidden_and_heads(p, tokens, *_packing(batch))
+        read = functools.partial(
+            self.model.hidden_and_heads, tokens=tokens, **packing(batch)
+        )
         # No gradient flows through the reference.
         reference = None
         if self.needs_reference_weights:
-            reference = jax.lax.stop_gradient(read(frozen))
+            reference = jax.lax.stop_gradient(read(frozen)[:2])
+        hidden, head, router = read(params, counted=_counted(batch, totals))
         wanted = sorted(self.scores)
         names = {n: None for score in wanted for n in TOKEN_SCORES[score].statistics}
         statistics = logprobs.token_statistics(
             tuple(names),
-            *read(params),
+            hidden,
+            head,
             flat(batch.predictors),
             flat(batch.targets),
             reference=reference,
@@ -183,7 +200,7 @@ class PolicyScorer:
             score = TOKEN_SCORES[name]
             arrays = (statistics[n] for n in score.statistics)
             found[name] = score.combine(batch, *arrays)
-        return found
+        return Scored(found, _totals(router))
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""
@@ -235,28 +252,40 @@ class RewardScorer:
         return None
 
     def __call__(
-        self, params: Params, frozen: Frozen, batch: PreferenceBatch
-    ) -> Scores:
+        self,
+        params: Params,
+        frozen: Frozen,
+        batch: PreferenceBatch,
+        *,
+        totals: Collection[str] = (),
+    ) -> Scored:
         """See `Scorer`."""
         del frozen
         rows, slots, sides = batch.completion_lengths.shape
         flat = lambda array: flat_sequences(batch, array)
-        tokens = flat(batch.tokens)
-        positions, segments = _packing(batch)
-        if segments is None:
+        packed = packing(batch)
+        if (segments := packed["segments"]) is None:
             # A token's own state is one position after the state that predicts it.
-            at = flat(batch.predictors) + 1
-            rewards = self.model.rewards_at(params, tokens, at)
+            places = flat(batch.predictors) + 1
+        else:
+            places = last_places(segments, slots=slots, sides=sides)
+        rewards, router = self.model.rewards_and_router(
+            params,
+            flat(batch.tokens),
+            places,
+            **packed,
+            counted=_counted(batch, totals),
+        )
+        if segments is None:
             ends = dataclasses.replace(
                 batch, completions=last_tokens(cast(jax.Array, batch.completions))
             )
-            return {"rewards": completion_sums(ends, rewards)}
-        ends = last_places(segments, slots=slots, sides=sides)
-        rewards = self.model.rewards_at(params, tokens, ends, positions, segments)
-        rewards = jnp.where(ends >= 0, rewards, 0)
-        shape = (rows, slots, sides)
-        spread = on_mesh(SPECS.hidden)
-        return {"rewards": jnp.reshape(rewards, shape, out_sharding=spread)}
+            rewards = completion_sums(ends, rewards)
+        else:
+            rewards = jnp.where(places >= 0, rewards, 0)
+            spread = on_mesh(SPECS.hidden)
+            rewards = jnp.reshape(rewards, (rows, slots, sides), out_sharding=spread)
+        return Scored({"rewards": rewards}, _totals(router))
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """The scorer itself: reward-model losses need no reference."""
@@ -277,100 +306,15 @@ class RewardScorer:
         save_model(self.model, params, folder, options)
 
 
-@dataclasses.dataclass(frozen=True)
-class TwinScorer:
-    """Two models of the same kind, trained together; "one" and "two" are the keys."""
-
-    one: Scorer
-
-    def init(self, key: PRNGKeyArray) -> Params:
-        """See `Scorer`."""
-        return {"one": self.one.init(key), "two": self.one.init(second(key))}
-
-    def load(self, folder: Path, key: PRNGKeyArray) -> Params:
-        """Loads both from one folder; missing parameters are drawn independently."""
-        return {
-            "one": self.one.load(folder, key),
-            "two": self.one.load(folder, second(key)),
-        }
-
-    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
-        """What both models share."""
-        return self.one.load_frozen(folder, reference)
-
-    def reference_params(
-        self, reference: Weights, frozen: Frozen, params: Params | None
-    ) -> Params:
-        """See `Scorer`; the first model's parameters."""
-        one = None if params is None else params["one"]
-        return self.one.reference_params(reference, frozen, one)
-
-    def init_frozen(self, key: PRNGKeyArray) -> Frozen:
-        """See `Scorer`."""
-        return self.one.init_frozen(key)
-
-    def __call__(
-        self, params: Params, frozen: Frozen, batch: PreferenceBatch
-    ) -> dict[str, Scores]:
-        """The scores of both models."""
-        return {m: self.one(params[m], frozen, batch) for m in ("one", "two")}
-
-    def of_reference(self, stored: frozenset[str]) -> Scorer:
-        """The reference scorer of a single model."""
-        return self.one.of_reference(stored)
-
-    def with_scores(self, stored: frozenset[str]) -> Scorer:
-        """The scorers of a reference of each model."""
-        return TwinScorer(self.one.with_scores(stored))
-
-    def with_remat(self, policy: str) -> Scorer:
-        """See `Scorer`."""
-        return TwinScorer(self.one.with_remat(policy))
-
-    def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
-        """Exports the first model to `folder` and the second to `<folder>_two`."""
-        self.one.export(params["one"], folder, options)
-        two = folder.with_name(f"{folder.name}_two")
-        self.one.export(params["two"], two, options)
+def _counted(
+    batch: PreferenceBatch, totals: Collection[str]
+) -> Float[Array, "rows T"] | None:
+    """How often each token counts in the routers' sums; None if no total needs them."""
+    return sequence_weights(batch) if ROUTER in totals else None
 
 
-def second(key: PRNGKeyArray) -> jax.Array:
-    """The second model's random key."""
-    return jax.random.fold_in(key, 1)
-
-
-def make_scorer(
-    model: Model | RewardModel,
-    scores: frozenset[str],
-    *,
-    chunk_size: int | None = None,
-    num_models: int = 1,
-    trained: Callable[[PolicyScorer | RewardScorer], Scorer] = lambda whole: whole,
-) -> Scorer:
-    """The scorer for an objective that reads `scores`.
-
-    Args:
-      model: a language model, or a reward model if `scores` contains "rewards".
-      scores: see `Objective.scores`.
-      chunk_size: see `PolicyScorer`.
-      num_models: 2 for two models trained together.
-      trained: the scorer of a model of which a part is trained, from that of the whole
-        model; see `partition`.
-    """
-    if isinstance(model, RewardModel):
-        scorer = trained(RewardScorer(model))
-    else:
-        scorer = trained(PolicyScorer(model, computed_scores(scores), chunk_size))
-    return scorer if num_models == 1 else TwinScorer(scorer)
-
-
-def _packing(batch: PreferenceBatch) -> tuple:
-    """Positions [R Q, T] and segments of packed rows; None for padded batches."""
-    if batch.segments is None or batch.positions is None:
-        return None, None
-    numbers, parts = flat_sequences(batch, batch.segments), batch.num_parts
-    segments = Segments(numbers // parts, numbers % parts, completions=parts - 1)
-    return flat_sequences(batch, batch.positions), segments
+def _totals(router: RouterSums | None) -> dict[str, Any]:
+    return {} if router is None else {ROUTER: router}
 
 
 def with_numerics(model: Model | RewardModel, **changes: Any) -> Any:

@@ -6,7 +6,7 @@ is therefore named without a side (`policy_logps`) and has an axis of completion
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,22 @@ from jaxpref.models.layout import SPECS, on_mesh
 Scores = dict[str, Array]
 """Name without its side -> float32 or wider [..., R, S, K]."""
 
-SIDES = {"chosen": 0, "rejected": 1, "mismatched": 1}
+
+class Scored(NamedTuple):
+    """What a scorer says of a micro-batch; of twins, each part by model."""
+
+    scores: dict[str, Any]
+    """`Scores`: numbers of each completion."""
+    totals: dict[str, Any]
+    """Names from `TOTALS`: what the model itself computed, summed over the tokens of
+    the micro-batch, so that sums over micro-batches are those of the batch."""
+
+
+ROUTER = "router"
+TOTALS = {ROUTER: "RouterSums of a mixture of experts"}
+"""The totals that a scorer can compute, by name."""
+
+SIDES = {"chosen": 0, "rejected": 1, "mismatched": 1, "rationale": 2}
 """Completions of a prompt, by the word that names them."""
 
 DESCRIPTIONS = {
@@ -37,8 +52,12 @@ DESCRIPTIONS = {
 
 
 def score_and_side(name: str) -> tuple[str, int | None]:
-    """`policy_rejected_logps` -> ("policy_logps", 1); side None if there is none."""
-    words = name.split("_")
+    """`policy_rejected_logps` -> ("policy_logps", 1); side None if there is none.
+
+    `policy_rejected_joint_logps` is the same score, of data whose prompts are trained
+    on too; see `Kind.joint`.
+    """
+    words = [word for word in name.split("_") if word != "joint"]
     for side, index in SIDES.items():
         if side in words:
             words.remove(side)
@@ -138,6 +157,25 @@ def reads_reference(scores: frozenset[str]) -> bool:
     return bool(stored_scores(scores) or scores & NEED_REFERENCE_WEIGHTS)
 
 
+def sequence_weights(batch: PreferenceBatch) -> Float[Array, "rows T"]:
+    """In how many sequences, of a prompt and one completion, each token is.
+
+    1 for real tokens of padded batches.  In packed rows, a prompt is in one sequence
+    with each of its completions.  0 for padding.
+    """
+    if batch.segments is None:
+        lengths = flat_sequences(batch, batch.lengths)
+        return (jnp.arange(batch.tokens.shape[-1]) < lengths[:, None]) * 1.0
+    parts = batch.num_parts
+    numbers = flat_sequences(batch, batch.segments)
+    prompts = numbers % parts == 0
+    counts = jnp.sum(batch.completion_lengths > 0, -1)
+    # Compared with every slot: under Explicit axes, that needs no layout of a gather.
+    is_slot = (numbers // parts)[..., None] == jnp.arange(counts.shape[-1])
+    own = jnp.sum(jnp.where(is_slot, counts[:, None], 0), -1)
+    return jnp.where(numbers < 0, 0, jnp.where(prompts, own, 1)) * 1.0
+
+
 def last_places(
     segments: Segments,
     *,
@@ -175,3 +213,12 @@ def flat_sequences(
     """[R, Q, ...] to [R Q, ...]: all sequences of a micro-batch on one axis."""
     rows, sequences, _ = batch.tokens.shape
     return cast(Array, array.reshape(rows * sequences, *array.shape[2:]))
+
+
+def packing(batch: PreferenceBatch) -> dict[str, Any]:
+    """Positions [R Q, T] and segments of packed rows; None for padded batches."""
+    if batch.segments is None or batch.positions is None:
+        return {"positions": None, "segments": None}
+    numbers, parts = flat_sequences(batch, batch.segments), batch.num_parts
+    segments = Segments(numbers // parts, numbers % parts, completions=parts - 1)
+    return {"positions": flat_sequences(batch, batch.positions), "segments": segments}

@@ -25,6 +25,7 @@ from jaxpref.evaluate.on_policy import (
 from jaxpref.files import Reads, check_output_folder, read_json
 from jaxpref.models import Numerics
 from jaxpref.models.folder_config import read_architecture
+from jaxpref.models.soft_prompt_files import soft_prompt_length
 from jaxpref.report.progress import duration, shown
 from jaxpref.report.training import write_training
 from jaxpref.runtime.entry import explained
@@ -186,6 +187,11 @@ def _prepare(
     if (out / "config.json").exists():
         with open_run(config, to_json(config)):
             pass  # another run in its folder is found before the first one starts
+    if config.soft_prompt.given or soft_prompt_length(config.adapter):
+        raise InputError(
+            "--soft-prompt: its runs export no model folder, which a sweep measures; "
+            "start them with jaxpref train"
+        )
     task = prepare(config, read=read)
     if not len(task.datasets.splits.heldout):
         raise InputError(

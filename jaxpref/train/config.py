@@ -11,11 +11,12 @@ from typing import Any
 import jax
 
 from jaxpref.data import DataOptions, MixOptions
-from jaxpref.data.labels import WEIGHTS
+from jaxpref.data.columns import FLAG, WEIGHT, missing_columns
 from jaxpref.data.mixing import read_mixture
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, closest
 from jaxpref.files import RUN, RUN_FILES
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.runtime.provenance import flat
@@ -66,6 +67,8 @@ class TrainConfig(RunOptions):
     """How records become tokens, and which pairs are held out."""
     lora: LoraOptions = LoraOptions()
     """The adapters to train instead of the weights."""
+    soft_prompt: SoftPromptOptions = SoftPromptOptions()
+    """The soft prompt to train instead of the weights."""
     moving_average: MovingAverage = MovingAverage()
     """How a reference moves; for `--reference moving-average` only."""
     mix: MixOptions | None = None
@@ -78,7 +81,7 @@ class TrainConfig(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         self._check_dtypes()
-        self._check_labels()
+        self._check_columns()
         self._check_objective()
 
     def _check_dtypes(self):
@@ -88,18 +91,18 @@ class TrainConfig(RunOptions):
             if not wide:
                 raise InputError("float64 needs JAX_ENABLE_X64=1 in the environment")
 
-    def _check_labels(self):
-        read, named = self.objective.labels, self.options.labels.named
-        flag = lambda name: f"--labels.{name.replace('_', '-')}"
-        if missing := self.options.labels.missing(read):
+    def _check_columns(self):
+        read, named = self.objective.labels, self.options.named_columns
+        if missing := missing_columns(named, read):
             raise InputError(
                 f"loss {self.objective.name}: reads {', '.join(missing)} from the "
-                "records; name the fields: "
-                + " ".join(f"{flag(name)} FIELD" for name in missing)
+                f"records; name the fields: {FLAG} "
+                + " ".join(f"{name}=FIELD" for name in missing)
             )
-        for name in sorted(named.keys() - read - {WEIGHTS}):
+        for name in sorted(named.keys() - read - {WEIGHT}):
             raise InputError(
-                f"{flag(name)} {named[name]}: {self.objective.name} does not read it"
+                f"{FLAG} {name}={named[name]}: {self.objective.name} does not read it"
+                f" from the records{closest(name, {*read, WEIGHT})}"
             )
 
     def _check_objective(self):

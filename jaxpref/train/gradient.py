@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,20 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.gradients import bvpo as sketches
 from jaxpref.objectives.inputs import Inputs
-from jaxpref.objectives.objective import (
-    GradientProbe,
-    Metrics,
-    Objective,
-    State,
-    weighted_losses,
-)
+from jaxpref.objectives.objective import Metrics, Objective, State, weighted_losses
+from jaxpref.objectives.probe import Score, probed
 from jaxpref.scoring.micro_batches import skipping_empty
+from jaxpref.scoring.scores import Scored
 from jaxpref.sharding import replicated
-
-Score = Callable[[Any, PreferenceBatch], Any]
-"""`(params, micro-batch) -> Scores`: a scorer with `frozen` bound."""
 
 
 def gradient(
@@ -36,29 +27,30 @@ def gradient(
     """The gradient of the objective on a batch, its next state, and metrics.
 
     Each micro-batch takes one forward and one backward pass.  If the loss of a pair
-    depends on other pairs of the batch, all micro-batches are first scored without
-    gradients.
+    depends on other pairs of the batch, or a penalty on all of its tokens, all
+    micro-batches are first scored without gradients.
 
     Args:
       objective: what is minimized.
-      score: computes the scores of a micro-batch.
+      score: computes the scores and totals of a micro-batch.
       params: the parameters.
       batch: the whole batch, [A, R, ...].
       state: the objective's state.
 
     Returns:
       The gradient in the parameters' dtypes; the next state in the dtypes of `state`;
-      and the metrics: `loss`, `nonfinite_pairs`, and what the objective logs.
+      and the metrics: `loss`, the penalties in it by name, `nonfinite_pairs`, and what
+      the objective logs.
       `nonfinite_pairs` is int [A, R, S]: the pairs that make the loss non-finite, and
       -1 in place of all others.
     """
     if objective.probe is not None:
-        state = _probed(objective.probe, objective, score, params, batch, state)
+        state = probed(objective.probe, objective, score, params, batch, state)
     weights = objective.weigh(batch, state)
     batch = dataclasses.replace(batch, weights=weights)
     unless_empty = skipping_empty(batch)
     ahead = None
-    if objective.couples and len(batch.pair_index) > 1:
+    if (objective.couples or objective.penalties) and len(batch.pair_index) > 1:
         forward = unless_empty(lambda _, micro: (None, score(params, micro)))
         _, first = jax.lax.scan(forward, None, batch)
         ahead, coupled_values = _cotangents(objective, first, batch, state)
@@ -66,43 +58,59 @@ def gradient(
     @unless_empty
     def backward(total, xs):
         micro, cotangents = xs
-        scores, pullback = jax.vjp(lambda p: score(p, micro), params)
+        scored, pullback = jax.vjp(lambda p: score(p, micro), params)
         values = None
         if cotangents is None:
-            cotangents, values = _cotangents(objective, scores, micro, state)
+            cotangents, values = _cotangents(objective, scored, micro, state)
         (grads,) = pullback(cotangents)
-        return jax.tree.map(jnp.add, total, grads), (scores, values)
+        return jax.tree.map(jnp.add, total, grads), (scored, values)
 
     # Sum in float32 or wider, whatever dtype the parameters have.
     wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide(p)), params)
-    total, (scores, values) = jax.lax.scan(backward, zeros, (batch, ahead))
+    total, (scored, values) = jax.lax.scan(backward, zeros, (batch, ahead))
     values = coupled_values if ahead is not None else values
     count = jnp.maximum(objective.count(batch), 1)
     mean = lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype)
     grads = jax.tree.map(mean, total, params)
-    inputs = Inputs(scores, batch)
+    inputs = Inputs(scored.scores, batch)
+    penalties = _penalties(objective, scored.totals, batch)
     following, learned = objective.learn(inputs, state)
     # Keep the state's dtypes, whatever the scores' are, so that it can be restored.
     following = jax.tree.map(lambda x, was: x.astype(was.dtype), following, state)
     metrics = {
-        "loss": (jnp.sum(values) + _scalar(objective, inputs, state)) / count,
+        "loss": (jnp.sum(values) + _scalar(objective, inputs, state)) / count
+        + _weighted(objective, penalties),
+        **penalties,
         "nonfinite_pairs": replicated(_nonfinite(objective, inputs, values)),
     }
     return grads, following, metrics | objective.metrics(inputs) | learned
 
 
 def _cotangents(
-    objective: Objective, scores, batch: PreferenceBatch, state: State
+    objective: Objective, scored: Scored, batch: PreferenceBatch, state: State
 ) -> tuple[Any, Array]:
-    """The gradient of the summed losses with respect to the scores, and the losses."""
+    """The gradient of the summed losses with respect to `scored`, and the losses."""
 
-    def summed(scores):
-        inputs = Inputs(scores, batch)
+    def summed(scored):
+        inputs = Inputs(scored.scores, batch)
         values = weighted_losses(objective, inputs, state)
-        return jnp.sum(values) + _scalar(objective, inputs, state), values
+        total = jnp.sum(values) + _scalar(objective, inputs, state)
+        penalties = _penalties(objective, scored.totals, batch)
+        return total + _weighted(objective, penalties) * objective.count(batch), values
 
-    return jax.grad(summed, has_aux=True)(scores)
+    return jax.grad(summed, has_aux=True)(scored)
+
+
+def _penalties(objective: Objective, totals: Any, batch: PreferenceBatch) -> Metrics:
+    """The penalties by name, for the totals of a whole batch or of its only part."""
+    if batch.pair_index.ndim == 3:
+        totals = jax.tree.map(lambda x: jnp.sum(x, 0), totals)
+    return {p.name: p.value(totals) for p in objective.penalties}
+
+
+def _weighted(objective: Objective, penalties: Metrics) -> Array | float:
+    return sum(p.coefficient * penalties[p.name] for p in objective.penalties)
 
 
 def _scalar(objective: Objective, inputs: Inputs, state: State) -> Array | float:
@@ -136,56 +144,3 @@ def _nonfinite(objective: Objective, inputs: Inputs, values: Array) -> Array:
         own &= inputs.is_pair
         bad = jnp.where(jnp.any(own), own, bad)
     return jnp.where(bad, pairs, -1)
-
-
-def _probed(
-    probe: GradientProbe,
-    objective: Objective,
-    score: Score,
-    params: Any,
-    batch: PreferenceBatch,
-    state: State,
-) -> State:
-    """The state after probing the gradients of single pairs, if a probe is due."""
-
-    def learn(params, batch, state):
-        projections = _projections(
-            objective, score, params, batch, state, probe.key(state)
-        )
-        return probe.learn(projections, batch, state)
-
-    # One program with two branches: steps without a probe do not pay for it.
-    return jax.lax.cond(
-        probe.due(state),
-        learn,
-        lambda params, batch, state: state,
-        *(params, batch, state),
-    )
-
-
-def _projections(
-    objective: Objective,
-    score: Score,
-    params,
-    batch: PreferenceBatch,
-    state: State,
-    key: Array,
-) -> Array:
-    """<g_i, v> of every pair's gradient g_i, [A, R, S], on every device.
-
-    v is a direction of random signs.
-    """
-
-    def pair_losses(params):
-        def of_micro(micro):
-            inputs = Inputs(score(params, micro), micro)
-            return weighted_losses(objective, inputs, state)
-
-        return jax.lax.map(of_micro, batch)
-
-    direction = sketches.direction(key, params)
-    # Computes J v as the gradient of u -> J^T u: matrix products have custom gradient
-    # rules, which jax.jvp cannot differentiate.
-    values, pullback = jax.vjp(pair_losses, params)
-    _, pushforward = jax.vjp(lambda u: pullback(u)[0], jnp.zeros_like(values))
-    return replicated(pushforward(direction)[0])

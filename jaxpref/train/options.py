@@ -30,7 +30,7 @@ class SourceOptions:
     """Folder to write the run to: report, metrics, checkpoints, exported model.  The
     same command resumes an interrupted run."""
     adapter: str | None = None
-    """Folder of a LoRA adapter of the model to start from, as peft writes it."""
+    """Folder of a LoRA adapter or soft prompt to start from, as peft writes it."""
     train: str = "all"
     """Which weights are trained: all (but the routers of experts; with-router for
     these too), head, last:N (layers, final norm and head) or no-embeddings.  See
@@ -128,8 +128,13 @@ class ComputeOptions:
     many as fill a quarter of a GiB per device, or the memory of the output layer's
     gradient if that is more)."""
 
+    router_balance: float = 0.0
+    """Coefficient of the routers' load-balancing loss, added to the loss; for mixtures
+    of experts only.  Above 0, accumulation takes another forward pass."""
+
     def __post_init__(self):
         at_least(1, self, "unroll", "logit_chunk")
+        at_least(0, self, "router_balance")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from jaxpref import data
 from jaxpref.data.layouts.choose import make_layout
@@ -16,17 +17,20 @@ from jaxpref.models.adapter_files import read_lora
 from jaxpref.models.folder import check_folder
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
+from jaxpref.models.soft_prompt_files import soft_prompt_length
 from jaxpref.models.weights import Weights, resolve_weights
 from jaxpref.objectives.objective import Objective
+from jaxpref.objectives.penalties import with_router_balance
 from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
 from jaxpref.runtime.precision import default_compute_dtype
-from jaxpref.scoring.checks import check_fits, check_logit_chunk
+from jaxpref.scoring.checks import check_fits, check_logit_chunk, check_totals
 from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.moving_reference import MovingReference, begins_at
 from jaxpref.scoring.partition import Trained, reference_weights
 from jaxpref.scoring.reference import Reference, reference_digest
-from jaxpref.scoring.scorer import ExportOptions, Scorer, make_scorer
+from jaxpref.scoring.scorer import ExportOptions, Scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
+from jaxpref.scoring.twin import make_scorer
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import make_optimizer, make_schedule
 from jaxpref.train.options import ComputeOptions, steps_of
@@ -45,7 +49,7 @@ def prepare(
     Raises:
       InputError: for anything that the caller can fix; nothing is written.
     """
-    objective = config.objective
+    objective = with_router_balance(config.objective, config.router_balance)
     check_logit_chunk(config.logit_chunk, objective.scores)
     compute_dtype = config.compute_dtype or default_compute_dtype()
     mesh = make_mesh(config.mesh)
@@ -57,12 +61,16 @@ def prepare(
     kind = RewardModel if rewards else Model
     # Before the data is read, since this check is quick.
     architecture = check_folder(folder, kind, new_head=rewards)
+    check_totals(objective.totals, architecture)
     model = kind(architecture, _numerics(config, compute_dtype, objective))
     start = resolve_weights(config.model, config.adapter, config.lora.base)
-    reference = _reference(config, start, architecture, compute_dtype)
+    tokenizer = data.load_tokenizer(folder, config.options.template_options)
+    soft = _soft_prompt(config, tokenizer, architecture)
+    reference = _reference(config, start, architecture, compute_dtype, soft)
     trained = Trained(
         train=config.train,
         lora=config.lora,
+        soft_prompt=soft,
         start=start,
         reference=reference and reference.weights,
         seed=config.seed,
@@ -74,12 +82,12 @@ def prepare(
         num_models=objective.num_models,
         trained=trained,
     )
-    tokenizer = data.load_tokenizer(folder)
     stops, padding = data.stop_tokens(tokenizer), padding_of(tokenizer)
     if rewards:  # as at export, but before the time for training is spent
         pad = padding.id if padding else None
         check_rendering(tokenizer, config.model, padding=pad)
-    options = data.for_model(config.options, architecture.context_length)
+    before = len(soft) or soft_prompt_length(start.adapter)
+    options = data.for_model(config.options, architecture.context_length - before)
     datasets = read(
         tokenizer,
         options,
@@ -89,7 +97,7 @@ def prepare(
         heldout=config.eval_data,
         whole_turns=rewards,
         scored_by={reference.name: reference.folder} if reference else {},
-    )
+    ).prefixed(before)
     splits = datasets.splits
     check_fits(datasets.train_sources, splits.train, config.model, architecture)
     check_fits(datasets.heldout_sources, splits.heldout, config.model, architecture)
@@ -115,6 +123,25 @@ def prepare(
         moving=_moving(config, scorer),
         export=ExportOptions(folder, config.model, config.export_dtype, padding, stops),
     )
+
+
+def _soft_prompt(
+    config: TrainConfig, tokenizer: Any, architecture: Architecture
+) -> tuple[int, ...]:
+    """The tokens whose embeddings a new soft prompt starts from; none without one."""
+    given, text = config.soft_prompt, config.soft_prompt.text
+    if not given.given:
+        return ()
+    if text is not None:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise InputError(f"--soft-prompt.text {text!r}: has no tokens")
+        length = given.length or len(tokens)
+        return tuple(tokens[n % len(tokens)] for n in range(length))
+    special, most = set(tokenizer.all_special_ids), architecture.vocab_size
+    usable = [n for n in range(min(len(tokenizer), most)) if n not in special]
+    draw, size = np.random.default_rng(config.seed).choice, given.length
+    return tuple(draw(usable, size, replace=(size or 0) > len(usable)).tolist())
 
 
 def _order_and_layout(
@@ -167,7 +194,11 @@ def _moving(config: TrainConfig, scorer: Scorer) -> MovingReference | None:
 
 
 def _reference(
-    config: TrainConfig, start: Weights, architecture: Architecture, compute_dtype: str
+    config: TrainConfig,
+    start: Weights,
+    architecture: Architecture,
+    compute_dtype: str,
+    soft_prompt: tuple[int, ...],
 ) -> Reference | None:
     """The reference of a run, or None if its objective reads none, or it has none.
 
@@ -178,18 +209,21 @@ def _reference(
         return None
     weights = reference_weights(begins_at(config.reference), start)
     name = config.reference or config.model
-    if weights.adapter is not None:
+    if weights.adapter is not None and not soft_prompt_length(weights.adapter):
         read_lora(weights.adapter, Model(architecture))
     if check_folder(weights.folder, Model) != architecture:
         raise InputError(
             f"{name}: its config.json differs from that of the trained model; the "
             "reference must have the same architecture"
         )
+    dtypes = f"{config.param_dtype} {compute_dtype}"
+    if soft_prompt:
+        dtypes += f" after the tokens {soft_prompt}"
     return Reference(
         name=name,
         weights=weights,
         scores=tuple(sorted(stored_scores(config.objective.scores))),
         numerics=f"{config.logit_chunk} logits at a time",
-        digest=reference_digest(weights, f"{config.param_dtype} {compute_dtype}"),
+        digest=reference_digest(weights, dtypes),
         compute_dtype=compute_dtype,
     )

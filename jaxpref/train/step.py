@@ -1,7 +1,6 @@
 """The train step: gradient, update, and a check that all values are finite."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
@@ -33,7 +32,8 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen, batch):
-        score = functools.partial(_score, scorer, in_training(frozen, state.step))
+        read, totals = in_training(frozen, state.step), objective.totals
+        score = lambda params, micro: scorer(params, read, micro, totals=totals)
         if moving is not None:
             batch = moving.scored(state.reference, frozen, batch)
         grads, objective_state, metrics = gradient(
@@ -83,7 +83,3 @@ def _utilization(batch: PreferenceBatch) -> jax.Array:
     filled = jnp.sum(jnp.any(batch.pair_index >= 0, axis=(1, 2)))
     computed = filled * math.prod(batch.tokens.shape[1:])
     return jnp.sum(batch.lengths) / jnp.maximum(computed, 1)
-
-
-def _score(scorer: Scorer, frozen, params, micro):
-    return scorer(params, frozen, micro)

@@ -164,13 +164,19 @@ class LlamaBlock(Block):
         out = dense_einsum("btf,fd->btd", h, self.down[...], spec=SPECS.hidden)
         return add_bias(out, self.down_bias) if has_bias else out
 
+    def attention(
+        self, x: Float[Array, "B T D"], shared: Any, attributes: Any, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The first half of a layer: the residual stream, and attention's state."""
+        h = self.norm(x, self.attention_norm[...])
+        attended, state = self.attend(h, shared, attributes, attend)
+        return x + self.combine_heads(attended), state
+
     def __call__(
         self, x: Float[Array, "B T D"], shared: Any, attributes: Any, attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
         """One layer; `shared` are the cosines and sines of the positions' angles."""
-        h = self.norm(x, self.attention_norm[...])
-        attended, state = self.attend(h, shared, attributes, attend)
-        x = x + self.combine_heads(attended)
+        x, state = self.attention(x, shared, attributes, attend)
         return x + self.mlp(self.norm(x, self.mlp_norm[...])), state
 
 

@@ -22,7 +22,7 @@ from jaxpref.models.families.window import read_window
 from jaxpref.models.layout import SHARDS, SPECS
 from jaxpref.models.linear import dense_einsum
 from jaxpref.models.numerics import Numerics
-from jaxpref.models.transformer import Rngs, normal
+from jaxpref.models.transformer import Attend, Rngs, normal
 
 EXPERTS_IN, EXPERTS_OUT = (
     P(None, "expert", "fsdp", "tensor"),
@@ -89,15 +89,34 @@ class ExpertsBlock(llama.LlamaBlock):
         self.up = drawn((L, E, D, F), EXPERTS_IN)
         self.down = drawn((L, E, F, D), EXPERTS_OUT, (2 * L) ** -0.5)
 
-    def mlp(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The mixture; the router's logits and softmax are in float32 or wider."""
+    def probabilities(self, h: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        """The router's softmax, which is in float32 or wider, as are its logits."""
         wide = jnp.promote_types(h.dtype, jnp.float32)
         logits = dense_einsum(
             "btd,de->bte", h, self.router[...], spec=SPECS.hidden, out_dtype=wide
         )
+        return jax.nn.softmax(logits, -1)
+
+    def routed(
+        self, x: Float[Array, "B T D"], shared: Any, attributes: Any, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any, Float[Array, "B T E"]]:
+        """One layer, and the probabilities of its router."""
+        x, state = self.attention(x, shared, attributes, attend)
+        h = self.norm(x, self.mlp_norm[...])
+        p = self.probabilities(h)
+        return x + self.mixture(h, p), state, p
+
+    def mlp(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The mixture."""
+        return self.mixture(h, self.probabilities(h))
+
+    def mixture(
+        self, h: Float[Array, "B T D"], probabilities: Float[Array, "B T E"]
+    ) -> Float[Array, "B T D"]:
+        """See `experts.mixture`."""
         return mixture(
             h,
-            jax.nn.softmax(logits, -1),
+            probabilities,
             self.gate[...],
             self.up[...],
             self.down[...],

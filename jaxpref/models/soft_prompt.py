@@ -1,0 +1,138 @@
+"""Soft prompts: embeddings that are trained and stand before every prompt.
+
+The weights of the model are frozen.  A text x is read as
+
+    p_1, ..., p_N, e(x_1), e(x_2), ...
+
+with p [N, D] trained and e the model's embedding.  Positions begin at p_1.  Source:
+Lester et al. 2021, arXiv:2104.08691, section 2.
+
+Texts hold N placeholder tokens where the soft prompt stands
+(`PreferenceDataset.prefixed`), so layouts, packed rows and caches need nothing of their
+own: the embeddings of the first N positions of each text are replaced.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxpref.errors import InputError
+from jaxpref.models.layout import SPECS, on_mesh, reshard
+from jaxpref.models.linear import dense_einsum
+from jaxpref.runtime.ranges import at_least
+
+PROMPT = "prompt"
+"""The soft prompt's path among the parameters."""
+MOST = 4096
+"""The longest soft prompt."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftPromptOptions:
+    """A soft prompt, trained instead of the weights."""
+
+    length: int | None = None
+    """Embeddings to train before every prompt; the weights are frozen (default: none,
+    or as many as --soft-prompt.text has tokens).  docs/adapters.md has more."""
+    text: str | None = None
+    """Text whose embeddings the soft prompt starts from, repeated or cut to its length
+    (default: those of tokens drawn from the vocabulary)."""
+
+    def __post_init__(self):
+        at_least(1, self, "length")
+        if self.length is not None and self.length > MOST:
+            raise InputError(
+                f"--soft-prompt.length {self.length}: must be at most {MOST}"
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether a soft prompt is trained."""
+        return self != SoftPromptOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftPrompt:
+    """The partition of a model whose soft prompt alone is trained."""
+
+    length: int
+    """N."""
+    start: tuple[int, ...] = ()
+    """The N tokens whose embeddings it starts from; empty if it is read from a file."""
+
+    def reads(self, path: str) -> bool:
+        """Whether its start is made from the parameter at a path."""
+        return bool(self.start) and path == "embed"
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter is trained: none of the model's is."""
+        del path
+        return False
+
+    def freezes(self, path: str) -> bool:
+        """Whether the parameter is frozen."""
+        del path
+        return True
+
+    def trained(self, params: Any, model: Any, key: PRNGKeyArray) -> Any:
+        """The soft prompt at the start; zeros if it is read from a file."""
+        del key
+        D = model.architecture.hidden_size
+        if not self.start:
+            dtype = jnp.dtype(model.numerics.param_dtype)
+            prompt = jnp.zeros((self.length, D), dtype)
+        else:
+            at = params["embed"].at[jnp.array(self.start)]
+            prompt = at.get(out_sharding=on_mesh(P(None, None)))
+        return {PROMPT: reshard(prompt, P(None, None))}
+
+    def frozen(self, params: Any) -> Any:
+        """All of the model's parameters."""
+        return params
+
+    def join(self, trained: Any, frozen: Any) -> Any:
+        """The model's parameters, with the soft prompt."""
+        return frozen | trained
+
+    def exported(self, trained: Any, stored: dict[str, Any]) -> Any:
+        """Nothing: a model's folder has no place for a soft prompt."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+    """An embedding table, with a soft prompt for the first positions of each text."""
+
+    table: Float[Array, "*N V D"]
+    prompt: Float[Array, "n D"]
+
+    def replaced(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T D"]:
+        """The embeddings x of tokens, those of the first n positions replaced."""
+        place = positions[..., None]
+        # A product, because its gradient needs no scatter under Explicit axes.
+        is_place = place == jnp.arange(len(self.prompt))
+        shape = (*x.shape[:2], len(self.prompt))
+        is_place = reshard(jnp.broadcast_to(is_place, shape), SPECS.hidden)
+        own = dense_einsum(
+            "btn,nd->btd", is_place.astype(x.dtype), self.prompt, spec=SPECS.hidden
+        )
+        return jnp.where(place < len(self.prompt), own, x)
+
+
+def check_family(model_type: str) -> None:
+    """Raises InputError for families whose soft prompts `peft` would read otherwise."""
+    if model_type.startswith("gemma"):
+        raise InputError(
+            f"--soft-prompt: a {model_type} model scales the embeddings of tokens, "
+            "and `peft` would not scale those of the soft prompt; use --lora.rank"
+        )
+
+
+def with_placeholders(tokens: list[int], length: int) -> list[int]:
+    """A prompt's tokens after `length` placeholders."""
+    return [0] * length + tokens
