@@ -65,6 +65,8 @@ class Options:
     """Systems, separated by commas."""
     prompts: int = 128
     """Number of prompts, of random tokens."""
+    samples: int = 1
+    """Answers to each prompt."""
     prompt_tokens: tuple[int, int] = (8, 64)
     """Minimum and maximum number of tokens of a prompt."""
     shortest: int = 8
@@ -90,15 +92,17 @@ def job_of(options: Options, round: int) -> dict[str, Any]:
     vocabulary = read_architecture(Path(options.model)).vocab_size
     first, last = options.prompt_tokens
     lengths = rng.integers(first, last + 1, options.prompts)
-    drawn = rng.integers(options.shortest, options.longest + 1, options.prompts)
+    answers = options.prompts * options.samples
+    drawn = rng.integers(options.shortest, options.longest + 1, answers)
     drawn[0] = options.longest
     limits = {"fixed": np.full_like(drawn, options.longest), "mixed": drawn}
     cases = options.cases.split(",")
     if not set(cases) <= set(limits):
         raise InputError(f"--cases {options.cases}: the cases are fixed and mixed")
+    prompts = [rng.integers(3, vocabulary, n).tolist() for n in lengths]
     return {
         "model": options.model,
-        "prompts": [rng.integers(3, vocabulary, n).tolist() for n in lengths],
+        "prompts": [prompt for prompt in prompts for _ in range(options.samples)],
         "cases": {case: limits[case].tolist() for case in cases},
         "batch_size": options.batch_size,
         "threads": options.threads,

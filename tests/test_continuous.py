@@ -80,15 +80,18 @@ def test_greedy_answers_are_the_argmax_of_whole_texts():
     assert len({len(answer.tokens) for answer in found}) > 5  # slots were refilled
 
 
+SAMPLES = [
+    Request(request.tokens, (number, sample), request.max_new_tokens)
+    for number, request in enumerate(REQUESTS[:6])
+    for sample in range(3)
+]
+"""Three samples of each prompt."""
+
+
 def test_tokens_depend_on_seed_prompt_and_sample_alone():
-    requests = [
-        Request(request.tokens, (number, sample), request.max_new_tokens)
-        for number, request in enumerate(REQUESTS[:6])
-        for sample in range(3)
-    ]
-    expected = answers(requests, 16, 4)
-    order = np.random.default_rng(1).permutation(len(requests))
-    found = answers([requests[n] for n in order], 16, 7)
+    expected = answers(SAMPLES, 16, 4)
+    order = np.random.default_rng(1).permutation(len(SAMPLES))
+    found = answers([SAMPLES[n] for n in order], 16, 7)
     for n, answer in zip(order, found, strict=True):
         assert answer.tokens == expected[n].tokens
         assert answer.ended == expected[n].ended
@@ -102,6 +105,23 @@ def test_tokens_depend_on_seed_prompt_and_sample_alone():
     for row, (request, answer) in enumerate(zip(REQUESTS, expected[::3])):
         count = min(int(batch.counts[row]), request.max_new_tokens)
         assert batch.tokens[row, :count].tolist() == answer.tokens
+
+
+def test_samples_of_a_prompt_share_its_computation(monkeypatch):
+    computed = []
+
+    def start(model, params, rule, prompts, *args, **kwargs):
+        computed.append(prompts.shape[0])
+        return run(model, params, rule, prompts, *args, **kwargs)
+
+    run = continuous._start
+    monkeypatch.setattr(continuous, "_start", start)
+    # Three answers start together, and their prompt is computed once.
+    found = answers(SAMPLES, 16, 24)
+    assert computed == [1] * 6
+    for answer, alone in zip(found, answers(SAMPLES, 16, 4), strict=True):
+        assert answer.tokens == alone.tokens
+        assert answer.logp == pytest.approx(alone.logp, abs=1e-4)
 
 
 def test_log_probs_are_those_of_the_scorer():
@@ -135,8 +155,14 @@ def test_a_mesh_gives_the_same_answers():
     with mesh(2, 2, 2):
         params = jax.jit(MODEL.init)(jax.random.key(0))
         found = answers(REQUESTS, 16, 4, params)
-        with pytest.raises(InputError, match="data \\* fsdp = 4"):
+        with pytest.raises(InputError, match="multiple of the 4 devices"):
             answers(REQUESTS, 16, 6, params)
+    assert [x.tokens for x in found] == [x.tokens for x in expected]
+    samples = SAMPLES[:12]
+    expected += answers(samples, 16, 32)
+    with mesh(2, 1, 2):
+        params = jax.jit(MODEL.init)(jax.random.key(0))
+        found += answers(samples, 16, 32, params)  # two prompts for four answers
     assert [x.tokens for x in found] == [x.tokens for x in expected]
     logps = [[answer.logp for answer in some] for some in (found, expected)]
     np.testing.assert_allclose(*logps, rtol=0, atol=1e-4)

@@ -127,6 +127,18 @@ def command(inputs: Path, out: Path, **changes) -> list[str]:
     return ["train", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
 
 
+def sampling(inputs: Path, out: Path) -> list[str]:
+    settings = {
+        "model": inputs / "model",
+        "data": inputs / "pairs.jsonl",
+        "out": out,
+        "limit": 5,
+        "num-samples": 3,
+        "max-new-tokens": 8,
+    }
+    return ["sample", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+
+
 def run_processes(folder: Path, argvs: dict[str, list[str]], count: int):
     """Starts `count` processes that share eight devices; their exits and outputs.
 
@@ -175,6 +187,7 @@ def run_all(
     for count in counts:
         out = folder / str(count)
         argvs = {k: command(folder, out / k, **v) for k, v in runs.items()}
+        argvs["samples"] = sampling(folder, out / "samples.jsonl")
         if count == 1 and 2 in printed:
             argvs |= moved(folder, runs)
         done = run_processes(folder, argvs, count)
@@ -280,6 +293,22 @@ def test_every_process_makes_its_share_and_reads_all(done, name):
         for own in found:
             assert own["rows made"] == [[parts, rows // count]]
             assert own["pairs read"] == 64
+
+
+def test_processes_share_the_prompts_to_be_sampled(done):
+    folder, _ = done
+    one, two = (
+        [json.loads(line) for line in (folder / n / "samples.jsonl").open()]
+        for n in ("1", "2")
+    )
+    assert len(one) == 5 and all(len(row["answers"]) == 3 for row in one)
+    for a, b in zip(one, two, strict=True):
+        assert a["record"] == b["record"]
+        for x, y in zip(a["answers"], b["answers"], strict=True):
+            assert (x["output"], x["ended"]) == (y["output"], y["ended"])
+            # Sums of float32 in another order.
+            assert x["logp"] == pytest.approx(y["logp"], abs=1e-4)
+    assert not list(folder.rglob(".*.unfinished"))
 
 
 @pytest.mark.slow

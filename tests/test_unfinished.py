@@ -19,7 +19,12 @@ from jaxpref.sampling import Answer
 from tests.tiny import WORDS, make_model_folder
 
 PROMPTS = tuple(WORDS[:7])
-TOKENIZER = functools.cache(data.load_tokenizer)
+CACHED = functools.cache(data.load_tokenizer)
+
+
+def load_tokenizer(folder, options):
+    assert not options
+    return CACHED(folder)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def model(tmp_path_factory):
 def sampler(monkeypatch):
     """Draws tokens that depend on prompts, numbers and key alone, last ones first."""
     monkeypatch.setattr(generations, "load_weights", lambda *_: None)
-    monkeypatch.setattr(data, "load_tokenizer", TOKENIZER)
+    monkeypatch.setattr(data, "load_tokenizer", load_tokenizer)
 
     class Sampler:
         count = 0

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,10 @@ from jaxpref.files import check_output, write_json, write_whole
 from jaxpref.models import Architecture, Model, Numerics, build
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import adapter_digest
+from jaxpref.models.soft_prompt import with_placeholders
+from jaxpref.models.soft_prompt_files import soft_prompt_length
 from jaxpref.models.weights import load_weights, resolve_weights
+from jaxpref.runtime import processes
 from jaxpref.runtime.memory import check_arrays
 from jaxpref.runtime.mesh import MeshConfig, make_mesh, row_shards, rows_for
 from jaxpref.runtime.precision import default_compute_dtype
@@ -74,7 +77,7 @@ class SampleConfig(data.RecordOptions):
     """Dtype of matrix products and activations (default: bfloat16 on TPU and GPU,
     float32 on CPU)."""
     mesh: MeshConfig = MeshConfig()
-    """Layout of the devices."""
+    """Layout of the devices of each process."""
 
     def __post_init__(self):
         at_least(1, self, "limit", "max_new_tokens", "num_samples", "batch_size")
@@ -89,26 +92,31 @@ class SampleConfig(data.RecordOptions):
 
 
 def run(config: SampleConfig) -> list[dict[str, Any]]:
-    """Completes every prompt; prints the completions or writes them to `out`."""
+    """Completes every prompt; prints the completions or writes them to `out`.
+
+    Of several processes, each answers its share of the prompts on its own devices, and
+    the first one prints or writes all completions.
+    """
     if bool(config.prompts) == bool(config.data):
         raise InputError("pass either --prompts TEXT ... or --data FILE")
-    if jax.process_count() > 1:
-        raise InputError("sampling runs in a single process; start it on one machine")
-    if config.out is not None:
+    if (out := config.out) is not None:
         reads = {"--data": config.data, "--model": config.model}
         reads |= {"--adapter": config.adapter}
-        check_output("--out", config.out, reads)  # fail before sampling, not after
+        # Fail before sampling, not after.
+        processes.together(lambda: check_output("--out", out, reads))
     weights = resolve_weights(config.model, config.adapter)
     folder = weights.folder
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder, config.template_options)
     architecture = read_architecture(folder)
-    prompts = _prompts(config, tokenizer, architecture)
-    tokens = [prompt.tokens for prompt in prompts]
+    before = soft_prompt_length(weights.adapter)
+    prompts = _prompts(config, tokenizer, architecture.context_length - before)
+    tokens = [with_placeholders(prompt.tokens, before) for prompt in prompts]
     _check_prompts(tokens, architecture, config)
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
-    mesh = make_mesh(config.mesh)
-    size = rows_for(len(prompts) * config.num_samples, config.batch_size, mesh)
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    share = range(jax.process_index(), len(prompts), jax.process_count())
+    size = rows_for(len(share) * config.num_samples, config.batch_size, mesh)
     config = dataclasses.replace(config, batch_size=size)
     with jax.set_mesh(mesh):
         model = build(architecture, Numerics(compute_dtype=dtype))
@@ -121,16 +129,21 @@ def run(config: SampleConfig) -> list[dict[str, Any]]:
         if weights.adapter is not None:
             asked |= {"adapter": adapter_digest(weights.adapter)}
         kept = unfinished(config.out, asked, folder, mesh)
-        outputs = sample_texts(
-            model,
-            load_weights(weights, model),
-            tokenizer,
-            tokens,
-            config=config,
-            kept=kept,
-        )
-    rows = _rows(config, prompts, outputs)
-    _show(rows, config.out)
+
+        def sampled() -> dict[int, list[Sampled]]:
+            return sample_texts(
+                model,
+                load_weights(weights, model),
+                tokenizer,
+                {number: tokens[number] for number in share},
+                config=config,
+                kept=kept,
+                placeholders=before,
+            )
+
+        outputs = _of_all_processes(sampled)
+    rows = _rows(config, prompts, [outputs[number] for number in range(len(prompts))])
+    processes.together(lambda: _show(rows, config.out))
     kept.remove()
     return rows
 
@@ -150,21 +163,21 @@ def sample_texts(
     model: Model,
     params: Any,
     tokenizer: Any,
-    prompts: list[list[int]],
+    prompts: Mapping[int, list[int]],
     *,
     config: SampleConfig,
     kept: Unfinished,
-) -> list[list[Sampled]]:
-    """Samples `num_samples` completions of each prompt (token ids).
+    placeholders: int = 0,
+) -> dict[int, list[Sampled]]:
+    """Samples `num_samples` completions of each prompt (token ids), by its number.
 
+    The first `placeholders` tokens of each prompt stand for a soft prompt.
     Completions in `kept` are not sampled again, and new ones are added to it.
     """
     count = config.num_samples
-    outputs: list[Sampled | None] = [None] * (len(prompts) * count)
-    for number in range(len(outputs)):
-        if (finished := kept.get(number)) is not None:
-            outputs[number] = Sampled(**finished)
-    rest = [number for number, found in enumerate(outputs) if found is None]
+    numbers = [n * count + sample for n in prompts for sample in range(count)]
+    outputs = {n: Sampled(**found) for n in numbers if (found := kept.get(n))}
+    rest = [number for number in numbers if number not in outputs]
     requests = [
         Request(prompts[n // count], (n // count, n % count), config.max_new_tokens)
         for n in rest
@@ -173,17 +186,45 @@ def sample_texts(
     sampled = answer_all(model, params, requests, rule, batch_size=config.batch_size)
     del params  # `answer_all` makes its own copy, and then needs no other
     with tqdm(
-        total=len(outputs), initial=len(outputs) - len(rest), desc="sampling"
+        total=len(numbers),
+        initial=len(outputs),
+        desc="sampling",
+        disable=jax.process_index() > 0,
     ) as bar:
         for index, answer in sampled:
             number = rest[index]
-            prompt = list(requests[index].tokens)
+            prompt = list(requests[index].tokens)[placeholders:]
             text = decode_continuation(tokenizer, prompt, answer.tokens)
             outputs[number] = found = Sampled(text, answer.logp, answer.ended)
             kept.add(number, dataclasses.asdict(found))
             bar.update()
-    done = [found for found in outputs if found is not None]
-    return [done[n : n + count] for n in range(0, len(done), count)]
+    return {
+        n: [outputs[n * count + sample] for sample in range(count)] for n in prompts
+    }
+
+
+def _of_all_processes(
+    sampled: Callable[[], dict[int, list[Sampled]]],
+) -> dict[int, list[Sampled]]:
+    """The completions of all processes.
+
+    Raises:
+      InputError: on every process, if one of them raises it.
+    """
+    if jax.process_count() == 1:
+        return sampled()
+    try:
+        mine = {n: [vars(x) for x in found] for n, found in sampled().items()}
+        text = json.dumps({"completions": mine})
+    except InputError as error:
+        text = json.dumps({"error": str(error)})
+    outputs = {}
+    for found in map(json.loads, processes.gather_texts(text)):
+        if "error" in found:
+            raise InputError(found["error"])
+        for number, completions in found["completions"].items():
+            outputs[int(number)] = [Sampled(**x) for x in completions]
+    return outputs
 
 
 def sampling_rule(
@@ -212,7 +253,7 @@ def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> st
 
 
 def _prompts(
-    config: SampleConfig, tokenizer: Any, architecture: Architecture
+    config: SampleConfig, tokenizer: Any, context_length: int
 ) -> list[data.Prompt]:
     thinking = {"auto": None, "on": True, "off": False}[config.thinking]
     if thinking is not None and (config.raw or not tokenizer.chat_template):
@@ -235,7 +276,7 @@ def _prompts(
         data.open_records(config.data, config, sides=2),
         tokenizer,
         limit=config.limit,
-        max_prompt_length=max(2, architecture.context_length - config.max_new_tokens),
+        max_prompt_length=max(2, context_length - config.max_new_tokens),
         raw=config.raw,
         thinking=thinking,
         ignore_fields=config.ignore_fields,

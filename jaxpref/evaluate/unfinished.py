@@ -85,7 +85,9 @@ def unfinished(
     }
     text = json.dumps(depends, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    path = Path(out).with_name(f".{Path(out).name}.unfinished")
+    # Of several processes, each keeps its own.
+    own = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = Path(out).with_name(f".{Path(out).name}{own}.unfinished")
     return Unfinished(path, key, _read(path, key))
 
 

@@ -130,6 +130,36 @@ def with_rows(
     return mapped(old, reshard(new, everywhere), reshard(rows, P(None)))
 
 
+def rows_of(
+    x: Shaped[Array, "*old"], rows: Int[Array, " R"], spec: P
+) -> Shaped[Array, "*new"]:
+    """The rows of `x` with the given numbers, which may repeat, in the same layout.
+
+    Args:
+        x: an array in the layout `spec`, whose rows are sharded.
+        rows: their numbers.
+        spec: the layout of `x`.
+    """
+    part = (*(slice(None),) * list(spec).index(ROWS), rows)
+    layout = on_mesh(spec)
+    if layout is None:
+        return x[part]
+    return x.at[part].get(out_sharding=layout)
+
+
+def take(cache: Cache, rows: Int[Array, " R"]) -> Cache:
+    """The rows of a cache with the given numbers, which may repeat."""
+    stacks = tuple(
+        Stack(
+            rows_of(s.keys, rows, SPECS.cache),
+            rows_of(s.values, rows, SPECS.cache),
+            s.window,
+        )
+        for s in cache.stacks
+    )
+    return Cache(stacks, rows_of(cache.lengths, rows, SPECS.rows))
+
+
 def insert(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
     """The cache with the rows of another one, of at most as many slots.
 

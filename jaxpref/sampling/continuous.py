@@ -4,8 +4,8 @@ The programs are those of `slots`, compiled for a bounded number of shapes: prom
 padded to a power of two, and so is the length of the cache, which follows the longest
 text in progress.
 
-Axes: B slots, R prompts that start together, T prompt tokens, S slots of the cache,
-N new tokens.
+Axes: B slots, R answers that start together, M prompts of theirs, T prompt tokens, S
+slots of the cache, N new tokens.
 """
 
 import collections
@@ -34,6 +34,8 @@ slots are done for a refill, so this only limits how long finished answers and C
 wait."""
 REFILLS = 8
 """A refill is one in this many slots, so that several prompts are computed at once."""
+SHRINKING = 4
+"""When no prompt is left, and one in this many slots is in use, the others go."""
 NARROWEST = 32
 """The smallest width of prompts."""
 SHORTEST = 128
@@ -68,6 +70,7 @@ _empty = jax.jit(functions.empty, static_argnames=(_MODEL, *_SHAPE))
 _start = jax.jit(functions.start, static_argnames=(_MODEL, "max_new_tokens"))
 _advance = jax.jit(functions.advance, static_argnames=_MODEL, donate_argnames="slots")
 _insert = jax.jit(functions.insert, donate_argnames="slots")
+_take = jax.jit(functions.take)
 
 
 @functools.partial(jax.jit, static_argnames="length")
@@ -87,7 +90,9 @@ def answer_all(
 
     A slot whose answer has ended is given the next prompt while the others go on, so a
     batch does not wait for its longest answer.  Prompts of similar lengths start
-    together, and of these the ones with the largest `max_new_tokens` first.
+    together, and of these the ones with the largest `max_new_tokens` first.  Requests
+    with the same prompt start together, and their prompt is computed once.  When no
+    prompt is left, the number of slots follows that of the answers in progress.
 
     The tokens of an answer are a function of its prompt, its `ids`, and the rule, as
     far as the logits are the same.  Their last bits may depend on `batch_size` and on
@@ -115,20 +120,23 @@ def answer_all(
     owners = np.full(batch_size, -1)  # the prompt in each slot; -1 for none
     texts = np.zeros(batch_size, np.int32)  # tokens of each row in the cache
     while queue or np.any(owners >= 0):
-        while queue and np.sum(owners < 0) >= (
-            refill := min(shapes.refill, len(queue))
-        ):
-            group = [queue.popleft() for _ in range(refill)]
-            rows = np.flatnonzero(owners < 0)[:refill]
+        while queue and np.sum(owners < 0) >= min(shapes.refill, len(queue)):
+            group = _next(queue, prompts, shapes)
+            rows = np.flatnonzero(owners < 0)[: len(group)]
             owners[rows], texts[rows] = group, [len(prompts[n].tokens) for n in group]
             new = _started(model, params, rule, [prompts[n] for n in group], shapes)
             width = shapes.width(int(texts[rows].max()))
             slots, length = _fitted(slots, length, shapes, max(texts.max(), width))
             slots = _insert(slots, new, shapes.padded(rows, batch_size))
+        fewer = 0 if queue else _fewer(len(owners))
+        if np.sum(owners >= 0) <= fewer:
+            rows = np.argsort(owners < 0, kind="stable")[:fewer]  # those in use first
+            slots = _take(slots, jnp.asarray(rows, jnp.int32))
+            owners, texts, fewer = owners[rows], texts[rows], _fewer(fewer)
         slots, length = _fitted(slots, length, shapes, texts.max() + 1)
         steps = min(STEPS, length - texts.max())
         idle = np.sum(owners < 0)
-        done = idle + min(shapes.refill, len(queue)) if queue else batch_size
+        done = idle + min(shapes.refill, len(queue)) if queue else len(owners) - fewer
         slots = _advance(model, params, rule, slots, int(steps), int(done))
         found = jax.device_get(dataclasses.replace(slots, cache=None))
         for row in np.flatnonzero(owners >= 0).tolist():
@@ -144,6 +152,8 @@ class _Shapes(NamedTuple):
 
     refill: int
     """R."""
+    prompts: int
+    """M."""
     new_tokens: int
     """N."""
     widest: int
@@ -176,13 +186,23 @@ def _check(prompts: Sequence[Request], batch_size: int) -> None:
         check(most >= 1, f"max_new_tokens of prompt {number} is {most}", "at least 1")
 
 
+def _fewer(rows: int) -> int:
+    """The next smaller number of slots; 0 if there is none."""
+    fewer = rows // SHRINKING
+    return fewer if fewer % num_parts(ROWS) == 0 else 0
+
+
 def _shapes(prompts: Sequence[Request], batch_size: int) -> _Shapes:
     whole = lambda x: -(-x // NARROWEST) * NARROWEST
     widest = whole(max(len(prompt.tokens) for prompt in prompts))
     texts = max(len(x.tokens) + x.max_new_tokens - 1 for x in prompts)
     parts = num_parts(ROWS)
+    split = lambda x: -(-max(x, 1) // parts) * parts
+    refill = split(batch_size // REFILLS)
+    distinct = len({tuple(prompt.tokens) for prompt in prompts})
     return _Shapes(
-        refill=-(-max(batch_size // REFILLS, 1) // parts) * parts,
+        refill=refill,
+        prompts=split(-(-refill * distinct // len(prompts))),
         new_tokens=max(prompt.max_new_tokens for prompt in prompts),
         widest=widest,
         longest=max(widest, whole(texts)),
@@ -190,28 +210,55 @@ def _shapes(prompts: Sequence[Request], batch_size: int) -> _Shapes:
 
 
 def _in_order(prompts: Sequence[Request], shapes: _Shapes) -> collections.deque[int]:
-    """The numbers of the prompts in the order in which they start."""
+    """The numbers of the requests in the order in which they start."""
+    first: dict[tuple[int, ...], int] = {}
+    most: dict[tuple[int, ...], int] = collections.defaultdict(int)
+    for number, prompt in enumerate(prompts):
+        text = tuple(prompt.tokens)
+        first.setdefault(text, number)
+        most[text] = max(most[text], prompt.max_new_tokens)
 
-    def place(number: int) -> tuple[int, int]:
-        prompt = prompts[number]
-        return -shapes.width(len(prompt.tokens)), -prompt.max_new_tokens
+    def place(number: int) -> tuple[int, ...]:
+        text, limit = tuple(prompts[number].tokens), prompts[number].max_new_tokens
+        return -shapes.width(len(text)), -most[text], first[text], -limit
 
     return collections.deque(sorted(range(len(prompts)), key=place))
+
+
+def _next(
+    queue: collections.deque[int], prompts: Sequence[Request], shapes: _Shapes
+) -> list[int]:
+    """Takes up to R requests with at most M different prompts from the queue."""
+    group, texts = [], set()
+    while queue and len(group) < shapes.refill:
+        texts.add(tuple(prompts[queue[0]].tokens))
+        if len(texts) > shapes.prompts:
+            break
+        group.append(queue.popleft())
+    return group
 
 
 def _started(
     model: Model, params: Params, rule: Rule, group: list[Request], shapes: _Shapes
 ) -> Slots:
-    """The first tokens of the answers to a group of prompts, which may be repeated."""
+    """The first tokens of the answers to a group of requests.
+
+    Prompts and answers are repeated to fill the shapes.
+    """
     group = group + group[-1:] * (shapes.refill - len(group))
-    width = shapes.width(max(len(prompt.tokens) for prompt in group))
+    texts, of = [tuple(prompt.tokens) for prompt in group], None
+    if shapes.prompts < shapes.refill:
+        distinct = list(dict.fromkeys(texts))
+        of = jnp.array([distinct.index(text) for text in texts], jnp.int32)
+        texts = distinct + distinct[-1:] * (shapes.prompts - len(distinct))
     return _start(
         model,
         params,
         rule,
-        *pad([prompt.tokens for prompt in group], width),
+        *pad(texts, shapes.width(max(map(len, texts)))),
         jnp.array([prompt.ids for prompt in group], jnp.int32),
         jnp.array([prompt.max_new_tokens for prompt in group], jnp.int32),
+        of=of,
         max_new_tokens=shapes.new_tokens,
     )
 

@@ -11,7 +11,7 @@ sample, and its place in the answer alone:
 so the same tokens are drawn in every slot, with every number of slots, as far as the
 logits are the same.
 
-Axes: B slots, R new rows, T prompt tokens, N new tokens, V vocabulary.
+Axes: B slots, M prompts, R new rows, T prompt tokens, N new tokens, V vocabulary.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref.models import Model, Params
 from jaxpref.models import cache as caches
-from jaxpref.models.functional import unstacked
 from jaxpref.models.layout import SPECS, on_mesh, platform, reshard
 from jaxpref.models.logprobs import logits as project_to_logits
 from jaxpref.models.quantized import Quantized
+from jaxpref.models.stacks import unstacked
 from jaxpref.sampling.selection import Select
 
 
@@ -102,14 +102,17 @@ def start(
     model: Model,
     params: Params,
     rule: Rule,
-    prompts: Int[Array, "R T"],
-    lengths: Int[Array, " R"],
+    prompts: Int[Array, "M T"],
+    lengths: Int[Array, " M"],
     ids: Int[Array, "R 2"],
     limits: Int[Array, " R"],
     *,
+    of: Int[Array, " R"] | None = None,
     max_new_tokens: int,
 ) -> Slots:
     """The first token of each answer; the cache has T slots.
+
+    A prompt is computed once, however many answers it has.
 
     Args:
         model: the model.
@@ -119,9 +122,13 @@ def start(
         lengths: the number of real tokens in each prompt, at least 1.
         ids: see `Slots`.
         limits: see `Slots`.
+        of: the prompt of each answer (default: one answer for each prompt).
         max_new_tokens: N.
     """
     hidden, cache = model.prefill(params, prompts, lengths)
+    if of is not None:
+        hidden = caches.rows_of(hidden, of, SPECS.hidden)
+        cache = caches.take(cache, of)
     slots = _new(model, cache, ids, limits, max_new_tokens)
     return _append(model, params, rule, slots, hidden)
 
@@ -143,6 +150,14 @@ def insert(slots: Slots, new: Slots, rows: Int[Array, " R"]) -> Slots:
     # The arrays other than the cache.
     slots, new = (dataclasses.replace(s, cache=None) for s in (slots, new))
     return dataclasses.replace(jax.tree.map(with_rows, slots, new), cache=cache)
+
+
+def take(slots: Slots, rows: Int[Array, " R"]) -> Slots:
+    """The slots with the given numbers."""
+    spec = lambda x: SPECS.rows if x.ndim == 1 else SPECS.tokens
+    arrays = dataclasses.replace(slots, cache=None)
+    arrays = jax.tree.map(lambda x: caches.rows_of(x, rows, spec(x)), arrays)
+    return dataclasses.replace(arrays, cache=caches.take(slots.cache, rows))
 
 
 def advance(
