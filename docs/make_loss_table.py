@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from jaxpref.cli.objectives import FACTORIES, LOSSES
-from jaxpref.data import LabelFields
+from jaxpref.data.columns import missing_columns
 from jaxpref.objectives import Objective, from_loss
 
 PAGE = Path(__file__).with_name("losses.md")
@@ -40,7 +40,6 @@ MOVING = ("logps", "log_ratios", "rewards")
 
 NOT_TRAINED = {
     "center_rewards": "a penalty to add to a loss of reward models in your own code",
-    "dove": "needs pairs whose two answers have different prompts",
     "general_preference": "needs embeddings of answers; reward models give numbers",
     "sparse_po": "needs log-ratios under learned masks, which are not implemented",
 }
@@ -188,6 +187,8 @@ def objective_of(name: str) -> tuple[Objective, dict]:
 
 def record_of(objective: Objective) -> str:
     """The fields of the records that an objective reads."""
+    if objective.kind.joint:
+        return "`chosen_prompt`, `chosen`, `rejected_prompt`, `rejected`"
     fields = {
         2: "`prompt`, `chosen`, `rejected`",
         1: "`prompt`, `completion`",
@@ -202,8 +203,8 @@ def flags_of(name: str) -> list[str]:
     words = ["--loss", name]
     for option, value in options.items():
         words += [f"--loss.{option.replace('_', '-')}", f"{value}"]
-    for label in LabelFields().missing(objective.labels):
-        words += [f"--labels.{label.replace('_', '-')}", "FIELD"]
+    if missing := missing_columns({}, objective.labels):
+        words += ["--columns", ",".join(f"{name}=FIELD" for name in missing)]
     return words
 
 
@@ -239,7 +240,7 @@ def arrays(entry: Entry, chosen, rejected, reference, *, length) -> list[jax.Arr
             found.append(jnp.full_like(chosen, length))
         else:
             # Strength 1; no margin, tie, divergence, or log-weight.
-            found.append(jnp.full_like(chosen, float(name.endswith("strengths"))))
+            found.append(jnp.full_like(chosen, float(name == "strength")))
     return found
 
 

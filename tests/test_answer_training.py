@@ -151,8 +151,7 @@ def test_lists_of_two_files_may_have_different_lengths(made, tmp_path):
 
 
 def test_labels_of_the_wrong_kind_are_refused(made, tmp_path):
-    fields = data.LabelFields(desirable="thumb")
-    options = DataOptions(labels=fields)
+    options = DataOptions(columns=("desirable=thumb",))
     assert config_for(made, tmp_path, "kto", options=options)
     with pytest.raises(InputError, match="lipo_lambda does not read it"):
         config_for(made, tmp_path, "lipo_lambda", options=options)

@@ -108,6 +108,19 @@ ALLOWED = {
         },
         ARRAYS | {"numpy", "tqdm"},
     ),
+    "select": (
+        {
+            "errors",
+            "files",
+            "losses",
+            "data",
+            "models",
+            "runtime",
+            "scoring",
+            "sharding",
+        },
+        ARRAYS | {"numpy", "tqdm"},
+    ),
     "sweep": (
         {
             "errors",
@@ -203,7 +216,7 @@ def test_evaluate_scores_with_trains_pieces_but_never_runs_its_loop():
 def test_objectives_know_no_model_and_no_mesh():
     """They read scores by name, whatever computes them."""
     forbidden = ("jaxpref.models", "jaxpref.runtime", "jaxpref.train", "jax.sharding")
-    data = ("batch", "kinds", "labels")
+    data = ("batch", "kinds", "columns")
     allowed = ("jaxpref.scoring.scores.", *(f"jaxpref.data.{name}." for name in data))
     for path in (PACKAGE / "objectives").rglob("*.py"):
         for line, name in imports(path):

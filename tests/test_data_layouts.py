@@ -43,7 +43,7 @@ def lists(count, completions, *, seed=0):
         answers = [words(2, 9) for _ in range(completions)]
         if completions > 2 and n % 3 == 0:
             answers[-1] = []
-        numbers = {"ties": n / count, "is_flipped": n % 2}
+        numbers = {"tie": n / count, "is_flipped": n % 2}
         builder.add([1, *words(1, 7)], answers, id=f"{n}", columns=numbers)
     return builder.build()
 
@@ -107,7 +107,7 @@ def test_batches_hold_the_lists_of_their_step(make_layout, completions):
         assert (batch.weights == real).all()
         for values, column in (
             (batch.is_flipped, dataset.columns["is_flipped"]),
-            (batch.labels["ties"], dataset.columns["ties"]),
+            (batch.labels["tie"], dataset.columns["tie"]),
         ):
             assert values.dtype == column.dtype
             np.testing.assert_array_equal(values[real], column[where])
@@ -123,7 +123,7 @@ def test_the_abstract_batch_has_the_shapes_of_the_others(make_layout, completion
     for processes in (1, 2):
         layout = make_layout(dataset, order, accumulation=2, process_count=processes)
         whole = layout.of_all_processes()
-        abstract = layout.abstract_batch(labels=["ties"], reference=["one"])
+        abstract = layout.abstract_batch(labels=["tie"], reference=["one"])
         shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
         batch = next(whole.batches(dataset, order, reference=table, threads=0))
         assert shapes(abstract) == shapes(batch)

@@ -22,6 +22,7 @@ from jaxpref.data import (
 )
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.noise import flip_symmetric
+from jaxpref.data.records import PROMPTS_DIFFER
 from jaxpref.data.tokenize import SAME_TOKENS
 from jaxpref.errors import InputError
 from tests.data_tokenizers import CHATML, byte_tokenizer, ids, synthetic_pairs
@@ -67,7 +68,7 @@ def test_counts_on_real_dialogues(dialogues, stories260k):
     report = plan.report
     assert report["rows"] == 2354
     assert report["dropped: chosen and rejected are identical"] == 2
-    assert report["dropped: chosen and rejected do not share the prompt"] == 9
+    assert report[f"dropped: {PROMPTS_DIFFER}"] == 9
     assert report["dropped: a completion is empty"] == 4
     assert report["train"] + report["heldout"] == 2354 - 2 - 9 - 4
     assert (len(plan.train), len(plan.heldout)) == (report["train"], report["heldout"])

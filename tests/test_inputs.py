@@ -31,10 +31,12 @@ MODULE = re.compile(r"python -m ((?:benchmarks|experiments)\.\w+)")
 READ = re.compile(r"--(?:data|model|hh|ultrafeedback)[= ]([^\s`,)]+)")
 THE_READERS_OWN = {
     *("MODEL", "M", "DIR", "FILE", "X", "pairs.jsonl", "heldout.jsonl"),
-    *("traces.jsonl", "answers.jsonl", "lists.jsonl"),
+    *("traces.jsonl", "answers.jsonl", "lists.jsonl", "documents.jsonl"),
+    "hindsight.jsonl",
+    "runs/pretrained/export",
     *("a.jsonl", "a.jsonl:0.7", "b.jsonl:0.3"),
     *("runs/data/pairs.jsonl", "runs/mine/export"),
-    *("runs/reward/export", "runs/lora/export"),
+    *("runs/reward/export", "runs/lora/export", "runs/audit/clean.jsonl"),
 }
 SIZES = {*PRESETS, "smollm-135m-2-layers"}
 """Models without weights."""

@@ -11,7 +11,7 @@ from jaxpref import losses
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
-from jaxpref.objectives import from_loss
+from jaxpref.objectives import from_loss, lipo_lambda
 from jaxpref.plan import PlanConfig, advice, child, command, program, roofline
 from jaxpref.plan.chips import GIB, Chip, parse_topology
 from jaxpref.plan.presets import PRESETS
@@ -213,6 +213,17 @@ def test_an_unknown_topology_lists_the_known_ones(name):
         InputError, match=r"--topology .* like v4:4x4x4, v5e:4x4, .*cpu"
     ):
         parse_topology(name)
+
+
+def test_the_length_of_lists_must_be_given():
+    config = PlanConfig(model="m", topology="cpu:8", batch=4, seq=6)
+    lists = dataclasses.replace(config, answers=3)
+    assert config.completions_of(from_loss(losses.dpo)) == 2
+    assert lists.completions_of(lipo_lambda()) == 3
+    with pytest.raises(InputError, match="lipo_lambda: .*--answers"):
+        config.completions_of(lipo_lambda())
+    with pytest.raises(InputError, match="--answers 3: dpo does not read lists"):
+        lists.completions_of(from_loss(losses.dpo))
 
 
 def test_an_unknown_model_lists_the_presets():

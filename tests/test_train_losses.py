@@ -27,12 +27,12 @@ REQUIRED = {
 }
 """Options without a default, for the losses that have some."""
 
-LABELS = {
-    "davidson": ["ties"],
-    "margin_bradley_terry": ["preference-margins"],
-    "rao_kupper": ["ties"],
-    "reward_regression": ["chosen-ratings", "rejected-ratings"],
-    "scaled_bradley_terry": ["preference-strengths"],
+COLUMNS = {
+    "davidson": ["tie"],
+    "margin_bradley_terry": ["margin"],
+    "rao_kupper": ["tie"],
+    "reward_regression": ["chosen_rating", "rejected_rating"],
+    "scaled_bradley_terry": ["strength"],
 }
 """What is read of the records beside the order."""
 
@@ -93,9 +93,9 @@ def test_ten_steps(name, stories260k, shared, tmp_path, monkeypatch, capsys):
         "mesh.data": 2,
         "mesh.tensor": 2,
     } | {f"loss.{key}": value for key, value in REQUIRED.get(name, {}).items()}
-    if name in LABELS:
-        options |= {f"labels.{label}": label for label in LABELS[name]}
-        options["data"] = labeled(options["data"], LABELS[name], tmp_path / "x.jsonl")
+    if name in COLUMNS:
+        options["columns"] = ",".join(f"{x}={x}" for x in COLUMNS[name])
+        options["data"] = labeled(options["data"], COLUMNS[name], tmp_path / "x.jsonl")
     if name in ANSWERS | LISTS:
         path = tmp_path / "x.jsonl"
         options["data"] = other_records(name, options["data"], path)

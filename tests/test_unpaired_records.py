@@ -10,7 +10,6 @@ from jaxpref.data import (
     DataOptions,
     InjectOptions,
     Kind,
-    LabelFields,
     ListSource,
     make_splits,
 )
@@ -42,8 +41,7 @@ def test_the_label_is_read_from_the_field_label(label):
     assert train.num_completions == 1
     assert train.labels["desirable"].tolist() == [float(label)]
     moved = {"prompt": "q", "completion": " a", "user": {"thumb": label}}
-    fields = LabelFields(desirable="user.thumb")
-    train = splits_of([moved], labels=fields).train
+    train = splits_of([moved], columns=("desirable=user.thumb",)).train
     assert train.labels["desirable"].tolist() == [float(label)]
 
 

@@ -1,8 +1,9 @@
-"""`--loss` and `--objective`: their names, options and functions.
+"""`--loss`, `--correct` and `--objective`: their names, options and functions.
 
-The options of a loss or an objective are the keyword-only parameters of its function,
-with the function's defaults and the help in its docstring.  They are `--loss.NAME` and
-`--objective.NAME`.
+The options of a loss, a correction or an objective are the keyword-only parameters of
+its function, with the function's defaults and the help in its docstring.  They are
+`--loss.NAME`, `--correct.NAME` and `--objective.NAME`.  Those of the loss and of the
+correction may be named in `--columns` instead.
 """
 
 import dataclasses
@@ -14,9 +15,18 @@ from typing import Any, Literal
 
 from jaxpref import losses, objectives
 from jaxpref.cli.options import Part, Parts
-from jaxpref.cli.words import Given, closest
+from jaxpref.cli.words import Given, canonical, closest
+from jaxpref.data.columns import ARRAYS, FLAG, WEIGHT
+from jaxpref.data.options import DataOptions
 from jaxpref.errors import InputError
-from jaxpref.objectives import Objective, crm, from_loss, trainable
+from jaxpref.objectives import (
+    PER_RECORD,
+    Objective,
+    crm,
+    from_loss,
+    rationale,
+    trainable,
+)
 
 FACTORIES = {make.__name__: make for make in objectives.FACTORIES}
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
@@ -31,10 +41,13 @@ LOSSES: dict[str, Callable[..., Any]] = {
 WRAPPERS = {wrap.__name__: wrap for wrap in objectives.WRAPPERS}
 """For `--objective`: `wrap(loss, **options)`, learns something besides the model."""
 
+CORRECTIONS = {correct.__name__: correct for correct in objectives.CORRECTIONS}
+"""For `--correct`: `correct(loss, **options)`, for any pairwise loss."""
+
 MIXTURES = {mix.__name__: mix for mix in objectives.MIXTURES}
 """For `--objective` too: `mix(objective, **options)`, for any objective."""
 
-NOISE = {name: make for name, make in WRAPPERS.items() if make is not crm}
+NOISE = {n: make for n, make in WRAPPERS.items() if make not in (crm, rationale)}
 """For `--objective.noise`: wrappers whose gradients can be mixed."""
 
 KINDS = {
@@ -62,12 +75,18 @@ class Choice:
     """A name in `WRAPPERS`."""
     mixture: str | None = None
     """A name in `MIXTURES`."""
+    correction: str | None = None
+    """A name in `CORRECTIONS`."""
+    per_record: frozenset[str] = frozenset()
+    """Options of the loss and of the correction that are read from the records."""
 
     @property
     def words(self) -> dict[str, str]:
         """The options that make this choice."""
         objective = self.mixture or self.wrapper
         words = {"loss": self.loss}
+        if self.correction:
+            words["correct"] = self.correction
         if objective:
             words["objective"] = objective
         if self.mixture and self.wrapper:
@@ -83,6 +102,8 @@ class Choice:
     def functions(self) -> dict[str, tuple[str, Callable]]:
         """By field, the namespace of its options and the function that reads them."""
         found = {"loss": ("loss", LOSSES[self.loss])}
+        if self.correction:
+            found["correction"] = ("correct", CORRECTIONS[self.correction])
         if self.mixture:
             found["mixture"] = ("objective", MIXTURES[self.mixture])
         if self.wrapper:
@@ -93,24 +114,36 @@ class Choice:
     @property
     def parts(self) -> Parts:
         """The options of the loss and of the objective."""
+        own = lambda field: self.per_record if field in FROM_RECORDS else frozenset()
         return {
-            field: Part(options_type(function), prefix)
+            field: Part(options_type(function, own(field)), prefix)
             for field, (prefix, function) in self.functions.items()
         }
 
     def objective(self, parsed: Any) -> Objective:
         """The objective, from the parsed options of each part."""
-        of = lambda field: dict(vars(getattr(parsed, field)))
+
+        def of(field: str) -> dict[str, Any]:
+            read = self.read_from_records(field)
+            return dict(vars(getattr(parsed, field))) | dict.fromkeys(read, PER_RECORD)
+
         if self.loss in FACTORIES:
             objective = FACTORIES[self.loss](**of("loss"))
-        elif self.wrapper:
-            loss = functools.partial(LOSSES[self.loss], **of("loss"))
-            objective = WRAPPERS[self.wrapper](loss, **of("wrapper"))
         else:
-            objective = from_loss(LOSSES[self.loss], **of("loss"))
+            loss = functools.partial(LOSSES[self.loss], **of("loss"))
+            if self.correction:
+                loss = CORRECTIONS[self.correction](loss, **of("correction"))
+            wrap = WRAPPERS[self.wrapper] if self.wrapper else from_loss
+            objective = wrap(loss, **(of("wrapper") if self.wrapper else {}))
         if self.mixture:
             objective = MIXTURES[self.mixture](objective, **of("mixture"))
         return objective
+
+    def read_from_records(self, field: str) -> frozenset[str]:
+        """The options of a part that are read from the records."""
+        if field not in FROM_RECORDS:
+            return frozenset()
+        return self.per_record & hyperparameters(self.functions[field][1])
 
 
 def choose(given: Given) -> tuple[Choice, Given]:
@@ -126,11 +159,54 @@ def choose(given: Given) -> tuple[Choice, Given]:
     if objective in MIXTURES:
         mixture = objective
         wrapper = _named("objective.noise", "objective", rest, NOISE)
-    if wrapper and loss in FACTORIES:
+    correction = _named("correct", "correction", rest, CORRECTIONS)
+    for flag, name in (("objective", wrapper), ("correct", correction)):
+        if name and loss in FACTORIES:
+            raise InputError(
+                f"--{flag} {name}: {loss} has its own objective; leave it out"
+            )
+    if correction and wrapper in NOISE:
         raise InputError(
-            f"--objective {wrapper}: {loss} has its own objective; leave it out"
+            f"--correct {correction}: --objective {wrapper} corrects for wrong labels "
+            "too; give one of them"
         )
-    return Choice(loss, wrapper, mixture), rest
+    choice = Choice(loss, wrapper, mixture, correction)
+    return dataclasses.replace(choice, per_record=_per_record(choice, rest)), rest
+
+
+def _per_record(choice: Choice, given: Given) -> frozenset[str]:
+    """The options of the loss and the correction that `--columns` names.
+
+    Raises:
+      InputError: if one is also given as an option, or is one number for all records,
+        or a name is that of no column at all.
+    """
+    named = DataOptions(columns=tuple(given.get("columns", ()))).named_columns
+    found: set[str] = set()
+    known = {*ARRAYS, WEIGHT}
+    for field, (prefix, function) in choice.functions.items():
+        if field not in FROM_RECORDS:
+            continue
+        known |= hyperparameters(function)
+        for name in sorted(named.keys() & hyperparameters(function)):
+            column, flag = f"{FLAG} {name}={named[name]}", canonical(f"{prefix}.{name}")
+            if choice.loss in FACTORIES:
+                raise InputError(
+                    f"{column}: {choice.loss} has one {name} for all records; give "
+                    f"--{flag} instead"
+                )
+            if flag in given:
+                raise InputError(
+                    f"--{flag} {' '.join(given[flag])}: {column} has one for each "
+                    "record; give one of them"
+                )
+            found.add(name)
+    for name in sorted(named.keys() - known):
+        raise InputError(
+            f"{FLAG} {name}={named[name]}: {choice.loss} has no {name}"
+            f"{closest(name, known)}"
+        )
+    return frozenset(found)
 
 
 def _named(
@@ -149,13 +225,29 @@ def _named(
     return name
 
 
+FROM_RECORDS = ("loss", "correction")
+"""The parts whose options may be read from the records."""
+
+
+def hyperparameters(function: Callable) -> frozenset[str]:
+    """The names of a function's keyword-only parameters, but `where`."""
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return frozenset(keywords - {"where"})
+
+
 @functools.cache
-def options_type(function: Callable) -> type:
-    """A dataclass of a function's keyword-only parameters, with help for each."""
+def options_type(function: Callable, but: frozenset[str] = frozenset()) -> type:
+    """A dataclass of a function's keyword-only parameters, with help for each.
+
+    Args:
+      function: the function.
+      but: parameters to leave out.
+    """
     documented = _documented_arguments(function)
     fields = []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name == "where":
+        if parameter.name not in hyperparameters(function) - but:
             continue
         # A loss's options may be arrays; on the command line they are numbers.
         typed = parameter.annotation in (int, float | Literal["auto"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxpref.cli import config_file, help
 from jaxpref.cli.objectives import (
+    CORRECTIONS,
     MIXTURES,
     WRAPPERS,
     Choice,
@@ -21,6 +22,7 @@ from jaxpref.cli.words import Given, split
 from jaxpref.data.options import DataOptions, MixOptions
 from jaxpref.errors import show
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.scoring.moving_reference import MovingAverage
 from jaxpref.train.config import TrainConfig
@@ -137,6 +139,7 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
         objective=choice.objective(parsed),
         options=parsed.options,
         lora=parsed.lora,
+        soft_prompt=parsed.soft_prompt,
         moving_average=parsed.moving_average,
         mix=parsed.mix if choice.mixture else None,
         optimizer=parsed.optimizer,
@@ -145,11 +148,12 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
 
 
 def parts_of(choice: Choice) -> Parts:
-    """The options that the command reads, except `--loss` and `--objective`."""
+    """The options that the command reads, except `--loss` and others in `choose`."""
     parts = {
         "run": Part(RunOptions),
         "options": Part(DataOptions),
         "lora": Part(LoraOptions, "lora"),
+        "soft_prompt": Part(SoftPromptOptions, "soft-prompt"),
         "moving_average": Part(MovingAverage, "moving-average"),
         "optimizer": Part(OptimizerConfig),
         "mesh": Part(MeshConfig, "mesh"),
@@ -188,8 +192,11 @@ def choices_text() -> str:
     """Losses by kind, and objectives."""
     kinds = {kind: " ".join(names) for kind, names in losses_by_kind().items()}
     objectives = {name: summary(f) for name, f in (WRAPPERS | MIXTURES).items()}
+    corrections = {name: summary(f) for name, f in CORRECTIONS.items()}
     return (
         f"losses, --loss NAME (default: dpo):\n{help.table(kinds)}\n\n"
+        "corrections of a pairwise loss, --correct NAME:\n"
+        f"{help.table(corrections, column=18)}\n\n"
         "objectives that wrap a loss, --objective NAME:\n"
         f"{help.table(objectives, column=18)}\n\n"
         f"`{COMMAND} --loss NAME --help` shows the equation and options of a loss,\n"
@@ -198,7 +205,7 @@ def choices_text() -> str:
 
 
 def _details(choice: Choice) -> str:
-    """The equations and options of the chosen loss and objective."""
+    """The equations and options of the chosen loss, correction and objective."""
     texts = [f"usage: {COMMAND}{choice.about} [options]"]
     for field, (_, function) in choice.functions.items():
         options = options_of({field: choice.parts[field]})
