@@ -74,10 +74,12 @@ def test_the_loss_is_the_sum_of_both_terms():
     grad, _, metrics = one_weight(objective, logps, reference, {})
     h = 0.1 * ((logps - reference)[:, 0] - (logps - reference)[:, 1])
     loss = np.log1p(np.exp(-h)) - 0.3 * logps[:, 2]
-    slope = -0.1 * (logps[:, 0] - logps[:, 1]) / (1 + np.exp(h)) - 0.3 * logps[:, 2]
+    derivative = (
+        -0.1 * (logps[:, 0] - logps[:, 1]) / (1 + np.exp(h)) - 0.3 * logps[:, 2]
+    )
     # Float32 sums of a few terms.
     assert metrics["loss"] == pytest.approx(loss.mean(), rel=1e-6)
-    assert grad == pytest.approx(slope.mean(), rel=1e-5)
+    assert grad == pytest.approx(derivative.mean(), rel=1e-5)
     assert metrics["rationale/nll"] == pytest.approx(-logps[:, 2].mean(), rel=1e-6)
     assert metrics["rewards/margins"] == pytest.approx(h.mean(), rel=1e-5)
     assert jnp.isfinite(grad)

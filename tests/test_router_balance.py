@@ -120,13 +120,13 @@ def test_it_is_added_to_the_loss(pairs, case):
     close(found, grads)
 
 
-def test_the_gradient_is_the_slope_of_the_loss():
+def test_the_gradient_is_that_of_the_loss():
     """With the choices held fixed, by differences in float64."""
     rng = np.random.default_rng(0)
     choices, p = rng.random((2, 4))
     with jax.enable_x64(True):
-        slope = jax.grad(router_balance, 1)(*map(jnp.asarray, (choices, p, 7.0)))
-    np.testing.assert_allclose(slope, 4 * choices / 49, rtol=1e-12)
+        derivative = jax.grad(router_balance, 1)(*map(jnp.asarray, (choices, p, 7.0)))
+    np.testing.assert_allclose(derivative, 4 * choices / 49, rtol=1e-12)
 
 
 @pytest.mark.slow

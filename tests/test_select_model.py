@@ -94,14 +94,14 @@ def test_donod_is_the_change_of_a_small_step(made, capsys):
         hidden, start = states(made, n, 0)
         before, targets = hidden[start - 1 : -1], pairs.completion(n, 0)
         z = before @ head
-        slopes = np.exp(z - z.max(axis=1, keepdims=True))
-        slopes /= slopes.sum(axis=1, keepdims=True)
-        slopes[np.arange(len(targets)), targets] -= 1
-        change = -(before.T @ slopes) / len(targets)
+        gradients = np.exp(z - z.max(axis=1, keepdims=True))
+        gradients /= gradients.sum(axis=1, keepdims=True)
+        gradients[np.arange(len(targets)), targets] -= 1
+        change = -(before.T @ gradients) / len(targets)
         rate = 1e-5
         after, before = (np.linalg.norm(head + x * change) for x in (rate, -rate))
-        slope = (after - before) / (2 * rate)
-        costs.append([np.linalg.norm(change), slope])
+        derivative = (after - before) / (2 * rate)
+        costs.append([np.linalg.norm(change), derivative])
     found = select(made, capsys, "--by donod --kind answers --keep 6")
     of = lambda name: [x[name] for x in found]
     np.testing.assert_allclose(of("norm_of_delta"), np.array(costs)[:, 0], rtol=1e-4)

@@ -59,15 +59,17 @@ def head_gradient_norms(
     used = (batch.completions[:, 0] >= 0) / size[:, None]
     vocabulary = reshard(jnp.arange(raw.shape[-1]), SPECS.vocabulary)
     label = vocabulary == batch.targets[:, 0][..., None]
-    slopes = (jax.nn.softmax(capped, axis=-1) - label) * used[..., None]
+    gradients = (jax.nn.softmax(capped, axis=-1) - label) * used[..., None]
     if cap is not None:
-        slopes = slopes * (1 - jnp.square(capped / cap))
+        gradients = gradients * (1 - jnp.square(capped / cap))
     rows = on_mesh(SPECS.hidden)
     wide = states.astype(jnp.float32)
     common = jnp.einsum("bpd,bqd->bpq", wide, wide, out_sharding=rows)
-    slope_products = jnp.einsum("bpv,bqv->bpq", slopes, slopes, out_sharding=rows)
-    square = jnp.sum(common * slope_products, axis=(1, 2))
-    along = jnp.sum(raw * slopes, axis=(1, 2))
+    gradient_products = jnp.einsum(
+        "bpv,bqv->bpq", gradients, gradients, out_sharding=rows
+    )
+    square = jnp.sum(common * gradient_products, axis=(1, 2))
+    along = jnp.sum(raw * gradients, axis=(1, 2))
     norm = jnp.sqrt(jnp.sum(jnp.square(head.astype(jnp.float32))))
     found = jnp.sqrt(jnp.maximum(square, 0)), -along / norm
     return jnp.stack(found, axis=-1).astype(jnp.float32)
