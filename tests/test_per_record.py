@@ -175,6 +175,30 @@ def test_a_value_out_of_range_names_the_row_and_the_field(loss, column, value, m
         inputs_of(objective, f"{column}=x", rows=rows)
 
 
+@pytest.mark.parametrize("flips", [0.0, 0.5])
+def test_a_value_out_of_range_may_be_skipped(flips):
+    """Everything else, flips included, is that of the file without the row."""
+    rows = [row | {"x": 0.3} for row in records(40)]
+    rows[3] |= {"x": -1}
+    options = DataOptions(
+        columns=("beta=x",),
+        heldout_fraction=0.2,
+        on_bad_row="skip",
+        inject=data.InjectOptions(flip_rate=flips) if flips else data.InjectOptions(),
+    )
+    kind = from_loss(losses.dpo, beta=PER_RECORD).kind
+    make = lambda rows: data.make_splits(
+        ListSource(rows), byte_tokenizer(), options, kind=kind
+    )
+    found, expected = make(rows), make(rows[:3] + rows[4:])
+    assert [bad.row for bad in found.skipped] == [ListSource(rows).location(3)]
+    assert "Expected beta > 0" in found.skipped[0].reason
+    assert found.digest == expected.digest
+    counts = ("train", "heldout", "flipped")
+    assert [found.report[x] for x in counts] == [expected.report[x] for x in counts]
+    assert found.report["skipped"] == 1
+
+
 def test_labels_may_be_more_likely_wrong_than_right():
     rows = [row | {"x": (0.1, 0.5, 0.9)[n % 3]} for n, row in enumerate(records())]
     for loss in (losses.cdpo, losses.forward_dpo):

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from jaxpref.data.array_file import Buffer, Damaged
 from jaxpref.data.chunk import (
     Chunk,
-    Rules,
     code_digest,
     open_chunk,
     tokenizer_digest,
 )
 from jaxpref.data.chunk_pool import num_processes, read_chunks
+from jaxpref.data.chunk_rules import Rules
 from jaxpref.data.sources import Divisible
 from jaxpref.errors import InputError
 from jaxpref.files import write_whole

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable, Generator, Iterable
 from typing import IO, Any
 
-from jaxpref.data.chunk import Rules, read_chunk
+from jaxpref.data.chunk import read_chunk
+from jaxpref.data.chunk_rules import Rules
 from jaxpref.data.sources import Divisible
 from jaxpref.errors import InputError
 

@@ -13,6 +13,7 @@ from jaxpref.data import chunk
 from jaxpref.data.all_pairs import AllPairs
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.chunk_cache import ChunkReader
+from jaxpref.data.chunk_rules import Rules
 from jaxpref.data.columns import accept
 from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.inject import read_noise
@@ -168,7 +169,7 @@ def _make_splits(
     plain = dataclasses.replace(kind, check=accept)
     rows = min(chunk.ROWS, options.max_pairs or chunk.ROWS)
     for source, to_pairs in parts:
-        rules = chunk.Rules(to_pairs, options, plain, whole_turns)
+        rules = Rules(to_pairs, options, plain, whole_turns)
         pairs.add(ChunkReader(divisible(source), tokenizer, rules, rows, folder))
     counts, bad = pairs.counts(), pairs.bad
     if not len(pairs):
