@@ -26,10 +26,13 @@ STUB = ROOT / "tests" / "stub_gcloud.sh"
 WHERE = ["--name", "demo", "--zone", "us-west4-a", "--poll-seconds", "0.1"]
 WHAT = ["--type", "v5litepod-16", "--spot", "--bucket", "gs://b/x"]
 
-# Resumes where its worker left off, as training does.  With "wait", it first waits.
+# Resumes where its worker left off, as training does.  With "wait", it first waits, and
+# worker 0 begins before the others: once 0-1 has begun, both have.
 EXPERIMENT = """
 import os, sys, time
 own = f"runs/{os.environ['WORKER']}"
+while "wait" in sys.argv and own != "runs/0-0" and not os.path.exists("runs/0-0"):
+    time.sleep(0.05)
 again = os.path.exists(own)
 print("resumed" if again else "begun", flush=True)
 open(own, "a").write("life\\n")
@@ -322,8 +325,8 @@ def test_reattaching_and_stopping(cloud):
     assert code == 2 and "is running another experiment; stop it first" in printed
     code, printed = cloud.launch("status", *WHERE)
     assert code == 0 and printed.count(" running\n") == 2
-    for worker in ("0-0", "0-1"):  # until then, a signal finds no Python to handle it
-        wait_for(cloud.folder / "gs/b/x/demo" / worker)
+    # Until then, a signal finds no Python to handle it.
+    wait_for(cloud.folder / "gs/b/x/demo/0-1")
     code, printed = cloud.launch("stop", *WHERE)
     assert code == 0, printed
     code, printed = cloud.launch("follow", *WHERE)
