@@ -10,9 +10,10 @@ Claims
 Commands
     python -m experiments.noise_methods             (default)
     python -m experiments.noise_methods --smoke     (sanity check)
+    python -m experiments.noise_methods --ten-seeds (only the learned rate)
     python -m experiments.noise_methods --full      (many hours)
     Repeating a command resumes its run in OUT: runs/noise_methods, with the suffix
-    _smoke or _full, or the folder of --out.
+    _smoke, _ten_seeds or _full, or the folder of --out.
 
 Expected
     Default, mean and standard deviation over seeds 10 to 14 (reward is from -4 to 4).
@@ -123,6 +124,7 @@ class Protocol:
     flip_rates: tuple[float, ...] = (0.2, 0.4)
     noises: tuple[str, ...] = ("symmetric",)
     all_methods: bool = False
+    only_learned: bool = False
     pairs: int = 16_384
     fewer_pairs: tuple[int, ...] = (4096, 8192)
     judged_pairs: int = 4096
@@ -201,6 +203,8 @@ class Run:
 def make_runs(protocol: Protocol) -> list[Run]:
     """All methods at all rates; the learned rate (last) also with fewer pairs."""
     methods = METHODS + (MORE_METHODS if protocol.all_methods else ())
+    if protocol.only_learned:
+        methods = METHODS[-1:]
     runs = [
         Run(method, noise, rate, protocol.pairs, seed)
         for seed in protocol.seeds
@@ -226,14 +230,16 @@ class Options:
     runs/noise_methods, with the suffix _smoke or _full."""
     smoke: bool = False
     """A sanity check that takes two minutes; its numbers mean nothing."""
+    ten_seeds: bool = False
+    """Only the learned rate: ten seeds, all pairs; half an hour."""
     full: bool = False
     """All robust methods, flip rates from 0 to 0.45, also by annotator; many hours."""
 
 
 def choose(options: Options) -> tuple[Protocol, Path]:
     """The protocol and the output folder."""
-    if options.smoke and options.full:
-        raise InputError("--smoke and --full are two experiments: give one of them")
+    if options.smoke + options.ten_seeds + options.full > 1:
+        raise InputError("give only one of --smoke, --ten-seeds, and --full")
     protocol, out = Protocol(), "runs/noise_methods"
     if options.full:
         protocol = Protocol(
@@ -242,6 +248,11 @@ def choose(options: Options) -> tuple[Protocol, Path]:
             all_methods=True,
         )
         out += "_full"
+    if options.ten_seeds:
+        protocol = Protocol(
+            seeds=tuple(range(10, 20)), fewer_pairs=(), only_learned=True
+        )
+        out += "_ten_seeds"
     if options.smoke:
         protocol = Protocol(
             seeds=(10,), flip_rates=(0.4,), noises=("symmetric", "annotators"),
