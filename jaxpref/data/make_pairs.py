@@ -25,8 +25,8 @@ class Answers:
     record: dict[str, Any]
     texts: tuple[Any, ...]
     """Each a text, or messages."""
-    scores: tuple[float, ...] | None
-    """Larger is better; None if there are none."""
+    scores: tuple[float | None, ...] | None
+    """Larger is better; None if there are none, or for an answer without one."""
     ended: tuple[bool, ...] | None
     """Whether each answer is complete; None if unknown."""
 
@@ -50,7 +50,9 @@ def read_answers(record: Any, where: str) -> Answers:
         rest = record["record"] if isinstance(record.get("record"), dict) else record
         rest = {k: v for k, v in rest.items() if k != "answers"}
         texts = [x["output"] for x in answers]
-        found = {"scores": _all(answers, "score"), "ended": _all(answers, "ended")}
+        scores = [x.get("score") for x in answers]
+        given = any(x is not None for x in scores)
+        found = {"scores": scores if given else None, "ended": _all(answers, "ended")}
     else:
         raise InputError(
             f"{where}: has no answers; give 'completions' with 'scores', or a file of"
@@ -83,7 +85,7 @@ def ranked_pairs(
     """Pairs of the answers of one record.
 
     Args:
-      answers: with scores.
+      answers: with scores; answers without one are left out.
       where: "file row n", for errors.
       rule: which pairs; see `best_pair`.  Which answer "best-random" draws depends on
         the content of the record.
@@ -96,7 +98,8 @@ def ranked_pairs(
         raise InputError(
             f"{where}: the answers have no scores; add 'scores', or pass --against"
         )
-    scores = answers.scores
+    answers = _with_scores(answers)
+    scores = [x for x in answers.scores or () if x is not None]
     if rule == "all":
         order = sorted(range(len(scores)), key=lambda n: -scores[n])
         far = lambda a, b: scores[a] - scores[b] >= min_gap and scores[a] > scores[b]
@@ -154,6 +157,18 @@ def joined_pairs(
         )
 
 
+def _with_scores(answers: Answers) -> Answers:
+    """The answers that have a score."""
+    kept = [n for n, x in enumerate(answers.scores or ()) if x is not None]
+    of_kept = lambda values: None if values is None else tuple(values[n] for n in kept)
+    return dataclasses.replace(
+        answers,
+        texts=of_kept(answers.texts),
+        scores=of_kept(answers.scores),
+        ended=of_kept(answers.ended),
+    )
+
+
 def _pair(a: Answers, m: int, b: Answers, n: int) -> dict[str, Any]:
     pair = a.record | {"chosen": a.texts[m], "rejected": b.texts[n]}
     if a.ended is not None and b.ended is not None:
@@ -180,7 +195,10 @@ def _text_key(answers: Answers) -> str:
     return json.dumps([answers.record, answers.texts], sort_keys=True, default=str)
 
 
-def _score(value: Any, where: str) -> float:
+def _score(value: Any, where: str) -> float | None:
+    """A score; None for an answer that `jaxpref score` could not score."""
+    if value is None:
+        return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise InputError(

@@ -1,0 +1,27 @@
+"""`jaxpref score`."""
+
+from collections.abc import Sequence
+
+from jaxpref.cli import help
+from jaxpref.cli.options import Option, Part, options_of, parse
+from jaxpref.cli.words import split
+from jaxpref.rewards import command as score
+
+COMMAND = "jaxpref score"
+PARTS = {"config": Part(score.ScoreConfig)}
+
+
+def command(argv: Sequence[str]) -> None:
+    """Computes the rewards of answers."""
+    given = split(argv, repeatable=("reward",))
+    score.run(parse(PARTS, given, command=COMMAND).config)
+
+
+def options() -> dict[str, Option]:
+    """All options of the command."""
+    return options_of(PARTS)
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """The help of the command."""
+    return help.command(COMMAND, options())

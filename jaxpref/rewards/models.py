@@ -1,0 +1,269 @@
+"""Rewards from models: those of a reward model, and log-ratios of language models."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxpref import data
+from jaxpref.data import DatasetBuilder, PreferenceDataset
+from jaxpref.data.options import resolved_max_length
+from jaxpref.data.prompts import as_user
+from jaxpref.data.records import Example
+from jaxpref.data.tokenize import tokenize
+from jaxpref.data.tokens import Tokens
+from jaxpref.errors import InputError
+from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.models.folder_config import read_architecture
+from jaxpref.models.weights import Weights, is_reward, load_weights, resolve_weights
+from jaxpref.rewards.answered import Answered, assistant_turn
+from jaxpref.runtime.mesh import (
+    MeshConfig,
+    make_mesh,
+    row_shards,
+    rows_for,
+    share_of_rows,
+)
+from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.runtime.processes import log
+from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.scoring.twin import make_scorer
+
+TOKENS = 4096
+"""Tokens of a packed row; a prompt with longer answers has a longer row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How models compute rewards."""
+
+    batch_size: int = 16
+    """Prompts at once, over all devices."""
+    max_length: int | None = None
+    """Maximum tokens of prompt and answer together; None for 1024, or the model's
+    context if that is shorter."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """None for bfloat16 on TPU and GPU, and float32 on a CPU."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are used."""
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template for all records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReward:
+    """r(x, y) of a reward model."""
+
+    name: str
+    """As the user wrote it."""
+    weights: Weights
+    options: ModelOptions
+
+    def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
+        """See `Reward`."""
+        return score(self.weights, "rewards", answered, self.options, self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogRatio:
+    """log p_strong(y | x) - log p_weak(y | x) of two language models.
+
+    With an aligned and a base model, it is the reward by which Contrastive
+    Distribution annotation ranks answers: CDR, arXiv:2411.02481.  Beta times the
+    log-ratio to the reference is the implicit reward of DPO.  In nats, summed over the
+    tokens of the answer.
+    """
+
+    name: str
+    strong: Weights
+    weak: Weights
+    options: ModelOptions
+
+    def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
+        """See `Reward`."""
+        of_strong, of_weak = (
+            score(weights, "policy_logps", answered, self.options, self.name)
+            for weights in (self.strong, self.weak)
+        )
+        return [a - b for a, b in zip(of_strong, of_weak, strict=True)]
+
+
+def model_reward(word: str, options: ModelOptions) -> ModelReward:
+    """The reward model in a folder, or with a Hub ID.
+
+    Raises:
+      InputError: if it holds another model.
+    """
+    weights = resolve_weights(word, None)
+    if not is_reward(weights):
+        raise InputError(
+            f"--reward {word}: holds a language model; name a reward model, such as the"
+            " export of a run with --loss bradley_terry, or log-ratio:STRONG:WEAK"
+        )
+    return ModelReward(word, weights, options)
+
+
+def log_ratio(strong: str, weak: str, options: ModelOptions) -> LogRatio:
+    """The log-ratio of the language models in two folders, or with Hub IDs.
+
+    Raises:
+      InputError: if one of them is a reward model.
+    """
+    names = {word: resolve_weights(word, None) for word in (strong, weak)}
+    for word, weights in names.items():
+        if is_reward(weights):
+            raise InputError(
+                f"--reward log-ratio:{strong}:{weak}: {word} is a reward model; name "
+                "two language models"
+            )
+    return LogRatio(f"log-ratio:{strong}:{weak}", names[strong], names[weak], options)
+
+
+def score(
+    weights: Weights,
+    name: Literal["rewards", "policy_logps"],
+    answered: Sequence[Answered],
+    options: ModelOptions,
+    title: str,
+    *,
+    allow_cut: bool = True,
+) -> list[Float[np.ndarray, " K"]]:
+    """One of a model's scores for every answer.
+
+    The answers to a prompt are packed into one row, so the prompt is computed once.
+
+    Args:
+      weights: the model.
+      name: the score; see `scoring.scores.DESCRIPTIONS`.
+      answered: the prompts and their answers.
+      options: lengths, batches and devices.
+      title: names the reward, for the progress bar and messages.
+      allow_cut: whether to cut what exceeds the maximum length, and log how often,
+        instead of giving it no score.
+
+    Returns:
+      For each prompt, the score of each answer; NaN for an answer that has no tokens,
+      or holds a stop token before its end.
+
+    Raises:
+      InputError: if the data does not fit the model, or a score is not finite.
+    """
+    architecture = read_architecture(weights.folder)
+    tokenizer = data.load_tokenizer(weights.folder, options.template)
+    limit = resolved_max_length(
+        data.DataOptions(max_length=options.max_length), architecture.context_length
+    )
+    examples = [as_sampled(x, tokenizer) for x in answered]
+    places = [x.place for x in answered]
+    is_reward = name == "rewards"
+    cut: set[str] = set()
+
+    def read(some: Sequence[Example], where: Sequence[str]) -> list[Tokens | str]:
+        found = tokenize(
+            some, where, tokenizer, max_length=limit, whole_turns=is_reward
+        )
+        short = [not isinstance(x, str) and _is_cut(x) for x in found]
+        cut.update(place for place, is_cut in zip(where, short) if is_cut)
+        if allow_cut:
+            return found
+        return ["cut" if is_cut else x for x, is_cut in zip(found, short)]
+
+    dataset, sides = _dataset(examples, places, read)
+    if cut:
+        log(f"{title}: {len(cut):,} prompts or their answers exceed {limit} tokens")
+    scores = [np.full(len(x.completions), np.nan) for x in examples]
+    if not len(dataset):
+        return scores
+    check_fits([title], dataset, str(weights.folder), architecture)
+    mesh = make_mesh(options.mesh)
+    dtype = options.compute_dtype or default_compute_dtype()
+    make_model = RewardModel if is_reward else build
+    with jax.set_mesh(mesh):
+        model = make_model(architecture, Numerics(compute_dtype=dtype))
+        index, count = share_of_rows(mesh)
+        layout = data.packed_layout(
+            dataset,
+            order=data.in_order(dataset),
+            batch_size=rows_for(len(dataset), options.batch_size, mesh),
+            shards=row_shards(mesh),
+            tokens_per_device=TOKENS,
+            process_index=index,
+            process_count=count,
+        )
+        scorer = make_scorer(model, frozenset({name}))
+        found = score_dataset(
+            make_score_step(scorer),
+            load_weights(weights, model),
+            None,
+            dataset,
+            eval_batches=layout.eval_batches,
+            mesh=mesh,
+            title=title,
+        )[name]
+    present = dataset.completion_lengths > 0
+    check_finite([title], dataset, str(weights.folder), np.where(present, found, 0))
+    for n, own in enumerate(sides):
+        scores[int(dataset.columns["row"][n])][own] = found[n, : len(own)]
+    return scores
+
+
+def _is_cut(tokens: Tokens) -> bool:
+    """Whether the prompt or an answer was cut to the maximum length."""
+    return tokens.prompt_cut or tokens.turns_dropped or tokens.completions_cut > 0
+
+
+def as_sampled(answered: Answered, tokenizer: Any) -> Example:
+    """The example, as turns if that is how its answers were sampled."""
+    example = answered.example
+    turns = as_user(example, tokenizer) if answered.sampled else example
+    if example.is_conversation or not turns.is_conversation:
+        return example
+    return dataclasses.replace(
+        turns, completions=tuple(map(assistant_turn, example.completions))
+    )
+
+
+def _dataset(
+    examples: Sequence[Example], places: Sequence[str], read: Any
+) -> tuple[PreferenceDataset, list[list[int]]]:
+    """The tokens of all answers; for each entry, which answers of its prompt it has.
+
+    An entry has as many answers of a prompt as fit into a row.
+    """
+    builder, sides = DatasetBuilder(None), []
+    for row, (example, tokens) in enumerate(zip(examples, read(examples, places))):
+        whole = [(tokens, range(len(example.completions)))]
+        if isinstance(tokens, str):  # one of the answers cannot be used
+            alone = [example.alone(k) for k in range(len(example.completions))]
+            found = read(alone, [places[row]] * len(alone))
+            whole = [(x, [k]) for k, x in enumerate(found) if not isinstance(x, str)]
+        for some, numbers in whole:
+            for part in _parts(some):
+                own = some.side_prompts and [some.side_prompts[k] for k in part]
+                builder.add(
+                    some.prompt,
+                    [some.completions[k] for k in part],
+                    side_prompts=own,
+                    id=f"{row}-{numbers[part[0]]}",
+                    columns={"row": row},
+                )
+                sides.append([numbers[k] for k in part])
+    return builder.build(), sides
+
+
+def _parts(tokens: Tokens) -> Iterator[list[int]]:
+    """The answers in groups that fit into `TOKENS` with their prompt, at least one."""
+    part, size = [], len(tokens.prompt)
+    for k, completion in enumerate(tokens.completions):
+        more = len(completion)
+        if tokens.side_prompts:
+            more += len(tokens.side_prompts[k])
+        if part and size + more > TOKENS:
+            yield part
+            part, size = [], len(tokens.prompt)
+        part, size = [*part, k], size + more
+    yield part
