@@ -11,24 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.leaderboard_world import Noise, Pairs, World
+from experiments.log_linear import all_logits, log_policy, measure, one_pass
 from jaxpref import losses, objectives
 from jaxpref.data import PreferenceBatch
 from jaxpref.data.columns import ARRAYS
 from jaxpref.objectives import Inputs, Objective, from_loss, trainable
 from jaxpref.scoring.scores import Scored
-from jaxpref.train import OptimizerConfig
-from jaxpref.train.gradient import gradient
-from jaxpref.train.optimizer import make_optimizer, make_schedule
 
 EXCEPTIONS = {
     "bvpo": "mixes pairs with and without reasoning traces; this world has no traces",
     "dove": "is DPO, unless the answers of a pair have different prompts",
-    "sparse_po": "reads log-ratios under learned token masks, which training does not "
-    "compute",
-    **dict.fromkeys(
-        ("cal_dpo", "sft_hellinger", "sft_pearson"),
-        "is newer than this table, and not measured yet",
-    ),
+    "align_distil": "distills two models that were trained before",
+    "sparse_po": "reads the layers of a transformer; this world's policies have none",
+    "spo": "reads how much content answers have lost",
     "rationale": "reads rationales, which this world's pairs do not have",
     "center_rewards": "a penalty, which is added to a loss of reward models",
     **dict.fromkeys(("apo_zero_unpaired", "bco", "kto"), "reads labeled answers"),
@@ -188,7 +183,7 @@ def of_known_rates() -> Method:
 
 def described(name: str, make: Callable, *, has_beta: bool, knows: str) -> Method:
     """The method, with what its objective knows from the labels it reads."""
-    found = {TOLD[label] for label in make(0.1, 0.1).labels & TOLD.keys()}
+    found = {TOLD[label] for label in make(0.1, 0.1).numbers & TOLD.keys()}
     return Method(name, make, has_beta, knows or ", ".join(sorted(found)))
 
 
@@ -218,17 +213,6 @@ def make_grid(method: Method, betas, learning_rates) -> Grid:
 
 
 # ---- scores: what a log-linear policy says of a batch --------------------------------
-
-
-def log_policy(world: World, theta) -> jax.Array:
-    """Log-probability of every answer, [prompts, reviews]."""
-    return jax.nn.log_softmax(all_logits(world, theta), axis=1)
-
-
-def all_logits(world: World, theta) -> jax.Array:
-    """The product theta f(x, y) of every answer, [prompts, reviews]."""
-    features = jnp.asarray(world.features, theta.dtype)
-    return (features @ theta).reshape(world.rewards.shape)
 
 
 def node_probabilities(world: World, logps) -> jax.Array:
@@ -341,7 +325,7 @@ def make_batch(world: World, pairs: dict[str, Any], step) -> PreferenceBatch:
         completion_lengths=lengths[None, :, None],
         is_flipped=column(pairs["is_flipped"]),
         annotator=column(pairs["annotator"]),
-        labels={
+        numbers={
             name: column(jnp.asarray(values, jnp.float32))
             for name, values in pairs["labels"].items()
         },
@@ -365,7 +349,9 @@ def blank_batch(count: int) -> PreferenceBatch:
         annotator=jnp.full(shape, -1, jnp.int32),
         empty_trace=jnp.zeros(shape, bool),
         weights=jnp.ones(shape, jnp.float32),
-        labels=dict.fromkeys((*ARRAYS, "flip_rate"), jnp.full(shape, 0.5, jnp.float32)),
+        numbers=dict.fromkeys(
+            (*ARRAYS, "flip_rate"), jnp.full(shape, 0.5, jnp.float32)
+        ),
     )
 
 
@@ -378,14 +364,8 @@ def train_one(
     beta,
     learning_rate,
 ) -> dict[str, jax.Array]:
-    """One training run from theta = 0: {"reward", "kl"} of its last policy.
-
-    One pass over the pairs, with the gradient and the optimizer of `jaxpref.train`.
-    """
+    """One training run from theta = 0: {"reward", "kl"} of its last policy."""
     objective = method.make(beta, noise.flip_rate)
-    steps = len(pairs["answers"])
-    config = OptimizerConfig(learning_rate=1.0)
-    optimizer = make_optimizer(config, make_schedule(config, steps))
     of_theta = functools.partial(
         score,
         world=world,
@@ -399,29 +379,17 @@ def train_one(
             return Scored(found[0], {})
         return Scored(dict(zip(("one", "two"), found)), {"one": {}, "two": {}})
 
-    def step(carry, step_and_pairs):
-        params, optimizer_state, state = carry
-        batch = make_batch(world, step_and_pairs[1], step_and_pairs[0])
-        grads, state, _ = gradient(objective, scores, params, batch, state)
-        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-        # AdamW's updates are proportional to the learning rate without weight decay.
-        move = lambda p, u: p + learning_rate * u
-        return (jax.tree.map(move, params, updates), optimizer_state, state), None
-
-    start = [jnp.zeros(world.features.shape[1])] * objective.num_models
-    carry = start, optimizer.init(start), objective.init(noise.annotators)
-    (params, *_), _ = jax.lax.scan(step, carry, (jnp.arange(steps), pairs))
+    params = one_pass(
+        objective,
+        scores,
+        functools.partial(make_batch, world),
+        pairs,
+        start=[jnp.zeros(world.features.shape[1])] * objective.num_models,
+        annotators=noise.annotators,
+        learning_rate=learning_rate,
+    )
     scale = 1 / beta if method.trains_rewards else 1.0
     return measure(world, scale * params[0])
-
-
-def measure(world: World, theta) -> dict[str, jax.Array]:
-    """Exact reward of a policy, and its KL to the reference in nats."""
-    logps = log_policy(world, theta)
-    p = jnp.exp(logps)
-    reward = jnp.mean(jnp.sum(p * world.rewards, axis=1))
-    kl = jnp.mean(jnp.sum(p * (logps + np.log(p.shape[1])), axis=1))
-    return {"reward": reward, "kl": jnp.maximum(kl, 0.0)}
 
 
 def trainer(world: World, method: Method, noise: Noise) -> Callable:

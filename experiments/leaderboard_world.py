@@ -41,13 +41,27 @@ class World:
 
 def make_world(reviews: int) -> World:
     """Draws different reviews of each prompt from the grammar, equally likely."""
-    rng, prompts = np.random.default_rng(0), sentiment.all_prompts()
-    texts = []
-    for prompt in prompts:
+    texts = draw_texts(reviews)
+    features = features_of(texts)
+    lengths = np.array([len(text.split()) + 1 for _, text in texts])
+    rewards = [sentiment.gold_reward(*text) for text in texts]
+    shape = len(sentiment.all_prompts()), reviews
+    return World(features, np.reshape(rewards, shape), lengths, *make_tree(texts))
+
+
+def draw_texts(reviews: int) -> list[tuple[str, str]]:
+    """The prompt and the text of every answer."""
+    rng, texts = np.random.default_rng(0), []
+    for prompt in sentiment.all_prompts():
         found: dict[str, None] = {}
         while len(found) < reviews:
             found.setdefault(sentiment.write_review(rng, prompt))
         texts += [(prompt, text) for text in found]
+    return texts
+
+
+def features_of(texts: list[tuple[str, str]]) -> np.ndarray:
+    """Features of (prompt, review) pairs, one row each; see `World`."""
     said = [phrases(*text) for text in texts]
     names = sorted({name for pairs in said for name, _ in pairs})
     column = {name: n for n, name in enumerate(names)}
@@ -57,9 +71,7 @@ def make_world(reviews: int) -> World:
             row[column[name]] += weight
     lengths = np.array([len(text.split()) + 1 for _, text in texts])
     features[:, -1] = (lengths - lengths.mean()) / lengths.std()
-    rewards = [sentiment.gold_reward(*text) for text in texts]
-    shape = len(prompts), reviews
-    return World(features, np.reshape(rewards, shape), lengths, *make_tree(texts))
+    return features
 
 
 def make_tree(texts: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:

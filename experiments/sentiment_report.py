@@ -25,6 +25,9 @@ MATCHED_KLS = (0.5, 1.0)
 MOST_KL = 1.0
 """Budget of the tuning rule, in nats."""
 
+MOST_DRAWN = 5.0
+"""Runs with a larger KL, in nats, are left out of the figure."""
+
 _FRONTIER = (
     "Gold reward against KL to the reference. A line goes through the means of a "
     "method's betas; a small dot is one draw of pairs and flips. If the lines are from "
@@ -155,7 +158,10 @@ def _interval(differences: np.ndarray) -> str:
 def tuned_betas(
     runs: list[dict], tuning_seeds: list[int], best_possible: list[dict], *, most_kl
 ) -> dict[str, float]:
-    """The beta of each arm by the tuning rule on the tuning draws; {} without any."""
+    """The beta of each arm by the tuning rule on the tuning draws; {} without any.
+
+    An arm all of whose betas exceed the KL has none.
+    """
     betas = {}
     for name, same in of_arm([r for r in runs if r["seed"] in tuning_seeds]).items():
         grid = sorted({r["beta"] for r in same})
@@ -164,7 +170,8 @@ def tuned_betas(
             np.array([[at[seed, beta][key] for beta in grid] for seed in tuning_seeds])
             for key in ("kl", "reward")
         )
-        betas[name] = grid[choose_setting(kls, rewards, most_kl=most_kl)]
+        if kls.mean(axis=0).min() <= most_kl:
+            betas[name] = grid[choose_setting(kls, rewards, most_kl=most_kl)]
     return betas
 
 
@@ -203,8 +210,9 @@ def write_results(
             "seconds": seconds,
         },
     )
+    drawn = [r for r in swept if r["kl"] <= MOST_DRAWN]
     report.frontiers(
-        out / "reward_kl.png", swept, best=sweep["best_possible"], new=new,
+        out / "reward_kl.png", drawn, best=sweep["best_possible"], new=new,
         title="What a loss gains, and what it costs",
     )  # fmt: skip
     report.training_curves(
@@ -216,7 +224,8 @@ def write_results(
         },
         title="During training",
     )
-    write_page(out, tables, reported, seconds, about)
+    caption = f"{_FRONTIER} {_left_out(len(swept) - len(drawn))}".rstrip()
+    write_page(out, tables, caption, reported, seconds, about)
     for table in tables:
         for row in [table.columns, *table.rows]:
             print("  ".join(f"{cell:<22}" for cell in row).rstrip())
@@ -228,12 +237,18 @@ def _short(value):
     return round(value, 4) if isinstance(value, float) else value
 
 
-def write_page(out: Path, tables, records, seconds, about: str) -> None:
+def _left_out(count: int) -> str:
+    if not count:
+        return ""
+    return f"Not shown: runs with a KL above {MOST_DRAWN:g} nats ({count} of them)."
+
+
+def write_page(out: Path, tables, caption, records, seconds, about: str) -> None:
     """`report.html`: tables, figures, samples, and what was done."""
     samples = [[f"{r['arm']}, beta {r['beta']:g}", *r["samples"][:3]] for r in records]
     samples = list({row[0]: row for row in reversed(samples)}.values())[::-1]
     parts = {
-        "Result": [report.Figure(out / "reward_kl.png", _FRONTIER), *tables],
+        "Result": [report.Figure(out / "reward_kl.png", caption), *tables],
         "During training": [report.Figure(out / "training.png")],
         "What the policies write": [
             report.Table(["", "one", "another", "a third"], samples)

@@ -39,6 +39,7 @@ def test_betas_are_tuned_on_the_tuning_draws_only():
     tuned = made.tuned_betas(runs, [7], BEST, most_kl=0.6)
     assert tuned == {"DPO": 2.0}
     assert made.tuned_betas(runs, [], BEST, most_kl=0.6) == {}
+    assert made.tuned_betas(runs, [7], BEST, most_kl=0.2) == {}  # all exceed it
     made.add_shares(runs, BEST)
     marked = [row[1] for row in made.make_table(runs, "runs", tuned).rows]
     assert marked == ["4", "2*", "1"]
