@@ -6,7 +6,7 @@ sampler (`uniform`, `mixture`) chooses the pairs of each step, and a layout
 """
 
 from jaxpref.data.batch import PreferenceBatch as PreferenceBatch
-from jaxpref.data.dataset import DatasetBuilder as DatasetBuilder
+from jaxpref.data.builder import DatasetBuilder as DatasetBuilder
 from jaxpref.data.dataset import PreferenceDataset as PreferenceDataset
 from jaxpref.data.end_of_turn import stop_tokens as stop_tokens
 from jaxpref.data.kinds import ANSWERS as ANSWERS
@@ -28,6 +28,7 @@ from jaxpref.data.read import Datasets as Datasets
 from jaxpref.data.read import read_datasets as read_datasets
 from jaxpref.data.record_options import RecordOptions as RecordOptions
 from jaxpref.data.record_source import examples_of as examples_of
+from jaxpref.data.record_source import first_kind as first_kind
 from jaxpref.data.record_source import open_records as open_records
 from jaxpref.data.render import TraceMarkers as TraceMarkers
 from jaxpref.data.samplers import Order as Order

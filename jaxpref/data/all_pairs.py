@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from jaxpref.data.bad_rows import BadRow
-from jaxpref.data.chunk import LABEL, Chunk, bad_rows
+from jaxpref.data.chunk import NUMBER, Chunk, bad_rows
 from jaxpref.data.chunk_cache import ChunkReader
 from jaxpref.data.columns import OF_ANSWERS, exchanged
 from jaxpref.data.dataset import COLUMNS, PROMPTS, PreferenceDataset
 from jaxpref.data.inject import Noise, Subject
 from jaxpref.data.kinds import Kind
 from jaxpref.data.options import DataOptions
-from jaxpref.data.pieces import Piece, tokens_of
+from jaxpref.data.pieces import Piece, of_tokens
 from jaxpref.data.prompt_groups import PromptGroups
 from jaxpref.data.records import FieldUse
 from jaxpref.data.sources import Divisible
@@ -84,7 +84,7 @@ class AllPairs:
         """
         refused = np.zeros(len(chunk), np.bool_)
         for name, field in self._fields.items():
-            values = chunk.arrays.get(LABEL + name, np.zeros(0))
+            values = chunk.arrays.get(NUMBER + name, np.zeros(0))
             reasons = {}
             for value in np.unique(values).tolist():
                 try:
@@ -198,7 +198,7 @@ class LabeledPairs:
             _table(self._each(name, of_completions=True), counts, most)
         )
         lengths, own = table("lengths"), table("side_prompt_lengths")
-        columns = self._columns() | self._labels(counts, most)
+        columns = self._columns() | self._numbers(counts, most)
         used = np.unique(self.annotators[self.annotators >= 0]).tolist()
         names = sorted(used, key=lambda n: self.names[n])
         ranks = np.full(len(self.names) + 1, -1, np.int32)  # the last is for -1
@@ -213,7 +213,7 @@ class LabeledPairs:
             offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
             found.append(
                 PreferenceDataset(
-                    tokens=self._tokens(mask, int(offsets[-1])),
+                    tokens=self._of_tokens("tokens", np.int32, mask, int(offsets[-1])),
                     offsets=offsets,
                     prompt_lengths=prompts,
                     side_prompt_lengths=own[mask],
@@ -221,6 +221,9 @@ class LabeledPairs:
                     ids=self._ids[mask],
                     columns={name: columns[name][mask] for name in kept},
                     annotator_names=tuple(self.names[n] for n in names),
+                    trained=self._of_tokens("trained", np.bool_, mask, int(offsets[-1]))
+                    if any(len(piece.chunk["trained"]) for piece in self.pieces)
+                    else None,
                 )
             )
         return found[0], found[1]
@@ -243,34 +246,36 @@ class LabeledPairs:
         repeat = lambda values: np.repeat(values, [x.used for x in self.pieces])
         prompts = [self._each(name) for name in PROMPTS]
         records = self._each("record") + repeat([x.first_record for x in self.pieces])
+        rows = self._each("row") + repeat([x.first_row for x in self.pieces])
         return {
             "is_flipped": self._each("flip") != self.flips,
             "row": records.astype(np.int64),
+            "file_row": rows.astype(np.int64),
             "source": repeat(np.array([x.source for x in self.pieces], np.int16)),
             "empty_trace": self._each("empty"),
             "prompt": np.where(self.flips, prompts[1], prompts[0]),
             "rejected_prompt": np.where(self.flips, prompts[0], prompts[1]),
         }
 
-    def _labels(self, counts: np.ndarray, most: int) -> dict[str, np.ndarray]:
-        """Labels, float32 [N] or [N, K] by name, exchanged where pairs are flipped."""
+    def _numbers(self, counts: np.ndarray, most: int) -> dict[str, np.ndarray]:
+        """Numbers, float32 [N] or [N, K] by name, exchanged where pairs are flipped."""
         names = [
-            {name for name in piece.chunk.arrays if name.startswith(LABEL)}
+            {name for name in piece.chunk.arrays if name.startswith(NUMBER)}
             for piece in self.pieces
             if piece.used
         ]
         if any(own != names[0] for own in names):
-            raise ValueError(f"chunks have other labels: {names}")
-        labels = {}
+            raise ValueError(f"chunks have other numbers: {names}")
+        found = {}
         for name in (x for x in self.pieces[0].chunk.arrays if x in names[0]):
-            is_list = name.removeprefix(LABEL) in OF_ANSWERS
+            is_list = name.removeprefix(NUMBER) in OF_ANSWERS
             values = self._each(name, of_completions=is_list)
             table = _table(values, counts, most) if is_list else values
-            labels[name.removeprefix(LABEL)] = table
+            found[name.removeprefix(NUMBER)] = table
         if self.flips.any():
-            other = exchanged(labels)
-            labels = {k: np.where(self.flips, other[k], x) for k, x in labels.items()}
-        return {name: x.astype(np.float32) for name, x in labels.items()}
+            other = exchanged(found)
+            found = {k: np.where(self.flips, other[k], x) for k, x in found.items()}
+        return {name: x.astype(np.float32) for name, x in found.items()}
 
     @property
     def _refused(self) -> np.ndarray:
@@ -290,15 +295,17 @@ class LabeledPairs:
             ids[part] = [_id(*pair) for pair in pairs]
         return ids
 
-    def _tokens(self, mask: np.ndarray, total: int) -> np.ndarray:
-        """The tokens of some of the pairs, int32, with flipped answers swapped."""
-        tokens, end, first = np.empty(total, np.int32), 0, 0
+    def _of_tokens(
+        self, name: str, dtype: Any, mask: np.ndarray, total: int
+    ) -> np.ndarray:
+        """An array of the tokens of some pairs, with flipped answers swapped."""
+        values, end, first = np.empty(total, dtype), 0, 0
         for piece in self.pieces:
             own = slice(first, first + piece.used)
-            part = tokens_of(piece, mask[own], self.flips[own])
-            tokens[end : end + len(part)] = part
+            part = of_tokens(piece, name, mask[own], self.flips[own])
+            values[end : end + len(part)] = part
             end, first = end + len(part), own.stop
-        return tokens
+        return values
 
 
 def _annotators(piece: Piece, names: dict[str, int]) -> np.ndarray:

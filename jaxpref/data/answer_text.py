@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxpref.data.records import THOUGHT_FIELDS, Message, text_of
 from jaxpref.errors import InputError
@@ -23,6 +23,18 @@ class TraceMarkers:
 
 THINK = TraceMarkers()
 """The markers of most reasoning models."""
+
+
+class Turn(NamedTuple):
+    """An assistant's turn in a rendered conversation, in characters."""
+
+    start: int
+    text_end: int
+    """Where what the record says ends."""
+    end: int
+    """Where the next turn begins."""
+    is_block: bool = False
+    """Whether a block of the template says that all of it is what the model writes."""
 
 
 def has_thought(message: str | Message, markers: TraceMarkers) -> bool:

@@ -7,6 +7,7 @@ from typing import TypedDict
 import jax.tree_util
 import numpy as np
 
+from jaxpref.data.columns import VOTES
 from jaxpref.data.dataset import PreferenceDataset
 
 
@@ -34,13 +35,13 @@ class PreferenceBatch:
     predictors: np.ndarray
     """int32 [A, R, Q, P]; the position that predicts each target; 0 if unused."""
     targets: np.ndarray
-    """int32 [A, R, Q, P]; the completion tokens (EOS included); 0 if unused."""
+    """int32 [A, R, Q, P]; the tokens that the loss is on, EOS included; 0 if unused."""
     completions: np.ndarray
     """int32 [A, R, Q, P]; `slot * K + side` of each target's owner; -1 if unused."""
     pair_index: np.ndarray
     """int32 [A, R, S]; index of the pair in the dataset; -1 marks an empty slot."""
     completion_lengths: np.ndarray
-    """int32 [A, R, S, K]; target tokens of each completion."""
+    """int32 [A, R, S, K]; target tokens of each completion, on which the loss is."""
     reference: dict[str, np.ndarray]
     """By name, float32 [A, R, S, K]: scores of the reference model that were computed
     in advance (`reference_logps`, ...); empty if there are none."""
@@ -53,9 +54,14 @@ class PreferenceBatch:
     pairs with pairs that have traces; False otherwise."""
     weights: np.ndarray
     """float32 [A, R, S]; multiplies the pair's loss; 0 in empty slots."""
-    labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    numbers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """By name, float32 [A, R, S]: columns that the loss reads, see `data.columns`; of
     lists, [A, R, S, K].  0 in empty slots.  Empty if no loss reads any."""
+    votes: np.ndarray | None = None
+    """int8 [A, R, S, V] if pairs have several votes: 1 for the first answer, -1 for the
+    second, 0 where there is no vote.  `is_flipped`, `annotator`, `weights` and
+    `numbers` then are [A, R, S, V], each in the order of the vote.  None without such
+    pairs."""
     positions: np.ndarray | None = None
     """int32 [A, R, Q, T] of packed rows: each token's position in prompt and answer.
     None in the padded layout, where it is the position in the sequence."""
@@ -87,7 +93,7 @@ def one_batch(
     """
     none = np.zeros((len(dataset), 1, 0), np.int32)
     fields = slot_fields(dataset, np.arange(len(dataset))[:, None], reference)
-    fields["weights"] = np.ones((len(dataset), 1), np.float32)
+    fields["weights"] = np.ones_like(fields["weights"])
     tokens = dict.fromkeys(("tokens", "predictors", "targets", "completions"), none)
     return PreferenceBatch(**tokens, lengths=none, **fields)
 
@@ -103,6 +109,9 @@ def only(batch: PreferenceBatch, where: np.ndarray) -> PreferenceBatch:
         batch,
         pair_index=np.where(where, batch.pair_index, -1),
         completion_lengths=np.where(where[..., None], batch.completion_lengths, 0),
+        votes=None
+        if batch.votes is None
+        else np.where(where[..., None], batch.votes, 0),
     )
 
 
@@ -116,7 +125,8 @@ class SlotFields(TypedDict):
     annotator: np.ndarray
     empty_trace: np.ndarray
     weights: np.ndarray
-    labels: dict[str, np.ndarray]
+    numbers: dict[str, np.ndarray]
+    votes: np.ndarray | None
 
 
 def slot_fields(
@@ -124,7 +134,7 @@ def slot_fields(
     indices: np.ndarray,
     reference: Mapping[str, np.ndarray] | None,
 ) -> SlotFields:
-    """The fields of a batch with a number for each pair or completion.
+    """The fields of a batch with a number for each pair, completion or vote.
 
     Args:
       dataset: the dataset of the pairs.
@@ -140,11 +150,12 @@ def slot_fields(
 
     return {
         "pair_index": indices.astype(np.int32),
-        "completion_lengths": take(dataset.completion_lengths),
+        "completion_lengths": take(dataset.target_lengths),
         "reference": {name: take(table) for name, table in (reference or {}).items()},
         "is_flipped": take(dataset.columns["is_flipped"]),
         "annotator": take(dataset.columns["annotator"], -1),
         "empty_trace": take(dataset.columns["empty_trace"]),
         "weights": take(dataset.weights),
-        "labels": {name: take(values) for name, values in dataset.labels.items()},
+        "numbers": {name: take(values) for name, values in dataset.numbers.items()},
+        "votes": take(dataset.columns[VOTES]) if VOTES in dataset.columns else None,
     }

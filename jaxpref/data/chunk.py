@@ -25,15 +25,15 @@ from jaxpref.data.hashing import hash_uniforms
 from jaxpref.data.inject import fields_read, read_topic, subject
 from jaxpref.data.rationales import FIELD
 from jaxpref.data.records import IDENTICAL, Example, FieldUse, parse
-from jaxpref.data.records.lists import with_labels
+from jaxpref.data.records.lists import with_numbers
 from jaxpref.data.shared_prompts import prompt_hash, split_key
 from jaxpref.data.sources import Divisible
 from jaxpref.data.tokens import Tokens
 
 ROWS = 1024
 """Rows of a chunk."""
-LABEL = "label "
-"""Begins the names of arrays with labels."""
+NUMBER = "number "
+"""Begins the names of arrays with numbers of the records."""
 _CHARACTERS = 4_000_000  # tokenized together, to bound the tokenizer's memory
 
 
@@ -150,14 +150,14 @@ class _Collected:
         self._records, self._contents = array("i"), array("q")
         # Of each pair.
         self._pairs = collections.defaultdict(lambda: array("q"))
-        self._labels = collections.defaultdict(lambda: array("d"))
+        self._numbers = collections.defaultdict(lambda: array("d"))
         # Of each pair, if noise is injected.
         self._values: list[dict[str, Any]] = []
         self._parts: list[str] = []
         # Of each completion, and of each token.
         self._lengths, self._characters = array("i"), array("i")
         self._side_prompt_lengths = array("i")
-        self._tokens = array("i")
+        self._tokens, self._trained = array("i"), array("b")
 
     def add_row(self, source: Divisible, row: int) -> None:
         """Checks the records of a row; they wait to be tokenized together."""
@@ -203,9 +203,10 @@ class _Collected:
             values=self._values_read,
             fields=self._fields,
             allow_own_prompts=options.own_prompts,
+            all_turns=options.train_turns == "all",
         )
         if kind.sides is None and not isinstance(example, str):
-            return with_labels(example, kind.labels, place)
+            return with_numbers(example, kind.numbers, place)
         return example
 
     def tokenize(self, tokenizer: Any) -> None:
@@ -255,20 +256,22 @@ class _Collected:
         }
         for key, value in numbers.items():
             self._pairs[key].append(value)
-        self._tokens.extend(tokens.prompt)
+        self._add_tokens(tokens.prompt)
         own = tokens.side_prompts or [()] * len(tokens.completions)
-        for side_prompt, completion in zip(own, tokens.completions, strict=True):
-            self._tokens.extend(side_prompt)
-            self._tokens.extend(completion)
+        masks = tokens.masks or [None] * len(tokens.completions)
+        sides = zip(own, tokens.completions, masks, strict=True)
+        for side_prompt, completion, mask in sides:
+            self._add_tokens(side_prompt)
+            self._add_tokens(completion, mask)
             self._side_prompt_lengths.append(len(side_prompt))
             self._lengths.append(len(completion))
-        for key, value in example.labels.items():
+        for key, value in example.numbers.items():
             if key in OF_ANSWERS:
                 if len(value) != len(tokens.completions):
-                    raise ValueError(f"{key}: {len(value)} labels of a list")
-                self._labels[key].extend(value)
+                    raise ValueError(f"{key}: {len(value)} numbers of a list")
+                self._numbers[key].extend(value)
             else:
-                self._labels[key].append(value)
+                self._numbers[key].append(value)
         if self._options.inject.active:
             about = subject(example, self._topic)
             # A rationale has none.
@@ -277,6 +280,13 @@ class _Collected:
             self._values.append(dict(about.values))
             self._pairs["topic"].append(about.matches)
             self._parts.append(pair.part)
+
+    def _add_tokens(
+        self, tokens: Sequence[int], mask: Sequence[bool] | None = None
+    ) -> None:
+        self._tokens.extend(tokens)
+        if self._options.train_turns == "all":
+            self._trained.extend([1] * len(tokens) if mask is None else mask)
 
     def packed(self) -> bytes:
         """The bytes; token ids have 16 bits where they fit."""
@@ -313,8 +323,9 @@ class _Collected:
             "side_prompt_lengths": np.array(self._side_prompt_lengths, np.int32),
             "characters": np.array(self._characters, np.int32),
             "tokens": tokens.astype(np.int32 if wide else np.uint16),
+            "trained": np.array(self._trained, np.bool_),
         }
-        labels = {f"{LABEL}{k}": np.array(v) for k, v in self._labels.items()}
+        numbers = {f"{NUMBER}{k}": np.array(v) for k, v in self._numbers.items()}
         about = {
             "num_records": self._num_records,
             "dropped": self._dropped,
@@ -324,7 +335,7 @@ class _Collected:
             "values": self._values if any(self._values) else [],
             "parts": self._parts if any(self._parts) else [],
         }
-        return pack(arrays | labels, about)
+        return pack(arrays | numbers, about)
 
     def _attempt(self, read: Callable, place: str, row: int, part: str) -> Any:
         before = len(self._bad.found)

@@ -3,7 +3,8 @@
 A chunk's name is the digest of all that decides its content: its rows, the tokenizer,
 the options, and the code.  Another record, option, or version has another name, so
 nothing stale is ever found.  Files are written atomically and never changed; a damaged
-one is detected and replaced.
+one is detected and replaced.  Those that were not used for the longest time are removed
+when all together exceed `JAXPREF_CACHE_LIMIT`.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import hashlib
 import json
 import logging
 import mmap
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +32,15 @@ from jaxpref.data.chunk import (
 from jaxpref.data.chunk_pool import num_processes, read_chunks
 from jaxpref.data.chunk_rules import Rules
 from jaxpref.data.sources import Divisible
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, show, visible_line
 from jaxpref.files import write_whole
 from jaxpref.runtime import heartbeat
 from jaxpref.runtime.cache_folder import (
+    LIMIT,
     cache_folder,
+    cache_limit,
     make_private,
+    remove_least_recent,
     warn_if_others_write,
 )
 from jaxpref.runtime.processes import (
@@ -53,7 +58,12 @@ _log = logging.getLogger("jaxpref")
 
 
 def tokens_folder() -> Path:
-    """Where the runs of this user keep tokenized records; see `cache_folder`."""
+    """Where the runs of this user keep tokenized records; see `cache_folder`.
+
+    Raises:
+      InputError: also if `JAXPREF_CACHE_LIMIT` is not a size.
+    """
+    cache_limit()
     return cache_folder() / "tokens"
 
 
@@ -96,7 +106,10 @@ class ChunkReader:
         held = {} if names is None else self._stored(enumerate(names))
         lacking = [n for n in range(len(numbers)) if n not in held]
         made = self._made([numbers[n] for n in lacking], num_processes(len(lacking)))
-        with contextlib.closing(made):
+        with contextlib.ExitStack() as stack:
+            if names is not None and lacking:
+                stack.callback(self._keep_within_limit)
+            stack.enter_context(contextlib.closing(made))
             for position in range(len(numbers)):
                 if position in held:
                     yield held.pop(position).chunk
@@ -129,6 +142,8 @@ class ChunkReader:
         own = {n: one.buffer for n, one in held.items() if n < failed}
         for position, buffer in exchange(own, failed).items():
             held[position] = self._kept(names[position], buffer)
+        if not has[index].all():
+            self._keep_within_limit()
         for position in range(failed):
             yield held.pop(position).chunk
         if reason:
@@ -203,12 +218,27 @@ class ChunkReader:
             return _Held(buffer, open_chunk(buffer))
         return _opened(path) or _Held(buffer, open_chunk(buffer))
 
+    def _keep_within_limit(self) -> None:
+        """Removes the chunks that no run has used for the longest time."""
+        limit = cache_limit()
+        if self.folder is None or limit is None:
+            return
+        count, size = remove_least_recent(self.folder, _SUFFIX, limit=limit)
+        if count:
+            line = (
+                f"{self.folder}: removed {size / 2**20:,.1f} MiB that were not used for"
+                f" the longest time, to stay within {limit / 2**20:,.1f} MiB ({LIMIT})"
+            )
+            show(visible_line(line))  # on whichever process removed them
+
 
 def _opened(path: Path) -> _Held | None:
     """A chunk on disk; None if there is none, or it is damaged."""
     try:
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            os.utime(path)  # when it was used; see `remove_least_recent`
         return _Held(buffer, open_chunk(buffer))
     except FileNotFoundError:
         return None

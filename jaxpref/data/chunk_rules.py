@@ -36,7 +36,7 @@ class Rules:
             "topic": self.options.inject.topic,
             "inject": self.options.inject.active,
             "sides": self.kind.sides,
-            "labels": sorted(self.kind.labels),
+            "numbers": sorted(self.kind.numbers),
             "rationale": self.kind.rationale,
             "pairs": self.to_pairs.__name__,
             "whole_turns": self.whole_turns,

@@ -17,6 +17,8 @@ Number = TypeVar("Number", float, np.ndarray)
 FLAG = "--columns"
 WEIGHT = "weight"
 """The column that no loss reads, since it multiplies every loss."""
+VOTES = "votes"
+"""The column with the answers that several votes prefer; see `data.votes`."""
 LARGEST = float(np.finfo(np.float32).max)
 LIMITS = {
     "strength": (0.0, LARGEST, "0 or more"),
@@ -50,6 +52,7 @@ ARRAYS = OF_ANSWERS | {
     "flip_predictor",
     "chosen_first",
     "desirable",
+    "degree",
 }
 """Arrays of losses and objectives that come from the records; docs/data.md explains
 them."""

@@ -46,6 +46,8 @@ class Parts:
     prompt: list[int]
     completions: list[list[int]]
     texts: Texts
+    masks: tuple[list[bool], ...] = ()
+    """Which tokens of each completion are trained on; empty if all are."""
 
     def excess(self, limits: Limits) -> int:
         """Tokens by which the prompt is too long; 0 or less if it fits."""

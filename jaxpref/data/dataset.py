@@ -1,20 +1,18 @@
 """Tokenized preference data: flat arrays with random access, and columns by name."""
 
 import dataclasses
+import functools
 import hashlib
-import types
-from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from jaxpref.data.columns import OF_ANSWERS, WEIGHT
+from jaxpref.data.columns import VOTES, WEIGHT
 
 COLUMNS: dict[str, type[np.generic]] = {
     "is_flipped": np.bool_,
     "annotator": np.int32,
     "row": np.int64,
+    "file_row": np.int64,
     "source": np.int16,
     "empty_trace": np.bool_,
     "prompt": np.int64,
@@ -23,7 +21,7 @@ COLUMNS: dict[str, type[np.generic]] = {
 """The columns of every dataset, with their dtypes; all others are float32."""
 PROMPTS = ("prompt", "rejected_prompt")
 """Columns with hashes of the prompts of a record."""
-PLACES = ("row", "source", *PROMPTS)
+PLACES = ("row", "file_row", "source", *PROMPTS)
 """Columns that locate a record or follow from its text; the digest leaves them out."""
 
 _SPANS = 1 << 14
@@ -60,6 +58,7 @@ class PreferenceDataset:
     `is_flipped`: this label is known to be flipped (injected, or by the file's `flip`);
     `annotator`: index into `annotator_names`, -1 if unknown;
     `row`: index of the record in its source, from 0;
+    `file_row`: index of the row that holds it; one of votes holds several records;
     `source`: index of the file; 1 for the second source of a run that mixes two, made
     without traces;
     `empty_trace`: the pair has an empty trace, in a run that mixes such pairs with
@@ -71,8 +70,15 @@ class PreferenceDataset:
     Any other column is float32, and losses read it under its name; see
     `data.columns`.  Those in `OF_ANSWERS` have a number for each completion, [N, K],
     which is 0 where a completion is missing.
+
+    If pairs have several votes, there is a column `votes`, and the columns with a
+    number for each label are [N, V]; see `data.votes`.
     """
     annotator_names: tuple[str, ...] = ()
+    trained: np.ndarray | None = None
+    """bool [total]; whether the loss is on a token of a completion, for completions of
+    several turns: False for the turns of the user and of tools between the assistant's.
+    None if it is on all tokens of completions."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -83,15 +89,21 @@ class PreferenceDataset:
         return self.completion_lengths.shape[1]
 
     @property
-    def labels(self) -> dict[str, np.ndarray]:
+    def num_votes(self) -> int:
+        """V, the most votes on a pair; 1 if rows are single labels."""
+        return self.columns[VOTES].shape[1] if VOTES in self.columns else 1
+
+    @property
+    def numbers(self) -> dict[str, np.ndarray]:
         """The columns that losses read, float32 [N] or [N, K] by name."""
-        own = {*COLUMNS, WEIGHT}
+        own = {*COLUMNS, VOTES, WEIGHT}
         return {name: x for name, x in self.columns.items() if name not in own}
 
     @property
     def weights(self) -> np.ndarray:
-        """What multiplies the loss of each pair in training, float32 [N]."""
-        return self.columns.get(WEIGHT, np.ones(len(self), np.float32))
+        """What multiplies the loss of each pair or vote, float32 [N] or [N, V]."""
+        blank = np.ones(self.columns["annotator"].shape, np.float32)
+        return self.columns.get(WEIGHT, blank)
 
     @property
     def longest(self) -> int:
@@ -102,6 +114,17 @@ class PreferenceDataset:
     def context_lengths(self) -> np.ndarray:
         """Tokens of the whole prompt of each completion, int32 [N, K]."""
         return self.prompt_lengths[:, None] + self.side_prompt_lengths
+
+    @functools.cached_property
+    def target_lengths(self) -> np.ndarray:
+        """Tokens of each completion that the loss is on, int32 [N, K]."""
+        if self.trained is None:
+            return self.completion_lengths
+        before = np.concatenate([[0], np.cumsum(self.trained)])
+        sides = self.side_prompt_lengths + self.completion_lengths
+        ends = (self.offsets[:-1] + self.prompt_lengths)[:, None] + np.cumsum(sides, 1)
+        found = before[ends] - before[ends - self.completion_lengths]
+        return found.astype(np.int32)
 
     @property
     def packed_lengths(self) -> np.ndarray:
@@ -127,6 +150,14 @@ class PreferenceDataset:
         start = self._start(index, side) + self.side_prompt_lengths[index, side]
         return self.tokens[start : start + self.completion_lengths[index, side]]
 
+    def targets(self, index: int, side: int) -> np.ndarray:
+        """Which tokens of a completion the loss is on, int [target_lengths[n, k]]."""
+        size = self.completion_lengths[index, side]
+        if self.trained is None:
+            return np.arange(size)
+        start = self._start(index, side) + self.side_prompt_lengths[index, side]
+        return np.flatnonzero(self.trained[start : start + size])
+
     def _start(self, index: int, side: int) -> int:
         """Where the tokens of one completion and of its own prompt begin."""
         sides = self.side_prompt_lengths[index] + self.completion_lengths[index]
@@ -137,10 +168,12 @@ class PreferenceDataset:
         indices = np.asarray(indices)
         if indices.dtype == np.bool_:
             indices = np.flatnonzero(indices)
-        sizes = self.packed_lengths[indices]
+        starts, sizes = self.offsets[:-1][indices], self.packed_lengths[indices]
+        of_tokens = lambda x: None if x is None else spans(x, starts, sizes)
         return dataclasses.replace(
             self,
-            tokens=spans(self.tokens, self.offsets[:-1][indices], sizes),
+            tokens=spans(self.tokens, starts, sizes),
+            trained=of_tokens(self.trained),
             offsets=np.concatenate([[0], np.cumsum(sizes)]),
             prompt_lengths=self.prompt_lengths[indices],
             side_prompt_lengths=self.side_prompt_lengths[indices],
@@ -168,6 +201,9 @@ class PreferenceDataset:
         return dataclasses.replace(
             self,
             tokens=np.insert(self.tokens, starts, 0),
+            trained=None
+            if self.trained is None
+            else np.insert(self.trained, starts, True),
             offsets=self.offsets + count * np.arange(len(self.offsets)),
             prompt_lengths=self.prompt_lengths + np.int32(count),
         )
@@ -175,8 +211,8 @@ class PreferenceDataset:
     def completion_keys(self) -> np.ndarray:
         """32 hexadecimal digits of the SHA-256 of prompt and completion; str [N, K].
 
-        The hash is of the tokens.  Another tokenizer, template or length limit changes
-        a key only if it changes the tokens.
+        The hash is of the tokens, and of which of them the loss is on.  Another
+        tokenizer, template or length limit changes a key only if it changes these.
         """
         keys = []
         for n in range(len(self)):
@@ -185,6 +221,8 @@ class PreferenceDataset:
                 whole = prompt.copy()
                 whole.update(self.side_prompt(n, side).tobytes() + b"|")
                 whole.update(self.completion(n, side).tobytes())
+                if self.target_lengths[n, side] < self.completion_lengths[n, side]:
+                    whole.update(b"|" + self.targets(n, side).tobytes())
                 keys.append(whole.hexdigest()[:32])
         return np.array(keys, np.str_).reshape(len(self), self.num_completions)
 
@@ -201,6 +239,8 @@ class PreferenceDataset:
         }
         if self.side_prompt_lengths.any():
             arrays["side_prompt_lengths"] = self.side_prompt_lengths
+        if self.trained is not None:
+            arrays["trained"] = self.trained
         columns = sorted(self.columns.items())
         arrays |= {name: x for name, x in columns if name not in PLACES}
         for name, values in arrays.items():
@@ -227,132 +267,3 @@ def spans(tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarr
         place += np.repeat(starts[part] - begin, sizes[part])
         found[begin[0] : ends[part][-1]] = tokens[place]
     return found
-
-
-class DatasetBuilder:
-    """Collects pairs one by one, with four bytes per token."""
-
-    def __init__(self, num_completions: int | None):
-        """None for prompts with any numbers of completions."""
-        self._num_completions = num_completions
-        self._tokens = array("i")
-        self._prompt_lengths, self._completion_lengths = array("i"), array("i")
-        self._side_prompt_lengths = array("i")
-        self._counts = array("i")
-        self._ids: list[str] = []
-        self._annotators: list[str | None] = []
-        self._columns: dict[str, array] = {}
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def add(
-        self,
-        prompt: Sequence[int] | np.ndarray,
-        completions: Sequence[Sequence[int] | np.ndarray],
-        *,
-        side_prompts: Sequence[Sequence[int] | np.ndarray] = (),
-        id: str,
-        annotator: str | None = None,
-        columns: Mapping[str, Any] = types.MappingProxyType({}),
-    ) -> None:
-        """Appends one pair.
-
-        Args:
-          prompt: its tokens, at least one, unless all completions have their own.
-          completions: the tokens of each completion; empty if it is missing.
-          side_prompts: further tokens of the prompt of each completion.
-          id: see `PreferenceDataset.ids`.
-          annotator: the annotator's name.
-          columns: the pair's numbers by name, with the same names for all pairs; for
-            those in `OF_ANSWERS`, one number per completion.  Missing columns of
-            `COLUMNS` are 0, except `row`, which defaults to the number of pairs so far.
-        """
-        if self._num_completions not in (None, len(completions)):
-            raise ValueError(
-                f"{len(completions)} completions, not {self._num_completions}"
-            )
-        own = side_prompts or [()] * len(completions)
-        whole = zip(own, completions, strict=True)
-        if not len(prompt) and any(len(x) and not len(p) for p, x in whole):
-            raise ValueError("a prompt without tokens: nothing predicts the completion")
-        defaults: dict[str, Any] = {name: 0 for name in COLUMNS if name != "annotator"}
-        defaults |= {"row": len(self), "rejected_prompt": columns.get("prompt", 0)}
-        numbers = {**defaults, **columns}
-        if len(self) and numbers.keys() != self._columns.keys():
-            raise ValueError(f"columns {[*numbers]}, not {[*self._columns]}")
-        for name, value in numbers.items():
-            column = self._columns.setdefault(
-                name, array("q" if name in COLUMNS else "f")
-            )
-            if name in OF_ANSWERS:
-                if len(value) != len(completions):
-                    raise ValueError(f"{name}: {len(value)} of {len(completions)}")
-                column.extend(value)
-            else:
-                column.append(value)
-        self._tokens.extend(prompt)
-        self._prompt_lengths.append(len(prompt))
-        self._counts.append(len(completions))
-        for side_prompt, completion in zip(own, completions):
-            self._tokens.extend(side_prompt)
-            self._tokens.extend(completion)
-            self._side_prompt_lengths.append(len(side_prompt))
-            self._completion_lengths.append(len(completion))
-        self._ids.append(id)
-        self._annotators.append(annotator)
-
-    def annotators(self) -> set[str]:
-        """The names of all annotators so far."""
-        return {name for name in self._annotators if name is not None}
-
-    @property
-    def most_completions(self) -> int:
-        """K: the given number of completions, or the largest so far."""
-        return self._num_completions or max(self._counts, default=0)
-
-    def build(
-        self,
-        annotator_names: Sequence[str] | None = None,
-        num_completions: int | None = None,
-    ) -> PreferenceDataset:
-        """The dataset.
-
-        Args:
-          annotator_names: defaults to all names so far, sorted.
-          num_completions: K, at least `most_completions`, its default.
-        """
-        names = annotator_names
-        names = tuple(sorted(self.annotators()) if names is None else names)
-        index = {name: n for n, name in enumerate(names)} | {None: -1}
-        prompt_lengths = np.array(self._prompt_lengths, np.int32)
-        # Missing completions come last.
-        count = self.most_completions if num_completions is None else num_completions
-        exists = np.arange(count) < np.array(self._counts, np.int32)[:, None]
-
-        def of_completions(values: Sequence, dtype: Any) -> np.ndarray:
-            table = np.zeros(exists.shape, dtype)
-            table[exists] = values
-            return table
-
-        completion_lengths = of_completions(self._completion_lengths, np.int32)
-        side_prompt_lengths = of_completions(self._side_prompt_lengths, np.int32)
-        sides = completion_lengths + side_prompt_lengths
-        sizes = prompt_lengths + sides.sum(1, dtype=np.int64)
-        collected = dict.fromkeys(COLUMNS, []) | self._columns
-        collected["annotator"] = [index[name] for name in self._annotators]
-        return PreferenceDataset(
-            tokens=np.array(self._tokens, np.int32),
-            offsets=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
-            prompt_lengths=prompt_lengths,
-            side_prompt_lengths=side_prompt_lengths,
-            completion_lengths=completion_lengths,
-            ids=np.array(self._ids, np.str_),
-            columns={
-                name: of_completions(values, np.float32)
-                if name in OF_ANSWERS
-                else np.array(values, COLUMNS.get(name, np.float32))
-                for name, values in collected.items()
-            },
-            annotator_names=names,
-        )

@@ -16,6 +16,8 @@ from typing import Any
 from jaxpref.errors import InputError
 from jaxpref.files import read_json
 
+INNER_END = "a completion holds BOS or EOS before its end"
+
 
 def read_stop_tokens(folder: Path) -> tuple[int, ...]:
     """The token ids that end a completion, as a model folder states them.

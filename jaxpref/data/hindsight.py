@@ -10,13 +10,50 @@ trained to give a good answer at once, which is how it is sampled.
 from collections.abc import Iterator
 from typing import Any
 
-from jaxpref.data.records import Example
+from jaxpref.data.bad_rows import BadRows, log_skipped
+from jaxpref.data.record_options import RecordOptions
+from jaxpref.data.records import Example, parse
+from jaxpref.data.sources import Source
 from jaxpref.errors import InputError
 
 WORDS = {"bad": "\n\nA bad answer:", "good": "\n\nA good answer:"}
 """What a text continues with before each answer."""
 TURNS = {"bad": "Give a bad answer.", "good": "Give a good answer."}
 """What the user asks for in a conversation."""
+
+
+def all_hindsight_records(
+    source: Source, options: RecordOptions
+) -> tuple[list[dict[str, Any]], int]:
+    """The records of all pairs of a source; see `hindsight_records`.
+
+    Args:
+      source: pairs, from `open_records`.
+      options: which fields are ignored, and whether malformed rows are skipped.
+
+    Returns:
+      The records, and how many pairs were dropped because they cannot be used.
+
+    Raises:
+      InputError: if a pair is malformed and not to be skipped.
+    """
+    bad, found, dropped = BadRows(options.on_bad_row), [], 0
+    for row in range(len(source)):
+        place = source.location(row)
+        read = lambda row=row, place=place: parse(
+            source[row],
+            place,
+            sides=2,
+            drop_empty=True,
+            ignore_fields=options.ignore_fields,
+        )
+        example = bad.attempt(read, place)
+        if isinstance(example, Example):
+            found += hindsight_records(example, place)
+        elif example is not None:
+            dropped += 1
+    log_skipped(bad.found)
+    return found, dropped
 
 
 def hindsight_records(example: Example, where: str) -> Iterator[dict[str, Any]]:

@@ -207,7 +207,7 @@ def subject(example: Example, topic: re.Pattern | None) -> Subject:
     """What the noise depends on, of a pair with the fields of `fields_read`."""
     return Subject(
         annotator=example.annotator,
-        characters=tuple(map(len, example.texts)),
+        characters=example.characters,
         values={name: _plain(value) for name, value in example.values.items()},
         matches=topic is not None and topic.search(prompt_text(example)) is not None,
     )

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,8 @@ class Segment:
 
     text: str
     kind: str
-    """"prompt", "answer", or "special" for a special token."""
+    """"prompt", "answer", "given" for what is between the turns of an answer and not
+    trained on, or "special" for a special token."""
     tokens: int
 
 
@@ -99,7 +101,13 @@ def segments(dataset: PreferenceDataset, index: int, tokenizer: Any) -> list[lis
         own = dataset.side_prompt(index, side).tolist()
         answer = dataset.completion(index, side).tolist()
         found.append(list(_segments(prompt, own, "prompt", tokenizer)))
-        found[-1] += _segments(prompt + own, answer, "answer", tokenizer)
+        before, end = prompt + own, 0
+        trained = np.isin(np.arange(len(answer)), dataset.targets(index, side))
+        for is_trained, run in itertools.groupby(trained.tolist()):
+            start, end = end, end + len(list(run))
+            kind = "answer" if is_trained else "given"
+            tokens = answer[start:end]
+            found[-1] += _segments(before + answer[:start], tokens, kind, tokenizer)
     return found
 
 

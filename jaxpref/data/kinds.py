@@ -14,7 +14,7 @@ class Kind:
     sides: int | None = 2
     """Answers of a record: 2 for pairs, 1 for single answers, None for lists, which
     have as many as the record holds."""
-    labels: frozenset[str] = frozenset()
+    numbers: frozenset[str] = frozenset()
     """Numbers that are read besides the order of the answers; see `data.columns`."""
     mismatched: bool = False
     """Whether each prompt also gets the answer of another one; see `mismatched`."""
@@ -25,6 +25,8 @@ class Kind:
     """Whether prompts are trained on like answers; see `joint`."""
     rationale: bool = False
     """Whether the reason for the preference is a third completion; see `rationales`."""
+    votes: bool = False
+    """Whether all votes on a pair are one row; see `votes`."""
 
     @property
     def num_completions(self) -> int | None:
@@ -40,10 +42,10 @@ class Kind:
 
     def of_record(self, record: Any) -> "Kind":
         """What is read of one record: a pair is two labeled answers."""
-        labeled = "desirable" in self.labels and isinstance(record, Mapping)
+        labeled = "desirable" in self.numbers and isinstance(record, Mapping)
         if labeled and record.get("rejected") is not None:
-            labels = self.labels - {"desirable"}
-            return dataclasses.replace(self, sides=2, labels=labels, mismatched=False)
+            numbers = self.numbers - {"desirable"}
+            return dataclasses.replace(self, sides=2, numbers=numbers, mismatched=False)
         return self
 
     def columns(self, named: Mapping[str, str]) -> dict[str, str]:
@@ -52,12 +54,12 @@ class Kind:
         Args:
           named: the field by column; see `DataOptions.named_columns`.
         """
-        return fields_to_read(named, self.labels)
+        return fields_to_read(named, self.numbers)
 
     @property
     def can_flip(self) -> bool:
         """Whether the label of a record can be turned into its opposite."""
-        return self.sides == 2 or "desirable" in self.labels
+        return self.sides == 2 or "desirable" in self.numbers
 
 
 PAIRS = Kind()

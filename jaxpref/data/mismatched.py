@@ -58,9 +58,13 @@ def with_mismatched(
     given = own + answers.offsets[donors] + answers.prompt_lengths[donors]
     starts = np.column_stack([dataset.offsets[:-1], given]).ravel()
     lengths = np.column_stack([dataset.packed_lengths, sizes]).ravel()
+    both = lambda x, y: spans(np.concatenate([x, y]), starts, lengths)
     return dataclasses.replace(
         dataset,
-        tokens=spans(np.concatenate([dataset.tokens, answers.tokens]), starts, lengths),
+        tokens=both(dataset.tokens, answers.tokens),
+        trained=None
+        if dataset.trained is None or answers.trained is None
+        else both(dataset.trained, answers.trained),
         offsets=dataset.offsets + np.concatenate([[0], np.cumsum(sizes)]),
         side_prompt_lengths=np.zeros((len(dataset), 2), np.int32),
         completion_lengths=np.column_stack([dataset.completion_lengths, sizes]),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref.data.columns import exchanged
+from jaxpref.data.columns import OF_ANSWERS, VOTES, exchanged
 from jaxpref.data.dataset import PreferenceDataset
 from jaxpref.data.hashing import hash_uniforms
 from jaxpref.errors import InputError, first_line
@@ -129,30 +129,52 @@ def flip_pairs(pairs: PreferenceDataset, flips: np.ndarray) -> PreferenceDataset
 
     Flipping a pair that is already marked as flipped makes it right again, and clears
     the mark.  Ratings are swapped with the answers; other numbers are not (see
-    `data.columns.exchanged`).
+    `data.columns.exchanged`).  A rationale stays as it is.
+
+    Raises:
+      InputError: if the records are single answers or lists, or hold several votes.
     """
-    tokens = pairs.tokens.copy()
-    for n in np.flatnonzero(flips).tolist():
-        start = pairs.offsets[n] + pairs.prompt_lengths[n]
-        swapped = [
-            part
-            for side in (1, 0)
-            for part in (pairs.side_prompt(n, side), pairs.completion(n, side))
-        ]
-        tokens[start : pairs.offsets[n + 1]] = np.concatenate(swapped)
-    swap = lambda x: np.where(flips[:, None], x[:, ::-1], x)
-    other = exchanged(pairs.labels)
-    columns = {k: np.where(flips, other[k], v) for k, v in pairs.labels.items()}
+    _check_pairs(pairs)
+    order = [1, 0, *range(2, pairs.num_completions)]
+    sizes = pairs.side_prompt_lengths + pairs.completion_lengths
+
+    def swapped(values: np.ndarray) -> np.ndarray:
+        """Numbers of each token, in the order of the swapped answers."""
+        values = values.copy()
+        for n in np.flatnonzero(flips).tolist():
+            start = pairs.offsets[n] + pairs.prompt_lengths[n]
+            own = values[start : pairs.offsets[n + 1]]
+            sides = np.split(own, np.cumsum(sizes[n])[:-1])
+            own[:] = np.concatenate([sides[side] for side in order])
+        return values
+
+    swap = lambda x: np.where(flips[:, None], x[:, order], x)
+    other = exchanged(pairs.numbers)
+    columns = {k: np.where(flips, other[k], v) for k, v in pairs.numbers.items()}
     columns["is_flipped"] = pairs.columns["is_flipped"] ^ flips
     for name, other in (("prompt", "rejected_prompt"), ("rejected_prompt", "prompt")):
         columns[name] = np.where(flips, pairs.columns[other], pairs.columns[name])
     return dataclasses.replace(
         pairs,
-        tokens=tokens,
+        tokens=swapped(pairs.tokens),
+        trained=None if pairs.trained is None else swapped(pairs.trained),
         side_prompt_lengths=swap(pairs.side_prompt_lengths),
         completion_lengths=swap(pairs.completion_lengths),
         columns=pairs.columns | columns,
     )
+
+
+def _check_pairs(pairs: PreferenceDataset) -> None:
+    """Raises InputError unless completions 0 and 1 are the answers of one label."""
+    if pairs.num_completions < 2 or pairs.columns.keys() & OF_ANSWERS:
+        raise InputError(
+            f"flip_pairs: {pairs.num_completions} completions are not a pair; read the"
+            " records as pairs, or flip them with --inject"
+        )
+    if VOTES in pairs.columns:
+        raise InputError(
+            "flip_pairs: a row holds several votes; flip each vote before share_votes"
+        )
 
 
 def read_rates(path: str | Path) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Options of the data: lengths, splits, injected noise, markers, mixed traces."""
 
 import dataclasses
+from typing import Literal
 
 from jaxpref.data.columns import EXCHANGED, FLAG
 from jaxpref.data.record_options import RecordOptions
@@ -160,6 +161,10 @@ class DataOptions(RecordOptions):
     drop_empty: bool = False
     """Drop and count records with an empty completion, instead of stopping with an
     error."""
+    train_turns: Literal["last", "all"] = "last"
+    """Which turns of the assistant are trained on in a conversation: the last one, or
+    all of the completion, each up to its stop token.  The completion of messages begins
+    with their first answer, and that of pairs where the two conversations differ."""
     columns: tuple[str, ...] = ()
     """Numbers of the records, as NAME=FIELD, separated by commas or spaces: weight=w
     beta=info.b.  The name is weight, which multiplies the loss of a training pair; what

@@ -29,8 +29,10 @@ class Piece(NamedTuple):
         return self.chunk[name][: self.of_pairs("counts").sum()]
 
 
-def tokens_of(piece: Piece, mask: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """The tokens of some of the pairs of a piece."""
+def of_tokens(
+    piece: Piece, name: str, mask: np.ndarray, flips: np.ndarray
+) -> np.ndarray:
+    """An array with a number for each token, of some of the pairs of a piece."""
     counts, prompts = piece.of_pairs("counts"), piece.of_pairs("prompt_lengths")
     lengths = piece.of_completions("lengths")
     lengths = lengths + piece.of_completions("side_prompt_lengths")
@@ -38,7 +40,7 @@ def tokens_of(piece: Piece, mask: np.ndarray, flips: np.ndarray) -> np.ndarray:
     answers = np.add.reduceat(lengths, ends - counts) if len(counts) else lengths
     sizes = prompts + answers
     starts = np.cumsum(sizes) - sizes
-    tokens = piece.chunk["tokens"][: sizes.sum()]
+    tokens = piece.chunk[name][: sizes.sum()]
     swapped = np.flatnonzero(flips & mask & (counts >= 2)).tolist()
     if swapped:
         tokens = tokens.copy()

@@ -65,7 +65,7 @@ def read_prompts(
             continue
         seen.add(prompt_key(example.prompt))
         if not example.completions and not raw:
-            example = _as_user(example, tokenizer)
+            example = as_user(example, tokenizer)
         example = _with_thinking(example, thinking)
         record = source[row]
         prompts.append(_prompt(example, record, place, tokenizer, max_prompt_length))
@@ -101,7 +101,7 @@ def given_prompts(
             raise InputError(f"{place}: is empty; write a prompt")
         if not raw:
             messages = _conversation(text, place)
-            example = messages or _as_user(example, tokenizer)
+            example = messages or as_user(example, tokenizer)
         example = _with_thinking(example, thinking)
         record = {"prompt": text}
         prompts.append(_prompt(example, record, place, tokenizer, None))
@@ -123,7 +123,7 @@ def _prompt(
     return Prompt(text, tokens, record)
 
 
-def _as_user(example: Example, tokenizer: Any) -> Example:
+def as_user(example: Example, tokenizer: Any) -> Example:
     """A text as a user's turn, if the model has a chat template.
 
     A text that has turns already, with the tokenizer's special tokens or as a dialogue,

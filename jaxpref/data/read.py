@@ -17,6 +17,7 @@ from jaxpref.data.record_source import open_records
 from jaxpref.data.shared_prompts import Shared, check_shared, count_shared
 from jaxpref.data.splits import Splits, make_mixed_splits, make_splits
 from jaxpref.data.tokenizers import check_same_tokenizer
+from jaxpref.data.votes import share_votes
 from jaxpref.errors import InputError
 from jaxpref.runtime.processes import log
 
@@ -114,6 +115,7 @@ def read_datasets(
     log_skipped(splits.skipped)
     splits.fields.check_ignored(options.ignore_fields)
     splits.fields.check_mapped(options.mapped)
+    splits.fields.check_rendered(options.template_options, named)
     log(f"{named}: {splits.fields.describe()}")
     for line in splits.fields.warnings():
         log(f"{named}: {line}")
@@ -125,6 +127,8 @@ def read_datasets(
     read = [(sources, splits.train), (evaluated, splits.heldout)]
     for name, folder in scored_by.items():
         check_same_tokenizer(tokenizer, folder, read, options, name=name, kind=kind)
+    if kind.votes:
+        splits = _with_shared_votes(splits, named)
     if mixture.weights is not None:
         digest = hashlib.sha256(f"{splits.digest} {mixture.weights}".encode())
         splits = dataclasses.replace(
@@ -133,6 +137,21 @@ def read_datasets(
         shares = zip(files, mixture.weights, strict=True)
         log("shares of the pairs: " + ", ".join(f"{x} {w:.3g}" for x, w in shares))
     return Datasets(splits, files, (heldout,) if heldout else files)
+
+
+def _with_shared_votes(splits: Splits, files: str) -> Splits:
+    """The splits with one row for all votes on a pair; logs how many there are."""
+    train, heldout = share_votes(splits.train, splits.heldout)
+    if train is splits.train:
+        return splits
+    log(
+        f"{files}: {len(splits.train):,} votes on {len(train):,} training pairs, at "
+        f"most {train.num_votes} on one; a pair is scored once for all its votes"
+    )
+    digest = hashlib.sha256(f"{train.digest()} {heldout.digest()}".encode())
+    return dataclasses.replace(
+        splits, train=train, heldout=heldout, digest=digest.hexdigest()
+    )
 
 
 def _check_heldout(options: DataOptions, heldout: str | None) -> None:

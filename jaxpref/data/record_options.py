@@ -32,7 +32,8 @@ class RecordOptions:
     worst, the best with a random worse one, or all with different scores."""
     votes: Literal["each", "majority"] = "each"
     """What is made from a record with several votes: a pair for each vote with its
-    annotator, or one for their majority."""
+    annotator, or one for their majority.  Training scores a pair once for all votes
+    (not bvpo and rationale)."""
     own_prompts: bool = False
     """Allow the answers of a record to follow different prompts in any format, such as
     messages in chosen and rejected (default: drop and count such records, unless the

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref.data.kinds import LABELED, LISTS, PAIRS, Kind
 from jaxpref.data.record_options import RecordOptions
 from jaxpref.data.records import Example, parse
-from jaxpref.data.records.adapters import ADAPTERS, Adapter
+from jaxpref.data.records.adapters import ADAPTERS, SCORED_LISTS, Adapter
 from jaxpref.data.records.fields import Record
+from jaxpref.data.records.labeled import is_labeled
+from jaxpref.data.records.lists import is_graded
 from jaxpref.data.records.mapping import mapped
 from jaxpref.data.records.view import Origin, Rewritten, View
 from jaxpref.data.sources import (
@@ -50,6 +53,30 @@ def open_records(data: str, options: RecordOptions, *, sides: int | None) -> Sou
       InputError: as `open_source`.
     """
     return RecordSource(open_source(data), options, sides=sides)
+
+
+def first_kind(data: str, options: RecordOptions) -> Kind:
+    """What the first record is in our names: a labeled answer, a list, or a pair.
+
+    Records of other formats are pairs.
+
+    Args:
+      data: see `open_source`.
+      options: names of fields, and format.
+
+    Raises:
+      InputError: as `open_source`.
+    """
+    source = open_source(data)
+    first = source[0] if len(source) else None
+    if options.format is not None or not isinstance(first, Mapping):
+        return LISTS if options.format == "lists" else PAIRS
+    kept = {k: v for k, v in first.items() if k not in options.ignore_fields}
+    if options.mapped:
+        kept = mapped(kept, options.mapped, source.location(0))
+    if is_graded(kept):
+        return LISTS
+    return LABELED if is_labeled(kept) else PAIRS
 
 
 def examples_of(
@@ -92,6 +119,7 @@ class RecordSource(Divisible):
     def __init__(self, source: Source, options: RecordOptions, *, sides: int | None):
         self._source, self._options = divisible(source), options
         self._mapped, self._rules = options.mapped, options.rules(sides)
+        self._sides = sides
         self._last: tuple[int, list[Any]] = (-1, [])
         self._several = self._stands_for_several()
 
@@ -249,6 +277,8 @@ class RecordSource(Divisible):
         """The adapter of a record; None if it is in our names."""
         if self._options.format is not None:
             return self._options.adapter
+        if self._sides is not None and is_graded(fields):
+            return SCORED_LISTS
         if any(name in self._mapped for name in OURS):
             return None
         if any(all(x in fields for x in names) for names in COMPLETE):

@@ -13,6 +13,7 @@ from typing import Any
 from jaxpref.data.answer_text import (
     THINK,
     TraceMarkers,
+    Turn,
     end_of_text,
     end_of_word,
     ends_with,
@@ -39,6 +40,8 @@ class Texts:
     was written by the chat template."""
     traces: list[tuple[int, int]] | None = None
     """Start and end of the trace in each whole, in characters; None without traces."""
+    turns: Sequence[Sequence[Turn]] = ()
+    """The turns of each whole that are trained on; empty if only its last one is."""
 
 
 def render(
@@ -72,7 +75,7 @@ def render(
       InputError: if the example is a conversation, and the tokenizer has no chat
         template, or the template rejects it or leaves out part of an answer.
     """
-    example = _with_options(example, tokenizer)
+    example = with_options(example, tokenizer)
     if example.traces:
         return _with_traces(example, place, tokenizer, markers)
     if example.empty:
@@ -116,7 +119,7 @@ def render_prompt(
         on `enable_thinking`, since it then has its own convention.
       markers: the markers of traces; those already at the end are not repeated.
     """
-    example = _with_options(example, tokenizer)
+    example = with_options(example, tokenizer)
     prompt, variables = example.prompt, example.variables
     if isinstance(prompt, str):
         return prompt + _empty(prompt, markers) if thinking is False else prompt
@@ -145,7 +148,7 @@ def render_prompt(
     return text + _empty(text, markers)
 
 
-def _with_options(example: Example, tokenizer: Any) -> Example:
+def with_options(example: Example, tokenizer: Any) -> Example:
     """The example with the run's variables of the chat template; its own come first."""
     options = getattr(tokenizer, "template_options", None)
     if not options or not example.is_conversation:

@@ -99,8 +99,10 @@ def make_splits(
     Raises:
       InputError: if a record is malformed, or none is left.
     """
-    to_pairs = labeled_answers if "desirable" in kind.labels else unchanged
+    to_pairs = labeled_answers if "desirable" in kind.numbers else unchanged
     parts = [(x, to_pairs) for x in (source, *more)]
+    if options.train_turns == "all":
+        _check_turns(kind, whole_turns)
     return _make_splits(parts, tokenizer, options, kind, whole_turns, folder)
 
 
@@ -129,6 +131,11 @@ def make_mixed_splits(
     Raises:
       InputError: as for `make_splits`, or if there are no pairs of one kind.
     """
+    if options.train_turns == "all":
+        raise InputError(
+            "--train-turns all: bvpo reads answers of one turn, with and without a"
+            " trace; leave it out"
+        )
     parts = [(source, with_empty_too if empty is None else with_empty)]
     if empty is not None:
         parts += [(empty, only_empty)]
@@ -153,6 +160,18 @@ def make_mixed_splits(
     return splits
 
 
+def _check_turns(kind: Kind, whole_turns: bool) -> None:
+    """Refuses objectives to which earlier turns of the assistant mean nothing."""
+    reasons = {
+        "a reward model reads its score at the last token only": whole_turns,
+        "the loss is on prompts too (joint)": kind.joint,
+        "a rationale explains one answer": kind.rationale,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InputError(f"--train-turns all: {reason}; leave it out")
+
+
 def _make_splits(
     parts: Sequence[tuple[Source, ToPairs]],
     tokenizer: Any,
@@ -165,7 +184,8 @@ def _make_splits(
     noise.check_kind(kind)
     place = f"{parts[0][0].location(0)} and all after it"
     pairs = AllPairs(options, kind)
-    # Other processes make chunks, and no function can be sent to them.
+    # A chunk serves every objective, and other processes may make it.  Each process of
+    # a run checks the numbers of all chunks, whoever made them; see `AllPairs`.
     plain = dataclasses.replace(kind, check=accept)
     rows = min(chunk.ROWS, options.max_pairs or chunk.ROWS)
     for source, to_pairs in parts:

@@ -7,13 +7,15 @@ run in a child process (`template_child`), which the operating system stops.
 """
 
 import atexit
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ MAX_CHARACTERS = 10_000_000
 """Length of a rendered conversation."""
 
 _CHILD = Path(__file__).with_name("template_child.py")
+_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FEWER = "use a template that does less"
 
 
@@ -51,6 +54,17 @@ def render_template(
       InputError: if there is no template, or it rejects the conversation, or exceeds a
         limit.
     """
+    return _rendered(messages, place, tokenizer, open_answer, variables, _render)
+
+
+def _rendered(
+    messages: Sequence[Message],
+    place: str,
+    tokenizer: Any,
+    open_answer: bool,
+    variables: Mapping[str, Any],
+    render: Callable[[Any, list[Any], Mapping[str, Any]], Any],
+) -> str:
     if not tokenizer.chat_template:
         # Do not invent a template: the model has never seen it, and no server of the
         # exported model would use it.
@@ -61,7 +75,7 @@ def render_template(
         )
     options = {"add_generation_prompt": open_answer, **variables}
     try:
-        text = _render(tokenizer, list(messages), options)
+        text = render(tokenizer, list(messages), options)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -73,15 +87,60 @@ def render_template(
     return text
 
 
-def _render(tokenizer: Any, messages: list[Any], options: Mapping[str, Any]) -> Any:
+def has_generation_blocks(tokenizer: Any) -> bool:
+    """Whether the chat template says with `{% generation %}` what the model writes."""
+    return bool(_BLOCK.search(str(tokenizer.chat_template or ""))) and _is_jinja(
+        tokenizer
+    )
+
+
+def generation_blocks(
+    messages: Sequence[Message], place: str, tokenizer: Any, **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and its `{% generation %}` blocks in order.
+
+    Args:
+      messages: the conversation, with its last answer.
+      place: "file row n", for errors.
+      tokenizer: its chat template has such blocks; see `has_generation_blocks`.
+      **variables: as for `render_template`.
+
+    Returns:
+      The text, and the start and end of each block in characters.
+
+    Raises:
+      InputError: as `render_template`.
+    """
+    blocks: list[tuple[int, int]] = []
+    render = functools.partial(_render, blocks=blocks)
+    text = _rendered(messages, place, tokenizer, False, variables, render)
+    return text, blocks
+
+
+def _render(
+    tokenizer: Any,
+    messages: list[Any],
+    options: Mapping[str, Any],
+    blocks: list[tuple[int, int]] | None = None,
+) -> Any:
+    """The text; its generation blocks are added to `blocks`, if it is given."""
+    if not _is_jinja(tokenizer):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    template, special = tokenizer.chat_template, tokenizer.special_tokens_map
+    text, found = _CHILDREN.render(
+        template, special, messages, options, blocks is not None
+    )
+    if blocks is not None:
+        blocks += [(start, end) for start, end in found]
+    return text
+
+
+def _is_jinja(tokenizer: Any) -> bool:
+    """Whether the format is a template, and not a tokenizer's own Python code."""
     from transformers import PreTrainedTokenizerBase
 
     method = getattr(tokenizer.apply_chat_template, "__func__", None)
-    if method is not PreTrainedTokenizerBase.apply_chat_template:
-        # A tokenizer with its own format, in Python rather than in a template.
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    template, special = tokenizer.chat_template, tokenizer.special_tokens_map
-    return _CHILDREN.render(template, special, messages, options)
+    return method is PreTrainedTokenizerBase.apply_chat_template
 
 
 def _rejected(place: str, why: str) -> InputError:
@@ -98,10 +157,18 @@ class _Children:
         self._loaded: Any = None
 
     def render(
-        self, template: Any, special: Any, messages: list[Any], options: Any
-    ) -> str:
-        """One conversation; raises an InputError without a place."""
-        request = {"messages": messages, "options": options}
+        self,
+        template: Any,
+        special: Any,
+        messages: list[Any],
+        options: Any,
+        blocks: bool,
+    ) -> tuple[str, list]:
+        """One conversation and its generation blocks, if asked for.
+
+        Raises an InputError without a place.
+        """
+        request = {"messages": messages, "options": options, "blocks": blocks}
         with self._lock:
             child = self._started()
             loaded = [template, special]
@@ -116,9 +183,9 @@ class _Children:
                 reply = ""
             if not reply.endswith("\n"):
                 raise InputError(self._ended())
-        kind, text = json.loads(reply)
+        kind, text, *found = json.loads(reply)
         if kind == "text":
-            return text
+            return text, *found
         if kind == "rejected":
             raise ValueError(text)
         raise InputError(f"the chat template {text}; {_FEWER}")

@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxpref.data.cut import NO_ROOM, Limits, Parts, fitted
 from jaxpref.data.end_of_turn import (
+    INNER_END,
     Ends,
     end_text,
     end_turn,
@@ -30,11 +31,11 @@ from jaxpref.data.end_of_turn import (
 from jaxpref.data.records import Example, Message
 from jaxpref.data.render import THINK, Texts, TraceMarkers, render, render_prompt
 from jaxpref.data.tokens import SAME_TOKENS, Tokens, tokenize_sides
+from jaxpref.data.turns import render_turns, with_masks
 from jaxpref.errors import InputError, first_line
 
 NO_TOKENS = "a completion has no tokens"
 NO_PROMPT = "the prompt has no tokens and the tokenizer has no BOS"
-INNER_END = "a completion holds BOS or EOS before its end"
 LONG_ANSWER = "an answer does not fit, even without any of its trace"
 
 
@@ -224,7 +225,9 @@ def _tokens(
 ) -> list[Parts | str]:
     """The tokens of each example, not yet cut, or the reason to drop it."""
     rendered = [
-        render(example, place, tokenizer, markers, whole_turns=whole_turns)
+        render_turns(example, place, tokenizer, markers)
+        if example.turns
+        else render(example, place, tokenizer, markers, whole_turns=whole_turns)
         for example, place in zip(examples, places, strict=True)
     ]
     rendered = [
@@ -235,10 +238,13 @@ def _tokens(
     strings = [text for texts in rendered for text in (texts.prompt, *texts.wholes)]
     encoded, ends = iter(_encode(strings, tokenizer)), ends_of(tokenizer)
     results = []
-    for example, texts in zip(examples, rendered):
+    for example, place, texts in zip(examples, places, rendered):
         prompt, *wholes = (next(encoded) for _ in (0, *texts.wholes))
         rests = [tail_tokens[x[end:]] for x, end in zip(texts.wholes, texts.ends)]
-        results.append(_split(example, texts, prompt, wholes, rests, ends, whole_turns))
+        found = _split(example, texts, prompt, wholes, rests, ends, whole_turns)
+        if texts.turns and not isinstance(found, str):
+            found = with_masks(found, place, tokenizer, ends)
+        results.append(found)
     return results
 
 
@@ -305,7 +311,7 @@ def _split(
             inner = completion[: len(completion) - len(tail)]
         if not completion or completion[0] in ends.stops:
             return NO_TOKENS
-        if holds_an_end(inner, ends):
+        if not texts.turns and holds_an_end(inner, ends):
             return INNER_END
         completions.append(completion)
     return Parts(start, prompt[:shared], completions, texts)
@@ -336,8 +342,12 @@ def _cut(
         cut = [completion[:room] for completion in completions]
     if len(cut) == 2 and cut[0] == cut[1]:
         return SAME_TOKENS
+    masks = tuple(mask[:room] for mask in parts.masks)
+    if not all(map(any, masks)):
+        return NO_ROOM
     by_trace = too_long if spans else 0
-    return Tokens(kept, cut, excess > 0, too_long - by_trace, by_trace)
+    cuts = excess > 0, too_long - by_trace, by_trace
+    return Tokens(kept, cut, *cuts, masks=masks)
 
 
 def _cut_trace(

@@ -23,6 +23,8 @@ class Tokens:
     turns_dropped: bool = False
     side_prompts: tuple[list[int], ...] = ()
     """The rest of each completion's prompt; empty if all share the whole prompt."""
+    masks: tuple[list[bool], ...] = ()
+    """Which tokens of each completion are trained on; empty if all are."""
 
 
 def tokenize_sides(

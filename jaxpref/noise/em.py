@@ -44,6 +44,7 @@ __all__ = [
     "posterior",
     "tally",
     "update",
+    "votes_posterior",
     "weighted_loss",
 ]
 
@@ -79,6 +80,39 @@ def posterior(margin_logits: PerPair, reliability: Number) -> PerPair:
     return jax.nn.sigmoid(
         _common.finite(margins) + _common.logit(reliability, margins.dtype)
     )
+
+
+def votes_posterior(
+    margin_logits: PerPair,
+    reliability: Number,
+    votes: Int[Array, "*batch V"],
+) -> Float[Array, "*batch V"]:
+    """The E-step for several votes per pair, which share one latent truth.
+
+        w_v = P(v right | all votes) = s(o_v (z + sum over u of o_u logit eta_u))
+
+    Given the truth, the votes are independent (Dawid and Skene), and s(z), the model's
+    probability that the first answer is better, is its prior.  A single vote for the
+    first answer gives `posterior`.
+
+    Args:
+      margin_logits: z, nats, for the first answer; [*batch].
+      reliability: eta in [0, 1]; one number or one per vote; broadcasts to `votes`.
+      votes: o, 1 for the first answer, -1 for the second, 0 where there is no vote;
+        [*batch, V].
+
+    Returns:
+      Probabilities, at least float32; [*batch, V]; 1/2 where there is no vote.
+
+    References:
+      Dawid and Skene, "Maximum Likelihood Estimation of Observer Error-Rates Using the
+      EM Algorithm", 1979; the prior is that of RE-PO, 2025, arXiv:2509.24159, Eq. 4.
+    """
+    margins = _common.floating(margin_logits)
+    signs = jnp.asarray(votes, margins.dtype)
+    evidence = jnp.sum(signs * _common.logit(reliability, margins.dtype), axis=-1)
+    truth = _common.finite(margins) + _common.finite(evidence)
+    return jax.nn.sigmoid(signs * truth[..., None])
 
 
 def likelihood_loss(margin_logits: PerPair, weights: PerPair) -> PerPair:

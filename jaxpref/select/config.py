@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxpref.data import RecordOptions
+from jaxpref.data.mixing import Data, read_mixture
 from jaxpref.errors import InputError
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.runtime.ranges import at_least
@@ -67,8 +68,8 @@ OWN = sorted({x for reads in READS.values() for x in (*reads.needs, *reads.may)}
 class SelectConfig(RecordOptions):
     """Options of `jaxpref data select`."""
 
-    data: str
-    """The data, as for `jaxpref train`."""
+    data: Data
+    """The data, as for `jaxpref train`: one or several files, without weights."""
     by: Method
     """What is scored: a number in a field (column), the share of the votes that agree
     with the label (agreement), repeated records (duplicates), how much training on the
@@ -130,6 +131,11 @@ class SelectConfig(RecordOptions):
         at_least(1, self, "batch_size", "neighbors")
         at_least(2, self, "max_length")
         at_least(0, self, "quality_weight", "diversity_weight")
+        if read_mixture(self.data).weights is not None:
+            raise InputError(
+                f"--data {self.named}: files to select from have no weights;"
+                " leave them out"
+            )
         reads = READS[self.by]
         defaults = {x.name: x.default for x in dataclasses.fields(SelectConfig)}
         given = [n for n in (*OWN, *BOUNDS) if getattr(self, n) != defaults[n]]
@@ -174,6 +180,16 @@ class SelectConfig(RecordOptions):
             raise InputError(
                 f"--similarity {self.similarity}: must be above 0 and at most 1"
             )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The data, one name for each file or dataset."""
+        return read_mixture(self.data).names
+
+    @property
+    def named(self) -> str:
+        """The data, for messages."""
+        return " and ".join(self.files)
 
     @property
     def keeps(self) -> str:

@@ -143,7 +143,7 @@ def by_fifa(opened: Opened, embedded: dict[int, np.ndarray] | None) -> Scores:
                 numbers[name].append(value)
     if not rows:
         raise InputError(
-            f"{config.data}: no pair has a number in"
+            f"{config.named}: no pair has a number in"
             f" {' and '.join(repr(field) for field, _ in names.values())}"
         )
     if embedded is None:

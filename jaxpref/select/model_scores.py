@@ -149,7 +149,7 @@ def _scores(
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, 1, mesh)
     pairs, reasons = _tokenized(opened, folder, architecture.context_length)
-    check_fits([config.data], pairs, str(config.model), architecture)
+    check_fits(config.files, pairs, str(config.model), architecture)
     dtype = config.compute_dtype or default_compute_dtype()
     with jax.set_mesh(mesh):
         model = build(architecture, Numerics(compute_dtype=dtype))
@@ -169,7 +169,7 @@ def _scores(
                     real = index >= 0
                     values[index[real]] = found[real]
                     bar.update(int(real.sum()))
-                    beat(f"{bar.n} records of {config.data}")
+                    beat(f"{bar.n} records of {config.named}")
     assert values is not None  # there is at least one pair
     wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(wrong):

@@ -16,6 +16,7 @@ from jaxpref.data.records import IDENTICAL, Example, FieldUse, parse
 from jaxpref.data.records.example import text_of
 from jaxpref.data.records.view import Everything, View
 from jaxpref.data.sources import Source
+from jaxpref.data.sources.source import Joined
 from jaxpref.errors import InputError, visible
 from jaxpref.select.config import SelectConfig
 
@@ -35,11 +36,13 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """An opened file."""
+    """Opened data."""
 
     config: SelectConfig
     file: Source
-    """The records as in the file."""
+    """The records as in the file, or in all files one after the other."""
+    sizes: dict[str, int]
+    """Records of each file, by its name."""
     records: RecordSource
     """The pairs, answers or lists in them."""
     kind: Kind
@@ -103,9 +106,11 @@ class Opened:
 
 def open_file(config: SelectConfig) -> Opened:
     """Opens the data of a config."""
-    file, kind = open_source(config.data), KINDS[config.kind]
+    parts, kind = [open_source(name) for name in config.files], KINDS[config.kind]
+    sizes = dict(zip(config.files, map(len, parts), strict=True))
+    file = parts[0] if len(parts) == 1 else Joined(parts)
     records = RecordSource(file, config, sides=kind.sides)
-    return Opened(config, file, records, kind, BadRows(config.on_bad_row))
+    return Opened(config, file, sizes, records, kind, BadRows(config.on_bad_row))
 
 
 def prompt_text(example: Example) -> str:

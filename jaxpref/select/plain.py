@@ -39,7 +39,7 @@ def by_column(opened: Opened) -> Scores:
             values.append(found[0])
     if not rows:
         raise InputError(
-            f"{opened.config.data}: no record has a number in '{field}'; change"
+            f"{opened.config.named}: no record has a number in '{field}'; change"
             " --column"
         )
     return by_row(rows, {"score": values}, reasons, len(opened.file))
@@ -75,7 +75,7 @@ def by_agreement(opened: Opened) -> Scores:
     balance = np.bincount(of, signs, minlength=len(groups))
     if not len(votes) or votes.max() < 2:
         raise InputError(
-            f"{opened.config.data}: no pair has more than one vote, so there is no"
+            f"{opened.config.named}: no pair has more than one vote, so there is no"
             " agreement; use a file with several votes on a pair, or --by column"
         )
     label = np.sign(np.bincount(place, signs, minlength=count))

@@ -46,7 +46,7 @@ class Selected:
     """What was selected."""
 
     records: int
-    """Records of the file."""
+    """Records of all files."""
     kept: int
     """Those that were written."""
     reasons: dict[str, int]
@@ -80,7 +80,7 @@ def run(config: SelectConfig) -> Selected:
       InputError: if a record is malformed, the method cannot use the data, no record
         is left, or a file cannot be written.
     """
-    reads = {"--data": config.data, "--model": config.model}
+    reads = {"--data": config.files, "--model": config.model}
     check_output("--out", config.out, reads)
     check_output("--scores", config.scores_file, reads)
     check_suffix(Path(config.out))
@@ -99,9 +99,15 @@ def run(config: SelectConfig) -> Selected:
         high=config.max,
         seed=config.seed,
     )
+    places = [
+        ({"file": name} if len(opened.sizes) > 1 else {}) | {"row": row + 1}
+        for name, size in opened.sizes.items()
+        for row in range(size)
+    ]
     lines = [
         json.dumps(
-            {"row": n + 1, "kept": bool(kept[n])}
+            places[n]
+            | {"kept": bool(kept[n])}
             | ({"score": _json(scores.values[n])} if config.keeps else {})
             | {name: _json(column[n]) for name, column in scores.others.items()}
             | ({} if kept[n] else {"reason": reasons[n]})

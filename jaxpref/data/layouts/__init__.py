@@ -82,12 +82,12 @@ class Layout(Protocol):
         ...
 
     def abstract_batch(
-        self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
+        self, *, numbers: Iterable[str] = (), reference: Iterable[str] = ()
     ) -> Any:
         """A batch of all processes, made of zeros that take no memory.
 
         Args:
-          labels: names of the labels.
+          numbers: names of the numbers of records that the loss reads.
           reference: names of the reference scores.
         """
         ...

@@ -9,8 +9,10 @@ import jax.tree_util
 import numpy as np
 
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.data.builder import DatasetBuilder
 from jaxpref.data.columns import OF_ANSWERS
-from jaxpref.data.dataset import DatasetBuilder, PreferenceDataset
+from jaxpref.data.dataset import PreferenceDataset
+from jaxpref.data.votes import with_votes
 from jaxpref.data.workers import InProcesses
 from jaxpref.errors import InputError
 
@@ -93,12 +95,28 @@ def num_completions(datasets: Iterable[PreferenceDataset]) -> int:
     return found.pop()
 
 
-def one_pair(count: int, labels: Iterable[str]) -> PreferenceDataset:
-    """A dataset of one pair with `count` completions, for the fields of its batches."""
+def num_votes(datasets: Iterable[PreferenceDataset]) -> int:
+    """V, which must be the same for all non-empty datasets of a run."""
+    found = {dataset.num_votes for dataset in datasets if len(dataset)}
+    if len(found) != 1:
+        raise ValueError(f"pairs of one run have one V, not {found}; see share_votes")
+    return found.pop()
+
+
+def one_pair(count: int, numbers: Iterable[str], votes: int) -> PreferenceDataset:
+    """A dataset of one pair, for the fields of its batches.
+
+    Args:
+      count: K, its completions.
+      numbers: names of its numbers; see `data.columns`.
+      votes: V, its votes.
+    """
     builder = DatasetBuilder(count)
-    blank = {name: [0.0] * count if name in OF_ANSWERS else 0.0 for name in labels}
+    blank = {name: [0.0] * count if name in OF_ANSWERS else 0.0 for name in numbers}
     builder.add([0], [[]] * count, id="", columns=blank)
-    return builder.build()
+    if votes == 1:
+        return builder.build()
+    return with_votes(builder.build(), np.zeros((1, votes), int), np.zeros(1, bool))
 
 
 def with_rows(batch: PreferenceBatch, accumulation: int, rows: int) -> Any:

@@ -46,6 +46,8 @@ class PackedLayout:
     """Rows of a micro-batch, over all processes."""
     batch_size: int
     """Pairs per step, over all micro-batches and processes."""
+    num_votes: int = 1
+    """V, maximum number of votes on a pair."""
     accumulation: int = 1
     """A, micro-batches per step, enough for every step."""
     process_index: int = 0
@@ -82,7 +84,7 @@ class PackedLayout:
         """Endless training batches; see `Layout.batches`."""
         iteration.check_reference(dataset, reference)
         order(0, self.batch_size)  # raises an error if the size is invalid
-        lengths = (dataset.packed_lengths, dataset.completion_lengths.sum(1))
+        lengths = (dataset.packed_lengths, dataset.target_lengths.sum(1))
 
         # A closure, since Grain prints functions, and would print a partial's arrays.
         def make_batch(step: int) -> PreferenceBatch:
@@ -112,7 +114,7 @@ class PackedLayout:
         iteration.check_reference(dataset, reference)
         if not len(dataset):
             return
-        tokens, predictions = dataset.packed_lengths, dataset.completion_lengths.sum(1)
+        tokens, predictions = dataset.packed_lengths, dataset.target_lengths.sum(1)
         count = self.accumulation * self.rows
         ahead = int((1 + LOOK_AHEAD) * count * self.row_length / tokens.mean()) + 1
         waiting: collections.deque[int] = collections.deque()
@@ -125,10 +127,10 @@ class PackedLayout:
             yield self._batch(dataset, rows, reference)
 
     def abstract_batch(
-        self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
+        self, *, numbers: Iterable[str] = (), reference: Iterable[str] = ()
     ) -> Any:
         """The shapes of a batch of all processes; see `Layout.abstract_batch`."""
-        dataset = iteration.one_pair(self.num_completions, labels)
+        dataset = iteration.one_pair(self.num_completions, numbers, self.num_votes)
         table = np.zeros((1, self.num_completions), np.float32)
         batch = self.collate(
             dataset,
@@ -235,26 +237,26 @@ def _write_row(
         prompt = dataset.prompt(index)
         last = at + len(prompt) - 1
         nothing = dataset.tokens[:0]
-        parts = [(prompt, nothing)]
+        parts = [(prompt, nothing, np.arange(0))]
         for side in range(count):
             own_prompt = dataset.side_prompt(index, side)
-            parts.append((own_prompt, dataset.completion(index, side)))
-        for part, (before, text) in enumerate(parts):
+            answer = dataset.completion(index, side)
+            parts.append((own_prompt, answer, dataset.targets(index, side)))
+        for part, (before, text, trained) in enumerate(parts):
             size = len(before) + len(text)
             inside = slice(at, at + size)
             row["tokens"][inside] = np.concatenate([before, text])
             first = len(prompt) if part else 0
             row["positions"][inside] = np.arange(first, first + size)
             row["segments"][inside] = (1 + count) * slot + part
-            if len(text):
-                own = slice(predicted, predicted + len(text))
-                start = at + len(before)
-                row["predictors"][own] = np.arange(start - 1, start - 1 + len(text))
-                if not len(before):
-                    # The prompt's last token predicts the first of each completion.
-                    row["predictors"][predicted] = last
-                row["targets"][own] = text
-                row["completions"][own] = slot * count + part - 1
-                predicted += len(text)
+            own = slice(predicted, predicted + len(trained))
+            # The prompt's last token predicts the first of each completion.
+            first_of = trained + len(before) == 0
+            row["predictors"][own] = np.where(
+                first_of, last, at + len(before) - 1 + trained
+            )
+            row["targets"][own] = text[trained]
+            row["completions"][own] = slot * count + part - 1
+            predicted += len(trained)
             at += size
     return at

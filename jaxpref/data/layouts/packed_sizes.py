@@ -85,7 +85,7 @@ def packed_layout(
             f"row_length {row_length}: a prompt with all its completions has {longest} "
             "tokens; give at least as many, or a smaller max_length"
         )
-    answer = max(int(x.completion_lengths.sum(1).max()) for x in datasets)
+    answer = max(int(x.target_lengths.sum(1).max()) for x in datasets)
     chosen_for = order if sizes_for is None else sizes_for
     steps, is_whole = _simulated(train, chosen_for, batch_size, num_steps)
     if row_length == "auto":
@@ -108,6 +108,7 @@ def packed_layout(
         predictions=size.predictions,
         slots=int(slots),
         num_completions=iteration.num_completions(datasets),
+        num_votes=iteration.num_votes(datasets),
         rows=rows,
         batch_size=batch_size,
         # One row per pair is always enough.
@@ -142,7 +143,7 @@ def _simulated(
     if num_steps is not None and is_whole:
         count = max(num_steps, 1)
     drawn = np.stack([order(step, batch_size) for step in range(count)])
-    answers = dataset.completion_lengths.sum(1)
+    answers = dataset.target_lengths.sum(1)
     return _Steps(dataset.packed_lengths[drawn], answers[drawn]), is_whole
 
 

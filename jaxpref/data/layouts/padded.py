@@ -25,6 +25,8 @@ class PaddedLayout:
     """K, completions of a prompt; also Q, sequences of a row."""
     batch_size: int
     """Pairs per step, over all micro-batches and processes."""
+    num_votes: int = 1
+    """V, maximum number of votes on a pair."""
     accumulation: int = 1
     """A, micro-batches per step."""
     process_index: int = 0
@@ -84,10 +86,10 @@ class PaddedLayout:
         return batches.to_iter_dataset(iteration.read_ahead(threads, prefetch))
 
     def abstract_batch(
-        self, *, labels: Iterable[str] = (), reference: Iterable[str] = ()
+        self, *, numbers: Iterable[str] = (), reference: Iterable[str] = ()
     ) -> Any:
         """The shapes of a batch of all processes; see `Layout.abstract_batch`."""
-        dataset = iteration.one_pair(self.num_completions, labels)
+        dataset = iteration.one_pair(self.num_completions, numbers, self.num_votes)
         table = np.zeros((1, self.num_completions), np.float32)
         batch = self.collate(
             dataset, np.full((1, 1), -1), reference=dict.fromkeys(reference, table)
@@ -147,9 +149,10 @@ class PaddedLayout:
                 tokens[row, side, start : start + size] = completion
                 lengths[row, side] = start + size
                 # The state at position t predicts token t + 1.
-                predictors[row, side, :size] = np.arange(start - 1, start - 1 + size)
-                targets[row, side, :size] = completion
-                completions[row, side, :size] = side
+                own = dataset.targets(flat[row], side)
+                predictors[row, side, : len(own)] = start - 1 + own
+                targets[row, side, : len(own)] = completion[own]
+                completions[row, side, : len(own)] = side
         shaped = lambda array: array.reshape(*indices.shape, *array.shape[1:])
         return PreferenceBatch(
             tokens=shaped(tokens),
@@ -197,11 +200,12 @@ def padded_layout(
     """
     count = iteration.num_completions(datasets)
     longest = max(x.longest for x in datasets)
-    answer = max(int(x.completion_lengths.max(initial=0)) for x in datasets)
+    answer = max(int(x.target_lengths.max(initial=0)) for x in datasets)
     return PaddedLayout(
         sequence_length=-(-longest // length_multiple) * length_multiple,
         predictions=-(-answer // prediction_multiple) * prediction_multiple,
         num_completions=count,
+        num_votes=iteration.num_votes(datasets),
         batch_size=batch_size,
         accumulation=accumulation,
         process_index=process_index,

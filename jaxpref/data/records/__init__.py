@@ -46,6 +46,7 @@ from jaxpref.data.records.example import text_of as text_of
 from jaxpref.data.records.fields import FieldUse as FieldUse
 from jaxpref.data.records.fields import Record, check_unread
 from jaxpref.data.records.template import for_template, read_template
+from jaxpref.data.records.turns import with_all_turns
 from jaxpref.data.records.view import View
 from jaxpref.errors import InputError
 
@@ -98,6 +99,7 @@ def parse(
     values: Collection[str] = (),
     fields: FieldUse | None = None,
     allow_own_prompts: bool = False,
+    all_turns: bool = False,
 ) -> Example | str:
     """Parses a record in any of the formats.
 
@@ -117,6 +119,8 @@ def parse(
       values: fields to keep as they are, in `Example.values`; None if absent.
       fields: counts which fields are read.
       allow_own_prompts: whether the answers of any format may follow different prompts.
+      all_turns: whether all assistant turns of a conversation are trained on; see
+        `turns`.
 
     Returns:
       The example, or the reason why a valid record cannot be used.
@@ -139,6 +143,7 @@ def parse(
             columns=columns,
             values=values,
             allow_own_prompts=allow_own_prompts,
+            all_turns=all_turns,
         )
     except InputError as error:
         if tracked.origin is None:
@@ -146,7 +151,8 @@ def parse(
         raise tracked.origin.explained(error) from None
     if fields is not None and not isinstance(example, str):
         ignored = [name for name in ignore_fields if tracked.has(name)]
-        fields.add(tracked, ignored, format)
+        rendered = example.is_conversation
+        fields.add(tracked, ignored, format, rendered=rendered)
     return example
 
 
@@ -159,6 +165,7 @@ def _parse(
     columns: Mapping[str, str],
     values: Collection[str],
     allow_own_prompts: bool,
+    all_turns: bool,
 ) -> tuple[Example | str, str]:
     """The example or the reason why there is none, and the record's format."""
     origin = record.origin
@@ -172,6 +179,8 @@ def _parse(
     if name is None:
         raise _unknown(record, where, sides)
     example = FORMATS[name].parse(record, where, sides=sides, drop_empty=drop_empty)
+    if all_turns and not isinstance(example, str) and FORMATS[name] is not own_prompts:
+        example = with_all_turns(example, record.peek("prompt"))
     if not isinstance(example, str) and example.own_prompts:
         if not allow_own_prompts and FORMATS[name] is not own_prompts:
             example = PROMPTS_DIFFER
@@ -199,7 +208,7 @@ def _parse(
         variables=variables,
         flip=flip,
         annotator=annotator,
-        labels=example.labels | read_columns(everything, where, columns),
+        numbers=example.numbers | read_columns(everything, where, columns),
         ended=ended,
         values={name: field_value(everything, name) for name in values},
     )

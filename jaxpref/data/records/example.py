@@ -32,7 +32,7 @@ class Example:
     completions: tuple[str | Message, ...]
     flip: bool = False
     annotator: str | None = None
-    labels: dict[str, Any] = dataclasses.field(default_factory=dict)
+    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
     """By name, a number of the record, or one of each completion of a list."""
     traces: tuple[tuple[str, ...], ...] = ()
     """The traces of each completion, at least one each; empty without traces."""
@@ -46,6 +46,10 @@ class Example:
     """Further fields of the record, by the names that `parse` was asked for."""
     own_prompts: tuple[str | tuple[Message, ...], ...] = ()
     """The prompt of each completion, in the form of `prompt`; empty if all share it."""
+    turns: tuple[tuple[Message, ...], ...] = ()
+    """The messages between the prompt and each completion, which is the last turn: the
+    assistant's earlier turns, which are trained on too, and the others' between them.
+    Empty if only the last turns are trained on."""
 
     @property
     def is_conversation(self) -> bool:
@@ -61,8 +65,17 @@ class Example:
     def is_identical(self) -> bool:
         """Whether both sides of the pair are the same, including traces."""
         same = lambda sides: len(sides) == 2 and sides[0] == sides[1]
-        parts = (x for x in (self.traces, self.own_prompts) if x)
+        parts = (x for x in (self.traces, self.own_prompts, self.turns) if x)
         return same(self.completions) and all(map(same, parts))
+
+    @property
+    def characters(self) -> tuple[int, ...]:
+        """The characters of each completion, over all turns that are trained on."""
+        earlier = self.turns or ((),) * len(self.completions)
+        return tuple(
+            sum(len(text_of(x)) for x in turns if x["role"] == "assistant") + len(text)
+            for turns, text in zip(earlier, self.texts, strict=True)
+        )
 
     @property
     def prompts(self) -> tuple[str | tuple[Message, ...], ...]:
@@ -86,6 +99,7 @@ class Example:
             traces=self.traces[own],
             ended=() if all(self.ended[own]) else (False,),
             own_prompts=(),
+            turns=self.turns[own] if any(self.turns[own]) else (),
         )
 
     def num_characters(self) -> int:
@@ -95,8 +109,9 @@ class Example:
             for prompt in self.prompts
             for turn in ((prompt,) if isinstance(prompt, str) else map(text_of, prompt))
         )
+        later = (text_of(turn) for turns in self.turns for turn in turns)
         traces = (trace for side in self.traces for trace in side)
-        return sum(map(len, (*turns, *self.texts, *traces)))
+        return sum(map(len, (*turns, *later, *self.texts, *traces)))
 
     def content_id(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the content.
@@ -105,7 +120,8 @@ class Example:
         given.  It does not depend on whether the run adds an empty trace.
         """
         content = [self.prompt, self.completions, self.annotator]
-        for more in (self.traces, self.variables, self.ended, self.own_prompts):
+        parts = (self.traces, self.variables, self.ended, self.own_prompts, self.turns)
+        for more in parts:
             content += [more] if more else []
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

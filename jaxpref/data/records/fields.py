@@ -113,35 +113,43 @@ class FieldUse:
         self._unread: collections.Counter[str] = collections.Counter()
         self._ignored: collections.Counter[str] = collections.Counter()
         self._formats: collections.Counter[str] = collections.Counter()
-        self._contrary: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._rendered: collections.Counter[str] = collections.Counter()
+        self._contrary: collections.Counter[str] = collections.Counter()
 
-    def add(self, record: Record, ignored: Collection[str], format: str) -> None:
-        """Counts one record of a format."""
+    def add(
+        self, record: Record, ignored: Collection[str], format: str, *, rendered: bool
+    ) -> None:
+        """Counts one record of a format; `rendered` if by the chat template."""
+        self._rendered["messages" if rendered else "texts"] += 1
         self._read.update(sorted(record.used()))
         self._unread.update(record.unread())
         self._ignored.update(ignored)
         self._formats[format] += 1
         everything = record.everything()
         for fields in (everything, everything.get("metadata")):
-            self._contrary.update(_contrary(fields))
+            self._contrary.update(" ".join(names) for names in _contrary(fields))
 
     def warnings(self) -> list[str]:
         """A line for each two scores that contradict `chosen` and `rejected`."""
         return [
             f"warning: '{chosen}' is below '{rejected}' in {count:,} records; the label"
             " is nevertheless that 'chosen' is better"
-            for (chosen, rejected), count in self._contrary.items()
+            for names, count in self._contrary.items()
+            for chosen, rejected in [names.split()]
         ]
+
+    @property
+    def _counters(self) -> tuple[collections.Counter[str], ...]:
+        fields = self._read, self._unread, self._ignored
+        return *fields, self._formats, self._rendered, self._contrary
 
     def counts(self) -> list[dict[str, int]]:
         """All counts, for `include`."""
-        counters = (self._read, self._unread, self._ignored, self._formats)
-        return [dict(counter) for counter in counters]
+        return [dict(counter) for counter in self._counters]
 
     def include(self, counts: Sequence[Mapping[str, int]]) -> None:
         """Adds the counts of other records, as `counts` returned them."""
-        counters = (self._read, self._unread, self._ignored, self._formats)
-        for own, others in zip(counters, counts, strict=True):
+        for own, others in zip(self._counters, counts, strict=True):
             own.update(others)
 
     def read_too(self, name: str) -> None:
@@ -179,6 +187,22 @@ class FieldUse:
                     f"--fields {name}={path}: nothing reads '{name}'; read are"
                     f" {', '.join(sorted(read))[:200]}{closest(name, sorted(read))}"
                 )
+
+    def check_rendered(self, variables: Collection[str], files: str) -> None:
+        """Refuses variables of the chat template if no record is rendered by it.
+
+        Args:
+          variables: their names.
+          files: what was read.
+
+        Raises:
+          InputError: names the files and the first variable.
+        """
+        if variables and not self._rendered["messages"]:
+            raise InputError(
+                f"{files}: no record has messages, so the chat template is not used;"
+                f" leave out --template.{next(iter(variables))}"
+            )
 
     def describe(self) -> str:
         """A line such as "fields read: a, prompt; not read: x; format: pairs 20"."""

@@ -1,7 +1,7 @@
 """Lists of answers: `prompt`, `completions`, and their `scores` or `ranks`.
 
 Larger scores are better; rank 1 is the best.  Answers may tie.  The best answer comes
-first in the example, and answers that tie keep their order.  The labels of a list are
+first in the example, and answers that tie keep their order.  The numbers of a list are
 
     qualities    the scores; of ranks, the share of the other answers ranked below
     relevances   the same, which must be 0 or more
@@ -69,13 +69,13 @@ def parse(
         return example
     return dataclasses.replace(
         example,
-        labels={"qualities": tuple(qualities[n] for n in order)},
+        numbers={"qualities": tuple(qualities[n] for n in order)},
         ended=tuple(ended[n] for n in order) if ended else (),
     )
 
 
-def with_labels(example: Example, read: Collection[str], where: str) -> Example | str:
-    """The example of a list with the labels that are read; see the module's docstring.
+def with_numbers(example: Example, read: Collection[str], where: str) -> Example | str:
+    """The example of a list with the numbers that are read; see the module's docstring.
 
     Returns:
       The example, or TIED if ranks are read and answers tie.
@@ -83,7 +83,7 @@ def with_labels(example: Example, read: Collection[str], where: str) -> Example 
     Raises:
       InputError: if relevances are read and a score is negative.
     """
-    qualities: Any = example.labels["qualities"]
+    qualities: Any = example.numbers["qualities"]
     count = len(qualities)
     if "ranks" in read and len(set(qualities)) < count:
         return TIED
@@ -94,21 +94,26 @@ def with_labels(example: Example, read: Collection[str], where: str) -> Example 
         )
     ranks = tuple(float(n + 1) for n in range(count))
     found = {"qualities": qualities, "relevances": qualities, "ranks": ranks}
-    others = {k: x for k, x in example.labels.items() if k != "qualities"}
-    labels = others | {name: x for name, x in found.items() if name in read}
-    return dataclasses.replace(example, labels=labels)
+    others = {k: x for k, x in example.numbers.items() if k != "qualities"}
+    numbers = others | {name: x for name, x in found.items() if name in read}
+    return dataclasses.replace(example, numbers=numbers)
 
 
 def check_other(record: Mapping, where: str, sides: int | None) -> None:
     """Raises InputError if a run that does not read lists gets one with numbers."""
-    graded = "completions" in record and ("scores" in record or "ranks" in record)
-    if sides is not None and graded and "chosen" not in record:
+    if sides is not None and is_graded(record):
         what = "pairs" if sides == 2 else "single answers"
         raise InputError(
             f"{where}: a list of answers with numbers, but this command reads "
             f"{what}; train on it with --loss lipo_lambda, plackett_luce or irpo, or "
             "write one record for each pair to compare"
         )
+
+
+def is_graded(record: Mapping) -> bool:
+    """Whether a record is a list of answers with scores or ranks."""
+    graded = "completions" in record and ("scores" in record or "ranks" in record)
+    return graded and "chosen" not in record
 
 
 def _qualities(numbers: list, name: str, where: str) -> list[float]:

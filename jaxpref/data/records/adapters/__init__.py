@@ -18,6 +18,7 @@ from jaxpref.data.records.adapters import (
 )
 from jaxpref.data.records.adapters.adapter import Adapter as Adapter
 from jaxpref.data.records.adapters.adapter import PairRules as PairRules
+from jaxpref.data.records.adapters.ranked_lists import SCORED_LISTS as SCORED_LISTS
 
 ADAPTERS: tuple[Adapter, ...] = (
     openai.OPENAI,
@@ -38,6 +39,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     compared.EDITS,
     ultrafeedback.ULTRAFEEDBACK,
     ultrafeedback.GENERATIONS,
+    ranked_lists.SCORED_LISTS,
     ranked_lists.NECTAR,
     ranked_lists.FINEGRAINED,
     alpaca.ALPACA,

@@ -1,4 +1,4 @@
-"""Lists of ranked answers: Nectar, and the comparisons of fine-grained feedback."""
+"""Lists of ranked answers: our own, Nectar, and those of fine-grained feedback."""
 
 import itertools
 
@@ -16,11 +16,39 @@ from jaxpref.data.records.adapters.adapter import (
 )
 from jaxpref.data.records.checks import field, kind, text
 from jaxpref.data.records.fields import Record
+from jaxpref.data.records.lists import is_graded
 from jaxpref.data.records.view import Rewritten
 from jaxpref.errors import InputError
 
 RANKS = "rank_chosen", "rank_rejected"
 PREDICTIONS = tuple(f"prediction {n}" for n in range(1, 5))
+
+
+def _scored_lists(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
+    """Pairs of `completions`, by their `scores`, or their `ranks`, where 1 is best."""
+    name = "scores" if record.get("scores") is not None else "ranks"
+    answers, numbers = (
+        listed(field(record, x, where), f"{where}: field '{x}'")
+        for x in ("completions", name)
+    )
+    if len(answers) != len(numbers):
+        raise InputError(
+            f"{where}: {len(answers)} 'completions', but {len(numbers)} numbers in"
+            f" '{name}'; give one for each"
+        )
+    if len(answers) < 2:
+        raise InputError(
+            f"{where}: field 'completions' has {len(answers)} answers; remove the row"
+        )
+    prompt = "prompt", field(record, "prompt", where)
+    named = [(f"completions {n + 1}", x) for n, x in enumerate(answers)]
+    scores = [
+        number(x, f"{where}: field '{name}' {n + 1}") for n, x in enumerate(numbers)
+    ]
+    if name == "scores":
+        return by_scores(prompt, named, scores, rules)
+    found = by_scores(prompt, named, [-x for x in scores], rules, names=RANKS)
+    return [_positive(one) for one in found]
 
 
 def _nectar(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
@@ -99,6 +127,7 @@ def _passages(record: Record, where: str) -> str:
     return "".join(blocks)
 
 
+SCORED_LISTS = Adapter("scored_lists", is_graded, _scored_lists, several=all_pairs)
 NECTAR = Adapter("nectar", has("prompt", "answers"), _nectar, several=all_pairs)
 FINEGRAINED = Adapter(
     "finegrained",
