@@ -12,6 +12,7 @@ from jaxtyping import Float
 from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
 from jaxpref.data.bad_rows import BadRow, log_skipped
+from jaxpref.data.kinds import LABELED
 from jaxpref.data.shared_prompts import grouped_keys
 from jaxpref.errors import InputError
 from jaxpref.evaluate import features
@@ -64,8 +65,15 @@ def open_pairs(
       annotator_field: the field that names the annotator; None for the default.
 
     Raises:
-      InputError: if it has no pairs, or several traces per answer.
+      InputError: if it has no pairs, or several traces per answer, or holds single
+        answers.
     """
+    if data.first_kind(name, config) == LABELED:
+        raise InputError(
+            f"{name}: holds single answers with labels, but an audit judges which of "
+            "two answers is better; compare the labels with a model's rewards by "
+            "jaxpref evaluate, which writes both for every answer, or write pairs"
+        )
     source = named_annotators(
         data.open_records(name, config, sides=2),
         annotator_field,
@@ -85,6 +93,7 @@ def open_pairs(
         log(f"{name}: {line}")
     log_skipped(plan.skipped)
     plan.fields.check_mapped(config.mapped)
+    plan.fields.check_rendered(config.template_options, name)
     return Opened(name, source, pairs, plan.report, plan.skipped)
 
 

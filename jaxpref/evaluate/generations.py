@@ -21,7 +21,7 @@ from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import adapter_digest
 from jaxpref.models.soft_prompt import with_placeholders
 from jaxpref.models.soft_prompt_files import soft_prompt_length
-from jaxpref.models.weights import load_weights, resolve_weights
+from jaxpref.models.weights import is_reward, load_weights
 from jaxpref.runtime import processes
 from jaxpref.runtime.memory import check_arrays
 from jaxpref.runtime.mesh import MeshConfig, make_mesh, row_shards, rows_for
@@ -29,6 +29,7 @@ from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.ranges import at_least
 from jaxpref.sampling import Request, Rule, answer_all
 from jaxpref.sampling.selection import select_by
+from jaxpref.scoring.run_weights import named_weights
 from jaxpref.train.options import Dtype
 
 
@@ -37,7 +38,8 @@ class SampleConfig(data.RecordOptions):
     """Options of `jaxpref sample`."""
 
     model: str
-    """Hugging Face model folder (such as OUT/export of a run) or Hub ID."""
+    """Hugging Face model folder (such as OUT/export of a run), OUT of a run, one of its
+    checkpoints, or a Hub ID."""
     adapter: str | None = None
     """Folder or Hub ID of a LoRA adapter of the model, as peft writes it."""
     prompts: tuple[str, ...] = ()
@@ -104,7 +106,12 @@ def run(config: SampleConfig) -> list[dict[str, Any]]:
         reads |= {"--adapter": config.adapter}
         # Fail before sampling, not after.
         processes.together(lambda: check_output("--out", out, reads))
-    weights = resolve_weights(config.model, config.adapter)
+    weights = named_weights(config.model, config.adapter)
+    if is_reward(weights):
+        raise InputError(
+            f"--model {config.model}: is a reward model, which writes no text; pass a "
+            "language model"
+        )
     folder = weights.folder
     tokenizer = data.load_tokenizer(folder, config.template_options)
     architecture = read_architecture(folder)
@@ -128,6 +135,8 @@ def run(config: SampleConfig) -> list[dict[str, Any]]:
         asked = dataclasses.asdict(config) | {"out": None, "prompts": prompts}
         if weights.adapter is not None:
             asked |= {"adapter": adapter_digest(weights.adapter)}
+        if weights.saved is not None:
+            asked |= {"checkpoint": weights.saved.digest}
         kept = unfinished(config.out, asked, folder, mesh)
 
         def sampled() -> dict[int, list[Sampled]]:

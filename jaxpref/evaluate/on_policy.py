@@ -37,6 +37,7 @@ from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder import check_folder, load_params
 from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import model_digests, resolve_folder
+from jaxpref.models.logprobs import REFERENCE
 from jaxpref.runtime.mesh import row_shards, share_of_rows
 from jaxpref.sampling import Request, answer_all
 from jaxpref.scoring.score_dataset import progress_bar
@@ -262,7 +263,7 @@ def _divergence(
     scores = _score(
         make_scorer(model, wanted),
         load_params(reference, model),
-        load_params(policy, model),
+        {REFERENCE: load_params(policy, model)},
         _dataset(prompts.tokens, answers),
         longest=max(map(len, prompts.tokens)) + prompts.max_new_tokens,
         answer=prompts.max_new_tokens,

@@ -1,4 +1,4 @@
-"""`jaxpref evaluate`: how a model ranks preference pairs, pair by pair.
+"""`jaxpref evaluate`: how a model ranks the answers of pairs, of lists, or by labels.
 
 A language model by implicit rewards, beta times the log-ratio to its reference; a
 reward model by its scores.
@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -17,14 +18,15 @@ import numpy as np
 from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
 from jaxpref.data.bad_rows import FILE, log_skipped, write_skipped
+from jaxpref.data.kinds import KINDS
 from jaxpref.data.tokenizers import check_same_tokenizer
 from jaxpref.errors import InputError, show
-from jaxpref.evaluate.metrics import accuracy, preference_metrics, wilson_interval
+from jaxpref.evaluate import results
 from jaxpref.files import check_output_folder, write_json, write_whole
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.soft_prompt_files import soft_prompt_length
-from jaxpref.models.weights import Weights, is_reward, load_weights, resolve_weights
+from jaxpref.models.weights import Weights, is_reward, load_weights
 from jaxpref.runtime.mesh import (
     MeshConfig,
     check_rows,
@@ -37,13 +39,14 @@ from jaxpref.runtime.processes import log
 from jaxpref.runtime.ranges import at_least
 from jaxpref.runtime.run_folder import locked
 from jaxpref.scoring.checks import check_finite, check_fits
-from jaxpref.scoring.partition import reference_weights
+from jaxpref.scoring.run_weights import named_weights, reference_weights
 from jaxpref.scoring.twin import make_scorer
 from jaxpref.train.options import Dtype
 from jaxpref.train.task import Scoring
 
-METRICS, PAIRS = FILES = "metrics.json", "eval_pairs.jsonl"
-"""Names of the files that an evaluation writes."""
+METRICS = "metrics.json"
+FILES = (METRICS, *(kind.file for kind in results.ALL))
+"""Names of the files that an evaluation may write."""
 LOCK = ".evaluate.lock"
 """The file that a process locks while it writes them."""
 
@@ -53,12 +56,17 @@ class EvaluateConfig(data.RecordOptions):
     """What `jaxpref evaluate` reads."""
 
     model: str
-    """Hugging Face model folder (such as OUT/export of a run), or a Hub ID; a language
-    model or a reward model."""
+    """Hugging Face model folder (such as OUT/export of a run), OUT of a run, one of its
+    checkpoints, or a Hub ID; a language model or a reward model."""
     data: str
-    """Preference file or dataset.  Every pair in it is scored."""
+    """Preference file or dataset.  Every record in it is scored."""
     out: str
-    """Folder for `metrics.json` and `eval_pairs.jsonl`."""
+    """Folder for `metrics.json`, and `eval_pairs.jsonl`, `eval_answers.jsonl` or
+    `eval_lists.jsonl`."""
+    kind: Literal["pairs", "labeled", "lists"] | None = None
+    """What is read of each record: pairs, single answers with labels, or lists of
+    answers with scores or ranks (default: what the first record is; formats that stand
+    for pairs or lists are read as pairs)."""
     adapter: str | None = None
     """Folder or Hub ID of a LoRA adapter of the model, as peft writes it."""
     reference: str | None = None
@@ -68,7 +76,7 @@ class EvaluateConfig(data.RecordOptions):
     """Implicit rewards are beta times the log-ratio to the reference (default: 0.1).  A
     reward model has no beta."""
     batch_size: int = 16
-    """Pairs scored at once, over all devices."""
+    """Records scored at once, over all devices."""
     max_length: int | None = None
     """Maximum tokens of prompt and completion together (default: 1024, or the model's
     context if that is shorter)."""
@@ -90,11 +98,12 @@ class EvaluateConfig(data.RecordOptions):
 
 
 def run(config: EvaluateConfig) -> dict[str, float]:
-    """Scores every pair and writes `metrics.json` and `eval_pairs.jsonl` to `out`.
+    """Scores every record; writes `metrics.json` and a line per record to `out`.
 
     Returns:
-      `preference_metrics` of the reward margins, means of the scores, and
-      `length_only/...`, the accuracy of always preferring the longer completion.
+      The metrics of `results.results_of`: of pairs, `preference_metrics` of the reward
+      margins; of labeled answers, `answer_metrics`; of lists, `list_metrics`; means of
+      the scores; and `length_only/...`, what the lengths of the answers achieve alone.
 
     Raises:
       InputError: for anything that the caller can fix.
@@ -110,47 +119,48 @@ def run(config: EvaluateConfig) -> dict[str, float]:
 
 def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
     splits, score = open_pairs(config)
-    pairs = splits.train
+    records, found = splits.train, results.results_of(splits.kind)
     write_skipped(out, splits.skipped, config.on_bad_row)
-    rewards, scores = score(resolve_weights(config.model, config.adapter))
-    margins = rewards[:, 0] - rewards[:, 1]
-    metrics = preference_metrics(margins) | _length_only(pairs)
-    for name, table in ({"rewards": rewards} | scores).items():
-        if name != "reference_logps":
-            metrics[f"{name}/chosen"] = float(table[:, 0].mean())
-            metrics[f"{name}/rejected"] = float(table[:, 1].mean())
+    rewards, scores = score(named_weights(config.model, config.adapter))
+    try:
+        metrics = found.metrics(records, rewards, scores)
+    except InputError as error:
+        raise InputError(f"{config.data}: {error}") from None
     if jax.process_index() == 0:
-        _write_pairs(out / PAIRS, pairs, scores, margins)
+        lines = found.lines(records, rewards, scores)
+        for other in results.ALL:  # of an earlier evaluation
+            (out / other.file).unlink(missing_ok=True)
+        write_whole(out / found.file, "".join(json.dumps(x) + "\n" for x in lines))
         write_json(out / METRICS, metrics)
         for name, value in metrics.items():
             show(f"{name:27} {value:.4f}")
     return metrics
 
 
-PairScores = tuple[np.ndarray, dict[str, np.ndarray]]
-"""The rewards of every pair's completions, float32 [N, 2], and the scores that they
+RecordScores = tuple[np.ndarray, dict[str, np.ndarray]]
+"""The rewards of every record's completions, float32 [N, K], and the scores that they
 come from, by name."""
 
 
 def open_pairs(
     config: EvaluateConfig,
-) -> tuple[data.Splits, Callable[[Weights], PairScores]]:
-    """Reads the pairs, and prepares to score them with models like `config.model`.
+) -> tuple[data.Splits, Callable[[Weights], RecordScores]]:
+    """Reads the records, and prepares to score them with models like `config.model`.
 
     Args:
       config: what is read; `out` is not used.
 
     Returns:
-      The pairs, all in `train`, and a function that scores all of them with weights,
+      The records, all in `train`, and a function that scores all of them with weights,
       which must have the architecture and the vocabulary of `config.model`.  The
-      reference has scored the pairs before it is returned, and its programs are
+      reference has scored the records before it is returned, and its programs are
       compiled once for all weights.
 
     Raises:
       InputError: for anything that the caller can fix.
     """
     beta = 0.1 if config.beta is None else config.beta
-    weights = resolve_weights(config.model, config.adapter)
+    weights = named_weights(config.model, config.adapter)
     scored_alone = is_reward(weights)
     for flag, given in {"reference": config.reference, "beta": config.beta}.items():
         if scored_alone and given is not None:
@@ -173,19 +183,19 @@ def open_pairs(
     if scored_alone:
         score = prepare(weights, "rewards", title="model scores")
 
-        def score_alone(weights: Weights) -> PairScores:
+        def score_alone(weights: Weights) -> RecordScores:
             rewards = score(weights)
             return rewards, {"rewards": rewards}
 
         return splits, score_alone
     score = prepare(weights, "policy_logps", title="model log-probs")
-    reference_logps = np.zeros((len(pairs), 2), np.float32)
+    reference_logps = np.zeros(pairs.completion_lengths.shape, np.float32)
     if reference is not None:
         title = "reference log-probs"
         of_reference = prepare(reference, "policy_logps", title=title)
         reference_logps = of_reference(reference)
 
-    def score_against_reference(weights: Weights) -> PairScores:
+    def score_against_reference(weights: Weights) -> RecordScores:
         logps = score(weights)
         scores = {"logps": logps, "reference_logps": reference_logps}
         return beta * (logps - reference_logps), scores
@@ -196,7 +206,7 @@ def open_pairs(
 def _read_pairs(
     config: EvaluateConfig, weights: Weights, reference: Weights | None
 ) -> data.Splits:
-    """All pairs, tokenized for the model; checks the reference's tokenizer."""
+    """All records, tokenized for the model; checks the reference's tokenizer."""
     options = DataOptions(
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -207,14 +217,18 @@ def _read_pairs(
     positions = read_architecture(folder).context_length
     positions -= soft_prompt_length(weights.adapter)
     options = data.for_model(options, positions)
-    source = data.open_records(config.data, options, sides=2)
+    kind = KINDS[config.kind] if config.kind else data.first_kind(config.data, config)
+    source = data.open_records(config.data, options, sides=kind.sides)
     tokenizer = data.load_tokenizer(folder, options.template_options)
     whole_turns = is_reward(weights)
-    plan = data.make_splits(source, tokenizer, options, whole_turns=whole_turns)
+    plan = data.make_splits(
+        source, tokenizer, options, kind=kind, whole_turns=whole_turns
+    )
     pairs = plan.train
     log_skipped(plan.skipped)
     plan.fields.check_ignored(config.ignore_fields)
     plan.fields.check_mapped(config.mapped)
+    plan.fields.check_rendered(options.template_options, config.data)
     for line in (plan.describe(), plan.fields.describe()):
         log(f"{config.data}: {line}")
     if reference is not None:
@@ -224,41 +238,31 @@ def _read_pairs(
             [([source], pairs)],
             options,
             name=str(config.reference),
+            kind=kind,
         )
     return plan
 
 
 def _check_foreign(out: Path) -> None:
     """Refuses a folder with files of these names that no evaluation wrote."""
-    if (out / METRICS).exists() and not (out / PAIRS).exists():
+    written = [kind for kind in results.ALL if (out / kind.file).exists()]
+    if (out / METRICS).exists() and not written:
         raise InputError(
-            f"--out {out}: has a {METRICS} without {PAIRS}, so another program wrote"
-            " it; use another folder"
+            f"--out {out}: has a {METRICS} without {results.PAIRS.file}, so another "
+            "program wrote it; use another folder"
         )
-    if (out / PAIRS).exists():
-        with (out / PAIRS).open("rb") as file:
+    for kind in written:
+        with (out / kind.file).open("rb") as file:
             first = file.readline(1_000_000)
         try:
-            ours = not first or {"id", "row", "margin"} <= json.loads(first).keys()
+            ours = not first or {"id", "row", kind.field} <= json.loads(first).keys()
         except (ValueError, AttributeError, RecursionError):
             ours = False
         if not ours:
             raise InputError(
-                f"--out {out}: its {PAIRS} was not written by `jaxpref evaluate`, which"
-                " would overwrite it; use another folder"
+                f"--out {out}: its {kind.file} was not written by `jaxpref evaluate`, "
+                "which would overwrite it; use another folder"
             )
-
-
-def _length_only(pairs: PreferenceDataset) -> dict[str, float]:
-    """How often the chosen completion is the one with more tokens; a tie counts half.
-
-    What a model has to beat to have understood anything.
-    """
-    lengths = pairs.completion_lengths
-    share = accuracy(lengths[:, 0] - lengths[:, 1])
-    low, high = wilson_interval(share, len(pairs))
-    name = "length_only/accuracies"
-    return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
 def _weights_scorer(
@@ -270,7 +274,7 @@ def _weights_scorer(
     mesh: jax.sharding.Mesh,
     title: str,
 ) -> Callable[[Weights], np.ndarray]:
-    """What gives one of the scores of every completion, float32 [N, 2].
+    """What gives one of the scores of every completion, float32 [N, K].
 
     It is a function of any weights with the architecture of these, and with a soft
     prompt as long as theirs.
@@ -291,36 +295,8 @@ def _weights_scorer(
     def score(weights: Weights) -> np.ndarray:
         with jax.set_mesh(mesh):
             params = load_weights(weights, model)
-            scores = task.score(task.score_step)(params, None, pairs, title=title)
+            scores = task.score(task.score_step)(params, {}, pairs, title=title)
         check_finite([config.data], pairs, str(weights.folder), scores[name])
         return scores[name]
 
     return score
-
-
-def _write_pairs(
-    path: Path,
-    pairs: PreferenceDataset,
-    scores: Mapping[str, np.ndarray],
-    margins: np.ndarray,
-) -> None:
-    lines = []
-    for n in range(len(pairs)):
-        annotator = int(pairs.columns["annotator"][n])
-        row = {
-            "id": str(pairs.ids[n]),
-            "row": int(pairs.columns["row"][n]) + 1,
-            **{
-                f"{name}_{side}": float(table[n, k])
-                for name, table in scores.items()
-                for k, side in enumerate(("chosen", "rejected"))
-            },
-            "length_chosen": int(pairs.completion_lengths[n, 0]),
-            "length_rejected": int(pairs.completion_lengths[n, 1]),
-            "margin": float(margins[n]),
-            "correct": None if margins[n] == 0 else bool(margins[n] > 0),
-            "flip": bool(pairs.columns["is_flipped"][n]),
-            "annotator": pairs.annotator_names[annotator] if annotator >= 0 else None,
-        }
-        lines.append(json.dumps(row) + "\n")
-    write_whole(path, "".join(lines))
