@@ -11,25 +11,32 @@ from jaxpref import data
 from jaxpref.cli import help
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import closest, split
-from jaxpref.data.bad_rows import BadRows, log_skipped
 from jaxpref.data.convert import convert
-from jaxpref.data.hindsight import hindsight_records
+from jaxpref.data.hindsight import all_hindsight_records
 from jaxpref.data.inspection import Inspection, Segment, inspect_pairs, segments
 from jaxpref.data.kinds import KINDS
 from jaxpref.data.make_pairs import joined_pairs, ranked_pairs, read_answers
-from jaxpref.data.records import Example
-from jaxpref.data.records import parse as parse_record
 from jaxpref.data.records.best_pair import Rule
 from jaxpref.errors import InputError, paint, show
 from jaxpref.files import check_output, write_whole
 from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import resolve_folder
-from jaxpref.report.inspection import SPECIAL, answer_names, write_inspection
+from jaxpref.report.inspection import (
+    GIVEN,
+    SPECIAL,
+    answer_names,
+    write_inspection,
+)
 from jaxpref.runtime.ranges import at_least
 from jaxpref.select.config import SelectConfig
 from jaxpref.select.run import run as run_selection
 
-COLORS = {"prompt": "blue", "answer": "green", "special": "magenta"}
+COLORS = {
+    "prompt": "blue",
+    "given": "blue",
+    "answer": "green",
+    "special": "magenta",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,11 +260,9 @@ def _show_example(place: str, parts: list[list[Segment]]) -> None:
 
 
 def _marked(part: list[Segment]) -> str:
-    """Segments as text, with marks around special tokens."""
-    start, end = SPECIAL
-    return "".join(
-        f"{start}{x.text}{end}" if x.kind == "special" else x.text for x in part
-    )
+    """Segments as text, with marks around special tokens and what is not trained."""
+    marks = {"special": SPECIAL, "given": GIVEN}
+    return "".join(x.text.join(marks.get(x.kind, ("", ""))) for x in part)
 
 
 def _convert(parsed: Any) -> None:
@@ -320,25 +325,13 @@ def _hindsight(parsed: Any) -> None:
     config: HindsightConfig = parsed.config
     check_output("--out", config.out, {"--data": config.data})
     source = data.open_records(config.data, config, sides=2)
-    bad, lines, dropped = BadRows(config.on_bad_row), [], 0
-    ignored = config.ignore_fields
-    for row in range(len(source)):
-        place = source.location(row)
-        read = lambda row=row, place=place: parse_record(
-            source[row], place, sides=2, drop_empty=True, ignore_fields=ignored
-        )
-        example = bad.attempt(read, place)
-        if isinstance(example, Example):
-            for record in hindsight_records(example, place):
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        elif example is not None:
-            dropped += 1
-    log_skipped(bad.found)
-    if not lines:
+    records, dropped = all_hindsight_records(source, config)
+    if not records:
         raise InputError(f"{config.data}: no pair is left of {len(source):,} records")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_whole(config.out, "".join(lines))
     left = f"; {dropped:,} dropped" if dropped else ""
-    show(f"{config.out}: {len(lines):,} records of {len(source):,} pairs{left}")
+    show(f"{config.out}: {len(records):,} records of {len(source):,} pairs{left}")
 
 
 ACTIONS: dict[str, Callable[[Any], None]] = {

@@ -12,7 +12,7 @@ PARTS = {"config": Part(pairs.EvaluateConfig)}
 
 
 def command(argv: Sequence[str]) -> None:
-    """Scores pairs and writes metrics."""
+    """Scores records and writes metrics."""
     pairs.run(parse(PARTS, split(argv), command=COMMAND).config)
 
 

@@ -15,9 +15,10 @@ from jaxpref.errors import InputError, show
 COMMANDS = {
     "train": "Train a model on preference pairs or, with --loss sft, on completions.",
     "sweep": "Train a grid of options, and compare the runs.",
-    "evaluate": "Score preference pairs with a model and its reference, or with a"
-    " reward model.",
+    "evaluate": "Score pairs, labeled answers, or lists with a model and its reference,"
+    " or with a reward model.",
     "sample": "Generate completions of prompts.",
+    "score": "Compute rewards of answers: of models, rules, or your own functions.",
     "data": "Inspect preference data as a model sees it, convert it, or make pairs.",
     "audit": "Find labels that are probably wrong, and unreliable annotators.",
     "merge": "Merge models by their weights: means, SLERP, task vectors, greedy soups.",

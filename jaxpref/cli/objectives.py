@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from jaxpref import losses, objectives
 from jaxpref.cli.options import Part, Parts
@@ -25,6 +25,7 @@ from jaxpref.objectives import (
     crm,
     from_loss,
     rationale,
+    spo,
     trainable,
 )
 
@@ -47,7 +48,7 @@ CORRECTIONS = {correct.__name__: correct for correct in objectives.CORRECTIONS}
 MIXTURES = {mix.__name__: mix for mix in objectives.MIXTURES}
 """For `--objective` too: `mix(objective, **options)`, for any objective."""
 
-NOISE = {n: make for n, make in WRAPPERS.items() if make not in (crm, rationale)}
+NOISE = {n: make for n, make in WRAPPERS.items() if make not in (crm, rationale, spo)}
 """For `--objective.noise`: wrappers whose gradients can be mixed."""
 
 KINDS = {
@@ -58,7 +59,7 @@ KINDS = {
     "other divergences": ("_divergence", "_token"),
     "length control": ("_length",),
     "without a reference": ("_reference_free",),
-    "with a likelihood term": ("_likelihood",),
+    "likelihood and teachers": ("_likelihood", "_distillation"),
     "of labeled answers": ("_unpaired",),
     "of lists of answers": ("_listwise",),
     "for reward models": ("_reward_models",),
@@ -250,7 +251,8 @@ def options_type(function: Callable, but: frozenset[str] = frozenset()) -> type:
         if parameter.name not in hyperparameters(function) - but:
             continue
         # A loss's options may be arrays; on the command line they are numbers.
-        typed = parameter.annotation in (int, float | Literal["auto"])
+        typed = parameter.annotation in (int, bool, float | Literal["auto"])
+        typed |= get_origin(parameter.annotation) is Literal
         kind = parameter.annotation if typed else float
         field = dataclasses.field(metadata={"help": documented[parameter.name]})
         if parameter.default is not parameter.empty:

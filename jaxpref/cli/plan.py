@@ -34,5 +34,7 @@ def help_text(argv: Sequence[str]) -> str:
     """The help of the command."""
     return (
         f"{help.command(COMMAND, options())}\n\n--loss, --objective and their options "
-        "are those of `jaxpref train`."
+        "are those of `jaxpref train`.  There is no\n--columns: plan reads no data, and"
+        " a number of a record takes four bytes in a batch.\nGive options of the loss"
+        " that differ between records as one number instead."
     )

@@ -24,6 +24,7 @@ from jaxpref.errors import show
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.runtime.mesh import MeshConfig
+from jaxpref.scoring.frozen_models import Teachers
 from jaxpref.scoring.moving_reference import MovingAverage
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.optimizer import OptimizerConfig
@@ -141,6 +142,7 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
         lora=parsed.lora,
         soft_prompt=parsed.soft_prompt,
         moving_average=parsed.moving_average,
+        teachers=parsed.teachers,
         mix=parsed.mix if choice.mixture else None,
         optimizer=parsed.optimizer,
         mesh=parsed.mesh,
@@ -155,6 +157,7 @@ def parts_of(choice: Choice) -> Parts:
         "lora": Part(LoraOptions, "lora"),
         "soft_prompt": Part(SoftPromptOptions, "soft-prompt"),
         "moving_average": Part(MovingAverage, "moving-average"),
+        "teachers": Part(Teachers),
         "optimizer": Part(OptimizerConfig),
         "mesh": Part(MeshConfig, "mesh"),
     }

@@ -22,7 +22,9 @@ from jaxpref.losses import (
     _batch,
     _calibration,
     _corrections,
+    _degree,
     _diagnostics,
+    _distillation,
     _divergence,
     _dynamic_beta,
     _dynamic_targets,
@@ -48,7 +50,9 @@ from jaxpref.losses._asymmetric import *
 from jaxpref.losses._batch import *
 from jaxpref.losses._calibration import *
 from jaxpref.losses._corrections import *
+from jaxpref.losses._degree import *
 from jaxpref.losses._diagnostics import *
+from jaxpref.losses._distillation import *
 from jaxpref.losses._divergence import *
 from jaxpref.losses._dynamic_beta import *
 from jaxpref.losses._dynamic_targets import *
@@ -76,7 +80,9 @@ __all__ += _asymmetric.__all__
 __all__ += _batch.__all__
 __all__ += _calibration.__all__
 __all__ += _corrections.__all__
+__all__ += _degree.__all__
 __all__ += _diagnostics.__all__
+__all__ += _distillation.__all__
 __all__ += _divergence.__all__
 __all__ += _dynamic_beta.__all__
 __all__ += _dynamic_targets.__all__

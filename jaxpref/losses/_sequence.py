@@ -57,7 +57,7 @@ def sum_by_completion(
       [ -3. -28.   0.]
     """
     (values,) = _common.promoted(token_logps=token_logps)
-    return _sum_where(values, _owned(values, completions, num_completions))
+    return _sum_where(values, owned_tokens(values, completions, num_completions))
 
 
 def sum_weighted_by_completion(
@@ -105,7 +105,7 @@ def sum_weighted_by_completion(
     values, weights = _common.promoted(
         token_logps=token_logps, token_weights=token_weights
     )
-    own = _owned(values, completions, num_completions)
+    own = owned_tokens(values, completions, num_completions)
     # Mask both before the product: 0 times NaN would be NaN.
     used = jnp.asarray(completions) >= 0
     product = jnp.where(used, values, 0) * jnp.where(used, weights, 0)
@@ -156,7 +156,7 @@ def sum_prefix_by_completion(
       2024, arXiv:2409.06411, the tokens up to the length that both answers share.
     """
     (values,) = _common.promoted(token_logps=token_logps)
-    own = _owned(values, completions, num_completions)
+    own = owned_tokens(values, completions, num_completions)
     prefix_lengths = jnp.asarray(prefix_lengths)
     if not jnp.issubdtype(prefix_lengths.dtype, jnp.integer):
         raise TypeError(
@@ -289,7 +289,7 @@ def _log1mexp(a: jax.Array) -> jax.Array:
     return jnp.where(near, jnp.log(-jnp.expm1(close)), jnp.log1p(-jnp.exp(far)))
 
 
-def _owned(values: jax.Array, completions, num_completions: int) -> jax.Array:
+def owned_tokens(values: jax.Array, completions, num_completions: int) -> jax.Array:
     """Whether each token belongs to each completion: [*rows, Q, P, C]."""
     completions = jnp.asarray(completions)
     if not jnp.issubdtype(completions.dtype, jnp.integer):

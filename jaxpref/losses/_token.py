@@ -5,11 +5,13 @@ positions of a completion.  See `token_kls` and `sum_by_completion`.
 """
 
 import jax
+import jax.numpy as jnp
 
 from jaxpref.losses import _common
 from jaxpref.losses._common import Number, PerPair
+from jaxpref.losses._sequence import Owners, TokenValues, owned_tokens
 
-__all__ = ["sparse_po", "tdpo1", "tdpo2"]
+__all__ = ["activation_masks", "sparse_po", "tdpo1", "tdpo2"]
 
 
 def tdpo1(
@@ -185,6 +187,57 @@ def sparse_po(
         rejected_masked_kls=rejected_masked_kls,
     )
     return _logistic(chosen - rejected - (kl_l - kl_w), beta)
+
+
+def activation_masks(
+    activations: TokenValues, completions: Owners, *, num_completions: int
+) -> TokenValues:
+    """SparsePO's masks without parameters: activations rescaled to [0, 1].
+
+        m(t) = (a(t) - min a) / (max a - min a)   over the tokens of a completion
+
+    a(t) is the mean over the features of an activation of the reference where token t
+    is predicted.  The mask of several activations, such as those of all layers, is the
+    mean of their masks.  Standardizing a(t) first, as the paper does, changes nothing.
+
+    Args:
+      activations: a(t) of each target token; [*rows, Q, P].
+      completions: index of the completion that each target belongs to, below
+        `num_completions`; -1 for padding; [*rows, Q, P].
+      num_completions: completions per row, including empty ones; static.
+
+    Returns:
+      One mask per token, [*rows, Q, P], at least float32.  1 for all tokens of a
+      completion whose activations are equal, and 0 for padding.
+
+    Raises:
+      TypeError: if `activations` is not floating point or `completions` not integer.
+      ValueError: if shapes differ, have less than two axes, or `num_completions` < 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import activation_masks
+      >>> activations = jnp.array([[1.0, 3.0, 2.0, 7.0]])
+      >>> owner = jnp.array([[0, 0, 0, -1]])
+      >>> print(activation_masks(activations, owner, num_completions=1))
+      [[0.  1.  0.5 0. ]]
+
+    References:
+      Christopoulou et al., "SparsePO: Controlling Preference Alignment of LLMs via
+      Sparse Token Masks", 2024, arXiv:2410.05102, the activation-based mask (MaPO).
+      Code: huawei-noah/HEBO, SparsePO/src/trainers/mapo_trainer.py, `zn_rescale`.
+    """
+    (values,) = _common.promoted(activations=activations)
+    own = owned_tokens(values, completions, num_completions)
+    wide, tokens = values[..., None], (-3, -2)
+    low = jnp.min(jnp.where(own, wide, jnp.inf), axis=tokens, keepdims=True)
+    high = jnp.max(jnp.where(own, wide, -jnp.inf), axis=tokens, keepdims=True)
+    # Empty completions have no token that reads these.
+    of_token = lambda x: jnp.sum(jnp.where(own, x, 0), axis=-1)
+    low, high = of_token(low), of_token(high)
+    varies = high > low
+    mask = jnp.where(varies, values - low, 1) / jnp.where(varies, high - low, 1)
+    return jnp.where(jnp.asarray(completions) >= 0, mask, 0)
 
 
 def _log_ratios_and_kls(

@@ -126,7 +126,9 @@ def _tried(
     """Scores every model, and the means that a greedy soup tries."""
     given = {x.name: getattr(method, x.name) for x in dataclasses.fields(method)}
     _, score = pairs.open_pairs(
-        pairs.EvaluateConfig(model=config.models[0], out=config.out, **given)
+        pairs.EvaluateConfig(
+            model=config.models[0], out=config.out, kind="pairs", **given
+        )
     )
     soup = out.resolve().parent / f".{out.resolve().name}.soup"
 

@@ -31,9 +31,9 @@ def module_arrays(family: Family, tree: Any) -> dict[str, StoredArray]:
     return {path: named(array) for path, array in family.stored(shapes).items()}
 
 
-def prefixed(array: StoredArray) -> StoredArray:
+def prefixed(array: StoredArray, prefix: str = PREFIX) -> StoredArray:
     """Where an array of the model itself is stored."""
-    name = dataclasses.replace(array.name, template=PREFIX + array.name.template)
+    name = dataclasses.replace(array.name, template=prefix + array.name.template)
     return dataclasses.replace(array, name=name)
 
 

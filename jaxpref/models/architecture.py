@@ -103,6 +103,11 @@ class Architecture:
         raise NotImplementedError
 
     @property
+    def embedding_scale(self) -> float:
+        """What the embeddings of tokens are multiplied by when they are looked up."""
+        return 1.0
+
+    @property
     def context_length(self) -> int:
         """Number of tokens of the longest text that the model reads."""
         return self.max_position_embeddings

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import InputError
-from jaxpref.files import read_json
+from jaxpref.files import RUN, kind_of, read_json
 from jaxpref.models import families
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.config_json import HARMLESS, ConfigFields
@@ -17,6 +17,10 @@ def read_architecture(folder: str | Path) -> Architecture:
         InputError: if config.json cannot be read or has an unsupported field.
     """
     path = Path(folder) / "config.json"
+    if kind_of(path.parent) == RUN:
+        raise InputError(
+            f"{folder}: is the folder of a run; pass its export, {path.parent}/export"
+        )
     return architecture_from_fields(read_json(path), path)
 
 

@@ -118,9 +118,7 @@ class Model:
             lengths: the number of real tokens in rows that are not packed.  Attention
                 to and from padding is then skipped, and its states are meaningless.
         """
-        transformer = self._transformer(params)
-        inputs = tokens, positions, segments, lengths
-        return self._hidden(transformer, transformer.table(), params, *inputs)[0]
+        return self._hidden(params, tokens, positions, segments, lengths)[0]
 
     def hidden_and_heads(
         self,
@@ -140,13 +138,29 @@ class Model:
         The routers' sums are over all layers of a mixture of experts, and over all rows
         of the batch.  `counted` says how often each token counts; None for no sums.
         """
-        transformer = self._transformer(params)
-        table = transformer.table()
         inputs = tokens, positions, segments, lengths
-        hidden, kept = self._hidden(
-            transformer, table, params, *inputs, counted=counted
-        )
-        return hidden, transformer.heads(table), _over_layers(kept)
+        hidden, head, kept = self._hidden(params, *inputs, counted=counted)
+        return hidden, head(), _over_layers(kept)
+
+    def hidden_head_and_readouts(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Segments | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        *,
+        readout: Callable[[Array, Any], Array],
+        heads: Any,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "*N D V"], Float[Array, "L B T n"]]:
+        """`hidden`, the LM head, and a readout of the residual stream of each layer.
+
+        The readout is `readout(x [B, T, D], own) -> [B, T, n]`, x after the layer and
+        `own` the layer's slice of `heads`, a pytree of arrays [L, ...].
+        """
+        inputs = tokens, positions, segments, lengths
+        hidden, head, kept = self._hidden(params, *inputs, readout=readout, heads=heads)
+        return hidden, head(), jnp.concatenate(kept)
 
     def hidden_and_router(
         self,
@@ -158,16 +172,12 @@ class Model:
         counted: Float[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
         """As `hidden_and_heads`, without a head."""
-        transformer = self._transformer(params)
-        inputs = params, tokens, positions, segments, None
-        table = transformer.table()
-        hidden, kept = self._hidden(transformer, table, *inputs, counted=counted)
+        inputs = tokens, positions, segments, None
+        hidden, _, kept = self._hidden(params, *inputs, counted=counted)
         return hidden, _over_layers(kept)
 
     def _hidden(
         self,
-        transformer: Transformer,
-        table,
         params,
         tokens,
         positions,
@@ -175,11 +185,17 @@ class Model:
         lengths,
         keep: bool = False,
         counted: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[Any]]:
-        """Final hidden states and, of each stack of layers, what `_attend` keeps.
+        readout: Callable[[Array, Any], Array] | None = None,
+        heads: Any = None,
+    ) -> tuple[jax.Array, Callable[[], jax.Array], list[Any]]:
+        """Final hidden states, the LM head and, of each stack, what `_attend` keeps.
 
-        With `counted`, the sums of the routers instead.
+        With `counted`, the sums of the routers instead; with `readout`, what it returns
+        of each layer.
         """
+        transformer = self._transformer(params)
+        table = transformer.table()
+        head = functools.partial(transformer.heads, table)
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         else:
@@ -198,15 +214,22 @@ class Model:
             return x, router_sums(p, counted, per_token=experts.experts_per_token)
 
         layer = _remat(layer, self.numerics.remat)
+
+        def step(x, layers):
+            weights, (attributes, own) = layers
+            x, state = layer(x, (weights, attributes))
+            return x, state if readout is None else readout(x, own)
+
         if PROMPT in params:
             table = Prompted(table, params[PROMPT])
         x = transformer.embed_tokens(table, tokens, positions)
         kept = []
-        for layers in with_weights(params["layers"], transformer.layer_attributes()):
+        of_layers = transformer.layer_attributes(), heads
+        for layers in with_weights(params["layers"], of_layers):
             unroll = min(self.numerics.unroll, num_layers(layers[0]))
-            x, states = jax.lax.scan(layer, x, layers, unroll=unroll)
+            x, states = jax.lax.scan(step, x, layers, unroll=unroll)
             kept.append(states)
-        return transformer.final_norm(x), kept
+        return transformer.final_norm(x), head, kept
 
     def _attend(
         self, segments: Segments | None, positions, lengths, keep: bool
@@ -278,10 +301,9 @@ class Model:
             The states that predict the next tokens, and a cache for rows of at most T
             tokens; see `cache.resized`.
         """
-        transformer = self._transformer(params)
         lengths = reshard(jnp.asarray(lengths, jnp.int32), SPECS.rows)
         inputs = reshard(tokens, SPECS.tokens), None, None, lengths, True
-        x, kept = self._hidden(transformer, transformer.table(), params, *inputs)
+        x, _, kept = self._hidden(params, *inputs)
         stacks = []
         for run in self._runs(params):
             part = slice(run.first, run.first + run.count)

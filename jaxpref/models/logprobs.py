@@ -10,7 +10,9 @@ Axes: B rows, T tokens, P predicted positions, c positions of a chunk, D hidden,
 V vocabulary, N row groups (see `gathering`).
 """
 
-from collections.abc import Callable, Collection
+import dataclasses
+import types
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -98,35 +100,58 @@ def token_logps(
     return logps
 
 
-def _collisions(z, t, reference_z):
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """A number for each predicted token, from the logits of one or more models."""
+
+    name: str
+    of: Callable[..., Float[Array, "B c"]]
+    """`of(z [B, c, V], targets [B, c], others)`; others are logits [B, c, V] by model.
+    """
+    models: tuple[str, ...] = ()
+    """Names of the other models whose logits it reads."""
+
+
+def _collisions(z, t, others):
     """The log-probability that two samples are the same token: log sum_v pi(v)^2."""
-    del t, reference_z
+    del t, others
     return jax.nn.logsumexp(2 * z, axis=-1) - 2 * jax.nn.logsumexp(z, axis=-1)
 
 
-def _entropies(z, t, reference_z):
+def _entropies(z, t, others):
     """Entropy in nats: - sum_v pi(v) log pi(v)."""
-    del t, reference_z
+    del t, others
     log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
-def _kls(z, t, reference_z):
+def _kls(z, t, others):
     """KL(reference || policy) in nats: sum_v ref(v) (log ref(v) - log pi(v))."""
     del t
+    reference_z = others[REFERENCE]
     log_p = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
     log_r = reference_z - jax.nn.logsumexp(reference_z, axis=-1, keepdims=True)
     return jnp.sum(jnp.exp(log_r) * (log_r - log_p), axis=-1)
 
 
+REFERENCE = "reference"
+"""The name of the reference among the other models."""
+
 STATISTICS = {
-    "logps": lambda z, t, reference_z: _logps(z, t),
-    "collisions": _collisions,
-    "entropies": _entropies,
-    "kls": _kls,
-    "reference_logps": lambda z, t, reference_z: _logps(reference_z, t),
+    statistic.name: statistic
+    for statistic in (
+        Statistic("logps", lambda z, t, others: _logps(z, t)),
+        Statistic("collisions", _collisions),
+        Statistic("entropies", _entropies),
+        Statistic("kls", _kls, (REFERENCE,)),
+        Statistic(
+            "reference_logps",
+            lambda z, t, others: _logps(others[REFERENCE], t),
+            (REFERENCE,),
+        ),
+    )
 }
-"""Statistics of a token's logits, its target, and the reference's logits."""
+"""Statistics that any model has, by name."""
 
 
 def token_statistics(
@@ -136,11 +161,12 @@ def token_statistics(
     predictors: Positions,
     targets: Positions,
     *,
-    reference: tuple[Hidden, Head] | None = None,
+    others: Mapping[str, tuple[Hidden, Head]] = types.MappingProxyType({}),
+    among: Mapping[str, Statistic] = types.MappingProxyType(STATISTICS),
     chunk_size: int | None = None,
     soft_cap: float | None = None,
 ) -> dict[str, Float[Array, "B P"]]:
-    """Several of `STATISTICS` of each target, from one pass over the logits.
+    """Several statistics of each target, from one pass over the logits.
 
     Args:
         names: which statistics.
@@ -148,7 +174,8 @@ def token_statistics(
         head: [D, V] or [N, D, V].
         predictors: int [B, P].
         targets: int [B, P].
-        reference: the reference's hidden states and head, if a statistic needs them.
+        others: hidden states and heads of the other models that a statistic reads.
+        among: the statistics by name.
         chunk_size: see `token_logps`.
         soft_cap: see `token_logps`.
 
@@ -160,14 +187,19 @@ def token_statistics(
             hidden, head, predictors, targets, chunk_size=chunk_size, soft_cap=soft_cap
         )
         return {"logps": logps}
+    wanted = [among[name] for name in names]
+    # In a fixed order, so that every process compiles the same program.
+    models = sorted({model for statistic in wanted for model in statistic.models})
 
-    def chunk(t, h, *reference_h):
-        z, reference_z = logits(h, head, soft_cap), None
-        if reference is not None:
-            reference_z = logits(reference_h[0], reference[1], soft_cap)
-        return {name: STATISTICS[name](z, t, reference_z) for name in names}
+    def chunk(t, h, *others_h):
+        z = logits(h, head, soft_cap)
+        other_z = {
+            model: logits(other_h, others[model][1], soft_cap)
+            for model, other_h in zip(models, others_h, strict=True)
+        }
+        return {statistic.name: statistic.of(z, t, other_z) for statistic in wanted}
 
-    hiddens = (hidden,) if reference is None else (hidden, reference[0])
+    hiddens = (hidden, *(others[model][0] for model in models))
     return _over_chunks(chunk, predictors, targets, hiddens, head, chunk_size)
 
 

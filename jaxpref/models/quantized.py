@@ -32,6 +32,8 @@ Quantization = Literal["int8", "nf4"]
 QUANTIZATIONS = get_args(Quantization)
 BLOCK = 64
 """The largest number of weights in a block."""
+BITS = {"int8": 8 + 32 / BLOCK, "nf4": 4 + 32 / BLOCK}
+"""Bits of a weight, with its share of the scale of a block of 64."""
 NF4 = (
     -1.0,
     -0.6961928009986877,

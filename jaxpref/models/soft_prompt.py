@@ -4,8 +4,9 @@ The weights of the model are frozen.  A text x is read as
 
     p_1, ..., p_N, e(x_1), e(x_2), ...
 
-with p [N, D] trained and e the model's embedding.  Positions begin at p_1.  Source:
-Lester et al. 2021, arXiv:2104.08691, section 2.
+with p [N, D] trained and e the embedding that the model's module has in `transformers`:
+Gemma's scales it by sqrt(D), so p is in the same units and is not scaled again.
+Positions begin at p_1.  Source: Lester et al. 2021, arXiv:2104.08691, section 2.
 
 Texts hold N placeholder tokens where the soft prompt stands
 (`PreferenceDataset.prefixed`), so layouts, packed rows and caches need nothing of their
@@ -62,36 +63,38 @@ class SoftPrompt:
     """N."""
     start: tuple[int, ...] = ()
     """The N tokens whose embeddings it starts from; empty if it is read from a file."""
+    whole: tuple[str, ...] = ()
+    """Paths of parameters that are trained beside it, such as a reward head."""
 
     def reads(self, path: str) -> bool:
-        """Whether its start is made from the parameter at a path."""
-        return bool(self.start) and path == "embed"
+        """Whether what is trained starts from the parameter at a path."""
+        return self.trains(path) or (bool(self.start) and path == "embed")
 
     def trains(self, path: str) -> bool:
-        """Whether the parameter is trained: none of the model's is."""
-        del path
-        return False
+        """Whether the parameter itself is trained."""
+        return path in self.whole
 
     def freezes(self, path: str) -> bool:
         """Whether the parameter is frozen."""
-        del path
-        return True
+        return path not in self.whole
 
     def trained(self, params: Any, model: Any, key: PRNGKeyArray) -> Any:
-        """The soft prompt at the start; zeros if it is read from a file."""
+        """What is trained at the start; a soft prompt from a file is 0 until then."""
         del key
-        D = model.architecture.hidden_size
+        architecture = model.architecture
         if not self.start:
             dtype = jnp.dtype(model.numerics.param_dtype)
-            prompt = jnp.zeros((self.length, D), dtype)
+            prompt = jnp.zeros((self.length, architecture.hidden_size), dtype)
         else:
             at = params["embed"].at[jnp.array(self.start)]
             prompt = at.get(out_sharding=on_mesh(P(None, None)))
-        return {PROMPT: reshard(prompt, P(None, None))}
+            prompt *= jnp.asarray(architecture.embedding_scale, prompt.dtype)
+        whole = {path: params[path] for path in self.whole}
+        return {PROMPT: reshard(prompt, P(None, None)), **whole}
 
     def frozen(self, params: Any) -> Any:
-        """All of the model's parameters."""
-        return params
+        """The model's parameters but those that are trained."""
+        return {path: x for path, x in params.items() if self.freezes(path)}
 
     def join(self, trained: Any, frozen: Any) -> Any:
         """The model's parameters, with the soft prompt."""
@@ -122,15 +125,6 @@ class Prompted:
             "btn,nd->btd", is_place.astype(x.dtype), self.prompt, spec=SPECS.hidden
         )
         return jnp.where(place < len(self.prompt), own, x)
-
-
-def check_family(model_type: str) -> None:
-    """Raises InputError for families whose soft prompts `peft` would read otherwise."""
-    if model_type.startswith("gemma"):
-        raise InputError(
-            f"--soft-prompt: a {model_type} model scales the embeddings of tokens, "
-            "and `peft` would not scale those of the soft prompt; use --lora.rank"
-        )
 
 
 def with_placeholders(tokens: list[int], length: int) -> list[int]:

@@ -14,12 +14,17 @@ from jaxpref.errors import InputError
 from jaxpref.files import read_json, write_json
 from jaxpref.models.adapter_config import CONFIG
 from jaxpref.models.adapter_files import WEIGHTS
+from jaxpref.models.adapter_tensors import module_arrays, prefixed
 from jaxpref.models.config_json import ConfigFields
+from jaxpref.models.families.family import StoredArray, join
 from jaxpref.models.layout import reshard
-from jaxpref.models.soft_prompt import MOST, PROMPT, check_family
+from jaxpref.models.reward import RewardModel
+from jaxpref.models.soft_prompt import MOST, PROMPT
 from jaxpref.models.stored import gathered
 from jaxpref.models.tensor_files import open_file
 
+HEAD_PATH = "score"
+"""The path of a reward model's head, which is trained beside its soft prompt."""
 KIND = "PROMPT_TUNING"
 TENSOR = "prompt_embeddings"
 HARMLESS = frozenset(
@@ -56,24 +61,45 @@ def soft_prompt_length(folder: Path | None) -> int:
 
 
 def load_soft_prompt(folder: Path, model: Any) -> dict[str, jax.Array]:
-    """The soft prompt of a folder, in the model's parameter dtype, on every device.
+    """The soft prompt of a folder, and the head of a reward model.
+
+    They are in the model's parameter dtype, on every device.
 
     Raises:
         InputError: if it does not fit the model, or is not finite.
     """
-    check_family(model.architecture.family.model_type)
-    shape = [soft_prompt_length(folder), model.architecture.hidden_size]
+    shapes = {TENSOR: [soft_prompt_length(folder), model.architecture.hidden_size]}
+    head = _head(model)
+    if head is not None:
+        shapes[head.name.template] = list(head.stored_shape)
     stored = open_file(Path(folder) / WEIGHTS)
-    if set(stored) != {TENSOR} or stored[TENSOR].get_shape() != shape:
+    if {name: stored[name].get_shape() for name in stored} != shapes:
+        expected = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise InputError(
-            f"{folder}: expected one tensor, {TENSOR}, of shape {shape}; pass the "
-            "model that it belongs to with --model"
+            f"{folder}: expected the tensors {expected} and no others; pass the model "
+            "that it belongs to with --model"
         )
-    values = stored[TENSOR][:].astype(np.float32)
-    if not np.isfinite(values).all():
-        raise InputError(f"{folder}: tensor {TENSOR} holds NaN or infinite values")
-    prompt = jnp.asarray(values, jnp.dtype(model.numerics.param_dtype))
-    return {PROMPT: reshard(prompt, P(None, None))}
+    values = {name: stored[name][:].astype(np.float32) for name in shapes}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{folder}: tensor {name} holds NaN or infinite values")
+    found = {PROMPT: values[TENSOR]}
+    if head is not None:
+        whole = (slice(None),) * len(head.inner)
+        found[HEAD_PATH] = head.read(values[head.name.template], whole)
+    dtype = jnp.dtype(model.numerics.param_dtype)
+    placed = lambda x: reshard(jnp.asarray(x, dtype), P(None, None))
+    return {path: placed(x) for path, x in found.items()}
+
+
+def _head(model: Any) -> StoredArray | None:
+    """Where `peft` stores the head of a reward model; None for a language model."""
+    if not isinstance(model, RewardModel):
+        return None
+    tree = jax.eval_shape(model.init, jax.random.key(0))
+    # With prompt tuning, `peft` puts no module of its own between itself and the model.
+    arrays = module_arrays(model.architecture.family, tree)
+    return prefixed(arrays[HEAD_PATH], "base_model.")
 
 
 def save_soft_prompt(
@@ -84,18 +110,25 @@ def save_soft_prompt(
     Raises:
         InputError: if it cannot be written, or is not finite in `dtype`.
     """
-    a = model.architecture
-    with np.errstate(over="ignore"):
-        values = gathered(trained[PROMPT]).astype(jnp.dtype(dtype))
-    if not np.isfinite(values).all():
-        raise InputError(f"tensor {TENSOR} is not finite in {dtype}; nothing is saved")
+    a, head = model.architecture, _head(model)
+    tensors = {TENSOR: gathered(trained[PROMPT])}
+    if head is not None:
+        tensors[head.name.template] = join([(head, gathered(trained[HEAD_PATH]))])
+    for name, value in tensors.items():
+        with np.errstate(over="ignore"):
+            tensors[name] = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+        if not np.isfinite(tensors[name]).all():
+            raise InputError(
+                f"tensor {name} is not finite in {dtype}; nothing is saved"
+            )
     if jax.process_index() != 0:
         return
     fields = {
         "peft_type": KIND,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+        "modules_to_save": None if head is None else [HEAD_PATH],
         "base_model_name_or_path": base,
-        "num_virtual_tokens": len(values),
+        "num_virtual_tokens": len(tensors[TENSOR]),
         "token_dim": a.hidden_size,
         "num_transformer_submodules": 1,
         "num_attention_heads": a.num_heads,
@@ -106,7 +139,6 @@ def save_soft_prompt(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, fields)
-        tensors = {TENSOR: np.ascontiguousarray(values)}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         # The library creates files that only their owner can read.
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)

@@ -1,4 +1,4 @@
-"""A model on disk: its folder, and maybe that of an adapter."""
+"""A model on disk: its folder, and maybe that of an adapter, or a run's checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -13,6 +13,7 @@ from jaxpref.models.folder_config import is_reward_model
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized
+from jaxpref.models.saved import Saved, load_saved
 from jaxpref.models.soft_prompt_files import load_soft_prompt, soft_prompt_length
 
 
@@ -26,6 +27,8 @@ class Weights:
     """The folder of an adapter of it, or None."""
     quantization: Quantization | None = None
     """How the matrices of its layers are held in memory; None for floating point."""
+    saved: Saved | None = None
+    """A checkpoint of a run that began with these; None for the weights themselves."""
 
 
 def load_weights(weights: Weights, model: Any) -> Any:
@@ -34,14 +37,19 @@ def load_weights(weights: Weights, model: Any) -> Any:
     With a soft prompt, also that: texts then need placeholders, see `soft_prompt`.
 
     Raises:
-        InputError: as `load_params` and `load_adapter`.
+        InputError: as `load_params`, `load_adapter` and `load_saved`.
     """
     folder, kind = weights.folder, weights.quantization
+    if weights.saved is not None:
+        return load_saved(weights.saved, folder, model)
     if weights.adapter is None:
         return load_quantized(folder, model, kind)
     if soft_prompt_length(weights.adapter):
         prompt = load_soft_prompt(weights.adapter, model)
-        return load_quantized(folder, model, kind) | prompt
+        # A reward model's head is part of the adapter, and need not be in the folder.
+        frozen = lambda path: path not in prompt
+        key = jax.random.key(0) if "score" in prompt else None
+        return load_quantized(folder, model, kind, key, only=frozen) | prompt
     lora, trained = load_adapter(weights.adapter, model)
     # A reward head that the adapter has need not be in the model's folder.
     key = jax.random.key(0) if "score" in lora.whole else None
@@ -67,6 +75,8 @@ def is_reward(weights: Weights) -> bool:
     Raises:
         InputError: if a config cannot be read.
     """
+    if weights.saved is not None and weights.saved.is_reward:
+        return True
     if weights.adapter is not None:
         if read_json(weights.adapter / CONFIG).get("task_type") == "SEQ_CLS":
             return True

@@ -7,6 +7,8 @@ from jaxpref.objectives.bound_loss import Loss as Loss
 from jaxpref.objectives.co_training import crm as crm
 from jaxpref.objectives.corrected import forward as forward
 from jaxpref.objectives.corrected import unbiased as unbiased
+from jaxpref.objectives.degrees import spo as spo
+from jaxpref.objectives.distillation import align_distil as align_distil
 from jaxpref.objectives.inputs import Inputs as Inputs
 from jaxpref.objectives.instance_noise import instance_noise as instance_noise
 from jaxpref.objectives.learned_noise import em as em
@@ -23,12 +25,14 @@ from jaxpref.objectives.objective import trainable as trainable
 from jaxpref.objectives.rationale import rationale as rationale
 from jaxpref.objectives.supervised import reward_regression as reward_regression
 from jaxpref.objectives.supervised import sft as sft
+from jaxpref.objectives.token_masks import sparse_po as sparse_po
 from jaxpref.objectives.trace_mixture import bvpo as bvpo
 from jaxpref.objectives.unpaired import apo_zero_unpaired as apo_zero_unpaired
 from jaxpref.objectives.unpaired import bco as bco
 from jaxpref.objectives.unpaired import kto as kto
 
 FACTORIES = (
+    align_distil,
     apo_zero_unpaired,
     bco,
     beta_dpo,
@@ -38,6 +42,7 @@ FACTORIES = (
     plackett_luce,
     reward_regression,
     sft,
+    sparse_po,
 )
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
 
@@ -50,6 +55,7 @@ WRAPPERS = (
     learned_rate,
     rationale,
     re_po,
+    spo,
 )
 """`wrap(loss, **options)`: learn something besides the model, for a pairwise loss."""
 

@@ -19,7 +19,7 @@ from jaxpref.objectives.rewards import per_token_reward, reward_metrics
 
 
 def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objective:
-    """CRM: two reward models, or policies (CRM-DPO), that select each other's pairs.
+    """CRM: two reward models or policies that select each other's pairs.
 
         keep   = 1 - noise_rate min(1, step / ramp_steps)
         easy_m = the batch's round(keep n) pairs with the largest
@@ -27,10 +27,11 @@ def crm(loss: Loss, *, noise_rate: float, ramp_steps: float = 100.0) -> Objectiv
         loss   = mean over easy_two of the loss under model one
                  + mean over easy_one of the loss under model two
 
-    Two policies start from the same weights, and equal models would stay equal.  Up to
-    `ramp_steps`, each pair therefore trains only one of the two, by its position in the
-    batch.  Use large batches, since selection is within a batch.  Evaluation uses model
-    one on all pairs.  The gradients of both models share `max_grad_norm`.
+    Two policies (CRM-DPO) start from the same weights, and equal models would stay
+    equal.  Up to `ramp_steps`, each pair therefore trains only one of the two, by its
+    position in the batch.  Use large batches, since selection is within a batch.
+    Evaluation uses model one on all pairs.  The gradients of both models share
+    `max_grad_norm`.
 
     Args:
       loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.

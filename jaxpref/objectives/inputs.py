@@ -58,8 +58,8 @@ class Inputs:
         return name in self.scores or name in self.batch.reference
 
     def __getitem__(self, name: str) -> Float[Array, "*slots"]:
-        if name in self.batch.labels:
-            return cast(Array, self.batch.labels[name])
+        if name in self.batch.numbers:
+            return cast(Array, self.batch.numbers[name])
         score, side = score_and_side(name)
         if side is None:
             raise KeyError(name)

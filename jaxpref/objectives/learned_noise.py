@@ -10,12 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
 from jaxpref.noise import annotator_rates, running
 from jaxpref.noise import em as noise
 from jaxpref.noise.rate import marginal_nll
 from jaxpref.objectives import first_pass
 from jaxpref.objectives.bound_loss import BoundLoss, Loss, bind, check_of
+from jaxpref.objectives.by_vote import of_each_pair, votes_on_pair
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.objectives.objective import Objective, State
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
@@ -39,8 +41,10 @@ def em(
         loss  = -w log p - (1 - w) log(1 - p),    p = s(loss(swapped) - loss(pair))
         eta_k = (prior_right + sum of w) / (prior_right + prior_wrong + votes of k)
 
-    Pairs without an annotator share one reliability.  With few votes, a reliability
-    stays near the prior; with many, the prior has little effect.
+    Several votes on a pair share one latent truth: each label's w is its probability
+    given all of them, and the pair's loss counts once.  Pairs without an annotator
+    share one reliability.  With few votes, a reliability stays near the prior; with
+    many, the prior has little effect.
 
     Args:
       loss: a pairwise loss, or a `functools.partial` that sets hyperparameters.
@@ -244,11 +248,16 @@ def _em(
     def posterior(inputs: Inputs, state: State) -> tuple[Array, Array, Array]:
         z = logits(inputs)
         reliability = of_annotators(state["reliability"], inputs.annotators)
-        return z, reliability, noise.posterior(z, reliability)
+        if inputs.batch.votes is None:
+            return z, reliability, noise.posterior(z, reliability)
+        return z, reliability, _votes_posterior(z, reliability, inputs.batch)
 
     def pair_losses(inputs: Inputs, state: State) -> Array:
         z, _, right = posterior(inputs, state)
-        return policy_loss(inputs, z, right)
+        values = policy_loss(inputs, z, right)
+        # The votes on a pair share one truth, whose likelihood counts once.
+        several = inputs.batch.votes is not None
+        return values / votes_on_pair(inputs.batch) if several else values
 
     def learn(inputs: Inputs, state: State):
         _, reliability, right = posterior(inputs, state)
@@ -260,7 +269,34 @@ def _em(
             "noise/posterior_flipped": mean_over(right, real & inputs.batch.is_flipped),
         }
 
-    return wrapping(name, bound, own, losses=pair_losses, init=init, learn=learn)
+    return wrapping(
+        name,
+        bound,
+        own,
+        losses=pair_losses,
+        init=init,
+        learn=learn,
+        count=_count_pairs,
+    )
+
+
+def _votes_posterior(z: Array, reliability: Array, batch: PreferenceBatch) -> Array:
+    """Posteriors of votes, [..., S V], from logits that are positive for the vote.
+
+    The margin of a pair is the mean over its votes, which only differ if numbers of the
+    records do.
+    """
+    votes = jnp.asarray(batch.votes)
+    signed = votes * of_each_pair(z, batch)
+    margins = jnp.sum(signed, -1) / jnp.maximum(jnp.sum(votes != 0, -1), 1)
+    rates = of_each_pair(reliability, batch)
+    return noise.votes_posterior(margins, rates, votes).reshape(z.shape)
+
+
+def _count_pairs(batch: PreferenceBatch) -> Array:
+    """The number of pairs in a batch, however many votes they have."""
+    exist = batch.pair_index >= 0 if batch.votes is None else jnp.any(batch.votes, -1)
+    return jnp.sum(exist)
 
 
 def _likelihood(inputs: Inputs, logits: Array, right: Array) -> Array:

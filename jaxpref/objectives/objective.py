@@ -26,7 +26,15 @@ from jaxpref.objectives.bound_loss import (
 )
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
-from jaxpref.scoring.scores import DESCRIPTIONS, score_and_side, scores_read
+from jaxpref.scoring.scores import (
+    DESCRIPTIONS,
+    AnswerDegrees,
+    Statistic,
+    TokenMasks,
+    models_read,
+    score_and_side,
+    scores_read,
+)
 
 State = Any
 """What an objective learns besides the model: a pytree, checkpointed with it."""
@@ -77,9 +85,10 @@ def learn_nothing(inputs: Inputs, state: State) -> tuple[State, Metrics]:
     return state, {}
 
 
-def count_pairs(batch: PreferenceBatch) -> Int[Array, ""]:
-    """The number of pairs in a batch."""
-    return jnp.sum(batch.pair_index >= 0)
+def count_labels(batch: PreferenceBatch) -> Int[Array, ""]:
+    """The number of pairs in a batch, or of their votes."""
+    exist = batch.pair_index >= 0 if batch.votes is None else batch.votes != 0
+    return jnp.sum(exist)
 
 
 def unit_weights(batch: PreferenceBatch, state: State) -> Float[Array, "A R S"]:
@@ -95,7 +104,8 @@ class Objective:
         [sum_i weight_i loss_i + scalar] / count + sum_j coefficient_j penalty_j
 
     over the pairs i of the global batch, so that the result does not depend on
-    gradient accumulation, processes or mesh.
+    gradient accumulation, processes or mesh.  If pairs have several votes, i runs over
+    the votes, each a slot of `Inputs`; see `by_vote`.
     """
 
     name: str
@@ -118,10 +128,11 @@ class Objective:
     evaluate: Callable[[Inputs, State], tuple[Array, Metrics]] | None = None
     """`evaluate(inputs, state) -> (losses, metrics)` on held-out pairs, if that differs
     from `losses` and the metrics of `learn`."""
-    count: Callable[[PreferenceBatch], Array] = count_pairs
+    count: Callable[[PreferenceBatch], Array] = count_labels
     """What the sum of the losses is divided by."""
     weigh: Callable[[PreferenceBatch, State], Array] = unit_weights
-    """`weigh(batch, state) -> [A, R, S]`; the weights of the pairs."""
+    """`weigh(batch, state) -> [A, R, S]`; the weights of the pairs; of several votes,
+    [A, R, S, V]."""
     scalar: Callable[[Inputs, State], Array] | None = None
     """An additional term for each micro-batch.  Its mean over micro-batches, weighted
     by their number of pairs, is added to the loss."""
@@ -136,9 +147,18 @@ class Objective:
     check: Callable[[str, float], None] = accept
     """`check(name, value)` raises ValueError if a hyperparameter that it reads from the
     records may not have a value."""
+    matches_prompts: bool = False
+    """Whether undesirable answers are weighted by their prompts; see
+    `scoring.matched_prompts`."""
     num_models: int = 1
     """Models trained together.  The scores of two are in `Inputs.of("one")` and
     `Inputs.of("two")`."""
+    statistics: tuple[Statistic, ...] = ()
+    """Statistics of the logits of each token that it defines.  The score of the same
+    name is their sum over a completion's tokens."""
+    heads: TokenMasks | AnswerDegrees | None = None
+    """What it asks of a scorer besides the scores of every model; parts of it may be
+    trained with the model."""
 
     @property
     def scores(self) -> frozenset[str]:
@@ -146,30 +166,39 @@ class Objective:
         return scores_read(self.reads)
 
     @property
+    def models(self) -> frozenset[str]:
+        """The frozen models that it reads in every step, by name."""
+        return models_read(self.scores, self.statistics)
+
+    @property
     def totals(self) -> frozenset[str]:
         """The totals it reads; see `scoring.scores.TOTALS`."""
         return frozenset(name for penalty in self.penalties for name in penalty.reads)
 
     @property
-    def labels(self) -> frozenset[str]:
+    def numbers(self) -> frozenset[str]:
         """The numbers of the records that it reads; see `data.columns`."""
+        own = {*DESCRIPTIONS, *(statistic.name for statistic in self.statistics)}
+        own |= self.heads.scores if self.heads else set()
         return frozenset(
             name
             for name in self.reads
-            if score_and_side(name)[0] not in DESCRIPTIONS and name != EMPTY_TRACE
+            if score_and_side(name)[0] not in own and name != EMPTY_TRACE
         )
 
     @property
     def kind(self) -> Kind:
         """What it reads of each record: a pair, a list, or a single answer."""
         is_read = lambda word: any(word in name for name in self.reads)
-        sides = 2 if is_read("rejected") else None if self.labels & OF_ANSWERS else 1
+        sides = 2 if is_read("rejected") else None if self.numbers & OF_ANSWERS else 1
+        rationale = is_read("rationale")
         return Kind(
             sides,
-            self.labels,
+            self.numbers,
             mismatched=is_read("mismatched"),
             joint=is_read("joint"),
-            rationale=is_read("rationale"),
+            rationale=rationale,
+            votes=sides == 2 and not rationale and not self.mixes_empty_traces,
             check=self.check,
         )
 

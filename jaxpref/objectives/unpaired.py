@@ -108,7 +108,7 @@ def apo_zero_unpaired(*, beta: float = 0.1) -> Objective:
     )
 
 
-def bco(*, beta: float = 0.01, momentum: float = 0.9) -> Objective:
+def bco(*, beta: float = 0.01, momentum: float = 0.9, udm: bool = False) -> Objective:
     """Binary classifier optimization (BCO) of single answers labeled good or bad.
 
         loss = -log s(r - d) if desirable, -log s(d - r) if not,    r = beta log pi/ref
@@ -120,9 +120,11 @@ def bco(*, beta: float = 0.01, momentum: float = 0.9) -> Objective:
     moving average of the training batches.
 
     If the prompts of both classes differ, the authors weight undesirable answers by
-    underlying distribution matching.  Compute `losses.udm_weights` from a classifier of
-    your prompts, and name the field that holds them with --columns
-    weight=FIELD.
+    underlying distribution matching (`udm`): the loss of one with prompt x is
+    multiplied by p(x | desirable) / p(x | undesirable), from 0.5 to 10
+    (`losses.udm_weights`).  The ratio comes from a logistic regression on the mean of
+    the final hidden states of x in the model before training, fitted to other prompts.
+    It multiplies any --columns weight.
 
     Metrics: those of the rewards r of both classes; `rewards/accuracies`, the share of
     the answers with r > d if desirable and r < d if not; and `bco/shift`, d.
@@ -130,6 +132,7 @@ def bco(*, beta: float = 0.01, momentum: float = 0.9) -> Objective:
     Args:
       beta: inverse temperature of the KL penalty, > 0.
       momentum: weight of the previous average of d, in [0, 1).
+      udm: whether to weight undesirable answers by their prompts.
 
     Raises:
       InputError: if an option is out of range.
@@ -178,7 +181,8 @@ def bco(*, beta: float = 0.01, momentum: float = 0.9) -> Objective:
 
     return Objective(
         name="bco",
-        options=options | {"momentum": momentum},
+        options=options | {"momentum": momentum, "udm": udm},
+        matches_prompts=udm,
         reads=READS,
         losses=lambda inputs, state: losses_at(shift_of(moved(inputs, state)), inputs),
         metrics=lambda inputs: {},  # they depend on the shift, which `learn` knows

@@ -29,7 +29,7 @@ from jaxpref.plan.roofline import (
 from jaxpref.plan.sweep import candidates, flags_of, with_flags
 from jaxpref.plan.table import print_plan, print_sweep
 from jaxpref.scoring.checks import check_logit_chunk, check_totals
-from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS, stored_scores
+from jaxpref.scoring.scores import stored_scores
 
 
 def run(config: PlanConfig, objective: Objective, argv: Sequence[str]) -> dict:
@@ -105,6 +105,7 @@ def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
         optimizer=config.optimizer,
         mesh=config.mesh,
         lora=config.lora,
+        soft_prompt=config.soft_prompt.length or 0,
         prompt_length=config.seq - config.answer,
         answer_length=config.answer,
         num_completions=config.completions_of(objective),
@@ -183,7 +184,7 @@ def _load(
     tokens, targets = measured["shape"]["tokens"], measured["shape"]["targets"]
     sequences = tokens[0] * tokens[1] * tokens[2]
     extra_passes = int(bool(objective.couples) and config.accumulation > 1)
-    extra_passes += int(bool(objective.scores & NEED_REFERENCE_WEIGHTS))
+    extra_passes += len(objective.models)
     return Load(
         model=model,
         mesh=measured["mesh"],
@@ -198,6 +199,7 @@ def _load(
         logit_chunk=config.logit_chunk,
         models=objective.num_models,
         adapter_weights=measured["adapter_weights"],
+        quantization=config.lora.base,
     )
 
 
@@ -287,9 +289,10 @@ def _memory(measured: dict, topology: Topology) -> dict:
 
 def _attended_pairs(config: PlanConfig, objective: Objective, sequences: int) -> float:
     """Number of (query, key) token pairs that attend in a step, itself included."""
+    length = config.seq + (config.soft_prompt.length or 0)
     if config.row_length is None:
-        return sequences * config.seq * (config.seq + 1) / 2
-    answer, prompt = config.answer, config.seq - config.answer
+        return sequences * length * (length + 1) / 2
+    answer, prompt = config.answer, length - config.answer
     one = answer * prompt + answer * (answer + 1) / 2
     answers = config.completions_of(objective)
     return config.batch * (prompt * (prompt + 1) / 2 + answers * one)

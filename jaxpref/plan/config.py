@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxpref.errors import InputError
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.objectives import Objective
 from jaxpref.runtime.ranges import at_least
 from jaxpref.train import MeshConfig, OptimizerConfig
@@ -56,6 +57,8 @@ class PlanConfig:
     """The mesh of devices."""
     lora: LoraOptions = LoraOptions()
     """The adapters, if not all weights are trained."""
+    soft_prompt: SoftPromptOptions = SoftPromptOptions()
+    """The soft prompt, if it is trained instead of the weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer; its state takes memory."""
     pairs: int | None = None
@@ -70,6 +73,11 @@ class PlanConfig:
         at_least(0, self, "router_balance")
         at_least(1, self, "answer_length", "row_length", "logit_chunk", "pairs")
         at_least(2, self, "answers")
+        if (text := self.soft_prompt.text) is not None:
+            raise InputError(
+                f"--soft-prompt.text {text!r}: a plan reads no text; pass "
+                "--soft-prompt.length"
+            )
         for name, most in MOST.items():
             if (value := getattr(self, name)) is not None and value > most:
                 raise InputError(f"{name} {value}: must be at most {most}")

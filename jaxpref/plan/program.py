@@ -54,8 +54,10 @@ class Work:
     """The mesh of devices."""
     lora: LoraOptions = LoraOptions()
     """The adapters, if not all weights are trained."""
+    soft_prompt: int = 0
+    """Length of the soft prompt that is trained instead; 0 for none."""
     prompt_length: int
-    """Tokens per prompt."""
+    """Tokens per prompt, without the soft prompt."""
     answer_length: int
     """Tokens per answer."""
     num_completions: int
@@ -177,9 +179,16 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
         scorer=make_scorer(
             make_model(work.model.architecture, numerics),
             work.objective.scores,
+            statistics=work.objective.statistics,
+            heads=work.objective.heads,
             chunk_size=work.logit_chunk,
             num_models=work.objective.num_models,
-            trained=Trained(lora=work.lora, start=start, reference=start),
+            trained=Trained(
+                lora=work.lora,
+                soft_prompt=(0,) * work.soft_prompt,
+                start=start,
+                reference=start,
+            ),
         ),
         objective=work.objective,
         optimizer=make_optimizer(work.optimizer, schedule),
@@ -188,7 +197,7 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
         layout=uniform_layout(
             work.num_completions,
             mesh,
-            prompt_length=work.prompt_length,
+            prompt_length=work.soft_prompt + work.prompt_length,
             answer_length=work.answer_length,
             batch_size=work.batch_size,
             accumulation=work.accumulation,
@@ -198,7 +207,7 @@ def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
 
 
 def _adapter_weights(work: Work, params) -> int | None:
-    if work.lora.rank is None:
+    if work.lora.rank is None and not work.soft_prompt:
         return None
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     return count // work.objective.num_models
@@ -224,7 +233,8 @@ def _activations(scorer: Callable, params, frozen, batch) -> int:
 def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:
     """The prompts' shape (one per pair or a few more), and a function to lower it."""
     shards = row_shards(mesh)
-    shape = (-(-work.batch_size // shards) * shards, work.prompt_length)
+    length = work.soft_prompt + work.prompt_length
+    shape = (-(-work.batch_size // shards) * shards, length)
     whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
 

@@ -17,6 +17,8 @@ from jaxpref.models import Architecture, Model, build
 from jaxpref.models.cache import slots_of
 from jaxpref.models.families.mixtral import ExpertsArchitecture
 from jaxpref.models.logprobs import default_chunk
+from jaxpref.models.lora import matrices
+from jaxpref.models.quantized import BITS, Quantization
 from jaxpref.plan.chips import Chip
 from jaxpref.sharding import ROWS
 
@@ -62,6 +64,8 @@ class Load:
     """Number of models of these sizes that are trained together."""
     adapter_weights: int | None = None
     """Number of weights of each model's adapters; None if all weights are trained."""
+    quantization: Quantization | None = None
+    """How the frozen matrices of the layers are held; None for the compute dtype."""
 
     @property
     def devices(self) -> int:
@@ -96,6 +100,14 @@ def expert_weights(model: Architecture) -> int:
         for path, count in _layer_matrices(model).items()
         if tensors[path].stacked > 1
     )
+
+
+@functools.cache
+def quantized_weights(model: Architecture) -> int:
+    """Number of weights in the matrices that `--lora.base` quantizes."""
+    names = matrices(model.family)
+    counts = _layer_matrices(model).items()
+    return sum(count for path, count in counts if path in names)
 
 
 def _layer_matrices(model: Architecture) -> dict[str, int]:
@@ -211,11 +223,11 @@ def memory_traffic(load: Load, held: dict[str, int]) -> float:
 def ideal_wire_bytes(load: Load) -> float:
     """Bytes that a device must receive in a step for FSDP and for experts.
 
-    For each micro-batch, FSDP gathers the weights twice in the compute dtype, plus once
-    per extra pass, and reduce-scatters the gradients once in float32.  A device gets
-    (n - 1) / n of each, over the n devices of fsdp and expert; of the matrices of
-    experts, (fsdp - 1) / fsdp of its own part.  A tied embedding and head are one
-    matrix with one gradient.
+    For each micro-batch, FSDP gathers the weights twice in the dtype in which they are
+    held, plus once per extra pass, and reduce-scatters the gradients once in float32.
+    A device gets (n - 1) / n of each, over the n devices of fsdp and expert; of the
+    matrices of experts, (fsdp - 1) / fsdp of its own part.  A tied embedding and head
+    are one matrix with one gradient.
 
     Over the axis expert, each layer gathers the tokens for both passes and their
     cotangents in the compute dtype, and reduce-scatters outputs and the tokens'
@@ -224,19 +236,20 @@ def ideal_wire_bytes(load: Load) -> float:
     m, fsdp, tensor = load.model.architecture, load.mesh["fsdp"], load.mesh["tensor"]
     expert = load.mesh.get("expert", 1)
     width = 2 if "16" in load.model.numerics.compute_dtype else 4
-    matrices = 1 if m.tie_word_embeddings or not load.head else 2
+    tables = 1 if m.tie_word_embeddings or not load.head else 2
     of_experts = expert_weights(m)
-    others = layer_weights(m) + matrices * m.vocab_size * m.hidden_size - of_experts
+    others = layer_weights(m) + tables * m.vocab_size * m.hidden_size - of_experts
 
-    def received(weights: float, gradients: float, devices: int) -> float:
-        bytes_of = load.models * (2 * width * weights + 4 * gradients)
-        bytes_of += load.extra_passes * width * weights
+    def received(held: float, gradients: float, devices: int) -> float:
+        bytes_of = load.models * (2 * held + 4 * gradients) + load.extra_passes * held
         return bytes_of / tensor * (devices - 1) / devices
 
-    adapters = load.adapter_weights
-    total = received(others, others if adapters is None else adapters, fsdp * expert)
+    adapters, held = load.adapter_weights, width * others
+    if load.quantization is not None:
+        held -= (width - BITS[load.quantization] / 8) * quantized_weights(m)
+    total = received(held, others if adapters is None else adapters, fsdp * expert)
     own = of_experts / expert
-    total += received(own, own if adapters is None else 0, fsdp)
+    total += received(width * own, own if adapters is None else 0, fsdp)
     moved = load.models * (3 * width + 8) + load.extra_passes * (width + 4)
     tokens = _rows(load) * load.length * m.num_layers
     total += (expert - 1) * tokens * m.hidden_size * moved
@@ -251,8 +264,8 @@ def ideal_dcn_bytes(load: Load) -> float:
     """
     m = load.model.architecture
     shards = math.prod(load.mesh.values()) // load.mesh["data"]
-    matrices = 1 if m.tie_word_embeddings or not load.head else 2
-    weights = layer_weights(m) + matrices * m.vocab_size * m.hidden_size
+    tables = 1 if m.tie_word_embeddings or not load.head else 2
+    weights = layer_weights(m) + tables * m.vocab_size * m.hidden_size
     share = 2 * (load.slices - 1) / load.slices
     return load.models * share * 4 * _with_gradients(load, weights) / shards
 

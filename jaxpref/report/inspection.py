@@ -7,6 +7,8 @@ from jaxpref.report.html import Browse, Section, SideBySide, Table, write_html
 
 SPECIAL = ("⟦", "⟧")
 """Put around special tokens, which would otherwise look like other text."""
+GIVEN = ("⟪", "⟫")
+"""Put around what stands in an answer and is not trained on."""
 
 
 def write_inspection(
@@ -60,7 +62,8 @@ def write_inspection(
     intro = (
         f"Exactly the tokens that are trained on, decoded; special tokens are in"
         f" {SPECIAL[0]} {SPECIAL[1]}. The loss covers the answers, including their"
-        " last token, but not the prompt above them."
+        " last token, but not the prompt above them, and not what is in"
+        f" {GIVEN[0]} {GIVEN[1]}: the turns of others in answers of several turns."
     )
     places = [place for place, _ in examples]
     parts.append(Section("What the model sees", [intro, Browse(shown, places)]))

@@ -3,11 +3,16 @@
 import contextlib
 import logging
 import os
+import re
 from pathlib import Path
 
 from jaxpref.errors import InputError
 from jaxpref.files import cannot_write
 
+LIMIT = "JAXPREF_CACHE_LIMIT"
+DEFAULT_LIMIT = "20GiB"
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 _log = logging.getLogger("jaxpref")
 _warned: set[Path] = set()
 
@@ -37,6 +42,58 @@ def cache_folder() -> Path:
             f"{folder}: not usable as the cache folder; set JAXPREF_CACHE to a folder"
         )
     return folder
+
+
+def cache_limit() -> int | None:
+    """The most bytes of tokenized records that are kept; None for no limit.
+
+    `$JAXPREF_CACHE_LIMIT`, such as 500MiB or 2TiB, or none; 20 GiB by default.
+
+    Raises:
+      InputError: if it is not a size.
+    """
+    given = os.environ.get(LIMIT) or DEFAULT_LIMIT
+    if given == "none":
+        return None
+    found = _SIZE.fullmatch(given)
+    if found is None:
+        raise InputError(
+            f"{LIMIT} {given}: must be a size, such as 500MiB, {DEFAULT_LIMIT} or 2TiB,"
+            " or none"
+        )
+    return int(float(found[1]) * 2 ** (10 * _UNITS.index(found[2])))
+
+
+def remove_least_recent(folder: Path, suffix: str, *, limit: int) -> tuple[int, int]:
+    """Removes the files that were modified first, until the others fit into a limit.
+
+    Several processes may do so at once, and others may have the files open.
+
+    Args:
+      folder: where the files are.
+      suffix: with which the names of the files end; all others are left.
+      limit: the most bytes of those that remain.
+
+    Returns:
+      How many files were removed, and their bytes.
+    """
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # removed by another process
+                if entry.name.endswith(suffix):
+                    about = entry.stat()
+                    found.append((about.st_mtime_ns, entry.name, about.st_size))
+    excess = sum(size for *_, size in found) - limit
+    count = removed = 0
+    for _, name, size in sorted(found):
+        if removed >= excess:
+            break
+        removed += size
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+            count += 1
+    return count, removed
 
 
 def make_private(folder: Path) -> None:

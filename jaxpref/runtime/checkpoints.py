@@ -157,7 +157,7 @@ class Checkpoints:
             now = digests(state)
             expected = meta.get("digests", {})
             wrong = [name for name in now if now[name] != expected.get(name)]
-            if _is_damaged(meta):
+            if is_damaged(meta):
                 wrong.append("meta/metadata")
             if unable := failing_processes(not wrong):
                 what = wrong[0] if wrong else f"what process {unable[0]} read"
@@ -205,7 +205,7 @@ class Checkpoints:
 
     def _check_origin(self, step: int, meta: dict) -> None:
         """Refuses the step of another run; does nothing if its metadata is damaged."""
-        if _is_damaged(meta):
+        if is_damaged(meta):
             return
         if "made_by" not in meta:
             raise CheckpointError(
@@ -288,7 +288,7 @@ def _unstored(stored: jax.Array, abstract: Any) -> jax.Array:
     return jax.device_put(np.zeros(abstract.shape, abstract.dtype), abstract.sharding)
 
 
-def _is_damaged(meta: dict) -> bool:
+def is_damaged(meta: dict) -> bool:
     """Whether metadata differ from what was saved; earlier versions had no digest."""
     return "made_by" in meta and meta.get("digest") != digest_of_meta(meta)
 

@@ -1,7 +1,7 @@
 """The scorer of a model of which a part is trained: adapters, or some parameters."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,16 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import InputError
-from jaxpref.files import RUN, kind_of
 from jaxpref.models import Model, RewardModel
-from jaxpref.models.adapter_config import CONFIG as ADAPTER_CONFIG
 from jaxpref.models.adapter_files import load_adapter, read_lora, save_adapter
 from jaxpref.models.folder import load_params
-from jaxpref.models.hub import resolve_folder
+from jaxpref.models.logprobs import REFERENCE
 from jaxpref.models.lora import Lora, LoraOptions, lora_of
 from jaxpref.models.partition import Partition, part_of
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized, quantized_at_random
-from jaxpref.models.soft_prompt import SoftPrompt, check_family
+from jaxpref.models.soft_prompt import SoftPrompt
 from jaxpref.models.soft_prompt_files import (
     load_soft_prompt,
     save_soft_prompt,
@@ -30,12 +28,12 @@ from jaxpref.models.soft_prompt_files import (
 )
 from jaxpref.models.stored import stored_params
 from jaxpref.models.weights import Weights, load_weights
+from jaxpref.scoring.reward_scorer import RewardScorer
 from jaxpref.scoring.scorer import (
     ExportOptions,
     Frozen,
     Params,
     PolicyScorer,
-    RewardScorer,
     Scorer,
     save_model,
     with_numerics,
@@ -51,7 +49,7 @@ class PartitionScorer:
     What is trained is in the model's parameter dtype.  What is frozen is in the compute
     dtype, in which it is used: the function is the same.  Or it is quantized, and the
     function another one, also that of the reference if it is the base.  `frozen` has it
-    under "base", and a live reference under "reference" unless that is the base, too.
+    under "base", and other models under their names, but no reference that is the base.
     """
 
     one: PolicyScorer | RewardScorer
@@ -76,10 +74,9 @@ class PartitionScorer:
         return with_numerics(model, param_dtype=model.numerics.compute_dtype)
 
     @property
-    def _has_live_reference(self) -> bool:
-        one = self.one
-        live = isinstance(one, PolicyScorer) and one.needs_reference_weights
-        return live and not self.reference_is_base
+    def models(self) -> frozenset[str]:
+        """See `Scorer`; without a reference that is the base."""
+        return self.one.models - ({REFERENCE} if self.reference_is_base else set())
 
     def init(self, key: PRNGKeyArray) -> Params:
         """See `Scorer`."""
@@ -109,29 +106,29 @@ class PartitionScorer:
         _, stored = load_adapter(self.adapter, model)
         return nested(by_path(trained) | by_path(stored))
 
-    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
+    def load_frozen(self, folder: Path, models: Mapping[str, Weights]) -> Frozen:
         """See `Scorer`."""
         key, only = jax.random.key(0), self.partition.freezes
         base = self.partition.frozen(
             load_quantized(folder, self._base, self.quantization, key, only=only)
         )
-        if reference is None or not self._has_live_reference:
-            return {"base": base, "reference": None}
         if isinstance(self.partition, SoftPrompt):
-            return {"base": base, "reference": self.load(folder, key)}
-        return {"base": base, "reference": load_weights(reference, self._base)}
+            # The reference is the model before training.
+            load = lambda weights: self.load(folder, key)
+        else:
+            load = lambda weights: load_weights(weights, self._base)
+        return {"base": base} | {n: load(models[n]) for n in sorted(self.models)}
 
     def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """See `Scorer`."""
         params = self._base.init(key)
-        reference = params if self._has_live_reference else None
-        if reference is not None and isinstance(self.partition, SoftPrompt):
-            reference = self.init(key)
+        soft = isinstance(self.partition, SoftPrompt)
+        one = self.init(key) if soft and self.models else params
         family = self.one.model.architecture.family
         base = quantized_at_random(
             self.partition.frozen(params), family, self.quantization, key
         )
-        return {"base": base, "reference": reference}
+        return {"base": base} | dict.fromkeys(self.models, one)
 
     def reference_params(
         self, reference: Weights, frozen: Frozen, params: Params | None
@@ -153,12 +150,15 @@ class PartitionScorer:
         batch: PreferenceBatch,
         *,
         totals: Collection[str] = (),
+        **heads: Any,
     ) -> Scored:
-        """See `Scorer`."""
+        """See `Scorer`; `heads` are those of the masks, as for `PolicyScorer`."""
         base = frozen["base"]
-        reference = base if self.reference_is_base else frozen["reference"]
-        if isinstance(self.partition, SoftPrompt) and reference is not None:
-            reference = self.partition.join(reference, base)
+        models = {name: frozen[name] for name in self.models}
+        if self.reference_is_base:
+            models[REFERENCE] = base
+        if isinstance(self.partition, SoftPrompt):
+            models = {n: self.partition.join(x, base) for n, x in models.items()}
         if self.dropout and "step" in frozen and isinstance(self.partition, Lora):
             # The same in every pass over a micro-batch of a step, and after a restart.
             key = jax.random.fold_in(jax.random.key(self.seed), frozen["step"])
@@ -166,7 +166,7 @@ class PartitionScorer:
             whole = self.partition.join(params, base, dropout=self.dropout, key=key)
         else:
             whole = self.partition.join(params, base)
-        return self.one(whole, reference, batch, totals=totals)
+        return self.one(whole, models, batch, totals=totals, **heads)
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""
@@ -236,6 +236,11 @@ class Trained:
         partition = self.partition(one.model)
         if partition is None:
             return one
+        if isinstance(partition, SoftPrompt) and one.models - {REFERENCE}:
+            raise InputError(
+                f"--soft-prompt: the models {', '.join(sorted(one.models))} would read "
+                "it too; train adapters with --lora.rank"
+            )
         start, base = self.start, isinstance(partition, Lora) and not partition.whole
         is_base = base and self.reference == dataclasses.replace(start, adapter=None)
         return PartitionScorer(
@@ -252,8 +257,8 @@ class Trained:
         """What is trained; None for everything."""
         head = ("score",) if isinstance(model, RewardModel) else ()
         if length := len(self.soft_prompt) or soft_prompt_length(self.start.adapter):
-            self._check_soft_prompt(model)
-            return SoftPrompt(length, self.soft_prompt)
+            self._check_soft_prompt()
+            return SoftPrompt(length, self.soft_prompt, head)
         if (adapter := self.start.adapter) is not None:
             if self.lora.rank is not None:
                 raise InputError(
@@ -283,13 +288,7 @@ class Trained:
             )
         return lora
 
-    def _check_soft_prompt(self, model: Model | RewardModel) -> None:
-        check_family(model.architecture.family.model_type)
-        if isinstance(model, RewardModel):
-            raise InputError(
-                "--soft-prompt: a reward model also needs a trained head; train "
-                "adapters with --lora.rank"
-            )
+    def _check_soft_prompt(self) -> None:
         others = {
             "--adapter": self.start.adapter if self.soft_prompt else None,
             "--lora.rank": self.lora.rank,
@@ -310,10 +309,8 @@ class Trained:
 
 
 def frozen_parts(frozen: Frozen) -> dict[str, Any]:
-    """The frozen parameters by what they are: "frozen" weights, and the "reference"."""
-    if isinstance(frozen, dict) and "base" in frozen:
-        return {"frozen": frozen["base"], "reference": frozen["reference"]}
-    return {"reference": frozen}
+    """The frozen parameters by what they are: "frozen" weights, and other models."""
+    return {"frozen" if name == "base" else name: x for name, x in frozen.items()}
 
 
 def in_training(frozen: Frozen, step: Int[Array, ""]) -> Frozen:
@@ -321,35 +318,4 @@ def in_training(frozen: Frozen, step: Int[Array, ""]) -> Frozen:
 
     All other passes, such as those of evaluations, drop nothing.
     """
-    if isinstance(frozen, dict) and "base" in frozen:
-        return frozen | {"step": step}
-    return frozen
-
-
-def reference_weights(reference: str | None, start: Weights) -> Weights:
-    """The weights that `--reference` names.
-
-    Args:
-      reference: "start" or None for those before training, "base" for those without
-        the initial adapter, the folder or Hub ID of a model, the folder of an
-        adapter of the initial model, or that of a finished run, whose export it is.
-      start: the weights before training.
-
-    Raises:
-      InputError: if there is no such model.
-    """
-    if reference in (None, "start"):
-        return start
-    if reference == "base":
-        return dataclasses.replace(start, adapter=None)
-    folder = resolve_folder(reference)
-    if kind_of(folder) == RUN:
-        if not (folder / "export").is_dir():
-            raise InputError(
-                f"--reference {reference}: this run has not exported a model yet; let "
-                "the same command finish it, or pass a model folder"
-            )
-        return Weights(folder / "export")
-    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        return dataclasses.replace(start, adapter=folder)
-    return Weights(folder)
+    return {**frozen, "step": step}

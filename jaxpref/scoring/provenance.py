@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import jax
 
 from jaxpref.data.end_of_turn import read_stop_tokens
 from jaxpref.data.read import Datasets
 from jaxpref.models.hub import adapter_digest, model_digests
+from jaxpref.models.logprobs import REFERENCE
 from jaxpref.models.weights import Weights
 from jaxpref.runtime.processes import broadcast_text
 from jaxpref.runtime.provenance import Content
@@ -16,9 +18,12 @@ from jaxpref.scoring.reference import Reference
 
 
 def contents(
-    start: Weights, reference: Reference | None, datasets: Datasets
+    start: Weights,
+    reference: Reference | None,
+    models: Mapping[str, Weights],
+    datasets: Datasets,
 ) -> dict[str, Content]:
-    """The model, the reference and the pairs of a run, by name for messages.
+    """The models and the pairs of a run, by name for messages.
 
     The pairs are those that a run sees, so the format of the file does not matter.
     All processes must call this; the first one reads the models.
@@ -26,30 +31,29 @@ def contents(
     Args:
       start: the initial weights.
       reference: the reference, or None.
+      models: other frozen models, by name.
       datasets: the records.
     """
-    folders = {"model": start.folder}
+    read = {"model": start, **models}
     if reference is not None:
-        folders["reference"] = reference.folder
+        read[REFERENCE] = reference.weights
     digests = {}
     if jax.process_index() == 0:
-        digests = {name: model_digests(folder) for name, folder in folders.items()}
-        adapters = {
-            "model": start.adapter,
-            "reference": reference and reference.weights.adapter,
-        }
-        for name, of_name in adapters.items():
-            if of_name is not None:
-                digests[name]["adapter"] = adapter_digest(of_name)
+        for name, weights in read.items():
+            digests[name] = model_digests(weights.folder)
+            if weights.adapter is not None:
+                digests[name]["adapter"] = adapter_digest(weights.adapter)
+            if weights.saved is not None:
+                digests[name]["checkpoint"] = weights.saved.digest
         # They decide where answers end, and are exported.
         digests["model"]["stop tokens"] = str(sorted(read_stop_tokens(start.folder)))
     digests = json.loads(broadcast_text(json.dumps(digests)))
     found = {
-        f"the {part} of the {name}": Content(digest, str(folders[name]))
+        f"the {part} of the {name}": Content(digest, str(read[name].folder))
         for name, parts in digests.items()
         for part, digest in parts.items()
-        # The reference's tokens are those of the model.
-        if (name, part) != ("reference", "tokenizer")
+        # Every model reads the tokens of the trained one.
+        if name == "model" or part != "tokenizer"
     }
     if reference is not None and reference.name == MOVING:
         found["how the reference moves"] = Content(MOVING, f"--reference {MOVING}")

@@ -55,10 +55,10 @@ SCORED_BY = (
     "data/**/*.py",
     "losses/_sequence.py",
     "models/**/*.py",
+    "scoring/[dht]*.py",
+    "scoring/*scorer.py",
     "scoring/micro_batches.py",
-    "scoring/score_dataset.py",
-    "scoring/score[rs].py",
-    "scoring/twin.py",
+    "scoring/score[_s]*.py",
     "sharding.py",
 )
 """The code that a score depends on; a change of it invalidates cached scores."""
@@ -140,7 +140,7 @@ class _Scorer:
         with one pair per row, and up to rounding in packed rows.
         """
         chosen = self.scored.dataset.take(records)
-        scores = self.score(self.load(), None, chosen, title=title, bar=bar)
+        scores = self.score(self.load(), {}, chosen, title=title, bar=bar)
         names = self.reference.scores
         computed = np.stack([scores[policy_name(name)] for name in names])
         for table in computed:
@@ -149,12 +149,12 @@ class _Scorer:
 
 
 def reference_digest(weights: Weights, dtypes: str) -> str:
-    """SHA-256 of a reference's config, weights, adapter, quantization and dtypes.
+    """SHA-256 of a reference's config, weights, adapter or checkpoint, and dtypes.
 
     Empty on all processes except the first, the only one that reads and writes scores.
     """
-    if weights.quantization is not None:
-        dtypes += f" {weights.quantization}"
+    also = weights.quantization, weights.saved and weights.saved.digest
+    dtypes = " ".join([dtypes, *filter(None, also)])
     of = weights.folder, dtypes, weights.adapter
     return weights_digest(*of) if jax.process_index() == 0 else ""
 
@@ -177,7 +177,7 @@ def reference_tables(
       sets: the datasets.
       out: the run's folder; its copy of the scores is in `reference/`.
       load: loads the reference's parameters; called only if something must be scored.
-      score: `score(params, None, dataset, title=..., bar=...)`.
+      score: `score(params, {}, dataset, title=..., bar=...)`.
       batch_size: pairs that are scored together.
       layout: batch sizes, mesh and anything else that affects rounding, as text.
       expected: the digests that the run had before it was interrupted; empty for a new
@@ -273,7 +273,7 @@ def score_keys(
     of a pair has the same keys.
     """
     of_completion = dataset.completion_keys()
-    ends = dataset.completion_lengths.min(axis=1, keepdims=True).astype(np.str_)
+    ends = dataset.target_lengths.min(axis=1, keepdims=True).astype(np.str_)
     of_prefix = np.char.add(np.char.add(of_completion, "."), ends)
     keys = [of_prefix if "prefix" in name else of_completion for name in names]
     return np.array(keys, np.str_).reshape(len(names), *of_completion.shape)

@@ -56,7 +56,7 @@ def score_dataset(
     Args:
       score_step: from `make_score_step`.
       params: the model's parameters.
-      frozen: what the scorer reads in addition, or None.
+      frozen: what the scorer reads in addition.
       dataset: N records of K completions.
       eval_batches: makes batches of every record once, as `Layout.eval_batches`.
       mesh: the mesh that the batches are placed on.

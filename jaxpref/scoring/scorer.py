@@ -2,39 +2,46 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+import types
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel, logprobs
 from jaxpref.models.experts import RouterSums
 from jaxpref.models.folder import load_params, save
-from jaxpref.models.layout import SPECS, on_mesh
+from jaxpref.models.layout import SPECS, on_mesh, reshard
+from jaxpref.models.logprobs import REFERENCE, Statistic
 from jaxpref.models.reward import Padding
 from jaxpref.models.weights import Weights, load_weights
+from jaxpref.scoring.degrees import DegreeHead
 from jaxpref.scoring.scores import (
-    NEED_REFERENCE_WEIGHTS,
+    MASK_SCORES,
     ROUTER,
     TOKEN_SCORES,
     Scored,
+    TokenScore,
     completion_sums,
     flat_sequences,
-    last_places,
-    last_tokens,
+    models_read,
     packing,
     policy_name,
     sequence_weights,
 )
+from jaxpref.scoring.token_masks import ActivationMasks, LearnedMasks
+from jaxpref.sharding import ROWS
 
 Params = Any
 """What is trained: a pytree of arrays."""
-Frozen = Any
-"""Additional arrays that never change, such as a live reference; or None."""
+Frozen = Mapping[str, Any]
+"""Arrays that a scorer reads and that never change: the weights of frozen models, such
+as "reference", by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +72,19 @@ class Scorer(Protocol):
         """The initial parameters: those in the folder; missing ones are random."""
         ...
 
-    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
-        """The frozen parameters: of the initial model, and a live reference's."""
+    @property
+    def models(self) -> frozenset[str]:
+        """Names of the frozen models whose weights it reads in every step."""
+        ...
+
+    def load_frozen(self, folder: Path, models: Mapping[str, Weights]) -> Frozen:
+        """The frozen parameters: of the initial model, and of `models` by name.
+
+        Args:
+          folder: the initial model's folder.
+          models: where the weights of frozen models are; others than its own
+            `models` are not read.
+        """
         ...
 
     def reference_params(
@@ -132,11 +150,16 @@ class PolicyScorer:
     chunk_size: int | None = None
     """Completion tokens per sequence whose logits are in memory at once; by default
     `logprobs.default_chunk`."""
+    statistics: tuple[Statistic, ...] = ()
+    """Statistics that the objective defines; their sums over the tokens of each
+    completion are scores, too."""
+    heads: ActivationMasks | LearnedMasks | DegreeHead | None = None
+    """What gives the scores of an objective's `heads`; or None."""
 
     @property
-    def needs_reference_weights(self) -> bool:
-        """Whether `frozen` is the reference's parameters."""
-        return bool(self.scores & NEED_REFERENCE_WEIGHTS)
+    def models(self) -> frozenset[str]:
+        """See `Scorer`."""
+        return models_read(self.scores, self.statistics)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """See `Scorer`."""
@@ -146,12 +169,12 @@ class PolicyScorer:
         """See `Scorer`."""
         return load_params(folder, self.model, key)
 
-    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
-        """The reference's parameters if a score needs them, or None."""
+    def load_frozen(self, folder: Path, models: Mapping[str, Weights]) -> Frozen:
+        """See `Scorer`."""
         del folder
-        if not self.needs_reference_weights or reference is None:
-            return None
-        return load_weights(reference, self.model)
+        return {
+            name: load_weights(models[name], self.model) for name in sorted(self.models)
+        }
 
     def reference_params(
         self, reference: Weights, frozen: Frozen, params: Params | None
@@ -162,7 +185,7 @@ class PolicyScorer:
 
     def init_frozen(self, key: PRNGKeyArray) -> Frozen:
         """See `Scorer`."""
-        return self.model.init(key) if self.needs_reference_weights else None
+        return {name: self.model.init(key) for name in sorted(self.models)}
 
     def __call__(
         self,
@@ -171,41 +194,82 @@ class PolicyScorer:
         batch: PreferenceBatch,
         *,
         totals: Collection[str] = (),
+        heads: Mapping[str, Array] = types.MappingProxyType({}),
     ) -> Scored:
-        """See `Scorer`."""
+        """See `Scorer`; `heads` are the parameters of its heads."""
         flat = lambda array: flat_sequences(batch, array)
-        tokens = flat(batch.tokens)
-        read = functools.partial(
-            self.model.hidden_and_heads, tokens=tokens, **packing(batch)
-        )
-        # No gradient flows through the reference.
-        reference = None
-        if self.needs_reference_weights:
-            reference = jax.lax.stop_gradient(read(frozen)[:2])
-        hidden, head, router = read(params, counted=_counted(batch, totals))
-        wanted = sorted(self.scores)
-        names = {n: None for score in wanted for n in TOKEN_SCORES[score].statistics}
-        statistics = logprobs.token_statistics(
-            tuple(names),
+        inputs: Any = {"tokens": flat(batch.tokens), **packing(batch)}
+        read = functools.partial(self.model.hidden_and_heads, **inputs)
+        # No gradient flows through frozen models.
+        others = {
+            name: jax.lax.stop_gradient(read(frozen[name])[:2])
+            for name in sorted(self.models - ({REFERENCE} if self._masks else set()))
+        }
+        masks = {}
+        if self._masks is not None:
+            reference = jax.lax.stop_gradient(frozen[REFERENCE])
+            of_reference = self._masked_reference(reference, heads, inputs, batch)
+            others[REFERENCE], masks = of_reference[:2], of_reference[2]
+        hidden, head, router = read(params, counted=counted_tokens(batch, totals))
+        scores = self._token_scores()
+        names = {n: None for score in scores.values() for n in score.statistics}
+        statistics = masks | logprobs.token_statistics(
+            tuple(name for name in names if name not in masks),
             hidden,
             head,
             flat(batch.predictors),
             flat(batch.targets),
-            reference=reference,
+            others=others,
+            among=logprobs.STATISTICS | {own.name: own for own in self.statistics},
             chunk_size=self.chunk_size,
             soft_cap=self.model.architecture.logit_soft_cap,
         )
-        found = {}
-        for name in wanted:
-            score = TOKEN_SCORES[name]
-            arrays = (statistics[n] for n in score.statistics)
-            found[name] = score.combine(batch, *arrays)
-        return Scored(found, _totals(router))
+        found = {
+            name: score.combine(batch, *(statistics[n] for n in score.statistics))
+            for name, score in scores.items()
+        }
+        if isinstance(self.heads, DegreeHead):
+            found |= self.heads.scores(hidden, heads, batch)
+        return Scored(found, totals_of(router))
+
+    @property
+    def _masks(self) -> ActivationMasks | LearnedMasks | None:
+        return None if isinstance(self.heads, DegreeHead) else self.heads
+
+    def _token_scores(self) -> dict[str, TokenScore]:
+        own = {x.name: TokenScore((x.name,), completion_sums) for x in self.statistics}
+        masked = {} if self._masks is None else dict(MASK_SCORES)
+        return {name: TOKEN_SCORES[name] for name in sorted(self.scores)} | own | masked
+
+    def _masked_reference(
+        self,
+        reference: Params,
+        heads: Mapping[str, Array],
+        inputs: Any,
+        batch: PreferenceBatch,
+    ) -> tuple[Array, Array, dict[str, Float[Array, "rows P"]]]:
+        """The reference's hidden states and head, and the masks, by statistic."""
+        made: Any = self._masks
+        hidden, head, readouts = self.model.hidden_head_and_readouts(
+            reference, **inputs, readout=made.readout, heads=made.layers(heads)
+        )
+        predictors = reshard(flat_sequences(batch, batch.predictors), SPECS.tokens)
+        # Under vmap, a gather within a row needs no sharding annotation.
+        at = jax.vmap(jax.vmap(lambda states, i: states[i]), in_axes=(0, None))
+        readouts = at(readouts, predictors)
+        shape = (len(readouts), *batch.targets.shape, readouts.shape[-1])
+        spread = on_mesh(P(None, ROWS, None, None, None))
+        readouts = jnp.reshape(readouts, shape, out_sharding=spread)
+        rewards, kls = (
+            jnp.reshape(x, predictors.shape, out_sharding=on_mesh(SPECS.tokens))
+            for x in made.masks(readouts, heads, batch)
+        )
+        return hidden, head, {"reward_masks": rewards, "kl_masks": kls}
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""
         scores = frozenset(map(policy_name, stored)) | {"policy_logps"}
-        return dataclasses.replace(self, scores=scores)
+        return dataclasses.replace(self, scores=scores, statistics=(), heads=None)
 
     def with_scores(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`; all parameters are trained, so it is that of any reference."""
@@ -220,100 +284,15 @@ class PolicyScorer:
         save_model(self.model, params, folder, options)
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardScorer:
-    """A reward model: one score per completion, read at its last token."""
-
-    model: RewardModel
-
-    def init(self, key: PRNGKeyArray) -> Params:
-        """See `Scorer`."""
-        return self.model.init(key)
-
-    def load(self, folder: Path, key: PRNGKeyArray) -> Params:
-        """The folder's backbone and head; a new head if it has none."""
-        return load_params(folder, self.model, key)
-
-    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
-        """None: reward-model losses need no reference."""
-        del folder, reference
-        return None
-
-    def reference_params(
-        self, reference: Weights, frozen: Frozen, params: Params | None
-    ) -> Params:
-        """The trained parameters; reward-model losses need no reference."""
-        del reference, frozen
-        return params
-
-    def init_frozen(self, key: PRNGKeyArray) -> Frozen:
-        """None: reward-model losses need no reference."""
-        del key
-        return None
-
-    def __call__(
-        self,
-        params: Params,
-        frozen: Frozen,
-        batch: PreferenceBatch,
-        *,
-        totals: Collection[str] = (),
-    ) -> Scored:
-        """See `Scorer`."""
-        del frozen
-        rows, slots, sides = batch.completion_lengths.shape
-        flat = lambda array: flat_sequences(batch, array)
-        packed = packing(batch)
-        if (segments := packed["segments"]) is None:
-            # A token's own state is one position after the state that predicts it.
-            places = flat(batch.predictors) + 1
-        else:
-            places = last_places(segments, slots=slots, sides=sides)
-        rewards, router = self.model.rewards_and_router(
-            params,
-            flat(batch.tokens),
-            places,
-            **packed,
-            counted=_counted(batch, totals),
-        )
-        if segments is None:
-            ends = dataclasses.replace(
-                batch, completions=last_tokens(cast(jax.Array, batch.completions))
-            )
-            rewards = completion_sums(ends, rewards)
-        else:
-            rewards = jnp.where(places >= 0, rewards, 0)
-            spread = on_mesh(SPECS.hidden)
-            rewards = jnp.reshape(rewards, (rows, slots, sides), out_sharding=spread)
-        return Scored({"rewards": rewards}, _totals(router))
-
-    def of_reference(self, stored: frozenset[str]) -> Scorer:
-        """The scorer itself: reward-model losses need no reference."""
-        del stored
-        return self
-
-    def with_scores(self, stored: frozenset[str]) -> Scorer:
-        """The scorer itself: reward-model losses need no reference."""
-        del stored
-        return self
-
-    def with_remat(self, policy: str) -> Scorer:
-        """See `Scorer`."""
-        return dataclasses.replace(self, model=with_numerics(self.model, remat=policy))
-
-    def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
-        """See `Scorer`."""
-        save_model(self.model, params, folder, options)
-
-
-def _counted(
+def counted_tokens(
     batch: PreferenceBatch, totals: Collection[str]
 ) -> Float[Array, "rows T"] | None:
     """How often each token counts in the routers' sums; None if no total needs them."""
     return sequence_weights(batch) if ROUTER in totals else None
 
 
-def _totals(router: RouterSums | None) -> dict[str, Any]:
+def totals_of(router: RouterSums | None) -> dict[str, Any]:
+    """The totals of a micro-batch, by name."""
     return {} if router is None else {ROUTER: router}
 
 

@@ -5,7 +5,7 @@ is therefore named without a side (`policy_logps`) and has an axis of completion
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models.attention import Segments
 from jaxpref.models.layout import SPECS, on_mesh
+from jaxpref.models.logprobs import REFERENCE
+from jaxpref.models.logprobs import Statistic as Statistic
 
 Scores = dict[str, Array]
 """Name without its side -> float32 or wider [..., R, S, K]."""
@@ -124,8 +126,75 @@ TOKEN_SCORES: Mapping[str, TokenScore] = {
 }
 """The scores of a language model, each independent of the others."""
 
+
+def _masked_sums(batch: PreferenceBatch, values, masks) -> Float[Array, "R S K"]:
+    # Both are finite, also at unused positions, which the sum leaves out.
+    return completion_sums(batch, values * masks)
+
+
+MASK_SCORES: Mapping[str, TokenScore] = {
+    "masked_log_ratios": TokenScore(
+        ("logps", "reference_logps", "reward_masks"),
+        lambda batch, logps, reference, masks: _masked_sums(
+            batch, logps - reference, masks
+        ),
+    ),
+    "masked_kls": TokenScore(("kls", "kl_masks"), _masked_sums),
+    "reward_mask_sums": TokenScore(("reward_masks",), completion_sums),
+    "kl_mask_sums": TokenScore(("kl_masks",), completion_sums),
+    "unmasked": TokenScore(
+        ("reward_masks",),
+        lambda batch, masks: completion_sums(batch, (masks > 0) * 1.0),
+    ),
+}
+"""Scores of a language model with masks (`token_masks`): sums of log-ratios and of
+divergences under masks, sums of both masks, and tokens whose reward has a weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMasks:
+    """Asks a scorer for `MASK_SCORES`; see `token_masks`."""
+
+    learned: int
+    """Masks that are trained: 2, 1 for a common one of rewards and divergences, or 0
+    for one from the reference's activations."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The scores that it adds."""
+        return frozenset(MASK_SCORES)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerDegrees:
+    """Asks a scorer for the log-probability of each answer's degree; see `degrees`."""
+
+    count: int
+    """Number of degrees, the classes of a trained head."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The scores that it adds."""
+        return frozenset({"degree_logps"})
+
+
 NEED_REFERENCE_WEIGHTS = frozenset({"kls"})
 """Scores that need the reference's full distributions, which cannot be stored."""
+
+
+def models_read(
+    scores: Collection[str], statistics: Collection[Statistic] = ()
+) -> frozenset[str]:
+    """The frozen models whose weights are read in every step, by name.
+
+    Args:
+      scores: the scores that are computed.
+      statistics: those that an objective defines.
+    """
+    reads = {model for statistic in statistics for model in statistic.models}
+    if NEED_REFERENCE_WEIGHTS & set(scores):
+        reads.add(REFERENCE)
+    return frozenset(reads)
 
 
 def computed_scores(scores: frozenset[str]) -> frozenset[str]:

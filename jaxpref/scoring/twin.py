@@ -1,7 +1,7 @@
 """Two models that are trained together, and the scorer of any objective."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -9,16 +9,20 @@ from jaxtyping import PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel
+from jaxpref.models.logprobs import Statistic
 from jaxpref.models.weights import Weights
+from jaxpref.scoring.degrees import DegreeHead
+from jaxpref.scoring.heads import Asked, HeadScorer, heads_of
+from jaxpref.scoring.reward_scorer import RewardScorer
 from jaxpref.scoring.scorer import (
     ExportOptions,
     Frozen,
     Params,
     PolicyScorer,
-    RewardScorer,
     Scorer,
 )
 from jaxpref.scoring.scores import Scored, computed_scores
+from jaxpref.scoring.token_masks import LearnedMasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +42,14 @@ class TwinScorer:
             "two": self.one.load(folder, second(key)),
         }
 
-    def load_frozen(self, folder: Path, reference: Weights | None) -> Frozen:
+    @property
+    def models(self) -> frozenset[str]:
+        """See `Scorer`."""
+        return self.one.models
+
+    def load_frozen(self, folder: Path, models: Mapping[str, Weights]) -> Frozen:
         """What both models share."""
-        return self.one.load_frozen(folder, reference)
+        return self.one.load_frozen(folder, models)
 
     def reference_params(
         self, reference: Weights, frozen: Frozen, params: Params | None
@@ -98,6 +107,8 @@ def make_scorer(
     model: Model | RewardModel,
     scores: frozenset[str],
     *,
+    statistics: tuple[Statistic, ...] = (),
+    heads: Asked = None,
     chunk_size: int | None = None,
     num_models: int = 1,
     trained: Callable[[PolicyScorer | RewardScorer], Scorer] = lambda whole: whole,
@@ -107,6 +118,8 @@ def make_scorer(
     Args:
       model: a language model, or a reward model if `scores` contains "rewards".
       scores: see `Objective.scores`.
+      statistics: see `Objective.statistics`.
+      heads: see `Objective.heads`.
       chunk_size: see `PolicyScorer`.
       num_models: 2 for two models trained together.
       trained: the scorer of a model of which a part is trained, from that of the whole
@@ -115,5 +128,9 @@ def make_scorer(
     if isinstance(model, RewardModel):
         scorer = trained(RewardScorer(model))
     else:
-        scorer = trained(PolicyScorer(model, computed_scores(scores), chunk_size))
+        read = computed_scores(scores)
+        made = heads_of(heads)
+        scorer = trained(PolicyScorer(model, read, chunk_size, statistics, made))
+        if isinstance(made, LearnedMasks | DegreeHead):
+            scorer = HeadScorer(scorer, made, model.architecture)
     return scorer if num_models == 1 else TwinScorer(scorer)

@@ -26,7 +26,7 @@ def made_by(config: TrainConfig, task: Task) -> dict[str, Any]:
     Unlike the provenance of a checkpoint, it includes the length of the run.
     """
     ignored = {*CHECKED_BY_CONTENT, *MAY_CHANGE} - EXPORTED
-    found = contents(task.start, task.reference, task.datasets)
+    found = contents(task.start, task.reference, task.models, task.datasets)
     return {
         "options": flat(to_json(config), but=ignored),
         "contents": {name: content.digest for name, content in found.items()},
@@ -37,7 +37,9 @@ def read_result(out: Path, made: Mapping[str, Any]) -> Result | None:
     """The result of a finished run; None if there is none, or it was made otherwise."""
     try:
         result = json.loads((out / RESULT).read_text("utf-8"))
-        same = result["made_by"] == made and (out / "export").is_dir()
+        # A soft prompt is exported as an adapter.
+        exported = (out / "export").is_dir() or (out / "adapter").is_dir()
+        same = result["made_by"] == made and exported
         return result if same and (out / "metrics.jsonl").is_file() else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

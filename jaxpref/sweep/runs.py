@@ -187,11 +187,6 @@ def _prepare(
     if (out / "config.json").exists():
         with open_run(config, to_json(config)):
             pass  # another run in its folder is found before the first one starts
-    if config.soft_prompt.given or soft_prompt_length(config.adapter):
-        raise InputError(
-            "--soft-prompt: its runs export no model folder, which a sweep measures; "
-            "start them with jaxpref train"
-        )
     task = prepare(config, read=read)
     if not len(task.datasets.splits.heldout):
         raise InputError(
@@ -204,6 +199,12 @@ def _prepare(
         raise InputError(
             f"the reference has the adapter {adapter}, but KL is measured to a "
             "model folder; merge the adapter, or pass --kl-prompts 0"
+        )
+    soft = config.soft_prompt.given or soft_prompt_length(task.start.adapter)
+    if options.kl_prompts and soft and "rewards" not in task.objective.scores:
+        raise InputError(
+            "--soft-prompt: its runs export no model folder, to which KL is measured; "
+            "pass --kl-prompts 0 to compare the runs on held-out pairs alone"
         )
     prompts = None
     if options.kl_prompts and "rewards" not in task.objective.scores:

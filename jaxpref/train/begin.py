@@ -27,7 +27,7 @@ class Beginning:
     state: TrainState
     """The state to continue from."""
     frozen: Frozen
-    """What the scorer reads in addition to the parameters, or None."""
+    """What the scorer reads in addition to the parameters."""
     reference: Mapping[str, Mapping[str, np.ndarray]]
     """The reference's scores, by dataset and by name."""
     reference_scores: Mapping[str, Any]
@@ -103,14 +103,14 @@ def begin(
     if restored is None:
         params = task.scorer.load(task.start.folder, jax.random.key(task.seed))
     saved: Mapping[str, Any] = {} if restored is None else restored[1]
-    of_run = task.reference
-    frozen = task.scorer.load_frozen(task.start.folder, of_run and of_run.weights)
+    frozen = task.scorer.load_frozen(task.start.folder, task.models)
     reference, digests = _score_reference(
         task, params, frozen, out, batch_size, check, saved.get("reference_scores", {})
     )
-    if of_run is not None and not of_run.scores:
+    if task.objective.models:
+        names = " and ".join(sorted(task.objective.models))
         log(
-            f"{task.objective.name} keeps the reference's weights in memory: it needs "
+            f"{task.objective.name} keeps the weights of {names} in memory: it needs "
             "full distributions, which cannot be stored in advance"
         )
     check(True)

@@ -21,6 +21,7 @@ from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.runtime.provenance import flat
 from jaxpref.runtime.run_folder import check_config, open_out
+from jaxpref.scoring.frozen_models import Teachers
 from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.moving_reference import MovingAverage
 from jaxpref.scoring.scores import reads_reference, stored_scores
@@ -47,6 +48,7 @@ CHECKED_BY_CONTENT = (
     "data",
     "adapter",
     "reference",
+    "teachers",
     "eval_data",
     "mix.empty_data",
     "options.inject.rates",
@@ -71,6 +73,8 @@ class TrainConfig(RunOptions):
     """The soft prompt to train instead of the weights."""
     moving_average: MovingAverage = MovingAverage()
     """How a reference moves; for `--reference moving-average` only."""
+    teachers: Teachers = Teachers()
+    """The models that `align_distil` reads."""
     mix: MixOptions | None = None
     """How pairs with an empty trace are mixed in; for `bvpo` only."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -92,7 +96,7 @@ class TrainConfig(RunOptions):
                 raise InputError("float64 needs JAX_ENABLE_X64=1 in the environment")
 
     def _check_columns(self):
-        read, named = self.objective.labels, self.options.named_columns
+        read, named = self.objective.numbers, self.options.named_columns
         if missing := missing_columns(named, read):
             raise InputError(
                 f"loss {self.objective.name}: reads {', '.join(missing)} from the "
@@ -106,6 +110,7 @@ class TrainConfig(RunOptions):
             )
 
     def _check_objective(self):
+        self.teachers.check(self.objective.name, self.objective.models)
         if self.objective.mixes_empty_traces != (self.mix is not None):
             raise InputError(
                 f"{self.objective.name}: mixes pairs with traces and pairs with empty "
@@ -136,11 +141,10 @@ class TrainConfig(RunOptions):
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The config as JSON values, with the objective as its name and options."""
-    plain = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if f.name != "objective"
-    }
+    own = [f.name for f in dataclasses.fields(config)]
+    plain = {n: getattr(config, n) for n in own if n not in ("objective", "teachers")}
+    # Only where they are read, so that runs begun without such options can resume.
+    plain |= {"teachers": given} if (given := config.teachers.given) else {}
     objective = {"name": config.objective.name, **config.objective.options}
     return json.loads(json.dumps(plain | {"loss": objective}, default=_plain))
 
@@ -161,6 +165,7 @@ def open_run(config: TrainConfig, described: dict[str, Any]) -> Iterator[Path]:
         "--data": read_mixture(config.data).names,
         "--adapter": config.adapter,
         "--reference": config.reference,
+        **{f"--{name}": model for name, model in config.teachers.given.items()},
         "--eval-data": config.eval_data,
         "--inject.rates": config.options.inject.rates,
         "--inject.annotators": config.options.inject.annotators,

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpref.data import PreferenceDataset
 from jaxpref.data.batch import PreferenceBatch, one_batch, only
-from jaxpref.objectives.inputs import Inputs
+from jaxpref.objectives.by_vote import by_vote
 from jaxpref.objectives.objective import Objective, State
 from jaxpref.scoring.scores import Scores
 
@@ -22,7 +22,7 @@ def make_evaluation(objective: Objective) -> Callable:
     def evaluate(
         scores: Scores, batch: PreferenceBatch, state: State
     ) -> dict[str, jax.Array]:
-        inputs = Inputs(scores, batch)
+        inputs = by_vote(scores, batch)
         losses, learned = objective.evaluation(inputs, state)
         total = jnp.sum(jnp.where(inputs.is_pair, losses, 0))
         metrics = {"loss": total / objective.count(batch)}

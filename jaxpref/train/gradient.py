@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpref.data.batch import PreferenceBatch
+from jaxpref.objectives.by_vote import by_vote
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.objective import Metrics, Objective, State, weighted_losses
 from jaxpref.objectives.probe import Score, probed
@@ -41,7 +42,7 @@ def gradient(
       The gradient in the parameters' dtypes; the next state in the dtypes of `state`;
       and the metrics: `loss`, the penalties in it by name, `nonfinite_pairs`, and what
       the objective logs.
-      `nonfinite_pairs` is int [A, R, S]: the pairs that make the loss non-finite, and
+      `nonfinite_pairs` is int [A, R, S V]: the pairs that make the loss non-finite, and
       -1 in place of all others.
     """
     if objective.probe is not None:
@@ -73,7 +74,7 @@ def gradient(
     count = jnp.maximum(objective.count(batch), 1)
     mean = lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype)
     grads = jax.tree.map(mean, total, params)
-    inputs = Inputs(scored.scores, batch)
+    inputs = by_vote(scored.scores, batch)
     penalties = _penalties(objective, scored.totals, batch)
     following, learned = objective.learn(inputs, state)
     # Keep the state's dtypes, whatever the scores' are, so that it can be restored.
@@ -93,7 +94,7 @@ def _cotangents(
     """The gradient of the summed losses with respect to `scored`, and the losses."""
 
     def summed(scored):
-        inputs = Inputs(scored.scores, batch)
+        inputs = by_vote(scored.scores, batch)
         values = weighted_losses(objective, inputs, state)
         total = jnp.sum(values) + _scalar(objective, inputs, state)
         penalties = _penalties(objective, scored.totals, batch)

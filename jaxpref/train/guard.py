@@ -99,7 +99,7 @@ class Guard:
             start = statistics.median(self._first)
             most = start + self._options.max_loss_rise * max(abs(start), 1.0)
         blamed = metrics["nonfinite_pairs"].ravel()
-        blamed = blamed[blamed >= 0]
+        blamed = np.unique(blamed[blamed >= 0])  # once, whatever the number of votes
         if not metrics["finite"]:
             why = "the loss or its gradient is not finite"
             more = f"; the step was skipped. {_describe(self._pairs.ids[blamed])}"

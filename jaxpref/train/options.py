@@ -36,10 +36,10 @@ class SourceOptions:
     these too), head, last:N (layers, final norm and head) or no-embeddings.  See
     --lora.rank for adapters."""
     reference: str | None = None
-    """Reference model or adapter: a folder (also --out of a finished run) or Hub ID;
-    start, the model before training (default); base, the model without --adapter;
-    moving-average, which follows the policy (TR-DPO); or none.  Scores of one that does
-    not move are cached for later runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
+    """Reference model or adapter: a folder (also --out of a run) or Hub ID; start, the
+    model before training (default); base, the model without --adapter; moving-average,
+    which follows the policy (TR-DPO); or none.  Scores of one that does not move are
+    cached for later runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
     eval_data: str | None = None
     """Data to evaluate on, instead of held-out prompts of --data."""
 

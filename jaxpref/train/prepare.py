@@ -13,7 +13,6 @@ from jaxpref.data.probe import check_rendering
 from jaxpref.data.read import read_datasets
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture, Model, Numerics, RewardModel
-from jaxpref.models.adapter_files import read_lora
 from jaxpref.models.folder import check_folder
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
@@ -24,9 +23,14 @@ from jaxpref.objectives.penalties import with_router_balance
 from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits, check_logit_chunk, check_totals
+from jaxpref.scoring.frozen_models import (
+    folders_by_name,
+    frozen_models,
+    frozen_weights,
+)
 from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.moving_reference import MovingReference, begins_at
-from jaxpref.scoring.partition import Trained, reference_weights
+from jaxpref.scoring.partition import Trained
 from jaxpref.scoring.reference import Reference, reference_digest
 from jaxpref.scoring.scorer import ExportOptions, Scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
@@ -67,25 +71,26 @@ def prepare(
     tokenizer = data.load_tokenizer(folder, config.options.template_options)
     soft = _soft_prompt(config, tokenizer, architecture)
     reference = _reference(config, start, architecture, compute_dtype, soft)
-    trained = Trained(
-        train=config.train,
-        lora=config.lora,
-        soft_prompt=soft,
-        start=start,
-        reference=reference and reference.weights,
-        seed=config.seed,
-    )
+    models = frozen_models(config.teachers, reference, start, architecture)
     scorer = make_scorer(
         model,
         objective.scores,
+        statistics=objective.statistics,
+        heads=objective.heads,
         chunk_size=config.logit_chunk,
         num_models=objective.num_models,
-        trained=trained,
+        trained=Trained(
+            train=config.train,
+            lora=config.lora,
+            soft_prompt=soft,
+            start=start,
+            reference=reference and reference.weights,
+            seed=config.seed,
+        ),
     )
     stops, padding = data.stop_tokens(tokenizer), padding_of(tokenizer)
     if rewards:  # as at export, but before the time for training is spent
-        pad = padding.id if padding else None
-        check_rendering(tokenizer, config.model, padding=pad)
+        check_rendering(tokenizer, config.model, padding=padding and padding.id)
     before = len(soft) or soft_prompt_length(start.adapter)
     options = data.for_model(config.options, architecture.context_length - before)
     datasets = read(
@@ -96,7 +101,7 @@ def prepare(
         train=config.data,
         heldout=config.eval_data,
         whole_turns=rewards,
-        scored_by={reference.name: reference.folder} if reference else {},
+        scored_by=folders_by_name(config.teachers, reference, models),
     ).prefixed(before)
     splits = datasets.splits
     check_fits(datasets.train_sources, splits.train, config.model, architecture)
@@ -120,6 +125,7 @@ def prepare(
         datasets=datasets,
         start=start,
         reference=reference,
+        models=models,
         moving=_moving(config, scorer),
         export=ExportOptions(folder, config.model, config.export_dtype, padding, stops),
     )
@@ -207,20 +213,13 @@ def _reference(
     """
     if not reads_reference(config.objective.scores) or config.reference == "none":
         return None
-    weights = reference_weights(begins_at(config.reference), start)
-    name = config.reference or config.model
-    if weights.adapter is not None and not soft_prompt_length(weights.adapter):
-        read_lora(weights.adapter, Model(architecture))
-    if check_folder(weights.folder, Model) != architecture:
-        raise InputError(
-            f"{name}: its config.json differs from that of the trained model; the "
-            "reference must have the same architecture"
-        )
+    begins = begins_at(config.reference)
+    weights = frozen_weights(begins, start, architecture, flag="--reference")
     dtypes = f"{config.param_dtype} {compute_dtype}"
     if soft_prompt:
         dtypes += f" after the tokens {soft_prompt}"
     return Reference(
-        name=name,
+        name=config.reference or config.model,
         weights=weights,
         scores=tuple(sorted(stored_scores(config.objective.scores))),
         numerics=f"{config.logit_chunk} logits at a time",

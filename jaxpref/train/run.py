@@ -34,6 +34,7 @@ from jaxpref.runtime.processes import (
 )
 from jaxpref.runtime.provenance import Provenance
 from jaxpref.runtime.timings import Timings, timings
+from jaxpref.scoring.matched_prompts import match_prompts
 from jaxpref.scoring.provenance import contents
 from jaxpref.train.begin import Beginning, begin, restore
 from jaxpref.train.config import (
@@ -92,8 +93,11 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
         stack.enter_context(jax.set_mesh(task.mesh))
         made_by = Provenance(
             options_that_matter(described),
-            contents(task.start, task.reference, task.datasets),
+            contents(task.start, task.reference, task.models, task.datasets),
         )
+        if task.objective.matches_prompts:
+            matched = match_prompts(task, out, config.batch_size, compute_dtype=dtype)
+            task = dataclasses.replace(task, datasets=matched)
         keep, saved = config.keep_checkpoints, out / "checkpoints"
         checkpoints = closing(Checkpoints(saved, keep=keep, made_by=made_by))
         task, begun = _begin(
@@ -135,7 +139,7 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
             del begun, state
             state, _ = checkpoints.restore(task.abstract_state(), only=best.step)
         task.scorer.export(state.params, out / "export", task.export)
-        if "rewards" in task.objective.scores:
+        if "rewards" in task.objective.scores and (out / "export").exists():
             only_first_process(check_exported, out / "export")
         phases.mark("export")
         only_first_process(phases.write, out / "timings.json")

@@ -98,7 +98,7 @@ class Programs(Scoring):
     def abstract_batch(self) -> PreferenceBatch:
         """Shapes, dtypes and shardings of a training batch of all processes."""
         batch = self.layout.abstract_batch(
-            labels=sorted(self.objective.labels),
+            numbers=sorted(self.objective.numbers),
             reference=sorted(stored_scores(self.objective.scores)),
         )
         sharding = batch_sharding(self.mesh)
@@ -150,6 +150,8 @@ class Task(Programs):
     """The weights before training."""
     reference: Reference | None
     """The reference model; None if the objective does not read one."""
+    models: Mapping[str, Weights]
+    """Where the weights of frozen models are that each step reads, by name."""
     export: ExportOptions
     """How the trained model is exported."""
     steps: int

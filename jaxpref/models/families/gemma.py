@@ -13,12 +13,18 @@ from jaxpref.models.config_json import ConfigFields
 from jaxpref.models.families import llama
 from jaxpref.models.families.family import Family
 from jaxpref.models.numerics import Numerics
+from jaxpref.models.soft_prompt import Prompted
 from jaxpref.models.transformer import Rngs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaArchitecture(llama.LlamaArchitecture):
     """The architecture of a Gemma model."""
+
+    @property
+    def embedding_scale(self) -> float:
+        """sqrt(D)."""
+        return self.hidden_size**0.5
 
     @property
     def family(self) -> Family:
@@ -68,13 +74,16 @@ class GemmaTransformer(llama.LlamaTransformer):
 
     def embed_tokens(
         self,
-        table: Float[Array, "*N V D"],
+        table: Float[Array, "*N V D"] | Prompted,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """Embeddings times sqrt(D), in the compute dtype."""
+        """Embeddings times sqrt(D), in the compute dtype; a soft prompt as it is."""
+        if isinstance(table, Prompted):
+            x = self.embed_tokens(table.table, tokens, positions)
+            return table.replaced(x, positions)
         x = super().embed_tokens(table, tokens, positions)
-        return x * jnp.asarray(self.architecture.hidden_size**0.5, x.dtype)
+        return x * jnp.asarray(self.architecture.embedding_scale, x.dtype)
 
 
 def read_sizes(fields: ConfigFields, **defaults: Any) -> dict[str, Any]:
