@@ -99,6 +99,10 @@ class Options:
     """Flip rate that rdpo assumes."""
     lora_rank: int = 0
     """Rank of LoRA adapters of all matrices of the layers; 0 trains all weights."""
+    lora_base: Literal["", "int8", "nf4"] = ""
+    """--lora.base of `jaxpref train`; empty for the compute dtype."""
+    compute_dtype: Literal["", "float32", "bfloat16"] = ""
+    """--compute-dtype of `jaxpref train`; empty for its default."""
     steps: int = 10
     """Optimizer steps."""
     batch: int = 8
@@ -291,6 +295,10 @@ def train_arguments(options: Options, model: Path, out: Path) -> list[str]:
         given["loss.flip-rate"] = options.flip_rate
     if options.lora_rank:
         given["lora.rank"] = options.lora_rank
+    if options.lora_base:
+        given["lora.base"] = options.lora_base
+    if options.compute_dtype:
+        given["compute-dtype"] = options.compute_dtype
     if options.row_length:
         given["row-length"] = options.row_length
     if not options.evaluate:

@@ -248,7 +248,7 @@ def measure(
             for _ in range(config.steps):
                 batch = next(batches)
                 seen.append(batch)
-                state, metrics = step(state, None, to_global(batch, mesh))
+                state, metrics = step(state, {}, to_global(batch, mesh))
             loss = float(metrics["loss"])  # waits for the last step
             seconds = time.perf_counter() - started
             if number < 2:

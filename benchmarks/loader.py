@@ -153,7 +153,7 @@ def stepping(folder: Path, batch, rounds: int) -> float:
         seconds = []
         for _ in range(rounds + 1):
             began = time.perf_counter()
-            state, metrics = step(state, None, placed)
+            state, metrics = step(state, {}, placed)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))

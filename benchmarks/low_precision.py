@@ -133,7 +133,7 @@ def train(options: Options, way: Way, rate: float, seed: int) -> Run:
         params = task.scorer.load(task.model_folder, jax.random.key(seed))
         score = task.score(task.score_step)
         reference = {
-            name: {"reference_logps": _logps(score(params, None, pairs, title=name))}
+            name: {"reference_logps": _logps(score(params, {}, pairs, title=name))}
             for name, pairs in (("train", splits.train), ("heldout", splits.heldout))
         }
         first = _flat(params)
@@ -142,8 +142,8 @@ def train(options: Options, way: Way, rate: float, seed: int) -> Run:
         batches = task.batches(reference=reference["train"])
         for _ in range(options.steps):
             batch = to_global(next(batches), task.mesh)
-            state, _ = task.train_step(state, None, batch)
-        scores = score(state.params, None, splits.heldout, title="heldout")
+            state, _ = task.train_step(state, {}, batch)
+        scores = score(state.params, {}, splits.heldout, title="heldout")
         found = evaluation_metrics(
             task.evaluation,
             scores,

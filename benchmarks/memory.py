@@ -199,7 +199,7 @@ def temporaries(model: Model, scorer: Callable[..., Scored], batch) -> int:
     step, new_state = make_step(model, scorer)
     state = jax.eval_shape(lambda key: new_state(model.init(key)), jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    compiled = step.lower(state, None, batch).compile()
+    compiled = step.lower(state, {}, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

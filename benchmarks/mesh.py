@@ -128,7 +128,7 @@ def only(config: MeshBenchmark, model_name: str, mesh_name: str) -> None:
         seconds = {name: [] for name in CLOCKS}
         for number in range(config.steps + 2):
             began = {name: clock() for name, clock in CLOCKS.items()}
-            state, metrics = step(state, None, batch)
+            state, metrics = step(state, {}, batch)
             jax.block_until_ready((state, metrics))
             for name, clock in CLOCKS.items() if number >= 2 else ():
                 seconds[name].append(clock() - began[name])

@@ -99,7 +99,7 @@ def main(options: Options) -> None:
                 exist = pairs.packed_lengths[real].sum()
                 placed = to_global(batch, mesh)
                 started = time.perf_counter()
-                states[name], metrics = step(states[name], None, placed)
+                states[name], metrics = step(states[name], {}, placed)
                 jax.block_until_ready(metrics)
                 seconds = time.perf_counter() - started
                 if number >= 2:

@@ -177,7 +177,7 @@ def whole_step(model: Model, batch: PreferenceBatch, mesh=None) -> Callable:
     state = [jax.jit(lambda key: new_state(model.init(key)))(jax.random.key(0))]
 
     def run():
-        state[0], metrics = step(state[0], None, batch)
+        state[0], metrics = step(state[0], {}, batch)
         jax.block_until_ready((state[0], metrics))
 
     return run

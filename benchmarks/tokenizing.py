@@ -1,7 +1,7 @@
 r"""How long does a run take to read a large file, and how much memory?
 
     python -m benchmarks.tokenizing --records 10000 100000 --json tokenizing.json
-    python -m benchmarks.tokenizing --records 1000000 --json million.json
+    python -m benchmarks.tokenizing --records 100000 1000000 --json million.json
 
 Makes a file of short preference records (random words; about 40 tokens each with the
 tokenizer that it trains on them) and a tiny model, and times `jaxpref train` for one
@@ -14,9 +14,11 @@ own cache, as on hosts that share no disk; then they exchange what they tokenize
 
 Output
     A line for each run: `read`, the seconds of reading and tokenizing (the phase
-    "tokenize" of OUT/timings.json); `seconds`, of the whole command, from its start in
+    "tokenize" of OUT/timings.json); `first_step`, those from the start of the first
+    process to the end of the step; `seconds`, of the whole command, from its start in
     the shell to the export; `cpu_seconds` of all processes; and `peak_mib`, their
-    resident memory together.  Pages that processes share count once for each.
+    resident memory together.  Pages that processes share count once for each.  The last
+    lines are the bytes of memory by which `peak_mib` grows with each further record.
 """
 
 import dataclasses
@@ -26,8 +28,9 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -86,6 +89,26 @@ def main(options: Options) -> None:
                         write_json(options.json, results)
                         show(json.dumps(found))
             file.unlink()
+    results["bytes_per_record"] = bytes_per_record(results["runs"])
+    write_json(options.json, results)
+    for name, size in results["bytes_per_record"].items():
+        show(f"{name}: {size:,} bytes of memory per record")
+
+
+def bytes_per_record(runs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The slope of peak memory over records, by kind of run, of several sizes.
+
+    Least squares; empty if all runs have as many records.
+    """
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for run in runs:
+        name = f"{run['processes']} processes, {run['caches']}"
+        kinds.setdefault(name, []).append((run["records"], run["peak_mib"]))
+    return {
+        name: round(float(np.polyfit(*zip(*found), 1)[0]) * 2**20)
+        for name, found in kinds.items()
+        if len({records for records, _ in found}) > 1
+    }
 
 
 def _run(
@@ -129,6 +152,7 @@ def _run(
     phases = json.loads((out / "timings.json").read_text())
     return {
         "read": round(phases["tokenize"], 1),
+        "first_step": round(sum(phases.values()) - phases["export"], 1),
         "seconds": round(result.seconds, 1),
         "cpu_seconds": round(result.cpu_seconds, 1),
         "peak_mib": round(result.peak_mib),

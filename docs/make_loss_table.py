@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxpref import losses
 from jaxpref.cli.objectives import FACTORIES, LOSSES
 from jaxpref.data.columns import missing_columns
+from jaxpref.models.logprobs import REFERENCE
 from jaxpref.objectives import Objective, from_loss
 
 PAGE = Path(__file__).with_name("losses.md")
@@ -40,8 +41,8 @@ MOVING = ("logps", "log_ratios", "rewards")
 
 NOT_TRAINED = {
     "center_rewards": "a penalty to add to a loss of reward models in your own code",
+    "degree_classification": "a term to add to a pairwise loss: `--objective spo`",
     "general_preference": "needs embeddings of answers; reward models give numbers",
-    "sparse_po": "needs log-ratios under learned masks, which are not implemented",
 }
 """Why some losses have no command; they can be called from other code."""
 
@@ -76,7 +77,7 @@ TRAINING = """\
 
 The fields are those of the simplest record format; [data.md](data.md#records) describes
 the others. The values 0.5 and 0.3 are placeholders for options without a default. FIELD
-is the name of a field with a number."""
+is the name of a field with a number; FOLDER is a model or the `--out` of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ def record_of(objective: Objective) -> str:
         1: "`prompt`, `completion`",
         None: "`prompt`, `completions`, and `scores` or `ranks`",
     }[objective.kind.sides]
-    return fields + (", `label`" if "desirable" in objective.labels else "")
+    return fields + (", `label`" if "desirable" in objective.numbers else "")
 
 
 def flags_of(name: str) -> list[str]:
@@ -203,7 +204,9 @@ def flags_of(name: str) -> list[str]:
     words = ["--loss", name]
     for option, value in options.items():
         words += [f"--loss.{option.replace('_', '-')}", f"{value}"]
-    if missing := missing_columns({}, objective.labels):
+    for model in sorted(objective.models - {REFERENCE}):
+        words += [f"--{model}", "FOLDER"]
+    if missing := missing_columns({}, objective.numbers):
         words += ["--columns", ",".join(f"{name}=FIELD" for name in missing)]
     return words
 

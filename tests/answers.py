@@ -41,6 +41,24 @@ def list_records(count=48, seed=0, most=4):
     return found
 
 
+def voted_records(count=32, seed=0, most=4):
+    """Pairs with one to `most` votes of named annotators, some of them ties."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "title": words(rng, 2, 6),
+            "stance": words(rng, 1, 3),
+            "a1": words(rng),
+            "a2": words(rng),
+            "votes": [
+                {"worker": f"w{w}", "label": str(rng.choice(["a1", "a2", "equal"]))}
+                for w in rng.permutation(5)[: rng.integers(1, most + 1)]
+            ],
+        }
+        for _ in range(count)
+    ]
+
+
 def write_records(path, records):
     """A file of JSON Lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -83,7 +101,7 @@ def one_weight(objective, logps, reference, labels, *, accumulation=1, state=Non
         annotator=jnp.full(shape, -1),
         empty_trace=jnp.zeros(shape, bool),
         weights=jnp.ones(shape, jnp.float32),
-        labels={name: shaped(np.asarray(x, numbers)) for name, x in labels.items()},
+        numbers={name: shaped(np.asarray(x, numbers)) for name, x in labels.items()},
     )
     table = jnp.asarray(logps, jnp.float32)[:, None]
     score = lambda w, micro: Scored(

@@ -210,6 +210,19 @@ CASES = (
         {"instruction": "2 + 2?", "generations": ["5", "4"], "ratings": [1, 5]},
     ),
     Case(
+        "scored_lists",
+        "Answers with scores, where larger is better, or `ranks`, where 1 is the best. "
+        "Losses of lists read them as they are; for losses of pairs, `--pairs` says "
+        "which pairs are made.",
+        {"prompt": "2 + 2?", "completions": ["5", "4", "3"], "scores": [1, 2, 0]},
+        options={"pairs": "all"},
+        expected=(
+            TEXTS,
+            Example("2 + 2?", ("4", "3")),
+            Example("2 + 2?", ("5", "3")),
+        ),
+    ),
+    Case(
         "nectar",
         "Nectar's ranked lists.",
         {

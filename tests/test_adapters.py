@@ -107,7 +107,7 @@ def test_a_field_that_nobody_reads_is_still_an_error(case):
     assert "note" in fields.describe() and f"format: {case.format}" in fields.describe()
     view = views([record], case.sides, **case.options)[0]
     example = parse(view, "f", sides=case.sides, columns={"weight": "weight"})
-    assert example.labels == {"weight": 0.5}
+    assert example.numbers == {"weight": 0.5}
 
 
 def test_numbers_of_the_record_in_the_file_can_be_labels():
@@ -115,7 +115,7 @@ def test_numbers_of_the_record_in_the_file_can_be_labels():
     fields = {"margin": "preference_strength", "weight": "strength"}
     (view,) = views([record])
     found = parse(view, "f", sides=2, columns=fields)
-    assert found.labels == {"margin": -3.0, "weight": 3.0}
+    assert found.numbers == {"margin": -3.0, "weight": 3.0}
     assert found.completions == ("5", "4")
 
 
@@ -290,7 +290,9 @@ def test_scores_that_contradict_the_label_are_counted():
     fields = FieldUse()
     for one in records:
         assert parse(one, "f", sides=2, fields=fields).completions == ("4", "5")
-    first, second = fields.warnings()
+    counted = FieldUse()  # as of chunks of rows
+    counted.include(fields.counts())
+    first, second = counted.warnings()
     assert "'score_chosen' is below 'score_rejected' in 2 records" in first
     assert "'chosen_rating' is below 'rejected_rating' in 1 records" in second
 

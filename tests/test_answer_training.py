@@ -145,9 +145,9 @@ def test_lists_of_two_files_may_have_different_lengths(made, tmp_path):
     assert [x.num_completions for x in sets] == [6, 6]
     layout = data.padded_layout(*sets, batch_size=4)
     batch = next(iter(layout.eval_batches(sets[0])))
-    assert batch.labels["qualities"].shape == (1, 4, 1, 6)
-    abstract = layout.abstract_batch(labels=["qualities"])
-    assert abstract.labels["qualities"].shape == (1, 4, 1, 6)
+    assert batch.numbers["qualities"].shape == (1, 4, 1, 6)
+    abstract = layout.abstract_batch(numbers=["qualities"])
+    assert abstract.numbers["qualities"].shape == (1, 4, 1, 6)
 
 
 def test_labels_of_the_wrong_kind_are_refused(made, tmp_path):

@@ -39,7 +39,11 @@ ALLOWED = {
     "sampling": ({"errors", "files", "models", "sharding"}, ARRAYS | {"numpy"}),
     "scoring": (
         {"errors", "files", "losses", "data", "models", "runtime", "sharding"},
-        ARRAYS | {"numpy", "safetensors", "tqdm"},
+        ARRAYS | {"numpy", "safetensors", "scipy", "tqdm"},
+    ),
+    "rewards": (
+        {"errors", "files", "data", "models", "runtime", "scoring"},
+        {"jax", "jaxtyping", "numpy", "scipy"},
     ),
     "objectives": (
         {"errors", "losses", "noise", "gradients", "data", "scoring", "sharding"},

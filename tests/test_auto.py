@@ -98,8 +98,8 @@ def test_a_length_that_all_annotators_follow_is_not_corrected():
 def test_it_reads_only_what_its_features_need():
     assert auto(UNIT, length=0.0).reads == from_loss(losses.dpo).reads
     assert "chosen_lengths" in auto(UNIT).reads
-    assert auto(UNIT, position=1.0).labels == {"chosen_first"}
-    assert auto(UNIT, predictor=1.0).labels == {"flip_predictor"}
+    assert auto(UNIT, position=1.0).numbers == {"chosen_first"}
+    assert auto(UNIT, predictor=1.0).numbers == {"flip_predictor"}
 
 
 @pytest.mark.parametrize(

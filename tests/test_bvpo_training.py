@@ -170,7 +170,7 @@ def test_a_probe_finds_what_each_pairs_own_gradient_says(pairs):
     params = tiny_params(model)
     objective = bvpo(DPO, alpha="auto")
     scorer = make_scorer(model, objective.scores, chunk_size=4)
-    score = lambda params, micro: scorer(params, None, micro)
+    score = lambda params, micro: scorer(params, {}, micro)
     _, _, metrics = jax.jit(functools.partial(engine.gradient, objective, score))(
         params, batch, objective.init(0)
     )
@@ -283,7 +283,7 @@ def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, count=4):
         batches, history = streams(pairs, accumulation), []
         with compiled("train_step") as programs:
             for _ in range(count):
-                state, metrics = step(state, None, to_global(next(batches), mesh))
+                state, metrics = step(state, {}, to_global(next(batches), mesh))
                 wanted = {
                     name: float(value)
                     for name, value in metrics.items()

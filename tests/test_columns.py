@@ -90,12 +90,12 @@ def assert_labels(found, wanted):
 
 def test_numbers_are_read_by_the_names_of_their_fields():
     rows = records()
-    assert_labels(plan_of(rows).train.labels, expected(rows))
-    found = plan_of(rows, ["tie=tie"]).train.labels
+    assert_labels(plan_of(rows).train.numbers, expected(rows))
+    found = plan_of(rows, ["tie=tie"]).train.numbers
     assert_labels(found, {"tie": expected(rows)["tie"]})
     # A field of just that name is found before the inner one.
     both = [row | {"how.far": 7} for row in rows]
-    assert set(plan_of(both).train.labels["margin"]) == {7}
+    assert set(plan_of(both).train.numbers["margin"]) == {7}
 
 
 def test_they_follow_their_pairs_through_split_and_drops():
@@ -104,7 +104,7 @@ def test_they_follow_their_pairs_through_split_and_drops():
     plan = plan_of(rows, heldout_fraction=0.4)
     assert len(plan.train) and len(plan.heldout) and len(plan.train) < 59
     for pairs in (plan.train, plan.heldout):
-        assert_labels(pairs.labels, expected([rows[n] for n in pairs.columns["row"]]))
+        assert_labels(pairs.numbers, expected([rows[n] for n in pairs.columns["row"]]))
 
 
 @pytest.mark.parametrize("by", ["plan", "pairs"])
@@ -124,28 +124,28 @@ def test_a_flip_keeps_the_size_and_takes_the_ratings_along(by):
             mine, its = pairs.completion(n, side), plain.completion(n, of)
             np.testing.assert_array_equal(mine, its)
             name = ("chosen_rating", "rejected_rating")
-            assert pairs.labels[name[side]][n] == wanted[name[of]][n]
+            assert pairs.numbers[name[side]][n] == wanted[name[of]][n]
         for name in ("margin", "strength", "tie"):
-            assert pairs.labels[name][n] == np.float32(wanted[name][n])
+            assert pairs.numbers[name][n] == np.float32(wanted[name][n])
 
 
 def test_batches_hold_the_pairs_own_numbers_and_zeros_elsewhere():
     pairs = plan_of(records()).train
     batches = padded_batches(pairs, batch_size=8, accumulation=2)
     batch = next(batches)
-    for name, values in pairs.labels.items():
-        assert batch.labels[name].shape == (2, 4, 1)
-        np.testing.assert_array_equal(batch.labels[name], values[batch.pair_index])
+    for name, values in pairs.numbers.items():
+        assert batch.numbers[name].shape == (2, 4, 1)
+        np.testing.assert_array_equal(batch.numbers[name], values[batch.pair_index])
     *_, last = data.padded_layout(pairs, batch_size=10).eval_batches(pairs)
     assert (last.pair_index < 0).sum() == 6
-    assert all((x[last.pair_index < 0] == 0).all() for x in last.labels.values())
+    assert all((x[last.pair_index < 0] == 0).all() for x in last.numbers.values())
 
 
 def test_without_fields_nothing_is_another_plan():
     rows = records()
     bare = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
     plan, labeled = plan_of(bare, ()), plan_of(rows)
-    assert plan.train.labels == {}
+    assert plan.train.numbers == {}
     assert plan.train.ids.tolist() == labeled.train.ids.tolist()
     other = [row | {"strength": row["strength"] + 1} for row in rows]
     assert len({plan.digest, labeled.digest, plan_of(other).digest}) == 3
@@ -260,7 +260,7 @@ def test_a_loss_reads_its_pairs_numbers(name):
         assert np.isfinite(each).all() and (each[~real] == 0).all()
         index = np.asarray(micro.pair_index)[real, 0]
         mine = np.asarray(out["rewards"])[real, 0]
-        labels = {k: v[index].astype(float) for k, v in pairs.labels.items()}
+        labels = {k: v[index].astype(float) for k, v in pairs.numbers.items()}
         wanted.extend(of_pair(*mine.astype(float).T, labels))
         found.extend(each[real])
         rewards[index] = mine
@@ -298,14 +298,14 @@ def test_noise_is_learned_beside_numbers(loss):
     pairs = plan_of(records()).train
     batch, *_ = data.padded_layout(pairs, batch_size=24).eval_batches(pairs)
     objective = em(loss)
-    assert objective.labels == from_loss(loss).labels != frozenset()
+    assert objective.numbers == from_loss(loss).numbers != frozenset()
     rewards = np.random.default_rng(2).normal(size=(24, 1, 2))
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     scores = {"rewards": jnp.asarray(rewards, jnp.float32)}
     found = objective.losses(Inputs(scores, batch), objective.init(0))[:, 0]
     w, l = rewards[:, 0].T  # noqa: E741
     _, of_pair = OBJECTIVES[loss.__name__]
-    labels = {name: np.float64(values) for name, values in pairs.labels.items()}
+    labels = {name: np.float64(values) for name, values in pairs.numbers.items()}
     z = of_pair(l, w, labels) - of_pair(w, l, labels)
     right = scipy.special.expit(z + np.log(9))  # 0.9 is the prior's reliability
     expected = -right * log_s(z) - (1 - right) * log_s(-z)

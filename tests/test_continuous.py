@@ -11,6 +11,7 @@ from jaxpref.errors import InputError
 from jaxpref.evaluate import on_policy
 from jaxpref.models import Numerics, build
 from jaxpref.models.low_rank import LowRank
+from jaxpref.models.soft_prompt import PROMPT, with_placeholders
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from jaxpref.sampling import Request, Rule, answer_all, continuous, generate, pad
 from jaxpref.sampling.selection import likely_sample
@@ -181,6 +182,28 @@ def test_adapters_are_their_product():
         for query in (LowRank(weight, a, b, 0.5), merged)
     )
     assert [x.tokens for x in found] == [x.tokens for x in expected]
+
+
+def test_answers_after_a_soft_prompt_have_the_log_probs_of_whole_texts():
+    """One that is longer than the window; two samples of each prompt, of refilled
+    slots."""
+    n, size = 7, CONFIG.hidden_size
+    prompt = jax.random.normal(jax.random.key(2), (n, size))
+    params = PARAMS | {PROMPT: prompt}
+    texts = [with_placeholders(list(request.tokens), n) for request in REQUESTS[:4]]
+    requests = [Request(t, (i, s), 9) for i, t in enumerate(texts) for s in (0, 1)]
+    found = answers(requests, 16, 4, params)
+    assert found[0].tokens != found[1].tokens
+    rows = [[*x.tokens, *y.tokens] for x, y in zip(requests, found, strict=True)]
+    tokens, _ = pad(rows, 64)
+    logps = jax.nn.log_softmax(jax.jit(MODEL.logits)(params, tokens))
+    for row, request, answer in zip(logps, requests, found, strict=True):
+        places = len(request.tokens) - 1 + np.arange(len(answer.tokens))
+        expected = row[places, np.array(answer.tokens)].sum()
+        assert answer.logp == pytest.approx(float(expected), abs=1e-4)
+        ends = [token in STOPS for token in answer.tokens]
+        assert answer.ended == ends[-1] and not any(ends[:-1])
+        assert answer.ended or len(answer.tokens) == 9
 
 
 def test_a_request_that_cannot_be_answered_is_named():

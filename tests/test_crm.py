@@ -139,7 +139,7 @@ def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa
         history = []
         with compiled("train_step") as programs:
             for _ in range(3):
-                state, metrics = step(state, None, to_global(next(batches), mesh))
+                state, metrics = step(state, {}, to_global(next(batches), mesh))
                 history.append([metrics["loss"], metrics["grad_norm"]])
         assert len(programs) == 1
         return np.array(history, float), jax.device_get(state.params)

@@ -107,7 +107,7 @@ def test_batches_hold_the_lists_of_their_step(make_layout, completions):
         assert (batch.weights == real).all()
         for values, column in (
             (batch.is_flipped, dataset.columns["is_flipped"]),
-            (batch.labels["tie"], dataset.columns["tie"]),
+            (batch.numbers["tie"], dataset.columns["tie"]),
         ):
             assert values.dtype == column.dtype
             np.testing.assert_array_equal(values[real], column[where])
@@ -123,7 +123,7 @@ def test_the_abstract_batch_has_the_shapes_of_the_others(make_layout, completion
     for processes in (1, 2):
         layout = make_layout(dataset, order, accumulation=2, process_count=processes)
         whole = layout.of_all_processes()
-        abstract = layout.abstract_batch(labels=["tie"], reference=["one"])
+        abstract = layout.abstract_batch(numbers=["tie"], reference=["one"])
         shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
         batch = next(whole.batches(dataset, order, reference=table, threads=0))
         assert shapes(abstract) == shapes(batch)
@@ -196,7 +196,7 @@ def test_a_column_is_added_in_one_place():
     dataset = builder.build()
     assert dataset.columns["confidence"].dtype == np.float32
     (batch,) = data.padded_layout(dataset, batch_size=4).eval_batches(dataset)
-    assert batch.labels["confidence"].ravel().tolist() == [0, 0.25, 0.5, 0.75]
+    assert batch.numbers["confidence"].ravel().tolist() == [0, 0.25, 0.5, 0.75]
     taken = dataset.take(np.array([2]))
     assert taken.columns["confidence"].tolist() == [0.5]
     other = dataclasses.replace(

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from jaxpref.data import DataOptions, InjectOptions, ListSource, make_splits
+from jaxpref.data import (
+    DataOptions,
+    DatasetBuilder,
+    InjectOptions,
+    ListSource,
+    make_splits,
+)
 from jaxpref.data.noise import (
     flip_by_class,
     flip_by_margin,
@@ -35,6 +41,13 @@ def near(flips, rate):
 
 def plan_of(records, **options):
     return make_splits(ListSource(records), TOKENIZER, DataOptions(**options))
+
+
+def test_only_pairs_are_flipped():
+    builder = DatasetBuilder(1)
+    builder.add([1], [[2]], id="a")
+    with pytest.raises(InputError, match="1 completions are not a pair"):
+        flip_pairs(builder.build(), np.ones(1, bool))
 
 
 def test_symmetric_flips_are_pinned():

@@ -117,9 +117,17 @@ def losses_of(folder):
     return {x["step"]: x["loss"] for x in lines if "loss" in x}
 
 
+ATTENTION = LoraOptions(rank=2, targets="attention")
+LORA = {
+    "full": LoraOptions(),
+    "lora": ATTENTION,
+    "dora": dataclasses.replace(ATTENTION, dora=True, base="nf4"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [None, 2])
-def test_training_and_resuming_on_another_mesh(rank, tmp_path):
+@pytest.mark.parametrize("lora", LORA.values(), ids=LORA)
+def test_training_and_resuming_on_another_mesh(lora, tmp_path):
     """Full training and adapters of attention, in packed rows.
 
     As for other meshes, losses agree within a relative 2e-4 (tests/test_processes.py).
@@ -137,7 +145,7 @@ def test_training_and_resuming_on_another_mesh(rank, tmp_path):
         log_every=1,
         save_every=3,
         options=DataOptions(max_length=32),
-        lora=LoraOptions(rank=rank, targets="attention" if rank else "attention,mlp"),
+        lora=lora,
         optimizer=OptimizerConfig(learning_rate=1e-3, decay=Decay.CONSTANT),
         mesh=MeshConfig(data=8, fsdp=1),
     )

@@ -152,8 +152,8 @@ def test_what_is_learned_from_a_batch():
 def test_features_that_are_left_out_are_not_read():
     reads = instance_noise(UNIT, length=0.0).reads
     assert reads == from_loss(losses.dpo).reads
-    assert instance_noise(UNIT, position=1.0).labels == {"chosen_first"}
-    assert instance_noise(UNIT, predictor=1.0).labels == {"flip_predictor"}
+    assert instance_noise(UNIT, position=1.0).numbers == {"chosen_first"}
+    assert instance_noise(UNIT, predictor=1.0).numbers == {"flip_predictor"}
     simpo = instance_noise(losses.simpo, likelihood=1.0)
     assert "reference_logps" in simpo.scores
     with pytest.raises(InputError, match="likelihood: bradley_terry trains a reward"):
@@ -165,7 +165,7 @@ def test_weights_multiply_the_loss_of_training_pairs():
     weights = np.asarray(inputs.batch.weights)[:, 0]
     real = order >= 0
     np.testing.assert_array_equal(weights[real], order[real] % 4)
-    assert (weights[~real] == 0).all() and "weight" not in inputs.batch.labels
+    assert (weights[~real] == 0).all() and "weight" not in inputs.batch.numbers
     found = weighted_losses(from_loss(losses.dpo, beta=1.0), inputs, {})[:, 0]
     expected = (order % 4) * np.logaddexp(0, -z)
     np.testing.assert_allclose(found[real], expected[real], rtol=2e-5)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from jaxpref.data.array_file import Damaged, pack, unpack
 from jaxpref.data.records import expand
 from jaxpref.data.sources import divisible
 from jaxpref.errors import InputError
+from jaxpref.runtime import cache_folder
 from tests.data_tokenizers import CHATML, byte_tokenizer
 from tests.tiny import padded_batches
 from tests.virtual import xla_flags
@@ -133,6 +135,32 @@ def test_processes_make_the_same_batches(tmp_path, small, monkeypatch):
     parts = [lambda: divisible(opened(path, strict)).part(48, 56)]
     with pytest.raises(InputError, match=r"pairs.jsonl row 51: a record must be"):
         list(chunk_pool.read_chunks(parts, TOKENIZER, rules, processes=1))
+    # A number is checked by what the objective says, whoever has read it.
+    numbered = [row | {"x": n} for n, row in enumerate(records()[:20])]
+    path = write(tmp_path / "numbers.jsonl", numbered)
+    monkeypatch.setattr(chunk_pool, "CHUNKS_PER_PROCESS", 1)
+    del small[:]
+    for _ in range(2):  # tokenized by processes, and from the cache
+        with pytest.raises(InputError, match=REFUSED):
+            make_splits(
+                opened(path, NUMBERED),
+                TOKENIZER,
+                NUMBERED,
+                kind=SMALL_NUMBERS,
+                folder=tmp_path / "tokens",
+            )
+    assert not small
+
+
+def refuse_large(name, value):
+    """What an objective says of numbers."""
+    if value > 16:
+        raise ValueError("Expected beta <= 16.")
+
+
+NUMBERED = DataOptions(drop_empty=True, columns=("beta=x",))
+SMALL_NUMBERS = Kind(numbers=frozenset({"beta"}), check=refuse_large)
+REFUSED = r"row 18: field 'x' for beta: Expected beta <= 16\. Correct it"
 
 
 def expand_all(example, place):
@@ -219,6 +247,51 @@ def test_a_folder_that_cannot_be_written(tmp_path, small, caplog):
     assert summary(splits) == BEFORE["noise"] and "cannot be written" in caplog.text
 
 
+def test_chunks_that_were_used_last_are_kept(tmp_path, small, monkeypatch, capsys):
+    folder, rows = tmp_path / "tokens", records()[:32]
+    files = [
+        write(tmp_path / f"{n}.jsonl", [x | {"prompt": f"{n}"} for x in rows])
+        for n in range(3)
+    ]
+    read = lambda n: make_splits(opened(files[n]), TOKENIZER, OPTIONS, folder=folder)
+    sizes = lambda: sum(x.stat().st_size for x in folder.iterdir())
+    read(0)
+    first = {x.name for x in folder.iterdir()}
+    read(1)
+    assert len(first) == 4 and len(small) == 8
+    assert "removed" not in capsys.readouterr().out
+    # An hour ago both were used; now the first one is again.
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    read(0)
+    (folder / "other").write_bytes(b"x" * 10_000)  # not a chunk
+    (folder / "other").touch()
+    limit = sizes() - 10_000
+    monkeypatch.setenv("JAXPREF_CACHE_LIMIT", f"{limit / 1024}KiB")
+    read(2)
+    kept = {x.name for x in folder.iterdir()} - {"other"}
+    assert first < kept and sizes() - 10_000 <= limit and (folder / "other").exists()
+    assert "MiB that were not used for the longest time" in capsys.readouterr().out
+    del small[:]
+    assert summary(read(2)) == summary(read(2)) and not small
+    monkeypatch.setenv("JAXPREF_CACHE_LIMIT", "0B")
+    assert summary(read(1))[0] and len(small) == 4  # its chunks are in use until then
+    assert {x.name for x in folder.iterdir()} == {"other"}
+
+
+def test_limits_of_the_cache(tmp_path, monkeypatch):
+    for given, size in {
+        "": 20 * 2**30, "none": None, "1.5KiB": 1536, "2 TiB": 2**41, "7B": 7
+    }.items():  # fmt: skip
+        monkeypatch.setenv("JAXPREF_CACHE_LIMIT", given)
+        assert cache_folder.cache_limit() == size
+    for given in ("20", "20GB", "-1GiB", "much"):
+        monkeypatch.setenv("JAXPREF_CACHE_LIMIT", given)
+        with pytest.raises(InputError, match=f"LIMIT {given}: must be a size"):
+            cache_folder.cache_limit()
+    assert cache_folder.remove_least_recent(tmp_path / "none", "x", limit=0) == (0, 0)
+
+
 def test_arrays_come_back():
     arrays = {"a": np.arange(5, dtype=np.uint16), "b": np.zeros((0, 2), np.int64)}
     arrays["c"] = np.array([[True, False]])
@@ -250,17 +323,22 @@ chunk_pool.CHUNKS_PER_PROCESS = 1000
 folder, results = Path(sys.argv[2]), {}
 rank = jax.process_index()
 strict = tests.DataOptions(drop_empty=True)
-for name, tokens, options in (
-    ("one disk", "tokens", tests.OPTIONS),
-    ("again", "tokens", tests.OPTIONS),
-    ("own disks", f"tokens{rank}", tests.OPTIONS),
-    ("restarted without a disk", f"tokens{rank}" if rank else "new", tests.OPTIONS),
-    ("wrong", f"wrong{rank}", strict),
+for name, tokens, options, kind in (
+    ("one disk", "tokens", tests.OPTIONS, tests.Kind()),
+    ("again", "tokens", tests.OPTIONS, tests.Kind()),
+    ("own disks", f"tokens{rank}", tests.OPTIONS, tests.Kind()),
+    ("restarted without a disk", f"tokens{rank}" if rank else "new", tests.OPTIONS,
+     tests.Kind()),
+    ("wrong", f"wrong{rank}", strict, tests.Kind()),
+    ("refused", f"refused{rank}", tests.NUMBERED, tests.SMALL_NUMBERS),
 ):
     del made[:]
-    source = tests.opened(str(folder / "pairs.jsonl"), options)
+    file = "numbers.jsonl" if options is tests.NUMBERED else "pairs.jsonl"
+    source = tests.opened(str(folder / file), options)
     try:
-        splits = make_splits(source, tests.TOKENIZER, options, folder=folder / tokens)
+        splits = make_splits(
+            source, tests.TOKENIZER, options, kind=kind, folder=folder / tokens
+        )
         found = tests.summary(splits)
     except tests.InputError as error:
         found = str(error)
@@ -271,6 +349,8 @@ for name, tokens, options in (
 
 def test_processes_of_a_run_share_the_work(tmp_path):
     path = write(tmp_path / "pairs.jsonl", records())
+    numbered = [row | {"x": n} for n, row in enumerate(records()[:20])]
+    write(tmp_path / "numbers.jsonl", numbered)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -306,3 +386,4 @@ def test_processes_of_a_run_share_the_work(tmp_path):
             assert results[name][1] == [*BEFORE["noise"]], name
     for results in found:
         assert results["wrong"][1].startswith(f"{path} row 51: a record must be a JSON")
+        assert re.search(REFUSED, results["refused"][1])

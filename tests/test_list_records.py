@@ -32,7 +32,7 @@ def answers_of(train, n=0):
 
 def test_objectives_say_what_they_read():
     assert (GRADED.sides, GRADED.num_completions) == (None, None)
-    kinds = [GRADED.labels, RELEVANT.labels, RANKED.labels]
+    kinds = [GRADED.numbers, RELEVANT.numbers, RANKED.numbers]
     assert kinds == [{"qualities"}, {"relevances"}, {"ranks"}]
 
 
@@ -48,14 +48,14 @@ def test_objectives_say_what_they_read():
 def test_the_best_answer_comes_first(numbers, order, qualities):
     train = train_of([listed(**numbers)])
     assert answers_of(train) == order
-    assert train.labels["qualities"].dtype == np.float32
-    assert train.labels["qualities"].tolist() == [qualities]
+    assert train.numbers["qualities"].dtype == np.float32
+    assert train.numbers["qualities"].tolist() == [qualities]
 
 
 def test_each_loss_gets_its_own_numbers():
     record = listed(scores=[1, 3, 2])
-    assert train_of([record], RELEVANT).labels["relevances"].tolist() == [[3, 2, 1]]
-    assert train_of([record], RANKED).labels["ranks"].tolist() == [[1, 2, 3]]
+    assert train_of([record], RELEVANT).numbers["relevances"].tolist() == [[3, 2, 1]]
+    assert train_of([record], RANKED).numbers["ranks"].tolist() == [[1, 2, 3]]
     tied = listed(scores=[1, 3, 3])
     splits = make_splits(
         ListSource([record, tied]), TOKENIZER, DataOptions(), kind=RANKED
@@ -74,11 +74,11 @@ def test_lists_of_different_lengths_share_one_table():
     for n, record in enumerate(records):
         ordered = sorted(zip(record["scores"], record["completions"]), reverse=True)
         scores = [score for score, _ in ordered] + [0] * (4 - counts[n])
-        np.testing.assert_array_equal(train.labels["qualities"][n], np.float32(scores))
+        np.testing.assert_array_equal(train.numbers["qualities"][n], np.float32(scores))
         texts = "".join(text.strip() for _, text in ordered)
         assert answers_of(train, n) == texts
     wide = train.widened(6)
-    assert wide.completion_lengths.shape == wide.labels["qualities"].shape == (30, 6)
+    assert wide.completion_lengths.shape == wide.numbers["qualities"].shape == (30, 6)
     assert wide.completion(3, 5).size == 0 and answers_of(wide, 3) == answers_of(
         train, 3
     )

@@ -245,7 +245,7 @@ def test_divergence_from_the_reference_and_its_gradient(inputs):
         found = token_statistics(
             ("logps", "reference_logps", "kls"),
             *(hidden, head, predictors, targets),
-            reference=(other, other_head),
+            others={"reference": (other, other_head)},
             chunk_size=3,
         )
         return jnp.sum(found["kls"] * weights), found
@@ -276,7 +276,7 @@ def test_distributions_on_a_sharded_vocabulary(inputs, sizes):
         token_statistics(
             ("logps", "reference_logps", "kls"),
             *(h, w, p, t),
-            reference=(2 * h, w),
+            others={"reference": (2 * h, w)},
             chunk_size=3,
         ),
     )

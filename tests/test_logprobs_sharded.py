@@ -43,7 +43,9 @@ def kls(hidden, head, other, other_head, predictors, targets):
     fixed = jax.lax.stop_gradient((other, other_head))
     names = ("logps", "reference_logps", "kls")
     arguments = hidden, head, predictors, targets
-    found = token_statistics(names, *arguments, reference=fixed, chunk_size=C)
+    found = token_statistics(
+        names, *arguments, others={"reference": fixed}, chunk_size=C
+    )
     return tuple(found[name] for name in names)
 
 

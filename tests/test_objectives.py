@@ -18,7 +18,6 @@ from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.rewards import per_token_reward
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.scores import (
-    NEED_REFERENCE_WEIGHTS,
     TOKEN_SCORES,
     Scored,
     reads_reference,
@@ -116,8 +115,8 @@ def test_losses_of_more_than_log_probs(pairs, name):  # noqa: F811
 
 def test_only_whole_distributions_keep_the_reference():
     scores = {name: o.scores for name, o in (COUPLED | LIVE).items()}
-    live = {name for name, read in scores.items() if read & NEED_REFERENCE_WEIGHTS}
-    assert live == {"tdpo1", "tdpo2"}
+    live = {name: set(o.models) for name, o in (COUPLED | LIVE).items() if o.models}
+    assert live == {"tdpo1": {"reference"}, "tdpo2": {"reference"}}
     both = {"reference_logps", "reference_prefix_logps"}
     assert stored_scores(scores["ld_dpo"]) == both
     assert stored_scores(scores["wpo"]) == {"reference_logps"}
@@ -145,7 +144,7 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
     scorers = [make_scorer(model, frozenset(x), chunk_size=4) for x in COMBINATIONS]
     # In one program, which shares the models' passes.
     found = jax.jit(lambda *args: [scorer(*args).scores for scorer in scorers])(
-        params, reference, micro
+        params, {"reference": reference}, micro
     )
     for names, scorer, scores in zip(COMBINATIONS, scorers, found):
         assert scores.keys() == scorer.scores == {*names, "policy_logps"}
@@ -273,7 +272,9 @@ def test_the_command_line_has_every_loss_that_records_can_feed():
     of_rewards |= {"rao_kupper", "davidson", "reward_regression"}
     of_answers = {"kto", "bco", "apo_zero_unpaired"}
     of_lists = {"plackett_luce", "lipo_lambda", "irpo"}
-    assert set(LOSSES) == of_log_probs | of_rewards | of_answers | of_lists
+    of_tokens = {"align_distil", "sparse_po"}
+    found = of_log_probs | of_rewards | of_answers | of_lists | of_tokens
+    assert set(LOSSES) == found
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_beta_dpo_leaves_pairs_out_and_moves_its_moments(pairs):  # noqa: F811
     objective = beta_dpo(beta=0.5, drop_rate=0.5)
     model = build(tiny_config())
     scorer = make_scorer(model, objective.scores, chunk_size=4)
-    score = lambda params, micro: scorer(params, None, micro)
+    score = lambda params, micro: scorer(params, {}, micro)
     zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
     batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
     batch = jax.tree.map(jnp.asarray, batch)

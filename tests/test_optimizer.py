@@ -110,7 +110,7 @@ def test_a_sharded_step_is_a_plain_loop_of_optax(config):
         state, step, _ = begun(config)
         batches, history = batches_of(pairs), []
         for _ in range(3):
-            state, metrics = step(state, None, to_global(next(batches), mesh))
+            state, metrics = step(state, {}, to_global(next(batches), mesh))
             history.append(float(metrics["loss"]))
     # Unsharded, without our step, state or guard.
     model, tx = build(MODEL), by_optax(config.optimizer.value)
@@ -121,7 +121,7 @@ def test_a_sharded_step_is_a_plain_loop_of_optax(config):
     def plain(params, opt_state, batch):
         def loss(params):
             micro = jax.tree.map(lambda x: x[0], batch)
-            found = scorer(params, None, micro).scores["policy_logps"]
+            found = scorer(params, {}, micro).scores["policy_logps"]
             reference = micro.reference["reference_logps"]
             columns = (*jnp.moveaxis(found, -1, 0), *jnp.moveaxis(reference, -1, 0))
             return jnp.mean(losses.dpo(*columns, beta=0.5))
@@ -154,7 +154,7 @@ def test_its_state_is_spread_like_the_weights_before_and_after_a_step(config):
             if "norm" not in jax.tree_util.keystr(path) and leaf.size > 1:
                 part = math.prod(leaf.sharding.shard_shape(leaf.shape))
                 assert part < leaf.size, jax.tree_util.keystr(path)
-        after, _ = step(state, None, to_global(next(batches_of(make_pairs(24))), mesh))
+        after, _ = step(state, {}, to_global(next(batches_of(make_pairs(24))), mesh))
         assert layouts(after) == before
         spec = jax.P
         if config.optimizer is Optimizer.ADAFACTOR:
@@ -185,7 +185,7 @@ def test_a_checkpoint_restores_it_to_the_bit(config, tmp_path):
     mesh = mesh_of(*SIZES)
     with jax.set_mesh(mesh):
         state, step, tx = begun(config)
-        state, _ = step(state, None, to_global(next(batches_of(make_pairs(24))), mesh))
+        state, _ = step(state, {}, to_global(next(batches_of(make_pairs(24))), mesh))
         expected = digests(state)
         checkpoints = Checkpoints(tmp_path / "c", keep=1)
         checkpoints.save(1, state, {})

@@ -335,7 +335,7 @@ def test_log_probs_are_those_of_each_whole_text(tokenizer, joint):
                 dataset
             )
             micro = jax.tree.map(lambda x: x[0], batch)
-            found = scorer(params, None, micro).scores["policy_logps"]
+            found = scorer(params, {}, micro).scores["policy_logps"]
             real = micro.pair_index >= 0
             where = micro.pair_index[real]
             assert len(where) == len(plain)
@@ -361,7 +361,7 @@ def test_rewards_are_those_of_each_whole_text(tokenizer):
         micro = jax.tree.map(lambda x: x[0], batch)
         real = micro.pair_index >= 0
         table = np.zeros((8, 2))
-        rewards = scorer(params, None, micro).scores["rewards"]
+        rewards = scorer(params, {}, micro).scores["rewards"]
         table[micro.pair_index[real]] = rewards[real]
         found.append(table)
     alone = data.DatasetBuilder(1)
@@ -371,7 +371,7 @@ def test_rewards_are_those_of_each_whole_text(tokenizer):
     layout = data.padded_layout(alone.build(), batch_size=16, **MULTIPLES)
     (batch,) = layout.eval_batches(alone.build())
     micro = jax.tree.map(lambda x: x[0], batch)
-    expected = scorer(params, None, micro).scores["rewards"]
+    expected = scorer(params, {}, micro).scores["rewards"]
     for table in found:  # float32 sums of 16 features
         np.testing.assert_allclose(table.ravel(), expected.ravel(), atol=1e-5)
 
@@ -408,7 +408,7 @@ DOVE = from_loss(losses.dove, beta=0.5)
 
 
 def test_dove_starts_at_its_known_value(inputs, file, tmp_path):
-    assert DOVE.kind == Kind(joint=True)
+    assert DOVE.kind == Kind(joint=True, votes=True)
     options = DataOptions(max_length=32, heldout_fraction=0.3)
     packed = dict(max_steps=1, row_length="auto", options=options)
     (loss,) = train(inputs, file, tmp_path / "run", DOVE, **packed)

@@ -85,7 +85,7 @@ def test_scores_equal_those_of_whole_sequences(pairs, needs):
         make_model = RewardModel if "rewards" in needs else build
         model = make_model(tiny_config(), wide)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
-        reference = jax.tree.map(lambda x: 0.9 * x, params)
+        reference = {"reference": jax.tree.map(lambda x: 0.9 * x, params)}
         scorer = jax.jit(make_scorer(model, frozenset(needs), chunk_size=4))
         batch, held = packed(pairs)
         micro = lambda b: jax.tree.map(lambda x: x[0], b)
@@ -113,7 +113,7 @@ def test_the_gradient_is_that_of_whole_sequences(pairs, sizes, accumulation):
         with jax.set_mesh(mesh):
             model = build(tiny_config())
             scorer = make_scorer(model, objective.scores, chunk_size=4)
-            score = lambda p, micro: scorer(p, None, micro)
+            score = lambda p, micro: scorer(p, {}, micro)
             step = jax.jit(lambda p, b: gradient(objective, score, p, b, {}))
             grads, _, metrics = step(tiny_params(model), to_global(batch, mesh))
         return jax.device_get(grads), float(metrics["loss"])
@@ -145,7 +145,7 @@ def test_the_gradient_is_exact(pairs, accumulation, tied):
     with jax.enable_x64(True):
         model = build(tiny_config(tie_word_embeddings=tied), wide)
         scorer = make_scorer(model, objective.scores, chunk_size=4)
-        score = lambda p, micro: scorer(p, None, micro)
+        score = lambda p, micro: scorer(p, {}, micro)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_params(model))
         of_batch = jax.jit(lambda b: gradient(objective, score, params, b, {}))
         batch, held = packed(pairs, accumulation=accumulation, reference=table)

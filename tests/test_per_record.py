@@ -65,7 +65,7 @@ FLIPS, BETAS = "flip_rate=info.e", "beta=info.b"
 @pytest.mark.parametrize("loss", [losses.rdpo, losses.cdpo, losses.forward_dpo])
 def test_each_pair_has_the_loss_of_its_own_rate_and_beta(loss):
     objective = from_loss(loss, beta=PER_RECORD, flip_rate=PER_RECORD)
-    assert objective.labels == {"beta", "flip_rate"}
+    assert objective.numbers == {"beta", "flip_rate"}
     inputs, order, arrays = inputs_of(objective, FLIPS, BETAS)
     alone = [
         loss(*(a[n : n + 1] for a in arrays), beta=float(b), flip_rate=float(e))[0]
@@ -117,7 +117,7 @@ def test_a_correction_is_the_function_of_the_library(how, loss):
     arrays = [a[:COUNT] for a in arrays]
     check(objective.losses(inputs, {}), direct(base, of("e", order))(*arrays))
     fixed = from_loss(correct(base, flip_rate=0.2))
-    assert fixed.options == {"beta": 0.5, "flip_rate": 0.2} and not fixed.labels
+    assert fixed.options == {"beta": 0.5, "flip_rate": 0.2} and not fixed.numbers
     assert fixed.name.endswith(f"_{loss.__name__}")
     check(fixed.losses(inputs, {}), direct(base, 0.2)(*arrays))
     if loss is losses.dpo:  # as published
@@ -221,7 +221,7 @@ def test_answers_and_lists_have_weights():
         make = functools.partial(data.make_splits, ListSource(rows), byte_tokenizer())
         train = make(options, kind=objective.kind).train
         assert train.weights.tolist() == [2.0, 2.0]
-        assert "weight" not in train.labels
+        assert "weight" not in train.numbers
         config = dict(model="m", data="d", out="o", objective=objective)
         assert TrainConfig(**config, options=options).options == options
 
@@ -229,7 +229,7 @@ def test_answers_and_lists_have_weights():
 def test_kinds_with_other_checks_differ():
     """A sweep reads the records once for each kind."""
     one, two = (from_loss(x, beta=PER_RECORD).kind for x in (losses.dpo, losses.ipo))
-    assert one != two and from_loss(losses.dpo).kind == Kind() == Kind(2)
+    assert one != two and from_loss(losses.dpo).kind == Kind(2, votes=True)
 
 
 # --- from the command line

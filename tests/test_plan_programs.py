@@ -93,6 +93,7 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
         "--objective crm --objective.noise-rate 0.2",
         "--objective bvpo --objective.alpha auto --objective.noise em",
         "--loss bradley_terry",
+        "--soft-prompt.length 4",
     ],
 )
 def test_plans_of_losses_and_objectives(options, tmp_path, monkeypatch):
@@ -110,6 +111,10 @@ def test_plans_of_losses_and_objectives(options, tmp_path, monkeypatch):
     held = found["bytes"]
     assert held["optimizer"] == 2 * held["parameters"] + 8
     assert found["step"]["temp"] > 0 and found["score"]["temp"] > 0
+    if "soft" in options:
+        assert found["adapter_weights"] == 4 * tiny_config().hidden_size
+        assert found["shape"]["prompts"][1] == 4 + 8
+        assert held["parameters"] == 4 * 4 * tiny_config().hidden_size < held["frozen"]
     if "bradley" in options:
         assert found["decode"] is None  # a reward model generates nothing
     else:

@@ -25,7 +25,6 @@ from jaxpref.objectives import from_loss
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.score_dataset import make_score_step
-from jaxpref.scoring.scores import NEED_REFERENCE_WEIGHTS
 from jaxpref.train import MeshConfig, OptimizerConfig, read_metrics, run
 from jaxpref.train.gradient import gradient
 from jaxpref.train.optimizer import make_optimizer, make_schedule
@@ -92,12 +91,12 @@ def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
     params = tiny_params(model)
     scorer = make_scorer(model, LOGPS, chunk_size=4)
     batch = jax.tree.map(jnp.asarray, next(batches_of(make_pairs(24), layout)))
-    (scored, _) = make_score_step(scorer)(params, None, batch)
+    (scored, _) = make_score_step(scorer)(params, {}, batch)
 
     @jax.jit
     def trained(params):
         micro = jax.tree.map(lambda x: x[0], batch)
-        out, pull = jax.vjp(lambda p: scorer(p, None, micro).scores, params)
+        out, pull = jax.vjp(lambda p: scorer(p, {}, micro).scores, params)
         return out, pull(jax.tree.map(jnp.ones_like, out))
 
     (found, _) = trained(params)
@@ -106,7 +105,7 @@ def test_bfloat16_logps_are_those_of_the_pass_that_scored_the_reference(layout):
     # And bfloat16 it is: not the float32 numbers.
     wide = build(model.architecture)
     exact_step = make_score_step(make_scorer(wide, LOGPS, chunk_size=4))
-    (exact, _) = exact_step(params, None, batch)
+    (exact, _) = exact_step(params, {}, batch)
     rounding = np.abs(exact["policy_logps"] - scored["policy_logps"]).max()
     assert 1e-4 < rounding < 0.5
 
@@ -144,7 +143,7 @@ def test_nothing_is_summed_in_bfloat16_over_the_vocabulary(layout, loss):
     batch = jax.tree.map(
         jnp.asarray, next(batches_of(make_pairs(24), layout, accumulation=2))
     )
-    frozen = params if objective.scores & NEED_REFERENCE_WEIGHTS else None
+    frozen = dict.fromkeys(objective.models, params)
 
     def of_params(params):
         scorer = make_scorer(model, objective.scores, chunk_size=4)
@@ -182,7 +181,7 @@ def test_parameters_and_moments_stay_float32():
     scorer = make_scorer(model, objective.scores)
     step = make_train_step(scorer, objective, tx, schedule)
     batch = next(batches_of(make_pairs(24), "padded"))
-    state, metrics = step(state, None, batch)
+    state, metrics = step(state, {}, batch)
     floats = {
         x.dtype
         for x in jax.tree.leaves((state.params, state.opt_state))
@@ -268,7 +267,7 @@ def test_every_product_can_be_asked_for_in_full_precision(layout):
 
     def of_params(params):
         scorer = make_scorer(model, objective.scores, chunk_size=4)
-        score = lambda p, b: scorer(p, params, b)
+        score = lambda p, b: scorer(p, {"reference": params}, b)
         return gradient(objective, score, params, batch, objective.init(0))
 
     def products():

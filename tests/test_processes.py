@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxpref.train import read_metrics
+from tests.answers import voted_records, write_records
 from tests.tiny import make_model_folder, make_pairs_file
 from tests.virtual import xla_flags
 
@@ -318,6 +319,18 @@ def test_all_meshes_with_all_numbers_of_processes(tmp_path):
         for count in (2, 4):
             assert batches_of(tmp_path, name, count) == batches_of(tmp_path, name, 1)
             check_equal(tmp_path, name, count)
+        check_equal(tmp_path, name, 1, of=f"{name}, moved")
+
+
+@pytest.mark.slow
+def test_votes_on_a_pair_do_not_depend_on_the_number_of_processes(tmp_path):
+    write_records(tmp_path / "votes.jsonl", voted_records(96))
+    own = {"data": tmp_path / "votes.jsonl", "heldout-fraction": 0.1}
+    runs = {name: changes | own for name, changes in RUNS.items()}
+    run_all(tmp_path, runs, (2, 1))
+    for name in runs:
+        assert batches_of(tmp_path, name, 2) == batches_of(tmp_path, name, 1)
+        check_equal(tmp_path, name, 2)
         check_equal(tmp_path, name, 1, of=f"{name}, moved")
 
 

@@ -8,6 +8,7 @@ from jaxpref import data, losses
 from jaxpref.cli.train import config_of
 from jaxpref.cli.words import split
 from jaxpref.data import DataOptions, InjectOptions, ListSource, make_splits
+from jaxpref.data.noise import flip_pairs
 from jaxpref.errors import InputError
 from jaxpref.objectives import rationale
 from jaxpref.train import TrainConfig, read_metrics, run
@@ -83,6 +84,19 @@ def test_the_loss_is_the_sum_of_both_terms():
     assert metrics["rationale/nll"] == pytest.approx(-logps[:, 2].mean(), rel=1e-6)
     assert metrics["rewards/margins"] == pytest.approx(h.mean(), rel=1e-5)
     assert jnp.isfinite(grad)
+
+
+def test_a_flip_leaves_the_rationale():
+    pairs = splits_of([PAIR], byte_tokenizer()).train
+    flipped = flip_pairs(pairs, np.ones(1, bool))
+    order = [1, 0, 2]
+    for side, other in enumerate(order):
+        assert flipped.context(0, side).tolist() == pairs.context(0, other).tolist()
+        assert (
+            flipped.completion(0, side).tolist() == pairs.completion(0, other).tolist()
+        )
+    injected = splits_of([PAIR], byte_tokenizer(), inject=InjectOptions(flip_rate=1.0))
+    np.testing.assert_array_equal(flipped.tokens, injected.train.tokens)
 
 
 def test_what_cannot_have_a_rationale_is_refused():

@@ -14,7 +14,7 @@ from jaxpref.models.lora import LoraOptions
 from jaxpref.models.weights import Weights
 from jaxpref.objectives import crm, from_loss
 from jaxpref.scoring.moving_reference import MovingAverage, MovingReference
-from jaxpref.scoring.partition import reference_weights
+from jaxpref.scoring.run_weights import reference_weights
 from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -144,7 +144,7 @@ def test_a_run_is_its_export(tmp_path):
     start = Weights(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text('{"loss": {"name": "dpo"}}')
-    with pytest.raises(InputError, match="has not exported a model yet"):
+    with pytest.raises(InputError, match="no export and no checkpoint yet"):
         reference_weights(str(tmp_path / "run"), start)
     (tmp_path / "run" / "export").mkdir()
     found = reference_weights(str(tmp_path / "run"), start)

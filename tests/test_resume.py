@@ -186,7 +186,7 @@ def names_of(folder: Path) -> dict[str, Content]:
     reference = types.SimpleNamespace(
         folder=weights.folder, weights=weights, name="reference"
     )
-    return provenance.contents(Weights(folder / "model"), reference, datasets)
+    return provenance.contents(Weights(folder / "model"), reference, {}, datasets)
 
 
 def sampled_by(model: Path, **fields) -> None:

@@ -349,7 +349,7 @@ def reward_steps(pairs, loss, *, sizes=(1, 1, 1), accumulation=1):  # noqa: F811
         history = []
         with compiled("train_step") as programs:
             for _ in range(3):
-                state, metrics = step(state, None, to_global(next(batches), mesh))
+                state, metrics = step(state, {}, to_global(next(batches), mesh))
                 history.append(jax.device_get(metrics))
         assert len(programs) == 1
         return history, jax.device_get(state.params)

@@ -69,7 +69,7 @@ def sequences_of(pairs, held):
 
 def step(objective, model, params, batch):
     scorer = make_scorer(model, objective.scores, num_models=objective.num_models)
-    score = lambda p, micro: scorer(p, None, micro, totals=objective.totals)
+    score = lambda p, micro: scorer(p, {}, micro, totals=objective.totals)
     find = jax.jit(lambda p, b: gradient(objective, score, p, b, objective.init(0)))
     grads, _, metrics = find(params, batch)
     return grads, metrics

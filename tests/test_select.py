@@ -105,6 +105,31 @@ def test_by_column(tmp_path):
     assert kept == [0] and found.reasons == {"malformed": 1}
 
 
+def test_several_files(tmp_path, capsys):
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    write_lines(tmp_path / "a.jsonl", [pair(f"q{n}", score=n) for n in (1, 5)])
+    write_lines(tmp_path / "b.jsonl", [pair(f"q{n}", score=n) for n in (9, 2, 4)])
+    out = tmp_path / "chosen.jsonl"
+    options = ["--by", "column", "--column", "score", "--keep", "2"]
+    cli.data.command(["select", *names, *options, "--out", str(out)])
+    source = open_source(out)
+    assert [source[n]["score"] for n in range(len(source))] == [5, 9]
+    lines = (tmp_path / "chosen.scores.jsonl").read_text().splitlines()
+    places = [(x["file"], x["row"], x["score"]) for x in map(json.loads, lines)]
+    a, b = names
+    assert places == [(a, 1, 1), (a, 2, 5), (b, 1, 9), (b, 2, 2), (b, 3, 4)]
+    assert "chosen.jsonl: 2 of 5 records" in capsys.readouterr().out
+    config = dict(by="column", column="score", keep=2)
+    with pytest.raises(InputError, match="b.jsonl.*this command reads"):
+        run(SelectConfig(data=tuple(names), out=names[1], **config))
+    with pytest.raises(InputError, match="files to select from have no weights"):
+        SelectConfig(data=(f"{a}:1", f"{b}:2"), out=str(out), **config)
+    # A record without the number is named with its own file and row.
+    write_lines(tmp_path / "b.jsonl", [pair("q9", score="x")])
+    with pytest.raises(InputError, match="b.jsonl row 1: field 'score'"):
+        run(SelectConfig(data=tuple(names), out=str(out), **config))
+
+
 def test_by_a_column_that_the_format_makes(tmp_path):
     """The margin of the best and the worst answer; the records stay as they are."""
     rated = lambda *scores: {

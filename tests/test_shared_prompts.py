@@ -242,7 +242,7 @@ def test_the_hash_of_the_prompt_does_not_change_the_digest():
     other = dataclasses.replace(plan.train, columns=columns)
     assert other.digest() == plan.train.digest()
     assert columns["prompt"].dtype == np.int64
-    assert "prompt" not in plan.train.labels
+    assert "prompt" not in plan.train.numbers
 
 
 # ---- options that nothing would read -----------------------------------------------

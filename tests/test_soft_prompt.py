@@ -14,7 +14,9 @@ from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.evaluate.generations import SampleConfig
 from jaxpref.evaluate.generations import run as sample
-from jaxpref.models import Numerics, build
+from jaxpref.evaluate.pairs import EvaluateConfig
+from jaxpref.evaluate.pairs import run as evaluate
+from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.soft_prompt import PROMPT, SoftPrompt, SoftPromptOptions
 from jaxpref.objectives import from_loss
@@ -22,11 +24,13 @@ from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
 from jaxpref.train import OptimizerConfig, TrainConfig, read_metrics, run
 from jaxpref.train.gradient import gradient
+from tests.family_cases import architecture_of, random_params
 from tests.test_packing import make_pairs, packed, padded
 from tests.test_training import mesh_of
 from tests.tiny import make_model_folder, make_pairs_file, tiny_config, tiny_params
 
 TOKENS = 7, 9, 30
+SLOW = pytest.mark.slow
 LOGPS = frozenset({"policy_logps"})
 
 
@@ -59,17 +63,31 @@ def test_embeddings_of_tokens_are_read_as_these_tokens(pairs):
     joined = part.join(part.trained(params, model, jax.random.key(0)), params)
     scorer = jax.jit(make_scorer(model, LOGPS, chunk_size=4))
     batch, held = packed(pairs.prefixed(len(TOKENS)), row_length=64)
-    found = scorer(joined, None, first(batch)).scores["policy_logps"]
+    found = scorer(joined, {}, first(batch)).scores["policy_logps"]
     real, _ = packed(really_prefixed(pairs), row_length=64)
-    expected = scorer(params, None, first(real)).scores["policy_logps"]
+    expected = scorer(params, {}, first(real)).scores["policy_logps"]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
-    other = scorer(params, None, first(batch)).scores["policy_logps"]
+    other = scorer(params, {}, first(batch)).scores["policy_logps"]
     assert np.abs(np.asarray(other - expected)).max() > 0.1
     whole = first(padded(pairs.prefixed(len(TOKENS)), held))
-    of_pair = np.asarray(scorer(joined, None, whole).scores["policy_logps"])[:, 0]
+    of_pair = np.asarray(scorer(joined, {}, whole).scores["policy_logps"])[:, 0]
     at = np.asarray(batch.pair_index[0])
     ours = np.stack([found[tuple(np.argwhere(at == n)[0])] for n in held])
     np.testing.assert_allclose(ours, of_pair, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["gemma2", pytest.param("gemma3", marks=SLOW)])
+def test_gemma_scales_the_embeddings_of_tokens_alone(case):
+    """A soft prompt that starts from tokens is read as these tokens, scaled once."""
+    model = build(architecture_of(case))
+    params, part = random_params(model), SoftPrompt(len(TOKENS), TOKENS)
+    joined = part.join(part.trained(params, model, jax.random.key(0)), params)
+    text = np.array([[5, 9, 4, 12, 8]])
+    real, placed = ([[*start, *text[0]]] for start in (TOKENS, (0, 0, 0)))
+    logits = jax.jit(model.logits)
+    expected = logits(params, np.array(real))
+    found = logits(joined, np.array(placed))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -86,7 +104,7 @@ def test_the_gradient_is_that_of_whole_sequences(pairs, sizes):
             model = build(tiny_config(), Numerics(remat="full"))
             params = tiny_params(model)
             scorer = make_scorer(model, objective.scores, chunk_size=4)
-            score = lambda p, micro: scorer(part.join(p, params), None, micro)
+            score = lambda p, micro: scorer(part.join(p, params), {}, micro)
             placed = to_global(jax.device_get(batch), jax.sharding.get_mesh())
             step = jax.jit(lambda p, b: gradient(objective, score, p, b, {})[0])
             prompt = part.trained(params, model, jax.random.key(0))
@@ -152,12 +170,37 @@ def test_a_run_trains_the_prompt_alone_and_starts_at_log_2(config, tmp_path):
     assert start == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_reward_model_trains_its_head_beside_the_prompt(config, tmp_path):
+    changes = dict(objective=from_loss(losses.bradley_terry), max_steps=2)
+    run(dataclasses.replace(config, **changes))
+    folder = tmp_path / "run" / "adapter"
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    assert fields["task_type"] == "SEQ_CLS" and fields["modules_to_save"] == ["score"]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    last = [x for x in lines if "eval_rewards/margins" in x][-1]
+    found = evaluate(
+        EvaluateConfig(
+            model=config.model,
+            adapter=str(folder),
+            data=config.data,
+            out=str(tmp_path / "evaluated"),
+            max_length=32,
+        )
+    )
+    assert found["rewards/chosen"] != 0 and math.isfinite(last["eval_rewards/margins"])
+    more = dict(soft_prompt=SoftPromptOptions(), adapter=str(folder), max_steps=1)
+    run(dataclasses.replace(config, **changes | more, out=str(tmp_path / "more")))
+    trained = {path.name for path in (tmp_path / "more" / "adapter").iterdir()}
+    assert trained == {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (tmp_path / "more" / "export").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         (dict(lora=LoraOptions(rank=2)), "--lora.rank 2: only the soft prompt is"),
         (dict(train="head"), "--train head: only the soft prompt is trained"),
-        (dict(objective=from_loss(losses.bradley_terry)), "a reward model also needs"),
     ],
 )
 def test_what_a_soft_prompt_excludes(config, changes, words):
@@ -174,7 +217,7 @@ def test_wrong_options_and_folders_are_refused(tmp_path):
     prompt = {PROMPT: jnp.ones((3, 16))}
     save_soft_prompt(tmp_path, model, prompt, base="base", dtype="float32")
     np.testing.assert_array_equal(load_soft_prompt(tmp_path, model)[PROMPT], 1)
-    with pytest.raises(
-        InputError, match=r"one tensor, prompt_embeddings, of shape \[3"
-    ):
+    with pytest.raises(InputError, match=r"tensors prompt_embeddings \[3, 32\] and"):
         load_soft_prompt(tmp_path, wider)
+    with pytest.raises(InputError, match=r"\[3, 16\] and base_model.score.weight \[1"):
+        load_soft_prompt(tmp_path, RewardModel(tiny_config()))

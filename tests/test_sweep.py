@@ -168,6 +168,20 @@ def test_what_is_refused_before_the_first_run(
     assert "has report.html, but no sweep.json" in capsys.readouterr().err
 
 
+def test_soft_prompts_are_compared_on_heldout_pairs(
+    inputs, tmp_path, pretending, trained, capsys
+):
+    """Their runs write an adapter, and no export."""
+    soft, out = "--soft-prompt.length 2", tmp_path / "out"
+    assert sweep(inputs, out, "seed=0", f"{KL} {soft}", code=2) is None
+    assert "pass --kl-prompts 0" in capsys.readouterr().err
+    for _ in range(2):
+        (found,) = sweep(inputs, out, "seed=0", f"--kl-prompts 0 {soft}")["runs"]
+        assert found["status"] == "finished" and len(trained) == 1
+        if (out / "seed=0" / "export").exists():
+            (out / "seed=0" / "export").rename(out / "seed=0" / "adapter")
+
+
 def test_a_run_of_other_records_is_not_skipped(inputs, tmp_path, pretending, trained):
     shutil.copytree(inputs / "model", tmp_path / "model")
     make_pairs_file(tmp_path / "pairs.jsonl", 30)

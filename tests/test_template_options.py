@@ -105,6 +105,11 @@ def test_what_no_template_reads_is_refused(tmp_path):
     assert found.template_options == {"enable_thinking": False}
     with pytest.raises(InputError, match="--template.thinkng: the chat template of"):
         data.load_tokenizer(tmp_path, {"thinkng": False})
+    texts = [{"prompt": "2 + 2?", "chosen": " 4", "rejected": " 5"}]
+    fields = make_splits(ListSource(texts), found).fields
+    fields.check_rendered({}, "a.jsonl")
+    with pytest.raises(InputError, match="a.jsonl: no record has messages.*--template"):
+        fields.check_rendered({"enable_thinking": False}, "a.jsonl")
     with pytest.raises(InputError, match="--template.tools: only the run itself"):
         DataOptions(template=("tools=1",))
     with pytest.raises(InputError, match="--template x: expected NAME=VALUE"):

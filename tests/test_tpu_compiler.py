@@ -88,7 +88,7 @@ def test_the_packed_step_runs_splash_attention(topology, architecture):
         begin = lambda: step.new_state(model.init(jax.random.key(0)))
         state = on_devices(jax.eval_shape(begin), mesh)
         batch = jax.tree.map(shaped, packed_batch(pairs, row_length=T))
-        text = step.step.lower(state, None, batch).compile().as_text()
+        text = step.step.lower(state, {}, batch).compile().as_text()
     calls = re.findall(
         r"%splash_mha_(\w+?)_segmented\w*[.\d]* = .*tpu_custom_call", text
     )
@@ -120,7 +120,7 @@ def test_only_gradients_cross_between_slices():
         )
         params, state = task.abstract_params(), task.abstract_state()
         batch = task.abstract_batch()
-        text = task.train_step.lower(state, None, batch).compile().as_text()
+        text = task.train_step.lower(state, {}, batch).compile().as_text()
 
     # Within a slice: groups of its 16 chips.
     groups = re.findall(r"replica_groups=\{(\{[\d,{}]*\})\}", text)

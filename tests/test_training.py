@@ -28,7 +28,6 @@ from jaxpref.runtime.mesh import AXES, on_devices, to_global
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scores import (
-    NEED_REFERENCE_WEIGHTS,
     Scored,
     policy_name,
     stored_scores,
@@ -98,9 +97,7 @@ def few_steps(pairs, *, sizes=(1, 1, 1), steps=3, objective=None, accumulation=1
             mesh=mesh,
             title="",
         )
-        frozen = None
-        if objective.scores & NEED_REFERENCE_WEIGHTS:
-            frozen = jax.tree.map(jnp.copy, params)
+        frozen = {name: jax.tree.map(jnp.copy, params) for name in objective.models}
         found = score(params, frozen, pairs)
         stored = {
             name: found[policy_name(name)] for name in stored_scores(objective.scores)
@@ -169,13 +166,13 @@ def test_what_is_not_finite_never_enters_the_state(pairs):
         reference[0, 5, 0, 1] = np.nan
         bad = dataclasses.replace(batch, reference={"reference_logps": reference})
         before = digests((state.params, state.opt_state))
-        state, metrics = step(state, None, to_global(bad, mesh))
+        state, metrics = step(state, {}, to_global(bad, mesh))
         assert digests((state.params, state.opt_state)) == before
         assert (int(state.step), int(state.skipped)) == (1, 1)
         assert not bool(metrics["finite"])
         nonfinite = np.asarray(metrics["nonfinite_pairs"])
         assert nonfinite[nonfinite >= 0].tolist() == [batch.pair_index[0, 5, 0]]
-        state, metrics = step(state, None, to_global(batch, mesh))
+        state, metrics = step(state, {}, to_global(batch, mesh))
         assert digests((state.params, state.opt_state)) != before
         assert (int(state.step), int(state.skipped)) == (2, 1)
 
@@ -195,7 +192,7 @@ def test_an_update_that_is_not_finite_never_enters_the_state(pairs):
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
         batch = next(padded_batches(pairs, batch_size=8, reference=zeros))
         before = digests((state.params, state.opt_state))
-        state, metrics = step(state, None, to_global(batch, mesh))
+        state, metrics = step(state, {}, to_global(batch, mesh))
         assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
         assert not bool(metrics["finite"])
         assert digests((state.params, state.opt_state)) == before
@@ -242,7 +239,7 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         zeros = {"reference_logps": np.zeros((len(pairs), 2), np.float32)}
         batches = padded_batches(pairs, batch_size=8, reference=zeros)
         with compiled("train_step") as programs:
-            state, _ = step(state, None, to_global(next(batches), mesh))
+            state, _ = step(state, {}, to_global(next(batches), mesh))
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
         saved = digests(state)
         checkpoints.save(1, state, {"iterator": batches.get_state()})
@@ -253,7 +250,7 @@ def test_checkpoint_round_trip_keeps_the_compiled_step(pairs, tmp_path):
         assert meta == {"iterator": {"next_index": 1}}
         assert len(programs) == 1
         with compiled("train_step") as programs:
-            step(restored, None, to_global(next(batches), mesh))
+            step(restored, {}, to_global(next(batches), mesh))
         assert not programs
         checkpoints.close()
 

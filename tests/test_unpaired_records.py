@@ -39,10 +39,10 @@ def test_the_label_is_read_from_the_field_label(label):
     record = {"prompt": "q", "completion": " a", "label": label}
     train = splits_of([record]).train
     assert train.num_completions == 1
-    assert train.labels["desirable"].tolist() == [float(label)]
+    assert train.numbers["desirable"].tolist() == [float(label)]
     moved = {"prompt": "q", "completion": " a", "user": {"thumb": label}}
     train = splits_of([moved], columns=("desirable=user.thumb",)).train
-    assert train.labels["desirable"].tolist() == [float(label)]
+    assert train.numbers["desirable"].tolist() == [float(label)]
 
 
 def test_messages_may_have_a_label():
@@ -51,7 +51,7 @@ def test_messages_may_have_a_label():
     tokenizer = byte_tokenizer(eos="<|im_end|>", template=CHATML)
     records = [{"messages": turns, "label": False}]
     train = splits_of(records, tokenizer=tokenizer).train
-    assert train.labels["desirable"].tolist() == [0.0]
+    assert train.numbers["desirable"].tolist() == [0.0]
     assert "b" in tokenizer.decode(train.completion(0, 0))
     prompt = tokenizer.decode(train.prompt(0))
     assert all(text in prompt for text in "qar")
@@ -91,8 +91,10 @@ def test_injected_noise_turns_labels_into_their_opposite():
     flips = np.array([u(f"flip 3\n{name}") < 0.4 for name in clean.ids])
     assert 5 < flips.sum() < 30
     np.testing.assert_array_equal(noisy.columns["is_flipped"], flips)
-    expected = np.where(flips, 1 - clean.labels["desirable"], clean.labels["desirable"])
-    np.testing.assert_array_equal(noisy.labels["desirable"], expected)
+    expected = np.where(
+        flips, 1 - clean.numbers["desirable"], clean.numbers["desirable"]
+    )
+    np.testing.assert_array_equal(noisy.numbers["desirable"], expected)
     np.testing.assert_array_equal(noisy.tokens, clean.tokens)
     with pytest.raises(InputError, match="prefer the longer answer need two answers"):
         splits_of(records, inject=InjectOptions(prefer_longer=0.4))
@@ -109,7 +111,7 @@ def test_a_pair_is_two_labeled_answers():
     train = splits_of([pair, single]).train
     texts = [TOKENIZER.decode(train.completion(n, 0)) for n in range(3)]
     assert texts == [" good</s>", " bad", " fine</s>"]
-    assert train.labels["desirable"].tolist() == [1, 0, 1]
+    assert train.numbers["desirable"].tolist() == [1, 0, 1]
     assert train.columns["row"].tolist() == [0, 0, 1]
     # A wrong label of the pair is wrong for both answers.
     pairs = [

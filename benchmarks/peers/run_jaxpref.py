@@ -96,7 +96,7 @@ def train(job: Job, out: Path) -> None:
         # About as many pairs as in the other systems; packed batches vary.
         while done < job.warmup or seen < job.steps * job.batch_size:
             batch = next(batches)
-            state, metrics = step(state, None, to_global(batch, mesh))
+            state, metrics = step(state, {}, to_global(batch, mesh))
             jax.block_until_ready((state, metrics))
             steps.ends.append(time.perf_counter())
             steps.losses.append(float(metrics["loss"]))

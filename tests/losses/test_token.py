@@ -106,3 +106,28 @@ def test_tdpo2_rejects_invalid_alpha(alpha):
     arrays = on_device(arrays_of(TDPO2), jnp.float32)
     with pytest.raises(ValueError, match=f"alpha >= 0 and finite, got {alpha}"):
         losses.tdpo2(*arrays, alpha=alpha)
+
+
+def test_activation_masks_are_rescaled_within_each_completion():
+    rng = np.random.default_rng(0)
+    activations = rng.normal(0, 3, (4, 2, 12))
+    # Completions of several sequences, of one token, of equal activations, and none.
+    owners = np.repeat([[0, 1, 1, 3, -1, 4], [0, 2, 4, 4, 4, -1]], 2, axis=1)
+    owners = np.stack([owners] * 4)
+    owners[:, 1, 3] = -1
+    activations[owners == 1] = 0.7
+    activations[owners == -1] = np.nan
+    expected = np.zeros_like(activations)
+    for row in range(4):
+        for c in range(5):
+            at = owners[row] == c
+            a = activations[row][at]
+            z = a - a.mean() if len(set(a)) == 1 else (a - a.mean()) / a.std()
+            spread = z.max() - z.min()
+            expected[row][at] = (z - z.min()) / spread if spread else 1
+    masks = functools.partial(losses.activation_masks, num_completions=6)
+    with jax.enable_x64(True):
+        found = masks(jnp.asarray(activations), jnp.asarray(owners))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    single = masks(jnp.asarray(activations, jnp.float32), jnp.asarray(owners))
+    np.testing.assert_allclose(single, expected, atol=1e-5)

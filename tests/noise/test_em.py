@@ -33,6 +33,24 @@ def all_finite(found: em.Fit) -> bool:
 # The E-step and the two forms of the M-step
 
 
+def test_votes_on_a_pair_share_one_truth():
+    """Bayes' rule over both truths; the votes are independent given the truth."""
+    rng = np.random.default_rng(0)
+    z, eta = rng.normal(0, 3, 50), rng.uniform(0.05, 0.95, (50, 4))
+    votes = rng.choice([-1, 0, 1], (50, 4))
+    joint = np.stack([expit(z), expit(-z)], 1)
+    for truth, sign in enumerate((1, -1)):
+        agree = np.where(votes == sign, eta, np.where(votes == -sign, 1 - eta, 1))
+        joint[:, truth] *= agree.prod(1)
+    first = (joint[:, 0] / joint.sum(1))[:, None]
+    expected = np.where(votes == 1, first, np.where(votes == -1, 1 - first, 0.5))
+    found = em.votes_posterior(jnp.asarray(z, jnp.float32), eta, votes)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # Certain annotators who contradict each other cancel.
+    sure = em.votes_posterior(jnp.array([2.0]), 1.0, jnp.array([[1, -1, 0]]))
+    np.testing.assert_allclose(sure[0], [expit(2), expit(-2), 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_posterior_is_bayes_rule(dtype):
     z, eta = np.linspace(-20, 20, 81), np.array([[0.1], [0.5], [0.75], [0.99]])

@@ -19,7 +19,8 @@ from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward import Padding
 from jaxpref.models.weights import Weights, load_weights
 from jaxpref.scoring.partition import PartitionScorer, Trained
-from jaxpref.scoring.scorer import ExportOptions, PolicyScorer, RewardScorer
+from jaxpref.scoring.reward_scorer import RewardScorer
+from jaxpref.scoring.scorer import ExportOptions, PolicyScorer
 
 pytestmark = pytest.mark.parity
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parity
 
 def labels(batch, name):
     """The labels of the rows of a padded batch: [R], or [R, K] of lists."""
-    return torch.tensor(batch.labels[name][0, :, 0]).double()
+    return torch.tensor(batch.numbers[name][0, :, 0]).double()
 
 
 def signs(batch):

@@ -7,6 +7,7 @@ docs/data.md lists the differences that are meant.
 import gzip
 import itertools
 import json
+import re
 import types
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 datasets = pytest.importorskip("datasets")
 dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
 kto_trainer = pytest.importorskip("trl.trainer.kto_trainer")
+sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
 
 from jaxpref.data import (
     DataOptions,
@@ -23,8 +25,9 @@ from jaxpref.data import (
     make_splits,
     padded_layout,
 )
-from jaxpref.data.kinds import LABELED, PAIRS
+from jaxpref.data.kinds import ANSWERS, LABELED, PAIRS
 from tests.data_tokenizers import CHATML, byte_tokenizer
+from tests.test_golden_tokens import TEMPLATES
 
 pytestmark = pytest.mark.parity
 
@@ -180,3 +183,53 @@ def test_ids_and_masks_are_those_of_trl(name, shared):
             assert one == as_we_do(other, tokenizer, **same), key
             # Each difference is one of all sequences, or the list is out of date.
             assert (one == other) == (not differences)
+
+
+def chats(shared):
+    """The dialogues of HH-RLHF as messages; most have several turns."""
+    roles = {"Human": "user", "Assistant": "assistant"}
+    for row in rows_of(shared / "data" / "hh_rlhf_helpful_base_test.jsonl.gz"):
+        turns = re.split(r"\n\n(Human|Assistant):", row["chosen"])[1:]
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        messages = [{"role": roles[x], "content": said} for x, said in pairs]
+        if all(x["content"].strip() for x in messages):
+            if messages[-1]["role"] == "assistant":
+                yield {"messages": messages}
+
+
+@pytest.mark.parametrize("template", ["blocks", "chatml"])
+def test_all_turns_are_those_of_assistant_only_loss(template, shared):
+    """TRL needs generation blocks; without them, the same turns are found."""
+    records = [*itertools.islice(chats(shared), ROWS)]
+    assert sum(len(x["messages"]) > 2 for x in records) > ROWS / 2
+    blocks, tokenizer = (
+        byte_tokenizer(template=TEMPLATES[name], eos="<|im_end|>", bos=None)
+        for name in ("blocks", template)
+    )
+    stand_in = types.SimpleNamespace(
+        _tokenizer=blocks, chat_template=blocks.chat_template, completion_only_loss=None
+    )
+    arguments = types.SimpleNamespace(
+        dataset_num_proc=None,
+        dataset_text_field="text",
+        assistant_only_loss=True,
+        max_length=None,
+        shuffle_dataset=False,
+    )
+    made = sft_trainer.SFTTrainer._prepare_dataset(
+        stand_in,
+        datasets.Dataset.from_list(records),
+        *(blocks, arguments, False, None, "train"),
+    )
+    options = DataOptions(heldout_fraction=0, max_length=LONG, train_turns="all")
+    pairs = make_splits(
+        ListSource(records), tokenizer, options, kind=ANSWERS, folder=None
+    ).train
+    assert pairs.columns["row"].tolist() == list(range(ROWS))
+    for n, row in enumerate(made):
+        end = len(row["input_ids"]) - 1  # the newline after the last stop token
+        assert row["labels"][end] == -100
+        assert pairs.take(np.array([n])).tokens.tolist() == row["input_ids"][:end]
+        trained = pairs.prompt_lengths[n] + pairs.targets(n, 0)
+        theirs = np.flatnonzero(np.array(row["labels"]) != -100)
+        assert trained.tolist() == theirs.tolist()
