@@ -96,7 +96,7 @@ def main(options: Options) -> None:
 
 
 def bytes_per_record(runs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The slope of peak memory over records, by kind of run, of several sizes.
+    """Bytes of peak memory per further record, by kind of run, of several sizes.
 
     Least squares; empty if all runs have as many records.
     """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from jaxpref import cli
+from jaxpref.cli import data as data_command
 from jaxpref.data import open_source
 from jaxpref.errors import InputError
 from jaxpref.select import duplicates, fifa
@@ -111,7 +111,7 @@ def test_several_files(tmp_path, capsys):
     write_lines(tmp_path / "b.jsonl", [pair(f"q{n}", score=n) for n in (9, 2, 4)])
     out = tmp_path / "chosen.jsonl"
     options = ["--by", "column", "--column", "score", "--keep", "2"]
-    cli.data.command(["select", *names, *options, "--out", str(out)])
+    data_command.command(["select", *names, *options, "--out", str(out)])
     source = open_source(out)
     assert [source[n]["score"] for n in range(len(source))] == [5, 9]
     lines = (tmp_path / "chosen.scores.jsonl").read_text().splitlines()
