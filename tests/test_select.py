@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
+from jaxpref import cli
 from jaxpref.cli import data as data_command
 from jaxpref.data import open_source
 from jaxpref.errors import InputError
