@@ -161,3 +161,19 @@ def test_the_right_answer_must_be_there(tmp_path):
         "answers": [{"output": "it is 2.0"}],
     }
     assert rule(answered(sampled))[0].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--answer-field", "target"),
+        ("--reference-quantile", "0.5"),
+        ("--principle", "be brief"),
+        ("--follow-up-model", "m"),
+    ],
+)
+def test_an_option_that_no_reward_reads_is_refused(option, value, capsys):
+    words = "--data d --out o.jsonl --reward rule:words".split()
+    with pytest.raises(SystemExit):
+        main(["score", *words, option, value])
+    assert option in capsys.readouterr().err

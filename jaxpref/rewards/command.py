@@ -92,6 +92,12 @@ class ScoreConfig:
             if getattr(self, name) is not None and not used:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag}: only --reward {kind}:... reads it")
+        if self.answer_field != "answer" and not {"rule:exact", "rule:number"} & {
+            *self.words
+        }:
+            raise InputError("--answer-field: only rule:exact and rule:number read it")
+        if self.reference_quantile != 0.85 and self.combine == "sum":
+            raise InputError("--reference-quantile: --combine sum does not read it")
         if not 0 <= self.reference_quantile <= 1:
             raise InputError(
                 f"reference_quantile {self.reference_quantile}: must be from 0 to 1"
