@@ -1,5 +1,6 @@
 """Plans end to end: the compiled programs, the cache, and the printed plan."""
 
+import dataclasses
 import json
 import os
 import re
@@ -84,6 +85,16 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
     work = command.work_of(config, command.model_of(config), objective)
     again = program.measure(work, parse_topology("cpu:8"))
     assert again["step"]["temp"] == plan["temp_bytes"]
+    # The step alone: the same figures, and the other programs do not show up.
+    config = dataclasses.replace(config, step_only=True)
+    work = command.work_of(config, command.model_of(config), objective)
+    alone = program.measure(work, parse_topology("cpu:8"))
+    monkeypatch.setattr(child, "compile_in_child", lambda *_: alone)
+    found = command.run(config, objective, ())
+    assert found["hbm_bytes"] == plan["hbm_bytes"]
+    assert found["fits"] is found["score"] is found["decode"] is None
+    printed = capsys.readouterr().out
+    assert "reference pass" not in printed and "sampler" not in printed
 
 
 @pytest.mark.parametrize(

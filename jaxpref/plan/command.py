@@ -113,6 +113,7 @@ def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
         accumulation=config.accumulation,
         row_length=config.row_length,
         logit_chunk=config.logit_chunk,
+        step_only=config.step_only,
     )
 
 
@@ -138,9 +139,9 @@ def estimate_plan(
       - `collectives` (see `hlo.collectives`; None if the program is too large),
         `wire_bytes` and `ideal_wire_bytes` within a slice, `dcn_bytes` and
         `ideal_dcn_bytes` between slices.
-      - `score`: the same for the reference pass.
+      - `score`: the same for the reference pass; None with `config.step_only`.
       - `decode`: the same for the sampler, with the collectives and the time of one
-        token; None for a reward model.
+        token; None for a reward model, and with `config.step_only`.
     """
     numerics = dataclasses.replace(model.numerics, remat=config.remat)
     model = build(model.architecture, numerics)
@@ -162,7 +163,7 @@ def estimate_plan(
         "held_bytes": measured["bytes"],
         "activation_bytes": measured["activations"],
         **step,
-        "fits": step["fits"] and score["fits"],
+        "fits": step["fits"] and (score is None or score["fits"]),
         "stored_reference": bool(stored_scores(objective.scores)),
         "ideal_wire_bytes": ideal_wire_bytes(load),
         "ideal_dcn_bytes": ideal_dcn_bytes(load),
@@ -203,8 +204,10 @@ def _load(
     )
 
 
-def _reference_pass(measured: dict, step: Load, topology: Topology) -> dict:
+def _reference_pass(measured: dict, step: Load, topology: Topology) -> dict | None:
     """Memory, communication, and the bound on the time of scoring a batch."""
+    if measured["score"] is None:
+        return None
     once = dataclasses.replace(step, extra_passes=0, models=1)
     flops = sum(forward_flops(once).values())
     score = _memory(measured["score"], topology) | {"flops": flops}
@@ -232,7 +235,7 @@ def _hours(config: PlanConfig, plan: dict) -> dict[str, float]:
         return {}
     steps = config.pairs / config.batch
     hours = {"hours": steps * plan["roofline_seconds"] / 3600}
-    if plan["stored_reference"]:
+    if plan["stored_reference"] and plan["score"] is not None:
         hours["score_hours"] = steps * plan["score"]["compute_seconds"] / 3600
     return hours
 

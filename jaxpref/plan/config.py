@@ -63,6 +63,9 @@ class PlanConfig:
     """The optimizer; its state takes memory."""
     pairs: int | None = None
     """Pairs in the dataset, to estimate the hours of one pass over it."""
+    step_only: bool = False
+    """Compile only the training step, not the reference pass and the sampler: faster,
+    and with less memory of this machine."""
     sweep: bool = False
     """Try other meshes and remat policies too, and recommend one."""
     json: str | None = None

@@ -70,6 +70,8 @@ class Work:
     """Tokens per packed row; None for one pair per row."""
     logit_chunk: int | None = None
     """Completion tokens whose logits are in memory at once."""
+    step_only: bool = False
+    """Whether the reference pass and the sampler are left out."""
 
 
 def devices_of(topology: Topology) -> list:
@@ -112,7 +114,7 @@ def measure(work: Work, topology: Topology) -> dict:
       `activations` that a micro-batch stores for its backward pass; the number of
       `adapter_weights` of one model, None if all weights are trained; for `step`,
       `score`, and `decode`, the result of `_compiled` (`decode` is None for a reward
-      model); the `shape` of the batch, and of the `prompts` and their continuations.
+      model, and both are with `work.step_only`); the `shape` of the batch, and of the `prompts` and their continuations.
 
     Raises:
       InputError: if mesh, batch, and topology are not compatible.
@@ -134,12 +136,11 @@ def measure(work: Work, topology: Topology) -> dict:
         scored = functools.partial(task.scorer, totals=work.objective.totals)
         activations = _activations(scored, params, frozen, plain)
         prompts, draw = _sampler(work, one, mesh)
-        programs = {
-            "step": lambda: task.train_step.lower(state, frozen, batch),
-            "score": lambda: score.lower(one, frozen, plain),
-        }
-        if "rewards" not in task.objective.scores:
-            programs["decode"] = draw
+        programs = {"step": lambda: task.train_step.lower(state, frozen, batch)}
+        if not work.step_only:
+            programs["score"] = lambda: score.lower(one, frozen, plain)
+            if "rewards" not in task.objective.scores:
+                programs["decode"] = draw
         found: dict[str, Any] = {
             name: _compiled(lower, topology) for name, lower in programs.items()
         }
@@ -151,8 +152,7 @@ def measure(work: Work, topology: Topology) -> dict:
         **frozen_parts(frozen),
         "other": rest,
     }
-    found.setdefault("decode", None)
-    return found | {
+    return {"score": None, "decode": None} | found | {
         "mesh": dict(mesh.shape),
         "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
         "activations": activations,

@@ -31,7 +31,8 @@ def print_plan(config: PlanConfig, topology: Topology, plan: dict) -> None:
     rows += [("  of these, activations", plan["activation_bytes"])]
     rows += [("step", plan["hbm_bytes"])]
     scoring = "reference pass" if plan["stored_reference"] else "evaluation pass"
-    rows += [(scoring, plan["score"]["hbm_bytes"])]
+    if plan["score"] is not None:
+        rows += [(scoring, plan["score"]["hbm_bytes"])]
     if plan["decode"] is not None:
         rows += [("sampler", plan["decode"]["hbm_bytes"])]
     lines += [f"  {name:24}{gib(size):>12}" for name, size in rows]
@@ -46,7 +47,8 @@ def _verdict(config: PlanConfig, plan: dict) -> list[str]:
     limit = plan["hbm_limit_bytes"]
     if limit is None:
         return []
-    over = max(plan["hbm_bytes"], plan["score"]["hbm_bytes"]) - limit
+    needs = max(one["hbm_bytes"] for one in (plan, plan["score"]) if one is not None)
+    over = needs - limit
     if plan["fits"]:
         lines = [f"  fits: {gib(-over)} of {gib(limit)} left"]
     else:
