@@ -1,19 +1,21 @@
 """Rewards of rules and functions, their combination, and `jaxpref score`."""
 
+import functools
 import json
 import math
 import re
 
 import numpy as np
 import pytest
-from scipy.special import expit
+from scipy.optimize import minimize
+from scipy.special import expit, logsumexp, softmax
 
 from jaxpref import rewards
 from jaxpref.cli.main import main
 from jaxpref.data import ListSource, RecordOptions
 from jaxpref.data.make_pairs import ranked_pairs, read_answers
 from jaxpref.errors import InputError
-from jaxpref.rewards import rules
+from jaxpref.rewards import code, rules
 
 
 def answered(*records, **options):
@@ -170,6 +172,9 @@ def test_the_right_answer_must_be_there(tmp_path):
         ("--reference-quantile", "0.5"),
         ("--principle", "be brief"),
         ("--follow-up-model", "m"),
+        ("--tests-field", "checks"),
+        ("--at-least", "1"),
+        ("--constraint-beta", "2"),
     ],
 )
 def test_an_option_that_no_reward_reads_is_refused(option, value, capsys):
@@ -177,3 +182,99 @@ def test_an_option_that_no_reward_reads_is_refused(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["score", *words, option, value])
     assert option in capsys.readouterr().err
+
+
+def test_weights_of_each_prompt(tmp_path):
+    words = "--reward rule:words --reward rule:characters --weights-field w".split()
+    records = [
+        {"prompt": "p", "completions": ["a b", "cd"], "w": [1, 0]},
+        {"prompt": "p", "completions": ["a b", "cd"], "w": [-1, 2]},
+    ]
+    first, second = score(tmp_path, records, *words)
+    assert first["scores"] == [2, 1] and second["scores"] == [4, 3]
+    with pytest.raises(SystemExit):
+        score(tmp_path, [records[0] | {"w": [1]}], *words)
+
+
+def test_multipliers_against_a_general_solver():
+    """The policy that they give satisfies the constraints, and no better one does."""
+    rng = np.random.default_rng(0)
+    sizes, beta = rng.integers(2, 7, 30), 0.3
+    draw = lambda: [rng.normal(size=n) for n in sizes]
+    first, second, third = draw(), draw(), draw()
+    limits = (0.4, -5.0)  # the second one holds anyway
+    found = rewards.lagrange_multipliers(first, [second, third], limits, beta=beta)
+
+    def dual(m):
+        parts = [
+            a + m[0] * (b - limits[0]) + m[1] * (c - limits[1])
+            for a, b, c in zip(first, second, third)
+        ]
+        return np.mean([beta * (logsumexp(x / beta) - np.log(len(x))) for x in parts])
+
+    best = minimize(dual, [1.0, 1.0], bounds=[(0, None)] * 2, tol=1e-14)
+    assert found[0] > 0.1 and found[1] == 0
+    np.testing.assert_allclose(found, best.x, atol=1e-4)
+    policy = [softmax((a + found[0] * b) / beta) for a, b in zip(first, second)]
+    means = [np.mean([p @ x for p, x in zip(policy, r)]) for r in (second, third)]
+    assert math.isclose(means[0], limits[0], abs_tol=1e-5) and means[1] > limits[1]
+    with pytest.raises(ValueError, match="no choice of answers"):
+        rewards.lagrange_multipliers(first, [second], (9.0,), beta=beta)
+
+
+def test_a_reward_under_a_constraint(tmp_path, capsys):
+    records = [{"prompt": "p", "answer": "2", "completions": ["a b c 1", "2"]}]
+    words = "--reward rule:words --reward rule:number --combine constrained".split()
+    (found,) = score(tmp_path, records, *words, "--at-least", "0.5")
+    # Both answers must be equally good, so the right one gets 3 words for being right.
+    np.testing.assert_allclose(found["scores"], [4, 4], atol=1e-4)
+    assert "total = rule:words + 3 * rule:number" in capsys.readouterr().out
+    for option in (["--at-least", "2"], [], ["--at-least", "1", "--weights", "1", "1"]):
+        with pytest.raises(SystemExit):
+            score(tmp_path, records, *words, *option)
+    errors = capsys.readouterr().err
+    assert "no choice of answers reaches" in errors and "finds them itself" in errors
+    assert "one for each of the 1 rewards after the first" in errors
+
+
+def test_code_passes_its_tests():
+    tests = ["assert f(1) == 2", "assert f(2) == 4", "assert f(0) == 1"]
+    share = functools.partial(code.share_passed, tests=tests)
+    assert share("f = lambda x: 2 * x") == 2 / 3
+    assert share("f = lambda x: 2 *") == 0
+    assert share("raise SystemExit(0)") == 0 == share("import os; os._exit(0)")
+    assert share("f = lambda x: 2 * x if x < 2 else exit()") == 1 / 3
+
+
+def test_code_has_limits(tmp_path):
+    share = functools.partial(code.share_passed, seconds=1)
+    slow = "def f(x):\n    while x: pass"
+    assert share(slow, ["f(0)", "f(1)", "f(0)"]) == 1 / 3
+    assert share("x = bytearray(2 ** 31)", ["True"]) == 0
+    large = "open('x', 'w').write(' ' * 2 ** 22)"
+    assert share(large, ["True"]) == 0
+    # More reports than tests: the code wrote them.
+    cheat = "import os, sys\nos.write(int(sys.argv[1]), b'111')"
+    assert share(cheat, ["assert False"]) == 0
+    # Neither the variables nor the folder of this process.
+    assert share(
+        "import os; assert 'PATH' not in os.environ", ["assert os.listdir() == []"]
+    )
+    lasting = "import os, time\nif not os.fork():\n    os.setsid(); time.sleep(4)"
+    assert share(lasting, ["True", "assert True"]) == 1
+
+
+def test_the_code_in_an_answer_runs_only_if_that_is_allowed(tmp_path, capsys):
+    answer = "So:\n```python\ndef f(x): return x\n```\nand\n```bash\nrm -r f\n```"
+    assert code.code_of(answer) == "def f(x): return x\n"
+    assert code.code_of("f = 1") == "f = 1"
+    records = [{"prompt": "p", "completions": [answer, "f"], "tests": "assert f(1)"}]
+    with pytest.raises(SystemExit):
+        score(tmp_path, records, "--reward", "rule:code")
+    assert "--allow-code-execution" in capsys.readouterr().err
+    words = ["--reward", "rule:code", "--allow-code-execution"]
+    (found,) = score(tmp_path, records, *words)
+    assert found["scores"] == [1, 0]
+    with pytest.raises(SystemExit):
+        score(tmp_path, records, *words, "--tests-field", "checks")
+    assert "row 1" in (error := capsys.readouterr().err) and "'checks'" in error

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from jaxpref.cli import help
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import split
+from jaxpref.rewards import RewardOptions
 from jaxpref.rewards import command as score
 
 COMMAND = "jaxpref score"
-PARTS = {"config": Part(score.ScoreConfig)}
+PARTS = {"config": Part(score.ScoreConfig), "rewards": Part(RewardOptions)}
 
 
 def command(argv: Sequence[str]) -> None:
     """Computes the rewards of answers."""
     given = split(argv, repeatable=("reward",))
-    score.run(parse(PARTS, given, command=COMMAND).config)
+    made = parse(PARTS, given, command=COMMAND)
+    score.run(made.config, made.rewards)
 
 
 def options() -> dict[str, Option]:

@@ -114,7 +114,8 @@ def measure(work: Work, topology: Topology) -> dict:
       `activations` that a micro-batch stores for its backward pass; the number of
       `adapter_weights` of one model, None if all weights are trained; for `step`,
       `score`, and `decode`, the result of `_compiled` (`decode` is None for a reward
-      model, and both are with `work.step_only`); the `shape` of the batch, and of the `prompts` and their continuations.
+      model, and both are with `work.step_only`); the `shape` of the batch, and of the
+      `prompts` and their continuations.
 
     Raises:
       InputError: if mesh, batch, and topology are not compatible.
@@ -152,17 +153,21 @@ def measure(work: Work, topology: Topology) -> dict:
         **frozen_parts(frozen),
         "other": rest,
     }
-    return {"score": None, "decode": None} | found | {
-        "mesh": dict(mesh.shape),
-        "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
-        "activations": activations,
-        "adapter_weights": _adapter_weights(work, params),
-        "shape": {
-            "tokens": batch.tokens.shape,
-            "targets": batch.targets.shape,
-            "prompts": (*prompts, work.answer_length),
-        },
-    }
+    return (
+        {"score": None, "decode": None}
+        | found
+        | {
+            "mesh": dict(mesh.shape),
+            "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
+            "activations": activations,
+            "adapter_weights": _adapter_weights(work, params),
+            "shape": {
+                "tokens": batch.tokens.shape,
+                "targets": batch.targets.shape,
+                "prompts": (*prompts, work.answer_length),
+            },
+        }
+    )
 
 
 def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:

@@ -43,6 +43,13 @@ class Answered:
         prompt = self.example.prompt
         return prompt if isinstance(prompt, str) else text_of(prompt[-1])
 
+    def field(self, name: str) -> Any:
+        """A field of the record that was answered; None if it has none."""
+        record = self.record
+        if isinstance(inner := record.get("record"), Mapping) and self.sampled:
+            record = inner
+        return record.get(name)
+
 
 def read_answered(source: Source, options: data.RecordOptions) -> list[Answered]:
     """The answers of all records, and their prompts.

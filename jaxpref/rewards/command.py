@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -14,15 +13,12 @@ from jaxpref.data import RecordOptions, open_source
 from jaxpref.errors import InputError, show
 from jaxpref.files import check_output, write_whole
 from jaxpref.rewards.answered import Answered, read_answered, with_rewards
-from jaxpref.rewards.choice import RewardOptions, reward_of
-from jaxpref.rewards.combine import log_sigmoid_centered, weighted_sum
+from jaxpref.rewards.combined import Rewards, Scored, combined_reward
 from jaxpref.rewards.models import ModelOptions
+from jaxpref.rewards.options import RewardOptions
 from jaxpref.runtime import processes
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.runtime.ranges import at_least
-
-Rewards = list[Float[np.ndarray, " K"]]
-"""For each prompt, the reward of each answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,25 +33,6 @@ class ScoreConfig:
     rejected_score."""
     model: str | None = None
     """A reward model's folder or Hub ID: the same as --reward FOLDER."""
-    reward: tuple[str, ...] = ()
-    """A reward model's folder or Hub ID; rule:NAME (words, characters, distinct:3,
-    regex:PATTERN, exact, number); log-ratio:STRONG:WEAK; judge:DIR; follow-up:TEXT; or
-    module:function, with arguments prompt, answer and record.  May be given several
-    times."""
-    combine: Literal["sum", "log_sigmoid"] = "sum"
-    """How several rewards become one: their sum, or the sum of log sigmoid(reward -
-    reference), in which no reward makes up for a bad one."""
-    weights: tuple[float, ...] = ()
-    """Weight of each reward in the sum, in the order of --reward (default: 1)."""
-    reference_quantile: float = 0.85
-    """The reference of log_sigmoid: this quantile of the rewards of the prompt's
-    answers or, if prompts have fewer than four, of all answers in the file."""
-    answer_field: str = "answer"
-    """Field of the records with the right answer, for rule:exact and rule:number."""
-    follow_up_model: str | None = None
-    """Language model that says how likely the text of follow-up:TEXT is."""
-    principle: str | None = None
-    """What makes an answer better, in words, for judge:DIR."""
     fields: tuple[str, ...] = ()
     """Names of the fields in the file, as NAME=FIELD: prompt=question."""
     ignore_fields: tuple[str, ...] = ()
@@ -76,37 +53,6 @@ class ScoreConfig:
     def __post_init__(self):
         at_least(1, self, "batch_size")
         at_least(2, self, "max_length")
-        if not self.words:
-            raise InputError("--reward: name at least one reward, or a --model")
-        if len(set(self.words)) < len(self.words):
-            raise InputError("--reward: the same reward is given twice; use --weights")
-        if self.weights and len(self.weights) != len(self.words):
-            raise InputError(
-                f"--weights: {len(self.weights)} numbers for {len(self.words)} "
-                "rewards; give one for each"
-            )
-        if not all(map(math.isfinite, self.weights)):
-            raise InputError("--weights: must be finite")
-        for name, kind in (("follow_up_model", "follow-up"), ("principle", "judge")):
-            used = any(word.startswith(f"{kind}:") for word in self.words)
-            if getattr(self, name) is not None and not used:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: only --reward {kind}:... reads it")
-        if self.answer_field != "answer" and not {"rule:exact", "rule:number"} & {
-            *self.words
-        }:
-            raise InputError("--answer-field: only rule:exact and rule:number read it")
-        if self.reference_quantile != 0.85 and self.combine == "sum":
-            raise InputError("--reference-quantile: --combine sum does not read it")
-        if not 0 <= self.reference_quantile <= 1:
-            raise InputError(
-                f"reference_quantile {self.reference_quantile}: must be from 0 to 1"
-            )
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """All rewards as the user wrote them."""
-        return (*([] if self.model is None else [self.model]), *self.reward)
 
     @property
     def records(self) -> RecordOptions:
@@ -115,15 +61,6 @@ class ScoreConfig:
             fields=self.fields,
             ignore_fields=self.ignore_fields,
             template=self.template,
-        )
-
-    @property
-    def options(self) -> RewardOptions:
-        """What rewards of some kinds read."""
-        return RewardOptions(
-            answer_field=self.answer_field,
-            follow_up_model=self.follow_up_model,
-            principle=self.principle or "",
         )
 
     @property
@@ -138,53 +75,33 @@ class ScoreConfig:
         )
 
 
-def run(config: ScoreConfig) -> None:
+def run(config: ScoreConfig, options: RewardOptions) -> None:
     """Computes all rewards and writes the records with them.
+
+    Args:
+      config: the records, and how models read them.
+      options: the rewards, besides `config.model`.
 
     Raises:
       InputError: for anything that the caller can fix.
     """
+    if config.model is not None:
+        words = (config.model, *options.reward)
+        options = dataclasses.replace(options, reward=words)
     reads = {"--data": config.data}
-    reads |= {f"--reward {word}": word for word in config.words}
+    reads |= {f"--reward {word}": word for word in options.reward}
     processes.together(lambda: check_output("--out", config.out, reads))
-    rewards = {
-        word: reward_of(word, config.models, config.options) for word in config.words
-    }
+    reward = combined_reward(options, config.models)
     answered = read_answered(open_source(config.data), config.records)
     if not answered:
         raise InputError(f"{config.data}: contains no records")
-    parts = {word: reward(answered) for word, reward in rewards.items()}
-    weights = config.weights or (1.0,) * len(parts)
-    if config.combine == "log_sigmoid":
-        scaled = [_centered(x, config.reference_quantile) for x in parts.values()]
-    else:
-        scaled = [*parts.values()]
-    totals = [weighted_sum(own, weights) for own in zip(*scaled, strict=True)]
+    scored = reward.scored(answered)
     if jax.process_index() == 0:
-        _write(config, answered, totals, parts)
+        _write(config, answered, scored)
 
 
-def _centered(rewards: Rewards, quantile: float) -> Rewards:
-    """Log sigmoid(reward - reference); see `ScoreConfig.reference_quantile`."""
-    if min(map(len, rewards)) >= 4:
-        return [log_sigmoid_centered(x, _quantile(x, quantile)) for x in rewards]
-    reference = _quantile(np.concatenate(rewards), quantile)
-    return [log_sigmoid_centered(x, reference) for x in rewards]
-
-
-def _quantile(values: Float[np.ndarray, " n"], quantile: float) -> float:
-    """The quantile of the rewards that could be computed; NaN if there are none."""
-    known = values[np.isfinite(values)]
-    return float(np.quantile(known, quantile)) if len(known) else math.nan
-
-
-def _write(
-    config: ScoreConfig,
-    answered: Sequence[Answered],
-    totals: Rewards,
-    parts: Mapping[str, Rewards],
-) -> None:
-    lines = []
+def _write(config: ScoreConfig, answered: Sequence[Answered], scored: Scored) -> None:
+    totals, parts, lines = scored.total, scored.parts, []
     for n, (one, total) in enumerate(zip(answered, totals, strict=True)):
         own = {word: found[n] for word, found in parts.items()}
         record = with_rewards(one, total, own)
@@ -197,6 +114,11 @@ def _write(
         if len(values := _known(found)[0]):
             low, mean, high = values.min(), values.mean(), values.max()
             show(f"  {word}: mean {mean:.4g}, from {low:.4g} to {high:.4g}")
+    if scored.multipliers is not None:
+        words = [
+            f"{x:.4g} * {word}" for x, word in zip(scored.multipliers, [*parts][1:])
+        ]
+        show(f"  total = {' + '.join([next(iter(parts)), *words])}")
 
 
 def _known(rewards: Rewards) -> tuple[Float[np.ndarray, " n"], int]:

@@ -5,7 +5,7 @@ A rule is a function of an answer's text and of the reference answer.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
@@ -106,10 +106,7 @@ class ReferenceRule:
         ]
 
     def _right(self, answered: Answered) -> str:
-        record = answered.record
-        if isinstance(inner := record.get("record"), Mapping) and answered.sampled:
-            record = inner
-        value = record.get(self.field)
+        value = answered.field(self.field)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise InputError(
                 f"{answered.place}: field '{self.field}' must hold the right answer, a "
