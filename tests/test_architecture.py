@@ -29,7 +29,8 @@ ALLOWED = {
     "gradients": ({"losses", "sharding"}, ARRAYS),
     "runtime": (
         {"errors", "files", "sharding"},
-        {"jax", "numpy", "orbax", "tensorboardX", "tqdm"},
+        {"jax", "numpy", "orbax", "tensorboardX", "tqdm"}
+        | {"wandb", "mlflow", "trackio"},
     ),
     "data": ({"errors", "files", "runtime"}, READERS | TOKENIZERS | {"jax", "tqdm"}),
     "models": (

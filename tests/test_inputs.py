@@ -32,7 +32,7 @@ READ = re.compile(r"--(?:data|model|hh|ultrafeedback)[= ]([^\s`,)]+)")
 THE_READERS_OWN = {
     *("MODEL", "M", "DIR", "FILE", "X", "pairs.jsonl", "heldout.jsonl"),
     *("traces.jsonl", "answers.jsonl", "lists.jsonl", "documents.jsonl"),
-    *("hindsight.jsonl", "prompts.jsonl", "scored.jsonl"),
+    *("hindsight.jsonl", "prompts.jsonl", "scored.jsonl", "solutions.jsonl"),
     "runs/pretrained/export",
     *("a.jsonl", "a.jsonl:0.7", "b.jsonl:0.3"),
     *("runs/data/pairs.jsonl", "runs/mine/export"),

@@ -147,6 +147,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
         ({"a": 1, "b": {"c": 2, "d": 4}}, r"changed: b.d \(4 -> 3\)\. Use"),
         ({"a": 2, "b": {"c": 2}}, r"changed: a \(2 -> 1\), b.d \(None -> 3\)\."),
         ({"a": 1, "b": {"c": 2, "d": 3}, "e": 0}, r"changed: e \(0 -> None\)"),
+        ({"a": 1, "b": {"c": 2, "d": 3}, "f": 1}, None),
         ({"b": {"c": 2, "d": 3}}, "begun by an earlier version, without the option a"),
         ([1], "not the config of a run"),
         ("", "not the config of a run"),
@@ -155,9 +156,9 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
 def test_a_config(tmp_path, before, reason):
     path = tmp_path / "config.json"
     path.write_text(before if isinstance(before, str) else json.dumps(before))
-    asked = {"a": 1, "b": {"c": 2, "d": 3}}
+    asked = {"a": 1, "b": {"c": 2, "d": 3}, "f": 1}  # f: an option since this version
     check = lambda: check_config(
-        tmp_path, path.name, asked, what=RUN, may_change=("b.c",)
+        tmp_path, path.name, asked, what=RUN, may_change=("b.c", "f")
     )
     if reason is None:
         return check()

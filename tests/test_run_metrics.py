@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from jaxpref.errors import InputError
 from jaxpref.runtime import late_metrics as metrics
+from jaxpref.runtime import loggers
 from jaxpref.runtime.metrics_file import MetricsWriter
 from jaxpref.train import read_metrics
 
@@ -78,7 +80,7 @@ def test_rates_leave_out_compiling_evaluating_and_saving(clock, tmp_path):
 
 
 def test_tensorboard_file(tmp_path):
-    writer = MetricsWriter(tmp_path, resumed_at=3)
+    writer = MetricsWriter(tmp_path, resumed_at=3, loggers=["tensorboard"])
     writer.write(4, {"rewards/chosen": 0.25, "loss": float("nan")})
     writer.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
@@ -96,3 +98,10 @@ def test_tensorboard_file(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 4, "rewards/chosen": 0.25, "loss": None}
     ]
+
+
+def test_a_logger_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    loggers.check_installed(["tensorboard"])
+    with pytest.raises(InputError, match=r"jaxpref\[trackio\]"):
+        loggers.check_installed(["tensorboard", "trackio"])

@@ -56,7 +56,7 @@ FILES = (
 
 def command(argv: Sequence[str]) -> None:
     """Trains and exports a model."""
-    given = split(argv, repeatable=("data",))
+    given = split(argv, repeatable=("data", "logger"))
     printed = given.pop("print-config", None)
     if printed is not None:
         show(config_text(given).removesuffix("\n"))

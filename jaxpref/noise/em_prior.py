@@ -90,8 +90,6 @@ def _pooled_prior(evidence, annotators, where, mean, num_annotators):
     for cell in (1.0, 1 / 8):
         near = jnp.linspace(-cell, cell, 17, dtype=dtype)
         means = jnp.clip(share + 0.02 * near, 0.005, 0.995) if known is None else known
-        share, size = best(
-            means, jnp.clip(size + (high - low) / 24 * near, low, high)
-        )
+        share, size = best(means, jnp.clip(size + (high - low) / 24 * near, low, high))
     total = jnp.exp(size)
     return share * total, (1 - share) * total

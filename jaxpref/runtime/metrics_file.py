@@ -1,16 +1,17 @@
-"""The metrics of a run on disk: `metrics.jsonl` and TensorBoard."""
+"""The metrics of a run: `metrics.jsonl`, and copies in loggers."""
 
 import contextlib
 import json
 import logging
 import math
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
 from jaxpref.files import cannot_write, open_to_append, write_whole
+from jaxpref.runtime.loggers import Logger, LoggerName, make_logger
 
 _log = logging.getLogger("jaxpref")
 
@@ -22,64 +23,54 @@ class MetricsWriter:
     time of measurement.  Metrics of evaluations have `eval_` names.
     """
 
-    def __init__(self, out: Path, *, resumed_at: int):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        resumed_at: int,
+        loggers: Sequence[LoggerName] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         """Opens the files, and drops lines after the step at which the run resumes.
 
         Args:
           out: the run's folder.
           resumed_at: the restored step; 0 for a new run.
+          loggers: where the metrics go besides.
+          config: the run's options by dotted name, for the loggers.
 
         Raises:
           InputError: if a file cannot be written; `write` and `close` raise it too.
         """
         self._path = out / "metrics.jsonl"
-        self._file, self._board = None, None
+        self._file: TextIO | None = None
+        self._loggers: list[Logger] = []
         if jax.process_index() == 0:
-            # Imported late: it imports torch if torch is installed.
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import (
-                Event,  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-                SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
-            )
-
             _keep_before(self._path, resumed_at)
-            board = out / "tensorboard"
+            options = dict(config=config or {}, resumed_at=resumed_at)
             with self._writing():
                 self._file = open_to_append(self._path)
-                board.mkdir(exist_ok=True)
-                # Not SummaryWriter: its thread dies when the disk is full, then blocks.
-                self._board = EventsWriter(str(board / "events"))
-                restart = SessionLog(status=SessionLog.START)
-                self._board.write_event(
-                    Event(step=resumed_at, session_log=restart, wall_time=time.time())
-                )
+                for name in loggers:
+                    self._loggers.append(make_logger(name, out, **options))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line and flushes it; non-finite numbers are written as null."""
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
-        from tensorboardX.proto.event_pb2 import (
-            Event,  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-        )
-        from tensorboardX.summary import scalar
-
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._writing():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
-            for name, value in metrics.items():
-                summary = scalar(name, value)
-                self._board.write_event(
-                    Event(step=step, summary=summary, wall_time=time.time())
-                )
-            self._board.flush()
+            for logger in self._loggers:
+                logger.write(step, metrics)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        if self._file is not None and self._board is not None:
+        """Flushes and closes everything."""
+        if self._file is not None:
             with self._writing():
                 self._file.close()
-                self._board.close()
+                for logger in self._loggers:
+                    logger.close()
 
     @contextlib.contextmanager
     def _writing(self):

@@ -185,7 +185,7 @@ def check_config(
             f"{path}: not the config of {what} ({error}); put it back, or use another "
             "--out"
         ) from error
-    if missing := sorted(asked.keys() - before.keys()):
+    if missing := sorted(asked.keys() - before.keys() - {*may_change}):
         raise InputError(
             f"{folder} holds {what} begun by an earlier version, without the option "
             f"{missing[0]}; use that version to resume, or another --out"

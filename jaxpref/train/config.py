@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "out",
     "mesh",
     "log_every",
+    "logger",
     "save_every",
     "keep_checkpoints",
     "keep_best",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from jaxpref.errors import InputError
 from jaxpref.runtime.best import parse_criterion
+from jaxpref.runtime.loggers import LoggerName
 from jaxpref.runtime.ranges import MOST, at_least
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -190,6 +191,8 @@ class LogOptions:
 
     log_every: int = 10
     """Steps between lines of metrics."""
+    logger: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where metrics go besides OUT/metrics.jsonl; may be given several times."""
     profile: int = 0
     """Steps to profile, after two warm-up steps; written to OUT/profile."""
     explain_compiles: bool = False

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,6 +19,7 @@ from jaxpref.runtime.best import Best
 from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.compilation import in_background, log_compilations
 from jaxpref.runtime.environment import versions
+from jaxpref.runtime.loggers import check_installed
 from jaxpref.runtime.memory import (
     check_arrays,
     check_memory,
@@ -32,7 +34,7 @@ from jaxpref.runtime.processes import (
     log,
     only_first_process,
 )
-from jaxpref.runtime.provenance import Provenance
+from jaxpref.runtime.provenance import Provenance, flat
 from jaxpref.runtime.timings import Timings, timings
 from jaxpref.scoring.matched_prompts import match_prompts
 from jaxpref.scoring.provenance import contents
@@ -72,6 +74,7 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
       Preempted: after SIGTERM during training, once the last step is saved.
       Stopped: after too many bad steps in a row; see `guard`.
     """
+    check_installed(config.logger)
     initialize_distributed()
     dtype = config.compute_dtype or default_compute_dtype()
     config = dataclasses.replace(config, compute_dtype=dtype)
@@ -110,8 +113,9 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
         )
         feed = closing(_feed(task, begun, config.loader_processes))
         start = int(begun.state.step)
-        path = out / "config.json"
-        bind = functools.partial(only_first_process, write_json, path, described)
+        loggers: Any = {"loggers": config.logger, "config": flat(described)}
+        binding = write_json, out / "config.json", described
+        bind = functools.partial(only_first_process, *binding)
         if begun.saved:
             bind()
         best = Best(config.keep_best, out, begun.saved.get("best"))
@@ -123,7 +127,7 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
             saving=config,
             logging=config,
             checkpoints=checkpoints,
-            writer=closing(MetricsWriter(out, resumed_at=start)),
+            writer=closing(MetricsWriter(out, resumed_at=start, **loggers)),
             guard=Guard(
                 config, task.datasets, out, first=begun.saved.get("first_losses", ())
             ),
