@@ -26,9 +26,9 @@ CERTAIN = 100
 CLEAN = 0.1
 """A flip rate that may be 0 is identified if its interval ends below this."""
 ASSUMED = 100
-"""Pseudo-votes per annotator if the mean reliability is assumed.  With fewer, those with
-some thirty labels seem to differ by chance, and the ranking of the labels is worse than
-by the margins alone (`experiments.audits`, development seeds)."""
+"""Pseudo-votes per annotator if the mean reliability is assumed.  With fewer, those
+with some thirty labels seem to differ by chance, and the ranking of the labels is worse
+than by the margins alone (`experiments.audits`, development seeds)."""
 KNOWN = 10
 """The same if verified labels determine the mean reliability."""
 

@@ -62,7 +62,6 @@ def fit(
     orientation: Int[Array, " votes"] | None = None,
     where: Bool[Array, " votes"] | None = None,
     prior: Prior | None = None,
-    prior_mean: Scalar | None = None,
     start: float = START,
     level: float = 0.95,
     max_iterations: int = 1000,
@@ -105,8 +104,6 @@ def fit(
       prior: (a, b), right and wrong votes added for every annotator: a Beta(a + 1,
         b + 1) prior.  None to estimate it.  (0, 0) for maximum likelihood, where
         annotators without a vote keep `start`.
-      prior_mean: a / (a + b) of the estimated prior, if it is known; then only a + b is
-        estimated, which says how much annotators differ.
       start: initial reliability if the prior is (0, 0); otherwise a / (a + b).
       level: probability of the intervals.
       max_iterations: maximum number of M-steps.
@@ -150,7 +147,6 @@ def fit(
         (margins, annotators, where),
         (items, orientation),
         prior,
-        prior_mean,
         start=start,
         level=level,
         tolerance=tolerance,
@@ -184,16 +180,7 @@ def _check_options(num_annotators: int, max_iterations: int, **shares) -> None:
 
 @functools.partial(jax.jit, static_argnames=("num_annotators", "max_iterations"))
 def _fit(
-    arrays,
-    of_items,
-    prior,
-    prior_mean,
-    *,
-    num_annotators,
-    start,
-    level,
-    tolerance,
-    max_iterations,
+    arrays, of_items, prior, *, num_annotators, start, level, tolerance, max_iterations
 ):
     # Scores are small, so replicate everything on every device.
     margins, annotators, where = map(replicated, arrays)
@@ -208,7 +195,7 @@ def _fit(
     counted = counts.astype(dtype)
     find = functools.partial(_mode, votes, counted, tolerance, max_iterations)
     if prior is None:
-        a, b = _estimated_prior(votes, where, find, num_annotators, prior_mean, dtype)
+        a, b = _estimated_prior(votes, where, find, num_annotators, dtype)
         own = jnp.zeros((), dtype), jnp.zeros((), dtype)
     else:
         a, b = own = tuple(jnp.asarray(x, dtype) for x in prior)
@@ -244,7 +231,7 @@ def _first(start, a, b, counts) -> jax.Array:
     return _bounded(jnp.full(counts.shape, eta, start.dtype))
 
 
-def _estimated_prior(votes, where, find, num_annotators, mean, dtype):
+def _estimated_prior(votes, where, find, num_annotators, dtype):
     """The pooled prior, which depends on reliabilities that depend on the prior."""
 
     def pool(_, carry):
@@ -254,14 +241,11 @@ def _estimated_prior(votes, where, find, num_annotators, mean, dtype):
             _marginal_evidence(votes, eta, *prior),
             votes.annotators,
             num_annotators=num_annotators,
-            mean=mean,
             where=where,
         )
         return pooled, eta
 
     a, b = (jnp.asarray(x, dtype) for x in PRIOR)
-    if mean is not None:
-        a, b = (a + b) * mean, (a + b) * (1 - mean)
     eta = jnp.full(num_annotators, a / (a + b), dtype)
     (c, d), _ = jax.lax.fori_loop(0, POOLINGS, pool, ((a, b), eta))
     known = jnp.any(where)

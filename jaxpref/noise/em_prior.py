@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpref.losses._common import Scalar
 from jaxpref.noise import _common
 from jaxpref.sharding import replicated
 
@@ -19,7 +18,6 @@ def pooled_prior(
     annotators: Int[Array, " votes"],
     *,
     num_annotators: int,
-    mean: Scalar | None = None,
     where: Bool[Array, " votes"] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The prior of a reliability, estimated from all annotators (empirical Bayes).
@@ -39,7 +37,6 @@ def pooled_prior(
         the evidence of margins and other votes if items have several; [votes].
       annotators: int index of the annotator; -1 if unknown, the last; [votes].
       num_annotators: K.
-      mean: a / (a + b), if it is known; None to estimate it.
       where: which votes are real; None if all are.
 
     Returns:
@@ -50,11 +47,11 @@ def pooled_prior(
     """
     evidence = _common.floating(evidence)
     where = jnp.ones(evidence.shape, bool) if where is None else where
-    return _pooled_prior(evidence, annotators, where, mean, num_annotators)
+    return _pooled_prior(evidence, annotators, where, num_annotators)
 
 
 @functools.partial(jax.jit, static_argnames="num_annotators")
-def _pooled_prior(evidence, annotators, where, mean, num_annotators):
+def _pooled_prior(evidence, annotators, where, num_annotators):
     evidence, annotators, where = map(
         replicated, (evidence, jnp.asarray(annotators), jnp.asarray(where))
     )
@@ -84,12 +81,12 @@ def _pooled_prior(evidence, annotators, where, mean, num_annotators):
         return mean[chosen, 0], size[chosen, 0]
 
     low, high = jnp.log(jnp.asarray(0.1, dtype)), jnp.log(jnp.asarray(1000.0, dtype))
-    known = None if mean is None else jnp.asarray(mean, dtype).reshape(1)
-    means = jnp.linspace(0.02, 0.98, 49) if known is None else known
-    share, size = best(means, jnp.linspace(low, high, 25))
+    mean, size = best(jnp.linspace(0.02, 0.98, 49), jnp.linspace(low, high, 25))
     for cell in (1.0, 1 / 8):
         near = jnp.linspace(-cell, cell, 17, dtype=dtype)
-        means = jnp.clip(share + 0.02 * near, 0.005, 0.995) if known is None else known
-        share, size = best(means, jnp.clip(size + (high - low) / 24 * near, low, high))
+        mean, size = best(
+            jnp.clip(mean + 0.02 * near, 0.005, 0.995),
+            jnp.clip(size + (high - low) / 24 * near, low, high),
+        )
     total = jnp.exp(size)
-    return share * total, (1 - share) * total
+    return mean * total, (1 - mean) * total

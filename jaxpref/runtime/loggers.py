@@ -77,7 +77,7 @@ class WandB:
 
     def __init__(self, out: Path, *, config: Mapping[str, Any]):
         """Begins a run, or goes on with that of this folder."""
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -104,8 +104,8 @@ class MLflow:
 
     def __init__(self, out: Path, *, config: Mapping[str, Any]):
         """Begins a run, or goes on with that of this folder."""
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         own = None if os.environ.get("MLFLOW_TRACKING_URI") else out.resolve()
         self._client = MlflowClient(own and f"sqlite:///{own}/mlflow.db")
@@ -130,7 +130,7 @@ class MLflow:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Logger`; values that are not finite are left out."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(1000 * time.time())
         found = [
@@ -150,7 +150,7 @@ class Trackio:
 
     def __init__(self, out: Path, *, config: Mapping[str, Any]):
         """Begins a run, or goes on with that of this folder."""
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         name = _id_of(out, "trackio", lambda: f"{out.name}-{secrets.token_hex(4)}")
         self._run = trackio.init(

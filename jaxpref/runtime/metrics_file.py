@@ -47,7 +47,7 @@ class MetricsWriter:
         self._loggers: list[Logger] = []
         if jax.process_index() == 0:
             _keep_before(self._path, resumed_at)
-            options = dict(config=config or {}, resumed_at=resumed_at)
+            options: Any = {"config": config or {}, "resumed_at": resumed_at}
             with self._writing():
                 self._file = open_to_append(self._path)
                 for name in loggers:

@@ -21,8 +21,9 @@ def write_twice(out, name):
     config = {"model": "m", "optimizer.learning_rate": 1e-6}
     out.mkdir()
     for resumed_at, loss in ((0, 0.7), (1, 0.5)):
-        options = dict(resumed_at=resumed_at, loggers=[name], config=config)
-        writer = MetricsWriter(out, **options)
+        writer = MetricsWriter(
+            out, resumed_at=resumed_at, loggers=[name], config=config
+        )
         if not resumed_at:
             writer.write(1, {"loss": 0.9, "rewards/margins": math.nan})
         writer.write(2, {"loss": loss, "rewards/margins": 0.25})
