@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.runtime.best import Best, parse_criterion
-from jaxpref.train import outputs, run, task
+from jaxpref.train import outputs, read_metrics, run, task
 from tests.test_guard import checkpoints, config_for, inputs  # noqa: F401
 
 
@@ -61,21 +61,7 @@ def test_the_best_is_kept_survives_a_restart_and_is_exported(
     monkeypatch,
 ):
     """Evaluated every 3 steps, saved every 4; best at step 3, killed in step 8."""
-    values = {0: 9.0, 3: 0.8, 6: 0.6, 9: 0.7, 12: 0.1, 15: 0.2, 16: 0.3}
-    monkeypatch.setattr(
-        outputs,
-        "evaluation_metrics",
-        lambda *_: {"eval_x": values[int(seen[-1])]},
-    )
-    seen = ["0"]  # its scores are the reference's
-    score_dataset = task.score_dataset
-
-    def noted(*args, title, **options):
-        if title.startswith("evaluation at step "):
-            seen.append(title.split()[-1])
-        return score_dataset(*args, title=title, **options)
-
-    monkeypatch.setattr(task, "score_dataset", noted)
+    seen = with_metrics(monkeypatch)
     make_batches = data.PaddedLayout.batches
 
     class Mortal:
@@ -114,6 +100,49 @@ def test_the_best_is_kept_survives_a_restart_and_is_exported(
     np.testing.assert_array_equal(best, saved_norm(out, 3))
     assert (best != last).any()
     assert checkpoints(out) == [3, 16]
+
+
+def with_metrics(monkeypatch) -> list[str]:
+    """Gives evaluations a metric that is best at step 3; the steps evaluated so far."""
+    values = {0: 9.0, 3: 0.8, 6: 0.6, 9: 0.7, 12: 0.1, 15: 0.2, 16: 0.3}
+    monkeypatch.setattr(
+        outputs,
+        "evaluation_metrics",
+        lambda *_: {"eval_x": values[int(seen[-1])]},
+    )
+    seen = ["0"]  # its scores are the reference's
+    score_dataset = task.score_dataset
+
+    def noted(*args, title, **options):
+        if title.startswith("evaluation at step "):
+            seen.append(title.split()[-1])
+        return score_dataset(*args, title=title, **options)
+
+    monkeypatch.setattr(task, "score_dataset", noted)
+    return seen
+
+
+def test_a_run_stops_when_evaluations_no_longer_improve(
+    inputs,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    seen = with_metrics(monkeypatch)
+    options = dict(eval_every=3, save_every=4, keep_best="max:eval_x", patience=2)
+    run(config_for(inputs, tmp_path, **options))
+    assert seen == ["0", "3", "6", "9"]
+    assert checkpoints(tmp_path)[-1] == 9
+    np.testing.assert_array_equal(exported(tmp_path), saved_norm(tmp_path, 9))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [x["step"] for x in lines if "eval_x" in x] == [0, 3, 6, 9]
+    assert lines[-1]["step"] == 9
+    # The same command again does not go on; without the option, it does.
+    run(config_for(inputs, tmp_path, **options))
+    assert checkpoints(tmp_path)[-1] == 9
+    run(config_for(inputs, tmp_path, **options | {"patience": None}))
+    assert checkpoints(tmp_path)[-1] == 16
+    with pytest.raises(InputError, match="--patience: choose a metric"):
+        config_for(inputs, tmp_path, patience=2)
 
 
 def exported(out) -> np.ndarray:

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "save_every",
     "keep_checkpoints",
     "keep_best",
+    "patience",
     "export",
     "max_bad_steps",
     "max_loss_rise",

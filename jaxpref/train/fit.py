@@ -28,7 +28,8 @@ def fit(
       until: the step to stop after.
 
     Returns:
-      The state after step `until`.
+      The state after step `until`, or after an earlier one at which the run's
+      evaluations have not become better for too long.
 
     Raises:
       Preempted: after a SIGTERM, once the last step is saved.
@@ -37,7 +38,8 @@ def fit(
     start = int(state.step)
     with watched(start) as should_stop, run.traced(task.train_step) as train_step:
         for step in range(start, until):
-            run.before_step(step, state)
+            if not run.before_step(step, state):
+                break
             with run.waiting_for_data():
                 batch = stream.draw(state)
             heartbeat.beat(f"the batch of step {step + 1}")

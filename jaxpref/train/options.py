@@ -153,17 +153,22 @@ class CheckpointOptions:
     """Also keep the best checkpoint by an evaluation metric, for example
     max:eval_rewards/accuracies or min:eval_loss.  A checkpoint is saved whenever an
     evaluation is better than all earlier ones."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row that are not better than the best one
+    (see --keep-best)."""
     export: Literal["last", "best"] = "last"
     """Export the weights of the last step, or of the best one (see --keep-best)."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the exported weights."""
 
     def __post_init__(self):
-        at_least(1, self, "eval_every", "save_every", "keep_checkpoints")
+        at_least(1, self, "eval_every", "save_every", "keep_checkpoints", "patience")
         if self.keep_best is not None:
             parse_criterion(self.keep_best)
         elif self.export == "best":
             raise InputError("--export best: choose a metric with --keep-best")
+        elif self.patience is not None:
+            raise InputError("--patience: choose a metric with --keep-best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ class Run:
         self._reference_scores = begun.reference_scores
         self._writer, self._guard, self._best = writer, guard, best
         self._bind = bind
+        self._evaluated: int | None = None
         self._resumed_at = start = int(begun.state.step)
         self._late = LateMetrics(
             writer,
@@ -84,8 +85,12 @@ class Run:
         )
         checkpoints.best = best.step
 
-    def before_step(self, step: int, state: TrainState) -> None:
-        """Evaluates and saves if that is due after `step` steps."""
+    def before_step(self, step: int, state: TrainState) -> bool:
+        """Evaluates and saves if that is due after `step` steps.
+
+        Returns:
+          Whether to go on: False after `patience` evaluations without a better one.
+        """
         due = step % self._saving.save_every == 0 and step > self._resumed_at
         if step % self._saving.eval_every == 0:
             with self._late.paused():
@@ -94,6 +99,20 @@ class Run:
         if due:
             with self._late.paused():
                 self._save_healthy(step, state)
+        if self._exhausted(step):
+            only_first_process(tqdm.write, f"step {step}: stops, see --patience")
+            return False
+        return True
+
+    def _exhausted(self, step: int) -> bool:
+        """Whether too many evaluations in a row were not better than the best one.
+
+        A function of steps alone, so that a resumed run ends at the same one.
+        """
+        patience, best = self._saving.patience, self._best.step or 0
+        return (
+            patience is not None and step - best >= patience * self._saving.eval_every
+        )
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -133,7 +152,8 @@ class Run:
             self._guard.check_learned(step, int(state.skipped), changed)
             # Save first: interrupting the last evaluation then loses no step.
             self.save(step, state)
-            self.evaluate(step, state)
+            if self._evaluated != step:  # by the early stop
+                self.evaluate(step, state)
             self._checkpoints.wait()
 
     def evaluate(self, step: int, state: TrainState) -> bool:
@@ -155,6 +175,7 @@ class Run:
             self._writer.write(step, found)
             # Does not overwrite the progress bar.
             only_first_process(tqdm.write, evaluation_line(step, found))
+        self._evaluated = step
         better = self._guard.healthy and self._best.improved(step, found)
         self._checkpoints.best = self._best.step
         return better
