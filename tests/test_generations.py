@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxpref.cli import sample as sample_command
+from jaxpref.data.answer_text import decode_continuation
 from jaxpref.errors import InputError
 from jaxpref.evaluate import generations
-from jaxpref.evaluate.generations import decode_continuation
 from jaxpref.sampling import Answer
 from tests.data_tokenizers import byte_tokenizer
 from tests.tiny import make_model_folder

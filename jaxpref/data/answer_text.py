@@ -1,4 +1,4 @@
-"""Finds the parts of an answer in the text that a chat template renders."""
+"""Finds the parts of an answer in rendered text, and decodes new tokens as text."""
 
 import dataclasses
 import json
@@ -151,3 +151,14 @@ def _words_of(value: Any) -> list[str]:
             decoded = value
         return _words_of(decoded) if decoded is not value else [value]
     return [] if value is None or isinstance(value, bool) else [str(value)]
+
+
+def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The text of new tokens as it continues the prompt's.
+
+    Tokenizers decode a token differently after other tokens: alone, the first of them
+    may lose its space.
+    """
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    before, whole = decode(prompt), decode(prompt + new)
+    return whole[len(before) :] if whole.startswith(before) else decode(new)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxpref import data
+from jaxpref.data.answer_text import decode_continuation
 from jaxpref.errors import InputError, show
 from jaxpref.evaluate.unfinished import Unfinished, unfinished
 from jaxpref.files import check_output, write_json, write_whole
@@ -248,17 +249,6 @@ def sampling_rule(
         ),
         stop_tokens=jnp.asarray(tuple(stop_tokens), jnp.int32),
     )
-
-
-def decode_continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """The text of new tokens as it continues the prompt's.
-
-    Tokenizers decode a token differently after other tokens: alone, the first of them
-    may lose its space.
-    """
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    before, whole = decode(prompt), decode(prompt + new)
-    return whole[len(before) :] if whole.startswith(before) else decode(new)
 
 
 def _prompts(

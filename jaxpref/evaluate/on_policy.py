@@ -24,13 +24,13 @@ import jax
 import numpy as np
 
 from jaxpref import data
+from jaxpref.data.answer_text import decode_continuation
 from jaxpref.data.inject import fields_read
 from jaxpref.data.records import Example, parse
 from jaxpref.data.tokenize import tokenize
 from jaxpref.errors import InputError
 from jaxpref.evaluate.generations import (
     SampleConfig,
-    decode_continuation,
     sampling_rule,
 )
 from jaxpref.models import Numerics, RewardModel, build

@@ -20,6 +20,7 @@ from jaxpref.report.progress import (
     pairs_per_second,
     shown,
 )
+from jaxpref.report.samples import samples_section
 from jaxpref.report.style import PALETTE
 
 FLIP_RATE = Panel(
@@ -93,6 +94,8 @@ def write_training(out: str | Path, *, command: str = "") -> None:
                 path = Path(folder) / f"{len(sections)}.png"
                 draw(path, panels, records)
                 sections.append(Section(title, [Figure(path, caption)]))
+        if answers := samples_section(out / "samples.jsonl"):
+            sections.append(answers)
         if skipped := skipped_steps(records):
             sections.append(_skipped(skipped, config))
         sections.append(_settings(config, command))

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.models import Architecture
+from jaxpref.models import Architecture, Model
 from jaxpref.models.weights import Weights
 from jaxpref.scoring.degrees import DegreeHead
 from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
@@ -88,6 +88,10 @@ class HeadScorer:
         """See `Scorer`."""
         heads = params["heads"]
         return self.one(params["policy"], frozen, batch, totals=totals, heads=heads)
+
+    def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
+        """See `Scorer`."""
+        return self.one.policy(params["policy"], frozen)
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""

@@ -168,6 +168,11 @@ class PartitionScorer:
             whole = self.partition.join(params, base)
         return self.one(whole, models, batch, totals=totals, **heads)
 
+    def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
+        """See `Scorer`."""
+        whole = self.partition.join(params, frozen["base"])
+        return self.one.policy(whole, frozen)
+
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""
         return self.one.of_reference(stored)

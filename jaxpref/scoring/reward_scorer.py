@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.models import RewardModel
+from jaxpref.models import Model, RewardModel
 from jaxpref.models.folder import load_params
 from jaxpref.models.layout import SPECS, on_mesh
 from jaxpref.models.weights import Weights
@@ -105,6 +105,11 @@ class RewardScorer:
             spread = on_mesh(SPECS.hidden)
             rewards = jnp.reshape(rewards, (rows, slots, sides), out_sharding=spread)
         return Scored({"rewards": rewards}, totals_of(router))
+
+    def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
+        """See `Scorer`."""
+        del params, frozen
+        raise ValueError("A reward model generates no text.")
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """The scorer itself: reward-model losses need no reference."""

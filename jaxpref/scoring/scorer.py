@@ -114,6 +114,16 @@ class Scorer(Protocol):
         """The scores [R, S, K] of a micro-batch [R, ...], and the totals asked for."""
         ...
 
+    def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
+        """The language model that is trained, and its parameters, to sample from.
+
+        It is the first one if two are trained.
+
+        Raises:
+          ValueError: if it is a reward model.
+        """
+        ...
+
     def of_reference(self, stored: frozenset[str]) -> "Scorer":
         """The scorer of the reference, which is one model; uses the policy's names.
 
@@ -265,6 +275,11 @@ class PolicyScorer:
             for x in made.masks(readouts, heads, batch)
         )
         return hidden, head, {"reward_masks": rewards, "kl_masks": kls}
+
+    def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
+        """See `Scorer`."""
+        del frozen
+        return self.model, params
 
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """See `Scorer`."""

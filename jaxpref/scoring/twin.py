@@ -79,6 +79,10 @@ class TwinScorer:
             {"one": one.totals, "two": two.totals},
         )
 
+    def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
+        """See `Scorer`."""
+        return self.one.policy(params["one"], frozen)
+
     def of_reference(self, stored: frozenset[str]) -> Scorer:
         """The reference scorer of a single model."""
         return self.one.of_reference(stored)

@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "mesh",
     "log_every",
     "logger",
+    "eval_samples",
+    "eval_sample_tokens",
     "save_every",
     "keep_checkpoints",
     "keep_best",
@@ -112,6 +114,11 @@ class TrainConfig(RunOptions):
             )
 
     def _check_objective(self):
+        if self.eval_samples and "rewards" in self.objective.scores:
+            raise InputError(
+                f"--eval-samples {self.eval_samples}: {self.objective.name} trains a "
+                "reward model, which writes no text; leave it out"
+            )
         self.teachers.check(self.objective.name, self.objective.models)
         if self.objective.mixes_empty_traces != (self.mix is not None):
             raise InputError(

@@ -198,6 +198,11 @@ class LogOptions:
     """Steps between lines of metrics."""
     logger: tuple[LoggerName, ...] = ("tensorboard",)
     """Where metrics go besides OUT/metrics.jsonl; may be given several times."""
+    eval_samples: int = 0
+    """Held-out prompts that are answered greedily at each evaluation; the answers are
+    written to OUT/samples.jsonl and shown in the report."""
+    eval_sample_tokens: int = 64
+    """Maximum tokens of such an answer."""
     profile: int = 0
     """Steps to profile, after two warm-up steps; written to OUT/profile."""
     explain_compiles: bool = False
@@ -205,8 +210,8 @@ class LogOptions:
     came from the cache on disk."""
 
     def __post_init__(self):
-        at_least(1, self, "log_every")
-        at_least(0, self, "profile")
+        at_least(1, self, "log_every", "eval_sample_tokens")
+        at_least(0, self, "profile", "eval_samples")
 
 
 PARTS = (

@@ -25,6 +25,7 @@ from jaxpref.train.begin import Beginning
 from jaxpref.train.evaluation import evaluation_metrics
 from jaxpref.train.guard import Guard
 from jaxpref.train.options import CheckpointOptions, LogOptions
+from jaxpref.train.samples import Samples
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
 
@@ -83,6 +84,8 @@ class Run:
             check_step=self._check_step,
             start=start,
         )
+        count, tokens = logging.eval_samples, logging.eval_sample_tokens
+        self._samples = Samples(task, out, count=count, tokens=tokens, start=start)
         checkpoints.best = best.step
 
     def before_step(self, step: int, state: TrainState) -> bool:
@@ -173,6 +176,7 @@ class Run:
                 task.evaluation, scores, reference, heldout, learned, names
             )
             self._writer.write(step, found)
+            self._samples.write(step, state.params, self.frozen)
             # Does not overwrite the progress bar.
             only_first_process(tqdm.write, evaluation_line(step, found))
         self._evaluated = step
