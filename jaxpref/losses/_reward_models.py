@@ -6,12 +6,13 @@ They read rewards, not log-probs.  With `implicit_rewards` they also train a pol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Real
+from jaxtyping import Array, Float, Real
 
 from jaxpref.losses import _common
 from jaxpref.losses._common import Number, PerPair
 
 __all__ = [
+    "attribute_regression",
     "bradley_terry",
     "center_rewards",
     "davidson",
@@ -23,6 +24,9 @@ __all__ = [
 
 Labels = Real[Array, "*batch"]
 """Annotations other than the order, one number per pair, integer or float."""
+
+Attributes = Float[Array, "*batch attributes"]
+"""One number for each attribute of an answer."""
 
 
 def bradley_terry(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:
@@ -284,6 +288,44 @@ def reward_regression(rewards: PerPair, targets: Labels) -> PerPair:
     (rewards,) = _common.promoted(rewards=rewards)
     _common.same_shape(rewards=rewards, targets=targets)
     return jnp.square(rewards - jnp.asarray(targets, rewards.dtype))
+
+
+def attribute_regression(attributes: Attributes, ratings: Attributes) -> PerPair:
+    """Squared error of an answer's predicted ratings, averaged over its attributes.
+
+        loss = mean over the rated attributes a of (r_a - rating_a)^2
+
+    A rating of NaN is missing and left out.  Without any, the loss is 0.  With one
+    attribute, it is `reward_regression`.
+
+    Args:
+      attributes: r_a, predicted ratings; [*batch, attributes].
+      ratings: annotated ratings in the same unit; NaN where there is none;
+        [*batch, attributes].
+
+    Returns:
+      One loss per answer in the ratings' unit squared, [*batch], at least float32;
+      >= 0.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import attribute_regression
+      >>> rated = jnp.array([4.0, jnp.nan, 1.0])
+      >>> print(attribute_regression(jnp.array([3.0, 9.0, 1.5]), rated))
+      0.625
+
+    References:
+      Wang et al., "HelpSteer2: Open-Source Dataset for Training Top-Performing Reward
+      Models", 2024, arXiv:2406.08673, the regression reward models.
+    """
+    found, rated = _common.promoted(attributes=attributes, ratings=ratings)
+    there = ~jnp.isnan(rated)
+    squares = jnp.square(found - jnp.where(there, rated, found))
+    return jnp.sum(squares, axis=-1) / jnp.maximum(jnp.sum(there, axis=-1), 1)
 
 
 def center_rewards(chosen_rewards: PerPair, rejected_rewards: PerPair) -> PerPair:

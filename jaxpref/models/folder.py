@@ -1,7 +1,7 @@
 """Hugging Face model folders (config.json + safetensors) of any family.
 
 A folder holds a language model (`AutoModelForCausalLM`) or a reward model
-(`AutoModelForSequenceClassification` with one label); its config.json says which.
+(`AutoModelForSequenceClassification`); its config.json says which.
 """
 
 import math
@@ -22,16 +22,18 @@ from jaxpref.files import read_json, write_json
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.config_json import HARMLESS
 from jaxpref.models.families import Family
-from jaxpref.models.families.family import StoredArray
+from jaxpref.models.families.family import MLP_HEAD, StoredArray
 from jaxpref.models.folder_config import (
     architecture_to_fields,
+    head_to_fields,
     is_reward_model,
     read_architecture,
 )
 from jaxpref.models.functional import Model, Params
 from jaxpref.models.layout import check_mesh
 from jaxpref.models.paths import by_path, nested
-from jaxpref.models.reward import Padding, RewardModel
+from jaxpref.models.reward import Padding, RewardModel, reward_model
+from jaxpref.models.reward_head import HIDDEN, LAST
 from jaxpref.models.tensor_files import (
     DTYPES,
     INDEX,
@@ -50,13 +52,10 @@ ROWS_BYTES = 2**25
 ALIGNMENT = 64
 """JAX on CPU copies arrays whose address is not a multiple of this."""
 
-REWARD_FIELDS = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-"""Fields of a reward model's config.json: one label, whose logit is the score."""
-
 
 def check_folder(
     folder: str | Path,
-    kind: type[Model] | type[RewardModel] | None = None,
+    make: Callable[[Architecture], AnyModel] | None = None,
     *,
     new_head: bool = False,
 ) -> Architecture:
@@ -67,7 +66,8 @@ def check_folder(
 
     Args:
         folder: the folder.
-        kind: the class of the model to be loaded; by default that in config.json.
+        make: the model to be loaded, of an architecture; by default that in
+            config.json.
         new_head: whether a reward model may take the backbone of a language model, as
             `load_params` does with a `head_key`.
 
@@ -76,10 +76,10 @@ def check_folder(
     """
     folder = Path(folder)
     architecture = read_architecture(folder)
-    if kind is None:
-        kind = RewardModel if is_reward_model(folder) else Model
+    own = reward_model(folder) if is_reward_model(folder) else Model(architecture)
+    model = own if make is None else make(architecture)
     stored = open_model(folder, architecture.family)
-    match_tensors(folder, kind(architecture), stored, new_head)
+    match_tensors(folder, model, stored, new_head)
     return architecture
 
 
@@ -111,12 +111,12 @@ def load_params(
     check_mesh(model.architecture)
     stored = open_model(folder, model.architecture.family)
     shapes, drawn = match_tensors(folder, model, stored, head_key is not None), {}
-    new_head = "score" not in shapes and only("score")
+    new_head = LAST not in shapes and only(LAST)
     arrays = stored_arrays(model.architecture.family, shapes)
     shapes = nested({path: x for path, x in by_path(shapes).items() if only(path)})
     check_arrays(f"{folder}: the weights", shapes)
     if isinstance(model, RewardModel) and new_head:
-        drawn = {"score": jax.jit(model.new_score)(head_key)}
+        drawn = jax.jit(model.new_head)(head_key)
     _check_tied_head(folder, model, stored)
     leaves = [
         load_leaf(folder, stored, arrays[path], leaf)
@@ -216,7 +216,7 @@ def match_tensors(
 ) -> Params:
     """The shapes of the parameters that `stored` holds, for `load_leaf`.
 
-    These are all of the model's, except `score` if it is not stored and `new_head`.
+    These are all of the model's, except its head if it is not stored and `new_head`.
     """
     family, layers = model.architecture.family, model.architecture.num_layers
     if layers > len(stored):  # each has several tensors, whose names are listed below
@@ -225,20 +225,21 @@ def match_tensors(
             f"{len(stored):,} tensors; check that both files are from the same model"
         )
     shapes = dict(jax.eval_shape(model.init, jax.random.key(0)))
-    head, score = (family.tensors[name].template for name in ("head", "score"))
-    if score in stored and "score" not in shapes:
+    head, score = (family.tensors[name].template for name in ("head", LAST))
+    held = score if score in stored else MLP_HEAD[LAST].template
+    if held in stored and LAST not in shapes:
         raise InputError(
-            f"{folder}: holds a reward model (tensor {score}), which has no LM head; "
+            f"{folder}: holds a reward model (tensor {held}), which has no LM head; "
             "pass a language model, or use a reward-model loss such as bradley_terry"
         )
     ignored = set()
-    if "score" in shapes and score not in stored:
+    if LAST in shapes and held not in stored:
         if not new_head:
             raise InputError(
                 f"{folder}: holds no reward model (tensor {score} is missing); pass "
                 "one, such as OUT/export of a run with --loss bradley_terry"
             )
-        del shapes["score"]
+        shapes = {path: x for path, x in shapes.items() if path not in (LAST, HIDDEN)}
         ignored = {head}
     elif model.architecture.tie_word_embeddings:
         ignored = {head}  # checked when loading
@@ -375,8 +376,7 @@ def _config_fields(
             fields |= {name: value for name, value in copied if name in harmless}
     fields |= architecture_to_fields(architecture)
     if isinstance(model, RewardModel):
-        fields |= REWARD_FIELDS
-        fields |= {"architectures": [architecture.family.classifier]}
+        fields |= head_to_fields(architecture, model.head)
         fields |= {"pad_token_id": padding.id if padding else None}
     return fields
 

@@ -1,13 +1,14 @@
 """Reading the config.json of a model folder of any family."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxpref.errors import InputError
 from jaxpref.files import RUN, kind_of, read_json
 from jaxpref.models import families
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.config_json import HARMLESS, ConfigFields
+from jaxpref.models.reward_head import Head, Layers
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -53,7 +54,7 @@ def architecture_from_fields(
         if not message.startswith(fields.source):
             message = f"{source}: {message}"
         raise InputError(message) from None
-    fields.check_all_read({*HARMLESS, *family.harmless})
+    fields.check_all_read({*HARMLESS, HEAD_FIELD, *family.harmless})
     return architecture
 
 
@@ -68,12 +69,74 @@ def architecture_to_fields(architecture: Architecture) -> dict[str, Any]:
 
 
 def is_reward_model(folder: str | Path) -> bool:
-    """Whether a folder's config.json is that of a sequence classifier.
+    """Whether a folder's config.json is that of a reward model.
 
     Raises:
         InputError: if config.json cannot be read.
     """
-    architectures = read_json(Path(folder) / "config.json").get("architectures")
+    fields = read_json(Path(folder) / "config.json")
+    architectures = fields.get("architectures")
     if not isinstance(architectures, list):
         return False
-    return any(str(a).endswith("SequenceClassification") for a in architectures)
+    classifier = any(str(a).endswith("SequenceClassification") for a in architectures)
+    return classifier or HEAD_FIELD in fields
+
+
+HEAD_FIELD = "reward_head"
+"""The field of config.json that says what `transformers` has no field for: the layers
+of the head, and the temperature of an embedding."""
+
+
+def read_head(folder: str | Path) -> Head:
+    """The head of the reward model in a folder.
+
+    Several labels (`id2label`) are the names of attributes, unless `reward_head` says
+    that the numbers are an embedding.
+
+    Raises:
+        InputError: if config.json cannot be read, or describes no head.
+    """
+    path = Path(folder) / "config.json"
+    fields = ConfigFields(read_json(path), str(path))
+    own = ConfigFields(fields.read(HEAD_FIELD, dict, {}), f"{path}: {HEAD_FIELD}")
+    labels = fields.read("id2label", dict, {})
+    try:
+        names = tuple(str(labels[str(n)]) for n in range(len(labels)))
+    except KeyError as error:
+        raise InputError(
+            f"{path}: field id2label has no label {error}; number them from 0"
+        ) from None
+    layers = own.read("layers", str, "linear")
+    if layers not in get_args(Layers):
+        raise InputError(
+            f"{own.source}: field layers is {layers!r}; use "
+            f"{' or '.join(get_args(Layers))}"
+        )
+    temperature = own.read("temperature", float, 0.0)
+    own.check_all_read(())
+    if temperature:
+        return Head(layers, embedding=len(names), temperature=temperature)
+    named = len(names) > 1 or (names and not names[0].startswith("LABEL_"))
+    return Head(layers, attributes=names if named else ())
+
+
+def head_to_fields(architecture: Architecture, head: Head) -> dict[str, Any]:
+    """The config.json of a reward model, besides that of its backbone.
+
+    `transformers` has no class for a head of two layers; its class is then that of the
+    backbone alone.
+    """
+    classifier = architecture.family.classifier
+    own: dict[str, Any] = {}
+    if head.layers != "linear":
+        classifier = f"{classifier.removesuffix('ForSequenceClassification')}Model"
+        own = {"layers": head.layers}
+    if head.embedding:
+        own["temperature"] = head.temperature
+    labels = head.attributes or [f"LABEL_{n}" for n in range(head.size)]
+    return {
+        "architectures": [classifier],
+        "id2label": {str(n): label for n, label in enumerate(labels)},
+        "label2id": {label: n for n, label in enumerate(labels)},
+        **({HEAD_FIELD: own} if own else {}),
+    }

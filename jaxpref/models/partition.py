@@ -15,6 +15,7 @@ from jaxpref.models.architecture import Architecture
 from jaxpref.models.functional import Params
 from jaxpref.models.layout import one_of
 from jaxpref.models.paths import by_path, nested
+from jaxpref.models.reward_head import HIDDEN, LAST
 from jaxpref.models.stored import PerLayer
 
 LAYERS = "layers."
@@ -136,7 +137,7 @@ def part_of(train: str, model: Any) -> Part | None:
     """
     architecture: Architecture = model.architecture
     paths = list(by_path(jax.eval_shape(model.init, jax.random.key(0))))
-    heads = tuple(path for path in paths if path in ("head", "score"))
+    heads = tuple(path for path in paths if path in ("head", LAST, HIDDEN))
     kind, _, number = train.partition(":")
     if train == "with-router" or (train == "all" and ROUTER not in paths):
         return None

@@ -1,46 +1,45 @@
-"""Reward models: the same backbone with a scalar head instead of the LM head.
+"""Reward models: the same backbone with another head instead of the LM head.
 
 An answer's score is read at its last real token, the only one that attends to all of
 it: EOS, or the token at which the answer was cut.  `transformers` calls such a model
-`AutoModelForSequenceClassification` with one label.
+`AutoModelForSequenceClassification`, with one label for a reward.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxpref.errors import InputError
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.attention import Segments
 from jaxpref.models.experts import RouterSums
+from jaxpref.models.folder_config import read_architecture, read_head
 from jaxpref.models.functional import Model, Params
-from jaxpref.models.layout import SPECS, on_mesh, reshard
+from jaxpref.models.layout import SPECS, reshard
 from jaxpref.models.numerics import FLOAT32, Numerics
-from jaxpref.sharding import ROWS
-
-HEAD = P(None, None)
-"""The head has one number per feature, too few to shard."""
-PASSES = P(None, ROWS, None)
+from jaxpref.models.reward_head import Head, without_head
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
     """A transformer that scores answers, as pure functions of its parameters.
 
-    Parameters are those of `Model` without `head`, and `score` [D, 1].  The
+    Parameters are those of `Model` without `head`, and those of its own `head`.  The
     architecture is that of the backbone; `tie_word_embeddings` has no effect, because
     there is no LM head.  Hashable, and works on the same meshes as `Model`.
     """
 
     architecture: Architecture
     numerics: Numerics = FLOAT32
+    head: Head = Head()
 
     @property
     def backbone(self) -> Model:
-        """The model whose parameters are these without `score`."""
+        """The model whose parameters are these without the head's."""
         return Model(self.architecture.backbone, self.numerics)
 
     def init(self, key: jax.Array) -> Params:
@@ -49,21 +48,13 @@ class RewardModel:
         Raises:
             InputError: if the mesh does not fit the model; see `Model.init`.
         """
-        of_backbone, of_score = jax.random.split(key)
-        return self.backbone.init(of_backbone) | {"score": self.new_score(of_score)}
+        of_backbone, of_head = jax.random.split(key)
+        return self.backbone.init(of_backbone) | self.new_head(of_head)
 
-    def new_score(self, key: PRNGKeyArray) -> Float[Array, "D 1"]:
-        """A random head: normal with variance 1 / (D + 1).
-
-        The scores of an untrained head are then about as large as the features.  It
-        is not zero, so that reward models with one backbone and different keys differ.
-
-        Source: Stiennon et al. 2020, arXiv:2009.01325.
-        """
-        size = self.architecture.hidden_size
+    def new_head(self, key: PRNGKeyArray) -> Params:
+        """The parameters of a random head; see `Head.init`."""
         dtype = jnp.dtype(self.numerics.param_dtype)
-        draw = jax.random.normal(key, (size, 1), dtype, out_sharding=on_mesh(HEAD))
-        return draw * jnp.asarray((size + 1) ** -0.5, dtype)
+        return self.head.init(key, self.architecture.hidden_size, dtype)
 
     def hidden(
         self,
@@ -74,10 +65,10 @@ class RewardModel:
         lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states; see `Model.hidden`."""
-        backbone = {name: x for name, x in params.items() if name != "score"}
+        backbone = without_head(params)
         return self.backbone.hidden(backbone, tokens, positions, segments, lengths)
 
-    def rewards_and_router(
+    def numbers_and_router(
         self,
         params: Params,
         tokens: Int[Array, "B T"],
@@ -86,18 +77,17 @@ class RewardModel:
         segments: Segments | None = None,
         *,
         counted: Float[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B P"], RouterSums | None]:
-        """Scores at positions `places`, float32 (float64 for float64 hidden states).
+    ) -> tuple[Float[Array, "B P N"], RouterSums | None]:
+        """The head's numbers at positions `places`, float32 (float64 for float64).
 
         Rows are padded on the right, or packed; see `Model.hidden`.  For what the
         routers did, see `Model.hidden_and_heads`.
         """
-        backbone = {name: x for name, x in params.items() if name != "score"}
         hidden, router = self.backbone.hidden_and_router(
-            backbone, tokens, positions, segments, counted=counted
+            without_head(params), tokens, positions, segments, counted=counted
         )
-        scores = score_states(hidden, params["score"])
-        return _take(scores, reshard(places, SPECS.tokens)), router
+        states = _take(hidden, reshard(places, SPECS.tokens))
+        return self.head(params, states), router
 
     def rewards(
         self, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
@@ -106,70 +96,38 @@ class RewardModel:
 
         A sequence of length 0 gets the score of its first position.
         """
-        return self.rewards_and_router(params, tokens, _ends(lengths))[0][:, 0]
+        return self.numbers_and_router(params, tokens, _ends(lengths))[0][:, 0, 0]
 
 
-def score_states(
-    hidden: Float[Array, "B T D"], score: Float[Array, "D 1"]
-) -> Float[Array, "B T"]:
-    """Scores hidden @ score, in float32 or wider.
-
-    The factors are in the dtype of `hidden`.
-    """
-    return jnp.einsum(
-        "btd,d->bt",
-        hidden,
-        score[:, 0].astype(hidden.dtype),
-        preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
-        out_sharding=on_mesh(SPECS.tokens),
-    )
-
-
-def mc_rewards(
-    model: RewardModel,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    key: PRNGKeyArray,
-    *,
-    rate: float = 0.1,
-    passes: int = 10,
-) -> Float[Array, "passes B"]:
-    """Scores with dropout on the last hidden state: Monte Carlo dropout.
-
-        out[t, b] = sum_d m[t, b, d] / (1 - rate) hidden[b, d] score[d]
-
-    with independent m[t, b, d], 1 with probability 1 - rate and else 0.  The backbone,
-    which is trained without dropout, runs once, and dropout applies to the head's input
-    only.  So the passes cost almost nothing, and their spread is the uncertainty of the
-    head, not of the backbone.  Their expectation is `model.rewards`.
-
-    Passes and rows are independent.  The noise depends on a row's index in the batch.
-
-    Args:
-        model: the reward model.
-        params: its parameters.
-        tokens: rows, padded on the right.
-        lengths: the number of real tokens in each row.
-        key: a JAX random key.
-        rate: the probability of dropping a feature, in [0, 1).
-        passes: T of `jaxpref.noise.uncertainty`, >= 1.
+def reward_model(folder: str | Path, numerics: Numerics = FLOAT32) -> RewardModel:
+    """The reward model that a folder's config.json describes, without its weights.
 
     Raises:
-        ValueError: if `rate` or `passes` is out of range.
-
-    Sources: Gal and Ghahramani 2015, arXiv:1506.02142; UPO, arXiv:2409.11212, uses ten
-    passes at a rate of 0.1.
+        InputError: if it cannot be read, or describes none.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"Expected rate in [0, 1), got {rate}.")
-    if passes < 1:
-        raise ValueError(f"Expected passes >= 1, got {passes}.")
-    states = _take(model.hidden(params, tokens), reshard(_ends(lengths), SPECS.tokens))
-    shape = (passes, states.shape[0], states.shape[2])
-    uniform = jax.random.uniform(key, shape, out_sharding=on_mesh(PASSES))
-    dropped = jnp.where(uniform < rate, 0, states[:, 0] / (1 - rate))
-    return jax.vmap(lambda h: score_states(h[:, None], params["score"])[:, 0])(dropped)
+    return RewardModel(read_architecture(folder), numerics, read_head(folder))
+
+
+def check_one_reward(folder: str | Path, flag: str) -> None:
+    """Refuses a reward model that gives ratings or embeddings instead of one reward.
+
+    Args:
+        folder: its folder.
+        flag: the option that names it, and its value, for the message.
+
+    Raises:
+        InputError: if that is what it gives, or its config.json cannot be read.
+    """
+    head = read_head(folder)
+    if head.score != "rewards":
+        what = "a vector that scores pairs of answers"
+        if head.attributes:
+            what = f"ratings of {', '.join(head.attributes)}"
+        raise InputError(
+            f"{flag}: gives {what}, and not one reward of each answer; evaluate it "
+            "with jaxpref evaluate, and name a reward model such as the export of a "
+            "run with --loss bradley_terry here"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -53,6 +54,34 @@ class SoftPromptOptions:
     def given(self) -> bool:
         """Whether a soft prompt is trained."""
         return self != SoftPromptOptions()
+
+
+def start_tokens(
+    options: SoftPromptOptions, tokenizer: Any, vocab_size: int, *, seed: int
+) -> tuple[int, ...]:
+    """The tokens whose embeddings a new soft prompt starts from; none without one.
+
+    Args:
+        options: its length, or its text.
+        tokenizer: a `transformers` tokenizer.
+        vocab_size: rows of the embedding.
+        seed: of the draw, if there is no text.
+
+    Raises:
+        InputError: if the text has no tokens.
+    """
+    if not options.given:
+        return ()
+    if (text := options.text) is not None:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise InputError(f"--soft-prompt.text {text!r}: has no tokens")
+        length = options.length or len(tokens)
+        return tuple(tokens[n % len(tokens)] for n in range(length))
+    special = set(tokenizer.all_special_ids)
+    usable = [n for n in range(min(len(tokenizer), vocab_size)) if n not in special]
+    draw, size = np.random.default_rng(seed).choice, options.length
+    return tuple(draw(usable, size, replace=(size or 0) > len(usable)).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

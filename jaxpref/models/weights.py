@@ -9,10 +9,11 @@ import jax
 from jaxpref.files import read_json
 from jaxpref.models.adapter_config import CONFIG
 from jaxpref.models.adapter_files import load_adapter
-from jaxpref.models.folder_config import is_reward_model
+from jaxpref.models.folder_config import is_reward_model, read_head
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized
+from jaxpref.models.reward_head import Head
 from jaxpref.models.saved import Saved, load_saved
 from jaxpref.models.soft_prompt_files import load_soft_prompt, soft_prompt_length
 
@@ -81,3 +82,17 @@ def is_reward(weights: Weights) -> bool:
         if read_json(weights.adapter / CONFIG).get("task_type") == "SEQ_CLS":
             return True
     return is_reward_model(weights.folder)
+
+
+def head_of(weights: Weights) -> Head:
+    """The head of a reward model: that of the folder, or one of a single reward.
+
+    Adapters and checkpoints with other heads are refused where they are read.
+
+    Raises:
+        InputError: if the folder's config.json cannot be read.
+    """
+    if not is_reward_model(weights.folder):
+        return Head()
+    head = read_head(weights.folder)
+    return head if weights.saved is None else Head(head.layers)

@@ -6,9 +6,11 @@ each model trains on the pairs that the OTHER one finds easy: those with a large
 r_w - r_l or, for two policies (CRM-DPO), a large implicit reward margin.  Two equal
 models stay equal, so they must start from different weights or see different batches.
 
-Select either within shuffled batches (`peer_selection`) or once over the whole epoch
-(`curriculum`), but never both.  If batches are sorted by margin, the last ones contain
-only wrong labels, and a fixed share of each would be selected.
+Select within shuffled batches (`peer_selection`).  If batches are sorted by margin
+(`curriculum`), the last ones contain only wrong labels, and a fixed share of each would
+be selected: then drop the hardest pairs of the epoch instead.  `jaxpref.objectives.crm`
+leaves the batches shuffled, and the curriculum decides which of their pairs may be
+selected.
 """
 
 import jax

@@ -23,6 +23,9 @@ from jaxpref.objectives.objective import Objective as Objective
 from jaxpref.objectives.objective import from_loss as from_loss
 from jaxpref.objectives.objective import trainable as trainable
 from jaxpref.objectives.rationale import rationale as rationale
+from jaxpref.objectives.supervised import (
+    attribute_regression as attribute_regression,
+)
 from jaxpref.objectives.supervised import reward_regression as reward_regression
 from jaxpref.objectives.supervised import sft as sft
 from jaxpref.objectives.token_masks import sparse_po as sparse_po
@@ -34,6 +37,7 @@ from jaxpref.objectives.unpaired import kto as kto
 FACTORIES = (
     align_distil,
     apo_zero_unpaired,
+    attribute_regression,
     bco,
     beta_dpo,
     irpo,

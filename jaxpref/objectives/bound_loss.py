@@ -15,7 +15,7 @@ from jaxpref import losses
 from jaxpref.data.columns import ARRAYS, accept
 from jaxpref.errors import InputError
 from jaxpref.objectives.inputs import Inputs
-from jaxpref.scoring.scores import DESCRIPTIONS, score_and_side
+from jaxpref.scoring.scores import DESCRIPTIONS, OF_HEADS, score_and_side
 
 Loss = Callable[..., Array]
 """A loss of `jaxpref.losses`, or a `functools.partial` that sets hyperparameters."""
@@ -88,7 +88,7 @@ class BoundLoss:
         """Whether the loss is not finite at a flip rate of 1/2."""
         options = dict.fromkeys(self.per_record, jnp.ones(1))
         options["flip_rate"] = jnp.full(1, 0.5)
-        arrays = [jnp.ones(1)] * len(self.arrays)
+        arrays = [jnp.ones(_of_one(name).shape) for name in self.arrays]
         merged = {**self.options, **options}
         return not jnp.isfinite(self.function(*arrays, **merged)[0])
 
@@ -206,7 +206,7 @@ def check_options(loss: Loss, options: Mapping[str, Any], *scalars: str) -> None
     """
     reads = arrays_of(loss)
     scores = {score_and_side(name)[0] for name in reads} & DESCRIPTIONS.keys()
-    if "rewards" in scores and scores - {"rewards", "lengths"}:
+    if scores & OF_HEADS and len(scores - {"lengths"}) > 1:
         raise InputError(
             f"loss {loss.__name__}: reads {', '.join(sorted(scores))}; a model gives "
             "either rewards or log-probabilities"
@@ -222,14 +222,16 @@ def check_options(loss: Loss, options: Mapping[str, Any], *scalars: str) -> None
 def _trace(loss: Loss, options: Mapping[str, Any], *scalars: str) -> None:
     """Traces the loss on one pair; it checks the hyperparameters that are numbers."""
     pair = jax.ShapeDtypeStruct((1,), jnp.float32)
-    truth = jax.ShapeDtypeStruct((1,), jnp.bool_)
     one = jax.ShapeDtypeStruct((), jnp.float32)
     numbers = {k: x for k, x in options.items() if x is not PER_RECORD}
     jax.eval_shape(
         functools.partial(loss, **numbers),
-        *(
-            one if name in scalars else truth if name == "desirable" else pair
-            for name in arrays_of(loss)
-        ),
+        *(one if name in scalars else _of_one(name) for name in arrays_of(loss)),
         **dict.fromkeys(options.keys() - numbers.keys(), pair),
     )
+
+
+def _of_one(name: str) -> jax.ShapeDtypeStruct:
+    """An array that a loss reads, of one pair."""
+    shape = (1, 2) if name.endswith("embeddings") else (1,)
+    return jax.ShapeDtypeStruct(shape, bool if name == "desirable" else jnp.float32)

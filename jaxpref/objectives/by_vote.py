@@ -19,7 +19,8 @@ def by_vote(scores: Any, batch: PreferenceBatch) -> Inputs:
     its gradients in the scores of a pair are the sums over the pair's votes.
 
     Args:
-      scores: float [..., R, S, 2] by name; by model and name if two are trained.
+      scores: float [..., R, S, 2] by name, or [..., R, S, 2, N] of vectors; by model
+        and name if two are trained.
       batch: the batch that was scored, [A, R, ...] or a micro-batch [R, ...].
 
     Returns:
@@ -36,9 +37,12 @@ def by_vote(scores: Any, batch: PreferenceBatch) -> Inputs:
         return _flat(jnp.where(exists, jnp.asarray(values)[..., None], missing))
 
     def of_completions(values: Any) -> Any:
-        table = jnp.asarray(values)[..., None, :]
-        ordered = jnp.where(votes[..., None] < 0, table[..., ::-1], table)
-        return _flat(jnp.where(exists[..., None], ordered, 0), tail=1)
+        axis = votes.ndim  # of the completions; that of a vector's numbers may follow
+        table = jnp.expand_dims(jnp.asarray(values), axis - 1)
+        tail = table.ndim - axis
+        over = lambda x: jnp.reshape(x, (*x.shape, *(1,) * tail))
+        ordered = jnp.where(over(votes < 0), jnp.flip(table, axis), table)
+        return _flat(jnp.where(over(exists), ordered, 0), tail)
 
     fields: dict[str, Any] = {
         "pair_index": of_pairs(batch.pair_index, -1),

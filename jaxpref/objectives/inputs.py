@@ -63,7 +63,9 @@ class Inputs:
         score, side = score_and_side(name)
         if side is None:
             raise KeyError(name)
-        return self.completions(score)[..., side]
+        # Of vectors, such as embeddings, more axes follow that of the completions.
+        slots = (slice(None),) * self.batch.pair_index.ndim
+        return self.completions(score)[(*slots, side)]
 
     def arrays(self, names: tuple[str, ...]) -> list[Float[Array, "*batch S"]]:
         """The arrays that a loss reads, in the loss's order."""

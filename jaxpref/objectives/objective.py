@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.data.columns import OF_ANSWERS, accept
+from jaxpref.data.columns import OF_ANSWERS, RATING, accept
 from jaxpref.data.kinds import Kind
 from jaxpref.objectives.bound_loss import (
     Loss,
@@ -28,6 +28,7 @@ from jaxpref.objectives.inputs import Inputs
 from jaxpref.objectives.rewards import per_token_reward, reward_metrics
 from jaxpref.scoring.scores import (
     DESCRIPTIONS,
+    OF_HEADS,
     AnswerDegrees,
     Statistic,
     TokenMasks,
@@ -166,6 +167,11 @@ class Objective:
         return scores_read(self.reads)
 
     @property
+    def trains_reward_model(self) -> bool:
+        """Whether it trains a reward model, and not a language model."""
+        return bool(self.scores & OF_HEADS)
+
+    @property
     def models(self) -> frozenset[str]:
         """The frozen models that it reads in every step, by name."""
         return models_read(self.scores, self.statistics)
@@ -189,7 +195,8 @@ class Objective:
     @property
     def kind(self) -> Kind:
         """What it reads of each record: a pair, a list, or a single answer."""
-        is_read = lambda word: any(word in name for name in self.reads)
+        reads = [name for name in self.reads if not name.startswith(RATING)]
+        is_read = lambda word: any(word in name for name in reads)
         sides = 2 if is_read("rejected") else None if self.numbers & OF_ANSWERS else 1
         rationale = is_read("rationale")
         return Kind(
@@ -233,14 +240,15 @@ NOT_TRAINED_ALONE = (
     losses.center_rewards,
     losses.reward_accuracies,
     losses.reward_margins,
+    losses.skew_symmetric_score,
 )
-"""Functions of rewards that cannot be trained alone: a penalty, and metrics."""
+"""Functions that cannot be trained alone: a penalty, metrics, and a score."""
 
 
 def trainable(loss: Loss) -> bool:
     """Whether a batch of pairs provides everything that a loss reads."""
     reads = arrays_of(loss)
-    chosen = {"policy_logps", "rewards"}
+    chosen = {"policy_logps", "rewards", "embeddings"}
     of_pairs = {score_and_side(n)[0] for n in reads if "chosen" in n} & chosen
     return (
         bool(of_pairs) and loss not in NOT_TRAINED_ALONE and not unknown_arrays(reads)

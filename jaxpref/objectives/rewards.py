@@ -31,8 +31,9 @@ def reward_metrics(
         beta (log pi(y | x) - log pi_ref(y | x))
 
     The reference term is left out if the loss reads no reference.  The reward is
-    divided by the number of tokens of y if the loss averages over them.  Ties count
-    half in `rewards/accuracies`.
+    divided by the number of tokens of y if the loss averages over them.  Embeddings
+    have no rewards, but margins: the scores of pairs, divided by tau.  Ties count half
+    in `rewards/accuracies`.
 
     Args:
       reads: names of the arrays that the loss reads.
@@ -73,6 +74,13 @@ def reward_metrics(
         rejected = {"logps/rejected": mean_over(logps[..., 1], inputs.is_pair)}
         return chosen | rejected | _of_rewards(inputs, rewards)
 
+    def of_embeddings(inputs: Inputs) -> dict[str, jax.Array]:
+        sides = inputs.arrays(("chosen_embeddings", "rejected_embeddings"))
+        tau = inputs["tau"] if options["tau"] is PER_RECORD else options["tau"]
+        return _of_margins(inputs, losses.skew_symmetric_score(*sides) / tau)
+
+    if "embeddings" in scores:
+        return of_embeddings
     return of_rewards if "rewards" in scores else of_logps
 
 
@@ -84,6 +92,13 @@ def _of_rewards(inputs: Inputs, rewards: Array) -> dict[str, jax.Array]:
     return {
         "rewards/chosen": mean(chosen),
         "rewards/rejected": mean(rejected),
-        "rewards/accuracies": mean(losses.reward_accuracies(chosen, rejected)),
-        "rewards/margins": mean(chosen - rejected),
+        **_of_margins(inputs, chosen - rejected),
+    }
+
+
+def _of_margins(inputs: Inputs, margins: Array) -> dict[str, jax.Array]:
+    right = losses.reward_accuracies(margins, jnp.zeros_like(margins))
+    return {
+        "rewards/accuracies": mean_over(right, inputs.is_pair),
+        "rewards/margins": mean_over(margins, inputs.is_pair),
     }

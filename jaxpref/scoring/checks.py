@@ -8,7 +8,7 @@ from jaxtyping import Float
 from jaxpref.data import PreferenceDataset
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture
-from jaxpref.scoring.scores import ROUTER
+from jaxpref.scoring.scores import OF_HEADS, ROUTER
 
 
 def check_fits(
@@ -51,7 +51,7 @@ def check_fits(
 
 def check_logit_chunk(logit_chunk: int | None, scores: Collection[str]) -> None:
     """Raises InputError for `logit_chunk` if no logits are computed for the scores."""
-    if logit_chunk is not None and "rewards" in scores:
+    if logit_chunk is not None and OF_HEADS & set(scores):
         raise InputError(
             f"--logit-chunk {logit_chunk}: a reward model computes no logits, so "
             "it has no effect; leave it out"
@@ -71,10 +71,11 @@ def check_finite(
     sources: Sequence[str],
     dataset: PreferenceDataset,
     model: str,
-    scores: Float[np.ndarray, "N K"],
+    scores: Float[np.ndarray, "N K ..."],
 ) -> None:
-    """Raises InputError naming the first row whose scores [N, K] are not finite."""
-    wrong = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    """Raises InputError naming the first row whose scores are not finite."""
+    others = tuple(range(1, scores.ndim))
+    wrong = np.flatnonzero(~np.isfinite(scores).all(axis=others))
     if len(wrong):
         raise InputError(
             f"{_place(sources, dataset, wrong[0])}: its scores under {model} are "

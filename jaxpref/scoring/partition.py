@@ -20,6 +20,7 @@ from jaxpref.models.partition import Partition, part_of
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized, quantized_at_random
+from jaxpref.models.reward_head import Head
 from jaxpref.models.soft_prompt import SoftPrompt
 from jaxpref.models.soft_prompt_files import (
     load_soft_prompt,
@@ -203,7 +204,9 @@ class PartitionScorer:
         stored: Any = stored_params(options.source, model)
         whole = self.partition.exported(params, stored)
         save_model(model, whole, folder, options)
-        if isinstance(self.partition, Lora):
+        # `peft` has no place for other heads, and ours is in the whole model.
+        rewards = isinstance(model, RewardModel)
+        if isinstance(self.partition, Lora) and (not rewards or model.head == Head()):
             save_adapter(
                 beside,
                 self.partition,
@@ -211,7 +214,7 @@ class PartitionScorer:
                 params,
                 base=options.name,
                 dtype=options.dtype,
-                reward=isinstance(model, RewardModel),
+                reward=rewards,
             )
 
 
@@ -260,9 +263,9 @@ class Trained:
 
     def partition(self, model: Model | RewardModel) -> Partition | None:
         """What is trained; None for everything."""
-        head = ("score",) if isinstance(model, RewardModel) else ()
+        head = model.head.paths if isinstance(model, RewardModel) else ()
         if length := len(self.soft_prompt) or soft_prompt_length(self.start.adapter):
-            self._check_soft_prompt()
+            self._check_soft_prompt(model)
             return SoftPrompt(length, self.soft_prompt, head)
         if (adapter := self.start.adapter) is not None:
             if self.lora.rank is not None:
@@ -293,7 +296,12 @@ class Trained:
             )
         return lora
 
-    def _check_soft_prompt(self) -> None:
+    def _check_soft_prompt(self, model: Model | RewardModel) -> None:
+        if isinstance(model, RewardModel) and model.head != Head():
+            raise InputError(
+                "--soft-prompt: is written with a linear head of one reward only; "
+                "train the weights, or adapters with --lora.rank"
+            )
         others = {
             "--adapter": self.start.adapter if self.soft_prompt else None,
             "--lora.rank": self.lora.rank,

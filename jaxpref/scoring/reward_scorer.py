@@ -1,18 +1,17 @@
-"""The scorer of a reward model."""
+"""The scorer of a reward model: a reward, ratings or an embedding of each answer."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import cast
 
-import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel
 from jaxpref.models.folder import load_params
-from jaxpref.models.layout import SPECS, on_mesh
+from jaxpref.models.layout import on_mesh
 from jaxpref.models.weights import Weights
 from jaxpref.scoring.scorer import (
     ExportOptions,
@@ -26,17 +25,18 @@ from jaxpref.scoring.scorer import (
 )
 from jaxpref.scoring.scores import (
     Scored,
-    completion_sums,
     flat_sequences,
     last_places,
-    last_tokens,
     packing,
 )
+from jaxpref.sharding import ROWS
+
+ANSWERS = P(ROWS, None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardScorer:
-    """A reward model: one score per completion, read at its last token."""
+    """A reward model, whose head is read at the last token of each completion."""
 
     model: RewardModel
 
@@ -84,27 +84,25 @@ class RewardScorer:
         flat = lambda array: flat_sequences(batch, array)
         packed = packing(batch)
         if (segments := packed["segments"]) is None:
-            # A token's own state is one position after the state that predicts it.
-            places = flat(batch.predictors) + 1
+            # A sequence ends with its completion, one position after the state that
+            # predicts its last token.
+            last = jnp.where(flat(batch.completions) >= 0, flat(batch.predictors), -2)
+            places = jnp.max(last, axis=-1, keepdims=True) + 1
         else:
             places = last_places(segments, slots=slots, sides=sides)
-        rewards, router = self.model.rewards_and_router(
+        numbers, router = self.model.numbers_and_router(
             params,
             flat(batch.tokens),
             places,
             **packed,
             counted=counted_tokens(batch, totals),
         )
-        if segments is None:
-            ends = dataclasses.replace(
-                batch, completions=last_tokens(cast(jax.Array, batch.completions))
-            )
-            rewards = completion_sums(ends, rewards)
-        else:
-            rewards = jnp.where(places >= 0, rewards, 0)
-            spread = on_mesh(SPECS.hidden)
-            rewards = jnp.reshape(rewards, (rows, slots, sides), out_sharding=spread)
-        return Scored({"rewards": rewards}, totals_of(router))
+        numbers = jnp.where((places >= 0)[..., None], numbers, 0)
+        shape = (rows, slots, sides, numbers.shape[-1])
+        numbers = jnp.reshape(numbers, shape, out_sharding=on_mesh(ANSWERS))
+        name = self.model.head.score
+        found = {name: numbers[..., 0] if name == "rewards" else numbers}
+        return Scored(found, totals_of(router))
 
     def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
         """See `Scorer`."""

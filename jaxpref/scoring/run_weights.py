@@ -1,5 +1,6 @@
 """The weights of a run by its folder: its export, or one of its checkpoints."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import adapter_digest, model_digests, resolve_folder
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.saved import Saved
-from jaxpref.models.weights import Weights, resolve_weights
+from jaxpref.models.weights import Weights, head_of, resolve_weights
 from jaxpref.runtime.processes import together
 from jaxpref.runtime.provenance import Provenance, from_json
 from jaxpref.runtime.saved_parts import newest_step, read_meta
@@ -117,13 +118,27 @@ def _at_step(name: str, run: Path, step: Path) -> Weights:
             "with --adapter RUN/adapter"
         )
     is_reward = ".params['score']" in arrays
-    kind = RewardModel if is_reward else Model
+    if is_reward and (config.get("head", {}).get("kind") or not _one_reward(config)):
+        raise InputError(
+            f"{name}: trains a reward model with another head; let the run finish, and "
+            "pass its export"
+        )
+    kind = Model
+    if is_reward:
+        kind = functools.partial(RewardModel, head=head_of(Weights(start.folder)))
     # Adapters of quantized weights are added to the folder's own, as in the export.
     trained = Trained(train=train, lora=lora, start=start)
     partition = trained.partition(kind(read_architecture(start.folder)))
     together(lambda: _check_start(name, start, made_by, whole=partition is None))
     saved = Saved(step, meta["digest"], partition, dtype, is_reward)
     return Weights(start.folder, saved=saved)
+
+
+def _one_reward(config: dict[str, Any]) -> bool:
+    """Whether a run's objective trains rewards, and no ratings or embeddings."""
+    objective = str(config.get("objective"))
+    others = "attribute_regression", "general_preference"
+    return not any(name in objective for name in others)
 
 
 def _config(name: str, run: Path) -> dict[str, Any]:

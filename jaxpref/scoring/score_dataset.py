@@ -14,6 +14,7 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.errors import visible
 from jaxpref.runtime.heartbeat import beat
 from jaxpref.runtime.mesh import to_global
+from jaxpref.scoring.features import FeatureScorer
 from jaxpref.scoring.micro_batches import skipping_empty
 from jaxpref.scoring.scorer import Scorer
 from jaxpref.sharding import replicated
@@ -22,7 +23,7 @@ ScoreDataset = Callable[..., dict[str, np.ndarray]]
 """`score_dataset` with everything bound except parameters, dataset and title."""
 
 
-def make_score_step(scorer: Scorer) -> Callable:
+def make_score_step(scorer: Scorer | FeatureScorer) -> Callable:
     """The jitted `(params, frozen, batch) -> (scores, pairs [A, R, S])`.
 
     It maps over the same micro-batches as the train step.  Both thus run the same
@@ -50,7 +51,7 @@ def score_dataset(
     mesh: jax.sharding.Mesh,
     title: str,
     bar: tqdm | None = None,
-) -> dict[str, Float[np.ndarray, "N K"]]:
+) -> dict[str, Float[np.ndarray, "N K ..."]]:
     """Scores a whole dataset.
 
     Args:
@@ -64,7 +65,7 @@ def score_dataset(
       bar: an existing progress bar, if this dataset is part of a larger one.
 
     Returns:
-      float32 [N, K] by name; complete on every process.
+      float32 [N, K] by name, of vectors [N, K, n]; complete on every process.
     """
     shape = (len(dataset), dataset.num_completions)
     tables, seen = None, np.zeros(shape[0], bool)
@@ -76,7 +77,7 @@ def score_dataset(
             batch = to_global(batch, mesh)
             scores, index = jax.device_get(score_step(params, frozen, batch))
             if tables is None:
-                blank = lambda _: np.full(shape, np.nan, np.float32)
+                blank = lambda x: np.full(shape + x.shape[4:], np.nan, np.float32)
                 tables = jax.tree.map(blank, scores)
             real = index >= 0
             for table, values in zip(jax.tree.leaves(tables), jax.tree.leaves(scores)):

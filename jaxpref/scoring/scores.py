@@ -48,9 +48,15 @@ DESCRIPTIONS = {
     "reference_logps": "as for the policy, under the reference",
     "reference_prefix_logps": "as for the policy, under the reference",
     "rewards": "a reward model's score at its last token; excludes log-probabilities",
+    "embeddings": "a vector of unit length at its last token, as the rewards",
+    "attributes": "predicted ratings at its last token, as the rewards",
     "lengths": "its number of tokens",
 }
 """The scores that a loss may read for each completion."""
+
+OF_HEADS = frozenset({"rewards", "embeddings", "attributes"})
+"""Those that the head of a reward model gives.  Embeddings and attributes are vectors,
+[..., R, S, K, N]."""
 
 
 def score_and_side(name: str) -> tuple[str, int | None]:

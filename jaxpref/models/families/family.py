@@ -42,6 +42,13 @@ class TensorName:
         return self.template.count("{}")
 
 
+MLP_HEAD = {
+    "score_hidden": TensorName("score.0.weight", 1),
+    "score": TensorName("score.2.weight", 1),
+}
+"""A reward model's head of two layers, named as in PyTorch's `Sequential`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
     """Where an array of parameters is in the tensors that hold it."""
@@ -203,8 +210,9 @@ class Family:
             shapes: the shapes of all of the model's arrays by path.
         """
         found = {}
+        tensors = {**self.tensors, **(MLP_HEAD if "score_hidden" in shapes else {})}
         for path, shape in shapes.items():
-            name, start, stop = self.tensors[path], 0, None
+            name, start, stop = tensors[path], 0, None
             if name.parts:
                 axis = name.stacked + (name.inputs or 0) + name.axis
                 sizes = [shapes[part][axis] for part in name.parts]
