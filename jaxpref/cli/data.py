@@ -1,4 +1,4 @@
-"""`jaxpref data inspect`, `convert`, `pairs`, `select` and `hindsight`."""
+"""`jaxpref data inspect`, `convert`, `pairs`, `select`, `hindsight` and `steer`."""
 
 import dataclasses
 import json
@@ -11,12 +11,14 @@ from jaxpref import data
 from jaxpref.cli import help
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import closest, split
+from jaxpref.data.columns import HELPSTEER2, names_of
 from jaxpref.data.convert import convert
 from jaxpref.data.hindsight import all_hindsight_records
 from jaxpref.data.inspection import Inspection, Segment, inspect_pairs, segments
 from jaxpref.data.kinds import KINDS
 from jaxpref.data.make_pairs import joined_pairs, ranked_pairs, read_answers
 from jaxpref.data.records.best_pair import Rule
+from jaxpref.data.steerlm import all_steered_records
 from jaxpref.errors import InputError, paint, show
 from jaxpref.files import check_output, write_whole
 from jaxpref.models.folder_config import is_reward_model, read_architecture
@@ -86,6 +88,9 @@ class PairsConfig:
     random worse one, or all."""
     min_gap: float = 0.0
     """Minimum difference between the two scores.  Equal scores never make a pair."""
+    max_std: float | None = None
+    """Leave out answers whose score has a larger standard deviation, from `jaxpref
+    score --uncertainty`."""
     against: str | None = None
     """Records with answers of a weaker model to the same prompts.  The answers in
     --data are preferred to these, and no scores are needed."""
@@ -93,10 +98,12 @@ class PairsConfig:
     """Keep pairs with an answer that was cut off (`ended` is false)."""
 
     def __post_init__(self):
-        at_least(0, self, "min_gap")
-        if self.against is not None and (self.rule, self.min_gap) != ("best-random", 0):
+        at_least(0, self, "min_gap", "max_std")
+        own = (self.rule, self.min_gap, self.max_std)
+        if self.against is not None and own != ("best-random", 0, None):
             raise InputError(
-                "--against: scores are not used; leave out --rule and --min-gap"
+                "--against: scores are not used; leave out --rule, --min-gap and "
+                "--max-std"
             )
 
 
@@ -110,6 +117,18 @@ class HindsightConfig(data.RecordOptions):
     """JSONL file to write."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SteerConfig(data.RecordOptions):
+    """Options of `jaxpref data steer`."""
+
+    data: str
+    """Single answers with ratings by attribute."""
+    out: str
+    """JSONL file to write."""
+    attributes: tuple[str, ...] = HELPSTEER2
+    """Fields with ratings, in the order in which they are written."""
+
+
 ABOUT = {
     "inspect": "Show what a model will see of preference data: lengths, what is"
     " truncated\nand dropped, duplicates, contradictions, annotators, and tokens.",
@@ -120,6 +139,8 @@ ABOUT = {
     "\nduplicates, or by what a model says of them.",
     "hindsight": "Write pairs as records for --loss sft that train both answers, each"
     "\nafter words that say whether it is good (chain of hindsight).",
+    "steer": "Write rated answers as records for --loss sft, with their ratings in the"
+    "\nprompt (SteerLM).",
 }
 PARTS = {
     "inspect": {"config": Part(InspectConfig), "options": Part(data.DataOptions)},
@@ -127,6 +148,7 @@ PARTS = {
     "pairs": {"config": Part(PairsConfig)},
     "select": {"config": Part(SelectConfig)},
     "hindsight": {"config": Part(HindsightConfig)},
+    "steer": {"config": Part(SteerConfig)},
 }
 
 
@@ -290,6 +312,7 @@ def _pairs(parsed: Any) -> None:
                 place,
                 rule=config.rule,
                 min_gap=config.min_gap,
+                max_std=config.max_std,
             )
         ]
     kept = [x for x in pairs if config.keep_unfinished or all(x.get("ended", [True]))]
@@ -328,10 +351,29 @@ def _hindsight(parsed: Any) -> None:
     records, dropped = all_hindsight_records(source, config)
     if not records:
         raise InputError(f"{config.data}: no pair is left of {len(source):,} records")
+    _write(config.out, records, f"{len(source):,} pairs", dropped)
+
+
+def _steer(parsed: Any) -> None:
+    config: SteerConfig = parsed.config
+    names = names_of(config.attributes)
+    check_output("--out", config.out, {"--data": config.data})
+    source = data.open_records(config.data, config, sides=1)
+    records, dropped = all_steered_records(source, config, attributes=names)
+    if not records:
+        raise InputError(
+            f"{config.data}: no answer with a rating of {', '.join(names)} is left of "
+            f"{len(source):,} records; name the fields with --attributes"
+        )
+    _write(config.out, records, f"{len(source):,} answers", dropped)
+
+
+def _write(out: str, records: list[dict], of: str, dropped: int) -> None:
+    """Writes records that were made from others, and says how many there are."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_whole(config.out, "".join(lines))
+    write_whole(out, "".join(lines))
     left = f"; {dropped:,} dropped" if dropped else ""
-    show(f"{config.out}: {len(records):,} records of {len(source):,} pairs{left}")
+    show(f"{out}: {len(records):,} records of {of}{left}")
 
 
 ACTIONS: dict[str, Callable[[Any], None]] = {
@@ -340,4 +382,5 @@ ACTIONS: dict[str, Callable[[Any], None]] = {
     "pairs": _pairs,
     "select": _select,
     "hindsight": _hindsight,
+    "steer": _steer,
 }

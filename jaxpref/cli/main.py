@@ -19,6 +19,8 @@ COMMANDS = {
     " or with a reward model.",
     "sample": "Generate completions of prompts.",
     "score": "Compute rewards of answers: of models, rules, or your own functions.",
+    "compare": "Compare models by their answers: win rates by a judge, also at equal"
+    " lengths.",
     "data": "Inspect preference data as a model sees it, convert it, or make pairs.",
     "audit": "Find labels that are probably wrong, and unreliable annotators.",
     "merge": "Merge models by their weights: means, SLERP, task vectors, greedy soups.",

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_origin
 from jaxpref import losses, objectives
 from jaxpref.cli.options import Part, Parts
 from jaxpref.cli.words import Given, canonical, closest
-from jaxpref.data.columns import ARRAYS, FLAG, WEIGHT
+from jaxpref.data.columns import ARRAYS, FLAG, RATING, WEIGHT
 from jaxpref.data.options import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.objectives import (
@@ -62,7 +62,7 @@ KINDS = {
     "likelihood and teachers": ("_likelihood", "_distillation"),
     "of labeled answers": ("_unpaired",),
     "of lists of answers": ("_listwise",),
-    "for reward models": ("_reward_models",),
+    "for reward models": ("_reward_models", "_general_preference"),
 }
 """Kinds of losses, and the files of `jaxpref.losses` that define them."""
 
@@ -202,7 +202,8 @@ def _per_record(choice: Choice, given: Given) -> frozenset[str]:
                     "record; give one of them"
                 )
             found.add(name)
-    for name in sorted(named.keys() - known):
+    ratings = {name for name in named if name.startswith(RATING)}
+    for name in sorted(named.keys() - known - ratings):
         raise InputError(
             f"{FLAG} {name}={named[name]}: {choice.loss} has no {name}"
             f"{closest(name, known)}"
@@ -231,10 +232,13 @@ FROM_RECORDS = ("loss", "correction")
 
 
 def hyperparameters(function: Callable) -> frozenset[str]:
-    """The names of a function's keyword-only parameters, but `where`."""
+    """The names of a function's keyword-only parameters, but `where`.
+
+    Those that are None by default are arrays, for callers of the function alone.
+    """
     parameters = inspect.signature(function).parameters.values()
-    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return frozenset(keywords - {"where"})
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return frozenset(p.name for p in keywords if p.default is not None) - {"where"}
 
 
 @functools.cache
@@ -251,7 +255,8 @@ def options_type(function: Callable, but: frozenset[str] = frozenset()) -> type:
         if parameter.name not in hyperparameters(function) - but:
             continue
         # A loss's options may be arrays; on the command line they are numbers.
-        typed = parameter.annotation in (int, bool, float | Literal["auto"])
+        known = (int, bool, float | Literal["auto"], tuple[str, ...])
+        typed = parameter.annotation in known
         typed |= get_origin(parameter.annotation) is Literal
         kind = parameter.annotation if typed else float
         field = dataclasses.field(metadata={"help": documented[parameter.name]})

@@ -22,6 +22,7 @@ from jaxpref.cli.words import Given, split
 from jaxpref.data.options import DataOptions, MixOptions
 from jaxpref.errors import show
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.scoring.frozen_models import Teachers
@@ -139,6 +140,7 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
         **vars(parsed.run),
         objective=choice.objective(parsed),
         options=parsed.options,
+        head=parsed.head,
         lora=parsed.lora,
         soft_prompt=parsed.soft_prompt,
         moving_average=parsed.moving_average,
@@ -154,6 +156,7 @@ def parts_of(choice: Choice) -> Parts:
     parts = {
         "run": Part(RunOptions),
         "options": Part(DataOptions),
+        "head": Part(HeadOptions, "head"),
         "lora": Part(LoraOptions, "lora"),
         "soft_prompt": Part(SoftPromptOptions, "soft-prompt"),
         "moving_average": Part(MovingAverage, "moving-average"),

@@ -1,10 +1,10 @@
 """Numbers of a record besides the order of its answers: `--columns NAME=FIELD`.
 
 A name is that of an array that a loss reads (`ARRAYS`), or of a hyperparameter of the
-loss, which then differs between records, or `weight`.
+loss, which then differs between records, or `weight`, or `rating.ATTRIBUTE`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,11 @@ from jaxpref.errors import InputError
 Number = TypeVar("Number", float, np.ndarray)
 
 FLAG = "--columns"
+RATING = "rating."
+"""What the columns with ratings of single answers begin with: `rating.helpfulness`.
+Their field is the attribute unless it is named.  A rating that is absent is NaN."""
+HELPSTEER2 = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+"""The attributes of HelpSteer2, arXiv:2406.08673."""
 WEIGHT = "weight"
 """The column that no loss reads, since it multiplies every loss."""
 VOTES = "votes"
@@ -58,6 +63,16 @@ ARRAYS = OF_ANSWERS | {
 them."""
 
 
+def names_of(words: Iterable[str]) -> list[str]:
+    """The names in words that are separated by commas or spaces."""
+    return [x.strip() for word in words for x in word.split(",") if x.strip()]
+
+
+def rated(names: Iterable[str]) -> tuple[str, ...]:
+    """The attributes whose ratings are among some columns, in their order."""
+    return tuple(x.removeprefix(RATING) for x in names if x.startswith(RATING))
+
+
 def accept(name: str, value: float) -> None:
     """Accepts every value of a hyperparameter."""
     del name, value
@@ -65,8 +80,10 @@ def accept(name: str, value: float) -> None:
 
 def fields_to_read(named: Mapping[str, str], read: Collection[str]) -> dict[str, str]:
     """The fields that are named, and those with a default, exactly if they are read."""
-    defaults = {k: named.get(k, x) for k, x in DEFAULT_FIELDS.items() if k in read}
-    return {k: x for k, x in named.items() if k not in DEFAULT_FIELDS} | defaults
+    own = {name: name.removeprefix(RATING) for name in read if name.startswith(RATING)}
+    defaults = {k: x for k, x in DEFAULT_FIELDS.items() if k in read} | own
+    fields = {k: named.get(k, x) for k, x in defaults.items()}
+    return {k: x for k, x in named.items() if k not in DEFAULT_FIELDS} | fields
 
 
 def missing_columns(named: Mapping[str, str], read: Collection[str]) -> list[str]:
@@ -100,9 +117,33 @@ def exchanged(columns: Mapping[str, Number]) -> dict[str, Number]:
     return swapped | {name: 1 - swapped[name] for name in OPPOSITE if name in swapped}
 
 
+def check_rated(
+    columns: Mapping[str, np.ndarray], fields: Mapping[str, str], place: str
+) -> None:
+    """Checks that some record has each of the ratings that are read.
+
+    Args:
+      columns: the numbers of all records, by column.
+      fields: the field by column.
+      place: where the records are, for errors.
+
+    Raises:
+      InputError: naming the field that no record has.
+    """
+    for name, field in fields.items():
+        if name.startswith(RATING) and np.isnan(columns[name]).all():
+            raise InputError(
+                f"{place}: no training record has a number in field '{field}', the "
+                f"rating of {name.removeprefix(RATING)}; name its field with {FLAG} "
+                f"{name}=FIELD, or leave the attribute out of --loss.attributes"
+            )
+
+
 def _number(record: Mapping, field: str, where: str, name: str) -> float:
     value = from_cell(field_value(record, field))
     flag = f"{FLAG} {name}={field}"
+    if value is None and name.startswith(RATING):
+        return float("nan")
     if value is None:
         raise InputError(
             f"{where}: no field '{field}' for {name}; the record has"

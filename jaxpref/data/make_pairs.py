@@ -29,6 +29,8 @@ class Answers:
     """Larger is better; None if there are none, or for an answer without one."""
     ended: tuple[bool, ...] | None
     """Whether each answer is complete; None if unknown."""
+    stds: tuple[float | None, ...] | None = None
+    """Standard deviations of the scores, from `jaxpref score --uncertainty`."""
 
 
 def read_answers(record: Any, where: str) -> Answers:
@@ -41,7 +43,7 @@ def read_answers(record: Any, where: str) -> Answers:
         record = {}
     if isinstance(texts := record.get("completions"), list):
         rest = {k: v for k, v in record.items() if k not in LISTS}
-        found = {name: record.get(name) for name in ("scores", "ended")}
+        found = {name: record.get(name) for name in ("scores", "ended", "score_std")}
     elif isinstance(answers := record.get("answers"), list):
         if not all(isinstance(x, Mapping) and "output" in x for x in answers):
             raise InputError(
@@ -52,7 +54,12 @@ def read_answers(record: Any, where: str) -> Answers:
         texts = [x["output"] for x in answers]
         scores = [x.get("score") for x in answers]
         given = any(x is not None for x in scores)
-        found = {"scores": scores if given else None, "ended": _all(answers, "ended")}
+        stds = [x.get("score_std") for x in answers]
+        found = {
+            "scores": scores if given else None,
+            "ended": _all(answers, "ended"),
+            "score_std": stds if any(x is not None for x in stds) else None,
+        }
     else:
         raise InputError(
             f"{where}: has no answers; give 'completions' with 'scores', or a file of"
@@ -66,21 +73,27 @@ def read_answers(record: Any, where: str) -> Answers:
                 f"{where}: field '{name}' must be a list with a value for each of the"
                 f" {len(texts)} answers"
             )
-    scores, ended = found["scores"], found["ended"]
+    scores, ended, stds = (found[name] for name in ("scores", "ended", "score_std"))
     return Answers(
         rest,
         tuple(texts),
         None if scores is None else tuple(_score(x, where) for x in scores),
         None if ended is None else tuple(ended),
+        None if stds is None else tuple(_score(x, where) for x in stds),
     )
 
 
-LISTS = ("completions", "scores", "ended", "ranks", "ranking")
+LISTS = ("completions", "scores", "score_std", "ended", "ranks", "ranking")
 """Fields with a value for each answer."""
 
 
 def ranked_pairs(
-    answers: Answers, where: str, *, rule: Rule, min_gap: float = 0.0
+    answers: Answers,
+    where: str,
+    *,
+    rule: Rule,
+    min_gap: float = 0.0,
+    max_std: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Pairs of the answers of one record.
 
@@ -90,15 +103,21 @@ def ranked_pairs(
       rule: which pairs; see `best_pair`.  Which answer "best-random" draws depends on
         the content of the record.
       min_gap: minimum difference of the scores, >= 0; equal scores never make a pair.
+      max_std: answers whose score has a larger standard deviation are left out.
 
     Raises:
-      InputError: if there are no scores.
+      InputError: if there are no scores, or no standard deviations for `max_std`.
     """
     if answers.scores is None:
         raise InputError(
             f"{where}: the answers have no scores; add 'scores', or pass --against"
         )
-    answers = _with_scores(answers)
+    if max_std is not None and answers.stds is None:
+        raise InputError(
+            f"{where}: the scores have no standard deviations 'score_std' for "
+            "--max-std; score the answers with --uncertainty"
+        )
+    answers = _with_scores(answers, max_std)
     scores = [x for x in answers.scores or () if x is not None]
     if rule == "all":
         order = sorted(range(len(scores)), key=lambda n: -scores[n])
@@ -157,15 +176,19 @@ def joined_pairs(
         )
 
 
-def _with_scores(answers: Answers) -> Answers:
-    """The answers that have a score."""
+def _with_scores(answers: Answers, max_std: float | None) -> Answers:
+    """The answers that have a score, and one that is certain enough."""
     kept = [n for n, x in enumerate(answers.scores or ()) if x is not None]
+    if max_std is not None and answers.stds is not None:
+        stds = [math.inf if x is None else x for x in answers.stds]
+        kept = [n for n in kept if stds[n] <= max_std]
     of_kept = lambda values: None if values is None else tuple(values[n] for n in kept)
     return dataclasses.replace(
         answers,
         texts=of_kept(answers.texts),
         scores=of_kept(answers.scores),
         ended=of_kept(answers.ended),
+        stds=of_kept(answers.stds),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxpref.data.bad_rows import log_skipped
 from jaxpref.data.chunk_cache import tokens_folder
+from jaxpref.data.columns import check_rated
 from jaxpref.data.kinds import PAIRS, Kind
 from jaxpref.data.mixing import Data, read_mixture
 from jaxpref.data.options import DataOptions, MixOptions
@@ -111,14 +112,10 @@ def read_datasets(
             f"{named}: no pair is left to train on ({splits.describe()}); lower "
             "--heldout-fraction"
         )
+    check_rated(splits.train.numbers, kind.columns(options.named_columns), named)
     log(f"{' and '.join(files)}: {splits.describe()}")
     log_skipped(splits.skipped)
-    splits.fields.check_ignored(options.ignore_fields)
-    splits.fields.check_mapped(options.mapped)
-    splits.fields.check_rendered(options.template_options, named)
-    log(f"{named}: {splits.fields.describe()}")
-    for line in splits.fields.warnings():
-        log(f"{named}: {line}")
+    _check_fields(splits, options, named)
     shared = count_shared(splits.train, splits.heldout, bos=tokenizer.bos_token_id)
     _report_shared(shared, named, heldout, allowed=options.allow_shared_prompts)
     if options.inject.active:
@@ -137,6 +134,16 @@ def read_datasets(
         shares = zip(files, mixture.weights, strict=True)
         log("shares of the pairs: " + ", ".join(f"{x} {w:.3g}" for x, w in shares))
     return Datasets(splits, files, (heldout,) if heldout else files)
+
+
+def _check_fields(splits: Splits, options: DataOptions, files: str) -> None:
+    """Checks options that name fields, and logs which fields were read."""
+    splits.fields.check_ignored(options.ignore_fields)
+    splits.fields.check_mapped(options.mapped)
+    splits.fields.check_rendered(options.template_options, files)
+    log(f"{files}: {splits.fields.describe()}")
+    for line in splits.fields.warnings():
+        log(f"{files}: {line}")
 
 
 def _with_shared_votes(splits: Splits, files: str) -> Splits:

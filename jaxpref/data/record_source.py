@@ -10,7 +10,13 @@ import numpy as np
 from jaxpref.data.kinds import LABELED, LISTS, PAIRS, Kind
 from jaxpref.data.record_options import RecordOptions
 from jaxpref.data.records import Example, parse
-from jaxpref.data.records.adapters import ADAPTERS, SCORED_LISTS, Adapter
+from jaxpref.data.records.adapters import (
+    ADAPTERS,
+    AS_LISTS,
+    SCORED_LISTS,
+    SEVERAL,
+    Adapter,
+)
 from jaxpref.data.records.fields import Record
 from jaxpref.data.records.labeled import is_labeled
 from jaxpref.data.records.lists import is_graded
@@ -58,7 +64,7 @@ def open_records(data: str, options: RecordOptions, *, sides: int | None) -> Sou
 def first_kind(data: str, options: RecordOptions) -> Kind:
     """What the first record is in our names: a labeled answer, a list, or a pair.
 
-    Records of other formats are pairs.
+    Records of other formats are pairs, apart from those in `AS_LISTS`.
 
     Args:
       data: see `open_source`.
@@ -74,7 +80,7 @@ def first_kind(data: str, options: RecordOptions) -> Kind:
     kept = {k: v for k, v in first.items() if k not in options.ignore_fields}
     if options.mapped:
         kept = mapped(kept, options.mapped, source.location(0))
-    if is_graded(kept):
+    if is_graded(kept) or any(x.matches(kept) for x in AS_LISTS):
         return LISTS
     return LABELED if is_labeled(kept) else PAIRS
 
@@ -279,6 +285,8 @@ class RecordSource(Divisible):
             return self._options.adapter
         if self._sides is not None and is_graded(fields):
             return SCORED_LISTS
+        if SEVERAL.matches(fields):  # else they would look like pairs in our names
+            return SEVERAL
         if any(name in self._mapped for name in OURS):
             return None
         if any(all(x in fields for x in names) for names in COMPLETE):

@@ -1,6 +1,7 @@
 """What an audit reads: the pairs of a file, and what models say of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,14 @@ from jaxpref.evaluate.judges import Part
 from jaxpref.models import Model, Numerics, RewardModel, build
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.folder import load_params
-from jaxpref.models.folder_config import is_reward_model, read_architecture
+from jaxpref.models.folder_config import (
+    is_reward_model,
+    read_architecture,
+    read_head,
+)
 from jaxpref.models.hub import resolve_folder, weights_digest
+from jaxpref.models.reward import check_one_reward
+from jaxpref.models.reward_head import Head
 from jaxpref.runtime.mesh import check_rows, make_mesh, rows_for
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import log
@@ -125,6 +132,7 @@ def reward_folder(config: AuditConfig) -> Path:
             f"--reward-model {config.reward_model}: holds a language model; name a "
             "reward model, such as the export of a run with --loss bradley_terry"
         )
+    check_one_reward(folder, f"--reward-model {config.reward_model}")
     return folder
 
 
@@ -139,7 +147,8 @@ def _rewards(opened: Opened, config: AuditConfig) -> Float[np.ndarray, "pairs 2"
     if config.max_length is not None and config.max_length > positions:
         config = dataclasses.replace(config, max_length=None, max_prompt_length=None)
     read = _tokenized(opened.source, config, folder, whole_turns=True).train
-    values = _outputs(opened.name, read, config, folder, _reward_model)[..., 0]
+    make = functools.partial(_reward_model, head=read_head(folder))
+    values = _outputs(opened.name, read, config, folder, make)[..., 0]
     place = {int(row): n for n, row in enumerate(read.columns["row"])}
     found = np.zeros((len(opened.pairs), 2))
     for n, row in enumerate(opened.pairs.columns["row"]):
@@ -177,10 +186,10 @@ def _language_model(
 
 
 def _reward_model(
-    architecture: Architecture, numerics: Numerics
+    architecture: Architecture, numerics: Numerics, *, head: Head
 ) -> tuple[RewardModel, Callable, int]:
     """The same for a reward model, whose one column is the reward."""
-    model = RewardModel(architecture, numerics)
+    model = RewardModel(architecture, numerics, head)
     return model, features.make_reward_step(model), 1
 
 

@@ -13,9 +13,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxpref.data.hashing import hash_uniforms
+from jaxpref.evaluate.crossfit import prompt_folds
+from jaxpref.evaluate.metrics import accuracy, wilson_interval
 
 NEEDS = {"tfidf_lengths": "scikit-learn", "confident_learning": "cleanlab"}
 """The baselines of the `audit` extra, with the package each needs."""
+TEXT_FOLDS = 5
+"""Folds of `text_baseline`."""
 MODULES = {"scikit-learn": "sklearn", "cleanlab": "cleanlab"}
 
 
@@ -131,6 +135,28 @@ def confident_learning(
         return np.zeros(len(margins)), 0
     quality = rank.get_label_quality_scores(labels, chances, adjust_pred_probs=True)
     return quality, int(count.num_label_issues(labels, chances))
+
+
+def text_baseline(
+    answers: Sequence[tuple[str, str]], prompts: Sequence[str]
+) -> dict[str, float] | None:
+    """The accuracy of `tfidf_lengths` on pairs, out of fold, with Wilson's interval.
+
+    Args:
+      answers: the chosen and the rejected answer of each pair.
+      prompts: a text that pairs with the same prompt share; they share a fold.
+
+    Returns:
+      `tfidf_lengths/accuracies`, and the ends of its 95% interval in `..._low` and
+      `..._high`; None if scikit-learn is not installed.
+    """
+    if "tfidf_lengths" in missing():
+        return None
+    folds = prompt_folds(prompts, folds=TEXT_FOLDS, seed=0)
+    share = accuracy(tfidf_lengths(answers, folds))
+    low, high = wilson_interval(share, len(answers))
+    name = "tfidf_lengths/accuracies"
+    return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
 def orientations(count: int) -> Int[np.ndarray, " pairs"]:

@@ -33,11 +33,12 @@ from jaxpref.evaluate.generations import (
     SampleConfig,
     sampling_rule,
 )
-from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.models import Numerics, build
 from jaxpref.models.folder import check_folder, load_params
 from jaxpref.models.folder_config import is_reward_model, read_architecture
 from jaxpref.models.hub import model_digests, resolve_folder
 from jaxpref.models.logprobs import REFERENCE
+from jaxpref.models.reward import check_one_reward, reward_model
 from jaxpref.runtime.mesh import row_shards, share_of_rows
 from jaxpref.sampling import Request, answer_all
 from jaxpref.scoring.score_dataset import progress_bar
@@ -153,7 +154,8 @@ def reward_folder(name: str) -> RewardFolder:
             f"--reward-model {name}: is not a reward model; give a folder with a "
             "sequence classifier, such as one trained with --loss bradley_terry"
         )
-    check_folder(folder, RewardModel)
+    check_one_reward(folder, f"--reward-model {name}")
+    check_folder(folder)
     digests = model_digests(folder)
     digest = f"{digests['weights'][:32]} {digests['tokenizer'][:32]}"
     return RewardFolder(name, folder, data.load_tokenizer(folder), digest)
@@ -282,9 +284,8 @@ def _rewards(
     compute: Compute,
 ) -> np.ndarray:
     """The scores of the answers that the reward model can read."""
-    architecture = read_architecture(scorer.folder)
-    model = RewardModel(architecture, compute.numerics)
-    longest = architecture.context_length
+    model = reward_model(scorer.folder, compute.numerics)
+    longest = model.architecture.context_length
     examples = [
         _answered(example, text, complete)
         for example, text, complete in zip(prompts.examples, texts, ended)

@@ -6,10 +6,8 @@ reward model by its scores.
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -17,16 +15,15 @@ import numpy as np
 
 from jaxpref import data
 from jaxpref.data import DataOptions, PreferenceDataset
-from jaxpref.data.bad_rows import FILE, log_skipped, write_skipped
+from jaxpref.data.bad_rows import log_skipped
 from jaxpref.data.kinds import KINDS
 from jaxpref.data.tokenizers import check_same_tokenizer
-from jaxpref.errors import InputError, show
-from jaxpref.evaluate import results
-from jaxpref.files import check_output_folder, write_json, write_whole
+from jaxpref.errors import InputError
+from jaxpref.evaluate.heads import RATED, answers_of, rated_kind
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.soft_prompt_files import soft_prompt_length
-from jaxpref.models.weights import Weights, is_reward, load_weights
+from jaxpref.models.weights import Weights, head_of, is_reward, load_weights
 from jaxpref.runtime.mesh import (
     MeshConfig,
     check_rows,
@@ -37,18 +34,12 @@ from jaxpref.runtime.mesh import (
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import log
 from jaxpref.runtime.ranges import at_least
-from jaxpref.runtime.run_folder import locked
 from jaxpref.scoring.checks import check_finite, check_fits
 from jaxpref.scoring.run_weights import named_weights, reference_weights
+from jaxpref.scoring.scores import OF_HEADS
 from jaxpref.scoring.twin import make_scorer
 from jaxpref.train.options import Dtype
 from jaxpref.train.task import Scoring
-
-METRICS = "metrics.json"
-FILES = (METRICS, *(kind.file for kind in results.ALL))
-"""Names of the files that an evaluation may write."""
-LOCK = ".evaluate.lock"
-"""The file that a process locks while it writes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +52,29 @@ class EvaluateConfig(data.RecordOptions):
     data: str
     """Preference file or dataset.  Every record in it is scored."""
     out: str
-    """Folder for `metrics.json`, and `eval_pairs.jsonl`, `eval_answers.jsonl` or
-    `eval_lists.jsonl`."""
-    kind: Literal["pairs", "labeled", "lists"] | None = None
-    """What is read of each record: pairs, single answers with labels, or lists of
-    answers with scores or ranks (default: what the first record is; formats that stand
-    for pairs or lists are read as pairs)."""
+    """Folder for `metrics.json`, and `eval_pairs.jsonl`, `eval_answers.jsonl`,
+    `eval_ratings.jsonl` or `eval_lists.jsonl`."""
+    kind: Literal["pairs", "labeled", "rated", "lists"] | None = None
+    """What is read of each record: pairs, single answers with labels or with ratings,
+    or lists of answers with scores or ranks (default: what the first record is, but
+    never rated; formats that stand for pairs or lists are read as pairs)."""
+    attribute_weights: tuple[str, ...] = ()
+    """What each predicted rating counts in the reward of a model trained with
+    --loss attribute_regression, as ATTRIBUTE=WEIGHT: helpfulness=1 verbosity=-0.2."""
+    by: tuple[str, ...] = ()
+    """Fields whose values group the records, separated by commas or spaces, for the
+    accuracy of each group: annotator, length-bin (bins of the chosen answer's length
+    minus the other's), or a field of the records, such as subset or meta.topic."""
+    against: str | None = None
+    """A second model, in the same ways as --model: the difference of the accuracies on
+    the same records, with a paired interval and McNemar's test."""
+    checkpoints: tuple[str, ...] = ()
+    """Checkpoints of one or several runs (RUN/checkpoints/*) or exports, with the
+    architecture of --model: the accuracy at each, the mean of each run, and the signal
+    and the noise of the data as a benchmark."""
+    text_baseline: bool = False
+    """Also report what a logistic regression on TF-IDF and lengths achieves on the
+    pairs, out of fold.  It needs scikit-learn, of the audit extra."""
     adapter: str | None = None
     """Folder or Hub ID of a LoRA adapter of the model, as peft writes it."""
     reference: str | None = None
@@ -91,50 +99,17 @@ class EvaluateConfig(data.RecordOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        fields = (x.strip() for word in self.by for x in word.split(","))
+        object.__setattr__(self, "by", tuple(dict.fromkeys(filter(None, fields))))
         at_least(1, self, "batch_size")
         at_least(2, self, "max_length", "max_prompt_length")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise InputError(f"beta {self.beta}: must be above 0 and finite")
 
-
-def run(config: EvaluateConfig) -> dict[str, float]:
-    """Scores every record; writes `metrics.json` and a line per record to `out`.
-
-    Returns:
-      The metrics of `results.results_of`: of pairs, `preference_metrics` of the reward
-      margins; of labeled answers, `answer_metrics`; of lists, `list_metrics`; means of
-      the scores; and `length_only/...`, what the lengths of the answers achieve alone.
-
-    Raises:
-      InputError: for anything that the caller can fix.
-    """
-    reads = {
-        f"--{x}": getattr(config, x) for x in ("model", "data", "adapter", "reference")
-    }
-    out = check_output_folder("--out", config.out, (*FILES, FILE), reads)
-    _check_foreign(out)
-    with locked(out, LOCK):
-        return _run(config, out)
-
-
-def _run(config: EvaluateConfig, out: Path) -> dict[str, float]:
-    splits, score = open_pairs(config)
-    records, found = splits.train, results.results_of(splits.kind)
-    write_skipped(out, splits.skipped, config.on_bad_row)
-    rewards, scores = score(named_weights(config.model, config.adapter))
-    try:
-        metrics = found.metrics(records, rewards, scores)
-    except InputError as error:
-        raise InputError(f"{config.data}: {error}") from None
-    if jax.process_index() == 0:
-        lines = found.lines(records, rewards, scores)
-        for other in results.ALL:  # of an earlier evaluation
-            (out / other.file).unlink(missing_ok=True)
-        write_whole(out / found.file, "".join(json.dumps(x) + "\n" for x in lines))
-        write_json(out / METRICS, metrics)
-        for name, value in metrics.items():
-            show(f"{name:27} {value:.4f}")
-    return metrics
+    @property
+    def implicit_beta(self) -> float:
+        """The beta of implicit rewards."""
+        return 0.1 if self.beta is None else self.beta
 
 
 RecordScores = tuple[np.ndarray, dict[str, np.ndarray]]
@@ -159,7 +134,7 @@ def open_pairs(
     Raises:
       InputError: for anything that the caller can fix.
     """
-    beta = 0.1 if config.beta is None else config.beta
+    beta = config.implicit_beta
     weights = named_weights(config.model, config.adapter)
     scored_alone = is_reward(weights)
     for flag, given in {"reference": config.reference, "beta": config.beta}.items():
@@ -181,13 +156,15 @@ def open_pairs(
     config = dataclasses.replace(config, batch_size=rows)
     prepare = functools.partial(_weights_scorer, pairs=pairs, config=config, mesh=mesh)
     if scored_alone:
-        score = prepare(weights, "rewards", title="model scores")
-
-        def score_alone(weights: Weights) -> RecordScores:
-            rewards = score(weights)
-            return rewards, {"rewards": rewards}
-
-        return splits, score_alone
+        head = head_of(weights)
+        answers = answers_of(head, config.attribute_weights, splits.kind)
+        score = prepare(weights, head.score, title="model scores")
+        return splits, lambda weights: answers(score(weights))
+    if config.attribute_weights:
+        raise InputError(
+            f"--attribute-weights {' '.join(config.attribute_weights)}: "
+            f"{config.model} is a language model; leave it out"
+        )
     score = prepare(weights, "policy_logps", title="model log-probs")
     reference_logps = np.zeros(pairs.completion_lengths.shape, np.float32)
     if reference is not None:
@@ -217,7 +194,12 @@ def _read_pairs(
     positions = read_architecture(folder).context_length
     positions -= soft_prompt_length(weights.adapter)
     options = data.for_model(options, positions)
-    kind = KINDS[config.kind] if config.kind else data.first_kind(config.data, config)
+    if config.kind == RATED:
+        kind = rated_kind(head_of(weights))
+    elif config.kind:
+        kind = KINDS[config.kind]
+    else:
+        kind = data.first_kind(config.data, config)
     source = data.open_records(config.data, options, sides=kind.sides)
     tokenizer = data.load_tokenizer(folder, options.template_options)
     whole_turns = is_reward(weights)
@@ -243,28 +225,6 @@ def _read_pairs(
     return plan
 
 
-def _check_foreign(out: Path) -> None:
-    """Refuses a folder with files of these names that no evaluation wrote."""
-    written = [kind for kind in results.ALL if (out / kind.file).exists()]
-    if (out / METRICS).exists() and not written:
-        raise InputError(
-            f"--out {out}: has a {METRICS} without {results.PAIRS.file}, so another "
-            "program wrote it; use another folder"
-        )
-    for kind in written:
-        with (out / kind.file).open("rb") as file:
-            first = file.readline(1_000_000)
-        try:
-            ours = not first or {"id", "row", kind.field} <= json.loads(first).keys()
-        except (ValueError, AttributeError, RecursionError):
-            ours = False
-        if not ours:
-            raise InputError(
-                f"--out {out}: its {kind.file} was not written by `jaxpref evaluate`, "
-                "which would overwrite it; use another folder"
-            )
-
-
 def _weights_scorer(
     weights: Weights,
     name: str,
@@ -282,7 +242,9 @@ def _weights_scorer(
     architecture = read_architecture(weights.folder)
     pairs = pairs.prefixed(soft_prompt_length(weights.adapter))
     check_fits([config.data], pairs, str(weights.folder), architecture)
-    make_model = RewardModel if name == "rewards" else build
+    make_model = build
+    if name in OF_HEADS:
+        make_model = functools.partial(RewardModel, head=head_of(weights))
     dtype = config.compute_dtype or default_compute_dtype()
     model = make_model(architecture, Numerics(compute_dtype=dtype))
     index, count = share_of_rows(mesh)

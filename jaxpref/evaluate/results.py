@@ -1,4 +1,4 @@
-"""What `jaxpref evaluate` writes of pairs, of labeled answers, and of lists.
+"""What `jaxpref evaluate` writes of pairs, of labeled or rated answers, and of lists.
 
 For each kind of records: the name of the file with a line per record, the metrics, and
 the line of a record.  Rewards and scores are float32 [N, K], as the dataset has them.
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxpref.data import Kind, PreferenceDataset
+from jaxpref.data.columns import RATING, rated
 from jaxpref.errors import InputError
 from jaxpref.evaluate.answers import answer_metrics, weighted_auroc
 from jaxpref.evaluate.lists import list_metrics, per_list
@@ -33,10 +34,16 @@ class Results:
     """`metrics(records, rewards, scores)`, raising InputError if there are none."""
     lines: Callable[[PreferenceDataset, np.ndarray, Scores], list[dict[str, Any]]]
     """`lines(records, rewards, scores)`, one per record."""
+    hits: Callable[[PreferenceDataset, np.ndarray], np.ndarray] | None = None
+    """`hits(records, rewards)`: how right the rewards are about each record, from 0 to
+    1, float64 [N]; their mean is `rewards/accuracies`.  None for ratings, which are not
+    right or wrong."""
 
 
 def results_of(kind: Kind) -> Results:
-    """The results of a kind: pairs, labeled answers, or lists."""
+    """The results of a kind: pairs, labeled or rated answers, or lists."""
+    if rated(kind.numbers):
+        return RATED
     return {2: PAIRS, 1: ANSWERS, None: LISTS}[kind.sides]
 
 
@@ -58,6 +65,11 @@ def _pair_metrics(
         for k, side in enumerate(SIDES):
             metrics[f"{name}/{side}"] = float(table[:, k].mean())
     return metrics
+
+
+def _pair_hits(pairs: PreferenceDataset, rewards: np.ndarray) -> np.ndarray:
+    """Whether the chosen answer has the higher reward; a tie is 1/2."""
+    return 0.5 + 0.5 * np.sign(rewards[:, 0].astype(np.float64) - rewards[:, 1])
 
 
 def _pair_lines(
@@ -104,6 +116,14 @@ def _answer_metrics(
     return metrics
 
 
+def _answer_hits(answers: PreferenceDataset, rewards: np.ndarray) -> np.ndarray:
+    """Whether an answer is on the right side of the threshold; see `answer_metrics`."""
+    desirable = answers.columns["desirable"] > 0.5
+    values = rewards[:, 0].astype(np.float64)
+    threshold = (values[desirable].mean() + values[~desirable].mean()) / 2
+    return 0.5 + 0.5 * np.sign(values - threshold) * (2 * desirable - 1)
+
+
 def _answer_lines(
     answers: PreferenceDataset, rewards: np.ndarray, scores: Scores
 ) -> list[dict[str, Any]]:
@@ -114,6 +134,52 @@ def _answer_lines(
             "length": int(answers.completion_lengths[n, 0]),
             "reward": float(rewards[n, 0]),
             "desirable": bool(answers.columns["desirable"][n] > 0.5),
+            **_about(answers, n),
+        }
+        for n in range(len(answers))
+    ]
+
+
+# ---- rated answers -------------------------------------------------------------------
+
+
+def _rated_metrics(
+    answers: PreferenceDataset, rewards: np.ndarray, scores: Scores
+) -> dict[str, float]:
+    """Pearson's correlation and the mean distance of each attribute that is rated.
+
+    Without two different ratings, there is no correlation.
+    """
+    metrics = {}
+    for name, table in scores.items():
+        ratings = answers.columns[RATING + name]
+        there = ~np.isnan(ratings)
+        if not there.any():
+            continue
+        found, given = table[there, 0].astype(float), ratings[there].astype(float)
+        if np.ptp(found) and np.ptp(given):
+            metrics[f"{name}/pearson"] = float(np.corrcoef(found, given)[0, 1])
+        metrics[f"{name}/mae"] = float(np.abs(found - given).mean())
+        metrics[f"{name}/ratings"] = float(there.sum())
+    if not metrics:
+        raise InputError(
+            f"no record has a rating of {', '.join(scores)}; rename the fields with "
+            f"--fields {next(iter(scores))}=FIELD"
+        )
+    return metrics
+
+
+def _rated_lines(
+    answers: PreferenceDataset, rewards: np.ndarray, scores: Scores
+) -> list[dict[str, Any]]:
+    given = {name: answers.columns[RATING + name] for name in scores}
+    known = lambda x: None if np.isnan(x) else float(x)
+    return [
+        {
+            **_place(answers, n),
+            "predicted": {name: float(x[n, 0]) for name, x in scores.items()},
+            "ratings": {name: known(x[n]) for name, x in given.items()},
+            "length": int(answers.completion_lengths[n, 0]),
             **_about(answers, n),
         }
         for n in range(len(answers))
@@ -136,6 +202,12 @@ def _list_metrics(
         metrics[f"{name}/best"] = float(table[:, 0].mean())
         metrics[f"{name}/worst"] = float(table[last].mean())
     return metrics
+
+
+def _list_hits(lists: PreferenceDataset, rewards: np.ndarray) -> np.ndarray:
+    """The share of the pairs of a list that are in the right order."""
+    exists, qualities = lists.completion_lengths > 0, lists.columns["qualities"]
+    return per_list(rewards, qualities, exists)["accuracies"]
 
 
 def _list_lines(
@@ -178,7 +250,10 @@ def _about(records: PreferenceDataset, n: int) -> dict[str, Any]:
     }
 
 
-PAIRS = Results("eval_pairs.jsonl", "margin", _pair_metrics, _pair_lines)
-ANSWERS = Results("eval_answers.jsonl", "desirable", _answer_metrics, _answer_lines)
-LISTS = Results("eval_lists.jsonl", "qualities", _list_metrics, _list_lines)
-ALL = (PAIRS, ANSWERS, LISTS)
+PAIRS = Results("eval_pairs.jsonl", "margin", _pair_metrics, _pair_lines, _pair_hits)
+ANSWERS = Results(
+    "eval_answers.jsonl", "desirable", _answer_metrics, _answer_lines, _answer_hits
+)
+RATED = Results("eval_ratings.jsonl", "ratings", _rated_metrics, _rated_lines)
+LISTS = Results("eval_lists.jsonl", "qualities", _list_metrics, _list_lines, _list_hits)
+ALL = (PAIRS, ANSWERS, RATED, LISTS)

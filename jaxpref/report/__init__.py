@@ -6,6 +6,8 @@ Records are lists of dicts.
 from jaxpref.report.annotators import write_annotators as write_annotators
 from jaxpref.report.audit import write_audit as write_audit
 from jaxpref.report.comparison import power_in_words as power_in_words
+from jaxpref.report.evaluation import write_evaluation as write_evaluation
+from jaxpref.report.evaluation import write_model_card as write_model_card
 from jaxpref.report.html import Browse as Browse
 from jaxpref.report.html import Figure as Figure
 from jaxpref.report.html import Link as Link
@@ -22,6 +24,7 @@ from jaxpref.report.progress import evaluation_line as evaluation_line
 from jaxpref.report.progress import summary_lines as summary_lines
 from jaxpref.report.sweep import write_sweep as write_sweep
 from jaxpref.report.training import write_training as write_training
+from jaxpref.report.win_rates import write_comparison as write_comparison
 
 __all__ = [
     "Browse",
@@ -38,7 +41,10 @@ __all__ = [
     "summary_lines",
     "training_curves",
     "write_audit",
+    "write_comparison",
+    "write_evaluation",
     "write_html",
+    "write_model_card",
     "write_sweep",
     "write_training",
 ]

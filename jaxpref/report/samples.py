@@ -42,7 +42,9 @@ def samples_section(path: Path) -> Section | None:
 def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return path.read_text("utf-8", "replace").splitlines(keepends=True)
+    # Not splitlines: an answer may hold other line breaks.
+    lines = path.read_text("utf-8", "replace").split("\n")
+    return [f"{line}\n" for line in lines[:-1]] + [x for x in lines[-1:] if x]
 
 
 def _side_by_side(steps: dict[int, Any]) -> SideBySide:

@@ -7,6 +7,7 @@ from jaxpref.data.records.adapters import (
     alpaca,
     annotation_tools,
     arena,
+    benchmarks,
     compared,
     crowds,
     openai,
@@ -18,6 +19,8 @@ from jaxpref.data.records.adapters import (
 )
 from jaxpref.data.records.adapters.adapter import Adapter as Adapter
 from jaxpref.data.records.adapters.adapter import PairRules as PairRules
+from jaxpref.data.records.adapters.benchmarks import AS_LISTS as AS_LISTS
+from jaxpref.data.records.adapters.benchmarks import SEVERAL as SEVERAL
 from jaxpref.data.records.adapters.ranked_lists import SCORED_LISTS as SCORED_LISTS
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -37,6 +40,11 @@ ADAPTERS: tuple[Adapter, ...] = (
     compared.HELPSTEER,
     compared.HELPSTEER_ROWS,
     compared.EDITS,
+    benchmarks.SEVERAL,
+    benchmarks.JUDGE_BENCH,
+    benchmarks.LLMBAR,
+    benchmarks.HHH,
+    benchmarks.PREFEVAL,
     ultrafeedback.ULTRAFEEDBACK,
     ultrafeedback.GENERATIONS,
     ranked_lists.SCORED_LISTS,

@@ -121,7 +121,8 @@ def _helpsteer_rows(record: Record, where: str, rules: PairRules) -> list[Rewrit
     raise InputError(
         f"{where}: rows of HelpSteer2 hold one rated answer each, and two rows make a"
         " pair; use HelpSteer2-Preference, write both answers in one record, or train"
-        " on single answers: --loss sft --fields completion=response"
+        " on single answers: --fields completion=response with --loss"
+        " attribute_regression or sft"
     )
 
 
