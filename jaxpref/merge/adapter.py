@@ -10,12 +10,13 @@ import numpy as np
 
 from jaxpref.errors import InputError
 from jaxpref.merge.inputs import ModelFolder
-from jaxpref.models import Model, RewardModel
+from jaxpref.models import Model
 from jaxpref.models.adapter_config import CONFIG
 from jaxpref.models.adapter_files import load_adapter
 from jaxpref.models.folder import stored_arrays
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.paths import by_path
+from jaxpref.models.reward import reward_model
 from jaxpref.models.stored import stored_params
 from jaxpref.models.tensor_files import entries, gather
 from jaxpref.models.weights import Weights, is_reward
@@ -56,8 +57,9 @@ def with_adapter(folder: ModelFolder, adapter: str) -> AdapterMerge:
             f"--adapter {adapter}: is the adapter of a reward model, but {folder.name} "
             "is a language model; use OUT/export of the run that trained it"
         )
-    kind = RewardModel if folder.is_reward_model else Model
-    model = kind(folder.architecture)
+    model = Model(folder.architecture)
+    if folder.is_reward_model:
+        model = reward_model(folder.path)
     lora, trained = load_adapter(path, model)
     stored: dict[str, Any] = dict(stored_params(folder.path, model))
     merged = by_path(lora.exported(trained, stored))

@@ -12,7 +12,7 @@ from jaxpref.data.tokenizers import FILES
 from jaxpref.errors import InputError
 from jaxpref.models import Architecture
 from jaxpref.models.folder import check_folder, open_model
-from jaxpref.models.folder_config import is_reward_model
+from jaxpref.models.folder_config import is_reward_model, read_head
 from jaxpref.models.hub import resolve_folder
 from jaxpref.runtime.heartbeat import beat
 
@@ -110,6 +110,11 @@ def _check_same_model(first: ModelFolder, other: ModelFolder) -> None:
         raise InputError(
             f"{other.name}: is {what[other.is_reward_model]}, but {first.name} is "
             f"{what[first.is_reward_model]}; merge models of one kind"
+        )
+    if first.is_reward_model and read_head(first.path) != read_head(other.path):
+        raise InputError(
+            f"{other.name}: has another head than the reward model {first.name}; merge "
+            "reward models with the same head"
         )
     if type(first.architecture) is not type(other.architecture):
         types = [x.architecture.family.model_type for x in (other, first)]

@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxpref.errors import InputError
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.objectives import Objective
 from jaxpref.runtime.ranges import at_least
@@ -57,6 +58,8 @@ class PlanConfig:
     """The mesh of devices."""
     lora: LoraOptions = LoraOptions()
     """The adapters, if not all weights are trained."""
+    head: HeadOptions = HeadOptions()
+    """The head of a reward model."""
     soft_prompt: SoftPromptOptions = SoftPromptOptions()
     """The soft prompt, if it is trained instead of the weights."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -21,6 +21,7 @@ from jaxpref.errors import InputError, first_line
 from jaxpref.files import write_json
 from jaxpref.models import Model, RewardModel, build
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.weights import Weights
 from jaxpref.objectives import Objective
 from jaxpref.plan.chips import Topology
@@ -30,6 +31,7 @@ from jaxpref.runtime.cache_folder import cache_folder, make_private
 from jaxpref.runtime.mesh import on_devices, row_shards
 from jaxpref.sampling import lower as lower_sampler
 from jaxpref.scoring.partition import Trained, frozen_parts
+from jaxpref.scoring.reward_head import head_of
 from jaxpref.scoring.score_dataset import make_score_step
 from jaxpref.scoring.twin import make_scorer
 from jaxpref.train import MeshConfig, OptimizerConfig, make_mesh
@@ -70,6 +72,8 @@ class Work:
     """Tokens per packed row; None for one pair per row."""
     logit_chunk: int | None = None
     """Completion tokens whose logits are in memory at once."""
+    head: HeadOptions = HeadOptions()
+    """The head of a reward model."""
     step_only: bool = False
     """Whether the reference pass and the sampler are left out."""
 
@@ -140,7 +144,7 @@ def measure(work: Work, topology: Topology) -> dict:
         programs = {"step": lambda: task.train_step.lower(state, frozen, batch)}
         if not work.step_only:
             programs["score"] = lambda: score.lower(one, frozen, plain)
-            if "rewards" not in task.objective.scores:
+            if not task.objective.trains_reward_model:
                 programs["decode"] = draw
         found: dict[str, Any] = {
             name: _compiled(lower, topology) for name, lower in programs.items()
@@ -172,7 +176,9 @@ def measure(work: Work, topology: Topology) -> dict:
 
 def programs_of(work: Work, mesh: jax.sharding.Mesh) -> Programs:
     """The programs that a run would compile."""
-    make_model = RewardModel if "rewards" in work.objective.scores else build
+    objective = work.objective
+    head = head_of(objective.reads, objective.options, work.head)
+    make_model = functools.partial(RewardModel, head=head) if head else build
     # As in a run: a probe differentiates a gradient.
     numerics = dataclasses.replace(
         work.model.numerics, twice_differentiable=work.objective.probe is not None

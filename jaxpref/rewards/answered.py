@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxpref import data
+from jaxpref.data.bad_rows import BadRows, log_skipped
 from jaxpref.data.make_pairs import read_answers
 from jaxpref.data.records import Example, parse, parse_prompt, text_of
 from jaxpref.data.records.mapping import mapped
@@ -59,14 +60,20 @@ def read_answered(source: Source, options: data.RecordOptions) -> list[Answered]
 
     Args:
       source: the records, as in their file.
-      options: names of fields, and fields to ignore.
+      options: names of fields, fields to ignore, and whether a record that cannot be
+        read is left out, which the log says.
 
     Raises:
-      InputError: if a record has no prompt or no answer.
+      InputError: if a record has no prompt or no answer, and is not to be left out.
     """
-    return [
-        _read(source[row], source.location(row), options) for row in range(len(source))
-    ]
+    bad, found = BadRows(options.on_bad_row), []
+    for row in range(len(source)):
+        place = source.location(row)
+        read = lambda row=row, place=place: _read(source[row], place, options)
+        if (one := bad.attempt(read, place)) is not None:
+            found.append(one)
+    log_skipped(bad.found)
+    return found
 
 
 def _read(record: Any, place: str, options: data.RecordOptions) -> Answered:
@@ -80,7 +87,9 @@ def _read(record: Any, place: str, options: data.RecordOptions) -> Answered:
     sides = 2 if ours.get("rejected") is not None else 1
     example = parse(ours, place, sides=sides, allow_own_prompts=True)
     if isinstance(example, str):
-        raise InputError(f"{place}: cannot be scored: {example}")
+        raise InputError(
+            f"{place}: cannot be scored: {example}; --on-bad-row skip leaves it out"
+        )
     return Answered(example, record, place)
 
 
@@ -122,20 +131,43 @@ def with_rewards(
       total: the reward of each answer.
       parts: the rewards that it is made of, by name.
     """
-    record, scores = dict(answered.record), _numbers(total)
-    if isinstance(answers := record.get("answers"), list):
-        record["answers"] = [
-            answer | {"score": score} for answer, score in zip(answers, scores)
-        ]
-    elif len(scores) == 1 and not isinstance(record.get("completions"), list):
-        record["score"] = scores[0]
-    elif record.get("rejected") is not None or "completions" not in record:
-        record |= {f"{x}_score": y for x, y in zip(SIDES, scores, strict=True)}
-    else:
-        record["scores"] = scores
+    record = _with_numbers(dict(answered.record), total, "score", of_list="scores")
     if len(parts) > 1:
         record["rewards"] = {name: _numbers(x) for name, x in parts.items()}
     return record
+
+
+def with_uncertainty(
+    record: dict[str, Any],
+    std: Float[np.ndarray, " K"],
+    margin_std: float,
+    p_chosen: float,
+) -> dict[str, Any]:
+    """The record with what `jaxpref.rewards.uncertainty` says of its answers.
+
+    `score_std` as the rewards are placed, and `margin_std` and `p_chosen` of a pair.
+    """
+    record = _with_numbers(record, std, "score_std", of_list="score_std")
+    if f"{SIDES[0]}_score_std" in record:
+        numbers = _numbers(np.array([margin_std, p_chosen]))
+        record |= dict(zip(("margin_std", "p_chosen"), numbers))
+    return record
+
+
+def _with_numbers(
+    record: dict[str, Any], values: Float[np.ndarray, " K"], name: str, *, of_list: str
+) -> dict[str, Any]:
+    """The record with a number for each of its answers."""
+    numbers = _numbers(values)
+    if isinstance(answers := record.get("answers"), list):
+        own = [answer | {name: x} for answer, x in zip(answers, numbers)]
+        return record | {"answers": own}
+    if len(numbers) == 1 and not isinstance(record.get("completions"), list):
+        return record | {name: numbers[0]}
+    if record.get("rejected") is not None or "completions" not in record:
+        of_side = zip(SIDES, numbers, strict=True)
+        return record | {f"{side}_{name}": x for side, x in of_side}
+    return record | {of_list: numbers}
 
 
 def _numbers(values: Float[np.ndarray, " K"]) -> list[float | None]:

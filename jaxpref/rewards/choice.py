@@ -8,7 +8,12 @@ from jaxpref.rewards.code import CodeTests
 from jaxpref.rewards.follow_up import follow_up
 from jaxpref.rewards.functions import function_reward
 from jaxpref.rewards.judge import judge_of
-from jaxpref.rewards.models import ModelOptions, log_ratio, model_reward
+from jaxpref.rewards.models import (
+    ModelOptions,
+    attribute_reward,
+    log_ratio,
+    model_reward,
+)
 from jaxpref.rewards.options import RewardOptions
 from jaxpref.rewards.reward import Reward
 from jaxpref.rewards.rules import rule_of
@@ -26,8 +31,8 @@ def reward_of(
     """The reward that a word names.
 
     Args:
-      word: a reward model's folder or Hub ID, `rule:NAME`, `log-ratio:STRONG:WEAK`,
-        `follow-up:TEXT`, `judge:DIR`, or `module:function`.
+      word: a reward model's folder or Hub ID, `attribute:NAME:DIR`, `rule:NAME`,
+        `log-ratio:STRONG:WEAK`, `follow-up:TEXT`, `judge:DIR`, or `module:function`.
       models: how models compute rewards.
       options: what rewards of some kinds read.
 
@@ -40,6 +45,13 @@ def reward_of(
         if name == "code":
             return _code_tests(word, options)
         return rule_of(name, argument, field=options.answer_field)
+    if kind == "attribute":
+        name, colon, folder = rest.partition(":")
+        if not (name and colon and folder):
+            raise InputError(
+                f"--reward {word}: name the attribute and the model: attribute:NAME:DIR"
+            )
+        return attribute_reward(name, folder, models)
     if kind == "log-ratio":
         strong, colon, weak = rest.partition(":")
         if not (strong and colon and weak):
@@ -61,8 +73,8 @@ def _code_tests(word: str, options: RewardOptions) -> CodeTests:
         raise InputError(f"--reward {word}: takes no argument; write rule:code")
     if not options.allow_code_execution:
         raise InputError(
-            "--reward rule:code: runs the code in the answers, with limits on time and "
-            "memory only; pass --allow-code-execution if the machine may be lost "
-            "(docs/trust.md)"
+            "--reward rule:code: runs code that a model wrote, with limits on time, "
+            "memory and files only; pass --allow-code-execution to run it, preferably "
+            "in a container (docs/trust.md)"
         )
     return CodeTests(options.tests_field)

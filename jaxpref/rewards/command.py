@@ -12,10 +12,17 @@ from jaxtyping import Float
 from jaxpref.data import RecordOptions, open_source
 from jaxpref.errors import InputError, show
 from jaxpref.files import check_output, write_whole
-from jaxpref.rewards.answered import Answered, read_answered, with_rewards
+from jaxpref.rewards.answered import (
+    Answered,
+    read_answered,
+    with_rewards,
+    with_uncertainty,
+)
 from jaxpref.rewards.combined import Rewards, Scored, combined_reward
 from jaxpref.rewards.models import ModelOptions
 from jaxpref.rewards.options import RewardOptions
+from jaxpref.rewards.uncertain_command import UncertaintyOptions, uncertain_rewards
+from jaxpref.rewards.uncertainty import Uncertain
 from jaxpref.runtime import processes
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.runtime.ranges import at_least
@@ -37,6 +44,9 @@ class ScoreConfig:
     """Names of the fields in the file, as NAME=FIELD: prompt=question."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of the records to ignore."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """Whether a record that cannot be read, such as a pair with an empty answer, is an
+    error, or is left out and counted."""
     template: tuple[str, ...] = ()
     """Variables of the chat template for all records, as --template.NAME VALUE."""
     batch_size: int = 16
@@ -60,6 +70,7 @@ class ScoreConfig:
         return RecordOptions(
             fields=self.fields,
             ignore_fields=self.ignore_fields,
+            on_bad_row=self.on_bad_row,
             template=self.template,
         )
 
@@ -75,12 +86,15 @@ class ScoreConfig:
         )
 
 
-def run(config: ScoreConfig, options: RewardOptions) -> None:
+def run(
+    config: ScoreConfig, options: RewardOptions, uncertain: UncertaintyOptions
+) -> None:
     """Computes all rewards and writes the records with them.
 
     Args:
       config: the records, and how models read them.
       options: the rewards, besides `config.model`.
+      uncertain: how their uncertainty is estimated, if it is.
 
     Raises:
       InputError: for anything that the caller can fix.
@@ -88,23 +102,39 @@ def run(config: ScoreConfig, options: RewardOptions) -> None:
     if config.model is not None:
         words = (config.model, *options.reward)
         options = dataclasses.replace(options, reward=words)
-    reads = {"--data": config.data}
+    uncertain.check(options)
+    reads = {"--data": config.data, **uncertain.reads}
     reads |= {f"--reward {word}": word for word in options.reward}
     processes.together(lambda: check_output("--out", config.out, reads))
     reward = combined_reward(options, config.models)
-    answered = read_answered(open_source(config.data), config.records)
-    if not answered:
+    read = lambda path: read_answered(open_source(path), config.records)
+    if not (answered := read(config.data)):
         raise InputError(f"{config.data}: contains no records")
-    scored = reward.scored(answered)
+    found = None
+    if uncertain.uncertainty is None:
+        scored = reward.scored(answered)
+    else:
+        found, parts = uncertain_rewards(uncertain, reward.parts, answered, read)
+        scored = Scored([x.rewards for x in found], parts)
     if jax.process_index() == 0:
-        _write(config, answered, scored)
+        _write(config, answered, scored, found)
 
 
-def _write(config: ScoreConfig, answered: Sequence[Answered], scored: Scored) -> None:
+def _write(
+    config: ScoreConfig,
+    answered: Sequence[Answered],
+    scored: Scored,
+    uncertain: Sequence[Uncertain] | None,
+) -> None:
     totals, parts, lines = scored.total, scored.parts, []
     for n, (one, total) in enumerate(zip(answered, totals, strict=True)):
         own = {word: found[n] for word, found in parts.items()}
         record = with_rewards(one, total, own)
+        if uncertain is not None:
+            of_one = uncertain[n]
+            record = with_uncertainty(
+                record, of_one.std, of_one.margin_std, of_one.p_chosen
+            )
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_whole(config.out, "".join(lines))
     known, missing = _known(totals)

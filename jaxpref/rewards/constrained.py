@@ -86,7 +86,7 @@ def lagrange_multipliers(
         step = np.zeros_like(found)
         inner = hessian[np.ix_(free, free)] + ridge * np.eye(free.sum())
         step[free] = -np.linalg.solve(inner, gradient[free])
-        for halvings in range(40):
+        for halvings in range(100):
             moved = np.maximum(found + step / 2**halvings, 0.0)
             after = dual(moved)
             if after[0] <= value + 1e-4 * gradient @ (moved - found) + 1e-14:

@@ -56,6 +56,16 @@ class Judge:
         Raises:
           InputError: if a prompt has one answer only.
         """
+        return [wins(first) for first in self.first_is_better(answered)]
+
+    def first_is_better(
+        self, answered: Sequence[Answered]
+    ) -> list[Float[np.ndarray, "K K"]]:
+        """p(A | A = answer i, B = answer j) of each prompt, [i, j]; NaN if i is j.
+
+        Raises:
+          InputError: if a prompt has one answer only.
+        """
         for one in answered:
             if len(one.texts) < 2:
                 raise InputError(
@@ -73,7 +83,14 @@ class Judge:
                 self.name, allow_cut=False,
             )
         )  # fmt: skip
-        return [self._wins(len(one.texts), logps) for one in answered]
+        found = []
+        for one in answered:
+            count = len(one.texts)
+            table = np.full((count, count), np.nan)
+            for pair in itertools.permutations(range(count), 2):
+                table[pair] = expit(np.subtract(*next(logps)))
+            found.append(table)
+        return found
 
     def _asked(self, answered: Answered) -> Iterator[Answered]:
         """A question for each ordered pair of answers, with both letters as answers."""
@@ -91,14 +108,16 @@ class Judge:
             # Rendered as what a user asks, if the judge has a chat template.
             yield Answered(Example(question, LETTERS), {}, answered.place, sampled=True)
 
-    @staticmethod
-    def _wins(count: int, logps: Iterator[np.ndarray]) -> Float[np.ndarray, " K"]:
-        wins = np.zeros(count)
-        for a, b in itertools.permutations(range(count), 2):
-            first = expit(np.subtract(*next(logps)))
-            wins[a] += first
-            wins[b] += 1 - first
-        return wins / (2 * (count - 1))
+
+def wins(first: Float[np.ndarray, "K K"]) -> Float[np.ndarray, " K"]:
+    """The reward of each answer: the mean over the others and both orders.
+
+    Args:
+      first: p(A | A = answer i, B = answer j), [i, j]; the diagonal is not read.
+    """
+    both = (first + 1 - first.T) / 2
+    np.fill_diagonal(both, 0)
+    return both.sum(axis=1) / (len(first) - 1)
 
 
 def judge_of(folder: str, options: ModelOptions, *, principle: str) -> Judge:

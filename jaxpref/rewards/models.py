@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -16,9 +16,16 @@ from jaxpref.data.records import Example
 from jaxpref.data.tokenize import tokenize
 from jaxpref.data.tokens import Tokens
 from jaxpref.errors import InputError
-from jaxpref.models import Numerics, RewardModel, build
+from jaxpref.models import Model, Numerics, RewardModel, build
 from jaxpref.models.folder_config import read_architecture
-from jaxpref.models.weights import Weights, is_reward, load_weights, resolve_weights
+from jaxpref.models.reward import check_one_reward
+from jaxpref.models.weights import (
+    Weights,
+    head_of,
+    is_reward,
+    load_weights,
+    resolve_weights,
+)
 from jaxpref.rewards.answered import Answered, assistant_turn
 from jaxpref.runtime.mesh import (
     MeshConfig,
@@ -30,7 +37,9 @@ from jaxpref.runtime.mesh import (
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import log
 from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.scoring.features import FeatureScorer
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
+from jaxpref.scoring.scorer import Scorer
 from jaxpref.scoring.twin import make_scorer
 
 TOKENS = 4096
@@ -56,16 +65,23 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ModelReward:
-    """r(x, y) of a reward model."""
+    """r(x, y) of a reward model, or its predicted rating of one attribute."""
 
     name: str
     """As the user wrote it."""
     weights: Weights
     options: ModelOptions
+    attribute: str | None = None
+    """The attribute, of a model that predicts ratings."""
 
     def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
         """See `Reward`."""
-        return score(self.weights, "rewards", answered, self.options, self.name)
+        if self.attribute is None:
+            return score(self.weights, "rewards", answered, self.options, self.name)
+        place = head_of(self.weights).attributes.index(self.attribute)
+        asked = answered, self.options, self.name
+        found = score(self.weights, "attributes", *asked)
+        return [x[:, place] for x in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +120,30 @@ def model_reward(word: str, options: ModelOptions) -> ModelReward:
             f"--reward {word}: holds a language model; name a reward model, such as the"
             " export of a run with --loss bradley_terry, or log-ratio:STRONG:WEAK"
         )
+    if attributes := head_of(weights).attributes:
+        raise InputError(
+            f"--reward {word}: predicts ratings of {', '.join(attributes)}; name one "
+            f"of them, as in --reward attribute:{attributes[0]}:{word}"
+        )
+    check_one_reward(weights.folder, f"--reward {word}")
     return ModelReward(word, weights, options)
+
+
+def attribute_reward(name: str, word: str, options: ModelOptions) -> ModelReward:
+    """The rating of an attribute that the reward model in a folder predicts.
+
+    Raises:
+      InputError: if it predicts none of this name.
+    """
+    weights, flag = resolve_weights(word, None), f"--reward attribute:{name}:{word}"
+    known = head_of(weights).attributes
+    if name not in known:
+        what = f"predicts ratings of {', '.join(known)}" if known else "predicts none"
+        raise InputError(
+            f"{flag}: {word} {what}; name an attribute that a model trained with "
+            "--loss attribute_regression predicts"
+        )
+    return ModelReward(f"attribute:{name}:{word}", weights, options, name)
 
 
 def log_ratio(strong: str, weak: str, options: ModelOptions) -> LogRatio:
@@ -125,29 +164,32 @@ def log_ratio(strong: str, weak: str, options: ModelOptions) -> LogRatio:
 
 def score(
     weights: Weights,
-    name: Literal["rewards", "policy_logps"],
+    name: Literal["rewards", "attributes", "features", "policy_logps"],
     answered: Sequence[Answered],
     options: ModelOptions,
     title: str,
     *,
     allow_cut: bool = True,
-) -> list[Float[np.ndarray, " K"]]:
+    params: Any = None,
+) -> list[Float[np.ndarray, "K ..."]]:
     """One of a model's scores for every answer.
 
     The answers to a prompt are packed into one row, so the prompt is computed once.
 
     Args:
       weights: the model.
-      name: the score; see `scoring.scores.DESCRIPTIONS`.
+      name: the score; see `scoring.scores.DESCRIPTIONS` and `scoring.features`.
       answered: the prompts and their answers.
       options: lengths, batches and devices.
       title: names the reward, for the progress bar and messages.
       allow_cut: whether to cut what exceeds the maximum length, and log how often,
         instead of giving it no score.
+      params: the model's parameters, if they are loaded already.
 
     Returns:
-      For each prompt, the score of each answer; NaN for an answer that has no tokens,
-      or holds a stop token before its end.
+      For each prompt, the score of each answer, [K], or its attributes, [K, n], or its
+      features, [K, D]; NaN for an answer that has no tokens, or holds a stop token
+      before its end.
 
     Raises:
       InputError: if the data does not fit the model, or a score is not finite.
@@ -159,7 +201,7 @@ def score(
     )
     examples = [as_sampled(x, tokenizer) for x in answered]
     places = [x.place for x in answered]
-    is_reward = name == "rewards"
+    is_reward = name != "policy_logps"
     cut: set[str] = set()
 
     def read(some: Sequence[Example], where: Sequence[str]) -> list[Tokens | str]:
@@ -175,29 +217,21 @@ def score(
     dataset, sides = _dataset(examples, places, read)
     if cut:
         log(f"{title}: {len(cut):,} prompts or their answers exceed {limit} tokens")
-    scores = [np.full(len(x.completions), np.nan) for x in examples]
+    tail = {
+        "attributes": lambda: (head_of(weights).size,),
+        "features": lambda: (architecture.hidden_size,),
+    }.get(name, tuple)()
+    scores = [np.full((len(x.completions), *tail), np.nan) for x in examples]
     if not len(dataset):
         return scores
     check_fits([title], dataset, str(weights.folder), architecture)
     mesh = make_mesh(options.mesh)
-    dtype = options.compute_dtype or default_compute_dtype()
-    make_model = RewardModel if is_reward else build
     with jax.set_mesh(mesh):
-        model = make_model(architecture, Numerics(compute_dtype=dtype))
-        index, count = share_of_rows(mesh)
-        layout = data.packed_layout(
-            dataset,
-            order=data.in_order(dataset),
-            batch_size=rows_for(len(dataset), options.batch_size, mesh),
-            shards=row_shards(mesh),
-            tokens_per_device=TOKENS,
-            process_index=index,
-            process_count=count,
-        )
-        scorer = make_scorer(model, frozenset({name}))
+        model = model_of(weights, options)
+        layout = _layout(dataset, options, mesh)
         found = score_dataset(
-            make_score_step(scorer),
-            load_weights(weights, model),
+            make_score_step(_scorer(model, name)),
+            load_weights(weights, model) if params is None else params,
             None,
             dataset,
             eval_batches=layout.eval_batches,
@@ -205,10 +239,44 @@ def score(
             title=title,
         )[name]
     present = dataset.completion_lengths > 0
-    check_finite([title], dataset, str(weights.folder), np.where(present, found, 0))
+    finite = np.isfinite(found).reshape(*present.shape, -1).all(-1)
+    checked = np.where(present & ~finite, np.nan, 0)
+    check_finite([title], dataset, str(weights.folder), checked)
     for n, own in enumerate(sides):
         scores[int(dataset.columns["row"][n])][own] = found[n, : len(own)]
     return scores
+
+
+def _layout(
+    dataset: PreferenceDataset, options: ModelOptions, mesh: jax.sharding.Mesh
+) -> data.Layout:
+    """Packed rows, this process's share of them."""
+    index, count = share_of_rows(mesh)
+    return data.packed_layout(
+        dataset,
+        order=data.in_order(dataset),
+        batch_size=rows_for(len(dataset), options.batch_size, mesh),
+        shards=row_shards(mesh),
+        tokens_per_device=TOKENS,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def model_of(weights: Weights, options: ModelOptions) -> Model | RewardModel:
+    """The model whose parameters `weights` are, which may be a reward model."""
+    dtype = options.compute_dtype or default_compute_dtype()
+    numerics = Numerics(compute_dtype=dtype)
+    architecture = read_architecture(weights.folder)
+    if is_reward(weights):
+        return RewardModel(architecture, numerics, head_of(weights))
+    return build(architecture, numerics)
+
+
+def _scorer(model: Model | RewardModel, name: str) -> Scorer | FeatureScorer:
+    if name == "features":
+        return FeatureScorer(cast(RewardModel, model))
+    return make_scorer(model, frozenset({name}))
 
 
 def _is_cut(tokens: Tokens) -> bool:

@@ -6,16 +6,19 @@ that resumes writes its steps after the last checkpoint again.
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from jaxpref.errors import InputError
+from jaxpref.errors import InputError, first_line
 from jaxpref.files import write_json
+
+_log = logging.getLogger("jaxpref")
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 PROJECT = "jaxpref"
@@ -170,6 +173,32 @@ class Trackio:
         self._run.finish()
 
 
+class Copy:
+    """Another logger, whose failures do not end the run: it only gets copies."""
+
+    def __init__(self, name: str, logger: Logger):
+        """Passes metrics on until the logger fails."""
+        self._name, self._logger, self._failed = name, logger, False
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See `Logger`."""
+        self._attempt(lambda: self._logger.write(step, metrics))
+
+    def close(self) -> None:
+        """See `Logger`."""
+        self._attempt(self._logger.close)
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            act()
+        except Exception as error:  # of a server, a network, a database
+            why = first_line(error)
+            _log.warning("--logger %s: %s; it gets no more metrics", self._name, why)
+            self._failed = True
+
+
 def check_installed(names: Sequence[LoggerName]) -> None:
     """Checks that loggers can be used, before a run begins.
 
@@ -196,9 +225,8 @@ def make_logger(
     """
     if name == "tensorboard":
         return TensorBoard(out, resumed_at=resumed_at)
-    return {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}[name](
-        out, config=config
-    )
+    make = {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}[name]
+    return Copy(name, make(out, config=config))
 
 
 def _id_of(out: Path, name: str, make: Any) -> str:

@@ -201,13 +201,13 @@ def _prepare(
             "model folder; merge the adapter, or pass --kl-prompts 0"
         )
     soft = config.soft_prompt.given or soft_prompt_length(task.start.adapter)
-    if options.kl_prompts and soft and "rewards" not in task.objective.scores:
+    if options.kl_prompts and soft and not task.objective.trains_reward_model:
         raise InputError(
             "--soft-prompt: its runs export no model folder, to which KL is measured; "
             "pass --kl-prompts 0 to compare the runs on held-out pairs alone"
         )
     prompts = None
-    if options.kl_prompts and "rewards" not in task.objective.scores:
+    if options.kl_prompts and not task.objective.trains_reward_model:
         positions = read_architecture(task.start.folder).context_length
         prompts = heldout_prompts(
             task.datasets,

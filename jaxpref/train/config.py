@@ -16,6 +16,7 @@ from jaxpref.data.mixing import read_mixture
 from jaxpref.errors import InputError, closest
 from jaxpref.files import RUN, RUN_FILES
 from jaxpref.models.lora import LoraOptions
+from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import MeshConfig
@@ -71,6 +72,8 @@ class TrainConfig(RunOptions):
     """What is minimized, for example `from_loss(losses.rdpo, flip_rate=0.2)`."""
     options: DataOptions = DataOptions()
     """How records become tokens, and which pairs are held out."""
+    head: HeadOptions = HeadOptions()
+    """The head of a reward model."""
     lora: LoraOptions = LoraOptions()
     """The adapters to train instead of the weights."""
     soft_prompt: SoftPromptOptions = SoftPromptOptions()
@@ -114,7 +117,7 @@ class TrainConfig(RunOptions):
             )
 
     def _check_objective(self):
-        if self.eval_samples and "rewards" in self.objective.scores:
+        if self.eval_samples and self.objective.trains_reward_model:
             raise InputError(
                 f"--eval-samples {self.eval_samples}: {self.objective.name} trains a "
                 "reward model, which writes no text; leave it out"

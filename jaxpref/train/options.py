@@ -143,7 +143,7 @@ class CheckpointOptions:
     """Evaluation, checkpoints, and export."""
 
     eval_every: int = 100
-    """Steps between evaluations on the held-out pairs.  The first and the last step are
+    """Steps between evaluations on held-out pairs.  The first and the last step are
     always evaluated."""
     save_every: int = 100
     """Steps between checkpoints.  The last step is always saved."""

@@ -2,20 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from jaxpref import data
 from jaxpref.data.layouts.choose import make_layout
 from jaxpref.data.probe import check_rendering
 from jaxpref.data.read import read_datasets
-from jaxpref.errors import InputError
 from jaxpref.models import Architecture, Model, Numerics, RewardModel
 from jaxpref.models.folder import check_folder
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.reward import padding_of
+from jaxpref.models.soft_prompt import start_tokens
 from jaxpref.models.soft_prompt_files import soft_prompt_length
 from jaxpref.models.weights import Weights, resolve_weights
 from jaxpref.objectives.objective import Objective
@@ -32,6 +30,7 @@ from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.moving_reference import MovingReference, begins_at
 from jaxpref.scoring.partition import Trained
 from jaxpref.scoring.reference import Reference, reference_digest
+from jaxpref.scoring.reward_head import head_of
 from jaxpref.scoring.scorer import ExportOptions, Scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
 from jaxpref.scoring.twin import make_scorer
@@ -57,37 +56,24 @@ def prepare(
     check_logit_chunk(config.logit_chunk, objective.scores)
     compute_dtype = config.compute_dtype or default_compute_dtype()
     mesh = make_mesh(config.mesh)
-    row_length = None if config.row_length == "none" else config.row_length
-    if row_length is None:
+    if config.row_length == "none":
         check_rows(config.batch_size, config.accumulation, mesh)
     folder = resolve_folder(config.model)
-    rewards = "rewards" in objective.scores
-    kind = RewardModel if rewards else Model
+    head = head_of(objective.reads, objective.options, config.head, folder)
+    rewards = head is not None
+    kind = functools.partial(RewardModel, head=head) if rewards else Model
     # Before the data is read, since this check is quick.
     architecture = check_folder(folder, kind, new_head=rewards)
     check_totals(objective.totals, architecture)
     model = kind(architecture, _numerics(config, compute_dtype, objective))
     start = resolve_weights(config.model, config.adapter, config.lora.base)
     tokenizer = data.load_tokenizer(folder, config.options.template_options)
-    soft = _soft_prompt(config, tokenizer, architecture)
+    soft = start_tokens(
+        config.soft_prompt, tokenizer, architecture.vocab_size, seed=config.seed
+    )
     reference = _reference(config, start, architecture, compute_dtype, soft)
     models = frozen_models(config.teachers, reference, start, architecture)
-    scorer = make_scorer(
-        model,
-        objective.scores,
-        statistics=objective.statistics,
-        heads=objective.heads,
-        chunk_size=config.logit_chunk,
-        num_models=objective.num_models,
-        trained=Trained(
-            train=config.train,
-            lora=config.lora,
-            soft_prompt=soft,
-            start=start,
-            reference=reference and reference.weights,
-            seed=config.seed,
-        ),
-    )
+    scorer = _scorer(config, objective, model, soft, start, reference)
     stops, padding = data.stop_tokens(tokenizer), padding_of(tokenizer)
     if rewards:  # as at export, but before the time for training is spent
         check_rendering(tokenizer, config.model, padding=padding and padding.id)
@@ -107,14 +93,15 @@ def prepare(
     check_fits(datasets.train_sources, splits.train, config.model, architecture)
     check_fits(datasets.heldout_sources, splits.heldout, config.model, architecture)
     steps = steps_of(config, len(splits.train))
-    order, layout = _order_and_layout(config, splits, mesh, row_length, steps)
+    order, layout = _order_and_layout(config, splits, mesh, steps)
     schedule_of = functools.partial(make_schedule, config.optimizer)
-    schedule = schedule_of(steps)
     return Task(
         scorer=scorer,
         objective=objective,
-        optimizer=make_optimizer(config.optimizer, schedule, seed=config.seed),
-        schedule=schedule,
+        optimizer=make_optimizer(
+            config.optimizer, schedule_of(steps), seed=config.seed
+        ),
+        schedule=schedule_of(steps),
         schedule_of=schedule_of,
         mesh=mesh,
         layout=layout,
@@ -131,30 +118,36 @@ def prepare(
     )
 
 
-def _soft_prompt(
-    config: TrainConfig, tokenizer: Any, architecture: Architecture
-) -> tuple[int, ...]:
-    """The tokens whose embeddings a new soft prompt starts from; none without one."""
-    given, text = config.soft_prompt, config.soft_prompt.text
-    if not given.given:
-        return ()
-    if text is not None:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not tokens:
-            raise InputError(f"--soft-prompt.text {text!r}: has no tokens")
-        length = given.length or len(tokens)
-        return tuple(tokens[n % len(tokens)] for n in range(length))
-    special, most = set(tokenizer.all_special_ids), architecture.vocab_size
-    usable = [n for n in range(min(len(tokenizer), most)) if n not in special]
-    draw, size = np.random.default_rng(config.seed).choice, given.length
-    return tuple(draw(usable, size, replace=(size or 0) > len(usable)).tolist())
+def _scorer(
+    config: TrainConfig,
+    objective: Objective,
+    model: Model | RewardModel,
+    soft_prompt: tuple[int, ...],
+    start: Weights,
+    reference: Reference | None,
+) -> Scorer:
+    return make_scorer(
+        model,
+        objective.scores,
+        statistics=objective.statistics,
+        heads=objective.heads,
+        chunk_size=config.logit_chunk,
+        num_models=objective.num_models,
+        trained=Trained(
+            train=config.train,
+            lora=config.lora,
+            soft_prompt=soft_prompt,
+            start=start,
+            reference=reference and reference.weights,
+            seed=config.seed,
+        ),
+    )
 
 
 def _order_and_layout(
     config: TrainConfig,
     splits: data.Splits,
     mesh: jax.sharding.Mesh,
-    row_length: int | Literal["auto"] | None,
     steps: int,
 ) -> tuple[data.Order, data.Layout]:
     """The order of the training pairs, and the layout of all batches."""
@@ -172,7 +165,7 @@ def _order_and_layout(
         share=share_of_rows(mesh),
         batch_size=config.batch_size,
         accumulation=config.accumulation,
-        row_length=row_length,
+        row_length=None if config.row_length == "none" else config.row_length,
         num_steps=steps,
     )
     return order, layout

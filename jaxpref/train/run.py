@@ -143,7 +143,7 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
             del begun, state
             state, _ = checkpoints.restore(task.abstract_state(), only=best.step)
         task.scorer.export(state.params, out / "export", task.export)
-        if "rewards" in task.objective.scores and (out / "export").exists():
+        if task.objective.trains_reward_model and (out / "export").exists():
             only_first_process(check_exported, out / "export")
         phases.mark("export")
         only_first_process(phases.write, out / "timings.json")

@@ -11,8 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpref import data
 from jaxpref.data.answer_text import decode_continuation
+from jaxpref.errors import InputError
 from jaxpref.files import open_to_append, write_whole
+from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.layout import num_parts
+from jaxpref.models.soft_prompt import SoftPrompt
 from jaxpref.sampling import Answers, generate, pad
 from jaxpref.sharding import ROWS, replicated
 from jaxpref.train.task import Task
@@ -36,19 +39,38 @@ class Samples:
           count: number of prompts; 0 to write nothing.
           tokens: maximum tokens of an answer.
           start: the step at which the run resumes; lines from then on are dropped.
+
+        Raises:
+          InputError: if there are no held-out pairs, or answers may be too long.
         """
         self._task, self._path, self._tokens = task, out / FILE, tokens
         heldout = task.datasets.splits.heldout
         _, first = np.unique(heldout.columns["prompt"], return_index=True)
         self._rows = sorted(first.tolist())[:count]
         self._ids = [str(heldout.ids[n]) for n in self._rows]
-        self._prompts = [heldout.prompt(n).tolist() for n in self._rows]
+        self._prompts = [heldout.context(n, 0).tolist() for n in self._rows]
         self._tokenizer: Any = None
+        if count:
+            self._check(count)
         if self._rows and jax.process_index() == 0 and self._path.exists():
-            lines = self._path.read_text("utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n")]
-            kept = [x for x in kept if json.loads(x)["step"] < start]
+            # Not splitlines: an answer may hold other line breaks.
+            lines = self._path.read_text("utf-8").split("\n")[:-1]
+            kept = [f"{x}\n" for x in lines if json.loads(x)["step"] < start]
             write_whole(self._path, "".join(kept))
+
+    def _check(self, count: int) -> None:
+        if not self._rows:
+            raise InputError(
+                f"--eval-samples {count}: there are no held-out pairs; hold some out, "
+                "or leave it out"
+            )
+        longest = max(map(len, self._prompts)) + self._tokens
+        limit = read_architecture(self._task.export.source).context_length
+        if longest > limit:
+            raise InputError(
+                f"--eval-sample-tokens {self._tokens}: with the longest prompt, these "
+                f"are {longest} tokens, but the model has {limit} positions"
+            )
 
     def write(self, step: int, params: Any, frozen: Any) -> None:
         """Answers all prompts with the current parameters, on all processes."""
@@ -58,9 +80,13 @@ class Samples:
         if jax.process_index() > 0:
             return
         source = self._task.export.source
+        part = getattr(self._task.scorer, "partition", None)
+        # Placeholders of a soft prompt stand for no text.
+        before = part.length if isinstance(part, SoftPrompt) else 0
         self._tokenizer = self._tokenizer or data.load_tokenizer(source)
         with open_to_append(self._path) as file:
             for n, (name, prompt) in enumerate(zip(self._ids, self._prompts)):
+                prompt = prompt[before:]
                 new = found.tokens[n, : found.counts[n]].tolist()
                 line = {
                     "step": step,
