@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxpref import losses
 from jaxpref.cli.objectives import FACTORIES, LOSSES
-from jaxpref.data.columns import missing_columns
+from jaxpref.data.columns import missing_columns, rated
 from jaxpref.models.logprobs import REFERENCE
 from jaxpref.objectives import Objective, from_loss
 
@@ -42,7 +42,6 @@ MOVING = ("logps", "log_ratios", "rewards")
 NOT_TRAINED = {
     "center_rewards": "a penalty to add to a loss of reward models in your own code",
     "degree_classification": "a term to add to a pairwise loss: `--objective spo`",
-    "general_preference": "needs embeddings of answers; reward models give numbers",
 }
 """Why some losses have no command; they can be called from other code."""
 
@@ -195,6 +194,8 @@ def record_of(objective: Objective) -> str:
         1: "`prompt`, `completion`",
         None: "`prompt`, `completions`, and `scores` or `ranks`",
     }[objective.kind.sides]
+    if rated(objective.reads):
+        return f"{fields}, and ratings by attribute"
     return fields + (", `label`" if "desirable" in objective.numbers else "")
 
 

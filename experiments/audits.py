@@ -25,8 +25,9 @@ Protocol
     a perfect audit has an AUROC below 1.  The default settings of the audit, with
     features of a language model with 260 thousand parameters, which reads at most 512
     tokens of prompt and answer; lengths are those of the whole texts.  How the judges
-    are weighted was chosen with seeds 100 to 102 on GSM8K, LLaMA-Factory, MT-bench, and
-    UKP.  The default seeds were used for nothing but the table.
+    are weighted, and how strongly reliabilities are shrunk, was chosen with seeds 100
+    to 102 on GSM8K, LLaMA-Factory, MT-bench, and UKP.  The default seeds were used for
+    the table, which first showed that the shrinkage was too weak, and for nothing else.
 
     AUROC: of the probability that a label is wrong, or of a baseline's score, for
     finding the flips.  The difference from a baseline is the mean over all draws of

@@ -25,6 +25,8 @@ EXCEPTIONS = {
     "sparse_po": "reads the layers of a transformer; this world's policies have none",
     "spo": "reads how much content answers have lost",
     "rationale": "reads rationales, which this world's pairs do not have",
+    "general_preference": "reads embeddings; this world's policies give numbers",
+    "attribute_regression": "reads ratings of several attributes",
     "center_rewards": "a penalty, which is added to a loss of reward models",
     **dict.fromkeys(("apo_zero_unpaired", "bco", "kto"), "reads labeled answers"),
     **dict.fromkeys(("irpo", "lipo_lambda", "plackett_luce"), "reads lists of answers"),

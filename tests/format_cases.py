@@ -245,6 +245,44 @@ CASES = (
         options={"pairs": "best-worst"},
     ),
     Case(
+        "chosen_lists",
+        "RewardBench 2 and RM-Bench: several right and several wrong answers. "
+        "`jaxpref evaluate` reads them as lists.",
+        {"prompt": "2 + 2?", "chosen": ["4"], "rejected": ["5"]},
+    ),
+    Case(
+        "judge_bench",
+        "JudgeBench.",
+        {
+            "source": "livebench-math",
+            "question": "2 + 2?",
+            "response_A": "5",
+            "response_B": "4",
+            "label": "B>A",
+        },
+    ),
+    Case(
+        "llmbar",
+        "LLMBar.",
+        {"input": "2 + 2?", "output_1": "4", "output_2": "5", "label": 1},
+    ),
+    Case(
+        "hhh",
+        "Anthropic's HHH evaluation.",
+        {"input": "2 + 2?", "targets": {"choices": ["4", "5"], "labels": [1, 0]}},
+    ),
+    Case(
+        "prefeval",
+        "PrefEval's multiple-choice questions; the first option is right. "
+        "`jaxpref evaluate` reads them as lists.",
+        {
+            "preference": "I like short answers.",
+            "question": "2 + 2?",
+            "classification_task_options": ["4", "The answer is 4."],
+        },
+        (Example("I like short answers.\n\n2 + 2?", ("4", "The answer is 4.")),),
+    ),
+    Case(
         "helpsteer2_preference",
         "HelpSteer2-Preference, from -3 (the first is better) to 3. `strength` is the "
         "absolute value; 0 is a tie.",

@@ -43,7 +43,7 @@ ALLOWED = {
         ARRAYS | {"numpy", "safetensors", "scipy", "tqdm"},
     ),
     "rewards": (
-        {"errors", "files", "data", "models", "runtime", "scoring"},
+        {"errors", "files", "noise", "data", "models", "runtime", "scoring"},
         {"jax", "jaxtyping", "numpy", "scipy"},
     ),
     "objectives": (
@@ -76,6 +76,7 @@ ALLOWED = {
             "losses",
             "noise",
             "data",
+            "rewards",
             "sampling",
             "scoring",
             "models",

@@ -14,6 +14,7 @@ from jaxpref.errors import InputError
 from jaxpref.models import RewardModel, build
 from jaxpref.models.folder import load_params
 from jaxpref.objectives import crm, from_loss
+from jaxpref.objectives.co_training import MEMORY, Progress, easiest, remember
 from jaxpref.objectives.inputs import Inputs
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
@@ -50,6 +51,11 @@ def of_weights(params, batch):
     return Scored(found, {"one": {}, "two": {}})
 
 
+def after_steps(steps, memory=0):
+    """The state after some steps; `memory` margins that are not known yet."""
+    return Progress(jnp.int32(steps), jnp.full((2, memory), jnp.nan))
+
+
 def softplus_slope(margin):
     return -expit(-margin)
 
@@ -60,7 +66,7 @@ def test_each_model_learns_what_the_other_finds_easy(pairs, steps):  # noqa: F81
     rng = np.random.default_rng(steps)
     rewards = {name: rng.normal(size=(8, 2)) for name in ("one", "two")}
     objective = crm(losses.bradley_terry, noise_rate=0.4, ramp_steps=5)
-    state = jnp.int32(steps)
+    state = after_steps(steps)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rewards)
     find = jax.jit(functools.partial(gradient, objective, of_weights))
     grads, after, metrics = find(params, batch, state)
@@ -77,9 +83,69 @@ def test_each_model_learns_what_the_other_finds_easy(pairs, steps):  # noqa: F81
         np.testing.assert_allclose(grads[name], expected, atol=1e-6)
         loss += np.log1p(np.exp(-margins[name]))[chosen].mean()
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
-    assert int(after) == steps + 1
+    assert int(after.steps) == steps + 1
     agreement = np.mean((margins["one"] > 0) == (margins["two"] > 0))
     assert float(metrics["crm/agreement"]) == pytest.approx(agreement)
+
+
+def easiest_sums(sums, latest, share):
+    """Which of a batch's sums are among the largest of them and the latest."""
+    every = np.concatenate([latest[~np.isnan(latest)], sums])
+    count = round(share * len(every))
+    return sums >= np.sort(every)[::-1][count - 1]
+
+
+@pytest.mark.parametrize("peer_review", [True, False])
+@pytest.mark.parametrize("steps", [3, 6])
+def test_the_curriculum_admits_from_easy_to_hard(pairs, steps, peer_review):  # noqa: F811
+    """Four steps are an epoch; the first has no curriculum."""
+    batch = first_batch(pairs)
+    rng = np.random.default_rng(steps)
+    rewards = {name: rng.normal(size=(8, 2)) for name in ("one", "two")}
+    latest = rng.normal(size=(2, 20)).astype(np.float32)
+    latest[:, :7] = np.nan  # not known yet
+    objective = crm(
+        losses.bradley_terry,
+        noise_rate=0.25,
+        ramp_steps=2,
+        peer_review=peer_review,
+        epoch_steps=4,
+    )
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rewards)
+    state = Progress(jnp.int32(steps), jnp.asarray(latest))
+    find = jax.jit(functools.partial(gradient, objective, of_weights))
+    grads, after, metrics = find(params, batch, state)
+    margins = {name: x[:, 0] - x[:, 1] for name, x in rewards.items()}
+    share = 1.0 if steps < 4 else 0.5 + steps % 4 / 8
+    sums = margins["one"] + margins["two"]
+    share *= 1.0 if peer_review else 0.75
+    admitted = easiest_sums(sums, latest.sum(0), share)
+    kept = []
+    for name, other in (("one", "two"), ("two", "one")):
+        chosen = admitted.copy()
+        if peer_review:
+            chosen &= np.isin(np.arange(8), np.argsort(-margins[other])[:6])
+        slope = np.where(chosen, softplus_slope(margins[name]), 0) / chosen.sum()
+        expected = np.stack([slope, -slope], axis=1)
+        np.testing.assert_allclose(grads[name], expected, atol=1e-6)
+        kept.append(chosen.mean())
+    assert float(metrics["crm/kept"]) == pytest.approx(np.mean(kept))
+    new = np.stack([margins["one"], margins["two"]])
+    np.testing.assert_allclose(after.latest[:, -8:], new, rtol=1e-5)
+    np.testing.assert_array_equal(after.latest[:, :-8], latest[:, 8:])
+
+
+def test_a_run_begins_without_margins(pairs):  # noqa: F811
+    options = {"noise_rate": 0.25, "ramp_steps": 2}
+    plain = crm(losses.bradley_terry, **options).init(0)
+    assert int(plain.steps) == 0 and plain.latest.shape == (2, 0)
+    new = crm(losses.bradley_terry, epoch_steps=4, **options).init(0)
+    assert new.latest.shape == (2, MEMORY) and np.isnan(new.latest).all()
+    # Nothing is known: the batch is ranked alone.
+    margins = [jnp.arange(4.0), jnp.arange(4.0)]
+    real = jnp.array([True, True, True, False])
+    found = easiest(margins, real, new.latest, share=jnp.float32(0.67))
+    np.testing.assert_array_equal(found, [False, True, True, False])
 
 
 def test_with_nothing_to_drop_two_models_train_alone(pairs):  # noqa: F811
@@ -88,7 +154,7 @@ def test_with_nothing_to_drop_two_models_train_alone(pairs):  # noqa: F811
     params = {n: jnp.asarray(rng.normal(size=(8, 2)), jnp.float32) for n in "ab"}
     both = {"one": params["a"], "two": params["b"]}
     objective = crm(losses.bradley_terry, noise_rate=0.0, ramp_steps=1)
-    found, _, _ = gradient(objective, of_weights, both, batch, jnp.int32(1))
+    found, _, _ = gradient(objective, of_weights, both, batch, after_steps(1))
     shaped = lambda p, micro: p.reshape(*micro.pair_index.shape, 2)
     alone = lambda p, micro: Scored({"rewards": shaped(p, micro)}, {})
     plain = from_loss(losses.bradley_terry)
@@ -107,15 +173,22 @@ def test_evaluation_is_the_first_models_loss_on_all_pairs(pairs):  # noqa: F811
     objective = crm(losses.bradley_terry, noise_rate=0.4, ramp_steps=5)
     expected = np.log1p(np.exp(rewards[..., 1] - rewards[..., 0]))
     for steps in (0, 1, 50):
-        found, _ = objective.evaluation(Inputs(scores, batch), jnp.int32(steps))
+        found, _ = objective.evaluation(Inputs(scores, batch), after_steps(steps))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def steps_of(pairs, *, sizes=(1, 1, 1), accumulation=1, loss="rewards"):  # noqa: F811
+def steps_of(
+    pairs,  # noqa: F811
+    *,
+    sizes=(1, 1, 1),
+    accumulation=1,
+    loss="rewards",
+    epoch_steps=0,
+):
     """Losses of three steps, and the parameters of both models."""
     dpo = loss == "dpo"
     base = DPO if dpo else losses.bradley_terry
-    objective = crm(base, noise_rate=0.25, ramp_steps=2)
+    objective = crm(base, noise_rate=0.25, ramp_steps=2, epoch_steps=epoch_steps)
     optimizer = OptimizerConfig(learning_rate=1e-2, decay=Decay.CONSTANT)
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
@@ -159,8 +232,16 @@ def test_layout_does_not_change_what_is_chosen(pairs, sizes, accumulation):  # n
     np.testing.assert_allclose(split, whole, rtol=1e-4)
 
 
-def test_two_equal_policies_part(pairs):  # noqa: F811
-    _, params = steps_of(pairs, loss="dpo")
+@pytest.mark.slow
+def test_layout_does_not_change_the_curriculum(pairs):  # noqa: F811
+    whole, _ = steps_of(pairs, epoch_steps=2)
+    split, _ = steps_of(pairs, epoch_steps=2, sizes=(4, 1, 2), accumulation=2)
+    np.testing.assert_allclose(split, whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize("epoch_steps", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_equal_policies_part(pairs, epoch_steps):  # noqa: F811
+    _, params = steps_of(pairs, loss="dpo", epoch_steps=epoch_steps)
     gaps = jax.tree.map(lambda a, b: abs(a - b).max(), params["one"], params["two"])
     assert min(jax.tree.leaves(gaps)) > 1e-4
 
@@ -172,6 +253,8 @@ def test_two_equal_policies_part(pairs):  # noqa: F811
         ({"noise_rate": -0.1}, "noise_rate -0.1"),
         ({"noise_rate": 0.2, "ramp_steps": 0.0}, "ramp_steps 0.0"),
         ({"noise_rate": 0.2, "ramp_steps": math.inf}, "ramp_steps inf"),
+        ({"noise_rate": 0.2, "epoch_steps": -1}, "epoch_steps -1"),
+        ({"noise_rate": 0.2, "peer_review": False}, "peer_review false: give epoch"),
         ({"noise_rate": 0.2, "loss": functools.partial(BASE, gamma=1.0)}, "gamma"),
     ],
 )
@@ -199,3 +282,12 @@ def test_a_run_exports_both_models(tmp_path, loss):
     assert export == tmp_path / "run" / "export"
     gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), one, two)
     assert min(jax.tree.leaves(gaps)) > 0
+
+
+def test_slots_without_a_pair_push_no_pair_out():
+    latest = jnp.array([[jnp.nan, jnp.nan, 1.0, 2.0]] * 2)
+    real = jnp.array([True, False, False, False])
+    margins = jnp.array([3.0, 9.0, 9.0, 9.0]), jnp.array([4.0, 9.0, 9.0, 9.0])
+    found = remember(margins, real, latest)
+    np.testing.assert_array_equal(found[0], [jnp.nan, 1, 2, 3])
+    np.testing.assert_array_equal(found[1], [jnp.nan, 1, 2, 4])

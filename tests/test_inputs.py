@@ -33,9 +33,12 @@ THE_READERS_OWN = {
     *("MODEL", "M", "DIR", "FILE", "X", "pairs.jsonl", "heldout.jsonl"),
     *("traces.jsonl", "answers.jsonl", "lists.jsonl", "documents.jsonl"),
     *("hindsight.jsonl", "prompts.jsonl", "scored.jsonl", "solutions.jsonl"),
+    "steered.jsonl",
+    "hf",  # what lm-evaluation-harness calls the folder of a model
     "runs/pretrained/export",
     *("a.jsonl", "a.jsonl:0.7", "b.jsonl:0.3"),
     *("runs/data/pairs.jsonl", "runs/mine/export"),
+    *("runs/general/export", "runs/attributes/export", "runs/helpful/export"),
     *("runs/reward/export", "runs/lora/export", "runs/audit/clean.jsonl"),
 }
 SIZES = {*PRESETS, "smollm-135m-2-layers"}

@@ -270,6 +270,7 @@ def test_the_command_line_has_every_loss_that_records_can_feed():
     }
     of_rewards = {"bradley_terry", "margin_bradley_terry", "scaled_bradley_terry"}
     of_rewards |= {"rao_kupper", "davidson", "reward_regression"}
+    of_rewards |= {"attribute_regression", "general_preference"}
     of_answers = {"kto", "bco", "apo_zero_unpaired"}
     of_lists = {"plackett_luce", "lipo_lambda", "irpo"}
     of_tokens = {"align_distil", "sparse_po"}

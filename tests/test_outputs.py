@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxpref import cli
-from jaxpref.evaluate import pairs
+from jaxpref.evaluate import evaluation
 from jaxpref.files import LOCK
 from jaxpref.runtime import run_folder
 from jaxpref.runtime.run_folder import locked
@@ -94,7 +94,7 @@ def state(folder: Path) -> dict[str, bytes | None]:
     return {
         str(path): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
-        if path.name not in (LOCK, pairs.LOCK, "new")
+        if path.name not in (LOCK, evaluation.LOCK, "new")
     }
 
 
@@ -118,7 +118,7 @@ def test_two_commands_that_write_to_one_folder(folder, monkeypatch, capsys, comm
     argv = ["jaxpref", command, *f"{MODEL} {DATA} --out new".split()]
     Path("new").mkdir()
     monkeypatch.setattr(sys, "argv", argv)
-    name = pairs.LOCK if command == "evaluate" else LOCK
+    name = evaluation.LOCK if command == "evaluate" else LOCK
     with locked(Path("new"), name):
         holder = json.loads(Path("new", name).read_text())
         with pytest.raises(SystemExit) as ended:

@@ -17,7 +17,7 @@ from jaxpref.data.noise import flip_pairs
 from jaxpref.data.records import PROMPTS_DIFFER, Example, parse
 from jaxpref.data.shared_prompts import count_shared
 from jaxpref.errors import InputError
-from jaxpref.evaluate import pairs as evaluate
+from jaxpref.evaluate import evaluation as evaluate
 from jaxpref.evaluate.audit_records import cleaned, named_annotators
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.objectives import bco, from_loss

@@ -103,7 +103,7 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
         "--objective em --objective.prior-right 4",
         "--objective crm --objective.noise-rate 0.2",
         "--objective bvpo --objective.alpha auto --objective.noise em",
-        "--loss bradley_terry",
+        "--loss bradley_terry --head.kind mlp",
         "--soft-prompt.length 4",
     ],
 )
@@ -128,6 +128,13 @@ def test_plans_of_losses_and_objectives(options, tmp_path, monkeypatch):
         assert held["parameters"] == 4 * 4 * tiny_config().hidden_size < held["frozen"]
     if "bradley" in options:
         assert found["decode"] is None  # a reward model generates nothing
+        c = tiny_config()
+        D, K, L = c.hidden_size, c.head_dim, c.num_layers
+        layer = D * K * 2 * (c.num_heads + c.num_kv_heads)
+        layer += 3 * D * c.intermediate_size
+        head = D * D + D  # on every device, like the norms
+        shared = (c.vocab_size * D + L * layer) // 8
+        assert held["parameters"] == 4 * (shared + D * (2 * L + 1) + head)
     else:
         # The sampler has one model; the step of a co-trained pair has two.
         share = found["decode"]["argument"] / held["parameters"]

@@ -19,7 +19,7 @@ from jaxpref.errors import InputError
 from jaxpref.models import Numerics, RewardModel, build
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import is_reward_model, read_architecture
-from jaxpref.models.reward import Padding, mc_rewards, padding_of
+from jaxpref.models.reward import Padding, padding_of
 from jaxpref.objectives import Objective, em, from_loss
 from jaxpref.runtime.mesh import to_global
 from jaxpref.scoring import make_scorer
@@ -81,7 +81,7 @@ def test_a_score_is_the_head_on_the_last_real_state(model, params):
 
 def test_scores_are_read_where_asked(model, params):
     at = np.array([[0, 6], [2, 1]])
-    found, _ = model.rewards_and_router(params, TOKENS[:2], at)
+    found, _ = model.numbers_and_router(params, TOKENS[:2], at)
     for row in range(2):
         for place in range(2):
             alone = model.rewards(params, TOKENS[[row]], at[[row], place] + 1)
@@ -113,11 +113,8 @@ def test_a_mesh_gives_the_same_scores_and_slopes(model, params, sizes):
     expected = both(params)
     with jax.set_mesh(mesh_of(*sizes)):
         found = both(tiny_params(model))
-        dropped = mc_rewards(model, tiny_params(model), TOKENS, LENGTHS, KEY)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    alone = mc_rewards(model, params, TOKENS, LENGTHS, KEY)
-    np.testing.assert_allclose(dropped, alone, rtol=1e-4, atol=1e-5)
 
 
 # --- the head to begin with
@@ -127,7 +124,7 @@ KEY = jax.random.key(3)
 
 def test_a_new_head_is_small_and_belongs_to_its_key():
     wide = RewardModel(tiny_config(hidden_size=4096))
-    heads = [wide.new_score(jax.random.key(seed)) for seed in (0, 0, 1)]
+    heads = [wide.new_head(jax.random.key(seed))["score"] for seed in (0, 0, 1)]
     np.testing.assert_array_equal(heads[0], heads[1])
     assert abs(np.corrcoef(heads[0][:, 0], heads[2][:, 0])[0, 1]) < 0.1
     # The standard error of a standard deviation of n normals is sigma / sqrt(2 n).
@@ -140,39 +137,6 @@ def test_init_is_a_backbone_and_a_head(model):
     assert params["score"].shape == (16, 1)
     half = RewardModel(tiny_config(), Numerics(param_dtype="bfloat16")).init(KEY)
     assert {str(x.dtype) for x in jax.tree.leaves(half)} == {"bfloat16"}
-
-
-# --- dropout
-
-
-def test_dropout_passes_scatter_around_the_score(model, params):
-    rate, passes = 0.25, 4000
-    draw = jax.jit(
-        lambda key: mc_rewards(
-            model, params, TOKENS, LENGTHS, key, rate=rate, passes=passes
-        )
-    )
-    found = np.asarray(draw(KEY), np.float64)
-    assert found.shape == (passes, 8)
-    exact = np.asarray(model.rewards(params, TOKENS, LENGTHS))
-    states = np.asarray(model.hidden(params, TOKENS))[np.arange(8), LENGTHS - 1]
-    terms = states * np.asarray(params["score"])[:, 0]
-    spread = np.sqrt(rate / (1 - rate) * (terms**2).sum(1))
-    # Four standard errors of a mean and of a standard deviation.
-    np.testing.assert_array_less(abs(found.mean(0) - exact), 4 * spread / passes**0.5)
-    np.testing.assert_allclose(found.std(0), spread, rtol=4 / passes**0.5)
-    rows = np.corrcoef(found.T)[~np.eye(8, dtype=bool)]
-    assert abs(rows).max() < 4.5 / passes**0.5
-    np.testing.assert_array_equal(draw(KEY), found.astype(np.float32))
-
-
-def test_no_dropout_is_the_score(model, params):
-    found = mc_rewards(model, params, TOKENS, LENGTHS, KEY, rate=0.0, passes=2)
-    exact = model.rewards(params, TOKENS, LENGTHS)
-    np.testing.assert_allclose(found, [exact, exact], atol=1e-6)
-    for wrong in ({"rate": 1.0}, {"rate": -0.1}, {"passes": 0}):
-        with pytest.raises(ValueError, match="Expected (rate|passes)"):
-            mc_rewards(model, params, TOKENS, LENGTHS, KEY, **wrong)
 
 
 # --- folders
@@ -218,7 +182,9 @@ def test_a_language_model_gives_its_backbone_and_a_new_head(tmp_path, tied):
     save(tmp_path / "lm", lm, of_lm)
     assert not is_reward_model(tmp_path / "lm")
     params = load_params(tmp_path / "lm", model, KEY)
-    np.testing.assert_array_equal(params["score"], jax.jit(model.new_score)(KEY))
+    np.testing.assert_array_equal(
+        params["score"], jax.jit(model.new_head)(KEY)["score"]
+    )
     for name in ("embed", "layers", "norm"):
         assert_same(params[name], of_lm[name])
     # A reward model's own head stays.

@@ -97,6 +97,21 @@ def test_lists_pairs_and_single_answers(tmp_path):
     assert found[3]["answers"] == [{**records[3]["answers"][0], "score": 1}]
 
 
+def test_records_that_cannot_be_read(tmp_path, capsys):
+    records = [
+        {"prompt": "p", "chosen": "a b", "rejected": ""},
+        {"prompt": "p", "chosen": "a b", "rejected": "a"},
+    ]
+    with pytest.raises(SystemExit):
+        score(tmp_path, records, "--reward", "rule:words")
+    error = capsys.readouterr().err
+    assert "row 1" in error and "empty" in error
+    words = ["--reward", "rule:words", "--on-bad-row", "skip"]
+    (found,) = score(tmp_path, records, *words)
+    assert (found["chosen_score"], found["rejected_score"]) == (2, 1)
+    assert "1 malformed rows skipped" in capsys.readouterr().out
+
+
 def test_scored_samples_become_pairs(tmp_path):
     records = [{"prompt": "p", "completions": ["a", "a b", "a b c"]}]
     score(tmp_path, records, "--reward", "rule:words")
@@ -218,6 +233,14 @@ def test_multipliers_against_a_general_solver():
     policy = [softmax((a + found[0] * b) / beta) for a, b in zip(first, second)]
     means = [np.mean([p @ x for p, x in zip(policy, r)]) for r in (second, third)]
     assert math.isclose(means[0], limits[0], abs_tol=1e-5) and means[1] > limits[1]
+    # Rewards of a few units at a small beta: the dual has nearly a kink.
+    rng = np.random.default_rng(8)
+    for _ in range(40):
+        first, second = (rng.normal(size=(6, 4)) * 5 for _ in range(2))
+        limit = float(rng.uniform(0, 0.9) * second.max(axis=1).mean())
+        found = rewards.lagrange_multipliers(first, [second], (limit,), beta=0.05)
+        policy = softmax((first + found[0] * second) / 0.05, axis=1)
+        assert (policy * second).sum(axis=1).mean() > limit - 1e-3
     with pytest.raises(ValueError, match="no choice of answers"):
         rewards.lagrange_multipliers(first, [second], (9.0,), beta=beta)
 

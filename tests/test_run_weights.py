@@ -12,10 +12,10 @@ import pytest
 from jaxpref import losses
 from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
+from jaxpref.evaluate.evaluation import run as evaluate
 from jaxpref.evaluate.generations import SampleConfig
 from jaxpref.evaluate.generations import run as sample
 from jaxpref.evaluate.pairs import EvaluateConfig
-from jaxpref.evaluate.pairs import run as evaluate
 from jaxpref.models import RewardModel, build
 from jaxpref.models.folder import load_params
 from jaxpref.models.lora import LoraOptions

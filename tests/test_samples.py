@@ -23,7 +23,13 @@ from jaxpref.train.prepare import prepare
 from tests.test_guard import config_for, inputs  # noqa: F401
 
 
-@pytest.mark.parametrize("lora", [LoraOptions(), LoraOptions(rank=2)])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param(LoraOptions(), id="full", marks=pytest.mark.slow),
+        pytest.param(LoraOptions(rank=2), id="lora"),
+    ],
+)
 def test_answers_are_those_of_the_exported_model(inputs, tmp_path, lora):  # noqa: F811
     options = dict(
         eval_every=2,
@@ -76,17 +82,18 @@ def test_the_report_shows_answers_side_by_side(tmp_path):
     path = tmp_path / "samples.jsonl"
     assert samples_section(path) is None
     lines = [
-        {"step": step, "id": id, "prompt": f"ask {id}", "output": f"<{id}{step}>"}
+        {"step": step, "id": id, "prompt": "ask\u2028" + id, "output": f"<{id}{step}>"}
         | {"logp": -step / 2, "ended": step < 4}
         for step in range(5)
         for id in "ab"
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    encode = lambda line: json.dumps(line, ensure_ascii=False)
+    text = "".join(encode(line) + "\n" for line in lines)
     path.write_text(text + '{"step": ')  # killed
     section = samples_section(path)
     assert section is not None
     _, first, second = section.parts
-    assert (first.above, second.above) == ("ask a", "ask b")
+    assert (first.above, second.above) == ("ask\u2028a", "ask\u2028b")
     assert second.columns == [
         ("Step 0 (0.0)", "<b0>"),
         ("Step 2 (-1.0)", "<b2>"),

@@ -10,7 +10,7 @@ from jaxpref import losses
 from jaxpref.data import DataOptions, ListSource, load_tokenizer, make_splits
 from jaxpref.data import tokenizers as comparison
 from jaxpref.errors import InputError
-from jaxpref.evaluate import pairs as evaluate
+from jaxpref.evaluate import evaluation as evaluate
 from jaxpref.objectives import from_loss
 from jaxpref.train import TrainConfig
 from jaxpref.train.prepare import prepare

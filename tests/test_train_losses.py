@@ -17,6 +17,7 @@ FAST = {"dr_dpo", "rdpo"}
 
 REQUIRED = {
     "alpha_dpo": {"alpha": 0.5},
+    "attribute_regression": {"attributes": "helpfulness,verbosity"},
     "cdpo": {"flip_rate": 0.2},
     "chi_po": {"max_reward": 2.0},
     "flex_dpo": {"chosen_beta": 0.1, "rejected_beta": 0.05},
@@ -37,7 +38,7 @@ COLUMNS = {
 """What is read of the records beside the order."""
 
 
-ANSWERS = {"kto", "bco", "apo_zero_unpaired"}
+ANSWERS = {"kto", "bco", "apo_zero_unpaired", "attribute_regression"}
 LIVE = {"tdpo1", "tdpo2", "sparse_po", "align_distil"}
 """Losses that read the full distributions of other models."""
 LISTS = {"plackett_luce", "lipo_lambda", "irpo"}
@@ -57,8 +58,15 @@ def other_records(name, source, path):
             records.append({"prompt": prompt, **answers})
         else:
             answer = (worse, better)[n % 2]
-            records.append({"prompt": prompt, "completion": answer, "label": n % 2})
+            records.append({"prompt": prompt, "completion": answer, **about(name, n)})
     return write_records(path, records)
+
+
+def about(name, n):
+    """A label or ratings of the answer."""
+    if name == "attribute_regression":
+        return {"helpfulness": n % 5, "verbosity": n % 3}
+    return {"label": n % 2}
 
 
 def labeled(source, fields, path):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +236,35 @@ def test_reward_regression_rejects_invalid_arguments():
         loss(jnp.zeros(2), jnp.zeros(3))
     with pytest.raises(TypeError, match="rewards to be floating point, got int32"):
         loss(jnp.zeros(2, int), jnp.zeros(2))
+
+
+def test_attribute_regression_averages_over_what_is_rated():
+    rng = np.random.default_rng(0)
+    found, ratings = rng.normal(size=(2, 6, 4))
+    ratings[rng.random((6, 4)) < 0.4] = np.nan
+    ratings[2] = np.nan  # no rating at all
+    ratings[3] = 1.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mean of nothing
+        expected = np.nan_to_num(np.nanmean((found - ratings) ** 2, axis=1))
+    arrays = on_device([found, ratings], jnp.float32)
+    np.testing.assert_allclose(
+        jax.jit(losses.attribute_regression)(*arrays), expected, rtol=1e-5
+    )
+    gradient = jax.grad(lambda x: losses.attribute_regression(x, arrays[1]).sum())(
+        arrays[0]
+    )
+    there = ~np.isnan(ratings)
+    counts = np.maximum(there.sum(1, keepdims=True), 1)
+    expected = np.where(there, 2 * (found - np.nan_to_num(ratings)), 0) / counts
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    whole = losses.attribute_regression(arrays[0][3:4, :1], arrays[1][3:4, :1])
+    single = losses.reward_regression(arrays[0][3:4, 0], arrays[1][3:4, 0])
+    np.testing.assert_allclose(whole, single, rtol=1e-6)
+    with pytest.raises(ValueError, match="one shape"):
+        inspect.unwrap(losses.attribute_regression)(
+            jnp.zeros((2, 3)), jnp.zeros((2, 4))
+        )
 
 
 # General preferences.

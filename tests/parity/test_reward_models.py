@@ -1,7 +1,9 @@
 """Reward models against transformers' sequence classifiers on torch."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +18,10 @@ from jaxpref.models import RewardModel
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.reward import Padding, padding_of
+from jaxpref.models.reward_head import Head
+from tests.tiny import tiny_config, tiny_params
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.parity
 
@@ -164,3 +170,42 @@ def test_a_trained_chat_model_is_scored_alike_by_everybody(
         found = [row[f"rewards_{side}"] for row in ours]
         assert np.std(theirs) > 0.01
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
+
+
+HEADS = {
+    "ratings": Head(attributes=("helpful", "short", "kind")),
+    "embedding": Head(embedding=4, temperature=0.5),
+    "two layers": Head("mlp"),
+    "embedding of two layers": Head("mlp", embedding=6),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_documented_reader_gives_the_same_numbers(name, tmp_path):
+    page = (ROOT / "docs" / "reward_models.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    reader = {}
+    exec(code, reader)
+    model = RewardModel(tiny_config(), head=HEADS[name])
+    params = tiny_params(model)
+    save(tmp_path / "m", model, params, max_file_bytes=4000)
+    tokens, at = sequences(32), (LENGTHS - 1)[:, None]
+    ours, _ = jax.jit(model.numbers_and_router)(params, tokens, at)
+    backbone, head = reader["read_reward_model"](tmp_path / "m")
+    with torch.no_grad():
+        # Nothing after an answer's last token affects its state.
+        states = backbone.eval()(torch.tensor(tokens)).last_hidden_state
+        found = head(states[torch.arange(4), torch.tensor(at[:, 0])])
+    np.testing.assert_allclose(ours[:, 0], found.numpy(), rtol=0, atol=1e-5)
+    if model.head.layers == "linear":
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        theirs = load(tmp_path / "m", dtype=torch.float32)
+        names = tuple(theirs.config.id2label.values())
+        assert len(names) == model.head.size
+        assert names == model.head.attributes or not model.head.attributes
+        with torch.no_grad():
+            logits = theirs.score(states[torch.arange(4), torch.tensor(at[:, 0])])
+        raw = logits.numpy()
+        if model.head.embedding:
+            raw = raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+        np.testing.assert_allclose(ours[:, 0], raw, rtol=0, atol=1e-5)
