@@ -123,6 +123,20 @@ def test_inspect_prints_and_writes_a_page(tmp_path, monkeypatch, capsys):
     assert open_source("pairs.jsonl")[0] == record
 
 
+def test_inspect_reads_what_the_first_record_is(tmp_path, monkeypatch, capsys):
+    make_model_folder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": "I saw", "completion": f" a film {n}", "label": n < 2}
+        for n in range(4)
+    ]
+    (tmp_path / "kto.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    cli.main("data inspect kto.jsonl --model model".split())
+    printed = capsys.readouterr().out
+    assert "completion, label, prompt" in printed
+    assert "kto.jsonl row 3\n--- prompt, " in printed and "--- answer, " in printed
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.array_record"])
 def test_converted_files_hold_the_same_records(tmp_path, name):
     pytest.importorskip("array_record" if "array" in name else "pyarrow")

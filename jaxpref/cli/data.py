@@ -50,9 +50,10 @@ class InspectConfig:
     model: str
     """Hugging Face model folder or Hub ID, whose tokenizer and chat template are
     used."""
-    kind: Literal["pairs", "answers", "labeled", "lists"] = "pairs"
+    kind: Literal["pairs", "answers", "labeled", "lists"] | None = None
     """What is read of each record: a pair; one answer, as for `--loss sft`; an answer
-    with a label, as for `--loss kto`; or a list, as for `--loss plackett_luce`."""
+    with a label, as for `--loss kto`; or a list, as for `--loss plackett_luce`
+    (default: what the first record is, but never answers)."""
     out: str | None = None
     """HTML page to write.  By default, nothing is written."""
     show: int = 3
@@ -200,7 +201,7 @@ def _inspect(parsed: Any) -> None:
     options = data.for_model(parsed.options, length)
     # Everything is inspected, whatever a run would hold out.
     options = dataclasses.replace(options, heldout_fraction=0.0)
-    kind = KINDS[config.kind]
+    kind = KINDS[config.kind] if config.kind else data.first_kind(config.data, options)
     source = data.open_records(config.data, options, sides=kind.sides)
     splits = data.make_splits(
         source,

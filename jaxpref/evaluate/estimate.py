@@ -26,11 +26,13 @@ CERTAIN = 100
 CLEAN = 0.1
 """A flip rate that may be 0 is identified if its interval ends below this."""
 ASSUMED = 100
-"""Pseudo-votes per annotator if the mean reliability is assumed.  With fewer, those
-with some thirty labels seem to differ by chance, and the ranking of the labels is worse
-than by the margins alone (`experiments.audits`, development seeds)."""
+"""Pseudo-votes per annotator if the mean reliability is assumed and most pairs have a
+single vote.  With fewer, those with some thirty labels seem to differ by chance, and
+the ranking of the labels is worse than by the margins alone (`experiments.audits`,
+development seeds)."""
 KNOWN = 10
-"""The same if verified labels determine the mean reliability."""
+"""The same if most votes share their pair with others, or verified labels determine the
+mean reliability: then a few votes say much about an annotator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,9 @@ def estimate(
         prior = _prior(assumed_flip_rate, CERTAIN * len(margins))
         temperature = _temperature(z, votes, prior) if margins.any() else 1.0
         if num_annotators > 1:
-            prior = _prior(assumed_flip_rate, ASSUMED)
+            _, index, sizes = np.unique(items, return_inverse=True, return_counts=True)
+            shared = np.mean(sizes[index] > 1)
+            prior = _prior(assumed_flip_rate, KNOWN if shared > 0.5 else ASSUMED)
     elif votes and num_annotators == 1:
         prior = _prior(pooled.rate, CERTAIN * len(margins))
     z = z / temperature

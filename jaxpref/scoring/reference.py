@@ -55,7 +55,7 @@ SCORED_BY = (
     "data/**/*.py",
     "losses/_sequence.py",
     "models/**/*.py",
-    "scoring/[dht]*.py",
+    "scoring/[dfht]*.py",
     "scoring/*scorer.py",
     "scoring/micro_batches.py",
     "scoring/score[_s]*.py",

@@ -38,6 +38,8 @@ def _several(record: Record, where: str, rules: PairRules) -> list[Rewritten]:
     answers, scores = [], []
     for name, score in (("chosen", 1.0), ("rejected", 0.0)):
         found = listed(field(record, name, where), f"{where}: field '{name}'")
+        if not found:
+            raise InputError(f"{where}: field '{name}' must have at least one answer")
         answers += [(f"{name} {n + 1}", x) for n, x in enumerate(found)]
         scores += [score] * len(found)
     prompt = "prompt", field(record, "prompt", where)
