@@ -56,7 +56,7 @@ def after_steps(steps, memory=0):
     return Progress(jnp.int32(steps), jnp.full((2, memory), jnp.nan))
 
 
-def softplus_slope(margin):
+def softplus_derivative(margin):
     return -expit(-margin)
 
 
@@ -78,8 +78,9 @@ def test_each_model_learns_what_the_other_finds_easy(pairs, steps):  # noqa: F81
         chosen[np.argsort(-margins[other])[:keep]] = True
         if steps < 5:
             chosen &= (np.arange(8) + steps) % 2 == parity
-        slope = np.where(chosen, softplus_slope(margins[name]), 0) / chosen.sum()
-        expected = np.stack([slope, -slope], axis=1)
+        each = np.where(chosen, softplus_derivative(margins[name]), 0)
+        each = each / chosen.sum()
+        expected = np.stack([each, -each], axis=1)
         np.testing.assert_allclose(grads[name], expected, atol=1e-6)
         loss += np.log1p(np.exp(-margins[name]))[chosen].mean()
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
@@ -125,8 +126,9 @@ def test_the_curriculum_admits_from_easy_to_hard(pairs, steps, peer_review):  # 
         chosen = admitted.copy()
         if peer_review:
             chosen &= np.isin(np.arange(8), np.argsort(-margins[other])[:6])
-        slope = np.where(chosen, softplus_slope(margins[name]), 0) / chosen.sum()
-        expected = np.stack([slope, -slope], axis=1)
+        each = np.where(chosen, softplus_derivative(margins[name]), 0)
+        each = each / chosen.sum()
+        expected = np.stack([each, -each], axis=1)
         np.testing.assert_allclose(grads[name], expected, atol=1e-6)
         kept.append(chosen.mean())
     assert float(metrics["crm/kept"]) == pytest.approx(np.mean(kept))

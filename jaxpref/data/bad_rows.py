@@ -2,10 +2,11 @@
 
 import collections
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from jaxpref.data.sources import Source
 from jaxpref.errors import InputError
 from jaxpref.files import write_whole
 from jaxpref.runtime.processes import log, only_first_process
@@ -71,6 +72,25 @@ class BadRows:
                 each = lambda n: lambda: read([n])[0]
                 return [self.attempt(each(n), x) for n, x in enumerate(places)]
         return [*read(range(len(places)))]
+
+
+def read_rows(
+    source: Source, read: Callable[[Any, str], T], on_bad_row: str
+) -> Iterator[tuple[str, T]]:
+    """The place of each row, and what `read(record, place)` returns for it.
+
+    Malformed rows that are skipped are left out, and counted in the log at the end.
+
+    Raises:
+      InputError: if a row is malformed and not to be skipped.
+    """
+    bad = BadRows(on_bad_row)
+    for row in range(len(source)):
+        place = source.location(row)
+        one = bad.attempt(lambda row=row, place=place: read(source[row], place), place)
+        if one is not None:
+            yield place, one
+    log_skipped(bad.found)
 
 
 def describe(rows: Sequence[BadRow]) -> list[str]:

@@ -7,10 +7,11 @@ records with one completion each.  Both orders are written, so that the model is
 trained to give a good answer at once, which is how it is sampled.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-from jaxpref.data.bad_rows import BadRows, log_skipped
+from jaxpref.data.bad_rows import read_rows
 from jaxpref.data.record_options import RecordOptions
 from jaxpref.data.records import Example, parse
 from jaxpref.data.sources import Source
@@ -37,22 +38,15 @@ def all_hindsight_records(
     Raises:
       InputError: if a pair is malformed and not to be skipped.
     """
-    bad, found, dropped = BadRows(options.on_bad_row), [], 0
-    for row in range(len(source)):
-        place = source.location(row)
-        read = lambda row=row, place=place: parse(
-            source[row],
-            place,
-            sides=2,
-            drop_empty=True,
-            ignore_fields=options.ignore_fields,
-        )
-        example = bad.attempt(read, place)
+    read = functools.partial(
+        parse, sides=2, drop_empty=True, ignore_fields=options.ignore_fields
+    )
+    found, dropped = [], 0
+    for place, example in read_rows(source, read, options.on_bad_row):
         if isinstance(example, Example):
             found += hindsight_records(example, place)
-        elif example is not None:
+        else:
             dropped += 1
-    log_skipped(bad.found)
     return found, dropped
 
 

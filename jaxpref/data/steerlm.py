@@ -5,11 +5,12 @@ RLHF", 2023, arXiv:2310.05344.  The model learns p(y | x, ratings), so that
 the ratings in the prompt steer it when it is sampled.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpref.data.bad_rows import BadRows, log_skipped
+from jaxpref.data.bad_rows import read_rows
 from jaxpref.data.columns import RATING, fields_to_read
 from jaxpref.data.record_options import RecordOptions
 from jaxpref.data.records import Example, parse
@@ -34,26 +35,22 @@ def all_steered_records(
       InputError: if a record is malformed and not to be skipped.
     """
     columns = fields_to_read({}, [RATING + name for name in attributes])
-    bad, found, dropped = BadRows(options.on_bad_row), [], 0
-    for row in range(len(source)):
-        place = source.location(row)
-        read = lambda row=row, place=place: parse(
-            source[row],
-            place,
-            sides=1,
-            drop_empty=True,
-            columns=columns,
-            ignore_fields=options.ignore_fields,
-        )
-        example = bad.attempt(read, place)
+    read = functools.partial(
+        parse,
+        sides=1,
+        drop_empty=True,
+        columns=columns,
+        ignore_fields=options.ignore_fields,
+    )
+    found, dropped = [], 0
+    for _, example in read_rows(source, read, options.on_bad_row):
         if isinstance(example, Example):
             ratings = {name: example.numbers[RATING + name] for name in attributes}
             ratings = {k: x for k, x in ratings.items() if not math.isnan(x)}
             if ratings:
                 found.append(steered_record(example, ratings))
                 continue
-        dropped += example is not None
-    log_skipped(bad.found)
+        dropped += 1
     return found, dropped
 
 

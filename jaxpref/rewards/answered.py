@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxpref import data
-from jaxpref.data.bad_rows import BadRows, log_skipped
+from jaxpref.data.bad_rows import read_rows
 from jaxpref.data.make_pairs import read_answers
 from jaxpref.data.records import Example, parse, parse_prompt, text_of
 from jaxpref.data.records.mapping import mapped
@@ -66,14 +66,8 @@ def read_answered(source: Source, options: data.RecordOptions) -> list[Answered]
     Raises:
       InputError: if a record has no prompt or no answer, and is not to be left out.
     """
-    bad, found = BadRows(options.on_bad_row), []
-    for row in range(len(source)):
-        place = source.location(row)
-        read = lambda row=row, place=place: _read(source[row], place, options)
-        if (one := bad.attempt(read, place)) is not None:
-            found.append(one)
-    log_skipped(bad.found)
-    return found
+    read = lambda record, place: _read(record, place, options)
+    return [one for _, one in read_rows(source, read, options.on_bad_row)]
 
 
 def _read(record: Any, place: str, options: data.RecordOptions) -> Answered:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxpref.evaluate.bootstrap import prompt_bootstrap
 from jaxpref.evaluate.crossfit import sigmoid
 
 PerPrompt = Float[np.ndarray, " prompts"]
@@ -103,17 +104,15 @@ def length_controlled_win_rate(
     penalty = chosen_penalty(features, y, w, cluster % FOLDS)
     fitted = fit(features, y, w, penalty=penalty)
 
-    random, drawn = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        count = int(cluster.max()) + 1
-        times = np.bincount(random.integers(count, size=count), minlength=count)
-        often = w * times[cluster]
+    def statistics(times: PerPrompt) -> dict[str, float]:
+        often = w * times
         own = fit(features, y, often, penalty=penalty, start=fitted)
-        drawn.append(np.average(sigmoid(at_equal @ own), weights=often))
-    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
+        return {"win": float(np.average(sigmoid(at_equal @ own), weights=often))}
+
+    ends = prompt_bootstrap(statistics, cluster, resamples=resamples, seed=seed)
     return LengthControlled(
         float(np.average(sigmoid(at_equal @ fitted), weights=w)),
-        (float(low), float(high)),
+        (ends["win_low"], ends["win_high"]),
         *map(float, fitted[:2]),
         difficulty=None if difficulties is None else float(fitted[2]),
         penalty=penalty,

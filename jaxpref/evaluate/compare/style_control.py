@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxpref.evaluate.bootstrap import prompt_bootstrap
 from jaxpref.evaluate.crossfit import sigmoid
 
 STYLE = ("length", "headings", "list_items", "bold")
@@ -108,13 +109,14 @@ def bradley_terry(
     w = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
     fitted = _fit(design, y, w, ridge, np.zeros(design.shape[1]))
 
-    _, cluster = np.unique(prompts, return_inverse=True)
-    count, random = int(cluster.max()) + 1, np.random.default_rng(seed)
-    drawn = np.empty((resamples, models))
-    for n in range(resamples):
-        times = np.bincount(random.integers(count, size=count), minlength=count)
-        drawn[n] = _fit(design, y, w * times[cluster], ridge, fitted)[:models]
-    ends = np.quantile(drawn, [0.025, 0.975], axis=0)
+    def statistics(times: np.ndarray) -> dict[str, float]:
+        own = _fit(design, y, w * times, ridge, fitted)[:models]
+        return {str(n): float(x) for n, x in enumerate(own)}
+
+    found = prompt_bootstrap(statistics, prompts, resamples=resamples, seed=seed)
+    ends = (
+        np.array([found[f"{n}_{x}"] for n in range(models)]) for x in ("low", "high")
+    )
     ratings, low, high = (1000 + ELO * x for x in (fitted[:models], *ends))
     return Strengths(ratings, low, high, fitted[models:])
 
