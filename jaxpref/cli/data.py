@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jaxpref import data
 from jaxpref.cli import help
+from jaxpref.cli.data_pairs import PairsConfig, make_pairs
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import closest, split
 from jaxpref.data.columns import HELPSTEER2, names_of
@@ -16,8 +17,6 @@ from jaxpref.data.convert import convert
 from jaxpref.data.hindsight import all_hindsight_records
 from jaxpref.data.inspection import Inspection, Segment, inspect_pairs, segments
 from jaxpref.data.kinds import KINDS
-from jaxpref.data.make_pairs import joined_pairs, ranked_pairs, read_answers
-from jaxpref.data.records.best_pair import Rule
 from jaxpref.data.steerlm import all_steered_records
 from jaxpref.errors import InputError, paint, show
 from jaxpref.files import check_output, write_whole
@@ -73,39 +72,6 @@ class ConvertConfig:
     """File to write: .jsonl, .parquet or .array_record."""
     seed: int | None = None
     """Shuffle the records with this seed.  By default, their order is kept."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PairsConfig:
-    """Options of `jaxpref data pairs`."""
-
-    data: str
-    """Records with `completions` and `scores`, or a file of `jaxpref sample --out
-    NAME.jsonl`."""
-    out: str
-    """JSONL file to write."""
-    rule: Rule = "best-random"
-    """Which of a record's answers are paired: the best with the worst, the best with a
-    random worse one, or all."""
-    min_gap: float = 0.0
-    """Minimum difference between the two scores.  Equal scores never make a pair."""
-    max_std: float | None = None
-    """Leave out answers whose score has a larger standard deviation, from `jaxpref
-    score --uncertainty`."""
-    against: str | None = None
-    """Records with answers of a weaker model to the same prompts.  The answers in
-    --data are preferred to these, and no scores are needed."""
-    keep_unfinished: bool = False
-    """Keep pairs with an answer that was cut off (`ended` is false)."""
-
-    def __post_init__(self):
-        at_least(0, self, "min_gap", "max_std")
-        own = (self.rule, self.min_gap, self.max_std)
-        if self.against is not None and own != ("best-random", 0, None):
-            raise InputError(
-                "--against: scores are not used; leave out --rule, --min-gap and "
-                "--max-std"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,40 +262,6 @@ def _convert(parsed: Any) -> None:
     show(f"{config.out}: {count:,} records")
 
 
-def _pairs(parsed: Any) -> None:
-    config: PairsConfig = parsed.config
-    reads = {"--data": config.data, "--against": config.against}
-    check_output("--out", config.out, reads)
-    source = data.open_source(config.data)
-    if config.against is not None:
-        other = data.open_source(config.against)
-        pairs = list(joined_pairs(source, other, config.data, config.against))
-    else:
-        pairs = [
-            pair
-            for n, place in enumerate(map(source.location, range(len(source))))
-            for pair in ranked_pairs(
-                read_answers(source[n], place),
-                place,
-                rule=config.rule,
-                min_gap=config.min_gap,
-                max_std=config.max_std,
-            )
-        ]
-    kept = [x for x in pairs if config.keep_unfinished or all(x.get("ended", [True]))]
-    if not kept:
-        raise InputError(
-            f"{config.data}: no pair is left of {len(source):,} records"
-            f" ({len(pairs):,} pairs have answers that were cut off; to keep these,"
-            " pass --keep-unfinished)"
-        )
-    lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in kept)
-    write_whole(config.out, "".join(lines))
-    cut = len(pairs) - len(kept)
-    dropped = f"; {cut:,} left out, whose answers were cut off" if cut else ""
-    show(f"{config.out}: {len(kept):,} pairs of {len(source):,} records{dropped}")
-
-
 def _select(parsed: Any) -> None:
     config: SelectConfig = parsed.config
     found = run_selection(config)
@@ -380,7 +312,7 @@ def _write(out: str, records: list[dict], of: str, dropped: int) -> None:
 ACTIONS: dict[str, Callable[[Any], None]] = {
     "inspect": _inspect,
     "convert": _convert,
-    "pairs": _pairs,
+    "pairs": make_pairs,
     "select": _select,
     "hindsight": _hindsight,
     "steer": _steer,

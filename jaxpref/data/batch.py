@@ -57,6 +57,10 @@ class PreferenceBatch:
     numbers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """By name, float32 [A, R, S]: columns that the loss reads, see `data.columns`; of
     lists, [A, R, S, K].  0 in empty slots.  Empty if no loss reads any."""
+    token_numbers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """By name, float32 [A, R, Q, P]: numbers of the target tokens, such as the
+    log-probabilities under the parameters that sampled them.  Empty unless answers are
+    sampled in training."""
     votes: np.ndarray | None = None
     """int8 [A, R, S, V] if pairs have several votes: 1 for the first answer, -1 for the
     second, 0 where there is no vote.  `is_flipped`, `annotator`, `weights` and

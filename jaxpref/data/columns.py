@@ -46,7 +46,9 @@ OPPOSITE = ("chosen_first", "desirable")
 """Columns that a flip turns into their opposite, 1 - x."""
 DEFAULT_FIELDS = {"desirable": "label"}
 """The fields of columns that need not be named."""
-OF_ANSWERS = frozenset({"qualities", "relevances", "ranks"})
+SAMPLED = "sampled_rewards"
+"""The column with the rewards of answers that are sampled in training."""
+OF_ANSWERS = frozenset({"qualities", "relevances", "ranks", SAMPLED})
 """Columns with one number for each answer of a list; see `records.lists`."""
 ARRAYS = OF_ANSWERS | {
     "margin",

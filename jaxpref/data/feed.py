@@ -14,6 +14,13 @@ AHEAD = 2
 class Stream(Protocol):
     """Where the batches of a training loop come from."""
 
+    def await_state(self, state: Any) -> None:
+        """Waits until the state has what the next `draw` reads of it.
+
+        The time is that of the step before, and not a wait for data.
+        """
+        ...
+
     def draw(self, state: Any) -> PreferenceBatch:
         """The next batch, on the devices; it may depend on the state."""
         ...
@@ -24,6 +31,14 @@ class Stream(Protocol):
 
     def state_before(self) -> Any:
         """The position before the last batch drawn."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What to log of the last batch drawn, besides the metrics of its step."""
+        ...
+
+    def close(self) -> None:
+        """Releases what draws the batches."""
         ...
 
 
@@ -48,6 +63,9 @@ class Feed:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._ended: BaseException | None = None
+
+    def await_state(self, state: Any) -> None:
+        """Does nothing: batches do not depend on the state."""
 
     def draw(self, state: Any = None) -> PreferenceBatch:
         """The next batch, on the devices; `state` is ignored.
@@ -75,6 +93,10 @@ class Feed:
     def state_before(self) -> Any:
         """The position before the last batch returned."""
         return self._before
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing: the step describes its batch."""
+        return {}
 
     def close(self) -> None:
         """Ends the thread and any processes of the batches."""

@@ -1,12 +1,15 @@
 """Prompts to sample from."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxpref.data.bad_rows import BadRows, log_skipped
+from jaxpref.data.bad_rows import BadRow, BadRows, log_skipped
 from jaxpref.data.records import Example, parse_prompt, prompt_key, text_of
 from jaxpref.data.records.dialogues import HUMAN_TURN
+from jaxpref.data.records.reanswered import without_answers
+from jaxpref.data.records.view import View
 from jaxpref.data.sources import Source
 from jaxpref.data.sources.json_files import decode_json
 from jaxpref.data.tokenize import encode_prompt
@@ -21,21 +24,29 @@ class Prompt:
     """What it asks; of a conversation, the last message."""
     tokens: list[int]
     record: Mapping[str, Any]
-    """The record that it comes from."""
+    """The record that it comes from, for new answers; see `without_answers`."""
+    source_record: Mapping[str, Any]
+    """The record as in its file, which rewards read."""
+    example: Example
+    """The same as it is rendered: a text, or messages."""
+    place: str
+    """The record's file and row, for messages."""
+    is_cut: bool = False
+    """Whether tokens are missing because the prompt is too long."""
 
 
 def read_prompts(
     source: Source,
     tokenizer: Any,
     *,
-    limit: int,
+    limit: int | None = None,
     max_prompt_length: int | None = None,
     raw: bool = False,
     thinking: bool | None = None,
     ignore_fields: Collection[str] = (),
     on_bad_row: str = "raise",
 ) -> list[Prompt]:
-    """The first `limit` distinct prompts of a source, tokenized as in training.
+    """The distinct prompts of a source, tokenized as in training.
 
     A record with completions is rendered exactly as in training.  One with a prompt
     alone is a user's turn if the prompt is a text and the model has a chat template.
@@ -43,13 +54,37 @@ def read_prompts(
     Args:
       source: from `open_source`.
       tokenizer: from `load_tokenizer`.
-      limit: maximum number of prompts.
+      limit: maximum number of prompts, the first ones (default: all).
       max_prompt_length: longer prompts are cut as in training.
       raw: whether to leave texts as they are.
       thinking: `enable_thinking` for the chat template; None leaves it out.
       ignore_fields: fields of the records to ignore.
       on_bad_row: "raise" or "skip"; skipped rows are counted in the log.
     """
+    return prompts_and_skipped(
+        source,
+        tokenizer,
+        limit=limit,
+        max_prompt_length=max_prompt_length,
+        raw=raw,
+        thinking=thinking,
+        ignore_fields=ignore_fields,
+        on_bad_row=on_bad_row,
+    )[0]
+
+
+def prompts_and_skipped(
+    source: Source,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    max_prompt_length: int | None = None,
+    raw: bool = False,
+    thinking: bool | None = None,
+    ignore_fields: Collection[str] = (),
+    on_bad_row: str = "raise",
+) -> tuple[list[Prompt], list[BadRow]]:
+    """What `read_prompts` returns, and the rows that are skipped."""
     prompts: list[Prompt] = []
     seen: set[str] = set()
     bad = BadRows(on_bad_row)
@@ -67,12 +102,13 @@ def read_prompts(
         if not example.completions and not raw:
             example = as_user(example, tokenizer)
         example = _with_thinking(example, thinking)
-        record = source[row]
-        prompts.append(_prompt(example, record, place, tokenizer, max_prompt_length))
+        prompts.append(
+            _prompt(example, source[row], place, tokenizer, max_prompt_length)
+        )
         if len(prompts) == limit:
             break
     log_skipped(bad.found)
-    return prompts
+    return prompts, bad.found
 
 
 def given_prompts(
@@ -103,24 +139,51 @@ def given_prompts(
             messages = _conversation(text, place)
             example = messages or as_user(example, tokenizer)
         example = _with_thinking(example, thinking)
-        record = {"prompt": text}
-        prompts.append(_prompt(example, record, place, tokenizer, None))
+        prompts.append(_prompt(example, {}, place, tokenizer, None))
     return prompts
 
 
 def _prompt(
     example: Example,
-    record: Mapping[str, Any],
+    source: Mapping[str, Any],
     place: str,
     tokenizer: Any,
     max_length: int | None,
 ) -> Prompt:
     prompt = example.prompt
     text = prompt if isinstance(prompt, str) else text_of(prompt[-1])
-    tokens = encode_prompt(
-        tokenizer, example, place=place, max_prompt_length=max_length
+    encode = functools.partial(encode_prompt, tokenizer, example, place=place)
+    tokens = encode(max_prompt_length=max_length)
+    # Only a prompt of the maximum length can have been cut.
+    is_cut = len(tokens) == max_length and len(encode(max_prompt_length=None)) > len(
+        tokens
     )
-    return Prompt(text, tokens, record)
+    record = without_answers(source, example)
+    if isinstance(source, View):
+        source = source.origin.record
+    return Prompt(text, tokens, record, source, example, place, is_cut)
+
+
+def with_system(prompt: Prompt, system: str, flag: str) -> Example:
+    """The prompt with another system message, or with one if it has none.
+
+    Args:
+      prompt: from `read_prompts` or `given_prompts`.
+      system: the message.
+      flag: the option that gives it, for messages.
+
+    Raises:
+      InputError: if the prompt is a text, which has no system message.
+    """
+    example = prompt.example
+    if isinstance(example.prompt, str):
+        raise InputError(
+            f"{flag}: prompts need a chat template to have a system message; leave it "
+            "out"
+        )
+    turns = [x for x in example.prompt if x["role"] not in ("system", "developer")]
+    first = {"role": "system", "content": system}
+    return dataclasses.replace(example, prompt=(first, *turns))
 
 
 def as_user(example: Example, tokenizer: Any) -> Example:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jaxpref.data.records.answer_objects import ended_of_answers, texts_of_answers
 from jaxpref.data.records.checks import field, kind, read_ended, text_or_messages
 from jaxpref.data.records.example import FEW, TIED, Example
 from jaxpref.data.records.messages import example_of
@@ -56,7 +57,8 @@ def parse(
         )
     qualities = _qualities(numbers, name, where)
     order = sorted(range(len(answers)), key=lambda n: -qualities[n])
-    named = {f"completions {n + 1}": answers[n] for n in order}
+    texts = texts_of_answers(answers, f"{where}: field 'completions'")
+    named = {f"completions {n + 1}": texts[n] for n in order}
     values = [text_or_messages(named, label, where) for label in named]
     prompt = text_or_messages(record, "prompt", where)
     if len(answers) < 2:
@@ -64,7 +66,8 @@ def parse(
     if len(set(qualities)) < 2:
         return TIED
     example = example_of(prompt, [*named], values, where, drop_empty=drop_empty)
-    ended = read_ended(record, where, len(answers))
+    ended = read_ended(record, where, len(answers)) or ended_of_answers(answers) or ()
+    ended = () if all(ended) else ended
     if isinstance(example, str):
         return example
     return dataclasses.replace(

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jaxpref.data.records.answer_objects import ended_of_answers, texts_of_answers
 from jaxpref.data.records.checks import field, kind, read_ended, text_or_messages
 from jaxpref.data.records.example import TIED, Example
 from jaxpref.data.records.messages import example_of
@@ -41,11 +42,13 @@ def parse(
     order = sorted(range(len(ranks)), key=lambda n: ranks[n])[:sides]
     if len({ranks[n] for n in order}) < len(order):
         return TIED
-    named = {f"completions {n + 1}": answers[n] for n in order}
+    texts = texts_of_answers(answers, f"{where}: field 'completions'")
+    named = {f"completions {n + 1}": texts[n] for n in order}
     values = [text_or_messages(named, name, where) for name in named]
     prompt = text_or_messages(record, "prompt", where)
     example = example_of(prompt, [*named], values, where, drop_empty=drop_empty)
-    ended = read_ended(record, where, len(answers))
+    ended = read_ended(record, where, len(answers)) or ended_of_answers(answers) or ()
+    ended = () if all(ended) else ended
     if isinstance(example, str) or not ended:
         return example
     return dataclasses.replace(example, ended=tuple(ended[n] for n in order))
