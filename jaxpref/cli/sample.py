@@ -6,14 +6,27 @@ from jaxpref.cli import help
 from jaxpref.cli.options import Option, Part, options_of, parse
 from jaxpref.cli.words import split
 from jaxpref.evaluate import generations
+from jaxpref.evaluate.sample_options import (
+    AlignmentOptions,
+    GuideOptions,
+    SampleConfig,
+)
+from jaxpref.rewards import RewardOptions
 
 COMMAND = "jaxpref sample"
-PARTS = {"config": Part(generations.SampleConfig)}
+PARTS = {
+    "config": Part(SampleConfig),
+    "guides": Part(GuideOptions),
+    "alignment": Part(AlignmentOptions),
+    "rewards": Part(RewardOptions),
+}
 
 
 def command(argv: Sequence[str]) -> None:
     """Generates completions."""
-    generations.run(parse(PARTS, split(argv), command=COMMAND).config)
+    given = split(argv, repeatable=("guide", "guide-system", "reward"))
+    made = parse(PARTS, given, command=COMMAND)
+    generations.run(made.config, made.guides, made.alignment, made.rewards)
 
 
 def options() -> dict[str, Option]:

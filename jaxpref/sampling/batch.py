@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref.errors import InputError
-from jaxpref.models import Model, Params
 from jaxpref.models.cache import resized
 from jaxpref.models.layout import num_parts
 from jaxpref.sampling import slots as answers
+from jaxpref.sampling.mixture import LanguageModel
 from jaxpref.sampling.selection import check, sample, select_by
 from jaxpref.sharding import ROWS
 
@@ -63,8 +63,8 @@ def pad(
 
 
 def generate(
-    model: Model,
-    params: Params,
+    model: LanguageModel,
+    params: Any,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     key: PRNGKeyArray,
@@ -86,7 +86,7 @@ def generate(
     The batch ends with its longest answer; `answer_all` does not wait for that.
 
     Args:
-        model: the model.
+        model: the model, or a `Mixture` of it and guides.
         params: its parameters.
         prompts: padded on the right (see `pad`); under a mesh, B is a multiple of
             data * fsdp (* expert).
@@ -126,8 +126,8 @@ def check_rows(batch: int) -> None:
 
 
 def lower(
-    model: Model,
-    params: Params,
+    model: LanguageModel,
+    params: Any,
     prompts: Any,
     lengths: Any,
     key: Any,
@@ -147,8 +147,8 @@ def lower(
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
 def decode(
-    model: Model,
-    params: Params,
+    model: LanguageModel,
+    params: Any,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     rule: answers.Rule,
@@ -173,4 +173,5 @@ def decode(
     cache = resized(found.cache, T + max_new_tokens - 1)
     found = dataclasses.replace(found, cache=cache)
     found = answers.advance(model, params, rule, found, max_new_tokens, B)
-    return Answers(found.tokens, found.counts, found.logps, found.ended)
+    logps = jnp.sum(found.logps, axis=1)
+    return Answers(found.tokens, found.counts, logps, found.ended)

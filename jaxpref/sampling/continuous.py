@@ -12,18 +12,18 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxpref.models import Model, Params
 from jaxpref.models.cache import resized
 from jaxpref.models.layout import num_parts
 from jaxpref.sampling import slots as functions
 from jaxpref.sampling.batch import check_rows, pad
+from jaxpref.sampling.mixture import LanguageModel
 from jaxpref.sampling.selection import check
 from jaxpref.sampling.slots import Rule, Slots
 from jaxpref.sharding import ROWS
@@ -48,9 +48,11 @@ class Answer(NamedTuple):
     tokens: list[int]
     """With the stop token, if there is one."""
     logp: float
-    """See `Answers.logps`."""
+    """See `Answers.logps`; under the model alone if it has guides."""
     ended: bool
     """Whether it ends with a stop token."""
+    token_logps: tuple[float, ...] = ()
+    """The log-probability of each token; their sum is `logp`."""
 
 
 class Request(NamedTuple):
@@ -62,6 +64,18 @@ class Request(NamedTuple):
     """The numbers of prompt and sample, which determine the random keys."""
     max_new_tokens: int = 1
     """Maximum number of tokens of the answer."""
+    of_guides: tuple[Sequence[int], ...] = ()
+    """The prompts of the guides of a `Mixture`; by default they read `tokens`."""
+
+    @property
+    def texts(self) -> tuple[tuple[int, ...], ...]:
+        """The prompts of the model and of its guides."""
+        return tuple(map(tuple, (self.tokens, *self.of_guides)))
+
+    @property
+    def length(self) -> int:
+        """The tokens of the longest of them."""
+        return max(map(len, self.texts))
 
 
 _MODEL, _SHAPE = "model", ("batch", "length", "max_new_tokens")
@@ -79,12 +93,13 @@ def _resize(slots: Slots, length: int) -> Slots:
 
 
 def answer_all(
-    model: Model,
-    params: Params,
+    model: LanguageModel,
+    params: Any,
     prompts: Sequence[Request],
     rule: Rule,
     *,
     batch_size: int,
+    largest: Request | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answers every prompt, and yields each answer as it ends, with its number.
 
@@ -99,12 +114,14 @@ def answer_all(
     the other prompts, because these change shapes and thereby the order of sums.
 
     Args:
-        model: the model.
+        model: the model, or a `Mixture` of it and guides.
         params: its parameters.
         prompts: in any order.
         rule: how tokens are chosen; see `selection.select_by`.
         batch_size: B, the number of slots; under a mesh, a multiple of data *
             fsdp (* expert).
+        largest: a request with the longest prompt and answer that calls will have, so
+            that all of them use the same programs (default: those of `prompts`).
 
     Raises:
         InputError: if a prompt is empty, or B does not fit the mesh.
@@ -112,7 +129,7 @@ def answer_all(
     _check(prompts, batch_size)
     if not prompts:
         return
-    shapes = _shapes(prompts, batch_size)
+    shapes = _shapes(prompts, batch_size, largest)
     params = _prepare(model, params)
     queue = _in_order(prompts, shapes)
     length = shapes.length(shapes.widest)
@@ -123,7 +140,7 @@ def answer_all(
         while queue and np.sum(owners < 0) >= min(shapes.refill, len(queue)):
             group = _next(queue, prompts, shapes)
             rows = np.flatnonzero(owners < 0)[: len(group)]
-            owners[rows], texts[rows] = group, [len(prompts[n].tokens) for n in group]
+            owners[rows], texts[rows] = group, [prompts[n].length for n in group]
             new = _started(model, params, rule, [prompts[n] for n in group], shapes)
             width = shapes.width(int(texts[rows].max()))
             slots, length = _fitted(slots, length, shapes, max(texts.max(), width))
@@ -141,7 +158,7 @@ def answer_all(
         found = jax.device_get(dataclasses.replace(slots, cache=None))
         for row in np.flatnonzero(owners >= 0).tolist():
             number, count = int(owners[row]), int(found.counts[row])
-            texts[row] = len(prompts[number].tokens) + count - 1
+            texts[row] = prompts[number].length + count - 1
             if found.ended[row] or count == prompts[number].max_new_tokens:
                 owners[row], texts[row] = -1, 0
                 yield number, _answer(found, int(row))
@@ -181,7 +198,8 @@ def _power_of_two(tokens: int, least: int) -> int:
 def _check(prompts: Sequence[Request], batch_size: int) -> None:
     check_rows(batch_size)
     for number, prompt in enumerate(prompts, start=1):
-        check(len(prompt.tokens) > 0, f"prompt {number} is empty", "at least one token")
+        shortest = min(map(len, prompt.texts))
+        check(shortest > 0, f"prompt {number} is empty", "at least one token")
         most = prompt.max_new_tokens
         check(most >= 1, f"max_new_tokens of prompt {number} is {most}", "at least 1")
 
@@ -192,18 +210,22 @@ def _fewer(rows: int) -> int:
     return fewer if fewer % num_parts(ROWS) == 0 else 0
 
 
-def _shapes(prompts: Sequence[Request], batch_size: int) -> _Shapes:
+def _shapes(
+    prompts: Sequence[Request], batch_size: int, largest: Request | None
+) -> _Shapes:
     whole = lambda x: -(-x // NARROWEST) * NARROWEST
-    widest = whole(max(len(prompt.tokens) for prompt in prompts))
-    texts = max(len(x.tokens) + x.max_new_tokens - 1 for x in prompts)
+    bounds = [*prompts, *([] if largest is None else [largest])]
+    widest = whole(max(prompt.length for prompt in bounds))
+    texts = max(prompt.length + prompt.max_new_tokens - 1 for prompt in bounds)
     parts = num_parts(ROWS)
     split = lambda x: -(-max(x, 1) // parts) * parts
     refill = split(batch_size // REFILLS)
-    distinct = len({tuple(prompt.tokens) for prompt in prompts})
+    # With `largest`, other calls may have another share of distinct prompts.
+    distinct = len({x.texts for x in prompts} if largest is None else prompts)
     return _Shapes(
         refill=refill,
         prompts=split(-(-refill * distinct // len(prompts))),
-        new_tokens=max(prompt.max_new_tokens for prompt in prompts),
+        new_tokens=max(prompt.max_new_tokens for prompt in bounds),
         widest=widest,
         longest=max(widest, whole(texts)),
     )
@@ -211,16 +233,17 @@ def _shapes(prompts: Sequence[Request], batch_size: int) -> _Shapes:
 
 def _in_order(prompts: Sequence[Request], shapes: _Shapes) -> collections.deque[int]:
     """The numbers of the requests in the order in which they start."""
-    first: dict[tuple[int, ...], int] = {}
-    most: dict[tuple[int, ...], int] = collections.defaultdict(int)
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    most: dict[tuple[tuple[int, ...], ...], int] = collections.defaultdict(int)
     for number, prompt in enumerate(prompts):
-        text = tuple(prompt.tokens)
-        first.setdefault(text, number)
-        most[text] = max(most[text], prompt.max_new_tokens)
+        texts = prompt.texts
+        first.setdefault(texts, number)
+        most[texts] = max(most[texts], prompt.max_new_tokens)
 
     def place(number: int) -> tuple[int, ...]:
-        text, limit = tuple(prompts[number].tokens), prompts[number].max_new_tokens
-        return -shapes.width(len(text)), -most[text], first[text], -limit
+        prompt, texts = prompts[number], prompts[number].texts
+        width = shapes.width(prompt.length)
+        return -width, -most[texts], first[texts], -prompt.max_new_tokens
 
     return collections.deque(sorted(range(len(prompts)), key=place))
 
@@ -231,7 +254,7 @@ def _next(
     """Takes up to R requests with at most M different prompts from the queue."""
     group, texts = [], set()
     while queue and len(group) < shapes.refill:
-        texts.add(tuple(prompts[queue[0]].tokens))
+        texts.add(prompts[queue[0]].texts)
         if len(texts) > shapes.prompts:
             break
         group.append(queue.popleft())
@@ -239,23 +262,25 @@ def _next(
 
 
 def _started(
-    model: Model, params: Params, rule: Rule, group: list[Request], shapes: _Shapes
+    model: LanguageModel, params: Any, rule: Rule, group: list[Request], shapes: _Shapes
 ) -> Slots:
     """The first tokens of the answers to a group of requests.
 
     Prompts and answers are repeated to fill the shapes.
     """
     group = group + group[-1:] * (shapes.refill - len(group))
-    texts, of = [tuple(prompt.tokens) for prompt in group], None
+    width = shapes.width(max(prompt.length for prompt in group))
+    texts, of = [prompt.texts for prompt in group], None
     if shapes.prompts < shapes.refill:
         distinct = list(dict.fromkeys(texts))
         of = jnp.array([distinct.index(text) for text in texts], jnp.int32)
         texts = distinct + distinct[-1:] * (shapes.prompts - len(distinct))
+    padded = [pad(of_model, width) for of_model in zip(*texts, strict=True)]
     return _start(
         model,
         params,
         rule,
-        *pad(texts, shapes.width(max(map(len, texts)))),
+        *(padded[0] if len(padded) == 1 else zip(*padded)),
         jnp.array([prompt.ids for prompt in group], jnp.int32),
         jnp.array([prompt.max_new_tokens for prompt in group], jnp.int32),
         of=of,
@@ -265,8 +290,10 @@ def _started(
 
 def _answer(found: Slots, row: int) -> Answer:
     """The answer in a slot, from arrays on the host."""
-    tokens = found.tokens[row, : int(found.counts[row])].tolist()
-    return Answer(tokens, float(found.logps[row]), bool(found.ended[row]))
+    count = int(found.counts[row])
+    tokens, logps = found.tokens[row, :count], found.logps[row, :count]
+    ended = bool(found.ended[row])
+    return Answer(tokens.tolist(), float(logps.sum()), ended, tuple(logps.tolist()))
 
 
 def _fitted(

@@ -15,18 +15,18 @@ Axes: B slots, M prompts, R new rows, T prompt tokens, N new tokens, V vocabular
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxpref.models import Model, Params
 from jaxpref.models import cache as caches
 from jaxpref.models.layout import SPECS, on_mesh, platform, reshard
-from jaxpref.models.logprobs import logits as project_to_logits
 from jaxpref.models.quantized import Quantized
 from jaxpref.models.stacks import unstacked
+from jaxpref.sampling.mixture import LanguageModel, Mixture, next_logits
 from jaxpref.sampling.selection import Select
 
 
@@ -35,8 +35,9 @@ from jaxpref.sampling.selection import Select
 class Slots:
     """Answers in progress."""
 
-    cache: caches.Cache
-    """The prompts and the new tokens, except for the last one."""
+    cache: caches.Cache | tuple[caches.Cache, ...]
+    """The prompts and the new tokens, except for the last one; one cache for each model
+    of a mixture."""
     ids: Int[Array, "B 2"]
     """The numbers of prompt and sample, which determine the random keys."""
     limits: Int[Array, " B"]
@@ -45,8 +46,9 @@ class Slots:
     """New tokens; 0 after the last one."""
     counts: Int[Array, " B"]
     """Number of new tokens, with the stop token."""
-    logps: Float[Array, " B"]
-    """Sum of the log-probabilities of the new tokens, in nats, float32 or wider."""
+    logps: Float[Array, "B N"]
+    """The model's own log-probabilities of the new tokens, in nats, float32 or wider;
+    0 after the last one."""
     ended: Bool[Array, " B"]
     """Whether the last token is a stop token."""
 
@@ -69,11 +71,14 @@ class Rule:
     """The tokens that end an answer."""
 
 
-def prepare(model: Model, params: Params) -> Params:
+def prepare(model: LanguageModel, params: Any) -> Any:
     """The parameters as decoding reads them, converted once instead of in every step.
 
     They are in the compute dtype and, on CPU, in one stack per layer; see `unstacked`.
     """
+    if isinstance(model, Mixture):
+        own = tuple(map(prepare, model.models, params.params))
+        return params._replace(params=own)
     dtype = model.numerics.compute_dtype
     is_quantized = lambda w: isinstance(w, Quantized)
     cast = lambda w: w if is_quantized(w) else w.astype(dtype)
@@ -82,7 +87,7 @@ def prepare(model: Model, params: Params) -> Params:
 
 
 def empty(
-    model: Model, params: Params, batch: int, length: int, *, max_new_tokens: int
+    model: LanguageModel, params: Any, batch: int, length: int, *, max_new_tokens: int
 ) -> Slots:
     """`batch` slots that are not in use, for texts of at most `length` tokens.
 
@@ -99,11 +104,11 @@ def empty(
 
 
 def start(
-    model: Model,
-    params: Params,
+    model: LanguageModel,
+    params: Any,
     rule: Rule,
-    prompts: Int[Array, "M T"],
-    lengths: Int[Array, " M"],
+    prompts: Any,
+    lengths: Any,
     ids: Int[Array, "R 2"],
     limits: Int[Array, " R"],
     *,
@@ -118,8 +123,10 @@ def start(
         model: the model.
         params: from `prepare`.
         rule: how tokens are chosen.
-        prompts: padded on the right.
-        lengths: the number of real tokens in each prompt, at least 1.
+        prompts: int [M, T], padded on the right; of a mixture whose models have prompts
+            of their own, a tuple of these.
+        lengths: int [M], the number of real tokens in each prompt, at least 1; or a
+            tuple of these.
         ids: see `Slots`.
         limits: see `Slots`.
         of: the prompt of each answer (default: one answer for each prompt).
@@ -127,7 +134,7 @@ def start(
     """
     hidden, cache = model.prefill(params, prompts, lengths)
     if of is not None:
-        hidden = caches.rows_of(hidden, of, SPECS.hidden)
+        hidden = jax.tree.map(lambda x: caches.rows_of(x, of, SPECS.hidden), hidden)
         cache = caches.take(cache, of)
     slots = _new(model, cache, ids, limits, max_new_tokens)
     return _append(model, params, rule, slots, hidden)
@@ -141,28 +148,17 @@ def insert(slots: Slots, new: Slots, rows: Int[Array, " R"]) -> Slots:
         new: R answers, whose cache has at most as many slots.
         rows: where each of them goes; those with a number >= B are dropped.
     """
-
-    def with_rows(old: jax.Array, new: jax.Array) -> jax.Array:
-        spec = SPECS.rows if old.ndim == 1 else SPECS.tokens
-        return caches.with_rows(old, new, rows, spec)
-
-    cache = caches.insert(slots.cache, new.cache, rows)
-    # The arrays other than the cache.
-    slots, new = (dataclasses.replace(s, cache=None) for s in (slots, new))
-    return dataclasses.replace(jax.tree.map(with_rows, slots, new), cache=cache)
+    return caches.insert(slots, new, rows)
 
 
 def take(slots: Slots, rows: Int[Array, " R"]) -> Slots:
     """The slots with the given numbers."""
-    spec = lambda x: SPECS.rows if x.ndim == 1 else SPECS.tokens
-    arrays = dataclasses.replace(slots, cache=None)
-    arrays = jax.tree.map(lambda x: caches.rows_of(x, rows, spec(x)), arrays)
-    return dataclasses.replace(arrays, cache=caches.take(slots.cache, rows))
+    return caches.take(slots, rows)
 
 
 def advance(
-    model: Model,
-    params: Params,
+    model: LanguageModel,
+    params: Any,
     rule: Rule,
     slots: Slots,
     steps: Int[Array, ""] | int,
@@ -190,7 +186,7 @@ def advance(
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots))[1]
 
 
-def _new(model: Model, cache: caches.Cache, ids, limits, max_new_tokens: int) -> Slots:
+def _new(model: LanguageModel, cache: Any, ids, limits, max_new_tokens: int) -> Slots:
     wide = jnp.promote_types(model.numerics.compute_dtype, jnp.float32)
     zeros = lambda *shape, dtype=jnp.int32: reshard(
         jnp.zeros((ids.shape[0], *shape), dtype), P(*SPECS.tokens[: 1 + len(shape)])
@@ -201,20 +197,17 @@ def _new(model: Model, cache: caches.Cache, ids, limits, max_new_tokens: int) ->
         limits=reshard(limits.astype(jnp.int32), SPECS.rows),
         tokens=zeros(max_new_tokens),
         counts=zeros(),
-        logps=zeros(dtype=wide),
+        logps=zeros(max_new_tokens, dtype=wide),
         ended=zeros(dtype=bool),
     )
 
 
 def _append(
-    model: Model, params: Params, rule: Rule, slots: Slots, hidden: jax.Array
+    model: LanguageModel, params: Any, rule: Rule, slots: Slots, hidden: Any
 ) -> Slots:
     """The slots with the tokens that follow the states `hidden`."""
-    soft_cap = model.architecture.logit_soft_cap
-    logits = project_to_logits(hidden, model.head(params), soft_cap)[:, 0]
-    # Choosing needs the whole vocabulary on one device; rows stay sharded.
-    logits = reshard(logits, SPECS.tokens)
-    chosen, logps = _choose(logits, slots.ids, slots.counts, rule)
+    logits, own = next_logits(model, params, hidden)
+    chosen, logps = _choose(logits, own, slots.ids, slots.counts, rule)
     done = slots.done
     here = (jnp.arange(slots.tokens.shape[1]) == slots.counts[:, None]) & ~done[:, None]
     stops = jnp.any(chosen[:, None] == rule.stop_tokens, axis=-1)
@@ -222,30 +215,32 @@ def _append(
         slots,
         tokens=jnp.where(here, chosen[:, None], slots.tokens),
         counts=slots.counts + ~done,
-        logps=slots.logps + jnp.where(done, 0, logps),
+        logps=jnp.where(here, logps[:, None], slots.logps),
         ended=slots.ended | (stops & ~done),
     )
 
 
-def _choose(logits: jax.Array, ids, counts, rule: Rule) -> tuple[jax.Array, jax.Array]:
-    """A token for each row, and its log-probability."""
+def _choose(
+    logits: jax.Array, own: jax.Array, ids, counts, rule: Rule
+) -> tuple[jax.Array, jax.Array]:
+    """A token for each row, and its log-probability under the model's `own` logits."""
 
-    def choose(logits, ids, counts, key, select):
+    def choose(logits, own, ids, counts, key, select):
         def token_key(numbers, place):
             folded = jax.random.fold_in(jax.random.fold_in(key, numbers[0]), numbers[1])
             return jax.random.fold_in(folded, place)
 
         chosen = select(logits, jax.vmap(token_key)(ids, counts)).astype(jnp.int32)
-        of_chosen = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-        return chosen, of_chosen - jax.nn.logsumexp(logits, axis=-1)
+        of_chosen = jnp.take_along_axis(own, chosen[:, None], axis=-1)[:, 0]
+        return chosen, of_chosen - jax.nn.logsumexp(own, axis=-1)
 
-    arrays = logits, ids, counts, rule.key, rule.select
+    arrays = logits, own, ids, counts, rule.key, rule.select
     rows, tokens = on_mesh(SPECS.rows), on_mesh(SPECS.tokens)
     if rows is None:
         return choose(*arrays)
     mapped = jax.shard_map(
         choose,
-        in_specs=(tokens, tokens, rows, P(), P()),
+        in_specs=(tokens, tokens, tokens, rows, P(), P()),
         out_specs=(rows, rows),
         check_vma=False,
     )
