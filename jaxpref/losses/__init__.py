@@ -18,6 +18,7 @@ Throughout, for a prompt x with chosen answer y_w and rejected answer y_l:
 """
 
 from jaxpref.losses import (
+    _advantages,
     _asymmetric,
     _batch,
     _calibration,
@@ -35,6 +36,7 @@ from jaxpref.losses import (
     _likelihood,
     _listwise,
     _pairwise,
+    _policy_gradient,
     _reference_free,
     _reward_models,
     _rewards,
@@ -46,6 +48,7 @@ from jaxpref.losses import (
     _unpaired,
     _weights,
 )
+from jaxpref.losses._advantages import *
 from jaxpref.losses._asymmetric import *
 from jaxpref.losses._batch import *
 from jaxpref.losses._calibration import *
@@ -63,6 +66,7 @@ from jaxpref.losses._length import *
 from jaxpref.losses._likelihood import *
 from jaxpref.losses._listwise import *
 from jaxpref.losses._pairwise import *
+from jaxpref.losses._policy_gradient import *
 from jaxpref.losses._reference_free import *
 from jaxpref.losses._reward_models import *
 from jaxpref.losses._rewards import *
@@ -76,6 +80,7 @@ from jaxpref.losses._weights import *
 
 # Each file lists its own exports, so that adding a loss touches a single file.
 __all__: list[str] = []
+__all__ += _advantages.__all__
 __all__ += _asymmetric.__all__
 __all__ += _batch.__all__
 __all__ += _calibration.__all__
@@ -93,6 +98,7 @@ __all__ += _length.__all__
 __all__ += _likelihood.__all__
 __all__ += _listwise.__all__
 __all__ += _pairwise.__all__
+__all__ += _policy_gradient.__all__
 __all__ += _reference_free.__all__
 __all__ += _reward_models.__all__
 __all__ += _rewards.__all__

@@ -10,6 +10,8 @@ from jaxpref.losses._common import Lengths, PerPair
 __all__ = [
     "average_logps",
     "log_odds",
+    "mean_by_completion",
+    "of_each_token",
     "sum_by_completion",
     "sum_prefix_by_completion",
     "sum_weighted_by_completion",
@@ -58,6 +60,79 @@ def sum_by_completion(
     """
     (values,) = _common.promoted(token_logps=token_logps)
     return _sum_where(values, owned_tokens(values, completions, num_completions))
+
+
+def mean_by_completion(
+    token_values: TokenValues, completions: Owners, *, num_completions: int
+) -> Float[Array, "*rows completions"]:
+    """The mean over the tokens of each completion of a row.
+
+        out[..., c] = mean of token_values[..., q, p] where completions[..., q, p] == c
+
+    GRPO's average of a token loss.  `sum_by_completion` over the number of tokens of
+    the batch is DAPO's, and over a constant, such as the longest answer, Dr. GRPO's.
+
+    Args:
+      token_values: a number for each target token; [*rows, Q, P].
+      completions: index of the completion that each target belongs to, below
+        `num_completions`; -1 for padding; [*rows, Q, P].
+      num_completions: completions per row, including empty ones; static.
+
+    Returns:
+      Means, [*rows, num_completions], at least float32; 0 where a completion has no
+      token.
+
+    Raises:
+      TypeError: if `token_values` is not floating point or `completions` not integer.
+      ValueError: if shapes differ, have less than two axes, or `num_completions` < 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import mean_by_completion
+      >>> values, owner = jnp.array([[1.0, 3.0, 5.0]]), jnp.array([[0, 0, 1]])
+      >>> print(mean_by_completion(values, owner, num_completions=3))
+      [2. 5. 0.]
+
+    References:
+      Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300, Eq. 3.
+    """
+    (values,) = _common.promoted(token_values=token_values)
+    own = owned_tokens(values, completions, num_completions)
+    count = jnp.sum(own, axis=(-3, -2)).astype(values.dtype)
+    return _sum_where(values, own) / jnp.maximum(count, 1)
+
+
+def of_each_token(
+    values: Float[Array, "*rows completions"], completions: Owners
+) -> TokenValues:
+    """The value of the completion that each token belongs to.
+
+        out[..., q, p] = values[..., completions[..., q, p]]
+
+    Such as an advantage of each token, from that of its answer.
+
+    Args:
+      values: a number for each completion of a row; [*rows, completions].
+      completions: index of the completion that each target belongs to; -1 for padding;
+        [*rows, Q, P].
+
+    Returns:
+      One value per token, [*rows, Q, P], at least float32; 0 for padding.
+
+    Raises:
+      TypeError: if `values` is not floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import of_each_token
+      >>> print(of_each_token(jnp.array([2.0, 3.0]), jnp.array([[0, 1, 1, -1]])))
+      [[2. 3. 3. 0.]]
+    """
+    (values,) = _common.promoted(values=values)
+    index = jnp.arange(values.shape[-1], dtype=completions.dtype)
+    own = completions[..., None] == index
+    # Compared with every completion: a gather would need one layout for both arrays.
+    return jnp.sum(jnp.where(own, values[..., None, None, :], 0), axis=-1)
 
 
 def sum_weighted_by_completion(

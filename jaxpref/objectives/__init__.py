@@ -22,7 +22,14 @@ from jaxpref.objectives.objective import GradientProbe as GradientProbe
 from jaxpref.objectives.objective import Objective as Objective
 from jaxpref.objectives.objective import from_loss as from_loss
 from jaxpref.objectives.objective import trainable as trainable
+from jaxpref.objectives.policy_gradient import dapo as dapo
+from jaxpref.objectives.policy_gradient import dr_grpo as dr_grpo
+from jaxpref.objectives.policy_gradient import grpo as grpo
+from jaxpref.objectives.policy_gradient import reinforce as reinforce
+from jaxpref.objectives.policy_gradient import rloo as rloo
+from jaxpref.objectives.policy_gradient import sppo_online as sppo_online
 from jaxpref.objectives.rationale import rationale as rationale
+from jaxpref.objectives.self_refine import self_refine as self_refine
 from jaxpref.objectives.supervised import (
     attribute_regression as attribute_regression,
 )
@@ -59,6 +66,7 @@ WRAPPERS = (
     learned_rate,
     rationale,
     re_po,
+    self_refine,
     spo,
 )
 """`wrap(loss, **options)`: learn something besides the model, for a pairwise loss."""
@@ -68,3 +76,6 @@ CORRECTIONS = (unbiased, forward)
 
 MIXTURES = (bvpo,)
 """`mix(objective, **options)`: gradients of groups of pairs, mixed."""
+
+SAMPLED = (dapo, dr_grpo, grpo, reinforce, rloo, sppo_online)
+"""`make(**options)`: learn from answers that are sampled in training."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.data.columns import OF_ANSWERS, RATING, accept
+from jaxpref.data.columns import OF_ANSWERS, RATING, SAMPLED, accept
 from jaxpref.data.kinds import Kind
 from jaxpref.objectives.bound_loss import (
     Loss,
@@ -29,6 +29,7 @@ from jaxpref.objectives.rewards import per_token_reward, reward_metrics
 from jaxpref.scoring.scores import (
     DESCRIPTIONS,
     OF_HEADS,
+    OF_SAMPLED_TOKENS,
     AnswerDegrees,
     Statistic,
     TokenMasks,
@@ -180,6 +181,16 @@ class Objective:
     def totals(self) -> frozenset[str]:
         """The totals it reads; see `scoring.scores.TOTALS`."""
         return frozenset(name for penalty in self.penalties for name in penalty.reads)
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether it learns from answers that are sampled in training."""
+        return SAMPLED in self.reads
+
+    @property
+    def token_numbers(self) -> frozenset[str]:
+        """The numbers of sampled tokens that it reads; see `PreferenceBatch`."""
+        return OF_SAMPLED_TOKENS & frozenset(self.reads)
 
     @property
     def numbers(self) -> frozenset[str]:

@@ -30,7 +30,7 @@ def bvpo(
     probe_every: int = 16,
     decay: float = 0.9,
 ) -> Objective:
-    """BVPO: mix the gradients of pairs with traces and of pairs with an empty trace.
+    """BVPO: mix the gradients of pairs with traces and with empty traces.
 
         gradient = alpha mean_t + (1 - alpha) mean_e
 
