@@ -21,8 +21,11 @@ COMMANDS = {
     "score": "Compute rewards of answers: of models, rules, or your own functions.",
     "compare": "Compare models by their answers: win rates by a judge, also at equal"
     " lengths.",
+    "rounds": "Train a model on its own answers: sample, score, pair, train, again.",
     "data": "Inspect preference data as a model sees it, convert it, or make pairs.",
     "audit": "Find labels that are probably wrong, and unreliable annotators.",
+    "probe": "Fit linear reward models to frozen features: for all annotators, or"
+    " for groups.",
     "merge": "Merge models by their weights: means, SLERP, task vectors, greedy soups.",
     "plan": "Check whether a run fits a TPU slice, and estimate its speed, without"
     " a TPU.",
@@ -75,7 +78,9 @@ def _imported(name: str) -> ModuleType:
 def _resumes(name: str, argv: Sequence[str]) -> bool:
     """Whether a command that is interrupted keeps what it has done."""
     has_out = any(word.partition("=")[0] == "--out" for word in argv)
-    return name in ("train", "sweep", "audit") or (name == "sample" and has_out)
+    return name in ("train", "sweep", "rounds", "audit") or (
+        name == "sample" and has_out
+    )
 
 
 def _run(

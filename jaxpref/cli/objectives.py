@@ -48,6 +48,9 @@ CORRECTIONS = {correct.__name__: correct for correct in objectives.CORRECTIONS}
 MIXTURES = {mix.__name__: mix for mix in objectives.MIXTURES}
 """For `--objective` too: `mix(objective, **options)`, for any objective."""
 
+SAMPLED = {make.__name__: make for make in objectives.SAMPLED}
+"""For `--objective` too: `make(**options)`, learns from answers sampled in training."""
+
 NOISE = {n: make for n, make in WRAPPERS.items() if make not in (crm, rationale, spo)}
 """For `--objective.noise`: wrappers whose gradients can be mixed."""
 
@@ -78,12 +81,16 @@ class Choice:
     """A name in `MIXTURES`."""
     correction: str | None = None
     """A name in `CORRECTIONS`."""
+    sampled: str | None = None
+    """A name in `SAMPLED`, which has no loss."""
     per_record: frozenset[str] = frozenset()
     """Options of the loss and of the correction that are read from the records."""
 
     @property
     def words(self) -> dict[str, str]:
         """The options that make this choice."""
+        if self.sampled:
+            return {"objective": self.sampled}
         objective = self.mixture or self.wrapper
         words = {"loss": self.loss}
         if self.correction:
@@ -102,6 +109,8 @@ class Choice:
     @property
     def functions(self) -> dict[str, tuple[str, Callable]]:
         """By field, the namespace of its options and the function that reads them."""
+        if self.sampled:
+            return {"sampled": ("objective", SAMPLED[self.sampled])}
         found = {"loss": ("loss", LOSSES[self.loss])}
         if self.correction:
             found["correction"] = ("correct", CORRECTIONS[self.correction])
@@ -128,6 +137,8 @@ class Choice:
             read = self.read_from_records(field)
             return dict(vars(getattr(parsed, field))) | dict.fromkeys(read, PER_RECORD)
 
+        if self.sampled:
+            return SAMPLED[self.sampled](**of("sampled"))
         if self.loss in FACTORIES:
             objective = FACTORIES[self.loss](**of("loss"))
         else:
@@ -139,6 +150,14 @@ class Choice:
         if self.mixture:
             objective = MIXTURES[self.mixture](objective, **of("mixture"))
         return objective
+
+    def refuse_sampled(self) -> None:
+        """Raises InputError if answers are to be sampled in training."""
+        if self.sampled:
+            raise InputError(
+                f"--objective {self.sampled}: only `jaxpref train` samples answers; "
+                "choose another objective"
+            )
 
     def read_from_records(self, field: str) -> frozenset[str]:
         """The options of a part that are read from the records."""
@@ -154,8 +173,16 @@ def choose(given: Given) -> tuple[Choice, Given]:
       InputError: if there is no such name, or the names cannot be combined.
     """
     rest = dict(given)
+    objective = _named("objective", "objective", rest, WRAPPERS | MIXTURES | SAMPLED)
+    if objective in SAMPLED:
+        for flag in ("loss", "correct"):
+            if flag in rest:
+                raise InputError(
+                    f"--{flag} {' '.join(rest[flag])}: {objective} learns from the "
+                    "rewards of sampled answers; leave it out"
+                )
+        return Choice(sampled=objective), rest
     loss = _named("loss", "loss", rest, LOSSES) or "dpo"
-    objective = _named("objective", "objective", rest, WRAPPERS | MIXTURES)
     wrapper, mixture = objective, None
     if objective in MIXTURES:
         mixture = objective

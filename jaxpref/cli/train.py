@@ -10,6 +10,7 @@ from jaxpref.cli import config_file, help
 from jaxpref.cli.objectives import (
     CORRECTIONS,
     MIXTURES,
+    SAMPLED,
     WRAPPERS,
     Choice,
     choose,
@@ -20,10 +21,13 @@ from jaxpref.cli.objectives import (
 from jaxpref.cli.options import Option, Part, Parts, options_of, parse
 from jaxpref.cli.words import Given, split
 from jaxpref.data.options import DataOptions, MixOptions
+from jaxpref.data.record_options import RecordOptions
 from jaxpref.errors import show
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
+from jaxpref.online.options import SamplingOptions
+from jaxpref.rewards.options import RewardOptions
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.scoring.frozen_models import Teachers
 from jaxpref.scoring.moving_reference import MovingAverage
@@ -35,7 +39,7 @@ COMMAND = "jaxpref train"
 COMMON = (
     *("model", "data", "out", "reference", "eval-data", "heldout-fraction"),
     *("max-steps", "epochs", "batch-size", "accumulation", "row-length"),
-    *("lora.rank", "lora.alpha", "lora.targets"),
+    *("lora.rank", "lora.alpha"),
     *("max-length", "learning-rate", "warmup-steps", "optimizer", "compute-dtype"),
     *("remat", "eval-every", "save-every", "keep-best", "seed", "mesh.fsdp"),
     *("config", "print-config"),
@@ -55,26 +59,39 @@ FILES = (
 """Options for config files."""
 
 
-def command(argv: Sequence[str]) -> None:
-    """Trains and exports a model."""
-    given = split(argv, repeatable=("data", "logger"))
+def command(argv: Sequence[str], *, began: float | None = None) -> None:
+    """Trains and exports a model.
+
+    Args:
+      argv: the options.
+      began: the `time.time()` from which the time is counted (default: the start of
+        this process).
+    """
+    given = split(argv, repeatable=("data", "logger", "reward"))
     printed = given.pop("print-config", None)
     if printed is not None:
         show(config_text(given).removesuffix("\n"))
         return
-    config = config_of(given)
+    choice, parsed = _parsed(given)
+    config = _config(choice, parsed)
     import jax
 
+    from jaxpref.online.run import run as run_online
     from jaxpref.train.run import run
 
-    export = run(config)
+    if choice.sampled:
+        export = run_online(config, parsed.sampling, parsed.rewards)
+    else:
+        export = run(config)
     if jax.process_index() == 0:
         line = shlex.join(["jaxpref", "train", *argv])
         best = config.keep_best or "min:eval_loss"
-        show("\n".join(_report(Path(config.out), export, line, best)))
+        show("\n".join(_report(Path(config.out), export, line, best, began)))
 
 
-def _report(out: Path, export: Path, line: str, best: str) -> list[str]:
+def _report(
+    out: Path, export: Path, line: str, best: str, began: float | None
+) -> list[str]:
     """Writes the report of a finished run, and returns lines that summarize it."""
     from jaxpref.report.progress import summary_lines
     from jaxpref.report.training import read_records, write_training
@@ -85,7 +102,7 @@ def _report(out: Path, export: Path, line: str, best: str) -> list[str]:
     exports = [str(path) for name in names for path in sorted(out.glob(name))]
     return summary_lines(
         read_records(out / "metrics.jsonl"),
-        seconds=time.time() - process_start(),
+        seconds=time.time() - (process_start() if began is None else began),
         out=str(out),
         exports=exports,
         best=best,
@@ -96,9 +113,11 @@ def config_of(given: Given) -> TrainConfig:
     """The config of a command line.
 
     Raises:
-      InputError: if an option is invalid.
+      InputError: if an option is invalid, or answers are to be sampled in training.
     """
-    return _config(*_parsed(given))
+    choice, parsed = _parsed(given)
+    choice.refuse_sampled()
+    return _config(choice, parsed)
 
 
 def config_text(given: Given) -> str:
@@ -136,6 +155,15 @@ def with_file(given: Given) -> tuple[Given, str]:
 
 
 def _config(choice: Choice, parsed: Any) -> TrainConfig:
+    if choice.sampled:
+        return TrainConfig(
+            **vars(parsed.run),
+            objective=choice.objective(parsed),
+            options=DataOptions(**parsed.records.for_other(), heldout_fraction=0.0),
+            lora=parsed.lora,
+            optimizer=parsed.optimizer,
+            mesh=parsed.mesh,
+        )
     return TrainConfig(
         **vars(parsed.run),
         objective=choice.objective(parsed),
@@ -153,6 +181,16 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
 
 def parts_of(choice: Choice) -> Parts:
     """The options that the command reads, except `--loss` and others in `choose`."""
+    if choice.sampled:
+        return {
+            "run": Part(RunOptions),
+            "sampling": Part(SamplingOptions),
+            "rewards": Part(RewardOptions),
+            "records": Part(RecordOptions),
+            "lora": Part(LoraOptions, "lora"),
+            "optimizer": Part(OptimizerConfig),
+            "mesh": Part(MeshConfig, "mesh"),
+        } | dict(choice.parts)
     parts = {
         "run": Part(RunOptions),
         "options": Part(DataOptions),
@@ -205,6 +243,8 @@ def choices_text() -> str:
         f"{help.table(corrections, column=18)}\n\n"
         "objectives that wrap a loss, --objective NAME:\n"
         f"{help.table(objectives, column=18)}\n\n"
+        "objectives of sampled answers, --objective NAME --reward REWARD:\n"
+        f"  {' '.join(SAMPLED)}\n\n"
         f"`{COMMAND} --loss NAME --help` shows the equation and options of a loss,\n"
         f"`{COMMAND} --objective NAME --help` those of an objective."
     )
@@ -218,6 +258,10 @@ def _details(choice: Choice) -> str:
         listed = help.rows(options.values(), full=True) or "  none"
         name = function.__name__
         texts.append(f"{name}: {description(function)}\n\noptions of {name}:\n{listed}")
+    if choice.sampled:
+        own = {name: parts_of(choice)[name] for name in ("sampling", "rewards")}
+        listed = help.rows(options_of(own).values(), full=True)
+        texts.append(f"options of sampled answers and their rewards:\n{listed}")
     if choice.mixture:
         mixed = help.rows(options_of({"mix": Part(MixOptions)}).values(), full=True)
         texts.append(f"options of the mixture's data:\n{mixed}")

@@ -23,6 +23,8 @@ def samples_section(path: Path) -> Section | None:
     for number, line in enumerate(_lines(path), 1):
         try:
             found = json.loads(line)
+            if "reward" in found:  # sampled in training, of other prompts in each step
+                continue
             by_prompt.setdefault(found["id"], {})[int(found["step"])] = found
         except (ValueError, KeyError, TypeError) as error:
             if line.endswith("\n"):

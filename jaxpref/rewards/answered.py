@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxpref import data
+from jaxpref.data.answers import has_answers, read_answers
 from jaxpref.data.bad_rows import read_rows
-from jaxpref.data.make_pairs import read_answers
 from jaxpref.data.records import Example, parse, parse_prompt, text_of
 from jaxpref.data.records.mapping import mapped
 from jaxpref.data.sources import Source
@@ -29,9 +29,11 @@ class Answered:
     """The record in the file."""
     place: str
     """The file and its row, for messages."""
-    sampled: bool = False
-    """Whether `jaxpref sample` wrote it, so that a prompt that is a text is a user's
-    turn if the model has a chat template."""
+    is_list: bool = False
+    """Whether the record has a list of answers."""
+    as_user: bool = False
+    """Whether a prompt that is a text is a user's turn if the model has a chat
+    template."""
 
     @property
     def texts(self) -> list[str]:
@@ -46,17 +48,14 @@ class Answered:
 
     def field(self, name: str) -> Any:
         """A field of the record that was answered; None if it has none."""
-        record = self.record
-        if isinstance(inner := record.get("record"), Mapping) and self.sampled:
-            record = inner
-        return record.get(name)
+        return self.record.get(name)
 
 
 def read_answered(source: Source, options: data.RecordOptions) -> list[Answered]:
     """The answers of all records, and their prompts.
 
-    A record has a list in `completions` or, from `jaxpref sample --out NAME.jsonl`, in
-    `answers`; or it is a pair; or it has one answer.
+    A record has several answers, as `jaxpref sample --out NAME.jsonl` writes them (see
+    `data.answers`); or it is a pair; or it has one answer.
 
     Args:
       source: the records, as in their file.
@@ -75,9 +74,8 @@ def _read(record: Any, place: str, options: data.RecordOptions) -> Answered:
         raise InputError(f"{place}: a record must be a JSON object")
     ours = mapped(record, options.mapped, place)
     ours = {k: v for k, v in ours.items() if k not in options.ignore_fields}
-    sampled = isinstance(ours.get("answers"), list)
-    if sampled or isinstance(ours.get("completions"), list):
-        return Answered(_of_list(ours, place), record, place, sampled)
+    if has_answers(ours):
+        return Answered(_of_list(ours, place), record, place, is_list=True)
     sides = 2 if ours.get("rejected") is not None else 1
     example = parse(ours, place, sides=sides, allow_own_prompts=True)
     if isinstance(example, str):
@@ -97,7 +95,18 @@ def _of_list(record: Mapping[str, Any], place: str) -> Example:
     texts = answers.texts
     if prompt.is_conversation:
         texts = tuple(map(assistant_turn, texts))
-    return Example(prompt.prompt, texts, variables=prompt.variables)
+    # An answer that was cut has no stop token, which must not be scored.
+    ended = () if answers.ended is None or all(answers.ended) else answers.ended
+    return Example(prompt.prompt, texts, variables=prompt.variables, ended=ended)
+
+
+def after(answered: Answered, text: str) -> Answered:
+    """The same with what follows a text in each answer; empty where it is missing."""
+    ends = [answer.partition(text)[2].strip() for answer in answered.texts]
+    example = answered.example
+    turns = map(assistant_turn, ends) if example.is_conversation else ends
+    example = dataclasses.replace(example, completions=tuple(turns))
+    return dataclasses.replace(answered, example=example)
 
 
 def assistant_turn(answer: Any) -> Any:
@@ -116,16 +125,20 @@ def with_rewards(
 ) -> dict[str, Any]:
     """The record with the rewards of its answers.
 
-    `scores` of a list, `score` of each of the `answers` and of a single answer,
-    `chosen_score` and `rejected_score` of a pair.  `rewards` has the parts by name if
-    there are several.
+    `scores` of a list, `score` of a single answer, `chosen_score` and `rejected_score`
+    of a pair.  `rewards` has the parts by name if there are several.
 
     Args:
       answered: the record.
       total: the reward of each answer.
       parts: the rewards that it is made of, by name.
     """
-    record = _with_numbers(dict(answered.record), total, "score", of_list="scores")
+    record = dict(answered.record)
+    record.pop("rewards", None)
+    if answered.is_list:
+        record |= {"scores": _numbers(total)}
+    else:
+        record = _with_numbers(record, total, "score")
     if len(parts) > 1:
         record["rewards"] = {name: _numbers(x) for name, x in parts.items()}
     return record
@@ -141,7 +154,9 @@ def with_uncertainty(
 
     `score_std` as the rewards are placed, and `margin_std` and `p_chosen` of a pair.
     """
-    record = _with_numbers(record, std, "score_std", of_list="score_std")
+    if "scores" in record:
+        return record | {"score_std": _numbers(std)}
+    record = _with_numbers(record, std, "score_std")
     if f"{SIDES[0]}_score_std" in record:
         numbers = _numbers(np.array([margin_std, p_chosen]))
         record |= dict(zip(("margin_std", "p_chosen"), numbers))
@@ -149,19 +164,14 @@ def with_uncertainty(
 
 
 def _with_numbers(
-    record: dict[str, Any], values: Float[np.ndarray, " K"], name: str, *, of_list: str
+    record: dict[str, Any], values: Float[np.ndarray, " K"], name: str
 ) -> dict[str, Any]:
-    """The record with a number for each of its answers."""
+    """The record of a pair, or of one answer, with a number for each of them."""
     numbers = _numbers(values)
-    if isinstance(answers := record.get("answers"), list):
-        own = [answer | {name: x} for answer, x in zip(answers, numbers)]
-        return record | {"answers": own}
-    if len(numbers) == 1 and not isinstance(record.get("completions"), list):
+    if len(numbers) == 1:
         return record | {name: numbers[0]}
-    if record.get("rejected") is not None or "completions" not in record:
-        of_side = zip(SIDES, numbers, strict=True)
-        return record | {f"{side}_{name}": x for side, x in of_side}
-    return record | {of_list: numbers}
+    of_side = zip(SIDES, numbers, strict=True)
+    return record | {f"{side}_{name}": x for side, x in of_side}
 
 
 def _numbers(values: Float[np.ndarray, " K"]) -> list[float | None]:

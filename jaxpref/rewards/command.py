@@ -14,6 +14,7 @@ from jaxpref.errors import InputError, show
 from jaxpref.files import check_output, write_whole
 from jaxpref.rewards.answered import (
     Answered,
+    after,
     read_answered,
     with_rewards,
     with_uncertainty,
@@ -33,8 +34,8 @@ class ScoreConfig:
     """Options of `jaxpref score`."""
 
     data: str
-    """Records with answers: in completions or, from `jaxpref sample --out NAME.jsonl`,
-    in answers; pairs; or records with one answer."""
+    """Records with several answers, such as `jaxpref sample --out NAME.jsonl` writes;
+    pairs; or records with one answer."""
     out: str
     """JSONL file: the records with scores, score, or chosen_score and
     rejected_score."""
@@ -44,6 +45,9 @@ class ScoreConfig:
     """Names of the fields in the file, as NAME=FIELD: prompt=question."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of the records to ignore."""
+    answer_after: str | None = None
+    """Score only what follows this text in an answer, such as </think>; an answer
+    without it is scored as an empty one."""
     on_bad_row: Literal["raise", "skip"] = "raise"
     """Whether a record that cannot be read, such as a pair with an empty answer, is an
     error, or is left out and counted."""
@@ -107,7 +111,13 @@ def run(
     reads |= {f"--reward {word}": word for word in options.reward}
     processes.together(lambda: check_output("--out", config.out, reads))
     reward = combined_reward(options, config.models)
-    read = lambda path: read_answered(open_source(path), config.records)
+
+    def read(path: str) -> list[Answered]:
+        answered = read_answered(open_source(path), config.records)
+        if config.answer_after is None:
+            return answered
+        return [after(one, config.answer_after) for one in answered]
+
     if not (answered := read(config.data)):
         raise InputError(f"{config.data}: contains no records")
     found = None

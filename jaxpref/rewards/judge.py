@@ -106,7 +106,7 @@ class Judge:
                 parts.get(part, part) for part in _split(QUESTION, [*parts])
             )
             # Rendered as what a user asks, if the judge has a chat template.
-            yield Answered(Example(question, LETTERS), {}, answered.place, sampled=True)
+            yield Answered(Example(question, LETTERS), {}, answered.place, as_user=True)
 
 
 def wins(first: Float[np.ndarray, "K K"]) -> Float[np.ndarray, " K"]:

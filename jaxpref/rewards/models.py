@@ -1,6 +1,7 @@
 """Rewards from models: those of a reward model, and log-ratios of language models."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -42,6 +43,8 @@ from jaxpref.scoring.score_dataset import make_score_step, score_dataset
 from jaxpref.scoring.scorer import Scorer
 from jaxpref.scoring.twin import make_scorer
 
+MULTIPLE = 64
+"""Of the lengths of answers and of whole texts, with `few_shapes`."""
 TOKENS = 4096
 """Tokens of a packed row; a prompt with longer answers has a longer row."""
 
@@ -61,6 +64,9 @@ class ModelOptions:
     """How the devices are used."""
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Variables of the chat template for all records."""
+    few_shapes: bool = False
+    """Whether lengths are rounded up to multiples of `MULTIPLE`, so that scoring again
+    and again compiles few programs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +79,23 @@ class ModelReward:
     options: ModelOptions
     attribute: str | None = None
     """The attribute, of a model that predicts ratings."""
+    params: Any = None
+    """The model's parameters; None to load them in each call."""
+
+    def loaded(self) -> "ModelReward":
+        """The same reward with the model in memory, for many calls."""
+        with jax.set_mesh(make_mesh(self.options.mesh)):
+            params = load_weights(self.weights, model_of(self.weights, self.options))
+        options = dataclasses.replace(self.options, few_shapes=True)
+        return dataclasses.replace(self, params=params, options=options)
 
     def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
         """See `Reward`."""
-        if self.attribute is None:
-            return score(self.weights, "rewards", answered, self.options, self.name)
-        place = head_of(self.weights).attributes.index(self.attribute)
         asked = answered, self.options, self.name
-        found = score(self.weights, "attributes", *asked)
+        if self.attribute is None:
+            return score(self.weights, "rewards", *asked, params=self.params)
+        place = head_of(self.weights).attributes.index(self.attribute)
+        found = score(self.weights, "attributes", *asked, params=self.params)
         return [x[:, place] for x in found]
 
 
@@ -230,7 +245,7 @@ def score(
         model = model_of(weights, options)
         layout = _layout(dataset, options, mesh)
         found = score_dataset(
-            make_score_step(_scorer(model, name)),
+            _score_step(_scorer(model, name)),
             load_weights(weights, model) if params is None else params,
             None,
             dataset,
@@ -250,17 +265,27 @@ def score(
 def _layout(
     dataset: PreferenceDataset, options: ModelOptions, mesh: jax.sharding.Mesh
 ) -> data.Layout:
-    """Packed rows, this process's share of them."""
+    """Packed rows, or padded ones of few lengths; this process's share of them."""
     index, count = share_of_rows(mesh)
+    shared: Any = {
+        "batch_size": rows_for(len(dataset), options.batch_size, mesh),
+        "process_index": index,
+        "process_count": count,
+    }
+    if options.few_shapes:
+        sizes = {"length_multiple": MULTIPLE, "prediction_multiple": MULTIPLE}
+        return data.padded_layout(dataset, **sizes, **shared)
     return data.packed_layout(
         dataset,
         order=data.in_order(dataset),
-        batch_size=rows_for(len(dataset), options.batch_size, mesh),
         shards=row_shards(mesh),
         tokens_per_device=TOKENS,
-        process_index=index,
-        process_count=count,
+        **shared,
     )
+
+
+# Programs for equal scorers are compiled once.
+_score_step = functools.cache(make_score_step)
 
 
 def model_of(weights: Weights, options: ModelOptions) -> Model | RewardModel:
@@ -287,7 +312,7 @@ def _is_cut(tokens: Tokens) -> bool:
 def as_sampled(answered: Answered, tokenizer: Any) -> Example:
     """The example, as turns if that is how its answers were sampled."""
     example = answered.example
-    turns = as_user(example, tokenizer) if answered.sampled else example
+    turns = as_user(example, tokenizer) if answered.as_user else example
     if example.is_conversation or not turns.is_conversation:
         return example
     return dataclasses.replace(

@@ -112,6 +112,8 @@ class LateMetrics:
             shown = {"loss": f"{values['loss']:.4f}"}
             if "rewards/accuracies" in values:
                 shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
+            if "rewards/mean" in values:
+                shown["reward"] = f"{values['rewards/mean']:.3g}"
             if "data_wait_fraction" in values:
                 shown["data wait"] = f"{values['data_wait_fraction']:.1%}"
             self._bar.set_postfix(shown)

@@ -13,7 +13,7 @@ from jaxpref.runtime.checkpoints import Checkpoints
 from jaxpref.runtime.environment import environment, environment_change_message
 from jaxpref.runtime.fingerprint import fingerprint
 from jaxpref.runtime.processes import log
-from jaxpref.scoring.reference import ScoredSet, reference_tables
+from jaxpref.scoring.score_tables import ScoredSet, score_tables
 from jaxpref.scoring.scorer import Frozen, Params
 from jaxpref.scoring.scores import stored_scores
 from jaxpref.train.state import TrainState
@@ -162,10 +162,10 @@ def _score_reference(
         start = params if task.starts_as_reference else None
         return task.scorer.reference_params(reference.weights, frozen, start)
 
-    return reference_tables(
+    return score_tables(
         reference,
         sets,
-        out,
+        out=out,
         load=load,
         score=checked_score,
         batch_size=batch_size,

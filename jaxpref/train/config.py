@@ -142,7 +142,9 @@ class TrainConfig(RunOptions):
         ):
             raise InputError(
                 f"--reference {self.reference}: {self.objective.name} trains two "
-                "models, or reads more than log-probs of a reference; leave it out"
+                "models, or reads more of a reference than its stored log-probs; leave "
+                "it out (with objectives of sampled answers, --objective.beta 0 needs "
+                "no reference)"
             )
         if self.reference is not None and not reads_reference(self.objective.scores):
             raise InputError(

@@ -40,10 +40,12 @@ def fit(
         for step in range(start, until):
             if not run.before_step(step, state):
                 break
+            stream.await_state(state)
             with run.waiting_for_data():
                 batch = stream.draw(state)
             heartbeat.beat(f"the batch of step {step + 1}")
             state, metrics = train_step(state, run.frozen, batch)
+            metrics |= stream.metrics()
             run.after_step(step + 1, metrics, cast(jax.Array, batch.pair_index))
             if should_stop(step + 1):
                 run.leave(step + 1, state)

@@ -175,8 +175,8 @@ class Run:
             found = evaluation_metrics(
                 task.evaluation, scores, reference, heldout, learned, names
             )
+            found |= self._samples.write(step, state.params, self.frozen)
             self._writer.write(step, found)
-            self._samples.write(step, state.params, self.frozen)
             # Does not overwrite the progress bar.
             only_first_process(tqdm.write, evaluation_line(step, found))
         self._evaluated = step

@@ -29,7 +29,7 @@ from jaxpref.scoring.frozen_models import (
 from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.moving_reference import MovingReference, begins_at
 from jaxpref.scoring.partition import Trained
-from jaxpref.scoring.reference import Reference, reference_digest
+from jaxpref.scoring.reference import Reference, model_digest
 from jaxpref.scoring.reward_head import head_of
 from jaxpref.scoring.scorer import ExportOptions, Scorer
 from jaxpref.scoring.scores import reads_reference, stored_scores
@@ -216,6 +216,6 @@ def _reference(
         weights=weights,
         scores=tuple(sorted(stored_scores(config.objective.scores))),
         numerics=f"{config.logit_chunk} logits at a time",
-        digest=reference_digest(weights, dtypes),
+        digest=model_digest(weights, dtypes),
         compute_dtype=compute_dtype,
     )

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxpref.data.bad_rows import write_skipped
-from jaxpref.data.feed import Feed
+from jaxpref.data.feed import Feed, Stream
 from jaxpref.data.layouts.choose import padding_advice
 from jaxpref.data.probe import check_exported
 from jaxpref.files import write_json
@@ -49,10 +50,19 @@ from jaxpref.train.fit import fit
 from jaxpref.train.guard import Guard
 from jaxpref.train.outputs import Run
 from jaxpref.train.prepare import prepare
+from jaxpref.train.samples import first_prompts
 from jaxpref.train.task import Task
 
+MakeStream = Callable[[Task, Beginning, Path, Timings], Stream]
+"""`make_stream(task, begun, out, phases)`: the batches from the current position."""
 
-def run(config: TrainConfig, *, task: Task | None = None) -> Path:
+
+def run(
+    config: TrainConfig,
+    *,
+    task: Task | None = None,
+    make_stream: MakeStream | None = None,
+) -> Path:
     """Trains `config.model` on `config.data` and exports it.
 
     The same config and `out` resume an interrupted run, with the same bits on the same
@@ -65,6 +75,7 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
       config: the config.
       task: from `prepare(config)`, if that has been called already; the timings then
         begin with this call instead of with the process.
+      make_stream: makes the source of the batches (default: the training records).
 
     Returns:
       The exported folder.
@@ -89,7 +100,9 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
         assert_equal_across_processes("before the run", versions())
         assert_equal_across_processes("before the run", described)
         phases.mark("start")
-        task = prepare(config) if task is None else task
+        task = task or prepare(config)
+        # Before the reference scores, which may take long.
+        first_prompts(task, count=config.eval_samples, tokens=config.eval_sample_tokens)
         _log_layout(task, padded=config.row_length == "none")
         write_skipped(out, task.datasets.splits.skipped, config.options.on_bad_row)
         phases.mark("tokenize")
@@ -103,17 +116,11 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
             task = dataclasses.replace(task, datasets=matched)
         keep, saved = config.keep_checkpoints, out / "checkpoints"
         checkpoints = closing(Checkpoints(saved, keep=keep, made_by=made_by))
-        task, begun = _begin(
-            task,
-            checkpoints,
-            out,
-            phases,
-            batch_size=config.batch_size,
-            remat=config.remat,
-        )
-        feed = closing(_feed(task, begun, config.loader_processes))
-        start = int(begun.state.step)
+        task, begun = _begin(task, checkpoints, out, phases, config)
+        make = make_stream or _feed(config.loader_processes)
+        stream = closing(make(task, begun, out, phases))
         loggers: Any = {"loggers": config.logger, "config": flat(described)}
+        loggers["resumed_at"] = int(begun.state.step)
         binding = write_json, out / "config.json", described
         bind = functools.partial(only_first_process, *binding)
         if begun.saved:
@@ -122,12 +129,12 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
         training = Run(
             task,
             out,
-            feed,
+            stream,
             begun,
             saving=config,
             logging=config,
             checkpoints=checkpoints,
-            writer=closing(MetricsWriter(out, resumed_at=start, **loggers)),
+            writer=closing(MetricsWriter(out, **loggers)),
             guard=Guard(
                 config, task.datasets, out, first=begun.saved.get("first_losses", ())
             ),
@@ -135,7 +142,7 @@ def run(config: TrainConfig, *, task: Task | None = None) -> Path:
             bind=bind,
         )
         closing(training)
-        state = fit(task, begun.state, feed, training, until=task.steps)
+        state = fit(task, begun.state, stream, training, until=task.steps)
         training.finish(state)
         phases.mark("steps")
         if config.export == "best" and best.step not in (None, int(state.step)):
@@ -166,9 +173,7 @@ def _begin(
     checkpoints: Checkpoints,
     out: Path,
     phases: Timings,
-    *,
-    batch_size: int,
-    remat: str,
+    config: TrainConfig,
 ) -> tuple[Task, Beginning]:
     """The start of a run whose step is compiled and fits into memory.
 
@@ -182,7 +187,7 @@ def _begin(
     restored = restore(task, checkpoints, out)
     unfinished = restored is None or int(restored[0].step) < task.steps
     compiling = None
-    if unfinished and remat != "auto":
+    if unfinished and config.remat != "auto":
         need = functools.partial(required_bytes, task.compile_train_step)
         compiling = in_background(need)
 
@@ -196,8 +201,8 @@ def _begin(
         if wait or (alone and compiling.done()):
             check_memory(compiling.result())
 
-    begun = begin(task, restored, out, batch_size=batch_size, check=check)
-    if unfinished and remat == "auto":
+    begun = begin(task, restored, out, batch_size=config.batch_size, check=check)
+    if unfinished and config.remat == "auto":
         with_policy = functools.cache(task.with_remat)
         step_of = lambda policy: with_policy(policy).compile_train_step
         task = with_policy(choose_remat(out, step_of))
@@ -205,9 +210,14 @@ def _begin(
     return task, begun
 
 
-def _feed(task: Task, begun: Beginning, processes: int) -> Feed:
-    """The run's batches, from its current position."""
-    batches = task.batches(reference=begun.reference["train"], processes=processes)
-    if begun.saved:
-        batches.set_state(begun.saved["iterator"])
-    return Feed(batches, functools.partial(to_global, mesh=task.mesh))
+def _feed(processes: int) -> MakeStream:
+    """Makes the batches of the training records."""
+
+    def feed(task: Task, begun: Beginning, out: Path, phases: Timings) -> Feed:
+        del out, phases
+        batches = task.batches(reference=begun.reference["train"], processes=processes)
+        if begun.saved:
+            batches.set_state(begun.saved["iterator"])
+        return Feed(batches, functools.partial(to_global, mesh=task.mesh))
+
+    return feed

@@ -1,117 +1,134 @@
 """Greedy answers to a few held-out prompts at each evaluation."""
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from jaxpref import data
 from jaxpref.data.answer_text import decode_continuation
 from jaxpref.errors import InputError
-from jaxpref.files import open_to_append, write_whole
 from jaxpref.models.folder_config import read_architecture
-from jaxpref.models.layout import num_parts
 from jaxpref.models.soft_prompt import SoftPrompt
-from jaxpref.sampling import Answers, generate, pad
-from jaxpref.sharding import ROWS, replicated
+from jaxpref.runtime import samples_file
+from jaxpref.runtime.processes import broadcast_from_process_zero
+from jaxpref.sampling import Answers
+from jaxpref.sampling.together import answer_logps, greedy_answers
 from jaxpref.train.task import Task
 
-FILE = "samples.jsonl"
+UNSEEN = "eval_logps/unseen"
 
 
 class Samples:
     """Writes answers to `OUT/samples.jsonl`, a line for each prompt and evaluation.
 
-    A line has the `step`, the held-out pair's `id`, its `prompt`, the `output`, the sum
-    `logp` of its log-probabilities in nats, and whether it `ended` with a stop token.
+    A line has the `step`, the held-out pair's `id`, its `prompt`, the `output`, its
+    `tokens`, the sum `logp` of its log-probabilities in nats, and whether it `ended`
+    with a stop token.
     """
 
     def __init__(self, task: Task, out: Path, *, count: int, tokens: int, start: int):
-        """Chooses the prompts: the first different ones.
+        """For `count` prompts, and answers of at most so many `tokens`.
 
-        Args:
-          task: what the run computes; it trains a language model.
-          out: the run's folder.
-          count: number of prompts; 0 to write nothing.
-          tokens: maximum tokens of an answer.
-          start: the step at which the run resumes; lines from then on are dropped.
-
-        Raises:
-          InputError: if there are no held-out pairs, or answers may be too long.
+        Lines from the step `start` on, at which the run resumes, are dropped.
         """
-        self._task, self._path, self._tokens = task, out / FILE, tokens
-        heldout = task.datasets.splits.heldout
-        _, first = np.unique(heldout.columns["prompt"], return_index=True)
-        self._rows = sorted(first.tolist())[:count]
-        self._ids = [str(heldout.ids[n]) for n in self._rows]
+        self._task, self._path = task, out / samples_file.FILE
+        self._tokens, heldout = tokens, task.datasets.splits.heldout
+        self._rows = first_prompts(task, count=count, tokens=tokens)
         self._prompts = [heldout.context(n, 0).tolist() for n in self._rows]
         self._tokenizer: Any = None
-        if count:
-            self._check(count)
-        if self._rows and jax.process_index() == 0 and self._path.exists():
-            # Not splitlines: an answer may hold other line breaks.
-            lines = self._path.read_text("utf-8").split("\n")[:-1]
-            kept = [f"{x}\n" for x in lines if json.loads(x)["step"] < start]
-            write_whole(self._path, "".join(kept))
+        kept = []
+        if self._rows and jax.process_index() == 0:
+            kept = samples_file.keep_before(self._path, start)
+        ids = [str(heldout.ids[n]) for n in self._rows]
+        first = answers_before_training(kept, ids, tokens)
+        if self._rows:
+            first = broadcast_from_process_zero(first)
+        self._first = [[x for x in row if x >= 0] for row in first.tolist()]
 
-    def _check(self, count: int) -> None:
-        if not self._rows:
-            raise InputError(
-                f"--eval-samples {count}: there are no held-out pairs; hold some out, "
-                "or leave it out"
-            )
-        longest = max(map(len, self._prompts)) + self._tokens
-        limit = read_architecture(self._task.export.source).context_length
-        if longest > limit:
-            raise InputError(
-                f"--eval-sample-tokens {self._tokens}: with the longest prompt, these "
-                f"are {longest} tokens, but the model has {limit} positions"
-            )
+    def write(self, step: int, params: Any, frozen: Any) -> dict[str, float]:
+        """Answers all prompts with the current parameters, on all processes.
 
-    def write(self, step: int, params: Any, frozen: Any) -> None:
-        """Answers all prompts with the current parameters, on all processes."""
+        Returns:
+          `eval_logps/unseen`: the mean log-probability, in nats, of the answers before
+          training.  No pair holds them, so that training moves them only along with
+          other answers (the dispersion of arXiv:2406.07327).
+        """
         if not self._rows:
-            return
-        found = jax.device_get(self._answers(params, frozen))
-        if jax.process_index() > 0:
-            return
-        source = self._task.export.source
+            return {}
+        policy = *self._task.scorer.policy(params, frozen), self._prompts
+        shape: Any = {"mesh": self._task.mesh, "max_new_tokens": self._tokens}
+        stops = self._task.export.stop_tokens
+        found = jax.device_get(greedy_answers(*policy, stop_tokens=stops, **shape))
+        new = [x[:n].tolist() for x, n in zip(found.tokens, found.counts)]
+        self._first = self._first if step else new[: len(self._rows)]
+        if jax.process_index() == 0:
+            self._append(step, found, new)
+        if not all(self._first):
+            return {}  # of other options, or of an earlier version
+        logps = answer_logps(*policy, self._first, **shape)
+        return {UNSEEN: float(logps.mean())}
+
+    def _append(self, step: int, found: Answers, new: list[list[int]]) -> None:
+        """Adds a line for each prompt."""
         part = getattr(self._task.scorer, "partition", None)
         # Placeholders of a soft prompt stand for no text.
         before = part.length if isinstance(part, SoftPrompt) else 0
+        source, heldout = self._task.export.source, self._task.datasets.splits.heldout
         self._tokenizer = self._tokenizer or data.load_tokenizer(source)
-        with open_to_append(self._path) as file:
-            for n, (name, prompt) in enumerate(zip(self._ids, self._prompts)):
-                prompt = prompt[before:]
-                new = found.tokens[n, : found.counts[n]].tolist()
-                line = {
-                    "step": step,
-                    "id": name,
-                    "prompt": self._tokenizer.decode(prompt, skip_special_tokens=True),
-                    "output": decode_continuation(self._tokenizer, prompt, new),
-                    "logp": float(found.logps[n]),
-                    "ended": bool(found.ended[n]),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = []
+        for n, (row, prompt) in enumerate(zip(self._rows, self._prompts)):
+            prompt = prompt[before:]
+            lines.append({
+                "step": step,
+                "id": str(heldout.ids[row]),
+                "prompt": self._tokenizer.decode(prompt, skip_special_tokens=True),
+                "output": decode_continuation(self._tokenizer, prompt, new[n]),
+                "logp": float(found.logps[n]),
+                "ended": bool(found.ended[n]),
+                "tokens": new[n],
+            })  # fmt: skip
+        samples_file.append(self._path, lines)
 
-    def _answers(self, params: Any, frozen: Any) -> Answers:
-        """The answers, whole on every device; the last prompt fills up the rows."""
-        missing = -len(self._prompts) % num_parts(ROWS)
-        tokens, lengths = pad(self._prompts + self._prompts[-1:] * missing)
-        everywhere = NamedSharding(self._task.mesh, P())
-        model, whole = self._task.scorer.policy(params, frozen)
-        found = generate(
-            model,
-            whole,
-            jax.device_put(np.asarray(tokens), everywhere),
-            jax.device_put(np.asarray(lengths), everywhere),
-            jax.random.key(0),
-            max_new_tokens=self._tokens,
-            temperature=0.0,
-            stop_tokens=self._task.export.stop_tokens,
+
+def answers_before_training(
+    lines: Sequence[Mapping[str, Any]], ids: Sequence[str], tokens: int
+) -> Int[np.ndarray, "prompts tokens"]:
+    """The tokens of the answers at step 0 to the pairs `ids`, padded with -1.
+
+    A row has none if `lines` lack its answer or it has more than `tokens`: a resumed
+    run may have other --eval-samples and --eval-sample-tokens.
+    """
+    answers = {x.get("id"): x.get("tokens", ()) for x in lines if x["step"] == 0}
+    found = np.full((len(ids), tokens), -1, np.int32)
+    for row, id in zip(found, ids):
+        if len(own := answers.get(id, ())) <= tokens:
+            row[: len(own)] = own
+    return found
+
+
+def first_prompts(task: Task, *, count: int, tokens: int) -> list[int]:
+    """The held-out records of the first `count` different prompts.
+
+    Raises:
+      InputError: if there are no held-out pairs, or answers may be too long.
+    """
+    heldout = task.datasets.splits.heldout
+    _, first = np.unique(heldout.columns["prompt"], return_index=True)
+    rows = sorted(first.tolist())[:count]
+    if count and not rows:
+        raise InputError(
+            f"--eval-samples {count}: there are no held-out pairs; hold some out, or "
+            "leave it out"
         )
-        return jax.jit(lambda x: jax.tree.map(replicated, x))(found)
+    longest = max((len(heldout.context(n, 0)) for n in rows), default=0) + tokens
+    limit = read_architecture(task.export.source).context_length
+    if rows and longest > limit:
+        raise InputError(
+            f"--eval-sample-tokens {tokens}: with the longest prompt, these are "
+            f"{longest} tokens, but the model has {limit} positions"
+        )
+    return rows

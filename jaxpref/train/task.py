@@ -101,6 +101,9 @@ class Programs(Scoring):
             numbers=sorted(self.objective.numbers),
             reference=sorted(stored_scores(self.objective.scores)),
         )
+        blank = np.broadcast_to(np.float32(0), batch.targets.shape)
+        names = sorted(self.objective.token_numbers)
+        batch = dataclasses.replace(batch, token_numbers=dict.fromkeys(names, blank))
         sharding = batch_sharding(self.mesh)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch

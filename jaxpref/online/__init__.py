@@ -1,0 +1,1 @@
+"""Training on a model's own answers: rounds of commands, and sampled batches."""

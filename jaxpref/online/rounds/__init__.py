@@ -1,0 +1,1 @@
+"""`jaxpref rounds`: recipes of commands, run again and again."""
