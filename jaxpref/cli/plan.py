@@ -16,6 +16,7 @@ def command(argv: Sequence[str]) -> None:
     from jaxpref.plan.command import run
 
     choice, given = choose(split(argv))
+    choice.refuse_sampled()
     parsed = parse(parts_of(choice), given, command=COMMAND, about=choice.about)
     run(parsed.plan, choice.objective(parsed), argv)
 

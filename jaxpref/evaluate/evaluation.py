@@ -19,13 +19,19 @@ from jaxpref.evaluate.baselines import say_missing, text_baseline
 from jaxpref.evaluate.benchmarks import benchmark_scores
 from jaxpref.evaluate.checkpoints import checkpoint_lines, checkpoint_metrics
 from jaxpref.evaluate.difficulty import ranking_metrics
-from jaxpref.evaluate.groups import by_group, group_values, table_lines
+from jaxpref.evaluate.groups import (
+    CHES_BIN,
+    by_group,
+    equal_bins,
+    group_values,
+    table_lines,
+)
 from jaxpref.evaluate.metrics import reliability_bins, wilson_interval
 from jaxpref.evaluate.paired import paired_metrics
 from jaxpref.evaluate.pairs import EvaluateConfig, open_pairs
 from jaxpref.evaluate.results import Results
 from jaxpref.files import check_output_folder, write_json, write_whole
-from jaxpref.models.weights import head_of, is_reward
+from jaxpref.models.weights import Weights, head_of, is_reward
 from jaxpref.runtime.processes import log
 from jaxpref.runtime.run_folder import locked
 from jaxpref.scoring.run_weights import named_weights
@@ -96,28 +102,37 @@ def _evaluate(config: EvaluateConfig, out: Path) -> Evaluation:
         _check_no_accuracy(config)
     source = data.open_records(config.data, config, sides=splits.kind.sides)
     # Unknown fields are reported before the model is read.
-    groups = {x: group_values(source, records, x, config.data) for x in config.by}
-    rewards, scores = score(named_weights(config.model, config.adapter))
+    groups = {
+        x: group_values(source, records, x, config.data)
+        for x in config.by
+        if x != CHES_BIN
+    }
+    weights = named_weights(config.model, config.adapter)
+    _check_ches(config, splits.kind, weights)
+    rewards, scores, of_pairs = score(weights)
     try:
         metrics: dict[str, Any] = found.metrics(records, rewards, scores)
     except InputError as error:
         raise InputError(f"{config.data}: {error}") from None
     prompts = records.columns["prompt"]
     hits = None if found.hits is None else found.hits(records, rewards)
-    per_record: dict[str, np.ndarray] = {}
+    per_record: dict[str, np.ndarray] = dict(of_pairs)
     if splits.kind.sides == 2:
-        more, per_record = _of_pairs(config, source, records, scores)
-        metrics |= more
+        more, further = _of_pairs(config, source, records, scores)
+        metrics |= more | _means(of_pairs)
+        per_record |= further
+    if CHES_BIN in config.by:
+        groups[CHES_BIN] = equal_bins(of_pairs["normalized_ches"])
     if groups and hits is not None:
         margins = rewards[:, 0] - rewards[:, 1] if splits.kind.sides == 2 else None
         metrics["by"] = {
-            field: by_group(values, hits, prompts, margins)
-            for field, values in groups.items()
+            field: by_group(groups[field], hits, prompts, margins)
+            for field in config.by
         }
     if known := benchmark_scores(source, records, rewards):
         metrics["benchmark"] = known
     if config.checkpoints and (hits_of := found.hits) is not None:
-        of = lambda weights: hits_of(records, score(weights)[0])
+        of = lambda weights: hits_of(records, score(weights).rewards)
         metrics["checkpoints"] = checkpoint_metrics(config, of)
     if config.against is not None and hits is not None:
         metrics["against"] = {"model": config.against, **_paired(config, records, hits)}
@@ -200,7 +215,7 @@ def _paired(
     if is_reward(weights):
         config = dataclasses.replace(config, reference=None, beta=None)
     splits, score = open_pairs(config)
-    rewards, _ = score(weights)
+    rewards = score(weights).rewards
     hits_of = results.results_of(splits.kind).hits
     assert hits_of is not None, "the records are those of the first model"
     others = hits_of(splits.train, rewards)
@@ -211,6 +226,19 @@ def _paired(
             "choose another --max-length"
         )
     return paired_metrics(hits[own], others[other], records.columns["prompt"][own])
+
+
+def _means(of_pairs: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {f"ranking/{name}": float(x.mean()) for name, x in of_pairs.items()}
+
+
+def _check_ches(config: EvaluateConfig, kind: data.Kind, weights: Weights) -> None:
+    """Refuses bins of CHES scores where there are none."""
+    if CHES_BIN in config.by and (kind.sides != 2 or is_reward(weights)):
+        raise InputError(
+            f"--by {CHES_BIN}: only pairs have CHES scores, under a language model; "
+            "leave it out"
+        )
 
 
 def _check_no_accuracy(config: EvaluateConfig) -> None:

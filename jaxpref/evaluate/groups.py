@@ -18,8 +18,10 @@ from jaxpref.evaluate.metrics import (
     wilson_interval,
 )
 
-ANNOTATOR, LENGTH_BIN = "annotator", "length-bin"
+ANNOTATOR, LENGTH_BIN, CHES_BIN = "annotator", "length-bin", "ches-bin"
 """Groups that are not read from a field of the file's own."""
+BINS = 5
+"""Bins of CHES scores."""
 NONE = "none"
 """The group of records without a value."""
 MOST = 1000
@@ -96,6 +98,24 @@ def length_bins(differences: Int[np.ndarray, " pairs"]) -> list[str]:
         names[shorter] = f"-{last} to -1"
         names[shorter & (sizes > last)] = f"-{last + 1} or less"
     return names.tolist()
+
+
+def equal_bins(values: Float[np.ndarray, " pairs"]) -> list[str]:
+    """The bin of each pair: `BINS` bins with equal counts, named by their ranges.
+
+    Equal values share a bin, so that there may be fewer.  Names have three digits, or
+    as many as distinguish the bins.
+    """
+    ends = np.quantile(values, np.arange(1, BINS) / BINS, method="lower")
+    index = np.searchsorted(np.unique(ends), values, side="left")
+    bins = [np.asarray(values)[index == n] for n in np.unique(index)]
+    names: list[str] = []
+    for digits in range(3, 18):  # 17 tell any two float64 apart
+        names = [f"{x.min():.{digits}g} to {x.max():.{digits}g}" for x in bins]
+        if len(set(names)) == len(names):
+            break
+    of_bin = dict(zip(np.unique(index), names, strict=True))
+    return [of_bin[n] for n in index]
 
 
 def by_group(

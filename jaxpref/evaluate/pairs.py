@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -35,11 +35,18 @@ from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.runtime.processes import log
 from jaxpref.runtime.ranges import at_least
 from jaxpref.scoring.checks import check_finite, check_fits
+from jaxpref.scoring.hidden_sums import CHES, Ches
+from jaxpref.scoring.reference import model_digest
+from jaxpref.scoring.reward_scorer import RewardScorer
 from jaxpref.scoring.run_weights import named_weights, reference_weights
+from jaxpref.scoring.score_tables import FixedModel, ScoredSet, score_tables
+from jaxpref.scoring.scorer import PolicyScorer, Scorer
 from jaxpref.scoring.scores import OF_HEADS
-from jaxpref.scoring.twin import make_scorer
 from jaxpref.train.options import Dtype
 from jaxpref.train.task import Scoring
+
+STORED = frozenset({"rewards", "policy_logps", *CHES})
+"""Scores that are stored for later evaluations: single numbers of a completion."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,9 +119,15 @@ class EvaluateConfig(data.RecordOptions):
         return 0.1 if self.beta is None else self.beta
 
 
-RecordScores = tuple[np.ndarray, dict[str, np.ndarray]]
-"""The rewards of every record's completions, float32 [N, K], and the scores that they
-come from, by name."""
+class RecordScores(NamedTuple):
+    """What a model says of N records."""
+
+    rewards: np.ndarray
+    """float32 [N, K]; the rewards of the completions."""
+    scores: dict[str, np.ndarray]
+    """float32 [N, K] by name; the scores that the rewards come from."""
+    pairs: dict[str, np.ndarray]
+    """float32 [N] by name; numbers of each pair, not of its completions."""
 
 
 def open_pairs(
@@ -158,24 +171,29 @@ def open_pairs(
     if scored_alone:
         head = head_of(weights)
         answers = answers_of(head, config.attribute_weights, splits.kind)
-        score = prepare(weights, head.score, title="model scores")
-        return splits, lambda weights: answers(score(weights))
+        score = prepare(weights, (head.score,), title="model scores")
+        return splits, lambda given: RecordScores(
+            *answers(score(given)[head.score]), {}
+        )
     if config.attribute_weights:
         raise InputError(
             f"--attribute-weights {' '.join(config.attribute_weights)}: "
             f"{config.model} is a language model; leave it out"
         )
-    score = prepare(weights, "policy_logps", title="model log-probs")
+    of_pairs = CHES if splits.kind.sides == 2 else ()
+    score = prepare(weights, ("policy_logps", *of_pairs), title="model log-probs")
     reference_logps = np.zeros(pairs.completion_lengths.shape, np.float32)
     if reference is not None:
         title = "reference log-probs"
-        of_reference = prepare(reference, "policy_logps", title=title)
-        reference_logps = of_reference(reference)
+        of_reference = prepare(reference, ("policy_logps",), title=title)
+        reference_logps = of_reference(reference)["policy_logps"]
 
-    def score_against_reference(weights: Weights) -> RecordScores:
-        logps = score(weights)
+    def score_against_reference(given: Weights) -> RecordScores:
+        found = score(given)
+        logps = found["policy_logps"]
         scores = {"logps": logps, "reference_logps": reference_logps}
-        return beta * (logps - reference_logps), scores
+        ches = {name: found[name][:, 0] for name in of_pairs}
+        return RecordScores(beta * (logps - reference_logps), scores, ches)
 
     return splits, score_against_reference
 
@@ -227,38 +245,66 @@ def _read_pairs(
 
 def _weights_scorer(
     weights: Weights,
-    name: str,
+    names: tuple[str, ...],
     *,
     pairs: PreferenceDataset,
     config: EvaluateConfig,
     mesh: jax.sharding.Mesh,
     title: str,
-) -> Callable[[Weights], np.ndarray]:
-    """What gives one of the scores of every completion, float32 [N, K].
+) -> Callable[[Weights], dict[str, np.ndarray]]:
+    """What gives scores of every completion by name, float32 [N, K] or [N, K, n].
 
-    It is a function of any weights with the architecture of these, and with a soft
-    prompt as long as theirs.
+    It is a function of the weights of any model with the architecture of these, and
+    with a soft prompt as long as theirs.  Numbers are stored, so that a model is loaded
+    only if some are missing; vectors are not.
     """
     architecture = read_architecture(weights.folder)
     pairs = pairs.prefixed(soft_prompt_length(weights.adapter))
     check_fits([config.data], pairs, str(weights.folder), architecture)
-    make_model = build
-    if name in OF_HEADS:
-        make_model = functools.partial(RewardModel, head=head_of(weights))
     dtype = config.compute_dtype or default_compute_dtype()
-    model = make_model(architecture, Numerics(compute_dtype=dtype))
+    numerics = Numerics(compute_dtype=dtype)
+    if OF_HEADS & set(names):
+        model = RewardModel(architecture, numerics, head_of(weights))
+        scorer: Scorer = RewardScorer(model)
+    else:
+        model = build(architecture, numerics)
+        heads = Ches() if set(CHES) & set(names) else None
+        scorer = PolicyScorer(model, frozenset({"policy_logps"}), heads=heads)
     index, count = share_of_rows(mesh)
     layout = data.padded_layout(
         pairs, batch_size=config.batch_size, process_index=index, process_count=count
     )
-    scorer = make_scorer(model, frozenset({name}))
     task = Scoring(scorer=scorer, mesh=mesh, layout=layout)
+    score = task.score(task.score_step)
 
-    def score(weights: Weights) -> np.ndarray:
+    def compute(weights: Weights) -> dict[str, np.ndarray]:
+        found = score(load_weights(weights, model), {}, pairs, title=title)
+        for table in found.values():
+            check_finite([config.data], pairs, str(weights.folder), table)
+        return found
+
+    def look_up(weights: Weights) -> dict[str, np.ndarray]:
+        fixed = FixedModel(
+            name=str(weights.folder),
+            title=title,
+            scores=names,
+            digest=model_digest(weights, dtype),
+            compute_dtype=dtype,
+        )
+        every = ScoredSet("pairs", pairs, (config.data,), np.arange(len(pairs)))
+        found, _ = score_tables(
+            fixed,
+            [every],
+            load=lambda: load_weights(weights, model),
+            score=score,
+            batch_size=config.batch_size,
+            layout=f"{layout.rounding()}, mesh {dict(mesh.shape)}",
+            expected=None,  # a digest of each file and of what made it is enough here
+        )
+        return found["pairs"]
+
+    def of_weights(weights: Weights) -> dict[str, np.ndarray]:
         with jax.set_mesh(mesh):
-            params = load_weights(weights, model)
-            scores = task.score(task.score_step)(params, {}, pairs, title=title)
-        check_finite([config.data], pairs, str(weights.folder), scores[name])
-        return scores[name]
+            return (look_up if set(names) <= STORED else compute)(weights)
 
-    return score
+    return of_weights

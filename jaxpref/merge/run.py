@@ -133,7 +133,7 @@ def _tried(
     soup = out.resolve().parent / f".{out.resolve().name}.soup"
 
     def accuracy_of(folder: Path) -> float:
-        rewards, _ = score(model_weights.Weights(folder))
+        rewards = score(model_weights.Weights(folder)).rewards
         return accuracy(rewards[:, 0] - rewards[:, 1])
 
     def accuracy_of_mean(kept: Sequence[int]) -> float:

@@ -9,6 +9,7 @@ features, R rows to be inserted.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,8 @@ def stored(
     return in_row(states, tokens)
 
 
-def resized(cache: Cache, length: int) -> Cache:
-    """The cache with slots for rows of at most `length` tokens.
+def resized(cache: Any, length: int) -> Any:
+    """A cache, or a tuple of caches, with slots for rows of at most `length` tokens.
 
     No row may have more tokens than that.
     """
@@ -83,11 +84,12 @@ def resized(cache: Cache, length: int) -> Cache:
             [(0, more if axis == 3 else 0, 0) for axis in range(5)],
         )
 
-    stacks = tuple(
-        Stack(resize(s.keys, s.window), resize(s.values, s.window), s.window)
-        for s in cache.stacks
-    )
-    return dataclasses.replace(cache, stacks=stacks)
+    def of_stack(x: Stack | jax.Array) -> Stack | jax.Array:
+        if not isinstance(x, Stack):
+            return x  # the lengths
+        return Stack(resize(x.keys, x.window), resize(x.values, x.window), x.window)
+
+    return jax.tree.map(of_stack, cache, is_leaf=lambda x: isinstance(x, Stack))
 
 
 def with_rows(
@@ -147,33 +149,28 @@ def rows_of(
     return x.at[part].get(out_sharding=layout)
 
 
-def take(cache: Cache, rows: Int[Array, " R"]) -> Cache:
-    """The rows of a cache with the given numbers, which may repeat."""
-    stacks = tuple(
-        Stack(
-            rows_of(s.keys, rows, SPECS.cache),
-            rows_of(s.values, rows, SPECS.cache),
-            s.window,
-        )
-        for s in cache.stacks
-    )
-    return Cache(stacks, rows_of(cache.lengths, rows, SPECS.rows))
-
-
-def insert(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
-    """The cache with the rows of another one, of at most as many slots.
+def take(arrays: Any, rows: Int[Array, " R"]) -> Any:
+    """The rows with the given numbers, which may repeat.
 
     Args:
-        cache: of B rows.
-        new: of R rows.
+        arrays: a pytree of a `Cache`, or several, and of arrays [B] and [B, N].
+        rows: their numbers.
+    """
+    return jax.tree.map(lambda x: rows_of(x, rows, _spec(x)), arrays)
+
+
+def insert(arrays: Any, new: Any, rows: Int[Array, " R"]) -> Any:
+    """`arrays` with the rows of `new`, whose caches have at most as many slots.
+
+    Args:
+        arrays: as in `take`, of B rows.
+        new: the same structure, of R rows.
         rows: where each of them goes; those with a number >= B are dropped.
     """
-    stacks = tuple(
-        Stack(
-            with_rows(s.keys, n.keys, rows, SPECS.cache),
-            with_rows(s.values, n.values, rows, SPECS.cache),
-            s.window,
-        )
-        for s, n in zip(cache.stacks, new.stacks, strict=True)
-    )
-    return Cache(stacks, with_rows(cache.lengths, new.lengths, rows, SPECS.rows))
+    write = lambda old, new: with_rows(old, new, rows, _spec(old))
+    return jax.tree.map(write, arrays, new)
+
+
+def _spec(x: jax.Array) -> P:
+    """The layout of keys, values, or arrays whose first axis is that of the rows."""
+    return {1: SPECS.rows, 2: SPECS.tokens, 5: SPECS.cache}[x.ndim]

@@ -91,7 +91,8 @@ def read_head(folder: str | Path) -> Head:
     """The head of the reward model in a folder.
 
     Several labels (`id2label`) are the names of attributes, unless `reward_head` says
-    that the numbers are an embedding.
+    that the numbers are an embedding.  A single label, whatever its name, is a reward,
+    unless `reward_head` says that it is a rating.
 
     Raises:
         InputError: if config.json cannot be read, or describes no head.
@@ -113,11 +114,11 @@ def read_head(folder: str | Path) -> Head:
             f"{' or '.join(get_args(Layers))}"
         )
     temperature = own.read("temperature", float, 0.0)
+    rating = own.read("rating", bool, False)
     own.check_all_read(())
     if temperature:
         return Head(layers, embedding=len(names), temperature=temperature)
-    named = len(names) > 1 or (names and not names[0].startswith("LABEL_"))
-    return Head(layers, attributes=names if named else ())
+    return Head(layers, attributes=names if len(names) > 1 or rating else ())
 
 
 def head_to_fields(architecture: Architecture, head: Head) -> dict[str, Any]:
@@ -133,6 +134,8 @@ def head_to_fields(architecture: Architecture, head: Head) -> dict[str, Any]:
         own = {"layers": head.layers}
     if head.embedding:
         own["temperature"] = head.temperature
+    if len(head.attributes) == 1:
+        own["rating"] = True
     labels = head.attributes or [f"LABEL_{n}" for n in range(head.size)]
     return {
         "architectures": [classifier],

@@ -14,7 +14,8 @@ sum to 1, that is the mixture above:
     m_k = |f_2 - p_k|^2 - |f_1 - p_k|^2,    m = |f_2 - p_a|^2 - |f_1 - p_a|^2
 
 In PAL-B, prototypes are directions g_k(x) that depend on the prompt, and
-m_k = <f_1 - f_2, g_k(x)>.
+m_k = <f_1 - f_2, g_k(x)>.  If they do not, they are linear reward heads: with one of
+them, this is a Bradley-Terry model.
 
 Votes are on frozen features, for example the hidden states of a language model.  Mask
 padding with `where`.
@@ -25,6 +26,7 @@ Learning from Heterogeneous Preferences", 2024, arXiv:2406.08469, models A and B
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,7 @@ __all__ = [
     "direction_margins",
     "fit",
     "ideal_point_margins",
+    "linear_margins",
     "mixed_margins",
     "weights_of",
 ]
@@ -52,6 +55,15 @@ def ideal_point_margins(
     """The margins of PAL-A: m_k = |f_2 - p_k|^2 - |f_1 - p_k|^2, nats."""
     distances = lambda f: jnp.sum(jnp.square(f[:, None] - prototypes), axis=-1)
     return distances(second) - distances(first)
+
+
+def linear_margins(
+    first: Float[Array, "votes features"],
+    second: Float[Array, "votes features"],
+    prototypes: Float[Array, "prototypes features"],
+) -> Float[Array, "votes prototypes"]:
+    """The margins of PAL-B if g_k is the same for all prompts, in nats."""
+    return (first - second) @ prototypes.T
 
 
 def direction_margins(
@@ -134,7 +146,8 @@ class Fit:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("num_annotators", "num_prototypes", "starts", "steps")
+    jax.jit,
+    static_argnames=("num_annotators", "num_prototypes", "margins", "starts", "steps"),
 )
 def fit(
     preferred: Float[Array, "votes features"],
@@ -144,13 +157,14 @@ def fit(
     *,
     num_annotators: int,
     num_prototypes: int,
+    margins: Callable[..., Array] = ideal_point_margins,
     where: Mask = None,
     starts: int = 8,
     steps: int = 300,
     learning_rate: float = 0.1,
     decay: float = 1.0,
 ) -> Fit:
-    """PAL-A: ideal points and the weights of all annotators from their votes.
+    """Prototypes and the weights of all annotators from their votes.
 
         minimize  sum_votes -log s(m) + decay / 2 sum_k |p_k|^2
 
@@ -165,6 +179,7 @@ def fit(
       key: a JAX random key, for the starts.
       num_annotators: A.
       num_prototypes: K.
+      margins: `ideal_point_margins` (PAL-A) or `linear_margins`.
       where: which votes are real; all by default.
       starts: number of random starts.
       steps: steps of Adam.
@@ -176,9 +191,9 @@ def fit(
     first, second = (jnp.where(real[:, None], x, 0) for x in (preferred, other))
 
     def margins_of(params):
-        margins = ideal_point_margins(first, second, params["prototypes"])
+        of_prototypes = margins(first, second, params["prototypes"])
         weights = jax.nn.softmax(params["logits"], axis=-1)
-        return mixed_margins(margins, weights, annotators)
+        return mixed_margins(of_prototypes, weights, annotators)
 
     def loss_of(params):
         losses = jnp.where(real, jax.nn.softplus(-margins_of(params)), 0)

@@ -191,7 +191,7 @@ def _figures(
     label = "length of the chosen answer minus the other's (tokens)"
     _draw_accuracy(paths["length"], longer, hits, label)
     about = f"in {BINS} bins of equal counts; bars are two standard errors."
-    return [
+    sections = [
         Section(
             "Calibration",
             [
@@ -208,6 +208,16 @@ def _figures(
             [Figure(paths["length"], f"Accuracy by the difference in length, {about}")],
         ),
     ]
+    if "normalized_ches" in lines[0]:
+        scores = [x["normalized_ches"] for x in lines]
+        path = folder / "ches.png"
+        _draw_accuracy(path, scores, hits, "length-normalized CHES score")
+        text = (
+            f"Accuracy by the CHES score, {about} The higher the score, the more "
+            "training on the pair tends to lower the likelihood of both answers."
+        )
+        sections.append(Section("Likelihood displacement", [Figure(path, text)]))
+    return sections
 
 
 def _draw_reliability(path: Path, bins: Sequence[Record]) -> None:

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from jaxpref.files import write_whole
 from jaxpref.runtime.cache_folder import make_private, warn_if_others_write
 
-HOLDS = "the reference's scores"
+HOLDS = "stored scores"
 _log = logging.getLogger("jaxpref")
 
 

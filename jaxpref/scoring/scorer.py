@@ -21,6 +21,7 @@ from jaxpref.models.logprobs import REFERENCE, Statistic
 from jaxpref.models.reward import Padding
 from jaxpref.models.weights import Weights, load_weights
 from jaxpref.scoring.degrees import DegreeHead
+from jaxpref.scoring.hidden_sums import Ches
 from jaxpref.scoring.scores import (
     MASK_SCORES,
     ROUTER,
@@ -163,8 +164,8 @@ class PolicyScorer:
     statistics: tuple[Statistic, ...] = ()
     """Statistics that the objective defines; their sums over the tokens of each
     completion are scores, too."""
-    heads: ActivationMasks | LearnedMasks | DegreeHead | None = None
-    """What gives the scores of an objective's `heads`; or None."""
+    heads: ActivationMasks | LearnedMasks | DegreeHead | Ches | None = None
+    """What gives further scores, such as those of an objective's `heads`; or None."""
 
     @property
     def models(self) -> frozenset[str]:
@@ -238,13 +239,13 @@ class PolicyScorer:
             name: score.combine(batch, *(statistics[n] for n in score.statistics))
             for name, score in scores.items()
         }
-        if isinstance(self.heads, DegreeHead):
+        if isinstance(self.heads, DegreeHead | Ches):
             found |= self.heads.scores(hidden, heads, batch)
         return Scored(found, totals_of(router))
 
     @property
     def _masks(self) -> ActivationMasks | LearnedMasks | None:
-        return None if isinstance(self.heads, DegreeHead) else self.heads
+        return None if isinstance(self.heads, DegreeHead | Ches) else self.heads
 
     def _token_scores(self) -> dict[str, TokenScore]:
         own = {x.name: TokenScore((x.name,), completion_sums) for x in self.statistics}

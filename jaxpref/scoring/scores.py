@@ -20,7 +20,8 @@ from jaxpref.models.logprobs import REFERENCE
 from jaxpref.models.logprobs import Statistic as Statistic
 
 Scores = dict[str, Array]
-"""Name without its side -> float32 or wider [..., R, S, K]."""
+"""Name without its side -> float32 or wider [..., R, S, K].  One score has a number
+for each token, [..., R, Q, P]."""
 
 
 class Scored(NamedTuple):
@@ -51,8 +52,14 @@ DESCRIPTIONS = {
     "embeddings": "a vector of unit length at its last token, as the rewards",
     "attributes": "predicted ratings at its last token, as the rewards",
     "lengths": "its number of tokens",
+    "policy_token_logps": "log-probability of each target token, [..., R, Q, P]",
+    "sampler_token_logps": "the same under the parameters that sampled it",
+    "reference_token_logps": "the same under the reference",
 }
 """The scores that a loss may read for each completion."""
+
+OF_SAMPLED_TOKENS = frozenset({"sampler_token_logps", "reference_token_logps"})
+"""Those that are computed once answers are sampled; see `token_numbers` of a batch."""
 
 OF_HEADS = frozenset({"rewards", "embeddings", "attributes"})
 """Those that the head of a reward model gives.  Embeddings and attributes are vectors,
@@ -85,8 +92,8 @@ class TokenScore:
 
     statistics: tuple[str, ...]
     """Names from `models.logprobs.STATISTICS`."""
-    combine: Callable[..., Float[Array, "R S K"]]
-    """`combine(batch, *statistics [R Q, P]) -> [R, S, K]`."""
+    combine: Callable[..., Float[Array, "R *shape"]]
+    """`combine(batch, *statistics [R Q, P]) -> [R, S, K]`, or [R, Q, P] of tokens."""
 
 
 def completion_sums(
@@ -94,13 +101,20 @@ def completion_sums(
 ) -> Float[Array, "R S K"]:
     """Sums over each completion's tokens, or its first `prefix_lengths` [R, S K]."""
     rows, slots, sides = batch.completion_lengths.shape
-    of_token = jnp.reshape(
-        of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
-    )
+    of_token = token_values(batch, of_token)
     add = losses.sum_prefix_by_completion if options else losses.sum_by_completion
     owners = cast(Array, batch.completions)
     sums = add(of_token, owners, num_completions=slots * sides, **options)
     return jnp.reshape(sums, (rows, slots, sides), out_sharding=on_mesh(SPECS.hidden))
+
+
+def token_values(
+    batch: PreferenceBatch, of_token: Float[Array, "rows P"]
+) -> Float[Array, "R Q P"]:
+    """A number of each target token, in the shape of the targets."""
+    return jnp.reshape(
+        of_token, batch.targets.shape, out_sharding=on_mesh(SPECS.hidden)
+    )
 
 
 def prefix_sums(
@@ -125,6 +139,7 @@ def _log_weights(batch: PreferenceBatch, logps, collisions) -> Float[Array, "R S
 TOKEN_SCORES: Mapping[str, TokenScore] = {
     "policy_logps": TokenScore(("logps",), completion_sums),
     "policy_prefix_logps": TokenScore(("logps",), prefix_sums),
+    "policy_token_logps": TokenScore(("logps",), token_values),
     "log_weights": TokenScore(("logps", "collisions"), _log_weights),
     "kls": TokenScore(("kls",), completion_sums),
     "reference_logps": TokenScore(("reference_logps",), completion_sums),
@@ -219,7 +234,8 @@ def stored_scores(scores: frozenset[str]) -> frozenset[str]:
     """The reference's scores that are computed once, before training."""
     if scores & NEED_REFERENCE_WEIGHTS:
         return frozenset()
-    return frozenset(name for name in scores if name.startswith("reference_"))
+    names = scores - OF_SAMPLED_TOKENS
+    return frozenset(name for name in names if name.startswith("reference_"))
 
 
 def policy_name(name: str) -> str:
@@ -229,7 +245,8 @@ def policy_name(name: str) -> str:
 
 def reads_reference(scores: frozenset[str]) -> bool:
     """Whether any score needs a reference model."""
-    return bool(stored_scores(scores) or scores & NEED_REFERENCE_WEIGHTS)
+    named = any(name.startswith("reference_") for name in scores)
+    return named or bool(scores & NEED_REFERENCE_WEIGHTS)
 
 
 def sequence_weights(batch: PreferenceBatch) -> Float[Array, "rows T"]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jaxpref import data, losses
+from jaxpref import data
 from jaxpref.data import DataOptions, PaddedLayout, PreferenceDataset
 from jaxpref.errors import InputError, visible
 from jaxpref.models import Model, Numerics, build
@@ -30,6 +30,8 @@ from jaxpref.runtime.mesh import (
 )
 from jaxpref.runtime.precision import default_compute_dtype
 from jaxpref.scoring.checks import check_fits
+from jaxpref.scoring.hidden_sums import CHES, Ches
+from jaxpref.scoring.scores import flat_sequences
 from jaxpref.select.donod import head_gradient_norms, topsis
 from jaxpref.select.opened import Opened
 from jaxpref.select.scores import Scores, by_row
@@ -50,10 +52,9 @@ def by_ches(opened: Opened) -> Scores:
     See `losses.ches` and `losses.length_normalized_ches`.
     """
     found, pairs, reasons = _scores(opened, "ches", _ches)
-    names = ["ches", "normalized_ches"]
-    first = names.index(opened.config.by.replace("-", "_"))
+    first = CHES.index(opened.config.by.replace("-", "_"))
     columns = {"score": found[:, first]}
-    columns |= {name: found[:, n] for n, name in enumerate(names)}
+    columns |= {name: found[:, n] for n, name in enumerate(CHES)}
     return _of_rows(opened, pairs, columns, reasons)
 
 
@@ -91,41 +92,19 @@ def _of_rows(
 
 def _ches(model: Model, params: Params, batch: Batch) -> Float[Array, "R 2"]:
     """Both CHES scores of each pair."""
-    sizes = batch.completion_lengths[:, 0]
-    # The states that predict the answer: from the prompt's last token on.
-    starts, ends = batch.lengths - 1 - sizes, batch.lengths - 1
-    pooled = lambda side: _pooled(
-        model, params, batch, side, starts[:, side], ends[:, side]
-    )
-    chosen, rejected = pooled(0), pooled(1)
-    plain = losses.ches(chosen, rejected)
-    normalized = losses.length_normalized_ches(
-        chosen, rejected, sizes[:, 0], sizes[:, 1]
-    )
-    return jnp.stack([plain, normalized], axis=-1)
+    hidden = model.hidden(params, flat_sequences(batch, batch.tokens))
+    found = Ches().scores(hidden, {}, batch)
+    return jnp.stack([found[name][:, 0, 0] for name in CHES], axis=-1)
 
 
 def _prompt_state(model: Model, params: Params, batch: Batch) -> Float[Array, "R D"]:
-    """The mean state of each prompt."""
-    length = batch.lengths[:, 0] - batch.completion_lengths[:, 0, 0]
-    total = _pooled(model, params, batch, 0, jnp.zeros_like(length), length)
-    return total / jnp.maximum(length, 1)[:, None]
-
-
-def _pooled(
-    model: Model,
-    params: Params,
-    batch: Batch,
-    side: int,
-    starts: Array,
-    ends: Array,
-) -> Float[Array, "R D"]:
-    """The sum of the final hidden states from `starts` to before `ends`, both [R]."""
-    tokens = batch.tokens[:, side]
+    """The mean final hidden state of each prompt."""
+    tokens = batch.tokens[:, 0]
     states = reshard(model.hidden(params, tokens), SPECS.hidden).astype(jnp.float32)
-    place = jnp.arange(tokens.shape[1])[None]
-    inside = (place >= starts[:, None]) & (place < ends[:, None])
-    return jnp.einsum("btd,bt->bd", states, inside.astype(jnp.float32))
+    length = batch.lengths[:, 0] - batch.completion_lengths[:, 0, 0]
+    inside = jnp.arange(tokens.shape[1])[None] < length[:, None]
+    total = jnp.einsum("btd,bt->bd", states, inside.astype(jnp.float32))
+    return total / jnp.maximum(length, 1)[:, None]
 
 
 def _scores(

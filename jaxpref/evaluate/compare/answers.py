@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpref.data import open_source
-from jaxpref.data.make_pairs import read_answers as answers_of_record
+from jaxpref.data.answers import given_answers, has_answers
+from jaxpref.data.answers import read_answers as answers_of_record
 from jaxpref.data.records import Message, parse_prompt, prompt_key
 from jaxpref.data.records.mapping import value_at
 from jaxpref.data.sources import Source
@@ -41,6 +42,9 @@ class Answer:
     """Whether it is complete."""
     difficulty: float | None = None
     """AlpacaEval's difficulty of the instruction."""
+    as_user: bool = True
+    """Whether a prompt that is a text is a user's turn if the model has a chat
+    template; `jaxpref sample --out NAME.jsonl` writes turns as messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,7 @@ def _read(source: Source) -> Iterator[tuple[str, Answer, str]]:
         record, place = source[row], source.location(row)
         if not isinstance(record, Mapping):
             raise InputError(f"{place}: a record must be a JSON object")
-        if isinstance(record.get("answers"), list):
+        if has_answers(record):
             yield from _sampled(record, place)
         elif {"instruction", "output"} <= record.keys():
             yield _alpaca_eval(record, place)
@@ -150,12 +154,15 @@ def _sampled(
     prompt = parse_prompt(found.record, place)
     if prompt is None:
         raise InputError(f"{place}: has no prompt; add a field 'prompt'")
-    for one, text in zip(record["answers"], found.texts, strict=True):
+    ended = found.ended or [True] * len(found)
+    for one, text, is_whole in zip(given_answers(record), found.texts, ended):
         if not isinstance(text, str):
-            raise InputError(f"{place}: field 'answers' must hold texts in 'output'")
-        logps = (_number(one, x, place) for x in ("logp", "reference_logp"))
-        ended = one.get("ended") is not False
-        answer = Answer(text, prompt.prompt, place, *logps, ended=ended)
+            raise InputError(f"{place}: field 'completions' must hold texts")
+        about = one if isinstance(one, Mapping) else {}
+        logps = (_number(about, x, place) for x in ("logp", "reference_logp"))
+        answer = Answer(
+            text, prompt.prompt, place, *logps, ended=is_whole, as_user=False
+        )
         yield _key(prompt.prompt), answer, str(record.get("generator") or "")
 
 

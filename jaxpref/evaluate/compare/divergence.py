@@ -72,7 +72,7 @@ def _reference_logps(
         is_text = isinstance(one.prompt, str)
         completion = one.text if is_text else assistant_turn(one.text)
         example = Example(one.prompt, (completion,))
-        asked.append(Answered(example, {}, one.place, sampled=True))
+        asked.append(Answered(example, {}, one.place, as_user=one.as_user))
     title = f"log-probs under {reference}"
     found = score(weights, "policy_logps", asked, options, title, allow_cut=False)
     return np.concatenate(found)

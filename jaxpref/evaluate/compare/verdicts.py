@@ -97,8 +97,8 @@ def _answered(key: Key, models: Sequence[ModelAnswers], name: str) -> Answered:
     completions: tuple[Any, ...] = tuple(x.text for x in answers)
     if not isinstance(known.prompt, str):
         completions = tuple(map(assistant_turn, completions))
-    # A text is a user's turn if the judge has a chat template, like when it was asked.
-    return Answered(Example(known.prompt, completions), {}, known.place, sampled=True)
+    example = Example(known.prompt, completions)
+    return Answered(example, {}, known.place, as_user=known.as_user)
 
 
 def read_verdicts(

@@ -1,0 +1,1 @@
+"""Linear reward models on frozen features, for all annotators or for some of them."""
