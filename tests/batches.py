@@ -22,7 +22,7 @@ def assert_equal(first, second):
     """Compares all fields, with their dtypes."""
     for field in dataclasses.fields(PreferenceBatch):
         a, b = getattr(first, field.name), getattr(second, field.name)
-        if field.name in ("reference", "numbers"):
+        if field.name in ("reference", "numbers", "token_numbers"):
             assert a.keys() == b.keys()
             jax.tree.map(np.testing.assert_array_equal, a, b)
             continue

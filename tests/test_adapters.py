@@ -15,6 +15,7 @@ from jaxpref.data import (
     examples_of,
     open_records,
 )
+from jaxpref.data.answers import read_answers
 from jaxpref.data.record_options import NAMES
 from jaxpref.data.record_source import RecordSource
 from jaxpref.data.records import (
@@ -28,6 +29,7 @@ from jaxpref.data.records import (
 )
 from jaxpref.data.records.adapters import ADAPTERS
 from jaxpref.data.records.adapters.adapter import NO_VOTE, SAME_SCORE, SPLIT, TIE
+from jaxpref.data.records.reanswered import without_answers
 from jaxpref.errors import InputError
 from jaxpref.evaluate.audit_records import cleaned, named_annotators
 from tests.data_tokenizers import write_lines
@@ -91,6 +93,32 @@ def test_single_completions_are_the_better_answers(case):
         assert found[0].prompt == best.prompt
     view = views([case.record], **case.options)[0]
     assert parse_prompt(view, "f row 1").prompt == best.prompt
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_new_answers_follow_the_same_prompt(case):
+    """What `sample` writes of a record, and `data pairs` of that, is read as meant."""
+    record = {**case.record, "margin": 2.0, "flip": True, "note": 3}
+    if case.format != "implicit":  # where any other text could be the prompt
+        record |= {"answer": "4"}
+    view = views([record], **case.options)[0]
+    example = parse_prompt(view, "f row 1")
+    whole = without_answers(view, example) | {"completions": [{"text": "6"}]}
+    assert whole["note"] == 3 and whole.get("answer") == record.get("answer")
+    assert not {"flip", "margin", "chosen", "annotator", "messages"} & whole.keys()
+    answers = read_answers(json.loads(json.dumps(whole)), "f row 1")
+    assert parse_prompt(answers.record, "f row 1").prompt == example.prompt
+    (pair,) = examples_of([answers.record | {"chosen": "6", "rejected": "7"}])
+    assert pair.prompt == example.prompt and pair.variables == example.variables
+    assert pair.texts == ["6", "7"]
+
+
+def test_new_answers_have_the_tools_of_the_prompt_alone():
+    record = {"prompt": "4?", "tools": [{"name": "add"}], "Label": 1, "note": 3}
+    ignored = parse_prompt(record, "f row 1", ignore_fields=("tools", "Label"))
+    assert without_answers(record, ignored) == {"prompt": "4?", "note": 3}
+    whole = parse_prompt(record, "f row 1", ignore_fields=("Label",))
+    assert without_answers(record, whole)["tools"] == record["tools"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)

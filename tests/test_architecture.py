@@ -84,7 +84,23 @@ ALLOWED = {
             "sharding",
             "train",
         },
-        ARRAYS | {"numpy", "scipy", "tqdm"},
+        ARRAYS | {"numpy", "safetensors", "scipy", "tqdm"},
+    ),
+    "online": (
+        {
+            "errors",
+            "evaluate",
+            "files",
+            "losses",
+            "data",
+            "models",
+            "rewards",
+            "runtime",
+            "sampling",
+            "scoring",
+            "train",
+        },
+        ARRAYS | {"numpy"},
     ),
     "merge": (
         {

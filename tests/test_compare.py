@@ -208,8 +208,8 @@ def test_answers_of_three_kinds_of_files_are_matched(tmp_path):
     ]
     sampled = [
         {
-            "record": {"prompt": f"q{n}"},
-            "answers": [{"output": f"b{n}.{k}", "ended": k == 0} for k in range(2)],
+            "prompt": f"q{n}",
+            "completions": [{"text": f"b{n}.{k}", "ended": k == 0} for k in range(2)],
             "generator": "B",
         }
         for n in (1, 2)

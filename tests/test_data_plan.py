@@ -347,6 +347,7 @@ def test_prompts_to_sample_from():
     first, second = read_prompts(ListSource(records), TOKENIZER, limit=2)
     assert (first.text, second.text) == ("q", "\n\nHuman: r\n\nAssistant:")
     assert first.tokens == ids(TOKENIZER, "<s>", "q")
+    assert second.source_record == records[2] and "chosen" not in second.record
     assert len(read_prompts(ListSource(records), TOKENIZER, limit=9)) == 3
 
 
@@ -382,6 +383,10 @@ def test_prompts_to_sample_from_are_told_apart_by_all_their_messages(monkeypatch
 def test_long_prompts_to_sample_from_are_cut_as_in_training():
     records = [{"prompt": "x" * 2000 + "yz", "chosen": "a", "rejected": "b"}]
     (cut,) = read_prompts(ListSource(records), TOKENIZER, limit=1, max_prompt_length=3)
-    assert cut.tokens == ids(TOKENIZER, "<s>", "y", "z")
+    assert cut.is_cut and cut.tokens == ids(TOKENIZER, "<s>", "y", "z")
     (whole,) = read_prompts(ListSource(records), TOKENIZER, limit=1)
-    assert len(whole.tokens) == 2003
+    assert len(whole.tokens) == 2003 and not whole.is_cut
+    (just,) = read_prompts(
+        ListSource(records), TOKENIZER, limit=1, max_prompt_length=2003
+    )
+    assert just.tokens == whole.tokens and not just.is_cut

@@ -130,7 +130,8 @@ def test_by_groups_the_records_by_their_fields(inputs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "meta.level" in printed and "ece" in printed
     page = (tmp_path / "evaluation.html").read_text()
-    assert page.count("data:image/png;base64") == 3 and "By meta.level" in page
+    assert page.count("data:image/png;base64") == 4 and "By meta.level" in page
+    assert "Likelihood displacement" in page
     assert "http" not in page.replace("http-equiv", "")
     card = (tmp_path / "evaluation.md").read_text().splitlines()
     shown = f"| {metrics['rewards/accuracies']:.4f} |"

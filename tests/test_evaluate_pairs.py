@@ -164,6 +164,8 @@ def test_a_language_model_is_judged_by_log_ratios(inputs, tmp_path):
         "correct",
         "flip",
         "annotator",
+        "ches",
+        "normalized_ches",
         "difficulty",
     ]
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxpref.cli import sample as sample_command
 from jaxpref.data.answer_text import decode_continuation
 from jaxpref.errors import InputError
-from jaxpref.evaluate import generations
+from jaxpref.evaluate import draw
 from jaxpref.sampling import Answer
 from tests.data_tokenizers import byte_tokenizer
 from tests.tiny import make_model_folder
@@ -85,23 +85,23 @@ def test_lines_hold_the_records_and_all_answers(tmp_path, monkeypatch):
     model = make_model_folder(tmp_path / "model", 0)
     asked = []
 
-    def answer_all(model, params, requests, rule, *, batch_size):
+    def answer_all(model, params, requests, rule, *, batch_size, largest):
         asked.extend(requests)
         for n in reversed(range(len(requests))):
             yield n, Answer([5 + n], -1.5 * n, ended=n == 2)
 
-    monkeypatch.setattr(generations, "answer_all", answer_all)
-    argv = f"--model {model} --data {tmp_path}/pairs.jsonl --num-samples 2"
+    monkeypatch.setattr(draw, "answer_all", answer_all)
+    argv = f"--model {model} --data {tmp_path}/pairs.jsonl --n 2"
     argv += " --max-new-tokens 4"
     out = tmp_path / "out.jsonl"
     sample_command.command([*argv.split(), "--out", str(out)])
     assert [request.ids for request in asked] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     lines = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
-    assert [line["record"] for line in lines] == records
-    answers = [answer for line in lines for answer in line["answers"]]
+    assert [line["prompt"] for line in lines] == [x["prompt"] for x in records]
+    answers = [answer for line in lines for answer in line["completions"]]
     assert [answer["logp"] for answer in answers] == [0, -1.5, -3, -4.5]
     assert [answer["ended"] for answer in answers] == [False, False, True, False]
-    assert len({answer["output"] for answer in answers}) == 4
+    assert len({answer["text"] for answer in answers}) == 4
     assert {line["generator"] for line in lines} == {str(model)}
 
 

@@ -420,7 +420,7 @@ def test_a_greedy_soup(merge, tmp_path, capsys):
     )
     accuracies = {}
     for name in ("a", "b", "mean"):
-        rewards, _ = score(Weights(Path(name)))
+        rewards = score(Weights(Path(name))).rewards
         accuracies[name] = np.mean(rewards[:, 0] > rewards[:, 1])
     first, second = sorted("ab", key=lambda name: -accuracies[name])
     best, mean = accuracies[first], accuracies["mean"]

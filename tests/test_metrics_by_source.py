@@ -9,6 +9,7 @@ from jaxpref.data.mixing import short_names
 from jaxpref.objectives import from_loss
 from jaxpref.report.by_source import is_of_source, source_section
 from jaxpref.train.evaluation import evaluation_metrics, make_evaluation
+from tests.compiled import compiled
 
 SOURCES = [0, 1, 1, 0, 1, 1, 1, 0]
 NAMES = ("helpful", "harmless", "unused")
@@ -36,9 +37,9 @@ def test_each_source_is_evaluated_as_if_alone(loss):
     scores, reference = scored(len(SOURCES))
     evaluate = make_evaluation(objective)
     given = scores, reference, dataset(SOURCES), {}
-    found = evaluation_metrics(evaluate, *given, sources=NAMES)
-    # Several sources, one program.
-    assert evaluate._cache_size() == 1
+    with compiled("evaluate") as programs:
+        found = evaluation_metrics(evaluate, *given, sources=NAMES)
+    assert len(programs) == 1  # of several sources
     whole = evaluation_metrics(evaluate, *given)
     assert found.items() >= whole.items()
     assert {n for n in found if n not in whole} == {

@@ -15,6 +15,7 @@ from jaxpref.models import RewardModel, build
 from jaxpref.models.folder import load_params, save
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.rewards import follow_up, judge, models
+from tests.compiled import compiled
 from tests.test_rewards import answered, score
 from tests.tiny import make_model_folder, make_tokenizer, tiny_config, tiny_params
 
@@ -110,15 +111,15 @@ def test_an_answer_that_cannot_be_read_has_no_score(folders, tmp_path, capsys):
     assert "1 without a score" in capsys.readouterr().out
 
 
-def test_samples_are_user_turns_if_there_is_a_template(tmp_path):
-    """A prompt given to `jaxpref sample` as a text is scored as it was sampled."""
+def test_turns_are_rendered_and_texts_are_not(tmp_path):
+    """`jaxpref sample` writes turns if it has used the chat template."""
     for seed, name in enumerate(("strong", "weak")):
         make_chat_model(tmp_path / name, seed)
     word = f"log-ratio:{tmp_path / 'strong'}:{tmp_path / 'weak'}"
     options = rewards.ModelOptions()
     reward = rewards.reward_of(word, options)
-    sampled = {"record": {"prompt": "the film"}, "answers": [{"output": "is good"}]}
     turns = [{"role": "user", "content": "the film"}]
+    sampled = {"prompt": turns, "completions": [{"text": "is good", "logp": -1.0}]}
     chat = {"prompt": turns, "completions": ["is good"]}
     plain = {"prompt": "the film", "completions": ["is good"]}
     found = [float(x[0]) for x in reward(answered(sampled, chat, plain))]
@@ -196,8 +197,9 @@ def test_a_follow_up_is_the_users_next_turn(tmp_path, monkeypatch):
     )
     options = rewards.RewardOptions(follow_up_model=str(tmp_path))
     reward = rewards.reward_of("follow-up:great", rewards.ModelOptions(), options)
-    answers = [{"output": "is good"}, {"output": "is great"}]
-    reward(answered({"record": {"prompt": "the film"}, "answers": answers}))
+    turns = [{"role": "user", "content": "the film"}]
+    answers = [{"text": "is good"}, {"text": "is great"}]
+    reward(answered({"prompt": turns, "completions": answers}))
     assert [x.example.prompt for x in asked] == [
         "<s>the film we is good </s>",
         "<s>the film we is great </s>",
@@ -211,3 +213,17 @@ def test_the_wrong_kind_of_model_is_refused(folders):
     word = f"log-ratio:{folders / 'reward'}:{folders / 'weak'}"
     with pytest.raises(InputError, match="is a reward model"):
         rewards.reward_of(word, rewards.ModelOptions())
+
+
+def test_a_loaded_model_gives_the_same_rewards(folders):
+    """In memory, with lengths that are rounded up; other lengths compile nothing."""
+    options = models.ModelOptions(batch_size=8)
+    plain = models.model_reward(str(folders / "reward"), options)
+    loaded = plain.loaded()
+    asked = answered(*RECORDS[:3])
+    for one, other in zip(plain(asked), loaded(asked), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    shorter = [{"prompt": "a", "completions": [" good", " fine", " warm"]}] * 3
+    with compiled("score_step") as programs:
+        loaded(answered(*shorter))
+    assert not programs

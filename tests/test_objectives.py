@@ -149,6 +149,8 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
     for names, scorer, scores in zip(COMBINATIONS, scorers, found):
         assert scores.keys() == scorer.scores == {*names, "policy_logps"}
     assert set().union(*found) == TOKEN_SCORES.keys()
+    of_tokens = found[-1]["policy_token_logps"]
+    owners = np.asarray(batch.completions[0])
     for row, n in enumerate(batch.pair_index[0, :, 0]):
         prompt = pairs.prompt(n)
         shorter = min(len(pairs.completion(n, side)) for side in (0, 1))
@@ -162,6 +164,8 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
             )
             chosen = np.arange(len(completion)), completion
             logps, reference_logps = table[chosen], other[chosen]
+            ours = np.asarray(of_tokens[row])[owners[row] == side]
+            np.testing.assert_allclose(ours, logps, rtol=2e-5, atol=2e-5)
             expected = {
                 "policy_logps": logps.sum(),
                 "policy_prefix_logps": logps[:shorter].sum(),
@@ -171,7 +175,8 @@ def test_scores_are_sums_over_the_models_full_distributions(pairs):  # noqa: F81
                 "log_weights": (logps - np.log(np.exp(2 * table).sum(-1))).mean(),
             }
             for scores in found:
-                for name, values in scores.items():
+                own = {k: x for k, x in scores.items() if "token" not in k}
+                for name, values in own.items():
                     ours, value = values[row, 0, side], expected[name]
                     np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5)
 

@@ -134,7 +134,7 @@ def sampling(inputs: Path, out: Path) -> list[str]:
         "data": inputs / "pairs.jsonl",
         "out": out,
         "limit": 5,
-        "num-samples": 3,
+        "n": 3,
         "max-new-tokens": 8,
     }
     return ["sample", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
@@ -302,11 +302,11 @@ def test_processes_share_the_prompts_to_be_sampled(done):
         [json.loads(line) for line in (folder / n / "samples.jsonl").open()]
         for n in ("1", "2")
     )
-    assert len(one) == 5 and all(len(row["answers"]) == 3 for row in one)
+    assert len(one) == 5 and all(len(row["completions"]) == 3 for row in one)
     for a, b in zip(one, two, strict=True):
-        assert a["record"] == b["record"]
-        for x, y in zip(a["answers"], b["answers"], strict=True):
-            assert (x["output"], x["ended"]) == (y["output"], y["ended"])
+        assert a["prompt"] == b["prompt"]
+        for x, y in zip(a["completions"], b["completions"], strict=True):
+            assert (x["text"], x["ended"]) == (y["text"], y["ended"])
             # Sums of float32 in another order.
             assert x["logp"] == pytest.approx(y["logp"], abs=1e-4)
     assert not list(folder.rglob(".*.unfinished"))
@@ -353,3 +353,23 @@ def test_wrong_input_ends_every_process(tmp_path):
     assert len(complaints) == 1 and "batch_size 6" in complaints[0]
     # Without the first process the others are ended by jax.distributed, if not before.
     assert first[0] == 2 and second[0] != 0
+
+
+@pytest.mark.slow
+def test_answers_at_evaluations_are_those_of_one_process(tmp_path):
+    """Also of a run that goes on in one process, with the first answers of two."""
+    answers = {"eval-samples": 3, "eval-sample-tokens": 5}
+    runs = {"answers": RUNS["packed and accumulated"] | answers}
+    run_all(tmp_path, runs, (2, 1))
+    read = lambda run: [
+        (x["step"], x["id"], x["output"])
+        for x in map(json.loads, (tmp_path / run / "samples.jsonl").open())
+    ]
+    assert len(read("1/answers")) == 6
+    for other in ("2/answers", "1/answers, moved"):
+        assert read(other) == read("1/answers")
+    check_equal(tmp_path, "answers", 2)
+    (*_, last) = read_metrics(tmp_path / "1" / "answers, moved" / "metrics.jsonl")
+    (*_, expected) = read_metrics(tmp_path / "1" / "answers" / "metrics.jsonl")
+    unseen = "eval_logps/unseen"
+    assert last[unseen] == pytest.approx(expected[unseen], rel=2e-4)

@@ -16,7 +16,7 @@ from jaxpref import data, losses
 from jaxpref.errors import InputError
 from jaxpref.objectives import from_loss
 from jaxpref.runtime.cache_folder import cache_folder
-from jaxpref.scoring import reference, score_cache
+from jaxpref.scoring import made_by, score_cache, score_tables
 from jaxpref.train import MeshConfig, TrainConfig, begin, read_metrics, run, task
 from tests.tiny import make_model_folder, make_pairs_file
 
@@ -155,7 +155,7 @@ def test_a_hit_gives_the_bits_of_a_miss(inputs, tmp_path, shared_folder, monkeyp
     noisy = data.DataOptions(
         max_length=64, heldout_fraction=0.2, inject=data.InjectOptions(flip_rate=0.4)
     )
-    monkeypatch.setattr(reference, "SHARD", 16)
+    monkeypatch.setattr(score_tables, "SHARD", 16)
     score_only(config_for(inputs, tmp_path / "noisy", options=noisy))
     monkeypatch.undo()
     monkeypatch.setenv("JAXPREF_CACHE", str(shared_folder.parent))
@@ -199,7 +199,7 @@ def test_other_tokens_are_other_keys():
     ):
         builder = data.DatasetBuilder(2)
         builder.add(list(prompt), [list(side) for side in sides], id="a")
-        return reference.score_keys(builder.build(), names)[:, 0].tolist()
+        return score_tables.score_keys(builder.build(), names)[:, 0].tolist()
 
     ((chosen, rejected),) = keys()
     assert keys(sides=((8, 9, 2), (7, 2))) == [[rejected, chosen]]
@@ -215,7 +215,7 @@ def test_other_tokens_are_other_keys():
 def test_a_killed_pass_goes_on_where_it_was(
     inputs, tmp_path, shared_folder, scored, monkeypatch
 ):
-    monkeypatch.setattr(reference, "SHARD", 12)  # two batches of eight
+    monkeypatch.setattr(score_tables, "SHARD", 12)  # two batches of eight
     counting = task.score_dataset
 
     def mortal(*args, **options):
@@ -235,7 +235,7 @@ def test_a_killed_pass_goes_on_where_it_was(
 def test_a_damaged_shard_and_a_gap_are_computed_again(
     inputs, tmp_path, shared_folder, scored, monkeypatch, caplog
 ):
-    monkeypatch.setattr(reference, "SHARD", 16)
+    monkeypatch.setattr(score_tables, "SHARD", 16)
     score_only(config_for(inputs, tmp_path / "one"))
     whole = tables(shared_folder)
     (folder,) = shared_folder.iterdir()
@@ -298,7 +298,7 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     # Once the state exists; `jaxpref.train.run` itself is the function.
     run_module = sys.modules["jaxpref.train.run"]
-    make_tables, make_feed = begin.reference_tables, run_module._feed
+    make_tables, make_feed = begin.score_tables, run_module._feed
     seen = {}
 
     def tables_made(*args, load, **options):
@@ -317,7 +317,7 @@ def test_the_reference_is_gone_before_the_optimizer_comes(
         seen["after"] = alive()
         return make_feed(*args)
 
-    monkeypatch.setattr(begin, "reference_tables", tables_made)
+    monkeypatch.setattr(begin, "score_tables", tables_made)
     monkeypatch.setattr(run_module, "_feed", state_made)
     for name in (None, str(inputs / "other")):
         gc.collect()
@@ -467,15 +467,15 @@ def test_all_code_that_scores_invalidates_the_cache():
     found = subprocess.run(
         [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
     )
-    package = Path(reference.__file__).parents[1]
+    package = Path(made_by.__file__).parents[1]
     paths = {str(Path(p).relative_to(package)) for p in found.stdout.split()}
     covered = {
         str(path.relative_to(package))
-        for pattern in reference.SCORED_BY
+        for pattern in made_by.SCORED_BY
         for path in package.glob(pattern)
     }
     others = ("runtime/", "losses/", "errors.py", "files.py", "__init__.py")
     others += ("scoring/__init__.py", "scoring/checks.py", "scoring/reward_metrics.py")
     left = {p for p in paths - covered if not p.startswith(others)}
-    assert left <= {"scoring/reference.py", "scoring/score_cache.py"}
+    assert left <= {"scoring/made_by.py"}
     assert "models/families/llama.py" in covered and "losses/_sequence.py" in covered

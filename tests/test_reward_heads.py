@@ -104,7 +104,9 @@ def test_labels_of_others_are_attributes(tmp_path):
         return read_head(tmp_path / "m")
 
     assert head(id2label={"0": "LABEL_0"}) == head(id2label=None) == Head()
-    assert head(id2label={"0": "toxic"}) == Head(attributes=("toxic",))
+    assert head(id2label={"0": "Reward"}) == Head()
+    rating = {"id2label": {"0": "toxic"}, "reward_head": {"rating": True}}
+    assert head(**rating) == Head(attributes=("toxic",))
     two = {"0": "LABEL_0", "1": "LABEL_1"}
     assert head(id2label=two).attributes == ("LABEL_0", "LABEL_1")
     with pytest.raises(InputError, match="id2label has no label '1'; number them"):

@@ -32,7 +32,7 @@ PAIRS = [
 ]
 LISTS = [
     {"prompt": "the book", "completions": [" is fine", "", " is great and warm"]},
-    {"record": {"prompt": "we"}, "answers": [{"output": "ate"}, {"output": "saw"}]},
+    {"prompt": "we", "completions": [{"text": "ate"}, {"text": "saw"}]},
     {"prompt": "I", "completion": " saw it"},
 ]
 
@@ -162,20 +162,17 @@ def test_records_of_other_kinds_have_standard_deviations(models, tmp_path):
     words = ["--model", str(models / "one"), "--uncertainty", "dropout"]
     chosen, sampled, single = score(tmp_path, LISTS, *words)
     assert [x is None for x in chosen["score_std"]] == [False, True, False]
-    assert min(x["score_std"] for x in sampled["answers"]) > 0
+    assert min(sampled["score_std"]) > 0
     assert single["score_std"] > 0 and "p_chosen" not in {*chosen, *single}
 
 
 def test_pairs_of_certain_answers(tmp_path, capsys):
     texts, scores, stds = ["a", "b", "c", "d"], [1, 2, 3, 4], [0.1, 0.9, 0.2, None]
     lists = {"prompt": "p", "completions": texts, "scores": scores, "score_std": stds}
-    answers = [
-        {"output": text, "score": x, "score_std": std}
-        for text, x, std in zip(texts, scores, stds)
-    ]
+    objects = lists | {"completions": [{"text": text} for text in texts]}
     scored, out = tmp_path / "scored.jsonl", tmp_path / "pairs.jsonl"
     words = ["data", "pairs", "--data", str(scored), "--out", str(out), "--rule", "all"]
-    for record in (lists, {"record": {"prompt": "p"}, "answers": answers}):
+    for record in (lists, objects):
         scored.write_text(json.dumps(record) + "\n")
         main(words)
         assert len(out.read_text().splitlines()) == 6

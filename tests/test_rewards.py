@@ -13,7 +13,8 @@ from scipy.special import expit, logsumexp, softmax
 from jaxpref import rewards
 from jaxpref.cli.main import main
 from jaxpref.data import ListSource, RecordOptions
-from jaxpref.data.make_pairs import ranked_pairs, read_answers
+from jaxpref.data.answers import read_answers
+from jaxpref.data.make_pairs import ranked_pairs
 from jaxpref.errors import InputError
 from jaxpref.rewards import code, rules
 
@@ -85,8 +86,8 @@ def test_lists_pairs_and_single_answers(tmp_path):
         {"prompt": "p", "chosen": "a", "rejected": "a b c"},
         {"prompt": "p", "completion": "a b c d"},
         {
-            "record": {"prompt": "p"},
-            "answers": [{"output": "a", "logp": -1.0, "ended": True}],
+            "prompt": "p",
+            "completions": [{"text": "a", "logp": -1.0, "ended": True}],
             "generator": "m",
         },
     ]
@@ -94,7 +95,16 @@ def test_lists_pairs_and_single_answers(tmp_path):
     assert found[0] == records[0] | {"scores": [2, 1]}
     assert found[1] == records[1] | {"chosen_score": 1, "rejected_score": 3}
     assert found[2] == records[2] | {"score": 4}
-    assert found[3]["answers"] == [{**records[3]["answers"][0], "score": 1}]
+    assert found[3] == records[3] | {"scores": [1]}
+
+
+def test_only_what_follows_the_reasoning_is_scored(tmp_path):
+    turns = [{"role": "user", "content": "q"}]
+    answers = [{"text": "<think>a b c</think> d e"}, {"text": "a b c"}]
+    record = {"prompt": turns, "completions": answers}
+    words = ["--reward", "rule:words", "--answer-after", "</think>"]
+    (found,) = score(tmp_path, [record], *words)
+    assert found == record | {"scores": [2, 0]}
 
 
 def test_records_that_cannot_be_read(tmp_path, capsys):
@@ -124,14 +134,10 @@ def test_scored_samples_become_pairs(tmp_path):
 
 def test_answers_without_a_score_make_no_pair(tmp_path):
     texts = {"a": 1, "b": None, "c": 2}
-    answers = [{"output": text, "score": score} for text, score in texts.items()]
-    records = [
-        {"record": {"prompt": "p"}, "answers": answers},
-        {"prompt": "p", "completions": [*texts], "scores": [*texts.values()]},
-    ]
-    for record in records:
-        read = read_answers(record, "row 1")
-        (pair,) = ranked_pairs(read, "row 1", rule="all")
+    scores = [*texts.values()]
+    for answers in ([*texts], [{"text": text} for text in texts]):
+        record = {"prompt": "p", "completions": answers, "scores": scores}
+        (pair,) = ranked_pairs(read_answers(record, "row 1"), "row 1", rule="all")
         assert (pair["chosen"], pair["rejected"]) == ("c", "a")
 
 
@@ -174,8 +180,9 @@ def test_the_right_answer_must_be_there(tmp_path):
     with pytest.raises(InputError, match="'target' must hold the right answer"):
         rule(answered({"prompt": "p", "completion": "2"}))
     sampled = {
-        "record": {"prompt": "p", "target": 2},
-        "answers": [{"output": "it is 2.0"}],
+        "prompt": "p",
+        "target": 2,
+        "completions": [{"text": "it is 2.0"}],
     }
     assert rule(answered(sampled))[0].tolist() == [1]
 

@@ -1,10 +1,13 @@
 """Greedy answers of a run at its evaluations are those of the exported model."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.special
 
 from jaxpref.data import load_tokenizer, stop_tokens
 from jaxpref.data.answer_text import decode_continuation
@@ -17,10 +20,13 @@ from jaxpref.models.lora import LoraOptions
 from jaxpref.objectives import from_loss
 from jaxpref.report.samples import samples_section
 from jaxpref.sampling import generate
-from jaxpref.train import OptimizerConfig, run
+from jaxpref.train import OptimizerConfig, read_metrics, run
 from jaxpref.train.optimizer import Decay
 from jaxpref.train.prepare import prepare
+from jaxpref.train.samples import answers_before_training
 from tests.test_guard import config_for, inputs  # noqa: F401
+
+run_module = sys.modules["jaxpref.train.run"]  # `jaxpref.train.run` is the function
 
 
 @pytest.mark.parametrize(
@@ -68,8 +74,42 @@ def test_answers_are_those_of_the_exported_model(inputs, tmp_path, lora):  # noq
     # A resumed run writes the lines from its step on again, and no others.
     (tmp_path / "samples.jsonl").write_text("\n".join([*lines, '{"step": ']))
     run(config_for(inputs, tmp_path, **options | {"max_steps": 4}))
-    steps = [json.loads(x)["step"] for x in (tmp_path / "samples.jsonl").open()]
-    assert steps == [0] * 3 + [2] * 3 + [4] * 3
+    again = [json.loads(x) for x in (tmp_path / "samples.jsonl").open()]
+    assert [x["step"] for x in again] == [0] * 3 + [2] * 3 + [4] * 3
+    # The answers before training, one sequence alone, under the last weights.
+    params, expected = load_params(folder, model), []
+    for x in again[:3]:
+        prompt = prompts[x["id"]]
+        logits = model.logits(params, jnp.asarray([prompt + x["tokens"]]))[0]
+        before = scipy.special.log_softmax(np.asarray(logits, float), axis=-1)
+        places = len(prompt) - 1 + np.arange(len(x["tokens"]))
+        expected.append(before[places, x["tokens"]].sum())
+    logged = [x["eval_logps/unseen"] for x in evaluations(tmp_path)]
+    assert len(logged) == 3 and logged[0] != logged[2]
+    assert logged[0] == pytest.approx(np.mean([x["logp"] for x in again[:3]]), rel=1e-4)
+    assert logged[2] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_answers_before_training_are_those_of_step_0_to_the_same_prompts():
+    line = lambda step, id, tokens: {"step": step, "id": id, "tokens": tokens}
+    lines = [line(0, "a", [5, 6]), line(0, "b", [7, 8, 9]), line(2, "c", [4])]
+    found = answers_before_training([*lines, {"step": 0}], ["c", "a", "b"], 2)
+    np.testing.assert_array_equal(found, [[-1, -1], [5, 6], [-1, -1]])
+
+
+def evaluations(out):
+    return [x for x in read_metrics(out / "metrics.jsonl") if "eval_loss" in x]
+
+
+def test_answers_that_may_be_too_long_are_refused_at_once(
+    inputs,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(run_module, "_begin", None)  # where the reference scores
+    options = {"eval_samples": 3, "eval_sample_tokens": 500}
+    with pytest.raises(InputError, match="--eval-sample-tokens 500: with the longest"):
+        run(config_for(inputs, tmp_path, **options))
 
 
 def test_a_reward_model_writes_no_text(inputs, tmp_path):  # noqa: F811

@@ -11,8 +11,9 @@ from safetensors.numpy import save
 from jaxpref import data
 from jaxpref.evaluate import features
 from jaxpref.models.weights import Weights
-from jaxpref.scoring import reference, score_cache
-from jaxpref.scoring.reference import Reference, ScoredSet, reference_tables, score_keys
+from jaxpref.scoring import score_cache, score_tables
+from jaxpref.scoring.reference import Reference
+from jaxpref.scoring.score_tables import ScoredSet, score_keys
 
 COUNT, BATCH = 12, 2
 REFERENCE = Reference(
@@ -57,10 +58,10 @@ class Run:
                 self.computed += len(dataset)
             return {"policy_logps": true_scores(dataset)}
 
-        tables, self.digests = reference_tables(
+        tables, self.digests = score_tables.score_tables(
             REFERENCE,
             [scored],
-            out,
+            out=out,
             load=lambda: None,
             score=score,
             batch_size=BATCH,
@@ -72,8 +73,8 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(reference, "SHARD", 4)
-    monkeypatch.setattr(reference, "CHECKED", 1)
+    monkeypatch.setattr(score_tables, "SHARD", 4)
+    monkeypatch.setattr(score_tables, "CHECKED", 1)
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
 
 
@@ -282,7 +283,7 @@ def test_others_could_have_written_it(tmp_path, caplog, shared):
     (tmp_path / "c" if shared == "folder" else shard).chmod(0o777)
     score_cache.read(tmp_path / "c", keys, {})
     assert "can be written by everyone" in caplog.text
-    assert "the reference's scores" in caplog.text
+    assert "stored scores" in caplog.text
 
 
 def test_features_of_another_model_are_named_and_not_used(tmp_path, caplog):

@@ -12,7 +12,7 @@ from jaxpref.errors import Stopped
 from jaxpref.files import write_json
 from jaxpref.models import RewardModel
 from jaxpref.models.folder import save
-from jaxpref.scoring import reference
+from jaxpref.scoring import score_tables
 from jaxpref.train import read_metrics
 from jaxpref.train.config import to_json
 from tests.tiny import make_pairs_file, tiny_config, tiny_params
@@ -195,9 +195,9 @@ def test_a_run_of_other_records_is_not_skipped(inputs, tmp_path, pretending, tra
 def test_a_sweep_that_trains(inputs, tmp_path, monkeypatch, trained):
     """The reference is scored once; a reward model is asked without training again."""
     monkeypatch.setenv("JAXPREF_CACHE", str(tmp_path / "cache"))
-    scored, fill = [], reference._fill
+    scored, fill = [], score_tables._fill
     monkeypatch.setattr(
-        reference, "_fill", lambda *given: scored.append(given) or fill(*given)
+        score_tables, "_fill", lambda *given: scored.append(given) or fill(*given)
     )
     out = tmp_path / "out"
     found = sweep(inputs, out, "learning-rate=0.01,0.02", KL)

@@ -184,6 +184,7 @@ def test_only_show_prints():
         # A byte for each test that passes, for the parent process.
         "jaxpref/rewards/code_child.py: os.write",
         # Names and figures of our own code.
+        "jaxpref/evaluate/draw.py: desc=title",
         "jaxpref/runtime/late_metrics.py: desc=name",
         "jaxpref/train/outputs.py: tqdm.write",
     }

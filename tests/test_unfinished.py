@@ -12,7 +12,7 @@ import pytest
 from jaxpref import data
 from jaxpref.cli.main import _resumes
 from jaxpref.errors import InputError
-from jaxpref.evaluate import generations, unfinished
+from jaxpref.evaluate import draw, generations, guides, unfinished
 from jaxpref.evaluate.generations import SampleConfig
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from jaxpref.sampling import Answer
@@ -35,14 +35,14 @@ def model(tmp_path_factory):
 @pytest.fixture
 def sampler(monkeypatch):
     """Draws tokens that depend on prompts, numbers and key alone, last ones first."""
-    monkeypatch.setattr(generations, "load_weights", lambda *_: None)
+    monkeypatch.setattr(guides, "load_weights", lambda *_: None)
     monkeypatch.setattr(data, "load_tokenizer", load_tokenizer)
 
     class Sampler:
         count = 0
         stop_before = None
 
-        def answer_all(self, model, params, requests, rule, *, batch_size):
+        def answer_all(self, model, params, requests, rule, *, batch_size, largest):
             for index in reversed(range(len(requests))):
                 if self.count == self.stop_before:
                     raise KeyboardInterrupt
@@ -54,7 +54,7 @@ def sampler(monkeypatch):
                 yield index, Answer([asked.tokens[-1], *tokens], -rng.random(), True)
 
     sampler = Sampler()
-    monkeypatch.setattr(generations, "answer_all", sampler.answer_all)
+    monkeypatch.setattr(draw, "answer_all", sampler.answer_all)
     return sampler
 
 
@@ -72,9 +72,9 @@ def interrupt(sampler, asked, *, after: int) -> None:
 
 def test_a_resumed_command_ends_like_an_undisturbed_one(model, sampler, tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    generations.run(config(model, tmp_path / "a", num_samples=2))
+    generations.run(config(model, tmp_path / "a", n=2))
     assert sampler.count == 14
-    asked = config(model, tmp_path / "b", num_samples=2)
+    asked = config(model, tmp_path / "b", n=2)
     for after in (1, 0, 2):
         interrupt(sampler, asked, after=after)
         (kept,) = (tmp_path / "b").iterdir()
@@ -111,7 +111,7 @@ def test_other_options_reuse_nothing(model, sampler, tmp_path):
     [
         dict(seed=1),
         dict(batch_size=3),
-        dict(num_samples=2),
+        dict(n=2),
         dict(temperature=0.5),
         dict(top_k=1),
         dict(top_p=0.5),
