@@ -217,6 +217,7 @@ def test_what_is_wrong_with_a_recipe_is_named(text, message):
             "--recipe spa --data x --merge.method slerp",
             "the recipe has no such command",
         ),
+        ("--recipe spa --data x --score.passes 8", "estimates uncertainty"),
         ("--recipe spa --data x --sample.q 8", "round 1: --q: jaxpref sample has no"),
         ("--recipe spa --data x --train.loss.q 8", "round 0: --loss.q: jaxpref train"),
     ],

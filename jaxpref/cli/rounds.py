@@ -144,6 +144,12 @@ def _check_used(changes: Given, commands: Sequence[Sequence[list[str]]]) -> None
                 f"--{option}: is what the recipe says; write a recipe of your own to "
                 "change it"
             )
+        estimates = any("--uncertainty" in words for words in every)
+        if command == "score" and canonical(name) in UNCERTAIN and not estimates:
+            raise InputError(
+                f"--{option}: no command of the recipe estimates uncertainty; pass "
+                "--score.uncertainty too, or leave it out"
+            )
         if command not in names:
             raise InputError(
                 f"--{option}: the recipe has no such command; it has "
