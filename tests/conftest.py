@@ -21,11 +21,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
 
+import jax
 import pytest
 
 from tests.tiny import make_model_folder, make_pairs_file
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000
+"""Of memory.  Linux allows a process 65,530; each compiled program takes several."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+    """Lets go of the compiled programs of a long run, which dies without maps."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
