@@ -3,7 +3,7 @@
 The options of a loss, a correction or an objective are the keyword-only parameters of
 its function, with the function's defaults and the help in its docstring.  They are
 `--loss.NAME`, `--correct.NAME` and `--objective.NAME`.  Those of the loss and of the
-correction may be named in `--columns` instead.
+correction, and a verifier's error rates, may be named in `--columns` instead.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from jaxpref.objectives import (
     spo,
     trainable,
 )
+from jaxpref.objectives.sampled import Rates
 
 FACTORIES = {make.__name__: make for make in objectives.FACTORIES}
 """`make(**options)`: losses whose objective is not their mean over the pairs."""
@@ -84,7 +85,12 @@ class Choice:
     sampled: str | None = None
     """A name in `SAMPLED`, which has no loss."""
     per_record: frozenset[str] = frozenset()
-    """Options of the loss and of the correction that are read from the records."""
+    """Options of the parts in `FROM_RECORDS` that are read from the records."""
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether its sampled answers are to the prompts of pairs."""
+        return self.sampled is not None and SAMPLED[self.sampled]().kind.sides == 2
 
     @property
     def words(self) -> dict[str, str]:
@@ -163,7 +169,7 @@ class Choice:
         """The options of a part that are read from the records."""
         if field not in FROM_RECORDS:
             return frozenset()
-        return self.per_record & hyperparameters(self.functions[field][1])
+        return self.per_record & _from_records(field, self.functions[field][1])
 
 
 def choose(given: Given) -> tuple[Choice, Given]:
@@ -178,10 +184,12 @@ def choose(given: Given) -> tuple[Choice, Given]:
         for flag in ("loss", "correct"):
             if flag in rest:
                 raise InputError(
-                    f"--{flag} {' '.join(rest[flag])}: {objective} learns from the "
-                    "rewards of sampled answers; leave it out"
+                    f"--{flag} {' '.join(rest[flag])}: {objective} learns from sampled "
+                    "answers; leave it out"
                 )
-        return Choice(sampled=objective), rest
+        choice = Choice(sampled=objective)
+        own = _per_record(choice, rest)
+        return dataclasses.replace(choice, per_record=own), rest
     loss = _named("loss", "loss", rest, LOSSES) or "dpo"
     wrapper, mixture = objective, None
     if objective in MIXTURES:
@@ -203,7 +211,7 @@ def choose(given: Given) -> tuple[Choice, Given]:
 
 
 def _per_record(choice: Choice, given: Given) -> frozenset[str]:
-    """The options of the loss and the correction that `--columns` names.
+    """The options of the parts in `FROM_RECORDS` that `--columns` names.
 
     Raises:
       InputError: if one is also given as an option, or is one number for all records,
@@ -211,14 +219,15 @@ def _per_record(choice: Choice, given: Given) -> frozenset[str]:
     """
     named = DataOptions(columns=tuple(given.get("columns", ()))).named_columns
     found: set[str] = set()
-    known = {*ARRAYS, WEIGHT}
+    known = set() if choice.sampled else {*ARRAYS, WEIGHT}
     for field, (prefix, function) in choice.functions.items():
         if field not in FROM_RECORDS:
             continue
-        known |= hyperparameters(function)
-        for name in sorted(named.keys() & hyperparameters(function)):
+        own = _from_records(field, function)
+        known |= own
+        for name in sorted(named.keys() & own):
             column, flag = f"{FLAG} {name}={named[name]}", canonical(f"{prefix}.{name}")
-            if choice.loss in FACTORIES:
+            if choice.loss in FACTORIES and not choice.sampled:
                 raise InputError(
                     f"{column}: {choice.loss} has one {name} for all records; give "
                     f"--{flag} instead"
@@ -231,8 +240,12 @@ def _per_record(choice: Choice, given: Given) -> frozenset[str]:
             found.add(name)
     ratings = {name for name in named if name.startswith(RATING)}
     for name in sorted(named.keys() - known - ratings):
+        column = f"{FLAG} {name}={named[name]}"
+        if choice.sampled and name in Rates._fields:
+            readers = [k for k, f in SAMPLED.items() if name in hyperparameters(f)]
+            raise InputError(f"{column}: only {' and '.join(readers)} read it")
         raise InputError(
-            f"{FLAG} {name}={named[name]}: {choice.loss} has no {name}"
+            f"{column}: {choice.sampled or choice.loss} has no {name}"
             f"{closest(name, known)}"
         )
     return frozenset(found)
@@ -254,8 +267,14 @@ def _named(
     return name
 
 
-FROM_RECORDS = ("loss", "correction")
+FROM_RECORDS = ("loss", "correction", "sampled")
 """The parts whose options may be read from the records."""
+
+
+def _from_records(field: str, function: Callable) -> frozenset[str]:
+    """The options of a part that may be read from the records."""
+    own = hyperparameters(function)
+    return own & frozenset(Rates._fields) if field == "sampled" else own
 
 
 def hyperparameters(function: Callable) -> frozenset[str]:

@@ -10,7 +10,7 @@ import io
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
 from jaxpref.cli.words import Given, canonical, closest
@@ -69,7 +69,14 @@ def options_of(parts: Parts) -> dict[str, Option]:
     return found
 
 
-def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
+def parse(
+    parts: Parts,
+    given: Given,
+    *,
+    command: str,
+    about: str = "",
+    also: Collection[str] = (),
+) -> Any:
     """An object with a field for each part, made from the given options.
 
     Args:
@@ -77,6 +84,7 @@ def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
       given: its options, from `words.split`.
       command: the command, for messages: "jaxpref train".
       about: further context, for messages: " --loss rdpo".
+      also: further options that the command reads itself, for suggestions.
 
     Raises:
       InputError: if an option is unknown or missing, or has a value of the wrong type
@@ -92,7 +100,7 @@ def parse(parts: Parts, given: Given, *, command: str, about: str = "") -> Any:
         if name not in names:
             raise InputError(
                 f"--{name}: {command}{about} has no such option"
-                f"{closest(name, names, '--')}"
+                f"{closest(name, {*names, *also}, '--')}"
             )
     for name in given:
         if f"no-{name}" in given:

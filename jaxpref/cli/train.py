@@ -19,14 +19,19 @@ from jaxpref.cli.objectives import (
     summary,
 )
 from jaxpref.cli.options import Option, Part, Parts, options_of, parse
-from jaxpref.cli.words import Given, split
+from jaxpref.cli.words import Given, canonical, split
 from jaxpref.data.options import DataOptions, MixOptions
 from jaxpref.data.record_options import RecordOptions
-from jaxpref.errors import show
+from jaxpref.errors import InputError, show
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
-from jaxpref.online.options import SamplingOptions
+from jaxpref.online.options import (
+    OF_REWARDS,
+    PairOptions,
+    PromptNumbers,
+    SamplingOptions,
+)
 from jaxpref.rewards.options import RewardOptions
 from jaxpref.runtime.mesh import MeshConfig
 from jaxpref.scoring.frozen_models import Teachers
@@ -47,6 +52,13 @@ COMMON = (
 """Options that `--help` lists; `--help-all` lists all options."""
 
 
+PROMPTS = Option(
+    "prompts",
+    str,
+    None,
+    "File or dataset of the prompts to answer, for objectives of sampled answers, "
+    "instead of --data.",
+)
 FILES = (
     Option(
         "config",
@@ -85,27 +97,28 @@ def command(argv: Sequence[str], *, began: float | None = None) -> None:
         export = run(config)
     if jax.process_index() == 0:
         line = shlex.join(["jaxpref", "train", *argv])
-        best = config.keep_best or "min:eval_loss"
-        show("\n".join(_report(Path(config.out), export, line, best, began)))
+        out, best = Path(config.out), config.keep_best
+        show("\n".join(_report(out, export, line, best, began)))
 
 
 def _report(
-    out: Path, export: Path, line: str, best: str, began: float | None
+    out: Path, export: Path, line: str, best: str | None, began: float | None
 ) -> list[str]:
     """Writes the report of a finished run, and returns lines that summarize it."""
-    from jaxpref.report.progress import summary_lines
+    from jaxpref.report.progress import best_criterion, summary_lines
     from jaxpref.report.training import read_records, write_training
     from jaxpref.runtime.timings import process_start
 
     write_training(out, command=line)
     names = f"{export.name}*", "adapter*"
     exports = [str(path) for name in names for path in sorted(out.glob(name))]
+    records = read_records(out / "metrics.jsonl")
     return summary_lines(
-        read_records(out / "metrics.jsonl"),
+        records,
         seconds=time.time() - (process_start() if began is None else began),
         out=str(out),
         exports=exports,
-        best=best,
+        best=best_criterion(best, records),
     )
 
 
@@ -139,9 +152,42 @@ def _parsed(given: Given) -> tuple[Choice, Any]:
     """The choice of loss and objective, and the parsed options of each part."""
     given, about = with_file(given)
     choice, given = choose(given)
+    given = _with_prompts(choice, given)
     return choice, parse(
-        parts_of(choice), given, command=COMMAND, about=about + choice.about
+        parts_of(choice),
+        given,
+        command=COMMAND,
+        about=about + choice.about,
+        also=(PROMPTS.name, *(option.name for option in FILES)),
     )
+
+
+def _with_prompts(choice: Choice, given: Given) -> Given:
+    """The options with `--prompts FILE` as `--data FILE`, which means the same.
+
+    Raises:
+      InputError: if no prompts are read, or both are given, or none.
+    """
+    named = f"--prompts {' '.join(given.get('prompts', ()))}"
+    if _names_data(choice):
+        if "prompts" not in given:
+            return given
+        what = choice.sampled or "this run"
+        raise InputError(
+            f"{named}: {what} reads records with answers; give them with --data"
+        )
+    if "prompts" not in given and "data" not in given:
+        raise InputError(
+            f"{COMMAND}{choice.about}: needs --prompts FILE, the prompts to answer"
+        )
+    if "prompts" not in given:
+        return given
+    if "data" in given:
+        raise InputError(
+            f"{named} --data {' '.join(given['data'])}: both name the prompts to "
+            "answer; give one of them"
+        )
+    return {"data" if name == "prompts" else name: x for name, x in given.items()}
 
 
 def with_file(given: Given) -> tuple[Given, str]:
@@ -159,7 +205,11 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
         return TrainConfig(
             **vars(parsed.run),
             objective=choice.objective(parsed),
-            options=DataOptions(**parsed.records.for_other(), heldout_fraction=0.0),
+            options=DataOptions(
+                **parsed.records.for_other(),
+                **vars(parsed.numbers),
+                heldout_fraction=0.0,
+            ),
             lora=parsed.lora,
             optimizer=parsed.optimizer,
             mesh=parsed.mesh,
@@ -187,6 +237,7 @@ def parts_of(choice: Choice) -> Parts:
             "sampling": Part(SamplingOptions),
             "rewards": Part(RewardOptions),
             "records": Part(RecordOptions),
+            "numbers": Part(PairOptions if choice.reads_pairs else PromptNumbers),
             "lora": Part(LoraOptions, "lora"),
             "optimizer": Part(OptimizerConfig),
             "mesh": Part(MeshConfig, "mesh"),
@@ -209,7 +260,8 @@ def parts_of(choice: Choice) -> Parts:
 
 def options() -> dict[str, Option]:
     """All options that do not depend on `--loss` or `--objective`."""
-    return {o.name: o for o in FILES} | options_of(parts_of(Choice()))
+    found = {o.name: o for o in (PROMPTS, *FILES)}
+    return found | options_of(parts_of(Choice()))
 
 
 def help_text(argv: Sequence[str]) -> str:
@@ -217,19 +269,39 @@ def help_text(argv: Sequence[str]) -> str:
     flags = ("-h", "--help", "--help-all")
     choice, given = choose(split([word for word in argv if word not in flags]))
     named = choice != Choice() or "--loss" in argv
-    options = {o.name: o for o in FILES} | options_of(parts_of(choice))
+    options = {o.name: o for o in FILES} | _listed(choice, parts_of(choice))
     if "--help-all" not in argv:
         if named:
             return _details(choice)
         options = {name: options[name] for name in COMMON}
     full = "--help-all" in argv
     title = "options:" if full else "common options (all options: --help-all):"
+    reads = "--data DATA" if _names_data(choice) else "--prompts PROMPTS"
     return (
-        f"usage: {COMMAND} --model MODEL --data DATA --out OUT [options]\n\n"
+        f"usage: {COMMAND}{choice.about if named else ''} --model MODEL {reads} "
+        "--out OUT [options]\n\n"
         "Train a model on preference pairs, labeled answers (--loss kto), lists of "
         "answers\n(--loss plackett_luce), or completions (--loss sft).\n\n"
         f"{title}\n{help.rows(options.values(), full=full)}\n\n{choices_text()}"
     )
+
+
+def _names_data(choice: Choice) -> bool:
+    """Whether it reads records with answers, from `--data`."""
+    return choice.sampled is None or choice.reads_pairs
+
+
+def _listed(choice: Choice, parts: Parts) -> dict[str, Option]:
+    """The options of parts for help: those that a run of this choice may read."""
+    if choice.sampled is None:
+        return {PROMPTS.name: PROMPTS} | options_of(parts)
+    if not choice.reads_pairs:
+        found = {PROMPTS.name: PROMPTS} | options_of(parts)
+        found.pop("data", None)  # means the same
+        return found
+    found = options_of({name: x for name, x in parts.items() if name != "rewards"})
+    refused = {canonical(name) for name in OF_REWARDS}
+    return {name: option for name, option in found.items() if name not in refused}
 
 
 def choices_text() -> str:
@@ -237,14 +309,17 @@ def choices_text() -> str:
     kinds = {kind: " ".join(names) for kind, names in losses_by_kind().items()}
     objectives = {name: summary(f) for name, f in (WRAPPERS | MIXTURES).items()}
     corrections = {name: summary(f) for name, f in CORRECTIONS.items()}
+    of_pairs = [name for name in SAMPLED if Choice(sampled=name).reads_pairs]
     return (
         f"losses, --loss NAME (default: dpo):\n{help.table(kinds)}\n\n"
         "corrections of a pairwise loss, --correct NAME:\n"
         f"{help.table(corrections, column=18)}\n\n"
         "objectives that wrap a loss, --objective NAME:\n"
         f"{help.table(objectives, column=18)}\n\n"
-        "objectives of sampled answers, --objective NAME --reward REWARD:\n"
-        f"  {' '.join(SAMPLED)}\n\n"
+        "objectives of sampled answers, --objective NAME --prompts FILE --reward "
+        "REWARD:\n"
+        f"  {' '.join(name for name in SAMPLED if name not in of_pairs)}; "
+        f"{' '.join(of_pairs)} (--data DATA alone)\n\n"
         f"`{COMMAND} --loss NAME --help` shows the equation and options of a loss,\n"
         f"`{COMMAND} --objective NAME --help` those of an objective."
     )
@@ -259,9 +334,11 @@ def _details(choice: Choice) -> str:
         name = function.__name__
         texts.append(f"{name}: {description(function)}\n\noptions of {name}:\n{listed}")
     if choice.sampled:
-        own = {name: parts_of(choice)[name] for name in ("sampling", "rewards")}
-        listed = help.rows(options_of(own).values(), full=True)
-        texts.append(f"options of sampled answers and their rewards:\n{listed}")
+        names = "sampling", "rewards", "numbers"
+        own = _listed(choice, {name: parts_of(choice)[name] for name in names})
+        what = "" if choice.reads_pairs else " and their rewards"
+        listed = help.rows(own.values(), full=True)
+        texts.append(f"options of sampled answers{what}:\n{listed}")
     if choice.mixture:
         mixed = help.rows(options_of({"mix": Part(MixOptions)}).values(), full=True)
         texts.append(f"options of the mixture's data:\n{mixed}")

@@ -6,7 +6,7 @@ No gradient flows through advantages: they are numbers of the samples.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses import _common
 
@@ -142,7 +142,7 @@ def gae(
     *,
     discount: float = 1.0,
     trace: float = 0.95,
-    where: Bool[Array, "*batch T"] | None = None,
+    completions: Int[Array, "*batch T"] | None = None,
 ) -> Float[Array, "*batch T"]:
     """Generalized advantage estimation over the tokens of an answer.
 
@@ -157,7 +157,8 @@ def gae(
       values: V_t, the value before token t; [*batch, T].
       discount: of later rewards, in [0, 1].
       trace: lambda, the decay of the trace, in [0, 1].
-      where: which tokens exist; those of an answer come first; [*batch, T].
+      completions: index of the answer that each token belongs to, -1 for padding; the
+        tokens of an answer are adjacent (default: one answer); [*batch, T].
 
     Returns:
       One advantage per token, [*batch, T], at least float32; 0 where there is none.
@@ -180,21 +181,29 @@ def gae(
     _common.fraction("discount", discount)
     _common.fraction("trace", trace)
     rewards, values = _common.promoted(rewards=rewards, values=values)
-    real = _common.mask(where, rewards)
+    owners = jnp.zeros_like(rewards, jnp.int32)
+    if completions is not None:
+        _common.same_shape(rewards=rewards, completions=completions)
+        owners = jnp.asarray(completions)
+    real = owners >= 0
     rewards, values = jax.lax.stop_gradient(
         (jnp.where(real, rewards, 0), jnp.where(real, values, 0))
     )
-    following = jnp.concatenate(
-        [values[..., 1:], jnp.zeros_like(values[..., :1])], axis=-1
+    shifted = lambda x, last: jnp.concatenate(
+        [x[..., 1:], jnp.full_like(x[..., :1], last)], axis=-1
     )
-    errors = rewards + discount * following - values
+    # Nothing flows back from the next answer of a row.
+    goes_on = (shifted(owners, -1) == owners).astype(values.dtype)
+    errors = rewards + discount * goes_on * shifted(values, 0) - values
 
-    def before(advantage, error):
-        advantage = error + discount * trace * advantage
+    def before(advantage, token):
+        error, goes_on = token
+        advantage = error + discount * trace * goes_on * advantage
         return advantage, advantage
 
-    first = jnp.moveaxis(errors, -1, 0)
-    _, found = jax.lax.scan(before, jnp.zeros_like(first[0]), first, reverse=True)
+    of_token = tuple(jnp.moveaxis(x, -1, 0) for x in (errors, goes_on))
+    last = jnp.zeros_like(of_token[0][0])
+    _, found = jax.lax.scan(before, last, of_token, reverse=True)
     return jnp.where(real, jnp.moveaxis(found, 0, -1), 0)
 
 

@@ -9,6 +9,7 @@ from jaxpref.objectives.corrected import forward as forward
 from jaxpref.objectives.corrected import unbiased as unbiased
 from jaxpref.objectives.degrees import spo as spo
 from jaxpref.objectives.distillation import align_distil as align_distil
+from jaxpref.objectives.hypo import hypo as hypo
 from jaxpref.objectives.inputs import Inputs as Inputs
 from jaxpref.objectives.instance_noise import instance_noise as instance_noise
 from jaxpref.objectives.learned_noise import em as em
@@ -28,6 +29,7 @@ from jaxpref.objectives.policy_gradient import grpo as grpo
 from jaxpref.objectives.policy_gradient import reinforce as reinforce
 from jaxpref.objectives.policy_gradient import rloo as rloo
 from jaxpref.objectives.policy_gradient import sppo_online as sppo_online
+from jaxpref.objectives.ppo import ppo_clip as ppo_clip
 from jaxpref.objectives.rationale import rationale as rationale
 from jaxpref.objectives.self_refine import self_refine as self_refine
 from jaxpref.objectives.supervised import (
@@ -77,5 +79,5 @@ CORRECTIONS = (unbiased, forward)
 MIXTURES = (bvpo,)
 """`mix(objective, **options)`: gradients of groups of pairs, mixed."""
 
-SAMPLED = (dapo, dr_grpo, grpo, reinforce, rloo, sppo_online)
+SAMPLED = (dapo, dr_grpo, grpo, hypo, ppo_clip, reinforce, rloo, sppo_online)
 """`make(**options)`: learn from answers that are sampled in training."""

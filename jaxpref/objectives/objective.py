@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
-from jaxpref.data.columns import OF_ANSWERS, RATING, SAMPLED, accept
+from jaxpref.data.columns import OF_ANSWERS, RATING, accept
 from jaxpref.data.kinds import Kind
 from jaxpref.objectives.bound_loss import (
     Loss,
@@ -33,6 +33,7 @@ from jaxpref.scoring.scores import (
     AnswerDegrees,
     Statistic,
     TokenMasks,
+    TokenValues,
     models_read,
     score_and_side,
     scores_read,
@@ -158,7 +159,7 @@ class Objective:
     statistics: tuple[Statistic, ...] = ()
     """Statistics of the logits of each token that it defines.  The score of the same
     name is their sum over a completion's tokens."""
-    heads: TokenMasks | AnswerDegrees | None = None
+    heads: TokenMasks | AnswerDegrees | TokenValues | None = None
     """What it asks of a scorer besides the scores of every model; parts of it may be
     trained with the model."""
 
@@ -181,11 +182,6 @@ class Objective:
     def totals(self) -> frozenset[str]:
         """The totals it reads; see `scoring.scores.TOTALS`."""
         return frozenset(name for penalty in self.penalties for name in penalty.reads)
-
-    @property
-    def samples_answers(self) -> bool:
-        """Whether it learns from answers that are sampled in training."""
-        return SAMPLED in self.reads
 
     @property
     def token_numbers(self) -> frozenset[str]:

@@ -20,6 +20,8 @@ from jaxpref.objectives.sampled import (
     SAMPLER,
     Clip,
     OfAnswers,
+    Rate,
+    Rates,
     answer_logps,
     checked,
     clipped,
@@ -157,8 +159,8 @@ def rloo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     beta: float = 0.05,
-    false_positive_rate: float = 0.0,
-    false_negative_rate: float = 0.0,
+    false_positive_rate: Rate = 0.0,
+    false_negative_rate: Rate = 0.0,
 ) -> Objective:
     """REINFORCE with the other answers to the prompt as the baseline.
 
@@ -175,6 +177,7 @@ def rloo(
       beta: coefficient of the KL penalty in the reward, >= 0; 0 needs no reference.
       false_positive_rate: probability that the reward of a wrong answer is 1, of an
         unreliable verifier; rewards must then be 0 or 1, and are corrected.
+        `PER_RECORD` reads one for each prompt: --columns false_positive_rate=FIELD.
       false_negative_rate: probability that the reward of a right answer is 0.
 
     Raises:
@@ -187,7 +190,8 @@ def rloo(
       rates.
     """
     clip = checked("rloo", Clip(clip_low, clip_high), beta)
-    returns = returns_of("rloo", beta, false_positive_rate, false_negative_rate)
+    rates = Rates(false_positive_rate, false_negative_rate)
+    returns = returns_of("rloo", beta, rates)
 
     def advantages(inputs: Inputs) -> tuple[OfAnswers, Array]:
         values, real = returns(inputs)
@@ -212,10 +216,9 @@ def rloo(
         name="rloo",
         options={
             **{"clip_low": clip_low, "clip_high": clip_high, "beta": beta},
-            "false_positive_rate": false_positive_rate,
-            "false_negative_rate": false_negative_rate,
+            **rates._asdict(),
         },
-        reads=reads(beta),
+        reads=(*reads(beta), *rates.per_record),
         losses=group_losses,
         metrics=metrics,
     )
@@ -225,8 +228,8 @@ def reinforce(
     *,
     beta: float = 0.05,
     decay: float = 0.9,
-    false_positive_rate: float = 0.0,
-    false_negative_rate: float = 0.0,
+    false_positive_rate: Rate = 0.0,
+    false_negative_rate: Rate = 0.0,
 ) -> Objective:
     """REINFORCE with a running mean of all rewards as the baseline.
 
@@ -256,7 +259,8 @@ def reinforce(
     if not 0 <= decay < 1:
         raise InputError(f"reinforce: decay {decay}: must be in [0, 1)")
     checked("reinforce", Clip(0.0, 0.0), beta)
-    returns = returns_of("reinforce", beta, false_positive_rate, false_negative_rate)
+    rates = Rates(false_positive_rate, false_negative_rate)
+    returns = returns_of("reinforce", beta, rates)
 
     def baseline(state: State) -> Array:
         return state["sum"] / jnp.maximum(state["weight"], 1e-30)
@@ -279,10 +283,9 @@ def reinforce(
         name="reinforce",
         options={
             **{"beta": beta, "decay": decay},
-            "false_positive_rate": false_positive_rate,
-            "false_negative_rate": false_negative_rate,
+            **rates._asdict(),
         },
-        reads=reads(beta),
+        reads=(*reads(beta), *rates.per_record),
         losses=group_losses,
         metrics=sample_metrics,
         init=lambda num_annotators: {"sum": jnp.zeros(()), "weight": jnp.zeros(())},

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref import losses
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.data.columns import SAMPLED
 from jaxpref.errors import InputError
+from jaxpref.objectives.bound_loss import PER_RECORD, Given
 from jaxpref.objectives.inputs import Inputs, mean_over
 from jaxpref.objectives.objective import Metrics, Objective, State
 
@@ -26,6 +27,8 @@ OfAnswers = Float[Array, "*batch S K"]
 """A number of each answer."""
 OfTokens = Float[Array, "*batch Q P"]
 """A number of each target token."""
+Rate = float | Given
+"""A number, or `PER_RECORD`."""
 
 
 class Clip(NamedTuple):
@@ -61,32 +64,43 @@ def rewards(batch: PreferenceBatch) -> tuple[OfAnswers, Bool[Array, "*batch S K"
     return jnp.where(real, values, 0), real
 
 
+class Rates(NamedTuple):
+    """How often a verifier errs; a number for all prompts, or `PER_RECORD`."""
+
+    false_positive_rate: Rate
+    false_negative_rate: Rate
+
+    @property
+    def per_record(self) -> tuple[str, ...]:
+        """The rates that are numbers of the prompts."""
+        return tuple(k for k, x in self._asdict().items() if x is PER_RECORD)
+
+
 def returns_of(
-    name: str, beta: float, false_positive_rate: float, false_negative_rate: float
+    name: str, beta: float, rates: Rates
 ) -> Callable[[Inputs], tuple[OfAnswers, Bool[Array, "*batch S K"]]]:
     """The function R = r - beta log pi_old/ref, of answers that have a reward.
 
     Args:
       name: the objective's, for messages.
       beta: coefficient of the KL penalty.
-      false_positive_rate: see `losses.unflipped_rewards`.
-      false_negative_rate: the same.
+      rates: those of `losses.unflipped_rewards`.
 
     Raises:
       InputError: if the rates are out of range.
     """
-    rates = {
-        "false_positive_rate": false_positive_rate,
-        "false_negative_rate": false_negative_rate,
-    }
+    options = rates._asdict()
     try:
-        losses.unflipped_rewards(jnp.zeros(()), **rates)
+        fixed = {k: x for k, x in options.items() if x is not PER_RECORD}
+        losses.unflipped_rewards(jnp.zeros(()), **fixed)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
 
     def returns(inputs: Inputs):
         values, real = rewards(inputs.batch)
-        values = losses.unflipped_rewards(values, **rates)
+        # Those of a prompt are the same for all its answers.
+        own = {k: inputs[k][..., None] for k in rates.per_record}
+        values = losses.unflipped_rewards(values, **{**options, **own})
         if beta:
             sampler, reference = (answer_logps(inputs, n) for n in (SAMPLER, REFERENCE))
             values = values - beta * losses.kl_k1(sampler - reference)
@@ -96,9 +110,9 @@ def returns_of(
 
 
 def tokens(inputs: Inputs, name: str) -> OfTokens:
-    """Log-probabilities of the target tokens; 0 for padding."""
+    """Log-probabilities or values of the target tokens; 0 for padding."""
     of_batch: Any = inputs.batch.token_numbers
-    values = inputs.scores[name] if name == POLICY else of_batch[name]
+    values = inputs.scores[name] if name in inputs.scores else of_batch[name]
     return jnp.where(jnp.asarray(inputs.batch.completions) >= 0, values, 0)
 
 
@@ -117,10 +131,19 @@ def answer_logps(inputs: Inputs, name: str) -> OfAnswers:
     return of_answers(losses.sum_by_completion, tokens(inputs, name), inputs)
 
 
-def of_tokens(values: OfAnswers, inputs: Inputs) -> OfTokens:
-    """The value of the answer that each token belongs to."""
+def of_tokens(
+    values: OfAnswers, inputs: Inputs, *, at: Int[Array, "*batch Q P"] | None = None
+) -> OfTokens:
+    """The value of the answer that each token belongs to.
+
+    Args:
+      values: a number of each answer.
+      inputs: the scores of a batch, and the batch.
+      at: the answers of the tokens that get a value, and -1 for others (default: all).
+    """
+    owners = cast(Array, inputs.batch.completions) if at is None else at
     flat = jnp.reshape(values, (*values.shape[:-2], -1))
-    return losses.of_each_token(flat, cast(Array, inputs.batch.completions))
+    return losses.of_each_token(flat, owners)
 
 
 def clipped(log_ratios: Array, advantages: Array, clip: Clip) -> Array:

@@ -28,18 +28,25 @@ class Group:
     """A prompt and its answers."""
 
     index: int
-    """Of the prompt in the training data."""
+    """Of the prompt in its data."""
     answers: tuple[Answer, ...]
     """K answers, as tokens."""
+
+
+EVALUATION = 2**32 - 1
+"""The number of every sample of held-out prompts; no sample of a step has it."""
 
 
 def sample_groups(
     model: Model,
     params: Any,
-    train: data.PreferenceDataset,
+    prompts: data.PreferenceDataset,
     indices: Sequence[int],
     *,
     number: int,
+    first: int = 0,
+    group_size: int,
+    full: int,
     seed: int,
     stop_tokens: Sequence[int],
     sampling: SamplingOptions,
@@ -54,36 +61,40 @@ def sample_groups(
     Args:
       model: the model.
       params: its parameters.
-      train: the prompts.
-      indices: the prompts to answer.
+      prompts: all prompts.
+      indices: those to answer.
       number: of the sample: the step that it is drawn for, divided by the updates.
+      first: the place of the first prompt in the sample.
+      group_size: K.
+      full: the most prompts of a call; calls with fewer use the same programs.
       seed: the run's.
       stop_tokens: the tokens that end an answer.
-      sampling: how many answers there are, and their maximum length.
+      sampling: the maximum length of answers, and how many are sampled at once.
       mesh: the devices.
     """
-    count, most = sampling.group_size, sampling.max_new_tokens
+    most = sampling.max_new_tokens
     rule = Rule(
-        jax.random.fold_in(jax.random.key(seed), number),
+        jax.random.fold_in(jax.random.key(seed), np.uint32(number)),
         sample(1.0),
         jnp.asarray(tuple(stop_tokens), jnp.int32),
     )
     requests = [
-        Request(train.prompt(n).tolist(), (place, k), most)
+        Request(prompts.prompt(n).tolist(), (first + place, k), most)
         for place, n in enumerate(indices)
-        for k in range(count)
+        for k in range(group_size)
     ]
-    rows = rows_for(len(requests), sampling.sample_batch_size, mesh)
+    rows = rows_for(full * group_size, sampling.sample_batch_size, mesh)
     # Later samples use the programs of this one.
-    longest = Request([0] * int(train.prompt_lengths.max()), (0, 0), most)
+    longest = Request([0] * int(prompts.prompt_lengths.max()), (0, 0), most)
     found: dict[int, Answer] = {}
+    what = "to held-out prompts" if number == EVALUATION else f"of sample {number}"
     for n, answer in answer_all(
         model, params, requests, rule, batch_size=rows, largest=longest
     ):
         found[n] = answer
-        heartbeat.beat(f"{len(found)} answers of sample {number}")
+        heartbeat.beat(f"{len(found)} answers {what}")
     return [
-        Group(n, tuple(found[place * count + k] for k in range(count)))
+        Group(n, tuple(found[place * group_size + k] for k in range(group_size)))
         for place, n in enumerate(indices)
     ]
 
@@ -106,9 +117,8 @@ def rewards_of(
     texts: Sequence[Sequence[str]],
     prompts: Sequence[data.Prompt],
     reward: Reward,
-    sampling: SamplingOptions,
 ) -> Float[np.ndarray, "B K"]:
-    """The rewards of the answers, with the penalty of long ones; NaN for none.
+    """The rewards of the answers; NaN for none.
 
     Raises:
       InputError: if the reward cannot be computed.
@@ -117,16 +127,22 @@ def rewards_of(
         _answered(prompts[x.index], own, [a.ended for a in x.answers])
         for x, own in zip(groups, texts, strict=True)
     ]
-    rewards = np.stack(reward(answered)).astype(np.float32)
-    if not sampling.overlong_buffer:
-        return rewards
+    return np.stack(reward(answered)).astype(np.float32)
+
+
+def overlong_penalties(
+    groups: Sequence[Group], sampling: SamplingOptions
+) -> Float[np.ndarray, "B K"]:
+    """What `overlong_buffer` adds to the rewards of answers, from -1 to 0."""
     lengths = np.array([[len(a.tokens) for a in x.answers] for x in groups])
+    if not sampling.overlong_buffer:
+        return np.zeros(lengths.shape, np.float32)
     penalty = overlong_penalty(
         jnp.asarray(lengths),
         longest=sampling.max_new_tokens,
         buffer=sampling.overlong_buffer,
     )
-    return rewards + np.asarray(penalty)
+    return np.asarray(penalty)
 
 
 def _answered(

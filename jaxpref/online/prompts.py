@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from jaxpref import data
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.mixing import read_mixture
 from jaxpref.data.prompts import prompts_and_skipped
+from jaxpref.data.records import prompt_key
 from jaxpref.errors import InputError
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.hub import resolve_folder
@@ -19,8 +20,22 @@ from jaxpref.runtime.processes import log
 from jaxpref.train.config import TrainConfig
 
 
+def file_of(config: TrainConfig) -> str:
+    """The file with the prompts of a run.
+
+    Raises:
+      InputError: if there are several.
+    """
+    names = list(read_mixture(config.data).names)
+    if len(names) > 1:
+        raise InputError(
+            f"{len(names)} files with prompts, {' '.join(names)}: give one"
+        )
+    return names[0]
+
+
 def read(
-    config: TrainConfig, sampling: SamplingOptions
+    file: str, config: TrainConfig, sampling: SamplingOptions
 ) -> tuple[list[data.Prompt], list[BadRow]]:
     """The different prompts of a file, in its order, and the rows that are skipped.
 
@@ -29,9 +44,6 @@ def read(
     Raises:
       InputError: if there are none, or the model has too few positions.
     """
-    names = list(read_mixture(config.data).names)
-    if len(names) > 1:
-        raise InputError(f"--data {' '.join(names)}: give one file with prompts")
     folder = resolve_folder(config.model)
     positions = read_architecture(folder).context_length
     if positions < sampling.max_new_tokens + 2:
@@ -42,18 +54,18 @@ def read(
     options = config.options
     most = positions - sampling.max_new_tokens
     prompts, skipped = prompts_and_skipped(
-        data.open_records(names[0], options, sides=2),
+        data.open_records(file, options, sides=2),
         data.load_tokenizer(folder, options.template_options),
         max_prompt_length=most,
         ignore_fields=options.ignore_fields,
         on_bad_row=options.on_bad_row,
     )
     if not prompts:
-        raise InputError(f"{names[0]}: contains no prompts")
+        raise InputError(f"{file}: contains no prompts")
     if cut := sum(x.is_cut for x in prompts):
         log(
-            f"warning: {cut:,} of {len(prompts):,} prompts are cut to {most} tokens to "
-            "leave room for an answer"
+            f"warning: {cut:,} of {len(prompts):,} prompts of {file} are cut to {most} "
+            "tokens to leave room for an answer"
         )
     return prompts, skipped
 
@@ -66,47 +78,62 @@ def digest(prompts: Sequence[data.Prompt]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def warn_of_shared(
+    heldout: Sequence[data.Prompt], train: Sequence[data.Prompt], file: str
+) -> None:
+    """Warns if prompts to evaluate on are also trained on."""
+    seen = {prompt_key(x.example.prompt) for x in train}
+    if shared := sum(prompt_key(x.example.prompt) in seen for x in heldout):
+        log(
+            f"warning: {shared:,} of {len(heldout):,} prompts of --eval-data {file} "
+            "are also trained on"
+        )
+
+
 def with_room(
     prompts: Sequence[data.Prompt],
-    name: str,
-    kind: data.Kind,
     sampling: SamplingOptions,
-    skipped: Sequence[BadRow] = (),
-) -> data.Datasets:
-    """The prompts as training data, with answers of the maximum length, all token 0.
+    numbers: Sequence[Mapping[str, float]],
+) -> data.PreferenceDataset:
+    """The prompts as data, with answers of the maximum length, all token 0.
 
     So the layout of a run has room for any answers.
 
     Args:
       prompts: the prompts.
-      name: their file.
-      kind: what an objective reads of each record.
       sampling: how many answers there are, and their maximum length.
-      skipped: the malformed rows of the file.
+      numbers: what an objective reads of each record.
     """
+    builder = data.DatasetBuilder(0)
+    for row, (prompt, own) in enumerate(zip(prompts, numbers, strict=True)):
+        id = f"{digest([prompt])[:16]}-1"
+        builder.add(prompt.tokens, (), id=id, columns={"row": row, **own})
+    return with_answers(builder.build(), sampling)
+
+
+def with_answers(
+    records: data.PreferenceDataset, sampling: SamplingOptions
+) -> data.PreferenceDataset:
+    """The records with K further completions of the maximum length, all token 0."""
     count, tokens = sampling.group_size, sampling.max_new_tokens
-    builder = data.DatasetBuilder(count)
-    for row, prompt in enumerate(prompts):
-        own = f"{digest([prompt])[:16]}-1"
-        builder.add(prompt.tokens, [()] * count, id=own, columns={"row": row})
-    plain = builder.build()
-    before = count * tokens * np.arange(len(prompts) + 1)
+    given = records.num_completions
+    before = count * tokens * np.arange(len(records) + 1)
     # Pages of zeros that are never written take no memory.
-    room = np.zeros(len(plain.tokens) + before[-1], np.int32)
-    places = np.arange(len(plain.tokens)) + np.repeat(before[:-1], plain.packed_lengths)
-    room[places] = plain.tokens
-    train = dataclasses.replace(
-        plain,
+    room = np.zeros(len(records.tokens) + before[-1], np.int32)
+    places = np.arange(len(records.tokens))
+    places += np.repeat(before[:-1], records.packed_lengths)
+    room[places] = records.tokens
+    trained = None
+    if records.trained is not None:
+        trained = np.ones(len(room), bool)
+        trained[places] = records.trained
+    wide = records.widened(given + count)
+    lengths = wide.completion_lengths.copy()
+    lengths[:, given:] = tokens
+    return dataclasses.replace(
+        wide,
         tokens=room,
-        offsets=plain.offsets + before,
-        completion_lengths=np.full_like(plain.completion_lengths, tokens),
+        trained=trained,
+        offsets=records.offsets + before,
+        completion_lengths=lengths,
     )
-    splits = data.Splits(
-        train=train,
-        heldout=train.take(np.arange(0)),
-        report={"prompts": len(prompts)},
-        digest=digest(prompts),
-        kind=kind,
-        skipped=tuple(skipped),
-    )
-    return data.Datasets(splits, (name,), (name,))

@@ -11,20 +11,11 @@ from jaxpref import data
 from jaxpref.errors import InputError
 from jaxpref.models.hub import adapter_digest, model_digests
 from jaxpref.models.weights import Weights
-from jaxpref.rewards import Combined, ModelReward
+from jaxpref.rewards import Combined
 from jaxpref.rewards.answered import Answered
 from jaxpref.rewards.code import CodeTests
 from jaxpref.rewards.reward import Reward
 from jaxpref.rewards.rules import ReferenceRule
-
-
-def in_memory(reward: Combined) -> Combined:
-    """The reward with its reward models loaded, since it is computed in every step."""
-    parts = {
-        word: part.loaded() if isinstance(part, ModelReward) else part
-        for word, part in reward.parts.items()
-    }
-    return dataclasses.replace(reward, parts=parts)
 
 
 def check_records(reward: Combined, prompts: Sequence[data.Prompt]) -> None:
@@ -62,6 +53,8 @@ class ZeroOrOne:
     """A reward that must be 0 or 1, to be corrected for a verifier's errors."""
 
     reward: Reward
+    rates: Sequence[str]
+    """The options that give the verifier's error rates, for messages."""
 
     def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
         """See `Reward`.
@@ -76,7 +69,7 @@ class ZeroOrOne:
                 raise InputError(
                     f"{one.place}: an answer has the reward {others[0]:g}, but only "
                     "rewards of 0 and 1 can be corrected; leave out "
-                    "--objective.false-positive-rate and false-negative-rate"
+                    f"{' and '.join(self.rates)}"
                 )
         return found
 

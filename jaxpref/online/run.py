@@ -2,28 +2,38 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
+from jaxpref import data
+from jaxpref.data.bad_rows import BadRow
+from jaxpref.data.columns import SAMPLED
 from jaxpref.errors import InputError
+from jaxpref.online import pairs
 from jaxpref.online import prompts as read
 from jaxpref.online.batch import with_slots
+from jaxpref.online.checks import check, check_prompts
+from jaxpref.online.heldout import Heldout
 from jaxpref.online.options import SamplingOptions
-from jaxpref.online.rewards import ZeroOrOne, check_records, digests, in_memory
+from jaxpref.online.rates import given_rates, rates_of
+from jaxpref.online.rewards import ZeroOrOne, check_records, digests
 from jaxpref.online.stream import SampledStream
-from jaxpref.rewards import ModelOptions, RewardOptions, combined_reward
+from jaxpref.rewards import Combined, ModelOptions, RewardOptions, combined_reward
 from jaxpref.runtime.mesh import initialize_distributed
 from jaxpref.train.config import TrainConfig
 from jaxpref.train.prepare import prepare
 from jaxpref.train.run import run as train
-
-UNREAD = ("eval_data", "keep_best", "loader_processes", "eval_samples", "eval_every")
-"""Options of other runs: there are no evaluations, and no records to prepare."""
+from jaxpref.train.task import Task
 
 
 def run(config: TrainConfig, sampling: SamplingOptions, rewards: RewardOptions) -> Path:
     """Trains `config.model` on its own answers to the prompts of `config.data`.
+
+    With an objective of pairs, such as `hypo`, also on the pairs, and without rewards.
 
     The same arguments and `out` resume an interrupted run, with the same bits on the
     same software and devices.  In addition to what `train.run` writes, `samples.jsonl`
@@ -33,7 +43,7 @@ def run(config: TrainConfig, sampling: SamplingOptions, rewards: RewardOptions) 
       config: the config; its objective learns from sampled answers, and its batch size
         is the number of prompts of a step.
       sampling: how answers are sampled.
-      rewards: what says how good they are.
+      rewards: what says how good they are; the default if the objective reads none.
 
     Returns:
       The exported folder.
@@ -49,7 +59,9 @@ def run(config: TrainConfig, sampling: SamplingOptions, rewards: RewardOptions) 
             f"--objective {config.objective.name}: samples answers on one process; "
             f"this run has {jax.process_count()}; start it on one host"
         )
-    _check(config, sampling, rewards)
+    check(config, sampling, rewards)
+    if SAMPLED not in config.objective.reads:
+        return _run_on_pairs(config, sampling)
     dtype = config.compute_dtype
     options = ModelOptions(
         batch_size=config.batch_size,
@@ -58,34 +70,136 @@ def run(config: TrainConfig, sampling: SamplingOptions, rewards: RewardOptions) 
         template=config.options.template_options,
     )
     reward = combined_reward(rewards, options)
-    prompts, skipped = read.read(config, sampling)
-    check_records(reward, prompts)
-    reward = in_memory(reward)
-    objective = config.objective
-    how = dataclasses.asdict(sampling)
-    how.pop("log_samples")  # may differ when a run is resumed
-    described = {
-        "sampling": how,
-        "rewards": dataclasses.asdict(rewards),
-        "records": read.digest(prompts),
-        "reward_models": digests(reward.parts),
-    }
-    described = {**objective.options, **described}
-    objective = dataclasses.replace(objective, options=described)
-    config = dataclasses.replace(config, objective=objective)
-    name = config.data if isinstance(config.data, str) else config.data[0]
-    datasets = read.with_room(prompts, name, objective.kind, sampling, skipped)
-    drawn = _of_drawn_prompts(config, sampling)
-    task = prepare(drawn, read=lambda *args, **others: datasets)
-    task = dataclasses.replace(task, layout=with_slots(task.layout))
+    prompts = _read(config, sampling, reward)
+    check_prompts(config, sampling, len(prompts.train))
+    reward = reward.in_memory()
+    described = _described(config, sampling, rewards, prompts)
+    described["reward_models"] = digests(reward.parts)
+    config = _with_options(config, described)
+    task, heldout = _prepared(config, sampling, prompts)
+    rates = given_rates(config)
     make_stream = functools.partial(
         SampledStream,
-        prompts=prompts,
-        reward=ZeroOrOne(reward) if _rates(config) else reward,
+        prompts=prompts.train,
+        reward=ZeroOrOne(reward, rates) if rates else reward,
         sampling=sampling,
+        heldout=heldout,
         log_every=config.log_every,
     )
     return train(config, task=task, make_stream=make_stream)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+    """The prompts of a run, and the rows of their files that are skipped."""
+
+    train: list[data.Prompt]
+    heldout: list[data.Prompt]
+    skipped: list[BadRow]
+
+
+def _read(config: TrainConfig, sampling: SamplingOptions, reward: Combined) -> _Prompts:
+    """Reads the prompts, and what the reward needs of their records.
+
+    Raises:
+      InputError: naming the record that lacks something.
+    """
+    prompts, skipped = read.read(read.file_of(config), config, sampling)
+    check_records(reward, prompts)
+    if config.eval_data is None:
+        return _Prompts(prompts, [], skipped)
+    heldout, more = read.read(config.eval_data, config, sampling)
+    check_records(reward, heldout)
+    read.warn_of_shared(heldout, prompts, config.eval_data)
+    return _Prompts(prompts, heldout, [*skipped, *more])
+
+
+def _run_on_pairs(config: TrainConfig, sampling: SamplingOptions) -> Path:
+    """The same with pairs, whose prompts are answered; no reward is read."""
+    config = _with_options(config, {"sampling": _decisive(sampling)})
+    options = dataclasses.replace(config.options, heldout_fraction=0.0)
+    config = dataclasses.replace(config, options=options)
+    read_pairs = functools.partial(pairs.read, sampling=sampling)
+    task = prepare(_of_drawn_prompts(config, sampling), read=read_pairs)
+    task = dataclasses.replace(task, layout=with_slots(task.layout))
+    make_stream = functools.partial(
+        SampledStream,
+        prompts=pairs.PairPrompts(task),
+        reward=pairs.no_reward,
+        sampling=sampling,
+        heldout=None,
+        log_every=config.log_every,
+    )
+    return train(config, task=task, make_stream=make_stream)
+
+
+def _decisive(sampling: SamplingOptions) -> dict[str, Any]:
+    """The options of sampling that may not differ when a run is resumed."""
+    found = dataclasses.asdict(sampling)
+    found.pop("log_samples")
+    return found
+
+
+def _with_options(config: TrainConfig, more: Mapping[str, Any]) -> TrainConfig:
+    """The config with further options of its objective, for `config.json`."""
+    options = {**config.objective.options, **more}
+    objective = dataclasses.replace(config.objective, options=options)
+    return dataclasses.replace(config, objective=objective)
+
+
+def _described(
+    config: TrainConfig,
+    sampling: SamplingOptions,
+    rewards: RewardOptions,
+    prompts: _Prompts,
+) -> dict[str, Any]:
+    """What decides what the run computes, for `config.json`."""
+    described = {
+        "sampling": _decisive(sampling),
+        "rewards": dataclasses.asdict(rewards),
+        "records": read.digest(prompts.train),
+    }
+    if prompts.heldout:
+        described["eval_data_records"] = read.digest(prompts.heldout)
+    return {**config.objective.options, **described}
+
+
+def _prepared(
+    config: TrainConfig, sampling: SamplingOptions, prompts: _Prompts
+) -> tuple[Task, Heldout | None]:
+    """The task, and the prompts of its evaluations.
+
+    The layout has room for both, and the task has no held-out records: they have no
+    answers that could be scored as those of other runs.
+    """
+    rates = rates_of(prompts.train, config)
+    kind, file = config.objective.kind, read.file_of(config)
+    train_data = read.with_room(prompts.train, sampling, rates)
+    heldout = train_data.take(np.arange(0))
+    if prompts.heldout:  # their rates are not read
+        unread = [dict.fromkeys(rates[0], 0.0)] * len(prompts.heldout)
+        heldout = read.with_room(prompts.heldout, sampling, unread)
+    splits = data.Splits(
+        train=train_data,
+        heldout=heldout,
+        report={"prompts": len(prompts.train)},
+        digest=read.digest(prompts.train),
+        kind=kind,
+        skipped=tuple(prompts.skipped),
+    )
+    datasets = data.Datasets(splits, (file,), (config.eval_data or file,))
+    drawn = _of_drawn_prompts(config, sampling)
+    task = prepare(drawn, read=lambda *args, **others: datasets)
+    splits = task.datasets.splits
+    trained = dataclasses.replace(splits, heldout=splits.heldout.take(np.arange(0)))
+    task = dataclasses.replace(
+        task,
+        layout=with_slots(task.layout),
+        datasets=dataclasses.replace(task.datasets, splits=trained),
+    )
+    if not prompts.heldout:
+        return task, None
+    return task, Heldout(prompts.heldout, splits.heldout, sampling.eval_group_size)
 
 
 def _of_drawn_prompts(config: TrainConfig, sampling: SamplingOptions) -> TrainConfig:
@@ -97,45 +211,3 @@ def _of_drawn_prompts(config: TrainConfig, sampling: SamplingOptions) -> TrainCo
         return config
     epochs = config.epochs * sampling.updates_per_sample
     return dataclasses.replace(config, epochs=epochs)
-
-
-def _rates(config: TrainConfig) -> list[str]:
-    """The rates of a verifier's errors that are given, as options."""
-    options = config.objective.options
-    names = ("false_positive_rate", "false_negative_rate")
-    return [f"--objective.{x.replace('_', '-')}" for x in names if options.get(x)]
-
-
-def _check(
-    config: TrainConfig, sampling: SamplingOptions, rewards: RewardOptions
-) -> None:
-    """Refuses options that nothing reads, or that do not go together.
-
-    Raises:
-      InputError: naming the option.
-    """
-    name = config.objective.name
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in UNREAD and value != field.default:
-            raise InputError(
-                f"--{field.name.replace('_', '-')} {value}: {name} samples answers in "
-                "training and does not read it; leave it out"
-            )
-    if rewards.combine == "constrained":
-        raise InputError(
-            "--combine constrained: the answers of a step may not reach --at-least; "
-            "use --combine sum with --weights, such as the multipliers that jaxpref "
-            "score finds for answers of the model"
-        )
-    if sampling.overlong_buffer and (rates := _rates(config)):
-        raise InputError(
-            f"--overlong-buffer {sampling.overlong_buffer}: {rates[0]} corrects "
-            "rewards of 0 and 1, without a penalty; give one of them"
-        )
-    if name == "reinforce" and sampling.updates_per_sample > 1:
-        raise InputError(
-            f"--updates-per-sample {sampling.updates_per_sample}: reinforce has a mean "
-            "of the rewards of earlier steps as the baseline; use 1, or "
-            "--objective rloo"
-        )

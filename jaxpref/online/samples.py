@@ -15,8 +15,8 @@ from jaxpref.runtime import samples_file
 class SamplesFile:
     """The answers to the first prompts of a sample, a line each.
 
-    A line has the `step` as in `metrics.jsonl`, the prompt's `id`, the
-    `prompt`, the `output`, the sum `logp` of its log-probabilities in nats, whether it
+    A line has the `step` as in `metrics.jsonl`, the prompt's `id`, the `prompt` (its
+    `text`), the `output`, the sum `logp` of its log-probabilities in nats, whether it
     `ended` with a stop token, and its `reward`, or null.
     """
 

@@ -2,7 +2,8 @@
 
 import base64
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,34 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from jaxpref import data
-from jaxpref.models.logprobs import REFERENCE
-from jaxpref.online.answers import Group, rewards_of, sample_groups, texts_of
+from jaxpref.online.answers import (
+    EVALUATION,
+    Group,
+    overlong_penalties,
+    rewards_of,
+    sample_groups,
+    texts_of,
+)
 from jaxpref.online.batch import batch_of
+from jaxpref.online.draws import draw_groups
+from jaxpref.online.heldout import (
+    Heldout,
+    heldout_metrics,
+    reference_kls,
+    warn_of_missing,
+)
 from jaxpref.online.options import SamplingOptions
+from jaxpref.online.pass_rates import PassRates
 from jaxpref.online.samples import SamplesFile
+from jaxpref.online.token_logps import REFERENCE_LOGPS, make_token_logps
 from jaxpref.rewards.reward import Reward
-from jaxpref.runtime.mesh import batch_sharding, to_global
+from jaxpref.runtime.mesh import to_global
 from jaxpref.runtime.timings import Timings
 from jaxpref.sampling import Answer
-from jaxpref.scoring.score_dataset import make_score_step
-from jaxpref.scoring.scorer import Frozen, Params
+from jaxpref.scoring.scorer import Params
 from jaxpref.train.begin import Beginning
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
-
-TOKEN_LOGPS = "token_logps"
 
 
 class SampledStream:
@@ -47,6 +60,7 @@ class SampledStream:
         prompts: Sequence[data.Prompt],
         reward: Reward,
         sampling: SamplingOptions,
+        heldout: Heldout | None,
         log_every: int,
     ):
         """Begins at the run's current position.
@@ -59,18 +73,19 @@ class SampledStream:
           prompts: the prompts with their records.
           reward: says how good answers are.
           sampling: how answers are sampled.
+          heldout: what is answered at each evaluation.
           log_every: steps between samples that are written to a file.
         """
         self._task, self._frozen, self._phases = task, begun.frozen, phases
         self._prompts, self._reward, self._sampling = prompts, reward, sampling
         self._tokenizer = data.load_tokenizer(task.export.source)
         self._train = task.datasets.splits.train
-        names = task.objective.token_numbers
-        self._of_reference: Callable | None = None
-        if f"{REFERENCE}_{TOKEN_LOGPS}" in names:
-            self._of_reference = _reference_logps(task, begun.frozen)
+        self._heldout = heldout
+        self._score = make_token_logps(task, begun.frozen)
         saved: Any = begun.saved.get("iterator") or {"next_index": 0, "pending": None}
         self._step = saved["next_index"]
+        unknown = np.full(len(self._train), np.nan, np.float32)
+        self._rates = _decoded_rates(saved.get("rates")) or PassRates(unknown)
         updates = sampling.updates_per_sample
         sampled = -(-self._step // updates) * updates
         self._file = SamplesFile(out, count=sampling.log_samples, sampled=sampled)
@@ -97,8 +112,13 @@ class SampledStream:
     def get_state(self) -> dict[str, Any]:
         """The position, and the answers from which later steps learn."""
         between = self._step % self._sampling.updates_per_sample
-        pending = self._pending if between else None
-        return {"next_index": self._step, "pending": pending}
+        found = {
+            "next_index": self._step,
+            "pending": self._pending if between else None,
+        }
+        if self._sampling.prompt_target is not None:
+            found["rates"] = _encoded_rates(self._rates)
+        return found
 
     def state_before(self) -> dict[str, Any]:
         """The position before the last batch drawn, without answers."""
@@ -110,8 +130,37 @@ class SampledStream:
         `ended`, the share that ends with a stop token; and `logps/mismatch`, the mean
         absolute difference in nats between the log-probability of an answer when it was
         sampled and when it is scored for training; rounding makes them differ slightly.
+        And those of `draw_groups`.
         """
         return dict(self._metrics)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Metrics of answers to the held-out prompts, with the same random numbers.
+
+        See `heldout_metrics`; empty without such prompts.  Long answers get no penalty.
+        """
+        heldout = self._heldout
+        if heldout is None:
+            return {}
+        self._phases.mark("steps")
+        every = range(len(heldout.prompts))
+        groups = self._sampler(state.params)(
+            heldout.dataset,
+            every,
+            number=EVALUATION,
+            group_size=heldout.group_size,
+            full=len(every),
+        )
+        texts = texts_of(groups, heldout.prompts, self._tokenizer)
+        rewards = rewards_of(groups, texts, heldout.prompts, self._reward)
+        kls = None
+        if REFERENCE_LOGPS in self._task.objective.token_numbers:
+            kls = reference_kls(
+                self._task, state.params, groups, heldout.dataset, self._score
+            )
+        self._phases.mark("evaluation")
+        warn_of_missing(rewards)
+        return heldout_metrics(groups, rewards, kls)
 
     def close(self) -> None:
         """Does nothing: nothing runs between two batches."""
@@ -120,35 +169,60 @@ class SampledStream:
         """Samples answers from the parameters of the state, and makes their batch."""
         task, sampling = self._task, self._sampling
         self._phases.mark("steps")
-        number = self._step // sampling.updates_per_sample
-        indices = task.order(number, task.layout.batch_size).tolist()
-        model, whole = task.scorer.policy(state.params, self._frozen)
-        groups = sample_groups(
-            model,
-            whole,
-            self._train,
-            indices,
+        number, size = self._step // sampling.updates_per_sample, task.layout.batch_size
+        sampler = self._sampler(state.params)
+
+        def answer(indices: Sequence[int], first: int) -> tuple[list[Group], Any, Any]:
+            groups = sampler(
+                self._train,
+                indices,
+                number=number,
+                first=first,
+                group_size=sampling.group_size,
+                full=size,
+            )
+            self._phases.mark("sample")
+            texts = texts_of(groups, self._prompts, self._tokenizer)
+            rewards = rewards_of(groups, texts, self._prompts, self._reward)
+            rewards += overlong_penalties(groups, sampling)
+            self._phases.mark("reward")
+            return groups, texts, rewards
+
+        drawn = draw_groups(
+            answer,
+            task.order,
+            self._rates,
             number=number,
+            size=size,
             seed=task.seed,
-            stop_tokens=task.export.stop_tokens,
             sampling=sampling,
-            mesh=task.mesh,
         )
-        del whole
-        self._phases.mark("sample")
-        texts = texts_of(groups, self._prompts, self._tokenizer)
-        rewards = rewards_of(groups, texts, self._prompts, self._reward, sampling)
-        self._phases.mark("reward")
+        del sampler, answer  # and the whole weights, which adapters are merged into
+        self._rates, groups, rewards = drawn.rates, drawn.groups, drawn.rewards
         batch, places = self._placed(groups, rewards)
         logps, mismatch = self._token_logps(groups, state.params, batch, places)
         self._batch = dataclasses.replace(batch, token_numbers=logps)
-        ended = [answer.ended for group in groups for answer in group.answers]
+        ended = [x.ended for group in groups for x in group.answers]
         self._metrics = {"ended": float(np.mean(ended)), "logps/mismatch": mismatch}
+        self._metrics |= drawn.metrics
         for step in self._logged()[:1]:
-            self._file.write(step, groups, texts, rewards, self._prompts)
+            self._file.write(step, groups, drawn.texts, rewards, self._prompts)
         if sampling.updates_per_sample > 1:
             self._pending = _encoded(groups, rewards, logps, self._metrics)
         self._phases.mark("score")
+
+    def _sampler(self, params: Params) -> functools.partial[list[Group]]:
+        """`sample_groups` with these parameters, and what is the same in all calls."""
+        model, whole = self._task.scorer.policy(params, self._frozen)
+        return functools.partial(
+            sample_groups,
+            model,
+            whole,
+            seed=self._task.seed,
+            stop_tokens=self._task.export.stop_tokens,
+            sampling=self._sampling,
+            mesh=self._task.mesh,
+        )
 
     def _logged(self) -> list[int]:
         """The numbers of the steps that learn from a new sample and are logged."""
@@ -162,6 +236,9 @@ class SampledStream:
     ) -> tuple[data.PreferenceBatch, Int32[np.ndarray, "A R S"]]:
         """The batch of the answers on the devices, and the places of the prompts."""
         made, places = batch_of(groups, rewards, self._train, self._task.layout)
+        reads = self._task.objective.numbers
+        numbers = {name: x for name, x in made.numbers.items() if name in reads}
+        made = dataclasses.replace(made, numbers=numbers)
         return to_global(made, self._task.mesh), places
 
     def _token_logps(
@@ -175,19 +252,13 @@ class SampledStream:
 
         And how far those of the answers are from what they were when sampled.
         """
-        scores, _ = self._task.score_step(params, self._frozen, batch)
-        logps = jax.device_get(scores["policy_logps"])
+        of_answers, found = self._score(params, batch)
+        logps = jax.device_get(of_answers)
         sampled = np.array([[x.logp for x in group.answers] for group in groups])
         real = places >= 0
-        mismatch = float(np.abs(logps[real] - sampled[places[real]]).mean())
-        found = {f"sampler_{TOKEN_LOGPS}": scores[f"policy_{TOKEN_LOGPS}"]}
-        if self._of_reference is not None:
-            found[f"{REFERENCE}_{TOKEN_LOGPS}"] = self._of_reference(batch)
-        # The dtype that the train step is compiled for.
-        cast = lambda x: jax.device_put(
-            x.astype(np.float32), batch_sharding(self._task.mesh)
-        )
-        return jax.tree.map(cast, found), mismatch
+        own = logps[real][:, -sampled.shape[1] :]  # those of pairs come before
+        mismatch = float(np.abs(own - sampled[places[real]]).mean())
+        return found, mismatch
 
     def _resume(self, pending: dict[str, Any]) -> None:
         """Takes the answers of a checkpoint between two updates."""
@@ -199,15 +270,6 @@ class SampledStream:
         self._batch = dataclasses.replace(batch, token_numbers=logps)
 
 
-def _reference_logps(task: Task, frozen: Frozen) -> Callable:
-    """The function that gives the reference's log-probabilities of a batch's tokens."""
-    assert task.reference is not None
-    name = f"{REFERENCE}_{TOKEN_LOGPS}"
-    step = make_score_step(task.scorer.of_reference(frozenset({name})))
-    params = task.scorer.reference_params(task.reference.weights, frozen, None)
-    return lambda batch: step(params, {}, batch)[0][f"policy_{TOKEN_LOGPS}"]
-
-
 def _encoded(
     groups: Sequence[Group],
     rewards: np.ndarray,
@@ -215,24 +277,46 @@ def _encoded(
     metrics: dict[str, float],
 ) -> dict[str, Any]:
     """Answers as JSON, exactly: numbers as the bytes of their arrays."""
-    text = lambda x: base64.b64encode(np.asarray(x, np.float32).tobytes()).decode()
     return {
         "groups": [
             [group.index, [[*answer] for answer in group.answers]] for group in groups
         ],
-        "rewards": text(rewards),
-        "token_numbers": {name: text(x) for name, x in token_numbers.items()},
+        "rewards": _text(rewards),
+        "token_numbers": {name: _text(x) for name, x in token_numbers.items()},
         "metrics": metrics,
     }
 
 
 def _decoded(pending: dict[str, Any]) -> tuple[list[Group], np.ndarray, dict[str, Any]]:
     """What `_encoded` was given; the token numbers are flat."""
-    array = lambda x: np.frombuffer(base64.b64decode(x), np.float32)
     groups = [
         Group(index, tuple(Answer(*answer) for answer in answers))
         for index, answers in pending["groups"]
     ]
-    numbers = {name: array(x) for name, x in pending["token_numbers"].items()}
-    rewards = array(pending["rewards"]).reshape(len(groups), -1)
+    numbers = {name: _array(x) for name, x in pending["token_numbers"].items()}
+    rewards = _array(pending["rewards"]).reshape(len(groups), -1)
     return groups, rewards, numbers
+
+
+def _encoded_rates(rates: PassRates) -> dict[str, Any]:
+    """Pass rates as JSON, exactly."""
+    return {
+        "of_prompts": _text(rates.of_prompts),
+        "of_new": _text(rates.of_new, np.float64),
+    }
+
+
+def _decoded_rates(saved: dict[str, Any] | None) -> PassRates | None:
+    """What `_encoded_rates` was given."""
+    if saved is None:
+        return None
+    (of_new,) = _array(saved["of_new"], np.float64)
+    return PassRates(_array(saved["of_prompts"]), float(of_new))
+
+
+def _text(values: Any, dtype: type = np.float32) -> str:
+    return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+
+def _array(text: str, dtype: type = np.float32) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)

@@ -17,6 +17,7 @@ SHOWN = {
     "eval_rewards/accuracies": "accuracy",
     "eval_rewards/margins": "margin",
     "eval_noise/flip_rate": "flip rate",
+    "eval_rewards/mean": "reward",
 }
 """The metrics of an evaluation that are printed, and their titles."""
 SHARES = {"accuracy", "flip rate"}
@@ -85,8 +86,21 @@ def summary_lines(
 
 def evaluations(records: Sequence[Record]) -> list[Record]:
     """The records of evaluations by step; the last one if a step has several."""
-    found = {record["step"]: record for record in records if "eval_loss" in record}
+    found = {record["step"]: record for record in records if is_evaluation(record)}
     return [found[step] for step in sorted(found)]
+
+
+def is_evaluation(record: Record) -> bool:
+    """Whether a line of `metrics.jsonl` is one of an evaluation."""
+    return any(name.startswith("eval_") for name in record)
+
+
+def best_criterion(keep_best: str | None, records: Sequence[Record]) -> str:
+    """What `--keep-best` names, or else the loss or the reward of the evaluations."""
+    if keep_best is not None:
+        return keep_best
+    samples = any("eval_rewards/mean" in record for record in evaluations(records))
+    return "max:eval_rewards/mean" if samples else "min:eval_loss"
 
 
 def notable_evaluations(records: Sequence[Record], *, best: str) -> dict[str, Record]:

@@ -10,6 +10,7 @@ from jaxpref.rewards.answered import with_rewards as with_rewards
 from jaxpref.rewards.choice import reward_of as reward_of
 from jaxpref.rewards.code import CodeTests as CodeTests
 from jaxpref.rewards.combine import log_sigmoid_centered as log_sigmoid_centered
+from jaxpref.rewards.combine import lower_bound as lower_bound
 from jaxpref.rewards.combine import weighted_sum as weighted_sum
 from jaxpref.rewards.combined import Combined as Combined
 from jaxpref.rewards.combined import combined_reward as combined_reward

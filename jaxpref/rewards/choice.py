@@ -20,7 +20,8 @@ from jaxpref.rewards.rules import rule_of
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """`module:function`."""
-
+OF_MODELS = ("attribute", "log-ratio", "follow-up", "judge")
+"""Words before the first colon of rewards that models compute."""
 
 DEFAULT = RewardOptions()
 
@@ -63,9 +64,17 @@ def reward_of(
         return follow_up(rest, options.follow_up_model, models)
     if kind == "judge":
         return judge_of(rest, models, principle=options.principle or "")
-    if FUNCTION.fullmatch(word) and not Path(word).exists():
+    if reads_no_model(word):
         return function_reward(word)
     return model_reward(word, models)
+
+
+def reads_no_model(word: str) -> bool:
+    """Whether a reward is a rule or a function, which `reward_of` makes at once."""
+    kind, _, _ = word.partition(":")
+    if kind in OF_MODELS or Path(word).exists():
+        return False
+    return kind == "rule" or FUNCTION.fullmatch(word) is not None
 
 
 def _code_tests(word: str, options: RewardOptions) -> CodeTests:

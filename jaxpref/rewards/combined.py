@@ -10,12 +10,15 @@ from jaxtyping import Float
 from jaxpref.errors import InputError
 from jaxpref.rewards.answered import Answered
 from jaxpref.rewards.choice import reward_of
-from jaxpref.rewards.combine import log_sigmoid_centered, weighted_sum
+from jaxpref.rewards.combine import log_sigmoid_centered, lower_bound, weighted_sum
 from jaxpref.rewards.constrained import lagrange_multipliers
-from jaxpref.rewards.models import ModelOptions
+from jaxpref.rewards.follow_up import FollowUp
+from jaxpref.rewards.models import LogRatio, ModelOptions, ModelReward
 from jaxpref.rewards.options import RewardOptions
 from jaxpref.rewards.reward import Reward
 
+OF_MODELS = ModelReward | LogRatio | FollowUp
+"""Rewards whose models can stay in memory."""
 Rewards = list[Float[np.ndarray, " K"]]
 """For each prompt, the reward of each answer."""
 
@@ -41,6 +44,14 @@ class Combined:
     options: RewardOptions
     """How they are combined."""
 
+    def in_memory(self) -> "Combined":
+        """The same reward with its models loaded, to be computed many times."""
+        parts = {
+            word: part.loaded() if isinstance(part, OF_MODELS) else part
+            for word, part in self.parts.items()
+        }
+        return dataclasses.replace(self, parts=parts)
+
     def __call__(self, answered: Sequence[Answered]) -> Rewards:
         """See `Reward`."""
         return self.scored(answered).total
@@ -55,6 +66,10 @@ class Combined:
         parts = {word: reward(answered) for word, reward in self.parts.items()}
         found = [*parts.values()]
         multipliers = None
+        if self.options.combine == "lower_bound":
+            weight = self.options.std_weight
+            total = [lower_bound(own, weight) for own in zip(*found, strict=True)]
+            return Scored(total, parts)
         if self.options.combine == "log_sigmoid":
             found = [_centered(x, self.options.reference_quantile) for x in found]
         if self.options.combine == "constrained":

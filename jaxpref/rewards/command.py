@@ -19,6 +19,7 @@ from jaxpref.rewards.answered import (
     with_rewards,
     with_uncertainty,
 )
+from jaxpref.rewards.combine import LEAST_ANSWERS
 from jaxpref.rewards.combined import Rewards, Scored, combined_reward
 from jaxpref.rewards.models import ModelOptions
 from jaxpref.rewards.options import RewardOptions
@@ -120,6 +121,8 @@ def run(
 
     if not (answered := read(config.data)):
         raise InputError(f"{config.data}: contains no records")
+    if options.combine == "lower_bound":
+        _check_counts(answered, config.data)
     found = None
     if uncertain.uncertainty is None:
         scored = reward.scored(answered)
@@ -128,6 +131,24 @@ def run(
         scored = Scored([x.rewards for x in found], parts)
     if jax.process_index() == 0:
         _write(config, answered, scored, found)
+
+
+def _check_counts(answered: Sequence[Answered], file: str) -> None:
+    """Refuses records whose answers `lower_bound` penalizes all equally.
+
+    Raises:
+      InputError: if no record has enough answers; if some have, the log says how many
+        have not.
+    """
+    few = sum(len(one.texts) < LEAST_ANSWERS for one in answered)
+    why = (
+        f"{file}: {few:,} of {len(answered):,} records have fewer than {LEAST_ANSWERS} "
+        "answers, which --combine lower_bound penalizes equally"
+    )
+    if few == len(answered):
+        raise InputError(f"{why}; give more answers, or use --combine sum")
+    if few:
+        processes.log(f"warning: {why}")
 
 
 def _write(

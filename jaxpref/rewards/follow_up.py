@@ -14,7 +14,7 @@ from jaxpref.data.template import render_template
 from jaxpref.errors import InputError
 from jaxpref.models.weights import Weights, is_reward, resolve_weights
 from jaxpref.rewards.answered import Answered
-from jaxpref.rewards.models import ModelOptions, as_sampled, score
+from jaxpref.rewards.models import ModelOptions, as_sampled, in_memory, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,13 @@ class FollowUp:
     text: str
     """What the user might say."""
     options: ModelOptions
+    params: Any = None
+    """The model's parameters; None to load them in each call."""
+
+    def loaded(self) -> "FollowUp":
+        """The same reward with the model in memory, for many calls."""
+        params, options = in_memory(self.weights, self.options)
+        return dataclasses.replace(self, params=params, options=options)
 
     def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
         """See `Reward`."""
@@ -40,9 +47,8 @@ class FollowUp:
             for one in answered
             for k in range(len(one.texts))
         ]
-        logps = iter(
-            score(self.weights, "policy_logps", asked, self.options, self.name)
-        )
+        about = "policy_logps", asked, self.options, self.name
+        logps = iter(score(self.weights, *about, params=self.params))
         return [np.array([next(logps)[0] for _ in one.texts]) for one in answered]
 
     def _asked(self, answered: Answered, k: int, tokenizer: Any) -> Answered:

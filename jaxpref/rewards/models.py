@@ -84,9 +84,7 @@ class ModelReward:
 
     def loaded(self) -> "ModelReward":
         """The same reward with the model in memory, for many calls."""
-        with jax.set_mesh(make_mesh(self.options.mesh)):
-            params = load_weights(self.weights, model_of(self.weights, self.options))
-        options = dataclasses.replace(self.options, few_shapes=True)
+        params, options = in_memory(self.weights, self.options)
         return dataclasses.replace(self, params=params, options=options)
 
     def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
@@ -113,12 +111,21 @@ class LogRatio:
     strong: Weights
     weak: Weights
     options: ModelOptions
+    params: tuple[Any, Any] = (None, None)
+    """The parameters of both models; None to load them in each call."""
+
+    def loaded(self) -> "LogRatio":
+        """The same reward with both models in memory, for many calls."""
+        of_strong, options = in_memory(self.strong, self.options)
+        of_weak, _ = in_memory(self.weak, self.options)
+        return dataclasses.replace(self, params=(of_strong, of_weak), options=options)
 
     def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
         """See `Reward`."""
+        asked = "policy_logps", answered, self.options, self.name
         of_strong, of_weak = (
-            score(weights, "policy_logps", answered, self.options, self.name)
-            for weights in (self.strong, self.weak)
+            score(weights, *asked, params=params)
+            for weights, params in zip((self.strong, self.weak), self.params)
         )
         return [a - b for a, b in zip(of_strong, of_weak, strict=True)]
 
@@ -282,6 +289,13 @@ def _layout(
         tokens_per_device=TOKENS,
         **shared,
     )
+
+
+def in_memory(weights: Weights, options: ModelOptions) -> tuple[Any, ModelOptions]:
+    """The parameters of a model, and options for many calls."""
+    with jax.set_mesh(make_mesh(options.mesh)):
+        params = load_weights(weights, model_of(weights, options))
+    return params, dataclasses.replace(options, few_shapes=True)
 
 
 # Programs for equal scorers are compiled once.

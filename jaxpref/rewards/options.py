@@ -16,10 +16,11 @@ class RewardOptions:
     characters, distinct:3, regex:PATTERN, exact, number, code); log-ratio:STRONG:WEAK;
     judge:DIR; follow-up:TEXT; or module:function, with arguments prompt, answer and
     record.  May be given several times."""
-    combine: Literal["sum", "log_sigmoid", "constrained"] = "sum"
+    combine: Literal["sum", "log_sigmoid", "constrained", "lower_bound"] = "sum"
     """How several rewards become one: their sum; the sum of log sigmoid(reward -
-    reference), in which no reward makes up for a bad one; or the first one plus the
-    others, with weights by which the best policy reaches --at-least."""
+    reference), in which no reward makes up for a bad one; the first one plus the
+    others, with weights by which the best policy reaches --at-least; or the mean of an
+    ensemble minus a multiple of its standard deviation, for at least three answers."""
     weights: tuple[float, ...] = ()
     """Weight of each reward in the sum, in the order of --reward (default: 1)."""
     weights_field: str | None = None
@@ -32,6 +33,8 @@ class RewardOptions:
     constraint_beta: float = 1.0
     """For constrained: coefficient of the KL divergence from the model that gave the
     answers, in units of the first reward."""
+    std_weight: float = 1.0
+    """For lower_bound: the multiple of the standard deviation."""
     answer_field: str = "answer"
     """Field of the records with the right answer, for rule:exact and rule:number."""
     tests_field: str = "tests"
@@ -47,6 +50,10 @@ class RewardOptions:
         if not 0 < self.constraint_beta < math.inf:
             raise InputError(
                 f"constraint_beta {self.constraint_beta}: must be above 0 and finite"
+            )
+        if not 0 <= self.std_weight < math.inf:
+            raise InputError(
+                f"std_weight {self.std_weight}: must be 0 or more and finite"
             )
         for name in ("weights", "at_least"):
             if not all(map(math.isfinite, getattr(self, name))):
@@ -81,8 +88,11 @@ class RewardOptions:
         constrained = self.combine == "constrained"
         if constrained and (self.weights or self.weights_field is not None):
             raise InputError("--weights: --combine constrained finds them itself")
-        if constrained and len(self.reward) < 2:
-            raise InputError("--combine constrained: needs a second --reward")
+        bound = self.combine == "lower_bound"
+        if bound and (self.weights or self.weights_field is not None):
+            raise InputError("--weights: --combine lower_bound takes the mean")
+        if (constrained or bound) and len(self.reward) < 2:
+            raise InputError(f"--combine {self.combine}: needs a second --reward")
         if constrained and len(self.at_least) != len(self.reward) - 1:
             raise InputError(
                 f"--at-least: {len(self.at_least)} numbers; give one for each of the "
@@ -106,6 +116,7 @@ READERS = {
     "reference_quantile": ("--combine log_sigmoid",),
     "at_least": ("--combine constrained",),
     "constraint_beta": ("--combine constrained",),
+    "std_weight": ("--combine lower_bound",),
     "answer_field": ("rule:exact", "rule:number"),
     "tests_field": ("rule:code",),
     "allow_code_execution": ("rule:code",),

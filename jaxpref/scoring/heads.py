@@ -13,20 +13,25 @@ from jaxpref.models import Architecture, Model
 from jaxpref.models.weights import Weights
 from jaxpref.scoring.degrees import DegreeHead
 from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
-from jaxpref.scoring.scores import AnswerDegrees, Scored, TokenMasks
+from jaxpref.scoring.scores import AnswerDegrees, Scored, TokenMasks, TokenValues
 from jaxpref.scoring.token_masks import ActivationMasks, LearnedMasks
+from jaxpref.scoring.values import ValueHead
 
-Asked = TokenMasks | AnswerDegrees | None
+Asked = TokenMasks | AnswerDegrees | TokenValues | None
 """What an objective may ask of a scorer."""
+TrainedHeads = LearnedMasks | DegreeHead | ValueHead
+"""Heads with parameters."""
 
 
-def heads_of(asked: Asked) -> ActivationMasks | LearnedMasks | DegreeHead | None:
+def heads_of(asked: Asked) -> ActivationMasks | TrainedHeads | None:
     """How what an objective asks for is computed."""
     match asked:
         case None:
             return None
         case AnswerDegrees():
             return DegreeHead(asked.count)
+        case TokenValues():
+            return ValueHead()
         case TokenMasks(learned=0):
             return ActivationMasks()
         case TokenMasks():
@@ -42,7 +47,7 @@ class HeadScorer:
 
     one: Any
     """The scorer of the policy, or of the part of it that is trained."""
-    heads: LearnedMasks | DegreeHead
+    heads: TrainedHeads
     architecture: Architecture
 
     @property

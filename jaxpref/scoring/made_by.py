@@ -16,6 +16,7 @@ SCORED_BY = (
     "scoring/*scorer.py",
     "scoring/micro_batches.py",
     "scoring/score[_s]*.py",
+    "scoring/values.py",
     "sharding.py",
 )
 """The code that a score depends on; a change of it invalidates cached scores."""

@@ -13,6 +13,7 @@ from jaxpref.models.logprobs import REFERENCE
 from jaxpref.models.weights import Weights
 from jaxpref.runtime.processes import broadcast_text
 from jaxpref.runtime.provenance import Content
+from jaxpref.runtime.saved_optimizer import SavedOptimizer
 from jaxpref.scoring.moving_reference import NAME as MOVING
 from jaxpref.scoring.reference import Reference
 
@@ -22,6 +23,7 @@ def contents(
     reference: Reference | None,
     models: Mapping[str, Weights],
     datasets: Datasets,
+    optimizer: SavedOptimizer | None = None,
 ) -> dict[str, Content]:
     """The models and the pairs of a run, by name for messages.
 
@@ -33,6 +35,7 @@ def contents(
       reference: the reference, or None.
       models: other frozen models, by name.
       datasets: the records.
+      optimizer: the optimizer's state before training; None for a new one.
     """
     read = {"model": start, **models}
     if reference is not None:
@@ -57,6 +60,8 @@ def contents(
     }
     if reference is not None and reference.name == MOVING:
         found["how the reference moves"] = Content(MOVING, f"--reference {MOVING}")
+    if optimizer is not None:
+        found["the optimizer's state before training"] = optimizer.content
     splits = datasets.splits
     sets = {
         "the training pairs": (splits.train, datasets.train_sources),

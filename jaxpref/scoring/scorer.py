@@ -36,6 +36,7 @@ from jaxpref.scoring.scores import (
     sequence_weights,
 )
 from jaxpref.scoring.token_masks import ActivationMasks, LearnedMasks
+from jaxpref.scoring.values import ValueHead
 from jaxpref.sharding import ROWS
 
 Params = Any
@@ -43,6 +44,8 @@ Params = Any
 Frozen = Mapping[str, Any]
 """Arrays that a scorer reads and that never change: the weights of frozen models, such
 as "reference", by name."""
+OfHidden = DegreeHead | ValueHead | Ches
+"""What gives further scores from the final hidden states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ class PolicyScorer:
     statistics: tuple[Statistic, ...] = ()
     """Statistics that the objective defines; their sums over the tokens of each
     completion are scores, too."""
-    heads: ActivationMasks | LearnedMasks | DegreeHead | Ches | None = None
+    heads: ActivationMasks | LearnedMasks | OfHidden | None = None
     """What gives further scores, such as those of an objective's `heads`; or None."""
 
     @property
@@ -239,13 +242,13 @@ class PolicyScorer:
             name: score.combine(batch, *(statistics[n] for n in score.statistics))
             for name, score in scores.items()
         }
-        if isinstance(self.heads, DegreeHead | Ches):
+        if isinstance(self.heads, OfHidden):
             found |= self.heads.scores(hidden, heads, batch)
         return Scored(found, totals_of(router))
 
     @property
     def _masks(self) -> ActivationMasks | LearnedMasks | None:
-        return None if isinstance(self.heads, DegreeHead | Ches) else self.heads
+        return None if isinstance(self.heads, OfHidden) else self.heads
 
     def _token_scores(self) -> dict[str, TokenScore]:
         own = {x.name: TokenScore((x.name,), completion_sums) for x in self.statistics}

@@ -55,10 +55,14 @@ DESCRIPTIONS = {
     "policy_token_logps": "log-probability of each target token, [..., R, Q, P]",
     "sampler_token_logps": "the same under the parameters that sampled it",
     "reference_token_logps": "the same under the reference",
+    "policy_token_values": "value of what precedes each target token, [..., R, Q, P]",
+    "sampler_token_values": "the same under the parameters that sampled it",
 }
 """The scores that a loss may read for each completion."""
 
-OF_SAMPLED_TOKENS = frozenset({"sampler_token_logps", "reference_token_logps"})
+OF_SAMPLED_TOKENS = frozenset(
+    {"sampler_token_logps", "reference_token_logps", "sampler_token_values"}
+)
 """Those that are computed once answers are sampled; see `token_numbers` of a batch."""
 
 OF_HEADS = frozenset({"rewards", "embeddings", "attributes"})
@@ -197,6 +201,16 @@ class AnswerDegrees:
     def scores(self) -> frozenset[str]:
         """The scores that it adds."""
         return frozenset({"degree_logps"})
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenValues:
+    """Asks a scorer for the value of what precedes each token; see `values`."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The scores that it adds."""
+        return frozenset({"policy_token_values"})
 
 
 NEED_REFERENCE_WEIGHTS = frozenset({"kls"})

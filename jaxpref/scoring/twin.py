@@ -11,8 +11,7 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel
 from jaxpref.models.logprobs import Statistic
 from jaxpref.models.weights import Weights
-from jaxpref.scoring.degrees import DegreeHead
-from jaxpref.scoring.heads import Asked, HeadScorer, heads_of
+from jaxpref.scoring.heads import Asked, HeadScorer, TrainedHeads, heads_of
 from jaxpref.scoring.reward_scorer import RewardScorer
 from jaxpref.scoring.scorer import (
     ExportOptions,
@@ -22,7 +21,6 @@ from jaxpref.scoring.scorer import (
     Scorer,
 )
 from jaxpref.scoring.scores import Scored, computed_scores
-from jaxpref.scoring.token_masks import LearnedMasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +133,6 @@ def make_scorer(
         read = computed_scores(scores)
         made = heads_of(heads)
         scorer = trained(PolicyScorer(model, read, chunk_size, statistics, made))
-        if isinstance(made, LearnedMasks | DegreeHead):
+        if isinstance(made, TrainedHeads):
             scorer = HeadScorer(scorer, made, model.architecture)
     return scorer if num_models == 1 else TwinScorer(scorer)

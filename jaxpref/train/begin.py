@@ -16,6 +16,7 @@ from jaxpref.runtime.processes import log
 from jaxpref.scoring.score_tables import ScoredSet, score_tables
 from jaxpref.scoring.scorer import Frozen, Params
 from jaxpref.scoring.scores import stored_scores
+from jaxpref.train.optimizer import with_new_schedule
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
 
@@ -101,6 +102,8 @@ def begin(
     """
     params = None
     if restored is None:
+        if task.earlier is not None:  # before the time for scoring is spent
+            task.earlier.check(task.abstract_state().opt_state)
         params = task.scorer.load(task.start.folder, jax.random.key(task.seed))
     saved: Mapping[str, Any] = {} if restored is None else restored[1]
     frozen = task.scorer.load_frozen(task.start.folder, task.models)
@@ -117,6 +120,10 @@ def begin(
     if restored is None:
         state = jax.jit(task.new_state, donate_argnums=0)(params)
         initial = fingerprint(state.params)
+        if task.earlier is not None:
+            state = dataclasses.replace(state, opt_state=None)  # frees its memory
+            earlier = task.earlier.read(task.abstract_state().opt_state)
+            state = dataclasses.replace(state, opt_state=with_new_schedule(earlier))
     else:
         state, initial = restored[0], saved.get("initial_weights", [])
     return Beginning(state, frozen, reference, digests, saved, initial)

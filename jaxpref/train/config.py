@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxpref.data import DataOptions, MixOptions
-from jaxpref.data.columns import FLAG, WEIGHT, missing_columns
+from jaxpref.data.columns import FLAG, SAMPLED, WEIGHT, missing_columns
 from jaxpref.data.mixing import read_mixture
 from jaxpref.errors import InputError, closest
 from jaxpref.files import RUN, RUN_FILES
@@ -53,6 +53,7 @@ CHECKED_BY_CONTENT = (
     "data",
     "adapter",
     "reference",
+    "optimizer_from",
     "teachers",
     "eval_data",
     "mix.empty_data",
@@ -92,6 +93,12 @@ class TrainConfig(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         self._check_dtypes()
+        new_adapters = self.lora.rank is not None or self.soft_prompt.given
+        if self.optimizer_from and new_adapters and self.adapter is None:
+            raise InputError(
+                f"--optimizer-from {self.optimizer_from}: new adapters have no earlier "
+                "optimizer state; leave it out, or continue an --adapter"
+            )
         self._check_columns()
         self._check_objective()
 
@@ -131,25 +138,31 @@ class TrainConfig(RunOptions):
                 else f"mix {self.mix}: {self.objective.name} does not mix pairs; wrap "
                 "it with bvpo"
             )
-        moving, scores = self.reference == MOVING, self.objective.scores
+        name, scores = self.objective.name, self.objective.scores
+        moving = self.reference == MOVING
         if self.moving_average != MovingAverage() and not moving:
             raise InputError(
                 f"{self.moving_average}: has no effect without --reference {MOVING}; "
                 "give both, or neither"
             )
-        if (moving or self.reference == "none") and (
-            self.objective.num_models > 1 or not stored_scores(scores)
-        ):
+        if self.reference is not None and not reads_reference(scores):
             raise InputError(
-                f"--reference {self.reference}: {self.objective.name} trains two "
-                "models, or reads more of a reference than its stored log-probs; leave "
-                "it out (with objectives of sampled answers, --objective.beta 0 needs "
-                "no reference)"
+                f"--reference {self.reference}: {name} does not use a reference"
             )
-        if self.reference is not None and not reads_reference(self.objective.scores):
+        reasons = {
+            "trains two models": self.objective.num_models > 1,
+            "scores its samples under a fixed reference": self.objective.token_numbers,
+            "reads more of a reference than its log-probs": not stored_scores(scores),
+        }
+        why = next((text for text, applies in reasons.items() if applies), None)
+        if why and (moving or self.reference == "none"):
+            or_beta = (
+                ", or give --objective.beta 0"
+                if SAMPLED in self.objective.reads
+                else ""
+            )
             raise InputError(
-                f"--reference {self.reference}: {self.objective.name} does not use a "
-                "reference"
+                f"--reference {self.reference}: {name} {why}; leave it out{or_beta}"
             )
 
 
@@ -179,6 +192,7 @@ def open_run(config: TrainConfig, described: dict[str, Any]) -> Iterator[Path]:
         "--data": read_mixture(config.data).names,
         "--adapter": config.adapter,
         "--reference": config.reference,
+        "--optimizer-from": config.optimizer_from,
         **{f"--{name}": model for name, model in config.teachers.given.items()},
         "--eval-data": config.eval_data,
         "--inject.rates": config.options.inject.rates,

@@ -148,6 +148,13 @@ def make_optimizer(
     return rounded_stochastically(chain, seed=seed)
 
 
+def with_new_schedule(opt_state: optax.OptState) -> optax.OptState:
+    """The optimizer's state of an earlier run, with learning rates from step 0 on."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    begun = lambda x: x._replace(count=0 * x.count) if is_schedule(x) else x
+    return jax.tree.map(begun, opt_state, is_leaf=is_schedule)
+
+
 def _is_matrix(params):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "norm" not in jax.tree_util.keystr(path), params

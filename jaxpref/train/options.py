@@ -41,6 +41,10 @@ class SourceOptions:
     model before training (default); base, the model without --adapter; moving-average,
     which follows the policy (TR-DPO); or none.  Scores of one that does not move are
     cached for later runs in $JAXPREF_CACHE or ~/.cache/jaxpref."""
+    optimizer_from: str | None = None
+    """RUN or RUN/checkpoints/STEP from which a new run takes its initial optimizer
+    state, such as Adam's moments (default: zeros).  Its learning-rate schedule starts
+    from step 0."""
     eval_data: str | None = None
     """Data to evaluate on, instead of held-out prompts of --data."""
 

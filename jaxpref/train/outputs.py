@@ -160,8 +160,8 @@ class Run:
             self._checkpoints.wait()
 
     def evaluate(self, step: int, state: TrainState) -> bool:
-        """Evaluates the held-out pairs; returns whether it is the best step so far."""
-        task, found = self._task, {}
+        """Evaluates held-out records; returns whether it is the best step so far."""
+        task, found = self._task, self._stream.evaluate(state)
         heldout = task.datasets.splits.heldout
         if len(heldout):
             reference = self._reference["heldout"]
@@ -172,10 +172,11 @@ class Run:
                 scores = score(state.params, self.frozen, heldout, title=title)
             names = short_names(task.datasets.heldout_sources)
             learned = state.objective_state
-            found = evaluation_metrics(
+            found |= evaluation_metrics(
                 task.evaluation, scores, reference, heldout, learned, names
             )
             found |= self._samples.write(step, state.params, self.frozen)
+        if found:
             self._writer.write(step, found)
             # Does not overwrite the progress bar.
             only_first_process(tqdm.write, evaluation_line(step, found))

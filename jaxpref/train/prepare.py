@@ -20,6 +20,7 @@ from jaxpref.objectives.objective import Objective
 from jaxpref.objectives.penalties import with_router_balance
 from jaxpref.runtime.mesh import check_rows, make_mesh, row_shards, share_of_rows
 from jaxpref.runtime.precision import default_compute_dtype
+from jaxpref.runtime.saved_optimizer import saved_optimizer
 from jaxpref.scoring.checks import check_fits, check_logit_chunk, check_totals
 from jaxpref.scoring.frozen_models import (
     folders_by_name,
@@ -114,6 +115,7 @@ def prepare(
         reference=reference,
         models=models,
         moving=_moving(config, scorer),
+        earlier=saved_optimizer(config.optimizer_from),
         export=ExportOptions(folder, config.model, config.export_dtype, padding, stops),
     )
 

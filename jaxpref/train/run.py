@@ -109,7 +109,9 @@ def run(
         stack.enter_context(jax.set_mesh(task.mesh))
         made_by = Provenance(
             options_that_matter(described),
-            contents(task.start, task.reference, task.models, task.datasets),
+            contents(
+                task.start, task.reference, task.models, task.datasets, task.earlier
+            ),
         )
         if task.objective.matches_prompts:
             matched = match_prompts(task, out, config.batch_size, compute_dtype=dtype)

@@ -15,6 +15,7 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models.weights import Weights
 from jaxpref.objectives.objective import Objective
 from jaxpref.runtime.mesh import batch_sharding, on_devices
+from jaxpref.runtime.saved_optimizer import SavedOptimizer
 from jaxpref.scoring.moving_reference import MovingReference
 from jaxpref.scoring.reference import Reference
 from jaxpref.scoring.score_dataset import make_score_step, score_dataset
@@ -163,6 +164,8 @@ class Task(Programs):
     """The learning rates of a run with another number of steps."""
     seed: int = 0
     """Seed of weights that the folder lacks, such as a new reward head."""
+    earlier: SavedOptimizer | None = None
+    """The optimizer's state before training; None for that of a new optimizer."""
 
     def batches(
         self, *, reference: Any = None, processes: int = 0, whole: bool = False
