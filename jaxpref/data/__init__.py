@@ -24,6 +24,7 @@ from jaxpref.data.options import for_model as for_model
 from jaxpref.data.prompts import Prompt as Prompt
 from jaxpref.data.prompts import given_prompts as given_prompts
 from jaxpref.data.prompts import read_prompts as read_prompts
+from jaxpref.data.prompts import reworded as reworded
 from jaxpref.data.prompts import with_system as with_system
 from jaxpref.data.read import Datasets as Datasets
 from jaxpref.data.read import read_datasets as read_datasets

@@ -37,6 +37,10 @@ class Stream(Protocol):
         """What to log of the last batch drawn, besides the metrics of its step."""
         ...
 
+    def evaluate(self, state: Any) -> dict[str, float]:
+        """Metrics of an evaluation besides those of held-out pairs."""
+        ...
+
     def close(self) -> None:
         """Releases what draws the batches."""
         ...
@@ -96,6 +100,11 @@ class Feed:
 
     def metrics(self) -> dict[str, float]:
         """Nothing: the step describes its batch."""
+        return {}
+
+    def evaluate(self, state: Any) -> dict[str, float]:
+        """Nothing: the held-out records are scored like those of the batches."""
+        del state
         return {}
 
     def close(self) -> None:

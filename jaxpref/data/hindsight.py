@@ -76,12 +76,12 @@ def hindsight_records(example: Example, where: str) -> Iterator[dict[str, Any]]:
                 yield {"prompt": prompt, "completion": answer}
                 prompt += answer
             else:
-                prompt = _asked(list(prompt), TURNS[kind])
+                prompt = with_request(list(prompt), TURNS[kind])
                 yield {"messages": [*prompt, answer]}
                 prompt = [*prompt, answer]
 
 
-def _asked(turns: list[Any], words: str) -> list[Any]:
+def with_request(turns: list[Any], words: str) -> list[Any]:
     """The turns, the last of which is the user's and asks for an answer."""
     last = turns[-1]
     if last["role"] != "user":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jaxpref.data.bad_rows import BadRow, BadRows, log_skipped
@@ -14,6 +14,7 @@ from jaxpref.data.sources import Source
 from jaxpref.data.sources.json_files import decode_json
 from jaxpref.data.tokenize import encode_prompt
 from jaxpref.errors import InputError
+from jaxpref.runtime.processes import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,14 @@ def prompts_and_skipped(
     ignore_fields: Collection[str] = (),
     on_bad_row: str = "raise",
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """What `read_prompts` returns, and the rows that are skipped."""
+    """What `read_prompts` returns, and the rows that are skipped.
+
+    Of rows with the same prompt, the first counts; the log says how many others there
+    are.
+    """
     prompts: list[Prompt] = []
     seen: set[str] = set()
+    repeated: list[str] = []
     bad = BadRows(on_bad_row)
     for row in range(len(source)):
         place = source.location(row)
@@ -96,7 +102,10 @@ def prompts_and_skipped(
             ),
             place,
         )
-        if example is None or prompt_key(example.prompt) in seen:
+        if example is None:
+            continue
+        if prompt_key(example.prompt) in seen:
+            repeated.append(place)
             continue
         seen.add(prompt_key(example.prompt))
         if not example.completions and not raw:
@@ -108,6 +117,11 @@ def prompts_and_skipped(
         if len(prompts) == limit:
             break
     log_skipped(bad.found)
+    if repeated:
+        log(
+            f"{len(repeated):,} of {len(prompts) + len(repeated):,} rows repeat a "
+            f"prompt, such as {repeated[0]}; the first row of each prompt counts"
+        )
     return prompts, bad.found
 
 
@@ -184,6 +198,52 @@ def with_system(prompt: Prompt, system: str, flag: str) -> Example:
     turns = [x for x in example.prompt if x["role"] not in ("system", "developer")]
     first = {"role": "system", "content": system}
     return dataclasses.replace(example, prompt=(first, *turns))
+
+
+def reworded(
+    prompt: Prompt,
+    reword: Callable[[str], str],
+    tokenizer: Any,
+    max_length: int,
+    flag: str,
+) -> Prompt:
+    """The prompt with other words in place of its text, or of its last message.
+
+    Args:
+      prompt: from `read_prompts` or `given_prompts`; its text and example stay.
+      reword: the new text from the old one.
+      tokenizer: from `load_tokenizer`.
+      max_length: the most tokens; the new words must not be cut.
+      flag: the option that asks for it, for messages.
+
+    Raises:
+      InputError: if the last message is not a text of the user, or the new prompt has
+        more tokens.
+    """
+    example = _with_last_message(prompt, reword, flag)
+    tokens = encode_prompt(tokenizer, example, place=prompt.place)
+    if len(tokens) > max_length:
+        raise InputError(
+            f"{prompt.place}: with the text of {flag}, the prompt has {len(tokens)} "
+            f"tokens, but at most {max_length} fit; shorten it, or lower "
+            "--max-new-tokens"
+        )
+    return dataclasses.replace(prompt, tokens=tokens)
+
+
+def _with_last_message(
+    prompt: Prompt, reword: Callable[[str], str], flag: str
+) -> Example:
+    example = prompt.example
+    if isinstance(message := example.prompt, str):
+        return dataclasses.replace(example, prompt=reword(message))
+    *turns, last = message
+    if last["role"] != "user" or not isinstance(last["content"], str):
+        raise InputError(
+            f"{prompt.place}: {flag} needs prompts that end with a text of the user"
+        )
+    turns = (*turns, {**last, "content": reword(last["content"])})
+    return dataclasses.replace(example, prompt=turns)
 
 
 def as_user(example: Example, tokenizer: Any) -> Example:

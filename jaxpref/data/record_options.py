@@ -33,7 +33,7 @@ class RecordOptions:
     votes: Literal["each", "majority"] = "each"
     """What is made from a record with several votes: a pair for each vote with its
     annotator, or one for their majority.  Training scores a pair once for all votes
-    (not bvpo and rationale)."""
+    (not bvpo, rationale and hypo)."""
     own_prompts: bool = False
     """Allow the answers of a record to follow different prompts in any format, such as
     messages in chosen and rejected (default: drop and count such records, unless the

@@ -1,5 +1,7 @@
 """Rewards of samples, and the samples that are kept by them."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -8,9 +10,11 @@ from jaxtyping import Float
 from jaxpref import data
 from jaxpref.data.sources import ListSource
 from jaxpref.evaluate.sample_options import AlignmentOptions
+from jaxpref.evaluate.sampled import Sampled
 from jaxpref.rewards import Reward, read_answered
 from jaxpref.rewards.rules import last_number
 from jaxpref.sampling.choice import best_of_majority, best_of_n, majority_vote
+from jaxpref.sampling.similarity import unigram_f1
 
 Texts = Sequence[Sequence[str]]
 """For each prompt, the texts of its answers."""
@@ -42,36 +46,60 @@ def reward_of_texts(
     return rewards
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of the answers to a prompt."""
+
+    place: int
+    """Its index."""
+    scores: Float[np.ndarray, " n"] | None
+    """Of all answers, rewards or similarities; None if none were computed."""
+
+    def scored(self, answers: Sequence[Sampled]) -> list[Sampled]:
+        """The answers with their scores."""
+        if self.scores is None:
+            return [*answers]
+        return [
+            dataclasses.replace(one, score=x if math.isfinite(x) else None)
+            for one, x in zip(answers, self.scores.tolist(), strict=True)
+        ]
+
+
 def chosen(
     texts: Texts, options: AlignmentOptions, rewards: RewardOfTexts | None
-) -> list[int]:
-    """The index of the answer that is kept, for each prompt.
+) -> list[Choice]:
+    """The answer that is kept, for each prompt.
 
     Args:
       texts: the answers.
       options: how one is chosen; `pick` is not None.
-      rewards: for ways that read them.
+      rewards: of answers; `best` and `best-of-majority` choose by them.
     """
-    found = rewards(texts) if rewards else [np.zeros(len(own)) for own in texts]
-    return [_one(own, r, options) for own, r in zip(texts, found, strict=True)]
+    if options.pick == "majority":  # rewards may be those of --decode
+        voted = [_answers(own, options) for own in texts]
+        return [Choice(majority_vote(own), None) for own in voted]
+    if options.pick == "mbr":
+        scores = [np.mean(unigram_f1(own), axis=1) for own in texts]
+    else:
+        assert rewards is not None  # see `AlignmentOptions.check`
+        scores = rewards(texts)
+    each = zip(texts, scores, strict=True)
+    return [Choice(_place(own, x, options), x) for own, x in each]
 
 
-def _one(
-    texts: Sequence[str], rewards: Float[np.ndarray, " n"], options: AlignmentOptions
+def _place(
+    texts: Sequence[str], scores: Float[np.ndarray, " n"], options: AlignmentOptions
 ) -> int:
-    answers = [_answer(text, options.vote_on) for text in texts]
-    match options.pick:
-        case "majority":
-            return majority_vote(answers)
-        case "best-of-majority":
-            least = options.min_frequency
-            return best_of_majority(answers, rewards, min_frequency=least)[0]
-        case _:
-            return best_of_n(rewards)
+    """The index of the answer with the best score."""
+    if options.pick == "best-of-majority":
+        answers = _answers(texts, options)
+        least = options.min_frequency
+        return best_of_majority(answers, scores, min_frequency=least)[0]
+    return best_of_n(scores)
 
 
-def _answer(text: str, vote_on: str) -> Hashable | None:
-    """What a text answers; None if it gives no answer."""
-    if vote_on == "number":
-        return last_number(text)
-    return " ".join(text.split()).casefold() or None
+def _answers(texts: Sequence[str], options: AlignmentOptions) -> list[Hashable | None]:
+    """What each text answers; None if it gives no answer."""
+    if options.vote_on == "number":
+        return [last_number(text) for text in texts]
+    return [" ".join(text.split()).casefold() or None for text in texts]

@@ -6,7 +6,6 @@ from those before it.  Zhang et al. 2025, arXiv:2507.09650, section 4; the wordi
 the instruction is our own.
 """
 
-import dataclasses
 import re
 from typing import Any
 
@@ -32,21 +31,10 @@ def asked(prompt: data.Prompt, n: int, tokenizer: Any, max_length: int) -> data.
     """The prompt with an instruction to write n different answers.
 
     Raises:
-      InputError: if the prompt does not end with a user's text.
+      InputError: if the prompt does not end with a user's text, or is too long.
     """
-    example = prompt.example
-    if isinstance(message := example.prompt, str):
-        text = INSTRUCTION.format(n=n, message=message)
-        example = dataclasses.replace(example, prompt=text)
-    else:
-        *turns, last = message
-        if last["role"] != "user" or not isinstance(last["content"], str):
-            raise InputError("--diverse: prompts must end with a text of the user")
-        text = INSTRUCTION.format(n=n, message=last["content"])
-        turns = (*turns, {**last, "content": text})
-        example = dataclasses.replace(example, prompt=turns)
-    tokens = data.encode_prompt(tokenizer, example, max_prompt_length=max_length)
-    return dataclasses.replace(prompt, tokens=tokens)
+    reword = lambda message: INSTRUCTION.format(n=n, message=message)
+    return data.reworded(prompt, reword, tokenizer, max_length, "--diverse")
 
 
 def split(reply: Sampled, n: int) -> list[Sampled]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxpref import data
 from jaxpref.data.answer_text import decode_continuation
 from jaxpref.errors import InputError, show
+from jaxpref.evaluate import neighbors
 from jaxpref.evaluate.chosen import chosen, reward_of_texts
 from jaxpref.evaluate.decoding import Decoding, decoded, reward_of_answers
 from jaxpref.evaluate.diverse import asked, split_all
@@ -25,6 +26,7 @@ from jaxpref.evaluate.guides import (
     resolve_models,
 )
 from jaxpref.evaluate.sample_options import AlignmentOptions as AlignmentOptions
+from jaxpref.evaluate.sample_options import DirectionOptions as DirectionOptions
 from jaxpref.evaluate.sample_options import GuideOptions as GuideOptions
 from jaxpref.evaluate.sample_options import SampleConfig as SampleConfig
 from jaxpref.evaluate.sampled import Sampled
@@ -42,6 +44,7 @@ from jaxpref.sampling.selection import select_by
 from jaxpref.scoring.run_weights import named_weights
 
 GUIDES, ALIGNMENT, REWARDS = GuideOptions(), AlignmentOptions(), RewardOptions()
+DIRECTIONS = DirectionOptions()
 
 
 def run(
@@ -49,6 +52,7 @@ def run(
     guides: GuideOptions = GUIDES,
     alignment: AlignmentOptions = ALIGNMENT,
     rewards: RewardOptions = REWARDS,
+    directions: DirectionOptions = DIRECTIONS,
 ) -> list[dict[str, Any]]:
     """Completes every prompt; prints the completions or writes them to `out`.
 
@@ -60,11 +64,13 @@ def run(
       guides: models that guide the sampling.
       alignment: how completions are drawn or chosen by their rewards.
       rewards: the rewards, for alignment that reads them.
+      directions: directions in the space of rewards that the prompts ask for.
 
     Raises:
       InputError: for anything that the caller can fix.
     """
-    alignment.check(config, rewards)
+    alignment.check(config, rewards, directions)
+    neighbors.check(directions, config, alignment, rewards)
     models = _open(config, guides, alignment)
     folder = models.model.weights.folder
     tokenizer = data.load_tokenizer(folder, config.template_options)
@@ -72,40 +78,67 @@ def run(
     reward = None
     if alignment.reads_reward:
         reward = combined_reward(rewards, _reward_models(config))
-    outputs, kept = _completions(
-        config, guides, alignment, models, tokenizer, prompts, reward
+        if alignment.decode != "sample":  # computed in every step
+            reward = reward.in_memory()
+    near = neighbors.neighbors(directions, rewards, len(prompts), config)
+    _check_guides(config, guides, directions)
+    replies, kept = _completions(
+        *_as_asked(config, directions, models, tokenizer, prompts, near),
+        guides,
+        alignment,
+        models,
+        tokenizer,
+        reward,
     )
+    outputs = replies if near is None else neighbors.by_prompt(replies, near)
     if config.diverse:
-        prompts, outputs = split_all(prompts, [own[0] for own in outputs], config.n)
+        prompts, outputs = split_all(prompts, [own[0] for own in replies], config.n)
+    candidates = None
     if alignment.pick is not None:
         texts = [[x.text for x in own] for own in outputs]
         read = reward and reward_of_texts(reward, prompts, config)
-        places = chosen(texts, alignment, read)
-        outputs = [[own[k]] for own, k in zip(outputs, places, strict=True)]
+        choices = chosen(texts, alignment, read)
+        if alignment.keep_candidates:
+            candidates = [x.scored(own) for x, own in zip(choices, outputs)]
+        outputs = [[own[x.place]] for own, x in zip(outputs, choices, strict=True)]
     numbered = config.n > 1 and alignment.pick is None
-    rows = _rows(config, prompts, outputs, numbered=numbered)
+    rows = _rows(config, prompts, outputs, candidates, numbered=numbered)
     processes.together(lambda: _show(rows, config.out))
     kept.remove()
     return rows
 
 
+def _as_asked(
+    config: SampleConfig,
+    directions: DirectionOptions,
+    models: SampledModels,
+    tokenizer: Any,
+    prompts: list[data.Prompt],
+    near: neighbors.Directions | None,
+) -> tuple[SampleConfig, list[data.Prompt]]:
+    """The prompts as the model reads them, and how each of these is answered."""
+    longest, n = _max_prompt_length(config, models.context_length), config.n
+    if near is not None:
+        one = dataclasses.replace(config, n=1)
+        return one, neighbors.asked(prompts, near, directions, tokenizer, longest)
+    if not config.diverse:
+        return config, prompts
+    tokens = config.max_new_tokens * n
+    one = dict(diverse=False, n=1, max_new_tokens=tokens)
+    reply = dataclasses.replace(config, **one)
+    return reply, [asked(x, n, tokenizer, longest) for x in prompts]
+
+
 def _completions(
     config: SampleConfig,
+    prompts: list[data.Prompt],
     guides: GuideOptions,
     alignment: AlignmentOptions,
     models: SampledModels,
     tokenizer: Any,
-    prompts: list[data.Prompt],
     reward: Reward | None,
 ) -> tuple[list[list[Sampled]], Unfinished]:
-    """The completions of each prompt, or its reply with --diverse, and what is kept."""
-    if config.diverse:
-        _check_diverse(guides, alignment)
-        longest, n = _max_prompt_length(config, models.context_length), config.n
-        prompts = [asked(x, n, tokenizer, longest) for x in prompts]
-        tokens = config.max_new_tokens * n
-        one = dict(diverse=False, n=1, max_new_tokens=tokens)
-        config = dataclasses.replace(config, **one)
+    """The completions of each prompt, and what is kept of them."""
     requests = _requests(config, prompts, models, tokenizer)
     dtype = config.compute_dtype or default_compute_dtype()
     mesh = make_mesh(config.mesh, jax.local_devices())
@@ -156,11 +189,17 @@ def _reward_models(config: SampleConfig) -> ModelOptions:
     )
 
 
-def _check_diverse(guides: GuideOptions, alignment: AlignmentOptions) -> None:
-    if guides.guide_system:
-        raise InputError("--guide-system: does not go with --diverse; leave one out")
-    if alignment.decode != "sample":
-        raise InputError(f"--decode {alignment.decode}: does not go with --diverse")
+def _check_guides(
+    config: SampleConfig, guides: GuideOptions, directions: DirectionOptions
+) -> None:
+    """Refuses system messages, which would leave the changed prompt out."""
+    rewords = {
+        "--diverse": config.diverse,
+        neighbors.FLAG: directions.direction_prompt is not None,
+    }
+    for flag, is_given in rewords.items():
+        if guides.guide_system and is_given:
+            raise InputError(f"--guide-system: does not go with {flag}; leave one out")
 
 
 def _open(
@@ -244,9 +283,9 @@ def _requests(
     for number, prompt in enumerate(prompts):
         own, *of_guides = models.prompts(prompt, tokenizer, longest)
         for part, tokens in zip(models.all, (own, *of_guides), strict=True):
-            _check_prompt(number + 1, tokens, part, config)
+            _check_prompt(prompt, tokens, part, config)
         if models.baseline is not None:
-            _check_prompt(number + 1, own, models.baseline.model, config)
+            _check_prompt(prompt, own, models.baseline.model, config)
         requests += [
             Request(own, (number, n), config.max_new_tokens, tuple(of_guides))
             for n in range(config.n)
@@ -255,18 +294,18 @@ def _requests(
 
 
 def _check_prompt(
-    row: int, tokens: list[int], part: SampledModel, config: SampleConfig
+    prompt: data.Prompt, tokens: list[int], part: SampledModel, config: SampleConfig
 ):
     architecture = part.architecture
     if len(tokens) + config.max_new_tokens > architecture.context_length:
         raise InputError(
-            f"prompt {row}: its {len(tokens)} tokens and --max-new-tokens "
+            f"{prompt.place}: its {len(tokens)} tokens and --max-new-tokens "
             f"{config.max_new_tokens} exceed the {architecture.context_length} "
             f"positions of {part.flag}"
         )
     if max(tokens) >= architecture.vocab_size:
         raise InputError(
-            f"prompt {row}: the tokenizer of {config.model} gives token "
+            f"{prompt.place}: the tokenizer of {config.model} gives token "
             f"{max(tokens)}, but the embedding of {part.flag} has "
             f"{architecture.vocab_size} rows; use the tokenizer that belongs to the "
             "model"
@@ -292,20 +331,24 @@ def _rows(
     config: SampleConfig,
     prompts: list[data.Prompt],
     outputs: list[list[Sampled]],
+    candidates: list[list[Sampled]] | None,
     *,
     numbered: bool,
 ) -> list[dict[str, Any]]:
     """What is written or printed; `numbered` if prompts have several completions."""
     generator = config.adapter or config.model
     rows = []
-    for prompt, samples in zip(prompts, outputs, strict=True):
-        completions = [dataclasses.asdict(x) for x in samples]
+    for place, (prompt, samples) in enumerate(zip(prompts, outputs, strict=True)):
+        completions = [x.as_record() for x in samples]
+        among = {}
+        if candidates is not None:
+            among = {"candidates": [x.as_record() for x in candidates[place]]}
         if (config.out or "").endswith(".jsonl"):
-            made = {"completions": completions, "generator": generator}
+            made = {"completions": completions, "generator": generator, **among}
             rows.append({**prompt.record, **made})
             continue
         for number, completion in enumerate(completions):
-            more = {"sample": number} if numbered else {}
+            more = among | ({"sample": number} if numbered else {})
             answer = {"output": completion.pop("text"), **completion}
             row = {"instruction": prompt.text, **answer, "generator": generator, **more}
             rows.append(row)

@@ -116,6 +116,25 @@ class GuideOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionOptions:
+    """Answers for preferences near the target (RPS)."""
+
+    direction_prompt: str | None = None
+    """With --pick best and several rewards, request each of the --n completions with a
+    different direction near --weights.  This text takes the place of the user's message
+    {prompt}, with the numbers of the direction, {1}, {2}, ..., times 100, rounded.  See
+    docs/sampling.md."""
+    max_angle: float = 30.0
+    """For --direction-prompt: the largest angle to --weights, in degrees."""
+
+    def __post_init__(self):
+        if not 0 <= self.max_angle <= 180:
+            raise InputError(f"max_angle {self.max_angle}: must be from 0 to 180")
+        if self.direction_prompt is None and self.max_angle != 30:
+            raise InputError("--max-angle: only --direction-prompt reads it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignmentOptions:
     """Answers that are drawn, or chosen, by their rewards."""
 
@@ -135,15 +154,19 @@ class AlignmentOptions:
     """For transfer-q: the number of most likely next tokens to choose from."""
     rollouts: int = 4
     """For transfer-q: continuations of each candidate."""
-    pick: Literal["best", "majority", "best-of-majority"] | None = None
-    """Keep one of the --n completions of each prompt: the one with the largest reward,
-    the one that is given most often, or, among answers given often enough
-    (--min-frequency), the one with the largest mean reward."""
+    pick: Literal["best", "majority", "best-of-majority", "mbr"] | None = None
+    """Keep one of the --n completions of each prompt: the one with the largest reward;
+    the one that is given most often; among answers given often enough
+    (--min-frequency), the one with the largest mean reward; or, mbr (minimum Bayes
+    risk), the one that has most words in common with all of them (ROUGE-1)."""
     vote_on: Literal["text", "number"] = "text"
     """When two completions are the same answer: if their texts are the same but for
     case and whitespace, or if their last numbers are."""
     min_frequency: float = 0.1
     """For best-of-majority: the share of the completions that must give an answer."""
+    keep_candidates: bool = False
+    """With --pick and --out: also write all completions, in the field `candidates`,
+    each with the `score` used to choose, if there is one."""
 
     def __post_init__(self):
         at_least(1, self, "steps", "candidates", "rollouts")
@@ -162,22 +185,30 @@ class AlignmentOptions:
         """The most draws at once for each completion."""
         return self.candidates * self.rollouts if self.decode == "transfer-q" else 1
 
-    def check(self, config: SampleConfig, rewards: RewardOptions) -> None:
+    def check(
+        self,
+        config: SampleConfig,
+        rewards: RewardOptions,
+        directions: DirectionOptions = DirectionOptions(),
+    ) -> None:
         """Checks that options fit together.
 
         Args:
           config: how completions are sampled.
           rewards: the rewards and their combination.
+          directions: what differs between the requests of a prompt.
 
         Raises:
           InputError: if they do not.
         """
         self._check_rewards(rewards)
+        if config.diverse and self.decode != "sample":
+            raise InputError(f"--decode {self.decode}: does not go with --diverse")
         if self.pick is not None and config.n < 2:
             raise InputError(f"--pick {self.pick}: needs several completions; pass --n")
         if config.temperature == 0:
-            equal = self.pick is not None and self.decode == "sample"
-            if equal and not config.diverse:
+            differ = config.diverse or directions.direction_prompt is not None
+            if self.pick is not None and self.decode == "sample" and not differ:
                 raise InputError(
                     f"--temperature 0: all completions of a prompt are equal, so that "
                     f"--pick {self.pick} has no choice; use a higher temperature"
@@ -196,6 +227,8 @@ class AlignmentOptions:
                     f"--{name.replace('_', '-')}: only --{option} "
                     f"{' and '.join(values)} reads it"
                 )
+        if self.keep_candidates and config.out is None:
+            raise InputError("--keep-candidates: is written to a file; pass --out")
 
     def _check_rewards(self, rewards: RewardOptions) -> None:
         """That rewards are there if they are read, and fit the way of decoding."""
@@ -235,5 +268,6 @@ READERS = {
     "rollouts": ("decode", ("transfer-q",)),
     "vote_on": ("pick", ("majority", "best-of-majority")),
     "min_frequency": ("pick", ("best-of-majority",)),
+    "keep_candidates": ("pick", ("best", "majority", "best-of-majority", "mbr")),
 }
 """The option, and its values, that read another one."""

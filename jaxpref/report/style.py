@@ -11,6 +11,7 @@ PALETTE = (
     "#5b6770",  # slate
     "#b85c8e",  # rose
     "#4aa3b8",  # teal
+    "#26292e",  # ink
 )
 """Colors of the arms, in order; distinguishable with red-green color blindness."""
 

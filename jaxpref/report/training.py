@@ -14,8 +14,10 @@ from jaxpref.report.noise import auto_choice
 from jaxpref.report.progress import (
     SHOWN,
     Record,
+    best_criterion,
     counted,
     evaluations,
+    is_evaluation,
     notable_evaluations,
     pairs_per_second,
     shown,
@@ -61,6 +63,8 @@ KNOWN = {
     for metric in (line.metric, *(line.band or ()))
 } | {"noise/identified"}
 """Metrics with a predefined panel; every other one gets a panel named after it."""
+LEADING = ("eval_rewards/accuracies", "eval_rewards/mean", "eval_loss")
+"""The first of these that an evaluation has is in the summary of the page."""
 LISTED = 20
 """Maximum number of evaluations in the table."""
 
@@ -81,7 +85,7 @@ def write_training(out: str | Path, *, command: str = "") -> None:
     out = Path(out)
     config = _read_config(out / "config.json")
     records = read_records(out / "metrics.jsonl")
-    best = config.get("keep_best") or "min:eval_loss"
+    best = best_criterion(config.get("keep_best"), records)
     with tempfile.TemporaryDirectory() as folder:
         sections = []
         if overview := available(OVERVIEW, records):
@@ -123,7 +127,7 @@ def read_records(path: Path) -> list[Record]:
             record = json.loads(line)
             if type(record["step"]) is not int:
                 raise ValueError("step is not a whole number")
-            found[record["step"], "eval_loss" in record] = record
+            found[record["step"], is_evaluation(record)] = record
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise InputError(
@@ -323,7 +327,7 @@ def _lead(config: Mapping[str, Any], records: Sequence[Record], best: str) -> st
     notable = notable_evaluations(records, best=best)
     first, last = notable.get("first"), notable.get("last")
     name = next(
-        (n for n in ("eval_rewards/accuracies", "eval_loss") if first and n in first),
+        (name for name in LEADING if first and name in first),
         None,
     )
     if first and name:

@@ -166,6 +166,7 @@ def _strengths(strengths: Record, figure: Path) -> list:
 
 
 def _lengths(summary: Record, pairs: Sequence[Record], figure: Path) -> list:
+    columns = ["model", "characters", "words", "KL"]
     rows = [
         [
             one["name"],
@@ -179,11 +180,15 @@ def _lengths(summary: Record, pairs: Sequence[Record], figure: Path) -> list:
         "Means over answers; the KL divergence from the model before training in nats "
         "per answer, where it is known."
     )
+    if "without_answer" in summary["models"][0]:  # with --answer-after
+        columns.append("empty")
+        rows = [[*x, one["without_answer"]] for x, one in zip(rows, summary["models"])]
+        caption += " An answer with nothing after its reasoning is empty, and loses."
     effects = ", ".join(
         f"{pair['length_control']['length']:+.2f} for {pair['model']}" for pair in pairs
     )
     return [
-        Table(["model", "characters", "words", "KL"], rows, caption),
+        Table(columns, rows, caption),
         Figure(
             figure,
             "Win rate by how much longer the model's answer is than the baseline's, in "

@@ -175,11 +175,14 @@ def read_ended(record: Mapping, where: str, sides: int) -> tuple[bool, ...]:
     """The optional field `ended`: whether each answer is complete.
 
     One value for all answers, or a list of one each.  An answer that was cut off
-    during sampling is trained on without a stop token.
+    during sampling is trained on without a stop token.  Of a pair, training on single
+    completions reads the chosen one.
     """
     value = record.get("ended")
     if value is None:
         return ()
+    if sides == 1 and isinstance(value, list) and "rejected" in record:
+        value = value[:1] if len(value) == 2 else value
     listed = value if isinstance(value, list) else [value] * sides
     if len(listed) != sides or not all(isinstance(x, bool) for x in listed):
         raise InputError(

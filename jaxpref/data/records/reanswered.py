@@ -14,7 +14,7 @@ OF_ANSWERS = frozenset(
     "completion completions outputs chosen rejected messages conversations"
     " chosen_prompt rejected_prompt ranking scores score score_std rewards"
     " chosen_score_std rejected_score_std margin_std p_chosen flip flip_rate"
-    " agreement num_votes annotator generator".split()
+    " agreement num_votes annotator generator candidates".split()
 )
 """Fields of the formats of `parse` that are about the answers or the labels."""
 

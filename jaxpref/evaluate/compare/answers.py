@@ -75,6 +75,30 @@ def read_models(paths: Sequence[str]) -> list[ModelAnswers]:
     ]
 
 
+def after(model: ModelAnswers, text: str | None) -> ModelAnswers:
+    """The model with what follows a text in each answer; empty where it is missing.
+
+    With None, the model as it is.
+
+    Raises:
+      InputError: if no answer has the text.
+    """
+    if text is None:
+        return model
+    if not any(text in one.text for one in model.answers.values()):
+        raise InputError(
+            f"{model.path}: no answer contains --answer-after {text!r}, so that all "
+            "would be empty; leave the option out, and remove the reasoning from the "
+            "other files"
+        )
+    end = lambda one: one.text.partition(text)[2].strip()
+    answers = {
+        key: dataclasses.replace(one, text=end(one))
+        for key, one in model.answers.items()
+    }
+    return dataclasses.replace(model, answers=answers)
+
+
 def shared_keys(models: Sequence[ModelAnswers]) -> list[Key]:
     """The answers that all models have, in the order of the first file.
 

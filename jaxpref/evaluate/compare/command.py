@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jaxpref.evaluate.bootstrap import prompt_bootstrap
 from jaxpref.evaluate.compare.answers import (
     Key,
     ModelAnswers,
+    after,
     read_models,
     shared_keys,
 )
@@ -28,10 +30,16 @@ from jaxpref.evaluate.compare.style_control import (
     style_differences,
     style_features,
 )
-from jaxpref.evaluate.compare.verdicts import Verdicts, judged, read_verdicts
+from jaxpref.evaluate.compare.verdicts import (
+    Verdicts,
+    judged,
+    read_verdicts,
+    without_empty,
+)
 from jaxpref.evaluate.compare.win_rate import consistent, swap_metrics, win_rate
 from jaxpref.files import check_output_folder, write_json, write_whole
 from jaxpref.rewards import reward_of
+from jaxpref.runtime.processes import log
 
 SUMMARY, VERDICTS = "compare.json", "verdicts.jsonl"
 FILES = (SUMMARY, VERDICTS, "compare.html")
@@ -58,8 +66,9 @@ def run(config: CompareConfig) -> Comparison:
     reads |= {f"--{x}": getattr(config, x) for x in ("judge", "gold", "reference")}
     out = check_output_folder("--out", config.out, FILES, reads)
     _check_foreign(out)
-    models = read_models(config.answers)
-    keys = shared_keys(models)
+    whole = read_models(config.answers)
+    keys = shared_keys(whole)
+    models = [after(one, config.answer_after) for one in whole]
     gold = None
     if config.verdicts is not None:
         verdicts = read_verdicts(config.verdicts, models, keys)
@@ -68,7 +77,9 @@ def run(config: CompareConfig) -> Comparison:
     if config.gold is not None:
         gold = _judged("gold", config, models, keys)
     table = Table(models, keys, verdicts, gold)
-    kl = divergences(models, keys, config.reference, config.models)
+    if config.answer_after is not None:
+        _log_empty(config, table)
+    kl = divergences(whole, keys, config.reference, config.models)
     found = Comparison(_summary(config, table, kl), _lines(config, table))
     if jax.process_index() == 0:
         write_json(out / SUMMARY, found.summary)
@@ -105,7 +116,19 @@ def _judged(
 ) -> Verdicts:
     word, margin = getattr(config, option), config.tie_margin
     reward = reward_of(word, config.models, config.rewards)
-    return judged(reward, models, keys, tie_margin=margin, name=f"--{option} {word}")
+    name = f"--{option} {word}"
+    found = judged(reward, models, keys, tie_margin=margin, name=name)
+    return found if config.answer_after is None else without_empty(found, models, keys)
+
+
+def _log_empty(config: CompareConfig, table: "Table") -> None:
+    """Says how many answers have nothing after --answer-after."""
+    for i, one in enumerate(table.models):
+        if count := sum(not text for text in table.texts(i)):
+            log(
+                f"{one.name}: {count:,} of {len(table.keys):,} answers have no text "
+                f"after --answer-after {config.answer_after!r}"
+            )
 
 
 def _summary(
@@ -118,6 +141,8 @@ def _summary(
         texts = table.texts(i)
         about: dict[str, Any] = {"name": one.name, "answers": len(one.answers)}
         about["characters"] = float(np.mean([len(x) for x in texts]))
+        if config.answer_after is not None:
+            about["without_answer"] = sum(not x for x in texts)
         about["words"] = float(np.mean([len(x.split()) for x in texts]))
         if table.verdicts.rewards is not None:
             about["reward"] = float(np.nanmean(table.verdicts.rewards[:, i]))
@@ -261,7 +286,8 @@ def _lines(config: CompareConfig, table: Table) -> list[dict[str, Any]]:
                 line["preference_first"] = float(table.verdicts.first[n, last, i])
                 line["preference_second"] = 1 - float(table.verdicts.first[n, i, last])
             if table.verdicts.rewards is not None and not np.isnan(p[n]):
-                line["rewards"] = table.verdicts.rewards[n, [last, i]].tolist()
+                rewards = table.verdicts.rewards[n, [last, i]].tolist()
+                line["rewards"] = [None if math.isnan(x) else x for x in rewards]
             found.append(line)
     return found
 

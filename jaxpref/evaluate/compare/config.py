@@ -34,6 +34,9 @@ class CompareConfig:
     reference: str | None = None
     """Language model before training, for the KL divergence of each model from it, from
     the log-probabilities of its own answers."""
+    answer_after: str | None = None
+    """Compare only what follows this text in an answer, such as </think>.  An answer
+    with nothing after it, or without it, loses to any other."""
     tie_margin: float = 0.0
     """Rewards that differ by at most this, or a judge's probabilities that are at most
     this far from 1/2, are a tie."""
@@ -51,6 +54,8 @@ class CompareConfig:
     """How the devices are used."""
 
     def __post_init__(self):
+        if self.answer_after == "":
+            raise InputError("--answer-after: is empty; write a text, such as </think>")
         at_least(1, self, "batch_size")
         at_least(2, self, "max_length")
         at_least(0, self, "tie_margin")

@@ -85,6 +85,22 @@ def judged(
     return Verdicts(first, weights, rewards=rewards, probabilities=False)
 
 
+def without_empty(
+    verdicts: Verdicts, models: Sequence[ModelAnswers], keys: Sequence[Key]
+) -> Verdicts:
+    """The same verdicts, but an empty answer loses to any other; two of them tie.
+
+    A reward model gives an empty answer no score.  Without its verdicts, a model that
+    often ends before it answers would be compared only where it does not.
+    """
+    texts = [[one.answers[key].text for one in models] for key in keys]
+    answers = np.array([[bool(text.strip()) for text in own] for own in texts])
+    gaps = answers[:, :, None].astype(float) - answers[:, None, :]
+    both = answers[:, :, None] & answers[:, None, :]
+    first = np.where(both, verdicts.first, 0.5 + 0.5 * gaps)
+    return dataclasses.replace(verdicts, first=first)
+
+
 def _answered(key: Key, models: Sequence[ModelAnswers], name: str) -> Answered:
     """The prompt with the answer of every model."""
     answers = [one.answers[key] for one in models]
