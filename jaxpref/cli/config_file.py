@@ -24,7 +24,11 @@ NAMED = ("loss", "correct", "objective", "objective.noise")
 """Options whose values are names, and which are namespaces too."""
 DEEPEST = 3
 """The most namespaces before an option's name."""
-EITHER = (("max-steps", "epochs"), ("heldout-fraction", "eval-data"))
+EITHER = (
+    ("max-steps", "epochs"),
+    ("heldout-fraction", "eval-data"),
+    ("prompts", "data"),
+)
 """Options that replace each other."""
 
 

@@ -1,4 +1,4 @@
-"""`jaxpref data inspect`, `convert`, `pairs`, `select`, `hindsight` and `steer`."""
+"""`jaxpref data inspect`, `convert`, `pairs`, `select`, `hindsight` and others."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from jaxpref.data.columns import HELPSTEER2, names_of
 from jaxpref.data.convert import convert
 from jaxpref.data.hindsight import all_hindsight_records
 from jaxpref.data.inspection import Inspection, Segment, inspect_pairs, segments
+from jaxpref.data.instructed import INSTRUCTIONS, all_instructed_records
 from jaxpref.data.kinds import KINDS
 from jaxpref.data.steerlm import all_steered_records
 from jaxpref.errors import InputError, paint, show
@@ -96,6 +97,30 @@ class SteerConfig(data.RecordOptions):
     """Fields with ratings, in the order in which they are written."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructConfig(data.RecordOptions):
+    """Options of `jaxpref data instruct`."""
+
+    data: str
+    """Preference pairs, as for `jaxpref train`."""
+    out: str
+    """JSONL file to write."""
+    instructions: int = 3
+    """Instructions that are added to a prompt, each of another kind; at most 6."""
+    seed: int = 0
+    """Seed of their choice."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(1, self, "instructions")
+        if self.instructions > len(INSTRUCTIONS):
+            raise InputError(
+                f"--instructions {self.instructions}: there are {len(INSTRUCTIONS)} "
+                "kinds of instructions; pass at most this number"
+            )
+        at_least(0, self, "seed")
+
+
 ABOUT = {
     "inspect": "Show what a model will see of preference data: lengths, what is"
     " truncated\nand dropped, duplicates, contradictions, annotators, and tokens.",
@@ -108,6 +133,8 @@ ABOUT = {
     "\nafter words that say whether it is good (chain of hindsight).",
     "steer": "Write rated answers as records for --loss sft, with their ratings in the"
     "\nprompt (SteerLM).",
+    "instruct": "Write pairs of prompts for each answer: one with instructions that it"
+    "\nfollows, which is preferred, and one with instructions that it does not (MAPL).",
 }
 PARTS = {
     "inspect": {"config": Part(InspectConfig), "options": Part(data.DataOptions)},
@@ -116,6 +143,7 @@ PARTS = {
     "select": {"config": Part(SelectConfig)},
     "hindsight": {"config": Part(HindsightConfig)},
     "steer": {"config": Part(SteerConfig)},
+    "instruct": {"config": Part(InstructConfig)},
 }
 
 
@@ -301,6 +329,18 @@ def _steer(parsed: Any) -> None:
     _write(config.out, records, f"{len(source):,} answers", dropped)
 
 
+def _instruct(parsed: Any) -> None:
+    config: InstructConfig = parsed.config
+    check_output("--out", config.out, {"--data": config.data})
+    source = data.open_records(config.data, config, sides=2)
+    records, dropped = all_instructed_records(
+        source, config, count=config.instructions, seed=config.seed
+    )
+    if not records:
+        raise InputError(f"{config.data}: no pair is left of {len(source):,} records")
+    _write(config.out, records, f"{len(source):,} pairs", dropped)
+
+
 def _write(out: str, records: list[dict], of: str, dropped: int) -> None:
     """Writes records that were made from others, and says how many there are."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -316,4 +356,5 @@ ACTIONS: dict[str, Callable[[Any], None]] = {
     "select": _select,
     "hindsight": _hindsight,
     "steer": _steer,
+    "instruct": _instruct,
 }

@@ -16,7 +16,7 @@ from jaxpref.online.rounds.config import RoundsConfig
 from jaxpref.online.rounds.recipe import read_recipe, shipped
 from jaxpref.report.progress import aligned
 from jaxpref.report.rounds import round_rows, write_rounds
-from jaxpref.rewards.choice import reward_of
+from jaxpref.rewards.choice import reads_no_model, reward_of
 from jaxpref.rewards.models import ModelOptions
 from jaxpref.rewards.options import RewardOptions
 from jaxpref.rewards.uncertain_command import UncertaintyOptions
@@ -39,11 +39,13 @@ PARTS_OF = {
     "compare": compare.PARTS,
 }
 """Their options, if they are the same for every loss and objective."""
-FIXED = ("model", "data", "out", "against", "empty-data", "prompts")
+FIXED = (
+    *("model", "data", "out", "against", "empty-data", "prompts", "optimizer-from"),
+)
 """Options with which commands of a recipe depend on each other."""
 UNCERTAIN = options_of({"uncertain": Part(UncertaintyOptions)})
 """Options of `score` for the uncertainty of rewards."""
-INSTEAD_OF = {"max-steps": "epochs"}
+INSTEAD_OF = {"max-steps": "epochs", "epochs": "max-steps"}
 """Options of which a command takes only one."""
 REPEATABLE = ("reward", "data", "guide", "logger")
 ABOUT = """\
@@ -56,6 +58,8 @@ Options of the commands in a recipe are --COMMAND.OPTION, for all rounds:
 
   --sample.n 8 --sample.max-new-tokens 256 --train.lora.rank 8 --pairs.min-gap 0.5
 
+Those of commands before the first round alone are --start.COMMAND.OPTION.
+
 Recipes:
 """
 
@@ -63,17 +67,32 @@ Recipes:
 def command(argv: Sequence[str]) -> None:
     """Runs the rounds of a recipe."""
     given = split(argv, repeatable=("reward",))
-    changes = {name: words for name, words in given.items() if "." in name}
-    own = {name: words for name, words in given.items() if name not in changes}
+    of_gold = {name: words for name, words in given.items() if name.startswith(GOLD)}
+    of_start = {x: words for x, words in given.items() if x.startswith(START)}
+    others = of_gold | of_start
+    changes = {x: words for x, words in given.items() if "." in x and x not in others}
+    own = {x: words for x, words in given.items() if x not in changes | others}
     parsed = parse(PARTS, own, command=COMMAND)
     config: RoundsConfig = parsed.config
     reward = _spelled({x: own[x] for x in options_of(REWARDS) if x in own})
 
-    def override(words: Sequence[str], only: Sequence[str] | None = None) -> list[str]:
-        return _overridden(words, changes, only)
+    first = {x.removeprefix(START): words for x, words in of_start.items()}
 
-    commands = rounds.plan(config, reward, override)
+    def override(
+        words: Sequence[str], only: Sequence[str] | None = None, start: bool = False
+    ) -> list[str]:
+        changed = _overridden(words, changes, only)
+        return _overridden(changed, first, only) if start else changed
+
+    gold = _gold(config.gold, of_gold)
+    commands = rounds.plan(config, reward, gold, override)
     _check_used(changes, commands)
+    _check_used(first, [read_recipe(config.recipe).start], prefix=START)
+    if gold and not any(config.gold in words for lines in commands for words in lines):
+        raise InputError(
+            f"--gold {config.gold}: with --eval-prompts 0, no command of the recipe "
+            f"{config.recipe} reads it; leave it out"
+        )
     for n, lines in enumerate(commands):
         for words in lines:
             _check(words, n)
@@ -90,6 +109,22 @@ def command(argv: Sequence[str]) -> None:
 
 
 REWARDS = {"rewards": PARTS["rewards"]}
+GOLD = "gold."
+"""Prefix of the options of the reward that judges."""
+START = "start."
+"""Prefix of the options of commands before the first round."""
+
+
+def _gold(word: str | None, given: Given) -> list[str]:
+    """The options of the reward that judges, as words."""
+    if word is None and given:
+        raise InputError(f"--{next(iter(given))}: give the reward too, with --gold")
+    if word is None:
+        return []
+    changes = {canonical(x.removeprefix(GOLD)): values for x, values in given.items()}
+    if fixed := {*FIXED, "reward"} & changes.keys():
+        raise InputError(f"--{GOLD}{min(fixed)}: cannot be changed; leave it out")
+    return ["--reward", word, *_spelled(changes)]
 
 
 def _overridden(
@@ -101,13 +136,15 @@ def _overridden(
     """
     start = _start(words)
     given = split(words[start:], repeatable=REPEATABLE)
-    estimates = {"uncertainty"} & {*given, *_own(changes, words)}
-    for name, values in _own(changes, words).items():
+    own = _own(changes, words)
+    estimates = {"uncertainty"} & {*given, *own}
+    for name, values in own.items():
         if only is not None and not name.startswith(tuple(only)):
             continue
         if words[0] == "score" and name in UNCERTAIN and not estimates:
             continue
-        given.pop(INSTEAD_OF.get(name, ""), None)
+        if (instead_of := INSTEAD_OF.get(name)) not in own and instead_of:
+            given.pop(instead_of, None)
         given[name] = values
     return [*words[:start], *_spelled(given)]
 
@@ -133,12 +170,14 @@ def _of_option(name: str, values: Sequence[str]) -> list[str]:
     return [f"--{name}", *values]
 
 
-def _check_used(changes: Given, commands: Sequence[Sequence[list[str]]]) -> None:
+def _check_used(
+    changes: Given, commands: Sequence[Sequence[Sequence[str]]], prefix: str = ""
+) -> None:
     """Refuses options of commands that the recipe does not have."""
     every = [words for lines in commands for words in lines]
     names = {words[_start(words) - 1] for words in every}
-    for option in changes:
-        command, _, name = option.partition(".")
+    for change in changes:
+        option, (command, _, name) = prefix + change, change.partition(".")
         if canonical(name) in FIXED or (command, name) == ("score", "reward"):
             raise InputError(
                 f"--{option}: is what the recipe says; write a recipe of your own to "
@@ -151,9 +190,10 @@ def _check_used(changes: Given, commands: Sequence[Sequence[list[str]]]) -> None
                 "--score.uncertainty too, or leave it out"
             )
         if command not in names:
+            known = ", ".join(sorted(names)) or "none"
+            where = " before the first round" if prefix else ""
             raise InputError(
-                f"--{option}: the recipe has no such command; it has "
-                f"{', '.join(sorted(names))}"
+                f"--{option}: the recipe has no such command{where}; it has {known}"
             )
 
 
@@ -180,7 +220,7 @@ def _check_rewards(rewards: RewardOptions, uncertain: UncertaintyOptions) -> Non
     rewards.check()
     uncertain.check(rewards)
     for word in rewards.reward:
-        if word.startswith("rule:"):
+        if reads_no_model(word):
             reward_of(word, ModelOptions(), rewards)
 
 

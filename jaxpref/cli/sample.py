@@ -8,6 +8,7 @@ from jaxpref.cli.words import split
 from jaxpref.evaluate import generations
 from jaxpref.evaluate.sample_options import (
     AlignmentOptions,
+    DirectionOptions,
     GuideOptions,
     SampleConfig,
 )
@@ -19,6 +20,7 @@ PARTS = {
     "guides": Part(GuideOptions),
     "alignment": Part(AlignmentOptions),
     "rewards": Part(RewardOptions),
+    "directions": Part(DirectionOptions),
 }
 
 
@@ -26,7 +28,9 @@ def command(argv: Sequence[str]) -> None:
     """Generates completions."""
     given = split(argv, repeatable=("guide", "guide-system", "reward"))
     made = parse(PARTS, given, command=COMMAND)
-    generations.run(made.config, made.guides, made.alignment, made.rewards)
+    generations.run(
+        made.config, made.guides, made.alignment, made.rewards, made.directions
+    )
 
 
 def options() -> dict[str, Option]:

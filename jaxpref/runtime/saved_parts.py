@@ -20,10 +20,16 @@ def newest_step(folder: Path) -> Path | None:
 
     All processes must call this; they get what the first one finds.
     """
+    step = newest_local_step(folder)
+    newest = int(broadcast_from_process_zero(np.int32(-1 if step is None else step)))
+    return None if newest < 0 else folder / str(newest)
+
+
+def newest_local_step(folder: Path) -> int | None:
+    """The newest complete step that this process finds, or None if there is none."""
     # Orbax gives a step its number once it is complete.
     steps = [int(x.name) for x in folder.glob("*") if x.name.isdecimal()]
-    newest = int(broadcast_from_process_zero(np.int32(max(steps, default=-1))))
-    return None if newest < 0 else folder / str(newest)
+    return max(steps, default=None)
 
 
 def read_meta(step: Path) -> dict[str, Any]:
@@ -45,6 +51,37 @@ def read_meta(step: Path) -> dict[str, Any]:
     return meta
 
 
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of each array, by its path."""
+
+
+def shapes_of(tree: Tree) -> Shapes:
+    """Shapes and dtypes of arrays or their abstract values."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    return {path_of(path): (tuple(x.shape), str(x.dtype)) for path, x in leaves}
+
+
+def saved_shapes(step: Path, name: str) -> Shapes:
+    """Those of a field of a saved state; reads no array.
+
+    Raises:
+      InputError: if the checkpoint cannot be read.
+    """
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        found: Any = handler.metadata(
+            # Orbax refuses relative paths here.
+            step.absolute() / "state"  # pyright: ignore[reportArgumentType]
+        )
+        return shapes_of(found.tree[name])
+    except Exception as error:  # whatever Orbax and its storage raise
+        raise InputError(
+            f"{step}: not a readable checkpoint ({first_line(error)}); pass another "
+            "step"
+        ) from error
+
+
 def read_part(step: Path, name: str, abstract: Tree) -> Tree:
     """One field of a saved state, compared with its digests; nothing else is read.
 
@@ -61,7 +98,7 @@ def read_part(step: Path, name: str, abstract: Tree) -> Tree:
     wanted = {name: abstract}
     try:
         found = ocp.PyTreeCheckpointHandler().restore(
-            step / "state",  # pyright: ignore[reportArgumentType]  any path works
+            step.absolute() / "state",  # pyright: ignore[reportArgumentType]  any path works
             args=ocp.args.PyTreeRestore(
                 wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -75,7 +112,8 @@ def read_part(step: Path, name: str, abstract: Tree) -> Tree:
         ) from error
     prefix = f".{name}"
     now = {prefix + path: value for path, value in digests(found).items()}
-    saved = {path: x for path, x in expected.items() if path.startswith(f"{prefix}[")}
+    inside = (f"{prefix}[", f"{prefix}.")
+    saved = {path: x for path, x in expected.items() if path.startswith(inside)}
     if wrong := [x for x in {**now, **saved} if now.get(x) != saved.get(x)]:
         raise InputError(
             f"{step}: is damaged: {wrong[0]} differs from what was saved; pass another "

@@ -26,7 +26,9 @@ def made_by(config: TrainConfig, task: Task) -> dict[str, Any]:
     Unlike the provenance of a checkpoint, it includes the length of the run.
     """
     ignored = {*CHECKED_BY_CONTENT, *MAY_CHANGE} - EXPORTED
-    found = contents(task.start, task.reference, task.models, task.datasets)
+    found = contents(
+        task.start, task.reference, task.models, task.datasets, task.earlier
+    )
     return {
         "options": flat(to_json(config), but=ignored),
         "contents": {name: content.digest for name, content in found.items()},

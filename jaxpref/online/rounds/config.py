@@ -34,9 +34,13 @@ class RoundsConfig:
     At most a quarter of all prompts, but at least one.  0: no report on answers."""
     gold: str | None = None
     """A reward as for --reward that judges the held-out answers and the labels, and
-    that no round trains on (default: --reward)."""
+    that no round trains on (default: --reward).  Its options are --gold.OPTION, as
+    those of jaxpref score."""
     mix_offline: float = 0.0
     """Share of each training batch from --data, and not from the round's own pairs."""
+    carry_optimizer: bool = False
+    """Start each round's training from the final optimizer state of the previous
+    round, such as Adam's moments, instead of from zeros (train --optimizer-from)."""
     seed: int = 0
     """Which prompts are held out, their order, and the random numbers of sampling."""
     dry_run: bool = False

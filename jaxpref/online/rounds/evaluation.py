@@ -31,7 +31,7 @@ OF_RECIPE = ("--max-new-tokens", "--thinking", "--raw")
 def evaluation_commands(
     config: RoundsConfig,
     n: int,
-    reward: Sequence[str],
+    judge: Sequence[str],
     commands: Sequence[Sequence[str]],
     override: Callable[..., list[str]],
     recipe: Recipe,
@@ -41,7 +41,7 @@ def evaluation_commands(
     Args:
       config: the options.
       n: the round.
-      reward: the options of rewards, as words.
+      judge: the options of the reward that judges, as words.
       commands: of the round.
       override: changes options of a command to those of the user, or only some.
       recipe: where the commands come from.
@@ -51,11 +51,12 @@ def evaluation_commands(
     is_trained = any(f"{folder}/policy" in words for words in commands)
     if is_trained:
         model = f"{folder}/policy/export"
-    judge = ["--reward", config.gold] if config.gold is not None else [*reward]
     score = lambda source, words, out, only: override(
         ["score", "--data", str(source), *words, "--out", f"{folder}/{out}"], only=only
     )
-    judged = (*OF_MODEL, "answer-after")
+    # The options of --gold come before those of the recipe's own scores.
+    given = lambda name: any(word.startswith(f"--{name}") for word in judge)
+    judged = [name for name in (*OF_MODEL, "answer-after") if not given(name)]
     found = []
     if config.eval_prompts:
         heldout = Path(config.out) / "round_0" / HELDOUT

@@ -16,6 +16,7 @@ PLACES = {
     "weak": "a weaker model, --weak-model",
     "data": "labeled pairs, --data",
     "prompts": "the prompts of this round",
+    "heldout": "the prompts that no round trains on",
     "pairs": "this round's pairs.jsonl; with --mix-offline, also --data",
     "reward": "--reward and the other options of rewards",
     "round": "the folder of this round",
@@ -23,6 +24,8 @@ PLACES = {
     "seed": "a seed that differs between rounds and follows --seed",
 }
 """What a recipe may leave open."""
+OF_ROUND = {"prompts", "pairs"}
+"""Those that there are not before the first round."""
 COMMANDS = ("sample", "score", "data", "train", "evaluate", "compare")
 """The commands that a recipe may run."""
 POLICY = "{round}/policy"
@@ -38,17 +41,24 @@ class Recipe:
     """What it does, with its source."""
     start: tuple[tuple[str, ...], ...]
     rounds: tuple[tuple[str, ...], ...]
+    measures: tuple[tuple[str, ...], ...] = ()
+    """What is run after `start` and after each round."""
 
     @property
     def places(self) -> frozenset[str]:
         """The places that it has."""
-        words = (word for line in (*self.start, *self.rounds) for word in line)
+        lines = *self.start, *self.rounds, *self.measures
+        words = (word for line in lines for word in line)
         return frozenset(place for word in words for place in PLACE.findall(word))
 
     @property
     def starts_with_training(self) -> bool:
         """Whether a model is trained before the first round."""
-        return any(POLICY in line for line in self.start)
+        return any(map(trains, self.start))
+
+    def has_trained_before(self, n: int) -> bool:
+        """Whether a model is trained before round n."""
+        return n > 1 or (n == 1 and self.starts_with_training)
 
 
 def shipped() -> dict[str, Path]:
@@ -60,9 +70,10 @@ def read_recipe(name: str) -> Recipe:
     """A recipe of the package, or one in a file.
 
     A file has a line for each command, without the word `jaxpref`; a line that ends
-    with a backslash continues.  The commands after `start:` run once, and those after
-    `round:` in every round.  Lines that begin with # are comments, and those at the top
-    say what the recipe does.
+    with a backslash continues.  The commands after `start:` run once, those after
+    `round:` in every round, and those after `measure:` before the first round and after
+    each one.  Lines that begin with # are comments, and those at the top say what the
+    recipe does.
 
     Args:
       name: of the recipe, or the path of a file.
@@ -83,7 +94,7 @@ def read_recipe(name: str) -> Recipe:
 def parse_recipe(text: str, name: str) -> Recipe:
     """The recipe in a text; see `read_recipe`."""
     about: list[str] = []
-    parts: dict[str, list[tuple[str, ...]]] = {"start": [], "round": []}
+    parts: dict[str, list[tuple[str, ...]]] = {"start": [], "round": [], "measure": []}
     part = None
     for number, line in _lines(text):
         where = f"--recipe {name}: line {number}"
@@ -96,17 +107,25 @@ def parse_recipe(text: str, name: str) -> Recipe:
             raise InputError(f"{where}: begin with 'start:' or 'round:'")
         elif line and part is not None:
             parts[part].append(_words(line, where))
+            if part == "measure" and (of_round := OF_ROUND & {*PLACE.findall(line)}):
+                raise InputError(
+                    f"{where}: {{{min(of_round)}}}: measurements also run before the "
+                    "first round, which has none; use {heldout}, or measure in 'round:'"
+                )
     if not parts["round"]:
         raise InputError(f"--recipe {name}: has no commands after 'round:'")
-    found = Recipe(
-        Path(name).stem, " ".join(about), tuple(parts["start"]), tuple(parts["round"])
-    )
-    if not any(POLICY in line and line[0] == "train" for line in found.rounds):
+    found = Recipe(Path(name).stem, " ".join(about), *map(tuple, parts.values()))
+    if not any(map(trains, found.rounds)):
         raise InputError(
             f"--recipe {name}: no command of a round is `train ... --out {POLICY}`, "
             "which the next round continues from"
         )
     return found
+
+
+def trains(line: Sequence[str]) -> bool:
+    """Whether a command trains the model with which the next round continues."""
+    return line[0] == "train" and POLICY in line
 
 
 def filled(words: Sequence[str], places: Mapping[str, Sequence[str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """`jaxpref rounds`: sample, score, pair, train, and again."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxpref.online.rounds.prompts import (
     split_prompts,
     write_records,
 )
-from jaxpref.online.rounds.recipe import Recipe, filled, read_recipe
+from jaxpref.online.rounds.recipe import Recipe, filled, read_recipe, trains
 from jaxpref.online.rounds.stages import Stages
 from jaxpref.online.rounds.summary import summarize
 from jaxpref.runtime import processes
@@ -26,18 +26,22 @@ Words = list[str]
 Run = Callable[[Words], None]
 """Runs a command, given as the words after `jaxpref`."""
 Override = Callable[..., Words]
-"""`override(words, only=None)` changes the options of a command to those of the user,
-or only some of them."""
+"""`override(words, only=None, start=False)` changes the options of a command to those
+of the user, or only some of them; `start` for a command before the first round."""
 
 
 def plan(
-    config: RoundsConfig, reward: Sequence[str], override: Override
+    config: RoundsConfig,
+    reward: Sequence[str],
+    gold: Sequence[str],
+    override: Override,
 ) -> list[list[Words]]:
     """The commands of each round; those before the first one are round 0.
 
     Args:
       config: the options.
       reward: the options of rewards, as words.
+      gold: those of the reward that judges; empty for `reward`.
       override: changes options of the commands.
 
     Raises:
@@ -52,9 +56,21 @@ def plan(
     for n in range(config.rounds + 1):
         places = _places(recipe, config, reward, n)
         lines = recipe.rounds if n else recipe.start
-        commands = [override(filled(line, places)) for line in lines]
-        more = evaluation_commands(config, n, reward, commands, override, recipe)
-        rounds.append([*commands, *more])
+        continued = _optimizer_option(recipe, config, n)
+        commands = [
+            override(
+                [*filled(line, places), *(continued if trains(line) else [])],
+                start=n == 0,
+            )
+            for line in lines
+        ]
+        judge = gold or reward
+        commands += evaluation_commands(config, n, judge, commands, override, recipe)
+        # The model that is measured is that with which the next round begins.
+        after = places | {"policy": [_policy(recipe, config, n + 1)]}
+        # Last, so that a measurement can be added to a finished run.
+        commands += [override(filled(line, after)) for line in recipe.measures]
+        rounds.append(commands)
     return rounds
 
 
@@ -117,29 +133,56 @@ def _prepare(out: Path, parts: list[list[Any]], heldout: list[Any]) -> None:
 
 def _places(
     recipe: Recipe, config: RoundsConfig, reward: Sequence[str], n: int
-) -> Mapping[str, Sequence[str]]:
+) -> dict[str, Sequence[str]]:
     out = Path(config.out)
     folder = round_folder(out, n)
-    trained = n > 1 or (n == 1 and recipe.starts_with_training)
-    policy = config.model
-    if trained:
-        policy = str(round_folder(out, n - 1) / "policy" / "export")
     pairs = [f"{folder}/pairs.jsonl"]
     if config.mix_offline:
         own = 1 - config.mix_offline
         pairs = [f"{pairs[0]}:{own:g}", f"{config.data}:{config.mix_offline:g}"]
     return {
         "model": [config.model],
-        "policy": [policy],
+        "policy": [_policy(recipe, config, n)],
         "weak": [config.weak_model or ""],
         "data": [config.data or ""],
         "prompts": [f"{folder}/prompts.jsonl"],
+        "heldout": [f"{round_folder(out, 0)}/{HELDOUT}"],
         "pairs": pairs,
         "reward": reward,
         "round": [str(folder)],
         "n": [str(n)],
         "seed": [str(SEEDS * config.seed + n)],
     }
+
+
+def _policy(recipe: Recipe, config: RoundsConfig, n: int) -> str:
+    """The model with which round n begins."""
+    if not recipe.has_trained_before(n):
+        return config.model
+    return str(round_folder(Path(config.out), n - 1) / "policy" / "export")
+
+
+def _optimizer_option(recipe: Recipe, config: RoundsConfig, n: int) -> Words:
+    """The option by which a training starts with the previous round's optimizer."""
+    if not (config.carry_optimizer and recipe.has_trained_before(n)):
+        return []
+    return ["--optimizer-from", str(round_folder(Path(config.out), n - 1) / "policy")]
+
+
+def _check_optimizer(recipe: Recipe, config: RoundsConfig) -> None:
+    if not config.carry_optimizer:
+        return
+    if not recipe.has_trained_before(config.rounds):
+        raise InputError(
+            f"--carry-optimizer: with --rounds {config.rounds}, no model is trained "
+            "before the last round; pass more --rounds, or leave it out"
+        )
+    own = "--optimizer-from"
+    if any(own in line for line in recipe.rounds if trains(line)):
+        raise InputError(
+            f"--carry-optimizer: the recipe {config.recipe} has {own} already; leave "
+            "one of the two out"
+        )
 
 
 def _check_needs(recipe: Recipe, config: RoundsConfig, reward: Sequence[str]) -> None:
@@ -160,6 +203,11 @@ def _check_needs(recipe: Recipe, config: RoundsConfig, reward: Sequence[str]) ->
             f"--reward: the recipe {config.recipe} does not read it; pass --gold to "
             "judge the answers in the report"
         )
+    if "heldout" in recipe.places and not config.eval_prompts:
+        raise InputError(
+            f"--eval-prompts 0: the recipe {config.recipe} reads held-out prompts"
+        )
+    _check_optimizer(recipe, config)
     reads_data = "data" in recipe.places or config.mix_offline
     if config.data is not None and not reads_data:
         raise InputError(
