@@ -86,6 +86,16 @@ def test_help_of_a_loss_and_an_objective(shown):
     assert "--max-steps" not in text
 
 
+def test_help_of_sampled_answers_has_what_is_read(shown):
+    text = shown("train", "--objective", "hypo", "--help")
+    assert "--group-size" in text and "--max-length" in text
+    others = "resample-uniform prompt-candidates prompts reward overlong-buffer"
+    assert not {f"--{name}" for name in others.split()} & set(text.split())
+    text = shown("train", "--objective", "grpo", "--help-all")
+    assert "--objective grpo --model MODEL --prompts PROMPTS --out OUT" in text
+    assert "--prompts" in text.split() and "--data" not in text.split()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command, shown):
     assert f"usage: jaxpref {command} " in shown(command, "--help-all")
@@ -173,7 +183,7 @@ COMPLETIONS = {
     "sample --mo": ["--model"],
     "merge --method s": ["slerp"],
     "merge --layer": ["--layer-weights"],
-    "data in": ["inspect"],
+    "data insp": ["inspect"],
     "data convert --see": ["--seed"],
 }
 

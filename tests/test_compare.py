@@ -20,6 +20,7 @@ from jaxpref.evaluate.compare import (
     style_features,
     win_rate,
 )
+from jaxpref.evaluate.compare import command as compare_command
 from jaxpref.evaluate.compare.answers import (
     Key,
     ModelAnswers,
@@ -364,6 +365,48 @@ def test_two_models_are_compared_by_a_rule(tmp_path, capsys):
     again = json.loads((tmp_path / "again" / "compare.json").read_text())
     for name in ("win_rate", "win_rate_interval", "length_controlled_win_rate"):
         assert again[name] == summary[name]
+
+
+def test_answers_are_compared_without_their_reasoning(tmp_path):
+    finals = ["two words", "a b c", "", "x"]
+    texts = [f"so long a thought </think>\n {x}" for x in finals]
+    texts[2] = "a thought without an end"
+    others = ["</think>one", "</think> a b </think> c", "</think>y z", "</think>y z"]
+    files = two_models(tmp_path, texts, others)
+    words = ("--judge", "rule:words", "--answer-after", "</think>")
+    summary, lines, _ = compare(tmp_path, files, *words)
+    assert [x["output_2"] for x in lines] == finals
+    assert [x["output_1"] for x in lines] == ["one", "a b </think> c", "y z", "y z"]
+    assert [x["preference"] for x in lines] == [2, 1, 1, 1]
+    assert [x["without_answer"] for x in summary["models"]] == [1, 0]
+    with pytest.raises(SystemExit):  # the baseline does not reason
+        compare(tmp_path, two_models(tmp_path, texts, finals), *words)
+    # The KL divergence is that of the whole answers.
+    rows = [
+        {"instruction": str(n), "output": x, "generator": "g", "logp": -3.0}
+        for n, x in enumerate(texts)
+    ]
+    rows = [row | {"reference_logp": -5.0} for row in rows]
+    files = [write(tmp_path / name, rows) for name in ("a.json", "b.json")]
+    summary, *_ = compare(tmp_path, files, *words)
+    assert set(summary["kl"].values()) == {2.0}
+
+
+def test_an_answer_that_is_cut_off_while_thinking_loses(tmp_path, monkeypatch, capsys):
+    """Although a reward model gives an empty answer no score."""
+    score = lambda text: float(len(text)) if text else np.nan
+    read = lambda asked: [np.array([*map(score, one.texts)]) for one in asked]
+    monkeypatch.setattr(compare_command, "reward_of", lambda *_: read)
+    texts = ["a </think> long", "thinking", "a </think> long", "", "thinking"]
+    others = ["b </think> x", "b </think> x", "", "b </think> x", "thinking"]
+    files = two_models(tmp_path, texts, others)
+    words = ("--judge", "rm", "--answer-after", "</think>")
+    summary, lines, page = compare(tmp_path, files, *words)
+    assert [x["preference"] for x in lines] == [2, 1, 2, 1, 1.5]
+    assert summary["win_rate"] == 0.5 and summary["not_judged"] == 0
+    assert [x["rewards"] for x in lines[:2]] == [[1, 4], [1, None]]
+    assert ">empty<" in page
+    assert "one: 3 of 5 answers have no text after" in "".join(capsys.readouterr())
 
 
 def test_many_models_have_strengths_with_control_for_style(tmp_path):

@@ -34,7 +34,7 @@ THE_READERS_OWN = {
     *("DPO", "REF", "LARGE"),
     *("traces.jsonl", "answers.jsonl", "lists.jsonl", "documents.jsonl"),
     *("hindsight.jsonl", "prompts.jsonl", "scored.jsonl", "solutions.jsonl"),
-    *("steered.jsonl", "weak.jsonl", "first.jsonl"),
+    *("steered.jsonl", "instructed.jsonl", "weak.jsonl", "first.jsonl"),
     "hf",  # what lm-evaluation-harness calls the folder of a model
     "runs/pretrained/export",
     *("a.jsonl", "a.jsonl:0.7", "b.jsonl:0.3"),

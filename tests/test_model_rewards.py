@@ -192,9 +192,8 @@ def test_a_follow_up(folders):
 def test_a_follow_up_is_the_users_next_turn(tmp_path, monkeypatch):
     make_chat_model(tmp_path, 0)
     asked = []
-    monkeypatch.setattr(
-        follow_up, "score", lambda _, __, x, *___: asked.extend(x) or [np.zeros(1)] * 2
-    )
+    score = lambda _, __, x, *___, params: asked.extend(x) or [np.zeros(1)] * 2
+    monkeypatch.setattr(follow_up, "score", score)
     options = rewards.RewardOptions(follow_up_model=str(tmp_path))
     reward = rewards.reward_of("follow-up:great", rewards.ModelOptions(), options)
     turns = [{"role": "user", "content": "the film"}]
@@ -227,3 +226,11 @@ def test_a_loaded_model_gives_the_same_rewards(folders):
     with compiled("score_step") as programs:
         loaded(answered(*shorter))
     assert not programs
+
+
+def test_a_loaded_log_ratio_is_the_same(folders):
+    strong, weak = str(folders / "strong"), str(folders / "weak")
+    plain = models.log_ratio(strong, weak, models.ModelOptions(batch_size=8))
+    asked = answered(*RECORDS[:3])
+    for one, other in zip(plain(asked), plain.loaded()(asked), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -368,6 +368,15 @@ def test_ended_is_in_the_order_of_the_answers_as_they_are_written():
     assert found == Example("q", ("a", "b"), ended=(True, False))
 
 
+@pytest.mark.parametrize(
+    "ended, read", [([True, False], ()), ([False, True], (False,))]
+)
+def test_a_single_completion_of_a_pair_is_as_complete_as_the_chosen_one(ended, read):
+    """`data pairs` writes both, and supervised training reads the chosen one."""
+    record = {"prompt": "q", "chosen": "a", "rejected": "b", "ended": ended}
+    assert parse(record, "f row 1", sides=1) == Example("q", ("a",), ended=read)
+
+
 def test_the_name_of_the_file_does_not_change_the_speakers():
     record = {"conversations": [HUMAN], "chosen": "yes", "rejected": "no"}
     assert parse(record, "conversations.jsonl row 1", sides=2) == MESSAGES

@@ -12,7 +12,7 @@ from jaxpref.data import DataOptions
 from jaxpref.errors import InputError
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.weights import Weights
-from jaxpref.objectives import crm, from_loss
+from jaxpref.objectives import crm, from_loss, hypo, ppo_clip
 from jaxpref.scoring.moving_reference import MovingAverage, MovingReference
 from jaxpref.scoring.run_weights import reference_weights
 from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
@@ -116,11 +116,19 @@ def test_the_reference_becomes_a_weighted_mean():
         (dict(moving_average=MovingAverage(every=2)), "no effect without --reference"),
         (
             dict(reference="none", objective=crm(losses.dpo, noise_rate=0.1)),
-            "trains two models",
+            "crm_dpo trains two models; leave it out",
+        ),
+        (
+            dict(reference="none", objective=hypo()),
+            "hypo scores its samples under a fixed reference; leave it out$",
+        ),
+        (
+            dict(reference="moving-average", objective=ppo_clip()),
+            "fixed reference; leave it out, or give --objective.beta 0",
         ),
         (
             dict(reference="none", objective=from_loss(losses.simpo)),
-            "does not use a reference|trains two models, or reads",
+            "simpo does not use a reference",
         ),
     ],
 )

@@ -156,6 +156,45 @@ def test_rewards_are_combined(tmp_path):
     np.testing.assert_allclose(found["scores"], expected, rtol=1e-12)
 
 
+def test_the_lower_bound_of_an_ensemble(tmp_path, capsys):
+    """Of words and characters without spaces, by hand."""
+    words = ["--reward", "rule:words", "--reward", "rule:characters"]
+    words += ["--combine", "lower_bound"]
+    records = [{"prompt": "p", "completions": ["a b", "a b cd", "abc"]}]
+    parts = np.array([[2.0, 3.0, 1.0], [3.0, 6.0, 3.0]])
+    means = parts.sum(1) / 3
+    expected = []
+    for k in range(3):
+        one, other = parts[:, k] - means
+        # The standard deviation of two numbers is half of their distance.
+        expected.append(parts[:, k].sum() / 2 - 0.5 * abs(one - other) / 2)
+    (found,) = score(tmp_path, records, *words, "--std-weight", "0.5")
+    np.testing.assert_allclose(found["scores"], expected, rtol=1e-12)
+    # A constant for each prompt says nothing, and an answer without a reward is left
+    # out.
+    shifted = [parts[0], parts[1] + 7]
+    bound = rewards.lower_bound(shifted, 0.5)
+    np.testing.assert_allclose(bound, np.array(expected) + 3.5, rtol=1e-12)
+    holes = [np.append(parts[0], np.nan), np.append(parts[1], 9.0)]
+    bound = rewards.lower_bound(holes, 0.5)
+    np.testing.assert_allclose(bound[:3], expected, rtol=1e-12)
+    assert np.isnan(bound[3])
+    for option in (["--weights", "1", "1"], ["--std-weight", "-1"]):
+        with pytest.raises(SystemExit):
+            score(tmp_path, records, *words, *option)
+    with pytest.raises(SystemExit):
+        score(tmp_path, records, *words[:2], *words[4:])
+    errors = capsys.readouterr().err
+    assert "lower_bound takes the mean" in errors and "std_weight -1" in errors
+    assert "--combine lower_bound: needs a second --reward" in errors
+    pairs = [{"prompt": "p", "chosen": "a b", "rejected": "c"}]
+    with pytest.raises(SystemExit):
+        score(tmp_path, pairs, *words)
+    assert "1 of 1 records have fewer than 3 answers" in capsys.readouterr().err
+    score(tmp_path, [*pairs, *records], *words)
+    assert "warning: " in capsys.readouterr().out
+
+
 def test_a_function_of_the_users(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_reward_functions.py").write_text(

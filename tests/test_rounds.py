@@ -1,6 +1,7 @@
 """`jaxpref rounds`: recipes, what is run again, and the report."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxpref.errors import InputError
 from jaxpref.online.rounds import recipe, summary
 from jaxpref.online.rounds.config import RoundsConfig
 from jaxpref.online.rounds.prompts import split_prompts
+from jaxpref.online.rounds.stages import Stages
 from tests.data_tokenizers import write_lines
 
 NEEDS = {
@@ -147,6 +149,168 @@ def test_steps_are_instead_of_epochs(folder, capsys):
     assert "--max-steps 7" in lines and "--epochs" not in lines
 
 
+def commands_of(capsys, *words):
+    """The printed commands, by round."""
+    run(*words, "--dry-run")
+    found: list[list[list[str]]] = []
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("# round"):
+            found.append([])
+        else:
+            found[-1].append(shlex.split(line))
+    return found
+
+
+@pytest.mark.parametrize("name", ["iterated_dpo", "spa"])
+def test_the_optimizer_continues_after_the_first_training(folder, capsys, name):
+    words = NEEDS.get(name, ["--reward", "rule:words"])
+    words = ["--recipe", name, "--rounds", "3", *words]
+    plain = commands_of(capsys, *words)
+    continued = commands_of(capsys, *words, "--carry-optimizer")
+    option = lambda n: ["--optimizer-from", f"out/round_{n}/policy"]
+    began = False
+    for n, (before, after) in enumerate(zip(plain, continued, strict=True)):
+        for one, other in zip(before, after, strict=True):
+            if one[1] == "train":
+                assert other == one + (option(n - 1) if began else [])
+            else:
+                assert other == one
+        began |= any(one[1] == "train" for one in before)
+    with pytest.raises(InputError, match="optimizer-from: is what the recipe says"):
+        run(*words, "--train.optimizer-from", "x", "--dry-run")
+
+
+def test_the_reward_that_judges_has_options_of_its_own(folder, capsys):
+    words = ["--recipe", "iterated_dpo", "--reward", "rule:words", "--rounds", "1"]
+    gold = ["--gold", "rule:number", "--gold.answer-field", "solution"]
+    rounds = commands_of(capsys, *words, *gold)
+    for line in (line for lines in rounds for line in lines if line[1] == "score"):
+        judges = "rule:number" in line
+        assert ("--answer-field" in line) == judges
+        assert ("rule:words" in line) != judges or "log-ratio" in str(line)
+    words += ["--score.batch-size", "4"]
+    sizes = {
+        line[line.index("--batch-size") + 1]
+        for lines in commands_of(capsys, *words, *gold, "--gold.batch-size", "3")
+        for line in lines
+        if line[1] == "score" and "rule:number" in line
+    }
+    assert sizes == {"3"}
+    for more, message in {
+        "--gold.answer-field x": "--gold.answer-field: give the reward too",
+        "--gold rule:words --gold.answer-field x": "only rule:exact and rule:number",
+        "--gold rule:words --gold.reward x": "--gold.reward: cannot be changed",
+        "--gold nonsense:x": "--reward nonsense:x: ",
+        "--gold rule:words --gold.q x": "--q: jaxpref score has no such option",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            run(*words, *more.split(), "--dry-run")
+
+
+MEASURED = """\
+round:
+train --model {policy} --data {prompts} --loss sft --out {round}/policy
+measure:
+evaluate --model {policy} --data {heldout} --out {round}/evaluation
+"""
+
+
+def test_a_recipe_measures_the_model_of_every_round(folder, capsys):
+    Path("mine.recipe").write_text(MEASURED)
+    words = ["--recipe", "mine.recipe", "--rounds", "2"]
+    rounds = commands_of(capsys, *words)
+    models = ["start", "out/round_1/policy/export", "out/round_2/policy/export"]
+    for n, (model, lines) in enumerate(zip(models, rounds, strict=True)):
+        (line,) = [line for line in lines if line[1] == "evaluate"]
+        assert line[2:] == [
+            *("--model", model, "--data", "out/round_0/heldout_prompts.jsonl"),
+            *("--out", f"out/round_{n}/evaluation"),
+        ]
+        assert line == lines[-1]  # so that it can be added to a finished run
+    with pytest.raises(InputError, match="--eval-prompts 0: the recipe .* held-out"):
+        run(*words, "--eval-prompts", "0", "--dry-run")
+
+
+def test_a_folder_with_data_is_part_of_what_a_command_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pairs", "dpo"):
+        Path(name).mkdir()
+        (Path(name) / "a.jsonl").write_text("{}")
+    words = ["train", "--data", "pairs:0.5", "--loss", "dpo", "--out", "out"]
+    made = Stages(tmp_path)
+    made.done("train", words)
+    Path("out").mkdir()
+    (Path("dpo") / "b").write_text("not named by an option for data")
+    assert Stages(tmp_path).is_done("train", words)
+    inner = Path("pairs") / "more" / "b.jsonl"
+    inner.parent.mkdir()
+    inner.write_text("{}")
+    with pytest.raises(InputError, match="pairs has changed"):
+        Stages(tmp_path).is_done("train", words)
+    inner.rename(Path("pairs") / "c.jsonl")  # the same contents by another name
+    inner.parent.rmdir()
+    with pytest.raises(InputError, match="pairs has changed"):
+        Stages(tmp_path).is_done("train", words)
+    (Path("pairs") / "c.jsonl").unlink()
+    assert Stages(tmp_path).is_done("train", words)
+
+
+def test_folders_of_adapters_and_checkpoints_have_digests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapter", "data", "a:b", "run/checkpoints/3/meta"):
+        Path(name).mkdir(parents=True)
+    Path("adapter/adapter_config.json").write_text("{}")
+    Path("adapter/adapter_model.safetensors").write_text("x")
+    Path("data/config.json").write_text("{}")  # and yet no model
+    Path("data/a.jsonl").write_text("x")
+    Path("a:b/p.jsonl").write_text("x")
+    files = {
+        "--adapter adapter": "adapter/adapter_model.safetensors",
+        "--prompts data": "data/a.jsonl",
+        "--data data": "data/a.jsonl",
+        "--data a:b/p.jsonl:0.5": "a:b/p.jsonl",
+    }
+    for words, changed in files.items():
+        line = ["train", *words.split(), "--out", "out"]
+        Stages(tmp_path).done("train", line)
+        Path("out").mkdir(exist_ok=True)
+        assert Stages(tmp_path).is_done("train", line)
+        Path(changed).write_text(words)
+        with pytest.raises(InputError, match="has changed"):
+            Stages(tmp_path).is_done("train", line)
+    Path("run/checkpoints/3/meta/metadata").write_text("{")
+    for name in ("run", "run/checkpoints/3"):
+        with pytest.raises(InputError, match="3: not a readable checkpoint"):
+            Stages(tmp_path).done("train", ["train", "--model", name, "--out", "out"])
+
+
+def test_a_measurement_is_added_to_a_finished_run(folder, ran):
+    text = MEASURED.partition("measure:")[0]
+    Path("mine.recipe").write_text(text)
+    words = ["--recipe", "mine.recipe", "--rounds", "1"]
+    run(*words)
+    count = len(ran)
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    write_lines(folder / "heldout.jsonl", [pair])
+    line = "score --data heldout.jsonl --reward rule:words --out {round}/more.jsonl"
+    Path("mine.recipe").write_text(f"{text}measure:\n{line}\n")
+    run(*words)
+    assert [x[0] for x in ran[count:]] == ["score", "score"]
+
+
+def test_the_start_has_options_of_its_own(folder, capsys):
+    words = ["--recipe", "spa", "--rounds", "1", "--data", "seed.jsonl"]
+    words += ["--train.max-steps", "7", "--train.loss.beta", "0.3"]
+    rounds = commands_of(capsys, *words, "--start.train.epochs", "2")
+    trained = [x for lines in rounds for x in lines if x[1] == "train"]
+    assert [("--epochs" in x, "--max-steps" in x) for x in trained] == [
+        *((True, False), (False, True))
+    ]
+    assert all(x[x.index("--loss.beta") + 1] == "0.3" for x in trained)
+    with pytest.raises(InputError, match="start.sample.n: .* before the first round;"):
+        run(*words, "--start.sample.n", "2", "--dry-run")
+
+
 def test_prompts_are_divided_whatever_their_order(folder):
     make = lambda **more: split_prompts(
         RoundsConfig(recipe="spa", model="m", prompts="prompts.jsonl", out="o", **more)
@@ -194,6 +358,7 @@ ROUND = "round:\ntrain --model {policy} --out {round}/policy\n"
         (ROUND + "sample --model {policy}", "has no --out"),
         (ROUND + "sample --model 'x --out {round}/y", "line 3: No closing quotation"),
         ("round:\nsample --out {round}/x", "no command of a round is `train"),
+        (ROUND + "measure:\nscore --data {pairs} --out {round}/x", "line 4: {pairs}: "),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_named(text, message):
@@ -217,6 +382,9 @@ def test_what_is_wrong_with_a_recipe_is_named(text, message):
             "--recipe spa --data x --merge.method slerp",
             "the recipe has no such command",
         ),
+        ("--recipe spa --data x --start.merge.x 1", "it has train"),
+        ("--recipe upo --reward rule:words --start.train.x 1", "it has none"),
+        ("--recipe upo --reward rule:words --carry-optimizer --rounds 1", "pass more"),
         ("--recipe spa --data x --score.passes 8", "estimates uncertainty"),
         ("--recipe spa --data x --sample.q 8", "round 1: --q: jaxpref sample has no"),
         ("--recipe spa --data x --train.loss.q 8", "round 0: --loss.q: jaxpref train"),

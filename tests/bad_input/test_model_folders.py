@@ -116,7 +116,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(inputs, refuse, command
         "evaluate": ["evaluate", *map(str, evaluated)],
         "sample": ["sample", *map(str, evaluated[:2]), *SHORT, "--prompts", "a beyond"],
     }[command]
-    refuse(argv, f"token {size}", f"{size} rows", "prompt 1" * (command == "sample"))
+    refuse(argv, f"token {size}", f"{size} rows", "--prompts 1" * (command == "sample"))
     if command != "sample":
         refuse(argv, f"{inputs.data} row 10")
 

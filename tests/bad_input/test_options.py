@@ -90,7 +90,7 @@ def test_options_out_of_range(inputs, refuse, options, fragments):
     [
         ([], ["--prompts", "--data"]),
         (["--prompts", "a", "--data", "b.jsonl"], ["--prompts", "--data"]),
-        (["--prompts", "a", "--max-new-tokens", 500], ["prompt 1", "128 positions"]),
+        (["--prompts", "a", "--max-new-tokens", 500], ["--prompts 1", "128 positions"]),
         (["--prompts", "a", "--max-new-tokens", 0], ["max_new_tokens 0"]),
         (["--prompts", "a", *SHORT, "--batch-size", 3], ["batch of 3 prompts"]),
         (["--prompts", "a", *SHORT, "--top-p", 0], ["top_p"]),

@@ -76,7 +76,7 @@ def test_gae_is_the_double_sum(discount, trace):
         jnp.asarray(np.where(where, values, np.nan), jnp.float32),
         discount=discount,
         trace=trace,
-        where=jnp.asarray(where),
+        completions=jnp.where(where, 0, -1),
     )
     expected = np.zeros_like(rewards)
     for b, length in enumerate(lengths):
@@ -90,6 +90,18 @@ def test_gae_is_the_double_sum(discount, trace):
         returns = np.where(where, rewards, 0)[:, ::-1].cumsum(1)[:, ::-1]
         expected = np.where(where, returns - values, 0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gae_of_several_answers_in_a_row():
+    """Packed rows: nothing flows from one answer to another."""
+    rng = np.random.default_rng(1)
+    rewards, values = (jnp.asarray(x, jnp.float32) for x in rng.normal(size=(2, 9)))
+    owners = jnp.array([4, 4, 4, 0, 5, 5, 5, 5, -1])
+    found = losses.gae(rewards, values, trace=0.7, completions=owners)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        alone = losses.gae(rewards[part], values[part], trace=0.7)
+        np.testing.assert_allclose(found[part], alone, rtol=1e-6)
+    assert found[8] == 0
 
 
 def test_overlong_penalty_by_hand():
@@ -274,6 +286,51 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(value, factor):
         found = np.asarray(expected_over_groups(value))
         exact = np.asarray(exact_gradient())
     np.testing.assert_allclose(found, factor * exact, rtol=1e-9, atol=1e-12)
+
+
+def true_values() -> np.ndarray:
+    """The expected reward after each prefix of each answer, [n, T], by enumeration."""
+    params, logps, mask, rewards = tabular()
+    known, p = answers(), np.exp(np.asarray(logps(params)).sum(1))
+    values = np.zeros(mask.shape)
+    for n, t in zip(*np.nonzero(mask)):
+        same = np.array([y[:t] == known[n][:t] and len(y) > t for y in known])
+        values[n, t] = np.sum(p * rewards * same) / np.sum(p * same)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("trace", "true", "is_exact"),
+    [(1.0, False, True), (0.5, True, True), (0.0, True, True), (0.5, False, False)],
+)
+def test_the_expected_gradient_with_generalized_advantages(trace, true, is_exact):
+    """Exact with any values if lambda is 1, and with the true ones for any lambda.
+
+    Values depend on the prefix, not on the token: prefixes are numbered by their sums.
+    """
+    with jax.enable_x64(True):
+        params, logps, mask, rewards = tabular()
+        values = true_values()
+        if not true:
+            prefix = [[sum(y[:t]) + 2.0 * t for t in range(LONGEST)] for y in answers()]
+            values = np.cos(np.array(prefix))
+        ends = mask & ~np.pad(mask[:, 1:], ((0, 0), (0, 1)))
+        found = losses.gae(
+            jnp.asarray(np.where(ends, rewards[:, None], 0)),
+            jnp.asarray(values),
+            trace=trace,
+            completions=jnp.where(mask, 0, -1),
+        )
+        p = np.exp(np.asarray(logps(params)).sum(1))
+
+        def loss(params):
+            of_token = logps(params)
+            old = jax.lax.stop_gradient(of_token)
+            terms = losses.clipped_policy_gradient(of_token, old, found)
+            return jnp.sum(p[:, None] * jnp.where(mask, terms, 0))
+
+        error = np.abs(np.asarray(jax.grad(loss)(params) - exact_gradient())).max()
+    assert error < 1e-12 if is_exact else error > 1e-2
 
 
 def test_normalized_advantages_change_the_direction():

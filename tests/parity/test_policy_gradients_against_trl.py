@@ -19,10 +19,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 from jaxpref import objectives
-from jaxpref.data.batch import PreferenceBatch
 from jaxpref.objectives.sampled import POLICY, REFERENCE, SAMPLER
 from jaxpref.scoring.scores import Scored
 from jaxpref.train.gradient import gradient
+from tests.sampled import padded_answers
 
 pytestmark = pytest.mark.parity
 
@@ -44,29 +44,9 @@ def drawn(seed=0):
 
 def ours(objective, policy, sampler, reference, mask, rewards):
     """Loss, gradient in the policy's log-probs, and metrics; padded rows."""
-    place = np.arange(GROUP)[:, None]
-    blank = np.zeros((1, PROMPTS, GROUP, 0), np.int32)
-    slots = (1, PROMPTS, 1)
-    as_tokens = lambda x: np.where(mask, x, np.nan)[None]
     numbers = {SAMPLER: sampler, REFERENCE: reference}
-    batch = PreferenceBatch(
-        tokens=blank,
-        lengths=np.zeros((1, PROMPTS, GROUP), np.int32),
-        predictors=blank,
-        targets=np.zeros((1, *mask.shape), np.int32),
-        completions=np.where(mask, place, -1)[None].astype(np.int32),
-        pair_index=np.arange(PROMPTS).reshape(slots),
-        completion_lengths=mask.sum(-1).reshape(*slots, GROUP),
-        reference={},
-        is_flipped=np.zeros(slots, bool),
-        annotator=np.full(slots, -1),
-        empty_trace=np.zeros(slots, bool),
-        weights=np.ones(slots, np.float32),
-        numbers={"sampled_rewards": rewards.reshape(*slots, GROUP)},
-        token_numbers={
-            name: as_tokens(numbers[name]) for name in sorted(objective.token_numbers)
-        },
-    )
+    read = {name: numbers[name] for name in sorted(objective.token_numbers)}
+    batch = padded_answers(mask, read, rewards)
     with jax.enable_x64(True):
         return _ours(objective, batch, np.where(mask, policy, 0))
 
