@@ -11,62 +11,83 @@ Question
 
 Commands
     python -m experiments.own_samples             (three recipes, two seeds)
+    python -m experiments.own_samples --why       (one change at a time, two seeds)
     python -m experiments.own_samples --smoke     (sanity check)
     python -m experiments.own_samples --full      (all recipes, five seeds)
-    Repeating a command resumes its run in OUT: runs/own_samples,
+    Repeating a command resumes its run in OUT: runs/own_samples (also with --why),
     runs/own_samples_smoke, runs/own_samples_full, or the folder of --out.
 
 Expected
-    Gold reward / KL to the reference after each round (offline: after as many steps);
-    the reference has a reward of -0.04.  Only seed 0 is complete so far:
+    Gold reward at a KL to the reference, mean and standard deviation of two seeds.  The
+    reference has -0.04; the best possible is 1.25, 1.79, and 2.54.
 
-                                          1             2             3
-        offline DPO, the labels       0.15 /  0.5   0.45 /  0.9   0.69 /  1.2
-        offline DPO, the reward model 0.36 /  2.3   0.34 /  3.7   0.19 /  4.4
-        iterated DPO                  0.34 /  2.1   0.11 /  5.2  -3.68 / 24.4
-        upo                           0.35 /  2.0   0.04 /  4.9  -4.00 / 37.3
-        spa, 3.3% of the labels       0.13 /  7.1   0.25 / 14.0  -3.95 / 69.3
-        spa, all labels               0.88 /  7.2   0.96 / 11.4   0.29 / 13.2
+                                            KL 0.5        KL 1          KL 2
+        offline DPO, the labels          0.66 +- 0.02   0.97
+        offline DPO, the reward model    0.56 +- 0.01   0.86 +- 0.02   1.21
+        iterated DPO                     0.61 +- 0.04   0.87 +- 0.06   1.19 +- 0.03
+        upo                              0.54 +- 0.03   0.81 +- 0.07   1.19 +- 0.10
+        spa, all labels                  0.59 +- 0.03   0.86 +- 0.09   1.21 +- 0.21
+        spa, 3.3% of the labels          0.23 +- 0.04   0.33 +- 0.06   0.44 +- 0.18
 
-    and of seed 1:
+    Values without a deviation are of one seed: the other did not get as far.
+    Samples of its own give a policy no advantage here over DPO on the labels that the
+    reward model was trained on, nor over pairs of the reference's answers.  The filter
+    of UPO makes no difference that two seeds could show.  SPA does not make up for
+    labels: with 3.3% of them, 30% flipped, it reaches a third of the reward.
 
-        offline DPO, the labels       0.14 /  0.6   0.26 /  1.0   0.38 /  1.0
-        offline DPO, the reward model 0.60 /  1.3   1.07 /  2.3   1.44 /  3.0
-        iterated DPO                  0.52 /  1.2   1.28 /  2.5   1.52 /  4.2
+    --why, in the same units; the first line is the baseline:
 
-    So the answer depends on the reward model.  That of seed 0 has learned errors of its
-    2,048 labels, and every method that follows it gets worse as it moves on; in the
-    third round, answers leave the language.  With that of seed 1, rounds and offline
-    pairs are alike at the same KL.  In no round did samples of its own give a policy a
-    clear advantage over DPO on the labels at a KL of about 1.
-    Time: 16 minutes for the arms of one seed, on two cores that also ran other work.
+        iterated DPO                     0.61 +- 0.04   0.87 +- 0.06   1.19 +- 0.03
+        data: answers of the reference   0.56 +- 0.01   0.86 +- 0.02   1.21
+        no rejected answers              0.56 +- 0.05   0.81 +- 0.08   1.11
+        neither                          0.56 +- 0.02
+        algorithm: RLOO                  0.58 +- 0.02   0.86 +- 0.01   1.19
+        reward: 1/8 of the labels        0.08 +- 0.13   0.19 +- 0.18   0.74
+        reward: labels without flips     0.72 +- 0.01   1.06 +- 0.01   1.50 +- 0.01
+        half of the prompts              0.60 +- 0.05   0.85 +- 0.06   1.15
+
+    So the reward model decides: without flips in its labels, the gain at a KL of 2 is
+    0.32 (95% interval 0.09 to 0.54).  Data, algorithm, and prompts matter less than two
+    seeds can show.  That the reward matters most agrees with Ivison et al. 2024,
+    arXiv:2406.09279.  Tajwar et al. 2024, arXiv:2404.14367, find that on-policy samples
+    and a negative gradient help; here they move the policy further in as many steps,
+    but to no higher reward at the same KL: without rejected answers, training on
+    answers of the reference ends at a KL of 0.7, and iterated DPO at 2.9.
+    Time: 17 and 16 minutes of CPU time; 36 and 43 on two cores that also ran other
+    work.
 
 Protocol
     World: `sentiment_world.py`, a grammar of reviews with an exact gold reward, and its
     reference, a Llama model with 0.23 M parameters (`noisy_sentiment.py`).
-    Labels: for each seed, 2,048 pairs of samples of the reference with Bradley-Terry
+    Labels: for each seed, 8,192 pairs of samples of the reference with Bradley-Terry
     labels of the gold reward, of which 30% are flipped.  A reward model is trained on
     them in one pass (`--loss bradley_terry`); nothing else sees the gold reward.
     Rounds: 64 answers to each of the 24 prompts, of which the 16 best are paired with
     the 16 worst by the reward model (SPA: by log-ratios), and 12 steps of 32 pairs.
-    SPA begins with 3.3% of the labels, 68 pairs, or with all of them; delta learning
-    takes its rejected answers from a reference that was trained for a tenth of the
-    steps.
-    Offline: DPO on the 2,048 labeled pairs, or on pairs of one round of answers of the
-    reference, in as many steps as all rounds together.  Evaluated after as many steps
-    as each round.
+    SPA begins with three epochs on 3.3% of the labels, 270 pairs, or with 85 steps of
+    all of them; delta learning takes its rejected answers from a reference that was
+    trained for a tenth of the steps.
+    Offline: DPO on the labeled pairs, evaluated after each third of an epoch; or on
+    pairs of one sample of answers of the reference, as many as all rounds have,
+    evaluated after as many steps as each round.
+    --why: from iterated DPO, one thing is changed.  "No rejected answers" trains on the
+    chosen ones by maximum likelihood.  RLOO samples as many answers in all, without a
+    KL penalty.  A reward model of 1/8 of the labels is trained for 1/8 of the steps.
+    Half of the prompts are given twice as many answers; evaluated on all.
     Optimizer: momentum with steps of constant length (see `noisy_sentiment.py`).
     Measured on 1,920 samples of each policy: gold reward, and KL to the reference.
     Reward at matched KL: along the rounds of a recipe, piecewise linear in the root of
     the KL, for each seed.  Steps have constant length, so all methods move away from
     the reference at about the same speed, whatever their betas, which are 0.1.
+    Learning rate and number of labels were chosen on a seed that is not reported: with
+    2,048 labels, the reward model's errors misled every method that followed it.
 """
 
 import dataclasses
 import functools
 import json
-import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +101,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import noisy_sentiment as sentiment
 from experiments import sentiment_world as world
+from experiments.own_samples_methods import Protocol, arms, inputs, variations
 from experiments.progress import say
 from jaxpref import report
 from jaxpref.errors import InputError, show
@@ -89,32 +111,9 @@ from jaxpref.runtime.entry import entry_point
 from jaxpref.runtime.ranges import checked
 from jaxpref.train import MeshConfig, make_mesh
 
-OPTIMIZER = "--learning-rate 0.5 --adam-eps 1.0 --max-grad-norm 0.1 --decay constant"
-"""Momentum with steps of constant length."""
-KLS = (0.25, 0.5, 1.0)
+ABOUT = "From the experiment's file:\n\n" + textwrap.indent(__doc__ or "", "    ")
+KLS = (0.5, 1.0, 2.0)
 """At which rewards are compared."""
-LABELED, SAMPLED = "offline DPO, the labels", "offline DPO, the reward model"
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """All settings that determine the result; see "Protocol" above."""
-
-    seeds: tuple[int, ...] = (0, 1)
-    recipes: tuple[str, ...] = ("iterated_dpo", "upo", "spa")
-    rounds: int = 3
-    labels: int = 2048
-    flip_rate: float = 0.3
-    share: float = 0.033
-    answers: int = 64
-    per_prompt: int = 16
-    steps: int = 12
-    batch: int = 32
-    sft_reviews: int = 20_000
-    sft_steps: int = 300
-    sft_batch: int = 128
-    evaluated_samples: int = 1920
-    reference_samples: int = 49_152
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +127,8 @@ class Options:
     """A sanity check; its numbers mean nothing."""
     full: bool = False
     """All recipes and five seeds."""
+    why: bool = False
+    """Data, algorithm, reward and prompts, varied one at a time."""
 
 
 def choose(options: Options) -> tuple[Protocol, Path]:
@@ -166,7 +167,8 @@ def main(options: Options) -> None:
     for seed in protocol.seeds:
         made = inputs(protocol, out, seed, reference, mesh)
         clock(f"seed {seed}: labels and reward model")
-        for name, policies in arms(protocol, out, seed, reference, made):
+        methods = variations if options.why else arms
+        for name, policies in methods(protocol, out, seed, reference, made):
             records.append({"arm": name, "seed": seed, "step": 0, **start})
             for n, policy in enumerate(policies, start=1):
                 with jax.set_mesh(mesh):
@@ -176,165 +178,14 @@ def main(options: Options) -> None:
             clock(
                 f"seed {seed}: {name}: reward {last['reward']:.2f}, KL {last['kl']:.2f}"
             )
-            write_json(out / "own_samples.json", records)
-    write_report(out, protocol, records, world.best_possible_curve(rewards))
+            write_json(out / f"{name_of(options)}.json", records)
+    best = world.best_possible_curve(rewards)
+    write_report(out, name_of(options), records, best)
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What all arms of a seed share."""
-
-    labels: Path
-    few: Path
-    prompts: Path
-    reward: Path
-    weak: Path
-
-
-def inputs(protocol: Protocol, out: Path, seed: int, reference: Path, mesh) -> Inputs:
-    """Labels, with flips written into them, and the reward model trained on them."""
-    folder = out / f"seed-{seed}"
-    folder.mkdir(exist_ok=True)
-    clean, labels = folder / "clean.jsonl", folder / "labels.jsonl"
-    sentiment.write_pairs(clean, reference, protocol.labels, seed=seed, mesh=mesh)
-    if not labels.exists():
-        rows = [json.loads(line) for line in clean.read_text().splitlines()]
-        flips = np.random.default_rng(seed).random(len(rows)) < protocol.flip_rate
-        for row, is_flipped in zip(rows, flips):
-            del row["rewards"]
-            if is_flipped:
-                row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-        few = max(1, round(protocol.share * len(rows)))
-        world.write_jsonl(folder / "few.jsonl", rows[:few])
-        world.write_jsonl(
-            folder / "prompts.jsonl", [{"prompt": x} for x in world.all_prompts()]
-        )
-        world.write_jsonl(labels, rows)  # the last one: it says that all are there
-    steps = protocol.labels // protocol.batch
-    trained(
-        f"--model {reference} --data {labels} --loss bradley_terry --max-steps {steps} "
-        f"--batch-size {protocol.batch} --learning-rate 1e-3 --heldout-fraction 0 "
-        f"--out {folder}/reward --save-every {steps}"
-    )
-    weak = out / "weak"
-    if "delta" in protocol.recipes:
-        steps = protocol.sft_steps // 10
-        trained(
-            f"--model {out}/world/untrained --data {out}/world/reviews.jsonl "
-            f"--loss sft --max-steps {steps} --batch-size {protocol.sft_batch} "
-            f"--learning-rate 3e-3 --heldout-fraction 0 --save-every {steps} "
-            f"--out {weak}"
-        )
-    return Inputs(
-        labels,
-        folder / "few.jsonl",
-        folder / "prompts.jsonl",
-        folder / "reward" / "export",
-        weak / "export",
-    )
-
-
-def trained(line: str) -> None:
-    """Runs `jaxpref train`, unless it has ended."""
-    words = line.split()
-    if not (Path(words[words.index("--out") + 1]) / "export").exists():
-        command(f"train {line}")
-
-
-def command(line: str) -> None:
-    """Runs a command of jaxpref in a process of its own."""
-    subprocess.run([sys.executable, "-m", "jaxpref", *line.split()], check=True)
-
-
-def arms(protocol: Protocol, out: Path, seed: int, reference: Path, made: Inputs):
-    """Runs each method; yields its name and the policies along its way."""
-    folder = out / f"seed-{seed}"
-    yield LABELED, offline(protocol, made.labels, folder / "labeled", reference, seed)
-    pairs = folder / "reference_pairs.jsonl"
-    if not pairs.exists():
-        ranked_pairs(protocol, folder, reference, made, pairs, seed)
-    yield SAMPLED, offline(protocol, pairs, folder / "sampled", reference, seed)
-    for recipe in protocol.recipes:
-        starts = {"spa, 3.3% of the labels": made.few, "spa, all labels": made.labels}
-        if recipe != "spa":
-            starts = {recipe.replace("_", " ").replace("dpo", "DPO"): None}
-        for name, data in starts.items():
-            at = folder / name.replace(" ", "-").replace("%", "").replace(",", "")
-            words = recipe_words(protocol, recipe, at, reference, made, data, seed)
-            command(f"rounds {' '.join(words)}")
-            path = lambda n, at=at: at / f"round_{n}" / "policy" / "export"
-            first = 0 if recipe == "spa" else 1
-            yield name, [path(n) for n in range(first, protocol.rounds + 1)]
-
-
-def recipe_words(
-    protocol: Protocol,
-    recipe: str,
-    out: Path,
-    reference: Path,
-    made: Inputs,
-    data: Path | None,
-    seed: int,
-) -> list[str]:
-    """The options of `jaxpref rounds`."""
-    answers = 2 * protocol.per_prompt if recipe == "online_dpo" else protocol.answers
-    words = (
-        f"--recipe {recipe} --model {reference} --prompts {made.prompts} --out {out} "
-        f"--rounds {protocol.rounds} --same-prompts --eval-prompts 0 --seed {seed} "
-        f"--sample.n {answers} --sample.max-new-tokens {world.MAX_COMPLETION_TOKENS} "
-        f"--sample.batch-size 512 --train.max-steps {protocol.steps} "
-        f"--train.batch-size {protocol.batch} --train.seed {seed} "
-        f"--train.heldout-fraction 0 --train.save-every {protocol.steps}"
-    ).split()
-    words += [x.replace("--", "--train.") for x in OPTIMIZER.split()]
-    if data is not None:
-        words += ["--data", str(data)]
-    if recipe == "delta":
-        return [*words, "--weak-model", str(made.weak)]
-    words += ["--pairs.per-prompt", str(protocol.per_prompt)]
-    if recipe != "spa":
-        words += ["--reward", str(made.reward)]
-        words += ["--score.batch-size", str(len(world.all_prompts()))]
-    return words
-
-
-def ranked_pairs(
-    protocol: Protocol,
-    folder: Path,
-    reference: Path,
-    made: Inputs,
-    pairs: Path,
-    seed: int,
-) -> None:
-    """As many pairs as all rounds together have, from answers of the reference."""
-    answers, scored = folder / "answers.jsonl", folder / "scored.jsonl"
-    command(
-        f"sample --model {reference} --data {made.prompts} --seed {seed} "
-        f"--n {protocol.rounds * protocol.answers} --batch-size 512 --out {answers} "
-        f"--max-new-tokens {world.MAX_COMPLETION_TOKENS}"
-    )
-    reward = f"--reward {made.reward} --batch-size 24"
-    command(f"score --data {answers} {reward} --out {scored}")
-    command(
-        f"data pairs --data {scored} --rule best-worst --keep-unfinished --out {pairs} "
-        f"--per-prompt {protocol.rounds * protocol.per_prompt}"
-    )
-
-
-def offline(
-    protocol: Protocol, data: Path, out: Path, reference: Path, seed: int
-) -> list[Path]:
-    """DPO on fixed pairs; the policy after as many steps as each round."""
-    found = []
-    for n in range(1, protocol.rounds + 1):
-        steps = n * protocol.steps
-        trained(
-            f"--model {reference} --data {data} --loss dpo --loss.beta 0.1 --out "
-            f"{out}-{n} --max-steps {steps} --batch-size {protocol.batch} --seed "
-            f"{seed} --heldout-fraction 0 --save-every {steps} {OPTIMIZER}"
-        )
-        found.append(Path(f"{out}-{n}") / "export")
-    return found
+def name_of(options: Options) -> str:
+    """The name of the files that are written."""
+    return "why" if options.why else "own_samples"
 
 
 def measured(
@@ -348,7 +199,9 @@ def measured(
     return json.loads(path.read_text())
 
 
-def table(records: Sequence[dict[str, Any]], baseline: str) -> report.Table:
+def tables(
+    records: Sequence[dict[str, Any]], baseline: str
+) -> tuple[report.Table, report.Table]:
     """Reward at matched KL, and the difference from a baseline by seed."""
     names = list(dict.fromkeys(one["arm"] for one in records))
     seeds = sorted({one["seed"] for one in records})
@@ -362,32 +215,45 @@ def table(records: Sequence[dict[str, Any]], baseline: str) -> report.Table:
             found.append(reward_at_kl(np.array(kls), np.array(rewards), np.array([kl])))
         return np.concatenate(found)
 
-    rows = []
+    rewards, gains = [], []
     for name in names:
         ends = [x for x in records if x["arm"] == name and x["step"]]
         last = [max((x for x in ends if x["seed"] == s), key=lambda x: x["step"])
                 for s in seeds]  # fmt: skip
-        cells = [
-            report.mean_spread([x["reward"] for x in last]),
-            report.mean_spread([x["kl"] for x in last]),
-            f"{100 * np.mean([x['malformed'] for x in last]):.1f}%",
-        ]
+        of_kls = []
         for kl in KLS:
             values = at(name, kl)
-            cell = report.mean_spread(values[np.isfinite(values)].tolist())
-            gain = values - at(baseline, kl)
-            if name != baseline and np.isfinite(gain).sum() > 1:
-                low, high = t_interval(gain[np.isfinite(gain)])[1:]
-                cell += f" ({np.nanmean(gain):+.2f}, {low:+.2f} to {high:+.2f})"
-            cells.append(cell)
-        rows.append([name, *cells])
-    columns = ["method", "reward", "KL", "malformed", *(f"at KL {x:g}" for x in KLS)]
-    return report.Table(columns, rows)
+            of_kls.append(report.mean_spread(values[np.isfinite(values)].tolist()))
+        rewards.append(
+            [
+                name,
+                report.mean_spread([x["reward"] for x in last]),
+                report.mean_spread([x["kl"] for x in last]),
+                f"{100 * np.mean([x['malformed'] for x in last]):.1f}%",
+                *of_kls,
+            ]
+        )
+        if name != baseline:
+            gains.append([name, *(_gain(at(name, k) - at(baseline, k)) for k in KLS)])
+    at_kls = [f"at KL {kl:g}" for kl in KLS]
+    return (
+        report.Table(["method", "reward", "KL", "malformed", *at_kls], rewards),
+        report.Table([f"difference from {baseline}", *at_kls], gains),
+    )
+
+
+def _gain(values: np.ndarray) -> str:
+    """The mean over seeds and its 95% t interval; fewer than two have none."""
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return "–"
+    low, high = t_interval(values)[1:]
+    return f"{values.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def write_report(
     out: Path,
-    protocol: Protocol,
+    name: str,
     records: list[dict[str, Any]],
     best: list[dict[str, float]],
 ) -> None:
@@ -395,28 +261,31 @@ def write_report(
     most = 1.1 * max(one["kl"] for one in records)
     curve = [{"arm": "best possible", "seed": 0, "step": n, **x}
              for n, x in enumerate(best) if x["kl"] <= most]  # fmt: skip
-    report.reward_against_kl(out / "frontier.png", [*records, *curve])
-    found = table(records, LABELED)
-    for row in [found.columns, *found.rows]:
-        show("  ".join(f"{cell!s:<28}" for cell in row).rstrip())
+    figure = out / f"{name}.png"
+    report.reward_against_kl(figure, [*records, *curve])
+    baseline = records[0]["arm"]
+    found = tables(records, baseline)
+    for one in found:
+        for row in [one.columns, *one.rows]:
+            show("  ".join(f"{cell!s:<24}" for cell in row).rstrip())
     sections = [
         report.Section(
             "Reward against KL",
             [
                 report.Figure(
-                    out / "frontier.png",
+                    figure,
                     "Gold reward against KL after each round; large dots are means of "
                     "the last round over seeds.",
                 ),
-                found,
-                f"In parentheses: the difference from {LABELED}, paired by seed, with "
-                "its 95% t interval.",
+                *found,
+                "Differences are paired by seed; in parentheses, their 95% t interval.",
             ],
         ),
-        report.Section("Protocol", [__doc__ or ""]),
+        report.Section("Protocol", [ABOUT]),
     ]
-    report.write_html(out / "report.html", "Training on one's own answers", sections)
-    show(f"{out}/report.html")
+    page = out / f"{name}.html"
+    report.write_html(page, "Training on one's own answers", sections)
+    show(str(page))
 
 
 if __name__ == "__main__":
