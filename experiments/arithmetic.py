@@ -34,7 +34,8 @@ Expected
     PPO, which does not compare the answers to a prompt, learns as fast while its value
     head is still learning: the mean value, which starts at 0, is 0.11 at step 15, where
     the mean reward is 0.99, then 0.39 at step 30 and 0.90 at step 60 (`values/mean` in
-    `metrics.jsonl`).
+    `metrics.jsonl`).  Only speed is compared: without a KL penalty, the divergence from
+    the supervised start is not measured.
 
     With --updates 4, the same 60 steps learn from 15 samples instead of 60.  Pass@1 is
     0.986 (GRPO), 0.976 (RLOO), and 0.972 (PPO).
