@@ -1,10 +1,11 @@
 """How arrays are laid out: what every package needs to know of it."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
 
+Tree = TypeVar("Tree")
 ROWS = ("data", "fsdp", "expert")
 """The mesh axes over which the rows of a batch are sharded; see `on_axes`."""
 
@@ -40,3 +41,18 @@ def replicated(x: jax.Array) -> jax.Array:
     if mesh.empty or not mesh.are_all_axes_explicit:
         return x
     return jax.reshard(x, PartitionSpec())
+
+
+def fetched(tree: Tree) -> Tree:
+    """The whole of all arrays on the host of every process.
+
+    All processes must call it at the same point, with the mesh of the arrays set.
+    """
+    if jax.process_count() > 1:  # a host can only read what its devices hold
+        tree = _everywhere(tree)
+    return jax.device_get(tree)
+
+
+@jax.jit
+def _everywhere(tree: Tree) -> Tree:
+    return jax.tree.map(replicated, tree)

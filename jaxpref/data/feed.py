@@ -30,7 +30,7 @@ class Stream(Protocol):
         ...
 
     def state_before(self) -> Any:
-        """The position before the last batch drawn."""
+        """The position before the last batch drawn; None if it does not say which."""
         ...
 
     def metrics(self) -> dict[str, float]:

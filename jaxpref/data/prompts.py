@@ -46,11 +46,13 @@ def read_prompts(
     thinking: bool | None = None,
     ignore_fields: Collection[str] = (),
     on_bad_row: str = "raise",
-) -> list[Prompt]:
-    """The distinct prompts of a source, tokenized as in training.
+) -> tuple[list[Prompt], list[BadRow]]:
+    """The distinct prompts of a source, tokenized as in training, and skipped rows.
 
     A record with completions is rendered exactly as in training.  One with a prompt
     alone is a user's turn if the prompt is a text and the model has a chat template.
+    Of rows with the same prompt, the first counts; the log says how many others there
+    are.
 
     Args:
       source: from `open_source`.
@@ -61,34 +63,6 @@ def read_prompts(
       thinking: `enable_thinking` for the chat template; None leaves it out.
       ignore_fields: fields of the records to ignore.
       on_bad_row: "raise" or "skip"; skipped rows are counted in the log.
-    """
-    return prompts_and_skipped(
-        source,
-        tokenizer,
-        limit=limit,
-        max_prompt_length=max_prompt_length,
-        raw=raw,
-        thinking=thinking,
-        ignore_fields=ignore_fields,
-        on_bad_row=on_bad_row,
-    )[0]
-
-
-def prompts_and_skipped(
-    source: Source,
-    tokenizer: Any,
-    *,
-    limit: int | None = None,
-    max_prompt_length: int | None = None,
-    raw: bool = False,
-    thinking: bool | None = None,
-    ignore_fields: Collection[str] = (),
-    on_bad_row: str = "raise",
-) -> tuple[list[Prompt], list[BadRow]]:
-    """What `read_prompts` returns, and the rows that are skipped.
-
-    Of rows with the same prompt, the first counts; the log says how many others there
-    are.
     """
     prompts: list[Prompt] = []
     seen: set[str] = set()

@@ -1,18 +1,18 @@
 """Advantages: how much better a sampled answer is than expected.
 
-Of groups of answers to one prompt, rewards [*groups, K], or of the tokens of an answer.
-No gradient flows through advantages: they are numbers of the samples.
+Of groups of answers to one prompt, rewards [*groups, K]; those of single tokens are in
+`_token_advantages`.  No gradient flows through advantages: they are numbers of the
+samples.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses import _common
 
 __all__ = [
     "centered",
-    "gae",
     "group_normalized",
     "informative_groups",
     "leave_one_out",
@@ -134,77 +134,6 @@ def leave_one_out(rewards: Groups, *, where: GroupMask = None) -> Groups:
     others = jnp.sum(values, axis=-1, keepdims=True) - values
     difference = values - others / jnp.maximum(count - 1, 1)
     return jnp.where(real & (count > 1), difference, 0)
-
-
-def gae(
-    rewards: Float[Array, "*batch T"],
-    values: Float[Array, "*batch T"],
-    *,
-    discount: float = 1.0,
-    trace: float = 0.95,
-    completions: Int[Array, "*batch T"] | None = None,
-) -> Float[Array, "*batch T"]:
-    """Generalized advantage estimation over the tokens of an answer.
-
-        A_t = sum over l >= 0 of (discount trace)^l d_{t+l}
-        d_t = r_t + discount V_{t+1} - V_t,    V = 0 after the last token
-
-    trace = 1 gives the return minus the value, trace = 0 the one-step error.  Adding
-    the values gives the returns that the value function is fitted to.
-
-    Args:
-      rewards: r_t, received for token t; [*batch, T].
-      values: V_t, the value before token t; [*batch, T].
-      discount: of later rewards, in [0, 1].
-      trace: lambda, the decay of the trace, in [0, 1].
-      completions: index of the answer that each token belongs to, -1 for padding; the
-        tokens of an answer are adjacent (default: one answer); [*batch, T].
-
-    Returns:
-      One advantage per token, [*batch, T], at least float32; 0 where there is none.
-
-    Raises:
-      TypeError: if an array is not floating point.
-      ValueError: if shapes differ, or a Python number is outside [0, 1].
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jaxpref.losses import gae
-      >>> rewards, values = jnp.array([0.0, 0.0, 1.0]), jnp.zeros(3)
-      >>> print(gae(rewards, values, trace=0.5))
-      [0.25 0.5  1.  ]
-
-    References:
-      Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage
-      Estimation", 2015, arXiv:1506.02438, Eqs. 11 and 16.
-    """
-    _common.fraction("discount", discount)
-    _common.fraction("trace", trace)
-    rewards, values = _common.promoted(rewards=rewards, values=values)
-    owners = jnp.zeros_like(rewards, jnp.int32)
-    if completions is not None:
-        _common.same_shape(rewards=rewards, completions=completions)
-        owners = jnp.asarray(completions)
-    real = owners >= 0
-    rewards, values = jax.lax.stop_gradient(
-        (jnp.where(real, rewards, 0), jnp.where(real, values, 0))
-    )
-    shifted = lambda x, last: jnp.concatenate(
-        [x[..., 1:], jnp.full_like(x[..., :1], last)], axis=-1
-    )
-    # Nothing flows back from the next answer of a row.
-    goes_on = (shifted(owners, -1) == owners).astype(values.dtype)
-    errors = rewards + discount * goes_on * shifted(values, 0) - values
-
-    def before(advantage, token):
-        error, goes_on = token
-        advantage = error + discount * trace * goes_on * advantage
-        return advantage, advantage
-
-    of_token = tuple(jnp.moveaxis(x, -1, 0) for x in (errors, goes_on))
-    last = jnp.zeros_like(of_token[0][0])
-    _, found = jax.lax.scan(before, last, of_token, reverse=True)
-    return jnp.where(real, jnp.moveaxis(found, 0, -1), 0)
 
 
 def informative_groups(

@@ -14,6 +14,7 @@ __all__ = [
     "clipped_policy_gradient",
     "clipped_value_error",
     "policy_gradient",
+    "preference_score_error",
     "self_play_error",
 ]
 
@@ -195,8 +196,69 @@ def self_play_error(
         policy_logps=policy_logps, sampler_logps=sampler_logps, win_rates=win_rates
     )
     sampler, rates = jax.lax.stop_gradient((sampler, rates))
+    return _step_error(policy, sampler, rates - 0.5, beta)
+
+
+def preference_score_error(
+    policy_logps: PerPair,
+    sampler_logps: PerPair,
+    scores: PerPair,
+    *,
+    beta: float = 0.001,
+) -> PerPair:
+    """GPO's regression of log-ratios on preference scores against the sampler.
+
+        beta d^2 - 2 s d,    d = log pi(y|x) / pi_old(y|x)
+
+    This is beta times the squared error (d - s / beta)^2, without the part that does
+    not depend on the policy.  It is `self_play_error` with a score in place of the
+    probability, so very good answers count more than good ones.
+
+    Its minimum over all policies is pi_old exp(s / beta), up to a normalization that is
+    neglected: the policy that maximizes the mean score against pi_old minus beta times
+    the KL divergence from it.  The scores of a general preference model need not come
+    from rewards.
+
+    Args:
+      policy_logps: log pi(y|x), nats; [*batch].
+      sampler_logps: log pi_old(y|x), under the parameters that sampled it; [*batch].
+      scores: s, the mean score of y over answers of pi_old, log-odds; [*batch].
+      beta: the inverse length of the step, > 0.
+
+    Returns:
+      One value per answer, [*batch], at least float32; its minimum is -s^2 / beta.
+
+    Raises:
+      TypeError: if an array is not floating point.
+      ValueError: if shapes differ or a Python `beta` is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpref.losses import preference_score_error
+      >>> policy, sampler = jnp.array([-1.0, -1.0]), jnp.array([-1.5, -1.0])
+      >>> scores = jnp.array([2.0, 3.0])
+      >>> print(preference_score_error(policy, sampler, scores, beta=1.0))
+      [-1.75  0.  ]
+
+    References:
+      Zhang et al., "Beyond Bradley-Terry Models: A General Preference Model for
+      Language Model Alignment", 2024, arXiv:2410.02197, General Preference
+      Optimization.
+    """
+    _common.positive("beta", beta)
+    policy, sampler, scores = _common.promoted(
+        policy_logps=policy_logps, sampler_logps=sampler_logps, scores=scores
+    )
+    sampler, scores = jax.lax.stop_gradient((sampler, scores))
+    return _step_error(policy, sampler, scores, beta)
+
+
+def _step_error(
+    policy: jax.Array, sampler: jax.Array, gains: jax.Array, beta: _common.Number
+) -> jax.Array:
+    """Beta (log pi/pi_old - gain / beta)^2, less its value for pi = pi_old."""
     ratios = policy - sampler
-    return beta * jnp.square(ratios) - 2 * (rates - 0.5) * ratios
+    return beta * jnp.square(ratios) - 2 * gains * ratios
 
 
 def _ratio(policy_logps, sampler_logps, advantages) -> tuple[jax.Array, jax.Array]:

@@ -301,9 +301,10 @@ def sppo_online(*, beta: float = 0.001) -> Objective:
 
     The authors' squared error of d_i and (P_i - 1/2) / beta, times beta and without its
     constant part.  The rewards are those of a Bradley-Terry model, such as a reward
-    model's.  With one update per sample, it is a policy gradient with the advantage
-    2 (P_i - 1/2); the quadratic term has an effect only with --updates-per-sample above
-    1.
+    model's.  A general preference model gives mean scores over all answers, so with
+    K > 2, P_i is not the mean of its own probabilities.  With one update per sample, it
+    is a policy gradient with the advantage 2 (P_i - 1/2); the quadratic term has an
+    effect only with --updates-per-sample above 1.
 
     Metrics: those of `grpo`, but `clipped` and `kl`.
 
@@ -330,6 +331,53 @@ def sppo_online(*, beta: float = 0.001) -> Objective:
 
     return Objective(
         name="sppo_online",
+        options={"beta": beta},
+        reads=reads(0.0),
+        losses=group_losses,
+        metrics=sample_metrics,
+    )
+
+
+def gpo_online(*, beta: float = 0.001) -> Objective:
+    """General preference optimization, with scores from the answers of a group.
+
+        loss = 1/K sum_i beta d_i^2 - 2 s_i d_i,    d = log pi/pi_old
+        s_i  = r_i - mean over j != i of r_j
+
+    The authors' squared error of d_i and s_i / beta, times beta and without its
+    constant part.  With a reward model trained by `general_preference`, which scores
+    pairs of answers, s_i is the mean of s(y_i > y_j | x) / tau over the other answers,
+    and preferences may be cyclic.  With a Bradley-Terry model, it is the mean log-odds
+    of being preferred.  `sppo_online` has probabilities in place of scores.  With one
+    update per sample, it is a policy gradient with the advantage 2 s_i; the quadratic
+    term has an effect only with --updates-per-sample above 1.
+
+    Metrics: those of `grpo`, but `clipped` and `kl`.
+
+    Args:
+      beta: the inverse length of the step, > 0; the authors' is 0.001.
+
+    Raises:
+      InputError: if the option is out of range.
+
+    References:
+      Zhang et al., "Beyond Bradley-Terry Models: A General Preference Model for
+      Language Model Alignment", 2024, arXiv:2410.02197, General Preference
+      Optimization.
+    """
+    if not 0 < beta < float("inf"):
+        raise InputError(f"gpo_online: beta {beta}: must be above 0 and finite")
+
+    def group_losses(inputs: Inputs, state: State) -> Array:
+        del state
+        values, real = rewards(inputs.batch)
+        scores = losses.leave_one_out(values, where=real)
+        policy, sampler = (answer_logps(inputs, name) for name in (POLICY, SAMPLER))
+        errors = losses.preference_score_error(policy, sampler, scores, beta=beta)
+        return jnp.mean(jnp.where(real, errors, 0), -1)
+
+    return Objective(
+        name="gpo_online",
         options={"beta": beta},
         reads=reads(0.0),
         losses=group_losses,

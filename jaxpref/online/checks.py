@@ -1,23 +1,22 @@
 """Which options of a run on sampled answers go together."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpref.data.columns import FLAG, SAMPLED, WEIGHT
 from jaxpref.errors import InputError
-from jaxpref.online.options import OF_REWARDS, SamplingOptions
+from jaxpref.objectives.sampled import ALONE
+from jaxpref.online.options import (
+    OF_EVALUATIONS,
+    OF_REWARDS,
+    UNREAD,
+    SamplingOptions,
+)
 from jaxpref.online.rates import given_rates
 from jaxpref.rewards import RewardOptions
 from jaxpref.rewards.combine import LEAST_ANSWERS
 from jaxpref.train.config import TrainConfig
-
-UNREAD = ("loader_processes", "eval_samples")
-"""Options of other runs: there are no records to prepare or to score."""
-OF_EVALUATIONS = ("keep_best", "eval_every")
-"""Options that are only read with `eval_data`."""
-ALONE = ("ppo_clip", "reinforce")
-"""Objectives whose baseline is not made of the other answers to the prompt."""
 
 
 def check(
@@ -78,7 +77,7 @@ def check(
     if sampling.overlong_buffer and (rates := given_rates(config)):
         raise InputError(
             f"--overlong-buffer {sampling.overlong_buffer}: {rates[0]} corrects "
-            "rewards of 0 and 1, without a penalty; give one of them"
+            "rewards of 0 and 1, without a penalty; give only one of them"
         )
     if sampling.resample_uniform:
         _check_uniform_groups(name, config.objective.options, sampling)
@@ -137,15 +136,10 @@ def _check_rewards(
             "prompts than it answers; give at least 2"
         )
     heldout = [] if config.eval_data is None else [f"--eval-data {config.eval_data}"]
-    means = heldout if target is None else [*heldout, f"--prompt-target {target:g}"]
     relative = [f"--reward {x}" for x in rewards.reward if x.startswith("judge:")]
+    check_compared(sampling, relative)
     relative += ["--combine log_sigmoid"] * (rewards.combine == "log_sigmoid")
-    if means and relative:
-        raise InputError(
-            f"{means[0]}: {relative[0]} compares the answers of the current model with "
-            "one another, so their mean reward does not say how good they are; leave "
-            "one of them out"
-        )
+    check_means(config, sampling, relative)
     if rewards.combine == "lower_bound":
         counts = {"--group-size": sampling.group_size}
         if heldout:
@@ -168,6 +162,47 @@ def _check_rewards(
         raise InputError(
             f"{FLAG} {WEIGHT}={weights}: {config.objective.name} does not read it; "
             "leave it out"
+        )
+
+
+def check_means(
+    config: TrainConfig, sampling: SamplingOptions, relative: Sequence[str]
+) -> None:
+    """Refuses options that read mean rewards, if rewards are relative to other answers.
+
+    Args:
+      config: the config.
+      sampling: how prompts are drawn.
+      relative: the options that make rewards relative.
+
+    Raises:
+      InputError: naming both options.
+    """
+    means = [] if config.eval_data is None else [f"--eval-data {config.eval_data}"]
+    if sampling.prompt_target is not None:
+        means.append(f"--prompt-target {sampling.prompt_target:g}")
+    if means and relative:
+        raise InputError(
+            f"{means[0]}: {relative[0]} compares the answers of the current model with "
+            "one another, so their mean reward does not say how good they are; leave "
+            "one of them out"
+        )
+
+
+def check_compared(sampling: SamplingOptions, comparing: Sequence[str]) -> None:
+    """Refuses single answers, if a reward compares the answers to a prompt.
+
+    Args:
+      sampling: how many answers are sampled.
+      comparing: the options of rewards that compare them.
+
+    Raises:
+      InputError: naming both options.
+    """
+    if comparing and sampling.group_size < 2:
+        raise InputError(
+            f"--group-size {sampling.group_size}: {comparing[0]} compares the answers "
+            "to a prompt; give at least 2"
         )
 
 

@@ -96,7 +96,8 @@ def reference_kls(
     def step(params: Params, frozen: Any, batch: data.PreferenceBatch):
         del frozen
         _, numbers = token_logps(params, batch)
-        return {REFERENCE_LOGPS: answer_kls(batch, numbers)}, batch.pair_index
+        kls, pairs = answer_kls(batch, numbers)
+        return {REFERENCE_LOGPS: kls}, pairs
 
     score = task.score(step)
     dataset = dataset_of(parts, none, prompts)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 from jaxpref.errors import InputError
 from jaxpref.runtime.ranges import at_least
@@ -69,6 +70,12 @@ OF_REWARDS = (
 """Options of sampling that change or follow the rewards."""
 
 
+UNREAD = ("loader_processes", "eval_samples", "eval_sample_tokens")
+"""Options of other runs: there are no records to prepare or to score."""
+OF_EVALUATIONS = ("keep_best", "eval_every", "patience", "export")
+"""Options that are only read with `eval_data`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairOptions:
     """What is read of the pairs whose prompts are answered, for `hypo`."""
@@ -78,6 +85,26 @@ class PairOptions:
     1024, or the model's context if that is shorter).  Prompts are truncated to what
     --max-new-tokens leaves of it, and then answers of the pair to what prompts leave.
     """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UncertainReward:
+    """The uncertainty of a single reward model."""
+
+    uncertainty: Literal["dropout", "ensemble", "laplace"] | None = None
+    """For --combine lower_bound with one reward model: its standard deviation, by
+    dropout on the features that the head reads, of heads that are fitted to resampled
+    pairs, or by the head's posterior."""
+    fit_data: str | None = None
+    """Pairs that the reward model was trained on: for ensemble and laplace."""
+    passes: int = 10
+    """Dropout masks, or heads that are fitted."""
+    dropout_rate: float = 0.1
+    """Probability of dropping a feature."""
+
+
+CERTAIN = UncertainReward()
+"""A reward whose uncertainty is not read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

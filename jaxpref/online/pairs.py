@@ -26,7 +26,8 @@ def read(
 ) -> data.Datasets:
     """The pairs, followed by sampled answers of the maximum length, all token 0.
 
-    Prompts are truncated so that each leaves `max_new_tokens` of --max-length.
+    Prompts are truncated so that each leaves `max_new_tokens` of --max-length.  All
+    pairs are trained on.
 
     Args:
       tokenizer: the model's tokenizer.
@@ -46,6 +47,7 @@ def read(
             f"in the {options.longest} tokens of --max-length; give less, or a larger "
             "--max-length"
         )
+    options = dataclasses.replace(options, heldout_fraction=0.0)
     if options.max_prompt_length is None:
         options = dataclasses.replace(options, max_prompt_length=most)
     one_by_one = dataclasses.replace(kind, votes=False)

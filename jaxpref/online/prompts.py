@@ -4,13 +4,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxpref import data
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.mixing import read_mixture
-from jaxpref.data.prompts import prompts_and_skipped
 from jaxpref.data.records import prompt_key
 from jaxpref.errors import InputError
 from jaxpref.models.folder_config import read_architecture
@@ -53,7 +53,7 @@ def read(
         )
     options = config.options
     most = positions - sampling.max_new_tokens
-    prompts, skipped = prompts_and_skipped(
+    prompts, skipped = data.read_prompts(
         data.open_records(file, options, sides=2),
         data.load_tokenizer(folder, options.template_options),
         max_prompt_length=most,
@@ -70,11 +70,9 @@ def read(
     return prompts, skipped
 
 
-def digest(prompts: Sequence[data.Prompt]) -> str:
-    """SHA-256 (hex) of the records, which rewards may read."""
-    lines = (
-        json.dumps(dict(x.source_record), sort_keys=True, default=str) for x in prompts
-    )
+def digest(records: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 (hex) of records, which rewards may read."""
+    lines = (json.dumps(dict(x), sort_keys=True, default=str) for x in records)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -106,7 +104,7 @@ def with_room(
     """
     builder = data.DatasetBuilder(0)
     for row, (prompt, own) in enumerate(zip(prompts, numbers, strict=True)):
-        id = f"{digest([prompt])[:16]}-1"
+        id = f"{digest([prompt.source_record])[:16]}-1"
         builder.add(prompt.tokens, (), id=id, columns={"row": row, **own})
     return with_answers(builder.build(), sampling)
 

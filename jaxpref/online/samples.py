@@ -1,4 +1,4 @@
-"""Sampled answers with their rewards, written to `OUT/samples.jsonl`."""
+"""Sampled answers with their rewards: `OUT/samples.jsonl`, `OUT/eval_samples.jsonl`."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from jaxtyping import Float
 from jaxpref import data
 from jaxpref.online.answers import Group
 from jaxpref.runtime import samples_file
+from jaxpref.runtime.processes import only_first_process
 
 
 class SamplesFile:
-    """The answers to the first prompts of a sample, a line each.
+    """Answers to prompts, a line each, written by process 0.
 
     A line has the `step` as in `metrics.jsonl`, the prompt's `id`, the `prompt` (its
     `text`), the `output`, the sum `logp` of its log-probabilities in nats, whether it
     `ended` with a stop token, and its `reward`, or null.
     """
 
-    def __init__(self, out: Path, *, count: int, sampled: int):
+    def __init__(self, path: Path, *, before: int):
         """Drops what a killed run wrote after its checkpoint.
 
         Args:
-          out: the run's folder.
-          count: prompts to write of each sample.
-          sampled: the last step that learns from answers that the run already has;
-            lines of later ones are dropped.
+          path: the file.
+          before: lines of this step and of later ones are dropped, because the run
+            writes them again.
         """
-        self._path, self._count = out / samples_file.FILE, count
-        samples_file.keep_before(self._path, sampled + 1)
+        self._path = path
+        only_first_process(samples_file.keep_before, path, before)
 
     def write(
         self,
@@ -40,10 +40,8 @@ class SamplesFile:
         rewards: Float[np.ndarray, "B K"],
         prompts: Sequence[data.Prompt],
     ) -> None:
-        """Appends the answers of a sample."""
-        if not self._count:
-            return
-        found = list(zip(groups, texts, rewards.tolist(), strict=True))
+        """Appends the answers to the prompts of some groups."""
+        found = zip(groups, texts, rewards.tolist(), strict=True)
         lines = [
             {
                 "step": step,
@@ -54,7 +52,7 @@ class SamplesFile:
                 "ended": answer.ended,
                 "reward": reward if math.isfinite(reward) else None,
             }
-            for group, outputs, own in found[: self._count]
-            for answer, output, reward in zip(group.answers, outputs, own)
+            for group, outputs, own in found
+            for answer, output, reward in zip(group.answers, outputs, own, strict=True)
         ]
-        samples_file.append(self._path, lines)
+        only_first_process(samples_file.append, self._path, lines)

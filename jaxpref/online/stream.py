@@ -33,10 +33,12 @@ from jaxpref.online.pass_rates import PassRates
 from jaxpref.online.samples import SamplesFile
 from jaxpref.online.token_logps import REFERENCE_LOGPS, make_token_logps
 from jaxpref.rewards.reward import Reward
-from jaxpref.runtime.mesh import to_global
+from jaxpref.runtime import samples_file
+from jaxpref.runtime.mesh import from_whole
 from jaxpref.runtime.timings import Timings
 from jaxpref.sampling import Answer
 from jaxpref.scoring.scorer import Params
+from jaxpref.sharding import fetched
 from jaxpref.train.begin import Beginning
 from jaxpref.train.state import TrainState
 from jaxpref.train.task import Task
@@ -87,8 +89,11 @@ class SampledStream:
         unknown = np.full(len(self._train), np.nan, np.float32)
         self._rates = _decoded_rates(saved.get("rates")) or PassRates(unknown)
         updates = sampling.updates_per_sample
+        # The last step that learns from answers that the run already has.
         sampled = -(-self._step // updates) * updates
-        self._file = SamplesFile(out, count=sampling.log_samples, sampled=sampled)
+        self._file = SamplesFile(out / samples_file.FILE, before=sampled + 1)
+        # A run that resumes begins with an evaluation.
+        self._eval_file = SamplesFile(out / samples_file.EVAL_FILE, before=self._step)
         self._log_every = log_every
         self._metrics: dict[str, float] = {}
         self._pending: dict[str, Any] | None = None
@@ -120,9 +125,8 @@ class SampledStream:
             found["rates"] = _encoded_rates(self._rates)
         return found
 
-    def state_before(self) -> dict[str, Any]:
-        """The position before the last batch drawn, without answers."""
-        return {"next_index": self._step - 1, "pending": None}
+    def state_before(self) -> None:
+        """None: the batches are a function of the parameters, too."""
 
     def metrics(self) -> dict[str, float]:
         """What the step does not know of its answers.
@@ -138,6 +142,7 @@ class SampledStream:
         """Metrics of answers to the held-out prompts, with the same random numbers.
 
         See `heldout_metrics`; empty without such prompts.  Long answers get no penalty.
+        Writes the answers to `eval_samples.jsonl`.
         """
         heldout = self._heldout
         if heldout is None:
@@ -160,6 +165,8 @@ class SampledStream:
             )
         self._phases.mark("evaluation")
         warn_of_missing(rewards)
+        step = int(state.step)
+        self._eval_file.write(step, groups, texts, rewards, heldout.prompts)
         return heldout_metrics(groups, rewards, kls)
 
     def close(self) -> None:
@@ -205,10 +212,12 @@ class SampledStream:
         ended = [x.ended for group in groups for x in group.answers]
         self._metrics = {"ended": float(np.mean(ended)), "logps/mismatch": mismatch}
         self._metrics |= drawn.metrics
-        for step in self._logged()[:1]:
-            self._file.write(step, groups, drawn.texts, rewards, self._prompts)
+        count = sampling.log_samples
+        for step in self._logged()[: 1 if count else 0]:
+            some = groups[:count], drawn.texts[:count], rewards[:count]
+            self._file.write(step, *some, self._prompts)
         if sampling.updates_per_sample > 1:
-            self._pending = _encoded(groups, rewards, logps, self._metrics)
+            self._pending = _encoded(groups, rewards, fetched(logps), self._metrics)
         self._phases.mark("score")
 
     def _sampler(self, params: Params) -> functools.partial[list[Group]]:
@@ -235,11 +244,12 @@ class SampledStream:
         self, groups: Sequence[Group], rewards: Float[np.ndarray, "B K"]
     ) -> tuple[data.PreferenceBatch, Int32[np.ndarray, "A R S"]]:
         """The batch of the answers on the devices, and the places of the prompts."""
-        made, places = batch_of(groups, rewards, self._train, self._task.layout)
+        layout = self._task.layout.of_all_processes()
+        made, places = batch_of(groups, rewards, self._train, layout)
         reads = self._task.objective.numbers
         numbers = {name: x for name, x in made.numbers.items() if name in reads}
         made = dataclasses.replace(made, numbers=numbers)
-        return to_global(made, self._task.mesh), places
+        return from_whole(made, self._task.mesh), places
 
     def _token_logps(
         self,
@@ -266,7 +276,7 @@ class SampledStream:
         groups, rewards, numbers = _decoded(pending)
         batch, _ = self._placed(groups, rewards)
         logps = {name: x.reshape(batch.targets.shape) for name, x in numbers.items()}
-        logps = to_global(logps, self._task.mesh)
+        logps = from_whole(logps, self._task.mesh)
         self._batch = dataclasses.replace(batch, token_numbers=logps)
 
 

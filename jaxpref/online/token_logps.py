@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.losses import kl_k3, sum_by_completion
@@ -14,6 +13,7 @@ from jaxpref.models.logprobs import REFERENCE
 from jaxpref.runtime.mesh import batch_sharding
 from jaxpref.scoring.score_dataset import make_score_step
 from jaxpref.scoring.scorer import Frozen, Params
+from jaxpref.sharding import replicated
 from jaxpref.train.task import Task
 
 TOKEN_LOGPS = "token_logps"
@@ -22,8 +22,8 @@ SAMPLER_LOGPS = f"{SAMPLER}_{TOKEN_LOGPS}"
 REFERENCE_LOGPS = f"{REFERENCE}_{TOKEN_LOGPS}"
 
 TokenLogps = Callable[[Params, PreferenceBatch], tuple[Any, dict[str, Any]]]
-"""`(params, batch)` -> the log-probabilities of the answers, [A, R, S, K], and those of
-the tokens, float32 [A, R, Q, P] by name."""
+"""`(params, batch)` -> the log-probabilities of the answers, [A, R, S, K], whole on
+every device, and those of the tokens, float32 [A, R, Q, P] by name."""
 
 
 def make_token_logps(task: Task, frozen: Frozen) -> TokenLogps:
@@ -37,8 +37,9 @@ def make_token_logps(task: Task, frozen: Frozen) -> TokenLogps:
     of_reference: Callable | None = None
     if REFERENCE_LOGPS in task.objective.token_numbers:
         of_reference = _reference_logps(task, frozen)
-    # The dtype that the train step is compiled for.
-    cast = lambda x: jax.device_put(x.astype(np.float32), batch_sharding(task.mesh))
+    spec = batch_sharding(task.mesh).spec
+    # The dtype and the layout that the train step is compiled for.
+    cast = jax.jit(lambda x: jax.reshard(x.astype(jnp.float32), spec))
 
     def token_logps(
         params: Params, batch: PreferenceBatch
@@ -63,10 +64,12 @@ def _reference_logps(task: Task, frozen: Frozen) -> Callable:
 @jax.jit
 def answer_kls(
     batch: PreferenceBatch, numbers: Mapping[str, Array]
-) -> Float[Array, "A R S K"]:
+) -> tuple[Float[Array, "A R S K"], Int[Array, "A R S"]]:
     """The estimate of KL(policy || reference) of each answer, in nats.
 
         sum over its tokens of ref/pi - 1 - log ref/pi
+
+    And the pairs, as from a score step: both whole on every device.
 
     Args:
       batch: the answers.
@@ -77,4 +80,6 @@ def answer_kls(
     of_tokens = kl_k3(jnp.where(owners >= 0, ratios, 0))
     shape = batch.completion_lengths.shape
     found = sum_by_completion(of_tokens, owners, num_completions=shape[-2] * shape[-1])
-    return jnp.reshape(found, shape)
+    return replicated(jnp.reshape(found, shape)), replicated(
+        jnp.asarray(batch.pair_index)
+    )

@@ -114,8 +114,16 @@ def work_of(config: PlanConfig, model: Model, objective: Objective) -> Work:
         accumulation=config.accumulation,
         row_length=config.row_length,
         logit_chunk=config.logit_chunk,
+        sampled=_sampled_at_once(config, objective),
         step_only=config.step_only,
     )
+
+
+def _sampled_at_once(config: PlanConfig, objective: Objective) -> int:
+    """The rows of the sampler: one per pair, or those of a run that samples."""
+    if not objective.token_numbers or config.answers is None:
+        return config.batch
+    return min(config.batch * config.answers, config.sample_batch_size)
 
 
 def estimate_plan(
@@ -142,7 +150,9 @@ def estimate_plan(
         `ideal_dcn_bytes` between slices.
       - `score`: the same for the reference pass; None with `config.step_only`.
       - `decode`: the same for the sampler, with the collectives and the time of one
-        token; None for a reward model, and with `config.step_only`.
+        token, and `cache_bytes`, a part of its memory; None for a reward model, and
+        with `config.step_only`.  For objectives of sampled answers, its memory includes
+        the optimizer's, and it has the time of all samples of a step.
     """
     numerics = dataclasses.replace(model.numerics, remat=config.remat)
     model = build(model.architecture, numerics)
@@ -169,7 +179,7 @@ def estimate_plan(
         "ideal_wire_bytes": ideal_wire_bytes(load),
         "ideal_dcn_bytes": ideal_dcn_bytes(load),
         "score": score,
-        "decode": _decode(measured, model, topology),
+        "decode": _decode(config, objective, measured, model, topology),
         **_time(load, topology, measured["bytes"], step),
     }
     return plan | _hours(config, plan)
@@ -241,7 +251,13 @@ def _hours(config: PlanConfig, plan: dict) -> dict[str, float]:
     return hours
 
 
-def _decode(measured: dict, model: Model, topology: Topology) -> dict | None:
+def _decode(
+    config: PlanConfig,
+    objective: Objective,
+    measured: dict,
+    model: Model,
+    topology: Topology,
+) -> dict | None:
     """Memory of the sampler, and the bound on its time per token."""
     if (sampler := measured["decode"]) is None:
         return None
@@ -250,8 +266,11 @@ def _decode(measured: dict, model: Model, topology: Topology) -> dict | None:
     plan = {
         "prompts": prompts,
         "slots": prompt + answer,
+        "cache_bytes": measured["cache"],
         **_memory(sampler | {"collectives": per_token}, topology),
     }
+    if objective.token_numbers:
+        plan |= _with_resident(plan, measured)
     if topology.chip is None:
         return plan
     load = Load(
@@ -262,7 +281,23 @@ def _decode(measured: dict, model: Model, topology: Topology) -> dict | None:
         predictions=answer,
         seen=0,
     )
-    return plan | token_estimate(load, topology.chip, plan["wire_bytes"])
+    plan |= token_estimate(load, topology.chip, plan["wire_bytes"])
+    if objective.token_numbers and config.answers is not None:
+        turns = -(-config.batch * config.answers // prompts)
+        plan["sample_seconds"] = turns * answer * plan["seconds_per_token"]
+    return plan
+
+
+def _with_resident(plan: dict, measured: dict) -> dict:
+    """The sampler's memory in a run that trains, whose state stays in memory."""
+    held = measured["bytes"]
+    resident = sum(held.values()) - held["batch"]
+    if measured["adapter_weights"] is None:  # its weights are those that are trained
+        resident -= held["parameters"]
+    needs = plan["hbm_bytes"] + resident
+    limit = plan["hbm_limit_bytes"]
+    fits = None if limit is None else bool(plan["fits"]) and needs <= limit
+    return {"hbm_bytes": needs, "fits": fits}
 
 
 def _memory(measured: dict, topology: Topology) -> dict:

@@ -8,6 +8,7 @@ from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.objectives import Objective
+from jaxpref.objectives.sampled import ALONE
 from jaxpref.runtime.ranges import at_least
 from jaxpref.train import MeshConfig, OptimizerConfig
 from jaxpref.train.options import LONGEST_ROW
@@ -21,8 +22,8 @@ class PlanConfig:
     """The run to plan, and the machine it would get."""
 
     model: str
-    """Preset (llama-3-1b, llama-3-8b, llama-3-70b, smollm2-135m, smollm2-360m,
-    smollm2-1.7b, llama-0.6b-152k), Hugging Face model folder, or Hub ID."""
+    """Preset, such as llama-3-8b, qwen3-8b or gemma-3-27b (docs/models.md lists them),
+    Hugging Face model folder, or Hub ID."""
     topology: str
     """TPU slice, for example v5p:4x4x8, v5e:16x16, v6e:4x4, v4:4x4x4, or tpu7x:4x4x4,
     or gcloud's name of one, like v5litepod-16 or v5p-128; 2xv5e:16x16 for
@@ -35,7 +36,10 @@ class PlanConfig:
     """Tokens of the longest answer (default: half of --seq)."""
     answers: int | None = None
     """Answers of each list, for losses of lists such as lipo_lambda; all lists are
-    assumed to be as long as the longest."""
+    assumed to be as long as the longest.  For objectives of sampled answers, those to
+    each prompt: --group-size of a run."""
+    sample_batch_size: int = 64
+    """Answers that are sampled at once, for objectives of sampled answers."""
     row_length: int | None = None
     """Tokens per packed row (default: one pair per row, padded).  All pairs are assumed
     to be as long as the longest."""
@@ -78,7 +82,8 @@ class PlanConfig:
         at_least(1, self, "batch", "seq", "accumulation", "unroll")
         at_least(0, self, "router_balance")
         at_least(1, self, "answer_length", "row_length", "logit_chunk", "pairs")
-        at_least(2, self, "answers")
+        at_least(1, self, "sample_batch_size")
+        at_least(1, self, "answers")
         if (text := self.soft_prompt.text) is not None:
             raise InputError(
                 f"--soft-prompt.text {text!r}: a plan reads no text; pass "
@@ -97,8 +102,11 @@ class PlanConfig:
         """Completions of a prompt in the batches of an objective.
 
         Raises:
-          InputError: if it reads lists and `answers` is missing, or the reverse.
+          InputError: if it reads lists or samples answers and `answers` is missing, or
+            the reverse.
         """
+        if objective.token_numbers:
+            return self._sampled_completions(objective)
         of_lists = objective.num_completions is None
         if of_lists and self.answers is None:
             raise InputError(
@@ -110,7 +118,28 @@ class PlanConfig:
                 f"--answers {self.answers}: {objective.name} does not read lists; leave"
                 " it out"
             )
+        if self.sample_batch_size != PlanConfig.sample_batch_size:
+            raise InputError(
+                f"--sample-batch-size {self.sample_batch_size}: {objective.name} "
+                "samples no answers; leave it out"
+            )
+        if of_lists and self.answers == 1:
+            raise InputError("--answers 1: a list has at least 2 answers")
         return objective.num_completions or self.answers or 0
+
+    def _sampled_completions(self, objective: Objective) -> int:
+        """The sampled answers to a prompt, after those of its pair if it has one."""
+        if self.answers is None:
+            raise InputError(
+                f"--objective {objective.name}: give --answers, the answers that are "
+                "sampled to each prompt (--group-size of jaxpref train)"
+            )
+        if self.answers == 1 and objective.name not in ALONE:
+            raise InputError(
+                f"--answers 1: {objective.name} compares the answers to a prompt; give "
+                "at least 2"
+            )
+        return (objective.num_completions or 0) + self.answers
 
     @property
     def answer(self) -> int:

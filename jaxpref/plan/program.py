@@ -74,6 +74,8 @@ class Work:
     """Completion tokens whose logits are in memory at once."""
     head: HeadOptions = HeadOptions()
     """The head of a reward model."""
+    sampled: int
+    """Answers that are sampled at once."""
     step_only: bool = False
     """Whether the reference pass and the sampler are left out."""
 
@@ -115,7 +117,8 @@ def measure(work: Work, topology: Topology) -> dict:
 
     Returns:
       Plain values: `mesh` sizes by axis; `bytes` per device by content, including the
-      `activations` that a micro-batch stores for its backward pass; the number of
+      `activations` that a micro-batch stores for its backward pass; those of the
+      sampler's `cache`; the number of
       `adapter_weights` of one model, None if all weights are trained; for `step`,
       `score`, and `decode`, the result of `_compiled` (`decode` is None for a reward
       model, and both are with `work.step_only`); the `shape` of the batch, and of the
@@ -141,6 +144,12 @@ def measure(work: Work, topology: Topology) -> dict:
         scored = functools.partial(task.scorer, totals=work.objective.totals)
         activations = _activations(scored, params, frozen, plain)
         prompts, draw = _sampler(work, one, mesh)
+        cache = jax.eval_shape(
+            lambda params: work.model.empty_cache(
+                params, prompts[0], prompts[1] + work.answer_length
+            ),
+            one,
+        )
         programs = {"step": lambda: task.train_step.lower(state, frozen, batch)}
         if not work.step_only:
             programs["score"] = lambda: score.lower(one, frozen, plain)
@@ -164,6 +173,7 @@ def measure(work: Work, topology: Topology) -> dict:
             "mesh": dict(mesh.shape),
             "bytes": {name: _bytes_of_one(tree) for name, tree in held.items()},
             "activations": activations,
+            "cache": _bytes_of_one(on_devices(cache, mesh)),
             "adapter_weights": _adapter_weights(work, params),
             "shape": {
                 "tokens": batch.tokens.shape,
@@ -242,10 +252,10 @@ def _activations(scorer: Callable, params, frozen, batch) -> int:
 
 
 def _sampler(work: Work, params, mesh: jax.sharding.Mesh) -> tuple:
-    """The prompts' shape (one per pair or a few more), and a function to lower it."""
+    """The prompts' shape (those at once or a few more), and a function to lower it."""
     shards = row_shards(mesh)
     length = work.soft_prompt + work.prompt_length
-    shape = (-(-work.batch_size // shards) * shards, length)
+    shape = (-(-work.sampled // shards) * shards, length)
     whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
 

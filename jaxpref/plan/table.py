@@ -35,6 +35,7 @@ def print_plan(config: PlanConfig, topology: Topology, plan: dict) -> None:
         rows += [(scoring, plan["score"]["hbm_bytes"])]
     if plan["decode"] is not None:
         rows += [("sampler", plan["decode"]["hbm_bytes"])]
+        rows += [("  of this, cache", plan["decode"]["cache_bytes"])]
     lines += [f"  {name:24}{gib(size):>12}" for name, size in rows]
     lines += _verdict(config, plan)
     if plan["roofline_seconds"] is not None:
@@ -86,6 +87,11 @@ def _times(plan: dict) -> list[str]:
             f"({decode['bound']}) per token of each of {decode['prompts']} prompts, "
             f"with {decode['slots']:,} cache slots each"
         )
+        if "sample_seconds" in decode:
+            lines.append(
+                "  sampling all answers of a step takes at least "
+                f"{decode['sample_seconds']:.3g} s if none ends early"
+            )
     assumed: list[str] = list(ASSUMPTIONS)
     if plan["dcn_seconds"]:
         assumed.append(MULTISLICE_ASSUMPTION)

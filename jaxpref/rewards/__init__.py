@@ -22,6 +22,7 @@ from jaxpref.rewards.models import LogRatio as LogRatio
 from jaxpref.rewards.models import ModelOptions as ModelOptions
 from jaxpref.rewards.models import ModelReward as ModelReward
 from jaxpref.rewards.options import RewardOptions as RewardOptions
+from jaxpref.rewards.preference import PreferenceReward as PreferenceReward
 from jaxpref.rewards.reward import Reward as Reward
 from jaxpref.rewards.rules import ReferenceRule as ReferenceRule
 from jaxpref.rewards.rules import TextRule as TextRule

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from jaxpref.errors import InputError
+from jaxpref.models.weights import head_of, is_reward, resolve_weights
 from jaxpref.rewards.code import CodeTests
 from jaxpref.rewards.follow_up import follow_up
 from jaxpref.rewards.functions import function_reward
@@ -15,6 +16,7 @@ from jaxpref.rewards.models import (
     model_reward,
 )
 from jaxpref.rewards.options import RewardOptions
+from jaxpref.rewards.preference import PreferenceReward
 from jaxpref.rewards.reward import Reward
 from jaxpref.rewards.rules import rule_of
 
@@ -66,6 +68,9 @@ def reward_of(
         return judge_of(rest, models, principle=options.principle or "")
     if reads_no_model(word):
         return function_reward(word)
+    weights = resolve_weights(word, None)
+    if is_reward(weights) and head_of(weights).embedding:
+        return PreferenceReward(word, weights, models)
     return model_reward(word, models)
 
 

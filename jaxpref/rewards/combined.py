@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -13,11 +14,15 @@ from jaxpref.rewards.choice import reward_of
 from jaxpref.rewards.combine import log_sigmoid_centered, lower_bound, weighted_sum
 from jaxpref.rewards.constrained import lagrange_multipliers
 from jaxpref.rewards.follow_up import FollowUp
+from jaxpref.rewards.judge import Judge
 from jaxpref.rewards.models import LogRatio, ModelOptions, ModelReward
 from jaxpref.rewards.options import RewardOptions
+from jaxpref.rewards.preference import PreferenceReward
 from jaxpref.rewards.reward import Reward
+from jaxpref.rewards.uncertainty import LowerBound
+from jaxpref.runtime import processes
 
-OF_MODELS = ModelReward | LogRatio | FollowUp
+OF_MODELS = ModelReward | PreferenceReward | LogRatio | FollowUp
 """Rewards whose models can stay in memory."""
 Rewards = list[Float[np.ndarray, " K"]]
 """For each prompt, the reward of each answer."""
@@ -63,7 +68,7 @@ class Combined:
           InputError: if a reward cannot be computed, or no choice of answers reaches
             the thresholds.
         """
-        parts = {word: reward(answered) for word, reward in self.parts.items()}
+        parts = {word: computed(part, answered) for word, part in self.parts.items()}
         found = [*parts.values()]
         multipliers = None
         if self.options.combine == "lower_bound":
@@ -137,6 +142,26 @@ def combined_reward(options: RewardOptions, models: ModelOptions) -> Combined:
     options.check()
     parts = {word: reward_of(word, models, options) for word in options.reward}
     return Combined(parts, options)
+
+
+def computed(reward: Reward, answered: Sequence[Answered]) -> Rewards:
+    """The same rewards on all processes, which must call it together.
+
+    They compute those of models together, on the devices of all.  The others are
+    computed by process 0 alone: they may be random or slow, run code, or ask a server.
+    It calls them in a thread, where `signal.alarm` fails.
+
+    Raises:
+      InputError: on all processes, if the reward cannot be computed.
+    """
+    if jax.process_count() == 1 or isinstance(reward, OF_MODELS | Judge | LowerBound):
+        return reward(answered)
+    if not answered:
+        return []
+    counts = [len(one.texts) for one in answered]
+    every = lambda: np.concatenate([np.zeros(0), *reward(answered)])
+    found = processes.numbers_from_process_zero(every, sum(counts))
+    return np.split(found, np.cumsum(counts)[:-1])
 
 
 def _centered(rewards: Rewards, quantile: float) -> Rewards:

@@ -20,11 +20,13 @@ from jaxpref.errors import InputError
 from jaxpref.models import Model, Numerics, RewardModel, build
 from jaxpref.models.folder_config import read_architecture
 from jaxpref.models.reward import check_one_reward
+from jaxpref.models.soft_prompt_files import soft_prompt_length
 from jaxpref.models.weights import (
     Weights,
     head_of,
     is_reward,
     load_weights,
+    model_or_adapter,
     resolve_weights,
 )
 from jaxpref.rewards.answered import Answered, assistant_turn
@@ -131,12 +133,12 @@ class LogRatio:
 
 
 def model_reward(word: str, options: ModelOptions) -> ModelReward:
-    """The reward model in a folder, or with a Hub ID.
+    """The reward model in a folder, or with a Hub ID; or of an adapter and its base.
 
     Raises:
       InputError: if it holds another model.
     """
-    weights = resolve_weights(word, None)
+    weights = model_or_adapter(word)
     if not is_reward(weights):
         raise InputError(
             f"--reward {word}: holds a language model; name a reward model, such as the"
@@ -147,7 +149,7 @@ def model_reward(word: str, options: ModelOptions) -> ModelReward:
             f"--reward {word}: predicts ratings of {', '.join(attributes)}; name one "
             f"of them, as in --reward attribute:{attributes[0]}:{word}"
         )
-    check_one_reward(weights.folder, f"--reward {word}")
+    check_one_reward(head_of(weights), f"--reward {word}")
     return ModelReward(word, weights, options)
 
 
@@ -157,7 +159,7 @@ def attribute_reward(name: str, word: str, options: ModelOptions) -> ModelReward
     Raises:
       InputError: if it predicts none of this name.
     """
-    weights, flag = resolve_weights(word, None), f"--reward attribute:{name}:{word}"
+    weights, flag = model_or_adapter(word), f"--reward attribute:{name}:{word}"
     known = head_of(weights).attributes
     if name not in known:
         what = f"predicts ratings of {', '.join(known)}" if known else "predicts none"
@@ -186,7 +188,7 @@ def log_ratio(strong: str, weak: str, options: ModelOptions) -> LogRatio:
 
 def score(
     weights: Weights,
-    name: Literal["rewards", "attributes", "features", "policy_logps"],
+    name: Literal["rewards", "attributes", "embeddings", "features", "policy_logps"],
     answered: Sequence[Answered],
     options: ModelOptions,
     title: str,
@@ -209,17 +211,19 @@ def score(
       params: the model's parameters, if they are loaded already.
 
     Returns:
-      For each prompt, the score of each answer, [K], or its attributes, [K, n], or its
-      features, [K, D]; NaN for an answer that has no tokens, or holds a stop token
-      before its end.
+      For each prompt, the score of each answer, [K], or its attributes or embedding,
+      [K, n], or its features, [K, D]; NaN for an answer that has no tokens, or holds a
+      stop token before its end.
 
     Raises:
       InputError: if the data does not fit the model, or a score is not finite.
     """
     architecture = read_architecture(weights.folder)
     tokenizer = data.load_tokenizer(weights.folder, options.template)
+    before = soft_prompt_length(weights.adapter)
     limit = resolved_max_length(
-        data.DataOptions(max_length=options.max_length), architecture.context_length
+        data.DataOptions(max_length=options.max_length),
+        architecture.context_length - before,
     )
     examples = [as_sampled(x, tokenizer) for x in answered]
     places = [x.place for x in answered]
@@ -241,11 +245,13 @@ def score(
         log(f"{title}: {len(cut):,} prompts or their answers exceed {limit} tokens")
     tail = {
         "attributes": lambda: (head_of(weights).size,),
+        "embeddings": lambda: (head_of(weights).size,),
         "features": lambda: (architecture.hidden_size,),
     }.get(name, tuple)()
     scores = [np.full((len(x.completions), *tail), np.nan) for x in examples]
     if not len(dataset):
         return scores
+    dataset = dataset.prefixed(before)
     check_fits([title], dataset, str(weights.folder), architecture)
     mesh = make_mesh(options.mesh)
     with jax.set_mesh(mesh):

@@ -12,10 +12,10 @@ class RewardOptions:
     """Rewards, how they are combined, and what rewards of some kinds read."""
 
     reward: tuple[str, ...] = ()
-    """A reward model's folder or Hub ID; attribute:NAME:DIR; rule:NAME (words,
-    characters, distinct:3, regex:PATTERN, exact, number, code); log-ratio:STRONG:WEAK;
-    judge:DIR; follow-up:TEXT; or module:function, with arguments prompt, answer and
-    record.  May be given several times."""
+    """Folder or Hub ID of a reward model or its adapter; attribute:NAME:DIR; rule:NAME
+    (words, characters, distinct:3, regex:PATTERN, exact, number, code);
+    log-ratio:STRONG:WEAK; judge:DIR; follow-up:TEXT; or module:function, with arguments
+    prompt, answer and record. May be given several times."""
     combine: Literal["sum", "log_sigmoid", "constrained", "lower_bound"] = "sum"
     """How several rewards become one: their sum; the sum of log sigmoid(reward -
     reference), in which no reward makes up for a bad one; the first one plus the

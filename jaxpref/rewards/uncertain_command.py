@@ -110,13 +110,8 @@ def uncertain_rewards(
         found = uncertainty.of_models([*parts.values()])
     else:
         ((word, reward),) = rewards.items()
-        if not isinstance(reward, ModelReward) or reward.attribute is not None:
-            raise InputError(
-                f"--reward {word}: --uncertainty {options.uncertainty} needs a reward "
-                "model"
-            )
         fit_data = [] if options.fit_data is None else read(options.fit_data)
-        predict = _predict(options, reward, fit_data)
+        predict = estimator(options, reward, fit_data)
         found = predict(answered)
         parts = {word: [x.rewards for x in found]}
     if options.calibration_data is not None:
@@ -127,10 +122,21 @@ def uncertain_rewards(
     return found, parts
 
 
-def _predict(
-    options: UncertaintyOptions, reward: ModelReward, fit_data: Sequence[Answered]
+def estimator(
+    options: UncertaintyOptions, reward: Reward, fit_data: Sequence[Answered]
 ) -> Predict:
-    """The estimator of one reward model's uncertainty."""
+    """What estimates the uncertainty of one reward model.
+
+    Args:
+      options: how; not None.
+      reward: the reward model.
+      fit_data: the pairs that it was trained on; not read by dropout.
+
+    Raises:
+      InputError: if the reward is no reward model.
+    """
+    if not isinstance(reward, ModelReward) or reward.attribute is not None:
+        raise InputError(f"--uncertainty {options.uncertainty}: needs a reward model")
     head, passes, seed = uncertainty.load_head(reward), options.passes, options.seed
     match options.uncertainty:
         case "dropout":

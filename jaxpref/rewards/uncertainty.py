@@ -20,7 +20,7 @@ from scipy.special import expit
 
 from jaxpref.errors import InputError
 from jaxpref.models.reward_head import Head as RewardHead
-from jaxpref.models.weights import head_of, load_weights
+from jaxpref.models.weights import head_of
 from jaxpref.noise.calibration import fit_temperature
 from jaxpref.noise.dropout import dropout_rewards, record_keys
 from jaxpref.noise.linear_head import (
@@ -31,8 +31,7 @@ from jaxpref.noise.linear_head import (
     resampled_heads,
 )
 from jaxpref.rewards.answered import Answered
-from jaxpref.rewards.models import ModelReward, model_of, score
-from jaxpref.runtime.mesh import make_mesh
+from jaxpref.rewards.models import ModelReward, in_memory, score
 
 Features = list[Float[np.ndarray, "K D"]]
 """For each prompt, what the head reads of each answer; NaN if it has none."""
@@ -49,6 +48,9 @@ class Uncertain:
     std: Float[np.ndarray, " K"]
     """Standard deviations, in nats like the rewards.  Rewards are determined up to a
     constant, so these are relative to a typical answer."""
+    spread: Float[np.ndarray, " K"]
+    """The same relative to the mean of the answers to the prompt, as in `lower_bound`.
+    """
     margin_std: float
     """That of the first answer's reward minus the second's; NaN without a second."""
     p_chosen: float
@@ -108,14 +110,33 @@ def load_head(reward: ModelReward) -> Head:
             f"--reward {reward.name}: --uncertainty needs a linear head with one "
             "output; give several reward models with --uncertainty ensemble"
         )
-    with jax.set_mesh(make_mesh(reward.options.mesh)):
-        params = load_weights(reward.weights, model_of(reward.weights, reward.options))
+    params = reward.params
+    if params is None:
+        params, _ = in_memory(reward.weights, reward.options)
     weights = params["score"]
     return Head(reward, params, jnp.asarray(jax.device_get(weights)[:, 0], jnp.float32))
 
 
 Predict = Callable[[Sequence[Answered]], list[Uncertain]]
 """Says how uncertain the rewards of answers are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerBound:
+    """The reward of one model, less a multiple of its standard deviation.
+
+        mean of r(y_k) - weight * std of [r(y_k) - mean over k of r]
+
+    over random heads.  `lower_bound` is the same with the rewards of several models.
+    """
+
+    predict: Predict
+    weight: float
+    """Of the standard deviation, >= 0."""
+
+    def __call__(self, answered: Sequence[Answered]) -> list[Float[np.ndarray, " K"]]:
+        """See `Reward`."""
+        return [x.rewards - self.weight * x.spread for x in self.predict(answered)]
 
 
 def by_dropout(head: Head, *, rate: float, passes: int, seed: int) -> Predict:
@@ -187,9 +208,14 @@ def of_posterior(posterior: HeadPosterior, features: Features) -> list[Uncertain
     every = jnp.asarray(np.concatenate(features), jnp.float32)
     rewards, stds = every @ posterior.mean, every - jnp.nanmean(every, axis=0)[None]
     ends = np.cumsum([len(x) for x in features])[:-1]
-    rewards, stds = (
+    relative = jnp.asarray(np.concatenate([_relative(x) for x in features]))
+    rewards, stds, spreads = (
         np.split(np.asarray(x), ends)
-        for x in (rewards, jnp.sqrt(posterior.variance(stds)))
+        for x in (
+            rewards,
+            jnp.sqrt(posterior.variance(stds)),
+            jnp.sqrt(posterior.variance(relative)),
+        )
     )
     none = np.full(len(posterior.mean), np.nan)
     differences = [x[0] - x[1] if len(x) > 1 else none for x in features]
@@ -197,9 +223,8 @@ def of_posterior(posterior: HeadPosterior, features: Features) -> list[Uncertain
     variances = posterior.variance(differences)
     p_chosen = expected_probability(differences @ posterior.mean, variances)
     of_pairs = (np.asarray(jnp.sqrt(variances)).tolist(), np.asarray(p_chosen).tolist())
-    return [
-        Uncertain(*numbers) for numbers in zip(rewards, stds, *of_pairs, strict=True)
-    ]
+    numbers = zip(rewards, stds, spreads, *of_pairs, strict=True)
+    return [Uncertain(*own) for own in numbers]
 
 
 def of_samples(samples: Samples) -> list[Uncertain]:
@@ -238,7 +263,14 @@ def _of_sample(sample: Float[np.ndarray, "T K"]) -> Uncertain:
         margins = sample[:, 0] - sample[:, 1]
         margin_std = float(margins.std())
         p_chosen = float(np.mean(expit(margins)))
-    return Uncertain(sample.mean(0), sample.std(0), margin_std, p_chosen)
+    spread = _relative(sample.T).std(1)
+    return Uncertain(sample.mean(0), sample.std(0), spread, margin_std, p_chosen)
+
+
+def _relative(values: Float[np.ndarray, "K n"]) -> Float[np.ndarray, "K n"]:
+    """Numbers of the answers to a prompt, less the mean of those that are known."""
+    known = np.isfinite(values).all(1)
+    return values - values[known].mean(0) if known.any() else values
 
 
 def _centered(samples: Samples) -> Samples:

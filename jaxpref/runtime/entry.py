@@ -4,7 +4,9 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -116,6 +118,9 @@ def explained(error: Exception, out: Path | None) -> tuple[str, int]:
     if isinstance(error, OSError):
         message = f"{error.filename or 'I/O'}: {error.strerror or error}"
         return message, 1 if error.errno in TRANSIENT else 2
+    if isinstance(error, subprocess.CalledProcessError):  # it has said why
+        command = error.cmd if isinstance(error.cmd, str) else shlex.join(error.cmd)
+        return f"the command failed: {command}", max(error.returncode, 1)
     what = f"{type(error).__name__}: {first_line(error)}"
     return f"unexpected {what}; {_log(error, out)}", 1
 

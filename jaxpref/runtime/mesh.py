@@ -196,6 +196,16 @@ def to_global(batch: Tree, mesh: jax.sharding.Mesh) -> Tree:
     )
 
 
+def from_whole(batch: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """Puts an `[A, R, ...]` batch that every process has whole on the devices."""
+    sharding = batch_sharding(mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda own: x[own])
+
+    return jax.tree.map(lambda x: place(np.asarray(x)), batch)
+
+
 def initialize_distributed() -> None:
     """Joins the other processes of this run, if the environment indicates any.
 

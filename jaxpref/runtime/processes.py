@@ -1,6 +1,7 @@
 """Helpers for multi-process runs: process-0-only work, broadcasts, and comparisons."""
 
 import collections
+import concurrent.futures
 import hashlib
 import json
 import socket
@@ -15,6 +16,10 @@ from jaxpref.errors import InputError, show, visible_line
 
 Result = TypeVar("Result")
 
+POLLING = 1.0
+"""Seconds between two questions whether process 0 is done."""
+OF_USER = "InputError: "
+"""Begins the messages of errors that the user can fix."""
 LONGEST_TEXT = 4000
 """Bytes of a text that process 0 sends to the others."""
 
@@ -54,16 +59,62 @@ def together(function: Callable[[], Result]) -> Result | None:
 
     Raises:
       InputError: on every process, if `function` raises one.
+      RuntimeError: on the others, if it raises anything else, which process 0 raises
+        again; a supervisor restarts them, as it may process 0.
     """
-    result, message = None, ""
+    result, failure, message = None, None, ""
     if jax.process_index() == 0:
         try:
             result = function()
-        except InputError as error:
-            message = str(error)
-    if message := broadcast_text(message):
-        raise InputError(message)
+        except (Exception, SystemExit) as error:  # else the others would wait forever
+            failure, message = error, _described(error)
+    message = broadcast_text(message)
+    if failure is not None:
+        raise failure
+    if message.startswith(OF_USER):
+        raise InputError(message.removeprefix(OF_USER))
+    if message:
+        raise RuntimeError(f"process 0: {message}")
     return result
+
+
+def _described(error: BaseException) -> str:
+    """An error's message: as it is for the user, else its type and first line."""
+    if isinstance(error, InputError):
+        return f"{OF_USER}{error}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def numbers_from_process_zero(
+    function: Callable[[], np.ndarray], count: int
+) -> np.ndarray:
+    """Calls `function` on process 0; all processes must call this.
+
+    It may take long: the other processes do not wait for it in one collective, which
+    would fail after half a minute on CPUs.
+
+    Args:
+      function: returns `count` numbers; called in a thread.
+      count: how many, on all processes.
+
+    Returns:
+      The numbers on every process, float64 [count] and exact.
+
+    Raises:
+      InputError: as `together`.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        future = pool.submit(function if jax.process_index() == 0 else lambda: None)
+        done = False
+        while not done:
+            concurrent.futures.wait([future], timeout=POLLING)
+            done = bool(broadcast_from_process_zero(np.int32(future.done())))
+        found = together(lambda: np.asarray(future.result(), np.float64))
+    if not count:
+        return np.zeros(0)
+    # As bytes, since jax would round float64.
+    sent = np.zeros(count, np.float64) if found is None else found
+    return broadcast_from_process_zero(sent.view(np.uint8)).view(np.float64)
 
 
 def broadcast_text(text: str) -> str:

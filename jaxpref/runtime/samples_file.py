@@ -1,4 +1,4 @@
-"""The answers of a run at its evaluations, `samples.jsonl`."""
+"""The answers of a run: `samples.jsonl`, and `eval_samples.jsonl`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,8 @@ from typing import Any
 from jaxpref.files import open_to_append, write_whole
 
 FILE = "samples.jsonl"
+EVAL_FILE = "eval_samples.jsonl"
+"""Answers to held-out prompts, if `FILE` has those that a run learns from."""
 
 
 def keep_before(path: Path, step: int) -> list[dict[str, Any]]:

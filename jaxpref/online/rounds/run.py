@@ -22,6 +22,8 @@ from jaxpref.runtime.processes import log
 
 SEEDS = 1000
 """How far apart the seeds of sampling are of two values of --seed."""
+OPTIMIZER = "--optimizer-from"
+"""The option of `jaxpref train` that --carry-optimizer adds."""
 Words = list[str]
 Run = Callable[[Words], None]
 """Runs a command, given as the words after `jaxpref`."""
@@ -100,11 +102,21 @@ def run(
             if stages.is_done(name, words):
                 continue
             log(f"{title}: {shown(words)}")
-            execute(list(words))
+            try:
+                execute(list(words))
+            except InputError as error:
+                raise InputError(in_own_options(str(error), config)) from error
             stages.done(name, words)
     summary = summarize(config, config.rounds)
     processes.together(lambda: write_json(out / "rounds.json", summary))
     return summary
+
+
+def in_own_options(message: str, config: RoundsConfig) -> str:
+    """A message of a command, with the option that the user gave of the rounds."""
+    if not config.carry_optimizer:
+        return message
+    return message.replace(f"{OPTIMIZER} ", "--carry-optimizer, from ")
 
 
 def shown(words: Sequence[str]) -> str:
@@ -166,7 +178,7 @@ def _optimizer_option(recipe: Recipe, config: RoundsConfig, n: int) -> Words:
     """The option by which a training starts with the previous round's optimizer."""
     if not (config.carry_optimizer and recipe.has_trained_before(n)):
         return []
-    return ["--optimizer-from", str(round_folder(Path(config.out), n - 1) / "policy")]
+    return [OPTIMIZER, str(round_folder(Path(config.out), n - 1) / "policy")]
 
 
 def _check_optimizer(recipe: Recipe, config: RoundsConfig) -> None:
@@ -177,11 +189,10 @@ def _check_optimizer(recipe: Recipe, config: RoundsConfig) -> None:
             f"--carry-optimizer: with --rounds {config.rounds}, no model is trained "
             "before the last round; pass more --rounds, or leave it out"
         )
-    own = "--optimizer-from"
-    if any(own in line for line in recipe.rounds if trains(line)):
+    if any(OPTIMIZER in line for line in recipe.rounds if trains(line)):
         raise InputError(
-            f"--carry-optimizer: the recipe {config.recipe} has {own} already; leave "
-            "one of the two out"
+            f"--carry-optimizer: the recipe {config.recipe} has {OPTIMIZER} already; "
+            "leave one of the two out"
         )
 
 
