@@ -69,6 +69,9 @@ class PreferenceBatch:
     positions: np.ndarray | None = None
     """int32 [A, R, Q, T] of packed rows: each token's position in prompt and answer.
     None in the padded layout, where it is the position in the sequence."""
+    source: np.ndarray | None = None
+    """int32 [A, R, S]; index of the file of each pair's record, by the dataset's column
+    of the same name.  None in batches that come from no dataset."""
     segments: np.ndarray | None = None
     """int32 [A, R, Q, T] of packed rows: (1 + K) * slot + part of each token (0 prompt,
     1 + k completion k, after any prompt of its own), -1 padding.  A completion attends
@@ -131,6 +134,7 @@ class SlotFields(TypedDict):
     weights: np.ndarray
     numbers: dict[str, np.ndarray]
     votes: np.ndarray | None
+    source: np.ndarray
 
 
 def slot_fields(
@@ -162,4 +166,5 @@ def slot_fields(
         "weights": take(dataset.weights),
         "numbers": {name: take(values) for name, values in dataset.numbers.items()},
         "votes": take(dataset.columns[VOTES]) if VOTES in dataset.columns else None,
+        "source": take(dataset.columns["source"]).astype(np.int32),
     }

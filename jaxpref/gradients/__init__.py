@@ -4,6 +4,6 @@ Pure functions on pytrees of jax arrays, from gradients to a gradient or to stat
 of it.  Models, traces, and training belong to other packages.
 """
 
-from jaxpref.gradients import bvpo
+from jaxpref.gradients import bvpo, min_norm
 
-__all__ = ["bvpo"]
+__all__ = ["bvpo", "min_norm"]

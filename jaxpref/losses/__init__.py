@@ -30,6 +30,7 @@ from jaxpref.losses import (
     _dynamic_beta,
     _dynamic_targets,
     _general_preference,
+    _goal_contrast,
     _ipo,
     _kl,
     _length,
@@ -45,6 +46,7 @@ from jaxpref.losses import (
     _sides,
     _symmetric,
     _token,
+    _token_advantages,
     _unpaired,
     _weights,
 )
@@ -60,6 +62,7 @@ from jaxpref.losses._divergence import *
 from jaxpref.losses._dynamic_beta import *
 from jaxpref.losses._dynamic_targets import *
 from jaxpref.losses._general_preference import *
+from jaxpref.losses._goal_contrast import *
 from jaxpref.losses._ipo import *
 from jaxpref.losses._kl import *
 from jaxpref.losses._length import *
@@ -75,12 +78,14 @@ from jaxpref.losses._sequence import *
 from jaxpref.losses._sides import *
 from jaxpref.losses._symmetric import *
 from jaxpref.losses._token import *
+from jaxpref.losses._token_advantages import *
 from jaxpref.losses._unpaired import *
 from jaxpref.losses._weights import *
 
 # Each file lists its own exports, so that adding a loss touches a single file.
 __all__: list[str] = []
 __all__ += _advantages.__all__
+__all__ += _token_advantages.__all__
 __all__ += _asymmetric.__all__
 __all__ += _batch.__all__
 __all__ += _calibration.__all__
@@ -92,6 +97,7 @@ __all__ += _divergence.__all__
 __all__ += _dynamic_beta.__all__
 __all__ += _dynamic_targets.__all__
 __all__ += _general_preference.__all__
+__all__ += _goal_contrast.__all__
 __all__ += _ipo.__all__
 __all__ += _kl.__all__
 __all__ += _length.__all__

@@ -11,6 +11,7 @@ from jaxpref.models.adapter_tensors import together
 from jaxpref.models.config_json import ConfigFields
 from jaxpref.models.families.family import StoredArray
 from jaxpref.models.lora import Lora, matrices, module_name
+from jaxpref.models.reward_head import HIDDEN, LAST
 
 CONFIG = "adapter_config.json"
 HARMLESS = frozenset(
@@ -68,7 +69,7 @@ def read_adapter_config(fields: ConfigFields) -> AdapterConfig:
             re.compile(pattern)
         except re.error:
             raise InputError(
-                f"{fields.source}: field alpha_pattern: {pattern!r} is no pattern"
+                f"{fields.source}: field alpha_pattern: {pattern!r} is not a pattern"
             ) from None
         if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
             raise InputError(
@@ -106,6 +107,10 @@ def adapter_fields(
     """
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     module = lambda name: module_name(name) if name.stacked else name.template[:-7]
+    # `peft` wraps the head as one module, whatever its layers.
+    saved = lambda path: (
+        LAST if path in (LAST, HIDDEN) else module(family.tensors[path])
+    )
     fused = {
         module_name(arrays[paths[0]].name): len(paths)
         for paths in together(lora, arrays)
@@ -123,7 +128,7 @@ def adapter_fields(
         "alpha_pattern": {name: scale(n) for name, n in fused.items()},
         "fan_in_fan_out": any(arrays[p].name.input_major for p in lora.adapted),
         "target_modules": _target_modules(lora, family),
-        "modules_to_save": [module(family.tensors[p]) for p in lora.whole] or None,
+        "modules_to_save": list(dict.fromkeys(map(saved, lora.whole))) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": lora.dora,

@@ -32,6 +32,7 @@ from jaxpref.models.adapter_tensors import (
 )
 from jaxpref.models.config_json import ConfigFields
 from jaxpref.models.families.family import StoredArray, join
+from jaxpref.models.folder_config import write_adapter_head
 from jaxpref.models.lora import Lora, factor_shapes, matrices
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.stored import gathered
@@ -129,6 +130,8 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         fields = adapter_fields(lora, family, arrays, base, reward)
         write_json(folder / CONFIG, fields)
+        if reward:
+            write_adapter_head(folder, model.architecture, model.head)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         # The library creates files that only their owner can read.
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)

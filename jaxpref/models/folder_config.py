@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jaxpref.errors import InputError
-from jaxpref.files import RUN, kind_of, read_json
+from jaxpref.files import RUN, kind_of, read_json, write_json
 from jaxpref.models import families
 from jaxpref.models.architecture import Architecture
 from jaxpref.models.config_json import HARMLESS, ConfigFields
@@ -39,7 +39,7 @@ def architecture_from_fields(
     family = supported.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise InputError(
-            f"{source}: field model_type is {model_type!r}; supported are "
+            f"{source}: field model_type is {model_type!r}; supported: "
             f"{', '.join(sorted(supported))}"
         )
     if fields.get("quantization_config") is not None:
@@ -87,18 +87,42 @@ HEAD_FIELD = "reward_head"
 of the head, and the temperature of an embedding."""
 
 
+HEAD_FILE = "reward_head.json"
+"""In the folder of a reward model's adapter: the same fields for the head that it
+holds.  `peft` writes no such file; the head is then of the kind that the base has."""
+
+
 def read_head(folder: str | Path) -> Head:
-    """The head of the reward model in a folder.
+    """The head of the reward model in a folder; see `head_from_fields`.
+
+    Raises:
+        InputError: if config.json cannot be read, or describes no head.
+    """
+    path = Path(folder) / "config.json"
+    return head_from_fields(read_json(path), path)
+
+
+def read_adapter_head(folder: str | Path) -> Head | None:
+    """The head in the folder of a reward model's adapter; None if it names none.
+
+    Raises:
+        InputError: if reward_head.json cannot be read, or describes no head.
+    """
+    path = Path(folder) / HEAD_FILE
+    return head_from_fields(read_json(path), path) if path.exists() else None
+
+
+def head_from_fields(values: dict[str, Any], path: Path) -> Head:
+    """The head that the fields of a JSON file describe.
 
     Several labels (`id2label`) are the names of attributes, unless `reward_head` says
     that the numbers are an embedding.  A single label, whatever its name, is a reward,
     unless `reward_head` says that it is a rating.
 
     Raises:
-        InputError: if config.json cannot be read, or describes no head.
+        InputError: if they describe none; messages name `path`.
     """
-    path = Path(folder) / "config.json"
-    fields = ConfigFields(read_json(path), str(path))
+    fields = ConfigFields(values, str(path))
     own = ConfigFields(fields.read(HEAD_FIELD, dict, {}), f"{path}: {HEAD_FIELD}")
     labels = fields.read("id2label", dict, {})
     try:
@@ -119,6 +143,14 @@ def read_head(folder: str | Path) -> Head:
     if temperature:
         return Head(layers, embedding=len(names), temperature=temperature)
     return Head(layers, attributes=names if len(names) > 1 or rating else ())
+
+
+def write_adapter_head(folder: Path, architecture: Architecture, head: Head) -> None:
+    """Describes the head in the folder of a reward model's adapter."""
+    fields = head_to_fields(architecture, head)
+    names = "id2label", HEAD_FIELD
+    own = {name: fields[name] for name in names if name in fields}
+    write_json(folder / HEAD_FILE, own)
 
 
 def head_to_fields(architecture: Architecture, head: Head) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def resolve_folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=_WANTED))
     except Exception as error:
         raise InputError(
-            f"{model}: no such folder, and no such model on the Hugging Face Hub "
+            f"{model}: no such folder, and not downloaded from the Hugging Face Hub "
             f"({first_line(error)})"
         ) from error
 

@@ -68,7 +68,7 @@ class RewardModel:
         backbone = without_head(params)
         return self.backbone.hidden(backbone, tokens, positions, segments, lengths)
 
-    def numbers_and_router(
+    def states_and_router(
         self,
         params: Params,
         tokens: Int[Array, "B T"],
@@ -77,8 +77,8 @@ class RewardModel:
         segments: Segments | None = None,
         *,
         counted: Float[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B P N"], RouterSums | None]:
-        """The head's numbers at positions `places`, float32 (float64 for float64).
+    ) -> tuple[Float[Array, "B P D"], RouterSums | None]:
+        """The final hidden states at positions `places`, which the head reads.
 
         Rows are padded on the right, or packed; see `Model.hidden`.  For what the
         routers did, see `Model.hidden_and_heads`.
@@ -86,8 +86,7 @@ class RewardModel:
         hidden, router = self.backbone.hidden_and_router(
             without_head(params), tokens, positions, segments, counted=counted
         )
-        states = _take(hidden, reshard(places, SPECS.tokens))
-        return self.head(params, states), router
+        return _take(hidden, reshard(places, SPECS.tokens)), router
 
     def rewards(
         self, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
@@ -96,7 +95,8 @@ class RewardModel:
 
         A sequence of length 0 gets the score of its first position.
         """
-        return self.numbers_and_router(params, tokens, _ends(lengths))[0][:, 0, 0]
+        states, _ = self.states_and_router(params, tokens, _ends(lengths))
+        return self.head(params, states)[:, 0, 0]
 
 
 def reward_model(folder: str | Path, numerics: Numerics = FLOAT32) -> RewardModel:
@@ -108,17 +108,16 @@ def reward_model(folder: str | Path, numerics: Numerics = FLOAT32) -> RewardMode
     return RewardModel(read_architecture(folder), numerics, read_head(folder))
 
 
-def check_one_reward(folder: str | Path, flag: str) -> None:
+def check_one_reward(head: Head, flag: str) -> None:
     """Refuses a reward model that gives ratings or embeddings instead of one reward.
 
     Args:
-        folder: its folder.
+        head: its head.
         flag: the option that names it, and its value, for the message.
 
     Raises:
-        InputError: if that is what it gives, or its config.json cannot be read.
+        InputError: if that is what it gives.
     """
-    head = read_head(folder)
     if head.score != "rewards":
         what = "a vector that scores pairs of answers"
         if head.attributes:

@@ -100,6 +100,15 @@ class Head:
             found[HIDDEN] = draw(jax.random.fold_in(key, 1), features)
         return found
 
+    def inputs(
+        self, params: Any, states: Float[Array, "B P D"]
+    ) -> Float[Array, "B P D"]:
+        """What W multiplies: the states themselves, or silu(h V)."""
+        if HIDDEN not in self.paths:
+            return states
+        inner = jax.nn.silu(_product(states, params[HIDDEN]))
+        return inner.astype(states.dtype)
+
     def __call__(
         self, params: Any, states: Float[Array, "B P D"]
     ) -> Float[Array, "B P N"]:
@@ -107,10 +116,7 @@ class Head:
 
         The factors of the products are in the dtype of `states`.
         """
-        if HIDDEN in self.paths:
-            inner = jax.nn.silu(_product(states, params[HIDDEN]))
-            states = inner.astype(states.dtype)
-        numbers = _product(states, params[LAST])
+        numbers = _product(self.inputs(params, states), params[LAST])
         if not self.embedding:
             return numbers
         # A state of zeros, as of padding, has no direction: it stays zero.

@@ -17,14 +17,14 @@ from jaxpref.models.adapter_files import WEIGHTS
 from jaxpref.models.adapter_tensors import module_arrays, prefixed
 from jaxpref.models.config_json import ConfigFields
 from jaxpref.models.families.family import StoredArray, join
+from jaxpref.models.folder_config import write_adapter_head
 from jaxpref.models.layout import reshard
 from jaxpref.models.reward import RewardModel
+from jaxpref.models.reward_head import LAST
 from jaxpref.models.soft_prompt import MOST, PROMPT
 from jaxpref.models.stored import gathered
 from jaxpref.models.tensor_files import open_file
 
-HEAD_PATH = "score"
-"""The path of a reward model's head, which is trained beside its soft prompt."""
 KIND = "PROMPT_TUNING"
 TENSOR = "prompt_embeddings"
 HARMLESS = frozenset(
@@ -70,8 +70,8 @@ def load_soft_prompt(folder: Path, model: Any) -> dict[str, jax.Array]:
     """
     shapes = {TENSOR: [soft_prompt_length(folder), model.architecture.hidden_size]}
     head = _head(model)
-    if head is not None:
-        shapes[head.name.template] = list(head.stored_shape)
+    for array in head.values():
+        shapes[array.name.template] = list(array.stored_shape)
     stored = open_file(Path(folder) / WEIGHTS)
     if {name: stored[name].get_shape() for name in stored} != shapes:
         expected = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -84,22 +84,22 @@ def load_soft_prompt(folder: Path, model: Any) -> dict[str, jax.Array]:
         if not np.isfinite(value).all():
             raise InputError(f"{folder}: tensor {name} holds NaN or infinite values")
     found = {PROMPT: values[TENSOR]}
-    if head is not None:
-        whole = (slice(None),) * len(head.inner)
-        found[HEAD_PATH] = head.read(values[head.name.template], whole)
+    for path, array in head.items():
+        whole = (slice(None),) * len(array.inner)
+        found[path] = array.read(values[array.name.template], whole)
     dtype = jnp.dtype(model.numerics.param_dtype)
     placed = lambda x: reshard(jnp.asarray(x, dtype), P(None, None))
     return {path: placed(x) for path, x in found.items()}
 
 
-def _head(model: Any) -> StoredArray | None:
-    """Where `peft` stores the head of a reward model; None for a language model."""
+def _head(model: Any) -> dict[str, StoredArray]:
+    """Where `peft` stores the head of a reward model; nothing for a language model."""
     if not isinstance(model, RewardModel):
-        return None
+        return {}
     tree = jax.eval_shape(model.init, jax.random.key(0))
     # With prompt tuning, `peft` puts no module of its own between itself and the model.
     arrays = module_arrays(model.architecture.family, tree)
-    return prefixed(arrays[HEAD_PATH], "base_model.")
+    return {path: prefixed(arrays[path], "base_model.") for path in model.head.paths}
 
 
 def save_soft_prompt(
@@ -112,8 +112,8 @@ def save_soft_prompt(
     """
     a, head = model.architecture, _head(model)
     tensors = {TENSOR: gathered(trained[PROMPT])}
-    if head is not None:
-        tensors[head.name.template] = join([(head, gathered(trained[HEAD_PATH]))])
+    for path, array in head.items():
+        tensors[array.name.template] = join([(array, gathered(trained[path]))])
     for name, value in tensors.items():
         with np.errstate(over="ignore"):
             tensors[name] = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
@@ -125,8 +125,8 @@ def save_soft_prompt(
         return
     fields = {
         "peft_type": KIND,
-        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
-        "modules_to_save": None if head is None else [HEAD_PATH],
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "modules_to_save": [LAST] if head else None,
         "base_model_name_or_path": base,
         "num_virtual_tokens": len(tensors[TENSOR]),
         "token_dim": a.hidden_size,
@@ -139,6 +139,8 @@ def save_soft_prompt(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, fields)
+        if head:
+            write_adapter_head(folder, a, model.head)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         # The library creates files that only their owner can read.
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)

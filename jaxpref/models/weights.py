@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
+from jaxpref.errors import InputError
 from jaxpref.files import read_json
 from jaxpref.models.adapter_config import CONFIG
 from jaxpref.models.adapter_files import load_adapter
-from jaxpref.models.folder_config import is_reward_model, read_head
+from jaxpref.models.folder_config import is_reward_model, read_adapter_head, read_head
 from jaxpref.models.hub import resolve_folder
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized
@@ -70,6 +71,37 @@ def resolve_weights(
     return Weights(resolve_folder(model), folder, quantization)
 
 
+def model_or_adapter(name: str) -> Weights:
+    """The weights of a model, or of an adapter and the base that its config names.
+
+    Args:
+        name: a folder or Hub ID.
+
+    Raises:
+        InputError: if it or its base cannot be found, if it is an adapter that names
+            no base, or if it holds both a model and an adapter.
+    """
+    folder = resolve_folder(name)
+    if not (path := folder / CONFIG).exists():
+        return Weights(folder)
+    # Some tools store the base's config.json beside the adapter.
+    if model := sorted(folder.glob("model*.safetensors")):
+        raise InputError(
+            f"{folder}: holds a model ({model[0].name}) and an adapter ({CONFIG}); "
+            "move one of them to a folder of its own"
+        )
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"{path}: field base_model_name_or_path is {base!r}; write the folder or "
+            "Hub ID of the model that the adapter belongs to into it"
+        )
+    try:
+        return Weights(resolve_folder(base), folder)
+    except InputError as error:
+        raise InputError(f"{path}: field base_model_name_or_path: {error}") from None
+
+
 def is_reward(weights: Weights) -> bool:
     """Whether these are a reward model, which the base alone need not be.
 
@@ -78,21 +110,28 @@ def is_reward(weights: Weights) -> bool:
     """
     if weights.saved is not None and weights.saved.is_reward:
         return True
-    if weights.adapter is not None:
-        if read_json(weights.adapter / CONFIG).get("task_type") == "SEQ_CLS":
-            return True
-    return is_reward_model(weights.folder)
+    return _adapts_reward_model(weights) or is_reward_model(weights.folder)
 
 
 def head_of(weights: Weights) -> Head:
-    """The head of a reward model: that of the folder, or one of a single reward.
+    """The head of a reward model: the one that the adapter names, or the folder's.
 
-    Adapters and checkpoints with other heads are refused where they are read.
+    A language model's is that of a single reward.  Checkpoints with other heads are
+    refused where they are read.
 
     Raises:
-        InputError: if the folder's config.json cannot be read.
+        InputError: if a folder's description of it cannot be read.
     """
+    if weights.adapter is not None and _adapts_reward_model(weights):
+        if (own := read_adapter_head(weights.adapter)) is not None:
+            return own
     if not is_reward_model(weights.folder):
         return Head()
     head = read_head(weights.folder)
     return head if weights.saved is None else Head(head.layers)
+
+
+def _adapts_reward_model(weights: Weights) -> bool:
+    if weights.adapter is None:
+        return False
+    return read_json(weights.adapter / CONFIG).get("task_type") == "SEQ_CLS"

@@ -9,6 +9,9 @@ from jaxpref.objectives.corrected import forward as forward
 from jaxpref.objectives.corrected import unbiased as unbiased
 from jaxpref.objectives.degrees import spo as spo
 from jaxpref.objectives.distillation import align_distil as align_distil
+from jaxpref.objectives.goal_contrast import (
+    goal_contrast as goal_contrast,
+)
 from jaxpref.objectives.hypo import hypo as hypo
 from jaxpref.objectives.inputs import Inputs as Inputs
 from jaxpref.objectives.instance_noise import instance_noise as instance_noise
@@ -19,12 +22,14 @@ from jaxpref.objectives.learned_noise import re_po as re_po
 from jaxpref.objectives.lists import irpo as irpo
 from jaxpref.objectives.lists import lipo_lambda as lipo_lambda
 from jaxpref.objectives.lists import plackett_luce as plackett_luce
+from jaxpref.objectives.more import more as more
 from jaxpref.objectives.objective import GradientProbe as GradientProbe
 from jaxpref.objectives.objective import Objective as Objective
 from jaxpref.objectives.objective import from_loss as from_loss
 from jaxpref.objectives.objective import trainable as trainable
 from jaxpref.objectives.policy_gradient import dapo as dapo
 from jaxpref.objectives.policy_gradient import dr_grpo as dr_grpo
+from jaxpref.objectives.policy_gradient import gpo_online as gpo_online
 from jaxpref.objectives.policy_gradient import grpo as grpo
 from jaxpref.objectives.policy_gradient import reinforce as reinforce
 from jaxpref.objectives.policy_gradient import rloo as rloo
@@ -64,8 +69,10 @@ WRAPPERS = (
     crm,
     em,
     em_weighted,
+    goal_contrast,
     instance_noise,
     learned_rate,
+    more,
     rationale,
     re_po,
     self_refine,
@@ -79,5 +86,8 @@ CORRECTIONS = (unbiased, forward)
 MIXTURES = (bvpo,)
 """`mix(objective, **options)`: gradients of groups of pairs, mixed."""
 
-SAMPLED = (dapo, dr_grpo, grpo, hypo, ppo_clip, reinforce, rloo, sppo_online)
+SAMPLED = (
+    *(dapo, dr_grpo, gpo_online, grpo, hypo, ppo_clip, reinforce, rloo),
+    sppo_online,
+)
 """`make(**options)`: learn from answers that are sampled in training."""

@@ -54,8 +54,8 @@ def auto(
     beta.  They stay smaller if the labels determine the flip rate poorly.
 
     During a warmup, no label is corrected: an untrained policy cannot tell a bias from
-    a preference.  Only the first pass over the pairs is used, because the policy has
-    seen the labels afterwards.
+    a preference.  Only the first pass over the pairs is used, because in later ones
+    the policy has already seen the labels.
 
     Metrics: `noise/model`, the description in use, from 0 (all correct) to 4 (both);
     `noise/log_odds_NAME`, its posterior log-odds against correct labels, nats;

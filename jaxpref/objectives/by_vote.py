@@ -50,6 +50,7 @@ def by_vote(scores: Any, batch: PreferenceBatch) -> Inputs:
         "completion_lengths": of_completions(batch.completion_lengths),
         "reference": {name: of_completions(x) for name, x in batch.reference.items()},
         "numbers": {name: flat(x) for name, x in batch.numbers.items()},
+        "source": None if batch.source is None else of_pairs(batch.source),
         **{x: flat(getattr(batch, x)) for x in ("is_flipped", "annotator", "weights")},
     }
     return Inputs(

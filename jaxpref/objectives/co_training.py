@@ -119,7 +119,7 @@ def crm(
         `jaxpref audit` or `em`.
       ramp_steps: optimizer steps until that share of the pairs is dropped, > 0; the
         published schedule takes three epochs.
-      peer_review: whether each model trains on the pairs that the other finds easy.
+      peer_review: each model trains on the pairs that the other finds easy.
       epoch_steps: optimizer steps of one pass over the pairs, for the curriculum; 0
         for none.
 

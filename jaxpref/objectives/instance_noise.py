@@ -46,7 +46,7 @@ def instance_noise(
     During a warmup, the rate is constant: for an untrained policy, every dependence of
     the labels on a feature looks like a bias (`jaxpref.noise.instance`).  Coefficients
     that the labels do not determine stay near their prior.  Only the first pass over
-    the pairs is used, because the policy has seen the labels afterwards.
+    the pairs is used, because later the policy has seen the labels.
 
     Metrics: `noise/flip_rate` with an interval, `noise/identified`, and
     `noise/flip_rate_spread`, the standard deviation over pairs; the posterior

@@ -35,7 +35,7 @@ def em(
     prior_wrong: float = 1.0,
     memory: float = 20_000.0,
 ) -> Objective:
-    """Online EM: reliabilities from soft counts, the policy by the Gibbs likelihood.
+    """Online EM: reliabilities from soft counts, and the Gibbs likelihood.
 
         w     = P(label right | margin, reliability of its annotator)
         loss  = -w log p - (1 - w) log(1 - p),    p = s(loss(swapped) - loss(pair))

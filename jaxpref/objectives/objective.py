@@ -31,6 +31,7 @@ from jaxpref.scoring.scores import (
     OF_HEADS,
     OF_SAMPLED_TOKENS,
     AnswerDegrees,
+    OfStates,
     Statistic,
     TokenMasks,
     TokenValues,
@@ -133,6 +134,9 @@ class Objective:
     from `losses` and the metrics of `learn`."""
     count: Callable[[PreferenceBatch], Array] = count_labels
     """What the sum of the losses is divided by."""
+    complete: Callable[[PreferenceBatch], PreferenceBatch] = lambda batch: batch
+    """Adds numbers that depend on the whole batch, but not on the parameters, such as
+    standardized advantages; before it is split into micro-batches."""
     weigh: Callable[[PreferenceBatch, State], Array] = unit_weights
     """`weigh(batch, state) -> [A, R, S]`; the weights of the pairs; of several votes,
     [A, R, S, V]."""
@@ -159,7 +163,7 @@ class Objective:
     statistics: tuple[Statistic, ...] = ()
     """Statistics of the logits of each token that it defines.  The score of the same
     name is their sum over a completion's tokens."""
-    heads: TokenMasks | AnswerDegrees | TokenValues | None = None
+    heads: TokenMasks | AnswerDegrees | TokenValues | OfStates = None
     """What it asks of a scorer besides the scores of every model; parts of it may be
     trained with the model."""
 

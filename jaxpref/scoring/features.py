@@ -10,12 +10,12 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import RewardModel
 from jaxpref.models.layout import SPECS, on_mesh, reshard
 from jaxpref.scoring.scorer import Params
-from jaxpref.scoring.scores import Scored, flat_sequences, last_places, packing
+from jaxpref.scoring.scores import Scored, ends, flat_sequences, packing
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureScorer:
-    """The last hidden state of each completion of packed rows, as `features`."""
+    """The last hidden state of each completion, as `features`."""
 
     model: RewardModel
 
@@ -23,10 +23,8 @@ class FeatureScorer:
         """The score `features` [R, S, K, D], float32; 0 where there is no token."""
         del frozen
         rows, slots, sides = batch.completion_lengths.shape
-        packed = packing(batch)
-        places = last_places(packed["segments"], slots=slots, sides=sides)
-        tokens = flat_sequences(batch, batch.tokens)
-        hidden = self.model.hidden(params, tokens, **packed)
+        places, tokens = ends(batch), flat_sequences(batch, batch.tokens)
+        hidden = self.model.hidden(params, tokens, **packing(batch))
         at = reshard(jnp.maximum(places, 0), SPECS.tokens)
         # Under vmap, a gather within a row needs no sharding annotation.
         states = jax.vmap(lambda of_row, i: of_row[i])(hidden, at)

@@ -13,17 +13,25 @@ from jaxpref.models import Architecture, Model
 from jaxpref.models.weights import Weights
 from jaxpref.scoring.degrees import DegreeHead
 from jaxpref.scoring.scorer import ExportOptions, Frozen, Params, Scorer
-from jaxpref.scoring.scores import AnswerDegrees, Scored, TokenMasks, TokenValues
+from jaxpref.scoring.scores import (
+    AnswerDegrees,
+    OfStates,
+    Scored,
+    TokenMasks,
+    TokenValues,
+)
 from jaxpref.scoring.token_masks import ActivationMasks, LearnedMasks
 from jaxpref.scoring.values import ValueHead
 
-Asked = TokenMasks | AnswerDegrees | TokenValues | None
+OfPolicy = TokenMasks | AnswerDegrees | TokenValues | None
+"""What an objective may ask of the scorer of a policy."""
+Asked = OfPolicy | OfStates
 """What an objective may ask of a scorer."""
 TrainedHeads = LearnedMasks | DegreeHead | ValueHead
 """Heads with parameters."""
 
 
-def heads_of(asked: Asked) -> ActivationMasks | TrainedHeads | None:
+def heads_of(asked: OfPolicy) -> ActivationMasks | TrainedHeads | None:
     """How what an objective asks for is computed."""
     match asked:
         case None:

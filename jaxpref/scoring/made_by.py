@@ -12,7 +12,7 @@ SCORED_BY = (
     "losses/_diagnostics.py",
     "losses/_sequence.py",
     "models/**/*.py",
-    "scoring/[dfht]*.py",
+    "scoring/[dfght]*.py",
     "scoring/*scorer.py",
     "scoring/micro_batches.py",
     "scoring/score[_s]*.py",

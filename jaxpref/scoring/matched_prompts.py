@@ -121,8 +121,8 @@ def prompt_weights(
     for name, number in zip(("undesirable", "desirable"), several.tolist()):
         if number < FOLDS:
             raise InputError(
-                f"--loss.udm: {number} prompts have {name} answers, which are too few "
-                f"to tell their distribution; at least {FOLDS} are needed, or leave "
+                f"--loss.udm: {number} prompts have {name} answers, too few to "
+                f"estimate their distribution; at least {FOLDS} are needed, or leave "
                 "--loss.udm out"
             )
     step, params = make_prompt_step(model), load_weights(start, model)

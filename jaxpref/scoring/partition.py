@@ -20,7 +20,6 @@ from jaxpref.models.partition import Partition, part_of
 from jaxpref.models.paths import by_path, nested
 from jaxpref.models.quantized import Quantization
 from jaxpref.models.quantized_files import load_quantized, quantized_at_random
-from jaxpref.models.reward_head import Head
 from jaxpref.models.soft_prompt import SoftPrompt
 from jaxpref.models.soft_prompt_files import (
     load_soft_prompt,
@@ -167,7 +166,8 @@ class PartitionScorer:
             whole = self.partition.join(params, base, dropout=self.dropout, key=key)
         else:
             whole = self.partition.join(params, base)
-        return self.one(whole, models, batch, totals=totals, **heads)
+        read = models | {name: frozen[name] for name in ("step",) if name in frozen}
+        return self.one(whole, read, batch, totals=totals, **heads)
 
     def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
         """See `Scorer`."""
@@ -204,9 +204,7 @@ class PartitionScorer:
         stored: Any = stored_params(options.source, model)
         whole = self.partition.exported(params, stored)
         save_model(model, whole, folder, options)
-        # `peft` has no place for other heads, and ours is in the whole model.
-        rewards = isinstance(model, RewardModel)
-        if isinstance(self.partition, Lora) and (not rewards or model.head == Head()):
+        if isinstance(self.partition, Lora):
             save_adapter(
                 beside,
                 self.partition,
@@ -214,7 +212,7 @@ class PartitionScorer:
                 params,
                 base=options.name,
                 dtype=options.dtype,
-                reward=rewards,
+                reward=isinstance(model, RewardModel),
             )
 
 
@@ -233,7 +231,7 @@ class Trained:
     reference: Weights | None = None
     """The reference, or None."""
     seed: int = 0
-    """Seed of the dropout."""
+    """Seed of what train steps draw: the dropout, and tokens for `GoalStates`."""
 
     def __call__(self, one: PolicyScorer | RewardScorer) -> Scorer:
         """The scorer, from that of the whole model.
@@ -241,6 +239,8 @@ class Trained:
         Raises:
           InputError: if the model has no such parts.
         """
+        if isinstance(one, RewardScorer):
+            one = dataclasses.replace(one, seed=self.seed)
         partition = self.partition(one.model)
         if partition is None:
             return one
@@ -265,7 +265,7 @@ class Trained:
         """What is trained; None for everything."""
         head = model.head.paths if isinstance(model, RewardModel) else ()
         if length := len(self.soft_prompt) or soft_prompt_length(self.start.adapter):
-            self._check_soft_prompt(model)
+            self._check_soft_prompt()
             return SoftPrompt(length, self.soft_prompt, head)
         if (adapter := self.start.adapter) is not None:
             if self.lora.rank is not None:
@@ -296,12 +296,7 @@ class Trained:
             )
         return lora
 
-    def _check_soft_prompt(self, model: Model | RewardModel) -> None:
-        if isinstance(model, RewardModel) and model.head != Head():
-            raise InputError(
-                "--soft-prompt: is written with a linear head of one reward only; "
-                "train the weights, or adapters with --lora.rank"
-            )
+    def _check_soft_prompt(self) -> None:
         others = {
             "--adapter": self.start.adapter if self.soft_prompt else None,
             "--lora.rank": self.lora.rank,
@@ -327,8 +322,10 @@ def frozen_parts(frozen: Frozen) -> dict[str, Any]:
 
 
 def in_training(frozen: Frozen, step: Int[Array, ""]) -> Frozen:
-    """What a scorer reads in a train step: with dropout, also the number of the step.
+    """What a scorer reads in a train step: what is frozen, and the step's number.
 
-    All other passes, such as those of evaluations, drop nothing.
+    The number is there in every train step, also without dropout, and in no other
+    pass.  So it says that the pass is one of training, in which scorers drop inputs of
+    adapters and compute what an objective asks of hidden states.
     """
     return {**frozen, "step": step}

@@ -1,13 +1,13 @@
 """The head of the reward model that a run trains."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxpref.data.columns import rated
 from jaxpref.errors import InputError
-from jaxpref.models.folder_config import is_reward_model, read_head
 from jaxpref.models.reward_head import Head, HeadOptions
+from jaxpref.models.weights import Weights, is_reward
+from jaxpref.models.weights import head_of as head_of_weights
 from jaxpref.scoring.scores import OF_HEADS, scores_read
 
 EMBEDDING = 6
@@ -18,7 +18,7 @@ def head_of(
     reads: Sequence[str],
     hyperparameters: Mapping[str, Any],
     options: HeadOptions,
-    folder: Path | None = None,
+    weights: Weights | None = None,
 ) -> Head | None:
     """The head that an objective trains; None if it trains a language model.
 
@@ -26,7 +26,8 @@ def head_of(
       reads: the names of what the objective reads.
       hyperparameters: its hyperparameters; those of a loss that it wraps are in "loss".
       options: the options of the user.
-      folder: the initial model.  If it is a reward model, its own head is trained on.
+      weights: the initial model, and maybe an adapter.  If they are a reward model, its
+        own head is trained on.
 
     Raises:
       InputError: if an option does not fit the objective or the initial model.
@@ -46,11 +47,12 @@ def head_of(
             "have a size; leave it out"
         )
     start = None
-    if folder is not None and is_reward_model(folder):
-        start = read_head(folder)
+    name = "" if weights is None else str(weights.adapter or weights.folder)
+    if weights is not None and is_reward(weights):
+        start = head_of_weights(weights)
         if options.kind not in (None, start.layers):
             raise InputError(
-                f"--head.kind {options.kind}: the head of {folder} is {start.layers}, "
+                f"--head.kind {options.kind}: the head of {name} is {start.layers}, "
                 "and is trained on; leave it out, or start from a language model"
             )
     layers = options.kind or (start.layers if start else "linear")
@@ -63,7 +65,7 @@ def head_of(
     else:
         wanted = Head(layers, rated(reads))
     if start is not None:
-        _check_start(wanted, start, str(folder))
+        _check_start(wanted, start, name)
     return wanted
 
 

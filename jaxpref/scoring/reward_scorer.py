@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel
 from jaxpref.models.folder import load_params
 from jaxpref.models.layout import on_mesh
 from jaxpref.models.weights import Weights
+from jaxpref.scoring.goal_states import goal_places, goal_states
 from jaxpref.scoring.scorer import (
     ExportOptions,
     Frozen,
@@ -24,9 +25,12 @@ from jaxpref.scoring.scorer import (
     with_numerics,
 )
 from jaxpref.scoring.scores import (
+    GoalStates,
+    HeadInputs,
+    OfStates,
     Scored,
+    ends,
     flat_sequences,
-    last_places,
     packing,
 )
 from jaxpref.sharding import ROWS
@@ -39,6 +43,10 @@ class RewardScorer:
     """A reward model, whose head is read at the last token of each completion."""
 
     model: RewardModel
+    asked: OfStates = None
+    """What an objective reads in training besides the head's numbers; see `Scored`."""
+    seed: int = 0
+    """Seed of the tokens that are drawn for `GoalStates`."""
 
     def init(self, key: PRNGKeyArray) -> Params:
         """See `Scorer`."""
@@ -78,30 +86,29 @@ class RewardScorer:
         *,
         totals: Collection[str] = (),
     ) -> Scored:
-        """See `Scorer`."""
-        del frozen
-        rows, slots, sides = batch.completion_lengths.shape
-        flat = lambda array: flat_sequences(batch, array)
-        packed = packing(batch)
-        if (segments := packed["segments"]) is None:
-            # A sequence ends with its completion, one position after the state that
-            # predicts its last token.
-            last = jnp.where(flat(batch.completions) >= 0, flat(batch.predictors), -2)
-            places = jnp.max(last, axis=-1, keepdims=True) + 1
-        else:
-            places = last_places(segments, slots=slots, sides=sides)
-        numbers, router = self.model.numbers_and_router(
+        """See `Scorer`; with what is asked in a train step, see `in_training`."""
+        last_places = places = ends(batch)
+        asked = self.asked if self.asked and "step" in frozen else None
+        if isinstance(asked, GoalStates):
+            draws = dict(count=asked.count, seed=self.seed)
+            drawn = goal_places(batch, last_places, frozen["step"], **draws)
+            places = jnp.concatenate([last_places, drawn], axis=1)
+        states, router = self.model.states_and_router(
             params,
-            flat(batch.tokens),
+            flat_sequences(batch, batch.tokens),
             places,
-            **packed,
+            **packing(batch),
             counted=counted_tokens(batch, totals),
         )
-        numbers = jnp.where((places >= 0)[..., None], numbers, 0)
-        shape = (rows, slots, sides, numbers.shape[-1])
-        numbers = jnp.reshape(numbers, shape, out_sharding=on_mesh(ANSWERS))
-        name = self.model.head.score
-        found = {name: numbers[..., 0] if name == "rewards" else numbers}
+        count = last_places.shape[1]
+        last, head = states[:, :count], self.model.head
+        of_answers = lambda values: _of_answers(values, last_places, batch)
+        numbers = of_answers(head(params, last))
+        found = {head.score: numbers[..., 0] if head.score == "rewards" else numbers}
+        if isinstance(asked, HeadInputs):
+            found["head_inputs"] = of_answers(head.inputs(params, last))
+        if isinstance(asked, GoalStates):
+            found |= goal_states(batch, states[:, count:], count=asked.count)
         return Scored(found, totals_of(router))
 
     def policy(self, params: Params, frozen: Frozen) -> tuple[Model, Params]:
@@ -126,3 +133,12 @@ class RewardScorer:
     def export(self, params: Params, folder: Path, options: ExportOptions) -> None:
         """See `Scorer`."""
         save_model(self.model, params, folder, options)
+
+
+def _of_answers(
+    values: Float[Array, "rows C N"], ends: Int[Array, "rows C"], batch: PreferenceBatch
+) -> Float[Array, "R S K N"]:
+    """Values at the ends of answers, by answer; 0 where there is none."""
+    values = jnp.where((ends >= 0)[..., None], values, 0)
+    shape = (*batch.completion_lengths.shape, values.shape[-1])
+    return jnp.reshape(values, shape, out_sharding=on_mesh(ANSWERS))

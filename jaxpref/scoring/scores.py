@@ -213,6 +213,36 @@ class TokenValues:
         return frozenset({"policy_token_values"})
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadInputs:
+    """Asks the scorer of a reward model for what the last layer of its head multiplies.
+
+    With the gradients of the losses in the rewards, it gives those in the layer.
+    """
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The scores that it adds."""
+        return frozenset({"head_inputs"})
+
+
+@dataclasses.dataclass(frozen=True)
+class GoalStates:
+    """Asks the scorer of a reward model for states at random tokens of each answer."""
+
+    count: int
+    """N, draws of an earlier and a later token."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The scores that it adds; see `goal_states`."""
+        return frozenset({"source_states", "goal_states"})
+
+
+OfStates = HeadInputs | GoalStates | None
+"""What an objective may ask of the scorer of a reward model.  These scores are vectors,
+too large to be stored, and are computed in train steps only."""
+
 NEED_REFERENCE_WEIGHTS = frozenset({"kls"})
 """Scores that need the reference's full distributions, which cannot be stored."""
 
@@ -311,6 +341,24 @@ def last_tokens(owners: Int[Array, "*rows P"]) -> Int[Array, "*rows P"]:
     padding = [(0, 0)] * (owners.ndim - 1) + [(0, 1)]
     following = jnp.pad(owners[..., 1:], padding, constant_values=-1)
     return jnp.where(owners == following, -1, owners)
+
+
+def ends(batch: PreferenceBatch) -> Int[Array, "sequences places"]:
+    """The place of the last token of each completion in its sequence; -1 for none.
+
+    Of packed rows, those of all completions [R, S K]; of padded ones, whose sequences
+    have one completion each, [R K, 1].
+    """
+    _, slots, sides = batch.completion_lengths.shape
+    segments = packing(batch)["segments"]
+    if segments is not None:
+        return last_places(segments, slots=slots, sides=sides)
+    # A sequence ends with its completion, one position after the state that predicts
+    # its last token.
+    owners, predictors = (
+        flat_sequences(batch, x) for x in (batch.completions, batch.predictors)
+    )
+    return jnp.max(jnp.where(owners >= 0, predictors, -2), axis=-1, keepdims=True) + 1
 
 
 def flat_sequences(

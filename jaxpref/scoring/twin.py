@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import cast
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -11,7 +12,13 @@ from jaxpref.data.batch import PreferenceBatch
 from jaxpref.models import Model, RewardModel
 from jaxpref.models.logprobs import Statistic
 from jaxpref.models.weights import Weights
-from jaxpref.scoring.heads import Asked, HeadScorer, TrainedHeads, heads_of
+from jaxpref.scoring.heads import (
+    Asked,
+    HeadScorer,
+    OfPolicy,
+    TrainedHeads,
+    heads_of,
+)
 from jaxpref.scoring.reward_scorer import RewardScorer
 from jaxpref.scoring.scorer import (
     ExportOptions,
@@ -20,7 +27,7 @@ from jaxpref.scoring.scorer import (
     PolicyScorer,
     Scorer,
 )
-from jaxpref.scoring.scores import Scored, computed_scores
+from jaxpref.scoring.scores import OfStates, Scored, computed_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +135,10 @@ def make_scorer(
         model; see `partition`.
     """
     if isinstance(model, RewardModel):
-        scorer = trained(RewardScorer(model))
+        scorer = trained(RewardScorer(model, cast(OfStates, heads)))
     else:
         read = computed_scores(scores)
-        made = heads_of(heads)
+        made = heads_of(cast(OfPolicy, heads))
         scorer = trained(PolicyScorer(model, read, chunk_size, statistics, made))
         if isinstance(made, TrainedHeads):
             scorer = HeadScorer(scorer, made, model.architecture)

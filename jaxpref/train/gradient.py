@@ -47,8 +47,8 @@ def gradient(
     """
     if objective.probe is not None:
         state = probed(objective.probe, objective, score, params, batch, state)
-    weights = objective.weigh(batch, state)
-    batch = dataclasses.replace(batch, weights=weights)
+    batch = objective.complete(batch)
+    batch = dataclasses.replace(batch, weights=objective.weigh(batch, state))
     unless_empty = skipping_empty(batch)
     ahead = None
     if (objective.couples or objective.penalties) and len(batch.pair_index) > 1:

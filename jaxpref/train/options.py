@@ -23,7 +23,7 @@ class SourceOptions:
     """What a run reads, and where it writes."""
 
     model: str
-    """Folder of a Hugging Face model, or the id of one to download from the hub."""
+    """Hugging Face model folder, or a Hub ID."""
     data: str | tuple[str, ...]
     """Preference data: a file, a folder of files, or a dataset on the Hub.  Several may
     be given, with or without weights: A.jsonl:0.7 B.jsonl:0.3.  See docs/data.md."""
@@ -84,7 +84,7 @@ class StepOptions:
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(
                 f"--epochs {self.epochs} and --max-steps {self.max_steps}: both set "
-                "the length of the run; give one of them"
+                "the length of the run; give only one of them"
             )
         if isinstance(self.row_length, int):
             if not 1 <= self.row_length <= LONGEST_ROW:

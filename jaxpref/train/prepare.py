@@ -60,14 +60,14 @@ def prepare(
     if config.row_length == "none":
         check_rows(config.batch_size, config.accumulation, mesh)
     folder = resolve_folder(config.model)
-    head = head_of(objective.reads, objective.options, config.head, folder)
+    start = resolve_weights(config.model, config.adapter, config.lora.base)
+    head = head_of(objective.reads, objective.options, config.head, start)
     rewards = head is not None
     kind = functools.partial(RewardModel, head=head) if rewards else Model
     # Before the data is read, since this check is quick.
     architecture = check_folder(folder, kind, new_head=rewards)
     check_totals(objective.totals, architecture)
     model = kind(architecture, _numerics(config, compute_dtype, objective))
-    start = resolve_weights(config.model, config.adapter, config.lora.base)
     tokenizer = data.load_tokenizer(folder, config.options.template_options)
     soft = start_tokens(
         config.soft_prompt, tokenizer, architecture.vocab_size, seed=config.seed

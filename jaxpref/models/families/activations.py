@@ -29,7 +29,7 @@ def read_activation(fields: ConfigFields, name: str, default: str) -> str:
     value = fields.read(name, str, default)
     if value not in ACTIVATIONS:
         raise InputError(
-            f"{fields.source}: field {name} is {value!r}; supported are "
+            f"{fields.source}: field {name} is {value!r}; supported: "
             f"{', '.join(ACTIVATIONS)}"
         )
     return value

@@ -1,4 +1,4 @@
-"""Gemma: Llama with scaled embeddings, centered gains and a GELU."""
+"""Gemma: Llama with scaled embeddings, zero-centered norm weights and a GELU."""
 
 import dataclasses
 import functools

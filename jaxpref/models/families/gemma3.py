@@ -1,4 +1,4 @@
-"""Gemma 3, the text model: Gemma 2 with normed queries and keys.
+"""Gemma 3, the text model: Gemma 2 with normalized queries and keys.
 
 Layers with sliding attention have a rotary base of their own.
 

@@ -46,7 +46,7 @@ class LayerNormArchitecture(Architecture):
         super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise InputError(
-                f"architecture: activation is {self.activation!r}; supported are "
+                f"architecture: activation is {self.activation!r}; supported: "
                 f"{', '.join(ACTIVATIONS)}"
             )
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama whose queries and keys are normed."""
+"""Qwen3: Llama with normalized queries and keys."""
 
 import dataclasses
 from typing import Any

@@ -97,7 +97,7 @@ def _scaling(rope: ConfigFields, kind: Any, context: int) -> RopeScaling:
     make = KINDS.get(kind) if isinstance(kind, str) else None
     if make is None:
         raise InputError(
-            f"{rope.source}: rope_type is {kind!r}; supported are default, "
+            f"{rope.source}: rope_type is {kind!r}; supported: default, "
             f"{', '.join(KINDS)}"
         )
     values = {}

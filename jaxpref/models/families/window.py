@@ -29,7 +29,7 @@ def read_layer_types(fields: ConfigFields, default: Sequence[bool]) -> tuple[boo
         return tuple(default)
     if not isinstance(types, list) or not set(map(str, types)) <= set(TYPES):
         raise InputError(
-            f"{fields.source}: field layer_types is {types!r}; supported are lists of "
+            f"{fields.source}: field layer_types is {types!r}; supported: lists of "
             f"{' and '.join(TYPES)}"
         )
     return tuple(TYPES[name] for name in types)
