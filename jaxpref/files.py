@@ -22,7 +22,8 @@ RUN_FILES = (
     *("config.json", "metrics.jsonl", "best.json", "timings.json", "memory.json"),
     *("report.html", "curves.png", "tensorboard", "reference", "checkpoints"),
     *("unreadable", "export", "adapter", "profile", "stopped", "skipped_rows.jsonl"),
-    *("loggers.json", "wandb", "mlflow.db", "mlflow", "samples.jsonl"),
+    *("loggers.json", "wandb", "mlflow.db", "mlflow"),
+    *("samples.jsonl", "eval_samples.jsonl"),
 )
 """Names of what a run writes to its folder."""
 AUDIT_FILES = (

@@ -72,7 +72,7 @@ def runs_of(axes: Axes, given: Given) -> list[SweepRun]:
     for name in axes:
         if found := {name, f"no-{name}"} & given.keys():
             raise InputError(
-                f"--{found.pop()}: also given as --over {name}; give one of them"
+                f"--{found.pop()}: also given as --over {name}; give only one of them"
             )
     chosen = any(name in axes for name in config_file.NAMED)
     runs: dict[str, SweepRun] = {}

@@ -43,7 +43,7 @@ def _row(option: Option, full: bool) -> str:
     text = option.help if full else option.help.split(". ")[0].rstrip(".")
     if option.default is REQUIRED:
         text += " (required)"
-    elif not any(option.default is silent for silent in (None, False, ())):
+    elif not any(option.default is silent for silent in (None, True, False, ())):
         default = option.default
         default = default.value if isinstance(default, enum.Enum) else default
         text += f" (default: {default})"

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_origin
 
 from jaxpref import losses, objectives
@@ -24,6 +24,8 @@ from jaxpref.objectives import (
     Objective,
     crm,
     from_loss,
+    goal_contrast,
+    more,
     rationale,
     spo,
     trainable,
@@ -52,7 +54,8 @@ MIXTURES = {mix.__name__: mix for mix in objectives.MIXTURES}
 SAMPLED = {make.__name__: make for make in objectives.SAMPLED}
 """For `--objective` too: `make(**options)`, learns from answers sampled in training."""
 
-NOISE = {n: make for n, make in WRAPPERS.items() if make not in (crm, rationale, spo)}
+OTHERS = crm, goal_contrast, more, rationale, spo
+NOISE = {name: make for name, make in WRAPPERS.items() if make not in OTHERS}
 """For `--objective.noise`: wrappers whose gradients can be mixed."""
 
 KINDS = {
@@ -136,8 +139,14 @@ class Choice:
             for field, (prefix, function) in self.functions.items()
         }
 
-    def objective(self, parsed: Any) -> Objective:
-        """The objective, from the parsed options of each part."""
+    def objective(self, parsed: Any, sources: Sequence[str] = ()) -> Objective:
+        """The objective.
+
+        Args:
+          parsed: the parsed options of each part.
+          sources: names of the files of the training data, for a wrapper that reads
+            them.
+        """
 
         def of(field: str) -> dict[str, Any]:
             read = self.read_from_records(field)
@@ -152,7 +161,10 @@ class Choice:
             if self.correction:
                 loss = CORRECTIONS[self.correction](loss, **of("correction"))
             wrap = WRAPPERS[self.wrapper] if self.wrapper else from_loss
-            objective = wrap(loss, **(of("wrapper") if self.wrapper else {}))
+            own = of("wrapper") if self.wrapper else {}
+            if "sources" in inspect.signature(wrap).parameters:
+                own["sources"] = sources
+            objective = wrap(loss, **own)
         if self.mixture:
             objective = MIXTURES[self.mixture](objective, **of("mixture"))
         return objective
@@ -204,7 +216,7 @@ def choose(given: Given) -> tuple[Choice, Given]:
     if correction and wrapper in NOISE:
         raise InputError(
             f"--correct {correction}: --objective {wrapper} corrects for wrong labels "
-            "too; give one of them"
+            "too; give only one of them"
         )
     choice = Choice(loss, wrapper, mixture, correction)
     return dataclasses.replace(choice, per_record=_per_record(choice, rest)), rest
@@ -235,7 +247,7 @@ def _per_record(choice: Choice, given: Given) -> frozenset[str]:
             if flag in given:
                 raise InputError(
                     f"--{flag} {' '.join(given[flag])}: {column} has one for each "
-                    "record; give one of them"
+                    "record; give only one of them"
                 )
             found.add(name)
     ratings = {name for name in named if name.startswith(RATING)}

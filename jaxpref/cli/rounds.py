@@ -95,7 +95,7 @@ def command(argv: Sequence[str]) -> None:
         )
     for n, lines in enumerate(commands):
         for words in lines:
-            _check(words, n)
+            _check(words, n, config)
     if config.dry_run:
         for n, lines in enumerate(commands):
             show("\n".join([f"# round {n}", *map(rounds.shown, lines)]))
@@ -197,7 +197,7 @@ def _check_used(
             )
 
 
-def _check(words: Sequence[str], n: int) -> None:
+def _check(words: Sequence[str], n: int, config: RoundsConfig) -> None:
     """Raises InputError if a command has a wrong option, before the first one runs."""
     start = _start(words)
     given = split(words[start:], repeatable=REPEATABLE)
@@ -212,7 +212,8 @@ def _check(words: Sequence[str], n: int) -> None:
         if words[0] == "score":
             _check_rewards(found.rewards, found.uncertain)
     except InputError as error:
-        raise InputError(f"round {n}: {error}") from error
+        message = rounds.in_own_options(str(error), config)
+        raise InputError(f"round {n}: {message}") from error
 
 
 def _check_rewards(rewards: RewardOptions, uncertain: UncertaintyOptions) -> None:

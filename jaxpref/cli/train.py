@@ -20,6 +20,7 @@ from jaxpref.cli.objectives import (
 )
 from jaxpref.cli.options import Option, Part, Parts, options_of, parse
 from jaxpref.cli.words import Given, canonical, split
+from jaxpref.data.mixing import read_mixture, short_names
 from jaxpref.data.options import DataOptions, MixOptions
 from jaxpref.data.record_options import RecordOptions
 from jaxpref.errors import InputError, show
@@ -27,10 +28,13 @@ from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.online.options import (
+    OF_EVALUATIONS,
     OF_REWARDS,
+    UNREAD,
     PairOptions,
     PromptNumbers,
     SamplingOptions,
+    UncertainReward,
 )
 from jaxpref.rewards.options import RewardOptions
 from jaxpref.runtime.mesh import MeshConfig
@@ -92,7 +96,9 @@ def command(argv: Sequence[str], *, began: float | None = None) -> None:
     from jaxpref.train.run import run
 
     if choice.sampled:
-        export = run_online(config, parsed.sampling, parsed.rewards)
+        # Of pairs, no reward is read.
+        more = () if choice.reads_pairs else (parsed.uncertain,)
+        export = run_online(config, parsed.sampling, parsed.rewards, *more)
     else:
         export = run(config)
     if jax.process_index() == 0:
@@ -185,7 +191,7 @@ def _with_prompts(choice: Choice, given: Given) -> Given:
     if "data" in given:
         raise InputError(
             f"{named} --data {' '.join(given['data'])}: both name the prompts to "
-            "answer; give one of them"
+            "answer; give only one of them"
         )
     return {"data" if name == "prompts" else name: x for name, x in given.items()}
 
@@ -214,9 +220,10 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
             optimizer=parsed.optimizer,
             mesh=parsed.mesh,
         )
+    files = read_mixture(parsed.run.data).names
     return TrainConfig(
         **vars(parsed.run),
-        objective=choice.objective(parsed),
+        objective=choice.objective(parsed, sources=short_names(files)),
         options=parsed.options,
         head=parsed.head,
         lora=parsed.lora,
@@ -232,12 +239,14 @@ def _config(choice: Choice, parsed: Any) -> TrainConfig:
 def parts_of(choice: Choice) -> Parts:
     """The options that the command reads, except `--loss` and others in `choose`."""
     if choice.sampled:
+        of_pairs = choice.reads_pairs
         return {
             "run": Part(RunOptions),
             "sampling": Part(SamplingOptions),
             "rewards": Part(RewardOptions),
+            **({} if of_pairs else {"uncertain": Part(UncertainReward)}),
             "records": Part(RecordOptions),
-            "numbers": Part(PairOptions if choice.reads_pairs else PromptNumbers),
+            "numbers": Part(PairOptions if of_pairs else PromptNumbers),
             "lora": Part(LoraOptions, "lora"),
             "optimizer": Part(OptimizerConfig),
             "mesh": Part(MeshConfig, "mesh"),
@@ -295,13 +304,14 @@ def _listed(choice: Choice, parts: Parts) -> dict[str, Option]:
     """The options of parts for help: those that a run of this choice may read."""
     if choice.sampled is None:
         return {PROMPTS.name: PROMPTS} | options_of(parts)
-    if not choice.reads_pairs:
+    refused = UNREAD
+    if choice.reads_pairs:
+        refused = (*UNREAD, *OF_REWARDS, "eval_data", *OF_EVALUATIONS)
+        found = options_of({name: x for name, x in parts.items() if name != "rewards"})
+    else:
         found = {PROMPTS.name: PROMPTS} | options_of(parts)
         found.pop("data", None)  # means the same
-        return found
-    found = options_of({name: x for name, x in parts.items() if name != "rewards"})
-    refused = {canonical(name) for name in OF_REWARDS}
-    return {name: option for name, option in found.items() if name not in refused}
+    return {x: found[x] for x in found if x not in map(canonical, refused)}
 
 
 def choices_text() -> str:
@@ -319,9 +329,9 @@ def choices_text() -> str:
         "objectives of sampled answers, --objective NAME --prompts FILE --reward "
         "REWARD:\n"
         f"  {' '.join(name for name in SAMPLED if name not in of_pairs)}; "
-        f"{' '.join(of_pairs)} (--data DATA alone)\n\n"
-        f"`{COMMAND} --loss NAME --help` shows the equation and options of a loss,\n"
-        f"`{COMMAND} --objective NAME --help` those of an objective."
+        f"{' '.join(of_pairs)} (--data alone)\n\n"
+        f"Equation and options: `{COMMAND} --loss NAME --help`, "
+        "`--objective NAME --help`."
     )
 
 
@@ -334,8 +344,9 @@ def _details(choice: Choice) -> str:
         name = function.__name__
         texts.append(f"{name}: {description(function)}\n\noptions of {name}:\n{listed}")
     if choice.sampled:
-        names = "sampling", "rewards", "numbers"
-        own = _listed(choice, {name: parts_of(choice)[name] for name in names})
+        names = "sampling", "rewards", "uncertain", "numbers"
+        parts = parts_of(choice)
+        own = _listed(choice, {name: parts[name] for name in names if name in parts})
         what = "" if choice.reads_pairs else " and their rewards"
         listed = help.rows(own.values(), full=True)
         texts.append(f"options of sampled answers{what}:\n{listed}")

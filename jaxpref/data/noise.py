@@ -109,21 +109,6 @@ def margin_rates(margins: np.ndarray, temperature: float) -> np.ndarray:
     return fall / (1 + fall)
 
 
-def flip_ties(ids: Sequence[str], *, share: float, seed: int) -> np.ndarray:
-    """Labels a share of the pairs at random, so that half of these are wrong.
-
-    flip[n] = v(seed, id[n]) < share and u(seed, id[n]) < 1/2.
-
-    Args:
-      ids: the ids of N pairs.
-      share: share of the pairs to label at random, from 0 to 1.
-      seed: determines which pairs, and their labels.
-    """
-    _check_rates(np.asarray(share))
-    tied = hash_uniforms(ids, salt=f"tie {seed}") < share
-    return tied & flip_symmetric(ids, rate=0.5, seed=seed)
-
-
 def flip_pairs(pairs: PreferenceDataset, flips: np.ndarray) -> PreferenceDataset:
     """The pairs with chosen and rejected swapped where `flips` [N] is true.
 

@@ -86,7 +86,7 @@ class InjectOptions:
         if len(given) > 1:
             raise InputError(
                 f"inject.{given[0]} and inject.{given[1]} both set flip rates of pairs;"
-                " give one of them"
+                " give only one of them"
             )
         for name, others in (
             ("annotators", ("flip_rate", "prefer_longer")),
@@ -96,7 +96,7 @@ class InjectOptions:
                 if None not in (getattr(self, name), getattr(self, other)):
                     raise InputError(
                         f"inject.{other}: inject.{name} sets the flip rate of every "
-                        "pair; give one of them"
+                        "pair; give only one of them"
                     )
 
     def _check_together(self):

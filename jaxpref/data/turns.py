@@ -134,8 +134,8 @@ def _prefixes(
             end = len(os.path.commonprefix([whole, render(messages[: n + 1])]))
         if text_end is None or text_end > end:
             raise InputError(
-                f"{place}: message {n + 1}: the chat template renders an answer within"
-                " a conversation otherwise than after the prompt to sample it from"
+                f"{place}: message {n + 1}: the chat template renders an answer"
+                " differently within a conversation than right after its prompt"
                 " (some leave out the thinking of earlier turns); use a template with"
                 f" {{% generation %}} blocks, {_LAST}"
             )

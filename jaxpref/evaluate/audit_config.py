@@ -35,7 +35,7 @@ class AuditConfig(RecordOptions):
     `preferences.csv`, `summary.json`, `report.html` and `annotators.html`."""
     reward_model: str | None = None
     """Reward model folder (such as OUT/export of a run with --loss bradley_terry), or a
-    Hub ID; its rewards are one more thing by which pairs are judged."""
+    Hub ID; its rewards are one more judge of the pairs."""
     trusted: str | None = None
     """Preference file or dataset with verified labels.  The audit then learns from
     these labels alone."""

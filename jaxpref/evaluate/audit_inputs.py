@@ -132,7 +132,7 @@ def reward_folder(config: AuditConfig) -> Path:
             f"--reward-model {config.reward_model}: holds a language model; name a "
             "reward model, such as the export of a run with --loss bradley_terry"
         )
-    check_one_reward(folder, f"--reward-model {config.reward_model}")
+    check_one_reward(read_head(folder), f"--reward-model {config.reward_model}")
     return folder
 
 

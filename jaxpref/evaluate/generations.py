@@ -254,7 +254,7 @@ def _prompts(
         return data.given_prompts(
             config.prompts, tokenizer, raw=config.raw, thinking=thinking
         )
-    return data.read_prompts(
+    prompts, _ = data.read_prompts(
         data.open_records(config.data, config, sides=2),
         tokenizer,
         limit=config.limit,
@@ -264,6 +264,7 @@ def _prompts(
         ignore_fields=config.ignore_fields,
         on_bad_row=config.on_bad_row,
     )
+    return prompts
 
 
 def _requests(

@@ -35,7 +35,11 @@ from jaxpref.evaluate.generations import (
 )
 from jaxpref.models import Numerics, build
 from jaxpref.models.folder import check_folder, load_params
-from jaxpref.models.folder_config import is_reward_model, read_architecture
+from jaxpref.models.folder_config import (
+    is_reward_model,
+    read_architecture,
+    read_head,
+)
 from jaxpref.models.hub import model_digests, resolve_folder
 from jaxpref.models.logprobs import REFERENCE
 from jaxpref.models.reward import check_one_reward, reward_model
@@ -154,7 +158,7 @@ def reward_folder(name: str) -> RewardFolder:
             f"--reward-model {name}: is not a reward model; give a folder with a "
             "sequence classifier, such as one trained with --loss bradley_terry"
         )
-    check_one_reward(folder, f"--reward-model {name}")
+    check_one_reward(read_head(folder), f"--reward-model {name}")
     check_folder(folder)
     digests = model_digests(folder)
     digest = f"{digests['weights'][:32]} {digests['tokenizer'][:32]}"

@@ -66,7 +66,7 @@ class EvaluateConfig(data.RecordOptions):
     or lists of answers with scores or ranks (default: what the first record is, but
     never rated; formats that stand for pairs or lists are read as pairs)."""
     attribute_weights: tuple[str, ...] = ()
-    """What each predicted rating counts in the reward of a model trained with
+    """Weight of each predicted rating in the reward of a model trained with
     --loss attribute_regression, as ATTRIBUTE=WEIGHT: helpfulness=1 verbosity=-0.2."""
     by: tuple[str, ...] = ()
     """Fields whose values group the records, separated by commas or spaces, for the

@@ -26,7 +26,7 @@ class SampleConfig(data.RecordOptions):
     turn, or a whole conversation as a JSON list of messages."""
     data: str | None = None
     """A file or dataset whose prompts are used instead of --prompts.  They are rendered
-    as in training; texts without answers are user's turns, as in --prompts."""
+    as in training; texts without answers are user turns, as in --prompts."""
     raw: bool = False
     """Do not use the chat template for texts."""
     thinking: Literal["auto", "on", "off"] = "auto"

@@ -26,7 +26,7 @@ from jaxpref.sampling.batch import check_rows, pad
 from jaxpref.sampling.mixture import LanguageModel
 from jaxpref.sampling.selection import check
 from jaxpref.sampling.slots import Rule, Slots
-from jaxpref.sharding import ROWS
+from jaxpref.sharding import ROWS, fetched
 
 STEPS = 32
 """Maximum number of tokens between two checks by the host.  It also checks when enough
@@ -113,6 +113,9 @@ def answer_all(
     far as the logits are the same.  Their last bits may depend on `batch_size` and on
     the other prompts, because these change shapes and thereby the order of sums.
 
+    Several processes that share a mesh answer the prompts together: all must ask for
+    the same ones, and each gets all answers.
+
     Args:
         model: the model, or a `Mixture` of it and guides.
         params: its parameters.
@@ -155,7 +158,7 @@ def answer_all(
         idle = np.sum(owners < 0)
         done = idle + min(shapes.refill, len(queue)) if queue else len(owners) - fewer
         slots = _advance(model, params, rule, slots, int(steps), int(done))
-        found = jax.device_get(dataclasses.replace(slots, cache=None))
+        found = fetched(dataclasses.replace(slots, cache=None))
         for row in np.flatnonzero(owners >= 0).tolist():
             number, count = int(owners[row]), int(found.counts[row])
             texts[row] = prompts[number].length + count - 1

@@ -10,8 +10,6 @@ kept.  arXiv:2510.20498, with 5 directions within 30 degrees.
 import numpy as np
 from jaxtyping import Float
 
-from jaxpref.sampling.choice import best_of_n
-
 GRID = 4096
 """Angles at which the distribution of the angle to the target is tabulated."""
 
@@ -48,17 +46,6 @@ def neighboring_directions(
     sideways -= np.outer(sideways @ target, target)
     sideways /= np.linalg.norm(sideways, axis=1, keepdims=True)
     return np.cos(phi)[:, None] * target + np.sin(phi)[:, None] * sideways
-
-
-def best_for_direction(
-    rewards: Float[np.ndarray, "n m"], target: Float[np.ndarray, " m"]
-) -> int:
-    """argmax_i v . r_i: the answer that serves the target direction best.
-
-    An answer with a reward that could not be computed, NaN, is chosen only if there is
-    no other.
-    """
-    return best_of_n(np.asarray(rewards, float) @ np.asarray(target, float))
 
 
 def _middle(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n-1"]:

@@ -94,16 +94,16 @@ class SelectConfig(RecordOptions):
     kind: Literal["pairs", "answers", "labeled", "lists"] = "pairs"
     """What is read of each record, as for `jaxpref data inspect`."""
     column: str | None = None
-    """Field with the number; of fifa, the margin between the two answers.  A dotted
+    """Field with the number; for fifa, the margin between the two answers.  A dotted
     path leads into objects."""
     lowest: bool = False
     """Keep the lowest numbers of the column instead of the highest."""
     of: Literal["record", "prompt"] = "record"
-    """What must be repeated in a duplicate: the record (prompt, answers and annotator),
-    or only the prompt."""
+    """What duplicates have in common: the record (prompt, answers and annotator), or
+    only the prompt."""
     similarity: float = 1.0
-    """From which share of common word 3-grams on a text is a duplicate; 1 for texts
-    that differ only in case and whitespace."""
+    """Smallest share of common word 3-grams that makes two texts duplicates; 1 for
+    texts that differ only in case and whitespace."""
     quality: str | None = None
     """Field with the quality of the text, for fifa."""
     quality_weight: float = 1.0
@@ -111,7 +111,7 @@ class SelectConfig(RecordOptions):
     diversity_weight: float = 1.0
     """Weight of the diversity, for fifa."""
     neighbors: int = 5
-    """To which nearest other prompt the distance is measured, for fifa."""
+    """The distance is that to the nearest other prompt of this rank, for fifa."""
     model: str | None = None
     """Hugging Face model folder, or a Hub ID.  Without one, fifa measures distances
     between the words of prompts (TF-IDF)."""

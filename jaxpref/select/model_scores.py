@@ -173,12 +173,13 @@ def _tokenized(
     )
     splits = data.make_splits(
         opened.records,
-        data.load_tokenizer(folder),
+        data.load_tokenizer(folder, config.template_options),
         data.for_model(options, context),
         kind=opened.kind,
     )
     splits.fields.check_ignored(config.ignore_fields)
     splits.fields.check_mapped(config.mapped)
+    splits.fields.check_rendered(config.template_options, ", ".join(config.files))
     have = set(splits.train.columns["row"].tolist())
     bad = {x.row: "malformed" for x in splits.skipped}
     reasons: dict[int, str] = {}

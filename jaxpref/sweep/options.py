@@ -21,8 +21,7 @@ class SweepOptions:
     kl_tokens: int = 128
     """Maximum tokens of these answers.  The KL is that of answers cut there."""
     reward_model: str | None = None
-    """Reward model that scores the same answers: a folder or the id of one on the
-    hub."""
+    """Reward model that scores the same answers: a folder or Hub ID."""
     most_kl: float | None = None
     """KL budget in nats.  For each method, name the setting with the highest reward (or
     the highest held-out accuracy without --reward-model) among those whose mean KL is

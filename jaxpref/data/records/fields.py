@@ -184,7 +184,7 @@ class FieldUse:
         for name, path in names.items():
             if self._unread[name] and name not in read:
                 raise InputError(
-                    f"--fields {name}={path}: nothing reads '{name}'; read are"
+                    f"--fields {name}={path}: nothing reads '{name}'; these are read:"
                     f" {', '.join(sorted(read))[:200]}{closest(name, sorted(read))}"
                 )
 

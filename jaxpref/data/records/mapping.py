@@ -52,11 +52,6 @@ def mapped(
     return {k: v for k, v in record.items() if k not in renamed} | found
 
 
-def used_by(record: Mapping[str, Any], fields: Mapping[str, str]) -> set[str]:
-    """The fields of a record in the file that the paths begin at."""
-    return {x if x in record else x.partition(".")[0] for x in fields.values()}
-
-
 def value_at(record: Mapping[str, Any], path: str, name: str, where: str) -> Any:
     """The value at a path, which is a field's name or dotted.
 

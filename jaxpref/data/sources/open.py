@@ -27,7 +27,7 @@ SUFFIXES = (
 )
 _KINDS = (
     "a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .array_record file (the first"
-    " four maybe with .gz or .zst), a folder of them, a folder written by"
+    " four also as .gz or .zst), a folder of them, a folder written by"
     " datasets.save_to_disk or by TFDS, hf:OWNER/NAME, or tfds:NAME"
 )
 _SPLIT = re.compile(
@@ -62,7 +62,7 @@ def open_source(
 
     Args:
       data: one of
-        - a file: .jsonl, .ndjson, .json, .csv or .tsv, each maybe with .gz or .zst;
+        - a file: .jsonl, .ndjson, .json, .csv or .tsv, each also as .gz or .zst;
           .parquet; .arrow; .array_record with JSON records;
         - several files of one kind: a pattern such as "pairs/*.jsonl", or a folder;
         - the URL of a file, or a pattern of URLs: "gs://bucket/pairs-*.parquet";

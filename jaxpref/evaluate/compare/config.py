@@ -17,20 +17,20 @@ class CompareConfig:
     """Options of `jaxpref compare`."""
 
     answers: tuple[str, ...]
-    """Files with the answers of a model each, as `jaxpref sample --out` writes them, of
-    AlpacaEval or of Arena-Hard; the last model is the baseline.  They may also stand
-    before the options: jaxpref compare A.json B.json --judge RM."""
+    """Files of answers, one for each model, as `jaxpref sample --out`, AlpacaEval or
+    Arena-Hard write them; the last model is the baseline.  They may also come before
+    the options: jaxpref compare A.json B.json --judge RM."""
     out: str
     """Folder for `compare.json`, `verdicts.jsonl` and `compare.html`."""
     judge: str | None = None
-    """Who says which answer is better: a reward model's folder or Hub ID, judge:DIR for
-    a language model, or another --reward of jaxpref score."""
+    """What decides which answer is better: a reward model's folder or Hub ID, judge:DIR
+    for a language model, or another --reward of jaxpref score."""
     verdicts: str | None = None
     """Verdicts to use instead of a judge: annotations of AlpacaEval, `verdicts.jsonl`
     of another comparison, or judgments of Arena-Hard."""
     gold: str | None = None
-    """A judge to trust, in the same words: how much higher the judge rates each model
-    than it does (of the judge's own answers, its self-preference)."""
+    """A trusted judge, named as for --judge: the report says how much higher --judge
+    rates each model than this one (for the judge's own answers, self-preference)."""
     reference: str | None = None
     """Language model before training, for the KL divergence of each model from it, from
     the log-probabilities of its own answers."""

@@ -184,8 +184,8 @@ def _verdict(record: Mapping[str, Any], place: str, names: Sequence[str]) -> Ver
     prompt, value = record.get("instruction"), record.get("preference")
     if not isinstance(prompt, str) or None in two:
         raise InputError(
-            f"{place}: is no verdict; give 'instruction', 'generator_1', 'generator_2' "
-            "and 'preference' (AlpacaEval), or 'games' (Arena-Hard)"
+            f"{place}: is not a verdict; give 'instruction', 'generator_1', "
+            "'generator_2' and 'preference' (AlpacaEval), or 'games' (Arena-Hard)"
         )
     verdict = Verdict(prompt_key(prompt), str(two[0]), str(two[1]), *UNKNOWN)
     if value is None:

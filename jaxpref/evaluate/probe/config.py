@@ -30,8 +30,8 @@ class ProbeConfig(RecordOptions):
     """Number of linear heads.  One is a Bradley-Terry model; several are compared with
     it."""
     mixed_by: Literal["annotator", "prompt"] = "annotator"
-    """What says how much each of several heads counts: the annotator (PAL), or the
-    prompt (MiCRo)."""
+    """What the weights of several heads depend on: the annotator (PAL), or the prompt
+    (MiCRo)."""
     new_votes: tuple[int, ...] = ()
     """Also report the accuracy on new annotators after this many of their votes:
     --new-votes 5 20."""
