@@ -52,14 +52,16 @@ Protocol
     off by one or two.  A Llama model of two layers with 110,000 parameters is trained
     on them from scratch, for 1,500 steps of 128.  The policy gradients have 60 steps of
     32 prompts with 16 answers each, learning rate 5e-4, no KL penalty, and reward 1 for
-    the right answer (`rule:exact`).  One seed.
+    the right answer (`rule:exact`).  PPO does not standardize advantages.  One seed.
     Changed after seeing results: in a first world (sums of numbers up to 49, digits in
     the usual order, errors of up to 9) the supervised start had not converged, and in a
     first measurement the prompts lacked the first token.
 """
 
 import dataclasses
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +74,13 @@ from experiments.progress import say
 from experiments.sentiment_world import write_jsonl
 from jaxpref import objectives
 from jaxpref.data import DataOptions, given_prompts, load_tokenizer, stop_tokens
+from jaxpref.errors import InputError
 from jaxpref.files import write_json
-from jaxpref.models import Numerics, build
+from jaxpref.models import Model, Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
-from jaxpref.models.folder import load_params, save
+from jaxpref.models.folder import save
 from jaxpref.models.folder_config import read_architecture
+from jaxpref.models.weights import load_weights
 from jaxpref.objectives import Objective
 from jaxpref.online.options import SamplingOptions
 from jaxpref.online.run import run as run_online
@@ -84,6 +88,7 @@ from jaxpref.rewards import RewardOptions
 from jaxpref.runtime.mesh import MeshConfig, make_mesh
 from jaxpref.sampling import Request, Rule, answer_all
 from jaxpref.sampling.selection import sample
+from jaxpref.scoring.run_weights import named_weights
 from jaxpref.train import Decay, OptimizerConfig, TrainConfig, read_metrics, run
 
 CHARACTERS = ("<pad>", "<s>", "</s>", *"0123456789+=")
@@ -149,8 +154,11 @@ def write_world(protocol: Protocol, out: Path) -> np.ndarray:
     """Writes the untrained model, demonstrations and prompts; the held-out sums."""
     order = problems(0)
     held, known = order[: protocol.heldout], order[protocol.heldout :]
-    world = out / "world"
-    if (world / "prompts.jsonl").exists():
+    world, sizes = out / "world", out / "world" / "sizes.json"
+    asked = {name: getattr(protocol, name) for name in ("heldout", "demonstrations")}
+    if sizes.exists():
+        if (before := json.loads(sizes.read_text())) != asked:
+            raise InputError(f"{out}: was made with {before}; use another --out")
         return held
     write_tokenizer(world / "tokenizer")
     model = build(architecture())
@@ -162,6 +170,7 @@ def write_world(protocol: Protocol, out: Path) -> np.ndarray:
     write_jsonl(world / "demonstrations.jsonl", rows)
     rows = [{"prompt": prompt_of(x), "answer": answer_of(x)} for x in known]
     write_jsonl(world / "prompts.jsonl", rows)
+    write_json(sizes, asked)  # the last: it says that the others are whole
     return held
 
 
@@ -257,27 +266,41 @@ def reinforced(
 
 def accuracy(folder: Path, pairs: np.ndarray) -> float:
     """Pass@1: the share of right answers to some sums, one sample of each."""
-    model, tokenizer = (
-        build(read_architecture(folder), Numerics()),
-        load_tokenizer(folder),
-    )
-    texts = [prompt_of(pair) for pair in pairs]
-    mesh = make_mesh(MESH)
-    with jax.set_mesh(mesh):
-        params: Any = load_params(folder, model)
+    texts, *_ = answered(folder, [prompt_of(pair) for pair in pairs], seed=0)
+    right = map(answer_of, pairs)
+    return float(np.mean([a == b for a, b in zip(texts, right, strict=True)]))
+
+
+def load(folder: Path) -> tuple[Model, Any]:
+    """The model and parameters of a folder, or of a run's checkpoint."""
+    weights = named_weights(str(folder), None)
+    model = build(read_architecture(weights.folder), Numerics())
+    return model, load_weights(weights, model)
+
+
+def answered(
+    folder: Path, prompts: Sequence[str], *, seed: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """An answer to each prompt: texts, tokens with those of the prompt, and lengths.
+
+    Tokens are [N, prompt + TOKENS], padded on the right; the lengths are of answers,
+    with their end.
+    """
+    tokenizer = load_tokenizer(named_weights(str(folder), None).folder)
+    rows = [prompt.tokens for prompt in given_prompts(prompts, tokenizer)]
+    with jax.set_mesh(make_mesh(MESH)):
+        model, params = load(folder)
         stops = jnp.asarray(stop_tokens(tokenizer), jnp.int32)
-        rule = Rule(jax.random.key(0), sample(1.0), stops)
-        requests = [
-            Request(prompt.tokens, (n, 0), TOKENS)
-            for n, prompt in enumerate(given_prompts(texts, tokenizer))
-        ]
-        found = answer_all(model, params, requests, rule, batch_size=512)
-        right = [
-            tokenizer.decode(answer.tokens, skip_special_tokens=True)
-            == answer_of(pairs[n])
-            for n, answer in found
-        ]
-    return float(np.mean(right))
+        rule = Rule(jax.random.key(seed), sample(1.0), stops)
+        requests = [Request(row, (n, 0), TOKENS) for n, row in enumerate(rows)]
+        found = dict(answer_all(model, params, requests, rule, batch_size=512))
+    drawn = [found[n].tokens for n in range(len(rows))]
+    lengths = np.array([len(tokens) for tokens in drawn])
+    whole = np.zeros((len(rows), len(rows[0]) + TOKENS), np.int32)
+    for at, row, tokens in zip(whole, rows, drawn, strict=True):
+        at[: len(row) + len(tokens)] = [*row, *tokens]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn]
+    return texts, whole, lengths
 
 
 def main(protocol: Protocol) -> dict[str, Any]:
@@ -293,8 +316,12 @@ def main(protocol: Protocol) -> dict[str, Any]:
     start = supervised(protocol, out)
     results: dict[str, Any] = {"sft": {"heldout": accuracy(start, held)}}
     say(started, f"supervised: {results['sft']['heldout']:.3f} right")
-    made = objectives.grpo, objectives.rloo, objectives.ppo_clip
-    for objective in (make(beta=0.0) for make in made):
+    made = (
+        objectives.grpo(beta=0.0),
+        objectives.rloo(beta=0.0),
+        objectives.ppo_clip(beta=0.0, whiten_advantages=False),
+    )
+    for objective in made:
         folder = reinforced(objective, protocol, start, out)
         lines = read_metrics(out / objective.name / "metrics.jsonl")
         curve = [[x["step"], x["rewards/mean"]] for x in lines if "rewards/mean" in x]

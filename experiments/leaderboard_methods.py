@@ -27,6 +27,8 @@ EXCEPTIONS = {
     "rationale": "reads rationales, which this world's pairs do not have",
     "general_preference": "reads embeddings; this world's policies give numbers",
     "attribute_regression": "reads ratings of several attributes",
+    "goal_contrast": "reads hidden states; this world's policies have none",
+    "more": "weights several files of a reward model's data; this world has one",
     "center_rewards": "a penalty, which is added to a loss of reward models",
     **dict.fromkeys(("apo_zero_unpaired", "bco", "kto"), "reads labeled answers"),
     **dict.fromkeys(("irpo", "lipo_lambda", "plackett_luce"), "reads lists of answers"),

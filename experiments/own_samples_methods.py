@@ -14,6 +14,8 @@ from experiments import sentiment_world as world
 
 OPTIMIZER = "--learning-rate 0.15 --adam-eps 1.0 --max-grad-norm 0.1 --decay constant"
 """Momentum with steps of constant length."""
+ROWS = "--row-length none"
+"""A row for each answer: the same shapes, compiled once, for all methods and rounds."""
 LABELED, SAMPLED = "offline DPO, the labels", "offline DPO, the reward model"
 ITERATED, BEST = "iterated DPO", "best answers, in rounds"
 BEST_ONLY = """round:
@@ -78,21 +80,22 @@ def inputs(protocol: Protocol, out: Path, seed: int, reference: Path, mesh) -> I
         )
         world.write_jsonl(labels, rows)  # the last one: it says that all are there
     train_reward(protocol, reference, labels, folder / "reward")
-    weak = out / "weak"
-    if "delta" in protocol.recipes:
-        steps = protocol.sft_steps // 10
-        trained(
-            f"--model {out}/world/untrained --data {out}/world/reviews.jsonl "
-            f"--loss sft --max-steps {steps} --batch-size {protocol.sft_batch} "
-            f"--learning-rate 3e-3 --heldout-fraction 0 --save-every {steps} "
-            f"--out {weak}"
-        )
     return Inputs(
         labels,
         folder / "few.jsonl",
         folder / "prompts.jsonl",
         folder / "reward" / "export",
-        weak / "export",
+        out / "weak" / "export",
+    )
+
+
+def train_weak(protocol: Protocol, out: Path) -> None:
+    """The weak model of delta learning: a tenth of the steps of the reference."""
+    steps = protocol.sft_steps // 10
+    trained(
+        f"--model {out}/world/untrained --data {out}/world/reviews.jsonl --loss sft "
+        f"--max-steps {steps} --batch-size {protocol.sft_batch} --learning-rate 3e-3 "
+        f"--heldout-fraction 0 --save-every {steps} --out {out}/weak"
     )
 
 
@@ -104,7 +107,7 @@ def train_reward(
     trained(
         f"--model {reference} --data {labels} --loss bradley_terry --max-steps {steps} "
         f"--batch-size {protocol.batch} --learning-rate 1e-3 --heldout-fraction 0 "
-        f"--out {out} --save-every {steps}"
+        f"--out {out} --save-every {steps} {ROWS}"
     )
 
 
@@ -190,11 +193,16 @@ def in_rounds(
     seed: int,
     *,
     data: Path | None = None,
+    parts: int = 1,
 ) -> list[Path]:
-    """Runs a recipe; the policy after each round."""
+    """Runs a recipe; the policy after each round.
+
+    Each training has `parts` times as many steps as the protocol says, and as many
+    checkpoints.
+    """
     at = folder / name.replace(" ", "-").replace("%", "").replace(",", "")
     first = 0 if recipe == "spa" else 1
-    words = recipe_words(protocol, recipe, at, reference, made, data, seed)
+    words = recipe_words(protocol, recipe, at, reference, made, data, seed, parts)
     command(f"rounds {' '.join(words)}")
     numbers = range(first, protocol.rounds + 1)
     return [at / f"round_{n}" / "policy" / "export" for n in numbers]
@@ -208,6 +216,7 @@ def recipe_words(
     made: Inputs,
     data: Path | None,
     seed: int,
+    parts: int = 1,
 ) -> list[str]:
     """The options of `jaxpref rounds`."""
     answers = 2 * protocol.per_prompt if recipe == "online_dpo" else protocol.answers
@@ -215,11 +224,11 @@ def recipe_words(
         f"--recipe {recipe} --model {reference} --prompts {made.prompts} --out {out} "
         f"--rounds {protocol.rounds} --same-prompts --eval-prompts 0 --seed {seed} "
         f"--sample.n {answers} --sample.max-new-tokens {world.MAX_COMPLETION_TOKENS} "
-        f"--sample.batch-size 512 --train.max-steps {protocol.steps} "
-        f"--train.batch-size {protocol.batch} --train.seed {seed} "
-        f"--train.heldout-fraction 0 --train.save-every {protocol.steps}"
+        f"--sample.batch-size 512 --train.batch-size {protocol.batch} "
+        f"--train.seed {seed} --train.heldout-fraction 0"
     ).split()
-    words += [x.replace("--", "--train.") for x in OPTIMIZER.split()]
+    training = f"{kept(parts, protocol.steps)} {ROWS} {OPTIMIZER}"
+    words += training.replace("--", "--train.").split()
     if data is not None:
         # Three epochs of few labels, or as many steps of all of them as the first point
         # of the policies that are trained on them only.
@@ -237,41 +246,28 @@ def recipe_words(
     return words
 
 
-def ranked_pairs(
-    protocol: Protocol,
-    folder: Path,
-    reference: Path,
-    made: Inputs,
-    pairs: Path,
-    seed: int,
-) -> None:
-    """As many pairs as all rounds together have, from answers of the reference."""
-    answers, scored = folder / "answers.jsonl", folder / "scored.jsonl"
-    command(
-        f"sample --model {reference} --data {made.prompts} --seed {seed} "
-        f"--n {protocol.rounds * protocol.answers} --batch-size 512 --out {answers} "
-        f"--max-new-tokens {world.MAX_COMPLETION_TOKENS}"
-    )
-    reward = f"--reward {made.reward} --batch-size 24"
-    command(f"score --data {answers} {reward} --out {scored}")
-    command(
-        f"data pairs --data {scored} --rule best-worst --keep-unfinished --out {pairs} "
-        f"--per-prompt {protocol.rounds * protocol.per_prompt}"
-    )
-
-
 def pairs_of(folder: Path) -> Path:
     """Pairs of answers of the reference."""
-    return folder / "reference_pairs.jsonl"
+    return folder / "sampled" / "round_1" / "pairs.jsonl"
 
 
 def sampled(
     protocol: Protocol, folder: Path, reference: Path, made: Inputs, seed: int
 ) -> list[Path]:
-    """DPO on ranked answers of the reference."""
-    if not pairs_of(folder).exists():
-        ranked_pairs(protocol, folder, reference, made, pairs_of(folder), seed)
-    return offline(protocol, pairs_of(folder), folder / "sampled", reference, seed)
+    """DPO on ranked answers of the reference, as many as all rounds together have.
+
+    That is a single round of iterated DPO.
+    """
+    rounds = protocol.rounds
+    whole = dataclasses.replace(
+        protocol,
+        rounds=1,
+        answers=rounds * protocol.answers,
+        per_prompt=rounds * protocol.per_prompt,
+    )
+    words = whole, "iterated_dpo", "sampled", folder, reference, made, seed
+    in_rounds(*words, parts=rounds)
+    return checkpoints(folder / "sampled/round_1/policy", rounds, protocol.steps)
 
 
 def policy_gradient(
@@ -282,18 +278,14 @@ def policy_gradient(
     It samples about as many answers in all as the rounds do.
     """
     group = protocol.answers // protocol.steps
-    found = []
-    for n in range(1, protocol.rounds + 1):
-        steps = n * protocol.steps
-        trained(
-            f"--model {reference} --data {made.prompts} --objective rloo --out "
-            f"{out}-{n} --reward {made.reward} --group-size {group} --batch-size "
-            f"{len(world.all_prompts())} --max-new-tokens "
-            f"{world.MAX_COMPLETION_TOKENS} --max-steps {steps} --seed {seed} "
-            f"--save-every {steps} --objective.beta 0 {OPTIMIZER}"
-        )
-        found.append(Path(f"{out}-{n}") / "export")
-    return found
+    trained(
+        f"--model {reference} --data {made.prompts} --objective rloo --out {out} "
+        f"--reward {made.reward} --group-size {group} --batch-size "
+        f"{len(world.all_prompts())} --max-new-tokens {world.MAX_COMPLETION_TOKENS} "
+        f"--seed {seed} --objective.beta 0 {kept(protocol.rounds, protocol.steps)} "
+        f"{ROWS} {OPTIMIZER}"
+    )
+    return checkpoints(out, protocol.rounds, protocol.steps)
 
 
 def offline(
@@ -310,13 +302,24 @@ def offline(
 
     Or after each third (of three rounds) of `last` steps.
     """
-    found = []
-    for n in range(1, protocol.rounds + 1):
-        steps = n * (last // protocol.rounds if last else protocol.steps)
-        trained(
-            f"--model {reference} --data {data} --loss {loss} --out "
-            f"{out}-{n} --max-steps {steps} --batch-size {protocol.batch} --seed "
-            f"{seed} --heldout-fraction 0 --save-every {steps} {OPTIMIZER}"
-        )
-        found.append(Path(f"{out}-{n}") / "export")
-    return found
+    each = last // protocol.rounds if last else protocol.steps
+    trained(
+        f"--model {reference} --data {data} --loss {loss} --out {out} --batch-size "
+        f"{protocol.batch} --seed {seed} --heldout-fraction 0 "
+        f"{kept(protocol.rounds, each)} {ROWS} {OPTIMIZER}"
+    )
+    return checkpoints(out, protocol.rounds, each)
+
+
+def kept(rounds: int, each: int) -> str:
+    """The options of a run that keeps a checkpoint after every `each` steps.
+
+    With a constant learning rate, each is what a run of that length would export.
+    """
+    steps = rounds * each
+    return f"--max-steps {steps} --save-every {each} --keep-checkpoints {rounds}"
+
+
+def checkpoints(out: Path, rounds: int, each: int) -> list[Path]:
+    """The checkpoints of a run with the options of `kept`."""
+    return [out / "checkpoints" / str(n * each) for n in range(1, rounds + 1)]
