@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -96,6 +97,56 @@ def test_a_batch_of_other_pairs_is_detected(monkeypatch):
     among(monkeypatch, usual | {"the batch": ids[::-1]})
     with pytest.raises(InputError, match="process 1 differs from process 0 in the bat"):
         check(seen)
+
+
+def test_batches_that_are_sampled_are_compared_by_their_position(monkeypatch):
+    """They cannot be made again; the position has the answers of later steps."""
+    splits = types.SimpleNamespace(digest="d")
+    position = {"next_index": 3, "pending": {"groups": [[0, [[5, 6]]]]}}
+    stream = types.SimpleNamespace(
+        state_before=lambda: None, get_state=lambda: position
+    )
+    check = functools.partial(
+        agreement.check_batch_agreement, 3, splits, stream, np.zeros((1, 2, 1), int)
+    )
+    usual = {"the pairs": "d", "the position in the data": position}
+    among(monkeypatch, usual)
+    check(make_batches=lambda: pytest.fail("makes them again"))
+    among(monkeypatch, usual | {"the position in the data": position | {"pending": 0}})
+    with pytest.raises(InputError, match="process 1 differs from process 0 in the pos"):
+        check(make_batches=Batches)
+
+
+def failing():
+    raise InputError("file row 1: no answer")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_numbers_of_the_first_process_are_those_of_all(monkeypatch, slow):
+    """What it broadcasts is recorded, and then received by another one."""
+    monkeypatch.setattr(processes, "POLLING", 0.01)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    numbers, sent = np.array([0.1, np.nan, -1e-300]), []
+
+    def function():
+        time.sleep(0.1 * slow)
+        return numbers
+
+    def on(index, broadcast, function):
+        monkeypatch.setattr(processes.jax, "process_index", lambda: index)
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+        return processes.numbers_from_process_zero(function, len(numbers))
+
+    send = lambda x: sent.append(x) or x
+    receive = lambda x: sent.pop(0)
+    on(0, send, function)
+    assert (len(sent) > 3) == slow
+    found = on(1, receive, lambda: pytest.fail("only the first one computes them"))
+    np.testing.assert_array_equal(found, numbers)
+    assert not sent
+    for index, broadcast in ((0, send), (1, receive)):
+        with pytest.raises(InputError, match="row 1: no answer"):
+            on(index, broadcast, failing)
 
 
 # ---- two processes ----------------------------------------------------------------

@@ -43,7 +43,7 @@ ALLOWED = {
         ARRAYS | {"numpy", "safetensors", "scipy", "tqdm"},
     ),
     "rewards": (
-        {"errors", "files", "noise", "data", "models", "runtime", "scoring"},
+        {"errors", "files", "losses", "noise", "data", "models", "runtime", "scoring"},
         {"jax", "jaxtyping", "numpy", "scipy"},
     ),
     "objectives": (
@@ -94,10 +94,12 @@ ALLOWED = {
             "losses",
             "data",
             "models",
+            "objectives",
             "rewards",
             "runtime",
             "sampling",
             "scoring",
+            "sharding",
             "train",
         },
         ARRAYS | {"numpy"},

@@ -19,7 +19,7 @@ from jaxpref.sampling.choice import (
     minimum_bayes_risk,
     pessimistic_best_of_n,
 )
-from jaxpref.sampling.directions import best_for_direction, neighboring_directions
+from jaxpref.sampling.directions import neighboring_directions
 from jaxpref.sampling.qalign import acceptance, qalign
 from jaxpref.sampling.transfer_q import tilted, transfer_q
 
@@ -307,12 +307,7 @@ def test_neighboring_directions_are_uniform_within_the_angle(m):
     )
 
 
-def test_the_best_answer_for_a_direction():
-    rewards = np.array([[1.0, 0.0], [0.7, 0.7], [0.0, 1.2]])
-    directions = [(1, 0), (1, 1), (0, 1)]
-    assert [best_for_direction(rewards, np.array(v)) for v in directions] == [0, 1, 2]
-    rewards[1] = np.nan
-    assert [best_for_direction(rewards, np.array(v)) for v in directions] == [0, 2, 2]
+def test_a_direction_without_a_length_is_refused():
     with pytest.raises(ValueError, match="not all 0"):
         neighboring_directions(
             np.zeros(2), 1, max_angle=0.1, rng=np.random.default_rng(0)
@@ -321,11 +316,28 @@ def test_the_best_answer_for_a_direction():
 
 def test_the_experiment_compares_the_methods(tmp_path, capsys):
     out = tmp_path / "x.json"
-    more_samples.main(more_samples.Options(json=str(out), prompts=3, draws=(1, 4)))
+    options = more_samples.Options(
+        json=str(out), prompts=3, draws=(1, 4), most_rollouts=1
+    )
+    more_samples.main(options)
     rows = json.loads(out.read_text())
-    methods = ["best-of-n", "best-of-majority", "majority", "QAlign"]
+    methods = [*more_samples.OF_DRAWS, "QAlign"]
     assert [(x["n"], x["method"]) for x in rows] == [
-        (n, method) for n in (1, 4) for method in methods
+        *((1, method) for method in (*methods, "Transfer Q*", "guided")),
+        *((4, method) for method in methods),
     ]
-    assert len({x["true"] for x in rows[:3]}) == 1  # one draw leaves no choice
+    draws = rows[: len(more_samples.OF_DRAWS)]
+    assert len({x["true"] for x in draws}) == 1  # one draw leaves no choice
+    # A reward reads as many tokens as are generated, and four rewards four times.
+    length = rows[methods.index("majority")]["tokens"]
+    assert [x["tokens"] / length for x in draws] == pytest.approx([2, 2, 1, 5, 5])
     assert capsys.readouterr().out.count("QAlign") == 2
+
+
+def test_the_autoregressive_reward_model_of_all_labels():
+    world = more_samples.make_world(np.random.default_rng(3), 1.5)
+    rewards = {text: r[0] for text, r in world.rewards.items()}
+    normalizer = scipy.special.logsumexp(list(rewards.values()))
+    for text, reward in [*rewards.items()][::50]:
+        logp = sum(world.guide[text[:n]][text[n]] for n in range(len(text)))
+        assert logp == pytest.approx(reward - normalizer)

@@ -18,7 +18,6 @@ from jaxpref.data.noise import (
     flip_by_margin,
     flip_pairs,
     flip_symmetric,
-    flip_ties,
     margin_temperature,
     read_rates,
 )
@@ -99,13 +98,6 @@ def test_temperature_gives_the_rate_that_was_asked(rate, scale):
         lambda x: mean(x) - rate, np.log(scale) - 9, np.log(scale) + 9
     )
     assert margin_temperature(margins, rate=rate) == pytest.approx(np.exp(root))
-
-
-def test_ties_are_coins():
-    flips = flip_ties(IDS, share=0.6, seed=2)
-    assert near(flips, 0.3)
-    tied = np.array([uniform(f"tie 2\n{name}") < 0.6 for name in IDS])
-    assert not flips[~tied].any() and near(flips[tied], 0.5)
 
 
 def test_planted_flips_swap_completions_and_keep_the_truth():

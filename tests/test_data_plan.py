@@ -344,11 +344,11 @@ def test_prompts_to_sample_from():
         {"chosen": "\n\nHuman: r\n\nAssistant: x", "rejected": "y"},
         {"prompt": "s", "chosen": "t", "rejected": "u"},
     ]
-    first, second = read_prompts(ListSource(records), TOKENIZER, limit=2)
+    (first, second), _ = read_prompts(ListSource(records), TOKENIZER, limit=2)
     assert (first.text, second.text) == ("q", "\n\nHuman: r\n\nAssistant:")
     assert first.tokens == ids(TOKENIZER, "<s>", "q")
     assert second.source_record == records[2] and "chosen" not in second.record
-    assert len(read_prompts(ListSource(records), TOKENIZER, limit=9)) == 3
+    assert len(read_prompts(ListSource(records), TOKENIZER, limit=9)[0]) == 3
 
 
 def test_prompts_to_sample_from_are_told_apart_by_all_their_messages(monkeypatch):
@@ -371,7 +371,7 @@ def test_prompts_to_sample_from_are_told_apart_by_all_their_messages(monkeypatch
         "apply_chat_template",
         lambda *args, **options: calls.append(args) or encode(*args, **options),
     )
-    found = read_prompts(ListSource(records), tokenizer, limit=9)
+    found, _ = read_prompts(ListSource(records), tokenizer, limit=9)
     assert [prompt.text for prompt in found] == ["go on", "go on", "c"]
     # Each is rendered once as a prompt and once with an answer after it.
     assert len(calls) == 6
@@ -382,11 +382,13 @@ def test_prompts_to_sample_from_are_told_apart_by_all_their_messages(monkeypatch
 
 def test_long_prompts_to_sample_from_are_cut_as_in_training():
     records = [{"prompt": "x" * 2000 + "yz", "chosen": "a", "rejected": "b"}]
-    (cut,) = read_prompts(ListSource(records), TOKENIZER, limit=1, max_prompt_length=3)
+    (cut,), _ = read_prompts(
+        ListSource(records), TOKENIZER, limit=1, max_prompt_length=3
+    )
     assert cut.is_cut and cut.tokens == ids(TOKENIZER, "<s>", "y", "z")
-    (whole,) = read_prompts(ListSource(records), TOKENIZER, limit=1)
+    (whole,), _ = read_prompts(ListSource(records), TOKENIZER, limit=1)
     assert len(whole.tokens) == 2003 and not whole.is_cut
-    (just,) = read_prompts(
+    (just,), _ = read_prompts(
         ListSource(records), TOKENIZER, limit=1, max_prompt_length=2003
     )
     assert just.tokens == whole.tokens and not just.is_cut

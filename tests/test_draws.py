@@ -234,7 +234,7 @@ def test_divergence_of_each_answer():
     owners = np.array([[[[0, 0, 1, -1]]]], np.int32)
     batch = batch_of_owners(owners, np.array([[[[2, 1, 0]]]], np.int32))
     logps = {SAMPLER_LOGPS: policy, REFERENCE_LOGPS: reference}
-    found = answer_kls(batch, {name: jnp.asarray(x) for name, x in logps.items()})
+    found, _ = answer_kls(batch, {name: jnp.asarray(x) for name, x in logps.items()})
     k3 = lambda ratio: np.exp(ratio) - 1 - ratio
     expected = [k3(-0.5) + k3(1.0), k3(0.0), 0.0]
     np.testing.assert_allclose(found[0, 0, 0], expected, rtol=1e-6, atol=1e-7)

@@ -183,7 +183,7 @@ def test_an_unknown_model_type_lists_the_supported_ones(tmp_path):
     path = tmp_path / "m" / "config.json"
     path.write_text(path.read_text().replace('"biased"', '"mamba"'))
     supported = ", ".join(sorted(x.model_type for x in families.FAMILIES))
-    with pytest.raises(InputError, match=f"'mamba'; supported are {supported}$"):
+    with pytest.raises(InputError, match=f"'mamba'; supported: {supported}$"):
         check_folder(tmp_path / "m")
 
 

@@ -38,9 +38,10 @@ THE_READERS_OWN = {
     "hf",  # what lm-evaluation-harness calls the folder of a model
     "runs/pretrained/export",
     *("a.jsonl", "a.jsonl:0.7", "b.jsonl:0.3"),
+    *("helpful.jsonl:0.5", "harmless.jsonl:0.5"),
     *("runs/data/pairs.jsonl", "runs/mine/export"),
     *("runs/general/export", "runs/attributes/export", "runs/helpful/export"),
-    "runs/linear/model",
+    *("runs/linear/model", "runs/qa/model"),
     *("runs/reward/export", "runs/lora/export", "runs/audit/clean.jsonl"),
 }
 SIZES = {*PRESETS, "smollm-135m-2-layers"}

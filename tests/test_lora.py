@@ -361,7 +361,7 @@ def test_a_reward_head_is_saved_whole(tmp_path):
         ({"lora_bias": True}, "field lora_bias is True"),
         ({"layer_replication": [[0, 2]]}, "field layer_replication"),
         ({"trainable_token_indices": [1]}, "field trainable_token_indices"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '\\(' is no pattern"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '\\(' is not a pattern"),
         ({"lora_alpha": 0}, "must be above 0"),
     ],
 )

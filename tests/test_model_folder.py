@@ -264,7 +264,7 @@ def test_a_wrong_tensor_is_named(folder, change, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "mamba"}, f"model_type is 'mamba'; supported are {NAMES}"),
+        ({"model_type": "mamba"}, f"model_type is 'mamba'; supported: {NAMES}"),
         ({"use_sliding_window": True}, "use_sliding_window is True, .* not supported"),
         ({"num_experts": 8}, "num_experts is 8, which is not supported"),
         ({"layer_types": ["full_attention"]}, "layer_types is .* delete the field"),

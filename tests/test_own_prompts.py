@@ -458,6 +458,6 @@ def test_evaluation_reads_two_prompts(inputs, file, tmp_path):
 
 def test_prompts_to_sample_from_are_those_of_the_chosen_answers(tokenizer):
     records = word_records(8)
-    found = data.read_prompts(ListSource(records), tokenizer, limit=3)
+    found, _ = data.read_prompts(ListSource(records), tokenizer, limit=3)
     expected = [row.get("chosen_prompt", row.get("prompt")) for row in records]
     assert [x.text for x in found] == [*dict.fromkeys(expected)][:3]

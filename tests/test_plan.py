@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpref import losses
+from jaxpref import losses, objectives
 from jaxpref.errors import InputError
 from jaxpref.models import Numerics, build
 from jaxpref.models.families.llama import LlamaArchitecture
@@ -224,6 +224,28 @@ def test_the_length_of_lists_must_be_given():
         config.completions_of(lipo_lambda())
     with pytest.raises(InputError, match="--answers 3: dpo does not read lists"):
         lists.completions_of(from_loss(losses.dpo))
+
+
+def test_the_answers_that_are_sampled_must_be_given():
+    """To prompts alone, or after the two answers of a pair."""
+    config = PlanConfig(model="m", topology="cpu:8", batch=4, seq=6)
+    eight = dataclasses.replace(config, answers=8)
+    assert eight.completions_of(objectives.grpo()) == 8
+    assert eight.completions_of(objectives.hypo()) == 2 + 8
+    with pytest.raises(InputError, match="grpo: give --answers, .*--group-size"):
+        config.completions_of(objectives.grpo())
+
+
+def test_the_state_stays_in_memory_while_answers_are_sampled():
+    """The optimizer's, and of adapters their own and the frozen weights."""
+    held = {"parameters": 5, "optimizer": 10, "batch": 99, "frozen": 40}
+    plan = {"hbm_bytes": 100, "hbm_limit_bytes": 152, "fits": True}
+    full = {"bytes": held | {"frozen": 0}, "adapter_weights": None}
+    adapted = {"bytes": held, "adapter_weights": 7}
+    found = command._with_resident(plan, full)
+    assert found == {"hbm_bytes": 110, "fits": True}
+    found = command._with_resident(plan, adapted)
+    assert found == {"hbm_bytes": 155, "fits": False}
 
 
 def test_an_unknown_model_lists_the_presets():

@@ -105,6 +105,7 @@ def test_a_plan_for_eight_virtual_devices(tmp_path, capsys, monkeypatch):
         "--objective bvpo --objective.alpha auto --objective.noise em",
         "--loss bradley_terry --head.kind mlp",
         "--soft-prompt.length 4",
+        pytest.param("--objective ppo_clip --answers 3", marks=pytest.mark.slow),
     ],
 )
 def test_plans_of_losses_and_objectives(options, tmp_path, monkeypatch):
@@ -126,6 +127,13 @@ def test_plans_of_losses_and_objectives(options, tmp_path, monkeypatch):
         assert found["adapter_weights"] == 4 * tiny_config().hidden_size
         assert found["shape"]["prompts"][1] == 4 + 8
         assert held["parameters"] == 4 * 4 * tiny_config().hidden_size < held["frozen"]
+    if "ppo" in options:
+        assert found["shape"]["tokens"] == [1, 8, 3, 16]
+        assert found["shape"]["prompts"] == [24, 8, 8]
+        c = tiny_config()
+        slots = 2 * c.num_layers * c.num_kv_heads * c.head_dim * 24 // 8 * 16
+        # Keys and values in bfloat16 or wider, and lengths.
+        assert found["cache"] in (2 * slots + 12, 4 * slots + 12)
     if "bradley" in options:
         assert found["decode"] is None  # a reward model generates nothing
         c = tiny_config()

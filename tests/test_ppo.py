@@ -36,14 +36,21 @@ def drawn(seed=0):
     return arrays, mask, rewards
 
 
-def ours(objective, arrays, mask, rewards):
-    """Loss, gradients in the trained arrays by name, and metrics."""
+def ours(objective, arrays, mask, rewards, *, parts=1):
+    """Loss, gradients in the trained arrays by name, and metrics.
+
+    The prompts are split over so many micro-batches.
+    """
     read = {name: arrays[name] for name in sorted(objective.token_numbers)}
     trained = {POLICY, VALUES} & set(objective.reads)
     with jax.enable_x64(True):
-        batch = jax.tree.map(jnp.asarray, padded_answers(mask, read, rewards))
+        split = lambda x: jnp.asarray(x).reshape(parts, PROMPTS // parts, *x.shape[2:])
+        batch = jax.tree.map(split, padded_answers(mask, read, rewards))
         params = {n: jnp.asarray(np.where(mask, arrays[n], 0)) for n in trained}
-        score = lambda params, micro: Scored(params, {})
+        own = lambda x, micro: x[micro.pair_index[:, 0]]
+        score = lambda params, micro: Scored(
+            {name: own(x, micro) for name, x in params.items()}, {}
+        )
         grads, _, metrics = gradient(objective, score, params, batch, objective.init(0))
         return jax.tree.map(np.asarray, (metrics["loss"], grads, metrics))
 
@@ -52,9 +59,9 @@ OPTIONS = {"clip_low": 0.2, "clip_high": 0.3, "beta": 0.1, "gae_lambda": 0.8}
 OPTIONS |= {"gamma": 0.9, "value_coefficient": 0.7, "clip_value": 0.25}
 
 
-def by_loops(arrays, mask, rewards):
+def by_loops(arrays, mask, rewards, whiten):
     """The loss of PPO with `OPTIONS`, from its equations; and the returns."""
-    total, returns = 0.0, {}
+    advantages, returns = {}, {}
     decay = OPTIONS["gamma"] * OPTIONS["gae_lambda"]
     for b, k in np.ndindex(PROMPTS, GROUP):
         if np.isnan(rewards[b, k]):
@@ -68,29 +75,40 @@ def by_loops(arrays, mask, rewards):
             advantage *= decay
             advantage += reward + OPTIONS["gamma"] * following - old
             following = old
-            target, ratio = advantage + old, np.exp(of[POLICY][t] - of[SAMPLER][t])
-            bounded = np.clip(ratio, 0.8, 1.3)
-            total -= min(ratio * advantage, bounded * advantage)
-            near = np.clip(of[VALUES][t], old - 0.25, old + 0.25)
-            error = max((of[VALUES][t] - target) ** 2, (near - target) ** 2)
-            total += 0.7 * 0.5 * error
-            returns[b, k, t] = target
+            advantages[b, k, t], returns[b, k, t] = advantage, advantage + old
+    shift, scale, total = 0.0, 1.0, 0.0
+    if whiten:
+        known = np.array([*advantages.values()])
+        shift, scale = known.mean(), known.std()
+    for place, target in returns.items():
+        of = {name: x[place] for name, x in arrays.items()}
+        ratio, old = np.exp(of[POLICY] - of[SAMPLER]), of[SAMPLER_VALUES]
+        advantage = (advantages[place] - shift) / scale
+        total -= min(ratio * advantage, np.clip(ratio, 0.8, 1.3) * advantage)
+        near = np.clip(of[VALUES], old - 0.25, old + 0.25)
+        total += 0.7 * 0.5 * max((of[VALUES] - target) ** 2, (near - target) ** 2)
     return total / mask.sum(), returns
 
 
-def test_loss_and_gradient_are_those_of_the_equations():
-    """The gradient by central differences."""
+@pytest.mark.parametrize("whiten", [False, True])
+def test_loss_and_gradient_are_those_of_the_equations(whiten):
+    """The gradient by central differences; in two micro-batches as in one."""
     arrays, mask, rewards = drawn()
-    loss, grads, metrics = ours(objectives.ppo_clip(**OPTIONS), arrays, mask, rewards)
-    expected, returns = by_loops(arrays, mask, rewards)
+    objective = objectives.ppo_clip(**OPTIONS, whiten_advantages=whiten)
+    loss, grads, metrics = ours(objective, arrays, mask, rewards)
+    expected, returns = by_loops(arrays, mask, rewards, whiten)
+    in_two = ours(objective, arrays, mask, rewards, parts=2)
+    for one, other in zip(jax.tree.leaves(in_two[:2]), jax.tree.leaves((loss, grads))):
+        np.testing.assert_allclose(one, other, rtol=1e-9)
     np.testing.assert_allclose(loss, expected, rtol=1e-9)
     for name in (POLICY, VALUES):
         for place in zip(*np.nonzero(mask)):
             step = np.zeros(SHAPE)
             step[place] = 1e-6
             ends = [
-                by_loops(arrays | {name: arrays[name] + s * step}, mask, rewards)[0]
+                by_loops(changed, mask, rewards, whiten)[0]
                 for s in (1, -1)
+                for changed in [arrays | {name: arrays[name] + s * step}]
             ]
             quotient = (ends[0] - ends[1]) / 2e-6
             np.testing.assert_allclose(grads[name][place], quotient, atol=1e-8)
@@ -114,7 +132,8 @@ def test_without_values_it_is_reinforce():
     arrays, mask, rewards = drawn(1)
     arrays |= {SAMPLER: arrays[POLICY], VALUES: np.zeros(SHAPE)}
     arrays |= {SAMPLER_VALUES: np.zeros(SHAPE)}
-    ppo = objectives.ppo_clip(beta=0.0, gae_lambda=1.0, value_coefficient=0.0)
+    options = {"value_coefficient": 0.0, "whiten_advantages": False}
+    ppo = objectives.ppo_clip(beta=0.0, gae_lambda=1.0, **options)
     found = ours(ppo, arrays, mask, rewards)[1][POLICY]
     expected = ours(objectives.reinforce(beta=0.0), arrays, mask, rewards)[1][POLICY]
     np.testing.assert_allclose(

@@ -140,8 +140,10 @@ def sampling(inputs: Path, out: Path) -> list[str]:
     return ["sample", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
 
 
-def run_processes(folder: Path, argvs: dict[str, list[str]], count: int):
-    """Starts `count` processes that share eight devices; their exits and outputs.
+def run_processes(
+    folder: Path, argvs: dict[str, list[str]], count: int, *, devices: int = 8
+):
+    """Starts `count` processes that share so many devices; their exits and outputs.
 
     Each runs one command after the other.
     """
@@ -150,7 +152,7 @@ def run_processes(folder: Path, argvs: dict[str, list[str]], count: int):
         port = probe.getsockname()[1]
     processes = []
     for index in range(count):
-        environ = os.environ | {"XLA_FLAGS": xla_flags(8 // count)}
+        environ = os.environ | {"XLA_FLAGS": xla_flags(devices // count)}
         if count > 1:
             environ |= {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",

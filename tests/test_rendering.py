@@ -125,7 +125,7 @@ def test_the_whole_answer_is_trained_after_the_prompt_to_sample_from(
         tokenizer = byte_tokenizer(merges=(), template=template)
     record = chat(answer)
     assert texts_of(record, tokenizer) == (prompt, completion)
-    (sampled,) = read_prompts(ListSource([record]), tokenizer, limit=1)
+    (sampled,), _ = read_prompts(ListSource([record]), tokenizer, limit=1)
     assert tokenizer.decode(sampled.tokens) == prompt
     if "thought" not in str(answer) and "<think>" not in completion:
         (typed,) = given_prompts(["q"], tokenizer)
@@ -316,7 +316,7 @@ def test_fields_to_ignore_do_not_stop_sampling(record):
 
     def read(record, **options):
         source = ListSource([record])
-        found = read_prompts(source, chatml_tokenizer(), limit=1, **options)
+        found, _ = read_prompts(source, chatml_tokenizer(), limit=1, **options)
         return [(prompt.text, prompt.tokens) for prompt in found]
 
     with pytest.raises(InputError, match=f"pass --ignore-fields {name}"):
@@ -350,7 +350,7 @@ def test_texts_with_turns_are_not_wrapped_again():
     tokenizer = chatml_tokenizer()
     for text in (TURN, "\n\nHuman: q\n\nAssistant:"):
         (typed,) = given_prompts([text], tokenizer)
-        (read,) = read_prompts(ListSource([{"prompt": text}]), tokenizer, limit=1)
+        (read,), _ = read_prompts(ListSource([{"prompt": text}]), tokenizer, limit=1)
         assert tokenizer.decode(typed.tokens) == tokenizer.decode(read.tokens) == text
     with pytest.raises(InputError, match="--prompts 1: is empty"):
         given_prompts([" "], tokenizer)
@@ -374,7 +374,7 @@ WITH_SYSTEM = "<|im_start|>system\nbe kind<|im_end|>\n" + TURN
 )  # fmt: skip
 def test_records_with_a_prompt_alone_are_sampled_from(record, text):
     tokenizer = chatml_tokenizer()
-    (read,) = read_prompts(ListSource([record]), tokenizer, limit=1)
+    (read,), _ = read_prompts(ListSource([record]), tokenizer, limit=1)
     assert tokenizer.decode(read.tokens) == text
     assert read.text == "q"
 
@@ -400,11 +400,11 @@ def test_thinking_is_asked_for_when_sampling(thinking, prompt):
     tokenizer = chatml_tokenizer(THINKS)
     (typed,) = given_prompts(["q"], tokenizer, thinking=thinking)
     source = ListSource([{"prompt": [USER]}])
-    (read,) = read_prompts(source, tokenizer, limit=1, thinking=thinking)
+    (read,), _ = read_prompts(source, tokenizer, limit=1, thinking=thinking)
     assert tokenizer.decode(typed.tokens) == tokenizer.decode(read.tokens) == prompt
     if thinking is not None:
         options = {"chat_template_kwargs": {"enable_thinking": thinking}}
-        (read,) = read_prompts(
+        (read,), _ = read_prompts(
             ListSource([chat("a", "b", **options)]), tokenizer, limit=1
         )
         assert tokenizer.decode(read.tokens) == prompt
@@ -416,7 +416,7 @@ def test_thinking_is_asked_for_when_sampling(thinking, prompt):
 def test_thinking_on_either_side_decides_about_the_prompt(sides):
     tokenizer = chatml_tokenizer(THINKS)
     record = chat(*sides)
-    (sampled,) = read_prompts(ListSource([record]), tokenizer, limit=1)
+    (sampled,), _ = read_prompts(ListSource([record]), tokenizer, limit=1)
     assert texts_of(record, tokenizer)[0] == tokenizer.decode(sampled.tokens) == TURN
     options = {"chat_template_kwargs": {"enable_thinking": False}}
     with pytest.raises(InputError, match="enable_thinking to false, but an answer"):
@@ -487,13 +487,15 @@ def test_prompts_of_a_file_are_those_of_training():
         (CHAT, TURN),
         ({"prompt": [USER]}, TURN),
     ):
-        (found,) = read_prompts(ListSource([record]), tokenizer, limit=1)
+        (found,), _ = read_prompts(ListSource([record]), tokenizer, limit=1)
         assert tokenizer.decode(found.tokens) == text
         if "chosen" in record:
             options = DataOptions(heldout_fraction=0)
             train = make_splits(ListSource([record]), tokenizer, options).train
             assert train.prompt(0).tolist() == found.tokens
-    (raw,) = read_prompts(ListSource([{"prompt": "q"}]), tokenizer, limit=1, raw=True)
+    (raw,), _ = read_prompts(
+        ListSource([{"prompt": "q"}]), tokenizer, limit=1, raw=True
+    )
     assert tokenizer.decode(raw.tokens) == "q"
 
 

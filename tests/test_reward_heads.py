@@ -22,6 +22,7 @@ from jaxpref.models.folder_config import is_reward_model, read_head
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward import check_one_reward, reward_model
 from jaxpref.models.reward_head import Head, HeadOptions
+from jaxpref.models.weights import Weights
 from jaxpref.objectives import attribute_regression, from_loss
 from jaxpref.scoring import make_scorer
 from jaxpref.scoring.reward_head import head_of
@@ -90,7 +91,7 @@ def test_a_folder_says_which_head_it_holds(name, tmp_path):
         load_params(tmp_path / "m", build(tiny_config()))
     if model.head.score != "rewards":
         with pytest.raises(InputError, match="--reward m: gives (a vec|ratings of h)"):
-            check_one_reward(tmp_path / "m", "--reward m")
+            check_one_reward(model.head, "--reward m")
 
 
 def test_labels_of_others_are_attributes(tmp_path):
@@ -118,7 +119,10 @@ def test_labels_of_others_are_attributes(tmp_path):
 def test_the_head_that_a_run_trains(tmp_path):
     ratings = attribute_regression(attributes=("helpful,short",))
     of = lambda objective, folder=None, **options: head_of(
-        objective.reads, objective.options, HeadOptions(**options), folder
+        objective.reads,
+        objective.options,
+        HeadOptions(**options),
+        folder and Weights(folder),
     )
     assert of(from_loss(losses.dpo)) is None
     assert of(from_loss(losses.bradley_terry)) == Head()
@@ -299,19 +303,16 @@ def test_layout_and_interruption_do_not_change_the_numbers(tmp_path):
 def test_adapters_train_a_head_of_their_own(tmp_path):
     folder = make_model_folder(tmp_path / "model")
     records = cycles_file(tmp_path / "pairs.jsonl")
-    export = run(
-        config(
-            folder,
-            records,
-            tmp_path / "lora",
-            GPM,
-            head=HeadOptions(size=4),
-            lora=LoraOptions(rank=4, targets="all"),
-        )
-    )
-    # `peft` has no place for such a head, so that all of it is in the whole model.
-    assert not (tmp_path / "lora" / "adapter").exists()
+    lora = LoraOptions(rank=4, targets="all")
+    options = dict(head=HeadOptions(size=4), lora=lora)
+    export = run(config(folder, records, tmp_path / "lora", GPM, **options))
     assert accuracy(export, records, tmp_path / "eval") == 1.0
+    adapter = str(tmp_path / "lora" / "adapter")
+    again = accuracy(folder, records, tmp_path / "again", adapter=adapter)
+    assert again == 1.0
+    # Its head is trained on, and need not be described again.
+    more = config(folder, records, tmp_path / "more", GPM, adapter=adapter, max_steps=1)
+    assert read_head(run(more)) == Head(embedding=4, temperature=0.1)
 
 
 def test_what_a_head_cannot_judge_is_refused():

@@ -81,7 +81,8 @@ def test_a_score_is_the_head_on_the_last_real_state(model, params):
 
 def test_scores_are_read_where_asked(model, params):
     at = np.array([[0, 6], [2, 1]])
-    found, _ = model.numbers_and_router(params, TOKENS[:2], at)
+    states, _ = model.states_and_router(params, TOKENS[:2], at)
+    found = model.head(params, states)
     for row in range(2):
         for place in range(2):
             alone = model.rewards(params, TOKENS[[row]], at[[row], place] + 1)

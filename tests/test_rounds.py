@@ -385,6 +385,10 @@ def test_what_is_wrong_with_a_recipe_is_named(text, message):
         ("--recipe spa --data x --start.merge.x 1", "it has train"),
         ("--recipe upo --reward rule:words --start.train.x 1", "it has none"),
         ("--recipe upo --reward rule:words --carry-optimizer --rounds 1", "pass more"),
+        (
+            "--recipe upo --reward rule:words --carry-optimizer --train.lora.rank 4",
+            "^round 2: --carry-optimizer, from .*round_1/policy: new adapters have no",
+        ),
         ("--recipe spa --data x --score.passes 8", "estimates uncertainty"),
         ("--recipe spa --data x --sample.q 8", "round 1: --q: jaxpref sample has no"),
         ("--recipe spa --data x --train.loss.q 8", "round 0: --loss.q: jaxpref train"),

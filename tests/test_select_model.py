@@ -85,6 +85,13 @@ def test_ches_of_the_states_that_predict_the_answers(made, capsys):
     assert [x["kept"] for x in found] == [x in lowest for x in normalized]
 
 
+def test_a_template_option_that_nothing_reads_is_refused(made, capsys):
+    with pytest.raises(SystemExit):
+        select(made, capsys, "--by ches --keep 4 --template.style short")
+    error = capsys.readouterr().err
+    assert "--template.style: the chat template of" in error, error
+
+
 def test_donod_is_the_change_of_a_small_step(made, capsys):
     """Norms before and after a step on the head, in float64, sample by sample."""
     _, _, head, _, pairs = made

@@ -192,7 +192,8 @@ def test_a_reward_model_trains_its_head_beside_the_prompt(config, tmp_path):
     more = dict(soft_prompt=SoftPromptOptions(), adapter=str(folder), max_steps=1)
     run(dataclasses.replace(config, **changes | more, out=str(tmp_path / "more")))
     trained = {path.name for path in (tmp_path / "more" / "adapter").iterdir()}
-    assert trained == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "reward_head.json"}
+    assert trained == files
     assert not (tmp_path / "more" / "export").exists()
 
 

@@ -242,7 +242,7 @@ def test_long_answers_lose_their_end():
     "template, texts, words",
     [
         (FORGETS, ("q", "<think>t</think>a", "r", "b"),
-         "message 2: the chat template renders .* otherwise .*--train-turns last"),
+         "message 2: the chat template renders .* differently .*--train-turns last"),
         (LLAMA.replace("{{ eos_token }}", ""), ("q", "a", "r", "b"),
          "writes no stop token after an earlier turn"),
         (BLOCKS.replace("{{ m['content'] }}<|im_end|>{% endg", "{{ m['content'][:1] }}"

@@ -1,6 +1,7 @@
 """Errors that were not foreseen, and memory: one line, a log, and a code of its own."""
 
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_what_may_pass_is_tried_again(ended, number, code):
     found, line = ended(OSError(number, os.strerror(number), "bucket/file"))
     assert found == code
     assert f"bucket/file: {os.strerror(number)}" in line
+
+
+@pytest.mark.parametrize("code, passed_on", [(2, 2), (66, 66), (-9, 1)])
+def test_a_command_that_failed_has_said_why(ended, code, passed_on):
+    """Of a signal, which has a negative code, the supervisor tries again."""
+    error = subprocess.CalledProcessError(code, ["jaxpref", "train", "--out", "a b"])
+    found, line = ended(error)
+    assert found == passed_on
+    assert line == "jaxpref: error: the command failed: jaxpref train --out 'a b'"
 
 
 UNFORESEEN = {

@@ -61,6 +61,7 @@ def test_no_gradient_flows_through_advantages():
     rewards = jnp.asarray(groups()[0], jnp.float32)
     gae = lambda rewards: losses.gae(rewards, rewards)
     functions = losses.centered, losses.leave_one_out, losses.group_normalized, gae
+    functions += (losses.whitened,)
     squares = lambda r: sum(jnp.sum(function(r) ** 2) for function in functions)
     assert not np.any(jax.grad(squares)(rewards))
 
@@ -175,6 +176,51 @@ def test_self_play_errors_are_least_after_a_step_of_multiplicative_weights():
     other = jnp.array([-0.7, -2.4])
     expected = square(other) - square(old)
     np.testing.assert_allclose(error(other), expected, rtol=1e-5)
+
+
+def test_preference_score_errors_are_least_after_the_step_that_maximizes_the_score():
+    """Over all policies of three answers, of E[s] - beta KL(pi, pi_old).
+
+    The neglected normalization is that of pi_old exp(s / beta).
+    """
+    old, beta = np.log([0.5, 0.3, 0.2]), 0.7
+    table = np.array([[0.0, 1.2, -0.4], [-1.2, 0.0, 2.0], [0.4, -2.0, 0.0]])
+    scores = table @ np.exp(old)  # against an answer of the sampler
+    fixed = jnp.array(old), jnp.array(scores)
+    error = lambda logps: jnp.sum(
+        losses.preference_score_error(logps, *fixed, beta=beta)
+    )
+    least = old + scores / beta
+    np.testing.assert_allclose(jax.grad(error)(jnp.array(least)), 0, atol=1e-5)
+    np.testing.assert_allclose(error(jnp.array(least)), -sum(scores**2) / beta, 1e-5)
+    assert error(jnp.array(old)) == 0
+    best = np.exp(least) / np.exp(least).sum()
+    gain = lambda pi: pi @ scores - beta * pi @ (np.log(pi) - old)
+    rng = np.random.default_rng(0)
+    others = rng.dirichlet(np.ones(3), 200)
+    assert all(gain(best) >= gain(pi) for pi in others)
+    # With a probability in place of the score, it is SPPO's.
+    policy = jnp.array([-0.7, -2.4])
+    sampler, rates = jnp.array([-1.0, -2.0]), jnp.array([0.9, 0.2])
+    np.testing.assert_allclose(
+        losses.preference_score_error(policy, sampler, rates - 0.5, beta=beta),
+        losses.self_play_error(policy, sampler, rates, beta=beta),
+        rtol=1e-6,
+    )
+
+
+def test_whitened_advantages():
+    rng = np.random.default_rng(0)
+    values, mask = rng.normal(3, 2, (4, 5)), rng.random((4, 5)) < 0.6
+    given = jnp.array(np.where(mask, values, np.nan))
+    found = losses.whitened(given, where=jnp.array(mask))
+    known = values[mask]
+    expected = np.where(mask, (values - known.mean()) / known.std(), 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    equal = jnp.full((2, 3), 0.1)
+    np.testing.assert_allclose(losses.whitened(equal), 0, atol=1e-3)
+    none = losses.whitened(equal, where=jnp.zeros((2, 3), bool))
+    np.testing.assert_array_equal(none, 0)
 
 
 def test_clipped_value_error_by_hand():

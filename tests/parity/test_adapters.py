@@ -17,6 +17,7 @@ from jaxpref.models.families.llama import LlamaArchitecture
 from jaxpref.models.folder import save
 from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward import Padding
+from jaxpref.models.reward_head import Head
 from jaxpref.models.weights import Weights, load_weights
 from jaxpref.scoring.partition import PartitionScorer, Trained
 from jaxpref.scoring.reward_scorer import RewardScorer
@@ -112,6 +113,37 @@ def test_peft_loads_our_adapter_and_transformers_our_export(made, options, tmp_p
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert config.base_model_name_or_path == str(folder)
     assert config.task_type == ("SEQ_CLS" if reward else "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("way", ["adapters", "soft prompt"])
+def test_peft_loads_a_linear_head_of_several_ratings(way, tmp_path):
+    """On the language model from which it was trained."""
+    base, lm = tmp_path / "base", MODELS[False]
+    save(base, lm, lm.init(jax.random.key(0)))
+    model = RewardModel(ARCHITECTURE, head=Head(attributes=("helpful", "short")))
+    trained = {"adapters": {"lora": LoraOptions(rank=2)}}.get(
+        way, {"soft_prompt": (5, 6, 7)}
+    )
+    scorer = Trained(start=Weights(base), **trained)(RewardScorer(model))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32),
+        scorer.load(base, jax.random.key(0)),
+    )
+    scorer.export(params, tmp_path / "export", ExportOptions(base, str(base)))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, dtype=torch.float32, num_labels=2, pad_token_id=PAD
+    )
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    before = 0 if way == "adapters" else 3
+    tokens = np.pad(TOKENS, ((0, 0), (before, 0)))
+    whole = load_weights(Weights(base, tmp_path / "adapter"), model)
+    states, _ = model.states_and_router(whole, tokens, LENGTHS[:, None] + before - 1)
+    ours = np.asarray(model.head(whole, states))[:, 0]
+    # With embeddings as inputs, `transformers` reads the last token, padding or not.
+    rows = slice(None) if way == "adapters" else slice(1)
+    assert differ(torch_outputs(theirs, True)[rows], ours[rows]) < 1e-4
+    assert np.std(ours) > 0.1
 
 
 CONFIGS = {

@@ -190,7 +190,8 @@ def test_the_documented_reader_gives_the_same_numbers(name, tmp_path):
     params = tiny_params(model)
     save(tmp_path / "m", model, params, max_file_bytes=4000)
     tokens, at = sequences(32), (LENGTHS - 1)[:, None]
-    ours, _ = jax.jit(model.numbers_and_router)(params, tokens, at)
+    last, _ = jax.jit(model.states_and_router)(params, tokens, at)
+    ours = model.head(params, last)
     backbone, head = reader["read_reward_model"](tmp_path / "m")
     with torch.no_grad():
         # Nothing after an answer's last token affects its state.
