@@ -42,6 +42,8 @@ MOVING = ("logps", "log_ratios", "rewards")
 NOT_TRAINED = {
     "center_rewards": "a penalty to add to a loss of reward models in your own code",
     "degree_classification": "a term to add to a pairwise loss: `--objective spo`",
+    "goal_contrast": "a term to add to a loss of reward models: `--objective "
+    "goal_contrast`",
 }
 """Why some losses have no command; they can be called from other code."""
 
