@@ -92,7 +92,7 @@ def test_what_is_trained_is_read_back(name, way, base, tmp_path):
         merged = load_weights(Weights(tmp_path / "export"), model)
         for path in head.paths:
             np.testing.assert_array_equal(merged[path], params[path])
-    # Training goes on from it.
+    # Training can start from it.
     again = make_scorer(
         model, frozenset({head.score}), trained=Trained(start=weights)
     ).load(base, jax.random.key(1))

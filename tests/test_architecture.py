@@ -94,7 +94,6 @@ ALLOWED = {
             "losses",
             "data",
             "models",
-            "objectives",
             "rewards",
             "runtime",
             "sampling",

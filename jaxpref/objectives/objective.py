@@ -137,6 +137,9 @@ class Objective:
     complete: Callable[[PreferenceBatch], PreferenceBatch] = lambda batch: batch
     """Adds numbers that depend on the whole batch, but not on the parameters, such as
     standardized advantages; before it is split into micro-batches."""
+    compares_samples: bool = True
+    """Whether the baseline of a sampled answer is made of the other answers to its
+    prompt, so that a single one teaches nothing."""
     weigh: Callable[[PreferenceBatch, State], Array] = unit_weights
     """`weigh(batch, state) -> [A, R, S]`; the weights of the pairs; of several votes,
     [A, R, S, V]."""

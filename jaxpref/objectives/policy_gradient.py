@@ -281,6 +281,7 @@ def reinforce(
 
     return Objective(
         name="reinforce",
+        compares_samples=False,
         options={
             **{"beta": beta, "decay": decay},
             **rates._asdict(),

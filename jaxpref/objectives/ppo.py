@@ -133,6 +133,7 @@ def ppo_clip(
 
     return Objective(
         name="ppo_clip",
+        compares_samples=False,
         options={
             **{"clip_low": clip_low, "clip_high": clip_high, "beta": beta},
             **{"gae_lambda": gae_lambda, "gamma": gamma},

@@ -22,8 +22,6 @@ from jaxpref.objectives.objective import Metrics, Objective, State
 POLICY = "policy_token_logps"
 SAMPLER = "sampler_token_logps"
 REFERENCE = "reference_token_logps"
-ALONE = ("ppo_clip", "reinforce")
-"""Objectives whose baseline is not made of the other answers to the prompt."""
 
 OfAnswers = Float[Array, "*batch S K"]
 """A number of each answer."""

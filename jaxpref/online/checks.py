@@ -1,12 +1,10 @@
 """Which options of a run on sampled answers go together."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxpref.data.columns import FLAG, SAMPLED, WEIGHT
 from jaxpref.errors import InputError
-from jaxpref.objectives.sampled import ALONE
 from jaxpref.online.options import (
     OF_EVALUATIONS,
     OF_REWARDS,
@@ -56,8 +54,8 @@ def check(
                 f"{option}: {name} evaluates only on the prompts of --eval-data; give "
                 "them, or leave this option out"
             )
-    others = f", or --objective {' or '.join(ALONE)}" * is_rewarded
-    if sampling.group_size < 2 and name not in ALONE:
+    others = ", or --objective ppo_clip or reinforce" * is_rewarded
+    if sampling.group_size < 2 and config.objective.compares_samples:
         raise InputError(
             f"--group-size {sampling.group_size}: {name} compares the answers to a "
             f"prompt; give at least 2{others}"
@@ -80,7 +78,7 @@ def check(
             "rewards of 0 and 1, without a penalty; give only one of them"
         )
     if sampling.resample_uniform:
-        _check_uniform_groups(name, config.objective.options, sampling)
+        _check_uniform_groups(config, sampling)
     if name == "reinforce" and sampling.updates_per_sample > 1:
         raise InputError(
             f"--updates-per-sample {sampling.updates_per_sample}: reinforce has a mean "
@@ -90,17 +88,16 @@ def check(
     _check_rewards(config, sampling, rewards)
 
 
-def _check_uniform_groups(
-    name: str, options: Mapping[str, Any], sampling: SamplingOptions
-) -> None:
+def _check_uniform_groups(config: TrainConfig, sampling: SamplingOptions) -> None:
     """Refuses to replace groups of equal rewards if these have advantages."""
+    objective, name = config.objective, config.objective.name
     given = f"--resample-uniform {sampling.resample_uniform}: {name} also learns from"
-    if name in ALONE:
+    if not objective.compares_samples:
         raise InputError(
             f"{given} groups of equal rewards, since its baseline is not their mean; "
             "leave it out, or use --objective dapo or grpo"
         )
-    if name == "rloo" and options["beta"]:
+    if name == "rloo" and objective.options["beta"]:
         raise InputError(
             f"{given} groups of equal rewards, since the KL penalty is part of the "
             "reward; leave it out, give --objective.beta 0, or use --objective dapo or "

@@ -8,7 +8,6 @@ from jaxpref.models.lora import LoraOptions
 from jaxpref.models.reward_head import HeadOptions
 from jaxpref.models.soft_prompt import SoftPromptOptions
 from jaxpref.objectives import Objective
-from jaxpref.objectives.sampled import ALONE
 from jaxpref.runtime.ranges import at_least
 from jaxpref.train import MeshConfig, OptimizerConfig
 from jaxpref.train.options import LONGEST_ROW
@@ -134,7 +133,7 @@ class PlanConfig:
                 f"--objective {objective.name}: give --answers, the answers that are "
                 "sampled to each prompt (--group-size of jaxpref train)"
             )
-        if self.answers == 1 and objective.name not in ALONE:
+        if self.answers == 1 and objective.compares_samples:
             raise InputError(
                 f"--answers 1: {objective.name} compares the answers to a prompt; give "
                 "at least 2"
